@@ -1,0 +1,112 @@
+"""Owns the reading of options: YAML files checked before they are parsed, and mistakes told in one line.
+
+jsonargparse does the parsing. Knows the names of no option.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from lit_qlora.errors import UserError
+
+
+class OneLineErrors:
+    """For a jsonargparse parser: a mistake is one line with the nearest accepted name, not a page of usage."""
+
+    _actions: list[Any]
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises UserError with the cause alone."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        raise UserError(_one_line(str(message), [action.dest for action in parser._actions]))
+
+
+def _one_line(message: str, names: list[str]) -> str:
+    unknown = re.search(r"not accept option '([^']+)'|[Uu]nrecognized arguments?: (\S+)", message)
+    if unknown:
+        name = (unknown[1] or unknown[2]).lstrip("-").split("=")[0]
+        return f"unknown option {name!r}{_did_you_mean(name, names)}"
+    message = re.sub(r"\s+", " ", message).strip()
+    message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message)
+    message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"expected one of \1", message)
+    message = re.sub(r"\.? ?Got value: ", ", got ", message)
+    message = re.sub(r"^Parser key \"([^\"]+)\": ?", r"\1: ", message)
+    union = re.search(r"^(\S+): .*?Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", message)
+    if union:
+        types = re.sub(r"<class '([^']+)'>", r"\1", union[2]).replace("NoneType", "none")
+        types = re.sub(r"(?:\w+\.)+(\w+)", r"\1", types)
+        return f"{union[1]}: expected {types}; got {union[3]}"
+    return message
+
+
+def _did_you_mean(name: str, names: list[str]) -> str:
+    """The one nearest name: of the whole dotted name, else of its last part in the same section."""
+    near = difflib.get_close_matches(name, names, 1, 0.75)
+    if not near:
+        last = name.rpartition(".")[2]
+        near = [known for known in names if known.rpartition(".")[2] == last][:1]
+    return f"; did you mean {near[0]!r}?" if near else "; the accepted ones are listed by --help"
+
+
+def option(args: list[str], *names: str) -> str | None:
+    """The last value that ``args`` gives to one of ``names``, as ``--name value`` or ``--name=value``."""
+    value = None
+    for index, arg in enumerate(args):
+        name, equals, given = arg.partition("=")
+        if name in names:
+            value = given if equals else (args[index + 1] if index + 1 < len(args) else None)
+    return value
+
+
+def check_config_file(path: Path) -> None:
+    """Finds what a YAML parser would let pass: doubled keys, empty sections, a ``config`` inside.
+
+    Raises UserError with file and line.
+    """
+    if path.is_dir():
+        raise UserError(f"config: {path} is a folder, expected a YAML file")
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        known = [str(file) for file in sorted(folder.glob("*.y*ml"))]
+        near = difflib.get_close_matches(str(path), known, 1, 0.6)
+        raise UserError(f"config: no file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise UserError(f"{path}:{line}: no valid YAML: {problem}") from error
+    if root is None:
+        raise UserError(f"{path}: the file is empty")
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}:1: expected 'option: value' lines, got a {root.tag.rpartition(':')[2]}")
+    for line, problem in _problems(root):
+        raise UserError(f"{path}:{line}: {problem}")
+
+
+def _problems(node: yaml.MappingNode, section: str = "") -> Iterator[tuple[int, str]]:
+    seen: dict[Any, int] = {}
+    for key, value in node.value:
+        line, name = key.start_mark.line + 1, f"{section}{key.value}"
+        if key.value in seen:
+            yield line, f"{name!r} stands here a second time (first in line {seen[key.value]}); keep one"
+        seen[key.value] = line
+        if not section and key.value == "config":
+            yield line, "a config file can't name another; give several with --config A --config B"
+        if isinstance(value, yaml.MappingNode):
+            yield from _problems(value, f"{name}.")
+        elif not section and key.value in ("model", "data", "trainer", "samples"):
+            empty = value.tag == "tag:yaml.org,2002:null"
+            yield (
+                line,
+                f"section {name!r} is {'empty; fill it or remove the line' if empty else 'no section'}",
+            )

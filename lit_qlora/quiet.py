@@ -1,0 +1,45 @@
+"""Owns what must not reach the user's terminal, each with its reason.
+
+Called once lightning is imported, which sets levels of its own.
+
+Only what a user can't act on is listed, one by one; everything else is let through.
+"""
+
+import logging
+import os
+import warnings
+
+LOGGERS = {
+    # Which accelerators exist, that a seed was set, and advertisements; the run says what it decided.
+    "lightning.pytorch": logging.WARNING,
+    "lightning.fabric": logging.WARNING,
+    # A conversation longer than the tokenizer's limit is cut by us, and counted.
+    "transformers.tokenization_utils_base": logging.ERROR,
+    # Each retry of a hub that can't be reached; what that means is said once, by us.
+    "huggingface_hub.utils._http": logging.ERROR,
+    # On a CPU: that an optional package with another kernel is not there.
+    "bitsandbytes.backends.cpu.ops": logging.ERROR,
+}
+
+WARNINGS = (
+    # Between Lightning and torch: an old name of the other's, on every start.
+    r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    # Between Lightning and jsonargparse: likewise.
+    r"(?s).*(instantiate_classes|JsonargparseDeprecationWarning).*",
+    # Between peft and transformers: likewise.
+    r".*is_gradient_checkpointing` is deprecated.*",
+    # In fp16 the gradient scaler skips first steps by design; they are counted, and recorded.
+    r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
+    # Figures are recorded after the last step, too, whatever the interval.
+    r".*is smaller than the logging interval.*",
+)
+
+
+def quieten() -> None:
+    """Silences known noise of the libraries, for this process."""
+    for name, level in LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    # Without a word on it, a forked loader worker prints a page about the tokenizer's threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,0 +1,24 @@
+"""Owns what every test stands on: one thread, no hub, small caches of its own, and paths to small real things."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before torch and bitsandbytes are imported: models this small are slower on two threads than on one,
+# much slower where another test run has the second core.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lit_qlora-tests-")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+REAL = Path(__file__).parents[2] / "shared" / "real"
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """A real Llama 2 tokenizer, a tiny trained Llama and real Guanaco rows, where they are at hand."""
+    if not REAL.is_dir():
+        pytest.skip("no real inputs beside the checkout")
+    return REAL

@@ -1,0 +1,52 @@
+"""What `answer_targets` promises: position t predicts the label at t + 1, and only learned labels count."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_qlora.batch import IGNORE_INDEX, answer_targets
+
+LABELS = st.tuples(st.integers(1, 4), st.integers(1, 6)).flatmap(
+    lambda shape: st.lists(
+        st.lists(st.sampled_from([IGNORE_INDEX, 0, 1, 31999]), min_size=shape[1], max_size=shape[1]),
+        min_size=shape[0],
+        max_size=shape[0],
+    )
+)
+
+
+def test_the_label_after_a_position_is_its_target():
+    labels = torch.tensor([[-100, -100, 7, 2], [-100, 9, -100, -100]])
+    positions, targets = answer_targets(labels)
+    assert positions.tolist() == [1, 2, 4]
+    assert targets.tolist() == [7, 2, 9]
+
+
+def test_a_first_label_is_never_predicted_not_even_by_the_row_before():
+    positions, targets = answer_targets(torch.tensor([[5, -100], [6, -100], [7, -100]]))
+    assert positions.tolist() == []
+    assert targets.tolist() == []
+
+
+def test_the_given_labels_stay_as_they_are():
+    labels = torch.tensor([[1, 2, 3]])
+    answer_targets(labels)
+    assert labels.tolist() == [[1, 2, 3]]
+
+
+def test_no_learned_label_gives_empty_int64():
+    positions, targets = answer_targets(torch.full((2, 3), IGNORE_INDEX))
+    assert (positions.shape, targets.shape) == ((0,), (0,))
+    assert (positions.dtype, targets.dtype) == (torch.int64, torch.int64)
+
+
+@given(LABELS)
+def test_equals_a_plain_loop(rows):
+    expected = [
+        (row * len(labels) + column, labels[column + 1])
+        for row, labels in enumerate(rows)
+        for column in range(len(labels) - 1)
+        if labels[column + 1] != IGNORE_INDEX
+    ]
+    positions, targets = answer_targets(torch.tensor(rows))
+    assert list(zip(positions.tolist(), targets.tolist(), strict=True)) == expected

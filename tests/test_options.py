@@ -1,0 +1,124 @@
+"""A config file's mistakes are told in one line with their place; values are found on the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.errors import UserError
+from lit_qlora.options import check_config_file, option
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+
+
+def message(path):
+    with pytest.raises(UserError) as caught:
+        check_config_file(Path(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(content, name="a.yaml"):
+    Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "model:\n  rank: 4\ndata:\n  source: x\n",
+        "model:\n  base: x\ntrainer:\n  max_steps: 1\n# a comment\nrun: null\n",
+        "\ufeffmodel:\n  rank: 4\n",  # as Windows' editor saves it
+        "data:\n  source: {a: 1}\n  config: 3\n",  # only a config at the top is meant to name a file
+        "model: {}\n",
+        "early_stopping:\nmodel:\n  adapter:\n",  # an option may be empty: null
+        "model:\r\n  rank: 4\r\n",
+    ],
+)
+def test_a_good_file_passes(content):
+    check_config_file(write(content))
+
+
+def test_a_missing_file_is_told_with_the_nearest_one():
+    write("a: 1", "configs/colab_t4.yaml")
+    write("a: 1", "configs/demo.yml")
+    assert message("configs/colab_t5.yaml") == (
+        "config: no file configs/colab_t5.yaml; did you mean configs/colab_t4.yaml?"
+    )
+    assert message("configs/demo.yaml") == "config: no file configs/demo.yaml; did you mean configs/demo.yml?"
+    assert message("config/demo.yaml") == "config: no file config/demo.yaml; did you mean configs/demo.yml?"
+    assert message("configs/something_else_altogether.yaml") == "config: no file configs/something_else_altogether.yaml"
+
+
+def test_a_folder_is_no_file():
+    assert message("configs") == "config: configs is a folder, expected a YAML file"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "a.yaml: the file is empty"),
+        ("# nothing but this\n", "a.yaml: the file is empty"),
+        ("- model\n- data\n", "a.yaml:1: expected 'option: value' lines, got a sequence"),
+        ("model", "a.yaml:1: expected 'option: value' lines, got a scalar"),
+        (
+            "model:\n\trank: 4\n",
+            "a.yaml:2: no valid YAML: found character '\\t' that cannot start any token",
+        ),
+        (
+            "model:\n  rank: 4\n data: 1\n",
+            "a.yaml:3: no valid YAML: expected <block end>, but found '<block mapping start>'",
+        ),
+        ("a: 1\nb: 'open\n", "a.yaml:3: no valid YAML: found unexpected end of stream"),
+        ("a: 1\n---\nb: 2\n", "a.yaml:2: no valid YAML: but found another document"),
+        (
+            "model:\n  rank: 4\n  alpha: 8\n  rank: 16\n",
+            "a.yaml:4: 'model.rank' stands here a second time (first in line 2); keep one",
+        ),
+        (
+            "model:\n  rank: 4\ndata:\n  source: x\nmodel:\n  alpha: 8\n",
+            "a.yaml:5: 'model' stands here a second time (first in line 1); keep one",
+        ),
+        (
+            "run: x\nconfig: other.yaml\n",
+            "a.yaml:2: a config file can't name another; give several with --config A --config B",
+        ),
+        ("run: x\nmodel:\ndata:\n  source: x\n", "a.yaml:2: section 'model' is empty; fill it or remove the line"),
+        ("trainer: null\n", "a.yaml:1: section 'trainer' is empty; fill it or remove the line"),
+        ("data: x.jsonl\n", "a.yaml:1: section 'data' is no section"),
+        ("samples:\n  - 1\n", "a.yaml:1: section 'samples' is no section"),
+        (b"model: \xff\n", "a.yaml: not UTF-8 (byte 7); save it as UTF-8"),
+        ("model:\n  rank: 4\n".encode("utf-16"), "a.yaml: not UTF-8 (byte 0); save it as UTF-8"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(content, expected):
+    write(content)
+    assert message("a.yaml") == expected
+
+
+def test_a_character_that_yaml_does_not_know_is_told():
+    write("model:\n  base: a\x00b\n")
+    assert message("a.yaml").startswith("a.yaml:1: no valid YAML: unacceptable character #x0000")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], None),
+        (["--config", "a"], "a"),
+        (["--config=a"], "a"),
+        (["-c", "a"], "a"),
+        (["--config", "a", "--config", "b"], "b"),
+        (["--config=a", "-c", "b"], "b"),
+        (["--config=a=b"], "a=b"),
+        (["--config="], ""),
+        (["--config"], None),
+        (["--configs", "a", "--data.config", "b"], None),
+        (["--other", "a", "--config", "b", "--more"], "b"),
+    ],
+)
+def test_an_options_last_value_is_found(args, expected):
+    assert option(args, "--config", "-c") == expected

@@ -1,0 +1,52 @@
+"""Owns the conversation: whose turn it is and what was said, checked at birth.
+
+Everything before it on the road makes one; everything after it reads one. Knows no format, no tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One thing said, by the user or by the assistant; never blank."""
+
+    role: Role
+    content: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown role, a content that is no text, or a blank one."""
+        if self.role not in ("user", "assistant"):
+            raise ValueError(f"a turn's role is 'user' or 'assistant', got {self.role!r}")
+        if not isinstance(self.content, str):
+            raise ValueError(f"a turn's content is text, got {type(self.content).__name__}")
+        if not self.content.strip():
+            raise ValueError(f"a turn of the {self.role} is empty")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns that alternate, the user first; an optional system text that stands above them all.
+
+    A conversation that ends on the user's turn is an open prompt; one that ends on the
+    assistant's is answered, and can be trained on.
+    """
+
+    turns: tuple[Turn, ...]
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError when there is no turn, or when the roles do not alternate from the user."""
+        if not self.turns:
+            raise ValueError("a conversation needs at least one turn")
+        for index, turn in enumerate(self.turns):
+            expected = "assistant" if index % 2 else "user"
+            if turn.role != expected:
+                raise ValueError(f"turn {index + 1} is the {turn.role}'s, expected the {expected}'s")
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the last word is the assistant's."""
+        return self.turns[-1].role == "assistant"

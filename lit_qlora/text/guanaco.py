@@ -1,0 +1,43 @@
+"""Owns the Guanaco text form: ``### Human: …### Assistant: …`` to a conversation and back.
+
+Knows no file, no tokens; training and chat never use this form, they only read it.
+"""
+
+import re
+
+from lit_qlora.text import messages
+from lit_qlora.text.conversation import Conversation
+
+# In the published rows a marker follows the text without a space; by hand it's written after a space
+# or on a line of its own. All three are markers, what opens with a quotation mark is not.
+MARKER = re.compile(r"""(?<!\s["'`“„«])### (Human|Assistant):""")
+
+
+def parse(text: str) -> Conversation:
+    """Reads a row of any number of turns; the last one may be the human's, still unanswered.
+
+    The rule for markers: ``### Human:`` and ``### Assistant:``, spelled exactly so, open a turn
+    wherever they stand, except right behind an opening quotation mark (white space, then a quote or
+    a backtick), where they are being talked about. The turns so found must alternate from the human:
+    a stray marker is refused rather than guessed at. Text before the first marker is the system's.
+    White space around a turn goes.
+
+    Raises:
+        ValueError: when there is no marker, the assistant speaks first, one speaks twice in a row,
+            or a turn is blank.
+    """
+    system, *parts = MARKER.split(text)
+    if not parts:
+        raise ValueError("no '### Human:' in the text")
+    rows = [{"role": "system", "content": system.strip()}]
+    for name, content in zip(parts[::2], parts[1::2], strict=True):
+        rows.append({"role": "user" if name == "Human" else "assistant", "content": content.strip()})
+    return messages.parse(rows)
+
+
+def render(conversation: Conversation) -> str:
+    """Writes the row that `parse` reads, if no turn holds a marker or ends on an opening quotation mark."""
+    text = "".join(
+        f"### {'Human' if turn.role == 'user' else 'Assistant'}: {turn.content.strip()}" for turn in conversation.turns
+    )
+    return f"{conversation.system.strip()}\n{text}" if conversation.system else text

@@ -1,0 +1,80 @@
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lit_qlora.text import guanaco
+from lit_qlora.text.conversation import Conversation, Turn
+
+REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
+
+
+def said(*contents: str, system: str | None = None) -> Conversation:
+    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
+    return Conversation(tuple(turns), system)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("### Human: hi### Assistant: yo", said("hi", "yo")),
+        ("### Human: hi", said("hi")),
+        ("### Human: a### Assistant: b### Human: c", said("a", "b", "c")),
+        ("### Human: hi ### Assistant: yo", said("hi", "yo")),
+        ("\n### Human:\nhi\n\n### Assistant:\nyo\n", said("hi", "yo")),
+        ("### Human: ## a\n### b### Assistant:### yo", said("## a\n### b", "### yo")),
+        ('### Human: say "hi"### Assistant: "yo"### Human: ok', said('say "hi"', '"yo"', "ok")),
+        ("### Human: run\n```\nls\n```### Assistant: yo", said("run\n```\nls\n```", "yo")),
+        (
+            '### Human: what is "### Assistant:" for?### Assistant: it marks, as `### Human:` does',
+            said('what is "### Assistant:" for?', "it marks, as `### Human:` does"),
+        ),
+        ("A kind helper.\n### Human: hi### Assistant: yo", said("hi", "yo", system="A kind helper.")),
+    ],
+)
+def test_rows_are_read_by_the_rule_of_markers(text, expected):
+    assert guanaco.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no '### Human:' in the text"),
+        ("### human: hi", "no '### Human:' in the text"),
+        ("### Assistant: yo", "turn 1 is the assistant's, expected the user's"),
+        ("### Human: hi### Human: hello### Assistant: yo", "turn 2 is the user's, expected the assistant's"),
+        ("### Human: hi### Assistant: a### Assistant: b", "turn 3 is the assistant's, expected the user's"),
+        ("### Human: ### Assistant: yo", "turn 1: a turn of the user is empty"),
+        ("### Human: hi### Assistant:\n", "turn 2: a turn of the assistant is empty"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(text, message):
+    with pytest.raises(ValueError) as caught:
+        guanaco.parse(text)
+    assert str(caught.value) == message
+
+
+def test_rendered():
+    assert guanaco.render(said(" a ", "b", "c")) == "### Human: a### Assistant: b### Human: c"
+    assert guanaco.render(said("a", "b", system="s")) == "s\n### Human: a### Assistant: b"
+
+
+@given(data=st.data())
+def test_what_is_rendered_is_read_back(conversations, data):
+    conversation = data.draw(conversations)
+    assume(not any(re.search(r"""(^|\s)["'`“„«]$""", turn.content) for turn in conversation.turns))
+    assert guanaco.parse(guanaco.render(conversation)) == conversation
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the checkout")
+def test_every_real_row_is_read_and_written_back():
+    lines = (REAL / "openassistant_best_replies_eval_first259.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line)["text"] for line in lines]
+    read = [guanaco.parse(row) for row in rows]
+    assert [guanaco.render(conversation) for conversation in read] == rows
+    assert Counter(len(conversation.turns) for conversation in read) == {2: 132, 4: 60, 3: 37, 5: 27, 6: 3}
+    assert not any(conversation.system for conversation in read)

@@ -1,0 +1,153 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_qlora.text import llama2
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.llama2 import Segment
+
+REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
+
+
+def said(*contents: str, system: str | None = None) -> Conversation:
+    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
+    return Conversation(tuple(turns), system)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "expected"),
+    [
+        (said("hi"), [Segment("[INST] hi [/INST]", False)]),
+        (said(" hi\n", "\nyo "), [Segment("[INST] hi [/INST]", False), Segment("yo ", True)]),
+        (
+            said("a", "b", "c", system="be kind"),
+            [
+                Segment("[INST] <<SYS>>\nbe kind\n<</SYS>>\n\na [/INST]", False),
+                Segment("b ", True),
+                Segment("[INST] c [/INST]", False),
+            ],
+        ),
+        # Only the whole is stripped, as in Meta's code: what stands inside keeps its spaces.
+        (
+            said("  a  ", system=" be kind "),
+            [Segment("[INST] <<SYS>>\n be kind \n<</SYS>>\n\n  a [/INST]", False)],
+        ),
+        (said("a", system=""), [Segment("[INST] a [/INST]", False)]),
+    ],
+)
+def test_segments_are_written_as_meta_writes_them(conversation, expected):
+    assert llama2.segments(conversation) == expected
+
+
+@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
+@pytest.mark.parametrize(
+    ("template", "where"),
+    [
+        (("x{}", "b", "c", None), "turn 1"),
+        (("a", "{}x", "c", None), "turn 2"),
+        (("a", "b", "x{}x", None), "turn 3"),
+        (("a", "b", "c", "{}"), "the system text"),
+    ],
+)
+def test_a_tag_from_outside_is_refused(tag, template, where):
+    *contents, system = [text and text.format(tag) for text in template]
+    with pytest.raises(ValueError) as caught:
+        llama2.segments(said(*contents, system=system))
+    assert str(caught.value) == f"{where} holds the tag {tag}, which could forge a turn or a system text"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<s>[INST] hi [/INST] yo </s>", said("hi", "yo")),
+        ("[INST] hi [/INST] yo", said("hi", "yo")),
+        (" <s> [INST]hi[/INST]yo</s> ", said("hi", "yo")),
+        ("<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>", said("a", "b", "c", "d")),
+        ("[INST] a [/INST] b [INST] c [/INST] d", said("a", "b", "c", "d")),
+        ("<s>[INST] a [/INST] b </s>\n<s>[INST] c [/INST]", said("a", "b", "c")),
+        ("<s>[INST] hi [/INST]", said("hi")),
+        ("<s>[INST] hi [/INST] yo </s><s>", said("hi", "yo")),
+        (
+            "<s>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nhi [/INST] yo </s>",
+            said("hi", "yo", system="be kind"),
+        ),
+        ("<s>[INST] <<SYS>>\nbe kind\n<<SYS>>\n\nhi [/INST] yo </s>", said("hi", "yo", system="be kind")),
+        ("[INST]<<SYS>>be kind<</SYS>>hi[/INST]", said("hi", system="be kind")),
+        ("[INST] <<SYS>>\n\n<</SYS>>\n\nhi [/INST] yo", said("hi", "yo")),
+        (
+            "[INST] why </s> there? [/INST] an <s>end</s> marks it",
+            said("why </s> there?", "an <s>end</s> marks it"),
+        ),
+    ],
+)
+def test_rows_are_read(text, expected):
+    assert llama2.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no [INST] in the text"),
+        ("### Human: hi", "no [INST] in the text"),
+        ("so: <s>[INST] hi [/INST] yo", "text stands before the first [INST]"),
+        ("<s><s>[INST] hi [/INST] yo", "text stands before the first [INST]"),
+        ("<s>[INST] hi", "turn 1: [INST] without its [/INST]"),
+        ("[INST] a [INST] b [/INST] c", "turn 1: [INST] without its [/INST]"),
+        ("[INST] a [/INST] b </s><s>[INST] c", "turn 3: [INST] without its [/INST]"),
+        ("[INST] a [/INST] b [/INST] c", "turn 2: [/INST] without its [INST]"),
+        ("[INST] [/INST] b", "turn 1: a turn of the user is empty"),
+        ("[INST] <<SYS>> s <</SYS>> [/INST] b", "turn 1: a turn of the user is empty"),
+        ("[INST] a [/INST] </s>", "turn 2: a turn of the assistant is empty"),
+        ("[INST] a [/INST] [INST] b [/INST] c", "turn 2: a turn of the assistant is empty"),
+        ("[INST] a [/INST] b [INST] [/INST] c", "turn 3: a turn of the user is empty"),
+        ("[INST] <<SYS>> s [/INST] b", "the system text opens with <<SYS>> and is never closed by <</SYS>>"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(text, message):
+    with pytest.raises(ValueError) as caught:
+        llama2.parse(text)
+    assert str(caught.value) == message
+
+
+def test_rendered():
+    assert llama2.render(said("a", "b", "c")) == "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]"
+    assert llama2.render(said("a", "b", system="s")) == "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] b </s>"
+
+
+@given(data=st.data())
+def test_what_is_rendered_is_read_back(conversations, data):
+    conversation = data.draw(conversations)
+    assert llama2.parse(llama2.render(conversation)) == conversation
+
+
+@given(data=st.data())
+def test_segments_take_turns_and_hold_every_word(conversations, data):
+    conversation = data.draw(conversations)
+    written = llama2.segments(conversation)
+    assert [segment.is_answer for segment in written] == [turn.role == "assistant" for turn in conversation.turns]
+    for segment, turn in zip(written, conversation.turns, strict=True):
+        assert segment.text.endswith(f"{turn.content} " if segment.is_answer else f"{turn.content} [/INST]")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the checkout")
+def test_every_real_row_is_read_and_written_back_or_has_an_empty_turn():
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = parquet.read_table(REAL / "guanaco-llama2-1k.train.parquet")["text"].to_pylist()
+    refused, turns = {}, Counter()
+    for number, row in enumerate(rows, start=1):
+        try:
+            conversation = llama2.parse(row)
+        except ValueError as error:
+            refused[number] = str(error)
+            continue
+        assert llama2.render(conversation) == row
+        turns[len(conversation.turns)] += 1
+    assert refused == {
+        435: "turn 5: a turn of the user is empty",
+        511: "turn 3: a turn of the user is empty",
+        900: "turn 4: a turn of the assistant is empty",
+    }
+    assert turns == {2: 647, 4: 336, 6: 11, 10: 1, 12: 1, 16: 1}

@@ -1,0 +1,214 @@
+"""Owns which rows stand together in a batch, in what order, and the loader that can go on anywhere.
+
+The order is a function of (seed, epoch) and nothing else, so a loader's whole state is two numbers.
+Knows lengths and ids; not what they say, nor what is computed of them.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lit_qlora.batch import IGNORE_INDEX, Batch, answer_targets
+
+GROUP_BATCHES = 50
+"""Batches whose rows are drawn together and then sorted by length: as random as can be with little padding."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How rows are grouped: ``rows`` to a micro-batch, or as many as fit into ``tokens`` with padding.
+
+    With ``tokens``, ``rows`` is not used; a row longer than the budget stands alone.
+    """
+
+    rows: int = 4
+    tokens: int | None = None
+
+    def epoch(self, lengths: Sequence[int], seed: int, epoch: int) -> list[list[int]]:
+        """The micro-batches of one epoch, as row numbers.
+
+        Every row stands in exactly one; the number of batches is the same in every epoch. The batch with
+        the most padded tokens comes first, so that memory runs out at once or not at all.
+        """
+        draw = random.Random(f"{seed}/{epoch}")
+        batches = self._by_tokens(lengths, draw) if self.tokens else self._by_rows(lengths, draw)
+        draw.shuffle(batches)
+        largest = max(batches, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
+        batches.remove(largest)
+        return [largest, *batches]
+
+    def _by_rows(self, lengths: Sequence[int], draw: random.Random) -> list[list[int]]:
+        order = list(range(len(lengths)))
+        draw.shuffle(order)
+        return [
+            batch
+            for group in _chunks(order, self.rows * GROUP_BATCHES)
+            for batch in _chunks(sorted(group, key=lambda row: lengths[row]), self.rows)
+        ]
+
+    def _by_tokens(self, lengths: Sequence[int], draw: random.Random) -> list[list[int]]:
+        # Sorted over the whole epoch, with chance among equals: the lengths seen in order, and so the
+        # number of batches, never change. Lightning asks for that number once.
+        order = list(range(len(lengths)))
+        draw.shuffle(order)
+        return self._fill(sorted(order, key=lambda row: -lengths[row]), lengths)
+
+    def _fill(self, order: list[int], lengths: Sequence[int]) -> list[list[int]]:
+        assert self.tokens is not None
+        batches: list[list[int]] = []
+        for row in order:  # from long to short: the first row of a batch is its longest
+            if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= self.tokens:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+        return batches
+
+
+def _chunks(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def collate(examples: Sequence[tuple[int, dict[str, list[int]]]], step_answer_tokens: int) -> Batch:
+    """Pads ``(row, example)`` pairs on the right to their longest. Padding is id 0, and never learned."""
+    length = max(len(example["input_ids"]) for _, example in examples)
+    input_ids = torch.zeros(len(examples), length, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for index, (_, example) in enumerate(examples):
+        size = len(example["input_ids"])
+        input_ids[index, :size] = torch.tensor(example["input_ids"])
+        labels[index, :size] = torch.tensor(example["labels"])
+    return Batch(
+        input_ids,
+        *answer_targets(labels),
+        rows=tuple(row for row, _ in examples),
+        num_tokens=sum(len(example["input_ids"]) for _, example in examples),
+        step_answer_tokens=step_answer_tokens,
+    )
+
+
+class _Planned(torch.utils.data.Dataset[Batch]):
+    """One epoch as a map from batch index to `Batch`, so that workers load batches by themselves."""
+
+    def __init__(self, examples: Any, batches: list[tuple[list[int], int]]) -> None:
+        self.examples, self.batches = examples, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        rows, step_answer_tokens = self.batches[index]
+        return collate([(row, self.examples[row]) for row in rows], step_answer_tokens)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    """In place of the DataLoader's own conversion, which would turn the tuple of rows into a list."""
+    return batch
+
+
+class ResumableLoader:
+    """Batches, epoch after epoch; each iteration is the next epoch, or the rest of the one it was cut in.
+
+    Args:
+        examples: rows, each with ``input_ids`` and ``labels``.
+        answer_tokens: learned tokens of each row.
+        order: epoch number to micro-batches of rows, the same number of them in every epoch.
+        accumulate: micro-batches of one optimizer step; an epoch's last step may have fewer.
+        device_index: which of ``num_devices`` this is; they take the micro-batches in turn.
+        limit: at most so many micro-batches an epoch, or a share of them, as in ``Trainer``.
+        num_workers: processes that load ahead.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        answer_tokens: Sequence[int],
+        order: Callable[[int], list[list[int]]],
+        *,
+        accumulate: int = 1,
+        device_index: int = 0,
+        num_devices: int = 1,
+        limit: int | float = 1.0,
+        num_workers: int = 0,
+    ) -> None:
+        self.examples = examples
+        self.answer_tokens = answer_tokens
+        self.order = order
+        self.accumulate = accumulate
+        self.device_index, self.num_devices = device_index, num_devices
+        self.num_workers = num_workers
+        # Every device takes equally many, or the others would wait for ever at a step: at most
+        # num_devices - 1 micro-batches wait for the next epoch's draw.
+        self.available = len(order(0)) // num_devices
+        self.length = min(limit, self.available) if isinstance(limit, int) else int(limit * self.available)
+        self._epoch = 0
+        self._done = 0
+
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch on one device; the Trainer applies the limit to it once more."""
+        return self.available
+
+    def __iter__(self) -> Iterator[Batch]:
+        planned = self._plan(self._epoch)[self._done :]
+        loader: DataLoader[Batch] = DataLoader(
+            _Planned(self.examples, planned),
+            batch_size=None,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # without a batch size, it gets one item
+            num_workers=self.num_workers,
+        )
+        for batch in loader:
+            # Counted before it is handed out: whoever holds the batch saves the state that follows it.
+            self._done += 1
+            if self._done == self.length:
+                self._epoch, self._done = self._epoch + 1, 0
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch stands; at an epoch's end, the start of the next epoch."""
+        return {"epoch": self._epoch, "batches": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on behind the batch that was handed out last when ``state`` was taken."""
+        self._epoch, self._done = state["epoch"], state["batches"]
+
+    def _plan(self, epoch: int) -> list[tuple[list[int], int]]:
+        """This device's micro-batches of an epoch, each with the learned tokens of its optimizer step."""
+        batches = self.order(epoch)[: self.length * self.num_devices]
+        step_size = self.accumulate * self.num_devices
+        planned = []
+        for index in range(self.device_index, len(batches), self.num_devices):
+            start = index // step_size * step_size
+            step = batches[start : start + step_size]
+            planned.append((batches[index], sum(self.answer_tokens[row] for rows in step for row in rows)))
+        return planned
+
+
+class EvaluationLoader:
+    """Every row once, the same batches each time; devices take them in turn.
+
+    Args:
+        examples: rows, each with ``input_ids`` and ``labels``.
+        answer_tokens: learned tokens of each row.
+        batches: micro-batches of rows.
+        device_index: which of ``num_devices`` this is.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        answer_tokens: Sequence[int],
+        batches: list[list[int]],
+        device_index: int = 0,
+        num_devices: int = 1,
+    ) -> None:
+        mine = batches[device_index::num_devices]
+        self.planned = _Planned(examples, [(rows, sum(answer_tokens[row] for row in rows)) for rows in mine])
+
+    def __len__(self) -> int:
+        return len(self.planned)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.planned[index] for index in range(len(self.planned)))

@@ -1,0 +1,110 @@
+"""Owns the encoded rows: made once, kept on disk under a name that says what they are made of.
+
+`datasets` memory-maps them, so host memory does not grow with their number. Knows no source and no batch.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lit_qlora.batch import IGNORE_INDEX
+from lit_qlora.data.encode import Encoder
+from lit_qlora.text.conversation import Conversation
+
+ROWS_A_WRITE = 512
+
+LAYOUT = 1
+"""Counted up when the same conversations and settings are to give other rows on disk."""
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows of ids and labels, on disk, and what became of the conversations they were made from."""
+
+    examples: Any
+    lengths: list[int]
+    answer_tokens: list[int]
+    num_cut: int
+    num_left_out: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> EncodedRows:
+    """The rows of ``conversations`` in their order, from the cache if they were encoded before."""
+    import datasets
+
+    folder = _cache_folder() / _key(conversations, encoder)
+    if not (folder / "counts.json").is_file():
+        _write(folder, conversations, encoder)
+    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
+    return EncodedRows(
+        examples.select_columns(["input_ids", "labels"]),
+        examples["length"][:],
+        examples["answer_tokens"][:],
+        counts["cut"],
+        counts["left_out"],
+    )
+
+
+def _cache_folder() -> Path:
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "lit_qlora"
+
+
+def _key(conversations: Sequence[Conversation], encoder: Encoder) -> str:
+    content = hashlib.sha256(f"{LAYOUT} {encoder.fingerprint()}".encode())
+    for conversation in conversations:
+        turns = [conversation.system, *((turn.role, turn.content) for turn in conversation.turns)]
+        content.update(json.dumps(turns).encode())
+    return content.hexdigest()[:32]
+
+
+def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        counts = _write_rows(staging / "rows.arrow", conversations, encoder)
+        (staging / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+        if (folder / "counts.json").is_file():
+            return  # another process, such as a second GPU's, made the same and may be reading it by now
+        shutil.rmtree(folder, ignore_errors=True)  # what a full disk may have left there
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Encoder) -> dict[str, int]:
+    """Streams the rows to disk, so that host memory holds a few hundred of them at a time."""
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    schema = pa.schema([("input_ids", ids), ("labels", ids), ("length", pa.int32()), ("answer_tokens", pa.int32())])
+    counts = {"cut": 0, "left_out": 0}
+    examples = encoder.examples(conversations)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        while some := list(islice(examples, ROWS_A_WRITE)):
+            kept = [example for example in some if example is not None]
+            counts["left_out"] += len(some) - len(kept)
+            counts["cut"] += sum(example.was_cut for example in kept)
+            rows = [
+                {
+                    "input_ids": example.input_ids,
+                    "labels": example.labels,
+                    "length": len(example.input_ids),
+                    # The first label is never predicted by anything.
+                    "answer_tokens": sum(label != IGNORE_INDEX for label in example.labels[1:]),
+                }
+                for example in kept
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    return counts

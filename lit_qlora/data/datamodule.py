@@ -1,0 +1,194 @@
+"""Owns the wiring of the data: source -> conversations -> ids -> loaders, as a LightningDataModule.
+
+Everything it does is done by its neighbours (`records`, `encode`, `cache`, `batching`). Knows nothing of the model
+but the name of its tokenizer.
+"""
+
+import math
+from functools import cached_property
+
+from lightning.pytorch import LightningDataModule
+
+from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader
+from lit_qlora.data.cache import EncodedRows, encode_records
+from lit_qlora.data.encode import Encoder, TrainOn, load_tokenizer
+from lit_qlora.data.records import Form, Records, has_split, load_records, load_train_and_held_out
+from lit_qlora.errors import UserError, require
+from lit_qlora.text import llama2
+from lit_qlora.text.conversation import Conversation
+
+
+class ChatDataModule(LightningDataModule):
+    """Conversations to train and to score a chat model on.
+
+    Args:
+        source: ``demo``, a local jsonl, json, csv or parquet file, a folder with train.* and test.*, or a hub id.
+        form: how a row is written: found out from each row (auto), or one form for all.
+        validation_source: held-out rows from elsewhere; default: the source's own test split, else a share.
+        validation_share: the seeded share of rows held out where there is no test split.
+        test_source: rows for ``test``; default: the held-out ones.
+        system: system text for conversations that bring none.
+        train_on: learn the answers only, or all of each conversation.
+        max_length: tokens of one conversation; a longer one is cut so that answer tokens stay.
+        batch_size: rows of one micro-batch.
+        batch_tokens: instead: as many rows as fit into this many tokens, padding counted.
+        num_workers: processes that prepare batches ahead.
+        tokenizer: hub id or folder of the tokenizer; the command line takes it from ``model.base``.
+        seed: of the order and of the held-out share; the command line takes it from ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        source: str = "demo",
+        form: Form = "auto",
+        validation_source: str | None = None,
+        validation_share: float = 0.05,
+        test_source: str | None = None,
+        system: str | None = None,
+        train_on: TrainOn = "answers",
+        max_length: int = 1024,
+        batch_size: int = 4,
+        batch_tokens: int | None = None,
+        num_workers: int = 0,
+        tokenizer: str = "demo",
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        require(0 <= validation_share < 1, "data.validation_share", "a share from 0 to below 1", validation_share)
+        require(max_length >= 8, "data.max_length", "at least 8 tokens", max_length)
+        require(batch_size >= 1, "data.batch_size", "at least 1 row", batch_size)
+        require(
+            batch_tokens is None or batch_tokens >= max_length,
+            "data.batch_tokens",
+            f"none, or at least data.max_length ({max_length})",
+            batch_tokens,
+        )
+        require(not llama2.tags_in(system or ""), "data.system", "a text without Llama 2's tags", system)
+        require(num_workers >= 0, "data.num_workers", "0 or more processes", num_workers)
+        self.source, self.form = source, form
+        self.validation_source, self.validation_share = validation_source, validation_share
+        self.test_source = test_source
+        self.system, self.train_on, self.max_length = system, train_on, max_length
+        self.plan = BatchPlan(batch_size, batch_tokens)
+        self.num_workers = num_workers
+        self.tokenizer_name = tokenizer
+        self.seed = seed
+        self._records: dict[str, Records] = {}
+        self._rows: dict[str, EncodedRows] = {}
+        self._encoder: Encoder | None = None
+
+    @property
+    def encoder(self) -> Encoder:
+        """The one encoder of the run; the tokenizer is loaded at the first use."""
+        if self._encoder is None:
+            tokenizer = load_tokenizer(self.tokenizer_name)
+            self._encoder = Encoder(tokenizer, self.max_length, self.train_on, self.system)
+        return self._encoder
+
+    def setup(self, stage: str) -> None:
+        """Reads and encodes what ``stage`` needs: ``fit``, ``validate`` or ``test``.
+
+        Raises UserError for rows that can't be read, or when nothing is left to learn or to score.
+        """
+        if stage == "fit" and "train" not in self._rows:
+            train, held_out = load_train_and_held_out(
+                self.source, self.validation_source, self.validation_share, self.seed, self.form
+            )
+            self._encode("train", train)
+            self._encode("validation", held_out)
+        elif stage == "validate" and "validation" not in self._rows:
+            self._encode("validation", self._held_out())
+        elif stage == "test" and "test" not in self._rows:
+            self._encode("test", self._test_records())
+
+    def train_dataloader(self) -> ResumableLoader:
+        """The training rows, in groups of like length, in an order that the seed fixes."""
+        assert self.trainer is not None
+        rows = self._rows["train"]
+        return ResumableLoader(
+            rows.examples,
+            rows.answer_tokens,
+            lambda epoch: self.plan.epoch(rows.lengths, self.seed, epoch) if epoch else self._first_epoch,
+            accumulate=self.trainer.accumulate_grad_batches,
+            device_index=self.trainer.global_rank,
+            num_devices=self.trainer.world_size,
+            limit=self.trainer.limit_train_batches,
+            num_workers=self.num_workers,
+        )
+
+    def num_optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run, by arithmetic alone: no loader is asked for a batch."""
+        assert self.trainer is not None
+        trainer = self.trainer
+        epoch_steps = math.ceil(self.train_dataloader().length / trainer.accumulate_grad_batches)
+        by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * epoch_steps
+        by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+        return int(min(by_epochs, by_steps))
+
+    @cached_property
+    def _first_epoch(self) -> list[list[int]]:
+        """Kept, for the number of steps is asked for after each of them."""
+        return self.plan.epoch(self._rows["train"].lengths, self.seed, 0)
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """The held-out rows."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """The rows of ``test_source``, else the held-out ones."""
+        return self._evaluation_loader("test")
+
+    def held_out_prompts(self, count: int) -> list[tuple[Conversation, str]]:
+        """The first ``count`` held-out conversations, cut before their first answer, each with that answer."""
+        conversations = self._records["validation"].conversations[:count]
+        return [(Conversation(c.turns[:1], c.system), c.turns[1].content) for c in conversations]
+
+    def describe(self) -> list[str]:
+        """What was read, learned, cut and left out, in lines for the terminal."""
+        lines = []
+        for part, rows in self._rows.items():
+            records = self._records[part]
+            answers = sum(rows.answer_tokens)
+            lines.append(
+                f"{part}: {len(rows):,} conversations of {records.name}, {sum(rows.lengths):,} tokens, "
+                f"{answers:,} of them learned" if part == "train" else
+                f"{part}: {len(rows):,} conversations of {records.name}, {answers:,} tokens scored"
+            )  # fmt: skip
+            dropped = [f"{count:,} {what}" for what, count in records.dropped.items() if count]
+            if rows.num_cut:
+                dropped.append(f"{rows.num_cut:,} cut to {self.max_length} tokens")
+            if rows.num_left_out:
+                dropped.append(f"{rows.num_left_out:,} left out: no answer within {self.max_length} tokens")
+            if dropped:
+                lines.append(f"{part}: " + "; ".join(dropped))
+        return lines
+
+    def _test_records(self) -> Records:
+        if self.test_source is None:
+            return self._held_out()
+        split = "test" if has_split(self.test_source, "test") else "train"
+        return load_records(self.test_source, split, self.form)
+
+    def _held_out(self) -> Records:
+        return load_train_and_held_out(
+            self.source, self.validation_source, self.validation_share, self.seed, self.form
+        )[1]
+
+    def _encode(self, part: str, records: Records) -> None:
+        rows = encode_records(records.conversations, self.encoder)
+        if not len(rows):
+            held_out = "test_source" if part == "test" and self.test_source else "validation_source"
+            raise UserError(
+                f"data.{'source' if part == 'train' else held_out}: of {len(records.conversations)} "
+                f"conversations in {records.name} none has an answer within data.max_length={self.max_length} "
+                "tokens; raise it"
+            )
+        self._records[part], self._rows[part] = records, rows
+
+    def _evaluation_loader(self, part: str) -> EvaluationLoader:
+        assert self.trainer is not None
+        rows = self._rows[part]
+        batches = self.plan.epoch(rows.lengths, seed=0, epoch=0)
+        return EvaluationLoader(
+            rows.examples, rows.answer_tokens, batches, self.trainer.global_rank, self.trainer.world_size
+        )

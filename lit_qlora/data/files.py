@@ -1,0 +1,209 @@
+"""Owns the reading of local files: .jsonl, .json, .csv and .parquet to rows that know where they stand.
+
+`read_rows` is the whole of it. Every fault is one line that begins with the file, and the line or row
+in it. Knows what a row is made of (named columns), not what it says.
+"""
+
+import csv
+import difflib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_qlora.errors import UserError
+
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
+COLUMNS = ("messages", "conversations", "text")
+EXAMPLE = '{"text": "### Human: …### Assistant: …"}'
+
+
+class Row(NamedTuple):
+    """One row by column name, and where it stands: ``rows.jsonl:17`` or ``rows.parquet: row 17``."""
+
+    where: str
+    value: dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads every row of a file, by its ending.
+
+    Raises:
+        UserError: when the file can't be read, is not what its ending says, or holds no rows.
+    """
+    ending = path.suffix.lower()
+    if ending in COMPRESSED:
+        raise UserError(f"{path}: is compressed, expected one of {', '.join(ENDINGS)}; unpack it first")
+    if ending not in ENDINGS:
+        raise UserError(f"{path}: the ending is {ending!r}, expected one of {', '.join(ENDINGS)}; convert the file")
+    data = _read_bytes(path)
+    if ending == ".parquet":
+        rows = list(_parquet_rows(path, data))
+    else:
+        read = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}[ending]
+        rows = list(read(path, _decode(path, data)))
+    if not rows:
+        raise UserError(f"{path}: holds no rows, expected some such as {EXAMPLE}; check how it was made")
+    return rows
+
+
+def excerpt(value: object) -> str:
+    """Shows a value in at most 80 printable characters on one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def kind(value: object) -> str:
+    """Says what a value is, in the words of the files."""
+    if value is None:
+        return "null"
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "one object",
+    }
+    return kinds.get(type(value), type(value).__name__)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Says which known name was probably meant, as the tail of a sentence; empty when none comes near."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f", did you mean {found[0]!r}?" if found else ""
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); check the file's permissions") from error
+    start = data[:200].lstrip().lower()
+    if not data:
+        raise UserError(f"{path}: is empty (0 bytes); check how it was made, or download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a git-LFS pointer, not the data; run 'git lfs pull' where it was cloned")
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise UserError(
+            f"{path}: is a web page, not data; download the file itself ('resolve' in its link, not 'blob')"
+        )
+    if data.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        raise UserError(f"{path}: is compressed in spite of its ending; unpack it first")
+    return data
+
+
+def _decode(path: Path, data: bytes) -> str:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
+        raise UserError(f"{path}: is UTF-16, expected UTF-8; save it again as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if b"\0" in data:
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise UserError(f"{path}:{line}: holds a NUL byte, expected UTF-8 text; it's damaged or binary, copy it again")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file from the encoding"
+            " it was saved in (such as iconv -f WINDOWS-1252 -t UTF-8)"
+        ) from error
+    if not text.strip():
+        raise UserError(f"{path}: holds only blank lines; check how it was made, or download it again")
+    return text
+
+
+def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
+    # Not splitlines(): that would also cut at U+2028 and its like, which JSON allows inside a text.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                remedy = "a list of rows belongs in a .json file" if line.startswith("[") else "mend or delete the line"
+                raise UserError(
+                    f"{where}: no JSON ({_reason(error)}), expected one whole object a line,"
+                    f" got {excerpt(line)}; {remedy}"
+                ) from error
+            yield Row(where, _object(where, value))
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where = f"{path}:{getattr(error, 'lineno', 1)}"
+        remedy = "name it .jsonl if it has an object a line" if "Extra data" in str(error) else "mend the file there"
+        raise UserError(f"{where}: no JSON ({_reason(error)}), expected a list of rows; {remedy}") from error
+    if isinstance(value, dict) and len(value) == 1:
+        ((key, inner),) = value.items()
+        value = inner if key not in COLUMNS and isinstance(inner, list) else value
+    if not isinstance(value, list):
+        raise UserError(
+            f"{path}: holds {kind(value)}, expected a list of rows, got {excerpt(value)}; put [ and ] around the rows"
+        )
+    for number, row in enumerate(value, start=1):
+        where = f"{path}: row {number}"
+        yield Row(where, _object(where, row))
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{where}: broken quoting ({error}); double every quote inside a quoted text") from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if not header:
+            header = cells
+            if not any(nearest(name.lower(), list(COLUMNS)) for name in header):
+                raise UserError(
+                    f"{where}: no column 'text', columns found: {excerpt(header)};"
+                    " the first line of a .csv names the columns"
+                )
+        elif len(cells) != len(header):
+            raise UserError(
+                f"{where}: {len(cells)} columns, expected {len(header)} as in the first line,"
+                f" got {excerpt(cells)}; put quotes around texts that hold commas"
+            )
+        else:
+            yield Row(where, dict(zip(header, cells, strict=True)))
+
+
+def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        values = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: no whole parquet file ({_reason(error)}); it may be cut short, download it again"
+        ) from error
+    for number, value in enumerate(values, start=1):
+        yield Row(f"{path}: row {number}", value)
+
+
+def _object(where: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{where}: holds {kind(value)}, expected an object such as {EXAMPLE},"
+            f" got {excerpt(value)}; mend or delete it"
+        )
+    return value
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return str(error).strip().partition("\n")[0]

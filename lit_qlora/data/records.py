@@ -1,0 +1,170 @@
+"""Owns the way from rows to conversations that can be trained on, and the held-out split.
+
+Rows are recognised by what they hold; what is left out is counted, what is wrong is an error that
+names its place. Knows no prompt format, no tokens, and not where rows come from.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from lit_qlora.data.files import COLUMNS, EXAMPLE, Row, excerpt, kind, nearest
+from lit_qlora.data.sources import has_split, read_source
+from lit_qlora.errors import UserError
+from lit_qlora.text import guanaco, llama2, messages
+from lit_qlora.text.conversation import Conversation
+
+Form = Literal["auto", "guanaco", "llama2", "messages", "sharegpt"]
+FORMS: dict[str, tuple[str, Callable[[Any], Conversation]]] = {
+    "guanaco": ("text", guanaco.parse),
+    "llama2": ("text", llama2.parse),
+    "messages": ("messages", messages.parse),
+    "sharegpt": ("conversations", messages.parse),
+}
+FORM_OF_COLUMN = {"messages": "messages", "conversations": "sharegpt"}
+
+UNANSWERED = "unanswered last turns dropped"
+NOTHING_ANSWERED = "rows left out: nothing answered"
+HOLDS_A_TAG = "rows left out: a Llama 2 tag inside a turn"
+BROKEN = "rows left out: no whole conversation"
+
+
+@dataclass(frozen=True)
+class Records:
+    """Conversations that all end on an answer, their source's name, and what was left out, in words."""
+
+    name: str
+    conversations: list[Conversation]
+    dropped: dict[str, int]
+
+
+def load_train_and_held_out(
+    source: str, validation_source: str | None, validation_share: float, seed: int, form: Form = "auto"
+) -> tuple[Records, Records]:
+    """Loads the rows to train on and the rows to validate on; no source mixes with the other's.
+
+    Held out are the rows of ``validation_source`` (its test split, if it has one), or else the test
+    split of ``source``, or else ``validation_share`` of its different conversations, drawn by
+    ``seed`` alone, so that no conversation stands on both sides.
+
+    Raises:
+        UserError: as `load_records`, and when there is nothing to hold out.
+    """
+    train = load_records(source, "train", form)
+    held_out_source = source if validation_source is None else validation_source
+    if has_split(held_out_source, "test"):
+        return train, load_records(held_out_source, "test", form)
+    if validation_source == source:
+        raise UserError(
+            f"data.validation_source: {source} is the training data itself; leave it out to hold out a share"
+        )
+    if validation_source is not None:
+        return train, load_records(validation_source, "train", form)
+    return _split(train, validation_share, seed)
+
+
+def _split(records: Records, share: float, seed: int) -> tuple[Records, Records]:
+    if not 0 < share < 1:
+        raise UserError(
+            f"data.validation_share: is {share}, expected between 0 and 1, such as 0.05, because"
+            f" {records.name} has no test split; or give data.validation_source"
+        )
+    unique = list(dict.fromkeys(records.conversations))
+    if len(unique) < 2:
+        raise UserError(
+            f"{records.name}: has one conversation only, so none can be held out; add rows, or give"
+            " data.validation_source"
+        )
+    count = min(max(1, round(share * len(unique))), len(unique) - 1)
+    chosen = set(random.Random(seed).sample(unique, count))
+    kept = [conversation for conversation in records.conversations if conversation not in chosen]
+    held_out = [conversation for conversation in records.conversations if conversation in chosen]
+    return replace(records, conversations=kept), Records(f"{records.name}, held out", held_out, {})
+
+
+def load_records(source: str, split: str = "train", form: Form = "auto") -> Records:
+    """Loads one split of ``demo``, a local file or folder, or a dataset on the hub.
+
+    ``form`` is the rows' form: guanaco, llama2, messages or sharegpt; "auto" looks at each row.
+
+    A row that is no conversation is an error where its file can be mended in an editor. In parquet
+    and on the hub it can't: there it is left out and counted, up to one row in ten.
+
+    Raises:
+        UserError: when the source or the split isn't found, a row is wrong (naming its place), or
+            no row is left.
+    """
+    known = get_args(Form)
+    if form not in known:
+        raise UserError(f"data.form: {form!r} is unknown, expected {', '.join(known)}{nearest(form, list(known))}")
+    rows, mendable = read_source(source, split)
+    return _to_records(source if split == "train" else f"{source} ({split})", rows, form, mendable)
+
+
+def _to_records(name: str, rows: list[Row], form: Form, mendable: bool) -> Records:
+    dropped: Counter[str] = Counter()
+    conversations: list[Conversation] = []
+    first_fault: UserError | None = None
+    for row in rows:
+        try:
+            conversation = _to_conversation(row, form)
+        except ValueError as error:
+            fault = UserError(f"{row.where}: {error}; got {excerpt(row.value)}; mend or delete this row")
+            if mendable:
+                raise fault from error
+            first_fault = first_fault or fault
+            dropped[BROKEN] += 1
+            continue
+        if not conversation.is_answered and len(conversation.turns) == 1:
+            dropped[NOTHING_ANSWERED] += 1
+            continue
+        if not conversation.is_answered:
+            conversation = replace(conversation, turns=conversation.turns[:-1])
+            dropped[UNANSWERED] += 1
+        try:
+            llama2.segments(conversation)
+        except ValueError:  # one hostile row must not stop a run
+            dropped[HOLDS_A_TAG] += 1
+        else:
+            conversations.append(conversation)
+    if first_fault and dropped[BROKEN] > len(rows) / 10:  # so many are no stray rows, but a form misread
+        raise first_fault
+    if not conversations:
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "no rows"
+        raise UserError(f"{name}: nothing to train on ({reasons}); expected conversations that end on an answer")
+    return Records(name, conversations, dict(dropped))
+
+
+def _to_conversation(row: Row, form: Form) -> Conversation:
+    """Raises UserError when the column is missing, ValueError when what it holds is no conversation."""
+    wanted = COLUMNS if form == "auto" else (FORMS[form][0],)
+    column = next((column for column in wanted if column in row.value), None)
+    if column is None:
+        near = next((name for name in row.value if nearest(name.lower(), list(wanted))), None)
+        raise UserError(
+            f"{row.where}: no column {' or '.join(map(repr, wanted))}, columns found:"
+            f" {excerpt(list(row.value))}; got {excerpt(row.value)};"
+            f" {f'rename {near!r}' if near else f'write rows such as {EXAMPLE}'}"
+        )
+    content = row.value[column]
+    if column == "text" and not isinstance(content, str):
+        raise ValueError(f"column 'text' holds {kind(content)}, expected text")
+    name = form if form != "auto" else FORM_OF_COLUMN.get(column) or _form_of_text(content)
+    conversation = FORMS[name][1](content)
+    for text in (conversation.system or "", *(turn.content for turn in conversation.turns)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(r"a lone surrogate such as '\ud800' is no character: no token stands for it") from None
+    return conversation
+
+
+def _form_of_text(text: str) -> str:
+    """Whichever marker comes first decides, so that a turn may quote the other form."""
+    marker = guanaco.MARKER.search(text)
+    prompt = text.find("[INST]")
+    if marker is None and prompt < 0:
+        raise ValueError("column 'text' has neither '### Human:' nor '[INST]', expected a conversation")
+    return "llama2" if marker is None or 0 <= prompt < marker.start() else "guanaco"

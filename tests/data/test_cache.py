@@ -1,0 +1,177 @@
+"""Rows are encoded once and read from disk after that; what is not whole, or of other contents, is never taken."""
+
+import datasets
+import pytest
+
+from lit_qlora.batch import IGNORE_INDEX
+from lit_qlora.data import cache
+from lit_qlora.data.cache import encode_records
+from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.text.conversation import Conversation, Turn
+
+
+def said(*contents: str, system: str | None = None) -> Conversation:
+    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
+    return Conversation(tuple(turns), system)
+
+
+TALKS = [said(f"question {index}", "word " * index + "end") for index in range(1, 8)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("demo")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    return tmp_path / "lit_qlora"
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    """From its call on, nothing may be encoded any more."""
+
+    def refuse():
+        def fail(*_):
+            pytest.fail("encoded again")
+
+        monkeypatch.setattr(Encoder, "examples", fail)
+        monkeypatch.setattr(Encoder, "_encode", fail)
+
+    return refuse
+
+
+def contents(rows):
+    return [(row["input_ids"], row["labels"]) for row in rows.examples]
+
+
+def test_rows_are_the_encoders_in_their_order(tokenizer):
+    encoder = Encoder(tokenizer, 1024)
+    rows = encode_records(TALKS, encoder)
+    expected = list(encoder.examples(TALKS))
+    assert contents(rows) == [(one.input_ids, one.labels) for one in expected]
+    assert len(rows) == 7
+    assert rows.lengths == [len(one.input_ids) for one in expected]
+    assert rows.answer_tokens == [sum(label != IGNORE_INDEX for label in one.labels) for one in expected]
+    assert (rows.num_cut, rows.num_left_out) == (0, 0)
+    assert rows.examples.column_names == ["input_ids", "labels"]
+
+
+def test_a_second_call_reads_from_disk(tokenizer, folder, no_encoding):
+    first = encode_records(TALKS, Encoder(tokenizer, 1024))
+    no_encoding()
+    second = encode_records(list(TALKS), Encoder(load_tokenizer("demo"), 1024))
+    assert contents(second) == contents(first)
+    assert (second.lengths, second.answer_tokens) == (first.lengths, first.answer_tokens)
+    assert len([*folder.iterdir()]) == 1
+
+
+@pytest.mark.parametrize(
+    ("talks", "settings"),
+    [
+        (TALKS, {"max_length": 1023}),
+        (TALKS, {"train_on": "all"}),
+        (TALKS, {"system": "be brief"}),
+        (TALKS[:-1], {}),
+        (TALKS[::-1], {}),
+        ([*TALKS[:-1], said("question 7", "other")], {}),
+        ([*TALKS[:-1], Conversation(TALKS[-1].turns, "be brief")], {}),
+    ],
+    ids=["max_length", "train_on", "system", "fewer", "order", "an answer", "a system text"],
+)
+def test_other_settings_or_contents_are_another_entry(tokenizer, folder, talks, settings):
+    encode_records(TALKS, Encoder(tokenizer, 1024))
+    encoder = Encoder(tokenizer, **{"max_length": 1024, **settings})
+    rows = encode_records(talks, encoder)
+    assert len([*folder.iterdir()]) == 2
+    assert contents(rows) == [(one.input_ids, one.labels) for one in encoder.examples(talks)]
+
+
+def test_another_layout_is_another_entry(tokenizer, folder, monkeypatch):
+    encode_records(TALKS, Encoder(tokenizer, 1024))
+    monkeypatch.setattr(cache, "LAYOUT", cache.LAYOUT + 1)
+    encode_records(TALKS, Encoder(tokenizer, 1024))
+    assert len([*folder.iterdir()]) == 2
+
+
+def test_cut_and_left_out_conversations_are_counted(tokenizer, monkeypatch):
+    monkeypatch.setattr(cache, "ROWS_A_WRITE", 2)
+    long_answer, long_question = said("a", "b " * 99), said("a " * 99, "b")
+    talks = [TALKS[0], long_question, long_answer, long_question, long_question, long_answer, TALKS[1]]
+    rows = encode_records(talks, Encoder(tokenizer, 80))
+    assert (len(rows), rows.num_cut, rows.num_left_out) == (4, 2, 3)
+    assert rows.lengths[1:3] == [80, 80]
+
+
+def test_learned_tokens_are_counted_as_a_batch_counts_them(tokenizer):
+    # With train_on=all nearly every token is learned; the first is BOS, and predicted by nothing.
+    rows = encode_records([said("a", "b", "c", "d")], Encoder(tokenizer, 1024, "all"))
+    (row,) = rows.examples
+    assert rows.answer_tokens == [len(row["input_ids"]) - 2]  # two BOS
+
+
+def test_nothing_left_is_no_row(tokenizer):
+    rows = encode_records([said("a " * 99, "b")], Encoder(tokenizer, 16))
+    assert (len(rows), rows.lengths, rows.num_left_out) == (0, [], 1)
+
+
+def test_rows_are_mapped_from_disk_and_not_held_in_memory(tokenizer, folder):
+    rows = encode_records(TALKS, Encoder(tokenizer, 1024))
+    (entry,) = folder.iterdir()
+    assert rows.examples.cache_files == [{"filename": str(entry / "rows.arrow")}]
+    assert isinstance(rows.examples.data, datasets.table.MemoryMappedTable)
+
+
+def test_rows_are_written_a_few_at_a_time(tokenizer, monkeypatch):
+    monkeypatch.setattr(cache, "ROWS_A_WRITE", 2)
+    rows = encode_records(TALKS, Encoder(tokenizer, 1024))
+    chunks = rows.examples.data.column("input_ids").chunks
+    assert [len(chunk) for chunk in chunks] == [2, 2, 2, 1]
+
+
+def test_an_encoding_that_was_cut_off_leaves_nothing_and_is_made_anew(tokenizer, folder, monkeypatch):
+    monkeypatch.setattr(cache, "ROWS_A_WRITE", 1)
+    whole = Encoder.examples
+
+    def breaks(self, talks):
+        for index, one in enumerate(whole(self, talks)):
+            if index == 4:
+                raise OSError("disk full")
+            yield one
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(Encoder, "examples", breaks)
+        encode_records(TALKS, Encoder(tokenizer, 1024))
+    assert [*folder.iterdir()] == []
+    assert len(encode_records(TALKS, Encoder(tokenizer, 1024))) == 7
+    assert len([*folder.iterdir()]) == 1
+
+
+def test_a_half_written_entry_is_not_taken_for_whole(tokenizer, folder):
+    first = encode_records(TALKS, Encoder(tokenizer, 1024))
+    expected = contents(first)
+    (entry,) = folder.iterdir()
+    (entry / "counts.json").unlink()
+    (entry / "rows.arrow").unlink()
+    (entry / "rows.arrow").write_bytes(b"half")
+    assert contents(encode_records(TALKS, Encoder(tokenizer, 1024))) == expected
+    assert [*folder.iterdir()] == [entry]
+
+
+def test_an_entry_that_another_process_made_meanwhile_is_left_as_it_is(tokenizer, folder, monkeypatch):
+    write, others = cache._write_rows, []
+
+    def overtaken(path, talks, encoder):
+        if not others:  # another device's process does the same from start to end
+            others.append(encoder)
+            encode_records(talks, encoder)
+            (entry,) = (path for path in folder.iterdir() if (path / "counts.json").is_file())
+            (entry / "mark").touch()
+        return write(path, talks, encoder)
+
+    monkeypatch.setattr(cache, "_write_rows", overtaken)
+    assert len(encode_records(TALKS, Encoder(tokenizer, 1024))) == 7
+    (entry,) = folder.iterdir()
+    assert (entry / "mark").is_file()

@@ -1,0 +1,312 @@
+"""From a source to loaders: what is held out, how many steps there are, and what the terminal is told."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lit_qlora.data.batching import BatchPlan
+from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.errors import UserError
+from lit_qlora.quiet import WARNINGS
+from lit_qlora.text.conversation import Conversation, Turn
+
+# What the command line silences, too; lit_qlora/quiet.py has the reason beside each.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in WARNINGS]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(name, *talks):
+    """A file of rows; a talk is its turns' contents."""
+    marks = ("### Human: ", "### Assistant: ")
+    texts = ["".join(marks[index % 2] + content for index, content in enumerate(talk)) for talk in talks]
+    Path(name).write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts), encoding="utf-8")
+    return name
+
+
+def numbered(count, word="question"):
+    return [(f"{word} {index}", f"answer {index}") for index in range(count)]
+
+
+class Module(LightningModule):
+    """The least that can be fitted; counts what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.num_optimizer_steps = None
+        self.rows = []
+
+    def training_step(self, batch, batch_idx):
+        self.rows += batch.rows
+        return self.weight * len(batch.targets)
+
+    def test_step(self, batch, batch_idx):
+        self.rows += batch.rows
+
+    validation_step = test_step
+
+    def configure_optimizers(self):
+        self.num_optimizer_steps = self.trainer.datamodule.num_optimizer_steps()
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def trainer(**options):
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+def words(data, part):
+    """The conversations of a part, as the encoder reads their ids."""
+    return [data.encoder.decode(row["input_ids"]) for row in data._rows[part].examples]
+
+
+def test_a_share_is_held_out_by_the_seed():
+    write("rows.jsonl", *numbered(20))
+    parts = []
+    for seed in (1, 1, 2):
+        data = ChatDataModule("rows.jsonl", validation_share=0.25, seed=seed)
+        data.setup("fit")
+        train, held_out = words(data, "train"), words(data, "validation")
+        assert (len(train), len(held_out)) == (15, 5)
+        assert {*train, *held_out} == {f"[INST] question {index} [/INST] answer {index}" for index in range(20)}
+        parts.append(held_out)
+    assert parts[0] == parts[1] != parts[2]
+
+
+def test_validate_and_test_score_the_rows_that_fit_held_out():
+    write("rows.jsonl", *numbered(20))
+    fitted, validated, tested = (ChatDataModule("rows.jsonl", validation_share=0.25) for _ in range(3))
+    fitted.setup("fit")
+    validated.setup("validate")
+    tested.setup("test")
+    assert words(validated, "validation") == words(tested, "test") == words(fitted, "validation")
+    assert "train" not in validated._rows
+    assert "train" not in tested._rows
+
+
+def test_held_out_rows_can_come_from_a_file():
+    write("rows.jsonl", *numbered(4))
+    write("other.jsonl", *numbered(3, "held out"))
+    data = ChatDataModule("rows.jsonl", validation_source="other.jsonl")
+    data.setup("fit")
+    assert len(data._rows["train"]) == 4
+    assert words(data, "validation") == [f"[INST] held out {index} [/INST] answer {index}" for index in range(3)]
+
+
+def test_test_rows_can_come_from_a_file_of_their_own():
+    write("rows.jsonl", *numbered(4))
+    write("other.jsonl", *numbered(2, "tested"))
+    data = ChatDataModule("rows.jsonl", test_source="other.jsonl")
+    module = Module()
+    trainer().test(module, datamodule=data, verbose=False)
+    assert words(data, "test") == ["[INST] tested 0 [/INST] answer 0", "[INST] tested 1 [/INST] answer 1"]
+    assert sorted(module.rows) == [0, 1]
+
+
+def test_the_test_split_of_a_folder_is_held_out(tmp_path):
+    (tmp_path / "set").mkdir()
+    write("set/train.jsonl", *numbered(4))
+    write("set/test.jsonl", *numbered(2, "tested"))
+    for data, stage, part in (
+        (ChatDataModule("set"), "fit", "validation"),
+        (ChatDataModule("set"), "test", "test"),
+        (ChatDataModule("set", test_source="set"), "test", "test"),
+    ):
+        data.setup(stage)
+        assert words(data, part) == ["[INST] tested 0 [/INST] answer 0", "[INST] tested 1 [/INST] answer 1"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("fit", {}, "data.source: of 3 conversations in long.jsonl"),
+        (
+            "test",
+            {"test_source": "long.jsonl", "source": "rows.jsonl"},
+            "data.test_source: of 3 conversations in long.jsonl",
+        ),
+        (
+            "fit",
+            {"validation_source": "long.jsonl", "source": "rows.jsonl"},
+            "data.validation_source: of 3 conversations in long.jsonl",
+        ),
+    ],
+)
+def test_nothing_left_is_told_with_the_option_that_mends_it(stage, options, message):
+    write("rows.jsonl", ("a", "b"), ("c", "d"))
+    write("long.jsonl", *[(f"{'word ' * 99}{index}", "b") for index in range(3)])
+    write("held.jsonl", ("a", "b"))
+    data = ChatDataModule(**{"source": "long.jsonl", "validation_source": "held.jsonl", "max_length": 32, **options})
+    with pytest.raises(UserError) as caught:
+        data.setup(stage)
+    assert str(caught.value) == f"{message} none has an answer within data.max_length=32 tokens; raise it"
+
+
+def test_every_row_is_trained_on_once_an_epoch_and_scored_once():
+    write("rows.jsonl", *numbered(20))
+    data = ChatDataModule("rows.jsonl", validation_share=0.25, batch_size=4)
+    module = Module()
+    trainer(max_epochs=2, limit_val_batches=0).fit(module, datamodule=data)
+    assert sorted(module.rows) == sorted([*range(15)] * 2)
+    module.rows = []
+    trainer().validate(module, datamodule=data, verbose=False)
+    assert sorted(module.rows) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("rows", "data_options", "options", "expected"),
+    [
+        (10, {"batch_size": 1}, {"max_epochs": 1}, 10),
+        (10, {"batch_size": 3}, {"max_epochs": 2}, 8),
+        (10, {"batch_size": 1}, {"max_epochs": 2, "accumulate_grad_batches": 4}, 6),
+        (10, {"batch_size": 1}, {"max_epochs": 3, "accumulate_grad_batches": 99}, 3),
+        (10, {"batch_size": 1}, {"max_epochs": 3, "max_steps": 7}, 7),
+        (10, {"batch_size": 1}, {"max_epochs": 1, "max_steps": 700}, 10),
+        (10, {"batch_size": 1}, {"max_epochs": -1, "max_steps": 23}, 23),
+        (10, {"batch_size": 2}, {"max_epochs": -1, "max_steps": 7, "accumulate_grad_batches": 3}, 7),
+        (10, {"batch_size": 1}, {"max_epochs": 2, "limit_train_batches": 3}, 6),
+        (10, {"batch_size": 1}, {"max_epochs": 2, "limit_train_batches": 0.55, "accumulate_grad_batches": 2}, 6),
+        (10, {"batch_size": 1}, {"max_epochs": 1, "limit_train_batches": 99}, 10),
+        (10, {"batch_tokens": 64, "max_length": 64}, {"max_epochs": 3}, None),
+    ],
+)
+def test_the_steps_are_counted_as_the_trainer_makes_them(rows, data_options, options, expected):
+    write("rows.jsonl", *numbered(rows))
+    write("held.jsonl", ("a", "b"))
+    data = ChatDataModule("rows.jsonl", validation_source="held.jsonl", **data_options)
+    module, made = Module(), trainer(limit_val_batches=0, **options)
+    made.fit(module, datamodule=data)
+    assert module.num_optimizer_steps == made.global_step == data.num_optimizer_steps()
+    assert expected in (None, made.global_step)
+
+
+def test_the_number_of_steps_is_no_new_plan_each_time(monkeypatch):
+    write("rows.jsonl", *numbered(10))
+    data = ChatDataModule("rows.jsonl")
+    trainer(max_epochs=1).fit(Module(), datamodule=data)
+    # Callbacks ask after each step, and a plan of 100,000 rows takes a quarter of a second.
+    monkeypatch.setattr(BatchPlan, "epoch", lambda *_: pytest.fail("planned anew"))
+    assert data.num_optimizer_steps() == 3
+
+
+def test_several_devices_take_turns():
+    write("rows.jsonl", *numbered(12))
+    write("held.jsonl", *numbered(5))
+    data = ChatDataModule("rows.jsonl", validation_source="held.jsonl", batch_size=2)
+    data.setup("fit")
+    seen, scored = [], []
+    for rank in range(3):
+        data.trainer = _device(rank)
+        seen += [row for batch in data.train_dataloader() for row in batch.rows]
+        scored += [row for batch in data.val_dataloader() for row in batch.rows]
+        assert data.num_optimizer_steps() == 2
+    assert sorted(seen) == list(range(12))
+    assert sorted(scored) == list(range(5))
+
+
+def _device(rank):
+    """Of a Trainer on three devices, what the DataModule reads."""
+    return SimpleNamespace(
+        accumulate_grad_batches=1,
+        global_rank=rank,
+        world_size=3,
+        limit_train_batches=1.0,
+        max_epochs=1,
+        max_steps=-1,
+    )
+
+
+def test_describe_tells_what_was_read_learned_cut_and_left_out():
+    write(
+        "rows.jsonl",
+        ("hi", "yo"),
+        ("hi", "yo", "unanswered"),
+        ("hi", "long " * 99),
+        ("long " * 99, "yo"),
+        ("[INST]", "a tag"),
+    )
+    write("held.jsonl", *numbered(2))
+    data = ChatDataModule("rows.jsonl", validation_source="held.jsonl", max_length=64)
+    data.setup("fit")
+    train, held_out = data._rows["train"], data._rows["validation"]
+    tokens, learned = sum(train.lengths), sum(train.answer_tokens)
+    assert data.describe() == [
+        f"train: 3 conversations of rows.jsonl, {tokens} tokens, {learned} of them learned",
+        "train: 1 unanswered last turns dropped; 1 rows left out: a Llama 2 tag inside a turn; 1 cut to 64 tokens; "
+        "1 left out: no answer within 64 tokens",
+        f"validation: 2 conversations of held.jsonl, {sum(held_out.answer_tokens)} tokens scored",
+    ]
+    assert max(train.lengths) == 64
+    assert learned < tokens
+
+
+def test_thousands_have_a_comma():
+    write("rows.jsonl", *numbered(1200))
+    data = ChatDataModule("rows.jsonl", validation_share=0.1)
+    data.setup("fit")
+    assert data.describe()[0].startswith("train: 1,080 conversations of rows.jsonl, ")
+    assert data.describe()[1].startswith("validation: 120 conversations of rows.jsonl, held out, ")
+
+
+def test_held_out_prompts_are_the_first_ones_cut_before_their_answer():
+    write("rows.jsonl", *numbered(3))
+    write("held.jsonl", ("one", "two"), ("three", "four", "five", "six"), ("seven", "eight"))
+    data = ChatDataModule("rows.jsonl", validation_source="held.jsonl")
+    data.setup("fit")
+    assert data.held_out_prompts(2) == [
+        (Conversation((Turn("user", "one"),)), "two"),
+        (Conversation((Turn("user", "three"),)), "four"),
+    ]
+    assert len(data.held_out_prompts(99)) == 3
+
+
+def test_all_options_reach_the_encoder_and_the_plan():
+    data = ChatDataModule(system="be brief", train_on="all", max_length=99, batch_size=7, batch_tokens=512)
+    encoder = data.encoder
+    assert (encoder.system, encoder.train_on, encoder.max_length) == ("be brief", "all", 99)
+    assert data.plan == BatchPlan(7, 512)
+    assert data.encoder is encoder
+
+
+def test_the_demo_is_the_default():
+    data = ChatDataModule()
+    data.setup("fit")
+    assert len(data._rows["train"]) > 500
+    assert data._rows["train"].num_cut == data._rows["validation"].num_left_out == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_share": 1.0}, "data.validation_share: expected a share from 0 to below 1, got 1.0"),
+        ({"validation_share": math.nan}, "data.validation_share: expected a share from 0 to below 1, got nan"),
+        ({"max_length": 7}, "data.max_length: expected at least 8 tokens, got 7"),
+        ({"batch_size": 0}, "data.batch_size: expected at least 1 row, got 0"),
+        ({"batch_tokens": 1023}, "data.batch_tokens: expected none, or at least data.max_length (1024), got 1023"),
+        ({"num_workers": -1}, "data.num_workers: expected 0 or more processes, got -1"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(UserError) as caught:
+        ChatDataModule(**options)
+    assert str(caught.value) == message

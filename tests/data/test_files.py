@@ -1,0 +1,255 @@
+import io
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lit_qlora.data.files import Row, excerpt, read_rows
+from lit_qlora.errors import UserError
+
+GOOD = b'{"text": "### Human: hi### Assistant: yo"}\n'
+OBJECT = 'expected an object such as {"text": "### Human: …### Assistant: …"}'
+NO_ROWS = 'holds no rows, expected some such as {"text": "### Human: …### Assistant: …"}; check how it was made'
+UTF16 = "is UTF-16, expected UTF-8; save it again as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+WEB_PAGE = "is a web page, not data; download the file itself ('resolve' in its link, not 'blob')"
+CONVERT = "convert the file from the encoding it was saved in (such as iconv -f WINDOWS-1252 -t UTF-8)"
+CUT_SHORT = "it may be cut short, download it again"
+
+
+def parquet(rows: list[dict]) -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+BAD_FILES = {
+    "empty": ("a.jsonl", b"", "a.jsonl: is empty (0 bytes); check how it was made, or download it again"),
+    "blank lines": (
+        "a.jsonl",
+        b"\n \r\n\n",
+        "a.jsonl: holds only blank lines; check how it was made, or download it again",
+    ),
+    "torn line": (
+        "a.jsonl",
+        GOOD + b'{"text": "### Hum',
+        "a.jsonl:2: no JSON (Unterminated string starting at column 10), expected one whole object a line,"
+        ' got \'{"text": "### Hum\'; mend or delete the line',
+    ),
+    "pretty list in .jsonl": (
+        "a.jsonl",
+        b'[\n  {"text": "x"}\n]\n',
+        "a.jsonl:1: no JSON (Expecting value at column 2), expected one whole object a line, got '[';"
+        " a list of rows belongs in a .json file",
+    ),
+    "line is a list": (
+        "a.jsonl",
+        GOOD + b'["a", 1]',
+        f"a.jsonl:2: holds a list, {OBJECT}, got ['a', 1]; mend or delete it",
+    ),
+    "line is a number": (
+        "a.jsonl",
+        b"\r\n\n42",
+        f"a.jsonl:3: holds a number, {OBJECT}, got 42; mend or delete it",
+    ),
+    "line is a text": ("a.jsonl", b'"hi"', f"a.jsonl:1: holds a text, {OBJECT}, got 'hi'; mend or delete it"),
+    "line is null": ("a.jsonl", b"null", f"a.jsonl:1: holds null, {OBJECT}, got None; mend or delete it"),
+    "single object": (
+        "a.json",
+        b'{"text": "hi"}',
+        "a.json: holds one object, expected a list of rows, got {'text': 'hi'}; put [ and ] around the rows",
+    ),
+    "single conversation": (
+        "a.json",
+        b'{"messages": [{"role": "user"}]}',
+        "a.json: holds one object, expected a list of rows, got {'messages': [{'role': 'user'}]};"
+        " put [ and ] around the rows",
+    ),
+    "lines in .json": (
+        "a.json",
+        GOOD + GOOD,
+        "a.json:2: no JSON (Extra data at column 1), expected a list of rows;"
+        " name it .jsonl if it has an object a line",
+    ),
+    "torn .json": (
+        "a.json",
+        b'[\n{"text": "a"},\n{"text": ',
+        "a.json:3: no JSON (Expecting value at column 10), expected a list of rows; mend the file there",
+    ),
+    "scalar .json": (
+        "a.json",
+        b"3",
+        "a.json: holds a number, expected a list of rows, got 3; put [ and ] around the rows",
+    ),
+    "texts in .json": (
+        "a.json",
+        b'[{"text": "x"}, "a"]',
+        f"a.json: row 2: holds a text, {OBJECT}, got 'a'; mend or delete it",
+    ),
+    "empty list": ("a.json", b"[]", f"a.json: {NO_ROWS}"),
+    "web page": ("a.jsonl", b"<!DOCTYPE html>\n<html>", f"a.jsonl: {WEB_PAGE}"),
+    "web page as parquet": ("a.parquet", b"\n<html lang='en'>", f"a.parquet: {WEB_PAGE}"),
+    "git-LFS pointer": (
+        "a.parquet",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a.parquet: is a git-LFS pointer, not the data; run 'git lfs pull' where it was cloned",
+    ),
+    "csv quote": (
+        "a.csv",
+        b'text\n"fine"\n"say "hi" to"\n',
+        "a.csv:3: broken quoting (',' expected after '\"'); double every quote inside a quoted text",
+    ),
+    "csv open quote": (
+        "a.csv",
+        b'text\n"two\nlines"\n"never closed\n',
+        "a.csv:4: broken quoting (unexpected end of data); double every quote inside a quoted text",
+    ),
+    "csv without header": (
+        "a.csv",
+        b"### Human: hi### Assistant: yo\n",
+        "a.csv:1: no column 'text', columns found: ['### Human: hi### Assistant: yo'];"
+        " the first line of a .csv names the columns",
+    ),
+    "csv header only": ("a.csv", b"text\n", f"a.csv: {NO_ROWS}"),
+    "csv loose comma": (
+        "a.csv",
+        b"id,text\n1,hi\n2,hi, you\n",
+        "a.csv:3: 3 columns, expected 2 as in the first line, got ['2', 'hi', ' you'];"
+        " put quotes around texts that hold commas",
+    ),
+    "csv short row": (
+        "a.csv",
+        b"id,text\n1\n",
+        "a.csv:2: 1 columns, expected 2 as in the first line, got ['1']; put quotes around texts that hold commas",
+    ),
+    "parquet without rows": ("a.parquet", parquet([]), f"a.parquet: {NO_ROWS}"),
+    "compressed": (
+        "a.jsonl.gz",
+        b"\x1f\x8b\x08",
+        "a.jsonl.gz: is compressed, expected one of .jsonl, .json, .csv, .parquet; unpack it first",
+    ),
+    "secretly compressed": (
+        "a.jsonl",
+        b"\x1f\x8b\x08",
+        "a.jsonl: is compressed in spite of its ending; unpack it first",
+    ),
+    "unknown ending": (
+        "a.txt",
+        GOOD,
+        "a.txt: the ending is '.txt', expected one of .jsonl, .json, .csv, .parquet; convert the file",
+    ),
+    "no ending": (
+        "a",
+        GOOD,
+        "a: the ending is '', expected one of .jsonl, .json, .csv, .parquet; convert the file",
+    ),
+    "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), f"a.jsonl: {UTF16}"),
+    "UTF-16 without mark": ("a.csv", "text\nhi".encode("utf-16-be"), f"a.csv: {UTF16}"),
+    "Latin-1": ("a.jsonl", GOOD + b'{"text": "caf\xe9"}', f"a.jsonl:2: byte 0xe9 is not UTF-8; {CONVERT}"),
+    "Windows-1252 after a mark": (
+        "a.csv",
+        b"\xef\xbb\xbftext\n\n\x93hi\x94\n",
+        f"a.csv:3: byte 0x93 is not UTF-8; {CONVERT}",
+    ),
+    "NUL": (
+        "a.jsonl",
+        GOOD + b"\0\0\0\0",
+        "a.jsonl:2: holds a NUL byte, expected UTF-8 text; it's damaged or binary, copy it again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_one_line_that_says_where_and_what_to_do(name, data, message):
+    Path(name).write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read_rows(Path(name))
+    assert str(caught.value) == message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("data", [parquet([{"text": "hi"}])[:-20], GOOD, b"PAR1"], ids=["cut", "lines", "stub"])
+def test_a_parquet_file_that_is_not_whole(data):
+    Path("a.parquet").write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read_rows(Path("a.parquet"))
+    message = str(caught.value)
+    assert message.startswith("a.parquet: no whole parquet file (")
+    assert message.endswith(f"; {CUT_SHORT}")
+    assert "\n" not in message
+
+
+def test_brackets_without_end():
+    Path("a.jsonl").write_bytes(b"[" * 200_000)
+    with pytest.raises(UserError, match=r"^a\.jsonl:1: no JSON \(maximum recursion depth .*$") as caught:
+        read_rows(Path("a.jsonl"))
+    assert len(str(caught.value)) < 400
+
+
+def test_a_file_that_may_not_be_read(monkeypatch):
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError) as caught:
+        read_rows(Path("a.jsonl"))
+    assert str(caught.value) == "a.jsonl: can't be read (Permission denied); check the file's permissions"
+
+
+GOOD_FILES = {
+    "lines": ("a.jsonl", b'{"a": 1}\n\n{"a": 2}', [("a.jsonl:1", {"a": 1}), ("a.jsonl:3", {"a": 2})]),
+    "Windows lines": (
+        "a.jsonl",
+        b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}\r\n',
+        [("a.jsonl:1", {"a": 1}), ("a.jsonl:3", {"a": 2})],
+    ),
+    "odd line ends inside": (
+        "a.JSONL",
+        '{"a": "x\u2028\x85y"}'.encode(),
+        [("a.JSONL:1", {"a": "x\u2028\x85y"})],
+    ),
+    "list": ("a.json", b'[{"a": 1},\n{"a": 2}]', [("a.json: row 1", {"a": 1}), ("a.json: row 2", {"a": 2})]),
+    "list under a key": ("a.json", b'{"data": [{"a": 1}]}', [("a.json: row 1", {"a": 1})]),
+    "csv": (
+        "a.csv",
+        b'\n"text",id\r\n"two\r\nlines",1\r\n\r\n"say ""hi"", you",2\r\n',
+        [
+            ("a.csv:3", {"text": "two\r\nlines", "id": "1"}),
+            ("a.csv:6", {"text": 'say "hi", you', "id": "2"}),
+        ],
+    ),
+    "csv near column": ("a.csv", b"Texts\nhi\n", [("a.csv:2", {"Texts": "hi"})]),
+    "parquet": (
+        "a.parquet",
+        parquet([{"messages": [{"role": "user", "content": "hi"}]}, {"messages": None}]),
+        [
+            ("a.parquet: row 1", {"messages": [{"role": "user", "content": "hi"}]}),
+            ("a.parquet: row 2", {"messages": None}),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "rows"), GOOD_FILES.values(), ids=GOOD_FILES)
+def test_a_good_file_is_rows_that_know_where_they_stand(name, data, rows):
+    Path(name).write_bytes(data)
+    assert read_rows(Path(name)) == [Row(*row) for row in rows]
+
+
+@pytest.mark.parametrize(("name", "start", "end"), [("a.jsonl", b'{"text": "', b'"}'), ("a.csv", b'text\n"', b'"')])
+def test_long_rows_are_fine(name, start, end):
+    Path(name).write_bytes(start + b"x" * 3_000_000 + end)
+    (row,) = read_rows(Path(name))
+    assert len(row.value["text"]) == 3_000_000
+
+
+def test_an_excerpt_is_short_and_printable():
+    assert excerpt({"a": "\x1b[31m\n\u2028\ud800\x9b"}) == r"{'a': '\x1b[31m\n\u2028\ud800\x9b'}"
+    assert excerpt("x" * 78) == "'" + "x" * 78 + "'"
+    assert excerpt("x" * 79) == "'" + "x" * 78 + "…"

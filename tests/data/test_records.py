@@ -1,0 +1,336 @@
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_qlora.data.records import Records, _split, load_records, load_train_and_held_out
+from lit_qlora.errors import UserError
+from lit_qlora.text.conversation import Conversation, Turn
+
+REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
+
+
+def said(*contents: str, system: str | None = None) -> Conversation:
+    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
+    return Conversation(tuple(turns), system)
+
+
+def write(name: str, *rows: object) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    return name
+
+
+def text(*contents: str) -> dict[str, str]:
+    marks = ("### Human: ", "### Assistant: ")
+    return {"text": "".join(marks[index % 2] + content for index, content in enumerate(contents))}
+
+
+def parquet(name: str, rows: list[dict]) -> str:
+    datasets.Dataset.from_list(rows).to_parquet(name)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+ROWS = {
+    "guanaco": {"text": "### Human: hi### Assistant: yo"},
+    "llama2": {"text": "<s>[INST] hi [/INST] yo </s>"},
+    "llama2 bare": {"text": "[INST] hi [/INST] yo"},
+    "messages": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+    "messages beside a text": {
+        "text": None,
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
+    },
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_each_form_is_recognised(row):
+    assert load_records(write("a.jsonl", row)) == Records("a.jsonl", [said("hi", "yo")], {})
+    assert load_records(parquet("a.parquet", [row])) == Records("a.parquet", [said("hi", "yo")], {})
+
+
+def test_forms_may_be_mixed():
+    assert load_records(write("a.jsonl", *ROWS.values())).conversations == [said("hi", "yo")] * 6
+
+
+def test_the_first_mark_decides_on_a_text():
+    rows = (
+        {"text": "[INST] hi [/INST] ### Human: is a mark"},
+        {"text": "### Human: hi### Assistant: x [INST]"},
+    )
+    assert load_records(write("a.jsonl", *rows)) == Records(
+        "a.jsonl", [said("hi", "### Human: is a mark")], {"rows left out: a Llama 2 tag inside a turn": 1}
+    )
+
+
+def test_a_form_may_be_forced():
+    source = write("a.jsonl", {"text": "[INST] hi [/INST] yo", "messages": "other"})
+    assert load_records(source, form="llama2").conversations == [said("hi", "yo")]
+    with pytest.raises(UserError, match=r"^a\.jsonl:1: no '### Human:' in the text; got \{'text': "):
+        load_records(source, form="guanaco")
+    with pytest.raises(
+        UserError, match=r"^a\.jsonl:1: no column 'conversations', columns found: \['text', 'messages'\]"
+    ):
+        load_records(source, form="sharegpt")
+    with pytest.raises(UserError) as caught:
+        load_records(source, form="message")
+    assert str(caught.value) == (
+        "data.form: 'message' is unknown, expected auto, guanaco, llama2, messages, sharegpt, did you mean 'messages'?"
+    )
+
+
+def test_what_can_not_be_trained_on_is_left_out_and_counted():
+    rows = [
+        text("a", "b"),
+        text("a", "b", "c"),
+        text("d", "e", "f"),
+        text("only asked"),
+        text("say [INST]", "b"),
+        text("a", "<</SYS>>", "c"),
+        text("a", "b", "[INST] in what is dropped"),
+        {"messages": [{"role": "system", "content": "<<SYS>>"}, *ROWS["messages"]["messages"]]},
+    ]
+    assert load_records(write("a.jsonl", *rows)) == Records(
+        "a.jsonl",
+        [said("a", "b"), said("a", "b"), said("d", "e"), said("a", "b")],
+        {
+            "unanswered last turns dropped": 4,
+            "rows left out: nothing answered": 1,
+            "rows left out: a Llama 2 tag inside a turn": 3,
+        },
+    )
+
+
+MEND = "mend or delete this row"
+NO_MARK = "column 'text' has neither '### Human:' nor '[INST]', expected a conversation"
+NO_COLUMN = "no column 'messages' or 'conversations' or 'text', columns found"
+BAD_ROWS = {
+    "wrong columns": (
+        {"prompt": "hi", "completion": "yo"},
+        f"{NO_COLUMN}: ['prompt', 'completion']; got {{'prompt': 'hi', 'completion': 'yo'}};"
+        ' write rows such as {"text": "### Human: …### Assistant: …"}',
+    ),
+    "near column": ({"Texts": "hi"}, f"{NO_COLUMN}: ['Texts']; got {{'Texts': 'hi'}}; rename 'Texts'"),
+    "no columns": (
+        {},
+        f'{NO_COLUMN}: []; got {{}}; write rows such as {{"text": "### Human: …### Assistant: …"}}',
+    ),
+    "number": ({"text": 3.5}, f"column 'text' holds a number, expected text; got {{'text': 3.5}}; {MEND}"),
+    "null": ({"text": None}, f"column 'text' holds null, expected text; got {{'text': None}}; {MEND}"),
+    "list": ({"text": ["a"]}, f"column 'text' holds a list, expected text; got {{'text': ['a']}}; {MEND}"),
+    "no marks": ({"text": "a story"}, f"{NO_MARK}; got {{'text': 'a story'}}; {MEND}"),
+    "blank": ({"text": " "}, f"{NO_MARK}; got {{'text': ' '}}; {MEND}"),
+    "long": ({"text": "x" * 300}, f"{NO_MARK}; got {{'text': '{'x' * 69}…; {MEND}"),
+    "control characters": (
+        {"text": "\x1b[31m\n\u2028"},
+        f"{NO_MARK}; got {{'text': '\\x1b[31m\\n\\u2028'}}; {MEND}",
+    ),
+    "assistant first": (
+        {"text": "### Assistant: yo"},
+        f"turn 1 is the assistant's, expected the user's; got {{'text': '### Assistant: yo'}}; {MEND}",
+    ),
+    "two users": (
+        {"text": "### Human: a### Human: b"},
+        f"turn 2 is the user's, expected the assistant's; got {{'text': '### Human: a### Human: b'}}; {MEND}",
+    ),
+    "empty question": (
+        {"text": "### Human:### Assistant: b"},
+        f"turn 1: a turn of the user is empty; got {{'text': '### Human:### Assistant: b'}}; {MEND}",
+    ),
+    "empty answer": (
+        {"text": "[INST] a [/INST] </s>"},
+        f"turn 2: a turn of the assistant is empty; got {{'text': '[INST] a [/INST] </s>'}}; {MEND}",
+    ),
+    "unpaired tag": (
+        {"text": "[INST] a"},
+        f"turn 1: [INST] without its [/INST]; got {{'text': '[INST] a'}}; {MEND}",
+    ),
+    "open system text": (
+        {"text": "[INST] <<SYS>> a [/INST] b"},
+        "the system text opens with <<SYS>> and is never closed by <</SYS>>;"
+        f" got {{'text': '[INST] <<SYS>> a [/INST] b'}}; {MEND}",
+    ),
+    "unknown role": (
+        {"messages": [{"role": "tool", "content": "hi"}]},
+        "turn 1: unknown role 'tool', expected one of system, user, human, assistant, gpt;"
+        f" got {{'messages': [{{'role': 'tool', 'content': 'hi'}}]}}; {MEND}",
+    ),
+    "no messages": (
+        {"messages": []},
+        f"a conversation needs at least one turn; got {{'messages': []}}; {MEND}",
+    ),
+    "text for messages": (
+        {"messages": "hi"},
+        f"expected a list of messages, got str; got {{'messages': 'hi'}}; {MEND}",
+    ),
+    "no content": (
+        {"conversations": [{"from": "human", "value": None}]},
+        "turn 1: the user's content is text, got NoneType;"
+        f" got {{'conversations': [{{'from': 'human', 'value': None}}]}}; {MEND}",
+    ),
+    "lone surrogate": (
+        {"text": "### Human: a\ud800### Assistant: b"},
+        "a lone surrogate such as '\\ud800' is no character: no token stands for it;"
+        f" got {{'text': '### Human: a\\ud800### Assistant: b'}}; {MEND}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_one_line_that_says_where_and_what_to_do(row, message):
+    with pytest.raises(UserError) as caught:
+        load_records(write("a.jsonl", text("a", "b"), row))
+    assert str(caught.value) == f"a.jsonl:2: {message}"
+    assert "\n" not in message
+
+
+def test_the_line_of_a_csv_record_is_the_file_s_own():
+    Path("a.csv").write_text('text\n"### Human: a\n### Assistant: b"\n\nstory\n', "utf-8")
+    with pytest.raises(UserError) as caught:
+        load_records("a.csv")
+    assert str(caught.value) == f"a.csv:5: {NO_MARK}; got {{'text': 'story'}}; {MEND}"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (text("only asked"), "rows left out: nothing answered: 1"),
+        (text("[INST]", "b"), "rows left out: a Llama 2 tag inside a turn: 1"),
+    ],
+)
+def test_nothing_left_is_an_error(row, reason):
+    with pytest.raises(UserError) as caught:
+        load_records(write("a.jsonl", row))
+    assert str(caught.value) == (
+        f"a.jsonl: nothing to train on ({reason}); expected conversations that end on an answer"
+    )
+
+
+def test_a_split_without_rows_on_the_hub_is_an_error(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: datasets.Dataset.from_list([]))
+    with pytest.raises(UserError, match=r"^owner/name: nothing to train on \(no rows\); expected "):
+        load_records("owner/name")
+
+
+def test_one_broken_row_in_ten_is_left_out_where_nobody_can_mend_it(monkeypatch):
+    rows = [text("a", "b")] * 9 + [text("", "b")]
+    dropped = {"rows left out: no whole conversation": 1}
+    assert load_records(parquet("a.parquet", rows)) == Records("a.parquet", [said("a", "b")] * 9, dropped)
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: datasets.Dataset.from_list(rows))
+    assert load_records("owner/name", "test") == Records("owner/name (test)", [said("a", "b")] * 9, dropped)
+
+
+def test_more_than_one_broken_row_in_ten_is_an_error():
+    source = parquet("a.parquet", [text("a", "b")] * 8 + [text("", "b")])
+    with pytest.raises(UserError, match=r"^a\.parquet: row 9: turn 1: a turn of the user is empty; got "):
+        load_records(source)
+
+
+@pytest.fixture
+def ten() -> str:
+    return write("ten.jsonl", *(text(f"q{number}", "a") for number in range(10)))
+
+
+def questions(records: Records) -> list[str]:
+    return [conversation.turns[0].content for conversation in records.conversations]
+
+
+def test_a_share_is_held_out_by_the_seed_alone(ten):
+    train, held_out = load_train_and_held_out(ten, None, 0.2, seed=0)
+    assert questions(train) == ["q0", "q1", "q2", "q3", "q4", "q5", "q7", "q8"]
+    assert questions(held_out) == ["q6", "q9"]
+    assert (train.name, held_out.name) == ("ten.jsonl", "ten.jsonl, held out")
+    assert load_train_and_held_out(ten, None, 0.2, seed=0) == (train, held_out)
+    assert questions(load_train_and_held_out(ten, None, 0.2, seed=1)[1]) != ["q6", "q9"]
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.001, 1), (0.3, 3), (0.999, 9)])
+def test_both_sides_get_at_least_one_row(ten, share, count):
+    train, held_out = load_train_and_held_out(ten, None, share, seed=7)
+    assert (len(train.conversations), len(held_out.conversations)) == (10 - count, count)
+
+
+@given(
+    st.lists(st.sampled_from("abcd"), min_size=2).filter(lambda said: len(set(said)) > 1),
+    st.floats(0.01, 0.99),
+)
+def test_no_conversation_stands_on_both_sides(names, share):
+    records = Records("rows", [said(name, "yo") for name in names], {"x": 1})
+    train, held_out = _split(records, share, seed=3)
+    assert questions(train)
+    assert questions(held_out)
+    assert not set(questions(train)) & set(questions(held_out))
+    assert sorted(questions(train) + questions(held_out)) == sorted(names)
+    assert (train.dropped, held_out.dropped) == ({"x": 1}, {})
+
+
+@pytest.mark.parametrize("share", [0, 0.0, 1.0, -0.1, float("nan")])
+def test_a_share_that_holds_out_nothing_or_all_is_an_error(ten, share):
+    with pytest.raises(UserError) as caught:
+        load_train_and_held_out(ten, None, share, seed=0)
+    assert str(caught.value) == (
+        f"data.validation_share: is {share}, expected between 0 and 1, such as 0.05, because ten.jsonl has"
+        " no test split; or give data.validation_source"
+    )
+
+
+def test_one_conversation_can_not_be_split():
+    source = write("a.jsonl", text("a", "b"), text("a", "b", "c"))
+    with pytest.raises(UserError) as caught:
+        load_train_and_held_out(source, None, 0.5, seed=0)
+    assert str(caught.value) == (
+        "a.jsonl: has one conversation only, so none can be held out; add rows, or give data.validation_source"
+    )
+
+
+def test_the_source_s_own_test_split_is_held_out(ten):
+    write("mine/train.jsonl", text("a", "b"))
+    write("mine/test.jsonl", text("c", "d", "e"))
+    train, held_out = load_train_and_held_out("mine", None, 0.5, seed=0)
+    assert train == Records("mine", [said("a", "b")], {})
+    assert held_out == Records("mine (test)", [said("c", "d")], {"unanswered last turns dropped": 1})
+    assert load_train_and_held_out(ten, "mine", 0.5, seed=0)[1] == held_out
+    assert load_train_and_held_out("mine", "mine", 0.5, seed=0)[1] == held_out
+
+
+def test_a_validation_source_without_a_test_split_is_held_out_whole(ten):
+    train, held_out = load_train_and_held_out(ten, write("other.jsonl", text("c", "d")), 0, seed=0)
+    assert len(train.conversations) == 10
+    assert held_out == Records("other.jsonl", [said("c", "d")], {})
+
+
+def test_the_training_rows_are_not_held_out_whole(ten):
+    with pytest.raises(UserError) as caught:
+        load_train_and_held_out(ten, ten, 0.1, seed=0)
+    assert str(caught.value) == (
+        "data.validation_source: ten.jsonl is the training data itself; leave it out to hold out a share"
+    )
+
+
+@pytest.mark.parametrize(("splits", "expected"), [(["train", "test"], "test"), (["train"], "train")])
+def test_a_validation_source_on_the_hub(ten, monkeypatch, splits, expected):
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: splits)
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda source, split: datasets.Dataset.from_list([text(f"{source} {split}", "a")]),
+    )
+    _, held_out = load_train_and_held_out(ten, "owner/name", 0.1, seed=0)
+    assert questions(held_out) == [f"owner/name {expected}"]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the checkout")
+def test_the_real_rows():
+    records = load_records(str(REAL / "openassistant_best_replies_eval_first259.jsonl"))
+    assert (len(records.conversations), records.dropped) == (259, {"unanswered last turns dropped": 64})
+    records = load_records(str(REAL / "guanaco-llama2-1k.train.parquet"))
+    assert (len(records.conversations), records.dropped) == (997, {"rows left out: no whole conversation": 3})

@@ -1,0 +1,192 @@
+from pathlib import Path
+
+import datasets
+import pytest
+
+from lit_qlora import demo
+from lit_qlora.data.files import Row
+from lit_qlora.data.sources import has_split, read_source
+from lit_qlora.errors import UserError
+
+A_SOURCE = (
+    "expected 'demo', a file (.jsonl, .json, .csv, .parquet), a folder with train.jsonl, or a hub id such as owner/name"
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Works in an empty folder, where nothing may ask the hub unless a test sets an answer."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
+    return tmp_path
+
+
+def write(name: str, text: str = '{"text": "x"}\n') -> None:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(text, "utf-8")
+
+
+def test_a_file_is_all_train():
+    write("rows.jsonl")
+    assert read_source("rows.jsonl", "train") == ([Row("rows.jsonl:1", {"text": "x"})], True)
+    assert has_split("rows.jsonl", "train")
+    assert not has_split("rows.jsonl", "test")
+
+
+def test_a_folder_holds_splits():
+    write("mine/train.csv", "text\nx\n")
+    write("mine/test.jsonl")
+    write("mine/README.md")
+    assert read_source("mine", "train") == ([Row("mine/train.csv:2", {"text": "x"})], True)
+    assert read_source("mine", "test") == ([Row("mine/test.jsonl:1", {"text": "x"})], True)
+    assert has_split("mine", "train")
+    assert has_split("mine", "test")
+
+
+def test_a_folder_that_is_named_like_a_hub_id_comes_before_the_hub():
+    write("owner/name/train.jsonl")
+    assert read_source("owner/name", "train") == ([Row("owner/name/train.jsonl:1", {"text": "x"})], True)
+    assert not has_split("owner/name", "test")
+
+
+def test_parquet_can_not_be_mended():
+    datasets.Dataset.from_dict({"text": ["x"]}).to_parquet("rows.parquet")
+    assert read_source("rows.parquet", "train") == ([Row("rows.parquet: row 1", {"text": "x"})], False)
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("rows.jsonl")
+    assert has_split("~/rows.jsonl", "train")
+
+
+def test_the_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TRAIN", tmp_path / "a.jsonl")
+    monkeypatch.setattr(demo, "TEST", tmp_path / "b.jsonl")
+    write("a.jsonl")
+    write("b.jsonl", '{"text": "y"}\n')
+    assert read_source("demo", "train") == ([Row(f"{tmp_path}/a.jsonl:1", {"text": "x"})], True)
+    assert read_source("demo", "test") == ([Row(f"{tmp_path}/b.jsonl:1", {"text": "y"})], True)
+    assert has_split("demo", "test")
+    assert not has_split("demo", "validation")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("rows.jsnl", f"rows.jsnl: no such file, did you mean 'rows.jsonl'?; {A_SOURCE}"),
+        ("zzz.csv", f"zzz.csv: no such file; {A_SOURCE}"),
+        ("data/rows.jsonl", f"data/rows.jsonl: no such file; {A_SOURCE}"),
+        ("data/rows.txt", f"data/rows.txt: no such file; {A_SOURCE}"),
+        ("./data/rows", f"./data/rows: no such file; {A_SOURCE}"),
+        ("../rows", f"../rows: no such file; {A_SOURCE}"),
+        ("a/b/c", f"a/b/c: no such file; {A_SOURCE}"),
+        ("Demo", f"Demo: no such file; {A_SOURCE}"),
+        (
+            "https://huggingface.co/datasets/a/b",
+            f"https://huggingface.co/datasets/a/b: no such file; {A_SOURCE}",
+        ),
+        ("", "data.source: is '', expected 'demo', a file, a folder or a hub id"),
+        ("a\nb", "data.source: is 'a\\nb', expected 'demo', a file, a folder or a hub id"),
+        (
+            "useless",
+            "useless: no train or test file in this folder, expected train.jsonl (.jsonl, .json, .csv,"
+            " .parquet), found: ['README.md', 'rows.jsonl']; rename yours, or name the file itself",
+        ),
+        ("twice", "twice: holds both train.csv and train.jsonl, expected one; keep one of them"),
+        ("half", "half: has no split 'train', found: test; choose another"),
+    ],
+)
+def test_a_source_that_is_not_there_is_one_line(source, message):
+    for name in (
+        "rows.jsonl",
+        "useless/rows.jsonl",
+        "useless/README.md",
+        "twice/train.csv",
+        "twice/train.jsonl",
+        "half/test.jsonl",
+    ):
+        write(name)
+    with pytest.raises(UserError) as caught:
+        read_source(source, "train")
+    assert str(caught.value) == message
+    assert "\n" not in message
+
+
+def test_the_hub_is_asked_for_the_split_and_never_trusts_code(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_dict({"text": ["x", "y"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_source("owner/name", "train") == (
+        [Row("owner/name (train): row 1", {"text": "x"}), Row("owner/name (train): row 2", {"text": "y"})],
+        False,
+    )
+    assert asked == [(("owner/name",), {"split": "train"})]
+
+
+def test_the_hub_is_asked_for_its_splits(monkeypatch):
+    monkeypatch.setattr(
+        datasets, "get_dataset_split_names", lambda source: {"owner/name.v1-0": ["train", "test"]}[source]
+    )
+    assert has_split("owner/name.v1-0", "test")
+    assert not has_split("owner/name.v1-0", "validation")
+
+
+NOT_FOUND = datasets.exceptions.DatasetNotFoundError
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            NOT_FOUND("Dataset 'owner/name' doesn't exist on the Hub or cannot be accessed."),
+            "owner/name: not found on the hub, and no such file here; check the spelling,"
+            " or set HF_TOKEN if it's private",
+        ),
+        (
+            NOT_FOUND("Dataset 'owner/name' is a gated dataset on the Hub. You must be authenticated to access it."),
+            "owner/name: is gated on the hub; accept its terms at https://huggingface.co/datasets/owner/name"
+            " and set HF_TOKEN",
+        ),
+        (
+            ConnectionError("Couldn't reach 'owner/name' on the Hub (LocalEntryNotFoundError)"),
+            "owner/name: no such file here, and the hub can't be reached; check the network"
+            " (and HF_HUB_OFFLINE), or give a local file",
+        ),
+        (
+            ValueError("Unknown split \"train\". Should be one of ['test'].\nMore."),
+            "owner/name: the hub's files can't be loaded (ValueError: Unknown split \"train\"."
+            " Should be one of ['test'].); see https://huggingface.co/datasets/owner/name",
+        ),
+    ],
+)
+def test_what_goes_wrong_on_the_hub_is_one_line(error, message, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
+    for call in (read_source, has_split):
+        with pytest.raises(UserError) as caught:
+            call("owner/name", "train")
+        assert str(caught.value) == message
+        assert "\n" not in message
+
+
+def test_offline_is_said_by_the_real_library(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"^no-such-owner/no-such-name: no such file here, and the hub can't be reached"
+    ):
+        read_source("no-such-owner/no-such-name", "train")

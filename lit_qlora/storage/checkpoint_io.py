@@ -1,0 +1,67 @@
+"""Owns how Lightning's checkpoints reach the disk: as whole, verified folders without pickle.
+
+Given to the Trainer as a plugin, `Trainer(plugins=[FolderCheckpointIO()])`; from then on every path of a
+checkpoint is a folder. Knows nothing of when to save, which to keep and what is in a checkpoint.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from lit_qlora.errors import UserError
+from lit_qlora.storage.folders import remove_folder, verify_folder, write_folder
+from lit_qlora.storage.state import load_state, save_state
+
+# pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Saves, loads and removes checkpoints that are folders."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; `storage_options` is Lightning's and has no meaning here.
+
+        Raises:
+            UserError: the path is a URL or a file.
+            FileExistsError: there is one of that name already.
+            TypeError: the checkpoint holds something other than plain values and tensors.
+        """
+        write_folder(_folder(path), lambda folder: save_state(checkpoint, folder))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Verify a checkpoint, then read it onto the CPU; Lightning moves the tensors where they belong.
+
+        `map_location` and `weights_only` are Lightning's: nothing in these files can run code.
+
+        Raises:
+            UserError: the path is a URL or a file; as DamagedFolderError: it is missing or not whole.
+        """
+        folder = _folder(path)
+        verify_folder(folder)
+        return load_state(folder)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint, if there is one.
+
+        Raises:
+            UserError: the path is a URL or a file.
+        """
+        folder = _folder(path)
+        if folder.exists():
+            remove_folder(folder)
+
+
+def _folder(path: str | Path) -> Path:
+    wanted = "give the path of a checkpoint folder, such as runs/demo/checkpoints/step-00000500"
+    if _URL.match(str(path)):
+        raise UserError(f"{path} is a URL, and checkpoints are only read from this machine: {wanted}")
+    folder = Path(path)
+    if folder.suffix in _PICKLES or folder.is_file():
+        raise UserError(f"{path} is a file, and checkpoints are folders, without pickle: {wanted}")
+    return folder

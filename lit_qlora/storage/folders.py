@@ -1,0 +1,251 @@
+"""Owns folders that are either whole or not there: written aside, sealed by a manifest, renamed into place.
+
+Called by whatever keeps something on disk; at the start of a run, `recover` and `clear_leftovers` put right
+what a kill left behind. Beside a target `name` may stand `.name.tmp-…` (being written), `.name.old-…`
+(making way for a new one) and `.name.gone-…` (being deleted), never a symbolic link: Google Drive has none.
+Knows nothing of what the files hold, and leaves it to the run's lock that one process writes at a time.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PureWindowsPath
+
+from lit_qlora.errors import UserError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+_LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>old|tmp|gone)-\d+-[0-9a-f]{8}")
+
+
+class DamagedFolderError(UserError):
+    """A folder is not what its manifest says: names the folder, the file, the expected and the found."""
+
+    def __init__(self, folder: Path, file: str | None, expected: str, found: str) -> None:
+        place = f"{folder}: {file!r}" if file else str(folder)
+        super().__init__(f"{place}: expected {expected}, found {found}")
+
+
+def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool = False) -> None:
+    """Let `fill` write files into a temporary folder, then make that folder the target in one step.
+
+    A `manifest.json` with the size and sha256 of every file is added last. If anything is raised on the way,
+    by `fill` too, the temporary folder goes and the target is as before.
+
+    Args:
+        target: the folder to be; its parents are made where they lack.
+        fill: called with the empty temporary folder.
+        replace: whether a folder that stands there already makes way.
+
+    Raises:
+        FileExistsError: the target exists, and `replace` is not set or it is no folder.
+        ValueError: `fill` left something other than plain files with portable names.
+    """
+    if os.path.lexists(target) and not (replace and target.is_dir()):
+        raise FileExistsError(errno.EEXIST, "stands there already and is not overwritten", str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _aside(target, "tmp")
+    temporary.mkdir()
+    try:
+        fill(temporary)
+        _seal(temporary)
+        _put(temporary, target, replace=replace)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def verify_folder(path: Path, *, allow_extra: bool = False) -> None:
+    """Compare every file of a folder with the manifest.
+
+    Args:
+        path: a folder that `write_folder` made.
+        allow_extra: whether files that the manifest does not know may stand there.
+
+    Raises:
+        DamagedFolderError: a folder, a manifest or a file is missing, unreadable, of another size, of other
+            content, or outside of the folder; or a file too many.
+    """
+    if not path.is_dir():
+        raise DamagedFolderError(path, None, "a folder", "a file" if path.exists() else "nothing")
+    files = _read_manifest(path)
+    for name, entry in files.items():
+        found = _measure(path, name)
+        for unit, expected in entry.items():
+            if found[unit] != expected:
+                raise DamagedFolderError(path, name, f"{unit}={expected}", f"{unit}={found[unit]}")
+    extra = sorted(_names(path) - files.keys())
+    if extra and not allow_extra:
+        raise DamagedFolderError(path, extra[0], "only the files of the manifest", "one more")
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder in such a way that a kill never leaves half of it under its name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    gone = _aside(path, "gone")
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def recover(target: Path) -> None:
+    """Finish or undo what a kill cut short in `write_folder(target, …)`.
+
+    A target that is whole stays. Otherwise the newest whole folder that was about to become the target does,
+    or else the one that had made way. If none is whole, no finished folder is touched.
+    """
+    new, old = _leftovers(target, "tmp"), _leftovers(target, "old")
+    if not new and not old:
+        return
+    whole = next((folder for folder in (target, *new, *old) if _is_whole(folder)), None)
+    if whole is not None and whole != target:
+        if target.exists():
+            remove_folder(target)
+        whole.rename(target)
+        _sync_folder(target.parent)
+    for leftover in [*new, *(old if whole else [])]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Remove what cut-off writes and deletions left in a folder; one that had made way is recovered first."""
+    # Sorted, "old" comes before "tmp": a whole new folder is put in place before it could be removed.
+    for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+        match = _LEFTOVER.fullmatch(path.name)
+        if match and match["kind"] == "old":
+            recover(parent / match["target"])
+        elif match:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _put(temporary: Path, target: Path, *, replace: bool) -> None:
+    old = _aside(target, "old")
+    try:
+        if replace and target.exists():
+            target.rename(old)
+        temporary.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    _sync_folder(target.parent)
+    # The write is done: an old folder that can't be deleted now is no reason to fail, `recover` tries again.
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest, and see to it that all is on the disk and readable by others."""
+    names = sorted(_names(folder))
+    for name in names:
+        if not _is_portable(name) or not _is_inside(folder, name) or not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: only plain files with portable names can be kept")
+        _sync_file(folder / name)
+    files = {name: _measure(folder, name) for name in names}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"version": VERSION, "files": files}, indent=1) + "\n", encoding="utf-8")
+    _sync_file(manifest)
+    for subfolder in (path for path in folder.rglob("*") if path.is_dir()):
+        _sync_folder(subfolder)
+    _sync_folder(folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
+    expected = f"a manifest of version {VERSION}"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise DamagedFolderError(folder, MANIFEST, expected, "no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFolderError(folder, MANIFEST, expected, _one_line(error)) from error
+    match manifest:
+        case {"version": int(version), "files": dict(files)} if version == VERSION:
+            pass
+        case {"version": version} if version != VERSION:
+            raise DamagedFolderError(folder, MANIFEST, expected, f"version {version!r}")
+        case _:
+            raise DamagedFolderError(folder, MANIFEST, expected, "JSON of another kind")
+    for name, entry in files.items():
+        kinds = {unit: type(value) for unit, value in entry.items()} if isinstance(entry, dict) else None
+        if kinds != {"bytes": int, "sha256": str}:
+            raise DamagedFolderError(folder, MANIFEST, f"bytes and sha256 of {name!r}", repr(entry))
+        if not _is_portable(name) or not _is_inside(folder, name):
+            raise DamagedFolderError(folder, name, "a path inside of the folder", "one that leads outside")
+    return files
+
+
+def _measure(folder: Path, name: str) -> dict[str, int | str]:
+    try:
+        with (folder / name).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except FileNotFoundError:
+        raise DamagedFolderError(folder, name, "a file", "no such file") from None
+    except OSError as error:
+        raise DamagedFolderError(folder, name, "a readable file", _one_line(error)) from error
+
+
+def _names(folder: Path) -> set[str]:
+    """Everything below a folder that is no folder, but for the manifest."""
+    below = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in below} - {MANIFEST}
+
+
+def _is_portable(name: str) -> bool:
+    """Whether a name in a manifest means the same file, below the folder, on every system."""
+    plain = name.isprintable() and "\\" not in name and not PureWindowsPath(name).drive
+    return plain and not {"", ".", ".."} & set(name.split("/"))
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether no symbolic link stands between the folder and the file."""
+    return Path(os.path.realpath(folder / name)) == Path(os.path.realpath(folder)) / name
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify_folder(folder, allow_extra=True)
+    except DamagedFolderError:
+        return False
+    return True
+
+
+def _aside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _leftovers(target: Path, kind: str) -> list[Path]:
+    """The folders beside a target that `_aside` named, the newest first."""
+    paths = target.parent.iterdir() if target.parent.is_dir() else []
+    matches = ((path, _LEFTOVER.fullmatch(path.name)) for path in paths)
+    found = [path for path, match in matches if match and match.groups() == (target.name, kind)]
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def _sync_file(path: Path) -> None:
+    path.chmod(0o644)  # safetensors makes 0600
+    with path.open("r+b") as file:  # Windows syncs only what may be written
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # which can't open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # some mounted file systems know no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,74 @@
+"""Owns the rule that one process at a time works in a run folder.
+
+Used around a whole run, `with RunLock(run): …`. The system itself lets go of the lock when the process ends,
+however it ends, so there is no stale lock to remove; the file `.lock` stays, and what is written in it only
+serves the message. Knows nothing of what the run does.
+"""
+
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from lit_qlora.errors import UserError
+
+
+class RunLock:
+    """Holds a run folder, which is made if it lacks, for this process alone."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> "RunLock":
+        """Take the lock, without waiting.
+
+        Raises:
+            UserError: another process has it; says which.
+        """
+        self._run.mkdir(parents=True, exist_ok=True)
+        file = (self._run / ".lock").open("a+", encoding="utf-8", errors="replace")
+        if not _try_lock(file.fileno()):
+            file.seek(0)
+            holder = file.readline().strip() or "another process"
+            file.close()
+            raise UserError(f"{self._run} is in use by {holder}: wait for it, stop it, or give another --run")
+        file.truncate(0)
+        now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        file.flush()
+        if hasattr(os, "register_at_fork"):
+            # A data loader's worker inherits the file: it must not keep the lock of a killed process.
+            os.register_at_fork(after_in_child=file.close)
+        self._file = file
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock an open file, or say that another process has."""
+    if os.name == "nt":
+        import msvcrt
+
+        # Windows keeps others from reading what is locked: lock one byte far behind the text.
+        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        except PermissionError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,167 @@
+"""Owns the layout of a run folder: where its config, adapter, checkpoints and figures lie, and which is newest.
+
+Reads and names; what is in a checkpoint or an adapter is written by others. Knows no torch.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_qlora.errors import UserError
+from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, recover, verify_folder
+
+RUNS = Path("runs")
+STEP = "step-"
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.config = path / "config.yaml"
+        self.finished_mark = path / "finished.json"
+
+    def prepare(self) -> None:
+        """Makes the folder and puts right what a kill left behind.
+
+        Raises UserError when it can't be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"run: {self.path} can't be written ({error.strerror}); give another folder with --run"
+            ) from error
+        clear_leftovers(self.checkpoints)
+        recover(self.adapter)
+
+    def check_room(self, needed_bytes: int) -> None:
+        """Raises UserError when the disk has less than ``needed_bytes`` free."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise UserError(
+                f"run: {self.path} will need {needed_bytes / 1e9:.2f} GB for checkpoints, and its disk has "
+                f"{free / 1e9:.2f} GB left; free some, lower model.rank, or give another folder with --run"
+            )
+
+    def has_begun(self) -> bool:
+        """Whether anything was recorded or saved: until then there is nothing to go on with, or to lose."""
+        return self.metrics.is_file() or bool(self.saved_steps()) or self.adapter.is_dir()
+
+    def is_empty(self) -> bool:
+        """Whether the folder is not there, or holds nothing but what a start cut short leaves behind."""
+        if not self.path.is_dir():
+            return True
+        return (self.path / ".lock").is_file() or not any(self.path.iterdir())
+
+    def discard_unless_begun(self) -> None:
+        """Removes what a start that failed leaves behind, and the folder if nothing else is in it."""
+        if self.has_begun():
+            return
+        for file in (self.config, self.path / ".lock", *self.path.glob("events.out.tfevents.*")):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.path):
+            with suppress(OSError):  # somebody else's files are in it, or it was never made
+                folder.rmdir()
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint folder of an optimizer step."""
+        return self.checkpoints / f"{STEP}{step:08d}"
+
+    def saved_steps(self) -> list[int]:
+        """Steps with a checkpoint, oldest first, by their number and never by their date."""
+        if not self.checkpoints.is_dir():
+            return []
+        names = (path.name.removeprefix(STEP) for path in self.checkpoints.iterdir() if path.name.startswith(STEP))
+        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+    def last_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, and what was wrong with the newer ones."""
+        problems = []
+        for step in reversed(self.saved_steps()):
+            try:
+                verify_folder(self.checkpoint(step))
+            except DamagedFolderError as error:
+                problems.append(str(error))
+                continue
+            return self.checkpoint(step), problems
+        return None, problems
+
+    def finished(self) -> dict[str, Any] | None:
+        """What was noted when the run came to its end; None while it has not."""
+        if not self.finished_mark.is_file():
+            return None
+        return dict(json.loads(self.finished_mark.read_text(encoding="utf-8")))
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration that the run was first started with."""
+        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+
+    def write_config(self, text: str) -> Path:
+        """Keeps a start's configuration: the first as config.yaml, later and different ones beside it, numbered."""
+        for number in _from(1):
+            path = self.config if number == 1 else self.path / f"config.{number}.yaml"
+            if not path.exists():
+                whole = path.with_name(f".{path.name}.tmp")  # a kill leaves no half of a configuration
+                whole.write_text(text, encoding="utf-8")
+                return whole.rename(path)
+            if path.read_text(encoding="utf-8") == text:
+                return path
+        raise AssertionError("numbers do not end")
+
+
+def newest_run(root: Path = RUNS) -> RunFolder:
+    """The run below ``root`` that was started last.
+
+    Raises UserError when there is none.
+    """
+    configs = list(root.glob("*/config.yaml"))
+    if not configs:
+        raise UserError(f"no run in {root}/: train one first with 'python main.py fit', or name one with --run")
+    return RunFolder(max(configs, key=lambda config: config.stat().st_mtime).parent)
+
+
+def open_run(path: Path) -> RunFolder:
+    """The run in ``path``. Raises UserError when it is none."""
+    run = RunFolder(path)
+    if not run.config.is_file():
+        raise UserError(f"run: {path} is no run folder: it has no config.yaml")
+    return run
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
+    """Settings below ``keys`` (dotted) that changed, each as ``name: old -> new``."""
+    before, after = (_flat(config) for config in (was, now))
+    watched = (
+        name for name in sorted({*before, *after}) if any(name == key or name.startswith(f"{key}.") for key in keys)
+    )
+    return [
+        f"{name}: {before.get(name)} -> {after.get(name)}" for name in watched if before.get(name) != after.get(name)
+    ]
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, Mapping):
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _from(number: int) -> Iterator[int]:
+    while True:
+        yield number
+        number += 1

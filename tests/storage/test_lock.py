@@ -1,0 +1,120 @@
+"""One process works in a run folder, and no dead one keeps it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import lit_qlora
+from lit_qlora.errors import UserError
+from lit_qlora.storage.lock import RunLock
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from lit_qlora.storage.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.__enter__()
+if "fork" in sys.argv and (child := os.fork()) == 0:
+    time.sleep(60)
+print(child if "fork" in sys.argv else "held", flush=True)
+time.sleep(60)
+"""
+Hold = Callable[..., tuple["subprocess.Popen[str]", str]]
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Hold]:
+    """Start another process that holds the lock of a folder."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(run: Path, *words: str) -> tuple["subprocess.Popen[str]", str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(run), *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(lit_qlora.__file__).parents[1])},
+        )
+        started.append(process)
+        assert process.stdout is not None
+        return process, process.stdout.readline().strip()
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_a_second_process_is_told_who_holds_it(tmp_path: Path, hold: Hold) -> None:
+    run = tmp_path / "runs" / "x"
+    process, _ = hold(run)
+    with pytest.raises(UserError) as caught, RunLock(run):
+        pytest.fail("two processes hold the lock")
+    holder = re.escape(f"{run} is in use by process {process.pid} on {socket.gethostname()} since ")
+    assert re.fullmatch(
+        holder + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d: wait for it, stop it, or give another --run",
+        str(caught.value),
+    )
+
+
+def test_a_killed_holder_lets_go(tmp_path: Path, hold: Hold) -> None:
+    process, _ = hold(tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with RunLock(tmp_path):
+        text = (tmp_path / ".lock").read_text()
+        assert text.startswith(f"process {os.getpid()} on ")
+        assert text.count("\n") == 1
+
+
+def test_a_worker_that_outlives_its_killed_parent_does_not_keep_the_lock(tmp_path: Path, hold: Hold) -> None:
+    process, child = hold(tmp_path, "fork")
+    try:
+        process.kill()
+        process.wait()
+        os.kill(int(child), 0)  # it lives
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.kill(int(child), signal.SIGKILL)
+
+
+def test_a_worker_that_ends_does_not_let_go_for_its_parent(tmp_path: Path, hold: Hold) -> None:
+    _, child = hold(tmp_path, "fork")
+    os.kill(int(child), signal.SIGKILL)
+    with pytest.raises(UserError, match="is in use by process"), RunLock(tmp_path):
+        pass
+
+
+def test_it_is_free_after_the_block_however_that_ends(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), RunLock(tmp_path):
+            raise ZeroDivisionError
+    with RunLock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on"), RunLock(tmp_path):
+        pass
+    with RunLock(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe\n", b"\n\n"])
+def test_what_is_written_in_the_file_does_not_matter(tmp_path: Path, hold: Hold, text: bytes) -> None:
+    (tmp_path / ".lock").write_bytes(text * 100)
+    with RunLock(tmp_path):
+        (tmp_path / ".lock").write_bytes(text)
+        with pytest.raises(UserError, match=r"is in use by .*: wait for it"), RunLock(tmp_path):
+            pass
+
+
+def test_two_runs_do_not_meet(tmp_path: Path, hold: Hold) -> None:
+    hold(tmp_path / "a")
+    with RunLock(tmp_path / "b"):
+        pass

@@ -1,0 +1,213 @@
+"""Where the parts of a run lie, which checkpoint is the newest whole one, and which settings changed."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.errors import UserError
+from lit_qlora.storage.folders import write_folder
+from lit_qlora.storage.run import RunFolder, differences, newest_run, open_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunFolder(tmp_path / "runs" / "one")
+    run.prepare()
+    return run
+
+
+def save(run, *steps):
+    for step in steps:
+        write_folder(run.checkpoint(step), lambda folder: (folder / "state.json").write_text("{}", encoding="utf-8"))
+
+
+def test_the_layout_is_what_the_outside_leans_on():
+    run = RunFolder(Path("runs/one"))
+    assert run.config == Path("runs/one/config.yaml")
+    assert run.metrics == Path("runs/one/metrics.jsonl")
+    assert run.adapter == Path("runs/one/adapter")
+    assert run.checkpoint(500) == Path("runs/one/checkpoints/step-00000500")
+    assert run.finished_mark == Path("runs/one/finished.json")
+
+
+def test_steps_are_sorted_by_number_not_by_date(run):
+    save(run, 900, 1000, 20, 123456789)
+    os.utime(run.checkpoint(20), (2**31, 2**31))
+    assert run.saved_steps() == [20, 900, 1000, 123456789]
+    assert run.last_checkpoint() == (run.checkpoint(123456789), [])
+
+
+def test_what_is_no_checkpoint_is_not_counted(run):
+    save(run, 5)
+    for name in (".step-00000006.tmp-1-00000000", "step-", "step-best", "step-²", "other", ".DS_Store"):
+        (run.checkpoints / name).mkdir()
+    assert run.saved_steps() == [5]
+    assert RunFolder(run.path / "nowhere").saved_steps() == []
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_told(run):
+    save(run, 5, 10, 15, 20)
+    (run.checkpoint(20) / "manifest.json").unlink()
+    (run.checkpoint(15) / "state.json").write_text("[]", encoding="utf-8")
+    found, problems = run.last_checkpoint()
+    assert found == run.checkpoint(10)
+    assert [problem.partition(": expected")[0] for problem in problems] == [
+        f"{run.checkpoint(20)}: 'manifest.json'",
+        f"{run.checkpoint(15)}: 'state.json'",
+    ]
+
+
+def test_none_may_be_whole_or_there_at_all(run):
+    assert run.last_checkpoint() == (None, [])
+    save(run, 5)
+    (run.checkpoint(5) / "state.json").unlink()
+    found, problems = run.last_checkpoint()
+    assert (found, len(problems)) == (None, 1)
+
+
+def test_configs_are_kept_beside_each_other_and_never_overwritten(run):
+    assert run.write_config("a: 1\n") == run.config
+    assert run.write_config("a: 1\n") == run.config
+    assert run.write_config("a: 2\n") == run.path / "config.2.yaml"
+    assert run.write_config("a: 3\n") == run.path / "config.3.yaml"
+    assert run.write_config("a: 2\n") == run.path / "config.2.yaml"
+    assert run.write_config("a: 1\n") == run.config
+    assert sorted(path.name for path in run.path.glob("config*")) == ["config.2.yaml", "config.3.yaml", "config.yaml"]
+    assert run.config.read_text(encoding="utf-8") == "a: 1\n"
+    assert run.read_config() == {"a": 1}
+
+
+def test_a_config_is_whole_or_not_there(run, monkeypatch):
+    write = Path.write_text
+
+    def cut_off(path, text, **options):
+        write(path, text[:2], **options)
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(Path, "write_text", cut_off)
+        run.write_config("a: 1\n")
+    assert not run.config.exists()
+    assert run.write_config("a: 1\n") == run.config
+    assert run.read_config() == {"a": 1}
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "config.yaml"]
+
+
+def test_prepare_puts_right_what_a_kill_left(run):
+    save(run, 5)
+    (run.checkpoints / ".step-00000006.tmp-1-00000000").mkdir()
+    write_folder(run.adapter, lambda folder: (folder / "weights").write_text("w", encoding="utf-8"))
+    run.adapter.rename(run.path / ".adapter.old-1-00000000")  # killed between the two renames
+    RunFolder(run.path).prepare()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000005"]
+    assert (run.adapter / "weights").read_text(encoding="utf-8") == "w"
+    assert sorted(path.name for path in run.path.iterdir()) == ["adapter", "checkpoints"]
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)  # tests may run as root, who may write everywhere
+    with pytest.raises(UserError) as caught:
+        RunFolder(tmp_path / "one").prepare()
+    assert str(caught.value) == (
+        f"run: {tmp_path}/one can't be written (Permission denied); give another folder with --run"
+    )
+
+
+def test_a_file_in_the_way_is_told(tmp_path):
+    (tmp_path / "one").touch()
+    with pytest.raises(UserError) as caught:
+        RunFolder(tmp_path / "one").prepare()
+    assert (
+        str(caught.value) == f"run: {tmp_path}/one can't be written (Not a directory); give another folder with --run"
+    )
+
+
+def test_the_mark_tells_that_a_run_is_finished(run):
+    assert run.finished() is None
+    run.finished_mark.write_text(json.dumps({"step": 7, "steps": 10}), encoding="utf-8")
+    assert run.finished() == {"step": 7, "steps": 10}
+
+
+def test_a_run_has_begun_once_something_is_recorded_or_saved(tmp_path):
+    def made(name):
+        run = RunFolder(tmp_path / name)
+        run.prepare()
+        run.write_config("a: 1\n")
+        return run
+
+    runs = [made(name) for name in "abcd"]
+    save(runs[1], 5)
+    runs[2].metrics.touch()
+    runs[3].adapter.mkdir()
+    assert [run.has_begun() for run in runs] == [False, True, True, True]
+    for run in runs:
+        run.discard_unless_begun()
+    assert [run.path.exists() for run in runs] == [False, True, True, True]
+    assert all(run.config.is_file() for run in runs[1:])
+
+
+def test_a_start_that_failed_removes_nothing_of_anybody_elses(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    run = RunFolder(tmp_path)
+    run.prepare()
+    run.write_config("a: 1\n")
+    (tmp_path / ".lock").touch()
+    run.discard_unless_begun()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_discarding_what_was_never_made_is_no_error(tmp_path):
+    RunFolder(tmp_path / "never").discard_unless_begun()
+
+
+def test_the_newest_run_is_the_one_that_was_started_last(tmp_path):
+    for age, name in enumerate(["b", "c", "a"]):
+        run = RunFolder(tmp_path / name)
+        run.prepare()
+        os.utime(run.write_config("a: 1\n"), (10**9 + age, 10**9 + age))
+    (tmp_path / "no-run").mkdir()
+    assert newest_run(tmp_path).path == tmp_path / "a"
+
+
+def test_no_run_at_all_is_told(tmp_path):
+    (tmp_path / "no-run").mkdir()
+    for root in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError) as caught:
+            newest_run(root)
+        assert str(caught.value) == (
+            f"no run in {root}/: train one first with 'python main.py fit', or name one with --run"
+        )
+
+
+def test_only_a_run_folder_can_be_opened(run, tmp_path):
+    run.write_config("a: 1\n")
+    assert open_run(run.path).path == run.path
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError) as caught:
+            open_run(path)
+        assert str(caught.value) == f"run: {path} is no run folder: it has no config.yaml"
+
+
+def test_differences_are_told_below_the_keys_that_are_watched():
+    was = {
+        "seed": 1,
+        "model": {"rank": 8, "base": "demo", "deep": {"a": [1, 2]}},
+        "data": None,
+        "trainer": {"steps": 1},
+    }
+    now = {"seed": 2, "model": {"rank": 16, "base": "demo", "deep": {"a": [1]}, "new": True}, "data": {"source": "x"}}
+    assert differences(was, now, ("seed", "model", "data", "trainer.precision")) == [
+        "data.source: None -> x",
+        "model.deep.a: [1, 2] -> [1]",
+        "model.new: None -> True",
+        "model.rank: 8 -> 16",
+        "seed: 1 -> 2",
+    ]
+    assert differences(was, now, ("trainer",)) == ["trainer.steps: 1 -> None"]
+    assert differences(was, now, ("model.ra", "mod")) == []  # no name is taken by its beginning
+    assert differences(was, was, ("seed", "model", "data", "trainer")) == []

@@ -1,0 +1,77 @@
+"""Owns what a device can compute with: mixed precision and attention, by compute capability.
+
+`torch.cuda.is_bf16_supported()` is not asked: it is true on a T4, where bf16 is emulated. Knows no model.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from lit_qlora.errors import UserError
+
+Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+AMPERE = (8, 0)
+"""The first compute capability with bf16 tensor cores and FlashAttention 2. A T4 is 7.5."""
+
+
+class Device(NamedTuple):
+    """What is computed on. ``capability`` is None on the CPU."""
+
+    name: str
+    capability: tuple[int, int] | None
+
+
+def current_device(accelerator: str = "auto") -> Device:
+    """The device that ``Trainer(accelerator=…)`` will take."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    return Device("CPU", None)
+
+
+def choose_precision(wanted: Precision, device: Device) -> tuple[Precision, str]:
+    """The precision to train in on ``device``, and the reason in a few words.
+
+    Raises UserError for one that the device lacks.
+    """
+    capability = device.capability
+    if capability is None:
+        if wanted == "16-mixed":
+            raise UserError(
+                "trainer.precision: 16-mixed needs a CUDA GPU, and there is none; use auto (32-true on a CPU)"
+            )
+        if wanted == "auto":
+            return "32-true", "no GPU"
+        return wanted, "as asked"
+    shown = f"{capability[0]}.{capability[1]}"
+    if wanted == "bf16-mixed" and capability < AMPERE:
+        raise UserError(
+            f"trainer.precision: {device.name} has compute capability {shown} and no bf16 (8.0 is needed; "
+            "torch would emulate it, slowly); use auto or 16-mixed"
+        )
+    if wanted != "auto":
+        return wanted, "as asked"
+    if capability < AMPERE:
+        return "16-mixed", f"compute capability {shown} has no bf16"
+    return "bf16-mixed", f"compute capability {shown}"
+
+
+def check_attention(attention: Attention, device: Device) -> None:
+    """Raises UserError when ``attention`` cannot run on ``device``."""
+    if attention != "flash_attention_2":
+        return
+    if device.capability is None or device.capability < AMPERE:
+        raise UserError(
+            f"model.attention: flash_attention_2 needs compute capability 8.0 or above, {device.name} has less; "
+            "use sdpa"
+        )
+    from transformers.utils import is_flash_attn_2_available
+
+    if not is_flash_attn_2_available():
+        raise UserError("model.attention: flash_attention_2 needs the package flash-attn; use sdpa")
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype of the 4-bit products, the embedding, the norms and the residual stream."""
+    return {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}[precision]

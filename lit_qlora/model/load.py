@@ -1,0 +1,223 @@
+"""Owns the loading of a base in 4-bit and of LoRA on top of it: new, or from a saved adapter.
+
+The base stays frozen and in 16 bits where it is not in 4; adapters are fp32. Knows no Trainer.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.base import Base, fingerprint
+from lit_qlora.model.device import Attention
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+SHOW_LOADING_FROM = 500_000_000
+"""Weights from which loading takes long enough for a progress bar."""
+
+ONE_THREAD_BELOW = 20_000_000
+"""Weights below which threads on a CPU spend their time waiting for each other: with another process beside it,
+the demo took 17 times as long on two threads as on one."""
+
+PROMPT_FORMAT = "llama2-chat"
+RECORD = "lit_qlora.json"
+"""The file beside an adapter that says which base and which prompt format it was trained with."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What of LoRA can be chosen, in the words of peft's LoraConfig."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: str | list[str]
+    rslora: bool
+    dora: bool
+
+
+def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: Attention) -> "LlamaForCausalLM":
+    """The base in NF4 with double quantisation, computing in ``dtype``, one tensor in host memory at a time.
+
+    Raises UserError when its weights can't be read.
+    """
+    from safetensors import SafetensorError
+    from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    if base.shape.num_parameters < SHOW_LOADING_FROM:
+        logging.disable_progress_bar()
+    if device.type == "cpu" and base.shape.num_parameters < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    try:
+        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+            base.location,
+            quantization_config=None if "quantization_config" in base.config else quantization,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attention,
+            use_safetensors=True,
+        )
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.base: the weights of {base.name} can't be loaded: {reason}") from error
+    model.requires_grad_(False)
+    # How an answer is drawn is said where one is asked for, not by a file that came with the base.
+    model.generation_config = GenerationConfig()
+    for module in _linears_4bit(model):
+        module.compute_dtype = dtype
+        # On a CPU with AVX512-BF16 an evaluation would repack the weights for inference, and every
+        # training step after it would go without their gradient, or stop at widths not divisible by 32.
+        module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def add_lora(model: "LlamaForCausalLM", lora: Lora) -> "PeftModel":
+    """A new adapter on ``model``; its output is the base's until it is trained.
+
+    Raises UserError when a target module does not exist.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [targets]  # peft takes a string for a pattern over whole paths
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes any number
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def check_targets(base: Base, target_modules: str | list[str]) -> None:
+    """Raises UserError unless every one of ``target_modules`` is a linear layer of a decoder layer."""
+    if target_modules == "all-linear":
+        return
+    known = list(base.shape.linears)
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
+    for name in names:
+        if name not in known:
+            raise UserError(f"model.target_modules: {name!r} is none of all-linear, {', '.join(known)}")
+    if not names:
+        raise UserError("model.target_modules: expected all-linear or at least one name, got none")
+
+
+def load_adapter(model: "LlamaForCausalLM", base: Base, folder: Path, trainable: bool) -> "PeftModel":
+    """The adapter of ``folder`` on ``model``.
+
+    Raises UserError when the folder is no adapter, was trained on another base, or does not fit.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    record = read_record(folder)
+    found = fingerprint(base)
+    if record["base_fingerprint"] not in (None, found):
+        raise UserError(
+            f"{folder}: this adapter was trained on {record['base']} ({record['base_fingerprint'][:12]}), "
+            f"the base given is {base.public_name} ({found[:12]}); give its own with --model.base"
+        )
+    weights = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(weights, framework="pt") as file:
+            stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = not trainable
+        peft_model = PeftModel(model, config)  # type: ignore[arg-type]
+        # Without the look for new embeddings, which would ask the hub.
+        state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        wanted = {name: list(tensor.shape) for name, tensor in state.items()}
+        if stored != wanted:
+            name = next(name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name))
+            raise UserError(
+                f"{folder}: this adapter does not fit {base.public_name}: {name} is "
+                f"{stored.get(name, 'missing')}, expected {wanted.get(name, 'no such weight')}"
+            )
+        peft_model.load_adapter(str(folder), "default", is_trainable=trainable)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: the adapter can't be read: {reason}") from error
+    if not all(torch.isfinite(parameter).all() for parameter in adapter_parameters(peft_model).values()):
+        raise UserError(f"{weights}: it holds values that are not finite; take another checkpoint")
+    return peft_model
+
+
+def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
+    """Takes over the weights of ``folder``, an adapter of just this shape."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    outcome: Any = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    assert not outcome.unexpected_keys, f"{folder} holds weights that this adapter lacks"
+
+
+def save_adapter(model: "PeftModel", base: Base, folder: Path) -> None:
+    """Writes a plain PEFT adapter into the existing ``folder``, with a record of base and prompt format."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    # peft writes the local path of the base and a card of blanks; neither is to leave this machine.
+    config_file = folder / "adapter_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base.public_name
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)
+    record = {"base": base.public_name, "base_fingerprint": fingerprint(base), "prompt_format": PROMPT_FORMAT}
+    (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an adapter folder says of its base and prompt format; empty values for one made elsewhere.
+
+    Raises UserError when ``folder`` is no adapter, or has a prompt format that this version does not know.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} is no adapter: it has no adapter_config.json")
+    kind = _read_json(folder / "adapter_config.json").get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{folder}: adapter_config.json says that it is {kind or 'of no type'}, expected LORA")
+    record = {"base": None, "base_fingerprint": None, "prompt_format": PROMPT_FORMAT}
+    if (folder / RECORD).is_file():
+        record |= _read_json(folder / RECORD)
+    if record["prompt_format"] != PROMPT_FORMAT:
+        raise UserError(
+            f"{folder}: its prompt format is {record['prompt_format']!r}, this version knows {PROMPT_FORMAT!r} only"
+        )
+    return record
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} can't be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The weights of LoRA by name: all that is ever trained, saved or resumed."""
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def _linears_4bit(model: torch.nn.Module) -> Iterable[Any]:
+    from bitsandbytes.nn import Linear4bit
+
+    return (module for module in model.modules() if isinstance(module, Linear4bit))

@@ -1,0 +1,53 @@
+"""Owns the optimizer and the learning rate over the steps. Knows parameters, not what they belong to."""
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def make_optimizer(
+    name: OptimizerName, parameters: Iterable[torch.nn.Parameter], learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW: torch's, or bitsandbytes' with its state in 8 bits or paged out to the host when memory is short."""
+    if name == "adamw":
+        # Not fused: that one unscales gradients itself, which Lightning refuses beside clipping in fp16.
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=True)
+    from bitsandbytes import optim
+
+    kind = {
+        "adamw_8bit": optim.AdamW8bit,
+        "paged_adamw": optim.PagedAdamW,
+        "paged_adamw_8bit": optim.PagedAdamW8bit,
+    }
+    return kind[name](parameters, lr=learning_rate, weight_decay=weight_decay)  # type: ignore[no-any-return]
+
+
+def make_schedule(name: Schedule, optimizer: torch.optim.Optimizer, num_steps: int, warmup_ratio: float) -> LambdaLR:
+    """The factor on the learning rate: up in a line over the warm-up, then ``name`` down to 0 at the end."""
+    num_warmup = math.ceil(warmup_ratio * num_steps)
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(name, step, num_steps, num_warmup))
+
+
+def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: int) -> float:
+    """The factor for the optimizer step that follows ``step`` done ones."""
+    if step < num_warmup:
+        return (step + 1) / (num_warmup + 1)
+    done = min((step - num_warmup) / max(num_steps - num_warmup, 1), 1.0)
+    if name == "linear":
+        return 1.0 - done
+    if name == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0
+
+
+def num_applied(optimizer: torch.optim.Optimizer) -> int:
+    """Updates that really changed the weights; a GradScaler's skipped steps are not among them."""
+    for state in optimizer.state.values():
+        return int(state["step"])
+    return 0

@@ -1,0 +1,111 @@
+"""Owns the tiny Llama that the model tests run on: random, seeded, with one odd width, quantised by the real code."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_qlora import quiet
+from lit_qlora.model.base import find_base
+from lit_qlora.model.checkpointing import checkpoint_layers
+from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
+from lit_qlora.model.loss import summed_cross_entropy
+
+WIDTHS = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 172,  # not divisible by 32, as real models' widths can be
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+
+
+def pytest_configure(config):
+    """Lets through what the command line silences too; lit_qlora/quiet.py has the reason beside each."""
+    for message in quiet.WARNINGS:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+def save_llama(folder, seed=0, **changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**WIDTHS, "initializer_range": 0.1, "tie_word_embeddings": False, **changes})
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A Hugging Face folder; its generation_config.json asks for what nobody here asked for."""
+    folder = save_llama(tmp_path_factory.mktemp("bases") / "tiny-llama")
+    odd = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 7, "eos_token_id": 5}
+    (folder / "generation_config.json").write_text(json.dumps(odd), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    return find_base(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def other_tiny(tmp_path_factory):
+    """Another base of the same widths."""
+    return find_base(str(save_llama(tmp_path_factory.mktemp("bases") / "other-llama", seed=1)))
+
+
+@pytest.fixture(scope="session")
+def even_tiny(tmp_path_factory):
+    """A base whose widths are all divisible by 32."""
+    return find_base(str(save_llama(tmp_path_factory.mktemp("bases") / "even-llama", intermediate_size=192)))
+
+
+@pytest.fixture(scope="session")
+def load(tiny):
+    """Loads the tiny Llama in 4-bit, without an adapter."""
+
+    def load(dtype=torch.float32, base=tiny):
+        return load_base(base, dtype, torch.device("cpu"), "sdpa")
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def make_model(load):
+    """Loads the tiny Llama in 4-bit with an adapter that is not zero, in train mode."""
+
+    def make(dtype=torch.float32, checkpointing="none", base=None, **lora):
+        model = load(dtype, base) if base else load(dtype)
+        checkpoint_layers(model.model.layers, checkpointing)
+        chosen = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear", "rslora": False}
+        model = add_lora(model, Lora(**{**chosen, "dora": False, **lora}))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in adapter_parameters(model).items():
+                if "magnitude" not in name:
+                    parameter.normal_(std=0.1)
+        return model.train()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gradients():
+    """One training step's gradients, by name, the same randomness each time."""
+
+    def gradients(model):
+        torch.manual_seed(2)
+        ids = torch.randint(3, 512, (2, 12))
+        model.zero_grad()
+        llama = model.get_base_model()
+        hidden = llama.model(input_ids=ids, use_cache=False).last_hidden_state
+        summed_cross_entropy(hidden[:, :-1].flatten(0, 1), llama.lm_head.weight, ids[:, 1:].flatten())[0].backward()
+        return {name: parameter.grad.clone() for name, parameter in adapter_parameters(model).items()}
+
+    return gradients

@@ -1,0 +1,107 @@
+"""What each device computes with: decided by compute capability, refused where it would be emulated or missing."""
+
+import pytest
+import torch
+import transformers.utils
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.device import Device, check_attention, choose_precision, compute_dtype, current_device
+
+CPU = Device("CPU", None)
+T4 = Device("Tesla T4", (7, 5))
+A100 = Device("NVIDIA A100-SXM4-40GB", (8, 0))
+
+
+@pytest.fixture(autouse=True)
+def _torch_counts_emulation(monkeypatch):
+    """As torch does on a T4 since 2.4."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((7, 0), ("16-mixed", "compute capability 7.0 has no bf16")),
+        ((7, 5), ("16-mixed", "compute capability 7.5 has no bf16")),
+        ((8, 0), ("bf16-mixed", "compute capability 8.0")),
+        ((8, 9), ("bf16-mixed", "compute capability 8.9")),
+        ((9, 0), ("bf16-mixed", "compute capability 9.0")),
+        ((10, 0), ("bf16-mixed", "compute capability 10.0")),
+        (None, ("32-true", "no GPU")),
+    ],
+)
+def test_auto(capability, expected):
+    assert choose_precision("auto", Device("some device", capability)) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device"),
+    [("16-mixed", T4), ("32-true", T4), ("16-mixed", A100), ("bf16-mixed", A100), ("32-true", CPU)],
+)
+def test_what_is_asked_for_is_taken(wanted, device):
+    assert choose_precision(wanted, device) == (wanted, "as asked")
+
+
+def test_bf16_is_refused_on_a_t4():
+    with pytest.raises(UserError) as error:
+        choose_precision("bf16-mixed", T4)
+    assert str(error.value) == (
+        "trainer.precision: Tesla T4 has compute capability 7.5 and no bf16 (8.0 is needed; "
+        "torch would emulate it, slowly); use auto or 16-mixed"
+    )
+
+
+def test_fp16_is_refused_without_a_gpu():
+    with pytest.raises(UserError) as error:
+        choose_precision("16-mixed", CPU)
+    assert str(error.value) == (
+        "trainer.precision: 16-mixed needs a CUDA GPU, and there is none; use auto (32-true on a CPU)"
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("device", [CPU, T4, A100])
+def test_sdpa_and_eager_run_everywhere(attention, device):
+    check_attention(attention, device)
+
+
+@pytest.mark.parametrize("device", [CPU, T4])
+def test_flash_attention_2_is_refused_below_ampere(device, monkeypatch):
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
+    with pytest.raises(UserError) as error:
+        check_attention("flash_attention_2", device)
+    assert str(error.value) == (
+        f"model.attention: flash_attention_2 needs compute capability 8.0 or above, {device.name} has less; use sdpa"
+    )
+
+
+def test_flash_attention_2_is_refused_without_its_package(monkeypatch):
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(UserError) as error:
+        check_attention("flash_attention_2", A100)
+    assert str(error.value) == "model.attention: flash_attention_2 needs the package flash-attn; use sdpa"
+
+
+def test_flash_attention_2_with_all_it_needs(monkeypatch):
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
+    check_attention("flash_attention_2", A100)
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "gpu", "cuda"])
+def test_the_gpu_is_the_current_device_where_there_is_one(accelerator, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert current_device(accelerator) == T4
+    assert current_device("cpu") == CPU
+
+
+def test_the_cpu_is_the_current_device_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert current_device() == CPU
+
+
+def test_compute_dtype():
+    assert compute_dtype("16-mixed") == torch.float16
+    assert compute_dtype("bf16-mixed") == torch.bfloat16
+    assert compute_dtype("32-true") == torch.float32

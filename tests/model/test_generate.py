@@ -1,0 +1,115 @@
+"""What `generate` promises: transformers' own answers, the same in any batch, stopped at EOS, and no trace left."""
+
+import pytest
+import torch
+
+from lit_qlora.model.generate import Sampling, generate
+
+PROMPTS = [[1, 77, 400, 31], [1, 9], [1, 300, 12, 45, 8, 260, 19]]
+NEVER = 511
+"""An EOS id that the tiny Llama does not come to in these answers."""
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model(dropout=0.1)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_is_transformers_own(model, prompt):
+    answer = generate(model, [prompt], NEVER, Sampling(12))
+    model.eval()
+    ids = torch.tensor([prompt])
+    expected = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=NEVER,
+        pad_token_id=0,
+    )
+    assert answer == [expected[0, len(prompt) :].tolist()]
+    assert len(answer[0]) == 12
+
+
+def test_greedy_is_the_likeliest_token_each_time(model):
+    ids = list(PROMPTS[0])
+    model.eval()
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+    assert generate(model, PROMPTS[:1], NEVER, Sampling(6)) == [ids[len(PROMPTS[0]) :]]
+
+
+def test_each_of_a_batch_is_answered_as_if_alone(model):
+    together = generate(model, PROMPTS, NEVER, Sampling(10))
+    alone = [generate(model, [prompt], NEVER, Sampling(10))[0] for prompt in PROMPTS]
+    assert together == alone
+    assert len({tuple(answer) for answer in alone}) == 3
+
+
+def test_an_answer_ends_with_its_first_eos(model):
+    whole = generate(model, PROMPTS, NEVER, Sampling(10))
+    eos_id = whole[0][2]
+    stopped = generate(model, PROMPTS, eos_id, Sampling(10))
+    assert stopped[0] == whole[0][: whole[0].index(eos_id) + 1]
+    assert stopped[0][-1] == eos_id
+    for answer, uncut in zip(stopped, whole, strict=True):
+        assert answer == (uncut[: uncut.index(eos_id) + 1] if eos_id in uncut else uncut)
+
+
+def test_the_limit_cuts_off_without_eos(model):
+    (answer,) = generate(model, PROMPTS[:1], NEVER, Sampling(3))
+    assert len(answer) == 3
+    assert NEVER not in answer
+
+
+def test_a_prompt_that_holds_eos_is_no_answer(model):
+    (answer,) = generate(model, [[1, 77, NEVER, 1, 400, 31]], NEVER, Sampling(5))
+    assert len(answer) == 5
+
+
+def test_a_seed_repeats_its_samples(model):
+    drawn = [generate(model, PROMPTS, NEVER, Sampling(8, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] != generate(model, PROMPTS, NEVER, Sampling(8))
+
+
+def test_a_small_top_p_leaves_the_likeliest_alone(model):
+    greedy = generate(model, PROMPTS, NEVER, Sampling(8))
+    assert generate(model, PROMPTS, NEVER, Sampling(8, temperature=1.0, top_p=1e-6, seed=3)) == greedy
+
+
+def test_greedy_draws_nothing(model):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    generate(model, PROMPTS, NEVER, Sampling(4))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_as_before(model, training):
+    model.train(training)
+    generate(model, PROMPTS, NEVER, Sampling(2))
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_the_mode_is_as_before_after_a_failure(model):
+    model.train()
+    with pytest.raises(IndexError):
+        generate(model, [[100_000]], NEVER, Sampling(2))
+    assert model.training
+
+
+def test_recomputation_does_not_get_in_its_way(make_model, model):
+    recomputed = make_model(checkpointing="full", dropout=0.1)
+    assert generate(recomputed, PROMPTS, NEVER, Sampling(6)) == generate(model, PROMPTS, NEVER, Sampling(6))
+
+
+def test_answers_leave_the_gradients_alone(make_model, gradients):
+    model = make_model(checkpointing="full")
+    before = gradients(model)
+    generate(model, PROMPTS, NEVER, Sampling(4))
+    after = gradients(model)
+    assert all(torch.equal(after[name], before[name]) for name in before)

@@ -1,0 +1,458 @@
+"""What loading promises: NF4 and nothing trained below, fp32 adapters above, and plain PEFT folders in and out."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+from lit_qlora.errors import UserError
+from lit_qlora.model import load as loading
+from lit_qlora.model.base import find_base, fingerprint
+from lit_qlora.model.load import adapter_parameters, check_targets, load_adapter, load_base, read_record
+
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+IDS = torch.tensor([[3, 77, 500, 2, 9, 41], [4, 5, 6, 7, 8, 9]])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+# The base
+
+
+def linears_4bit(model):
+    from bitsandbytes.nn import Linear4bit
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def test_every_linear_of_the_decoder_is_nf4_with_double_quantisation(load):
+    modules = linears_4bit(load())
+    wanted = {f"self_attn.{name}" if name[0] in "qkvo" else f"mlp.{name}" for name in LINEARS}
+    assert modules.keys() == {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in wanted}
+    for module in modules.values():
+        state = module.weight.quant_state
+        assert (state.quant_type, state.blocksize, state.nested) == ("nf4", 64, True)
+        assert module.weight.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_else_is_in_the_compute_dtype(load, dtype):
+    model = load(dtype)
+    others = {name: weight.dtype for name, weight in model.named_parameters() if weight.dtype != torch.uint8}
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} < others.keys()
+    assert len(others) == 3 + 2 * 2
+    assert set(others.values()) == {dtype}
+    assert {module.compute_dtype for module in linears_4bit(model).values()} == {dtype}
+    assert logits(model).dtype == dtype
+
+
+def test_nothing_of_the_base_is_trained(load):
+    assert not any(weight.requires_grad for weight in load().parameters())
+
+
+def test_the_4_bit_weights_are_close_to_the_real_ones(load, tiny):
+    from bitsandbytes.functional import dequantize_4bit
+
+    exact = load_file(tiny.location + "/model.safetensors")
+    for name, module in linears_4bit(load()).items():
+        weight = exact[f"{name}.weight"]
+        found = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert 0.05 < (found - weight).norm() / weight.norm() < 0.12  # about 0.1 is what 16 levels can do
+
+
+def test_nothing_is_taken_from_the_generation_config_of_the_folder(load):
+    from transformers import GenerationConfig
+
+    assert load().generation_config.to_diff_dict() == GenerationConfig().to_diff_dict()
+
+
+def test_a_saved_4_bit_copy_is_the_same_model(load, tmp_path):
+    model = load()
+    model.save_pretrained(tmp_path)
+    copy = find_base(str(tmp_path))
+    assert "quantization_config" in copy.config
+    loaded = load_base(copy, torch.float32, torch.device("cpu"), "sdpa")
+    assert torch.equal(logits(loaded), logits(model))
+    assert fingerprint(copy) == fingerprint(find_base(model.name_or_path))
+
+
+def test_a_real_llama_with_a_tied_head(load, real):
+    model = load(torch.float16, find_base(str(real / "stories260K")))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.float16
+    assert len(linears_4bit(model)) == 5 * 7
+
+
+def test_truncated_weights_are_refused_in_one_line(load, tiny_folder, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_folder, folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1000])
+    with pytest.raises(UserError) as error:
+        load(base=find_base(str(folder)))
+    assert str(error.value).startswith(f"model.base: the weights of {folder} can't be loaded: ")
+    assert "\n" not in str(error.value)
+
+
+# A CPU with AVX512-BF16 repacks 4-bit weights in evaluation. Where 32 does not divide a width, that stops with
+# an error; where it does, all training after it goes with wrong gradients, without a word. Elsewhere nothing is
+# ever repacked, and only the test of the switch can fail.
+
+
+def test_no_layer_repacks_its_weight(make_model):
+    switches = [module.support_avx512bf16_for_cpu for module in linears_4bit(make_model()).values()]
+    assert switches == [False] * 14
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [172, 192])
+def test_an_evaluation_changes_no_gradient(make_model, gradients, tiny, even_tiny, width, dtype):
+    model = make_model(dtype, base=tiny if width == 172 else even_tiny)
+    assert model.config.intermediate_size == width
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        before = gradients(model)
+        evaluated = logits(model)
+        after = gradients(model.train())
+    assert torch.isfinite(evaluated).all()
+    assert all(gradient.abs().sum() > 0 for gradient in before.values())
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_evaluation_changes_no_logit(make_model):
+    model = make_model()
+    assert torch.equal(logits(model), logits(model))
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_are_fp32_and_alone_trained(make_model, dtype):
+    model = make_model(dtype)
+    adapter = adapter_parameters(model)
+    assert len(adapter) == 2 * 7 * 2
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == adapter.keys()
+
+
+def test_a_new_adapter_changes_nothing(load):
+    model = loading.add_lora(load(), loading.Lora(4, 8.0, 0.0, "all-linear", False, False))
+    assert torch.equal(logits(model), logits(load()))
+
+
+def test_all_linear_leaves_the_head_alone(make_model):
+    touched = {name.split(".lora_")[0].rpartition(".")[2] for name in adapter_parameters(make_model())}
+    assert touched == LINEARS
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"), [(["q_proj", "v_proj"], {"q_proj", "v_proj"}), ("v_proj", {"v_proj"})]
+)
+def test_chosen_targets(make_model, gradients, targets, expected):
+    found = gradients(make_model(target_modules=targets))
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in found} == expected
+    assert len(found) == 2 * 2 * len(expected)
+
+
+@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}])
+def test_every_variant_has_gradients(make_model, gradients, variant):
+    found = gradients(make_model(**variant))
+    assert all(torch.isfinite(gradient).all() and gradient.abs().sum() > 0 for gradient in found.values())
+    assert any("magnitude" in name for name in found) == variant.get("dora", False)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(make_model):
+    def scaling(**lora):
+        return make_model(rank=4, alpha=8.0, **lora).base_model.model.model.layers[0].mlp.up_proj.scaling["default"]
+
+    assert (scaling(), scaling(rslora=True)) == (2.0, 4.0)
+
+
+def test_targets_that_exist(tiny):
+    for targets in ("all-linear", "q_proj", ["q_proj", "down_proj"]):
+        check_targets(tiny, targets)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            ["q_proj", "c_attn"],
+            "model.target_modules: 'c_attn' is none of all-linear, "
+            "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        ),
+        (
+            "lm_head",
+            "model.target_modules: 'lm_head' is none of all-linear, "
+            "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        ),
+        ([], "model.target_modules: expected all-linear or at least one name, got none"),
+    ],
+)
+def test_targets_that_do_not_exist(tiny, targets, message):
+    with pytest.raises(UserError) as error:
+        check_targets(tiny, targets)
+    assert str(error.value) == message
+
+
+# Saving
+
+
+@pytest.fixture(scope="module")
+def saved(make_model, tiny, tmp_path_factory):
+    """A trained adapter as it was saved, and the logits that it gave before."""
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    folder.mkdir()
+    model = make_model(rank=4, dropout=0.1)
+    loading.save_adapter(model, tiny, folder)
+    return folder, logits(model)
+
+
+@pytest.fixture
+def adapter(saved, tmp_path):
+    """A copy of it, to damage."""
+    return shutil.copytree(saved[0], tmp_path / "adapter")
+
+
+def plain_base(location):
+    """The same base without any code of ours."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = LlamaForCausalLM.from_pretrained(location, quantization_config=quantization, device_map={"": "cpu"})
+    for module in linears_4bit(model).values():
+        module.support_avx512bf16_for_cpu = False  # its repacking fails at widths that 32 does not divide
+    return model
+
+
+def test_the_folder_holds_just_these_files(saved):
+    names = {"adapter_config.json", "adapter_model.safetensors", "lit_qlora.json"}
+    assert {path.name for path in saved[0].iterdir()} == names
+
+
+@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}, {"target_modules": ["q_proj", "v_proj"]}])
+def test_plain_peft_gives_the_same_logits(make_model, tiny, tmp_path, variant):
+    model = make_model(**variant)
+    loading.save_adapter(model, tiny, tmp_path)
+    loaded = PeftModel.from_pretrained(plain_base(tiny.location), str(tmp_path))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_weights_are_saved_in_fp32_under_pefts_names(saved):
+    tensors = load_file(saved[0] / "adapter_model.safetensors")
+    assert len(tensors) == 28
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (4, 172)
+
+
+def test_no_local_path_leaves(saved, tiny):
+    config = json.loads((saved[0] / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "tiny-llama"
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8.0, 0.1)
+    for name in ("adapter_config.json", "lit_qlora.json"):
+        assert str(tiny.location) not in (saved[0] / name).read_text(encoding="utf-8")
+
+
+def test_the_record_says_base_and_prompt_format(saved, tiny):
+    assert read_record(saved[0]) == {
+        "base": "tiny-llama",
+        "base_fingerprint": fingerprint(tiny),
+        "prompt_format": "llama2-chat",
+    }
+
+
+def test_saving_leaves_the_model_in_training(make_model, gradients, tiny, tmp_path):
+    model = make_model()
+    before = gradients(model)
+    loading.save_adapter(model, tiny, tmp_path)
+    after = gradients(model)
+    assert model.training
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+# Loading an adapter
+
+
+def test_a_loaded_adapter_gives_the_same_logits(saved, load, tiny):
+    folder, expected = saved
+    assert torch.equal(logits(load_adapter(load(), tiny, folder, trainable=False)), expected)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_loaded_adapter_is_trained_on_where_asked(saved, load, tiny, trainable):
+    model = load_adapter(load(), tiny, saved[0], trainable)
+    adapter = adapter_parameters(model)
+    assert {weight.requires_grad for weight in adapter.values()} == {trainable}
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+    assert not any(weight.requires_grad for name, weight in model.named_parameters() if name not in adapter)
+
+
+def test_a_loaded_adapter_has_the_gradients_of_the_saved_one(make_model, gradients, load, tiny, tmp_path):
+    model = make_model()
+    loading.save_adapter(model, tiny, tmp_path)
+    loaded = load_adapter(load(), tiny, tmp_path, trainable=True).train()
+    expected, found = gradients(model), gradients(loaded)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_loaded_adapter_is_saved_as_it_was(saved, load, tiny, tmp_path):
+    loading.save_adapter(load_adapter(load(), tiny, saved[0], trainable=True), tiny, tmp_path)
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (saved[0], tmp_path))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert read_record(tmp_path) == read_record(saved[0])
+
+
+def test_weights_alone_are_taken_over(saved, make_model):
+    folder, expected = saved
+    model = make_model(rank=4)
+    with torch.no_grad():
+        for weight in adapter_parameters(model).values():
+            weight.zero_()
+    loading.load_adapter_weights(model, folder)
+    assert torch.equal(logits(model), expected)
+
+
+def test_an_adapter_of_plain_peft_without_a_record(tiny, load, tmp_path):
+    model = get_peft_model(plain_base(tiny.location), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for weight in adapter_parameters(model).values():
+            weight.normal_()
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    assert read_record(tmp_path) == {"base": None, "base_fingerprint": None, "prompt_format": "llama2-chat"}
+    loaded = load_adapter(load(), tiny, tmp_path, trainable=False)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def refusal(model, base, folder):
+    """What ``folder`` is refused with, one line."""
+    with pytest.raises(UserError) as error:
+        load_adapter(model, base, folder, trainable=False)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def edit(file, **changes):
+    values = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(values | changes), encoding="utf-8")
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+A_WEIGHT = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+
+
+def test_a_folder_that_is_no_adapter(load, tiny, tmp_path):
+    assert refusal(load(), tiny, tmp_path) == f"{tmp_path} is no adapter: it has no adapter_config.json"
+
+
+def test_an_adapter_of_another_base(load, tiny, other_tiny, adapter):
+    assert refusal(load(base=other_tiny), other_tiny, adapter) == (
+        f"{adapter}: this adapter was trained on tiny-llama ({fingerprint(tiny)[:12]}), "
+        f"the base given is other-llama ({fingerprint(other_tiny)[:12]}); give its own with --model.base"
+    )
+
+
+def test_a_rank_edited_in_the_config(load, tiny, adapter):
+    edit(adapter / "adapter_config.json", r=8)
+    assert refusal(load(), tiny, adapter) == (
+        f"{adapter}: this adapter does not fit tiny-llama: {A_WEIGHT} is [4, 172], expected [8, 172]"
+    )
+
+
+def test_a_weight_of_the_wrong_shape(load, tiny, adapter):
+    edit_tensors(adapter, lambda tensors: tensors.update({A_WEIGHT: torch.ones(4, 64)}))
+    assert refusal(load(), tiny, adapter) == (
+        f"{adapter}: this adapter does not fit tiny-llama: {A_WEIGHT} is [4, 64], expected [4, 172]"
+    )
+
+
+def test_a_missing_weight(load, tiny, adapter):
+    edit_tensors(adapter, lambda tensors: tensors.pop(A_WEIGHT))
+    assert refusal(load(), tiny, adapter) == (
+        f"{adapter}: this adapter does not fit tiny-llama: {A_WEIGHT} is missing, expected [4, 172]"
+    )
+
+
+def test_a_weight_too_many(load, tiny, adapter):
+    edit_tensors(adapter, lambda tensors: tensors.update({"aaa": torch.ones(3)}))
+    assert refusal(load(), tiny, adapter) == (
+        f"{adapter}: this adapter does not fit tiny-llama: aaa is [3], expected no such weight"
+    )
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite(load, tiny, adapter, value):
+    edit_tensors(adapter, lambda tensors: tensors[A_WEIGHT].view(-1).__setitem__(3, float(value)))
+    assert refusal(load(), tiny, adapter) == (
+        f"{adapter / 'adapter_model.safetensors'}: it holds values that are not finite; take another checkpoint"
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1000])
+def test_a_truncated_file(load, tiny, adapter, kept):
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    assert refusal(load(), tiny, adapter).startswith(f"{adapter}: the adapter can't be read: ")
+
+
+def test_a_folder_without_weights(load, tiny, adapter):
+    (adapter / "adapter_model.safetensors").unlink()
+    assert refusal(load(), tiny, adapter).startswith(f"{adapter}: the adapter can't be read: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "/adapter_config.json can't be read: Expecting property name"),
+        ("[]", "/adapter_config.json: expected a JSON object, got list"),
+        ("{}", ": adapter_config.json says that it is of no type, expected LORA"),
+        ('{"peft_type": "IA3"}', ": adapter_config.json says that it is IA3, expected LORA"),
+    ],
+)
+def test_a_config_of_no_lora(load, tiny, adapter, text, message):
+    (adapter / "adapter_config.json").write_text(text, encoding="utf-8")
+    assert refusal(load(), tiny, adapter).startswith(f"{adapter}{message}")
+
+
+def test_an_unknown_prompt_format(load, tiny, adapter):
+    edit(adapter / "lit_qlora.json", prompt_format="alpaca")
+    assert refusal(load(), tiny, adapter) == (
+        f"{adapter}: its prompt format is 'alpaca', this version knows 'llama2-chat' only"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", " can't be read: Expecting property name"), ("[1]", ": expected a JSON object, got list")],
+)
+def test_a_broken_record(load, tiny, adapter, text, message):
+    (adapter / "lit_qlora.json").write_text(text, encoding="utf-8")
+    assert refusal(load(), tiny, adapter).startswith(f"{adapter / 'lit_qlora.json'}{message}")
+
+
+def test_a_tiny_base_on_a_cpu_takes_one_thread(load):
+    """Two threads wait for each other at every small product, for minutes where another process has the second core."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        load()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)

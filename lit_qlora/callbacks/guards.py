@@ -1,0 +1,93 @@
+"""Owns the watch over updates: losses that are not finite, and steps that a gradient scaler skips.
+
+Stops a run that learns nothing any more, before it harms the adapter. Knows no data.
+"""
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lit_qlora.batch import Batch
+from lit_qlora.callbacks.metrics import is_log_step, record
+from lit_qlora.callbacks.steps import StepCallback
+from lit_qlora.errors import UserError, require
+from lit_qlora.model.optimizer import num_applied
+
+MAX_SCALER_SKIPS = 20
+"""A gradient scaler halves its scale from 65,536 with each skip: by then it is below 1, and not to blame."""
+
+
+class UpdateGuard(StepCallback):
+    """Keeps an update with a loss that is not finite from being applied, and stops after several in a row.
+
+    Args:
+        max_nonfinite_losses: in a row, before the run stops.
+    """
+
+    COUNTS = ("nonfinite_in_a_row", "skips_in_a_row", "num_applied")
+
+    def __init__(self, max_nonfinite_losses: int = 3) -> None:
+        require(max_nonfinite_losses >= 1, "max_nonfinite_losses", "a whole number from 1", max_nonfinite_losses)
+        self.max_nonfinite_losses = max_nonfinite_losses
+        self.nonfinite_in_a_row = 0
+        self.skips_in_a_row = 0
+        self.num_applied = 0
+        self._is_finite: Tensor | None = None
+        self._rows: list[int] = []
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts, so that a cut-off is no new start for them."""
+        return {name: getattr(self, name) for name in self.COUNTS}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Goes on with the counts of the run that was cut."""
+        for name in self.COUNTS:
+            setattr(self, name, state_dict[name])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Remembers the rows, for the message."""
+        self._rows += batch.rows
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Looks at the loss of each micro-batch, without waiting for the device."""
+        finite = torch.isfinite(loss.detach())
+        self._is_finite = finite if self._is_finite is None else self._is_finite & finite
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Takes the gradients away from a step whose loss is not finite.
+
+        Raises UserError after too many in a row.
+        """
+        rows, self._rows = self._rows, []
+        is_finite, self._is_finite = self._is_finite, None
+        if is_finite is None or is_finite.item():
+            self.nonfinite_in_a_row = 0
+            return
+        self.nonfinite_in_a_row += 1
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        if self.nonfinite_in_a_row >= self.max_nonfinite_losses:
+            raise UserError(
+                f"the loss was not finite {self.nonfinite_in_a_row} times in a row, last at step "
+                f"{trainer.global_step + 1} with training rows {rows}; none of these updates was applied, and "
+                "the saved adapter is sound; try a lower model.learning_rate or a longer model.warmup_ratio"
+            )
+
+    def on_step_end(self, trainer: Trainer, module: object) -> None:
+        """Counts applied and skipped updates.
+
+        Raises UserError when a gradient scaler skips on and on.
+        """
+        applied = num_applied(trainer.optimizers[0])
+        self.skips_in_a_row = 0 if applied > self.num_applied else self.skips_in_a_row + 1
+        self.num_applied = applied
+        if is_log_step(trainer):
+            record(trainer, {"updates/applied": applied, "updates/skipped": trainer.global_step - applied})
+        if self.skips_in_a_row >= MAX_SCALER_SKIPS:
+            raise UserError(
+                f"{self.skips_in_a_row} updates in a row were skipped for gradients that overflow in fp16, up to step "
+                f"{trainer.global_step}; try a lower model.learning_rate or trainer.precision=32-true"
+            )

@@ -1,0 +1,59 @@
+"""Owns the watch over memory: peaks by phase, of the GPU as torch sees it and of the host. Knows no model."""
+
+import sys
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_qlora.callbacks.metrics import record
+
+GIB = 1024**3
+
+
+class PeakMemory(Callback):
+    """Records the peak of each phase: loading, training (up to each validation) and validation.
+
+    Allocated is what tensors take; reserved is what torch holds of the card, and what must fit. The
+    host's peak is the process's highest so far.
+    """
+
+    def __init__(self) -> None:
+        self.peaks_gib: dict[str, float] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the phase of loading."""
+        self._end("load")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a stretch of training."""
+        if trainer.state.fn == "fit" and trainer.global_step:
+            self._end("train")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a validation, and records."""
+        if trainer.state.fn == "fit":
+            self._end("validation")
+            record(trainer, {f"memory/{name}_gib": value for name, value in self.peaks_gib.items()})
+
+    def _end(self, phase: str) -> None:
+        if torch.cuda.is_available():
+            allocated, reserved = (
+                torch.cuda.max_memory_allocated() / GIB,
+                torch.cuda.max_memory_reserved() / GIB,
+            )
+            for name, peak in ((f"{phase}_allocated", allocated), (f"{phase}_reserved", reserved)):
+                self.peaks_gib[name] = max(peak, self.peaks_gib.get(name, 0.0))
+            torch.cuda.reset_peak_memory_stats()
+        host = _host_peak_gib()
+        if host is not None:
+            self.peaks_gib["host"] = host
+
+
+def _host_peak_gib() -> float | None:
+    """The most memory that this process ever held on the host; None where the system doesn't tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -1,0 +1,232 @@
+"""Owns the figures of training and where they are written: metrics.jsonl, and TensorBoard beside it.
+
+`record` is how every callback writes its figures, under the number of optimizer steps done. Knows no model.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
+
+from lit_qlora.batch import Batch
+from lit_qlora.callbacks.steps import StepCallback
+
+
+def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
+    """Writes ``figures`` under the optimizer steps done, to every logger of the Trainer."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(figures), step=trainer.global_step)
+
+
+def is_log_step(trainer: Trainer) -> bool:
+    """Whether the step just done is one of those that ``log_every_n_steps`` names, or the last."""
+    steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return trainer.global_step % steps == 0 or is_last_step(trainer)
+
+
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether all the optimizer steps of the run are done."""
+    return trainer.global_step >= trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
+
+
+class MetricsFile(Logger):
+    """``metrics.jsonl``: one JSON object a line, all figures of one step together, no step twice.
+
+    It is only ever appended to. A resumed run goes through the steps after its checkpoint again; those
+    that stand in the file already are not written a second time. A figure that is not finite is a string.
+
+    A line is written when the next step begins or the run is over: a validation in the middle of a window
+    still adds to the step before it. Until then the line is part of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._step: int | None = None
+        self._figures: dict[str, float] = {}
+        _drop_torn_line(path)
+        self._last_written = max((line["step"] for line in read_metrics(path)), default=-1)
+
+    @property
+    def name(self) -> str:
+        """Lightning asks for it."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """Lightning asks for it."""
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's config.yaml is their record."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Adds ``metrics`` to the line of ``step``; a new step writes the line before it."""
+        assert step is not None, "figures are recorded under a step"
+        if step != self._step:
+            self._write()
+            self._step = step
+        self._figures |= {name: float(value) for name, value in metrics.items()}
+
+    def save(self) -> None:
+        """Nothing: Lightning asks for it while the step may still get figures."""
+
+    def finalize(self, status: str) -> None:
+        """Writes what is left, unless the run was cut: then the step is gone on with."""
+        if status == "success":
+            self._write()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The line that is still open."""
+        return {"step": self._step, "figures": dict(self._figures)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the line that was open."""
+        self._step, self._figures = state_dict["step"], dict(state_dict["figures"])
+
+    def _write(self) -> None:
+        if self._step is not None and self._figures and self._step > self._last_written:
+            figures = {name: _plain(value) for name, value in self._figures.items()}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self._step, **figures}) + "\n")
+            self._last_written = self._step
+        self._step, self._figures = None, {}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last one that is still being written is left out."""
+    if not path.is_file():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts off the part of a line that a kill left at the end; its step will be gone through again."""
+    if path.is_file():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+class TrainMetrics(StepCallback):
+    """Loss, perplexity and token accuracy over the steps since the last record; learning rate; gradient norm.
+
+    Sums stay on the device until they are recorded, so that no step waits for a figure. What is begun, they
+    and the open line of `MetricsFile`, goes through a checkpoint.
+    """
+
+    NAMES = ("loss_sum", "num_correct", "num_answers")
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Any] = dict.fromkeys(self.NAMES, 0)
+        self.learning_rate = math.nan
+        self.last_loss = math.nan
+        """The loss that was recorded last, for the progress bar."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Notes the learning rate of this step: behind it, the schedule has moved on."""
+        self.learning_rate = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Adds a micro-batch's sums."""
+        for name in self.NAMES:
+            self.sums[name] = self.sums[name] + outputs[name]
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: Trainer, module: Any) -> None:
+        """Records where the log interval ends."""
+        if not is_log_step(trainer):
+            return
+        sums = self.state_dict()
+        loss = sums["loss_sum"] / max(sums["num_answers"], 1)
+        figures = {
+            "train/loss": loss,
+            "train/perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "train/accuracy": sums["num_correct"] / max(sums["num_answers"], 1),
+            "train/gradient_norm": float(module.gradient_norm),
+            "train/learning_rate": self.learning_rate,
+            "train/epoch": trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches,
+        }
+        record(trainer, figures)
+        self.last_loss = loss
+        self.sums = dict.fromkeys(self.NAMES, 0)
+
+    def state_dict(self) -> dict[str, float]:
+        """The sums so far, as numbers."""
+        return {name: float(value) for name, value in self.sums.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the sums of the run that was cut."""
+        self.sums = dict(state_dict)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the open line."""
+        for file in _metrics_files(trainer):
+            checkpoint["metrics_line"] = file.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Opens it again."""
+        for file in _metrics_files(trainer):
+            file.load_state_dict(checkpoint["metrics_line"])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the last line, for those who read the file now."""
+        for file in _metrics_files(trainer):
+            file.finalize("success")
+
+
+def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
+
+
+class HeldOutMetrics(StepCallback):
+    """Records each validation, and sees to one before the first step and one after the last."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Scores the base: a new adapter changes nothing yet."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.global_step == 0:
+            self._validate(trainer)
+
+    def on_step_end(self, trainer: Trainer, module: Any) -> None:
+        """Scores the last state where the validation interval would leave it out."""
+        if is_last_step(trainer) and not validation_follows(trainer):
+            self._validate(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Records what the module computed."""
+        if trainer.state.fn == "fit":
+            figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            record(trainer, {name: value for name, value in figures.items() if name.startswith("val/")})
+
+    def _validate(self, trainer: Trainer) -> None:
+        if not trainer.enable_validation:
+            return
+        # What Lightning's own training loop does around a validation.
+        connector = trainer._logger_connector
+        first_iteration = connector._first_loop_iter
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        connector._first_loop_iter = first_iteration
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the Trainer validates right after the micro-batch that it is ending."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

@@ -1,0 +1,110 @@
+"""Owns what the terminal is told: what was decided at the start, each validation, and before -> after at the end.
+
+Figures come from the run's own files, so a resumed run tells the whole story. Knows no model but its sizes.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_qlora.callbacks.checkpoints import read_result
+from lit_qlora.callbacks.memory import PeakMemory
+from lit_qlora.callbacks.metrics import is_last_step, read_metrics
+from lit_qlora.storage.run import RunFolder
+
+ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("held-out loss", "val/loss", lambda value: f"{value:.4f}"),
+    ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
+    ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
+    ("answers that stop by themselves", "samples/stopped_share", lambda value: f"{value:.0%}"),
+)
+
+
+class Report(Callback):
+    """Says what was decided, what was reached, and what to do next.
+
+    Args:
+        run: the run folder.
+        memory: the peaks, for the last lines.
+        resumed_from: the checkpoint's name, where the run goes on from one.
+    """
+
+    def __init__(self, run: RunFolder, memory: PeakMemory, resumed_from: str | None) -> None:
+        self.run, self.memory, self.resumed_from = run, memory, resumed_from
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The decisions, once model and data are there."""
+        if not trainer.is_global_zero:
+            return
+        module: Any = pl_module
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for line in data.describe():
+            _say("data", line)
+        for line in module.describe():
+            _say("model", line)
+        steps = data.num_optimizer_steps()
+        batch = f"{data.plan.tokens:,} tokens" if data.plan.tokens else f"{data.plan.rows} rows"
+        if trainer.accumulate_grad_batches > 1:
+            batch += f" x {trainer.accumulate_grad_batches} accumulated"
+        reason: str = trainer.precision_reason  # type: ignore[attr-defined]
+        _say("train", f"{steps:,} steps of {batch}; precision {trainer.precision} ({reason})")
+        _say("run", f"{self.run.path}" + (f", going on from {self.resumed_from}" if self.resumed_from else ""))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One line a validation."""
+        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        best = read_result(self.run.adapter)
+        mark = "  (best so far)" if best and best["step"] == trainer.global_step else ""
+        if not trainer.global_step:
+            mark = "  (before training)"
+        trainer.print(
+            f"step {trainer.global_step:>6}  held-out loss {figures['val/loss']:.4f}, "
+            f"perplexity {figures['val/perplexity']:,.2f}, accuracy {figures['val/accuracy']:.1%}{mark}"
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before and after, and where the adapter is; marks the run as finished where it is."""
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        if not (is_last_step(trainer) or _stopped_early(trainer)):
+            print(f"stopped at step {trainer.global_step}; the same command goes on from here", flush=True)
+            return
+        mark = {"step": trainer.global_step, "steps": trainer.datamodule.num_optimizer_steps()}  # type: ignore[attr-defined]
+        self.run.finished_mark.write_text(json.dumps(mark), encoding="utf-8")
+        print("\n".join(["", *before_and_after(self.run), *self._closing()]), flush=True)
+
+    def _closing(self) -> list[str]:
+        peaks = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.memory.peaks_gib.items())
+        return [
+            f"peak memory (GiB): {peaks}",
+            f"best adapter: {self.run.adapter}",
+            f"curves: tensorboard --logdir {self.run.path.parent}",
+        ]
+
+
+def before_and_after(run: RunFolder) -> list[str]:
+    """A table of the held-out figures at step 0 and at the best step; of what was measured at both."""
+    by_step = {line["step"]: line for line in read_metrics(run.metrics)}
+    best = read_result(run.adapter)
+    if best is None or 0 not in by_step or best["step"] not in by_step:
+        return []
+    before, after = by_step[0], by_step[best["step"]]
+    lines = [f"{'':32}{'before':>12}   after (step {best['step']}, the best)"]
+    for title, name, show in ROWS:
+        if name in before and name in after:
+            lines.append(f"{title:32}{show(float(before[name])):>12}   {show(float(after[name]))}")
+    return lines
+
+
+def _stopped_early(trainer: Trainer) -> bool:
+    return any(callback.stopped_epoch > 0 for callback in trainer.early_stopping_callbacks)
+
+
+def _say(topic: str, line: str) -> None:
+    print(f"{topic:>6}  {line}", flush=True)

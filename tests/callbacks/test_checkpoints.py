@@ -1,0 +1,256 @@
+"""Saves fall on the edge of a step and are whole; the best adapter is kept; whatever is resumed ends the same."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from lit_qlora.callbacks.checkpoints import RESULT, RunCheckpoints, read_result
+from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.callbacks.steps import StepCallback
+from lit_qlora.errors import UserError
+from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
+from lit_qlora.storage.folders import verify_folder
+from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.state import load_state
+
+
+class Saves(StepCallback):
+    """What happened in which order: micro-batches, validations and saves."""
+
+    def __init__(self):
+        self.told = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.told.append("batch")
+
+    def on_validation_start(self, trainer, pl_module):
+        self.told.append("validation")
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.told.append(f"save {trainer.global_step}")
+
+
+def told(full_run, tiny, rows, folder, num_rows, **options):
+    saves = Saves()
+    parts = full_run(folder, first=[saves], **options)
+    parts.trainer.fit(tiny(), datamodule=rows(num_rows))
+    return " ".join(saves.told).replace("validation", "v").replace("batch", "b"), parts
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"accumulate_grad_batches": 2}, "v b b b b save 2 b b b v save 4"),  # the last step has one micro-batch
+        ({"save_every_steps": 3}, "v b b b save 3 b b b save 6 b v save 7"),
+        ({"val_check_interval": 2}, "v b b v save 2 b b v save 4 b b v save 6 b v save 7"),
+        ({"val_check_interval": 3, "accumulate_grad_batches": 2}, "v b b b v b save 2 b b v b v save 4"),
+        ({"save_every_steps": 100}, "v b b b b b b b v save 7"),
+        ({"save_every_steps": 100, "limit_val_batches": 0}, "b b b b b b b save 7"),
+        ({"save_every_steps": 100, "max_steps": 3, "val_check_interval": 100}, "v b b b v save 3"),
+    ],
+)
+def test_saves_fall_on_edges_and_behind_the_validation(full_run, tiny, rows, tmp_path, options, expected):
+    order, parts = told(full_run, tiny, rows, tmp_path / "run", 7, **{"save_every_steps": 2, **options})
+    assert order == expected
+    assert parts.run.saved_steps() == [int(step) for step in order.split() if step.isdigit()]
+    for step in parts.run.saved_steps():
+        verify_folder(parts.run.checkpoint(step))
+
+
+def test_the_newest_are_kept(full_run, tiny, rows, tmp_path):
+    for keep in (2, 3):
+        _, parts = told(full_run, tiny, rows, tmp_path / str(keep), 12, save_every_steps=2, keep=keep)
+        assert parts.run.saved_steps() == [8, 10, 12][-keep:]
+        assert {path.name for path in parts.run.checkpoints.iterdir()} == {
+            f"step-{step:08d}" for step in parts.run.saved_steps()
+        }
+
+
+@pytest.mark.parametrize(
+    ("save_every", "keep", "message"),
+    [
+        (0, 2, "save_every_steps: expected a whole number from 1, got 0"),
+        (1, 1, "keep_checkpoints: expected a whole number from 2, got 1"),
+    ],
+)
+def test_intervals_that_keep_nothing_are_refused(tmp_path, save_every, keep, message):
+    with pytest.raises(UserError) as caught:
+        RunCheckpoints(RunFolder(tmp_path), save_every, keep)
+    assert str(caught.value) == message
+
+
+class Losses(StepCallback):
+    """Gives the validations these losses, one after the other."""
+
+    def __init__(self, *losses):
+        self.losses = list(losses)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        loss = self.losses.pop(0)
+        pl_module.on_validation_epoch_end = lambda: pl_module.log_dict(
+            {"val/loss": loss, "val/perplexity": 1.0}, logger=False
+        )
+
+
+def fit_with(full_run, tiny, rows, folder, losses, **options):
+    module = tiny()
+    weights = {}
+
+    class Weights(StepCallback):
+        def on_step_end(self, trainer, module):
+            weights[trainer.global_step] = module.weight.tolist()
+
+    parts = full_run(folder, first=[Losses(*losses), Weights()], val_check_interval=1, **options)
+    parts.trainer.fit(module, datamodule=rows(len(losses) - 1))
+    return module, weights, parts.run
+
+
+def test_the_adapter_is_that_of_the_best_validation(full_run, tiny, rows, tmp_path):
+    module, weights, run = fit_with(full_run, tiny, rows, tmp_path / "run", [0.5, 3.0, 2.0, 2.0, 2.5])
+    # Before the first step there is no adapter to keep; equally good is not better.
+    assert json.loads((run.adapter / RESULT).read_text("utf-8")) == {"step": 2, "val/loss": 2.0, "val/perplexity": 1.0}
+    assert json.loads((run.adapter / "weight.json").read_text("utf-8")) == weights[2]
+    assert module.weight.tolist() == weights[2] != weights[4]  # loaded back at the end
+    verify_folder(run.adapter)
+    assert sorted(path.name for path in run.adapter.iterdir()) == ["manifest.json", RESULT, "weight.json"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ([9.0, float("nan"), 3.0, 4.0], 2),
+        ([9.0, float("inf"), 3.0, 4.0], 2),
+        ([9.0, 3.0, float("nan"), float("-inf")], 1),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_never_the_best(full_run, tiny, rows, tmp_path, losses, best):
+    _, _, run = fit_with(full_run, tiny, rows, tmp_path / "run", losses)
+    assert read_result(run.adapter)["step"] == best
+
+
+def test_without_validation_the_last_adapter_is_kept(full_run, tiny, rows, tmp_path):
+    _, parts = told(full_run, tiny, rows, tmp_path / "run", 4, limit_val_batches=0)
+    assert read_result(parts.run.adapter) == {"step": 4}
+
+
+def test_an_adapter_that_was_never_scored_is_replaced_by_one_that_is(full_run, tiny, rows, tmp_path):
+    told(full_run, tiny, rows, tmp_path / "run", 4, limit_val_batches=0)
+    parts = full_run(tmp_path / "run", max_epochs=2)
+    parts.trainer.fit(tiny(), datamodule=rows(4), ckpt_path=parts.run.checkpoint(4))
+    assert read_result(parts.run.adapter)["step"] == 8
+
+
+def test_a_stop_in_mid_window_saves_no_half_window(full_run, tiny, rows, tmp_path):
+    stop = EarlyStopping("val/loss", patience=1, mode="max")
+    order, parts = told(
+        full_run, tiny, rows, tmp_path / "run", 12, early=[stop], accumulate_grad_batches=2, val_check_interval=3
+    )
+    assert stop.stopped_epoch == 0
+    assert parts.trainer.should_stop
+    assert order == "v b b b v"
+    assert parts.run.saved_steps() == []
+
+
+def test_a_stop_on_an_edge_saves(full_run, tiny, rows, tmp_path):
+    stop = EarlyStopping("val/loss", patience=1, mode="max")
+    order, parts = told(full_run, tiny, rows, tmp_path / "run", 12, early=[stop], val_check_interval=2)
+    assert order == "v b b v save 2"
+    assert parts.run.saved_steps() == [2]
+
+
+def test_a_damaged_checkpoint_is_written_anew_when_its_step_comes_again(full_run, tiny, rows, tmp_path):
+    told(full_run, tiny, rows, tmp_path / "run", 4, save_every_steps=2)
+    run = RunFolder(tmp_path / "run")
+    whole = load_state(run.checkpoint(4))["state_dict"]["weight"]
+    (run.checkpoint(4) / "state.json").write_text("{}", encoding="utf-8")
+    last, problems = run.last_checkpoint()
+    assert (last, len(problems)) == (run.checkpoint(2), 1)
+    parts = full_run(run.path, save_every_steps=2)
+    parts.trainer.fit(tiny(), datamodule=rows(4), ckpt_path=last)
+    verify_folder(run.checkpoint(4))
+    assert torch.equal(load_state(run.checkpoint(4))["state_dict"]["weight"], whole)
+
+
+def test_a_whole_checkpoint_is_left_as_it_is(full_run, tiny, rows, tmp_path):
+    told(full_run, tiny, rows, tmp_path / "run", 4, save_every_steps=2)
+    run = RunFolder(tmp_path / "run")
+    before = (run.checkpoint(4) / "manifest.json").stat().st_mtime_ns
+    parts = full_run(run.path, save_every_steps=2)
+    parts.trainer.fit(tiny(), datamodule=rows(4), ckpt_path=run.checkpoint(2))
+    assert (run.checkpoint(4) / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("val_check_interval", [2, 3, 1.0])
+def test_a_resume_from_every_step_ends_the_same(full_run, tiny, rows, tmp_path, accumulate, val_check_interval):
+    options = {
+        "save_every_steps": 1,
+        "max_epochs": 2,
+        "accumulate_grad_batches": accumulate,
+        "val_check_interval": val_check_interval,
+        "log_every_n_steps": 2,
+    }
+    whole, module = full_run(tmp_path / "whole", **options), tiny()
+    whole.trainer.fit(module, datamodule=rows(7))
+    *steps, last = whole.run.saved_steps()
+    for step in steps:
+        # As a kill right after the save leaves it: the step's own line is still open.
+        folder = tmp_path / f"from-{step}"
+        folder.mkdir()
+        lines = [line for line in _lines(whole.run) if json.loads(line)["step"] < step]
+        (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+        one, resumed = full_run(folder, **options), tiny()
+        one.trainer.fit(resumed, datamodule=rows(7), ckpt_path=whole.run.checkpoint(step))
+        assert resumed.chance == module.chance[-len(resumed.chance) :]
+        assert resumed.seen == module.seen[-len(resumed.seen) :]
+        assert torch.equal(
+            _saved(one.run, last, "state_dict")["weight"], _saved(whole.run, last, "state_dict")["weight"]
+        )
+        assert _without_speed(one.run) == _without_speed(whole.run)
+
+
+def test_skipped_and_refused_updates_are_gone_through_alike(full_run, tiny, rows, tmp_path):
+    def fit(folder, checkpoint=None):
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", growth_interval=4))
+        plugins = [FolderCheckpointIO(), precision]
+        parts = full_run(folder, save_every_steps=1, accumulate_grad_batches=2, max_epochs=3, plugins=plugins)
+        module = tiny()
+        module.nonfinite_rows = {3: float("nan")}
+        module.weight.register_hook(lambda gradient: gradient.half().float())  # overflows as fp16 does
+        parts.trainer.fit(module, datamodule=rows(9), ckpt_path=checkpoint)
+        return parts
+
+    whole = fit(tmp_path / "whole")
+    *steps, last = whole.run.saved_steps()
+    assert 3 < whole.guard.num_applied < last - 3
+    for step in steps:
+        one = fit(tmp_path / f"from-{step}", whole.run.checkpoint(step))
+        for key in ("state_dict", "optimizer_states", "MixedPrecision"):
+            torch.testing.assert_close(_saved(one.run, last, key), _saved(whole.run, last, key), rtol=0, atol=0)
+        assert one.guard.state_dict() == whole.guard.state_dict()
+
+
+def test_a_resume_of_a_finished_run_trains_nothing(full_run, tiny, rows, tmp_path):
+    _, parts = told(full_run, tiny, rows, tmp_path / "run", 4)
+    before = {path: path.read_bytes() for path in parts.run.path.rglob("*") if path.is_file()}
+    again, module = full_run(parts.run.path), tiny()
+    again.trainer.fit(module, datamodule=rows(4), ckpt_path=parts.run.checkpoint(4))
+    assert module.seen == []
+    assert {path: path.read_bytes() for path in parts.run.path.rglob("*") if path.is_file()} == before
+
+
+def _saved(run, step, key):
+    return load_state(run.checkpoint(step))[key]
+
+
+def _lines(run):
+    return run.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def _without_speed(run):
+    """Which differs from run to run."""
+    lines = read_metrics(run.metrics)
+    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]

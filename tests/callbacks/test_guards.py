@@ -1,0 +1,175 @@
+"""An update that is not finite is not applied, and a run that learns nothing any more ends with the reason."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from lit_qlora.callbacks.guards import MAX_SCALER_SKIPS, UpdateGuard
+from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
+from lit_qlora.callbacks.steps import StepCallback
+from lit_qlora.errors import UserError
+
+NAN, INF = math.nan, math.inf
+
+
+class Weights(StepCallback):
+    """The weight after each step."""
+
+    def __init__(self):
+        self.after = [0.0]
+
+    def on_step_end(self, trainer, module):
+        self.after.append(module.weight[0].item())
+
+
+def fit(trainer, module, data, guard, **options):
+    weights = Weights()
+    made = trainer(guard, weights, **options)
+    error = None
+    try:
+        made.fit(module, datamodule=data)
+    except UserError as caught:
+        error = str(caught)
+    return weights.after, error
+
+
+def order(data, trainer, tiny):
+    """The rows in the order in which they are trained on."""
+    module = tiny()
+    trainer(max_epochs=1).fit(module, datamodule=data)
+    return [row for rows in module.seen for row in rows]
+
+
+@pytest.mark.parametrize("factor", [NAN, INF, -INF])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loss_that_is_not_finite_changes_nothing(trainer, tiny, rows, factor, accumulate):
+    data = rows(9)
+    bad = order(data, trainer, tiny)[4]
+    module = tiny()
+    module.nonfinite_rows = {bad: factor}
+    guard = UpdateGuard()
+    after, error = fit(trainer, module, data, guard, accumulate_grad_batches=accumulate)
+    assert error is None
+    bad_step = 4 // accumulate
+    unchanged = [before == now for before, now in pairwise(after)]
+    assert unchanged == [step == bad_step for step in range(9 // accumulate)]
+    assert all(math.isfinite(weight) for weight in after)
+    assert guard.num_applied == 9 // accumulate - 1
+
+
+def test_without_the_guard_the_weight_is_lost(trainer, tiny, rows):
+    # That the test above guards against something.
+    module = tiny()
+    module.nonfinite_rows = {3: NAN}
+    trainer().fit(module, datamodule=rows(9))
+    assert module.weight.isnan().all()
+
+
+def test_it_stops_after_several_in_a_row_and_names_step_and_rows(trainer, tiny, rows):
+    data = rows(9)
+    bad = order(data, trainer, tiny)[2:5]
+    module = tiny()
+    module.nonfinite_rows = dict.fromkeys(bad, NAN)
+    after, error = fit(trainer, module, data, UpdateGuard(3))
+    assert error == (
+        f"the loss was not finite 3 times in a row, last at step 5 with training rows [{bad[2]}]; none of these "
+        "updates was applied, and the saved adapter is sound; try a lower model.learning_rate or a longer "
+        "model.warmup_ratio"
+    )
+    assert after[2] == after[-1] == module.weight[0].item()
+    assert len(module.seen) == 5
+
+
+def test_the_rows_of_the_whole_step_are_named(trainer, tiny, rows):
+    data = rows(9)
+    in_order = order(data, trainer, tiny)
+    module = tiny()
+    module.nonfinite_rows = {in_order[4]: NAN}
+    _, error = fit(trainer, module, data, UpdateGuard(1), accumulate_grad_batches=3)
+    assert f"1 times in a row, last at step 2 with training rows {in_order[3:6]};" in error
+
+
+def test_a_good_step_in_between_counts_from_the_start(trainer, tiny, rows):
+    data = rows(9)
+    in_order = order(data, trainer, tiny)
+    module = tiny()
+    module.nonfinite_rows = dict.fromkeys([*in_order[1:3], *in_order[4:6]], NAN)
+    _, error = fit(trainer, module, data, UpdateGuard(3))
+    assert error is None
+    assert len(module.seen) == 9
+
+
+def test_applied_and_skipped_updates_are_recorded(trainer, tiny, rows, tmp_path):
+    data = rows(6)
+    module = tiny()
+    module.nonfinite_rows = {order(data, trainer, tiny)[2]: NAN}
+    path = tmp_path / "metrics.jsonl"
+    fit(trainer, module, data, UpdateGuard(), logger=MetricsFile(path))
+    figures = [(line["step"], line["updates/applied"], line["updates/skipped"]) for line in read_metrics(path)]
+    assert figures == [(1, 1, 0), (2, 2, 0), (3, 2, 1), (4, 3, 1), (5, 4, 1), (6, 5, 1)]
+
+
+def in_fp16(scale):
+    """A gradient scaler on the CPU, as a GPU below bf16 has it."""
+    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
+
+
+def overflows(module):
+    """Lets a gradient beyond fp16 overflow, as it would there."""
+    module.weight.register_hook(lambda gradient: gradient.half().float())
+    return module
+
+
+def test_a_step_that_the_scaler_skips_is_counted_as_skipped(trainer, tiny, rows, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    guard = UpdateGuard()
+    module = overflows(tiny())
+    after, error = fit(trainer, module, rows(12), guard, plugins=in_fp16(65536.0), logger=MetricsFile(path))
+    assert error is None
+    skipped = [before == now for before, now in pairwise(after)]
+    assert 1 < sum(skipped) < 12
+    figures = [(line["updates/applied"], line["updates/skipped"]) for line in read_metrics(path)]
+    counts = range(1, 13)
+    assert figures == [(count - sum(skipped[:count]), sum(skipped[:count])) for count in counts]
+    assert guard.nonfinite_in_a_row == 0
+
+
+def test_skips_on_and_on_end_the_run(trainer, tiny, rows):
+    module = overflows(tiny())
+    module.nonfinite_rows = dict.fromkeys(range(30), 1e30)  # finite losses, gradients beyond fp16 at any scale
+    _, error = fit(trainer, module, rows(30), UpdateGuard(), plugins=in_fp16(65536.0))
+    assert MAX_SCALER_SKIPS == 20
+    assert error == (
+        "20 updates in a row were skipped for gradients that overflow in fp16, up to step 20; "
+        "try a lower model.learning_rate or trainer.precision=32-true"
+    )
+    assert module.weight.eq(0).all()
+
+
+def test_skips_with_an_update_in_between_go_on(trainer, tiny, rows):
+    data = rows(30)
+    in_order = order(data, trainer, tiny)
+    module = overflows(tiny())
+    module.nonfinite_rows = dict.fromkeys([*in_order[:19], *in_order[20:29]], 1e30)
+    guard = UpdateGuard()
+    _, error = fit(trainer, module, data, guard, plugins=in_fp16(1.0))
+    assert error is None
+    assert guard.num_applied == 2
+
+
+def test_the_counts_go_through_a_checkpoint():
+    guard = UpdateGuard()
+    guard.nonfinite_in_a_row, guard.skips_in_a_row, guard.num_applied = 2, 7, 40
+    resumed = UpdateGuard()
+    resumed.load_state_dict(guard.state_dict())
+    assert (resumed.nonfinite_in_a_row, resumed.skips_in_a_row, resumed.num_applied) == (2, 7, 40)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_it_must_be_at_least_one(count):
+    with pytest.raises(UserError) as caught:
+        UpdateGuard(count)
+    assert str(caught.value) == f"max_nonfinite_losses: expected a whole number from 1, got {count}"

@@ -1,0 +1,74 @@
+"""Peaks are told by phase: loading, training, validation."""
+
+import sys
+
+import pytest
+import torch
+
+from lit_qlora.callbacks.memory import PeakMemory
+from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, read_metrics
+
+GIB = 1024**3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell a process's peak this way")
+def test_the_hosts_peak_is_recorded_with_each_validation(trainer, tiny, rows, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    trainer(PeakMemory(), HeldOutMetrics(), logger=MetricsFile(path), val_check_interval=2).fit(
+        tiny(), datamodule=rows(4)
+    )
+    lines = read_metrics(path)
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert all({name for name in line if name.startswith("memory/")} == {"memory/host_gib"} for line in lines)
+    host = [line["memory/host_gib"] for line in lines]
+    assert 0.05 < host[0] <= host[-1] < 64  # a Python with torch; the unit is GiB
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A card whose peaks the test sets, in GiB; both start anew with a phase, as torch's do."""
+    card = {"allocated": 0.0, "reserved": 0.0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: card["allocated"] * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: card["reserved"] * GIB)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: card.update(allocated=0.0, reserved=0.0))
+    return card
+
+
+def test_the_cards_peaks_stand_under_their_phases(cuda, trainer, tiny, rows, tmp_path):
+    peaks = {"train": iter([6.0, 9.0, 7.0]), "validation": iter([3.0, 2.0, 4.0])}
+
+    def uses(phase):
+        cuda["allocated"] = max(cuda["allocated"], next(peaks[phase]))
+        cuda["reserved"] = cuda["allocated"] + 1
+
+    class Uses(tiny):
+        def configure_model(self):
+            cuda.update(allocated=4.0, reserved=5.0)
+
+        def training_step(self, batch, batch_idx):
+            uses("train")
+            return super().training_step(batch, batch_idx)
+
+        def on_validation_epoch_end(self):
+            uses("validation")
+            super().on_validation_epoch_end()
+
+    path = tmp_path / "metrics.jsonl"
+    memory = PeakMemory()
+    made = trainer(memory, HeldOutMetrics(), logger=MetricsFile(path), val_check_interval=2)
+    made.fit(Uses(), datamodule=rows(3))
+    gib = {name: value for name, value in memory.peaks_gib.items() if name != "host"}
+    assert gib == {
+        "load_allocated": 4.0,
+        "load_reserved": 5.0,
+        "validation_allocated": 4.0,
+        "validation_reserved": 5.0,
+        "train_allocated": 9.0,
+        "train_reserved": 10.0,
+    }
+    first, second, third = read_metrics(path)
+    assert (first["memory/load_allocated_gib"], first["memory/validation_allocated_gib"]) == (4.0, 3.0)
+    assert "memory/train_allocated_gib" not in first
+    assert second["memory/train_reserved_gib"] == 10.0
+    assert third["memory/validation_reserved_gib"] == 5.0

@@ -1,0 +1,194 @@
+"""Samples: the same prompts each time, what the base says once, and the share that stops by itself."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_qlora.callbacks.samples import SampleAnswers
+from lit_qlora.errors import UserError
+from lit_qlora.text.conversation import Conversation, Turn
+
+EOS = 2
+
+
+class FakeModule:
+    """Answers each prompt with the ids that were prepared; knows whether its adapter is on."""
+
+    def __init__(self, adapter=None):
+        self.adapter = adapter
+        self.is_on = True
+        self.peft_model = self
+        self.asked = []
+        self.answers = {}
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        self.is_on = False
+        yield
+        self.is_on = True
+
+    def answer(self, prompts, eos_id, sampling):
+        assert eos_id == EOS
+        self.asked.append((self.is_on, prompts, sampling))
+        return [self.answers.get((self.is_on, prompt[0]), [9, EOS]) for prompt in prompts]
+
+
+class FakeBoard(TensorBoardLogger):
+    """Keeps what is shown."""
+
+    def __init__(self):
+        self.shown = []
+
+    @property
+    def experiment(self):
+        return SimpleNamespace(add_text=lambda tag, text, step: self.shown.append((tag, text, step)))
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+
+class FakeData:
+    """Held-out prompts "1", "2", …; a prompt's only id is its number, an answer's text are its ids."""
+
+    encoder = SimpleNamespace(
+        eos_id=EOS,
+        prompt=lambda conversation: [int(conversation.turns[-1].content)],
+        decode=lambda ids: " ".join(str(number) for number in ids if number != EOS),
+    )
+
+    def held_out_prompts(self, count):
+        return [(Conversation((Turn("user", str(number)),)), "reference") for number in range(1, 12)][:count]
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+@pytest.fixture
+def board():
+    return FakeBoard()
+
+
+@pytest.fixture
+def fake(lines, board):
+    recorder = SimpleNamespace(log_metrics=lambda figures, step: lines.append((step, figures)))
+    return SimpleNamespace(
+        state=SimpleNamespace(fn="fit"),
+        is_global_zero=True,
+        global_step=0,
+        loggers=[recorder, board],
+        datamodule=FakeData(),
+    )
+
+
+def test_the_share_of_stops_is_that_of_eos_at_the_end(fake, lines):
+    module = FakeModule()
+    module.answers = {(False, 1): [9, 9], (False, 2): [9, 9], (False, 3): [9, 9], (True, 1): [9, 9], (True, 4): []}
+    samples = SampleAnswers(count=4)
+    samples.on_validation_end(fake, module)
+    fake.global_step = 5
+    samples.on_validation_end(fake, module)
+    assert lines == [(0, {"samples/stopped_share": 0.25}), (5, {"samples/stopped_share": 0.5})]
+
+
+def test_prompts_are_fixed_and_the_base_is_asked_once(fake):
+    module = FakeModule()
+    samples = SampleAnswers(count=3, max_new_tokens=17)
+    for fake.global_step in (0, 5, 10):
+        samples.on_validation_end(fake, module)
+    prompts = [[1], [2], [3]]
+    # Before the first step a new adapter changes nothing: the base's answers are all there is.
+    assert [(is_on, asked) for is_on, asked, _ in module.asked] == [(False, prompts), (True, prompts), (True, prompts)]
+    assert {(sampling.max_new_tokens, sampling.temperature) for *_, sampling in module.asked} == {(17, 0.0)}
+
+
+def test_a_resumed_run_asks_the_base_anew(fake, lines):
+    module = FakeModule()
+    module.answers = {(False, 1): [9]}
+    fake.global_step = 5
+    SampleAnswers(count=1).on_validation_end(fake, module)
+    assert [is_on for is_on, *_ in module.asked] == [False, True]
+    assert lines == [(5, {"samples/stopped_share": 1.0})]
+
+
+def test_an_adapter_that_is_trained_on_answers_before_the_first_step(fake, lines):
+    module = FakeModule(adapter="some/adapter")
+    module.answers = {(False, 1): [9]}
+    SampleAnswers(count=1).on_validation_end(fake, module)
+    assert lines == [(0, {"samples/stopped_share": 1.0})]
+
+
+def test_prompts_of_ones_own_are_asked_instead(fake):
+    module = FakeModule()
+    SampleAnswers(count=3, prompts=["7", "8"]).on_validation_end(fake, module)
+    assert [asked for _, asked, _ in module.asked] == [[[7], [8]]]
+
+
+def test_many_prompts_are_asked_in_parts(fake, lines):
+    module = FakeModule()
+    SampleAnswers(count=10).on_validation_end(fake, module)
+    assert [len(asked) for _, asked, _ in module.asked] == [8, 2]
+    assert lines == [(0, {"samples/stopped_share": 1.0})]
+
+
+def test_none_are_asked_with_a_count_of_zero(fake, lines):
+    module = FakeModule()
+    for fake.global_step in (0, 5):
+        SampleAnswers(count=0).on_validation_end(fake, module)
+    assert module.asked == lines == []
+
+
+def test_only_fit_samples_and_only_the_first_device(fake):
+    module = FakeModule()
+    fake.state.fn = "validate"
+    SampleAnswers().on_validation_end(fake, module)
+    fake.state.fn, fake.is_global_zero = "fit", False
+    SampleAnswers().on_validation_end(fake, module)
+    assert module.asked == []
+
+
+def test_the_table_shows_prompt_base_and_adapter(fake, board):
+    module = FakeModule()
+    module.answers = {(False, 1): [10, EOS], (True, 1): [11, 12, EOS]}
+    samples = SampleAnswers(count=2)
+    for fake.global_step in (0, 5):
+        samples.on_validation_end(fake, module)
+    table = "| prompt | base | adapter |\n|---|---|---|\n| 1 | 10 | 11 12 |\n| 2 | 9 | 9 |"
+    assert board.shown == [("samples", table, 5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("a|b", r"a\|b"),
+        ("a\nb\n\nc", "a<br>b<br><br>c"),
+        ("a\r\nb\rc", "a<br>b<br>c"),  # Markdown takes each for an end of line, and so of the row
+        (r"a\|b", r"a\\\|b"),
+    ],
+)
+def test_no_text_breaks_the_table(fake, board, monkeypatch, text, cell):
+    monkeypatch.setattr(FakeData, "encoder", SimpleNamespace(**{**vars(FakeData.encoder), "decode": lambda _: text}))
+    fake.global_step = 5
+    SampleAnswers(count=1).on_validation_end(fake, FakeModule())
+    assert board.shown[0][1].splitlines() == [
+        "| prompt | base | adapter |",
+        "|---|---|---|",
+        f"| 1 | {cell} | {cell} |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": -1}, "samples.count: expected 0 or more, got -1"),
+        ({"max_new_tokens": 0}, "samples.max_new_tokens: expected at least 1, got 0"),
+        ({"prompts": ["a", " "]}, "samples.prompts: expected no empty ones, got ['a', ' ']"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(UserError) as caught:
+        SampleAnswers(**options)
+    assert str(caught.value) == message

@@ -1,0 +1,49 @@
+"""Owns the first word of the command, and how mistakes end: one line, exit status 2.
+
+Imports nothing heavy, so that help comes at once. Knows which module runs a verb, and nothing else of it.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from lit_qlora.errors import UserError
+
+HELP = """\
+lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
+
+  python main.py fit       train; bare, on the embedded demo, in a minute on a laptop
+                           --config configs/colab_t4.yaml   Llama 2 7B on a free Colab T4
+  python main.py validate  score a run's best adapter on held-out data; bare, the newest run's
+  python main.py test      the same on test data
+  python main.py predict   answer a file of prompts: --prompts FILE --output FILE
+
+  tensorboard --logdir runs   curves and sample answers
+
+Every verb has --help. The same fit command, given again, goes on where it was.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command line, by default the process's own, and returns its exit status."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        return _run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: list[str]) -> int:
+    verb = args[0] if args else "--help"
+    if verb in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if verb in ("fit", "validate", "test"):
+        from lit_qlora import training
+
+        return training.main(args)
+    if verb == "predict":
+        from lit_qlora.tools import run_tool
+
+        return run_tool("predict", args[1:])
+    raise UserError(f"no verb {verb!r}; there are fit, validate, test and predict (see --help)")

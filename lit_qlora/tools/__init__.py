@@ -1,0 +1,28 @@
+"""Owns the verbs that are plain functions: each module here has one of its own name, and its signature is the options.
+
+Knows how a function becomes a command; nothing of what it does.
+"""
+
+import importlib
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from lit_qlora.options import OneLineErrors
+
+
+class _ToolParser(OneLineErrors, ArgumentParser):
+    """jsonargparse's parser, with errors in one line."""
+
+
+def run_tool(name: str, args: Sequence[str]) -> int:
+    """Runs ``lit_qlora.tools.<name>.<name>`` with the options in ``args``; returns the exit status."""
+    function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
+    parser = _ToolParser(allow_abbrev=False, prog=f"main.py {name}", description=function.__doc__.splitlines()[0])
+    parser.add_function_arguments(function)
+    try:
+        options = parser.parse_args(list(args))
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    function(**options.as_dict())
+    return 0

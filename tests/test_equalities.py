@@ -1,0 +1,97 @@
+"""The training of this project against the plainest loop there is, and accumulation against one large batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+from lit_qlora import demo
+from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.cli import main
+from lit_qlora.data.batching import BatchPlan
+from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.data.records import load_records
+from lit_qlora.quiet import quieten
+
+STEPS = 6
+SAME = ["--trainer.max_steps", str(STEPS), "--trainer.log_every_n_steps", "1", "--samples.count", "0",
+        "--trainer.limit_val_batches", "1", "--model.schedule", "constant", "--model.warmup_ratio", "0",
+        "--model.learning_rate", "0.003", "--model.adapter", "start", "--model.rank", "8",
+        "--data.max_length", "128", "--trainer.gradient_clip_val", "1.0"]  # fmt: skip
+
+
+def _plain_base() -> LlamaForCausalLM:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    return LlamaForCausalLM.from_pretrained(demo.BASE, quantization_config=quantization, dtype=torch.float32)
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter to start from, made by plain peft, whose second matrix is not zero."""
+    monkeypatch.chdir(tmp_path)
+    quieten()  # peft calls an old name of transformers
+    torch.manual_seed(7)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(_plain_base(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained("start", save_embedding_layers=False)
+    return tmp_path
+
+
+def test_losses_equal_a_plain_loop(start: Path) -> None:
+    """Per optimizer step, against transformers + peft with full logits, no Lightning and no chunks, to 1e-5."""
+    assert main(["fit", "--run", "ours", *SAME]) == 0
+    ours = [line["train/loss"] for line in read_metrics(Path("ours/metrics.jsonl"))[1:]]
+
+    model = PeftModel.from_pretrained(_plain_base(), "start", is_trainable=True).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.003, weight_decay=0.0)
+    encoder = Encoder(load_tokenizer("demo"), max_length=128)
+    examples = list(encoder.examples(load_records("demo", "train").conversations))
+    lengths = [len(example.input_ids) for example in examples if example]
+    losses = []
+    for rows in BatchPlan(rows=4).epoch(lengths, seed=42, epoch=0)[:STEPS]:
+        width = max(lengths[row] for row in rows)
+        ids = torch.full((len(rows), width), 0)
+        labels = torch.full((len(rows), width), -100)
+        for index, row in enumerate(rows):
+            ids[index, : lengths[row]] = torch.tensor(examples[row].input_ids)
+            labels[index, : lengths[row]] = torch.tensor(examples[row].labels)
+        mask = (torch.arange(width) < torch.tensor([[lengths[row]] for row in rows])).long()
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert ours == pytest.approx(losses, abs=1e-5)
+    assert len(ours) == STEPS
+
+
+def test_four_times_one_equals_one_times_four(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of unequal length, so that a mean of means would show."""
+
+    def in_order(plan: BatchPlan, lengths: list[int], seed: int, epoch: int) -> list[list[int]]:
+        rows = sorted(range(len(lengths)), key=lambda row: (row * 7919) % len(lengths))
+        return [rows[at : at + plan.rows] for at in range(0, len(rows), plan.rows)]
+
+    monkeypatch.setattr(BatchPlan, "epoch", in_order)
+    assert main(["fit", "--run", "one", *SAME, "--data.batch_size", "4"]) == 0
+    four = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "4"]
+    assert main(["fit", "--run", "four", *SAME, *four]) == 0
+    one_loss, four_loss = (
+        [line["train/loss"] for line in read_metrics(Path(run, "metrics.jsonl"))[1:]] for run in ("one", "four")
+    )
+    assert four_loss == pytest.approx(one_loss, abs=1e-5)
+    one_weights, four_weights = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("one", "four"))
+    for name, value in one_weights.items():
+        torch.testing.assert_close(four_weights[name], value, atol=2e-4, rtol=1e-3)

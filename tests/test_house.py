@@ -1,0 +1,119 @@
+"""The house: imports go down only, every module is on the map, help comes at once, the README's commands are real."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "lit_qlora").rglob("*.py"))
+FLOORS = {
+    "errors": 0, "batch": 0, "quiet": 0, "options": 1, "text": 1, "demo": 1, "storage": 1,
+    "data": 2, "model": 2, "callbacks": 3, "tools": 4, "training": 4, "cli": 5,
+}  # fmt: skip
+
+
+def _room(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if len(parts) < 2 or parts[1] == "__init__":
+        return
+    own = parts[1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "lit_qlora" else node.module for alias in node.names
+            ]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            if name.startswith("lit_qlora.") and _room(name) != own:
+                assert FLOORS[_room(name)] < FLOORS[own], f"{own} may not import {name}"
+
+
+def test_text_is_words_only() -> None:
+    code = "import sys, lit_qlora.text.llama2, lit_qlora.text.guanaco, lit_qlora.text.messages\n"
+    code += "print({'torch', 'lightning', 'transformers', 'datasets'} & {*sys.modules})"
+    assert _python("-c", code).stdout.strip() == "set()"
+
+
+def test_the_readme_maps_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    named = {str(path.relative_to(ROOT)) for path in MODULES if path.name != "__init__.py"}
+    assert {name for name in named if f"`{name}`" not in readme} == set()
+    mapped = set(re.findall(r"`(lit_qlora/[\w/]+\.py)`", readme))
+    assert {name for name in mapped if not (ROOT / name).is_file()} == set()
+
+
+def test_help_is_light_and_quick() -> None:
+    started = time.monotonic()
+    shown = _python("main.py", "--help")
+    assert time.monotonic() - started < 2
+    assert "python main.py fit" in shown.stdout
+    heavy = "{'torch', 'lightning', 'transformers', 'peft', 'jsonargparse', 'datasets', 'yaml'} & {*sys.modules}"
+    code = f"import sys; from lit_qlora.cli import main; main(['--help']); print({heavy})"
+    assert _python("-c", code).stdout.endswith("set()\n")
+
+
+def _command(name: str) -> str:
+    block = (ROOT / "README.md").read_text().split(f"<!-- run: {name} -->\n```bash\n")[1].split("\n```")[0]
+    assert "\n" not in block
+    return block
+
+
+def test_the_demo_command_meets_its_numbers(tmp_path: Path) -> None:
+    """The README's command without its installation: this environment stands in for the one it makes."""
+    run = _command("demo").split(" && ")[-1]
+    assert run == ".venv/bin/python main.py fit"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "fit"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=_environment(),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    perplexity = re.search(r"held-out perplexity +([\d.]+) +([\d.]+)", done.stdout)
+    stops = re.search(r"stop by themselves +(\d+)% +(\d+)%", done.stdout)
+    assert perplexity and stops
+    assert float(perplexity[1]) / float(perplexity[2]) >= 3
+    assert int(stops[1]) < 10 and int(stops[2]) > 90
+    known = r"( *(data|model|train|run)  |step |peak memory|best adapter|curves|held-out|answers that|  +before|$)"
+    assert [line for line in done.stdout.splitlines() if not re.match(known, line)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo"])
+def test_the_readmes_command_as_it_stands(name: str, tmp_path: Path) -> None:
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(tmp_path / "clone")], check=True)
+    done = subprocess.run(
+        ["bash", "-c", _command(name)], cwd=tmp_path / "clone", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "best adapter: runs/demo/adapter" in done.stdout
+
+
+def test_the_test_command_is_the_ci_s() -> None:
+    assert _command("tests").endswith(".venv/bin/python -m pytest -q")
+    assert "run: tests" in (ROOT / ".ci" / "run").read_text()
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def _python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, check=True, env=_environment()
+    )

@@ -1,0 +1,324 @@
+"""fit, validate, test and predict through `main([...])`: a run folder, its resume, its mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_qlora import demo
+from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.cli import main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SHORT = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1",
+         "--save_every_steps", "2", "--samples.count", "2", "--samples.max_new_tokens", "8",
+         "--trainer.limit_val_batches", "3"]  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _rows(path: Path, count: int = 40) -> Path:
+    lines = demo.TRAIN.read_text(encoding="utf-8").splitlines()[:count]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *SHORT]) == 0
+    run = here / "runs" / "demo"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
+    assert {path.name for path in (run / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "lit_qlora.json", "manifest.json", "result.json",
+    }  # fmt: skip
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    # Of each step itself: one step of warm-up to half, then down in a line.
+    rates = [line["train/learning_rate"] for line in lines[1:]]
+    assert rates == pytest.approx([0.0015, 0.003, 0.002, 0.001])
+    before = _snapshot(run)
+
+    capsys.readouterr()
+    assert main(["fit", *SHORT]) == 0
+    assert "is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
+    assert main(["fit", *SHORT, "--trainer.max_steps", "2"]) == 0
+    assert "is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
+    assert _snapshot(run) == before
+
+    by_step = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
+    best = json.loads((run / "adapter" / "result.json").read_text())
+    assert main(["validate"]) == 0
+    assert f"val/loss  {by_step[best['step']]['val/loss']:.6f}\n" in capsys.readouterr().out
+    assert main(["validate", "--ckpt_path", "base"]) == 0
+    assert f"val/loss  {by_step[0]['val/loss']:.6f}\n" in capsys.readouterr().out
+    assert main(["validate", "--ckpt_path", "last"]) == 0
+    assert f"val/loss  {by_step[4]['val/loss']:.6f}\n" in capsys.readouterr().out
+    assert main(["test", "--run", "runs/demo", "--ckpt_path", "runs/demo/adapter"]) == 0
+    assert "test/loss  " in capsys.readouterr().out
+    assert _snapshot(run) == before
+
+    (here / "prompts.txt").write_text("Who goes everywhere with Silas?\n\nWhat is in Marshford?\n")
+    predict = ["predict", "--prompts", "prompts.txt", "--output", "answers.jsonl", "--max_new_tokens", "8"]
+    assert main(predict) == 0
+    answers = [json.loads(line) for line in (here / "answers.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["Who goes everywhere with Silas?", "What is in Marshford?"]
+    assert main(predict) == 2
+    assert "answers.jsonl exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains(config: Path, here: Path) -> None:
+    """As it stands, with only base, data and length replaced."""
+    data = _rows(here / "rows.jsonl")
+    small = ["--model.base", "demo", "--data.source", str(data), "--data.max_length", "48", "--trainer.max_steps", "2"]
+    assert main(["fit", "--config", str(config), *small]) == 0
+    assert (here / "runs" / config.stem / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_seed_recipe() -> None:
+    import yaml
+
+    config = yaml.safe_load((ROOT / "configs" / "colab_t4.yaml").read_text())
+    assert config["model"]["base"] == "NousResearch/Llama-2-7b-hf"
+    assert config["data"] == {
+        "source": "timdettmers/openassistant-guanaco", "train_on": "answers", "max_length": 1024, "batch_size": 4,
+    }  # fmt: skip
+    assert config["trainer"]["max_epochs"] == 3
+    assert config["trainer"]["log_every_n_steps"] == 25
+    assert config["trainer"]["precision"] == "auto"
+
+
+def test_a_killed_run_goes_on_to_the_same_end(here: Path) -> None:
+    arguments = ["--trainer.max_steps", "12", "--trainer.val_check_interval", "4", "--trainer.log_every_n_steps", "3",
+                 "--save_every_steps", "2", "--samples.count", "0", "--model.dropout", "0.1",
+                 "--trainer.limit_val_batches", "2"]  # fmt: skip
+    assert main(["fit", "--run", "whole", *arguments]) == 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "main.py"), "fit", "--run", "cut", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    deadline = time.monotonic() + 120
+    while not list(Path("cut/checkpoints").glob("step-*4")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(Path("cut/checkpoints").glob("step-*")), "killed before its first checkpoint"
+    assert main(["fit", "--run", "cut", *arguments]) == 0
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000012/state.safetensors"):
+        assert Path("whole", name).read_bytes() == Path("cut", name).read_bytes()
+    assert _figures(Path("whole")) == _figures(Path("cut"))
+
+
+def _figures(run: Path) -> list[dict[str, object]]:
+    """What was recorded, without what the clock and the host's memory have a say in."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("speed/tokens", "memory/"))}
+        for line in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def test_ctrl_c_saves_and_says_so(here: Path) -> None:
+    command = [sys.executable, "-u", str(ROOT / "main.py"), "fit", "--trainer.log_every_n_steps", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    assert "the same command goes on from here" in out
+    assert list(Path("runs/demo/checkpoints").glob("step-*"))
+
+
+def test_settings_that_make_another_run_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--trainer.max_steps", "1", "--samples.count", "0", "--trainer.limit_val_batches", "1"]
+    assert main(["fit", *short]) == 0
+    assert main(["fit", *short, "--model.rank", "8", "--data.batch_size", "2"]) == 2
+    assert capsys.readouterr().err == (
+        "error: run: runs/demo was started with other settings: data.batch_size: 4 -> 2; model.rank: 16 -> 8; "
+        "give --run NAME to start another run\n"
+    )
+
+
+def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text("run: elsewhere\nmodel:\n  rank: 4\n")
+    short = ["--trainer.max_steps", "1", "--samples.count", "0", "--trainer.limit_val_batches", "1"]
+    assert main(["fit", "--config", "mine.yaml", *short]) == 0
+    assert Path("elsewhere/adapter/adapter_config.json").is_file()
+    assert not Path("runs").exists()
+    assert main(["fit", "--run", "next", "--model.adapter", "elsewhere/adapter", *short]) == 2
+    assert capsys.readouterr().err == (
+        "error: model.rank: 16, and the adapter elsewhere/adapter has rank 4; give --model.rank 4\n"
+    )
+
+
+def test_no_token_reaches_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary_in_a_coal_mine")
+    assert main(["fit", "--trainer.max_steps", "1", "--samples.count", "0", "--trainer.limit_val_batches", "1"]) == 0
+    files = [path for path in here.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert [path for path in files if b"hf_canary" in path.read_bytes()] == []
+
+
+BAD = [
+    (["fti"], "no verb 'fti'; there are fit, validate, test and predict (see --help)"),
+    (["fit", "--model.rnak", "3"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
+    (["fit", "--model.rank", "x"], "model.rank: expected int, got x"),
+    (["fit", "--model.rank", "0"], "model.rank: expected a whole number from 1, got 0"),
+    (["fit", "--model.schedule", "cosin"], "model.schedule: expected one of 'constant', 'linear', 'cosine', got cosin"),
+    (["fit", "--trainer.precision", "fp16"],
+     "trainer.precision: expected one of 'auto', '16-mixed', 'bf16-mixed', '32-true', got fp16"),
+    (["fit", "--trainer.precision", "16-mixed"],
+     "trainer.precision: 16-mixed needs a CUDA GPU, and there is none; use auto (32-true on a CPU)"),
+    (["fit", "--model.attention", "flash_attention_2"], "model.attention: flash_attention_2 needs compute capability"),
+    (["fit", "--model.base", "./nowhere"],
+     "model.base: no folder './nowhere'; give a hub id (owner/name) or a folder"),
+    (["fit", "--model.target_modules", "q_prj"], "model.target_modules: 'q_prj' is none of all-linear, q_proj, k_proj"),
+    (["fit", "--model.adapter", "."], ". is no adapter: it has no adapter_config.json"),
+    (["fit", "--data.source", "nope.jsonl"], "nope.jsonl: no such file"),
+    (["fit", "--data.source", "empty.jsonl"], "empty.jsonl: "),
+    (["fit", "--data.source", "one.jsonl"], "one.jsonl"),
+    (["fit", "--data.source", "torn.jsonl"], "torn.jsonl:2: "),
+    (["fit", "--data.source", "latin.jsonl"], "latin.jsonl"),
+    (["fit", "--data.max_length", "8"], "data.source: of 848 conversations in demo none has an answer within"),
+    (["fit", "--data.batch_size", "0"], "data.batch_size: expected at least 1 row, got 0"),
+    (["fit", "--data.train_on", "question"], "data.train_on: expected one of 'answers', 'all', got question"),
+    (["fit", "--trainer.max_steps", "0"], "trainer.max_steps: expected a whole number from 1, or -1, got 0"),
+    (["fit", "--trainer.devices", "2"], "trainer.devices: expected one device (several come later), got 2"),
+    (["fit", "--model.ran", "8"], "unknown option 'model.ran'; did you mean 'model.rank'?"),
+    (["fit", "--ru", "x"], "unknown option 'ru'; did you mean 'run'?"),
+    (["fit", "--data.system", "x [INST]"], "data.system: expected a text without Llama 2's tags, got 'x [INST]'"),
+    (["fit", "--samples.prompts", '["[INST] x"]'], "samples.prompts: expected texts without Llama 2's tags"),
+    (["predict", "--prompts", "latin.txt", "--output", "o"], "latin.txt: not UTF-8 (byte 0); save it as UTF-8"),
+    (["fit", "--trainer.max_time", "x"], "unknown option 'trainer.max_time'"),
+    (["fit", "--trainer.gradient_clip_algorithm", "x"], "`gradient_clip_algorithm` x is invalid."),
+    (["fit", "--run", "full"], "run: full holds other files and no run; give a folder of its own with --run"),
+    (["fit", "--trainer.callbacks", "foo"], "trainer.callbacks: expected list[Callback], Callback, none; got foo"),
+    (["fit", "--trainer.enable_checkpointing", "true"], "unknown option 'trainer.enable_checkpointing'"),
+    (["fit", "--seed_everything", "true"], "seed_everything: expected int, got True"),
+    (["fit", "--early_stopping", "0"], "early_stopping: expected none, or a whole number from 1, got 0"),
+    (["fit", "--save_every_steps", "0"], "save_every_steps: expected a whole number from 1, got 0"),
+    (["fit", "--run", "/dev/null/x"], "run: /dev/null/x can't be written"),
+    (["fit", "--run", "one.jsonl"], "run: one.jsonl is a file, expected a folder"),
+    (["fit", "--config", "misspelt.yaml"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
+    (["fit", "--config", "nope.yaml"], "config: no file nope.yaml"),
+    (["fit", "--config", "doubled.yaml"], "doubled.yaml:3: 'model.rank' stands here a second time (first in line 2)"),
+    (["validate"], "no run in runs/: train one first with 'python main.py fit', or name one with --run"),
+    (["validate", "--run", "."], "run: . is no run folder: it has no config.yaml"),
+    (["predict", "--promts", "x"], "unknown option 'promts'; did you mean 'prompts'?"),
+    (["predict", "--prompts", "nope.txt", "--output", "o"], "nope.txt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "message"), BAD, ids=[" ".join(args) for args, _ in BAD])
+def test_a_mistake_is_one_line(
+    args: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lit_qlora.model import load
+
+    monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    (here / "full").mkdir()
+    (here / "full" / "thesis.tex").write_text("precious")
+    (here / "empty.jsonl").write_text("")
+    (here / "one.jsonl").write_text('{"text": "### Human: a### Assistant: b"}\n')
+    (here / "torn.jsonl").write_text('{"text": "### Human: a### Assistant: b"}\n{"text": "### Hu\n')
+    (here / "latin.jsonl").write_bytes('{"text": "### Human: é### Assistant: b"}\n'.encode("latin-1"))
+    (here / "latin.txt").write_bytes("é".encode("latin-1"))
+    (here / "misspelt.yaml").write_text("model:\n  rnak: 8\n")
+    (here / "doubled.yaml").write_text("model:\n  rank: 8\n  rank: 16\n")
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert (here / "full" / "thesis.tex").read_text() == "precious"
+    assert not (here / "runs").exists() or list((here / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("free", "message"),
+    [
+        (1_000_000, "run: runs/demo will need 0.01 GB for checkpoints, and its disk has 0.00 GB left"),
+        (
+            5_000_000_000,
+            "model.base: someone/llama is a download of 13.5 GB, and the disk of the hub's cache has 5.0 GB",
+        ),
+    ],
+)
+def test_too_little_room(
+    free: int, message: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    from lit_qlora.model import base, module
+
+    config = json.loads((demo.BASE / "config.json").read_text())
+    seven_billion = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000,
+                     "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}  # fmt: skip
+    if free > 1e9:
+        monkeypatch.setattr(
+            module, "find_base", lambda name: base.Base("someone/llama", "someone/llama", config | seven_billion)
+        )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert main(["fit"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("form", ["guanaco", "llama2"])
+def test_real_base_and_real_rows(form: str, real: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = {
+        "guanaco": real / "guanaco" / "openassistant_best_replies_eval_first259.jsonl",
+        "llama2": real / "guanaco" / "guanaco-llama2-1k.train.parquet",
+    }[form]
+    base = real / "stories260K"
+    arguments = ["--run", "run", "--model.base", str(base), "--data.source", str(source), "--data.max_length", "256"]
+    assert main(["fit", *arguments, *SHORT]) == 0
+    best = json.loads(Path("run/adapter/result.json").read_text())
+    capsys.readouterr()
+    assert main(["validate", "--run", "run"]) == 0
+    assert f"val/loss  {best['val/loss']:.6f}\n" in capsys.readouterr().out
+    _check_outside(base, Path("run/adapter"))
+
+
+def _check_outside(base: Path, adapter: Path) -> None:
+    """Plain peft over the base, loaded without this project, gives the logits of the module that trained."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from lit_qlora.model.base import find_base
+    from lit_qlora.model.load import load_adapter, load_base
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    outside = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
+    for module in outside.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    outside = PeftModel.from_pretrained(outside, str(adapter)).eval()
+    ours = load_base(find_base(str(base)), torch.float32, torch.device("cpu"), "sdpa")
+    inside = load_adapter(ours, find_base(str(base)), adapter, trainable=False).eval()
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(outside(input_ids=ids).logits, inside(input_ids=ids).logits)
+        with inside.disable_adapter():
+            assert not torch.equal(outside(input_ids=ids).logits, inside(input_ids=ids).logits)

@@ -88,7 +88,8 @@ def check_config_file(path: Path) -> None:
     if root is None:
         raise UserError(f"{path}: the file is empty")
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}:1: expected 'option: value' lines, got a {root.tag.rpartition(':')[2]}")
+        kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
+        raise UserError(f"{path}:1: expected 'option: value' lines, got a {kind}")
     for line, problem in _problems(root):
         raise UserError(f"{path}:{line}: {problem}")
 

@@ -3,12 +3,7 @@
 ``main(args)`` runs one of them in-process. Knows how the parts are put together, and nothing of what they do.
 """
 
-import json
-import os
-import shutil
-import sys
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_qlora import start
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.guards import UpdateGuard
 from lit_qlora.callbacks.memory import PeakMemory
@@ -32,113 +28,12 @@ from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.errors import UserError, require
-from lit_qlora.model.base import missing_bytes
-from lit_qlora.model.device import Precision, choose_precision, current_device
+from lit_qlora.model.load import check_settings
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.options import OneLineErrors, check_config_file, option
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
-from lit_qlora.storage.lock import RunLock
-from lit_qlora.storage.run import RUNS, RunFolder, differences, newest_run, open_run
-
-DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
-
-FIXED = ("seed_everything", "model", "data", "trainer.accumulate_grad_batches", "trainer.precision")
-"""Settings that may not change while a run goes on: another value would make it another run."""
-
-
-NOT_OFFERED = {
-    "barebones",
-    "check_val_every_n_epoch",
-    "default_root_dir",
-    "enable_autolog_hparams",
-    "enable_checkpointing",
-    "enable_model_summary",
-    "fast_dev_run",
-    "max_time",
-    "model_registry",
-    "num_nodes",
-    "num_sanity_val_steps",
-    "overfit_batches",
-    "reload_dataloaders_every_n_epochs",
-    "sync_batchnorm",
-    "use_distributed_sampler",
-}
-"""What of Lightning's Trainer this project decides by itself, or has no use for: an option must do something."""
-
-
-class RunParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, with errors in one line, without shortened names and options that would do nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def add_lightning_class_args(
-        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
-    ) -> list[str]:
-        """As LightningCLI's, without the options of the Trainer that are not offered."""
-        if not issubclass(lightning_class, Trainer):
-            return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
-        return self.add_class_arguments(
-            lightning_class,
-            nested_key,
-            fail_untyped=False,
-            instantiate=False,
-            sub_configs=True,
-            skip=NOT_OFFERED,
-        )
-
-
-class QLoRATrainer(Trainer):
-    """Lightning's Trainer with the precision chosen by the device, and evaluation counted over epochs.
-
-    Args:
-        precision: auto takes bf16 from compute capability 8.0 on, fp16 below, fp32 on the CPU.
-        max_epochs: epochs, unless max_steps ends the run before.
-        val_check_interval: micro-batches from one validation to the next, counted over epochs; or a share of an epoch.
-        devices: 1, or a list with the number of the one GPU to take.
-        gradient_clip_val: highest norm of the gradients.
-        log_every_n_steps: optimizer steps from one record of the figures to the next.
-    """
-
-    def __init__(
-        self,
-        *,
-        precision: Precision = "auto",
-        max_epochs: int = 3,
-        val_check_interval: int | float = 500,
-        devices: int | str | list[int] = 1,
-        gradient_clip_val: float | None = 1.0,
-        log_every_n_steps: int = 25,
-        **kwargs: Any,
-    ) -> None:
-        require(log_every_n_steps >= 1, "trainer.log_every_n_steps", "a whole number from 1", log_every_n_steps)
-        accumulated = kwargs.get("accumulate_grad_batches", 1)
-        require(accumulated >= 1, "trainer.accumulate_grad_batches", "a whole number from 1", accumulated)
-        require(max_epochs >= 1 or max_epochs == -1, "trainer.max_epochs", "a whole number from 1", max_epochs)
-        max_steps = kwargs.get("max_steps", -1)
-        require(max_steps >= 1 or max_steps == -1, "trainer.max_steps", "a whole number from 1, or -1", max_steps)
-        require(val_check_interval > 0, "trainer.val_check_interval", "a number above 0", val_check_interval)
-        one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
-        require(one, "trainer.devices", "one device (several come later)", devices)
-        device = current_device(str(kwargs.get("accelerator", "auto")))
-        chosen, self.precision_reason = choose_precision(precision, device)
-        by_epoch = isinstance(val_check_interval, float)
-        kwargs |= {
-            "check_val_every_n_epoch": 1 if by_epoch else None,  # None counts on from epoch to epoch
-            "num_sanity_val_steps": 0,  # the whole held-out set is scored before the first step
-            "enable_checkpointing": False,  # ours falls on the edge between steps, and needs no pickle
-            "enable_model_summary": False,  # it counts two 4-bit weights as one
-        }
-        super().__init__(
-            precision=chosen,  # type: ignore[arg-type]  # auto is resolved
-            max_epochs=max_epochs,
-            val_check_interval=val_check_interval,
-            devices=devices,
-            gradient_clip_val=gradient_clip_val,
-            log_every_n_steps=log_every_n_steps,
-            **kwargs,
-        )
+from lit_qlora.storage.run import RunFolder
+from lit_qlora.trainer import QLoRATrainer, RunParser
 
 
 class QLoRACLI(LightningCLI):
@@ -223,95 +118,21 @@ class QLoRACLI(LightningCLI):
         options = self.config[self.verb]
         self.run = RunFolder(Path(options.run))
         if self.verb != "fit":
-            self._prepare_scoring(str(options.ckpt_path))
+            adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
+            if adapter or options.ckpt_path == "base":
+                options.model.adapter = str(adapter) if adapter else None
 
     def _prepare_fit(self) -> None:
-        if self.run.path.exists() and not self.run.path.is_dir():
-            raise UserError(f"run: {self.run.path} is a file, expected a folder; give another one with --run")
-        if not (self.run.has_begun() or self.run.is_empty()):
-            raise UserError(f"run: {self.run.path} holds other files and no run; give a folder of its own with --run")
-        self.run.prepare()
-        self.stack.enter_context(RunLock(self.run.path))
-        self.stack.callback(self.run.discard_unless_begun)
+        options = self.config[self.verb]
+        self.run.open(self.stack)
         config = self._config_to_keep()
-        if self.run.has_begun() and self.run.config.is_file():
-            self._check_against(self.run.read_config(), config)
-        else:
-            self.run.config.unlink(missing_ok=True)
-        self._check_adapter()
-        self._check_room()
-        self.resume_from, problems = self.run.last_checkpoint()
-        for problem in problems:
-            print(f"warning: {problem}; going back to the checkpoint before", file=sys.stderr)
-        if problems and self.resume_from is None:
-            raise UserError(f"run: no checkpoint in {self.run.checkpoints} is whole; start anew with another --run")
+        start.check_against_first(self.run, config)
+        if self.model.adapter:
+            check_settings(self.model.adapter, self.model.lora)
+        start.check_room(self.run, self.model, options.keep_checkpoints)
+        self.resume_from = start.checkpoint_to_resume(self.run)
         self.config_text = yaml.safe_dump(config, sort_keys=False)
         self.run.write_config(self.config_text)
-
-    def _check_adapter(self) -> None:
-        """An adapter to start from has a rank of its own; another one asked for would be ignored."""
-        module: QLoRAModule = self.model
-        if module.adapter is None:
-            return
-        rank = json.loads((module.adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-        if rank != module.lora.rank:
-            raise UserError(
-                f"model.rank: {module.lora.rank}, and the adapter {module.adapter} has rank {rank}; "
-                f"give --model.rank {rank}"
-            )
-
-    def _check_room(self) -> None:
-        """Room for the checkpoints that are kept, one more while it is written, and a base still to be downloaded."""
-        module: QLoRAModule = self.model
-        num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
-        adapters = 2 * 4 * num_trained
-        states = 12 * num_trained * (self.config[self.verb].keep_checkpoints + 1)
-        self.run.check_room(adapters + states)
-        download = missing_bytes(module.base)
-        cache = Path(os.environ.get("HF_HOME", Path.home())).expanduser()
-        free = shutil.disk_usage(cache if cache.exists() else Path.home()).free
-        if free < download:
-            raise UserError(
-                f"model.base: {module.base.name} is a download of {download / 1e9:.1f} GB, and the disk of the "
-                f"hub's cache has {free / 1e9:.1f} GB left; free some, or set HF_HOME to a larger disk"
-            )
-
-    def _check_against(self, first: dict[str, Any], now: dict[str, Any]) -> None:
-        changed = differences(first, now, FIXED)
-        if changed:
-            raise UserError(
-                f"run: {self.run.path} was started with other settings: {'; '.join(changed)}; "
-                "give --run NAME to start another run"
-            )
-        finished = self.run.finished()
-        lengths = ("trainer.max_steps", "trainer.max_epochs", "early_stopping")
-        no_further = finished and 0 < now["trainer"].get("max_steps", -1) <= finished["step"]
-        if finished and (no_further or not differences(first, now, lengths)):
-            print(
-                f"{self.run.path} is finished ({finished['step']} of {finished['steps']} steps): nothing to do.\n"
-                f"Its adapter: {self.run.adapter}. To start another run, give it a name: --run NAME"
-            )
-            raise SystemExit(0)
-
-    def _prepare_scoring(self, what: str) -> None:
-        adapter: Path | None = None
-        if what == "best":
-            if not (self.run.adapter / "adapter_config.json").is_file():
-                raise UserError(
-                    f"ckpt_path: {self.run.path} has no adapter yet; --ckpt_path last or base may be scored"
-                )
-            adapter = self.run.adapter
-        elif what == "last":
-            self.resume_from, _ = self.run.last_checkpoint()
-            if self.resume_from is None:
-                raise UserError(f"ckpt_path: {self.run.path} has no whole checkpoint")
-        elif what != "base":
-            if not (Path(what) / "adapter_config.json").is_file():
-                self.resume_from = Path(what)  # FolderCheckpointIO tells what is wrong with it
-            else:
-                adapter = Path(what)
-        if what == "base" or adapter:
-            self.config[self.verb].model.adapter = str(adapter) if adapter else None
 
     def _config_to_keep(self) -> dict[str, Any]:
         """The whole configuration as plain values, without what holds for one start only."""
@@ -409,39 +230,9 @@ def main(args: list[str]) -> int:
     quieten()
     with ExitStack() as stack:
         try:
-            QLoRACLI(_complete(args), stack)
+            QLoRACLI(start.complete(args), stack)
         except MisconfigurationException as error:  # Lightning's word for options that don't go together
             raise UserError(" ".join(str(error).split())) from error
         except SystemExit as stop:
             return int(stop.code or 0)
     return 0
-
-
-def _complete(args: list[str]) -> list[str]:
-    """Puts in the config and the run folder that the command leaves unsaid; checks the config files."""
-    verb, rest = args[0], args[1:]
-    if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
-        return args
-    config, run = option(rest, "--config", "-c"), option(rest, "--run")
-    if config is None:
-        if verb != "fit":
-            kept = open_run(Path(run)) if run else newest_run()
-            config, run = str(kept.config), str(kept.path)
-        elif run and (Path(run) / "config.yaml").is_file():
-            config = str(Path(run) / "config.yaml")
-        else:
-            config = str(DEMO_CONFIG)
-        rest = ["--config", config, *rest]
-    for index, arg in enumerate(rest):
-        if arg in ("--config", "-c") and index + 1 < len(rest):
-            check_config_file(Path(rest[index + 1]))
-        elif arg.startswith("--config="):
-            check_config_file(Path(arg.partition("=")[2]))
-    for file in (value for name, value in pairwise(rest) if name in ("--config", "-c")):
-        run = run or yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")).get("run")
-    if run is None:
-        run = str(RUNS / Path(config).stem)
-        rest += ["--run", run]
-    elif option(rest, "--run") is None:
-        rest += ["--run", run]
-    return [verb, *rest]

@@ -62,8 +62,8 @@ def test_a_folder_is_no_file():
     [
         ("", "a.yaml: the file is empty"),
         ("# nothing but this\n", "a.yaml: the file is empty"),
-        ("- model\n- data\n", "a.yaml:1: expected 'option: value' lines, got a sequence"),
-        ("model", "a.yaml:1: expected 'option: value' lines, got a scalar"),
+        ("- model\n- data\n", "a.yaml:1: expected 'option: value' lines, got a list"),
+        ("model", "a.yaml:1: expected 'option: value' lines, got a single value"),
         (
             "model:\n\trank: 4\n",
             "a.yaml:2: no valid YAML: found character '\\t' that cannot start any token",

@@ -166,7 +166,7 @@ def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
     assert not Path("runs").exists()
     assert main(["fit", "--run", "next", "--model.adapter", "elsewhere/adapter", *short]) == 2
     assert capsys.readouterr().err == (
-        "error: model.rank: 16, and the adapter elsewhere/adapter has rank 4; give --model.rank 4\n"
+        "error: model.rank: 16, and the adapter elsewhere/adapter has 4; give --model.rank 4\n"
     )
 
 

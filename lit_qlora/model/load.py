@@ -4,7 +4,7 @@ The base stays frozen and in 16 bits where it is not in 4; adapters are fp32. Kn
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ import torch
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, fingerprint
 from lit_qlora.model.device import Attention
+from lit_qlora.model.shape import Shape
+from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -92,14 +94,12 @@ def add_lora(model: "LlamaForCausalLM", lora: Lora) -> "PeftModel":
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = lora.target_modules
-    if isinstance(targets, str) and targets != "all-linear":
-        targets = [targets]  # peft takes a string for a pattern over whole paths
+    targets = _names(lora.target_modules)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes any number
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=list(targets),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
@@ -107,12 +107,16 @@ def add_lora(model: "LlamaForCausalLM", lora: Lora) -> "PeftModel":
     return get_peft_model(model, config)  # type: ignore[return-value]
 
 
+def _names(target_modules: str | list[str]) -> Sequence[str]:
+    """The linear layers meant. Spelled out: peft takes a string for a pattern, and all-linear for 7 names a layer."""
+    if target_modules == "all-linear":
+        return Shape.LINEARS
+    return [target_modules] if isinstance(target_modules, str) else target_modules
+
+
 def check_targets(base: Base, target_modules: str | list[str]) -> None:
     """Raises UserError unless every one of ``target_modules`` is a linear layer of a decoder layer."""
-    if target_modules == "all-linear":
-        return
-    known = list(base.shape.linears)
-    names = [target_modules] if isinstance(target_modules, str) else target_modules
+    names, known = _names(target_modules), base.shape.linears
     for name in names:
         if name not in known:
             raise UserError(f"model.target_modules: {name!r} is none of all-linear, {', '.join(known)}")
@@ -120,10 +124,36 @@ def check_targets(base: Base, target_modules: str | list[str]) -> None:
         raise UserError("model.target_modules: expected all-linear or at least one name, got none")
 
 
-def load_adapter(model: "LlamaForCausalLM", base: Base, folder: Path, trainable: bool) -> "PeftModel":
-    """The adapter of ``folder`` on ``model``.
+def check_settings(folder: Path, lora: Lora) -> None:
+    """An adapter to go on training brings rank, alpha and targets along: asking for others would be in vain.
 
-    Raises UserError when the folder is no adapter, was trained on another base, or does not fit.
+    Raises UserError that names the first setting that differs.
+    """
+    config = _read_json(folder / "adapter_config.json")
+    # peft writes whole paths where it was told all-linear; as a set they mean their last parts.
+    targets = sorted({target.rpartition(".")[2] for target in _names(config.get("target_modules") or "all-linear")})
+    of_adapter: dict[str, Any] = {
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "target_modules": targets,
+        "rslora": bool(config.get("use_rslora")),
+        "dora": bool(config.get("use_dora")),
+    }
+    for name, own in of_adapter.items():
+        asked = getattr(lora, name)
+        if name == "target_modules":
+            asked = sorted(_names(asked))
+        if own != asked:
+            given = f"'{json.dumps(own)}'" if isinstance(own, list) else str(own).lower()
+            raise UserError(f"model.{name}: {asked}, and the adapter {folder} has {own}; give --model.{name} {given}")
+
+
+def load_adapter(
+    model: "LlamaForCausalLM", base: Base, folder: Path, trainable: bool, dropout: float | None = None
+) -> "PeftModel":
+    """The adapter of ``folder`` on ``model``, with its own dropout unless another is given.
+
+    Raises UserError when the folder is no adapter, was altered, was trained on another base, or does not fit.
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
@@ -141,6 +171,8 @@ def load_adapter(model: "LlamaForCausalLM", base: Base, folder: Path, trainable:
             stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
+        if dropout is not None:
+            config.lora_dropout = dropout
         peft_model = PeftModel(model, config)  # type: ignore[arg-type]
         # Without the look for new embeddings, which would ask the hub.
         state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
@@ -192,6 +224,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     kind = _read_json(folder / "adapter_config.json").get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder}: adapter_config.json says that it is {kind or 'of no type'}, expected LORA")
+    others = _read_json(folder / "adapter_config.json").get("modules_to_save")
+    if others:
+        raise UserError(f"{folder}: it holds whole layers beside LoRA ({', '.join(others)}), which can't be used here")
+    if (folder / MANIFEST).is_file():
+        try:
+            verify_folder(folder, allow_extra=True)
+        except DamagedFolderError as error:
+            raise UserError(
+                f"{error}: the adapter was altered or cut short after it was saved; take another one, or, if that "
+                f"was meant, delete its {MANIFEST}"
+            ) from error
     record = {"base": None, "base_fingerprint": None, "prompt_format": PROMPT_FORMAT}
     if (folder / RECORD).is_file():
         record |= _read_json(folder / RECORD)

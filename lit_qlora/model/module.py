@@ -21,6 +21,7 @@ from lit_qlora.model.device import Attention, check_attention, compute_dtype, cu
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import OptimizerName, Schedule, make_optimizer, make_schedule
+from lit_qlora.model.shape import Shape
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,7 +32,7 @@ class QLoRAModule(LightningModule):
 
     Args:
         base: ``demo``, a hub id or a local folder of a Llama with safetensors weights.
-        adapter: an adapter folder to start from; rank, alpha, dropout and targets are then its own.
+        adapter: an adapter folder to start from; rank, alpha and targets must be its own.
         rank: of LoRA's two matrices.
         alpha: LoRA's output is scaled by alpha / rank (by alpha / sqrt(rank) with rslora).
         dropout: share of LoRA's inputs dropped in training.
@@ -101,7 +102,7 @@ class QLoRAModule(LightningModule):
         base_model = load.load_base(self.base, dtype, self.trainer.strategy.root_device, self.attention)
         checkpoint_layers(base_model.model.layers, self.checkpointing)
         if self.adapter:
-            self.model = load.load_adapter(base_model, self.base, self.adapter, trainable=True)
+            self.model = load.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)
         else:
             self.model = load.add_lora(base_model, self.lora)
         # from_pretrained hands out every module in eval mode, and Lightning leaves it so: no dropout.
@@ -126,12 +127,8 @@ class QLoRAModule(LightningModule):
         shape = self.base.shape
         trained = sum(value.numel() for value in load.adapter_parameters(self).values())
         config: Any = self.peft_model.peft_config["default"]
-        targets = self.lora.target_modules
-        names = (
-            "all linear layers"
-            if targets == "all-linear"
-            else ", ".join([targets] if isinstance(targets, str) else targets)
-        )
+        targets = set(config.target_modules)
+        names = "all linear layers" if targets == {*Shape.LINEARS} else ", ".join(sorted(targets))
         return [
             f"{self.base.name}: {_count(shape.num_parameters)} weights, linear layers in 4-bit NF4",
             f"LoRA of rank {config.r} on {names}: {_count(trained)} weights are trained",

@@ -5,12 +5,14 @@ Knows no weights, no torch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
 class Shape:
     """The widths of a Llama. Linear layers are ``(in, out)`` by name, of one decoder layer."""
+
+    LINEARS: ClassVar = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     hidden: int
     num_layers: int

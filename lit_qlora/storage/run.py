@@ -6,7 +6,7 @@ Reads and names; what is in a checkpoint or an adapter is written by others. Kno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 
 from lit_qlora.errors import UserError
 from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, recover, verify_folder
+from lit_qlora.storage.lock import RunLock
 
 RUNS = Path("runs")
 STEP = "step-"
@@ -29,6 +30,19 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
         self.finished_mark = path / "finished.json"
+
+    def open(self, stack: ExitStack) -> None:
+        """Takes the folder for this process, to begin a run or to go on with one, until ``stack`` closes.
+
+        Raises UserError when it is in use, holds something else, or can't be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run: {self.path} is a file, expected a folder; give another one with --run")
+        if not (self.has_begun() or self.is_empty()):
+            raise UserError(f"run: {self.path} holds other files and no run; give a folder of its own with --run")
+        self.prepare()
+        stack.enter_context(RunLock(self.path))
+        stack.callback(self.discard_unless_begun)
 
     def prepare(self) -> None:
         """Makes the folder and puts right what a kill left behind.

@@ -36,7 +36,7 @@ def module(tiny, make_model):
 
     def build(**options):
         module = QLoRAModule(tiny.location, rank=4, alpha=8.0, **options)
-        module.model = make_model(rank=4, alpha=8.0)
+        module.model = make_model(rank=4, alpha=8.0, target_modules=module.lora.target_modules)
         return module
 
     return build

@@ -1,0 +1,133 @@
+"""Owns what happens before anything is built: which config and run folder are meant, and whether it may go on.
+
+`training.py` asks. Knows the run's files and settings; loads no model and no data.
+"""
+
+import os
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.base import missing_bytes
+from lit_qlora.model.module import QLoRAModule
+from lit_qlora.options import check_config_file, option
+from lit_qlora.storage.run import RUNS, RunFolder, differences, newest_run, open_run
+
+DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+FIXED = ("seed_everything", "model", "data", "trainer.accumulate_grad_batches", "trainer.precision")
+"""Settings that may not change while a run goes on: another value would make it another run."""
+
+
+def complete(args: list[str]) -> list[str]:
+    """Puts in the config and the run folder that the command leaves unsaid; checks the config files."""
+    verb, rest = args[0], args[1:]
+    if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
+        return args
+    config, run = option(rest, "--config", "-c"), option(rest, "--run")
+    if config is None:
+        if verb != "fit":
+            kept = open_run(Path(run)) if run else newest_run()
+            config, run = str(kept.config), str(kept.path)
+        elif run and (Path(run) / "config.yaml").is_file():
+            config = str(Path(run) / "config.yaml")
+        else:
+            config = str(DEMO_CONFIG)
+        rest = ["--config", config, *rest]
+    for index, arg in enumerate(rest):
+        if arg in ("--config", "-c") and index + 1 < len(rest):
+            check_config_file(Path(rest[index + 1]))
+        elif arg.startswith("--config="):
+            check_config_file(Path(arg.partition("=")[2]))
+    for file in (value for name, value in pairwise(rest) if name in ("--config", "-c")):
+        run = run or yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")).get("run")
+    if run is None:
+        run = str(RUNS / Path(config).stem)
+        rest += ["--run", run]
+    elif option(rest, "--run") is None:
+        rest += ["--run", run]
+    return [verb, *rest]
+
+
+def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
+    """Compares ``config`` with that of the run's first start.
+
+    Raises UserError where a setting of `FIXED` differs, and SystemExit where the run is finished and stays so.
+    """
+    if not (run.has_begun() and run.config.is_file()):
+        run.config.unlink(missing_ok=True)
+        return
+    first = run.read_config()
+    changed = differences(first, config, FIXED)
+    if changed:
+        raise UserError(
+            f"run: {run.path} was started with other settings: {'; '.join(changed)}; "
+            "give --run NAME to start another run"
+        )
+    finished = run.finished()
+    lengths = ("trainer.max_steps", "trainer.max_epochs", "early_stopping")
+    no_further = finished and 0 < config["trainer"].get("max_steps", -1) <= finished["step"]
+    if finished and (no_further or not differences(first, config, lengths)):
+        print(
+            f"{run.path} is finished ({finished['step']} of {finished['steps']} steps): nothing to do.\n"
+            f"Its adapter: {run.adapter}. To start another run, give it a name: --run NAME"
+        )
+        raise SystemExit(0)
+
+
+def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> None:
+    """Room for the checkpoints that are kept, one more while it is written, and a base still to be downloaded.
+
+    Raises UserError where a disk has less.
+    """
+    num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
+    adapters = 2 * 4 * num_trained
+    states = 12 * num_trained * (keep_checkpoints + 1)
+    run.check_room(adapters + states)
+    download = missing_bytes(module.base)
+    cache = Path(os.environ.get("HF_HOME", Path.home())).expanduser()
+    free = shutil.disk_usage(cache if cache.exists() else Path.home()).free
+    if free < download:
+        raise UserError(
+            f"model.base: {module.base.name} is a download of {download / 1e9:.1f} GB, and the disk of the "
+            f"hub's cache has {free / 1e9:.1f} GB left; free some, or set HF_HOME to a larger disk"
+        )
+
+
+def checkpoint_to_resume(run: RunFolder) -> Path | None:
+    """The newest whole checkpoint, with a warning for each newer one that is not; None for a run without any.
+
+    Raises UserError where there are some and none is whole.
+    """
+    whole, problems = run.last_checkpoint()
+    for problem in problems:
+        print(f"warning: {problem}; going back to the checkpoint before", file=sys.stderr)
+    if problems and whole is None:
+        raise UserError(f"run: no checkpoint in {run.checkpoints} is whole; start anew with another --run")
+    return whole
+
+
+def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
+    """The adapter and the checkpoint that ``best``, ``last``, ``base`` or a path stands for: one or none of the two.
+
+    Raises UserError when it is not there.
+    """
+    if what == "base":
+        return None, None
+    if what == "best":
+        if not (run.adapter / "adapter_config.json").is_file():
+            raise UserError(f"ckpt_path: {run.path} has no adapter yet; --ckpt_path last or base may be scored")
+        return run.adapter, None
+    if what == "last":
+        checkpoint, _ = run.last_checkpoint()
+        if checkpoint is None:
+            raise UserError(f"ckpt_path: {run.path} has no whole checkpoint; best or base may be scored")
+        return None, checkpoint
+    if (Path(what) / "adapter_config.json").is_file():
+        return Path(what), None
+    return None, Path(what)  # FolderCheckpointIO tells what is wrong with it

@@ -1,0 +1,106 @@
+"""Owns the Trainer and its options: Lightning's own, with this project's defaults and what it decides by itself.
+
+Knows the device, and nothing of a run.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_qlora.errors import require
+from lit_qlora.model.device import Precision, choose_precision, current_device
+from lit_qlora.options import OneLineErrors
+
+NOT_OFFERED = {
+    "barebones",
+    "check_val_every_n_epoch",
+    "default_root_dir",
+    "enable_autolog_hparams",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "fast_dev_run",
+    "max_time",
+    "model_registry",
+    "num_nodes",
+    "num_sanity_val_steps",
+    "overfit_batches",
+    "reload_dataloaders_every_n_epochs",
+    "sync_batchnorm",
+    "use_distributed_sampler",
+}
+"""What of Lightning's Trainer this project decides by itself, or has no use for: an option must do something."""
+
+
+class RunParser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser, with errors in one line, without shortened names and options that would do nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        """As LightningCLI's, without the options of the Trainer that are not offered."""
+        if not issubclass(lightning_class, Trainer):
+            return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
+        return self.add_class_arguments(
+            lightning_class,
+            nested_key,
+            fail_untyped=False,
+            instantiate=False,
+            sub_configs=True,
+            skip=NOT_OFFERED,
+        )
+
+
+class QLoRATrainer(Trainer):
+    """Lightning's Trainer with the precision chosen by the device, and evaluation counted over epochs.
+
+    Args:
+        precision: auto takes bf16 from compute capability 8.0 on, fp16 below, fp32 on the CPU.
+        max_epochs: epochs, unless max_steps ends the run before.
+        val_check_interval: micro-batches from one validation to the next, counted over epochs; or a share of an epoch.
+        devices: 1, or a list with the number of the one GPU to take.
+        gradient_clip_val: highest norm of the gradients.
+        log_every_n_steps: optimizer steps from one record of the figures to the next.
+    """
+
+    def __init__(
+        self,
+        *,
+        precision: Precision = "auto",
+        max_epochs: int = 3,
+        val_check_interval: int | float = 500,
+        devices: int | str | list[int] = 1,
+        gradient_clip_val: float | None = 1.0,
+        log_every_n_steps: int = 25,
+        **kwargs: Any,
+    ) -> None:
+        require(log_every_n_steps >= 1, "trainer.log_every_n_steps", "a whole number from 1", log_every_n_steps)
+        accumulated = kwargs.get("accumulate_grad_batches", 1)
+        require(accumulated >= 1, "trainer.accumulate_grad_batches", "a whole number from 1", accumulated)
+        require(max_epochs >= 1 or max_epochs == -1, "trainer.max_epochs", "a whole number from 1", max_epochs)
+        max_steps = kwargs.get("max_steps", -1)
+        require(max_steps >= 1 or max_steps == -1, "trainer.max_steps", "a whole number from 1, or -1", max_steps)
+        require(val_check_interval > 0, "trainer.val_check_interval", "a number above 0", val_check_interval)
+        one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+        require(one, "trainer.devices", "one device (several come later)", devices)
+        device = current_device(str(kwargs.get("accelerator", "auto")))
+        chosen, self.precision_reason = choose_precision(precision, device)
+        by_epoch = isinstance(val_check_interval, float)
+        kwargs |= {
+            "check_val_every_n_epoch": 1 if by_epoch else None,  # None counts on from epoch to epoch
+            "num_sanity_val_steps": 0,  # the whole held-out set is scored before the first step
+            "enable_checkpointing": False,  # ours falls on the edge between steps, and needs no pickle
+            "enable_model_summary": False,  # it counts two 4-bit weights as one
+        }
+        super().__init__(
+            precision=chosen,  # type: ignore[arg-type]  # auto is resolved
+            max_epochs=max_epochs,
+            val_check_interval=val_check_interval,
+            devices=devices,
+            gradient_clip_val=gradient_clip_val,
+            log_every_n_steps=log_every_n_steps,
+            **kwargs,
+        )

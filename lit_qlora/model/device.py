@@ -26,8 +26,12 @@ class Device(NamedTuple):
 def current_device(accelerator: str = "auto") -> Device:
     """The device that ``Trainer(accelerator=…)`` will take."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        return _gpu()
     return Device("CPU", None)
+
+
+def _gpu() -> Device:
+    return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 
 
 def choose_precision(wanted: Precision, device: Device) -> tuple[Precision, str]:

@@ -5,7 +5,7 @@ The Trainer drives it; precision is the Trainer's, batches are the DataModule's.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,10 +17,12 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
+from lit_qlora.model.decoder import Layer, Places, run_layers, take_apart, why_not
 from lit_qlora.model.device import Attention, check_attention, compute_dtype, current_device
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import OptimizerName, Schedule, make_optimizer, make_schedule
+from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
 
 if TYPE_CHECKING:
@@ -44,7 +46,10 @@ class QLoRAModule(LightningModule):
         schedule: of the learning rate after the warm-up.
         optimizer: AdamW in fp32, or with its state in 8 bits, or paged to host memory when the GPU's is short.
         weight_decay: of AdamW.
-        checkpointing: full keeps only each layer's input and computes the rest again in backward.
+        checkpointing: full keeps only each layer's input and computes the rest again in backward; selective keeps
+            what matrix products and attention gave; none keeps whatever there is, which is the same unless DoRA is
+            on; auto keeps on as many layers as the memory allows.
+        compile: one GPU kernel for each norm, activation and rotation; auto: on a GPU.
         attention: implementation of attention in transformers.
     """
 
@@ -64,6 +69,7 @@ class QLoRAModule(LightningModule):
         optimizer: OptimizerName = "adamw",
         weight_decay: float = 0.0,
         checkpointing: Checkpointing = "full",
+        compile: bool | Literal["auto"] = "auto",  # noqa: A002  # the option is called by the field's own word
         attention: Attention = "sdpa",
     ) -> None:
         super().__init__()
@@ -82,8 +88,13 @@ class QLoRAModule(LightningModule):
         self.lora = load.Lora(rank, alpha, dropout, target_modules, rslora, dora)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_ratio, self.schedule, self.optimizer_name = warmup_ratio, schedule, optimizer
-        self.checkpointing, self.attention = checkpointing, attention
+        self.checkpointing, self.compiles, self.attention = checkpointing, compile, attention
         self.model: PeftModel | None = None
+        self.slow_because: str | None = None
+        """Why the layers are transformers' and peft's own in training; None where they are ours."""
+        self.kept_layers = 0
+        """How many layers keep what their matrix products gave, for the backward pass."""
+        self._layers: list[Layer] | None = None
         self.gradient_norm: Tensor = torch.tensor(0.0)
         """Of the last optimizer step, before clipping."""
         # Only adapters are saved, so a checkpoint never has all the keys of the module.
@@ -100,11 +111,14 @@ class QLoRAModule(LightningModule):
             return
         dtype = compute_dtype(str(self.trainer.precision))
         base_model = load.load_base(self.base, dtype, self.trainer.strategy.root_device, self.attention)
-        checkpoint_layers(base_model.model.layers, self.checkpointing)
         if self.adapter:
             self.model = load.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)
         else:
             self.model = load.add_lora(base_model, self.lora)
+        self.slow_because = why_not(self.model)
+        self.kept_layers = self._choose_kept_layers()
+        if self.slow_because:
+            checkpoint_layers(base_model.model.layers, self.checkpointing)
         # from_pretrained hands out every module in eval mode, and Lightning leaves it so: no dropout.
         self.model.train()
 
@@ -158,12 +172,28 @@ class QLoRAModule(LightningModule):
     def summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Sum of the losses over a batch's answer tokens in nats, how many were the likeliest, how many there are."""
         llama: Any = self.peft_model.get_base_model()
-        # No attention mask: rows are padded on the right, where causal attention never looks. No cache:
-        # with one, transformers would not be told apart from generation.
-        hidden = llama.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        scored = hidden.flatten(0, 1)[batch.positions]
+        scored = self._hidden(batch).flatten(0, 1)[batch.positions]
         loss, num_correct = summed_cross_entropy(scored, llama.lm_head.weight, batch.targets)
         return loss, num_correct, len(batch.targets)
+
+    def _choose_kept_layers(self) -> int:
+        if self.checkpointing == "full" or (self.checkpointing == "auto" and self.device.type != "cpu"):
+            return 0
+        return self.base.shape.num_layers
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """``[B, T, h]`` behind the last norm."""
+        decoder: Any = self.peft_model.get_base_model().model
+        # No attention mask: rows are padded on the right, where causal attention never looks. No cache:
+        # with one, transformers would not be told apart from generation.
+        if self.slow_because:
+            return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        if self._layers is None:
+            compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
+            self._layers = take_apart(self.peft_model, compiled() if compiles else EAGER)
+        hidden = decoder.embed_tokens(batch.input_ids)
+        places = Places(*decoder.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None]))
+        return decoder.norm(run_layers(self._layers, hidden, places, self.kept_layers))  # type: ignore[no-any-return]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The sum of the token losses over the answer tokens of the whole optimizer step."""

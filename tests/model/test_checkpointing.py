@@ -77,3 +77,18 @@ def test_a_layer_keeps_its_input_only():
 
     assert num_kept("full") == 1
     assert num_kept("none") > 2
+
+
+def test_selective_multiplies_nothing_twice_and_changes_no_bit(make_model, gradients):
+    """Counts by the dequantisations that go with 4-bit products, over forward and backward."""
+    found, counts = {}, {}
+    for mode in ("none", "selective", "full"):
+        model = make_model(checkpointing=mode, dropout=0.1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found[mode] = gradients(model)
+        dequantised = [event.count for event in profile.key_averages() if event.key == "bitsandbytes::dequantize_4bit"]
+        counts[mode] = sum(dequantised)
+    assert counts["none"] > 0
+    assert counts["selective"] == counts["none"]
+    assert counts["full"] == counts["none"] + 14
+    assert all(torch.equal(found[mode][name], found["none"][name]) for mode in found for name in found["none"])

@@ -17,6 +17,7 @@ from lit_qlora import quiet
 from lit_qlora.batch import IGNORE_INDEX, Batch
 from lit_qlora.data.batching import collate
 from lit_qlora.errors import UserError
+from lit_qlora.model import decoder
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.load import adapter_parameters, save_adapter
 from lit_qlora.model.module import QLoRAModule
@@ -297,7 +298,31 @@ def test_validation_sums_over_all_tokens(module, plain):
         assert runner.callback_metrics["val/accuracy"].item() == pytest.approx(num_correct / num_tokens)
 
 
-def test_the_trainer_gets_a_model_in_train_mode_with_recomputation(tiny, monkeypatch):
+@pytest.mark.parametrize("checkpointing", ["full", "none"])
+def test_the_trainer_gets_a_model_in_train_mode_that_keeps_what_was_asked_for(tiny, monkeypatch, checkpointing):
+    kept = []
+    real = decoder._DecoderLayer.apply
+
+    def watched(hidden, places, layer, keeps, *rest):
+        kept.append((keeps, torch.is_grad_enabled()))
+        return real(hidden, places, layer, keeps, *rest)
+
+    monkeypatch.setattr(decoder._DecoderLayer, "apply", watched)
+    modes = []
+
+    class Modes(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            modes.append({part.training for part in pl_module.peft_model.modules()})
+
+    data = Data([micro_batch(0), micro_batch(1)])
+    built = QLoRAModule(tiny.location, dropout=0.1, checkpointing=checkpointing)
+    trainer(callbacks=[Modes()], limit_val_batches=1.0, val_check_interval=1).fit(built, datamodule=data)
+    assert modes == [{True}, {True}]  # the second after a validation
+    # Layers times training batches; of a validation nothing is kept in any way.
+    assert [keeps for keeps, with_gradients in kept if with_gradients] == [checkpointing == "none"] * 2 * 2
+
+
+def test_with_dora_the_layers_are_the_libraries_with_recomputation(tiny, monkeypatch):
     from lit_qlora.model import checkpointing
 
     calls = []
@@ -315,7 +340,7 @@ def test_the_trainer_gets_a_model_in_train_mode_with_recomputation(tiny, monkeyp
             modes.append({part.training for part in pl_module.peft_model.modules()})
 
     data = Data([micro_batch(0), micro_batch(1)])
-    built = QLoRAModule(tiny.location, dropout=0.1)
+    built = QLoRAModule(tiny.location, dropout=0.1, dora=True, checkpointing="full")
     trainer(callbacks=[Modes()], limit_val_batches=1.0, val_check_interval=1).fit(built, datamodule=data)
     assert modes == [{True}, {True}]  # the second after a validation
     assert len(calls) == 2 * 2  # layers times training batches, none of a validation
@@ -400,8 +425,8 @@ def test_a_t4_trains_in_fp16_without_any_bf16(tiny, checkpointing):
 
     class Streams(pl.Callback):
         def on_fit_start(self, trainer, pl_module):
-            for layer in pl_module.peft_model.get_base_model().model.layers:
-                layer.register_forward_hook(lambda _, __, out: streams.append(out.dtype))
+            norm = pl_module.peft_model.get_base_model().model.norm
+            norm.register_forward_hook(lambda _, args, out: streams.extend((args[0].dtype, out.dtype)))
 
     data = Data([micro_batch(0, 1), micro_batch(2, 3)] * 8)
     runner = half_trainer(callbacks=[watch, Streams()], limit_val_batches=2)

@@ -1,0 +1,35 @@
+"""Runs a command of main.py on a larger GPU under the limits of a T4.
+
+    python benchmarks/as_t4.py fit --config configs/colab_t4.yaml …
+
+Memory is capped, compute capability reads 7.5 (so fp16 is chosen), attention has neither flash nor cuDNN kernels.
+It shows memory and which code runs, not a T4's speed.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lit_qlora.model import device
+
+MEMORY_GIB = 14.2
+"""Of the 14.56 GiB that torch sees on a T4, without the CUDA context."""
+
+
+def emulate() -> None:
+    """Puts the limits on this process."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(MEMORY_GIB * 1024**3 / total)
+    # Not in torch itself: its compiler would then build for another card than this one.
+    device._gpu = lambda: device.Device("T4, emulated", (7, 5))
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+if __name__ == "__main__":
+    emulate()
+    from lit_qlora.cli import main
+
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""Owns the arithmetic between matrix products in training: norm, gated activation, rotary embedding, each way.
+
+Plain functions with their gradients; on a GPU, torch.compile makes one kernel of each. Knows no layer.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm of ``x`` as transformers has it, and 1 / root mean square ``[..., 1]`` in fp32."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * (wide * scale).to(x.dtype), scale
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """The gradient of ``x``, of which ``residual`` is the part that goes past the norm."""
+    pulled = (grad * weight).float()
+    normed = x.float() * scale
+    inner = (pulled - normed * (pulled * normed).mean(-1, keepdim=True)) * scale
+    return (inner + residual.float()).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) · up``."""
+    return functional.silu(gate) * up
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``gate`` and ``up``."""
+    return torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of ``[B, T, heads, head width]``; with ``-sin`` it turns back.
+
+    Heads stand behind tokens, as the matrix product leaves them: in the order of attention, a GPU would read and
+    write with large steps.
+    """
+    first, second = heads.chunk(2, -1)
+    return heads * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
+
+
+class Pointwise(NamedTuple):
+    """The functions above, as they are or compiled."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+EAGER = Pointwise(rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate)
+
+
+@cache
+def compiled() -> Pointwise:
+    """One kernel each, for every length: lengths are symbols to the compiler, so that a new one compiles nothing."""
+    return Pointwise(
+        torch.compile(rms_norm, dynamic=True),
+        torch.compile(rms_norm_backward, dynamic=True),
+        torch.compile(swiglu, dynamic=True),
+        torch.compile(swiglu_backward, dynamic=True),
+        torch.compile(rotate, dynamic=True),
+    )

@@ -1,0 +1,154 @@
+"""The layers in training against transformers' and peft's own: outputs, gradients, what is kept, what runs twice."""
+
+import pytest
+import torch
+
+from lit_qlora.model import decoder
+from lit_qlora.model.decoder import Places, run_layers, take_apart, why_not
+from lit_qlora.model.load import adapter_parameters
+
+B, T = 2, 12
+
+
+def plain(model, ids):
+    return model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def ours(model, ids, kept_layers=2):
+    inner = model.get_base_model().model
+    hidden = inner.embed_tokens(ids)
+    places = Places(*inner.rotary_emb(hidden, torch.arange(ids.shape[1])[None]))
+    return inner.norm(run_layers(take_apart(model), hidden, places, kept_layers))
+
+
+def forward_and_gradients(run, model, **options):
+    torch.manual_seed(2)
+    ids = torch.randint(3, 512, (B, T))
+    model.zero_grad()
+    hidden = run(model, ids, **options)
+    (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    return hidden.detach(), {name: value.grad.clone() for name, value in adapter_parameters(model).items()}
+
+
+@pytest.mark.parametrize("lora", [
+    {}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["down_proj", "o_proj"]},
+    {"rslora": True, "alpha": 3.0}, {"rank": 1},
+])  # fmt: skip
+def test_outputs_and_gradients_are_those_of_transformers_and_peft(make_model, lora):
+    model = make_model(**lora)
+    hidden, gradients = forward_and_gradients(plain, model)
+    own_hidden, own_gradients = forward_and_gradients(ours, model)
+    torch.testing.assert_close(own_hidden, hidden, rtol=1e-5, atol=1e-5)
+    assert own_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0
+        assert (own_gradients[name] - gradient).norm() < 2e-6 * gradient.norm(), name
+
+
+def test_in_bf16_the_gradients_are_as_near_to_the_truth_as_pefts(make_model):
+    """The truth is fp32 on the same 4-bit weights."""
+    _, truth = forward_and_gradients(plain, make_model())
+    errors = {}
+    for run in (plain, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, found = forward_and_gradients(run, make_model(torch.bfloat16))
+        errors[run] = sum((found[name] - truth[name]).norm() / truth[name].norm() for name in truth)
+    assert 0 < errors[ours] < 1.05 * errors[plain]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_are_bit_equal_however_many_layers_keep(make_model, dtype, dropout):
+    model = make_model(dtype, dropout=dropout)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = [forward_and_gradients(ours, model, kept_layers=kept) for kept in (0, 1, 2)]
+    for hidden, gradients in found[1:]:
+        assert torch.equal(hidden, found[0][0])
+        assert all(torch.equal(gradients[name], found[0][1][name]) for name in gradients)
+        assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+def test_the_last_layers_keep_and_the_others_keep_their_input_only(make_model):
+    model = make_model()
+    inner = model.get_base_model().model
+    hidden = inner.embed_tokens(torch.randint(3, 512, (B, T)))
+    places = Places(*inner.rotary_emb(hidden, torch.arange(T)[None]))
+    last = run_layers(take_apart(model), hidden, places, kept_layers=1).grad_fn
+    first = last.next_functions[0][0]
+    assert last.kept is not None
+    assert first.kept is None
+    assert [tuple(tensor.shape) for tensor in first.saved_tensors[:1]] == [(B, T, 64)]
+    assert {id(tensor) for tensor in first.saved_tensors[1:]} == {id(value) for value in take_apart(model)[0].lora}
+    # 12h + 4I in 16 bits is 6h + 2I values a token; here keys and values have half of the heads.
+    kept = last.kept
+    values = sum(tensor.numel() for tensor in (*kept.heads, kept.attended, kept.middle, kept.gate, kept.up))
+    assert values == B * T * (64 + 32 + 32 + 64 + 64 + 2 * 172)
+
+
+@pytest.fixture
+def dequantised(monkeypatch):
+    """The shape of each weight that is dequantised, which goes before each matrix product with it."""
+    from bitsandbytes import functional
+
+    seen, real = [], functional.dequantize_4bit
+
+    def counted(weight, state, *args, **kwargs):
+        seen.append(tuple(state.shape))
+        return real(weight, state, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "dequantize_4bit", counted)
+    return seen
+
+
+@pytest.mark.parametrize(("kept_layers", "expected"), [(2, 14 + 11), (1, 14 + 7 + 7), (0, 14 + 7 + 7)])
+def test_no_weight_is_dequantised_twice_in_a_pass(make_model, dequantised, kept_layers, expected):
+    """Seven in each layer forward and seven backward, the recomputed ones included; less q, k, v of the first."""
+    forward_and_gradients(ours, make_model(), kept_layers=kept_layers)
+    assert len(dequantised) == expected
+
+
+def test_a_kept_layer_multiplies_nothing_twice(make_model, monkeypatch):
+    calls = []
+    real = decoder._Products.__call__
+    monkeypatch.setattr(
+        decoder._Products, "__call__", lambda self, index, x: calls.append(index) or real(self, index, x)
+    )
+    model = make_model()
+    forward_and_gradients(ours, model, kept_layers=2)
+    assert calls == [0, 1, 2, 3, 4, 5, 6] * 2
+    calls.clear()
+    forward_and_gradients(ours, model, kept_layers=0)
+    assert calls == [0, 1, 2, 3, 4, 5, 6] * 2 + [0, 1, 2, 3, 4, 5] * 2  # the last product is not needed again
+
+
+def test_dropout_follows_the_seed_and_drops_the_share_that_was_asked_for(make_model):
+    model = make_model(dropout=0.25)
+    first, second = (forward_and_gradients(ours, model)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    ids = torch.randint(3, 512, (B, T))
+    assert not torch.equal(ours(model, ids), ours(model, ids))  # another draw each time
+    products = decoder._Products(take_apart(model)[0], torch.float32, seed=7)
+    mask = products._mask(0, torch.empty(400, 500))
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert (mask == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert not torch.equal(mask, products._mask(1, torch.empty(400, 500)))
+
+
+def test_without_gradients_nothing_is_kept(make_model):
+    model = make_model()
+    ids = torch.randint(3, 512, (B, T))
+    with torch.no_grad():
+        hidden = ours(model, ids)
+    assert hidden.grad_fn is None
+    torch.testing.assert_close(hidden, ours(model, ids), rtol=0, atol=0)
+    with torch.inference_mode():
+        assert torch.equal(ours(model, ids), hidden)
+
+
+def test_what_these_layers_do_not_compute_is_left_to_the_libraries(make_model):
+    assert why_not(make_model()) is None
+    assert why_not(make_model(dropout=0.1)) is None
+    assert why_not(make_model(dora=True)) == "DoRA"
+    other = make_model()
+    other.get_base_model().config.mlp_bias = True
+    assert why_not(other) == "an activation, biases or an attention dropout that are not Llama 2's"

@@ -23,6 +23,7 @@ NOT_OFFERED = {
     "max_time",
     "model_registry",
     "num_nodes",
+    "num_weights",
     "num_sanity_val_steps",
     "overfit_batches",
     "reload_dataloaders_every_n_epochs",
@@ -58,12 +59,13 @@ class QLoRATrainer(Trainer):
     """Lightning's Trainer with the precision chosen by the device, and evaluation counted over epochs.
 
     Args:
-        precision: auto takes bf16 from compute capability 8.0 on, fp16 below, fp32 on the CPU.
+        precision: auto takes bf16 from compute capability 8.0 on, fp16 below; on a CPU bf16 where it pays, or fp32.
         max_epochs: epochs, unless max_steps ends the run before.
         val_check_interval: micro-batches from one validation to the next, counted over epochs; or a share of an epoch.
         devices: 1, or a list with the number of the one GPU to take.
         gradient_clip_val: highest norm of the gradients.
         log_every_n_steps: optimizer steps from one record of the figures to the next.
+        num_weights: of the base, which has a say in the precision on a CPU.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class QLoRATrainer(Trainer):
         devices: int | str | list[int] = 1,
         gradient_clip_val: float | None = 1.0,
         log_every_n_steps: int = 25,
+        num_weights: int = 0,
         **kwargs: Any,
     ) -> None:
         require(log_every_n_steps >= 1, "trainer.log_every_n_steps", "a whole number from 1", log_every_n_steps)
@@ -87,7 +90,7 @@ class QLoRATrainer(Trainer):
         one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
         require(one, "trainer.devices", "one device (several come later)", devices)
         device = current_device(str(kwargs.get("accelerator", "auto")))
-        chosen, self.precision_reason = choose_precision(precision, device)
+        chosen, self.precision_reason = choose_precision(precision, device, num_weights)
         by_epoch = isinstance(val_check_interval, float)
         kwargs |= {
             "check_val_every_n_epoch": 1 if by_epoch else None,  # None counts on from epoch to epoch

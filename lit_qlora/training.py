@@ -160,6 +160,7 @@ class QLoRACLI(LightningCLI):
             "logger": loggers or False,
             "plugins": [*(config.get("plugins") or []), FolderCheckpointIO()],
             "default_root_dir": str(self.run.path),
+            "num_weights": self.model.base.shape.num_parameters,
             "enable_progress_bar": shows_bar,
         }
         return QLoRATrainer(**config)

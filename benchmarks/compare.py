@@ -1,0 +1,245 @@
+"""Measures lit-qlora beside its peers: the same rows, rank, targets, optimizer and learned tokens, in one run.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/compare.py --cpu --quick           # at most 8 minutes on two cores
+    python benchmarks/compare.py --t4 --base DIR         # a larger GPU under a T4's limits
+
+Each peer runs in a process of its own, several times, in turns. Counted are tokens that are not padding, over whole
+optimizer steps, after a warm-up. Before the first step each scores the same rows by its own loss: equal work. Ends with
+a table, a picture, and one line of JSON.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PEERS = {
+    "lit_qlora": "lit-qlora, its defaults",
+    "lit_qlora_tokens": "lit-qlora, batches by tokens",
+    "trl_default": "TRL SFTTrainer, its defaults",
+    "trl_best": "TRL SFTTrainer, its best settings",
+    "plain": "transformers + peft, as QLoRA's script",
+    "unsloth": "Unsloth, padding-free",
+}
+PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets", "trl", "unsloth", "liger-kernel")
+
+
+def main() -> None:
+    """Measures, and writes what was found."""
+    options = _options()
+    with tempfile.TemporaryDirectory() as temporary:
+        spec = _prepare(options, Path(temporary))
+        results = _measure(options, spec, Path(temporary))
+    report = _report(options, results)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "compare.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    table = _table(report)
+    (options.output / "compare.md").write_text(table, encoding="utf-8")
+    print(table)
+    _picture(report, options.output / "compare.png")
+    print(json.dumps(report["ratios"]))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="a small random Llama on the CPU")
+    parser.add_argument("--t4", action="store_true", help="14.2 GiB, fp16, no flash or cuDNN attention")
+    parser.add_argument("--quick", action="store_true", help="three peers, few steps")
+    parser.add_argument("--base", help="folder or hub id; default: random weights, made for this run")
+    parser.add_argument("--tokenizer", type=Path, help="of Llama 2, for a random base; default: the demo's")
+    parser.add_argument("--data", default="timdettmers/openassistant-guanaco", help="as data.source")
+    parser.add_argument("--rows", type=int, default=256, help="conversations, from the first")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--warm-up", type=int, default=3, help="steps that are not timed")
+    parser.add_argument("--seconds", type=float, default=60, help="of timed steps, at least")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=None)
+    parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for table, picture and figures")
+    options = parser.parse_args()
+    if options.quick:
+        options.warm_up, options.seconds = 1, 12
+    if options.peers is None:
+        options.peers = ["lit_qlora", "trl_default", "trl_best"] if options.quick else list(PEERS)
+    return options
+
+
+def _prepare(options: argparse.Namespace, folder: Path) -> Path:
+    """Base and rows for all: conversations for us, their very ids and labels for the others."""
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    from random_base import make
+
+    from lit_qlora import demo
+    from lit_qlora.data.encode import Encoder, load_tokenizer
+    from lit_qlora.data.records import load_records
+
+    tokenizer = options.tokenizer or Path(demo.BASE)
+    base = options.base or str(
+        make("small" if options.cpu else "7b", folder / "base", _tokenizer_only(tokenizer, folder))
+    )
+    conversations = load_records(options.data, "train").conversations[: options.rows]
+    encoder = Encoder(load_tokenizer(base), max_length=options.max_length)
+    chats, ids = [], []
+    for conversation, example in zip(conversations, encoder.examples(conversations), strict=True):
+        if example is None:
+            continue
+        messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
+        messages += [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
+        chats.append({"messages": messages})
+        ids.append({"input_ids": example.input_ids, "labels": example.labels})
+    for name, rows in (("chats.jsonl", chats), ("ids.jsonl", ids)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    spec = folder / "spec.json"
+    plain = {key: value for key, value in vars(options).items() if isinstance(value, bool | int | float | str)}
+    spec.write_text(
+        json.dumps(plain | {"base": base, "chats": str(folder / "chats.jsonl"), "ids": str(folder / "ids.jsonl")})
+    )
+    return spec
+
+
+def _tokenizer_only(source: Path, folder: Path) -> Path:
+    import shutil
+
+    (folder / "tokenizer").mkdir()
+    for file in source.glob("*token*"):
+        shutil.copyfile(file, folder / "tokenizer" / file.name)
+    return folder / "tokenizer"
+
+
+def _measure(options: argparse.Namespace, spec: Path, folder: Path) -> dict[str, list[dict]]:
+    results: dict[str, list[dict]] = {peer: [] for peer in options.peers}
+    for repetition in range(options.repetitions):
+        for peer in options.peers:
+            command = [sys.executable, str(HERE / "peers.py"), peer, str(spec)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+            last = done.stdout.strip().rpartition("\n")[2]
+            if done.returncode or not last.startswith("{"):
+                reason = (done.stderr.strip() or done.stdout).splitlines()[-1:] or ["?"]
+                print(f"{peer}: not measured: {reason[0][:300]}", file=sys.stderr, flush=True)
+                results[peer].append({"failed": reason[0][:300]})
+                continue
+            results[peer].append(json.loads(last))
+            found = results[peer][-1]
+            print(
+                f"{repetition + 1}/{options.repetitions} {peer}: {found['tokens_per_second']:.0f} tokens/s, "
+                f"padding {found['padding_share']:.0%}, loss of the same rows {found['loss']:.4f}, "
+                f"start {found['start_seconds']:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    return results
+
+
+def _report(options: argparse.Namespace, results: dict[str, list[dict]]) -> dict:
+    peers = {}
+    for peer, runs in results.items():
+        good = [run for run in runs if "failed" not in run]
+        if not good:
+            peers[peer] = {"failed": runs[0]["failed"]}
+            continue
+        speeds = [run["tokens_per_second"] for run in good]
+        peers[peer] = {
+            "tokens_per_second": statistics.median(speeds),
+            "range": [min(speeds), max(speeds)],
+            **{
+                key: good[-1][key]
+                for key in ("loss", "padding_share", "start_seconds", "peak_gib", "precision", "steps")
+            },
+        }
+    own = peers.get("lit_qlora", {}).get("tokens_per_second")
+    names = {"trl_default": "ratio_to_trl_default", "trl_best": "ratio_to_trl_best", "plain": "ratio_to_plain"}
+    names["unsloth"] = "ratio_to_unsloth"
+    ratios = {
+        name: round(own / peers[peer]["tokens_per_second"], 3)
+        for peer, name in names.items()
+        if own and "tokens_per_second" in peers.get(peer, {})
+    }
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "machine": _machine(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "settings": {
+            key: value
+            for key, value in vars(options).items()
+            if key not in ("output", "peers", "data", "base", "tokenizer")
+        },
+        "peers": peers,
+        "ratios": ratios,
+    }
+
+
+def _machine() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
+    )
+    return f"{cpu or platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _table(report: dict) -> str:
+    lines = [
+        "| | tokens/s (median, range) | padding | peak GiB | loss of the same rows | start |",
+        "|---|---|---|---|---|---|",
+    ]
+    for peer, found in report["peers"].items():
+        if "failed" in found:
+            lines.append(f"| {PEERS[peer]} | not measured: {found['failed'][:120]} | | | | |")
+            continue
+        low, high = found["range"]
+        lines.append(
+            f"| {PEERS[peer]} ({found['precision']}) | **{found['tokens_per_second']:,.0f}** "
+            f"({low:,.0f} to {high:,.0f}) | {found['padding_share']:.0%} | {found['peak_gib']:.2f} "
+            f"| {found['loss']:.4f} | {found['start_seconds']:.0f} s |"
+        )
+    versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
+    return "\n".join([*lines, "", f"`{report['command']}` on {report['machine']}; {versions}."])
+
+
+def _picture(report: dict, path: Path) -> None:
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        print("no picture: matplotlib is not installed", file=sys.stderr)
+        return
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    measured = {PEERS[peer]: found for peer, found in report["peers"].items() if "failed" not in found}
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(measured) + 1.2))
+    speeds = [found["tokens_per_second"] for found in measured.values()]
+    bars = axes.barh(
+        list(measured), speeds, color=["#2a6f97" if "lit-qlora" in name else "#a9b4c2" for name in measured]
+    )
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second, padding not counted")
+    axes.set_title(report["machine"])
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

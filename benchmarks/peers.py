@@ -1,0 +1,363 @@
+"""One peer of the comparison, in a process of its own: `python benchmarks/peers.py NAME SPEC`. See compare.py.
+
+Prints one line of JSON last: tokens per second, padding, peak memory, the loss of the same rows before training.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+STARTED = time.monotonic()
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+SCORED_ROWS = 8
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Clock:
+    """Counts whole optimizer steps from the warm-up on, and says when enough has been seen."""
+
+    def __init__(self, spec: dict) -> None:
+        self.spec = spec
+        self.steps = self.tokens = self.places = 0
+        self.timed_steps = 0
+        self.since: float | None = None
+        self.seconds = 0.0
+        self.start_seconds = 0.0
+        self.pending: list[tuple[int, int]] = []
+
+    def batch(self, tokens: int, places: int) -> None:
+        """A micro-batch went in: how many of its ``places`` hold tokens."""
+        self.pending.append((tokens, places))
+
+    def step(self) -> bool:
+        """An optimizer step is done; returns whether it was the last."""
+        _synchronize()
+        now = time.monotonic()
+        self.steps += 1
+        if self.steps == self.spec["warm_up"]:
+            self.start_seconds = self.start_seconds or now - STARTED
+            self.since = now
+        elif self.since is not None:
+            self.tokens += sum(tokens for tokens, _ in self.pending)
+            self.places += sum(places for _, places in self.pending)
+            self.timed_steps += 1
+            self.seconds = now - self.since
+        self.pending.clear()
+        return self.seconds >= self.spec["seconds"]
+
+    def report(self, loss: float, precision: str) -> None:
+        """The last line of this process."""
+        found = {
+            "tokens_per_second": self.tokens / self.seconds,
+            "padding_share": 1 - self.tokens / self.places,
+            "steps": self.timed_steps,
+            "start_seconds": self.start_seconds,
+            "peak_gib": _peak_gib(),
+            "loss": loss,
+            "precision": precision,
+        }
+        print(json.dumps(found), flush=True)
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_gib() -> float:
+    """Reserved on a GPU, else the process's highest on the host."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 1024**3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+
+
+def _rows(spec: dict) -> list[dict]:
+    return [json.loads(line) for line in Path(spec["ids"]).read_text(encoding="utf-8").splitlines()]
+
+
+def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
+    """Through the command line, as a user would; a callback holds the clock."""
+    from contextlib import ExitStack
+
+    import torch
+    from lightning.pytorch import Callback
+
+    from lit_qlora import start, training
+    from lit_qlora.data.batching import collate
+    from lit_qlora.quiet import quieten
+
+    class Timer(Callback):
+        loss, seen = 0.0, 0
+
+        def on_train_start(self, trainer, module):
+            rows = _rows(spec)[:SCORED_ROWS]
+            batch = collate(list(enumerate(rows)), 1)._replace(rows=())
+            batch = module.transfer_batch_to_device(batch, module.device, 0)
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                loss, _, count = module.summed_loss(batch)
+            self.loss = loss.item() / count
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            clock.batch(batch.num_tokens, batch.input_ids.numel())
+            if trainer.global_step > self.seen:
+                self.seen = trainer.global_step
+                if clock.step():
+                    clock.report(self.loss, str(trainer.precision))
+                    sys.stdout.flush()
+                    import os
+
+                    os._exit(0)  # the rest of the run is not measured
+
+    real = training.QLoRACLI._fit_parts
+    training.QLoRACLI._fit_parts = lambda self, figures, bars: (
+        (parts := real(self, figures, bars))[0] + [Timer()],
+        parts[1],
+    )
+    quieten()
+    args = ["fit", "--model.base", spec["base"], "--model.rank", str(spec["rank"]), "--model.schedule", "constant"]
+    args += ["--data.source", spec["chats"], "--data.max_length", str(spec["max_length"])]
+    args += ["--data.validation_share", "0.02", "--data.batch_size", str(spec["batch_size"]), "--run", "ours"]
+    args += [
+        "--trainer.max_epochs",
+        "1000",
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.val_check_interval",
+        "100000",
+    ]
+    args += ["--samples.count", "0", "--save_every_steps", "100000", *extra]
+    with ExitStack() as stack:
+        training.QLoRACLI(start.complete(args), stack)
+
+
+def lit_qlora_tokens(spec: dict, clock: Clock) -> None:
+    """The same with as many rows as fit into the tokens of a full batch."""
+    lit_qlora(spec, clock, ("--data.batch_tokens", str(spec["batch_size"] * spec["max_length"] // 2)))
+
+
+def trl_default(spec: dict, clock: Clock, **best: object) -> None:
+    """SFTTrainer on a 4-bit base, ids and labels given; every setting that is no part of the work is its default."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["base"],
+        quantization_config=_quantization(torch.float16 if spec["t4"] else torch.bfloat16),
+        dtype=torch.float16 if spec["t4"] else torch.bfloat16,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+    )
+    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    on_t4 = {"fp16": True, "bf16": False} if spec["t4"] else {}
+    config = SFTConfig(
+        output_dir="trl",
+        per_device_train_batch_size=spec["batch_size"],
+        max_length=spec["max_length"],
+        learning_rate=2e-4,
+        lr_scheduler_type="constant",
+        max_steps=100_000,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        **(on_t4 | best),
+    )
+    trainer = SFTTrainer(
+        model,
+        args=config,
+        train_dataset=Dataset.from_list(_rows(spec)),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=spec["rank"], lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    )
+    if spec["t4"]:  # it casts adapters to bf16, which a gradient scaler refuses (trl#4901)
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    collate, trainer.data_collator = trainer.data_collator, _counted(trainer.data_collator, clock)
+    loss = _score(trainer, collate, spec)
+
+    trainer.add_callback(_timer(clock))
+    trainer.train()
+    clock.report(loss, "16-mixed" if config.fp16 else "bf16-mixed" if config.bf16 else "32-true")
+
+
+def trl_best(spec: dict, clock: Clock) -> None:
+    """What of its own options helps here: rows of like length together, nothing computed twice, Liger on a GPU."""
+    import torch
+
+    settings: dict[str, object] = {"train_sampling_strategy": "group_by_length"}
+    if not torch.cuda.is_available():
+        settings["gradient_checkpointing"] = False  # a host has the memory
+    elif _has("liger_kernel"):
+        settings["use_liger_kernel"] = True
+    trl_default(spec, clock, **settings)
+
+
+def plain(spec: dict, clock: Clock) -> None:
+    """transformers' Trainer with peft and `prepare_model_for_kbit_training`, as QLoRA's own script has it."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainingArguments,
+    )
+
+    half = torch.float16 if spec["t4"] else torch.bfloat16
+    device = 0 if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["base"], quantization_config=_quantization(half), dtype=half, device_map={"": device}
+    )
+    model = prepare_model_for_kbit_training(model)
+    model = get_peft_model(
+        model,
+        LoraConfig(r=spec["rank"], lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
+
+    arguments = TrainingArguments(
+        output_dir="plain", per_device_train_batch_size=spec["batch_size"], learning_rate=2e-4, max_steps=100_000,
+        lr_scheduler_type="constant", fp16=bool(spec["t4"]), bf16=not spec["t4"], report_to="none", save_strategy="no",
+        train_sampling_strategy="group_by_length", use_cpu=not torch.cuda.is_available(), gradient_checkpointing=True,
+    )  # fmt: skip
+
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(_rows(spec)),
+        data_collator=_counted(collate, clock),
+        callbacks=[_timer(clock)],
+    )
+    loss = _score(trainer, collate, spec)
+    trainer.train()
+    clock.report(loss, "16-mixed" if spec["t4"] else "bf16-mixed")
+
+
+def unsloth(spec: dict, clock: Clock) -> None:
+    """FastLanguageModel with TRL's SFTTrainer, its own checkpointing, padding-free where it chooses so."""
+    import os
+
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel  # first: it patches the others
+
+    half = torch.float16 if spec["t4"] else torch.bfloat16
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        spec["base"], max_seq_length=spec["max_length"], dtype=half, load_in_4bit=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=spec["rank"],
+        lora_alpha=16,
+        lora_dropout=0,
+        target_modules=TARGETS,
+        use_gradient_checkpointing="unsloth",
+    )
+    config = SFTConfig(
+        output_dir="unsloth", per_device_train_batch_size=spec["batch_size"], max_length=spec["max_length"],
+        learning_rate=2e-4, lr_scheduler_type="constant", max_steps=100_000, report_to="none", save_strategy="no",
+        fp16=bool(spec["t4"]), bf16=not spec["t4"],
+    )  # fmt: skip
+
+    trainer = SFTTrainer(
+        model,
+        args=config,
+        train_dataset=Dataset.from_list(_rows(spec)),
+        processing_class=tokenizer,
+        callbacks=[_timer(clock)],
+    )
+    collate, trainer.data_collator = trainer.data_collator, _counted(trainer.data_collator, clock)
+    loss = _score(trainer, collate, spec)
+    trainer.train()
+    clock.report(loss, "16-mixed" if spec["t4"] else "bf16-mixed")
+
+
+def _timer(clock: Clock) -> object:
+    """A callback of transformers' Trainer that holds the clock."""
+    from transformers import TrainerCallback
+
+    class Timer(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            # The loader has looked one batch ahead: it belongs to the next step.
+            ahead = clock.pending[1:]
+            del clock.pending[1:]
+            if clock.step():
+                control.should_training_stop = True
+            clock.pending.extend(ahead)
+
+    return Timer()
+
+
+def _counted(collate: Callable[[list[dict]], dict], clock: Clock) -> Callable[[list[dict]], dict]:
+    """A collator that tells the clock what it makes."""
+
+    def counted(examples: list[dict]) -> dict:
+        lengths = [len(example["input_ids"]) for example in examples]
+        batch = collate(examples)
+        clock.batch(sum(lengths), batch["input_ids"].numel())
+        return batch
+
+    return counted
+
+
+def _score(trainer: object, collate: Callable[[list[dict]], dict], spec: dict) -> float:
+    """The loss of the same rows, by the trainer's own code.
+
+    In train mode: an evaluation would repack 4-bit weights on a CPU, and training go without their gradient.
+    """
+    import torch
+
+    trainer.model.train()
+    batch = {key: value.to(trainer.model.device) for key, value in collate(_rows(spec)[:SCORED_ROWS]).items()}
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        return float(trainer.compute_loss(trainer.model, batch))
+
+
+def _quantization(half: object) -> object:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
+    )
+
+
+def _has(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
+
+
+NAMES: dict[str, Callable[[dict, Clock], None]] = {
+    "lit_qlora": lit_qlora,
+    "lit_qlora_tokens": lit_qlora_tokens,
+    "trl_default": trl_default,
+    "trl_best": trl_best,
+    "plain": plain,
+    "unsloth": unsloth,
+}
+
+if __name__ == "__main__":
+    chosen = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    if chosen["t4"]:
+        import as_t4
+
+        as_t4.emulate()
+    NAMES[sys.argv[1]](chosen, Clock(chosen))

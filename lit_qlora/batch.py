@@ -30,6 +30,8 @@ class Batch(NamedTuple):
     step_answer_tokens: int
     """Learned tokens in the whole optimizer step that this micro-batch is part of, over all its
     micro-batches and devices: the one denominator of the loss."""
+    lengths: tuple[int, ...] = ()
+    """Where several conversations are packed into one row, without padding: tokens of each. None sees another."""
 
 
 def answer_targets(labels: Tensor) -> tuple[Tensor, Tensor]:

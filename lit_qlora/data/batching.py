@@ -5,6 +5,7 @@ Knows lengths and ids; not what they say, nor what is computed of them.
 """
 
 import random
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,13 @@ GROUP_BATCHES = 50
 class BatchPlan:
     """How rows are grouped: ``rows`` to a micro-batch, or as many as fit into ``tokens`` with padding.
 
-    With ``tokens``, ``rows`` is not used; a row longer than the budget stands alone.
+    With ``tokens``, ``rows`` is not used; a row longer than the budget stands alone. ``packed``, rows stand one
+    behind the other, without padding.
     """
 
     rows: int = 4
     tokens: int | None = None
+    packed: bool = False
 
     def epoch(self, lengths: Sequence[int], seed: int, epoch: int) -> list[list[int]]:
         """The micro-batches of one epoch, as row numbers.
@@ -37,9 +40,14 @@ class BatchPlan:
         draw = random.Random(f"{seed}/{epoch}")
         batches = self._by_tokens(lengths, draw) if self.tokens else self._by_rows(lengths, draw)
         draw.shuffle(batches)
-        largest = max(batches, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
+        largest = max(batches, key=lambda batch: self._places(batch, lengths))
         batches.remove(largest)
         return [largest, *batches]
+
+    def _places(self, batch: list[int], lengths: Sequence[int]) -> int:
+        """Tokens of a batch, padding counted."""
+        sizes = [lengths[row] for row in batch]
+        return sum(sizes) if self.packed else len(sizes) * max(sizes)
 
     def _by_rows(self, lengths: Sequence[int], draw: random.Random) -> list[list[int]]:
         order = list(range(len(lengths)))
@@ -55,7 +63,8 @@ class BatchPlan:
         # number of batches, never change. Lightning asks for that number once.
         order = list(range(len(lengths)))
         draw.shuffle(order)
-        return self._fill(sorted(order, key=lambda row: -lengths[row]), lengths)
+        order.sort(key=lambda row: -lengths[row])
+        return self._pack(order, lengths) if self.packed else self._fill(order, lengths)
 
     def _fill(self, order: list[int], lengths: Sequence[int]) -> list[list[int]]:
         assert self.tokens is not None
@@ -67,41 +76,71 @@ class BatchPlan:
                 batches.append([row])
         return batches
 
+    def _pack(self, order: list[int], lengths: Sequence[int]) -> list[list[int]]:
+        """Best fit, from long to short: each row into the batch that it leaves the least room in."""
+        assert self.tokens is not None
+        batches: list[list[int]] = []
+        room: list[tuple[int, int]] = []  # tokens left and the batch's number, by both
+        for row in order:
+            at = bisect_left(room, (lengths[row], -1))
+            if at == len(room):
+                left, number = self.tokens, len(batches)
+                batches.append([])
+            else:
+                left, number = room.pop(at)
+            batches[number].append(row)
+            insort(room, (left - lengths[row], number))
+        return batches
+
 
 def _chunks(rows: list[int], size: int) -> list[list[int]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def collate(examples: Sequence[tuple[int, dict[str, list[int]]]], step_answer_tokens: int) -> Batch:
-    """Pads ``(row, example)`` pairs on the right to their longest. Padding is id 0, and never learned."""
+def collate(
+    examples: Sequence[tuple[int, dict[str, list[int]]]], step_answer_tokens: int, packed: bool = False
+) -> Batch:
+    """Pads ``(row, example)`` pairs on the right to their longest, or packs them into one row.
+
+    Padding is id 0, and never learned; nor is the first token of a conversation, which nothing before it predicts.
+    """
+    lengths: tuple[int, ...] = ()
+    num_tokens = sum(len(example["input_ids"]) for _, example in examples)
+    rows = tuple(row for row, _ in examples)
+    if packed:
+        lengths = tuple(len(example["input_ids"]) for _, example in examples)
+        labels = [label for _, example in examples for label in [IGNORE_INDEX, *example["labels"][1:]]]
+        ids = [token for _, example in examples for token in example["input_ids"]]
+        examples = [(0, {"input_ids": ids, "labels": labels})]
     length = max(len(example["input_ids"]) for _, example in examples)
     input_ids = torch.zeros(len(examples), length, dtype=torch.int64)
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    padded_labels = torch.full_like(input_ids, IGNORE_INDEX)
     for index, (_, example) in enumerate(examples):
         size = len(example["input_ids"])
         input_ids[index, :size] = torch.tensor(example["input_ids"])
-        labels[index, :size] = torch.tensor(example["labels"])
+        padded_labels[index, :size] = torch.tensor(example["labels"])
     return Batch(
         input_ids,
-        *answer_targets(labels),
-        rows=tuple(row for row, _ in examples),
-        num_tokens=sum(len(example["input_ids"]) for _, example in examples),
+        *answer_targets(padded_labels),
+        rows=rows,
+        num_tokens=num_tokens,
         step_answer_tokens=step_answer_tokens,
+        lengths=lengths,
     )
 
 
 class _Planned(torch.utils.data.Dataset[Batch]):
     """One epoch as a map from batch index to `Batch`, so that workers load batches by themselves."""
 
-    def __init__(self, examples: Any, batches: list[tuple[list[int], int]]) -> None:
-        self.examples, self.batches = examples, batches
+    def __init__(self, examples: Any, batches: list[tuple[list[int], int]], packed: bool) -> None:
+        self.examples, self.batches, self.packed = examples, batches, packed
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Batch:
         rows, step_answer_tokens = self.batches[index]
-        return collate([(row, self.examples[row]) for row in rows], step_answer_tokens)
+        return collate([(row, self.examples[row]) for row in rows], step_answer_tokens, self.packed)
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -120,6 +159,7 @@ class ResumableLoader:
         device_index: which of ``num_devices`` this is; they take the micro-batches in turn.
         limit: at most so many micro-batches an epoch, or a share of them, as in ``Trainer``.
         num_workers: processes that load ahead.
+        packed: whether the rows of a micro-batch stand one behind the other instead of one below the other.
     """
 
     def __init__(
@@ -133,8 +173,9 @@ class ResumableLoader:
         num_devices: int = 1,
         limit: int | float = 1.0,
         num_workers: int = 0,
+        packed: bool = False,
     ) -> None:
-        self.examples = examples
+        self.examples, self.packed = examples, packed
         self.answer_tokens = answer_tokens
         self.order = order
         self.accumulate = accumulate
@@ -154,7 +195,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Batch]:
         planned = self._plan(self._epoch)[self._done :]
         loader: DataLoader[Batch] = DataLoader(
-            _Planned(self.examples, planned),
+            _Planned(self.examples, planned, self.packed),
             batch_size=None,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # without a batch size, it gets one item
             num_workers=self.num_workers,
@@ -194,6 +235,7 @@ class EvaluationLoader:
         answer_tokens: learned tokens of each row.
         batches: micro-batches of rows.
         device_index: which of ``num_devices`` this is.
+        packed: as in `ResumableLoader`.
     """
 
     def __init__(
@@ -203,9 +245,10 @@ class EvaluationLoader:
         batches: list[list[int]],
         device_index: int = 0,
         num_devices: int = 1,
+        packed: bool = False,
     ) -> None:
         mine = batches[device_index::num_devices]
-        self.planned = _Planned(examples, [(rows, sum(answer_tokens[row] for row in rows)) for rows in mine])
+        self.planned = _Planned(examples, [(rows, sum(answer_tokens[row] for row in rows)) for rows in mine], packed)
 
     def __len__(self) -> int:
         return len(self.planned)

@@ -32,6 +32,8 @@ class ChatDataModule(LightningDataModule):
         max_length: tokens of one conversation; a longer one is cut so that answer tokens stay.
         batch_size: rows of one micro-batch.
         batch_tokens: instead: as many rows as fit into this many tokens, padding counted.
+        packing: conversations of a micro-batch stand in one row, without padding, each seeing only itself; needs
+            batch_tokens.
         num_workers: processes that prepare batches ahead.
         tokenizer: hub id or folder of the tokenizer; the command line takes it from ``model.base``.
         seed: of the order and of the held-out share; the command line takes it from ``seed_everything``.
@@ -49,6 +51,7 @@ class ChatDataModule(LightningDataModule):
         max_length: int = 1024,
         batch_size: int = 4,
         batch_tokens: int | None = None,
+        packing: bool = False,
         num_workers: int = 0,
         tokenizer: str = "demo",
         seed: int = 42,
@@ -63,13 +66,16 @@ class ChatDataModule(LightningDataModule):
             f"none, or at least data.max_length ({max_length})",
             batch_tokens,
         )
+        require(
+            not packing or batch_tokens is not None, "data.packing", "data.batch_tokens beside it, say 2048", packing
+        )
         require(not llama2.tags_in(system or ""), "data.system", "a text without Llama 2's tags", system)
         require(num_workers >= 0, "data.num_workers", "0 or more processes", num_workers)
         self.source, self.form = source, form
         self.validation_source, self.validation_share = validation_source, validation_share
         self.test_source = test_source
         self.system, self.train_on, self.max_length = system, train_on, max_length
-        self.plan = BatchPlan(batch_size, batch_tokens)
+        self.plan = BatchPlan(batch_size, batch_tokens, packing)
         self.num_workers = num_workers
         self.tokenizer_name = tokenizer
         self.seed = seed
@@ -114,6 +120,7 @@ class ChatDataModule(LightningDataModule):
             num_devices=self.trainer.world_size,
             limit=self.trainer.limit_train_batches,
             num_workers=self.num_workers,
+            packed=self.plan.packed,
         )
 
     def num_optimizer_steps(self) -> int:
@@ -190,5 +197,10 @@ class ChatDataModule(LightningDataModule):
         rows = self._rows[part]
         batches = self.plan.epoch(rows.lengths, seed=0, epoch=0)
         return EvaluationLoader(
-            rows.examples, rows.answer_tokens, batches, self.trainer.global_rank, self.trainer.world_size
+            rows.examples,
+            rows.answer_tokens,
+            batches,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+            self.plan.packed,
         )

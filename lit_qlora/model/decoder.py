@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lit_qlora.model.attention import Places, attend
 from lit_qlora.model.pointwise import EAGER, Pointwise
 
 
@@ -35,13 +36,6 @@ class Layer(NamedTuple):
     epsilon: float
     head_width: int
     pointwise: Pointwise
-
-
-class Places(NamedTuple):
-    """Where tokens stand: rotary ``cos`` and ``sin``, each ``[B or 1, T, head width]``."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 def why_not(model: Any) -> str | None:
@@ -171,7 +165,7 @@ def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products", 
     query, key, value = (head.transpose(1, 2) for head in (query, key, value))
     with torch.set_grad_enabled(with_graph):
         heads = (query.requires_grad_(with_graph), key.requires_grad_(with_graph), value.requires_grad_(with_graph))
-        attended = attend(*heads)
+        attended = attend(*heads, places)
     middle = products(3, _merged(attended.detach())).view_as(hidden).add_(hidden)
     x, _ = point.rms_norm(middle, layer.norms[1], layer.epsilon)
     return _Kept(heads, attended, middle, products(4, x), products(5, x))
@@ -256,12 +250,6 @@ class _Products:
         kept = 1 - self.layer.linears[index].dropout
         generator = torch.Generator(x.device).manual_seed(self.seed + index)
         return torch.empty_like(x).bernoulli_(kept, generator=generator).div_(kept)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention over ``[B, heads, T, head width]``; keys and values may have fewer heads."""
-    shared = query.shape[1] != key.shape[1]
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
 
 
 def _merged(heads: Tensor) -> Tensor:

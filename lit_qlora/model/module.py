@@ -15,9 +15,10 @@ from torchmetrics import SumMetric
 from lit_qlora.batch import Batch
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load
+from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
-from lit_qlora.model.decoder import Layer, Places, run_layers, take_apart, why_not
+from lit_qlora.model.decoder import Layer, run_layers, take_apart, why_not
 from lit_qlora.model.device import Attention, check_attention, compute_dtype, current_device
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.loss import summed_cross_entropy
@@ -187,12 +188,19 @@ class QLoRAModule(LightningModule):
         # No attention mask: rows are padded on the right, where causal attention never looks. No cache:
         # with one, transformers would not be told apart from generation.
         if self.slow_because:
-            return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+            # Positions that begin again tell transformers where a conversation ends, if there is no mask and no cache.
+            within = [torch.arange(length, device=self.device) for length in batch.lengths]
+            output = decoder(
+                input_ids=batch.input_ids,
+                position_ids=torch.cat(within)[None] if within else None,
+                use_cache=False,
+            )
+            return output.last_hidden_state  # type: ignore[no-any-return]
         if self._layers is None:
             compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
             self._layers = take_apart(self.peft_model, compiled() if compiles else EAGER)
         hidden = decoder.embed_tokens(batch.input_ids)
-        places = Places(*decoder.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None]))
+        places = find_places(decoder.rotary_emb, hidden, batch.lengths)
         return decoder.norm(run_layers(self._layers, hidden, places, self.kept_layers))  # type: ignore[no-any-return]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:

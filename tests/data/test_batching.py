@@ -13,11 +13,11 @@ from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=450)
-PLANS = st.builds(BatchPlan, st.integers(1, 9)) | st.builds(lambda n: BatchPlan(4, n), st.integers(1, 120))
+PLANS = st.builds(BatchPlan, st.integers(1, 9)) | st.builds(BatchPlan, st.just(4), st.integers(1, 120), st.booleans())
 
 
-def padded(batch, lengths):
-    return len(batch) * max(lengths[row] for row in batch)
+def padded(batch, lengths, packed=False):
+    return sum(lengths[row] for row in batch) if packed else len(batch) * max(lengths[row] for row in batch)
 
 
 def flat(batches):
@@ -41,10 +41,23 @@ def test_batches_by_rows_are_full_but_for_one(lengths, rows):
     assert sizes == Counter({rows: len(lengths) // rows} if not rest else {rows: len(lengths) // rows, rest: 1})
 
 
-@given(lengths=LENGTHS, tokens=st.integers(1, 120), epoch=st.integers(0, 3))
-def test_the_token_budget_holds_unless_one_row_alone_exceeds_it(lengths, tokens, epoch):
-    for batch in BatchPlan(4, tokens).epoch(lengths, 1, epoch):
-        assert padded(batch, lengths) <= tokens or len(batch) == 1
+@given(lengths=LENGTHS, tokens=st.integers(1, 120), packed=st.booleans(), epoch=st.integers(0, 3))
+def test_the_token_budget_holds_unless_one_row_alone_exceeds_it(lengths, tokens, packed, epoch):
+    for batch in BatchPlan(4, tokens, packed).epoch(lengths, 1, epoch):
+        assert padded(batch, lengths, packed) <= tokens or len(batch) == 1
+
+
+def test_packing_leaves_the_least_room():
+    batches = BatchPlan(4, 10, packed=True).epoch([6, 5, 5, 4, 3, 7], 1, 0)
+    assert sorted(map(sorted, batches)) == [[0, 3], [1, 2], [4, 5]]
+
+
+def test_packed_rows_stand_one_behind_the_other_and_no_first_token_is_learned():
+    examples = [(7, {"input_ids": [1, 5, 6], "labels": [1, 5, 6]}), (3, {"input_ids": [1, 8], "labels": [-100, 8]})]
+    batch = collate(examples, 9, packed=True)
+    assert batch.input_ids.tolist() == [[1, 5, 6, 1, 8]]
+    assert (batch.positions.tolist(), batch.targets.tolist()) == ([0, 1, 3], [5, 6, 8])
+    assert (batch.rows, batch.num_tokens, batch.step_answer_tokens, batch.lengths) == ((7, 3), 5, 9, (3, 2))
 
 
 def test_the_token_budget_is_used():
@@ -55,7 +68,7 @@ def test_the_token_budget_is_used():
 @given(lengths=LENGTHS, plan=PLANS, seed=st.integers(), epoch=st.integers(0, 5))
 def test_the_largest_batch_comes_first(lengths, plan, seed, epoch):
     batches = plan.epoch(lengths, seed, epoch)
-    assert padded(batches[0], lengths) == max(padded(batch, lengths) for batch in batches)
+    assert padded(batches[0], lengths, plan.packed) == max(padded(batch, lengths, plan.packed) for batch in batches)
 
 
 @given(lengths=LENGTHS, plan=PLANS, seed=st.integers(), epoch=st.integers(0, 5))

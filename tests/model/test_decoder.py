@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from lit_qlora.data.batching import collate
 from lit_qlora.model import decoder
-from lit_qlora.model.decoder import Places, run_layers, take_apart, why_not
+from lit_qlora.model.attention import Places, find_places
+from lit_qlora.model.decoder import run_layers, take_apart, why_not
 from lit_qlora.model.load import adapter_parameters
+from lit_qlora.model.module import QLoRAModule
 
 B, T = 2, 12
 
@@ -152,3 +155,43 @@ def test_what_these_layers_do_not_compute_is_left_to_the_libraries(make_model):
     other = make_model()
     other.get_base_model().config.mlp_bias = True
     assert why_not(other) == "an activation, biases or an attention dropout that are not Llama 2's"
+
+
+LENGTHS = (5, 1, 9, 3)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_packed_equals_separate(make_model, tiny, dora):
+    """Sum of losses and gradients of conversations in one row, against each by itself."""
+    ids = [torch.randint(3, 512, (length,)).tolist() for length in LENGTHS]
+    examples = [(row, {"input_ids": part, "labels": part}) for row, part in enumerate(ids)]
+
+    def measured(batches):
+        module = QLoRAModule(tiny.location, rank=4, alpha=8.0, dora=dora)
+        module.model = make_model(dora=dora)
+        module.slow_because = why_not(module.model)
+        module.kept_layers = 1
+        loss = sum(module.summed_loss(batch)[0] for batch in batches)
+        loss.backward()
+        return loss.item(), {name: value.grad for name, value in adapter_parameters(module.model).items()}
+
+    loss, gradients = measured([collate([example], 1) for example in examples])
+    packed_loss, packed_gradients = measured([collate(examples, 1, packed=True)])
+    padded_loss, _ = measured([collate(examples, 1)])
+    assert packed_loss == pytest.approx(loss, rel=1e-6)
+    assert packed_loss == pytest.approx(padded_loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert (packed_gradients[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_packed_conversations_would_see_each_other_without_their_bounds(make_model):
+    """That the test above can fail: one long conversation of the same tokens is another thing."""
+    model, ids = make_model(), torch.randint(3, 512, (1, sum(LENGTHS)))
+    inner = model.get_base_model().model
+    hidden = inner.embed_tokens(ids)
+    apart, together = (
+        run_layers(take_apart(model), hidden, find_places(inner.rotary_emb, hidden, lengths), 0)
+        for lengths in (LENGTHS, (sum(LENGTHS),))
+    )
+    torch.testing.assert_close(apart[0, : LENGTHS[0]], together[0, : LENGTHS[0]])
+    assert (apart - together).abs().max() > 0.01

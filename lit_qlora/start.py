@@ -16,6 +16,8 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import missing_bytes
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
+from lit_qlora.storage.checkpoint_io import checkpoint_folder
+from lit_qlora.storage.folders import DamagedFolderError, verify_folder
 from lit_qlora.storage.run import RUNS, RunFolder, differences, newest_run, open_run
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -130,4 +132,9 @@ def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
         return None, checkpoint
     if (Path(what) / "adapter_config.json").is_file():
         return Path(what), None
-    return None, Path(what)  # FolderCheckpointIO tells what is wrong with it
+    folder = checkpoint_folder(what)
+    try:
+        verify_folder(folder)
+    except DamagedFolderError as error:
+        raise UserError(f"ckpt_path: {error}; give best, last, base, or a folder that is whole") from error
+    return None, folder

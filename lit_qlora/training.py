@@ -3,6 +3,8 @@
 ``main(args)`` runs one of them in-process. Knows how the parts are put together, and nothing of what they do.
 """
 
+import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,7 @@ from lit_qlora.callbacks.progress import RunProgress
 from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.steps import SeedByPosition
-from lit_qlora.callbacks.stop import StopOnSignal
+from lit_qlora.callbacks.stop import StopOnSignal, TimeLimit, parse_max_time
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.data.datamodule import ChatDataModule
@@ -49,6 +51,7 @@ class QLoRACLI(LightningCLI):
         self.stack = stack
         self.run: RunFolder
         self.resume_from: Path | None = None
+        self.started_at = time.monotonic()
         super().__init__(
             QLoRAModule,
             ChatDataModule,
@@ -77,6 +80,15 @@ class QLoRACLI(LightningCLI):
             "--run", type=str | None, default=None, help="run folder; default: runs/ + the config's name"
         )
         parser.add_argument("--save_every_steps", type=int, default=500, help="optimizer steps between checkpoints")
+        parser.add_argument(
+            "--save_every_minutes",
+            type=float | None,
+            default=15,
+            help="the longest time between checkpoints; none: by steps alone",
+        )
+        parser.add_argument(
+            "--max_time", type=str | None, default=None, help="DD:HH:MM:SS after which this start is saved and over"
+        )
         parser.add_argument("--keep_checkpoints", type=int, default=2, help="checkpoints kept, the newest ones")
         parser.add_argument(
             "--early_stopping",
@@ -167,7 +179,12 @@ class QLoRACLI(LightningCLI):
     def _fit_parts(self, figures: list[Callback], bars: list[Callback]) -> tuple[list[Callback], list[Logger]]:
         """In the order in which they must hear of a step: figures first, then what saves, then what may end it."""
         options = self.config_init[self.verb]
-        checkpoints = RunCheckpoints(self.run, options.save_every_steps, options.keep_checkpoints)
+        checkpoints = RunCheckpoints(
+            self.run, options.save_every_steps, options.keep_checkpoints, options.save_every_minutes
+        )
+        self.checkpoints, stop = checkpoints, StopOnSignal(checkpoints)
+        limit_s = parse_max_time(options.max_time) if options.max_time is not None else None
+        limits = [TimeLimit(limit_s, self.started_at, stop)] if limit_s is not None else []
         memory = PeakMemory()
         patience = options.early_stopping
         require(patience is None or patience >= 1, "early_stopping", "none, or a whole number from 1", patience)
@@ -182,9 +199,10 @@ class QLoRACLI(LightningCLI):
             options.samples,
             *bars,
             *early,
+            *limits,
             checkpoints,
-            StopOnSignal(checkpoints),
-            Report(self.run, memory, resumed),
+            Report(self.run, memory, resumed, checkpoints),
+            stop,
         ]
         step = int(resumed.rpartition("-")[2]) if resumed else None
         given = options.trainer.logger
@@ -200,6 +218,14 @@ class QLoRACLI(LightningCLI):
     def fit(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
         """Trains, from the start or from the newest whole checkpoint."""
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
+        if self.checkpoints.failures:
+            problems = "; ".join(self.checkpoints.failures.values())
+            print(
+                f"error: trained to the end, and not saved: {problems}; the same command goes on from the last "
+                "checkpoint that stands",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
 
     def validate(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
         """Scores the held-out rows."""

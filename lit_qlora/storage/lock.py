@@ -5,14 +5,19 @@ however it ends, so there is no stale lock to remove; the file `.lock` stays, an
 serves the message. Knows nothing of what the run does.
 """
 
+import errno
 import os
 import socket
+import sys
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from lit_qlora.errors import UserError
+
+_NO_LOCKS_HERE = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
+"""What network and mounted file systems answer to a lock. A run there is better than none: it is warned of."""
 
 
 class RunLock:
@@ -71,4 +76,11 @@ def _try_lock(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+        print(
+            "warning: the file system of this run folder has no locks; see to it that no second process trains in it",
+            file=sys.stderr,
+        )
     return True

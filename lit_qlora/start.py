@@ -19,11 +19,9 @@ from lit_qlora.options import check_config_file, option
 from lit_qlora.storage.checkpoint_io import checkpoint_folder
 from lit_qlora.storage.folders import DamagedFolderError, verify_folder
 from lit_qlora.storage.run import RUNS, RunFolder, differences, newest_run, open_run
+from lit_qlora.storage.settings import allowed, refused
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
-
-FIXED = ("seed_everything", "model", "data", "trainer.accumulate_grad_batches", "trainer.precision")
-"""Settings that may not change while a run goes on: another value would make it another run."""
 
 
 def complete(args: list[str]) -> list[str]:
@@ -59,16 +57,17 @@ def complete(args: list[str]) -> list[str]:
 def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
     """Compares ``config`` with that of the run's first start.
 
-    Raises UserError where a setting of `FIXED` differs, and SystemExit where the run is finished and stays so.
+    Says which of the settings that may change did. Raises UserError where another one differs, and SystemExit
+    where the run is finished and stays so.
     """
     if not (run.has_begun() and run.config.is_file()):
         run.config.unlink(missing_ok=True)
         return
     first = run.read_config()
-    changed = differences(first, config, FIXED)
-    if changed:
+    others = refused(first, config)
+    if others:
         raise UserError(
-            f"run: {run.path} was started with other settings: {'; '.join(changed)}; "
+            f"run: {run.path} was started with other settings: {'; '.join(others)}; "
             "give --run NAME to start another run"
         )
     finished = run.finished()
@@ -80,6 +79,9 @@ def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
             f"Its adapter: {run.adapter}. To start another run, give it a name: --run NAME"
         )
         raise SystemExit(0)
+    changed = allowed(first, config)
+    if changed:
+        print(f"   run  changed: {'; '.join(changed)}", flush=True)
 
 
 def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> None:

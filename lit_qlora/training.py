@@ -26,6 +26,7 @@ from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.steps import SeedByPosition
 from lit_qlora.callbacks.stop import StopOnSignal, TimeLimit, parse_max_time
+from lit_qlora.callbacks.tell import tell
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.data.datamodule import ChatDataModule
@@ -33,7 +34,9 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.model.load import check_settings
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
+from lit_qlora.signals import LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
+from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.trainer import QLoRATrainer, RunParser
 
@@ -52,6 +55,7 @@ class QLoRACLI(LightningCLI):
         self.run: RunFolder
         self.resume_from: Path | None = None
         self.started_at = time.monotonic()
+        self.mirror: Mirror | None = None
         super().__init__(
             QLoRAModule,
             ChatDataModule,
@@ -90,6 +94,12 @@ class QLoRACLI(LightningCLI):
             "--max_time", type=str | None, default=None, help="DD:HH:MM:SS after which this start is saved and over"
         )
         parser.add_argument("--keep_checkpoints", type=int, default=2, help="checkpoints kept, the newest ones")
+        parser.add_argument(
+            "--mirror",
+            type=str | None,
+            default=None,
+            help="folder, such as on a mounted drive, that gets a copy of each save in the background",
+        )
         parser.add_argument(
             "--early_stopping",
             type=int | None,
@@ -138,6 +148,9 @@ class QLoRACLI(LightningCLI):
         options = self.config[self.verb]
         self.run.open(self.stack)
         config = self._config_to_keep()
+        if options.mirror is not None:
+            self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell)
+            self.mirror.open(config)
         start.check_against_first(self.run, config)
         if self.model.adapter:
             check_settings(self.model.adapter, self.model.lora)
@@ -145,6 +158,13 @@ class QLoRACLI(LightningCLI):
         self.resume_from = start.checkpoint_to_resume(self.run)
         self.config_text = yaml.safe_dump(config, sort_keys=False)
         self.run.write_config(self.config_text)
+        if self.mirror:
+            self.mirror.start()
+            self.stack.push(self._close_mirror)
+
+    def _close_mirror(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self.mirror and not isinstance(error, LeftAtOnce):
+            self.mirror.close()
 
     def _config_to_keep(self) -> dict[str, Any]:
         """The whole configuration as plain values, without what holds for one start only."""
@@ -182,6 +202,8 @@ class QLoRACLI(LightningCLI):
         checkpoints = RunCheckpoints(
             self.run, options.save_every_steps, options.keep_checkpoints, options.save_every_minutes
         )
+        if self.mirror:
+            checkpoints.on_saved = self.mirror.push
         self.checkpoints, stop = checkpoints, StopOnSignal(checkpoints)
         limit_s = parse_max_time(options.max_time) if options.max_time is not None else None
         limits = [TimeLimit(limit_s, self.started_at, stop)] if limit_s is not None else []
@@ -254,11 +276,11 @@ def main(args: list[str]) -> int:
     Raises UserError for what the user can mend.
     """
     quieten()
-    with ExitStack() as stack:
-        try:
+    try:
+        with ExitStack() as stack:
             QLoRACLI(start.complete(args), stack)
-        except MisconfigurationException as error:  # Lightning's word for options that don't go together
-            raise UserError(" ".join(str(error).split())) from error
-        except SystemExit as stop:
-            return int(stop.code or 0)
+    except MisconfigurationException as error:  # Lightning's word for options that don't go together
+        raise UserError(" ".join(str(error).split())) from error
+    except SystemExit as stop:
+        return int(stop.code or 0)
     return 0

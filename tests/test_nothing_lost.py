@@ -3,12 +3,14 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.storage import folders
 
@@ -105,3 +107,55 @@ def test_a_time_limit_that_is_none_is_refused_at_once(here: Path, capsys: pytest
     assert main([*FIT, "--save_every_minutes", "0"]) == 2
     assert capsys.readouterr().err == "error: save_every_minutes: expected none, or a number above 0, got 0.0\n"
     assert not Path("run").exists()
+
+
+# A mirror
+
+
+def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lit_qlora.model.module import QLoRAModule
+
+    more = ["--trainer.val_check_interval", "2", "--model.dropout", "0.1", "--mirror", "drive"]
+    assert main(["fit", "--run", "whole", *QUICK, *more[:-2]]) == 0
+    real = QLoRAModule.training_step
+
+    def step(module: QLoRAModule, batch: object, batch_idx: int) -> object:
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QLoRAModule, "training_step", step)
+        assert main([*FIT, *more]) == 143
+    shutil.rmtree("run")
+    capsys.readouterr()
+    assert main([*FIT, *more]) == 0
+    out, err = capsys.readouterr()
+    assert "   run  restored from drive/run/checkpoints/step-00000003\n" in out
+    assert "going on from step-00000003" in out
+    assert err == ""
+    for name in ("checkpoints/step-00000004/state.safetensors", "adapter/adapter_model.safetensors"):
+        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+        assert Path("drive/run", name).read_bytes() == Path("whole", name).read_bytes()
+    losses = [
+        [(line["step"], line.get("train/loss"), line.get("val/loss")) for line in read_metrics(run / "metrics.jsonl")]
+        for run in (Path("run"), Path("whole"), Path("drive/run"))
+    ]
+    assert losses[0] == losses[1] == losses[2]
+    assert Path("drive/run/finished.json").is_file()
+    shutil.rmtree("run")
+    assert main([*FIT, *more]) == 0
+    assert "run is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
+
+
+def test_a_start_that_fails_leaves_nothing_in_the_mirror(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, "--mirror", "drive", "--data.source", "nope.jsonl"]) == 2
+    assert "nope.jsonl: no such file" in capsys.readouterr().err
+    assert sorted(path.name for path in here.iterdir()) == ["drive"]
+    assert list(Path("drive").iterdir()) == []
+    assert main([*FIT, "--mirror", "content/drive/MyDrive"]) == 2
+    assert capsys.readouterr().err == (
+        "error: mirror: there is no folder content/drive; mount the drive, or give another one\n"
+    )

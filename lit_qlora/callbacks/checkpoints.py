@@ -44,6 +44,7 @@ class RunCheckpoints(StepCallback):
         keep_checkpoints: the newest that are kept; at least 2, so that one stands while another is written.
         save_every_minutes: the longest time from one checkpoint to the next, for slow runs; none: by steps alone.
         clock: seconds, for the minutes.
+        on_saved: called after each checkpoint.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RunCheckpoints(StepCallback):
         keep_checkpoints: int = 2,
         save_every_minutes: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_saved: Callable[[], None] = lambda: None,
     ) -> None:
         require(save_every_steps >= 1, "save_every_steps", "a whole number from 1", save_every_steps)
         require(keep_checkpoints >= 2, "keep_checkpoints", "a whole number from 2", keep_checkpoints)
@@ -61,7 +63,7 @@ class RunCheckpoints(StepCallback):
         self.run = run
         self.save_every_steps, self.save_every_minutes = save_every_steps, save_every_minutes
         self.keep_checkpoints = keep_checkpoints
-        self.clock = clock
+        self.clock, self.on_saved = clock, on_saved
         self.stop_asked = False
         """Set by a signal: save at the next edge, whatever the interval."""
         self.saved_step: int | None = None
@@ -125,6 +127,7 @@ class RunCheckpoints(StepCallback):
         self.longest_save_s = max(self.longest_save_s, self.clock() - self._last_save_at)
         if trainer.is_global_zero:
             self._remove_old()
+            self.on_saved()
 
     def _write_checkpoint(self, trainer: Trainer, target: Path) -> None:
         if trainer.strategy.broadcast(_makes_way(target)):  # the first device decides, for all

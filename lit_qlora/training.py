@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_qlora import start
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.guards import UpdateGuard
+from lit_qlora.callbacks.identity import RunIdentity
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, TrainMetrics
 from lit_qlora.callbacks.progress import RunProgress
@@ -222,6 +223,7 @@ class QLoRACLI(LightningCLI):
             *bars,
             *early,
             *limits,
+            RunIdentity(),
             checkpoints,
             Report(self.run, memory, resumed, checkpoints),
             stop,

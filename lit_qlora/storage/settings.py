@@ -38,8 +38,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "trainer.max_epochs": "longer is allowed, shorter is not",
     "trainer.max_steps": "longer is allowed, shorter is not",
     "trainer.precision": "auto and its choice are the same",
-    "model.base": "a copy elsewhere is the same base",
-    "data.tokenizer": "a copy elsewhere is the same tokenizer",
+    "model.base": "a copy elsewhere is the same base, and has the same tokenizer",
 }
 
 

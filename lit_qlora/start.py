@@ -17,7 +17,7 @@ from lit_qlora.model.base import missing_bytes
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
 from lit_qlora.storage.checkpoint_io import checkpoint_folder
-from lit_qlora.storage.folders import DamagedFolderError, verify_folder
+from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder
 from lit_qlora.storage.run import RUNS, RunFolder, differences, newest_run, open_run
 from lit_qlora.storage.settings import allowed, refused
 
@@ -114,6 +114,20 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
     if problems and whole is None:
         raise UserError(f"run: no checkpoint in {run.checkpoints} is whole; start anew with another --run")
     return whole
+
+
+def check_adapter(run: RunFolder) -> None:
+    """Puts a damaged adapter aside, with a warning: it must be neither the best so far nor the one that is used."""
+    if not run.adapter.is_dir():
+        return
+    try:
+        verify_folder(run.adapter, allow_extra=True)
+    except DamagedFolderError as error:
+        aside = run.adapter.with_name("adapter.damaged")
+        if aside.exists():
+            remove_folder(aside)
+        run.adapter.rename(aside)
+        print(f"warning: {error}; put aside as {aside}, and the best is looked for anew", file=sys.stderr)
 
 
 def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:

@@ -157,6 +157,7 @@ class QLoRACLI(LightningCLI):
             check_settings(self.model.adapter, self.model.lora)
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
+        start.check_adapter(self.run)
         self.config_text = yaml.safe_dump(config, sort_keys=False)
         self.run.write_config(self.config_text)
         if self.mirror:

@@ -1,11 +1,12 @@
 """Kill it, fill its disk, send it signals: the command ends with the right status and one line, and goes on well."""
 
 import errno
+import io
 import os
-import re
 import shutil
 import signal
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,99 @@ def test_a_last_save_that_fails_ends_with_status_1_and_the_same_command_mends_it
         assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
 
 
+# Damage
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with a token in the environment, and all that it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told), redirect_stderr(told):
+        patch.chdir(folder)
+        patch.setenv("HF_TOKEN", "hf_canary_in_a_coal_mine")
+        assert main(FIT) == 0
+    (folder / "output.txt").write_text(told.getvalue(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, here: Path) -> Path:
+    shutil.copytree(finished / "run", here / "run")
+    return Path("run")
+
+
+def test_no_token_reaches_a_file_or_the_terminal(finished: Path) -> None:
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert len(files) > 12
+    assert [path for path in files if b"hf_canary" in path.read_bytes()] == []
+
+
+DAMAGES = {
+    "truncated": lambda file: os.truncate(file, 1000),
+    "flipped": lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+    "zero-tailed": lambda file: file.write_bytes(file.read_bytes()[:-1000] + bytes(1000)),
+    "gone": lambda file: file.unlink(),
+    "without a manifest": lambda file: (file.parent / "manifest.json").unlink(),
+    "pickled": lambda file: file.write_bytes(b"\x80\x04cposix\nsystem\n(S'touch pwned'\ntR."),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    """The one before is gone on from, to the same end; with all damaged, nothing is."""
+    whole = (run / "checkpoints/step-00000004/state.safetensors").read_bytes()
+    (run / "finished.json").unlink()
+    DAMAGES[damage](run / "checkpoints/step-00000004/state.safetensors")
+    assert main(["validate", "--run", "run", "--ckpt_path", "run/checkpoints/step-00000004"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ckpt_path: run/checkpoints/step-00000004: ")
+    assert error.endswith("; give best, last, base, or a folder that is whole\n")
+    assert main(FIT) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: run/checkpoints/step-00000004: '")
+    assert warning.endswith("; going back to the checkpoint before\n")
+    assert (run / "checkpoints/step-00000004/state.safetensors").read_bytes() == whole
+    (run / "finished.json").unlink()
+    for step in (2, 4):
+        DAMAGES[damage](run / f"checkpoints/step-0000000{step}/state.safetensors")
+    assert main(FIT) == 2
+    assert capsys.readouterr().err.splitlines()[2:] == [
+        "error: run: no checkpoint in run/checkpoints is whole; start anew with another --run"
+    ]
+    assert not Path("pwned").exists()
+
+
+def test_a_checkpoint_that_is_not_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--run", "run", "--ckpt_path", "run/checkpoints/step-00000009"]) == 2
+    assert capsys.readouterr().err == (
+        "error: ckpt_path: run/checkpoints/step-00000009: expected a folder, found nothing; "
+        "give best, last, base, or a folder that is whole\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "result.json"])
+def test_an_adapter_that_was_altered(run: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """An edited alpha, a flipped bit, a doctored result."""
+    file = run / "adapter" / name
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"lora_alpha": 16', b'"lora_alpha": 32') if name == "adapter_config.json" else (
+        content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+    ))  # fmt: skip
+    assert main(["validate", "--run", "run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: run/adapter: '{name}': expected ")
+    assert "the adapter was altered or cut short after it was saved" in error
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "checkpoints/step-00000004")
+    assert main(FIT) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: run/adapter: '{name}': expected ")
+    assert warning.endswith("; put aside as run/adapter.damaged, and the best is looked for anew\n")
+    assert main(["validate", "--run", "run"]) == 0
+    assert (run / "adapter.damaged" / name).read_bytes() != content
+
+
 # Signals
 
 
@@ -86,16 +180,17 @@ def test_a_signal_in_the_validation_before_the_first_step(
 
 
 def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    longer = [*FIT, "--trainer.max_steps", "100", "--save_every_steps", "99"]
-    assert main([*longer, "--max_time", "00:00:00:01"]) == 0
-    told = r"\nstopped and saved at step (\d+) by max_time; the same command goes on from here\n$"
-    stopped = re.search(told, capsys.readouterr().out)
-    assert stopped and 0 < int(stopped[1]) < 99
-    assert [path.name for path in Path("run/checkpoints").iterdir()] == [f"step-{int(stopped[1]):08d}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_qlora.training.parse_max_time", lambda text: {"00:00:00:01": 0.01}[text])
+        assert main([*FIT, "--max_time", "00:00:00:01"]) == 0  # over before the first step, which is done all the same
+    assert capsys.readouterr().out.endswith(
+        "\nstopped and saved at step 1 by max_time; the same command goes on from here\n"
+    )
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000001"]
     assert not Path("run/finished.json").exists()
-    assert main([*longer, "--max_time", "00:01:00:00"]) == 0
+    assert main([*FIT, "--max_time", "00:01:00:00"]) == 0
     assert Path("run/finished.json").is_file()
 
 

@@ -35,7 +35,12 @@ class RunLock:
         """
         self._run.mkdir(parents=True, exist_ok=True)
         file = (self._run / ".lock").open("a+", encoding="utf-8", errors="replace")
-        if not _try_lock(file.fileno()):
+        try:
+            is_free = _try_lock(file.fileno())
+        except OSError:
+            file.close()
+            raise
+        if not is_free:
             file.seek(0)
             holder = file.readline().strip() or "another process"
             file.close()

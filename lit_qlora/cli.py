@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lit_qlora.errors import UserError
+from lit_qlora.signals import leave_in_one_line
 
 HELP = """\
 lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
@@ -27,7 +28,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line, by default the process's own, and returns its exit status."""
     args = list(sys.argv[1:] if args is None else args)
     try:
-        return _run(args)
+        with leave_in_one_line():
+            return _run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,12 +16,12 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import missing_bytes
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
+from lit_qlora.storage.checkpoint_io import checkpoint_folder
+from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder
 from lit_qlora.storage.run import RUNS, RunFolder, differences, newest_run, open_run
+from lit_qlora.storage.settings import allowed, refused
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
-
-FIXED = ("seed_everything", "model", "data", "trainer.accumulate_grad_batches", "trainer.precision")
-"""Settings that may not change while a run goes on: another value would make it another run."""
 
 
 def complete(args: list[str]) -> list[str]:
@@ -57,16 +57,17 @@ def complete(args: list[str]) -> list[str]:
 def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
     """Compares ``config`` with that of the run's first start.
 
-    Raises UserError where a setting of `FIXED` differs, and SystemExit where the run is finished and stays so.
+    Says which of the settings that may change did. Raises UserError where another one differs, and SystemExit
+    where the run is finished and stays so.
     """
     if not (run.has_begun() and run.config.is_file()):
         run.config.unlink(missing_ok=True)
         return
     first = run.read_config()
-    changed = differences(first, config, FIXED)
-    if changed:
+    others = refused(first, config)
+    if others:
         raise UserError(
-            f"run: {run.path} was started with other settings: {'; '.join(changed)}; "
+            f"run: {run.path} was started with other settings: {'; '.join(others)}; "
             "give --run NAME to start another run"
         )
     finished = run.finished()
@@ -78,6 +79,9 @@ def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
             f"Its adapter: {run.adapter}. To start another run, give it a name: --run NAME"
         )
         raise SystemExit(0)
+    changed = allowed(first, config)
+    if changed:
+        print(f"   run  changed: {'; '.join(changed)}", flush=True)
 
 
 def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> None:
@@ -112,6 +116,20 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
     return whole
 
 
+def check_adapter(run: RunFolder) -> None:
+    """Puts a damaged adapter aside, with a warning: it must be neither the best so far nor the one that is used."""
+    if not run.adapter.is_dir():
+        return
+    try:
+        verify_folder(run.adapter, allow_extra=True)
+    except DamagedFolderError as error:
+        aside = run.adapter.with_name("adapter.damaged")
+        if aside.exists():
+            remove_folder(aside)
+        run.adapter.rename(aside)
+        print(f"warning: {error}; put aside as {aside}, and the best is looked for anew", file=sys.stderr)
+
+
 def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
     """The adapter and the checkpoint that ``best``, ``last``, ``base`` or a path stands for: one or none of the two.
 
@@ -130,4 +148,9 @@ def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
         return None, checkpoint
     if (Path(what) / "adapter_config.json").is_file():
         return Path(what), None
-    return None, Path(what)  # FolderCheckpointIO tells what is wrong with it
+    folder = checkpoint_folder(what)
+    try:
+        verify_folder(folder)
+    except DamagedFolderError as error:
+        raise UserError(f"ckpt_path: {error}; give best, last, base, or a folder that is whole") from error
+    return None, folder

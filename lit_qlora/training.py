@@ -3,6 +3,8 @@
 ``main(args)`` runs one of them in-process. Knows how the parts are put together, and nothing of what they do.
 """
 
+import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +19,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_qlora import start
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.guards import UpdateGuard
+from lit_qlora.callbacks.identity import RunIdentity
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, TrainMetrics
 from lit_qlora.callbacks.progress import RunProgress
 from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.steps import SeedByPosition
-from lit_qlora.callbacks.stop import StopOnSignal
+from lit_qlora.callbacks.stop import StopOnSignal, TimeLimit, parse_max_time
+from lit_qlora.callbacks.tell import tell
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.data.datamodule import ChatDataModule
@@ -31,7 +35,9 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.model.load import check_settings
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
+from lit_qlora.signals import LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
+from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.trainer import QLoRATrainer, RunParser
 
@@ -49,6 +55,8 @@ class QLoRACLI(LightningCLI):
         self.stack = stack
         self.run: RunFolder
         self.resume_from: Path | None = None
+        self.started_at = time.monotonic()
+        self.mirror: Mirror | None = None
         super().__init__(
             QLoRAModule,
             ChatDataModule,
@@ -77,7 +85,22 @@ class QLoRACLI(LightningCLI):
             "--run", type=str | None, default=None, help="run folder; default: runs/ + the config's name"
         )
         parser.add_argument("--save_every_steps", type=int, default=500, help="optimizer steps between checkpoints")
+        parser.add_argument(
+            "--save_every_minutes",
+            type=float | None,
+            default=15,
+            help="the longest time between checkpoints; none: by steps alone",
+        )
+        parser.add_argument(
+            "--max_time", type=str | None, default=None, help="DD:HH:MM:SS after which this start is saved and over"
+        )
         parser.add_argument("--keep_checkpoints", type=int, default=2, help="checkpoints kept, the newest ones")
+        parser.add_argument(
+            "--mirror",
+            type=str | None,
+            default=None,
+            help="folder, such as on a mounted drive, that gets a copy of each save in the background",
+        )
         parser.add_argument(
             "--early_stopping",
             type=int | None,
@@ -126,13 +149,24 @@ class QLoRACLI(LightningCLI):
         options = self.config[self.verb]
         self.run.open(self.stack)
         config = self._config_to_keep()
+        if options.mirror is not None:
+            self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell)
+            self.mirror.open(config)
         start.check_against_first(self.run, config)
         if self.model.adapter:
             check_settings(self.model.adapter, self.model.lora)
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
+        start.check_adapter(self.run)
         self.config_text = yaml.safe_dump(config, sort_keys=False)
         self.run.write_config(self.config_text)
+        if self.mirror:
+            self.mirror.start()
+            self.stack.push(self._close_mirror)
+
+    def _close_mirror(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self.mirror and not isinstance(error, LeftAtOnce):
+            self.mirror.close()
 
     def _config_to_keep(self) -> dict[str, Any]:
         """The whole configuration as plain values, without what holds for one start only."""
@@ -168,7 +202,14 @@ class QLoRACLI(LightningCLI):
     def _fit_parts(self, figures: list[Callback], bars: list[Callback]) -> tuple[list[Callback], list[Logger]]:
         """In the order in which they must hear of a step: figures first, then what saves, then what may end it."""
         options = self.config_init[self.verb]
-        checkpoints = RunCheckpoints(self.run, options.save_every_steps, options.keep_checkpoints)
+        checkpoints = RunCheckpoints(
+            self.run, options.save_every_steps, options.keep_checkpoints, options.save_every_minutes
+        )
+        if self.mirror:
+            checkpoints.on_saved = self.mirror.push
+        self.checkpoints, stop = checkpoints, StopOnSignal(checkpoints)
+        limit_s = parse_max_time(options.max_time) if options.max_time is not None else None
+        limits = [TimeLimit(limit_s, self.started_at, stop)] if limit_s is not None else []
         memory = PeakMemory()
         patience = options.early_stopping
         require(patience is None or patience >= 1, "early_stopping", "none, or a whole number from 1", patience)
@@ -183,9 +224,11 @@ class QLoRACLI(LightningCLI):
             options.samples,
             *bars,
             *early,
+            *limits,
+            RunIdentity(),
             checkpoints,
-            StopOnSignal(checkpoints),
-            Report(self.run, memory, resumed),
+            Report(self.run, memory, resumed, checkpoints),
+            stop,
         ]
         step = int(resumed.rpartition("-")[2]) if resumed else None
         given = options.trainer.logger
@@ -201,6 +244,14 @@ class QLoRACLI(LightningCLI):
     def fit(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
         """Trains, from the start or from the newest whole checkpoint."""
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
+        if self.checkpoints.failures:
+            problems = "; ".join(self.checkpoints.failures.values())
+            print(
+                f"error: trained to the end, and not saved: {problems}; the same command goes on from the last "
+                "checkpoint that stands",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
 
     def validate(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
         """Scores the held-out rows."""
@@ -229,11 +280,11 @@ def main(args: list[str]) -> int:
     Raises UserError for what the user can mend.
     """
     quieten()
-    with ExitStack() as stack:
-        try:
+    try:
+        with ExitStack() as stack:
             QLoRACLI(start.complete(args), stack)
-        except MisconfigurationException as error:  # Lightning's word for options that don't go together
-            raise UserError(" ".join(str(error).split())) from error
-        except SystemExit as stop:
-            return int(stop.code or 0)
+    except MisconfigurationException as error:  # Lightning's word for options that don't go together
+        raise UserError(" ".join(str(error).split())) from error
+    except SystemExit as stop:
+        return int(stop.code or 0)
     return 0

@@ -1,19 +1,25 @@
 """Owns when a run is saved: checkpoints to go on from, and the best adapter so far.
 
 Saves fall on the edge between optimizer steps, and behind the validation where one follows, so that
-nothing is half done in them. How they reach the disk is `storage`'s.
+nothing is half done in them. One that fails is told, and training goes on. How they reach the disk is `storage`'s.
 """
 
 import json
 import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lit_qlora.callbacks.metrics import is_last_step, validation_follows
 from lit_qlora.callbacks.steps import StepCallback
+from lit_qlora.callbacks.tell import tell
 from lit_qlora.errors import require
+from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder, write_folder
 from lit_qlora.storage.run import RunFolder
 
@@ -21,71 +27,163 @@ RESULT = "result.json"
 """In an adapter folder: the step that it is of, and its held-out figures."""
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best adapter so far: its step, its held-out figures and, while it is not on the disk, its weights."""
+
+    result: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
 class RunCheckpoints(StepCallback):
-    """Saves every so many optimizer steps and after the last; keeps the best adapter by held-out loss.
+    """Saves every so many optimizer steps or minutes and after the last; keeps the best adapter by held-out loss.
 
     Args:
         run: the run folder.
         save_every_steps: optimizer steps from one checkpoint to the next.
         keep_checkpoints: the newest that are kept; at least 2, so that one stands while another is written.
+        save_every_minutes: the longest time from one checkpoint to the next, for slow runs; none: by steps alone.
+        clock: seconds, for the minutes.
+        on_saved: called after each checkpoint.
     """
 
-    def __init__(self, run: RunFolder, save_every_steps: int, keep_checkpoints: int = 2) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        save_every_steps: int,
+        keep_checkpoints: int = 2,
+        save_every_minutes: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_saved: Callable[[], None] = lambda: None,
+    ) -> None:
         require(save_every_steps >= 1, "save_every_steps", "a whole number from 1", save_every_steps)
         require(keep_checkpoints >= 2, "keep_checkpoints", "a whole number from 2", keep_checkpoints)
+        is_time = save_every_minutes is None or save_every_minutes > 0
+        require(is_time, "save_every_minutes", "none, or a number above 0", save_every_minutes)
         self.run = run
-        self.save_every_steps = save_every_steps
+        self.save_every_steps, self.save_every_minutes = save_every_steps, save_every_minutes
         self.keep_checkpoints = keep_checkpoints
+        self.clock, self.on_saved = clock, on_saved
         self.stop_asked = False
         """Set by a signal: save at the next edge, whatever the interval."""
+        self.saved_step: int | None = None
+        """The step of the newest checkpoint that this process saw whole on the disk."""
+        self.failures: dict[str, str] = {}
+        """What the last save could not write, ``checkpoint`` or ``adapter``, and why; empty where all is saved."""
+        self.longest_save_s = 0.0
         self._is_due = False
+        self._last_save_at = clock()
+        self._unsaved: Best | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._last_save_at = self.clock()
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
         """Saves where the interval ends, unless a validation follows: then behind it."""
         on_interval = trainer.global_step % self.save_every_steps == 0
-        self._is_due = on_interval or is_last_step(trainer) or self.stop_asked
+        if self.save_every_minutes is not None:
+            on_interval |= self.clock() - self._last_save_at >= 60 * self.save_every_minutes
+        self._is_due |= on_interval or is_last_step(trainer) or self.stop_asked
         if self._is_due and not validation_follows(trainer):
-            self._save(trainer)
+            self._save(trainer, module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the adapter if it is the best so far, then makes the save that waited for this validation."""
         if trainer.state.fn != "fit" or not trainer.global_step:
             return
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        best = read_result(self.run.adapter)
+        best = self._unsaved.result if self._unsaved else read_result(self.run.adapter)
         loss = figures["val/loss"]
         if math.isfinite(loss) and (best is None or loss < best.get("val/loss", math.inf)):
-            self._save_adapter(trainer, pl_module, figures)
-        if (self._is_due or trainer.should_stop) and validation_follows(trainer) and _is_on_edge(trainer):
-            self._save(trainer)
+            self._keep(trainer, pl_module, figures)
+        is_due = self._is_due or trainer.should_stop or self.stop_asked
+        if is_due and validation_follows(trainer) and _is_on_edge(trainer):
+            self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loads the best adapter back into the module."""
-        if read_result(self.run.adapter) is None:  # no validation: the last is the best there is
-            self._save_adapter(trainer, pl_module, {})
-        pl_module.load_adapter_weights(self.run.adapter)  # type: ignore[operator]
+        if self._unsaved:
+            self._save_adapter(trainer, pl_module)
+        elif read_result(self.run.adapter) is None:  # no validation: the last is the best there is
+            self._keep(trainer, pl_module, {})
+        if self._unsaved:
+            pl_module.load_state_dict(self._unsaved.weights)
+        else:
+            pl_module.load_adapter_weights(self.run.adapter)  # type: ignore[operator]
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
         self._is_due = False
+        if self._unsaved:
+            self._save_adapter(trainer, module)
         for logger in trainer.loggers:
             logger.save()
         target = self.run.checkpoint(trainer.global_step)
+        self._last_save_at = self.clock()
+        if not self._try("checkpoint", lambda: self._write_checkpoint(trainer, target)):
+            return
+        self.saved_step = trainer.global_step
+        self.longest_save_s = max(self.longest_save_s, self.clock() - self._last_save_at)
+        if trainer.is_global_zero:
+            self._remove_old()
+            self.on_saved()
+
+    def _write_checkpoint(self, trainer: Trainer, target: Path) -> None:
         if trainer.strategy.broadcast(_makes_way(target)):  # the first device decides, for all
             trainer.save_checkpoint(target)
-        if trainer.is_global_zero:
-            for step in self.run.saved_steps()[: -self.keep_checkpoints]:
-                remove_folder(self.run.checkpoint(step))
 
-    def _save_adapter(self, trainer: Trainer, module: Any, figures: dict[str, float]) -> None:
-        if not trainer.is_global_zero:
-            return
+    def _remove_old(self) -> None:
+        for step in self.run.saved_steps()[: -self.keep_checkpoints]:
+            try:
+                remove_folder(self.run.checkpoint(step))
+            except OSError as error:
+                tell(f"warning: the old checkpoint {self.run.checkpoint(step)} can't be removed: {error.strerror}")
+
+    def _keep(self, trainer: Trainer, module: LightningModule, figures: dict[str, float]) -> None:
+        """Saves the adapter as it is now; where that fails, holds it in host memory for the next try."""
+        result = {"step": trainer.global_step} | {k: v for k, v in figures.items() if k.startswith("val/")}
+        self._unsaved = Best(result, module.state_dict())
+        self._save_adapter(trainer, module)
+        if self._unsaved:
+            weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+            self._unsaved = Best(result, weights)
+
+    def _save_adapter(self, trainer: Trainer, module: Any) -> None:
+        """Writes the adapter that is not on the disk yet; the module's weights are after it what they were before."""
+        best = self._unsaved
+        assert best is not None
+        is_of_now = best.result["step"] == trainer.global_step
+        now = {} if is_of_now else {name: value.detach().clone() for name, value in module.state_dict().items()}
 
         def fill(folder: Path) -> None:
             module.save_adapter(folder)
-            result = {"step": trainer.global_step} | {k: v for k, v in figures.items() if k.startswith("val/")}
-            (folder / RESULT).write_text(json.dumps(result, indent=2), encoding="utf-8")
+            (folder / RESULT).write_text(json.dumps(best.result, indent=2), encoding="utf-8")
 
-        write_folder(self.run.adapter, fill, replace=True)
+        def write() -> None:
+            needed_bytes = sum(value.numel() * value.element_size() for value in best.weights.values())
+            write_folder(self.run.adapter, fill, replace=True, needed_bytes=needed_bytes)
+
+        if now:
+            module.load_state_dict(best.weights)
+        try:
+            if not trainer.is_global_zero or self._try("adapter", write):
+                self._unsaved = None
+        finally:
+            if now:
+                module.load_state_dict(now)
+
+    def _try(self, what: str, save: Callable[[], None]) -> bool:
+        """Whether ``save`` came through; if not, one line says why, and the next save is another try."""
+        try:
+            save()
+        except OSError as error:
+            problem = str(error) if isinstance(error, SaveError) else str(SaveError(self.run.path, error))
+            self.failures[what] = problem
+            tell(f"error: {problem}; training goes on, the next save tries again")
+            return False
+        self.failures.pop(what, None)
+        return True
 
 
 def _is_on_edge(trainer: Trainer) -> bool:

@@ -3,6 +3,7 @@
 `record` is how every callback writes its figures, under the number of optimizer steps done. Knows no model.
 """
 
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from lit_qlora.batch import Batch
 from lit_qlora.callbacks.steps import StepCallback
+from lit_qlora.callbacks.tell import tell
 
 
 def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
@@ -42,7 +44,8 @@ class MetricsFile(Logger):
     that stand in the file already are not written a second time. A figure that is not finite is a string.
 
     A line is written when the next step begins or the run is over: a validation in the middle of a window
-    still adds to the step before it. Until then the line is part of the checkpoint.
+    still adds to the step before it. Until then the line is part of the checkpoint, and so are lines that
+    could not be written; they are tried again with the next.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,6 +53,8 @@ class MetricsFile(Logger):
         self.path = path
         self._step: int | None = None
         self._figures: dict[str, float] = {}
+        self._unwritten: dict[int, str] = {}
+        self._was_told = False
         _drop_torn_line(path)
         self._last_written = max((line["step"] for line in read_metrics(path)), default=-1)
 
@@ -84,20 +89,40 @@ class MetricsFile(Logger):
 
     def state_dict(self) -> dict[str, Any]:
         """The line that is still open."""
-        return {"step": self._step, "figures": dict(self._figures)}
+        return {"step": self._step, "figures": dict(self._figures), "unwritten": dict(self._unwritten)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the line that was open."""
         self._step, self._figures = state_dict["step"], dict(state_dict["figures"])
+        self._unwritten = dict(state_dict["unwritten"])
 
     def _write(self) -> None:
-        if self._step is not None and self._figures and self._step > self._last_written:
+        if self._step is not None and self._figures:
             figures = {name: _plain(value) for name, value in self._figures.items()}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self._step, **figures}) + "\n")
-            self._last_written = self._step
+            self._unwritten[self._step] = json.dumps({"step": self._step, **figures}) + "\n"
         self._step, self._figures = None, {}
+        try:
+            if self._was_told:  # the last try may have left a part of a line, or a whole one
+                _drop_torn_line(self.path)
+                self._last_written = max((line["step"] for line in read_metrics(self.path)), default=-1)
+            self._append([line for step, line in self._unwritten.items() if step > self._last_written])
+        except OSError as error:
+            if not self._was_told:
+                why = error.strerror or error
+                tell(f"error: {self.path} can't be written: {why}; training goes on, its lines are kept for later")
+            self._was_told = True
+            return
+        self._last_written = max([self._last_written, *self._unwritten])
+        self._unwritten, self._was_told = {}, False
+
+    def _append(self, lines: list[str]) -> None:
+        if lines:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                for line in lines:
+                    content = line.encode()
+                    if file.write(content) != len(content):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_qlora.callbacks.checkpoints import read_result
+from lit_qlora.callbacks.checkpoints import RunCheckpoints, read_result
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import is_last_step, read_metrics
+from lit_qlora.storage.files import write_file
 from lit_qlora.storage.run import RunFolder
 
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -29,10 +30,13 @@ class Report(Callback):
         run: the run folder.
         memory: the peaks, for the last lines.
         resumed_from: the checkpoint's name, where the run goes on from one.
+        checkpoints: tells what could not be saved.
     """
 
-    def __init__(self, run: RunFolder, memory: PeakMemory, resumed_from: str | None) -> None:
-        self.run, self.memory, self.resumed_from = run, memory, resumed_from
+    def __init__(
+        self, run: RunFolder, memory: PeakMemory, resumed_from: str | None, checkpoints: RunCheckpoints
+    ) -> None:
+        self.run, self.memory, self.resumed_from, self.checkpoints = run, memory, resumed_from, checkpoints
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The decisions, once model and data are there."""
@@ -75,8 +79,10 @@ class Report(Callback):
         if not (is_last_step(trainer) or _stopped_early(trainer)):
             print(f"stopped at step {trainer.global_step}; the same command goes on from here", flush=True)
             return
+        if self.checkpoints.failures:  # the run is not finished: the same command, given again, ends it once more
+            return
         mark = {"step": trainer.global_step, "steps": trainer.datamodule.num_optimizer_steps()}  # type: ignore[attr-defined]
-        self.run.finished_mark.write_text(json.dumps(mark), encoding="utf-8")
+        write_file(self.run.finished_mark, json.dumps(mark))
         print("\n".join(["", *before_and_after(self.run), *self._closing()]), flush=True)
 
     def _closing(self) -> list[str]:

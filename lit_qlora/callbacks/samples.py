@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_qlora.callbacks.metrics import record
+from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.errors import require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text import llama2
@@ -56,7 +57,8 @@ class SampleAnswers(Callback):
         record(trainer, {"samples/stopped_share": share})
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", self._table(answers), trainer.global_step)
+                board = logger if isinstance(logger, RunTensorBoard) else logger.experiment
+                board.add_text("samples", self._table(answers), trainer.global_step)
 
     def _choose(self, data: Any) -> list[Conversation]:
         if self.prompts:

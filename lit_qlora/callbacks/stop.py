@@ -1,10 +1,12 @@
-"""Owns Ctrl-C and SIGTERM: the step under way is finished and saved, then the run ends.
+"""Owns when a run ends before its last step: Ctrl-C, SIGTERM, or a time limit. The step under way is saved first.
 
 Knows no files; `RunCheckpoints` saves.
 """
 
-import signal
-import threading
+import re
+import time
+from collections.abc import Callable
+from signal import Signals
 from types import FrameType
 from typing import Any
 
@@ -12,51 +14,122 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from lit_qlora.callbacks.tell import tell
+from lit_qlora.errors import require
+from lit_qlora.signals import NAMES, give_back, leave_at_once, take_over
 
 
 class StopOnSignal(StepCallback):
     """Ends the run at the next edge between optimizer steps, with exit status 130 (Ctrl-C) or 143 (SIGTERM).
 
-    Stands behind ``checkpoints`` in the Trainer's list, so that the save comes first. A second signal
-    stops at once, as if this callback were not there.
+    A validation under way, or one that follows the step, is finished first: a state saved before it would go
+    on without it. Stands last in the Trainer's list, so that all else is done. A second signal leaves at once.
     """
 
     def __init__(self, checkpoints: RunCheckpoints) -> None:
         self.checkpoints = checkpoints
-        self.received: int | None = None
+        self._status: int | None = None
+        self._reason = ""
         self._previous: dict[int, Any] = {}
 
+    def ask(self, status: int, reason: str) -> None:
+        """Has the run saved and ended at the next edge, with ``status`` where the save came through."""
+        self._status, self._reason = status, reason
+        self.checkpoints.stop_asked = True
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the signals; only a main thread may."""
+        """Takes over the signals."""
         super().on_train_start(trainer, pl_module)
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous = take_over(self._handle)
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
-        """Leaves the training loop; what is saved is saved."""
-        if self.received is None:
-            return
-        if not self.checkpoints.run.checkpoint(trainer.global_step).exists():
-            return  # a validation follows, and the save behind it: the next step's edge will do
-        print(
-            f"\nstopped and saved at step {trainer.global_step}; the same command goes on from here",
-            flush=True,
-        )
-        raise SystemExit(128 + self.received)
+        """Leaves the training loop, unless the save is still to come, behind a validation."""
+        self._leave_once_saved(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves behind the validation that the save waited for."""
+        if trainer.state.fn == "fit":
+            self._leave_once_saved(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the signals back; after an error, Lightning restores what it found."""
-        self._give_back()
-
-    def _give_back(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        """Gives the signals back; after an error, `on_exception` does."""
+        give_back(self._previous)
         self._previous = {}
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        give_back(self._previous)
+        self._previous = {}
+
+    def _leave_once_saved(self, trainer: Trainer) -> None:
+        if self._status is None:
+            return
+        if self.checkpoints.saved_step == trainer.global_step and not self.checkpoints.failures:
+            place = f"stopped and saved at step {trainer.global_step}{self._reason}"
+            print(f"\n{place}; the same command goes on from here", flush=True)
+            raise SystemExit(self._status)
+        if self.checkpoints.failures:
+            tell(f"error: stopped at step {trainer.global_step}, and the last save failed; an earlier one stands")
+            raise SystemExit(1)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.checkpoints.stop_asked = True
-        self._give_back()
+        self.ask(128 + number, f" by {NAMES[Signals(number)]}")
+        take_over(leave_at_once)
         print("\nstopping after this step; once more stops at once", flush=True)
+
+
+class TimeLimit(StepCallback):
+    """Ends the run, saved and with status 0, before ``limit_s`` seconds are over; one step is always done.
+
+    The margin is the longest that a step has taken so far, the longest validation and the longest save together.
+    Stands before `RunCheckpoints`.
+
+    Args:
+        limit_s: seconds.
+        started_at: when they began, by ``clock``.
+        stop: whom to ask.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, limit_s: float, started_at: float, stop: StopOnSignal, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.ends_at, self.stop, self.clock = started_at + limit_s, stop, clock
+        self._longest_step_s = self._longest_validation_s = 0.0
+        self._last_edge_at = self._validation_at = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first step begins."""
+        super().on_train_start(trainer, pl_module)
+        self._last_edge_at = self.clock()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the time: a validation is no part of a step."""
+        self._validation_at = self.clock()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes how long it took."""
+        took_s = self.clock() - self._validation_at
+        self._longest_validation_s = max(self._longest_validation_s, took_s)
+        self._last_edge_at += took_s
+
+    def on_step_end(self, trainer: Trainer, module: Any) -> None:
+        """Asks for the end where another step, and what may come with it, could take too long."""
+        now = self.clock()
+        self._longest_step_s = max(self._longest_step_s, now - self._last_edge_at)
+        self._last_edge_at = now
+        margin_s = self._longest_step_s + self._longest_validation_s + self.stop.checkpoints.longest_save_s
+        if now + margin_s >= self.ends_at:
+            self.stop.ask(0, " by max_time")
+
+
+def parse_max_time(text: str) -> float:
+    """Seconds of ``DD:HH:MM:SS``, the form that Lightning's own option has.
+
+    Raises UserError where it is none, or nothing.
+    """
+    found = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", text)
+    days, hours, minutes, seconds = map(int, found.groups()) if found else (0, 0, 0, 0)
+    limit_s = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    require(limit_s > 0, "max_time", "DD:HH:MM:SS, such as 00:03:30:00", text)
+    return limit_s

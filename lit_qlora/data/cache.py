@@ -32,6 +32,8 @@ class EncodedRows:
     answer_tokens: list[int]
     num_cut: int
     num_left_out: int
+    fingerprint: str = ""
+    """Of the conversations and of all that makes ids of them."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -52,6 +54,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         examples["answer_tokens"][:],
         counts["cut"],
         counts["left_out"],
+        folder.name,
     )
 
 

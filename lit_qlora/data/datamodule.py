@@ -150,6 +150,11 @@ class ChatDataModule(LightningDataModule):
         conversations = self._records["validation"].conversations[:count]
         return [(Conversation(c.turns[:1], c.system), c.turns[1].content) for c in conversations]
 
+    def fingerprints(self) -> dict[str, str]:
+        """What the rows of a run are made of: the content, whatever file or hub id it came from."""
+        rows = {"train_rows": "train", "held_out_rows": "validation"}
+        return {name: self._rows[part].fingerprint for name, part in rows.items()}
+
     def describe(self) -> list[str]:
         """What was read, learned, cut and left out, in lines for the terminal."""
         lines = []

@@ -6,6 +6,7 @@ or files.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -76,8 +77,15 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """A sha256 over all that decides which ids come out: tokenizer, length, labels, system text."""
-        rules = self.tokenizer._tokenizer.to_str()
-        settings = (rules, self.bos_id, self.eos_id, self.max_length, self.train_on, self.system)
+        settings = (self.rules_fingerprint(), self.max_length, self.train_on, self.system)
+        return hashlib.sha256(repr(settings).encode()).hexdigest()
+
+    def rules_fingerprint(self) -> str:
+        """A sha256 over the tokenizer alone: whatever folder it came from, the same text gives the same ids."""
+        rules = json.loads(self.tokenizer._tokenizer.to_str())
+        for switch in ("padding", "truncation"):  # set and reset by calls; here, neither is ever used
+            rules.pop(switch, None)
+        settings = (json.dumps(rules, sort_keys=True), self.bos_id, self.eos_id)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[Example | None]:

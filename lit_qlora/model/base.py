@@ -126,17 +126,46 @@ def missing_bytes(base: Base) -> int:
 
 
 def fingerprint(base: Base) -> str:
-    """What makes a base this one and no other: a sha256 over its widths and its final norm, as stored.
+    """What makes a base this one and no other: a sha256 over what config.json computes with, and its final norm.
 
-    Call it once the weights are at hand (in the folder or in the cache).
+    The same for a copy in a folder, on the hub, in shards, quantised, or in another float type of the same
+    values. Call it once the weights are at hand (in the folder or in the cache).
     """
-    digest = hashlib.sha256(repr(base.shape).encode())
+    digest = hashlib.sha256(repr((base.shape, _rules(base.config))).encode())
     digest.update(_stored_tensor(base, FINAL_NORM))
     return digest.hexdigest()
 
 
+def identity(base: Base) -> dict[str, str | None]:
+    """A base's public name, its commit on the hub where that is known, and its `fingerprint`."""
+    config = None if Path(base.location).is_dir() else _file(base, "config.json")
+    commit = config.parent.name if config and config.parent.parent.name == "snapshots" else None
+    return {"name": base.public_name, "commit": commit, "fingerprint": fingerprint(base)}
+
+
+def _rules(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of config.json changes the output at equal widths, whichever version of transformers wrote it."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    scaling = sorted((name, float(value)) for name, value in rope.items()) if kind != "default" else []
+    return (
+        config["num_attention_heads"],
+        theta,
+        kind,
+        scaling,
+        float(config.get("rms_norm_eps", 1e-6)),
+        config.get("hidden_act", "silu"),
+        bool(config.get("attention_bias", False)),
+        bool(config.get("mlp_bias", False)),
+    )
+
+
 def _stored_tensor(base: Base, name: str) -> bytes:
-    """The bytes of one tensor, read without loading the rest: safetensors is a JSON header and plain bytes."""
+    """One tensor's values in fp32, read without loading the rest: safetensors is a JSON header and plain bytes."""
+    import numpy as np
+
     index = _file(base, "model.safetensors.index.json")
     file = json.loads(index.read_text())["weight_map"][name] if index else "model.safetensors"
     path = _file(base, file)
@@ -146,7 +175,12 @@ def _stored_tensor(base: Base, name: str) -> bytes:
         entry = json.loads(stream.read(length))[name]
         start, end = entry["data_offsets"]
         stream.seek(8 + length + start)
-        return f"{entry['dtype']} ".encode() + stream.read(end - start)
+        stored = stream.read(end - start)
+    if entry["dtype"] == "BF16":  # the upper half of an fp32
+        return (np.frombuffer(stored, "<u2").astype("<u4") << 16).tobytes()
+    if entry["dtype"] in ("F16", "F32"):
+        return np.frombuffer(stored, {"F16": "<f2", "F32": "<f4"}[entry["dtype"]]).astype("<f4").tobytes()
+    return f"{entry['dtype']} ".encode() + stored
 
 
 def _file(base: Base, name: str) -> Path | None:

@@ -15,6 +15,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, fingerprint
 from lit_qlora.model.device import Attention
 from lit_qlora.model.shape import Shape
+from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
 
 if TYPE_CHECKING:
@@ -202,8 +203,16 @@ def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
 
 
 def save_adapter(model: "PeftModel", base: Base, folder: Path) -> None:
-    """Writes a plain PEFT adapter into the existing ``folder``, with a record of base and prompt format."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    """Writes a plain PEFT adapter into the existing ``folder``, with a record of base and prompt format.
+
+    Raises OSError where a file can't be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    except SafetensorError as error:
+        raise disk_error(error, folder) from error
     # peft writes the local path of the base and a card of blanks; neither is to leave this machine.
     config_file = folder / "adapter_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))

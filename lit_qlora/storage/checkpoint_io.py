@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from lit_qlora.errors import UserError
 from lit_qlora.storage.folders import remove_folder, verify_folder, write_folder
-from lit_qlora.storage.state import load_state, save_state
+from lit_qlora.storage.state import load_state, num_bytes, save_state
 
 # pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -28,9 +28,12 @@ class FolderCheckpointIO(CheckpointIO):
         Raises:
             UserError: the path is a URL or a file.
             FileExistsError: there is one of that name already.
+            SaveError: it could not be written; nothing of it is left behind.
             TypeError: the checkpoint holds something other than plain values and tensors.
         """
-        write_folder(_folder(path), lambda folder: save_state(checkpoint, folder))
+        write_folder(
+            checkpoint_folder(path), lambda folder: save_state(checkpoint, folder), needed_bytes=num_bytes(checkpoint)
+        )
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -42,7 +45,7 @@ class FolderCheckpointIO(CheckpointIO):
         Raises:
             UserError: the path is a URL or a file; as DamagedFolderError: it is missing or not whole.
         """
-        folder = _folder(path)
+        folder = checkpoint_folder(path)
         verify_folder(folder)
         return load_state(folder)
 
@@ -52,12 +55,13 @@ class FolderCheckpointIO(CheckpointIO):
         Raises:
             UserError: the path is a URL or a file.
         """
-        folder = _folder(path)
+        folder = checkpoint_folder(path)
         if folder.exists():
             remove_folder(folder)
 
 
-def _folder(path: str | Path) -> Path:
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder that ``path`` names. Raises UserError for a URL or a file."""
     wanted = "give the path of a checkpoint folder, such as runs/demo/checkpoints/step-00000500"
     if _URL.match(str(path)):
         raise UserError(f"{path} is a URL, and checkpoints are only read from this machine: {wanted}")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 
 from lit_qlora.errors import UserError
+from lit_qlora.storage.files import SaveError, sync_file, sync_folder
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -31,7 +32,9 @@ class DamagedFolderError(UserError):
         super().__init__(f"{place}: expected {expected}, found {found}")
 
 
-def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool = False) -> None:
+def write_folder(
+    target: Path, fill: Callable[[Path], None], *, replace: bool = False, needed_bytes: int | None = None
+) -> None:
     """Let `fill` write files into a temporary folder, then make that folder the target in one step.
 
     A `manifest.json` with the size and sha256 of every file is added last. If anything is raised on the way,
@@ -41,22 +44,51 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, replace: bool = 
         target: the folder to be; its parents are made where they lack.
         fill: called with the empty temporary folder.
         replace: whether a folder that stands there already makes way.
+        needed_bytes: what the files will take, for the message where they can't be written.
 
     Raises:
         FileExistsError: the target exists, and `replace` is not set or it is no folder.
+        SaveError: the disk or the system refused something; says what was needed and what is free.
         ValueError: `fill` left something other than plain files with portable names.
     """
     if os.path.lexists(target) and not (replace and target.is_dir()):
         raise FileExistsError(errno.EEXIST, "stands there already and is not overwritten", str(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _aside(target, "tmp")
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         fill(temporary)
         _seal(temporary)
         _put(temporary, target, replace=replace)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise SaveError(target, error, needed_bytes) from error
+        raise
+
+
+def copy_folder(source: Path, target: Path, *, replace: bool = False) -> None:
+    """Copies the files that a folder's manifest names, verifies the copy by it, and puts it in place in one step.
+
+    Raises:
+        DamagedFolderError: the source, or what arrived, is not what the manifest says.
+        SaveError: something could not be read or written.
+    """
+    if target.exists() and not replace:
+        raise FileExistsError(errno.EEXIST, "stands there already and is not overwritten", str(target))
+    temporary = _aside(target, "tmp")
+    files = _read_manifest(source)
+    try:
+        for name in (*files, MANIFEST):  # the manifest comes last: until then, nothing is whole
+            copy = temporary / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, copy)
+            sync_file(copy)
+        verify_folder(temporary)
+        _put(temporary, target, replace=replace)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise SaveError(target, error, sum(int(entry["bytes"]) for entry in files.values())) from error
         raise
 
 
@@ -109,7 +141,7 @@ def recover(target: Path) -> None:
         if target.exists():
             remove_folder(target)
         whole.rename(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     for leftover in [*new, *(old if whole else [])]:
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -135,7 +167,7 @@ def _put(temporary: Path, target: Path, *, replace: bool) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     # The write is done: an old folder that can't be deleted now is no reason to fail, `recover` tries again.
     shutil.rmtree(old, ignore_errors=True)
 
@@ -146,14 +178,14 @@ def _seal(folder: Path) -> None:
     for name in names:
         if not _is_portable(name) or not _is_inside(folder, name) or not (folder / name).is_file():
             raise ValueError(f"{folder / name}: only plain files with portable names can be kept")
-        _sync_file(folder / name)
+        sync_file(folder / name)
     files = {name: _measure(folder, name) for name in names}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"version": VERSION, "files": files}, indent=1) + "\n", encoding="utf-8")
-    _sync_file(manifest)
+    sync_file(manifest)
     for subfolder in (path for path in folder.rglob("*") if path.is_dir()):
-        _sync_folder(subfolder)
-    _sync_folder(folder)
+        sync_folder(subfolder)
+    sync_folder(folder)
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
@@ -226,25 +258,6 @@ def _leftovers(target: Path, kind: str) -> list[Path]:
     matches = ((path, _LEFTOVER.fullmatch(path.name)) for path in paths)
     found = [path for path, match in matches if match and match.groups() == (target.name, kind)]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-
-
-def _sync_file(path: Path) -> None:
-    path.chmod(0o644)  # safetensors makes 0600
-    with path.open("r+b") as file:  # Windows syncs only what may be written
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # which can't open a folder
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # some mounted file systems know no such thing
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,14 +5,19 @@ however it ends, so there is no stale lock to remove; the file `.lock` stays, an
 serves the message. Knows nothing of what the run does.
 """
 
+import errno
 import os
 import socket
+import sys
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from lit_qlora.errors import UserError
+
+_NO_LOCKS_HERE = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
+"""What network and mounted file systems answer to a lock. A run there is better than none: it is warned of."""
 
 
 class RunLock:
@@ -30,7 +35,12 @@ class RunLock:
         """
         self._run.mkdir(parents=True, exist_ok=True)
         file = (self._run / ".lock").open("a+", encoding="utf-8", errors="replace")
-        if not _try_lock(file.fileno()):
+        try:
+            is_free = _try_lock(file.fileno())
+        except OSError:
+            file.close()
+            raise
+        if not is_free:
             file.seek(0)
             holder = file.readline().strip() or "another process"
             file.close()
@@ -71,4 +81,11 @@ def _try_lock(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+        print(
+            "warning: the file system of this run folder has no locks; see to it that no second process trains in it",
+            file=sys.stderr,
+        )
     return True

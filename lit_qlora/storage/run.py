@@ -7,17 +7,20 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lit_qlora.errors import UserError
+from lit_qlora.storage.files import write_file
 from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, recover, verify_folder
 from lit_qlora.storage.lock import RunLock
 
 RUNS = Path("runs")
 STEP = "step-"
+_STARTED = "# started "
 
 
 class RunFolder:
@@ -128,10 +131,10 @@ class RunFolder:
         for number in _from(1):
             path = self.config if number == 1 else self.path / f"config.{number}.yaml"
             if not path.exists():
-                whole = path.with_name(f".{path.name}.tmp")  # a kill leaves no half of a configuration
-                whole.write_text(text, encoding="utf-8")
-                return whole.rename(path)
-            if path.read_text(encoding="utf-8") == text:
+                now = datetime.now().astimezone().isoformat(timespec="microseconds")
+                write_file(path, f"{_STARTED}{now}\n{text}")
+                return path
+            if path.read_text(encoding="utf-8").removeprefix(_first_line(path)) == text:
                 return path
         raise AssertionError("numbers do not end")
 
@@ -144,7 +147,21 @@ def newest_run(root: Path = RUNS) -> RunFolder:
     configs = list(root.glob("*/config.yaml"))
     if not configs:
         raise UserError(f"no run in {root}/: train one first with 'python main.py fit', or name one with --run")
-    return RunFolder(max(configs, key=lambda config: config.stat().st_mtime).parent)
+    return RunFolder(max(configs, key=_started).parent)
+
+
+def _started(config: Path) -> datetime:
+    """When a run was first started, by what its config says: a copy or a backup changes the file's own date."""
+    try:
+        return datetime.fromisoformat(_first_line(config).removeprefix(_STARTED).strip())
+    except ValueError:  # a config that somebody else wrote
+        return datetime.fromtimestamp(0).astimezone()
+
+
+def _first_line(config: Path) -> str:
+    """The line with the start, if there is one."""
+    line = config.read_text(encoding="utf-8").partition("\n")[0] + "\n"
+    return line if line.startswith(_STARTED) else ""
 
 
 def open_run(path: Path) -> RunFolder:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import DamagedFolderError
 
 TENSORS = "state.safetensors"
@@ -41,12 +42,16 @@ def save_state(state: dict, folder: Path) -> None:
 
     Raises:
         TypeError: there is something else in the state; says where.
+        OSError: a file could not be written.
     """
     if not isinstance(state, dict):
         raise TypeError(f"state is a {type(state).__name__}, not a dict")
     tensors: dict[str, torch.Tensor] = {}
     skeleton = {"version": VERSION, "state": _encode(state, "state", tensors)}
-    save_file(_apart(tensors), folder / TENSORS)
+    try:
+        save_file(_apart(tensors), folder / TENSORS)
+    except SafetensorError as error:
+        raise disk_error(error, folder / TENSORS) from error
     (folder / SKELETON).write_text(json.dumps(skeleton, allow_nan=False), encoding="ascii")
 
 
@@ -71,6 +76,15 @@ def load_state(folder: Path) -> dict[Any, Any]:
         found = " ".join(f"{type(error).__name__}: {error}".split())
         raise DamagedFolderError(folder, file, f"a state of version {VERSION}", found) from error
     return state
+
+
+def num_bytes(state: Any) -> int:
+    """What the tensors of a nested state will take on disk."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict | list | tuple):
+        return sum(num_bytes(item) for item in (state.values() if isinstance(state, dict) else state))
+    return 0
 
 
 def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -4,9 +4,14 @@ import os
 import signal
 
 import pytest
+import torch
 
 from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.callbacks.stop import TimeLimit, parse_max_time
 from lit_qlora.errors import UserError
+from lit_qlora.signals import LeftAtOnce
+from lit_qlora.storage.folders import verify_folder
+from lit_qlora.storage.state import load_state
 
 
 def signalled(tiny, place, *numbers):
@@ -28,8 +33,10 @@ def signalled(tiny, place, *numbers):
     return Signalled()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_step_under_way_is_finished_and_saved(full_run, tiny, rows, tmp_path, capsys, number, status):
+@pytest.mark.parametrize(
+    ("number", "status", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_the_step_under_way_is_finished_and_saved(full_run, tiny, rows, tmp_path, capsys, number, status, name):
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     module = signalled(tiny, 4, number)  # the first of the two micro-batches of step 3
     parts = full_run(tmp_path / "run", save_every_steps=100, accumulate_grad_batches=2)
@@ -41,7 +48,7 @@ def test_the_step_under_way_is_finished_and_saved(full_run, tiny, rows, tmp_path
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
     assert capsys.readouterr().out == (
         "\nstopping after this step; once more stops at once\n"
-        "\nstopped and saved at step 3; the same command goes on from here\n"
+        f"\nstopped and saved at step 3 by {name}; the same command goes on from here\n"
     )
 
 
@@ -64,24 +71,142 @@ def _lines(parts):
     return read_metrics(parts.run.metrics)
 
 
-def test_where_a_validation_follows_the_next_edge_will_do(full_run, tiny, rows, tmp_path):
+def test_where_a_validation_follows_it_is_finished_and_the_save_behind_it_is_the_last(full_run, tiny, rows, tmp_path):
     module = signalled(tiny, 3, signal.SIGINT)
     parts = full_run(tmp_path / "run", save_every_steps=100, val_check_interval=4)
     with pytest.raises(SystemExit) as stop:
         parts.trainer.fit(module, datamodule=rows(12))
     assert stop.value.code == 130
-    assert parts.run.saved_steps() == [4, 5]  # behind the validation, and at the edge after it
-    assert len(module.seen) == 5
+    assert parts.run.saved_steps() == [4]
+    assert len(module.seen) == 4
 
 
-def test_a_second_signal_stops_at_once(full_run, tiny, rows, tmp_path):
+@pytest.mark.parametrize(("accumulate", "saved"), [(1, 4), (3, 2)])
+def test_a_signal_in_a_validation_saves_behind_it_or_at_the_next_edge(
+    full_run, tiny, rows, tmp_path, accumulate, saved
+):
+    class Signalled(tiny):
+        def validation_step(self, batch, batch_idx):
+            if len(self.seen) == 4 and batch_idx == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"save_every_steps": 100, "val_check_interval": 4, "accumulate_grad_batches": accumulate}
+    parts, module = full_run(tmp_path / "run", **options), Signalled()
+    with pytest.raises(SystemExit) as stop:
+        parts.trainer.fit(module, datamodule=rows(12))
+    assert (stop.value.code, parts.run.saved_steps()) == (143, [saved])
+    assert len(module.seen) == saved * accumulate
+    whole = full_run(tmp_path / "whole", **options)
+    whole.trainer.fit(tiny(), datamodule=rows(12))
+    resumed = full_run(parts.run.path, **options)
+    resumed.trainer.fit(tiny(), datamodule=rows(12), ckpt_path=parts.run.checkpoint(saved))
+    (last,) = whole.run.saved_steps()
+    assert torch.equal(*(load_state(run.checkpoint(last))["state_dict"]["weight"] for run in (resumed.run, whole.run)))
+    names = ("train/loss", "val/loss")
+    one, other = ([[line.get(name) for name in names] for line in _lines(parts)] for parts in (resumed, whole))
+    assert one == other
+
+
+def test_a_signal_in_a_save_lets_it_come_to_its_end(full_run, tiny, rows, tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        monkeypatch.setattr(os, "fsync", real)
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(descriptor)
+
+    parts = full_run(tmp_path / "run", save_every_steps=2)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(SystemExit) as stop:
+        parts.trainer.fit(tiny(), datamodule=rows(12))
+    assert (stop.value.code, parts.run.saved_steps()) == (143, [2])
+    verify_folder(parts.run.checkpoint(2))
+    assert [path.name for path in parts.run.checkpoints.iterdir()] == ["step-00000002"]
+
+
+def test_a_second_signal_stops_at_once(full_run, tiny, rows, tmp_path, capsys):
     module = signalled(tiny, 4, signal.SIGINT, signal.SIGINT)
     parts = full_run(tmp_path / "run", save_every_steps=100)
-    with pytest.raises(SystemExit):  # Lightning's answer to a KeyboardInterrupt
+    with pytest.raises(LeftAtOnce) as stop:
         parts.trainer.fit(module, datamodule=rows(12))
-    assert module.interrupted
+    assert stop.value.code == 130
     assert len(module.seen) == 4
     assert parts.run.saved_steps() == []
+    assert capsys.readouterr().err == "\nstopped by Ctrl-C; given again, the same command goes on\n"
+
+
+def test_where_the_save_fails_the_stop_says_so(full_run, tiny, rows, tmp_path, capsys, monkeypatch):
+    module = signalled(tiny, 4, signal.SIGINT)
+    parts = full_run(tmp_path / "run", save_every_steps=2)
+    real = os.fsync
+
+    def fsync(descriptor):
+        if len(module.seen) == 5:
+            raise OSError(5, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(SystemExit) as stop:
+        parts.trainer.fit(module, datamodule=rows(12))
+    assert (stop.value.code, parts.run.saved_steps()) == (1, [2, 4])
+    assert "error: stopped at step 5, and the last save failed; an earlier one stands\n" in capsys.readouterr().err
+
+
+class Clock:
+    """Goes on by a second with each micro-batch, ten with each validation."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "options", "expected"),
+    [
+        (6, {}, 5),  # a step takes 1 s: after 5, another one would end just then
+        (1, {}, 1),  # one step is always done
+        (8, {"accumulate_grad_batches": 2}, 3),
+        (26, {"limit_val_batches": 1}, 5),  # 10 s before the first step and 10 kept for one more
+        (99, {}, None),
+    ],
+)
+def test_the_time_limit_stops_before_it_is_over(full_run, tiny, rows, tmp_path, capsys, limit_s, options, expected):
+    clock = Clock()
+
+    class Timed(tiny):
+        def training_step(self, batch, batch_idx):
+            clock.now += 1
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            clock.now += 10
+
+    options = {"limit_val_batches": 0, "save_every_steps": 100, **options}
+    parts = full_run(tmp_path / "run", **options)
+    parts.trainer.callbacks.insert(0, TimeLimit(limit_s, 0.0, parts.stop, clock))
+    if expected is None:
+        parts.trainer.fit(Timed(), datamodule=rows(12))
+        assert parts.run.saved_steps() == [12]
+        return
+    with pytest.raises(SystemExit) as stop:
+        parts.trainer.fit(Timed(), datamodule=rows(12))
+    assert (stop.value.code, parts.run.saved_steps()) == (0, [expected])
+    assert clock.now < limit_s or expected == 1
+    said = f"\nstopped and saved at step {expected} by max_time; the same command goes on from here\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("00:00:00:01", 1), ("01:02:03:04", 93784), ("00:03:30:00", 12600)])
+def test_the_form_of_a_time_limit(text, seconds):
+    assert parse_max_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "x", "3", "03:30:00", "00:00:00:00", "00:00:00:1", "-1:00:00:00"])
+def test_what_is_no_time_limit(text):
+    with pytest.raises(UserError) as caught:
+        parse_max_time(text)
+    assert str(caught.value) == f"max_time: expected DD:HH:MM:SS, such as 00:03:30:00, got {text!r}"
 
 
 def test_ctrl_c_is_pythons_own_again_once_training_is_over(full_run, tiny, rows, tmp_path):

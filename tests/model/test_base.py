@@ -15,8 +15,9 @@ import torch
 from huggingface_hub import errors
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, find_base, fingerprint, missing_bytes
+from lit_qlora.model.base import Base, find_base, fingerprint, identity, missing_bytes
 from lit_qlora.model.load import load_base
+from lit_qlora.model.shape import Shape
 
 CONFIG = {
     "model_type": "llama",
@@ -316,7 +317,8 @@ class Hub(BaseHTTPRequestHandler):
 ASK = """
 import json, sys
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import find_base
+from lit_qlora.model.base import Base, find_base, fingerprint, identity, missing_bytes
+from lit_qlora.model.shape import Shape
 answers = []
 for name in sys.argv[1:]:
     try:
@@ -397,6 +399,61 @@ def test_the_final_norm_is_found_wherever_it_stands(tiny, tiny_folder, tmp_path)
 def test_other_widths_are_another_base(tiny, width):
     config = {**tiny.config, width: tiny.config[width] * 2}
     assert fingerprint(Base(tiny.name, tiny.location, config)) != fingerprint(tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_same_values_in_another_float_type_are_the_same_base(tiny_folder, tmp_path, dtype):
+    folder = copy(tiny_folder, tmp_path / "copy")
+
+    def rounded(tensors):  # to what both types can hold
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16().float()
+
+    def narrow(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+
+    wide = with_tensors(folder, rounded)
+    assert with_tensors(folder, narrow) == wide
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+        {"rope_theta": 10000, "rope_scaling": None},
+        {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "default", "rope_theta": 10000.0}},
+    ],
+)
+def test_the_same_rules_in_another_versions_words_are_the_same_base(tiny, written):
+    config = {name: value for name, value in tiny.config.items() if not name.startswith("rope_")}
+    more = {"torch_dtype": "float16", "_name_or_path": "/home/somebody", "transformers_version": "4.31.0.dev0"}
+    assert fingerprint(Base(tiny.name, tiny.location, {**config, **written, **more})) == fingerprint(tiny)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rms_norm_eps": 1e-5},
+        {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
+        {"hidden_act": "gelu"},
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
+    ],
+)
+def test_other_rules_at_the_same_widths_are_another_base(tiny, change):
+    config = {**tiny.config, **change}
+    assert Shape.of(config).linears["o_proj"] == tiny.shape.linears["o_proj"] or "head_dim" not in change
+    assert fingerprint(Base(tiny.name, tiny.location, config)) != fingerprint(tiny)
+
+
+def test_the_identity_of_a_base_tells_the_commit_where_it_is_known(tiny, tiny_folder, tmp_path, monkeypatch):
+    assert identity(tiny) == {"name": "tiny-llama", "commit": None, "fingerprint": fingerprint(tiny)}
+    snapshot = copy(tiny_folder, tmp_path / "models--owner--llama" / "snapshots" / "c0ffee")
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda _, name: str(snapshot / name) if (snapshot / name).is_file() else None,
+    )
+    cached_base = Base("owner/llama", "owner/llama", tiny.config)
+    assert identity(cached_base) == {"name": "owner/llama", "commit": "c0ffee", "fingerprint": fingerprint(tiny)}
 
 
 def test_sharded_weights_are_the_same_base(tiny, tmp_path):

@@ -1,5 +1,7 @@
 """One process works in a run folder, and no dead one keeps it."""
 
+import errno
+import fcntl
 import os
 import re
 import signal
@@ -118,3 +120,27 @@ def test_two_runs_do_not_meet(tmp_path: Path, hold: Hold) -> None:
     hold(tmp_path / "a")
     with RunLock(tmp_path / "b"):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_warned_of_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RunLock(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert capsys.readouterr().err == (
+        "warning: the file system of this run folder has no locks; see to it that no second process trains in it\n"
+    )
+
+
+def test_another_error_of_a_lock_is_no_lack_of_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output error"), RunLock(tmp_path):
+        pytest.fail("held a lock that failed")

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from lit_qlora.errors import UserError
+from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import write_folder
 from lit_qlora.storage.run import RunFolder, differences, newest_run, open_run
 
@@ -75,19 +77,16 @@ def test_configs_are_kept_beside_each_other_and_never_overwritten(run):
     assert run.write_config("a: 2\n") == run.path / "config.2.yaml"
     assert run.write_config("a: 1\n") == run.config
     assert sorted(path.name for path in run.path.glob("config*")) == ["config.2.yaml", "config.3.yaml", "config.yaml"]
-    assert run.config.read_text(encoding="utf-8") == "a: 1\n"
+    assert re.fullmatch(r"# started \S+\na: 1\n", run.config.read_text(encoding="utf-8"))
     assert run.read_config() == {"a": 1}
 
 
 def test_a_config_is_whole_or_not_there(run, monkeypatch):
-    write = Path.write_text
+    def cut_off(descriptor):
+        raise OSError(28, "No space left on device")
 
-    def cut_off(path, text, **options):
-        write(path, text[:2], **options)
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(Path, "write_text", cut_off)
+    with monkeypatch.context() as patch, pytest.raises(SaveError, match="No space left on device"):
+        patch.setattr(os, "fsync", cut_off)
         run.write_config("a: 1\n")
     assert not run.config.exists()
     assert run.write_config("a: 1\n") == run.config
@@ -165,11 +164,14 @@ def test_discarding_what_was_never_made_is_no_error(tmp_path):
     RunFolder(tmp_path / "never").discard_unless_begun()
 
 
-def test_the_newest_run_is_the_one_that_was_started_last(tmp_path):
+def test_the_newest_run_is_the_one_that_was_started_last_whatever_the_dates_of_its_files(tmp_path):
     for age, name in enumerate(["b", "c", "a"]):
         run = RunFolder(tmp_path / name)
         run.prepare()
-        os.utime(run.write_config("a: 1\n"), (10**9 + age, 10**9 + age))
+        os.utime(run.write_config("a: 1\n"), (10**9 - age, 10**9 - age))  # as a copy or a backup leaves them
+    other = tmp_path / "by-hand"
+    other.mkdir()
+    (other / "config.yaml").write_text("a: 1\n", encoding="utf-8")
     (tmp_path / "no-run").mkdir()
     assert newest_run(tmp_path).path == tmp_path / "a"
 

@@ -1,0 +1,107 @@
+"""Owns what a checkpoint says of the run it belongs to, and the refusal to go on from another one's.
+
+Base, tokenizer, prompt format, rows and precision are compared by what they are, not by what they are called: a
+copy of a base elsewhere is the same base. Knows no files.
+"""
+
+import hashlib
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.base import identity
+from lit_qlora.model.load import PROMPT_FORMAT
+from lit_qlora.text import llama2
+from lit_qlora.text.conversation import Conversation, Turn
+
+KEY = "run"
+"""Of the record in a checkpoint."""
+
+SHOWN = 12
+"""Digits of a fingerprint that a message shows."""
+
+_SAMPLE = Conversation((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")), "e")
+
+REMEDY = {
+    "base": "give that base with --model.base",
+    "tokenizer": "give a base with that tokenizer",
+    "prompt_format": "go on with the version of this project that began the run",
+    "train_rows": "give the rows that the run began with",
+    "held_out_rows": "give the held-out rows that the run began with",
+    "precision": "give --trainer.precision, on a device that has it",
+}
+"""What is compared, under its name in the record, and what to do where it differs."""
+
+
+class RunIdentity(Callback):
+    """Records what a run is made of in each of its checkpoints, and compares where one is gone on from."""
+
+    def __init__(self) -> None:
+        self._old_steps: int | None = None
+        """Optimizer steps of the run by the checkpoint that was loaded."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the record."""
+        checkpoint[KEY] = describe(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Compares the record with this start.
+
+        Raises UserError with was -> is for the first part that differs, and where the run would become shorter.
+        """
+        was, now = checkpoint[KEY], describe(trainer, pl_module)
+        for part, remedy in REMEDY.items():
+            if was[part] != now[part]:
+                raise UserError(
+                    f"run: its {part.replace('_', ' ')} changed: {_told(part, was)} -> {_told(part, now)}; "
+                    f"{remedy}, or --run NAME to start another run"
+                )
+        if now["steps"] < was["steps"]:
+            raise UserError(
+                f"run: it has {was['steps']} optimizer steps, and is asked for {now['steps']}; a run can be made "
+                "longer (trainer.max_steps, trainer.max_epochs), not shorter: end it with Ctrl-C or --max_time, "
+                "or give --run NAME to start another run"
+            )
+        self._old_steps = was["steps"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the run was made longer, takes the learning rate of the longer schedule from here on, and says so."""
+        steps = trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
+        if self._old_steps in (None, steps):
+            return
+        for config in trainer.lr_scheduler_configs:
+            # What was restored is the rate that the shorter schedule had come to.
+            scheduler: Any = config.scheduler
+            pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            scheduler._last_lr = [highest * factor(scheduler.last_epoch) for highest, factor in pairs]
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
+        print(
+            f"   run  {self._old_steps:,} steps became {steps:,}: from step {trainer.global_step} on, the learning "
+            "rate is that of the longer run",
+            flush=True,
+        )
+
+
+def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
+    """What a run is made of, in plain values."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    base = identity(module.base)
+    rendered = repr([(segment.text, segment.is_answer) for segment in llama2.segments(_SAMPLE)])
+    return {
+        "base": base["fingerprint"],
+        "base_name": " ".join(filter(None, (base["name"], base["commit"]))),
+        "tokenizer": data.encoder.rules_fingerprint(),
+        "prompt_format": f"{PROMPT_FORMAT} {hashlib.sha256(rendered.encode()).hexdigest()}",
+        **data.fingerprints(),
+        "precision": str(trainer.precision),
+        "steps": data.num_optimizer_steps(),
+    }
+
+
+def _told(part: str, record: dict[str, Any]) -> str:
+    value = str(record[part])
+    *words, digits = value.split()
+    short = " ".join([*words, digits[:SHOWN]]) if len(digits) == 64 else value
+    return f"{record['base_name']} ({short})" if part == "base" else short

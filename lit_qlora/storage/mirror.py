@@ -1,0 +1,203 @@
+"""Owns a run's copy elsewhere, such as on Google Drive: made in the background, and where a fresh machine begins.
+
+The copy is laid out as the run folder itself. Each folder is copied under a temporary name, verified by its
+manifest and renamed, its figures and adapter before the checkpoint that goes with them, so that whatever cuts
+it short leaves a state that can be gone on from. Needs neither links nor locks nor modes. Knows no Trainer.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_qlora.errors import UserError
+from lit_qlora.storage.files import SaveError, replace_file
+from lit_qlora.storage.folders import (
+    MANIFEST,
+    DamagedFolderError,
+    copy_folder,
+    remove_folder,
+    verify_folder,
+)
+from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.settings import refused
+
+KEPT = 2
+TRIES = 3
+"""Of one copy, where the run saves anew while it is made."""
+
+
+class Mirror:
+    """The copy of ``run`` in ``parent``, under the run's own name.
+
+    Args:
+        run: the run folder on this machine.
+        parent: holds the copies of several runs; the folder that it stands in must be there.
+        tell: prints a line while training goes on.
+    """
+
+    def __init__(self, run: RunFolder, parent: Path, tell: Callable[[str], None]) -> None:
+        self.run, self.parent, self.tell = run, parent, tell
+        self.copy = RunFolder(parent / run.path.resolve().name)
+        self._copied: dict[Path, tuple[int, int]] = {}
+        self._wanted, self._is_closing = threading.Event(), False
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._failed = False
+
+    def open(self, config: Mapping[str, Any]) -> None:
+        """Makes the folder, puts right what a kill left in it, and restores the run from it if it is further there.
+
+        Raises:
+            UserError: it can't be written, belongs to another run, or holds checkpoints of which none is whole
+                while this machine has none either.
+        """
+        if not self.parent.parent.is_dir():  # a drive that is not mounted must not become a folder on this disk
+            raise UserError(f"mirror: there is no folder {self.parent.parent}; mount the drive, or give another one")
+        if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
+            raise UserError(f"mirror: {self.copy.path} is the run folder itself; give a folder elsewhere")
+        try:
+            self.copy.prepare()
+        except (UserError, OSError) as error:
+            raise UserError(f"mirror: {self.copy.path} can't be written: {error}") from error
+        if self.copy.has_begun() and self.copy.config.is_file():
+            others = refused(self.copy.read_config(), config)
+            if others:
+                raise UserError(
+                    f"mirror: {self.copy.path} belongs to another run: {'; '.join(others)}; "
+                    "give another --mirror, or another --run NAME"
+                )
+        step = self._step_to_restore()
+        if step is not None:
+            try:
+                self._restore(step)
+            except OSError as error:
+                raise UserError(f"mirror: {self.copy.path} can't be restored: {error}") from error
+
+    def start(self) -> None:
+        """Begins to wait for `push`, in the background."""
+        self._thread.start()
+
+    def push(self) -> None:
+        """Has the newest state copied; returns at once."""
+        self._wanted.set()
+
+    def close(self, limit_s: float = 300) -> None:
+        """Copies the last state, and waits for that, but no longer than ``limit_s`` seconds."""
+        if not self.run.has_begun():  # a start that failed leaves nothing here either
+            self.copy.discard_unless_begun()
+            return
+        self._is_closing = True
+        self.push()
+        self._thread.join(1)
+        if self._thread.is_alive():
+            self.tell(f"copying to {self.copy.path}; Ctrl-C leaves without it")
+            self._thread.join(limit_s)
+        if self._thread.is_alive():
+            self.tell(
+                f"warning: mirror: {self.copy.path} was not done after {limit_s:.0f} s; the last state is not there"
+            )
+        elif self._failed:
+            self.tell(f"warning: mirror: {self.copy.path} lacks the last state; it is in {self.run.path}")
+
+    # Restoring
+
+    def _step_to_restore(self) -> int | None:
+        """The newest step that is whole in the copy, where that is newer than what this machine has."""
+        whole, _ = self.run.last_checkpoint()
+        own = int(whole.name.rpartition("-")[2]) if whole else -1
+        newer = [step for step in self.copy.saved_steps() if step > own]
+        for step in reversed(newer):
+            try:
+                verify_folder(self.copy.checkpoint(step))
+            except DamagedFolderError as error:
+                print(f"warning: mirror: {error}; going back to the checkpoint before", file=sys.stderr)
+                continue
+            return step
+        if newer and whole is None:
+            raise UserError(
+                f"mirror: no checkpoint in {self.copy.checkpoints} is whole; give another --mirror, or move it away "
+                "to start anew"
+            )
+        return None
+
+    def _restore(self, step: int) -> None:
+        # The checkpoint comes last: a restore that is cut short is begun anew.
+        for file in _files(self.copy):
+            own = self.run.path / file.name
+            if not own.is_file() or own.stat().st_size < file.stat().st_size or file == self.copy.finished_mark:
+                replace_file(own, file.read_bytes())
+        if self.copy.adapter.is_dir():
+            try:
+                copy_folder(self.copy.adapter, self.run.adapter, replace=True)
+            except DamagedFolderError as error:
+                print(f"warning: mirror: {error}; going on without the best adapter so far", file=sys.stderr)
+        copy_folder(self.copy.checkpoint(step), self.run.checkpoint(step), replace=True)
+        print(f"   run  restored from {self.copy.checkpoint(step)}", flush=True)
+
+    # Copying
+
+    def _work(self) -> None:
+        while True:
+            self._wanted.wait()
+            self._wanted.clear()
+            is_last = self._is_closing
+            try:
+                self._copy_newest()
+                self._failed = False
+            except Exception as error:  # whatever a mounted drive may raise: it must not harm the training
+                self._failed = True
+                problem = error if isinstance(error, SaveError | DamagedFolderError) else f"{self.copy.path}: {error}"
+                self.tell(f"warning: mirror: {problem}; tried again with the next save")
+            if is_last:
+                return
+
+    def _copy_newest(self) -> None:
+        """Copies the newest state, from the start where the run has saved anew meanwhile and removed the older."""
+        for number in range(1, TRIES + 1):
+            before = self._newest()
+            try:
+                self._copy_once(before[0])
+            except (OSError, DamagedFolderError):
+                if number == TRIES or self._newest() == before:
+                    raise
+            else:
+                return
+
+    def _newest(self) -> tuple[int | None, bytes | None]:
+        steps = self.run.saved_steps()
+        return (steps[-1] if steps else None), _manifest(self.run.adapter)
+
+    def _copy_once(self, step: int | None) -> None:
+        """Figures and adapter first: what goes with a checkpoint must not be older than it."""
+        self.copy.checkpoints.mkdir(parents=True, exist_ok=True)
+        files = list(_files(self.run))
+        for file in files:
+            if file != self.run.finished_mark:
+                self._copy_file(file)
+        if _manifest(self.run.adapter) not in (None, _manifest(self.copy.adapter)):
+            copy_folder(self.run.adapter, self.copy.adapter, replace=True)
+        if step is not None and _manifest(self.run.checkpoint(step)) != _manifest(self.copy.checkpoint(step)):
+            copy_folder(self.run.checkpoint(step), self.copy.checkpoint(step), replace=True)
+        if self.run.finished_mark in files:
+            self._copy_file(self.run.finished_mark)
+        for old in self.copy.saved_steps()[:-KEPT]:
+            remove_folder(self.copy.checkpoint(old))
+
+    def _copy_file(self, file: Path) -> None:
+        state = file.stat()
+        now = (state.st_size, state.st_mtime_ns)
+        if self._copied.get(file) != now:
+            replace_file(self.copy.path / file.name, file.read_bytes())
+            self._copied[file] = now
+
+
+def _files(run: RunFolder) -> Iterator[Path]:
+    """What lies in a run folder beside adapter and checkpoints."""
+    for pattern in ("config*.yaml", run.metrics.name, "events.out.tfevents.*", run.finished_mark.name):
+        yield from sorted(run.path.glob(pattern))
+
+
+def _manifest(folder: Path) -> bytes | None:
+    file = folder / MANIFEST
+    return file.read_bytes() if file.is_file() else None

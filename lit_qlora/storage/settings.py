@@ -1,0 +1,61 @@
+"""Owns which settings of a run may change between two starts; every other one makes it another run.
+
+Knows the names of options and why they are harmless, and nothing of what they do.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lit_qlora.storage.run import differences
+
+MAY_CHANGE: Mapping[str, str] = {
+    # Saving and watching: no number of the training hangs on them.
+    "save_every_steps": "saving changes no number",
+    "save_every_minutes": "saving changes no number",
+    "keep_checkpoints": "saving changes no number",
+    "mirror": "copying changes no number",
+    "max_time": "holds for one start",
+    "max_nonfinite_losses": "when to give up",
+    "early_stopping": "when to end",
+    "samples": "looked at, never learned from",
+    "trainer.logger": "watching",
+    "trainer.log_every_n_steps": "watching",
+    "trainer.enable_progress_bar": "watching",
+    "trainer.profiler": "watching",
+    "trainer.detect_anomaly": "watching",
+    "trainer.callbacks": "a user's own",
+    "trainer.val_check_interval": "when the held-out rows are scored; they stay the same",
+    "trainer.limit_test_batches": "no part of training",
+    "trainer.limit_predict_batches": "no part of training",
+    "data.test_source": "no part of training",
+    # How the same numbers come about.
+    "data.num_workers": "the order of the rows does not hang on it",
+    "model.checkpointing": "computes the same again, or keeps it",
+    "trainer.accelerator": "another machine: the same run, not the same bits",
+    "trainer.deterministic": "which of a GPU's kernels",
+    "trainer.benchmark": "which of a GPU's kernels",
+    # The checkpoint itself tells whether these are still the same: see callbacks/identity.py.
+    "trainer.max_epochs": "longer is allowed, shorter is not",
+    "trainer.max_steps": "longer is allowed, shorter is not",
+    "trainer.precision": "auto and its choice are the same",
+    "model.base": "a copy elsewhere is the same base, and has the same tokenizer",
+}
+
+
+def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The changes that make it another run, each as ``name: old -> new``."""
+    return [change for change in _changes(was, now) if not _may_change(change)]
+
+
+def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The changes with which the run goes on, each as ``name: old -> new``."""
+    return [change for change in _changes(was, now) if _may_change(change)]
+
+
+def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return differences(was, now, (*{*was, *now},))
+
+
+def _may_change(change: str) -> bool:
+    name = change.partition(":")[0]
+    return any(name == known or name.startswith(f"{known}.") for known in MAY_CHANGE)

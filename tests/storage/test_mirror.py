@@ -1,0 +1,366 @@
+"""A run's copy elsewhere is whole or not there, never harms the run, and is where a fresh machine begins."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.errors import UserError
+from lit_qlora.storage import files, folders
+from lit_qlora.storage.folders import verify_folder, write_folder
+from lit_qlora.storage.mirror import Mirror
+from lit_qlora.storage.run import RunFolder
+
+CONFIG = {"model": {"rank": 8}, "save_every_steps": 5}
+
+
+def save(run, step, metrics=None, adapter=True):
+    """As a run does at a step: figures, adapter, checkpoint."""
+
+    def write(name):
+        return lambda folder: (folder / name).write_text(f"{name} of {step}", encoding="utf-8")
+
+    with run.metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step}) + "\n")
+    if adapter:
+        write_folder(run.adapter, write("weights"), replace=True)
+    write_folder(run.checkpoint(step), write("state"))
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A fresh machine with the same drive: (the run folder, the mirror of it, what was told)."""
+
+    def make(name="a", config=CONFIG, opened=True):
+        run = RunFolder(tmp_path / name / "runs" / "one")
+        run.prepare()
+        told = []
+        mirror = Mirror(run, tmp_path / "drive", told.append)
+        if opened:
+            mirror.open(config)
+            run.write_config("model:\n  rank: 8\nsave_every_steps: 5\n")
+            mirror.start()
+        return run, mirror, told
+
+    return make
+
+
+@pytest.fixture
+def drive(tmp_path):
+    return RunFolder(tmp_path / "drive" / "one")
+
+
+def wait_for(holds):
+    deadline = time.monotonic() + 10
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert holds()
+
+
+def test_each_save_is_copied_and_two_are_kept(machine, drive):
+    run, mirror, told = machine()
+    for step in (5, 10, 15):
+        save(run, step)
+        mirror.push()
+        wait_for(drive.checkpoint(step).is_dir)
+    (run.path / "events.out.tfevents.1").write_bytes(b"curves")
+    run.finished_mark.write_text('{"step": 15, "steps": 15}', encoding="utf-8")
+    mirror.close()
+    assert drive.saved_steps() == [10, 15]
+    for folder in (drive.adapter, drive.checkpoint(10), drive.checkpoint(15)):
+        verify_folder(folder)
+    assert (drive.adapter / "weights").read_text() == "weights of 15"
+    for name in ("config.yaml", "metrics.jsonl", "events.out.tfevents.1", "finished.json"):
+        assert (drive.path / name).read_bytes() == (run.path / name).read_bytes()
+    assert {path.name for path in drive.path.iterdir()} == {
+        *("adapter", "checkpoints", "config.yaml", "events.out.tfevents.1", "finished.json", "metrics.jsonl"),
+    }
+    assert told == []
+
+
+def test_a_fresh_machine_gets_all_of_it_back(machine, drive, capsys):
+    run, mirror, _ = machine()
+    for step in (5, 10):
+        save(run, step)
+    mirror.close()
+    other, _, told = machine("b")
+    assert capsys.readouterr().out == f"   run  restored from {drive.checkpoint(10)}\n"
+    assert other.last_checkpoint() == (other.checkpoint(10), [])
+    verify_folder(other.adapter)
+    assert other.metrics.read_bytes() == run.metrics.read_bytes()
+    assert other.config.read_bytes() == run.config.read_bytes()
+    assert told == []
+
+
+def test_damaged_checkpoints_are_skipped_with_a_warning(machine, drive, capsys):
+    run, mirror, _ = machine()
+    for step in (5, 10):
+        save(run, step)
+        mirror.push()
+        wait_for(drive.checkpoint(step).is_dir)
+    mirror.close()
+    (drive.checkpoint(10) / "state").write_text("state of 11", encoding="utf-8")
+    (drive.adapter / "weights").write_text("bitrot", encoding="utf-8")
+    other, _, _ = machine("b")
+    assert other.saved_steps() == [5]
+    assert not other.adapter.exists()
+    skipped, adapter = capsys.readouterr().err.splitlines()
+    assert skipped.startswith(f"warning: mirror: {drive.checkpoint(10)}: 'state': expected sha256=")
+    assert skipped.endswith("; going back to the checkpoint before")
+    assert adapter.endswith("; going on without the best adapter so far")
+    (drive.checkpoint(5) / "state").unlink()
+    with pytest.raises(UserError) as caught:
+        machine("c")
+    assert str(caught.value) == (
+        f"mirror: no checkpoint in {drive.checkpoints} is whole; give another --mirror, or move it away to start anew"
+    )
+
+
+def test_both_empty_is_a_new_run_and_a_failed_start_leaves_nothing(machine, drive):
+    run, mirror, _ = machine()
+    assert run.saved_steps() == []
+    mirror.close()
+    assert not drive.path.exists()
+
+
+def test_the_newer_of_the_two_is_taken(machine, drive, capsys):
+    run, mirror, _ = machine()
+    save(run, 5)
+    mirror.close()
+    save(run, 10)  # killed before it was copied
+    Mirror(run, drive.path.parent, print).open(CONFIG)
+    assert capsys.readouterr().out == ""
+    assert run.last_checkpoint()[0] == run.checkpoint(10)
+    other, mirror, _ = machine("b")
+    for step in (11, 15):
+        save(other, step)
+    mirror.close()
+    Mirror(run, drive.path.parent, print).open(CONFIG)  # back on the first machine
+    assert run.last_checkpoint()[0] == run.checkpoint(15)
+    assert (run.adapter / "weights").read_text() == "weights of 15"
+    assert run.metrics.read_bytes() == other.metrics.read_bytes()
+
+
+def test_a_damaged_checkpoint_here_is_replaced_by_the_whole_one_there(machine, drive):
+    run, mirror, _ = machine()
+    save(run, 5)
+    mirror.close()
+    (run.checkpoint(5) / "state").write_text("bitrot", encoding="utf-8")
+    Mirror(run, drive.path.parent, print).open(CONFIG)
+    verify_folder(run.checkpoint(5))
+
+
+def test_the_mirror_of_another_run_is_refused(machine, drive):
+    run, mirror, _ = machine()
+    save(run, 5)
+    mirror.close()
+    before = sorted(path.name for path in drive.path.iterdir())
+    with pytest.raises(UserError) as caught:
+        machine("b", {"model": {"rank": 16}, "save_every_steps": 9})
+    assert str(caught.value) == (
+        f"mirror: {drive.path} belongs to another run: model.rank: 8 -> 16; "
+        "give another --mirror, or another --run NAME"
+    )
+    assert sorted(path.name for path in drive.path.iterdir()) == before
+    machine("c", {"model": {"rank": 8}, "save_every_steps": 9})
+
+
+def test_a_drive_that_is_not_mounted_is_refused(tmp_path):
+    run = RunFolder(tmp_path / "one")
+    with pytest.raises(UserError) as caught:
+        Mirror(run, tmp_path / "drive" / "MyDrive", print).open(CONFIG)
+    assert str(caught.value) == (
+        f"mirror: there is no folder {tmp_path / 'drive'}; mount the drive, or give another one"
+    )
+    assert not (tmp_path / "drive").exists()
+    run.prepare()
+    with pytest.raises(UserError, match="is the run folder itself; give a folder elsewhere"):
+        Mirror(run, tmp_path, print).open(CONFIG)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't be written"):
+        Mirror(run, tmp_path / "file", print).open(CONFIG)
+
+
+def test_a_failure_is_told_and_tried_again_and_harms_nothing(machine, drive, monkeypatch):
+    run, mirror, told = machine()
+    real = shutil.copyfile
+
+    def full(source, target):
+        if str(drive.path) in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(source, target)
+
+    save(run, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        mirror.push()
+        wait_for(lambda: told)
+    (line,) = told
+    assert line.startswith(f"warning: mirror: {drive.adapter} could not be saved: No space left on device (0.0 MB need")
+    assert line.endswith(" MB free); tried again with the next save")
+    assert drive.saved_steps() == []
+    save(run, 10)
+    mirror.close()
+    assert drive.saved_steps() == [10]
+    assert len(told) == 1
+    verify_folder(run.checkpoint(5))
+
+
+def test_at_the_end_a_failure_is_told_once_more(machine, drive, monkeypatch):
+    run, mirror, told = machine()
+    save(run, 5)
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(RuntimeError("transport endpoint")))
+    mirror.close()
+    assert told == [
+        f"warning: mirror: {drive.path}: transport endpoint; tried again with the next save",
+        f"warning: mirror: {drive.path} lacks the last state; it is in {run.path}",
+    ]
+
+
+def test_a_slow_drive_delays_neither_a_save_nor_the_end(machine, drive, monkeypatch):
+    run, mirror, told = machine()
+    real, goes_on = shutil.copyfile, threading.Event()
+
+    def slow(source, target):
+        goes_on.wait(10)
+        return real(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", slow)
+    started = time.monotonic()
+    for step in range(5, 30, 5):  # the run removes what is being copied
+        save(run, step)
+        mirror.push()
+        for old in run.saved_steps()[:-2]:
+            folders.remove_folder(run.checkpoint(old))
+    assert time.monotonic() - started < 2
+    mirror.close(limit_s=0.1)
+    assert time.monotonic() - started < 4
+    assert told == [
+        f"copying to {drive.path}; Ctrl-C leaves without it",
+        f"warning: mirror: {drive.path} was not done after 0 s; the last state is not there",
+    ]
+    goes_on.set()
+    wait_for(lambda: not mirror._thread.is_alive())
+    assert drive.saved_steps() == [25]
+    verify_folder(drive.checkpoint(25))
+    assert len(told) == 2
+
+
+def test_a_file_system_that_knows_only_plain_files(machine, drive, monkeypatch):
+    """Neither modes, nor links, nor locks, nor a sync of folders, as a mounted drive."""
+
+    def unknown(*_, **__):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    real_open, real_fsync = os.open, os.fsync
+
+    def open_(path, flags, *args, **kwargs):
+        if Path(os.fsdecode(path)).is_dir():
+            unknown()
+        return real_open(path, flags, *args, **kwargs)
+
+    for owner, name in ((os, "chmod"), (Path, "chmod"), (os, "link"), (os, "symlink"), (Path, "symlink_to")):
+        monkeypatch.setattr(owner, name, unknown)
+    monkeypatch.setattr(files.os, "open", open_)
+    run, mirror, told = machine()
+    save(run, 5)
+    mirror.close()
+    assert told == []
+    other, _, _ = machine("b")
+    assert other.last_checkpoint() == (other.checkpoint(5), [])
+    monkeypatch.setattr(files.os, "open", real_open)
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: unknown() if stat.S_ISDIR(os.fstat(descriptor).st_mode) else real_fsync(descriptor),
+    )
+    save(run, 10)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing but a test may catch it."""
+
+
+def test_a_copy_that_is_cut_off_anywhere_can_be_gone_on_from(machine, drive, monkeypatch):
+    """After each cut, a fresh machine finds a checkpoint with an adapter and figures no older than it."""
+    run, mirror, _ = machine(opened=False)
+    mirror.open(CONFIG)
+    save(run, 5)
+    mirror._copy_newest()
+    save(run, 10)
+    pristine = drive.path.with_name("pristine")
+    shutil.copytree(drive.path, pristine)
+    for at in range(1, 100):
+        calls = [0]
+
+        def cut(real, calls=calls, at=at):
+            def call(*args, **kwargs):
+                calls[0] += 1
+                if calls[0] >= at:
+                    raise Killed
+                return real(*args, **kwargs)
+
+            return call
+
+        mirror._copied = {}
+        with monkeypatch.context() as patch:
+            for owner, name in (
+                (os, "rename"),
+                (os, "replace"),
+                (os, "fsync"),
+                (shutil, "copyfile"),
+                (shutil, "rmtree"),
+            ):
+                patch.setattr(owner, name, cut(getattr(owner, name)))
+            try:
+                mirror._copy_newest()
+            except Killed:
+                pass
+            else:
+                break
+        other, _, _ = machine(f"after-{at}")
+        checkpoint, _ = other.last_checkpoint()
+        step = int(checkpoint.name[-2:])
+        assert step in (5, 10)
+        assert int((other.adapter / "weights").read_text().rpartition(" ")[2]) >= step
+        verify_folder(other.adapter)
+        assert json.loads(other.metrics.read_text().splitlines()[-1])["step"] >= step
+        shutil.rmtree(drive.path)
+        shutil.copytree(pristine, drive.path)
+    assert at > 12
+    assert drive.saved_steps() == [5, 10]
+
+
+def test_a_restore_that_is_cut_off_is_begun_anew(machine, drive, monkeypatch):
+    run, mirror, _ = machine()
+    save(run, 5)
+    mirror.close()
+    for at in range(1, 100):
+        calls = [0]
+        real = os.fsync
+
+        def cut(descriptor, calls=calls, at=at, real=real):
+            calls[0] += 1
+            if calls[0] >= at:
+                raise Killed
+            real(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", cut)
+            try:
+                machine(f"b{at}", opened=False)[1].open(CONFIG)
+            except Killed:
+                pass
+            else:
+                break
+        other, _, _ = machine(f"b{at}")
+        assert other.last_checkpoint() == (other.checkpoint(5), [])
+        verify_folder(other.adapter)
+        assert other.metrics.read_bytes() == run.metrics.read_bytes()
+    assert at > 5

@@ -1,0 +1,47 @@
+"""What may change between two starts of a run, row by row; everything else is refused."""
+
+import pytest
+
+from lit_qlora.storage.settings import MAY_CHANGE, allowed, refused
+
+
+def nested(name, value):
+    *sections, last = name.split(".")
+    config = {last: value}
+    for section in reversed(sections):
+        config = {section: config}
+    return config
+
+
+@pytest.mark.parametrize("name", MAY_CHANGE)
+def test_what_may_change_is_told(name):
+    was, now = nested(name, 1), nested(name, 2)
+    assert refused(was, now) == []
+    assert allowed(was, now) == [f"{name}: 1 -> 2"]
+    assert allowed(was, was) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("seed_everything", "data.source", "data.validation_source", "data.validation_share", "data.system"),
+        *("data.train_on", "data.max_length", "data.batch_size", "data.batch_tokens", "data.form"),
+        *("model.rank", "model.alpha", "model.dropout", "model.target_modules", "model.rslora", "model.dora"),
+        *("model.adapter", "model.learning_rate", "model.warmup_ratio", "model.schedule", "model.optimizer"),
+        *("model.weight_decay", "model.attention", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val"),
+        *("trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.devices", "an.option.of.tomorrow"),
+        *("mirrors", "model.base_revision", "trainer.max_steps_more"),  # no name is taken by its beginning
+    ],
+)
+def test_everything_else_makes_another_run(name):
+    was, now = nested(name, 1), nested(name, 2)
+    assert refused(was, now) == [f"{name}: 1 -> 2"]
+    assert allowed(was, now) == []
+    assert refused(was, {}) == [f"{name}: 1 -> None"]
+
+
+def test_a_section_that_may_change_may_change_in_all_its_parts():
+    assert allowed({"samples": {"count": 8}}, {"samples": {"count": 2, "prompts": ["x"]}}) == [
+        "samples.count: 8 -> 2",
+        "samples.prompts: None -> ['x']",
+    ]

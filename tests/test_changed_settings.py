@@ -1,0 +1,183 @@
+"""A run that is given other settings says what changed, and goes on or refuses; so for other rows and another base."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lit_qlora import demo
+from lit_qlora.callbacks import identity
+from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.cli import main
+
+STEPS = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
+         "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1",
+         "--data.max_length", "64"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows, a base, and a run of these that was cut after step 2 of 6."""
+    here = tmp_path_factory.mktemp("begun")
+    lines = demo.TRAIN.read_text(encoding="utf-8").splitlines()
+    (here / "rows.jsonl").write_text("\n".join(lines[:60]) + "\n", encoding="utf-8")
+    (here / "held_out.jsonl").write_text("\n".join(lines[60:70]) + "\n", encoding="utf-8")
+    shutil.copytree(demo.BASE, here / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        assert main(FIT) == 0
+    run = here / "run"
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+    (run / "finished.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    return here
+
+
+FIT = ["fit", "--run", "run", "--data.source", "rows.jsonl", "--data.validation_source", "held_out.jsonl",
+       "--model.base", "base", "--keep_checkpoints", "9", *STEPS]  # fmt: skip
+
+
+@pytest.fixture
+def here(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(begun, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    before = _saved()
+    capsys.readouterr()
+    assert main([*FIT, *args]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: run: ") and error.count("\n") == 1
+    assert _saved() == before
+    return error.removeprefix("error: run: ").removesuffix("\n")
+
+
+def _saved() -> dict[str, bytes]:
+    files = [*Path("run/adapter").iterdir(), *Path("run/checkpoints").rglob("*"), Path("run/metrics.jsonl")]
+    return {str(file): file.read_bytes() for file in files if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("args", "change"),
+    [
+        (["--data.source", "held_out.jsonl"], "data.source: rows.jsonl -> held_out.jsonl"),
+        (["--seed_everything", "1"], "seed_everything: 42 -> 1"),
+        (["--data.batch_size", "2"], "data.batch_size: 4 -> 2"),
+        (["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches: 1 -> 2"),
+        (["--model.rank", "8"], "model.rank: 16 -> 8"),
+        (["--model.alpha", "8"], "model.alpha: 16.0 -> 8.0"),
+        (["--model.target_modules", "q_proj"], "model.target_modules: all-linear -> q_proj"),
+        (["--model.dropout", "0.5"], "model.dropout: 0.0 -> 0.5"),
+        (["--model.learning_rate", "0.1"], "model.learning_rate: 0.003 -> 0.1"),
+        (["--model.schedule", "cosine"], "model.schedule: linear -> cosine"),
+        (["--data.system", "Be brief."], "data.system: None -> Be brief."),
+    ],
+)
+def test_settings_that_make_another_run(
+    here: Path, capsys: pytest.CaptureFixture[str], args: list[str], change: str
+) -> None:
+    assert refusal(capsys, *args) == (
+        f"run was started with other settings: {change}; give --run NAME to start another run"
+    )
+
+
+def test_settings_that_may_change_are_told_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--save_every_steps", "3", "--trainer.enable_progress_bar", "false", "--mirror", "drive"]
+    assert main([*FIT, *args]) == 0
+    changed = "mirror: None -> drive; save_every_steps: 2 -> 3; trainer.enable_progress_bar: None -> False"
+    assert f"   run  changed: {changed}\n" in capsys.readouterr().out
+    assert {path.name for path in Path("run/checkpoints").iterdir()} >= {"step-00000003", "step-00000006"}
+
+
+def test_other_rows_under_the_same_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, part in (("rows", "train"), ("held_out", "held out")):
+        text = Path(f"{name}.jsonl").read_text(encoding="utf-8")
+        Path(f"{name}.jsonl").write_text(text.replace("the", "teh", 1), encoding="utf-8")
+        message = refusal(capsys)
+        assert message.startswith(f"its {part} rows changed: ")
+        assert message.endswith(
+            f"; give the {'held-out ' if name == 'held_out' else ''}rows that the run began with, "
+            "or --run NAME to start another run"
+        )
+        Path(f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def test_a_copy_of_the_base_is_the_same_base(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("base").rename("moved")
+    assert main([*FIT, "--model.base", "moved"]) == 0
+    assert "   run  changed: model.base: base -> moved\n" in capsys.readouterr().out
+
+
+def test_another_base_under_the_same_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file("base/model.safetensors")
+    tensors["model.norm.weight"][3] += 0.5
+    save_file(tensors, "base/model.safetensors", {"format": "pt"})
+    message = refusal(capsys)
+    assert message.startswith("its base changed: base (") and ") -> base (" in message
+    assert message.endswith("; give that base with --model.base, or --run NAME to start another run")
+
+
+def test_a_setting_of_the_base_that_no_width_shows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert refusal(capsys).startswith("its base changed: base (")
+
+
+def test_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = json.loads(Path("base/tokenizer.json").read_text(encoding="utf-8"))
+    *_, (a, one), (b, other) = rules["model"]["vocab"].items()
+    rules["model"]["vocab"] |= {a: other, b: one}
+    Path("base/tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
+    message = refusal(capsys)
+    assert message.startswith("its tokenizer changed: ")
+    assert message.endswith("; give a base with that tokenizer, or --run NAME to start another run")
+
+
+def test_another_template(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "PROMPT_FORMAT", "llama2-chat-2")
+    message = refusal(capsys)
+    assert message.startswith("its prompt format changed: llama2-chat ") and " -> llama2-chat-2 " in message
+
+
+def test_another_precision(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "--trainer.precision", "bf16-mixed") == (
+        "its precision changed: 32-true -> bf16-mixed; give --trainer.precision, on a device that has it, "
+        "or --run NAME to start another run"
+    )
+    assert main([*FIT, "--trainer.precision", "32-true"]) == 0  # what auto had chosen
+
+
+def test_a_shorter_run_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "--trainer.max_steps", "4") == (
+        "it has 6 optimizer steps, and is asked for 4; a run can be made longer (trainer.max_steps, "
+        "trainer.max_epochs), not shorter: end it with Ctrl-C or --max_time, or give --run NAME to start another run"
+    )
+
+
+def test_a_longer_run_takes_the_learning_rate_of_the_longer_schedule(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*FIT, "--trainer.max_steps", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "   run  changed: trainer.max_steps: 6 -> 10\n" in out
+    assert "   run  6 steps became 10: from step 2 on, the learning rate is that of the longer run\n" in out
+    rates = {
+        line["step"]: line["train/learning_rate"] for line in read_metrics(Path("run/metrics.jsonl")) if line["step"]
+    }
+    # Warm-up of one step to half, then down in a line over 5 steps; from the third step on over 9.
+    expected = [0.0015, 0.003] + [0.003 * (1 - done / 9) for done in range(1, 9)]
+    assert [rates[step] for step in range(1, 11)] == pytest.approx(expected)
+    assert json.loads(Path("run/finished.json").read_text()) == {"step": 10, "steps": 10}
+
+
+def test_the_same_length_says_nothing_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(FIT) == 0
+    out = capsys.readouterr().out
+    assert "became" not in out and "changed" not in out

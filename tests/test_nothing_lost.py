@@ -1,0 +1,256 @@
+"""Kill it, fill its disk, send it signals: the command ends with the right status and one line, and goes on well."""
+
+import errno
+import io
+import os
+import shutil
+import signal
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.cli import main
+from lit_qlora.storage import folders
+
+QUICK = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
+         "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
+FIT = ["fit", "--run", "run", *QUICK]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Failed saves
+
+
+def test_a_last_save_that_fails_ends_with_status_1_and_the_same_command_mends_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = folders.sync_file
+
+    def sync(path: Path) -> None:
+        if "step-00000004" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "sync_file", sync)
+        assert main(FIT) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    path = "run/checkpoints/step-00000004"
+    assert first.startswith(f"error: {path} could not be saved: No space left on device (2.0 MB needed, ")
+    assert last.startswith(f"error: trained to the end, and not saved: {path} could not be saved: No space left on d")
+    assert last.endswith("; the same command goes on from the last checkpoint that stands")
+    assert not Path("run/finished.json").exists()
+    assert main(FIT) == 0
+    assert Path("run/finished.json").is_file()
+    assert main(["fit", "--run", "whole", *QUICK]) == 0
+    for name in ("checkpoints/step-00000004/state.safetensors", "adapter/adapter_model.safetensors"):
+        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with a token in the environment, and all that it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told), redirect_stderr(told):
+        patch.chdir(folder)
+        patch.setenv("HF_TOKEN", "hf_canary_in_a_coal_mine")
+        assert main(FIT) == 0
+    (folder / "output.txt").write_text(told.getvalue(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, here: Path) -> Path:
+    shutil.copytree(finished / "run", here / "run")
+    return Path("run")
+
+
+def test_no_token_reaches_a_file_or_the_terminal(finished: Path) -> None:
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert len(files) > 12
+    assert [path for path in files if b"hf_canary" in path.read_bytes()] == []
+
+
+DAMAGES = {
+    "truncated": lambda file: os.truncate(file, 1000),
+    "flipped": lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+    "zero-tailed": lambda file: file.write_bytes(file.read_bytes()[:-1000] + bytes(1000)),
+    "gone": lambda file: file.unlink(),
+    "without a manifest": lambda file: (file.parent / "manifest.json").unlink(),
+    "pickled": lambda file: file.write_bytes(b"\x80\x04cposix\nsystem\n(S'touch pwned'\ntR."),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    """The one before is gone on from, to the same end; with all damaged, nothing is."""
+    whole = (run / "checkpoints/step-00000004/state.safetensors").read_bytes()
+    (run / "finished.json").unlink()
+    DAMAGES[damage](run / "checkpoints/step-00000004/state.safetensors")
+    assert main(["validate", "--run", "run", "--ckpt_path", "run/checkpoints/step-00000004"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ckpt_path: run/checkpoints/step-00000004: ")
+    assert error.endswith("; give best, last, base, or a folder that is whole\n")
+    assert main(FIT) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: run/checkpoints/step-00000004: '")
+    assert warning.endswith("; going back to the checkpoint before\n")
+    assert (run / "checkpoints/step-00000004/state.safetensors").read_bytes() == whole
+    (run / "finished.json").unlink()
+    for step in (2, 4):
+        DAMAGES[damage](run / f"checkpoints/step-0000000{step}/state.safetensors")
+    assert main(FIT) == 2
+    assert capsys.readouterr().err.splitlines()[2:] == [
+        "error: run: no checkpoint in run/checkpoints is whole; start anew with another --run"
+    ]
+    assert not Path("pwned").exists()
+
+
+def test_a_checkpoint_that_is_not_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--run", "run", "--ckpt_path", "run/checkpoints/step-00000009"]) == 2
+    assert capsys.readouterr().err == (
+        "error: ckpt_path: run/checkpoints/step-00000009: expected a folder, found nothing; "
+        "give best, last, base, or a folder that is whole\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "result.json"])
+def test_an_adapter_that_was_altered(run: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """An edited alpha, a flipped bit, a doctored result."""
+    file = run / "adapter" / name
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"lora_alpha": 16', b'"lora_alpha": 32') if name == "adapter_config.json" else (
+        content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+    ))  # fmt: skip
+    assert main(["validate", "--run", "run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: run/adapter: '{name}': expected ")
+    assert "the adapter was altered or cut short after it was saved" in error
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "checkpoints/step-00000004")
+    assert main(FIT) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: run/adapter: '{name}': expected ")
+    assert warning.endswith("; put aside as run/adapter.damaged, and the best is looked for anew\n")
+    assert main(["validate", "--run", "run"]) == 0
+    assert (run / "adapter.damaged" / name).read_bytes() != content
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_is_loaded(
+    number: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lit_qlora.model import load
+
+    monkeypatch.setattr(load, "load_base", lambda *_: os.kill(os.getpid(), number))
+    assert main(FIT) == 128 + number
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[signal.Signals(number)]
+    assert capsys.readouterr().err == f"\nstopped by {name}; given again, the same command goes on\n"
+    assert not Path("run").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_in_the_validation_before_the_first_step(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lit_qlora.model.module import QLoRAModule
+
+    monkeypatch.setattr(QLoRAModule, "validation_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(FIT) == 143
+    assert capsys.readouterr().err == "\nstopped by SIGTERM; given again, the same command goes on\n"
+    assert not Path("run").exists()
+
+
+# Time
+
+
+def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_qlora.training.parse_max_time", lambda text: {"00:00:00:01": 0.01}[text])
+        assert main([*FIT, "--max_time", "00:00:00:01"]) == 0  # over before the first step, which is done all the same
+    assert capsys.readouterr().out.endswith(
+        "\nstopped and saved at step 1 by max_time; the same command goes on from here\n"
+    )
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000001"]
+    assert not Path("run/finished.json").exists()
+    assert main([*FIT, "--max_time", "00:01:00:00"]) == 0
+    assert Path("run/finished.json").is_file()
+
+
+def test_a_time_limit_that_is_none_is_refused_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    assert main([*FIT, "--max_time", "3h"]) == 2
+    assert time.monotonic() - started < 10
+    assert capsys.readouterr().err == "error: max_time: expected DD:HH:MM:SS, such as 00:03:30:00, got '3h'\n"
+    assert main([*FIT, "--save_every_minutes", "0"]) == 2
+    assert capsys.readouterr().err == "error: save_every_minutes: expected none, or a number above 0, got 0.0\n"
+    assert not Path("run").exists()
+
+
+# A mirror
+
+
+def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lit_qlora.model.module import QLoRAModule
+
+    more = ["--trainer.val_check_interval", "2", "--model.dropout", "0.1", "--mirror", "drive"]
+    assert main(["fit", "--run", "whole", *QUICK, *more[:-2]]) == 0
+    real = QLoRAModule.training_step
+
+    def step(module: QLoRAModule, batch: object, batch_idx: int) -> object:
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QLoRAModule, "training_step", step)
+        assert main([*FIT, *more]) == 143
+    shutil.rmtree("run")
+    capsys.readouterr()
+    assert main([*FIT, *more]) == 0
+    out, err = capsys.readouterr()
+    assert "   run  restored from drive/run/checkpoints/step-00000003\n" in out
+    assert "going on from step-00000003" in out
+    assert err == ""
+    for name in ("checkpoints/step-00000004/state.safetensors", "adapter/adapter_model.safetensors"):
+        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+        assert Path("drive/run", name).read_bytes() == Path("whole", name).read_bytes()
+    losses = [
+        [(line["step"], line.get("train/loss"), line.get("val/loss")) for line in read_metrics(run / "metrics.jsonl")]
+        for run in (Path("run"), Path("whole"), Path("drive/run"))
+    ]
+    assert losses[0] == losses[1] == losses[2]
+    assert Path("drive/run/finished.json").is_file()
+    shutil.rmtree("run")
+    assert main([*FIT, *more]) == 0
+    assert "run is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
+
+
+def test_a_start_that_fails_leaves_nothing_in_the_mirror(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, "--mirror", "drive", "--data.source", "nope.jsonl"]) == 2
+    assert "nope.jsonl: no such file" in capsys.readouterr().err
+    assert sorted(path.name for path in here.iterdir()) == ["drive"]
+    assert list(Path("drive").iterdir()) == []
+    assert main([*FIT, "--mirror", "content/drive/MyDrive"]) == 2
+    assert capsys.readouterr().err == (
+        "error: mirror: there is no folder content/drive; mount the drive, or give another one\n"
+    )

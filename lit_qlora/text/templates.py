@@ -63,7 +63,7 @@ def modelfile(weights: str, system: str | None = None) -> str:
     Raises:
         ValueError: when ``system`` holds three quotes, which a Modelfile has no way to write.
     """
-    lines = [f"FROM ./{weights}", f'TEMPLATE """{_GO}"""', "PARAMETER stop </s>"]
+    lines = [f"FROM ./{weights}", f'TEMPLATE """{_GO}"""']
     if system:
         if '"""' in system:
             raise ValueError("the system text holds three quotes, which a Modelfile can't hold")

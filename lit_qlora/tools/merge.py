@@ -27,6 +27,9 @@ BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MARGIN_BYTES = 64 * 2**20
 """For tokenizer, index and what the file system needs for itself."""
 
+MERGED = "lit_qlora.json"
+"""The file in a merged folder that says what it was made of, and which prompts it was trained with."""
+
 BESIDE = ("tokenizer.model", "LICENSE.txt", "USE_POLICY.md")
 """Files of a base that go along as they are."""
 
@@ -74,7 +77,8 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     from lit_qlora.model.merging import LoraWeights
     from lit_qlora.tools import compare
 
-    trained_in = _trained_in(read_record(chosen.adapter))
+    record = read_record(chosen.adapter)
+    trained_in = _trained_in(record)
     lora = LoraWeights(chosen.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = Encoder(load_tokenizer(chosen.base.location), _context_tokens(chosen.base), system=chosen.system)
@@ -88,6 +92,9 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device)
         size_bytes = write_shards(folder, (_rounded(name, value, dtype) for name, value in tensors))
         _write_config(folder, chosen.base, encoder, dtype)
+        made_of = {"base": chosen.base.public_name, "onto": onto, "system": chosen.system}
+        made_of |= {"prompt_format": record["prompt_format"]}
+        (folder / MERGED).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
         _write_tokenizer(folder, chosen.base, encoder, texts)
         found = compare.difference(folder, wanted, device)
         if onto == "quantized":

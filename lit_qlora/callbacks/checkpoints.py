@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_qlora.callbacks.card import write_card
 from lit_qlora.callbacks.metrics import is_last_step, validation_follows
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.errors import require
@@ -84,6 +85,7 @@ class RunCheckpoints(StepCallback):
             module.save_adapter(folder)
             result = {"step": trainer.global_step} | {k: v for k, v in figures.items() if k.startswith("val/")}
             (folder / RESULT).write_text(json.dumps(result, indent=2), encoding="utf-8")
+            write_card(folder, self.run, trainer)
 
         write_folder(self.run.adapter, fill, replace=True)
 

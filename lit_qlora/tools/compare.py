@@ -3,6 +3,7 @@
 Both are computed in fp32, the merged one with a single weight in memory. Knows no file that a merge writes.
 """
 
+import gc
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,8 +81,11 @@ def reference(
     model = load.load_adapter(load.load_base(base, dtype, device, "sdpa"), base, adapter, trainable=False)
     _compute_in_fp32(model)
     with torch.no_grad():
-        logits = model.eval()(input_ids=input_ids.to(device), use_cache=False).logits
-    return Reference(input_ids, is_token, logits.cpu()[is_token])
+        logits = model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.cpu()[is_token]
+    del model
+    gc.collect()  # its parts refer to each other in circles, and the merge needs the memory
+    torch.cuda.empty_cache()
+    return Reference(input_ids, is_token, logits)
 
 
 def _compute_in_fp32(model: torch.nn.Module) -> None:

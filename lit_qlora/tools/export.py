@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import find_base
+from lit_qlora.model.base import Base, find_base
 from lit_qlora.text.templates import modelfile
 from lit_qlora.tools.answerer import choose_adapter
 from lit_qlora.tools.merge import MERGED, DType, check_room, merge_into
@@ -55,15 +55,18 @@ def export(
     if model and (run or adapter or base):
         raise UserError("model: it is merged already, so --run, --adapter and --base say nothing; give it alone")
     script = find_converter()
-    target.parent.mkdir(parents=True, exist_ok=True)
     if model:
+        _check_tokenizer(find_base(model))
+        target.parent.mkdir(parents=True, exist_ok=True)
         _convert(script, Path(model), target, outtype)
         _write_modelfile(Path(model), target, beside)
         return
     chosen = choose_adapter(run, adapter, base)
+    _check_tokenizer(chosen.base)
     dtype = MERGED_IN[outtype]
     sizes = BYTES_A_WEIGHT[outtype] + {"float32": 4}.get(dtype, 2)
     check_room(target, int(chosen.base.shape.num_parameters * sizes))
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         merged = Path(scratch) / "merged"
         merge_into(merged, chosen, dtype, "quantized")
@@ -89,22 +92,40 @@ def find_converter() -> Path:
     return Path(found)
 
 
+def _check_tokenizer(base: Base) -> None:
+    """Raises UserError unless ``base`` has what llama.cpp splits text by: without it, all merges are alike to it."""
+    from transformers.utils import cached_file
+
+    if cached_file(base.location, "tokenizer.model", _raise_exceptions_for_missing_entries=False) is None:
+        raise UserError(
+            f"export: {base.name} has no tokenizer.model, and without it llama.cpp would split text into other tokens "
+            "than training did; take a base that has one"
+        )
+
+
 def _convert(script: Path, model: Path, target: Path, outtype: str) -> None:
     """Runs the script, in this Python, into a file aside, which becomes ``target`` when it is whole."""
-    find_base(str(model))  # a Llama, with weights
     unfinished = target.with_name(f".{target.name}.part")
     command = [sys.executable, str(script), str(model), "--outfile", str(unfinished), "--outtype", outtype]
+    command += ["--model-name", target.stem]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no word on why").splitlines()[-1]
             raise UserError(f"export: {script.name} ended with status {done.returncode}: {last}")
-        if not unfinished.is_file() or unfinished.open("rb").read(4) != b"GGUF":
+        if not _is_gguf(unfinished):
             raise UserError(f"export: {script.name} wrote no GGUF file")
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
     print(f"export {target}: {target.stat().st_size / 1e9:.2f} GB of {outtype}")
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _write_modelfile(model: Path, target: Path, beside: Path) -> None:

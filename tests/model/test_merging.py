@@ -128,7 +128,7 @@ def test_a_weight_that_is_no_lora_is_refused(tiny, make_model, tmp_path):
     stored = load_file(folder / "adapter_model.safetensors")
     stored["base_model.model.model.norm.weight"] = torch.ones(64)
     save_file(stored, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="it holds base_model.model.model.norm.weight, which merge does not know"):
+    with pytest.raises(UserError, match=r"it holds base_model.model\.model\.norm.weight, which merge does not know"):
         LoraWeights(folder)
 
 

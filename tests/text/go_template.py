@@ -1,4 +1,4 @@
-"""Owns a small evaluator of Go's text/template: just the actions that the Modelfile uses, and an error for any other."""
+"""Owns a small evaluator of Go templates: just the actions that the Modelfile uses, and an error for any other."""
 
 import re
 

@@ -73,28 +73,16 @@ class StoredWeights:
         with safe_open(self._files[name], framework="pt") as shard:
             return shard.get_tensor(name)  # type: ignore[no-any-return]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight, unpacked where it is stored in 4 bits."""
-        if self.state(name):
-            return tuple(self._quant_state(name).shape)
-        with safe_open(self._files[name], framework="pt") as shard:
-            return tuple(shard.get_slice(name).get_shape())
-
     def state(self, name: str) -> dict[str, str]:
         """The names of what belongs to a weight in 4 bits, by their last parts; empty for any other weight."""
         matches = (STATE.fullmatch(other) for other in self._files if other.startswith(f"{name}."))
         return {match[2]: match[0] for match in matches if match}
 
-    def _quant_state(self, name: str, device: torch.device | str = "cpu") -> Any:
-        from bitsandbytes.functional import QuantState
-
-        return QuantState.from_dict({key: self[full] for key, full in self.state(name).items()}, torch.device(device))
-
     def dequantized(self, name: str, device: torch.device) -> Tensor:
         """A weight that is stored in 4 bits, unpacked, fp32."""
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = self._quant_state(name, device)
+        state = QuantState.from_dict({key: self[full] for key, full in self.state(name).items()}, device)
         state.dtype = torch.float32
         return dequantize_4bit(self[name].to(device), state)
 

@@ -71,6 +71,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     check_room(target, chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES)
 
     import torch
+    from safetensors import SafetensorError
 
     from lit_qlora.data.encode import Encoder, load_tokenizer
     from lit_qlora.model.load import read_record
@@ -103,7 +104,10 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {size_bytes / 1e9:.2f} GB of {dtype} in {target}")
         print(f"check  against {than}, {source}, {found}", flush=True)
 
-    write_folder(target, fill)
+    try:
+        write_folder(target, fill)
+    except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
+        raise UserError(f"output: {target} can't be written: {' '.join(str(error).split())}") from error
 
 
 def check_room(target: Path, needed_bytes: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -162,6 +162,17 @@ def test_a_disk_without_room(run, tmp_path, capsys, monkeypatch):
     )
 
 
+def test_a_disk_that_fills_up_on_the_way(run, tmp_path, capsys, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "save_file", full)
+    told = refusal(capsys, "--run", run, "--output", tmp_path / "out")
+    assert told.startswith(f"error: output: {tmp_path / 'out'} can't be written: ")
+    assert "No space left on device" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_wrong_merge_is_not_kept(run, tmp_path, capsys, monkeypatch):
     made = LoraWeights.__init__
 
@@ -216,4 +227,6 @@ def test_peft_s_trap_on_colab_does_not_matter(run, tmp_path, monkeypatch):
 
     for place in ("peft.import_utils", "peft.tuners.lora.torchao", "peft.tuners.lora.model"):
         monkeypatch.setattr(f"{place}.is_torchao_available", refuse, raising=False)
+    with pytest.raises(ImportError, match="torchao"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(demo.BASE), LoraConfig(target_modules="all-linear"))
     assert main(["merge", "--run", str(run), "--output", str(tmp_path / "out")]) == 0

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from lit_qlora.errors import UserError
 from lit_qlora.signals import leave_in_one_line
 
+TOOLS = ("predict", "merge", "export")
+
 HELP = """\
 lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
 
@@ -17,6 +19,8 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
   python main.py validate  score a run's best adapter on held-out data; bare, the newest run's
   python main.py test      the same on test data
   python main.py predict   answer a file of prompts: --prompts FILE --output FILE
+  python main.py merge     work an adapter into its base: --output DIR, a plain Hugging Face folder
+  python main.py export    the same as one file for llama.cpp and Ollama: --to gguf --output FILE
 
   tensorboard --logdir runs   curves and sample answers
 
@@ -44,8 +48,8 @@ def _run(args: list[str]) -> int:
         from lit_qlora import training
 
         return training.main(args)
-    if verb == "predict":
+    if verb in TOOLS:
         from lit_qlora.tools import run_tool
 
-        return run_tool("predict", args[1:])
-    raise UserError(f"no verb {verb!r}; there are fit, validate, test and predict (see --help)")
+        return run_tool(verb, args[1:])
+    raise UserError(f"no verb {verb!r}; there are fit, validate, test, {', '.join(TOOLS)} (see --help)")

@@ -45,6 +45,7 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
     assert {path.name for path in (run / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "lit_qlora.json", "manifest.json", "result.json",
+        "README.md",
     }  # fmt: skip
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
@@ -179,7 +180,7 @@ def test_no_token_reaches_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 BAD = [
-    (["fti"], "no verb 'fti'; there are fit, validate, test and predict (see --help)"),
+    (["fti"], "no verb 'fti'; there are fit, validate, test, predict, merge, export (see --help)"),
     (["fit", "--model.rnak", "3"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
     (["fit", "--model.rank", "x"], "model.rank: expected int, got x"),
     (["fit", "--model.rank", "0"], "model.rank: expected a whole number from 1, got 0"),

@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lit_qlora.callbacks.card import write_card
 from lit_qlora.callbacks.metrics import is_last_step, validation_follows
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.tell import tell
@@ -159,6 +160,7 @@ class RunCheckpoints(StepCallback):
         def fill(folder: Path) -> None:
             module.save_adapter(folder)
             (folder / RESULT).write_text(json.dumps(best.result, indent=2), encoding="utf-8")
+            write_card(folder, self.run, trainer, best.result["step"])
 
         def write() -> None:
             needed_bytes = sum(value.numel() * value.element_size() for value in best.weights.values())

@@ -15,6 +15,8 @@ class Throughput(StepCallback):
 
     def __init__(self) -> None:
         self.tokens_per_second = 0.0
+        self.training_s = 0.0
+        """Seconds of training since the run's first step, whatever checkpoints it went through."""
         self._since: float | None = None
         self._start()
 
@@ -56,16 +58,19 @@ class Throughput(StepCallback):
 
     def state_dict(self) -> dict[str, float]:
         """What the interval under way has counted."""
-        return {"tokens": self._tokens, "places": self._places, "seconds": self._seconds}
+        return {"tokens": self._tokens, "places": self._places, "seconds": self._seconds, "training_s": self.training_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the interval that was cut."""
         self._tokens, self._places = state_dict["tokens"], state_dict["places"]
         self._seconds = state_dict["seconds"]
+        self.training_s = state_dict.get("training_s", 0.0)
 
     def _pause(self) -> None:
         if self._since is not None:
-            self._seconds += time.monotonic() - self._since
+            passed = time.monotonic() - self._since
+            self._seconds += passed
+            self.training_s += passed
             self._since = None
 
     def _start(self) -> None:

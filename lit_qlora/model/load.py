@@ -220,6 +220,8 @@ def save_adapter(model: "PeftModel", base: Base, folder: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)
     record = {"base": base.public_name, "base_fingerprint": fingerprint(base), "prompt_format": PROMPT_FORMAT}
+    # What 4 bits leave of the base depends on what it was rounded to before.
+    record["base_dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 

@@ -6,10 +6,10 @@ What `predict` and whoever else answers without a Trainer stands on. Knows no fi
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import find_base
+from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.run import newest_run, open_run
@@ -21,6 +21,38 @@ class Answer(NamedTuple):
 
     text: str
     stopped: bool
+
+
+class Chosen(NamedTuple):
+    """An adapter, its base, and of a run also what it was trained with."""
+
+    base: Base
+    adapter: Path
+    settings: dict[str, Any] | None
+
+    @property
+    def system(self) -> str | None:
+        """The system text for conversations that bring none."""
+        return self.settings["data"].get("system") if self.settings else None
+
+
+def choose_adapter(run: str | None = None, adapter: str | None = None, base: str | None = None) -> Chosen:
+    """The adapter that is meant by ``run`` (default: the newest) or ``adapter``, and its base unless that is given.
+
+    Raises UserError when there is no such run, adapter or base.
+    """
+    if adapter is None:
+        folder = open_run(Path(run)) if run else newest_run()
+        settings = folder.read_config()
+        if not (folder.adapter / "adapter_config.json").is_file():
+            raise UserError(f"run: {folder.path} has no adapter yet; train it first, or give --adapter")
+        return Chosen(find_base(base or settings["model"]["base"]), folder.adapter, settings)
+    from lit_qlora.model.load import read_record
+
+    base = base or read_record(Path(adapter))["base"]
+    if base is None:
+        raise UserError(f"adapter: {adapter} does not say which base it is for; give --base")
+    return Chosen(find_base(base), Path(adapter), None)
 
 
 class Answerer:
@@ -35,23 +67,9 @@ class Answerer:
     """
 
     def __init__(self, run: str | None = None, adapter: str | None = None, base: str | None = None) -> None:
-        system = None
-        if adapter is None:
-            folder = open_run(Path(run)) if run else newest_run()
-            settings = folder.read_config()
-            base, system = base or settings["model"]["base"], settings["data"].get("system")
-            self.adapter = folder.adapter
-            if not (self.adapter / "adapter_config.json").is_file():
-                raise UserError(f"run: {folder.path} has no adapter yet; train it first, or give --adapter")
-        else:
-            from lit_qlora.model.load import read_record
-
-            self.adapter = Path(adapter)
-            base = base or read_record(self.adapter)["base"]
-            if base is None:
-                raise UserError(f"adapter: {adapter} does not say which base it is for; give --base")
-        self.base = find_base(base)
-        self._load(system)
+        chosen = choose_adapter(run, adapter, base)
+        self.base, self.adapter = chosen.base, chosen.adapter
+        self._load(chosen.system)
 
     def _load(self, system: str | None) -> None:
         import torch

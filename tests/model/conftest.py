@@ -109,3 +109,9 @@ def gradients():
         return {name: parameter.grad.clone() for name, parameter in adapter_parameters(model).items()}
 
     return gradients
+
+
+@pytest.fixture(scope="session", name="save_llama")
+def save_llama_fixture():
+    """Writes a tiny random Llama into a folder."""
+    return save_llama

@@ -269,6 +269,7 @@ def test_the_record_says_base_and_prompt_format(saved, tiny):
         "base": "tiny-llama",
         "base_fingerprint": fingerprint(tiny),
         "prompt_format": "llama2-chat",
+        "base_dtype": "float32",
     }
 
 

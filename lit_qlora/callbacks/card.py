@@ -1,0 +1,167 @@
+"""Owns the model card of an adapter: what was trained from what, and what was measured; nothing that was not.
+
+Written into each saved adapter folder, before it is sealed. No path and no name of this machine stands in it.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+
+from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
+from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.storage.run import RunFolder
+
+CARD = "README.md"
+PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
+ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("held-out loss (nats a token)", "val/loss", lambda value: f"{value:.4f}"),
+    ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
+    ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
+    ("sample answers that stop by themselves", "samples/stopped_share", lambda value: f"{value:.0%}"),
+)
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
+
+
+def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> None:
+    """Writes the card of the adapter in ``folder``, which is that of ``step``; of a run without a configuration, none."""
+    if run.config.is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        figures = {line["step"]: line for line in read_metrics(run.metrics)}
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):  # the line of this step is not in the file yet
+                state = logger.state_dict()
+                figures[state["step"]] = {**figures.get(state["step"], {}), **state["figures"]}
+        seconds = next((part.training_s for part in trainer.callbacks if isinstance(part, Throughput)), 0.0)  # type: ignore[attr-defined]
+        text = card(str(base), run.read_config(), figures, step, seconds)
+        (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def card(
+    base: str, config: Mapping[str, Any], figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float
+) -> str:
+    """The card as text.
+
+    Args:
+        base: the public name of the base.
+        config: the run's whole configuration.
+        figures: what was recorded, by optimizer step; 0 is before training.
+        step: of the adapter.
+        training_s: seconds in training steps so far, without validations and saves.
+    """
+    config = published(config)
+    source = config["data"]["source"]
+    sections = [
+        f"---\n{yaml.safe_dump(_metadata(base, source), sort_keys=False)}---",
+        f"# LoRA adapter for {base}",
+        f"Trained with QLoRA (the base in 4-bit NF4, double quantisation) on `{source}`, for conversations in the "
+        "Llama 2 chat format.",
+        *_licence(base),
+        f"## Measured\n\n{_measured(figures, step, training_s)}",
+        f"## Use\n\n{_use(base)}",
+        f"## Configuration\n\n{_block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}",
+        "## Versions\n\n" + ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name))),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def published(value: Any) -> Any:
+    """``value`` with the last part only of each path on this machine, however deep it stands."""
+    if isinstance(value, Mapping):
+        return {key: published(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [published(inner) for inner in value]
+    if isinstance(value, str) and _is_path(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+def _is_path(text: str) -> bool:
+    """Whether ``text`` says where something is on this machine; a hub id that names no folder here does not."""
+    if "\n" in text or not re.search(r"[/\\]", text):
+        return False
+    if re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text) or os.path.exists(text):  # noqa: PTH110  # pathlib's raises
+        return True
+    return " " not in text and HUB_ID.fullmatch(text) is None
+
+
+def _metadata(base: str, source: str) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    if HUB_ID.fullmatch(base):
+        metadata |= {"base_model": base, "base_model_relation": "adapter"}
+    if LLAMA_2.search(base):
+        metadata["license"] = "llama2"
+    if HUB_ID.fullmatch(source):
+        metadata["datasets"] = [source]
+    return metadata | {"tags": ["lora", "qlora", "peft", "llama", "lightning"]}
+
+
+def _licence(base: str) -> list[str]:
+    if not LLAMA_2.search(base):
+        return []
+    return [
+        "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights "
+        "Reserved. Its terms hold for the base and for what is made with it; the data has a licence of its own."
+    ]
+
+
+def _measured(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float) -> str:
+    before, after = figures.get(0, {}), figures.get(step, {})
+    lines = [f"| | before | after step {step:,} |", "|---|---|---|"]
+    for title, name, show in ROWS:
+        if name in after:
+            first = show(float(before[name])) if name in before else "not measured"
+            lines.append(f"| {title} | {first} | {show(float(after[name]))} |")
+    cost = [f"{step:,} optimizer steps"]
+    if training_s:
+        cost.append(f"{training_s / 3600:.2g} hours in them")
+    for name in sorted({name for line in figures.values() for name in line if name.startswith("memory/")}):
+        peak = max(float(line[name]) for line in figures.values() if name in line)
+        what = name.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
+        cost.append(f"{what} memory at most {peak:.2f} GiB")
+    measured = "\n".join(lines) + "\n\n" if len(lines) > 2 else "No held-out rows were scored.\n\n"
+    return measured + "; ".join(cost) + "."
+
+
+def _block(text: str) -> str:
+    fence = "```"
+    while fence in text:  # a system text may hold one
+        fence += "`"
+    return f"{fence}yaml\n{text}{fence}"
+
+
+def _use(base: str) -> str:
+    # A base that is not on the hub has no address that anyone else could use.
+    base = base if HUB_ID.fullmatch(base) else f"path/to/{base}"
+    return f"""\
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+quantization = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float16
+)
+base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=quantization)
+model = PeftModel.from_pretrained(base, "this-folder")
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+prompt = tokenizer("[INST] Your question [/INST]", return_tensors="pt").to(model.device)
+answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```
+
+Or, with lit-qlora: `python main.py chat --adapter this-folder --base {base}`."""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,63 @@
+"""Owns a tokenizer as it is published: files whose chat template gives the very ids of training. Knows no model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.errors import UserError
+from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.templates import jinja_template
+
+SPACE = "▁"
+SPACE_BEFORE_EACH_STRETCH = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
+
+
+def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json into ``folder``, for a context of ``max_tokens``.
+
+    A template is encoded as one text. Training encodes each stretch between two special tokens by itself, with a
+    space before its first word; so does Llama 2's own tokenizer.json, but not the class that transformers 5 makes
+    of it, which puts that space at the very start alone (``[INST]`` after ``<s>`` would be other ids).
+    """
+    tokenizer = encoder.tokenizer
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    if (rules["pre_tokenizer"] or {}).get("type") == "Metaspace":
+        rules |= {"pre_tokenizer": None, "normalizer": SPACE_BEFORE_EACH_STRETCH}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "unk_token": tokenizer.unk_token,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_tokens,
+        "chat_template": jinja_template(encoder.system),
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(rules, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conversation]) -> None:
+    """Raises UserError unless the tokenizer in ``folder`` gives ``encoder``'s ids for these open prompts."""
+    tokenizer = load_tokenizer(str(folder))
+    for prompt in conversations:
+        ids = tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, return_dict=False)
+        if ids != encoder.prompt(prompt):
+            raise UserError(
+                f"base: its tokenizer gives {ids} through a chat template where training has "
+                f"{encoder.prompt(prompt)}; take a base with Llama 2's tokenizer"
+            )
+
+
+def messages(conversation: Conversation) -> list[dict[str, str]]:
+    """A conversation as the list of messages that a chat template takes."""
+    system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
+    return [*system, *({"role": turn.role, "content": turn.content} for turn in conversation.turns)]

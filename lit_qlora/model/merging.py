@@ -1,0 +1,166 @@
+"""Owns the arithmetic of a merge: base weights, as training saw them, with LoRA's product added, one tensor at a time.
+
+Reads safetensors, the base's and the adapter's, without peft and without a model. Knows no folder to write to.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.base import Base
+from lit_qlora.model.shape import Shape
+
+Onto = Literal["quantized", "original"]
+
+LINEAR = re.compile(rf"model\.layers\.\d+\.\w+\.({'|'.join(Shape.LINEARS)})\.weight")
+"""What is kept in 4 bits: the linear layers of the decoder, biases and head not among them."""
+
+STATE = re.compile(r"(.*\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)")
+"""What a base that was saved in 4 bits keeps beside a weight."""
+
+BUFFER = "rotary_emb.inv_freq"
+"""Old exports hold it; it follows from config.json, and nobody reads it."""
+
+UNKNOWN = (
+    "alpha_pattern",
+    "rank_pattern",
+    "lora_bias",
+    "fan_in_fan_out",
+    "use_qalora",
+    "arrow_config",
+    "megatron_config",
+)
+"""Settings of peft under which the product is another one than is computed here."""
+
+
+class StoredWeights:
+    """The tensors of a base by name, each read from its file when it is asked for."""
+
+    def __init__(self, base: Base) -> None:
+        from transformers.utils import cached_file
+
+        def find(name: str) -> str | None:
+            return cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)  # type: ignore[no-any-return]
+
+        index = find("model.safetensors.index.json")
+        files = {"model.safetensors"}
+        if index:
+            files = {*json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()}
+        self._files: dict[str, str] = {}
+        for name in sorted(files):
+            file = find(name)
+            if file is None:
+                raise UserError(f"base: {base.name} lacks {name}")
+            with safe_open(file, framework="pt") as shard:
+                self._files |= dict.fromkeys(shard.keys(), file)
+
+    @property
+    def names(self) -> list[str]:
+        """The weights of the model, layer by layer; not what 4 bits keep beside them."""
+        names = (name for name in self._files if not STATE.fullmatch(name) and not name.endswith(BUFFER))
+        return sorted(
+            names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as shard:
+            return shard.get_tensor(name)  # type: ignore[no-any-return]
+
+    def state(self, name: str) -> dict[str, str]:
+        """The names of what belongs to a weight in 4 bits, by their last parts; empty for any other weight."""
+        matches = (STATE.fullmatch(other) for other in self._files if other.startswith(f"{name}."))
+        return {match[2]: match[0] for match in matches if match}
+
+    def dequantized(self, name: str, device: torch.device) -> Tensor:
+        """A weight that is stored in 4 bits, unpacked, fp32."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        state = QuantState.from_dict({key: self[full] for key, full in self.state(name).items()}, device)
+        state.dtype = torch.float32
+        return dequantize_4bit(self[name].to(device), state)
+
+
+class LoraWeights:
+    """An adapter's matrices, and what they add to a weight.
+
+    Raises UserError for a kind of LoRA that is not computed here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        found = [name for name in UNKNOWN if config.get(name)]
+        if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "loftq")):
+            found.append("init_lora_weights")  # the base itself was changed
+        if found:
+            raise UserError(f"adapter: {folder} has {found[0]}={config[found[0]]!r}, which merge does not know")
+        self.alpha, self.rslora = float(config["lora_alpha"]), bool(config.get("use_rslora"))
+        self._file = folder / "adapter_model.safetensors"
+        with safe_open(self._file, framework="pt") as file:
+            self._keys = {_plain(key): key for key in file.keys()}  # noqa: SIM118
+
+    @property
+    def targets(self) -> set[str]:
+        """The weights of the base that it changes."""
+        return {f"{name.rpartition('.lora_')[0]}.weight" for name in self._keys}
+
+    def add_to(self, name: str, weight: Tensor) -> Tensor:
+        """``weight + scale * B @ A``, in fp32, with DoRA's magnitudes where there are some."""
+        part = name.removesuffix(".weight")
+        if f"{part}.lora_A" not in self._keys:
+            return weight
+        with safe_open(self._file, framework="pt") as file:
+            a, b = (file.get_tensor(self._keys[f"{part}.lora_{kind}"]).to(weight) for kind in "AB")
+            rank = a.shape[0]
+            merged = weight + self.alpha / (rank**0.5 if self.rslora else rank) * (b @ a)
+            key = self._keys.get(f"{part}.lora_magnitude_vector")
+            if key is not None:
+                merged *= (file.get_tensor(key).to(weight) / merged.norm(dim=1))[:, None]
+        return merged
+
+
+def _plain(key: str) -> str:
+    """peft's key as the base's name of the layer and the part of LoRA."""
+    name = key.removeprefix("base_model.model.").removesuffix(".weight")
+    if name.rpartition(".")[2] not in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        raise UserError(f"adapter: it holds {key}, which merge does not know")
+    return name
+
+
+def as_trained(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is left of a weight after NF4 with double quantisation, as `lit_qlora.model.load` makes it; fp32."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(
+        weight.to(dtype).contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    state.dtype = torch.float32  # the products are computed from the levels themselves, not from rounded ones
+    return dequantize_4bit(packed, state)
+
+
+def merged_tensors(
+    weights: StoredWeights, lora: LoraWeights, onto: Onto, trained_in: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the merged model, fp32, computed on ``device``, one after the other.
+
+    Args:
+        weights: of the base.
+        lora: of the adapter.
+        onto: ``quantized`` adds to what 4 bits leave of the base, ``original`` to the base as it is stored.
+        trained_in: the dtype in which the base was loaded in training, before it was quantised.
+        device: a GPU where there is one; the figures are the same.
+    """
+    for name in weights.names:
+        if weights.state(name):
+            value = weights.dequantized(name, device)
+        else:
+            value = weights[name].to(device)
+            if onto == "quantized":
+                value = as_trained(value, trained_in) if LINEAR.fullmatch(name) else value.to(trained_in)
+        yield name, lora.add_to(name, value.float())

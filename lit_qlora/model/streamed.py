@@ -1,0 +1,46 @@
+"""Owns a forward pass through a model that is larger than memory: each weight is read when its layer is reached.
+
+What a merge is checked by. Knows no adapter.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lit_qlora.model.base import Base
+from lit_qlora.model.merging import StoredWeights
+
+
+class _InFp32(Mapping[str, Tensor]):
+    """The weights of a model in fp32, as accelerate asks for them."""
+
+    def __init__(self, base: Base) -> None:
+        self._weights = StoredWeights(base)
+        self._tied = base.shape.tied
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == "lm_head.weight" and self._tied:
+            name = "model.embed_tokens.weight"
+        return self._weights[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights.names)
+
+    def __len__(self) -> int:
+        return len(self._weights.names)
+
+
+@torch.no_grad()
+def streamed_logits(base: Base, input_ids: Tensor, device: torch.device) -> Tensor:
+    """The logits ``[B, T, V]`` of the unquantised model ``base``, computed in fp32, with one weight in memory."""
+    from accelerate import init_empty_weights
+    from accelerate.hooks import attach_align_device_hook
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_dict(dict(base.config))
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM(config).float()
+    model.eval()
+    attach_align_device_hook(model, execution_device=device, offload=True, weights_map=_InFp32(base))
+    return model(input_ids=input_ids.to(device), use_cache=False).logits.cpu()  # type: ignore[no-any-return]

@@ -1,0 +1,117 @@
+"""Owns the comparison of a merged folder with base + adapter, on conversations that were held out.
+
+Both are computed in fp32, the merged one with a single weight in memory. Knows no file that a merge writes.
+"""
+
+import gc
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_qlora import demo
+from lit_qlora.data.encode import Encoder
+from lit_qlora.data.records import load_records, load_train_and_held_out
+from lit_qlora.errors import UserError
+from lit_qlora.model import load
+from lit_qlora.model.base import Base, find_base
+from lit_qlora.model.streamed import streamed_logits
+from lit_qlora.text.conversation import Conversation
+
+LARGEST_DIFFERENCE = {"float16": 0.25, "bfloat16": 2.0, "float32": 1e-3}
+"""Of a logit: what rounding the weights to a dtype can explain. A wrong scale, or a layer left out, moves more."""
+
+NUM_CONVERSATIONS = 4
+MAX_TOKENS = 256
+"""Of a conversation that is compared."""
+
+
+class Reference(NamedTuple):
+    """Ids ``[B, T]``, padded on the right where causal attention never looks, and their logits ``[tokens, V]``."""
+
+    input_ids: Tensor
+    is_token: Tensor
+    logits: Tensor
+
+
+class Difference(NamedTuple):
+    """How far two models' logits are from each other."""
+
+    greatest: float
+    agreement: float
+    num_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"on {self.num_tokens:,} tokens, in fp32: greatest difference of a logit {self.greatest:.2g}, the "
+            f"likeliest token the same at {self.agreement:.2%}"
+        )
+
+
+def conversations_to_compare(settings: Mapping[str, Any] | None) -> tuple[list[Conversation], str]:
+    """A run's first held-out conversations, and their source; the demo's without a run, or when its rows are gone."""
+    records = load_records(str(demo.TEST))
+    name = "the demo's conversations"
+    if settings:
+        data = settings["data"]
+        options = (data.get("validation_source"), data["validation_share"], settings["seed_everything"], data["form"])
+        try:
+            records = load_train_and_held_out(data["source"], *options)[1]
+            name = f"held-out conversations of {Path(data['source']).name}"
+        except UserError:
+            pass
+    return records.conversations[:NUM_CONVERSATIONS], name
+
+
+def reference(
+    base: Base, adapter: Path, dtype: torch.dtype, device: torch.device, encoder: Encoder, texts: list[Conversation]
+) -> Reference:
+    """The logits of the 4-bit ``base``, quantised from ``dtype``, with peft's LoRA on it.
+
+    Raises UserError when the two do not go together.
+    """
+    rows = [example.input_ids[:MAX_TOKENS] for example in encoder.examples(texts) if example]
+    input_ids = torch.full((len(rows), max(map(len, rows))), encoder.eos_id)
+    for row, ids in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+    is_token = torch.arange(input_ids.shape[1]) < torch.tensor([[len(ids)] for ids in rows])
+    model = load.load_adapter(load.load_base(base, dtype, device, "sdpa"), base, adapter, trainable=False)
+    _compute_in_fp32(model)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.cpu()[is_token]
+    del model
+    gc.collect()  # its parts refer to each other in circles, and the merge needs the memory
+    torch.cuda.empty_cache()
+    return Reference(input_ids, is_token, logits)
+
+
+def _compute_in_fp32(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+        if hasattr(parameter, "quant_state"):
+            parameter.quant_state.dtype = torch.float32
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.float32  # type: ignore[assignment]
+
+
+def difference(folder: Path, wanted: Reference, device: torch.device) -> Difference:
+    """Of the model in ``folder`` from ``wanted``."""
+    found = streamed_logits(find_base(str(folder)), wanted.input_ids, device)[wanted.is_token]
+    agreement = (found.argmax(-1) == wanted.logits.argmax(-1)).float().mean().item()
+    # A maximum over NaN is NaN, whatever else there is.
+    return Difference((found - wanted.logits).abs().max().item(), agreement, len(found))
+
+
+def check(found: Difference, dtype: str) -> None:
+    """Raises UserError for more than rounding to ``dtype`` explains."""
+    limit = LARGEST_DIFFERENCE[dtype]
+    if math.isnan(found.greatest) or found.greatest > limit:
+        raise UserError(
+            f"output: not kept, for the merged model is not base + adapter: {found}; expected at most {limit:g} "
+            f"in {dtype}"
+        )

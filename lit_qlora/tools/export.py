@@ -1,0 +1,143 @@
+"""Owns the verb export: a merged model as one GGUF file, and the Modelfile that gives Ollama the prompts of training.
+
+llama.cpp's own script converts; this finds it and calls it. Knows nothing of GGUF but its first four bytes.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.base import Base, find_base
+from lit_qlora.text.templates import modelfile
+from lit_qlora.tools.answerer import choose_adapter
+from lit_qlora.tools.merge import MERGED, DType, check_room, merge_into
+
+SCRIPT = "convert_hf_to_gguf.py"
+GET_IT = (
+    f"export: llama.cpp's {SCRIPT} is not here; git clone --depth 1 https://github.com/ggml-org/llama.cpp, "
+    "pip install gguf sentencepiece, and set LLAMA_CPP=llama.cpp"
+)
+BYTES_A_WEIGHT = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.0625}
+MERGED_IN: dict[str, DType] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
+
+
+def export(
+    output: str,
+    to: Literal["gguf"] = "gguf",
+    run: str | None = None,
+    adapter: str | None = None,
+    model: str | None = None,
+    base: str | None = None,
+    outtype: Literal["f16", "bf16", "f32", "q8_0"] = "f16",
+) -> None:
+    """Write a model as one file for llama.cpp and Ollama, with a Modelfile beside it.
+
+    Args:
+        output: the file to write; it must not exist.
+        to: its format.
+        run: run folder, whose best adapter is merged first; default: the newest run.
+        adapter: an adapter folder instead of a run.
+        model: a folder that merge made, instead of both.
+        base: the base of the adapter; default: the one that run or folder names.
+        outtype: of the weights written, in llama.cpp's words.
+    """
+    target = Path(output)
+    beside = target.with_suffix(".Modelfile")
+    for path in (target, beside):
+        if path.exists():
+            raise UserError(f"output: {path} exists already; give another name or remove it")
+    if model and (run or adapter or base):
+        raise UserError("model: it is merged already, so --run, --adapter and --base say nothing; give it alone")
+    script = find_converter()
+    if model:
+        _check_tokenizer(find_base(model))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _convert(script, Path(model), target, outtype)
+        _write_modelfile(Path(model), target, beside)
+        return
+    chosen = choose_adapter(run, adapter, base)
+    _check_tokenizer(chosen.base)
+    dtype = MERGED_IN[outtype]
+    sizes = BYTES_A_WEIGHT[outtype] + {"float32": 4}.get(dtype, 2)
+    check_room(target, int(chosen.base.shape.num_parameters * sizes))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        merged = Path(scratch) / "merged"
+        merge_into(merged, chosen, dtype, "quantized")
+        _convert(script, merged, target, outtype)
+        _write_modelfile(merged, target, beside)
+
+
+def find_converter() -> Path:
+    """llama.cpp's script: in the folder that LLAMA_CPP names, that file itself, or on the PATH.
+
+    Raises UserError that says how to get it.
+    """
+    told = os.environ.get("LLAMA_CPP")
+    if told:
+        path = Path(told).expanduser()
+        path = path / SCRIPT if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"LLAMA_CPP: no {SCRIPT} in {told}; it is to name llama.cpp's folder")
+        return path
+    found = shutil.which(SCRIPT)
+    if found is None:
+        raise UserError(GET_IT)
+    return Path(found)
+
+
+def _check_tokenizer(base: Base) -> None:
+    """Raises UserError unless ``base`` has what llama.cpp splits text by: without it, all merges are alike to it."""
+    from transformers.utils import cached_file
+
+    if cached_file(base.location, "tokenizer.model", _raise_exceptions_for_missing_entries=False) is None:
+        raise UserError(
+            f"export: {base.name} has no tokenizer.model, and without it llama.cpp would split text into other tokens "
+            "than training did; take a base that has one"
+        )
+
+
+def _convert(script: Path, model: Path, target: Path, outtype: str) -> None:
+    """Runs the script, in this Python, into a file aside, which becomes ``target`` when it is whole."""
+    unfinished = target.with_name(f".{target.name}.part")
+    command = [sys.executable, str(script), str(model), "--outfile", str(unfinished), "--outtype", outtype]
+    command += ["--model-name", target.stem]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip() or "no word on why").splitlines()[-1]
+            raise UserError(f"export: {script.name} ended with status {done.returncode}: {last}")
+        if not _is_gguf(unfinished):
+            raise UserError(f"export: {script.name} wrote no GGUF file")
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    print(f"export {target}: {target.stat().st_size / 1e9:.2f} GB of {outtype}")
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _write_modelfile(model: Path, target: Path, beside: Path) -> None:
+    """Of a model whose prompt format is known, which is one that merge made."""
+    record = model / MERGED
+    if not record.is_file():
+        print(f"no Modelfile: {model} does not say which prompts it was trained with (it has no {MERGED})")
+        return
+    system = json.loads(record.read_text(encoding="utf-8")).get("system")
+    try:
+        beside.write_text(modelfile(target.name, system), encoding="utf-8")
+    except ValueError as error:
+        print(f"no Modelfile: {error}")
+        return
+    print(f"try it: ollama create {target.stem} -f {beside} && ollama run {target.stem}")

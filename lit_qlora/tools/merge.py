@@ -1,0 +1,170 @@
+"""Owns the verb merge: an adapter worked into its base, as a plain Hugging Face folder that was compared with both.
+
+The arithmetic is `lit_qlora.model.merging`'s. Nothing stands under the output's name until all of it is written
+and has given the logits of base + adapter.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.base import Base
+from lit_qlora.quiet import quieten
+from lit_qlora.storage.folders import recover, write_folder
+from lit_qlora.text.conversation import Conversation
+from lit_qlora.tools.answerer import Chosen, choose_adapter
+
+if TYPE_CHECKING:
+    import torch
+
+    from lit_qlora.data.encode import Encoder
+
+DType = Literal["float16", "bfloat16", "float32"]
+Onto = Literal["quantized", "original"]
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+MARGIN_BYTES = 64 * 2**20
+"""For tokenizer, index and what the file system needs for itself."""
+
+MERGED = "lit_qlora.json"
+"""The file in a merged folder that says what it was made of, and which prompts it was trained with."""
+
+BESIDE = ("tokenizer.model", "LICENSE.txt", "USE_POLICY.md")
+"""Files of a base that go along as they are."""
+
+
+def merge(
+    output: str,
+    run: str | None = None,
+    adapter: str | None = None,
+    base: str | None = None,
+    dtype: DType = "float16",
+    onto: Onto = "quantized",
+) -> None:
+    """Work an adapter into its base: a plain Hugging Face folder for transformers, vLLM and llama.cpp.
+
+    Args:
+        output: the folder to make; it must not exist.
+        run: run folder, for its best adapter; default: the newest run.
+        adapter: an adapter folder instead of a run.
+        base: the base of the adapter; default: the one that run or folder names.
+        dtype: of the weights written.
+        onto: quantized adds to what 4 bits leave of the base, which is the model that was trained; original adds
+            to the base's own weights, which is another model.
+    """
+    merge_into(Path(output), choose_adapter(run, adapter, base), dtype, onto)
+    print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}), or serve it: vllm serve {output}")
+
+
+def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
+    """Makes ``target``, compares it with base + adapter and says how far it is from them.
+
+    Raises UserError when it exists, the disk lacks room, base and adapter do not go together, or it is too far.
+    """
+    quieten()
+    recover(target)
+    if target.exists():
+        raise UserError(f"output: {target} exists already; give another name or remove it")
+    if onto == "original" and "quantization_config" in chosen.base.config:
+        raise UserError(f"onto: {chosen.base.name} is stored in 4 bits and has no original weights; use quantized")
+    check_room(target, chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES)
+
+    import torch
+    from safetensors import SafetensorError
+
+    from lit_qlora.data.encode import Encoder, load_tokenizer
+    from lit_qlora.model.load import read_record
+    from lit_qlora.model.merging import LoraWeights
+    from lit_qlora.tools import compare
+
+    record = read_record(chosen.adapter)
+    trained_in = _trained_in(record)
+    lora = LoraWeights(chosen.adapter)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = Encoder(load_tokenizer(chosen.base.location), _context_tokens(chosen.base), system=chosen.system)
+    texts, source = compare.conversations_to_compare(chosen.settings)
+    wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
+
+    def fill(folder: Path) -> None:
+        from lit_qlora.model.merging import StoredWeights, merged_tensors
+        from lit_qlora.storage.shards import write_shards
+
+        tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device)
+        size_bytes = write_shards(folder, (_rounded(name, value, dtype) for name, value in tensors))
+        _write_config(folder, chosen.base, encoder, dtype)
+        made_of = {"base": chosen.base.public_name, "onto": onto, "system": chosen.system}
+        made_of |= {"prompt_format": record["prompt_format"]}
+        (folder / MERGED).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
+        _write_tokenizer(folder, chosen.base, encoder, texts)
+        found = compare.difference(folder, wanted, device)
+        if onto == "quantized":
+            compare.check(found, dtype)
+        than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
+        print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {size_bytes / 1e9:.2f} GB of {dtype} in {target}")
+        print(f"check  against {than}, {source}, {found}", flush=True)
+
+    try:
+        write_folder(target, fill)
+    except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
+        raise UserError(f"output: {target} can't be written: {' '.join(str(error).split())}") from error
+
+
+def check_room(target: Path, needed_bytes: int) -> None:
+    """Raises UserError when the disk of ``target`` has less than ``needed_bytes`` free."""
+    parent = next(folder for folder in target.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise UserError(
+            f"output: {target} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; free some "
+            "or give a folder on another disk"
+        )
+
+
+def _context_tokens(base: Base) -> int:
+    return int(base.config["max_position_embeddings"])
+
+
+def _trained_in(record: dict[str, Any]) -> "torch.dtype":
+    """The dtype from which the base was quantised in training; of an adapter that doesn't tell, this device's."""
+    import torch
+
+    from lit_qlora.model.device import choose_precision, compute_dtype, current_device
+
+    told = record.get("base_dtype")
+    if told in BYTES:
+        return getattr(torch, told)  # type: ignore[no-any-return]
+    return compute_dtype(choose_precision("auto", current_device())[0])
+
+
+def _rounded(name: str, value: "torch.Tensor", dtype: DType) -> tuple[str, "torch.Tensor"]:
+    import torch
+
+    value = value.to(getattr(torch, dtype)).cpu().contiguous()
+    if not value.isfinite().all():
+        raise UserError(f"dtype: {name} has values that {dtype} can't hold; give --dtype bfloat16 or float32")
+    return name, value
+
+
+def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) -> None:
+    dropped = {"quantization_config", "_name_or_path", "dtype"}
+    config = {name: value for name, value in base.config.items() if name not in dropped}
+    config |= {"torch_dtype": dtype}  # the name that every version of transformers reads
+    # How answers are drawn is for whoever asks; where they stop is the model's.
+    generation = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id, "pad_token_id": encoder.eos_id}
+    for name, values in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, base: Base, encoder: "Encoder", texts: list[Conversation]) -> None:
+    """The base's tokenizer, with a chat template that gives the ids of training."""
+    from transformers.utils import cached_file
+
+    from lit_qlora.data.chat_template import check_template, write_tokenizer
+
+    for name in BESIDE:
+        file = cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            shutil.copyfile(file, folder / name)
+    write_tokenizer(folder, encoder, _context_tokens(base))
+    check_template(folder, encoder, [Conversation(text.turns[:-1], text.system) for text in texts])

@@ -1,0 +1,126 @@
+"""The model card: what was measured and nothing else, in the hub's form, without a trace of the machine."""
+
+import getpass
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_qlora import demo
+from lit_qlora.callbacks.card import card, published
+from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.cli import main
+from lit_qlora.storage.folders import verify_folder
+
+CONFIG = {
+    "seed_everything": 42,
+    "model": {"base": "meta-llama/Llama-2-7b-hf", "rank": 16},
+    "data": {"source": "timdettmers/openassistant-guanaco", "system": None},
+    "trainer": {"max_epochs": 3},
+}
+FIGURES = {
+    0: {"val/loss": 1.5, "val/perplexity": 4.4817, "val/accuracy": 0.61, "memory/train_reserved_gib": 9.0},
+    50: {"val/loss": 1.25, "val/perplexity": 3.4903, "val/accuracy": 0.66, "memory/train_reserved_gib": 8.5},
+}
+
+
+def metadata(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_card_of_a_llama_2_adapter():
+    text = card("meta-llama/Llama-2-7b-hf", CONFIG, FIGURES, 50, 5400.0)
+    assert metadata(text) == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "base_model": "meta-llama/Llama-2-7b-hf",
+        "base_model_relation": "adapter",
+        "license": "llama2",
+        "datasets": ["timdettmers/openassistant-guanaco"],
+        "tags": ["lora", "qlora", "peft", "llama", "lightning"],
+    }
+    assert "LLAMA 2 Community License" in text
+    assert "| held-out loss (nats a token) | 1.5000 | 1.2500 |" in text
+    assert "| held-out perplexity | 4.48 | 3.49 |" in text
+    assert "| held-out token accuracy | 61.0% | 66.0% |" in text
+    assert "\n50 optimizer steps; 1.5 hours in them; train reserved memory at most 9.00 GiB.\n" in text
+    assert "stop by themselves" not in text  # it was not measured
+    assert 'from_pretrained("meta-llama/Llama-2-7b-hf", quantization_config' in text
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["trainer"] == {"max_epochs": 3}
+
+
+def test_nothing_is_said_that_was_not_measured():
+    text = card("someone/TinyLlama-1.1B", CONFIG, {}, 7, 0.0)
+    assert "No held-out rows were scored.\n\n7 optimizer steps.\n" in text
+    assert "license" not in metadata(text)
+    assert "Community License" not in text
+    text = card("a/b", CONFIG, {50: FIGURES[50]}, 50, 0.0)
+    assert "| held-out loss (nats a token) | not measured | 1.2500 |" in text
+
+
+def test_a_base_that_is_no_hub_model_is_not_named_as_one():
+    text = card("my-llama", CONFIG, {}, 7, 0.0)
+    assert "base_model" not in metadata(text)
+    assert 'from_pretrained("path/to/my-llama"' in text
+
+
+def test_a_fence_in_the_configuration_stays_inside():
+    config = CONFIG | {"data": {"source": "demo", "system": "```\n---\nlicense: mit\n```"}}
+    text = card("a/b", config, {}, 7, 0.0)
+    block = re.search(r"^````yaml\n(.*?)^````$", text, re.DOTALL | re.MULTILINE)[1]
+    assert yaml.safe_load(block)["data"]["system"] == config["data"]["system"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/ann/llama", "llama"), ("~/llama/", "llama"), ("./rows.jsonl", "rows.jsonl"), ("../a/b", "b"),
+        ("a/b/rows.jsonl", "rows.jsonl"), (r"C:\Users\ann\rows.csv", "rows.csv"), ("C:/Users/ann/rows.csv", "rows.csv"),
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"), ("demo", "demo"), ("16-mixed", "16-mixed"),
+        ("Answer yes and/or no.", "Answer yes and/or no."), ("a/b\nc", "a/b\nc"), (3, 3), (False, False),
+        ([{"x": "/home/ann/llama", "y": None}], [{"x": "llama"}]),
+    ],
+)  # fmt: skip
+def test_paths_lose_all_but_their_last_part(value, expected):
+    assert published(value) == expected
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ann smith").mkdir()
+    for name in ("ann smith/rows.jsonl", "rows.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "llama").mkdir()
+    assert published(["secret/llama", "ann smith/rows.jsonl"]) == ["llama", "rows.jsonl"]
+
+
+def test_a_run_s_card(tmp_path, monkeypatch):
+    """From rows and a base that lie somewhere private; the figures are the run's own."""
+    monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
+    private = tmp_path / "private"
+    base = private / "my-llama"
+    base.mkdir(parents=True)
+    for file in demo.BASE.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    rows = private / "rows.jsonl"
+    rows.write_text("".join(demo.TRAIN.read_text(encoding="utf-8").splitlines(keepends=True)[:40]), encoding="utf-8")
+    options = ["--model.base", str(base), "--data.source", str(rows), "--trainer.max_steps", "4"]
+    options += ["--trainer.val_check_interval", "2", "--samples.count", "1", "--samples.max_new_tokens", "2"]
+    assert main(["fit", "--run", str(tmp_path / "run"), *options]) == 0
+    folder = tmp_path / "run" / "adapter"
+    verify_folder(folder)
+    assert "README.md" in json.loads((folder / "manifest.json").read_text())["files"]
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    for secret in ("private", str(Path.home()), "hf_averysecrettoken", f"/{getpass.getuser()}", str(tmp_path)):
+        assert secret not in text
+    result = json.loads((folder / "result.json").read_text())
+    by_step = {line["step"]: line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    before, after = by_step[0]["val/loss"], by_step[result["step"]]["val/loss"]
+    assert f"| held-out loss (nats a token) | {before:.4f} | {after:.4f} |" in text
+    assert "| sample answers that stop by themselves | " in text
+    hours = float(re.search(rf"\n{result['step']} optimizer steps; (\S+) hours in them; host memory at most ", text)[1])
+    assert 0 < hours * 3600 < 60
+    assert "python main.py chat --adapter this-folder --base path/to/my-llama" in text

@@ -1,0 +1,160 @@
+"""main.py export: llama.cpp's script is found and called as it is to be; a stand-in for it notes what it was told."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_qlora import demo
+from lit_qlora.cli import main
+from lit_qlora.model.base import find_base
+from lit_qlora.model.load import Lora, add_lora, load_base, save_adapter
+from lit_qlora.quiet import quieten
+
+STAND_IN = """
+import json, pathlib, sys
+model, output = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1])
+told = {"options": sys.argv[2:], "config": json.loads((model / "config.json").read_text())}
+pathlib.Path(__file__).with_name("told.json").write_text(json.dumps(told))
+output.write_bytes(%r)
+print("a line of log")
+sys.exit(%r)
+"""
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    quieten()  # peft calls an old name of transformers
+    base = find_base("demo")
+    model = load_base(base, torch.float32, torch.device("cpu"), "sdpa")
+    save_adapter(add_lora(model, Lora(2, 4, 0.0, ["q_proj"], False, False)), base, folder)
+    return folder
+
+
+@pytest.fixture
+def llama_cpp(tmp_path, monkeypatch):
+    """Puts a stand-in for the script where LLAMA_CPP says."""
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    monkeypatch.setenv("LLAMA_CPP", str(folder))
+
+    def make(content: bytes = b"GGUF and more", status: object = 0) -> Path:
+        (folder / "convert_hf_to_gguf.py").write_text(STAND_IN % (content, status), encoding="utf-8")
+        return folder
+
+    make()
+    return make
+
+
+@pytest.fixture
+def merged(tmp_path) -> Path:
+    """A model that is merged already: the demo's own base, with the tokenizer.model that the script would read."""
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    for file in demo.BASE.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "tokenizer.model").write_bytes(b"stand-in")
+    (folder / "lit_qlora.json").write_text(json.dumps({"system": "Be brief."}), encoding="utf-8")
+    return folder
+
+
+def refusal(capsys, *options) -> str:
+    assert main(["export", *map(str, options)]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_merged_model(llama_cpp, merged, tmp_path, capsys):
+    target = tmp_path / "new" / "mine.gguf"
+    assert main(["export", "--to", "gguf", "--model", str(merged), "--output", str(target), "--outtype", "q8_0"]) == 0
+    assert target.read_bytes() == b"GGUF and more"
+    assert {path.name for path in target.parent.iterdir()} == {"mine.gguf", "mine.Modelfile"}
+    text = (tmp_path / "new" / "mine.Modelfile").read_text(encoding="utf-8")
+    assert text.startswith("FROM ./mine.gguf\nTEMPLATE ")
+    assert text.endswith('SYSTEM """Be brief."""\n')
+    told = json.loads((tmp_path / "llama.cpp" / "told.json").read_text())
+    unfinished = str(target.parent / ".mine.gguf.part")
+    assert told["options"] == ["--outfile", unfinished, "--outtype", "q8_0", "--model-name", "mine"]
+    assert "try it: ollama create mine -f " in capsys.readouterr().out
+
+
+def test_a_model_made_elsewhere_gets_no_modelfile(llama_cpp, merged, tmp_path, capsys):
+    (merged / "lit_qlora.json").unlink()
+    assert main(["export", "--model", str(merged), "--output", str(tmp_path / "x.gguf")]) == 0
+    assert (tmp_path / "x.gguf").is_file()
+    assert not (tmp_path / "x.Modelfile").exists()
+    assert "does not say which prompts it was trained with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("outtype", "dtype"), [("f16", "float16"), ("f32", "float32")])
+def test_an_adapter_is_merged_on_the_way(llama_cpp, adapter, tmp_path, monkeypatch, outtype, dtype):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in demo.BASE.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    (base / "tokenizer.model").write_bytes(b"stand-in")
+    target = tmp_path / "out" / "mine.gguf"
+    options = ["--adapter", str(adapter), "--base", str(base), "--output", str(target), "--outtype", outtype]
+    assert main(["export", *options]) == 0
+    assert {path.name for path in target.parent.iterdir()} == {"mine.gguf", "mine.Modelfile"}
+    told = json.loads((tmp_path / "llama.cpp" / "told.json").read_text())
+    assert told["config"]["torch_dtype"] == dtype
+
+
+def test_without_llama_cpp(merged, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert re.fullmatch(
+        r"error: export: llama\.cpp's convert_hf_to_gguf\.py is not here; git clone .* LLAMA_CPP=.*\n", told
+    )
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert told == f"error: LLAMA_CPP: no convert_hf_to_gguf.py in {tmp_path}; it is to name llama.cpp's folder\n"
+
+
+def test_the_script_may_be_on_the_path(llama_cpp, merged, tmp_path, monkeypatch):
+    script = tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
+    script.chmod(0o755)
+    monkeypatch.delenv("LLAMA_CPP")
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert main(["export", "--model", str(merged), "--output", str(tmp_path / "x.gguf")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "expected"),
+    [
+        (b"GGUF", "No module named 'sentencepiece'", "ended with status 1: No module named 'sentencepiece'"),
+        (b"GGUF", 3, "ended with status 3: a line of log"),
+        (b"half", 0, "wrote no GGUF file"),
+    ],
+)
+def test_a_conversion_that_fails_leaves_nothing(llama_cpp, merged, tmp_path, capsys, content, status, expected):
+    llama_cpp(content, status)
+    told = refusal(capsys, "--model", merged, "--output", tmp_path / "out" / "x.gguf")
+    assert told == f"error: export: convert_hf_to_gguf.py {expected}\n"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_without_tokenizer_model(llama_cpp, merged, tmp_path, capsys):
+    """llama.cpp would split text otherwise: the scores by which it merges pieces are in no other file."""
+    (merged / "tokenizer.model").unlink()
+    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert told.startswith(
+        f"error: export: {merged} has no tokenizer.model, and without it llama.cpp would split text "
+    )
+    assert not (tmp_path / "llama.cpp" / "told.json").exists()
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x.Modelfile"])
+def test_what_stands_there_is_kept(llama_cpp, merged, tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert told == f"error: output: {tmp_path / name} exists already; give another name or remove it\n"
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_options_that_do_not_go_together(llama_cpp, merged, tmp_path, capsys):
+    told = refusal(capsys, "--model", merged, "--run", "x", "--output", tmp_path / "x.gguf")
+    assert told.startswith("error: model: it is merged already")

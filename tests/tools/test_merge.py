@@ -1,0 +1,232 @@
+"""main.py merge: the folder that comes out is base + adapter, loads as it is, and is whole or not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lit_qlora import demo
+from lit_qlora.cli import main
+from lit_qlora.data.chat_template import messages
+from lit_qlora.model.generate import Sampling
+from lit_qlora.model.merging import LoraWeights
+from lit_qlora.quiet import quieten
+from lit_qlora.storage import shards
+from lit_qlora.storage.folders import verify_folder
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools.answerer import Answerer
+
+SHORT = ["--trainer.val_check_interval", "100", "--samples.count", "0", "--trainer.limit_val_batches", "2"]
+QUESTION = Conversation((Turn("user", "Who goes everywhere with Silas?"),))
+
+
+def fit(run: Path, *options: str) -> Path:
+    assert main(["fit", "--run", str(run), *SHORT, *options]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run that has learned enough to matter, with a system text of its own."""
+    options = ["--trainer.max_steps", "12", "--data.system", "Be brief."]
+    return fit(tmp_path_factory.mktemp("runs") / "demo", *options)
+
+
+@pytest.fixture(scope="module")
+def merged(run, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("merged") / "out"
+    assert main(["merge", "--run", str(run), "--output", str(target), "--dtype", "float32"]) == 0
+    return target
+
+
+def plain_base_and_adapter(base: Path, adapter: Path):
+    """As anyone would load them, without this project."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False  # bitsandbytes' own shortcut on some CPUs, in bf16
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def assert_is_base_and_adapter(merged: Path, base: Path, run: Path) -> None:
+    """Logits to 1e-3, and the same greedy text, through nothing but transformers."""
+    quieten()
+    model = AutoModelForCausalLM.from_pretrained(merged).eval()
+    assert model.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    ids = tokenizer.apply_chat_template(messages(QUESTION), return_tensors="pt", return_dict=False)
+    expected = logits(plain_base_and_adapter(base, run / "adapter"), ids)
+    assert (logits(model, ids) - expected).abs().max() < 1e-3
+    without = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    assert (logits(without, ids) - expected).abs().max() > 0.1  # so the adapter does matter
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)[0, ids.shape[1] :]
+    answerer = Answerer(str(run))
+    assert tokenizer.decode(answer, skip_special_tokens=True).strip() == (
+        answerer.answer([QUESTION], Sampling(max_new_tokens=40))[0].text
+    )
+
+
+def test_the_merged_folder_is_base_and_adapter(merged, run):
+    assert_is_base_and_adapter(merged, demo.BASE, run)
+
+
+def test_on_a_real_model_and_real_rows(real, tmp_path, capsys):
+    base = real / "stories260K"
+    rows = real / "guanaco" / "openassistant_best_replies_eval_first259.jsonl"
+    options = ["--model.base", str(base), "--data.source", str(rows), "--data.max_length", "256"]
+    run = fit(tmp_path / "run", *options, "--trainer.max_steps", "8")
+    capsys.readouterr()
+    assert main(["merge", "--run", str(run), "--output", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    told = capsys.readouterr().out
+    assert "held-out conversations of openassistant_best_replies_eval_first259.jsonl, on " in told
+    assert "the likeliest token the same at 100.00%" in told
+    assert_is_base_and_adapter(tmp_path / "out", base, run)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+
+
+def test_what_is_in_the_folder(merged, run):
+    assert {path.name for path in merged.iterdir()} == {
+        "config.json", "generation_config.json", "lit_qlora.json", "manifest.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert [path.name for path in merged.parent.iterdir()] == ["out"]
+    verify_folder(merged)
+    assert json.loads((merged / "generation_config.json").read_text()) == {
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip
+    config = json.loads((merged / "config.json").read_text())
+    base = json.loads((demo.BASE / "config.json").read_text())
+    assert {name: config[name] for name in config.keys() ^ base.keys() if name in config} == {"torch_dtype": "float32"}
+    assert json.loads((merged / "lit_qlora.json").read_text()) == {
+        "base": "demo", "onto": "quantized", "prompt_format": "llama2-chat", "system": "Be brief.",
+    }  # fmt: skip
+    assert str(run) not in "".join(path.read_text() for path in merged.glob("*.json"))
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 0.05), ("bfloat16", 0.5)])
+def test_16_bits_in_several_files(run, tmp_path, monkeypatch, capsys, dtype, largest):
+    monkeypatch.setattr(shards.write_shards, "__defaults__", (2**20,))
+    target = tmp_path / "out"
+    assert main(["merge", "--run", str(run), "--output", str(target), "--dtype", dtype]) == 0
+    assert len(list(target.glob("model-*.safetensors"))) >= 4
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert model.dtype == getattr(torch, dtype)
+    told = capsys.readouterr().out.split("greatest difference of a logit ")[1]
+    assert 0 < float(told.split(",")[0]) < largest
+
+
+def test_onto_the_original_weights(run, tmp_path, capsys):
+    target = tmp_path / "out"
+    assert main(["merge", "--run", str(run), "--output", str(target), "--dtype", "float32", "--onto", "original"]) == 0
+    assert "against the 4-bit base + adapter that was trained" in capsys.readouterr().out
+    base, merged = load_file(demo.BASE / "model.safetensors"), load_file(target / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    expected = LoraWeights(run / "adapter").add_to(name, base[name].float())
+    assert torch.equal(merged[name], expected)
+    assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"].float())
+
+
+# What is refused, and what is left behind
+
+
+def refusal(capsys, *options) -> str:
+    assert main(["merge", *map(str, options)]) == 2
+    return capsys.readouterr().err
+
+
+def test_an_output_that_stands_there(run, merged, capsys):
+    before = (merged / "config.json").stat().st_mtime_ns
+    told = refusal(capsys, "--run", run, "--output", merged)
+    assert told == f"error: output: {merged} exists already; give another name or remove it\n"
+    assert (merged / "config.json").stat().st_mtime_ns == before
+
+
+def test_a_disk_without_room(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000_000}))
+    told = refusal(capsys, "--run", run, "--output", tmp_path / "a" / "out")
+    assert told == (
+        f"error: output: {tmp_path / 'a' / 'out'} needs 0.07 GB and the disk has 0.01 GB left; free some or give a "
+        "folder on another disk\n"
+    )
+
+
+def test_a_disk_that_fills_up_on_the_way(run, tmp_path, capsys, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "save_file", full)
+    told = refusal(capsys, "--run", run, "--output", tmp_path / "out")
+    assert told.startswith(f"error: output: {tmp_path / 'out'} can't be written: ")
+    assert "No space left on device" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_merge_is_not_kept(run, tmp_path, capsys, monkeypatch):
+    made = LoraWeights.__init__
+
+    def twice(self, folder):
+        made(self, folder)
+        self.alpha *= 2
+
+    monkeypatch.setattr(LoraWeights, "__init__", twice)
+    told = refusal(capsys, "--run", run, "--output", tmp_path / "out", "--dtype", "float32")
+    assert told.startswith("error: output: not kept, for the merged model is not base + adapter: on ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_16_bits_do_not_hold(run, tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("adapter_config.json", "lit_qlora.json"):
+        (folder / name).write_text((run / "adapter" / name).read_text())
+    stored = load_file(run / "adapter" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    stored[key] = torch.full_like(stored[key], 1e6)
+    save_file(stored, folder / "adapter_model.safetensors")
+    options = ["--adapter", folder, "--base", "demo", "--output", tmp_path / "out"]
+    told = refusal(capsys, *options, "--dtype", "float16")
+    assert told.startswith("error: dtype: model.layers.1.mlp.up_proj.weight has values that float16 can't hold; give ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_kill_left_behind_is_cleared(run, tmp_path):
+    left = tmp_path / ".out.tmp-1-0123abcd"
+    left.mkdir()
+    (left / "model-00001.safetensors").write_bytes(b"half")
+    assert main(["merge", "--run", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_run_at_all(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(capsys, "--output", "out").startswith("error: no run in runs/: train one first")
+
+
+def test_an_adapter_of_another_base(run, tmp_path, capsys, real):
+    options = ["--adapter", run / "adapter", "--base", real / "stories260K", "--output", tmp_path / "out"]
+    assert "this adapter was trained on demo" in refusal(capsys, *options)
+
+
+def test_peft_s_trap_on_colab_does_not_matter(run, tmp_path, monkeypatch):
+    """An old torchao makes peft refuse every base that is not quantised; the merge never asks peft for one."""
+
+    def refuse():
+        raise ImportError("Found an incompatible version of torchao")
+
+    for place in ("peft.import_utils", "peft.tuners.lora.torchao", "peft.tuners.lora.model"):
+        monkeypatch.setattr(f"{place}.is_torchao_available", refuse, raising=False)
+    with pytest.raises(ImportError, match="torchao"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(demo.BASE), LoraConfig(target_modules="all-linear"))
+    assert main(["merge", "--run", str(run), "--output", str(tmp_path / "out")]) == 0

@@ -31,7 +31,7 @@ LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 
 
 def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> None:
-    """Writes the card of the adapter in ``folder``, which is that of ``step``; of a run without a configuration, none."""
+    """Writes the card of the adapter in ``folder``, that of ``step``; of a run without a configuration, none."""
     if run.config.is_file():
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         figures = {line["step"]: line for line in read_metrics(run.metrics)}

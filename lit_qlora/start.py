@@ -14,6 +14,7 @@ import yaml
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import missing_bytes
+from lit_qlora.model.copies import Copies
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
 from lit_qlora.storage.checkpoint_io import checkpoint_folder
@@ -93,7 +94,10 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
     adapters = 2 * 4 * num_trained
     states = 12 * num_trained * (keep_checkpoints + 1)
     run.check_room(adapters + states)
+    copies = Copies(module.quantized_cache)
     download = missing_bytes(module.base)
+    if download and copies.find(module.base, None, "*"):
+        download = 0
     cache = Path(os.environ.get("HF_HOME", Path.home())).expanduser()
     free = shutil.disk_usage(cache if cache.exists() else Path.home()).free
     if free < download:

@@ -36,9 +36,9 @@ class Base:
     @property
     def public_name(self) -> str:
         """The name that may be published: a hub id or ``demo`` as it is, of a local folder its last part only."""
-        if self.name == "demo" or not Path(self.location).is_dir():
+        if self.name == "demo" or not Path(self.name).expanduser().is_dir():
             return self.name
-        return Path(self.location).resolve().name
+        return Path(self.name).expanduser().resolve().name
 
 
 def find_base(name: str) -> Base:
@@ -138,9 +138,13 @@ def fingerprint(base: Base) -> str:
 
 def identity(base: Base) -> dict[str, str | None]:
     """A base's public name, its commit on the hub where that is known, and its `fingerprint`."""
+    return {"name": base.public_name, "commit": commit(base), "fingerprint": fingerprint(base)}
+
+
+def commit(base: Base) -> str | None:
+    """The commit of a base on the hub; None for a local one."""
     config = None if Path(base.location).is_dir() else _file(base, "config.json")
-    commit = config.parent.name if config and config.parent.parent.name == "snapshots" else None
-    return {"name": base.public_name, "commit": commit, "fingerprint": fingerprint(base)}
+    return config.parent.name if config and config.parent.parent.name == "snapshots" else None
 
 
 def _rules(config: Mapping[str, Any]) -> tuple[Any, ...]:

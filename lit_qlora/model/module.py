@@ -18,6 +18,7 @@ from lit_qlora.model import load
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
+from lit_qlora.model.copies import Copies
 from lit_qlora.model.decoder import Layer, run_layers, take_apart, why_not
 from lit_qlora.model.device import Attention, check_attention, compute_dtype, current_device
 from lit_qlora.model.generate import Sampling, generate
@@ -52,6 +53,8 @@ class QLoRAModule(LightningModule):
             on; auto keeps on as many layers as the memory allows.
         compile: one GPU kernel for each norm, activation and rotation; auto: on a GPU.
         attention: implementation of attention in transformers.
+        quantized_cache: where a 4-bit copy of the base is kept for the next start: auto, beside the hub's cache, for
+            bases from half a billion weights on; none; or a folder.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class QLoRAModule(LightningModule):
         checkpointing: Checkpointing = "full",
         compile: bool | Literal["auto"] = "auto",  # noqa: A002  # the option is called by the field's own word
         attention: Attention = "sdpa",
+        quantized_cache: str = "auto",
     ) -> None:
         super().__init__()
         require(rank >= 1, "model.rank", "a whole number from 1", rank)
@@ -90,6 +94,8 @@ class QLoRAModule(LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_ratio, self.schedule, self.optimizer_name = warmup_ratio, schedule, optimizer
         self.checkpointing, self.compiles, self.attention = checkpointing, compile, attention
+        self.quantized_cache = quantized_cache
+        self.copy_line: str | None = None
         self.model: PeftModel | None = None
         self.slow_because: str | None = None
         """Why the layers are transformers' and peft's own in training; None where they are ours."""
@@ -111,7 +117,12 @@ class QLoRAModule(LightningModule):
         if self.model is not None:
             return
         dtype = compute_dtype(str(self.trainer.precision))
-        base_model = load.load_base(self.base, dtype, self.trainer.strategy.root_device, self.attention)
+        device = self.trainer.strategy.root_device
+        copies = Copies(self.quantized_cache)
+        copy = copies.find(self.base, dtype, device.type)
+        base_model = load.load_base(copy or self.base, dtype, device, self.attention)
+        self.copy_line = None if copy else copies.keep(base_model, self.base, dtype, device.type)
+        self.base = copy or self.base
         if self.adapter:
             self.model = load.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)
         else:
@@ -144,8 +155,10 @@ class QLoRAModule(LightningModule):
         config: Any = self.peft_model.peft_config["default"]
         targets = set(config.target_modules)
         names = "all linear layers" if targets == {*Shape.LINEARS} else ", ".join(sorted(targets))
+        lines = [f"{self.base.name}: {_count(shape.num_parameters)} weights, linear layers in 4-bit NF4"]
+        lines += [self.copy_line] if self.copy_line else []
         return [
-            f"{self.base.name}: {_count(shape.num_parameters)} weights, linear layers in 4-bit NF4",
+            *lines,
             f"LoRA of rank {config.r} on {names}: {_count(trained)} weights are trained",
         ]
 

@@ -31,6 +31,7 @@ MAY_CHANGE: Mapping[str, str] = {
     # How the same numbers come about.
     "data.num_workers": "the order of the rows does not hang on it",
     "model.checkpointing": "computes the same again, or keeps it",
+    "model.quantized_cache": "a copy holds the same bits",
     "trainer.accelerator": "another machine: the same run, not the same bits",
     "trainer.deterministic": "which of a GPU's kernels",
     "trainer.benchmark": "which of a GPU's kernels",

@@ -13,7 +13,7 @@ from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
 from lit_qlora.model.generate import Sampling
-from lit_qlora.model.merging import LoraWeights
+from lit_qlora.model.merging import LoraWeights, as_trained
 from lit_qlora.quiet import quieten
 from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
@@ -186,12 +186,34 @@ def test_a_wrong_merge_is_not_kept(run, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_values_that_16_bits_do_not_hold(run, tmp_path, capsys):
-    folder = tmp_path / "adapter"
+def copy_adapter(run: Path, folder: Path) -> Path:
+    """Without its manifest, so that a test may alter it."""
     folder.mkdir()
-    for name in ("adapter_config.json", "lit_qlora.json"):
-        (folder / name).write_text((run / "adapter" / name).read_text())
-    stored = load_file(run / "adapter" / "adapter_model.safetensors")
+    for name in ("adapter_config.json", "lit_qlora.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((run / "adapter" / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_base_is_rounded_as_it_was_in_training(run, tmp_path, dtype):
+    """On a GPU the base is in 16 bits before it goes to 4; which 16, the adapter's record tells."""
+    adapter = copy_adapter(run, tmp_path / "adapter")
+    record = json.loads((adapter / "lit_qlora.json").read_text())
+    assert record["base_dtype"] == "float32"
+    (adapter / "lit_qlora.json").write_text(json.dumps(record | {"base_dtype": dtype}))
+    target = tmp_path / "out"
+    assert main(["merge", "--adapter", str(adapter), "--output", str(target), "--dtype", "float32"]) == 0
+    name = "model.layers.2.mlp.down_proj.weight"
+    base = load_file(demo.BASE / "model.safetensors")
+    expected = LoraWeights(adapter).add_to(name, as_trained(base[name], getattr(torch, dtype)))
+    merged = load_file(target / "model.safetensors")
+    assert torch.equal(merged[name], expected)
+    assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"].to(getattr(torch, dtype)).float())
+
+
+def test_values_that_16_bits_do_not_hold(run, tmp_path, capsys):
+    folder = copy_adapter(run, tmp_path / "adapter")
+    stored = load_file(folder / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     stored[key] = torch.full_like(stored[key], 1e6)
     save_file(stored, folder / "adapter_model.safetensors")

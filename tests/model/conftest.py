@@ -50,6 +50,13 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory) -> Path:
+    """A Hugging Face folder of a Llama with heads as wide as Llama 2's."""
+    heads = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return save_llama(tmp_path_factory.mktemp("bases") / "wide-llama", **heads)
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny_folder):
     return find_base(str(tiny_folder))
 

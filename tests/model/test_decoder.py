@@ -1,14 +1,18 @@
 """The layers in training against transformers' and peft's own: outputs, gradients, what is kept, what runs twice."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
 from lit_qlora.data.batching import collate
 from lit_qlora.model import decoder
 from lit_qlora.model.attention import Places, find_places
+from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import run_layers, take_apart, why_not
-from lit_qlora.model.load import adapter_parameters
+from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.model.pointwise import EAGER, compiled
 
 B, T = 2, 12
 
@@ -195,3 +199,64 @@ def test_packed_conversations_would_see_each_other_without_their_bounds(make_mod
     )
     torch.testing.assert_close(apart[0, : LENGTHS[0]], together[0, : LENGTHS[0]])
     assert (apart - together).abs().max() > 0.01
+
+
+# On a GPU: other kernels, the same promises.
+
+
+@pytest.fixture
+def on_gpu(wide_folder):
+    """Makes a model of heads as wide as Llama 2's, in 4-bit with an adapter, on the GPU."""
+
+    def make(dtype):
+        model = load_base(find_base(str(wide_folder)), dtype, torch.device("cuda"), "sdpa")
+        model = add_lora(model, Lora(4, 8.0, 0.0, "all-linear", False, False))
+        torch.manual_seed(1)
+        for parameter in adapter_parameters(model).values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        return model.train()
+
+    return make
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "flash"), [(torch.float16, False), (torch.bfloat16, True), (torch.float16, True)])
+def test_on_a_gpu_packed_equals_separate_compiled_equals_eager_and_kept_equals_recomputed(on_gpu, dtype, flash):
+    model = on_gpu(dtype)
+    inner = model.get_base_model().model
+    lengths = (130, 5, 64, 301)
+    ids = torch.randint(3, 512, (1, sum(lengths)), device="cuda")
+    weigh = torch.linspace(-1, 1, ids.numel() * 256, device="cuda").view(1, -1, 256).to(dtype)
+
+    def measured(pointwise, kept_layers, packed):
+        model.zero_grad()
+        layers, found = take_apart(model, pointwise), []
+        parts = (
+            [slice(0, sum(lengths))]
+            if packed
+            else [slice(end - n, end) for n, end in zip(lengths, accumulate(lengths), strict=True)]
+        )
+        for part in parts:
+            hidden = inner.embed_tokens(ids[:, part])
+            places = find_places(inner.rotary_emb, hidden, lengths if packed else ())
+            hidden = run_layers(layers, hidden, places, kept_layers)
+            (hidden * weigh[:, part]).sum().backward()
+            found.append(hidden.detach())
+        gradients = torch.cat([value.grad.flatten() for value in adapter_parameters(model).values()])
+        return torch.cat(found, 1).float(), gradients
+
+    def apart(first, second):
+        return [((one - other).norm() / other.norm()).item() for one, other in zip(first, second, strict=True)]
+
+    torch.backends.cuda.enable_flash_sdp(flash)
+    try:
+        packed = measured(EAGER, 2, True)
+        rounding = 2e-2 if dtype == torch.bfloat16 else 3e-3
+        assert max(apart(packed, measured(EAGER, 2, False))) < rounding
+        assert max(apart(measured(compiled(), 2, True), packed)) < rounding
+        for kept_layers in (0, 1):
+            assert all(
+                torch.equal(one, two) for one, two in zip(measured(EAGER, kept_layers, True), packed, strict=True)
+            )
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)

@@ -75,6 +75,10 @@ class RunCheckpoints(StepCallback):
         self._last_save_at = clock()
         self._unsaved: Best | None = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves a run that early stopping had ended, and that was killed right behind its last save, ended."""
+        trainer.should_stop |= has_stopped_early(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         super().on_train_start(trainer, pl_module)
@@ -121,7 +125,7 @@ class RunCheckpoints(StepCallback):
             logger.save()
         target = self.run.checkpoint(trainer.global_step)
         self._last_save_at = self.clock()
-        if not self._try("checkpoint", lambda: self._write_checkpoint(trainer, target)):
+        if not self.attempt("checkpoint", lambda: self._write_checkpoint(trainer, target)):
             return
         self.saved_step = trainer.global_step
         self.longest_save_s = max(self.longest_save_s, self.clock() - self._last_save_at)
@@ -167,13 +171,13 @@ class RunCheckpoints(StepCallback):
         if now:
             module.load_state_dict(best.weights)
         try:
-            if not trainer.is_global_zero or self._try("adapter", write):
+            if not trainer.is_global_zero or self.attempt("adapter", write):
                 self._unsaved = None
         finally:
             if now:
                 module.load_state_dict(now)
 
-    def _try(self, what: str, save: Callable[[], None]) -> bool:
+    def attempt(self, what: str, save: Callable[[], None]) -> bool:
         """Whether ``save`` came through; if not, one line says why, and the next save is another try."""
         try:
             save()
@@ -184,6 +188,12 @@ class RunCheckpoints(StepCallback):
             return False
         self.failures.pop(what, None)
         return True
+
+
+def has_stopped_early(trainer: Trainer) -> bool:
+    """Whether the held-out loss has not become better for as long as early stopping allows."""
+    early: Any = trainer.early_stopping_callbacks
+    return any(callback.wait_count >= callback.patience for callback in early)
 
 
 def _is_on_edge(trainer: Trainer) -> bool:

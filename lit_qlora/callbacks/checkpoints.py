@@ -117,6 +117,15 @@ class RunCheckpoints(StepCallback):
         else:
             pl_module.load_adapter_weights(self.run.adapter)  # type: ignore[operator]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best adapter, where it is not on the disk: a checkpoint must not leave it behind."""
+        best = self._unsaved
+        return {"result": best.result, "weights": best.weights} if best else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on trying to save it."""
+        self._unsaved = Best(state_dict["result"], state_dict["weights"])
+
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         self._is_due = False
         if self._unsaved:
@@ -183,8 +192,9 @@ class RunCheckpoints(StepCallback):
             save()
         except OSError as error:
             problem = str(error) if isinstance(error, SaveError) else str(SaveError(self.run.path, error))
+            if self.failures.get(what) != problem:
+                tell(f"error: {problem}; training goes on, the next save tries again")
             self.failures[what] = problem
-            tell(f"error: {problem}; training goes on, the next save tries again")
             return False
         self.failures.pop(what, None)
         return True

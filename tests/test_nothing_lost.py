@@ -30,7 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_last_save_that_fails_ends_with_status_1_and_the_same_command_mends_it(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = folders.sync_file
 
@@ -50,9 +50,8 @@ def test_a_last_save_that_fails_ends_with_status_1_and_the_same_command_mends_it
     assert not Path("run/finished.json").exists()
     assert main(FIT) == 0
     assert Path("run/finished.json").is_file()
-    assert main(["fit", "--run", "whole", *QUICK]) == 0
     for name in ("checkpoints/step-00000004/state.safetensors", "adapter/adapter_model.safetensors"):
-        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+        assert Path("run", name).read_bytes() == (finished / "run" / name).read_bytes()
 
 
 def test_a_run_killed_between_its_last_save_and_its_end_is_ended_by_the_next_start(
@@ -147,14 +146,15 @@ def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], dam
     error = capsys.readouterr().err
     assert error.startswith("error: ckpt_path: run/checkpoints/step-00000004: ")
     assert error.endswith("; give best, last, base, or a folder that is whole\n")
-    assert main(FIT) == 0
-    warning = capsys.readouterr().err
-    assert warning.startswith("warning: run/checkpoints/step-00000004: '")
-    assert warning.endswith("; going back to the checkpoint before\n")
-    assert (run / "checkpoints/step-00000004/state.safetensors").read_bytes() == whole
-    (run / "finished.json").unlink()
-    for step in (2, 4):
-        DAMAGES[damage](run / f"checkpoints/step-0000000{step}/state.safetensors")
+    if damage in ("flipped", "without a manifest"):
+        assert main(FIT) == 0
+        warning = capsys.readouterr().err
+        assert warning.startswith("warning: run/checkpoints/step-00000004: '")
+        assert warning.endswith("; going back to the checkpoint before\n")
+        assert (run / "checkpoints/step-00000004/state.safetensors").read_bytes() == whole
+        (run / "finished.json").unlink()
+        DAMAGES[damage](run / "checkpoints/step-00000004/state.safetensors")
+    DAMAGES[damage](run / "checkpoints/step-00000002/state.safetensors")
     assert main(FIT) == 2
     assert capsys.readouterr().err.splitlines()[2:] == [
         "error: run: no checkpoint in run/checkpoints is whole; start anew with another --run"

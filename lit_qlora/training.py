@@ -29,6 +29,7 @@ from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit, p
 from lit_qlora.callbacks.tell import tell
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.callbacks.trial import Trial
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.load import check_settings
@@ -220,6 +221,7 @@ class QLoRACLI(LightningCLI):
             UpdateGuard(options.max_nonfinite_losses),
             *figures,
             memory,
+            Trial(),
             HeldOutMetrics(),
             options.samples,
             *bars,

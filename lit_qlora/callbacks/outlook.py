@@ -9,9 +9,9 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from lit_qlora.errors import UserError
 from lit_qlora.model import memory
-from lit_qlora.model.cards import Card, find_card
+from lit_qlora.model.cards import CARDS, Card, find_card
+from lit_qlora.model.device import current_device
 from lit_qlora.model.memory import GIB, Step
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.speed import Epoch, epoch_hours
@@ -59,9 +59,12 @@ def step_of(
     return replace(step, kept_layers=0 if checkpointing == "full" else shape.num_layers)
 
 
-def epoch_of(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> tuple[Epoch, int]:
+def epoch_of(lengths: Sequence[int], batches: Sequence[Sequence[int]], packed: bool = False) -> tuple[Epoch, int]:
     """An epoch's tokens, and those of its largest micro-batch with padding."""
-    padded = [len(rows) * max(lengths[row] for row in rows) for rows in batches]
+    padded = [
+        sum(lengths[row] for row in rows) if packed else len(rows) * max(lengths[row] for row in rows)
+        for rows in batches
+    ]
     tokens = sum(lengths)
     mean_row = sum(length**2 for length in lengths) / tokens
     return Epoch(tokens, sum(padded), len(batches), mean_row), max(padded)
@@ -85,17 +88,23 @@ def plan_lines(module: Any, data: Any, trainer: Any) -> list[str]:
         data: the `ChatDataModule` after ``setup("fit")``.
         trainer: the `QLoRATrainer`.
     """
+    planned = planned_step(module, data, trainer)
+    return short_lines(*planned) if planned else []
+
+
+def planned_step(module: Any, data: Any, trainer: Any) -> tuple[Step, Epoch, Card] | None:
+    """The largest step of a run, its epoch, and the card; None on a CPU. Arguments as for `plan_lines`."""
     card = current_card()
     if card is None:
-        return []
+        return None
     rows = data._rows["train"]
-    epoch, largest = epoch_of(rows.lengths, data._first_epoch)
+    epoch, largest = epoch_of(rows.lengths, data._first_epoch, data.plan.packed)
     step = step_of(
         module.base.shape, module.lora, module.optimizer_name, module.checkpointing,
         str(trainer.precision), card, largest,
         sum(rows.answer_tokens) / epoch.tokens, trainer.accumulate_grad_batches,
     )  # fmt: skip
-    return short_lines(step, epoch, card)
+    return step, epoch, card
 
 
 def short_lines(step: Step, epoch: Epoch, card: Card) -> list[str]:
@@ -138,14 +147,11 @@ def duration(hours: float) -> str:
 
 def current_card() -> Card | None:
     """This machine's GPU, with the rates of the table where it is there; None without one."""
-    import torch
-
-    if not torch.cuda.is_available():
+    device = current_device()
+    if device.capability is None:
         return None
-    properties = torch.cuda.get_device_properties(0)
-    capability = (properties.major, properties.minor)
-    try:
-        known = find_card(properties.name)
-    except UserError:
-        known = Card(properties.name, 0, capability)
-    return replace(known, memory_gib=properties.total_memory / GIB, capability=capability)
+    known = Card(device.name, 0, device.capability)
+    if any(card.name.split()[-1] in device.name or card.name.split()[0] in device.name for card in CARDS):
+        known = find_card(device.name)
+    # CUDA's own part is not in what is free any more; the formulas count it in.
+    return replace(known, memory_gib=(device.memory_bytes + memory.CONTEXT) / GIB, capability=device.capability)

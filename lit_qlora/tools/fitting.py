@@ -85,7 +85,7 @@ class Settings:
 @lru_cache
 def _epoch(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed: int) -> tuple[Epoch, int]:
     cut = [min(length, max_length) for length in lengths]
-    return epoch_of(cut, plan.epoch(cut, seed, 0))
+    return epoch_of(cut, plan.epoch(cut, seed, 0), plan.packed)
 
 
 Change = tuple[str, Settings]

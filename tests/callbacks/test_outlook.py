@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lit_qlora.callbacks import outlook
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.model.cards import DEFAULT, Card, find_card
+from lit_qlora.model.device import Device
 from lit_qlora.model.load import Lora
 from lit_qlora.model.memory import HOPPER_WORKSPACE, WORKSPACE
 from lit_qlora.model.module import QLoRAModule
@@ -16,9 +17,9 @@ from lit_qlora.model.shape import LLAMA_2, Shape
 SEVEN = Shape.of(LLAMA_2["7b"])
 
 
-def step(card=DEFAULT, checkpointing="full", precision="16-mixed", targets="all-linear", attention="sdpa", tokens=4096):
+def step(card=DEFAULT, checkpointing="full", precision="16-mixed", targets="all-linear", tokens=4096):
     lora = Lora(16, 16, 0.05, targets, False, False)
-    return outlook.step_of(SEVEN, lora, "adamw", checkpointing, attention, precision, card, tokens, 1024, 0.5, 4)
+    return outlook.step_of(SEVEN, lora, "adamw", checkpointing, precision, card, tokens, 0.5, 4)
 
 
 def test_settings_in_the_formulas_terms():
@@ -27,10 +28,9 @@ def test_settings_in_the_formulas_terms():
     assert made.dropout and made.accumulates and made.targets == Shape.LINEARS
     assert made.workspace == WORKSPACE
     assert step(card=find_card("h100")).workspace == HOPPER_WORKSPACE
-    assert step(checkpointing="none").kept_layers is None
+    assert step(checkpointing="none").kept_layers == 32
     assert step(checkpointing="selective").kept_layers == 32
     assert step(precision="32-true").element == 4
-    assert step(attention="eager").eager_attention
     assert step(targets="q_proj").targets == ("q_proj",)
     assert step(targets=["q_proj", "v_proj", "q_proj"]).targets == ("q_proj", "v_proj")
 
@@ -93,17 +93,15 @@ def test_durations(hours, words):
 
 @pytest.mark.parametrize(("name", "rates"), [("Tesla T4", 24), ("NVIDIA GeForce GTX 1080", None)])
 def test_this_machines_card(monkeypatch, name, rates):
-    import torch
-
-    properties = type("Properties", (), {"name": name, "major": 7, "minor": 5, "total_memory": 12 * 1024**3})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(outlook, "current_device", lambda: Device(name, (7, 5), 12 * 1024**3))
     card = outlook.current_card()
-    assert (card.memory_gib, card.tflops, card.capability) == (12.0, rates, (7, 5))
+    assert (card.memory_gib, card.tflops, card.capability) == (pytest.approx(12.35), rates, (7, 5))
+    monkeypatch.setattr(outlook, "current_device", lambda: Device("CPU", None))
+    assert outlook.current_card() is None
 
 
 def test_kept_layers_in_words():
-    words = [outlook.kept_words(replace(step(), kept_layers=kept)) for kept in (None, 0, 12)]
+    words = [outlook.kept_words(replace(step(), kept_layers=kept)) for kept in (32, 0, 12)]
     assert words == [
         "no layer computes its activations again",
         "all 32 layers compute their activations again",

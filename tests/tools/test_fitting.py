@@ -18,7 +18,7 @@ def seven(**changed):
     card = replace(DEFAULT, memory_gib=changed.pop("gib", DEFAULT.memory_gib))
     settings = Settings(
         Shape.of(LLAMA_2["7b"]), card, "16-mixed", tuple(guanaco_lengths(400)), 0.86, 256, lora, "adamw",
-        "full", "sdpa", BatchPlan(rows=4), 1024, 4, 0, 128, 42,
+        "full", BatchPlan(rows=4), 1024, 4, 0, 128, 42,
     )  # fmt: skip
     return replace(settings, **changed)
 

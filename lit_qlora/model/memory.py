@@ -224,13 +224,16 @@ def moments(step: Step) -> list[StepMemory]:
     activations = step.tokens * kept_activations(step)
     one_layer = step.tokens * (layer_peak(step) if step.kept_layers is not None else _backward_of_swiglu(step))
     during = replace(always, casts=casts, dequantisation=scratch)
+    # Computing a layer again takes up what it has kept. Where only some keep, as if those were the first ones.
+    all_keep = step.kept_layers == shape.num_layers
+    used = step.tokens * (saved_selectively(step) - step.element * shape.hidden) if all_keep else 0
     # The last step's gradients are there until backward begins; while micro-batches add up, all the time.
     return [
         replace(during, moment="loss", activations=activations, gradients=4 * lora, loss=loss_bytes(step)),
         replace(
             during,
             moment="start of backward",
-            activations=activations,
+            activations=activations - used,
             gradients=4 * lora if step.accumulates else 0,
             layer=max(one_layer, 24 * shape.hidden * step.tokens),  # or the last norm, in fp32
         ),

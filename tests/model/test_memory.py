@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lit_qlora.model import loss, memory
 from lit_qlora.model.base import find_base
+from lit_qlora.model.checkpointing import checkpoint_layers
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.memory import GIB, Step, StepMemory
@@ -189,6 +191,38 @@ def test_the_peak_of_a_step(step_of, checkpointing, targets, dropout, sizes):
         for moment in memory.moments(step)[:3]
     )
     assert peak_bytes(run) == pytest.approx(expected, rel=0.05)
+
+
+def keep_selectively(layers):
+    """torch's own selective checkpointing: the 4-bit products and attention are kept, all else computed again."""
+    kept = {
+        torch.ops.bitsandbytes.gemm_4bit.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+
+    def policy(context, op, *_, **__):
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+
+
+@pytest.mark.parametrize(("kept_layers", "sizes"), [(3, {}), (3, {"hidden": 192, "key_value_heads": 2}), (2, {})])
+def test_layers_that_keep_selectively(step_of, kept_layers, sizes):
+    model, step = step_of(3, 2048, **sizes)
+    step = replace(step, kept_layers=kept_layers)
+    layers = model.get_base_model().model.layers
+    keep_selectively(layers[:kept_layers])
+    checkpoint_layers(layers[kept_layers:], "full")
+
+    def run():
+        forward(model, step).backward()
+
+    run()
+    start = memory.moments(step)[1]
+    expected = start.casts + start.activations + start.layer + start.dequantisation
+    assert peak_bytes(run) == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize("num_rows", [600, 1024, 2500])

@@ -102,6 +102,7 @@ def test_paged_state_goes_to_the_host(plan):
     ("args", "message"),
     [
         (["--modl.rank", "3"], "error: unknown option 'modl.rank'; did you mean 'model.rank'?"),
+        (["--ckpt_path", "best"], "error: unknown option 'ckpt_path'"),
         (["--model.rank", "x"], "error: model.rank: expected"),
         (["--model.rank", "0"], "error: model.rank: expected a whole number from 1, got 0"),
         (["--data.max_length", "4"], "error: data.max_length: expected at least 8 tokens, got 4"),
@@ -123,6 +124,24 @@ def test_mistakes_are_one_line(plan, args, message):
 
 def test_another_cards_flash_attention_is_taken(plan):
     assert plan("--gpu", "a100", "--model.attention", "flash_attention_2")[-1].startswith("fits")
+
+
+def test_data_is_never_downloaded(plan, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    load, seen = planned.load_train_and_held_out, []
+
+    def watched(*args):
+        seen.append((constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE))
+        return load(*args)
+
+    monkeypatch.setattr(planned, "load_train_and_held_out", watched)
+    assert plan("--config", T4)[-1].startswith("fits")
+    assert seen == [(True, True)]
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
 
 def test_nothing_is_written(plan, tmp_path):

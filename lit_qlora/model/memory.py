@@ -142,7 +142,8 @@ def saved_without_recomputation(step: Step) -> int:
     # one fp32 sum a head; of SwiGLU the gate before and after its activation, and its partner.
     saved = 2 * (4 * shape.hidden + 4) + size * (2 * queries + 2 * keys) + 4 * shape.num_heads + 3 * size * inner
     if step.eager_attention:
-        saved += (4 + size) * shape.num_heads * step.row_tokens  # the softmax in fp32, and its cast
+        # The softmax in fp32, and its cast. What its backward takes is not modelled: it may top the figure.
+        saved += (4 + size) * shape.num_heads * step.row_tokens
     targets = {*step.targets}
     saved += sum(size * step.rank for _ in targets)  # LoRA's narrow middle
     if step.dropout:  # each LoRA drops a copy of its own, and keeps the mask

@@ -45,7 +45,8 @@ class _FusedDropout(torch.autograd.Function):
 @pytest.fixture(autouse=True)
 def cuda_like(monkeypatch):
     """What differs on a GPU: peft asks whether CUDA's autocast is on, and dropout is one kernel."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+    asked = torch.is_autocast_enabled  # of a device it must stay true: autocast's own exit asks, too
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asked(*device) if device else True)
     monkeypatch.setattr(
         torch.nn.functional,
         "dropout",

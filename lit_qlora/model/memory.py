@@ -16,7 +16,7 @@ CONTEXT = int(0.35 * GIB)
 """What CUDA itself takes of a card for a process, kernels included. An estimate, not measured on a T4."""
 FRAGMENTATION = 0.11
 """What torch's allocator holds of the card beyond its tensors: 7 to 13 % in 17 settings measured on an H200."""
-RESERVE = 0.05
+RESERVE = 0.09
 """The share of a card left free where a setting is chosen: as far as the prediction may be wrong."""
 WORKSPACE = 2 * 8_519_680
 """cuBLAS's scratch, for the forward's and the backward's thread (`getChosenWorkspaceSize` in torch)."""
@@ -159,11 +159,11 @@ def kept_activations(step: Step) -> int:
 def loss_bytes(step: Step) -> int:
     """The last norm and the chunked cross entropy, while its last chunk is under way.
 
-    A chunk's logits stand in 16 bits and in fp32; from the second chunk on, the first one's are still there.
+    A chunk's logits stand in 16 bits and in fp32.
     """
     hidden, rows = step.shape.hidden, min(step.scored_tokens, CHUNK_ROWS)
     copies = 4 if step.element == 4 else 4 + step.element
-    logits = rows * step.shape.vocabulary * (copies + (4 if step.scored_tokens > CHUNK_ROWS else 0))
+    logits = rows * step.shape.vocabulary * copies
     states = step.tokens * (4 + step.element) * hidden + 2 * step.scored_tokens * step.element * hidden
     return logits + states + rows * step.element * hidden
 

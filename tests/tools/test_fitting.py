@@ -38,11 +38,11 @@ def test_what_fits_is_left_alone():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"checkpointing": "none"}, "--model.checkpointing full"),
-        ({"gib": 5.9}, "--data.batch_size 2 --trainer.accumulate_grad_batches 8"),
-        ({"gib": 6.3, "plan": BatchPlan(tokens=4096)}, "--data.batch_tokens 3072 --trainer.accumulate_grad_batches 8"),
-        ({"gib": 6.2, "num_samples": 8, "plan": BatchPlan(rows=1)}, "--samples.count 4"),
-        ({"gib": 7.8, "rank": 128, "plan": BatchPlan(rows=1)}, "--model.optimizer adamw_8bit"),
+        ({"checkpointing": "none"}, "--model.checkpointing auto"),
+        ({"gib": 6.6}, "--data.batch_size 2 --trainer.accumulate_grad_batches 8"),
+        ({"gib": 6.9, "plan": BatchPlan(tokens=4096)}, "--data.batch_tokens 3072 --trainer.accumulate_grad_batches 8"),
+        ({"gib": 6.6, "num_samples": 8, "plan": BatchPlan(rows=1)}, "--samples.count 4"),
+        ({"gib": 9.0, "rank": 128, "plan": BatchPlan(rows=1)}, "--model.optimizer adamw_8bit"),
     ],
 )
 def test_one_option_where_one_will_do(settings, expected):
@@ -54,7 +54,7 @@ def test_one_option_where_one_will_do(settings, expected):
 
 
 def test_two_options_where_one_will_not_do():
-    words, after = smallest_change(seven(gib=7.4, checkpointing="none", rank=64))
+    words, after = smallest_change(seven(gib=8.0, checkpointing="none", rank=64))
     assert words == "--model.checkpointing full --data.batch_size 1 --trainer.accumulate_grad_batches 16"
     assert after.fits()
 
@@ -76,7 +76,7 @@ def test_the_quickest_fits_with_room_and_keeps_the_step():
     before = seven()
     words, after = quickest(before)
     assert after.hours() < 0.8 * before.hours()
-    assert after.peak().on_card <= 0.95 * DEFAULT.memory_gib * GIB
+    assert after.peak().on_card <= 0.91 * DEFAULT.memory_gib * GIB
     step = [s.epoch()[0].padded_tokens / s.epoch()[0].num_micro_batches * s.accumulate for s in (before, after)]
     assert 0.7 < step[1] / step[0] < 1.4
     assert "--data.batch_tokens" in words

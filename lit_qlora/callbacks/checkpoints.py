@@ -105,7 +105,7 @@ class RunCheckpoints(StepCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loads the best adapter back into the module, and removes what a kill behind the last save left over."""
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.saved_step is None:
             self._remove_old()
         if self._unsaved:
             self._save_adapter(trainer, pl_module)

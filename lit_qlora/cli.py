@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lit_qlora.errors import UserError
 from lit_qlora.signals import leave_in_one_line
+from lit_qlora.storage.files import SaveError
 
 TOOLS = ("predict", "merge", "export")
 
@@ -37,6 +38,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _run(args: list[str]) -> int:

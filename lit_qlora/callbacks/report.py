@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_qlora.callbacks.checkpoints import RunCheckpoints, read_result
+from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, read_result
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import is_last_step, read_metrics
 from lit_qlora.storage.files import write_file
@@ -37,6 +37,8 @@ class Report(Callback):
         self, run: RunFolder, memory: PeakMemory, resumed_from: str | None, checkpoints: RunCheckpoints
     ) -> None:
         self.run, self.memory, self.resumed_from, self.checkpoints = run, memory, resumed_from, checkpoints
+        self.was_told = False
+        """Whether the end was reached; a run that was killed between its last save and its end begins behind it."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The decisions, once model and data are there."""
@@ -76,13 +78,15 @@ class Report(Callback):
             return
         for logger in trainer.loggers:
             logger.save()
-        if not (is_last_step(trainer) or _stopped_early(trainer)):
+        self.was_told = True
+        if not (is_last_step(trainer) or has_stopped_early(trainer)):
             print(f"stopped at step {trainer.global_step}; the same command goes on from here", flush=True)
             return
         if self.checkpoints.failures:  # the run is not finished: the same command, given again, ends it once more
             return
         mark = {"step": trainer.global_step, "steps": trainer.datamodule.num_optimizer_steps()}  # type: ignore[attr-defined]
-        write_file(self.run.finished_mark, json.dumps(mark))
+        if not self.checkpoints.attempt("mark", lambda: write_file(self.run.finished_mark, json.dumps(mark))):
+            return
         print("\n".join(["", *before_and_after(self.run), *self._closing()]), flush=True)
 
     def _closing(self) -> list[str]:
@@ -106,10 +110,6 @@ def before_and_after(run: RunFolder) -> list[str]:
         if name in before and name in after:
             lines.append(f"{title:32}{show(float(before[name])):>12}   {show(float(after[name]))}")
     return lines
-
-
-def _stopped_early(trainer: Trainer) -> bool:
-    return any(callback.stopped_epoch > 0 for callback in trainer.early_stopping_callbacks)
 
 
 def _say(topic: str, line: str) -> None:

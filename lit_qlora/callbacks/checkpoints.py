@@ -108,7 +108,9 @@ class RunCheckpoints(StepCallback):
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Loads the best adapter back into the module."""
+        """Loads the best adapter back into the module, and removes what a kill behind the last save left over."""
+        if trainer.is_global_zero and self.saved_step is None:
+            self._remove_old()
         if self._unsaved:
             self._save_adapter(trainer, pl_module)
         elif read_result(self.run.adapter) is None:  # no validation: the last is the best there is

@@ -8,7 +8,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ class Row(NamedTuple):
     value: dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Reads every row of a file, by its ending.
+def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
+    """Reads every row of a file, by its ending; the first line of a .csv has to name one of ``columns``.
 
     Raises:
         UserError: when the file can't be read, is not what its ending says, or holds no rows.
@@ -41,9 +41,10 @@ def read_rows(path: Path) -> list[Row]:
     data = _read_bytes(path)
     if ending == ".parquet":
         rows = list(_parquet_rows(path, data))
+    elif ending == ".csv":
+        rows = list(_csv_rows(path, _decode(path, data), columns))
     else:
-        read = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}[ending]
-        rows = list(read(path, _decode(path, data)))
+        rows = list((_jsonl_rows if ending == ".jsonl" else _json_rows)(path, _decode(path, data)))
     if not rows:
         raise UserError(f"{path}: holds no rows, expected some such as {EXAMPLE}; check how it was made")
     return rows
@@ -150,7 +151,7 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         yield Row(where, _object(where, row))
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
@@ -166,9 +167,9 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
             continue
         if not header:
             header = cells
-            if not any(nearest(name.lower(), list(COLUMNS)) for name in header):
+            if not any(nearest(name.lower(), list(columns)) for name in header):
                 raise UserError(
-                    f"{where}: no column 'text', columns found: {excerpt(header)};"
+                    f"{where}: no column {columns[-1]!r}, columns found: {excerpt(header)};"
                     " the first line of a .csv names the columns"
                 )
         elif len(cells) != len(header):

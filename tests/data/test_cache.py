@@ -142,7 +142,7 @@ def test_an_encoding_that_was_cut_off_leaves_nothing_and_is_made_anew(tokenizer,
                 raise OSError("disk full")
             yield one
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="disk full"):
         patch.setattr(Encoder, "examples", breaks)
         encode_records(TALKS, Encoder(tokenizer, 1024))
     assert [*folder.iterdir()] == []

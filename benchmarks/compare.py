@@ -12,6 +12,7 @@ a table, a picture, and one line of JSON.
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -122,9 +123,11 @@ def _measure(options: argparse.Namespace, spec: Path, folder: Path) -> dict[str,
             done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
             last = done.stdout.strip().rpartition("\n")[2]
             if done.returncode or not last.startswith("{"):
-                reason = (done.stderr.strip() or done.stdout).splitlines()[-1:] or ["?"]
-                print(f"{peer}: not measured: {reason[0][:300]}", file=sys.stderr, flush=True)
-                results[peer].append({"failed": reason[0][:300]})
+                reason = _reason(done.stderr or done.stdout)
+                options.output.mkdir(parents=True, exist_ok=True)
+                (options.output / f"{peer}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+                print(f"{peer}: not measured: {reason}", file=sys.stderr, flush=True)
+                results[peer].append({"failed": reason})
                 continue
             results[peer].append(json.loads(last))
             found = results[peer][-1]
@@ -136,6 +139,13 @@ def _measure(options: argparse.Namespace, spec: Path, folder: Path) -> dict[str,
                 flush=True,
             )
     return results
+
+
+def _reason(log: str) -> str:
+    """The line of a log that tells what went wrong."""
+    lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or ["no output"])[-1][:300]
 
 
 def _report(options: argparse.Namespace, results: dict[str, list[dict]]) -> dict:

@@ -34,6 +34,32 @@ class Batch(NamedTuple):
     """Where several conversations are packed into one row, without padding: tokens of each. None sees another."""
 
 
+def halves(batch: Batch) -> list[Batch]:
+    """``batch`` as two, each with about half of its conversations; as it is where there is only one.
+
+    The denominator of the loss stays: the losses of the two add up to that of ``batch``.
+    """
+    count = len(batch.lengths) or len(batch.input_ids)
+    if count < 2:
+        return [batch]
+    middle, width = count // 2, batch.input_ids.shape[1]
+    edge = sum(batch.lengths[:middle]) or middle * width  # in the flattened ids
+    ids = batch.input_ids.flatten()
+    parts = []
+    for start, end, some in ((0, edge, slice(middle)), (edge, len(ids), slice(middle, None))):
+        inside = (batch.positions >= start) & (batch.positions < end)
+        parts.append(
+            batch._replace(
+                input_ids=ids[start:end].view(1 if batch.lengths else -1, -1 if batch.lengths else width),
+                positions=batch.positions[inside] - start,
+                targets=batch.targets[inside],
+                rows=batch.rows[some],
+                lengths=batch.lengths[some],
+            )
+        )
+    return parts
+
+
 def answer_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Positions and targets of ``labels`` ``[B, T]``: position t predicts the label at t + 1.
 

@@ -30,6 +30,8 @@ WARNINGS = (
     r".*is_gradient_checkpointing` is deprecated.*",
     # In fp16 the gradient scaler skips first steps by design; they are counted, and recorded.
     r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
+    # A checkpoint may have a word of early stopping, which scoring and a start without it have no use for.
+    r".*Be aware that when using `ckpt_path`, callbacks used to create the checkpoint.*",
     # Figures are recorded after the last step, too, whatever the interval.
     r".*is smaller than the logging interval.*",
 )

@@ -93,7 +93,8 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
     num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
     adapters = 2 * 4 * num_trained
     states = 12 * num_trained * (keep_checkpoints + 1)
-    run.check_room(adapters + states)
+    here = (file for folder in (run.adapter, run.checkpoints) for file in folder.rglob("*") if file.is_file())
+    run.check_room(adapters + states - sum(file.stat().st_size for file in here))
     copies = Copies(module.quantized_cache)
     download = missing_bytes(module.base)
     if download and copies.find(module.base, None, "*"):

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -26,10 +25,11 @@ from lit_qlora.callbacks.progress import RunProgress
 from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.steps import SeedByPosition
-from lit_qlora.callbacks.stop import StopOnSignal, TimeLimit, parse_max_time
+from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit, parse_max_time
 from lit_qlora.callbacks.tell import tell
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.callbacks.trial import Trial
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.load import check_settings
@@ -213,13 +213,15 @@ class QLoRACLI(LightningCLI):
         memory = PeakMemory()
         patience = options.early_stopping
         require(patience is None or patience >= 1, "early_stopping", "none, or a whole number from 1", patience)
-        early = [EarlyStopping("val/loss", patience=patience)] if patience else []
+        early = [StopWithoutGain("val/loss", patience=patience)] if patience else []
         resumed = self.resume_from.name if self.resume_from else None
+        self.report = Report(self.run, memory, resumed, checkpoints)
         callbacks = [
             SeedByPosition(options.data.seed),
             UpdateGuard(options.max_nonfinite_losses),
             *figures,
             memory,
+            Trial(),
             HeldOutMetrics(),
             options.samples,
             *bars,
@@ -227,7 +229,7 @@ class QLoRACLI(LightningCLI):
             *limits,
             RunIdentity(),
             checkpoints,
-            Report(self.run, memory, resumed, checkpoints),
+            self.report,
             stop,
         ]
         step = int(resumed.rpartition("-")[2]) if resumed else None
@@ -244,6 +246,9 @@ class QLoRACLI(LightningCLI):
     def fit(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
         """Trains, from the start or from the newest whole checkpoint."""
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
+        if not self.report.was_told:  # killed between its last save and its end: Lightning sees nothing left to do
+            self.checkpoints.on_train_end(self.trainer, model)
+            self.report.on_train_end(self.trainer, model)
         if self.checkpoints.failures:
             problems = "; ".join(self.checkpoints.failures.values())
             print(

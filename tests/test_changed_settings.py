@@ -181,3 +181,11 @@ def test_the_same_length_says_nothing_of_it(here: Path, capsys: pytest.CaptureFi
     assert main(FIT) == 0
     out = capsys.readouterr().out
     assert "became" not in out and "changed" not in out
+
+
+def test_early_stopping_may_come_and_go(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, "--early_stopping", "3"]) == 0
+    assert "   run  changed: early_stopping: None -> 3\n" in capsys.readouterr().out
+    assert main(["validate", "--run", "run", "--ckpt_path", "last"]) == 0
+    assert main([*FIT, "--trainer.max_steps", "7"]) == 0
+    assert capsys.readouterr().err == ""

@@ -30,7 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_last_save_that_fails_ends_with_status_1_and_the_same_command_mends_it(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = folders.sync_file
 
@@ -50,9 +50,52 @@ def test_a_last_save_that_fails_ends_with_status_1_and_the_same_command_mends_it
     assert not Path("run/finished.json").exists()
     assert main(FIT) == 0
     assert Path("run/finished.json").is_file()
-    assert main(["fit", "--run", "whole", *QUICK]) == 0
     for name in ("checkpoints/step-00000004/state.safetensors", "adapter/adapter_model.safetensors"):
-        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+        assert Path("run", name).read_bytes() == (finished / "run" / name).read_bytes()
+
+
+def test_a_run_killed_between_its_last_save_and_its_end_is_ended_by_the_next_start(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "finished.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))  # the last one is in the checkpoint until then
+    assert main(FIT) == 0
+    out, err = capsys.readouterr()
+    assert "held-out loss " in out and "best adapter: run/adapter\n" in out
+    assert err == ""
+    assert (run / "finished.json").read_text() == '{"step": 4, "steps": 4}'
+    assert (run / "metrics.jsonl").read_text() == "".join(lines)
+
+
+def test_a_finished_mark_that_cannot_be_written_is_one_line_and_status_1(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        if target.name == "finished.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    assert main(FIT) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: run/finished.json could not be saved: Input/output error (")
+    assert last.startswith("error: trained to the end, and not saved: run/finished.json could not be saved: ")
+
+
+def test_a_config_that_cannot_be_written_is_one_line_and_status_1(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def replace(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    assert main(FIT) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: run/config.yaml could not be saved: No space left on device (0.0 MB needed, ")
+    assert not Path("run").exists()
 
 
 # Damage
@@ -103,14 +146,15 @@ def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], dam
     error = capsys.readouterr().err
     assert error.startswith("error: ckpt_path: run/checkpoints/step-00000004: ")
     assert error.endswith("; give best, last, base, or a folder that is whole\n")
-    assert main(FIT) == 0
-    warning = capsys.readouterr().err
-    assert warning.startswith("warning: run/checkpoints/step-00000004: '")
-    assert warning.endswith("; going back to the checkpoint before\n")
-    assert (run / "checkpoints/step-00000004/state.safetensors").read_bytes() == whole
-    (run / "finished.json").unlink()
-    for step in (2, 4):
-        DAMAGES[damage](run / f"checkpoints/step-0000000{step}/state.safetensors")
+    if damage in ("flipped", "without a manifest"):
+        assert main(FIT) == 0
+        warning = capsys.readouterr().err
+        assert warning.startswith("warning: run/checkpoints/step-00000004: '")
+        assert warning.endswith("; going back to the checkpoint before\n")
+        assert (run / "checkpoints/step-00000004/state.safetensors").read_bytes() == whole
+        (run / "finished.json").unlink()
+        DAMAGES[damage](run / "checkpoints/step-00000004/state.safetensors")
+    DAMAGES[damage](run / "checkpoints/step-00000002/state.safetensors")
     assert main(FIT) == 2
     assert capsys.readouterr().err.splitlines()[2:] == [
         "error: run: no checkpoint in run/checkpoints is whole; start anew with another --run"

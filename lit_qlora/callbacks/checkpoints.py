@@ -76,6 +76,10 @@ class RunCheckpoints(StepCallback):
         self._last_save_at = clock()
         self._unsaved: Best | None = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves a run that early stopping had ended, and that was killed right behind its last save, ended."""
+        trainer.should_stop |= has_stopped_early(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         super().on_train_start(trainer, pl_module)
@@ -104,7 +108,9 @@ class RunCheckpoints(StepCallback):
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Loads the best adapter back into the module."""
+        """Loads the best adapter back into the module, and removes what a kill behind the last save left over."""
+        if trainer.is_global_zero and self.saved_step is None:
+            self._remove_old()
         if self._unsaved:
             self._save_adapter(trainer, pl_module)
         elif read_result(self.run.adapter) is None:  # no validation: the last is the best there is
@@ -114,6 +120,15 @@ class RunCheckpoints(StepCallback):
         else:
             pl_module.load_adapter_weights(self.run.adapter)  # type: ignore[operator]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best adapter, where it is not on the disk: a checkpoint must not leave it behind."""
+        best = self._unsaved
+        return {"result": best.result, "weights": best.weights} if best else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on trying to save it."""
+        self._unsaved = Best(state_dict["result"], state_dict["weights"])
+
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         self._is_due = False
         if self._unsaved:
@@ -122,7 +137,7 @@ class RunCheckpoints(StepCallback):
             logger.save()
         target = self.run.checkpoint(trainer.global_step)
         self._last_save_at = self.clock()
-        if not self._try("checkpoint", lambda: self._write_checkpoint(trainer, target)):
+        if not self.attempt("checkpoint", lambda: self._write_checkpoint(trainer, target)):
             return
         self.saved_step = trainer.global_step
         self.longest_save_s = max(self.longest_save_s, self.clock() - self._last_save_at)
@@ -169,23 +184,30 @@ class RunCheckpoints(StepCallback):
         if now:
             module.load_state_dict(best.weights)
         try:
-            if not trainer.is_global_zero or self._try("adapter", write):
+            if not trainer.is_global_zero or self.attempt("adapter", write):
                 self._unsaved = None
         finally:
             if now:
                 module.load_state_dict(now)
 
-    def _try(self, what: str, save: Callable[[], None]) -> bool:
+    def attempt(self, what: str, save: Callable[[], None]) -> bool:
         """Whether ``save`` came through; if not, one line says why, and the next save is another try."""
         try:
             save()
         except OSError as error:
             problem = str(error) if isinstance(error, SaveError) else str(SaveError(self.run.path, error))
+            if self.failures.get(what) != problem:
+                tell(f"error: {problem}; training goes on, the next save tries again")
             self.failures[what] = problem
-            tell(f"error: {problem}; training goes on, the next save tries again")
             return False
         self.failures.pop(what, None)
         return True
+
+
+def has_stopped_early(trainer: Trainer) -> bool:
+    """Whether the held-out loss has not become better for as long as early stopping allows."""
+    early: Any = trainer.early_stopping_callbacks
+    return any(callback.wait_count >= callback.patience for callback in early)
 
 
 def _is_on_edge(trainer: Trainer) -> bool:

@@ -1,6 +1,8 @@
 """Owns the watch over memory: peaks by phase, of the GPU as torch sees it and of the host. Knows no model."""
 
 import sys
+import threading
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,12 +15,14 @@ GIB = 1024**3
 class PeakMemory(Callback):
     """Records the peak of each phase: loading, training (up to each validation) and validation.
 
-    Allocated is what tensors take; reserved is what torch holds of the card, and what must fit. The
-    host's peak is the process's highest so far.
+    Allocated is what tensors take; reserved is what torch holds of the card, and what must fit. The host's peak is
+    the process's highest so far, weights' files left out that are mapped while they are read: the system takes
+    those pages back when it is short.
     """
 
     def __init__(self) -> None:
         self.peaks_gib: dict[str, float] = {}
+        self._host = _HostWatch()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the phase of loading."""
@@ -44,16 +48,39 @@ class PeakMemory(Callback):
             for name, peak in ((f"{phase}_allocated", allocated), (f"{phase}_reserved", reserved)):
                 self.peaks_gib[name] = max(peak, self.peaks_gib.get(name, 0.0))
             torch.cuda.reset_peak_memory_stats()
-        host = _host_peak_gib()
+        host = self._host.peak_gib()
         if host is not None:
             self.peaks_gib["host"] = host
 
 
-def _host_peak_gib() -> float | None:
-    """The most memory that this process ever held on the host; None where the system doesn't tell."""
-    if sys.platform == "win32":
-        return None
-    import resource
+class _HostWatch:
+    """The most memory that this process held on the host, seen five times a second; the system keeps no such peak."""
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    INTERVAL_S = 0.2
+
+    def __init__(self) -> None:
+        self._peak_bytes = 0
+        if Path("/proc/self/status").is_file():
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def peak_gib(self) -> float | None:
+        """So far; elsewhere than on Linux, with mapped files; None where the system tells nothing."""
+        if Path("/proc/self/status").is_file():
+            self._look()
+            return self._peak_bytes / GIB
+        if sys.platform == "win32":
+            return None
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+    def _watch(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(self.INTERVAL_S):
+            self._look()
+
+    def _look(self) -> None:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        held = (line.split()[1] for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+        self._peak_bytes = max(self._peak_bytes, sum(int(kib) * 1024 for kib in held))

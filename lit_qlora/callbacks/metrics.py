@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lit_qlora.batch import Batch
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.tell import tell
+from lit_qlora.callbacks.tensorboard import RunTensorBoard
 
 
 def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
@@ -199,14 +200,19 @@ class TrainMetrics(StepCallback):
         self.sums = dict(state_dict)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the open line."""
+        """Adds the open line, and what TensorBoard has of its step."""
         for file in _metrics_files(trainer):
             checkpoint["metrics_line"] = file.state_dict()
+        for board in _boards(trainer):
+            checkpoint["tensorboard"] = board.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Opens it again."""
         for file in _metrics_files(trainer):
             file.load_state_dict(checkpoint["metrics_line"])
+        for board in _boards(trainer):
+            if "tensorboard" in checkpoint:  # not where it was switched off then
+                board.load_state_dict(checkpoint["tensorboard"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the last line, for those who read the file now."""
@@ -216,6 +222,10 @@ class TrainMetrics(StepCallback):
 
 def _metrics_files(trainer: Trainer) -> list[MetricsFile]:
     return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
+
+
+def _boards(trainer: Trainer) -> list[RunTensorBoard]:
+    return [logger for logger in trainer.loggers if isinstance(logger, RunTensorBoard)]
 
 
 class HeldOutMetrics(StepCallback):

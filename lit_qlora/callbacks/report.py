@@ -9,9 +9,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_qlora.callbacks.checkpoints import RunCheckpoints, read_result
+from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, read_result
 from lit_qlora.callbacks.memory import PeakMemory
-from lit_qlora.callbacks.metrics import is_last_step, read_metrics
+from lit_qlora.callbacks.metrics import is_last_step, read_metrics, record
+from lit_qlora.callbacks.outlook import plan_lines, planned_step
+from lit_qlora.model.memory import GIB, step_memory
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.run import RunFolder
 
@@ -37,6 +39,9 @@ class Report(Callback):
         self, run: RunFolder, memory: PeakMemory, resumed_from: str | None, checkpoints: RunCheckpoints
     ) -> None:
         self.run, self.memory, self.resumed_from, self.checkpoints = run, memory, resumed_from, checkpoints
+        self.predicted_gib: float | None = None
+        self.was_told = False
+        """Whether the end was reached; a run that was killed between its last save and its end begins behind it."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The decisions, once model and data are there."""
@@ -54,12 +59,19 @@ class Report(Callback):
             batch += f" x {trainer.accumulate_grad_batches} accumulated"
         reason: str = trainer.precision_reason  # type: ignore[attr-defined]
         _say("train", f"{steps:,} steps of {batch}; precision {trainer.precision} ({reason})")
+        for line in plan_lines(module, data, trainer):
+            _say("plan", line)
+        planned = planned_step(module, data, trainer)
+        if planned:
+            self.predicted_gib = step_memory(planned[0]).reserved / GIB
         _say("run", f"{self.run.path}" + (f", going on from {self.resumed_from}" if self.resumed_from else ""))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One line a validation."""
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
+        if self.predicted_gib is not None:
+            record(trainer, {"memory/predicted_reserved_gib": self.predicted_gib})
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         best = read_result(self.run.adapter)
         mark = "  (best so far)" if best and best["step"] == trainer.global_step else ""
@@ -76,19 +88,24 @@ class Report(Callback):
             return
         for logger in trainer.loggers:
             logger.save()
-        if not (is_last_step(trainer) or _stopped_early(trainer)):
+        self.was_told = True
+        if not (is_last_step(trainer) or has_stopped_early(trainer)):
             print(f"stopped at step {trainer.global_step}; the same command goes on from here", flush=True)
             return
         if self.checkpoints.failures:  # the run is not finished: the same command, given again, ends it once more
             return
         mark = {"step": trainer.global_step, "steps": trainer.datamodule.num_optimizer_steps()}  # type: ignore[attr-defined]
-        write_file(self.run.finished_mark, json.dumps(mark))
+        if not self.checkpoints.attempt("mark", lambda: write_file(self.run.finished_mark, json.dumps(mark))):
+            return
         print("\n".join(["", *before_and_after(self.run), *self._closing()]), flush=True)
 
     def _closing(self) -> list[str]:
         peaks = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.memory.peaks_gib.items())
+        predicted = (
+            "" if self.predicted_gib is None else f"; predicted for training, reserved: {self.predicted_gib:.2f}"
+        )
         return [
-            f"peak memory (GiB): {peaks}",
+            f"peak memory (GiB): {peaks}{predicted}",
             f"best adapter: {self.run.adapter}",
             f"curves: tensorboard --logdir {self.run.path.parent}",
         ]
@@ -106,10 +123,6 @@ def before_and_after(run: RunFolder) -> list[str]:
         if name in before and name in after:
             lines.append(f"{title:32}{show(float(before[name])):>12}   {show(float(after[name]))}")
     return lines
-
-
-def _stopped_early(trainer: Trainer) -> bool:
-    return any(callback.stopped_epoch > 0 for callback in trainer.early_stopping_callbacks)
 
 
 def _say(topic: str, line: str) -> None:

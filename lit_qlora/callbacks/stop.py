@@ -1,4 +1,4 @@
-"""Owns when a run ends before its last step: Ctrl-C, SIGTERM, or a time limit. The step under way is saved first.
+"""Owns when a run ends before its last step: Ctrl-C, SIGTERM, a time limit, or no more gain; saved, all of them.
 
 Knows no files; `RunCheckpoints` saves.
 """
@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
@@ -121,6 +122,14 @@ class TimeLimit(StepCallback):
         margin_s = self._longest_step_s + self._longest_validation_s + self.stop.checkpoints.longest_save_s
         if now + margin_s >= self.ends_at:
             self.stop.ask(0, " by max_time")
+
+
+class StopWithoutGain(EarlyStopping):
+    """Ends the run after so many validations without a better held-out loss."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Lightning's, but the patience is the command line's and not the checkpoint's."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 def parse_max_time(text: str) -> float:

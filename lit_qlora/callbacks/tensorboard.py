@@ -16,7 +16,10 @@ from lit_qlora.callbacks.tell import tell
 
 
 class RunTensorBoard(TensorBoardLogger):
-    """Writes into ``run``; steps after ``resumed_step`` that an earlier process wrote are dropped from view.
+    """Writes into ``run``; figures that an earlier process wrote from ``resumed_step`` on are dropped from view.
+
+    Those of that step itself come back from the checkpoint: a validation in the middle of the next window still
+    adds to it, and the earlier process may have come so far, or not.
 
     Where it can't be written any more, that is told once, and the curves of this start end there.
     """
@@ -25,8 +28,9 @@ class RunTensorBoard(TensorBoardLogger):
         # Where TensorFlow is installed, as on Colab, TensorBoard would import it, for seconds and pages.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
         _silence_writer_thread()
-        purge: dict[str, Any] = {} if resumed_step is None else {"purge_step": resumed_step + 1}
-        super().__init__(save_dir=run, name="", version="", **purge)
+        self._purged_from = resumed_step or 0  # a run killed before its first save has written steps, too
+        super().__init__(save_dir=run, name="", version="", purge_step=self._purged_from)
+        self._step, self._figures = -1, dict[str, float]()
         self.config_text = config_text
         self._is_fresh = resumed_step is None
         self._is_broken = False
@@ -37,11 +41,24 @@ class RunTensorBoard(TensorBoardLogger):
             self._is_fresh = False
             indented = "".join(f"    {line}\n" for line in self.config_text.splitlines())
             self.add_text("config", indented, 0)
+        assert step is not None, "figures are recorded under a step"
         self._try(lambda: TensorBoardLogger.log_metrics(self, metrics, step))
+        if step != self._step:
+            self._step, self._figures = step, {}
+        self._figures |= {name: float(value) for name, value in metrics.items()}
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Adds a text, in Markdown."""
         self._try(lambda: self.experiment.add_text(tag, text, step))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures of the newest step."""
+        return {"step": self._step, "figures": dict(self._figures)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Adds them again, where they were dropped."""
+        if state_dict["step"] >= self._purged_from:
+            self.log_metrics(state_dict["figures"], state_dict["step"])
 
     def save(self) -> None:
         """Flushes; Lightning's own would also leave an hparams.yaml, and config.yaml is the record."""

@@ -9,7 +9,8 @@ from functools import cached_property
 
 from lightning.pytorch import LightningDataModule
 
-from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader
+from lit_qlora.batch import Batch
+from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.encode import Encoder, TrainOn, load_tokenizer
 from lit_qlora.data.records import Form, Records, has_split, load_records, load_train_and_held_out
@@ -136,6 +137,13 @@ class ChatDataModule(LightningDataModule):
     def _first_epoch(self) -> list[list[int]]:
         """Kept, for the number of steps is asked for after each of them."""
         return self.plan.epoch(self._rows["train"].lengths, self.seed, 0)
+
+    def largest_batch(self) -> Batch:
+        """The training micro-batch with the most tokens, padding counted: the first of an epoch."""
+        rows = self._first_epoch[0]
+        examples = self._rows["train"].examples
+        answers = sum(self._rows["train"].answer_tokens[row] for row in rows)
+        return collate([(row, examples[row]) for row in rows], answers, self.plan.packed)
 
     def val_dataloader(self) -> EvaluationLoader:
         """The held-out rows."""

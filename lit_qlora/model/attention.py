@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 class Places(NamedTuple):
-    """Where tokens stand: rotary ``cos`` and ``sin``, each ``[1, T, head width]``.
+    """Where tokens stand: rotary ``cos`` and ``sin``, each ``[1, T, head width]``, as `pointwise.rotate` takes them.
 
     Where a row holds several conversations, ``lengths`` are their tokens, and ``bounds`` where they begin and end,
     int32.
@@ -29,11 +29,16 @@ def find_places(rotary: Any, hidden: Tensor, lengths: tuple[int, ...]) -> Places
     """The places of ``hidden`` ``[B, T, h]`` by ``rotary``, transformers' rotary embedding of the model."""
     if not lengths:
         cos, sin = rotary(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
-        return Places(cos, sin)
+        return Places(cos, _half_negated(sin))
     within = torch.cat([torch.arange(length) for length in lengths])
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     cos, sin = rotary(hidden, within[None].to(hidden.device))
-    return Places(cos, sin, lengths, bounds.to(hidden.device))
+    return Places(cos, _half_negated(sin), lengths, bounds.to(hidden.device))
+
+
+def _half_negated(sin: Tensor) -> Tensor:
+    first, second = sin.chunk(2, -1)
+    return torch.cat((-first, second), -1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:

@@ -1,6 +1,7 @@
 """Owns the training of a 4-bit Llama with LoRA: a LightningModule, its options and its hooks.
 
-The Trainer drives it; precision is the Trainer's, batches are the DataModule's. Knows no text.
+The Trainer drives it; precision is the Trainer's, batches are the DataModule's; `learning.py` makes gradients of
+them. Knows no text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import SumMetric
 
@@ -22,6 +22,7 @@ from lit_qlora.model.copies import Copies
 from lit_qlora.model.decoder import Layer, run_layers, take_apart, why_not
 from lit_qlora.model.device import Attention, check_attention, compute_dtype, current_device
 from lit_qlora.model.generate import Sampling, generate
+from lit_qlora.model.learning import LearnsInParts
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import OptimizerName, Schedule, make_optimizer, make_schedule
 from lit_qlora.model.pointwise import EAGER, compiled
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-class QLoRAModule(LightningModule):
+class QLoRAModule(LearnsInParts):
     """A Llama in 4-bit with LoRA on its linear layers.
 
     Args:
@@ -72,7 +73,7 @@ class QLoRAModule(LightningModule):
         schedule: Schedule = "cosine",
         optimizer: OptimizerName = "adamw",
         weight_decay: float = 0.0,
-        checkpointing: Checkpointing = "full",
+        checkpointing: Checkpointing = "auto",
         compile: bool | Literal["auto"] = "auto",  # noqa: A002  # the option is called by the field's own word
         attention: Attention = "sdpa",
         quantized_cache: str = "auto",
@@ -99,8 +100,6 @@ class QLoRAModule(LightningModule):
         self.model: PeftModel | None = None
         self.slow_because: str | None = None
         """Why the layers are transformers' and peft's own in training; None where they are ours."""
-        self.kept_layers = 0
-        """How many layers keep what their matrix products gave, for the backward pass."""
         self._layers: list[Layer] | None = None
         self.gradient_norm: Tensor = torch.tensor(0.0)
         """Of the last optimizer step, before clipping."""
@@ -192,7 +191,7 @@ class QLoRAModule(LightningModule):
 
     def _choose_kept_layers(self) -> int:
         if self.checkpointing == "full" or (self.checkpointing == "auto" and self.device.type != "cpu"):
-            return 0
+            return 0  # on a GPU, `callbacks.trial` knows the batches, and so how many fit
         return self.base.shape.num_layers
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -215,19 +214,6 @@ class QLoRAModule(LightningModule):
         hidden = decoder.embed_tokens(batch.input_ids)
         places = find_places(decoder.rotary_emb, hidden, batch.lengths)
         return decoder.norm(run_layers(self._layers, hidden, places, self.kept_layers))  # type: ignore[no-any-return]
-
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """The sum of the token losses over the answer tokens of the whole optimizer step."""
-        loss_sum, num_correct, num_answers = self.summed_loss(batch)
-        # Lightning divides by the micro-batches of a step, and its strategy by the devices: both are undone
-        # here, for the one right denominator is already in the batch.
-        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return {
-            "loss": loss_sum * (shares / max(batch.step_answer_tokens, 1)),
-            "loss_sum": loss_sum.detach(),
-            "num_correct": num_correct,
-            "num_answers": num_answers,
-        }
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the sums over the held-out rows."""

@@ -5,7 +5,7 @@ Plain functions with their gradients; on a GPU, torch.compile makes one kernel o
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +40,12 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of ``[B, T, heads, head width]``; with ``-sin`` it turns back.
 
-    Heads stand behind tokens, as the matrix product leaves them: in the order of attention, a GPU would read and
-    write with large steps.
+    ``cos`` and ``sin`` are ``[1, T, head width]``, the first half of ``sin`` negated: each half then takes the other as
+    it is, and nothing is put together in between. Heads stand behind tokens, as the matrix product leaves them: in the
+    order of attention, a GPU would read and write with large steps.
     """
-    first, second = heads.chunk(2, -1)
-    return heads * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
+    halves = heads.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return heads * cos.unsqueeze(2) + halves * sin.unsqueeze(2)
 
 
 class Pointwise(NamedTuple):
@@ -62,11 +63,24 @@ EAGER = Pointwise(rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate)
 
 @cache
 def compiled() -> Pointwise:
-    """One kernel each, for every length: lengths are symbols to the compiler, so that a new one compiles nothing."""
-    return Pointwise(
-        torch.compile(rms_norm, dynamic=True),
-        torch.compile(rms_norm_backward, dynamic=True),
-        torch.compile(swiglu, dynamic=True),
-        torch.compile(swiglu_backward, dynamic=True),
-        torch.compile(rotate, dynamic=True),
-    )
+    """One kernel each, for every length.
+
+    Rows and tokens are symbols to the compiler, so that another length compiles nothing; widths are numbers, or it
+    would divide by symbols for every value it reads (ten times the time, for a rotation).
+    """
+    return Pointwise(*(_compiled(function) for function in EAGER))  # type: ignore[arg-type]  # one of each
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    run = torch.compile(function)
+
+    def marked(*args: Any) -> Any:
+        # Detached: the compiler looks at a tensor's gradient, and torch warns where it is no leaf.
+        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.dim() > 1:
+                for dim in range(min(arg.dim() - 1, 2)):
+                    torch._dynamo.maybe_mark_dynamic(arg, dim)
+        return run(*args)
+
+    return marked

@@ -78,7 +78,7 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False) -> None:
     temporary = _aside(target, "tmp")
     files = _read_manifest(source)
     try:
-        for name in (*files, MANIFEST):  # the manifest comes last: until then, nothing is whole
+        for name in (*files, MANIFEST):
             copy = temporary / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, copy)

@@ -134,7 +134,8 @@ class RunFolder:
                 now = datetime.now().astimezone().isoformat(timespec="microseconds")
                 write_file(path, f"{_STARTED}{now}\n{text}")
                 return path
-            if path.read_text(encoding="utf-8").removeprefix(_first_line(path)) == text:
+            # By value: a default of 15 that is a float is read back from the file as 15.0.
+            if yaml.safe_load(path.read_text(encoding="utf-8")) == yaml.safe_load(text):
                 return path
         raise AssertionError("numbers do not end")
 

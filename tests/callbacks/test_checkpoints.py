@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lit_qlora.callbacks.checkpoints import RESULT, RunCheckpoints, read_result
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.callbacks.steps import StepCallback
+from lit_qlora.callbacks.stop import StopWithoutGain
 from lit_qlora.errors import UserError
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.folders import verify_folder
@@ -159,6 +160,24 @@ def test_a_stop_on_an_edge_saves(full_run, tiny, rows, tmp_path):
     order, parts = told(full_run, tiny, rows, tmp_path / "run", 12, early=[stop], val_check_interval=2)
     assert order == "v b b v save 2"
     assert parts.run.saved_steps() == [2]
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(1, [2]), (3, [2, 3, 6])])
+def test_a_run_that_stopped_early_stays_stopped_unless_it_is_given_more_patience(
+    full_run, tiny, rows, tmp_path, patience, steps
+):
+    def fit(patience, checkpoint=None):
+        stop = StopWithoutGain("val/loss", patience=patience, mode="max")
+        module = tiny()
+        parts = full_run(tmp_path / "run", early=[stop], val_check_interval=2)
+        parts.trainer.fit(module, datamodule=rows(12), ckpt_path=checkpoint)
+        return parts.run, module
+
+    run, _ = fit(1)
+    assert run.saved_steps() == [2]
+    run, module = fit(patience, run.checkpoint(2))  # killed behind its last save, and started again
+    assert run.saved_steps() == steps
+    assert bool(module.seen) == (patience > 1)
 
 
 def test_a_damaged_checkpoint_is_written_anew_when_its_step_comes_again(full_run, tiny, rows, tmp_path):

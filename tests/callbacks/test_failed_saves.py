@@ -96,6 +96,28 @@ def test_the_best_adapter_that_failed_is_saved_with_the_next(full_run, tiny, row
     assert load_state(whole.run.checkpoint(4))["state_dict"]["weight"].tolist() == moved
 
 
+def test_the_best_adapter_that_failed_goes_through_a_checkpoint(full_run, tiny, rows, tmp_path, failing):
+    """Killed before it could be saved, the run saves it when it goes on."""
+    weights = {}
+
+    class Losses(tiny):
+        def on_validation_epoch_end(self):
+            step = self.trainer.global_step
+            self.log_dict({"val/loss": [9.0, 2.0, 3.0, 4.0, 5.0][step]}, logger=False)
+            weights[step] = self.weight.tolist()
+
+    failing["/.adapter."] = errno.EIO
+    parts = full_run(tmp_path / "run", save_every_steps=1, val_check_interval=1)
+    parts.trainer.fit(Losses(), datamodule=rows(4))
+    assert not parts.run.adapter.exists()
+    failing.clear()
+    resumed, module = full_run(tmp_path / "run", save_every_steps=1, val_check_interval=1), Losses()
+    resumed.trainer.fit(module, datamodule=rows(4), ckpt_path=parts.run.checkpoint(3))
+    assert read_result(resumed.run.adapter) == {"step": 1, "val/loss": 2.0}
+    assert json.loads((resumed.run.adapter / "weight.json").read_text()) == weights[1] == module.weight.tolist()
+    assert load_state(parts.run.checkpoint(4))["state_dict"]["weight"].tolist() == weights[4]
+
+
 def test_an_adapter_that_never_gets_to_the_disk_is_still_loaded_back(full_run, tiny, rows, tmp_path, failing):
     failing["/.adapter."] = errno.ENOSPC
     module, best = tiny(), []

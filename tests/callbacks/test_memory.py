@@ -72,3 +72,24 @@ def test_the_cards_peaks_stand_under_their_phases(cuda, trainer, tiny, rows, tmp
     assert "memory/train_allocated_gib" not in first
     assert second["memory/train_reserved_gib"] == 10.0
     assert third["memory/validation_reserved_gib"] == 5.0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells mapped files from other memory")
+def test_a_mapped_file_is_no_memory_of_the_host_and_a_short_peak_is_seen(tmp_path):
+    import mmap
+    import time
+
+    from lit_qlora.callbacks.memory import _HostWatch
+
+    watch = _HostWatch()
+    before = watch.peak_gib()
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(256 * 1024**2))
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[at] for at in range(0, len(mapped), 4096)) == 0
+        assert watch.peak_gib() < before + 0.1
+    held = bytearray(256 * 1024**2)
+    held[::4096] = bytes(len(held[::4096]))
+    time.sleep(3 * watch.INTERVAL_S)
+    del held
+    assert watch.peak_gib() > before + 0.2

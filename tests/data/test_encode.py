@@ -262,3 +262,11 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     assert str(caught.value) == (
         f"model.base: the tokenizer of '{tmp_path}' has no BOS or no EOS token; a Llama tokenizer has both"
     )
+
+
+def test_the_fingerprint_does_not_hang_on_what_was_encoded_before(demo_tokenizer):
+    tokenizer = load_tokenizer("demo")
+    plain = Encoder(tokenizer, 64).fingerprint(), Encoder(tokenizer, 64).rules_fingerprint()
+    tokenizer._tokenizer.enable_padding(length=8)  # as a tokenizer.json may ask for, until the first call
+    tokenizer._tokenizer.enable_truncation(8)
+    assert (Encoder(tokenizer, 64).fingerprint(), Encoder(tokenizer, 64).rules_fingerprint()) == plain

@@ -7,7 +7,7 @@ import torch
 
 from lit_qlora.data.batching import collate
 from lit_qlora.model import decoder
-from lit_qlora.model.attention import Places, find_places
+from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import run_layers, take_apart, why_not
 from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
@@ -24,7 +24,7 @@ def plain(model, ids):
 def ours(model, ids, kept_layers=2):
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(ids)
-    places = Places(*inner.rotary_emb(hidden, torch.arange(ids.shape[1])[None]))
+    places = find_places(inner.rotary_emb, hidden, ())
     return inner.norm(run_layers(take_apart(model), hidden, places, kept_layers))
 
 
@@ -79,7 +79,7 @@ def test_the_last_layers_keep_and_the_others_keep_their_input_only(make_model):
     model = make_model()
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(torch.randint(3, 512, (B, T)))
-    places = Places(*inner.rotary_emb(hidden, torch.arange(T)[None]))
+    places = find_places(inner.rotary_emb, hidden, ())
     last = run_layers(take_apart(model), hidden, places, kept_layers=1).grad_fn
     first = last.next_functions[0][0]
     assert last.kept is not None

@@ -228,10 +228,16 @@ def test_a_slow_drive_delays_neither_a_save_nor_the_end(machine, drive, monkeypa
     real, goes_on = shutil.copyfile, threading.Event()
 
     def slow(source, target):
-        goes_on.wait(10)
+        if "step-" in str(target):
+            is_waiting.set()
+            goes_on.wait(10)
         return real(source, target)
 
+    is_waiting = threading.Event()
     monkeypatch.setattr(shutil, "copyfile", slow)
+    save(run, 1)
+    mirror.push()
+    assert is_waiting.wait(10)
     started = time.monotonic()
     for step in range(5, 30, 5):  # the run removes what is being copied
         save(run, step)

@@ -1,0 +1,47 @@
+"""Owns the trial before training: a whole step of the largest micro-batch, so that memory runs out at once or never.
+
+How many layers may keep their products is the forecast's say, where that was left to it (``auto``). Nothing of the
+trial stays: weights and optimizer are after it what they were before.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_qlora.callbacks.outlook import planned_step
+
+
+class Trial(Callback):
+    """Goes through forward, backward, update and evaluation of the largest micro-batch before the first one.
+
+    Args:
+        on_cpu: on a CPU too; there, memory that runs out ends the process, and nothing is gained.
+    """
+
+    def __init__(self, on_cpu: bool = False) -> None:
+        self.on_cpu = on_cpu
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tries. Where memory runs out, the module takes less for this step, as it would later."""
+        module: Any = pl_module
+        if module.device.type == "cpu" and not self.on_cpu:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        planned = planned_step(module, data, trainer)
+        if planned and module.checkpointing == "auto":
+            module.kept_layers = planned[0].kept_layers
+        batch = module.transfer_batch_to_device(data.largest_batch(), module.device, 0)
+        weights = {name: value.clone() for name, value in module.state_dict().items()}
+        with trainer.precision_plugin.forward_context():
+            output = module.training_step(batch, 0)
+        module.backward(output["loss"])
+        del output
+        for optimizer in trainer.optimizers:
+            if not optimizer.state:  # else the run goes on, and the state is in memory already
+                optimizer.step()
+                optimizer.state.clear()
+            optimizer.zero_grad(set_to_none=True)
+        module.load_state_dict(weights)
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            module.summed_loss(batch)

@@ -1,0 +1,116 @@
+"""Owns how a micro-batch becomes gradients: in one go, or, once memory has run out, in less memory.
+
+The base class of `QLoRAModule`, which computes the loss. Knows no model.
+"""
+
+import gc
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lit_qlora.batch import Batch, halves
+from lit_qlora.errors import UserError
+
+
+class LearnsInParts(LightningModule):
+    """A module whose micro-batches survive running out of memory: twice, and with the same loss and gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept_layers = 0
+        """How many layers keep what their matrix products gave, for the backward pass."""
+        self.parts = 1
+        """In how many parts a micro-batch is learned; 2 once memory has run out."""
+        self._batch: Batch
+        self._is_learned = False
+
+    def summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """Sum of the losses over a batch's answer tokens in nats, how many were the likeliest, how many there are."""
+        raise AssertionError("the subclass computes it")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """The sum of the token losses over the answer tokens of the whole optimizer step."""
+        self._batch = batch
+        try:
+            self._is_learned = self.parts > 1
+            found = self._learn_in_parts(batch) if self._is_learned else self.summed_loss(batch)
+        except torch.OutOfMemoryError:
+            self._make_room(batch)
+            self._is_learned = True
+            found = self._learn_in_parts(batch)
+        loss_sum, num_correct, num_answers = found
+        # Lightning divides by the micro-batches of a step, and its strategy by the devices: both are undone
+        # here, for the one right denominator is already in the batch.
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return {
+            "loss": loss_sum * (shares / max(batch.step_answer_tokens, 1)),
+            "loss_sum": loss_sum.detach(),
+            "num_correct": num_correct,
+            "num_answers": num_answers,
+        }
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The gradients of a micro-batch, once; where memory runs out, in parts."""
+        if self._is_learned:
+            return
+        before = self._gradients()
+        try:
+            loss.backward()
+        except torch.OutOfMemoryError:
+            del loss
+            self._put_back(before)
+            self._make_room(self._batch)
+            self._learn_in_parts(self._batch)
+
+    def _learn_in_parts(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """The sums over a micro-batch, its gradients added, a part at a time: in less memory, with the same result."""
+        before = self._gradients()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        factor = self.trainer.world_size / max(batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
+        while True:
+            try:
+                found = []
+                for part in halves(batch) if self.parts > 1 else [batch]:
+                    with self.trainer.precision_plugin.forward_context():
+                        loss_sum, num_correct, num_answers = self.summed_loss(part)
+                    (loss_sum * factor).backward()
+                    found.append((loss_sum.detach(), num_correct, num_answers))
+                sums: Any = [sum(values) for values in zip(*found, strict=True)]
+                return sums[0], sums[1], sums[2]
+            except torch.OutOfMemoryError:
+                self._put_back(before)
+                self._make_room(batch)
+
+    def _make_room(self, batch: Batch) -> None:
+        """After memory ran out: layers compute again instead of keeping; then micro-batches go in halves.
+
+        Raises UserError when both are done already.
+        """
+        rows, tokens = len(batch.rows), batch.input_ids.numel()
+        what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
+        if self.kept_layers:
+            self.kept_layers = 0
+            done = "every layer computes its inside again from now on"
+        elif self.parts == 1 and rows > 1:
+            self.parts = 2
+            done = "each micro-batch goes in two halves from now on; the loss of a step is the same"
+        else:
+            raise UserError(
+                f"{what}, after all that could be done in a run; lower data.batch_size (or data.batch_tokens) and "
+                "raise trainer.accumulate_grad_batches, lower data.max_length, or take model.optimizer=adamw_8bit"
+            )
+        self.trainer.print(f"{what}: {done}")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _gradients(self) -> list[tuple[torch.nn.Parameter, Tensor | None]]:
+        """As they are before a micro-batch: to be put back if it has to be done again."""
+        parameters = [value for value in self.parameters() if value.requires_grad]
+        return [(value, None if value.grad is None else value.grad.clone()) for value in parameters]
+
+    def _put_back(self, gradients: list[tuple[torch.nn.Parameter, Tensor | None]]) -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient

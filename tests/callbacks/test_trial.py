@@ -1,0 +1,76 @@
+"""The trial before training: the largest micro-batch, every part of a step, and nothing of it left."""
+
+import pytest
+import torch
+
+from lit_qlora.callbacks.trial import Trial
+from lit_qlora.cli import main
+from lit_qlora.model.module import QLoRAModule
+
+SHORT = ["fit", "--trainer.max_steps", "3", "--samples.count", "0", "--trainer.limit_val_batches", "1",
+         "--trainer.log_every_n_steps", "1", "--save_every_steps", "1", "--data.max_length", "96"]  # fmt: skip
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Each micro-batch that goes through the module, and what the Trainer was at when it did."""
+    batches = []
+    real = QLoRAModule.summed_loss
+
+    def watched(self, batch):
+        batches.append((batch, torch.is_grad_enabled(), dict(self.trainer.optimizers[0].state)))
+        return real(self, batch)
+
+    monkeypatch.setattr(QLoRAModule, "summed_loss", watched)
+    return batches
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_nothing_of_the_trial_stays(tmp_path, monkeypatch, seen, optimizer):
+    monkeypatch.chdir(tmp_path)
+    finished = {}
+    for on_cpu in (False, True):
+        monkeypatch.setattr(Trial.__init__, "__defaults__", (on_cpu,))
+        seen.clear()
+        assert main([*SHORT, "--run", f"run-{on_cpu}", "--model.optimizer", optimizer]) == 0
+        finished[on_cpu] = (
+            (tmp_path / f"run-{on_cpu}" / "adapter" / "adapter_model.safetensors").read_bytes(),
+            [batch.rows for batch, _, _ in seen],
+        )
+    (weights, rows), (tried_weights, tried_rows) = finished[False], finished[True]
+    assert tried_weights == weights
+    assert tried_rows[2:] == rows  # forward with gradients, and evaluation
+    (first, with_gradients, _), (second, without, state) = seen[0], seen[1]
+    assert (with_gradients, without, state) == (True, False, {})
+    assert first.rows == second.rows == tried_rows[3]  # which the run begins with, behind a validation batch
+
+
+def test_on_a_resume_the_optimizers_state_stays(tmp_path, monkeypatch, seen):
+    monkeypatch.chdir(tmp_path)
+    ends = []
+    for on_cpu in (False, True):
+        monkeypatch.setattr(Trial.__init__, "__defaults__", (on_cpu,))
+        run = ["--run", f"run-{on_cpu}", "--trainer.max_epochs", "1", "--model.schedule", "constant"]
+        assert main([*SHORT, *run, "--trainer.max_steps", "2"]) == 0
+        assert main([*SHORT, *run, "--trainer.max_steps", "4"]) == 0
+        ends.append((tmp_path / f"run-{on_cpu}" / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert ends[0] == ends[1]
+
+
+def test_memory_that_runs_out_in_the_trial_is_told_before_the_first_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trial.__init__, "__defaults__", (True,))
+    real = QLoRAModule.summed_loss
+
+    def short_of_memory(self, batch):
+        if len(batch.rows) > 2 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError
+        return real(self, batch)
+
+    monkeypatch.setattr(QLoRAModule, "summed_loss", short_of_memory)
+    assert main([*SHORT, "--model.checkpointing", "none"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line or "step 0" in line]
+    assert [line.partition(": ")[2] for line in lines if "memory" in line] == [
+        "every layer computes its inside again from now on",
+        "each micro-batch goes in two halves from now on; the loss of a step is the same",
+    ]

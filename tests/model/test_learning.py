@@ -1,0 +1,123 @@
+"""Running out of memory, in forward or in backward: the step is done again, with the same loss and gradients."""
+
+import pytest
+import torch
+
+from lit_qlora.data.batching import collate
+from lit_qlora.errors import UserError
+from lit_qlora.model.load import adapter_parameters
+from lit_qlora.model.module import QLoRAModule
+
+EXAMPLES = [
+    (row, {"input_ids": list(range(5, 5 + length)), "labels": [-100] * 3 + list(range(8, 5 + length))})
+    for row, length in enumerate((12, 7, 15, 9))
+]
+PADDED, PACKED = collate(EXAMPLES, 31), collate(EXAMPLES, 31, packed=True)
+
+
+class Plugin:
+    """What `learning` asks of the Trainer's precision."""
+
+    scaler = None
+
+    def forward_context(self):
+        return torch.enable_grad()
+
+
+class Trainer:
+    precision_plugin = Plugin()
+    world_size = accumulate_grad_batches = 1
+
+    def __init__(self):
+        self.told = []
+
+    def print(self, line):
+        self.told.append(line)
+
+
+@pytest.fixture
+def built(make_model, tiny, monkeypatch):
+    """A module with its model, its Trainer, and memory for so many conversations at a time."""
+
+    def build(fits, in_backward=False, kept_layers=0, until_kept=None):
+        module, trainer = QLoRAModule(tiny.location, rank=4, alpha=8.0), Trainer()
+        module.model, module.kept_layers = make_model(), kept_layers
+        monkeypatch.setattr(QLoRAModule, "trainer", trainer)
+        real = module.summed_loss
+
+        def limited(batch):
+            short = len(batch.rows) > fits and (until_kept is None or module.kept_layers > until_kept)
+            if short and not in_backward:
+                raise torch.OutOfMemoryError
+            found = real(batch)
+            if short:
+                found[0].register_hook(_fail_late(module))
+            return found
+
+        monkeypatch.setattr(module, "summed_loss", limited)
+        return module, trainer
+
+    return build
+
+
+def _fail_late(module):
+    """After some of the gradients were added already."""
+
+    def fail(_):
+        with torch.no_grad():
+            for value in list(adapter_parameters(module).values())[:5]:
+                value.grad = torch.ones_like(value) if value.grad is None else value.grad + 1
+        raise torch.OutOfMemoryError
+
+    return fail
+
+
+def learn(module, *batches):
+    losses = []
+    for index, batch in enumerate(batches):
+        output = module.training_step(batch, index)
+        module.backward(output["loss"])
+        losses.append((float(output["loss_sum"]), int(output["num_correct"]), output["num_answers"]))
+    return losses, {name: value.grad.clone() for name, value in adapter_parameters(module).items()}
+
+
+@pytest.mark.parametrize("batch", [PADDED, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_halved_equals_whole_and_a_window_under_way_is_kept(built, batch, in_backward):
+    whole, gradients = learn(built(99)[0], batch, batch)
+    module, trainer = built(2, in_backward)
+    halved, halved_gradients = learn(module, batch, batch)
+    assert module.parts == 2
+    assert trainer.told == [
+        f"out of memory at a micro-batch of 4 conversations, {batch.input_ids.numel()} tokens with padding: "
+        "each micro-batch goes in two halves from now on; the loss of a step is the same"
+    ]
+    for (loss, correct, answers), (own_loss, own_correct, own_answers) in zip(whole, halved, strict=True):
+        assert own_loss == pytest.approx(loss, rel=1e-6)
+        assert (own_correct, own_answers) == (correct, answers) == (correct, 31)
+    for name, gradient in gradients.items():
+        assert (halved_gradients[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_layers_that_keep_give_way_first_and_change_no_bit(built, in_backward):
+    whole, gradients = learn(built(99, kept_layers=2)[0], PADDED, PADDED)
+    module, trainer = built(2, in_backward, kept_layers=2, until_kept=0)
+    again, again_gradients = learn(module, PADDED, PADDED)
+    assert (module.kept_layers, module.parts) == (0, 1)
+    assert [line.partition(": ")[2] for line in trainer.told] == ["every layer computes its inside again from now on"]
+    assert again == whole
+    assert all(torch.equal(gradients[name], again_gradients[name]) for name in gradients)
+
+
+def test_when_nothing_more_can_be_done_it_says_what_to_change(built):
+    module, _ = built(1)
+    with pytest.raises(UserError) as error:
+        learn(module, PADDED)
+    assert str(error.value) == (
+        "out of memory at a micro-batch of 4 conversations, 60 tokens with padding, after all that could be done in a "
+        "run; lower data.batch_size (or data.batch_tokens) and raise trainer.accumulate_grad_batches, lower "
+        "data.max_length, or take model.optimizer=adamw_8bit"
+    )
+    with pytest.raises(UserError, match="a micro-batch of 1 conversations"):
+        learn(built(0)[0], collate(EXAMPLES[:1], 9))

@@ -1,0 +1,42 @@
+"""A signal is one line and 130 or 143, what is open is put right, and one more waits for nothing."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.signals import leave_in_one_line
+
+ROOT = Path(__file__).parents[1]
+CODE = """
+import os, signal, time
+from lit_qlora.signals import leave_in_one_line
+with leave_in_one_line():
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(5)
+    finally:
+        print("put right", flush=True)
+        {more}
+        print("to the end", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("name", "status", "said"), [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM")])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_signal(name: str, status: int, said: str, again: bool) -> None:
+    more = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)" if again else "pass"
+    code = CODE.format(name=name, more=more)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == (143 if again else status)
+    assert done.stdout == ("put right\n" if again else "put right\nto the end\n")
+    assert done.stderr == f"\nstopped by {said}; given again, the same command goes on\n"
+
+
+def test_the_handlers_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with leave_in_one_line():
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

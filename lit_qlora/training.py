@@ -90,7 +90,7 @@ class QLoRACLI(LightningCLI):
         parser.add_argument(
             "--save_every_minutes",
             type=float | None,
-            default=15,
+            default=15.0,
             help="the longest time between checkpoints; none: by steps alone",
         )
         parser.add_argument(

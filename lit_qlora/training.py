@@ -88,7 +88,7 @@ class QLoRACLI(LightningCLI):
         parser.add_argument(
             "--save_every_minutes",
             type=float | None,
-            default=15,
+            default=15.0,  # 15 would be read back from the run's config.yaml as another text
             help="the longest time between checkpoints; none: by steps alone",
         )
         parser.add_argument(

@@ -217,6 +217,8 @@ def save_adapter(model: "PeftModel", base: Base, folder: Path) -> None:
     config_file = folder / "adapter_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base.public_name
+    # peft keeps them in a set, whose order is another in each process.
+    config["target_modules"] = sorted(config["target_modules"])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)
     record = {"base": base.public_name, "base_fingerprint": fingerprint(base), "prompt_format": PROMPT_FORMAT}

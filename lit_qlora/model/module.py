@@ -63,7 +63,7 @@ class QLoRAModule(LearnsInParts):
         base: str = "demo",
         adapter: str | None = None,
         rank: int = 16,
-        alpha: float = 16,
+        alpha: float = 16.0,
         dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
         rslora: bool = False,

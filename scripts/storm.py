@@ -1,0 +1,205 @@
+"""Owns the proof by force: runs of the real command, killed at random moments and started again until they finish.
+
+``python scripts/storm.py --runs 100 --seed 0`` prints how many ended as if never cut, to the last bit, and in which
+phases the kills fell; exit status 1 if any did not. Most starts are forked from a process that has done the imports:
+processes of their own, with a real SIGKILL and real files. A share of them, ``--cold``, is ``python main.py`` itself.
+Knows no training.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+COMMON = [
+    "--model.dropout", "0.1", "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "2",
+    "--trainer.log_every_n_steps", "2", "--samples.count", "1", "--samples.max_new_tokens", "3",
+    "--trainer.callbacks", "scripts.witness.Witness",
+]  # fmt: skip
+VARIANTS = {
+    "accumulated": [
+        "--trainer.limit_train_batches", "9", "--trainer.accumulate_grad_batches", "2",
+        "--trainer.val_check_interval", "5", "--save_every_steps", "2",
+    ],
+    "eight-bit": [
+        "--trainer.limit_train_batches", "6", "--data.batch_tokens", "300", "--data.num_workers", "2",
+        "--model.optimizer", "adamw_8bit", "--trainer.val_check_interval", "1.0", "--save_every_steps", "3",
+    ],
+    "packed": [
+        "--trainer.limit_train_batches", "7", "--data.batch_tokens", "200", "--data.packing", "true",
+        "--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "4", "--save_every_steps", "1",
+    ],
+}  # fmt: skip
+LEFTOVER = re.compile(r"\..+\.(tmp|old|gone)\b.*")
+"""What only stands in a run folder while something is being written there."""
+
+
+@dataclass
+class Uncut:
+    """A variant's run without a kill: what it came to, what it did, and how long a start takes (cold, warm)."""
+
+    result: dict[str, Any]
+    testimony: list[dict[str, Any]]
+    seconds: dict[bool, float]
+
+
+@dataclass
+class Outcome:
+    """What became of one run."""
+
+    variant: str
+    problems: list[str] = field(default_factory=list)
+    kills: Counter[str] = field(default_factory=Counter)
+    writes_cut: int = 0
+
+
+def warm_up() -> None:
+    """All imports that a run makes, so that a fork of this process begins where they are done."""
+    import bitsandbytes  # noqa: F401
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    import lit_qlora.training  # noqa: F401
+    import scripts.witness  # noqa: F401
+
+
+def start(run: Path, variant: str, is_cold: bool) -> ForkProcess:
+    """Gives the command in a process of its own; what it prints goes into a file beside the run folder."""
+    from scripts import witness
+
+    # TensorBoard orders its files by the second in their names; starts with imports are further apart.
+    while any(f"tfevents.{int(time.time())}." in path.name for path in run.glob("events.*")):
+        time.sleep(0.02)
+    witness.note(run, phase="start")
+    args = ["fit", "--run", str(run), *COMMON, *VARIANTS[variant]]
+    sys.stdout.flush()
+    process = multiprocessing.get_context("fork").Process(target=_give, args=(args, _log(run), is_cold))
+    process.start()
+    return process
+
+
+def _give(args: list[str], log: Path, is_cold: bool) -> None:
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if is_cold:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *args])
+    from lit_qlora.cli import main
+
+    sys.exit(main(args))
+
+
+def _log(run: Path) -> Path:
+    return run.with_name(f"{run.name}.log")
+
+
+def run_uncut(folder: Path, variant: str, with_cold: bool) -> Uncut:
+    """Runs to the end without a kill: warm, and cold too where asked, which must come to the same."""
+    from scripts import witness
+
+    found: list[Uncut] = []
+    for is_cold in (False, True) if with_cold else (False,):
+        run = folder / f"uncut-{variant}-{is_cold}"
+        began = time.monotonic()
+        process = start(run, variant, is_cold)
+        process.join()
+        seconds = time.monotonic() - began
+        if process.exitcode:
+            sys.exit(f"{variant}, uncut: exit status {process.exitcode}\n{_log(run).read_text(encoding='utf-8')}")
+        found.append(Uncut(witness.result(run), witness.testimony(run)[0], {is_cold: seconds}))
+    differences = witness.differences(found[-1].result, found[0].result)
+    if differences or found[-1].testimony != found[0].testimony:
+        sys.exit(f"{variant}: two runs that nobody cut are not the same: {differences[:3]}")
+    return Uncut(found[0].result, found[0].testimony, found[0].seconds | found[-1].seconds)
+
+
+def storm(folder: Path, uncut: dict[str, Uncut], seed: int, cold: float, number: int) -> Outcome:
+    """Kills a run and starts it again until it finishes, and compares it with the uncut one."""
+    from scripts import witness
+
+    draw = random.Random(f"{seed}/{number}")
+    variant = sorted(uncut)[number % len(uncut)]
+    outcome, run = Outcome(variant), folder / f"run-{number}"
+    while True:
+        is_cold = draw.random() < cold
+        process = start(run, variant, is_cold)
+        process.join(draw.uniform(0, uncut[variant].seconds[is_cold]))
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        outcome.kills[f"{witness.last_phase(run)}{' (cold)' if is_cold else ''}"] += 1
+        outcome.writes_cut += any(LEFTOVER.fullmatch(path.name) for path in run.rglob(".*"))
+    if process.exitcode:
+        outcome.problems.append(f"exit status {process.exitcode}")
+    else:
+        outcome.problems += witness.differences(witness.result(run), uncut[variant].result)
+        outcome.problems += witness.contradictions(witness.testimony(run), uncut[variant].testimony)
+    if not outcome.problems:
+        shutil.rmtree(run)
+    return outcome
+
+
+def all_storms(folder: Path, args: argparse.Namespace) -> Iterator[Outcome]:
+    """The outcomes, in the order of the runs."""
+    variants = args.variants or list(VARIANTS)
+    uncut = {variant: run_uncut(folder, variant, args.cold > 0) for variant in variants[: args.runs]}
+    one = partial(storm, folder, uncut, args.seed, args.cold)
+    if args.jobs == 1:
+        yield from map(one, range(args.runs))
+        return
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(one, range(args.runs))
+
+
+def main() -> int:
+    """Storms, tells, and returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("--runs", type=int, default=100, help="runs to the end")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--cold", type=float, default=0.1, help="share of the starts that are python main.py itself")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="settings that take turns; default: all")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start counting up no later than this")
+    args = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    folder = Path(tempfile.mkdtemp(prefix="lit_qlora-storm-"))
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+    began, outcomes = time.monotonic(), list[Outcome]()
+    warm_up()
+    for number, outcome in enumerate(all_storms(folder, args)):
+        outcomes.append(outcome)
+        for problem in outcome.problems[:5]:
+            print(f"run {number} ({outcome.variant}, {folder / f'run-{number}'}): {problem[:300]}", flush=True)
+        if time.monotonic() - began > 60 * args.minutes:
+            break
+    kills = sum((outcome.kills for outcome in outcomes), Counter[str]())
+    same = sum(not outcome.problems for outcome in outcomes)
+    phases = ", ".join(f"{phase} {count}" for phase, count in kills.most_common())
+    print(f"{same} of {len(outcomes)} runs ended as if never cut, to the last bit")
+    print(f"{kills.total()} kills: {phases}")
+    print(f"{sum(outcome.writes_cut for outcome in outcomes)} of them in the middle of a write to the run folder")
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes, {args.jobs} at a time")
+    if same == len(outcomes):
+        shutil.rmtree(folder)
+    return int(same < len(outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

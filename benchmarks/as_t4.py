@@ -23,7 +23,7 @@ def emulate() -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(MEMORY_GIB * 1024**3 / total)
     # Not in torch itself: its compiler would then build for another card than this one.
-    device._gpu = lambda: device.Device("T4, emulated", (7, 5))
+    device._gpu = lambda: device.Device("T4, emulated", (7, 5), int(MEMORY_GIB * 1024**3))
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -125,7 +125,14 @@ def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
     quieten()
     args = ["fit", "--model.base", spec["base"], "--model.rank", str(spec["rank"]), "--model.schedule", "constant"]
     args += ["--data.source", spec["chats"], "--data.max_length", str(spec["max_length"])]
-    args += ["--data.validation_share", "0.02", "--data.batch_size", str(spec["batch_size"]), "--run", "ours"]
+    args += [
+        "--data.validation_share",
+        "0.02",
+        "--data.batch_size",
+        str(spec["batch_size"]),
+        "--run",
+        f"ours-{len(extra)}",
+    ]
     args += [
         "--trainer.max_epochs",
         "1000",
@@ -180,10 +187,7 @@ def trl_default(spec: dict, clock: Clock, **best: object) -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=spec["rank"], lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"),
     )
-    if spec["t4"]:  # it casts adapters to bf16, which a gradient scaler refuses (trl#4901)
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    _adapters_in_fp32(trainer, spec)
     collate, trainer.data_collator = trainer.data_collator, _counted(trainer.data_collator, clock)
     loss = _score(trainer, collate, spec)
 
@@ -284,10 +288,18 @@ def unsloth(spec: dict, clock: Clock) -> None:
         processing_class=tokenizer,
         callbacks=[_timer(clock)],
     )
+    _adapters_in_fp32(trainer, spec)
     collate, trainer.data_collator = trainer.data_collator, _counted(trainer.data_collator, clock)
     loss = _score(trainer, collate, spec)
     trainer.train()
     clock.report(loss, "16-mixed" if spec["t4"] else "bf16-mixed")
+
+
+def _adapters_in_fp32(trainer: object, spec: dict) -> None:
+    """SFTTrainer casts adapters to bf16, which a gradient scaler refuses (trl#4901)."""
+    for parameter in trainer.model.parameters() if spec["t4"] else ():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _timer(clock: Clock) -> object:

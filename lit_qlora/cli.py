@@ -10,7 +10,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.signals import leave_in_one_line
 from lit_qlora.storage.files import SaveError
 
-TOOLS = ("predict", "merge", "export")
+TOOLS = ("chat", "predict", "merge", "export")
 
 HELP = """\
 lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
@@ -19,6 +19,8 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
                            --config configs/colab_t4.yaml   Llama 2 7B on a free Colab T4
   python main.py validate  score a run's best adapter on held-out data; bare, the newest run's
   python main.py test      the same on test data
+  python main.py plan      what a fit needs: memory, time, disk; fit's options, --gpu NAME; needs no GPU
+  python main.py chat      talk with a run's best adapter; --prompt TEXT answers once
   python main.py predict   answer a file of prompts: --prompts FILE --output FILE
   python main.py merge     work an adapter into its base: --output DIR, a plain Hugging Face folder
   python main.py export    the same as one file for llama.cpp and Ollama: --to gguf --output FILE
@@ -52,8 +54,12 @@ def _run(args: list[str]) -> int:
         from lit_qlora import training
 
         return training.main(args)
+    if verb == "plan":
+        from lit_qlora.tools import plan
+
+        return plan.main(args)
     if verb in TOOLS:
         from lit_qlora.tools import run_tool
 
         return run_tool(verb, args[1:])
-    raise UserError(f"no verb {verb!r}; there are fit, validate, test, {', '.join(TOOLS)} (see --help)")
+    raise UserError(f"no verb {verb!r}; there are fit, validate, test, plan, {', '.join(TOOLS)} (see --help)")

@@ -5,10 +5,11 @@ Knows the device, and nothing of a run.
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_qlora.errors import require
+from lit_qlora.errors import UserError, require
 from lit_qlora.model.device import Precision, choose_precision, current_device
 from lit_qlora.options import OneLineErrors
 
@@ -87,9 +88,28 @@ class QLoRATrainer(Trainer):
         max_steps = kwargs.get("max_steps", -1)
         require(max_steps >= 1 or max_steps == -1, "trainer.max_steps", "a whole number from 1, or -1", max_steps)
         require(val_check_interval > 0, "trainer.val_check_interval", "a number above 0", val_check_interval)
+        if isinstance(val_check_interval, float):
+            require(
+                val_check_interval <= 1,
+                "trainer.val_check_interval",
+                "a whole number of micro-batches, or a share of an epoch up to 1.0",
+                val_check_interval,
+            )
+        clip = gradient_clip_val
+        require(clip is None or clip > 0, "trainer.gradient_clip_val", "none, or a number above 0", clip)
+        for part in ("train", "val", "test"):
+            _require_limit(f"limit_{part}_batches", kwargs.get(f"limit_{part}_batches"), zero=part == "val")
+        accelerator = str(kwargs.get("accelerator", "auto"))
+        known = ("auto", "cpu", "gpu", "cuda")
+        require(accelerator in known, "trainer.accelerator", f"one of {', '.join(known)}", accelerator)
+        if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise UserError(
+                f"trainer.accelerator: {accelerator}, and torch sees no CUDA GPU here; on Colab choose one (Runtime, "
+                "Change runtime type), elsewhere check the driver (nvidia-smi), or leave it at auto"
+            )
         one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
         require(one, "trainer.devices", "one device (several come later)", devices)
-        device = current_device(str(kwargs.get("accelerator", "auto")))
+        device = current_device(accelerator)
         chosen, self.precision_reason = choose_precision(precision, device, num_weights)
         by_epoch = isinstance(val_check_interval, float)
         kwargs |= {
@@ -107,3 +127,12 @@ class QLoRATrainer(Trainer):
             log_every_n_steps=log_every_n_steps,
             **kwargs,
         )
+
+
+def _require_limit(name: str, value: Any, zero: bool) -> None:
+    """``value`` is a whole number of micro-batches or a share of them; 0 only where ``zero`` is meant."""
+    if value is None:
+        return
+    is_share = isinstance(value, float)
+    fits = (0 < value <= 1 if is_share else value >= 1) or (zero and value == 0)
+    require(fits, f"trainer.{name}", "a whole number of micro-batches, or a share up to 1.0", value)

@@ -32,8 +32,10 @@ from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.trial import Trial
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.errors import UserError, require
+from lit_qlora.model.device import current_device
 from lit_qlora.model.load import check_settings
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.quiet import quieten
 from lit_qlora.signals import LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
@@ -179,6 +181,7 @@ class QLoRACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this run's callbacks, loggers and checkpoints."""
         if self.verb == "fit":  # here, and not before: the model's and the data's options are checked by now
+            check_optimizer(self.model.optimizer_name, current_device().capability is not None)
             self._prepare_fit()
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={})}
         shows_bar = config.get("enable_progress_bar") is not False

@@ -180,7 +180,7 @@ def test_no_token_reaches_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 BAD = [
-    (["fti"], "no verb 'fti'; there are fit, validate, test, predict, merge, export (see --help)"),
+    (["fti"], "no verb 'fti'; there are fit, validate, test, plan, chat, predict, merge, export (see --help)"),
     (["fit", "--model.rnak", "3"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
     (["fit", "--model.rank", "x"], "model.rank: expected int, got x"),
     (["fit", "--model.rank", "0"], "model.rank: expected a whole number from 1, got 0"),

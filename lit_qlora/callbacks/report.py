@@ -11,7 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, read_result
 from lit_qlora.callbacks.memory import PeakMemory
-from lit_qlora.callbacks.metrics import is_last_step, read_metrics
+from lit_qlora.callbacks.metrics import is_last_step, read_metrics, record
+from lit_qlora.callbacks.outlook import plan_lines, planned_step
+from lit_qlora.model.memory import GIB, step_memory
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.run import RunFolder
 
@@ -37,6 +39,7 @@ class Report(Callback):
         self, run: RunFolder, memory: PeakMemory, resumed_from: str | None, checkpoints: RunCheckpoints
     ) -> None:
         self.run, self.memory, self.resumed_from, self.checkpoints = run, memory, resumed_from, checkpoints
+        self.predicted_gib: float | None = None
         self.was_told = False
         """Whether the end was reached; a run that was killed between its last save and its end begins behind it."""
 
@@ -56,12 +59,19 @@ class Report(Callback):
             batch += f" x {trainer.accumulate_grad_batches} accumulated"
         reason: str = trainer.precision_reason  # type: ignore[attr-defined]
         _say("train", f"{steps:,} steps of {batch}; precision {trainer.precision} ({reason})")
+        for line in plan_lines(module, data, trainer):
+            _say("plan", line)
+        planned = planned_step(module, data, trainer)
+        if planned:
+            self.predicted_gib = step_memory(planned[0]).reserved / GIB
         _say("run", f"{self.run.path}" + (f", going on from {self.resumed_from}" if self.resumed_from else ""))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One line a validation."""
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
+        if self.predicted_gib is not None:
+            record(trainer, {"memory/predicted_reserved_gib": self.predicted_gib})
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         best = read_result(self.run.adapter)
         mark = "  (best so far)" if best and best["step"] == trainer.global_step else ""
@@ -91,8 +101,11 @@ class Report(Callback):
 
     def _closing(self) -> list[str]:
         peaks = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.memory.peaks_gib.items())
+        predicted = (
+            "" if self.predicted_gib is None else f"; predicted for training, reserved: {self.predicted_gib:.2f}"
+        )
         return [
-            f"peak memory (GiB): {peaks}",
+            f"peak memory (GiB): {peaks}{predicted}",
             f"best adapter: {self.run.adapter}",
             f"curves: tensorboard --logdir {self.run.path.parent}",
         ]

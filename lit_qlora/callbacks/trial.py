@@ -1,12 +1,15 @@
 """Owns the trial before training: a whole step of the largest micro-batch, so that memory runs out at once or never.
 
-Nothing of it stays: weights and optimizer are after it what they were before. Knows no sizes; it tries.
+How many layers may keep their products is the forecast's say, where that was left to it (``auto``). Nothing of the
+trial stays: weights and optimizer are after it what they were before.
 """
 
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_qlora.callbacks.outlook import planned_step
 
 
 class Trial(Callback):
@@ -25,6 +28,9 @@ class Trial(Callback):
         if module.device.type == "cpu" and not self.on_cpu:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        planned = planned_step(module, data, trainer)
+        if planned and module.checkpointing == "auto":
+            module.kept_layers = planned[0].kept_layers
         batch = module.transfer_batch_to_device(data.largest_batch(), module.device, 0)
         weights = {name: value.clone() for name, value in module.state_dict().items()}
         with trainer.precision_plugin.forward_context():

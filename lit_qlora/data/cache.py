@@ -15,6 +15,7 @@ from typing import Any
 
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.encode import Encoder
+from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
 
 ROWS_A_WRITE = 512
@@ -45,7 +46,13 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
 
     folder = _cache_folder() / _key(conversations, encoder)
     if not (folder / "counts.json").is_file():
-        _write(folder, conversations, encoder)
+        try:
+            _write(folder, conversations, encoder)
+        except OSError as error:
+            raise UserError(
+                f"the encoded rows can't be kept in {folder.parent} ({error.strerror or error}); free some room there, "
+                "or set HF_DATASETS_CACHE to a folder that can be written"
+            ) from error
     counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return EncodedRows(

@@ -8,7 +8,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ class Row(NamedTuple):
     value: dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Reads every row of a file, by its ending.
+def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
+    """Reads every row of a file, by its ending; the first line of a .csv has to name one of ``columns``.
 
     Raises:
         UserError: when the file can't be read, is not what its ending says, or holds no rows.
@@ -41,9 +41,10 @@ def read_rows(path: Path) -> list[Row]:
     data = _read_bytes(path)
     if ending == ".parquet":
         rows = list(_parquet_rows(path, data))
+    elif ending == ".csv":
+        rows = list(_csv_rows(path, _decode(path, data), columns))
     else:
-        read = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}[ending]
-        rows = list(read(path, _decode(path, data)))
+        rows = list((_jsonl_rows if ending == ".jsonl" else _json_rows)(path, _decode(path, data)))
     if not rows:
         raise UserError(f"{path}: holds no rows, expected some such as {EXAMPLE}; check how it was made")
     return rows
@@ -96,6 +97,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _decode(path: Path, data: bytes) -> str:
+    if not data.strip(b"\0"):
+        raise UserError(f"{path}: holds nothing but NUL bytes: it was cut off while it was written; copy it again")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
         raise UserError(f"{path}: is UTF-16, expected UTF-8; save it again as UTF-8 (iconv -f UTF-16 -t UTF-8)")
     data = data.removeprefix(b"\xef\xbb\xbf")
@@ -150,7 +153,7 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         yield Row(where, _object(where, row))
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
@@ -166,9 +169,12 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
             continue
         if not header:
             header = cells
-            if not any(nearest(name.lower(), list(COLUMNS)) for name in header):
+            doubled = [name for name in header if header.count(name) > 1]
+            if doubled:
+                raise UserError(f"{where}: two columns are named {doubled[0]!r}; rename or remove one")
+            if not any(nearest(name.lower(), list(columns)) for name in header):
                 raise UserError(
-                    f"{where}: no column 'text', columns found: {excerpt(header)};"
+                    f"{where}: no column {columns[-1]!r}, columns found: {excerpt(header)};"
                     " the first line of a .csv names the columns"
                 )
         elif len(cells) != len(header):

@@ -83,6 +83,11 @@ def _find_in_folder(folder: Path) -> dict[str, Path]:
     return files
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a source is meant for the hub: nothing of that name is here, and it is written as an id."""
+    return source != "demo" and not Path(source).expanduser().exists() and _looks_like_hub_id(source)
+
+
 def _looks_like_hub_id(source: str) -> bool:
     is_file = Path(source).suffix.lower() in (*ENDINGS, *COMPRESSED, ".txt", ".tsv", ".xlsx")
     return not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None

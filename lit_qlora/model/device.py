@@ -17,10 +17,11 @@ AMPERE = (8, 0)
 
 
 class Device(NamedTuple):
-    """What is computed on. ``capability`` is None on the CPU."""
+    """What is computed on. ``capability`` is None on the CPU, ``memory_bytes`` what this process can have of a GPU."""
 
     name: str
     capability: tuple[int, int] | None
+    memory_bytes: int = 0
 
 
 def current_device(accelerator: str = "auto") -> Device:
@@ -31,7 +32,10 @@ def current_device(accelerator: str = "auto") -> Device:
 
 
 def _gpu() -> Device:
-    return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return Device(
+        torch.cuda.get_device_name(), torch.cuda.get_device_capability(), free_bytes + torch.cuda.memory_reserved()
+    )
 
 
 FAST_IN_BF16_FROM = 20_000_000

@@ -1,13 +1,14 @@
 """Owns the way from prompt ids to answer ids. Sees ids only, never text.
 
-Sampling itself is transformers' `generate`; what is ours is the padding, the stop and the seed.
+Sampling itself is transformers' `generate`; what is ours is the padding, the stop and the seed. Imports torch only
+when it is called, for the options of the verbs that answer are described by `Sampling`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
+from lit_qlora.errors import require
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,17 +23,37 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises UserError for what can't be drawn from."""
+        require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
+        require(0 <= self.temperature < float("inf"), "temperature", "0 or more", self.temperature)
+        require(0 < self.top_p <= 1, "top_p", "a share above 0, at most 1", self.top_p)
+        require(0 <= self.seed < 2**64, "seed", "a whole number from 0, below 2**64", self.seed)
 
-@torch.no_grad()
-def generate(model: "PeftModel", prompts: Sequence[Sequence[int]], eos_id: int, sampling: Sampling) -> list[list[int]]:
+
+def generate(
+    model: "PeftModel",
+    prompts: Sequence[Sequence[int]],
+    eos_id: int,
+    sampling: Sampling,
+    on_token: Callable[[int], bool] | None = None,
+) -> list[list[int]]:
     """An answer to each of ``prompts``, in one batch.
 
     The answer ends with ``eos_id`` where the model stopped by itself; without it, the limit cut it off.
     Leaves the model in the mode, train or eval, in which it came.
+
+    Args:
+        model: computes on its own device.
+        prompts: ids, at least one each.
+        eos_id: ends an answer.
+        sampling: how tokens are drawn.
+        on_token: for a single prompt, called with each id of the answer as it is drawn; says whether to go on.
     """
+    import torch
     from transformers import GenerationConfig
 
-    device = model.device
+    assert on_token is None or len(prompts) == 1, "ids come one by one for a single prompt only"
     width = max(len(prompt) for prompt in prompts)
     # On the left, so that every answer starts in the same column.
     input_ids = torch.full((len(prompts), width), eos_id, dtype=torch.int64)
@@ -50,15 +71,28 @@ def generate(model: "PeftModel", prompts: Sequence[Sequence[int]], eos_id: int, 
     )
     if sampling.temperature:
         torch.manual_seed(sampling.seed)
+    drawn: list[int] = []
+
+    def go_on_or_stop(ids: Any, scores: Any) -> Any:
+        stops = False
+        if on_token and drawn[-1:] != [eos_id]:
+            drawn.append(int(ids[0, -1]))
+            stops = not on_token(drawn[-1])
+        return torch.full((len(ids),), stops, dtype=torch.bool, device=ids.device)
+
     was_training = model.training
     model.eval()
     try:
-        output = model.generate(
-            input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=config
-        )
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                stopping_criteria=[go_on_or_stop] if on_token else None,
+            )
     finally:
         model.train(was_training)
-    return [_up_to(eos_id, row) for row in output[:, width:].tolist()]
+    return [drawn] if on_token else [_up_to(eos_id, row) for row in output[:, width:].tolist()]
 
 
 def _up_to(eos_id: int, ids: list[int]) -> list[int]:

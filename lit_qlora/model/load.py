@@ -164,7 +164,7 @@ def load_adapter(
     if record["base_fingerprint"] not in (None, found):
         raise UserError(
             f"{folder}: this adapter was trained on {record['base']} ({record['base_fingerprint'][:12]}), "
-            f"the base given is {base.public_name} ({found[:12]}); give its own with --model.base"
+            f"the base given is {base.public_name} ({found[:12]}); give its own with --model.base or --base"
         )
     weights = folder / "adapter_model.safetensors"
     try:

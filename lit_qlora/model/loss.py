@@ -59,6 +59,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 scores.div_(total)
                 scores.scatter_add_(1, target, torch.full_like(wanted, -1.0))
                 gradient[rows] = scores.to(head.dtype) @ head
+            del scores  # before the next chunk's stand beside them
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(num_correct)
         return loss, num_correct

@@ -73,7 +73,7 @@ class QLoRAModule(LearnsInParts):
         schedule: Schedule = "cosine",
         optimizer: OptimizerName = "adamw",
         weight_decay: float = 0.0,
-        checkpointing: Checkpointing = "full",
+        checkpointing: Checkpointing = "auto",
         compile: bool | Literal["auto"] = "auto",  # noqa: A002  # the option is called by the field's own word
         attention: Attention = "sdpa",
         quantized_cache: str = "auto",
@@ -191,7 +191,7 @@ class QLoRAModule(LearnsInParts):
 
     def _choose_kept_layers(self) -> int:
         if self.checkpointing == "full" or (self.checkpointing == "auto" and self.device.type != "cpu"):
-            return 0
+            return 0  # on a GPU, `callbacks.trial` knows the batches, and so how many fit
         return self.base.shape.num_layers
 
     def _hidden(self, batch: Batch) -> Tensor:

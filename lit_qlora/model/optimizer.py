@@ -7,8 +7,16 @@ from typing import Literal
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_qlora.errors import UserError
+
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
+
+
+def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
+    """Raises UserError for an optimizer that would not do what it is for."""
+    if name.startswith("paged") and not on_gpu:
+        raise UserError(f"model.optimizer: {name} pages a GPU's memory, and there is no GPU; take adamw or adamw_8bit")
 
 
 def make_optimizer(

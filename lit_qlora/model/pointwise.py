@@ -75,6 +75,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     run = torch.compile(function)
 
     def marked(*args: Any) -> Any:
+        # Detached: the compiler looks at a tensor's gradient, and torch warns where it is no leaf.
+        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         for arg in args:
             if isinstance(arg, Tensor) and arg.dim() > 1:
                 for dim in range(min(arg.dim() - 1, 2)):

@@ -3,9 +3,37 @@
 Knows no weights, no torch.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+
+def _llama_2(hidden: int, inner: int, layers: int, heads: int, key_value_heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    }
+
+
+LLAMA_2 = {
+    "7b": _llama_2(4096, 11008, 32, 32, 32),
+    "13b": _llama_2(5120, 13824, 40, 40, 40),
+    "70b": _llama_2(8192, 28672, 80, 64, 8),
+}
+"""Sizes of Llama 2, as in the config.json of each."""
+
+
+def known_config(base: str) -> dict[str, Any] | None:
+    """The sizes of a hub id of Llama 2, so that nothing has to be fetched to know them; None for any other."""
+    found = re.fullmatch(r"(?:nousresearch/llama-2-(\d+b)-hf|meta-llama/llama-2-(\d+b)(?:-chat)?-hf)", base.lower())
+    return LLAMA_2.get(found[1] or found[2]) if found else None
 
 
 @dataclass(frozen=True)
@@ -19,6 +47,8 @@ class Shape:
     vocabulary: int
     tied: bool
     linears: dict[str, tuple[int, int]]
+    # Not shown: a base's fingerprint is taken over what is.
+    num_heads: int = field(default=1, repr=False)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
@@ -38,7 +68,7 @@ class Shape:
             "down_proj": (inner, hidden),
         }
         tied = bool(config.get("tie_word_embeddings", False))
-        return cls(hidden, config["num_hidden_layers"], config["vocab_size"], tied, linears)
+        return cls(hidden, config["num_hidden_layers"], config["vocab_size"], tied, linears, heads)
 
     @property
     def num_quantized(self) -> int:

@@ -1,19 +1,27 @@
-"""Owns a loaded model that answers: a base with a run's best adapter, any adapter folder, or none.
+"""Owns a loaded model that answers: a base with a run's best adapter, or with any adapter folder.
 
-What `predict` and whoever else answers without a Trainer stands on. Knows no files of prompts.
+What `chat`, `predict` and whoever else answers without a Trainer stands on. Knows no files of prompts, no terminal.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base
-from lit_qlora.model.generate import Sampling
+from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.run import newest_run, open_run
+from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.tools.streaming import TextStream, text_of
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
 
 
 class Answer(NamedTuple):
@@ -39,70 +47,149 @@ class Chosen(NamedTuple):
 def choose_adapter(run: str | None = None, adapter: str | None = None, base: str | None = None) -> Chosen:
     """The adapter that is meant by ``run`` (default: the newest) or ``adapter``, and its base unless that is given.
 
-    Raises UserError when there is no such run, adapter or base.
+    Raises UserError when there is no such run, adapter or base, or both run and adapter are given.
     """
     if adapter is None:
         folder = open_run(Path(run)) if run else newest_run()
         settings = folder.read_config()
         if not (folder.adapter / "adapter_config.json").is_file():
             raise UserError(f"run: {folder.path} has no adapter yet; train it first, or give --adapter")
-        return Chosen(find_base(base or settings["model"]["base"]), folder.adapter, settings)
+        return Chosen(_find(base) if base else find_base(settings["model"]["base"]), folder.adapter, settings)
+    if run:
+        raise UserError(f"adapter: {adapter} is given, and a run ({run}) too; give one of the two")
     from lit_qlora.model.load import read_record
 
     base = base or read_record(Path(adapter))["base"]
     if base is None:
         raise UserError(f"adapter: {adapter} does not say which base it is for; give --base")
-    return Chosen(find_base(base), Path(adapter), None)
+    return Chosen(_find(base), Path(adapter), None)
+
+
+def _find(base: str) -> Base:
+    try:
+        return find_base(base)
+    except UserError as error:  # which calls it by its name in a config
+        raise UserError(str(error).replace("model.base:", "base:", 1)) from error
+
+
+def check_prompt(conversation: Conversation) -> None:
+    """Raises ValueError unless ``conversation`` waits for an answer, and can be written as a prompt."""
+    if conversation.is_answered:
+        raise ValueError("the last turn is the assistant's, expected the user's")
+    for text in (conversation.system or "", *(turn.content for turn in conversation.turns)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds bytes that are no UTF-8, or half a character; no token stands for it") from None
+    llama2.segments(conversation)
 
 
 class Answerer:
     """Answers conversations that end on the user's turn, with the prompts and the precision of training.
+
+    The tokenizer is loaded at once, base and adapter when they are first asked for.
 
     Args:
         run: a run folder, for its best adapter; default: the newest run.
         adapter: an adapter folder instead.
         base: the base of ``adapter``; default: the one that the folder names.
 
-    Raises UserError when there is no such run or adapter, or they do not fit together.
+    Raises UserError when there is no such run or adapter; `model` does when they do not fit together.
     """
 
     def __init__(self, run: str | None = None, adapter: str | None = None, base: str | None = None) -> None:
         chosen = choose_adapter(run, adapter, base)
-        self.base, self.adapter = chosen.base, chosen.adapter
-        self._load(chosen.system)
-
-    def _load(self, system: str | None) -> None:
-        import torch
+        self.base, self.adapter, self.settings = chosen.base, chosen.adapter, chosen.settings
 
         from lit_qlora.data.encode import Encoder, load_tokenizer
-        from lit_qlora.model import load
-        from lit_qlora.model.device import choose_precision, compute_dtype, current_device
+        from lit_qlora.model.load import read_record
 
         quieten()
-        precision, _ = choose_precision("auto", current_device())
-        dtype = compute_dtype(precision)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        read_record(self.adapter)  # an altered one is found before a large base is loaded
         self.max_length = int(self.base.config["max_position_embeddings"])
-        self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, system=system)
-        model = load.load_base(self.base, dtype, device, "sdpa")
-        self.model = load.load_adapter(model, self.base, self.adapter, trainable=False)
-        mixed = dtype != torch.float32
-        self._context = torch.autocast(device.type, dtype) if mixed else nullcontext()
+        self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, system=chosen.system)
+
+    @cached_property
+    def dtype(self) -> "torch.dtype":
+        """What is computed in: training's choice for this base and device."""
+        from lit_qlora.model.device import choose_precision, compute_dtype, current_device
+
+        return compute_dtype(choose_precision("auto", current_device(), self.base.shape.num_parameters)[0])
+
+    @cached_property
+    def model(self) -> "PeftModel":
+        """Base and adapter. Raises UserError when they can't be loaded, or do not fit together."""
+        import torch
+
+        from lit_qlora.model import load
+        from lit_qlora.model.copies import Copies
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        copies = Copies(self.settings["model"].get("quantized_cache", "auto") if self.settings else "auto")
+        base = copies.find(self.base, self.dtype, device.type) or self.base
+        model = load.load_base(base, self.dtype, device, "sdpa")
+        return load.load_adapter(model, base, self.adapter, trainable=False)
 
     def answer(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
         """An answer to each conversation, as one batch.
 
         Raises UserError for a prompt that leaves no room in the base's context.
         """
-        from lit_qlora.model.generate import generate
+        return self.answer_ids([self.prompt(conversation, sampling) for conversation in conversations], sampling)
 
-        prompts = [self.encoder.prompt(conversation) for conversation in conversations]
-        longest = max(len(prompt) for prompt in prompts)
-        if longest + sampling.max_new_tokens > self.max_length:
+    def answer_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
+        """An answer to each of what `prompt` made, as one batch."""
+        model = self.model
+        with self._precision():
+            answers = generate(model, prompts, self.encoder.eos_id, sampling)
+        return [self._answer(ids) for ids in answers]
+
+    def stream(self, conversation: Conversation, sampling: Sampling, show: Callable[[str], bool]) -> Answer:
+        """One answer while it is made.
+
+        Args:
+            conversation: ends on the user's turn.
+            sampling: how tokens are drawn.
+            show: called after each token with the text that is new, which may be none; says whether to go on.
+
+        Raises UserError for a prompt that leaves no room in the base's context.
+        """
+        prompt, stream, model = self.prompt(conversation, sampling), TextStream(self.encoder), self.model
+        with self._precision():
+            (ids,) = generate(model, [prompt], self.encoder.eos_id, sampling, lambda token: show(stream.add(token)))
+        show(stream.close())
+        return self._answer(ids)
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """While it is open, the base alone answers."""
+        return self.model.disable_adapter()  # type: ignore[no-any-return]
+
+    def prompt(self, conversation: Conversation, sampling: Sampling) -> list[int]:
+        """The ids of an open prompt. Raises UserError when they leave no room for an answer in the base's context."""
+        ids = self.encoder.prompt(conversation)
+        if len(ids) + sampling.max_new_tokens > self.max_length:
             raise UserError(
-                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} are more than the "
+                f"a prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are more than the "
                 f"{self.max_length} tokens of {self.base.name}; shorten it or lower --max_new_tokens"
             )
-        with self._context:
-            answers = generate(self.model, prompts, self.encoder.eos_id, sampling)
-        return [Answer(self.encoder.decode(ids), ids[-1:] == [self.encoder.eos_id]) for ids in answers]
+        return ids
+
+    def trim(self, conversation: Conversation, sampling: Sampling) -> tuple[Conversation, int]:
+        """``conversation`` without its first turns, as many as the context has no room for, and their number.
+
+        They go in pairs of question and answer; the system text and the last question stay.
+        """
+        for start in range(0, len(conversation.turns), 2):
+            kept = replace(conversation, turns=conversation.turns[start:])
+            if len(self.encoder.prompt(kept)) + sampling.max_new_tokens <= self.max_length:
+                break
+        return kept, start
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        import torch
+
+        mixed = self.dtype != torch.float32
+        return torch.autocast(self.model.device.type, self.dtype) if mixed else nullcontext()
+
+    def _answer(self, ids: list[int]) -> Answer:
+        return Answer(text_of(ids, self.encoder), ids[-1:] == [self.encoder.eos_id])

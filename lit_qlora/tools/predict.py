@@ -1,14 +1,31 @@
-"""Owns the verb predict: a file of prompts in, a jsonl of answers out, in the same order. Knows no model."""
+"""Owns the verb predict: a file of prompts in, a jsonl of answers out, in the same order. Knows no model.
 
+Prompts of like length are answered together. Which ones, and what is drawn for them, is a function of the file and the
+options alone: a process that goes on where another was killed comes to the same output.
+"""
+
+import hashlib
 import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 from lit_qlora.data.files import read_rows
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
-from lit_qlora.text import llama2, messages
+from lit_qlora.storage.files import SaveError, replace_file
+from lit_qlora.text import messages
 from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools.answerer import Answerer, check_prompt
+from lit_qlora.tools.unfinished import Unfinished
+
+SECONDS_BETWEEN_LINES = 10
+"""Where standard error is no terminal, and shows no bar."""
 
 
 def predict(
@@ -23,7 +40,7 @@ def predict(
     seed: int = 0,
     batch_size: int = 8,
 ) -> None:
-    """Answer a file of prompts with a run's best adapter.
+    """Answer a file of prompts with a run's best adapter; given again after a cut-off, go on.
 
     Args:
         prompts: txt (a prompt a line), or jsonl, json, csv, parquet with a column prompt (and, if you like,
@@ -38,66 +55,167 @@ def predict(
         seed: of sampling.
         batch_size: prompts answered at a time.
     """
-    require(max_new_tokens >= 1, "max_new_tokens", "at least 1", max_new_tokens)
-    require(temperature >= 0, "temperature", "0 or more", temperature)
-    require(0 < top_p <= 1, "top_p", "a share above 0, at most 1", top_p)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     require(batch_size >= 1, "batch_size", "at least 1", batch_size)
     target = Path(output)
     if target.exists():
         raise UserError(f"output: {target} exists already; give another name or remove it")
     if not target.parent.is_dir():
         raise UserError(f"output: no folder {target.parent}")
-    conversations = read_prompts(Path(prompts))
-
-    from lit_qlora.tools.answerer import Answerer
-
+    questions = read_prompts(Path(prompts))
     answerer = Answerer(run, adapter, base)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    unfinished = target.with_name(f".{target.name}.part")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for start in range(0, len(conversations), batch_size):
-            some = conversations[start : start + batch_size]
-            for conversation, answer in zip(some, answerer.answer(some, sampling), strict=True):
-                line = {"prompt": conversation.turns[-1].content, "answer": answer.text, "stopped": answer.stopped}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    unfinished.replace(target)
-    print(f"{len(conversations)} answers by {answerer.adapter} in {target}")
+    ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
+    unfinished = Unfinished(target)
+    with unfinished.open(_belongs_to(answerer, ids, sampling, batch_size)) as done:
+        answers = _answer_all(answerer, ids, sampling, batch_size, unfinished, done)
+        lines = [
+            {"prompt": conversation.turns[-1].content, "answer": text, "stopped": stopped}
+            for (_, conversation), (text, stopped) in zip(questions, answers, strict=True)
+        ]
+        try:
+            replace_file(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        except SaveError as error:
+            raise UserError(f"output: {error}; given again, the same command goes on") from error
+        unfinished.remove()
+    print(f"{len(lines)} answers by {answerer.adapter} in {target}")
 
 
-def read_prompts(path: Path) -> list[Conversation]:
-    """The open prompts of a file.
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Which prompts are answered together, by their places: like lengths, the longest first.
+
+    So whatever is too large for the memory shows at once, and the time left is rather over- than underestimated.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _answer_all(
+    answerer: Answerer,
+    ids: list[list[int]],
+    sampling: Sampling,
+    batch_size: int,
+    unfinished: Unfinished,
+    done: dict[int, Any],
+) -> list[tuple[str, bool]]:
+    """Text and whether it ended by itself, for each prompt in its order; puts each batch down as it comes."""
+    batches = batches_by_length([len(prompt) for prompt in ids], batch_size)
+    progress = _Progress(len(ids), sum(len(batches[number]) for number in done))
+    for number, places in enumerate(batches):
+        if number not in done:
+            answers = _answer_batch(answerer, [ids[place] for place in places], sampling, number)
+            done[number] = [[answer.text, answer.stopped] for answer in answers]
+            unfinished.add(number, done[number])
+            progress.add(len(places))
+    progress.close()
+    by_place = {
+        place: answer
+        for number, places in enumerate(batches)
+        for place, answer in zip(places, done[number], strict=True)
+    }
+    return [by_place[place] for place in range(len(ids))]
+
+
+def _answer_batch(answerer: Answerer, ids: list[list[int]], sampling: Sampling, number: int) -> Sequence[Any]:
+    import torch
+
+    # By the batch's number: what is drawn must not depend on what this process drew before.
+    seed = int.from_bytes(hashlib.sha256(f"{sampling.seed}/{number}".encode()).digest()[:8], "big")
+    try:
+        return answerer.answer_ids(ids, replace(sampling, seed=seed))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"batch_size: {len(ids)} prompts of up to {max(map(len, ids))} tokens are too much for the memory; lower it"
+        ) from error
+
+
+def _belongs_to(answerer: Answerer, ids: list[list[int]], sampling: Sampling, batch_size: int) -> dict[str, Any]:
+    """All that decides which answers come out, by the names of the options."""
+    adapter = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with (answerer.adapter / name).open("rb") as file:
+            adapter.update(hashlib.file_digest(file, "sha256").digest())
+    return {
+        "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12],
+        "adapter": adapter.hexdigest()[:12],
+        "base": answerer.base.public_name,
+        "computed in": str(answerer.dtype).removeprefix("torch."),
+        **asdict(sampling),
+        "batch_size": batch_size,
+    }
+
+
+def _encode(answerer: Answerer, where: str, conversation: Conversation, sampling: Sampling) -> list[int]:
+    try:
+        return answerer.prompt(conversation, sampling)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+class _Progress:
+    """A bar on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, done: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc="answers",
+            ncols=get_terminal_size().columns,  # tqdm's own guess shows nothing where a terminal tells no size
+            nrows=get_terminal_size().lines,
+            disable=not sys.stderr.isatty(),
+        )
+        self._total, self._done, self._told = total, done, time.monotonic()
+        if done:
+            tqdm.write(f"{done} of {total} were answered before: going on", file=sys.stderr)
+
+    def add(self, count: int) -> None:
+        self._bar.update(count)
+        self._done += count
+        if self._bar.disable and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
+            print(f"{self._done} of {self._total} answered", file=sys.stderr, flush=True)
+            self._told = time.monotonic()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def read_prompts(path: Path) -> list[tuple[str, Conversation]]:
+    """The open prompts of a file, each with its place.
 
     Raises UserError naming file and line for what is no prompt.
     """
     if path.suffix == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
         except OSError as error:
             raise UserError(f"{path}: can't be read ({error.strerror})") from error
         rows: list[tuple[str, Any]] = [
-            (f"{path}:{number}", {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip()
+            (f"{path}:{number}", {"prompt": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()
         ]
     else:
-        rows = [(row.where, row.value) for row in read_rows(path)]
+        rows = [(row.where, row.value) for row in read_rows(path, ("messages", "conversations", "prompt"))]
     if not rows:
         raise UserError(f"{path}: no prompt in it")
-    return [_prompt(where, row) for where, row in rows]
+    return [(where, _prompt(where, row)) for where, row in rows]
 
 
-def _prompt(where: str, row: Any) -> Conversation:
+def _prompt(where: str, row: dict[str, Any]) -> Conversation:
+    column = next((name for name in ("messages", "conversations", "prompt") if row.get(name)), None)
     try:
-        if isinstance(row, dict) and row.get("messages"):
-            conversation = messages.parse(row["messages"])
-        elif isinstance(row, dict) and "prompt" in row:
+        if column is None:
+            raise ValueError(f"expected a column prompt or messages with something in it, found {', '.join(row)}")
+        if column == "prompt":
             conversation = Conversation((Turn("user", row["prompt"]),), row.get("system") or None)
         else:
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"expected a column prompt or messages, found {found}")
-        if conversation.is_answered:
-            raise ValueError("the last turn is the assistant's, expected the user's")
-        llama2.segments(conversation)
+            listed = row[column]
+            if isinstance(listed, str):  # in a csv
+                with suppress(ValueError):
+                    listed = json.loads(listed)
+            conversation = messages.parse(listed)
+        check_prompt(conversation)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     return conversation

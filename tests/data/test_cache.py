@@ -7,6 +7,7 @@ from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data import cache
 from lit_qlora.data.cache import encode_records
 from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
 
 
@@ -141,7 +142,7 @@ def test_an_encoding_that_was_cut_off_leaves_nothing_and_is_made_anew(tokenizer,
                 raise OSError("disk full")
             yield one
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="disk full"):
         patch.setattr(Encoder, "examples", breaks)
         encode_records(TALKS, Encoder(tokenizer, 1024))
     assert [*folder.iterdir()] == []
@@ -175,3 +176,18 @@ def test_an_entry_that_another_process_made_meanwhile_is_left_as_it_is(tokenizer
     assert len(encode_records(TALKS, Encoder(tokenizer, 1024))) == 7
     (entry,) = folder.iterdir()
     assert (entry / "mark").is_file()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+def test_a_folder_that_can_not_be_written_is_one_line_and_nothing_is_left(tokenizer, folder, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cache, "_write_rows", fail)
+    with pytest.raises(UserError) as raised:
+        encode_records(TALKS, Encoder(tokenizer, 1024))
+    assert str(raised.value) == (
+        f"the encoded rows can't be kept in {folder} ({error.strerror}); free some room there, or set "
+        "HF_DATASETS_CACHE to a folder that can be written"
+    )
+    assert list(folder.iterdir()) == []

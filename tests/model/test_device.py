@@ -92,7 +92,9 @@ def test_the_gpu_is_the_current_device_where_there_is_one(accelerator, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert current_device(accelerator) == T4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9_000, 15_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5_000)
+    assert current_device(accelerator) == T4._replace(memory_bytes=14_000)
     assert current_device("cpu") == CPU
 
 

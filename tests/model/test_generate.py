@@ -1,8 +1,11 @@
 """What `generate` promises: transformers' own answers, the same in any batch, stopped at EOS, and no trace left."""
 
+import re
+
 import pytest
 import torch
 
+from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling, generate
 
 PROMPTS = [[1, 77, 400, 31], [1, 9], [1, 300, 12, 45, 8, 260, 19]]
@@ -113,3 +116,44 @@ def test_answers_leave_the_gradients_alone(make_model, gradients):
     generate(model, PROMPTS, NEVER, Sampling(4))
     after = gradients(model)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_ids_come_one_by_one_and_are_the_same(model):
+    (whole,) = generate(model, PROMPTS[:1], NEVER, Sampling(10))
+    seen = []
+    assert generate(model, PROMPTS[:1], NEVER, Sampling(10), lambda token: seen.append(token) is None) == [whole]
+    assert seen == whole
+    eos_id, seen = whole[4], []
+    first = whole[: whole.index(eos_id) + 1]
+    assert generate(model, PROMPTS[:1], eos_id, Sampling(10), lambda token: seen.append(token) is None) == [first]
+    assert seen == first
+
+
+def test_a_listener_stops_an_answer(model):
+    (whole,) = generate(model, PROMPTS[:1], NEVER, Sampling(10))
+    seen = []
+
+    def twice(token):
+        seen.append(token)
+        return len(seen) < 2
+
+    model.train()
+    assert generate(model, PROMPTS[:1], NEVER, Sampling(10), twice) == [whole[:2]]
+    assert seen == whole[:2]
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature: expected 0 or more, got -0.1"),
+        ({"temperature": float("nan")}, "temperature: expected 0 or more, got nan"),
+        ({"top_p": 0.0}, "top_p: expected a share above 0, at most 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p: expected a share above 0, at most 1, got 1.5"),
+        ({"seed": -1}, "seed: expected a whole number from 0, below 2**64, got -1"),
+    ],
+)
+def test_what_cant_be_drawn_from_is_refused(options, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        Sampling(**options)

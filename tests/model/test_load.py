@@ -370,7 +370,7 @@ def test_a_folder_that_is_no_adapter(load, tiny, tmp_path):
 def test_an_adapter_of_another_base(load, tiny, other_tiny, adapter):
     assert refusal(load(base=other_tiny), other_tiny, adapter) == (
         f"{adapter}: this adapter was trained on tiny-llama ({fingerprint(tiny)[:12]}), "
-        f"the base given is other-llama ({fingerprint(other_tiny)[:12]}); give its own with --model.base"
+        f"the base given is other-llama ({fingerprint(other_tiny)[:12]}); give its own with --model.base or --base"
     )
 
 

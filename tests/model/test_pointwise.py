@@ -51,7 +51,8 @@ def test_compiled_is_eager_but_for_rounding_and_compiles_once_for_all_lengths():
     kernels = compiled()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (7, 9, 40):
-            x, other, grad = (draw(2, length, 16, dtype=torch.float32, seed=seed) for seed in range(3))
+            leaves = (draw(2, length, 16, dtype=torch.float32, seed=seed).requires_grad_() for seed in range(3))
+            x, other, grad = (leaf * 1 for leaf in leaves)  # as hidden states are: with a graph behind them
             weight = draw(16, dtype=torch.float32)
             calls = [
                 ("rms_norm", (x, weight, 1e-5)),

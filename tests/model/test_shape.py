@@ -3,7 +3,7 @@
 import pytest
 
 from lit_qlora.model.load import adapter_parameters
-from lit_qlora.model.shape import Shape
+from lit_qlora.model.shape import Shape, known_config
 
 LLAMA2_7B = {
     "hidden_size": 4096,
@@ -66,6 +66,31 @@ def test_a_head_width_of_its_own():
 def test_tied_embeddings_count_once():
     tied = Shape.of(LLAMA2_7B | {"tie_word_embeddings": True})
     assert tied.num_parameters == 6_738_415_616 - 32000 * 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NousResearch/Llama-2-7b-hf", LLAMA2_7B),
+        ("meta-llama/Llama-2-7b-chat-hf", LLAMA2_7B),
+        ("meta-llama/Llama-2-13b-hf", LLAMA2_13B),
+        ("NousResearch/Llama-2-70b-hf", LLAMA2_70B),
+    ],
+)
+def test_sizes_known_without_asking(name, expected):
+    config = known_config(name)
+    assert Shape.of(config) == Shape.of(expected)
+    assert config["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("name", ["demo", "meta-llama/Llama-2-7b", "someone/Llama-2-7b-hf", "meta-llama/Llama-2-8b-hf"])
+def test_sizes_of_others_are_not_guessed(name):
+    assert known_config(name) is None
+
+
+def test_what_a_fingerprint_is_taken_over_stays_the_same():
+    assert repr(Shape.of(LLAMA2_7B)).endswith("'up_proj': (4096, 11008), 'down_proj': (11008, 4096)})")
+    assert Shape.of(LLAMA2_7B).num_heads == 32
 
 
 @pytest.mark.parametrize("tied", [False, True])

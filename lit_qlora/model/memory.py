@@ -1,0 +1,246 @@
+"""Owns the bytes of a training step by formula: what is held at each of its moments, part by part.
+
+The coefficients are counted, not fitted: `tests/model/test_memory.py` measures them on a small model with torch's
+own allocator. Knows no torch, no card and no data; sizes and settings go in, bytes come out.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+from lit_qlora.model.shape import Shape
+
+GIB = 1024**3
+
+CONTEXT = int(0.35 * GIB)
+"""What CUDA itself takes of a card for a process, kernels included. An estimate, not measured on a T4."""
+FRAGMENTATION = 0.11
+"""What torch's allocator holds of the card beyond its tensors: 7 to 13 % in 17 settings measured on an H200."""
+RESERVE = 0.125
+"""The share of a card left free where a setting is chosen: as far as the prediction may be wrong."""
+WORKSPACE = 2 * 8_519_680
+"""cuBLAS's scratch, for the forward's and the backward's thread (`getChosenWorkspaceSize` in torch)."""
+HOPPER_WORKSPACE = 2 * 32 * 1024**2
+"""The same from compute capability 9.0 on."""
+
+CHUNK_ROWS = 1024
+"""`loss.CHUNK_ROWS`, which can't be imported without torch; a test holds them equal."""
+
+NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
+NF4_TABLES = 4 * (16 + 256 + 1)
+"""Each 4-bit weight's code books, and the offset of its scales, in fp32."""
+
+MIN_8BIT, MIN_PAGED, BLOCK_8BIT = 4096, 100_000, 256
+"""bitsandbytes keeps smaller tensors' state in fp32, and on the card; 8-bit state has an fp32 scale for each block."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What decides the memory of a training step.
+
+    ``tokens`` is the largest micro-batch with padding, ``scored_tokens`` those of it that are learned.
+    ``kept_layers`` is how many layers, the last ones, keep the results of their products and of attention; the others
+    keep their input only. The layers are those of `model.decoder`; with DoRA they are not, and take more.
+    """
+
+    shape: Shape
+    tokens: int
+    scored_tokens: int
+    rank: int = 16
+    targets: tuple[str, ...] = Shape.LINEARS
+    dropout: bool = False
+    optimizer: str = "adamw"
+    kept_layers: int = 0
+    element: int = 2
+    """Bytes of the precision: 2 in 16-mixed and bf16-mixed, 4 in 32-true."""
+    accumulates: bool = False
+    workspace: int = WORKSPACE
+
+    @cached_property
+    def lora_tensors(self) -> list[int]:
+        """Weights in each tensor of LoRA, of all layers."""
+        return [self.rank * width for name in self.targets for width in self.shape.linears[name]] * (
+            self.shape.num_layers
+        )
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on the card at one moment of a step, by what they are for."""
+
+    moment: str
+    weights: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    casts: int = 0
+    """16-bit copies of LoRA's weights, which autocast makes and backward needs."""
+    activations: int = 0
+    """What forward keeps for backward, of all layers."""
+    layer: int = 0
+    """What one layer takes while it is computed again and its gradient formed."""
+    loss: int = 0
+    """Logits, a chunk of rows at a time, and the last hidden states with their gradient."""
+    dequantisation: int = 0
+    """The 4-bit weights that stand in 16 bits just now."""
+    cache: int = 0
+    """Keys and values of the sample answers."""
+    workspace: int = 0
+
+    @property
+    def total(self) -> int:
+        """To be compared with ``torch.cuda.max_memory_allocated()``."""
+        return sum(getattr(self, part.name) for part in fields(self) if part.name != "moment")
+
+    @property
+    def reserved(self) -> int:
+        """To be compared with ``torch.cuda.max_memory_reserved()``."""
+        return int(self.total * (1 + FRAGMENTATION))
+
+    @property
+    def on_card(self) -> int:
+        """All that the card must have, CUDA's context included."""
+        return self.reserved + CONTEXT
+
+
+def weight_bytes(shape: Shape, element: int = 2) -> int:
+    """The loaded base: linear layers in NF4 with double quantisation, all else in the precision."""
+    quantized = 0
+    for inputs, outputs in shape.linears.values():
+        scales = math.ceil(inputs * outputs / NF4_BLOCK)
+        quantized += inputs * outputs // 2 + scales + 4 * math.ceil(scales / NF4_NESTED_BLOCK) + NF4_TABLES
+    return shape.num_layers * quantized + element * (shape.num_parameters - shape.num_quantized)
+
+
+def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
+    """State on the card, and state that is paged out to the host where the card is short."""
+    on_card = paged = 0
+    for size in tensors:
+        scales = 0
+        state = 8 * size
+        if name.endswith("8bit") and size >= MIN_8BIT:
+            state, scales = 2 * size, 8 * math.ceil(size / BLOCK_8BIT)
+        if name.startswith("paged") and size >= MIN_PAGED:
+            paged += state
+        else:
+            on_card += state
+        on_card += scales
+    return on_card, paged
+
+
+# Activations, in bytes a token
+
+
+def kept_in_layer(step: Step) -> int:
+    """What a layer that keeps its products' results holds beyond its input: 10 h + 4 I in 16 bits.
+
+    Those are q and k turned, v, attention's result with one fp32 sum a head, the residual in the middle, gate and up.
+    """
+    shape = step.shape
+    queries, keys = shape.linears["q_proj"][1], shape.linears["k_proj"][1]
+    inner = shape.linears["gate_proj"][1]
+    return step.element * (2 * queries + 2 * keys + shape.hidden + 2 * inner) + 4 * shape.num_heads
+
+
+def swiglu_backward(step: Step) -> int:
+    """A layer's highest point in backward, beyond what it keeps: the residual's gradient and four of SwiGLU's."""
+    return step.element * (step.shape.hidden + 4 * step.shape.linears["gate_proj"][1])
+
+
+def kept_activations(step: Step) -> int:
+    """Of all layers, once forward is through."""
+    layers = step.shape.num_layers
+    return layers * step.element * step.shape.hidden + step.kept_layers * kept_in_layer(step)
+
+
+# Moments, in bytes
+
+
+def loss_bytes(step: Step) -> int:
+    """The last norm and the chunked cross entropy, while its last chunk is under way.
+
+    A chunk's logits stand in 16 bits and in fp32.
+    """
+    hidden, rows = step.shape.hidden, min(step.scored_tokens, CHUNK_ROWS)
+    copies = 4 if step.element == 4 else 4 + step.element
+    logits = rows * step.shape.vocabulary * copies
+    states = step.tokens * (4 + step.element) * hidden + 2 * step.scored_tokens * step.element * hidden
+    return logits + states + rows * step.element * hidden
+
+
+def moments(step: Step) -> list[StepMemory]:
+    """The moments of a step that can be its highest, from the second step on."""
+    shape, size = step.shape, step.element
+    lora = sum(step.lora_tensors)
+    weights = {name: size * inputs * outputs for name, (inputs, outputs) in shape.linears.items()}
+    widest = max(weights.values())
+    always = StepMemory(
+        "",
+        weights=weight_bytes(shape, size),
+        adapters=4 * lora,
+        optimizer=optimizer_bytes(step.optimizer, step.lora_tensors)[0],
+        workspace=step.workspace,
+    )
+    # Of one layer at a time.
+    during = replace(always, casts=0 if size == 4 else size * lora // shape.num_layers)
+    activations = step.tokens * kept_activations(step)
+    recomputed = shape.num_layers - step.kept_layers
+    # Recomputed, a layer holds all its weights but the last out of their 4 bits, for the backward behind it.
+    again = replace(
+        during,
+        layer=step.tokens * (kept_in_layer(step) + swiglu_backward(step)),
+        dequantisation=sum(weights.values()) - weights["down_proj"],
+    )
+    once = replace(
+        during,
+        layer=step.tokens * max(swiglu_backward(step), 24 * shape.hidden),  # or the last norm, in fp32
+        dequantisation=widest + 8 * widest // size // NF4_BLOCK,  # its scales, in fp32 and once more with their offset
+    )
+    # The last step's gradients are there until backward begins; while micro-batches add up, all the time.
+    accumulated = 4 * lora if step.accumulates else 0
+    found = [
+        replace(always, moment="loss", activations=activations, gradients=4 * lora, loss=loss_bytes(step)),
+        replace(once, moment="start of backward", activations=activations, gradients=accumulated),
+        replace(again if recomputed else once, moment="end of backward", gradients=4 * lora,
+                activations=step.tokens * (size * shape.hidden + (0 if recomputed else kept_in_layer(step)))),
+        # torch's AdamW has the roots of its second moments as a whole; bitsandbytes works in place.
+        replace(always, moment="update", gradients=4 * lora, layer=4 * lora if step.optimizer == "adamw" else 0),
+    ]  # fmt: skip
+    if recomputed:
+        done = 4 * lora * step.kept_layers // shape.num_layers
+        found.append(
+            replace(
+                again,
+                moment="backward of the last layer that computes again",
+                activations=step.tokens * recomputed * size * shape.hidden,
+                gradients=max(accumulated, done),
+            )
+        )
+    return found
+
+
+def step_memory(step: Step) -> StepMemory:
+    """The highest moment. Evaluation takes less: the same batches, with nothing kept for a backward."""
+    return max(moments(step), key=lambda moment: moment.total)
+
+
+def sampling_memory(step: Step, num_prompts: int, prompt_tokens: int, new_tokens: int) -> StepMemory:
+    """While sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts."""
+    shape, size = step.shape, step.element
+    inner, keys = shape.linears["gate_proj"][1], shape.linears["k_proj"][1]
+    update = next(moment for moment in moments(step) if moment.moment == "update")
+    cache = 2 * size * keys * shape.num_layers * num_prompts * (prompt_tokens + new_tokens)
+    forward = num_prompts * prompt_tokens * size * (6 * shape.hidden + 5 * inner)  # an upper bound
+    scratch = size * max(inputs * outputs for inputs, outputs in shape.linears.values())
+    return replace(update, moment="sample answers", cache=cache, layer=forward, dequantisation=scratch)
+
+
+def most_kept_layers(step: Step, card_bytes: int, reserve: float = RESERVE) -> int:
+    """The most layers that can keep their products' results on a card of ``card_bytes``; 0 where none can."""
+    room = card_bytes * (1 - reserve)
+    fitting = (
+        kept
+        for kept in range(step.shape.num_layers, 0, -1)
+        if step_memory(replace(step, kept_layers=kept)).on_card <= room
+    )
+    return next(fitting, 0)

@@ -1,0 +1,65 @@
+"""Owns the time of training by formula: products, memory traffic and dequantisation at a card's sustained rates.
+
+A prediction, for a Llama trained as this project trains it; no run stands behind it. Knows no data and no torch.
+"""
+
+from dataclasses import dataclass
+
+from lit_qlora.model.cards import Card
+from lit_qlora.model.memory import Step
+
+TRAFFIC_KIB = (500, 750)
+"""What everything but matrix products and attention reads and writes, for a token and a layer of 7B, forward and
+backward, with the kernels of `model.pointwise` compiled: an estimate, which a profile on an H200 agrees with."""
+WIDTHS_OF_7B = 4096 + 11008
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The tokens of an epoch: real ones, those with padding, micro-batches, and the length of the mean token's row."""
+
+    tokens: int
+    padded_tokens: int
+    num_micro_batches: int
+    row_tokens: float
+
+
+def epoch_hours(step: Step, epoch: Epoch, card: Card) -> float | None:
+    """Hours of an epoch of training, without validations; None for a card of unknown rates, or in 32 bits."""
+    if card.tflops is None or card.gb_per_s is None or step.element != 2:
+        return None
+    per_token = _flops(step, epoch.row_tokens / 2) / (card.tflops * 1e12) + _traffic(step) / (card.gb_per_s * 1e9)
+    per_batch = _dequantised_bytes(step) / (card.gb_per_s * 1e9)
+    return (epoch.padded_tokens * per_token + epoch.num_micro_batches * per_batch) / 3600
+
+
+def _recomputed(step: Step) -> float:
+    """The share of the layers that are computed twice."""
+    return 1 - step.kept_layers / step.shape.num_layers
+
+
+def _flops(step: Step, attended: float) -> float:
+    """For one token that attends to ``attended`` others on average; frozen weights have no gradient."""
+    shape = step.shape
+    products, head = 2 * shape.num_quantized, 2 * shape.vocabulary * shape.hidden
+    lora = 2 * sum(step.lora_tensors)
+    attention = 4 * shape.linears["q_proj"][1] * shape.num_layers * attended
+    scored = step.scored_tokens / step.tokens
+    forward_and_backward = 2 * products + 2 * head * scored + 3 * lora + 3.5 * attention
+    inputs, outputs = shape.linears["down_proj"]  # whose result the backward does not need
+    again = products - 2 * shape.num_layers * inputs * outputs + attention + lora
+    return forward_and_backward + _recomputed(step) * again
+
+
+def _traffic(step: Step) -> float:
+    """Bytes for one token."""
+    shape = step.shape
+    forward, backward = TRAFFIC_KIB
+    widths = (shape.hidden + shape.linears["gate_proj"][1]) / WIDTHS_OF_7B
+    passes = forward * (1 + _recomputed(step)) + backward
+    return 1024 * passes * widths * shape.num_layers
+
+
+def _dequantised_bytes(step: Step) -> float:
+    """For one micro-batch, however small: forward and backward read the 4-bit weights and write them in 16 bits."""
+    return 2 * step.shape.num_quantized * (0.516 + 2)

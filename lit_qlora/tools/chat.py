@@ -1,0 +1,91 @@
+"""Owns the verb chat: one question answered, from --prompt or a pipe, or a conversation at the terminal.
+
+The conversation itself is `lit_qlora.tools.terminal`'s. Knows no model.
+"""
+
+import io
+import os
+import sys
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.generate import Sampling
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools.answerer import Answerer, check_prompt
+from lit_qlora.tools.terminal import Terminal, cut_note, harmless
+
+
+def chat(
+    run: str | None = None,
+    adapter: str | None = None,
+    base: str | None = None,
+    prompt: str | None = None,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    max_new_tokens: int = 256,
+) -> None:
+    """Talk with a run's best adapter.
+
+    Args:
+        run: run folder; default: the newest run.
+        adapter: an adapter folder instead of a run.
+        base: the base of that adapter; default: the one that run or folder names.
+        prompt: a question to answer once. Without it, a conversation at the terminal (/help lists its commands);
+            where standard input is no terminal, the whole of it is one question.
+        system: the system text; default: the one that the run was trained with, if any; "" for none.
+        temperature: 0 takes the likeliest token each time.
+        top_p: sample from the likeliest tokens that make up this share.
+        seed: of sampling.
+        max_new_tokens: tokens of an answer, at most.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what an old terminal can't show
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    source = "prompt"
+    if prompt is None and not sys.stdin.isatty():
+        prompt, source = _standard_input(), "standard input"
+    # Found before anything is loaded; in a conversation the system text alone, beside any question.
+    question = _conversation(source, "hello" if prompt is None else prompt, system)
+    answerer = Answerer(run, adapter, base)
+    if prompt is None:
+        Terminal(answerer, sampling, system).run()
+    else:
+        _answer_once(answerer, question, sampling)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"standard input: not UTF-8 (byte {error.start}); convert it, with iconv for example"
+        ) from error
+
+
+def _conversation(source: str, prompt: str, system: str | None) -> Conversation:
+    if not prompt.strip():
+        raise UserError(f"{source}: expected a question, got nothing; write one, or leave --prompt out to talk")
+    question = Conversation((Turn("user", prompt),), system)
+    try:
+        check_prompt(question)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}".replace("turn 1 holds", "it holds")) from error
+    return question
+
+
+def _answer_once(answerer: Answerer, question: Conversation, sampling: Sampling) -> None:
+    is_terminal = sys.stdout.isatty()
+
+    def show(text: str) -> bool:
+        print(harmless(text) if is_terminal else text, end="", flush=True)
+        return True
+
+    try:
+        answer = answerer.stream(question, sampling, show)
+        print(flush=True)
+    except BrokenPipeError:  # whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    if not answer.stopped:
+        print(cut_note(sampling), file=sys.stderr)

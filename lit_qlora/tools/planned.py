@@ -1,0 +1,188 @@
+"""Owns what a plan is made from: fit's options under another verb, the card meant, and the lengths of the rows.
+
+Downloads nothing but a config.json of unknown sizes. Knows how each is found; nothing of what is made of it.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_qlora import start
+from lit_qlora.callbacks.outlook import ANSWER_SHARE, PROMPT_TOKENS, current_card, guanaco_lengths
+from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.records import load_train_and_held_out
+from lit_qlora.data.sources import is_hub_id
+from lit_qlora.errors import UserError, require
+from lit_qlora.model import load
+from lit_qlora.model.base import Base, find_base, missing_bytes
+from lit_qlora.model.cards import DEFAULT, Card, find_card
+from lit_qlora.model.device import AMPERE, Device, check_attention, choose_precision
+from lit_qlora.model.module import QLoRAModule
+from lit_qlora.model.shape import known_config
+from lit_qlora.tools.fitting import Settings
+from lit_qlora.trainer import QLoRATrainer
+from lit_qlora.training import QLoRACLI
+
+CHARACTERS_A_TOKEN, TOKENS_A_TURN = 3.3, 6
+"""Of Guanaco's conversations with Llama 2's tokenizer, and what the format adds; both measured."""
+PUBLISHED = {"timdettmers/openassistant-guanaco": 9846, "mlabonne/guanaco-llama2-1k": 950}
+"""Training rows of data sets whose lengths are like Guanaco's."""
+
+
+class _PlannedTrainer(QLoRATrainer):
+    def plan(self) -> None:
+        """Say what a fit with these options needs: memory, time, disk. Needs no GPU."""
+
+
+class _Options(QLoRACLI):
+    """fit's parser under this verb's name, with a card to plan for; builds and runs nothing."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(args, ExitStack())
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer_class = _PlannedTrainer
+        super().setup_parser(*args, **kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"plan": set()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--gpu", type=str | None, default=None, help="card to plan for; default: this one, or a T4")
+        parser.add_argument("--gpu-gib", type=float | None, default=None, help="memory of the card in GiB instead")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        return LightningCLI._prepare_subcommand_parser(self, klass, subcommand, **kwargs)
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Lengths of the training rows, and how they are known."""
+
+    lengths: tuple[int, ...]
+    answer_share: float
+    prompt_tokens: int
+    known_by: str
+
+
+class Planned(NamedTuple):
+    """All that a plan is told from."""
+
+    base: Base
+    settings: Settings
+    rows: Rows
+    precision_reason: str
+    download: int
+    """Bytes of the base that are not here yet."""
+    max_epochs: int
+    max_steps: int
+    keep_checkpoints: int
+
+
+def read(args: list[str]) -> Planned:
+    """What ``args``, fit's options and a card, stand for.
+
+    Raises UserError for what fit would refuse, too, and SystemExit after ``--help``.
+    """
+    completed = start.complete(["fit", *args])
+    options = _Options(["plan", *completed[1:]]).config["plan"]
+    card = _card(options.gpu, options.gpu_gib)
+    device = Device(card.name, card.capability)
+    model = options.model.as_dict()
+    # The options' own checks, on a base that is always there and for no card.
+    module = QLoRAModule(**{**model, "base": "demo", "adapter": None, "attention": "sdpa"})
+    data = ChatDataModule(**options.data.as_dict())
+    if card.capability < AMPERE:  # above, whether the package is there is the other machine's affair
+        check_attention(model["attention"], device)
+    precision, reason = choose_precision(options.trainer.precision, device)
+    base = _base(model["base"])
+    load.check_targets(base, model["target_modules"])
+    samples, trainer = options.samples, options.trainer
+    with _offline():
+        rows = _rows(data, samples.count)
+        download = missing_bytes(base)
+    settings = Settings(
+        base.shape, card, precision, rows.lengths, rows.answer_share, rows.prompt_tokens, module.lora,
+        model["optimizer"], model["checkpointing"], data.plan, data.max_length,
+        trainer.get("accumulate_grad_batches", 1), len(samples.prompts or ()) or samples.count,
+        samples.max_new_tokens, data.seed,
+    )  # fmt: skip
+    # Without a default where the Trainer looks an option up by name.
+    max_steps = trainer.get("max_steps", -1)
+    return Planned(base, settings, rows, reason, download, trainer.max_epochs, max_steps, options.keep_checkpoints)
+
+
+def _card(name: str | None, gib: float | None) -> Card:
+    require(gib is None or gib > 0, "gpu-gib", "a number of GiB above 0", gib)
+    if name is None and gib is not None:
+        return Card(f"card of {gib:g} GiB", gib, (8, 0))
+    card = find_card(name) if name else current_card() or DEFAULT
+    return replace(card, memory_gib=gib) if gib is not None else card
+
+
+def _base(name: str) -> Base:
+    """Recognised without the hub where its sizes are known."""
+    config = None if Path(name).expanduser().exists() else known_config(name)
+    return Base(name, name, config) if config else find_base(name)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Nothing is downloaded for a plan: what is in the hub's cache is read, all else is assumed."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _rows(data: ChatDataModule, num_prompts: int) -> Rows:
+    """The real lengths where rows and tokenizer are at hand; else an assumption that says so."""
+    try:
+        train, _ = load_train_and_held_out(
+            data.source, data.validation_source, data.validation_share, data.seed, data.form
+        )
+    except UserError:
+        if not is_hub_id(data.source):
+            raise
+        num_rows = PUBLISHED.get(data.source, 1000)
+        lengths = guanaco_lengths(num_rows)
+        what = f"{num_rows:,} rows" if data.source in PUBLISHED else "lengths unknown: 1,000 rows"
+        return Rows(tuple(lengths), ANSWER_SHARE, PROMPT_TOKENS, f"assumed: {what}, their lengths as Guanaco's")
+    try:
+        encoder = data.encoder
+    except UserError:
+        lengths = [
+            TOKENS_A_TURN * len(conversation.turns)
+            + round(sum(len(turn.content) for turn in conversation.turns) / CHARACTERS_A_TOKEN)
+            for conversation in train.conversations
+        ]
+        known_by = f"estimated from {CHARACTERS_A_TOKEN} characters a token: the tokenizer is not here"
+        return Rows(tuple(lengths), ANSWER_SHARE, PROMPT_TOKENS, known_by)
+    data.setup("fit")
+    encoded = data._rows["train"]
+    prompts = [len(encoder.prompt(prompt)) for prompt, _ in data.held_out_prompts(num_prompts)]
+    share = sum(encoded.answer_tokens) / sum(encoded.lengths)
+    return Rows(tuple(encoded.lengths), share, max(prompts, default=PROMPT_TOKENS), "counted")

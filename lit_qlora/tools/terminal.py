@@ -1,0 +1,248 @@
+"""Owns the conversation at a terminal: its lines and commands, what Ctrl-C and Ctrl-D do, and what is remembered.
+
+Knows the answerer as something that streams answers; no ids, no weights.
+"""
+
+import json
+import re
+import shlex
+import signal
+import textwrap
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from shutil import get_terminal_size
+from types import FrameType
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.generate import Sampling
+from lit_qlora.text import llama2
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools.answerer import Answer, Answerer, check_prompt
+
+HELP = """\
+/reset           forget the conversation
+/system          show the system text; /system TEXT sets it, /system - takes it away
+/compare         the last question (else the next one) to adapter and base, side by side; /compare QUESTION asks that
+/save FILE       add the conversation to a .jsonl file that fit can read
+/help            this
+/quit            leave, as Ctrl-D does
+Ctrl-C stops an answer; what was said stays. A line that opens with a space is a question, even with a / behind it."""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that would steer the terminal instead of being shown in it."""
+
+
+def harmless(text: str) -> str:
+    """``text`` as a terminal may be given it, which takes some characters for commands."""
+    return CONTROL.sub("", text)
+
+
+def cut_note(sampling: Sampling) -> str:
+    """What is said of an answer that the limit ended."""
+    return f"(cut at {sampling.max_new_tokens} tokens; --max_new_tokens sets the limit)"
+
+
+class Terminal:
+    """One conversation.
+
+    Args:
+        answerer: answers.
+        sampling: how; each question of a sitting has a seed of its own, counted up from this one's.
+        system: the system text; None for the one of training, empty for none.
+    """
+
+    def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
+        self.answerer, self.sampling, self.system = answerer, sampling, system
+        self.turns: list[Turn] = []
+        self._num_left_out = 0
+        self._compares_next = False
+        self._answering = self._stopped = False
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset, "/system": self._system, "/compare": self._compare, "/save": self._save,
+            "/help": lambda _: print(HELP),
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Talks until Ctrl-D or /quit."""
+        with suppress(ImportError):
+            import readline  # noqa: F401  # from here on `input` knows the arrow keys and what was typed before
+        base, _ = self.answerer.base.public_name, self.answerer.model
+        print(f"{base} with {self.answerer.adapter}: /help lists the commands, Ctrl-D leaves", flush=True)
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            goes_on = True
+            while goes_on:
+                try:
+                    goes_on = self._take(self._read())
+                except KeyboardInterrupt:
+                    print("\n(stopped)")
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self._answering or self._stopped:  # the second time at once, without waiting for a token
+            raise KeyboardInterrupt
+        self._stopped = True
+
+    def _read(self) -> str | None:
+        """A line, empty after a Ctrl-C; None at the end."""
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
+            return ""
+        return None
+
+    def _take(self, line: str | None) -> bool:
+        """Does what a line asks for; says whether to go on."""
+        if line is None or line.strip() == "/quit":
+            return False
+        command, _, rest = line.partition(" ")
+        try:
+            if not line.strip():
+                pass
+            elif not line.startswith("/"):
+                self._ask(line.strip())
+            elif command in self._commands:
+                self._commands[command](rest.strip())
+            else:
+                print(f"(no command {command}; /help lists them)")
+        except UserError as error:
+            print(f"({error})")
+        return True
+
+    def _ask(self, question: str) -> None:
+        if self._compares_next:
+            self._compare(question)
+            return
+        conversation = self._fitting([*self.turns, Turn("user", question)])
+        answer = self._answer(conversation, self._show)
+        print()
+        self._note(answer)
+        self._remember(question, answer)
+
+    def _fitting(self, turns: list[Turn]) -> Conversation:
+        """The conversation, without first turns that the context has no room for; says when they become more."""
+        whole = Conversation(tuple(turns), self.system)
+        try:
+            check_prompt(whole)
+        except ValueError as error:
+            raise UserError(str(error).replace(f"turn {len(turns)} holds", "it holds")) from error
+        fitting, num_left_out = self.answerer.trim(whole, self.sampling)
+        self.answerer.prompt(fitting, self.sampling)  # raises where even the question alone has no room
+        if num_left_out > self._num_left_out:
+            print(f"(the first {num_left_out} turns no longer fit into {self.answerer.max_length} tokens: left out)")
+        self._num_left_out = num_left_out
+        return fitting
+
+    def _answer(self, conversation: Conversation, show: Callable[[str], None]) -> Answer:
+        def go_on(text: str) -> bool:
+            show(text)
+            return not self._stopped
+
+        self._answering, self._stopped = True, False
+        try:
+            return self.answerer.stream(conversation, self.sampling, go_on)
+        finally:
+            self._answering = False
+
+    @staticmethod
+    def _show(text: str) -> None:
+        print(harmless(text), end="", flush=True)
+
+    def _note(self, answer: Answer) -> None:
+        if self._stopped:
+            print("(stopped)")
+        elif not answer.stopped:
+            print(cut_note(self.sampling))
+
+    def _remember(self, question: str, answer: Answer) -> None:
+        self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
+        tags = llama2.tags_in(answer.text)
+        if not answer.text or tags:  # the next prompt could not hold it
+            print(f"(the answer {f'holds {tags[0]}' if tags else 'is empty'}: question and answer are forgotten)")
+        else:
+            self.turns += [Turn("user", question), Turn("assistant", answer.text)]
+
+    # Commands
+
+    def _reset(self, _: str) -> None:
+        self.turns, self._num_left_out, self._compares_next = [], 0, False
+        print("(forgotten)")
+
+    def _system(self, text: str) -> None:
+        if text:
+            system = "" if text == "-" else text
+            try:
+                check_prompt(Conversation((Turn("user", "hello"),), system))
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            self.system = system
+        print(f"(system: {self._effective_system() or 'none'})")
+
+    def _effective_system(self) -> str | None:
+        return self.answerer.encoder.system if self.system is None else self.system
+
+    def _compare(self, question: str) -> None:
+        self._compares_next = not question and not self.turns
+        if self._compares_next:
+            print("(the next question goes to both)")
+            return
+        turns = [*self.turns, Turn("user", question)] if question else self.turns[:-1]
+        conversation = self._fitting(turns)
+        texts = []
+        for heading, switch in (("adapter", nullcontext()), ("base", self.answerer.without_adapter())):
+            print(f"({heading} …)", end="", flush=True)
+            with switch:
+                answer = self._answer(conversation, lambda _: None)
+            print("\r\x1b[K", end="", flush=True)
+            if self._stopped:
+                print("(stopped)")
+                return
+            texts.append(harmless(answer.text) + ("" if answer.stopped else f"\n{cut_note(self.sampling)}"))
+            if heading == "adapter":
+                of_adapter = answer
+        print(side_by_side(("adapter", texts[0]), ("base", texts[1]), get_terminal_size().columns))
+        if question:
+            self._remember(question, of_adapter)
+
+    def _save(self, name: str) -> None:
+        if not self.turns:
+            raise UserError("nothing was answered yet")
+        words = shlex.split(name)
+        if len(words) != 1 or not words[0].endswith(".jsonl"):
+            raise UserError(f"expected one name that ends in .jsonl, got {name!r}")
+        system = self._effective_system()
+        rows = [{"role": "system", "content": system}] if system else []
+        rows += [{"role": turn.role, "content": turn.content} for turn in self.turns]
+        path = Path(words[0]).expanduser()
+        try:
+            with path.open("a+b") as file:
+                if file.tell():
+                    file.seek(-1, 2)
+                    opens = b"" if file.read() == b"\n" else b"\n"
+                else:
+                    opens = b""
+                file.write(opens + json.dumps({"messages": rows}, ensure_ascii=False).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"{path} could not be saved: {error.strerror}") from error
+        print(f"({len(self.turns)} turns added to {path})")
+
+
+def side_by_side(left: tuple[str, str], right: tuple[str, str], columns: int) -> str:
+    """Two headed texts in two columns of a terminal; one below the other where it is narrow."""
+    if columns < 50:
+        return "\n".join(f"{heading}:\n{text}" for heading, text in (left, right))
+    width = (columns - 3) // 2
+    cells = [[heading, "-" * len(heading), *_wrap(text, width)] for heading, text in (left, right)]
+    height = max(map(len, cells))
+    rows = zip(*(cell + [""] * (height - len(cell)) for cell in cells), strict=True)
+    return "\n".join(f"{one:<{width}} | {other}".rstrip() for one, other in rows)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]

@@ -1,0 +1,111 @@
+"""Owns the answers of an output that is not whole yet, in a file beside it that outlives a kill.
+
+``.NAME.part`` says in its first line what the answers belong to, then has a line for each batch. A process
+may be killed at any moment: a line that was not wholly written is as good as none. Knows what is in a line no better
+than JSON does.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from lit_qlora.errors import UserError
+
+
+class Unfinished:
+    """The batches that are done, held for this process alone until it is closed."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.path = target.with_name(f".{target.name}.part")
+        self._file: IO[bytes] | None = None
+
+    @contextlib.contextmanager
+    def open(self, belongs_to: Mapping[str, Any]) -> Iterator[dict[int, Any]]:
+        """The batches by their number, of an output that belongs to just this; none where nothing was begun.
+
+        Raises UserError when another process is writing it, it belongs to other things, or can't be opened.
+        """
+        try:
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise UserError(f"output: {self.path} can't be written ({error.strerror})") from error
+        try:
+            self._hold()
+            yield self._read(belongs_to)
+        finally:
+            self._file.close()
+
+    def add(self, number: int, batch: Any) -> None:
+        """Puts a batch down. Raises UserError when it can't be written; what was there stays."""
+        self._write([number, batch])
+
+    def remove(self) -> None:
+        """Removes the file, once the output is whole."""
+        self.path.unlink(missing_ok=True)
+
+    def _hold(self) -> None:
+        assert self._file
+        try:
+            import fcntl
+        except ImportError:  # Windows, where what is locked could not be read either
+            return
+        try:
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"output: another process is writing {self.target}; wait for it, or give another name"
+            ) from error
+        except OSError:  # a file system without locks
+            return
+
+    def _read(self, belongs_to: Mapping[str, Any]) -> dict[int, Any]:
+        assert self._file
+        self._file.seek(0)
+        header = self._file.readline()
+        if not header.endswith(b"\n"):  # nothing was begun, or killed within its first line
+            self._file.truncate(0)
+            self._write(belongs_to)
+            return {}
+        if (was := _parsed(header)) != belongs_to:
+            raise UserError(
+                f"output: {self.target} was begun with other settings ({_differences(was, belongs_to)}); give "
+                f"those again, or another name, or delete {self.path}"
+            )
+        batches, whole_bytes = {}, len(header)
+        for line in self._file:
+            row = _parsed(line)
+            if row is None or not line.endswith(b"\n"):
+                break
+            batches[row[0]] = row[1]
+            whole_bytes += len(line)
+        self._file.truncate(whole_bytes)
+        return batches
+
+    def _write(self, row: Any) -> None:
+        assert self._file
+        try:
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"output: {self.path} can't be written ({error.strerror}); the same command goes on from there"
+            ) from error
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _differences(was: Any, now: Mapping[str, Any]) -> str:
+    if not isinstance(was, dict):
+        return "its first line does not say which"
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return "; ".join(f"{name}: {was.get(name)} -> {now.get(name)}" for name in names)

@@ -1,0 +1,109 @@
+"""The forecast: real settings in the formulas' terms, lengths like the measured ones, a few lines that add up."""
+
+from dataclasses import replace
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lit_qlora.callbacks import outlook
+from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.model.cards import DEFAULT, Card, find_card
+from lit_qlora.model.device import Device
+from lit_qlora.model.load import Lora
+from lit_qlora.model.memory import HOPPER_WORKSPACE, WORKSPACE
+from lit_qlora.model.module import QLoRAModule
+from lit_qlora.model.shape import LLAMA_2, Shape
+
+SEVEN = Shape.of(LLAMA_2["7b"])
+
+
+def step(card=DEFAULT, checkpointing="full", precision="16-mixed", targets="all-linear", tokens=4096):
+    lora = Lora(16, 16, 0.05, targets, False, False)
+    return outlook.step_of(SEVEN, lora, "adamw", checkpointing, precision, card, tokens, 0.5, 4)
+
+
+def test_settings_in_the_formulas_terms():
+    made = step()
+    assert (made.tokens, made.scored_tokens, made.kept_layers, made.element) == (4096, 2048, 0, 2)
+    assert made.dropout and made.accumulates and made.targets == Shape.LINEARS
+    assert made.workspace == WORKSPACE
+    assert step(card=find_card("h100")).workspace == HOPPER_WORKSPACE
+    assert step(checkpointing="none").kept_layers == 32
+    assert step(checkpointing="selective").kept_layers == 32
+    assert step(precision="32-true").element == 4
+    assert step(targets="q_proj").targets == ("q_proj",)
+    assert step(targets=["q_proj", "v_proj", "q_proj"]).targets == ("q_proj", "v_proj")
+
+
+def test_auto_keeps_as_many_layers_as_fit():
+    kept = step(checkpointing="auto").kept_layers
+    assert 0 < kept < 32
+    assert step(checkpointing="auto", card=find_card("h200")).kept_layers == 32
+
+
+def test_an_epoch_by_hand():
+    epoch, largest = outlook.epoch_of([10, 20, 30, 40], [[0, 1], [2, 3]])
+    assert (epoch.tokens, epoch.padded_tokens, epoch.num_micro_batches, largest) == (100, 40 + 80, 2, 80)
+    assert epoch.row_tokens == (100 + 400 + 900 + 1600) / 100
+
+
+def test_lengths_have_the_measured_means():
+    lengths = outlook.guanaco_lengths(1000)
+    means = [sum(min(length, cap) for length in lengths) / 1000 for cap in (512, 1024, 2048)]
+    assert means == pytest.approx([345, 421, 450], rel=0.015)  # of guanaco-llama2-1k
+    assert sorted(lengths)[500] == pytest.approx(373, abs=2)
+
+
+@pytest.fixture
+def parts():
+    """The demo's module, data and Trainer, as fit has them once the data is read."""
+    data = ChatDataModule(max_length=160)
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", max_epochs=1, precision="bf16-mixed")
+    data.trainer = trainer
+    data.setup("fit")
+    return QLoRAModule(checkpointing="none"), data, trainer
+
+
+def test_on_a_cpu_nothing_is_said(parts, monkeypatch):
+    monkeypatch.setattr(outlook, "current_card", lambda: None)
+    assert outlook.plan_lines(*parts) == []
+
+
+def test_on_a_card_memory_parts_and_time(parts, monkeypatch):
+    monkeypatch.setattr(outlook, "current_card", lambda: DEFAULT)
+    lines = outlook.plan_lines(*parts)
+    assert [line.split(":")[0] for line in lines] == ["predicted memory", "predicted parts", "predicted time"]
+    assert "of 14.56 GiB (T4, 3%)" in lines[0] and lines[0].endswith("; fits")
+    assert "no layer computes its activations again" in lines[1]
+
+
+def test_a_card_of_unknown_rates_and_one_too_small():
+    epoch, _ = outlook.epoch_of([1024] * 8, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    lines = outlook.short_lines(step(), epoch, Card("small", 5.0, (7, 5)))
+    assert len(lines) == 2
+    assert lines[0].endswith("does not fit: python main.py plan says what would")
+
+
+@pytest.mark.parametrize(
+    ("hours", "words"), [(0.0001, "under 1 s"), (0.005, "18 s"), (0.5, "30 min"), (1.9, "114 min"), (2.94, "2.9 h")]
+)
+def test_durations(hours, words):
+    assert outlook.duration(hours) == words
+
+
+@pytest.mark.parametrize(("name", "rates"), [("Tesla T4", 24), ("NVIDIA GeForce GTX 1080", None)])
+def test_this_machines_card(monkeypatch, name, rates):
+    monkeypatch.setattr(outlook, "current_device", lambda: Device(name, (7, 5), 12 * 1024**3))
+    card = outlook.current_card()
+    assert (card.memory_gib, card.tflops, card.capability) == (pytest.approx(12.35), rates, (7, 5))
+    monkeypatch.setattr(outlook, "current_device", lambda: Device("CPU", None))
+    assert outlook.current_card() is None
+
+
+def test_kept_layers_in_words():
+    words = [outlook.kept_words(replace(step(), kept_layers=kept)) for kept in (32, 0, 12)]
+    assert words == [
+        "no layer computes its activations again",
+        "all 32 layers compute their activations again",
+        "12 of 32 layers keep their products' results",
+    ]

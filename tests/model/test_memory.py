@@ -1,0 +1,283 @@
+"""The planner's formulas against what torch really keeps and allocates, on a small 4-bit Llama with LoRA."""
+
+import functools
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_qlora.model import loss, memory
+from lit_qlora.model.attention import find_places
+from lit_qlora.model.base import find_base
+from lit_qlora.model.decoder import run_layers, take_apart
+from lit_qlora.model.load import adapter_parameters
+from lit_qlora.model.loss import summed_cross_entropy
+from lit_qlora.model.memory import GIB, Step, StepMemory
+from lit_qlora.model.optimizer import make_optimizer
+from lit_qlora.model.shape import LLAMA_2, Shape
+
+SEVEN = Shape.of(LLAMA_2["7b"])
+TARGETS = {
+    "all": Shape.LINEARS,
+    "qv": ("q_proj", "v_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+RANK, ROWS = 4, 8
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory):
+    """A random Llama of given sizes, as a folder."""
+
+    @functools.cache
+    def base_of(num_layers, hidden=128, inner=352, key_value_heads=4, vocabulary=512):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=key_value_heads,
+            vocab_size=vocabulary,
+            tie_word_embeddings=False,
+        )
+        folder = tmp_path_factory.mktemp("sized")
+        LlamaForCausalLM(config).save_pretrained(folder)
+        return find_base(str(folder))
+
+    return base_of
+
+
+@pytest.fixture
+def step_of(make_model, base_of):
+    """A model, and the formulas' step of the same settings."""
+
+    def step_of(num_layers, tokens, kept_layers, targets="all", dtype=torch.bfloat16, **sizes):
+        base = base_of(num_layers, **sizes)
+        model = make_model(dtype, "none", base, rank=RANK, target_modules=list(TARGETS[targets]))
+        step = Step(
+            base.shape, tokens, tokens, rank=RANK, targets=TARGETS[targets], kept_layers=kept_layers,
+            element=dtype.itemsize, accumulates=True,
+        )  # fmt: skip
+        return model, step
+
+    return step_of
+
+
+def forward(model, step):
+    """Every token is scored."""
+    ids = torch.randint(3, 500, (ROWS, step.tokens // ROWS))
+    llama = model.get_base_model()
+    hidden = llama.model.embed_tokens(ids)
+    places = find_places(llama.model.rotary_emb, hidden, ())
+    hidden = llama.model.norm(run_layers(take_apart(model), hidden, places, step.kept_layers))
+    return summed_cross_entropy(hidden.flatten(0, 1), llama.lm_head.weight, ids.flatten())[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [{}, {"key_value_heads": 2}, {"hidden": 192, "inner": 256}])
+def test_what_a_layer_keeps(step_of, sizes, dtype):
+    """What stays allocated behind a forward, by one layer more that keeps."""
+    held = []
+    for kept_layers in (1, 2):
+        model, step = step_of(3, 512, kept_layers, dtype=dtype, **sizes)
+        held.append(held_bytes(lambda model=model, step=step: forward(model, step)))
+    assert held[1] - held[0] == pytest.approx(512 * memory.kept_in_layer(step), rel=0.01)
+
+
+def held_bytes(run):
+    """What is still held of memory while the result of ``run`` is."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert result.grad_fn is not None
+    return sum(event.nbytes() for event in events)
+
+
+def peak_bytes(run):
+    """The most that torch's allocator held above what it held before, scratch inside of kernels included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("kept_layers", "targets", "sizes"),
+    [
+        (0, "all", {}),
+        (0, "qv", {}),
+        (0, "mlp", {}),
+        (0, "all", {"vocabulary": 8000}),
+        (0, "all", {"hidden": 192, "inner": 512, "key_value_heads": 2}),
+        (1, "all", {}),
+        (2, "all", {"vocabulary": 8000}),
+        (3, "all", {}),
+        (3, "qv", {}),
+        (3, "all", {"hidden": 192, "inner": 512, "key_value_heads": 2}),
+    ],
+)
+def test_the_peak_of_a_step(step_of, kept_layers, targets, sizes):
+    model, step = step_of(3, 2048, kept_layers, targets, **sizes)
+
+    def run():
+        forward(model, step).backward()
+
+    run()  # gradients are there from now on, and stay
+    held_before = ("weights", "adapters", "gradients", "optimizer", "workspace")
+    expected = max(
+        sum(getattr(moment, part.name) for part in fields(moment) if part.name not in ("moment", *held_before))
+        for moment in memory.moments(step)
+        if moment.moment != "update"
+    )
+    assert peak_bytes(run) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("num_rows", [600, 1024, 2500])
+def test_the_peak_of_the_loss(num_rows):
+    hidden = torch.randn(num_rows, 16, dtype=torch.bfloat16, requires_grad=True)
+    head, ids = torch.randn(4000, 16, dtype=torch.bfloat16), torch.randint(0, 4000, (num_rows,))
+    shape = Shape.of(LLAMA_2["7b"] | {"hidden_size": 16, "num_attention_heads": 4, "vocab_size": 4000})
+    step = Step(shape, num_rows, num_rows)
+    given = num_rows * 16 * (4 + 2 + 2)  # the last norm, hidden states and scored ones come from outside
+    expected = memory.loss_bytes(step) - given
+    assert peak_bytes(lambda: summed_cross_entropy(hidden, head, ids)) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_chunk_is_the_losss():
+    assert memory.CHUNK_ROWS == loss.CHUNK_ROWS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["demo", "tiny"])
+def test_weights_are_those_of_a_loaded_base(load, tiny, name, dtype):
+    base = find_base("demo") if name == "demo" else tiny
+    model = load(dtype, base)
+    tensors = list(model.parameters())
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    assert memory.weight_bytes(base.shape, dtype.itemsize) == counted
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_optimizer_state_is_that_of_a_real_step(make_model, tiny, name):
+    model = make_model(rank=RANK, target_modules="all-linear")
+    parameters = list(adapter_parameters(model).values())
+    optimizer = make_optimizer(name, parameters, 1e-3, 0.0)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    counted = sum(
+        value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and value.numel() > 1 and "qmap" not in key
+    )
+    tensors = Step(tiny.shape, 1, 1, rank=RANK).lora_tensors
+    assert sorted(tensors) == sorted(parameter.numel() for parameter in parameters)
+    assert memory.optimizer_bytes(name, tensors) == (counted, 0)
+
+
+def test_both_kinds_of_8_bit_tensors_are_in_the_test_above():
+    sizes = [4096, 4095, 100_000]
+    assert memory.optimizer_bytes("adamw_8bit", sizes[:1]) == (2 * 4096 + 8 * 16, 0)
+    assert memory.optimizer_bytes("adamw_8bit", sizes[1:2]) == (8 * 4095, 0)
+    assert memory.optimizer_bytes("paged_adamw_8bit", sizes) == (2 * 4096 + 128 + 8 * 4095 + 8 * 391, 200_000)
+    assert memory.optimizer_bytes("paged_adamw", sizes) == (8 * (4096 + 4095), 800_000)
+
+
+def test_the_update_holds_one_more_copy(make_model):
+    parameters = list(adapter_parameters(make_model(rank=64)).values())
+    optimizer = make_optimizer("adamw", parameters, 1e-3, 0.0)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    size = 4 * sum(parameter.numel() for parameter in parameters)
+    assert peak_bytes(optimizer.step) == pytest.approx(size, rel=0.02)
+
+
+# Llama 2 7B, in the words of its sizes: h = 4096, I = 11008
+
+
+def seven(**settings):
+    return Step(SEVEN, **{"tokens": 2048, "scored_tokens": 2048, **settings})
+
+
+def test_7b_by_hand():
+    assert memory.weight_bytes(SEVEN) / GIB == pytest.approx(3.600, abs=0.001)
+    assert memory.kept_in_layer(seven()) == 10 * 4096 + 4 * 11008 + 4 * 32
+    assert memory.swiglu_backward(seven()) == 2 * 4096 + 8 * 11008
+    step = memory.step_memory(seven(tokens=4096, scored_tokens=4096))
+    assert step.adapters == step.gradients + step.adapters == 4 * 39_976_960
+    assert step.optimizer == 8 * 39_976_960
+    assert step.activations == 4096 * 32 * 2 * 4096
+    assert step.dequantisation == 2 * (4 * 4096 * 4096 + 2 * 4096 * 11008)
+    assert step.moment == "backward of the last layer that computes again"
+
+
+def test_a_total_is_the_sum_of_its_parts():
+    parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:])}
+    held = StepMemory("now", **parts)
+    assert held.total == int("1" * len(parts))
+    assert held.reserved == int(held.total * 1.11)
+    assert held.on_card == held.reserved + int(0.35 * GIB)
+
+
+def test_the_highest_moment_moves():
+    moment = {
+        name: memory.step_memory(step).moment
+        for name, step in {
+            "few tokens": seven(tokens=64, scored_tokens=8, rank=256),
+            "few layers": replace(seven(scored_tokens=8, rank=64), shape=replace(SEVEN, num_layers=2)),
+            "many": seven(tokens=8192, scored_tokens=8192),
+            "many and kept": seven(kept_layers=32),
+            "kept": seven(kept_layers=32, scored_tokens=64),
+        }.items()
+    }
+    assert moment == {
+        "few tokens": "update",
+        "few layers": "end of backward",
+        "many": "backward of the last layer that computes again",
+        "many and kept": "loss",
+        "kept": "start of backward",
+    }
+
+
+def test_sample_answers_hold_keys_and_values_of_each_layer():
+    held = memory.sampling_memory(seven(), num_prompts=8, prompt_tokens=100, new_tokens=28)
+    assert held.cache == 8 * 128 * 32 * 2 * 2 * 4096
+    assert held.weights == memory.weight_bytes(SEVEN)
+
+
+@given(st.integers(64, 8192), st.sampled_from([8, 64]), st.floats(5, 40))
+def test_the_most_kept_layers_fit_and_one_more_does_not(tokens, rank, card_gib):
+    step = seven(tokens=tokens, scored_tokens=tokens, rank=rank)
+    room = card_gib * GIB * 0.875
+
+    def fits(kept):
+        return memory.step_memory(replace(step, kept_layers=kept)).on_card <= room
+
+    kept = memory.most_kept_layers(step, int(card_gib * GIB))
+    assert 0 <= kept <= 32
+    assert kept == 0 or fits(kept)
+    assert kept == 32 or not fits(kept + 1)
+
+
+@given(st.integers(1024, 8192), st.integers(0, 31))
+def test_memory_grows_with_tokens_and_with_kept_layers(tokens, kept):
+    step = seven(tokens=tokens, scored_tokens=tokens, kept_layers=kept)
+    activations = memory.kept_activations(step)
+    assert memory.kept_activations(replace(step, kept_layers=kept + 1)) - activations == memory.kept_in_layer(step)
+    assert memory.step_memory(replace(step, tokens=tokens + 1)).total > memory.step_memory(step).total

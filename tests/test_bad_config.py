@@ -1,0 +1,313 @@
+"""Options that can't be: each ends in one line and status 2, before a model is loaded, and leaves nothing behind."""
+
+# ruff: noqa: E501  # a message is shown as the user reads it: in one line
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.cli import main
+from lit_qlora.model import load
+
+CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
+    ("misspelt key", ["--model.rnak", "3"], None, "unknown option 'model.rnak'; did you mean 'model.rank'?"),
+    ("misspelt key in YAML", [], "model:\n  rnak: 3\n", "unknown option 'model.rnak'; did you mean 'model.rank'?"),
+    ("misspelt section in YAML", [], "modle:\n  rank: 3\n", "unknown option 'modle.rank'; did you mean 'model.rank'?"),
+    (
+        "misspelt trainer key",
+        ["--trainer.max_step", "3"],
+        None,
+        "unknown option 'trainer.max_step'; did you mean 'trainer.max_steps'?",
+    ),
+    (
+        "misspelt data key",
+        [],
+        "data:\n  batchsize: 3\n",
+        "unknown option 'data.batchsize'; did you mean 'data.batch_size'?",
+    ),
+    ("unknown verb option", ["--resume", "x"], None, "unknown option 'resume'; the accepted ones are listed by --help"),
+    ("positional", ["runs/mine"], None, "unknown option 'runs/mine'; the accepted ones are listed by --help"),
+    ("value missing", ["--model.rank"], None, "argument --model.rank: expected one argument"),
+    ("text for number", ["--model.rank", "high"], None, "model.rank: expected int, got high"),
+    ("float for int", ["--model.rank", "1.5"], None, "model.rank: expected int, got 1.5"),
+    ("rank 0", ["--model.rank", "0"], None, "model.rank: expected a whole number from 1, got 0"),
+    ("alpha -1", ["--model.alpha", "-1"], None, "model.alpha: expected a number above 0, got -1.0"),
+    ("dropout 1", ["--model.dropout", "1"], None, "model.dropout: expected a share from 0 to below 1, got 1.0"),
+    (
+        "lr 0",
+        ["--model.learning_rate", "0"],
+        None,
+        "model.learning_rate: expected a number above 0, at most 1, got 0.0",
+    ),
+    (
+        "lr 20",
+        ["--model.learning_rate", "20"],
+        None,
+        "model.learning_rate: expected a number above 0, at most 1, got 20.0",
+    ),
+    (
+        "warmup 2",
+        ["--model.warmup_ratio", "2"],
+        None,
+        "model.warmup_ratio: expected a share from 0 to below 1, got 2.0",
+    ),
+    (
+        "schedule",
+        ["--model.schedule", "cosin"],
+        None,
+        "model.schedule: expected one of 'constant', 'linear', 'cosine', got cosin",
+    ),
+    (
+        "optimizer",
+        ["--model.optimizer", "adam"],
+        None,
+        "model.optimizer: expected one of 'adamw', 'adamw_8bit', 'paged_adamw', 'paged_adamw_8bit', got adam",
+    ),
+    (
+        "paged on cpu",
+        ["--model.optimizer", "paged_adamw"],
+        None,
+        "model.optimizer: paged_adamw pages a GPU's memory, and there is no GPU; take adamw or adamw_8bit",
+    ),
+    (
+        "checkpointing",
+        ["--model.checkpointing", "some"],
+        None,
+        "model.checkpointing: expected one of 'auto', 'full', 'selective', 'none', got some",
+    ),
+    (
+        "target",
+        ["--model.target_modules", "q_prj"],
+        None,
+        "model.target_modules: 'q_prj' is none of all-linear, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+    ),
+    (
+        "base missing",
+        ["--model.base", "./llama"],
+        None,
+        "model.base: no folder './llama'; give a hub id (owner/name) or a folder",
+    ),
+    (
+        "base url",
+        ["--model.base", "https://huggingface.co/a/b"],
+        None,
+        "model.base: no folder 'https://huggingface.co/a/b'; give a hub id (owner/name) or a folder",
+    ),
+    ("adapter missing", ["--model.adapter", "nope"], None, "nope is no adapter: it has no adapter_config.json"),
+    (
+        "flash on cpu",
+        ["--model.attention", "flash_attention_2"],
+        None,
+        "model.attention: flash_attention_2 needs compute capability 8.0 or above, CPU has less; use sdpa",
+    ),
+    (
+        "fp16 on cpu",
+        ["--trainer.precision", "16-mixed"],
+        None,
+        "trainer.precision: 16-mixed needs a CUDA GPU, and there is none; use auto (32-true on a CPU)",
+    ),
+    (
+        "precision word",
+        ["--trainer.precision", "fp16"],
+        None,
+        "trainer.precision: expected one of 'auto', '16-mixed', 'bf16-mixed', '32-true', got fp16",
+    ),
+    (
+        "gpu without gpu",
+        ["--trainer.accelerator", "gpu"],
+        None,
+        "trainer.accelerator: gpu, and torch sees no CUDA GPU here; on Colab choose one (Runtime, Change runtime type), elsewhere check the driver (nvidia-smi), or leave it at auto",
+    ),
+    (
+        "accelerator unknown",
+        ["--trainer.accelerator", "quantum"],
+        None,
+        "trainer.accelerator: expected one of auto, cpu, gpu, cuda, got 'quantum'",
+    ),
+    ("devices 2", ["--trainer.devices", "2"], None, "trainer.devices: expected one device (several come later), got 2"),
+    ("epochs 0", ["--trainer.max_epochs", "0"], None, "trainer.max_epochs: expected a whole number from 1, got 0"),
+    ("steps 0", ["--trainer.max_steps", "0"], None, "trainer.max_steps: expected a whole number from 1, or -1, got 0"),
+    (
+        "val interval 0",
+        ["--trainer.val_check_interval", "0"],
+        None,
+        "trainer.val_check_interval: expected a number above 0, got 0",
+    ),
+    (
+        "val interval -1",
+        ["--trainer.val_check_interval", "-1"],
+        None,
+        "trainer.val_check_interval: expected a number above 0, got -1",
+    ),
+    (
+        "val interval 1.5",
+        ["--trainer.val_check_interval", "1.5"],
+        None,
+        "trainer.val_check_interval: expected a whole number of micro-batches, or a share of an epoch up to 1.0, got 1.5",
+    ),
+    (
+        "accumulate 0",
+        ["--trainer.accumulate_grad_batches", "0"],
+        None,
+        "trainer.accumulate_grad_batches: expected a whole number from 1, got 0",
+    ),
+    (
+        "limit train 0",
+        ["--trainer.limit_train_batches", "0"],
+        None,
+        "trainer.limit_train_batches: expected a whole number of micro-batches, or a share up to 1.0, got 0",
+    ),
+    (
+        "limit val -1",
+        ["--trainer.limit_val_batches", "-1"],
+        None,
+        "trainer.limit_val_batches: expected a whole number of micro-batches, or a share up to 1.0, got -1",
+    ),
+    (
+        "log every 0",
+        ["--trainer.log_every_n_steps", "0"],
+        None,
+        "trainer.log_every_n_steps: expected a whole number from 1, got 0",
+    ),
+    (
+        "clip negative",
+        ["--trainer.gradient_clip_val", "-1"],
+        None,
+        "trainer.gradient_clip_val: expected none, or a number above 0, got -1.0",
+    ),
+    (
+        "not offered",
+        ["--trainer.enable_checkpointing", "true"],
+        None,
+        "unknown option 'trainer.enable_checkpointing'; the accepted ones are listed by --help",
+    ),
+    (
+        "not offered 2",
+        ["--trainer.num_nodes", "2"],
+        None,
+        "unknown option 'trainer.num_nodes'; the accepted ones are listed by --help",
+    ),
+    ("batch 0", ["--data.batch_size", "0"], None, "data.batch_size: expected at least 1 row, got 0"),
+    (
+        "tokens below length",
+        ["--data.batch_tokens", "10"],
+        None,
+        "data.batch_tokens: expected none, or at least data.max_length (160), got 10",
+    ),
+    (
+        "packing alone",
+        ["--data.packing", "true"],
+        None,
+        "data.packing: expected data.batch_tokens beside it, say 2048, got True",
+    ),
+    ("max_length 3", ["--data.max_length", "3"], None, "data.max_length: expected at least 8 tokens, got 3"),
+    (
+        "share 1",
+        ["--data.validation_share", "1"],
+        None,
+        "data.validation_share: expected a share from 0 to below 1, got 1.0",
+    ),
+    ("workers -1", ["--data.num_workers", "-1"], None, "data.num_workers: expected 0 or more processes, got -1"),
+    (
+        "form",
+        ["--data.form", "alpaca"],
+        None,
+        "data.form: expected one of 'auto', 'guanaco', 'llama2', 'messages', 'sharegpt', got alpaca",
+    ),
+    ("train_on", ["--data.train_on", "answer"], None, "data.train_on: expected one of 'answers', 'all', got answer"),
+    (
+        "system tag",
+        ["--data.system", "<<SYS>> x"],
+        None,
+        "data.system: expected a text without Llama 2's tags, got '<<SYS>> x'",
+    ),
+    ("save 0", ["--save_every_steps", "0"], None, "save_every_steps: expected a whole number from 1, got 0"),
+    (
+        "save minutes",
+        ["--save_every_minutes", "-3"],
+        None,
+        "save_every_minutes: expected none, or a number above 0, got -3.0",
+    ),
+    ("keep 1", ["--keep_checkpoints", "1"], None, "keep_checkpoints: expected a whole number from 2, got 1"),
+    ("early 0", ["--early_stopping", "0"], None, "early_stopping: expected none, or a whole number from 1, got 0"),
+    (
+        "nonfinite 0",
+        ["--max_nonfinite_losses", "0"],
+        None,
+        "max_nonfinite_losses: expected a whole number from 1, got 0",
+    ),
+    ("max_time", ["--max_time", "soon"], None, "max_time: expected DD:HH:MM:SS, such as 00:03:30:00, got 'soon'"),
+    ("samples -1", ["--samples.count", "-1"], None, "samples.count: expected 0 or more, got -1"),
+    (
+        "samples empty",
+        ["--samples.prompts", '["", "x"]'],
+        None,
+        "samples.prompts: expected no empty ones, got ['', 'x']",
+    ),
+    (
+        "config missing",
+        ["--config", "configs/colab_t5.yaml"],
+        None,
+        "config: no file configs/colab_t5.yaml; did you mean configs/colab_t4.yaml?",
+    ),
+    ("config folder", ["--config", "."], None, "config: . is a folder, expected a YAML file"),
+    ("seed text", ["--seed_everything", "x"], None, "seed_everything: expected int, got x"),
+    (
+        "doubled key",
+        [],
+        "model:\n  rank: 4\n  rank: 8\n",
+        "mine.yaml:3: 'model.rank' stands here a second time (first in line 2); keep one",
+    ),
+    ("empty section", [], "model:\n", "mine.yaml:1: section 'model' is empty; fill it or remove the line"),
+    ("tab", [], "model:\n\trank: 4\n", "mine.yaml:2: no valid YAML: found character '\\t' that cannot start any token"),
+    (
+        "config in config",
+        [],
+        "config: other.yaml\n",
+        "mine.yaml:1: a config file can't name another; give several with --config A --config B",
+    ),
+    ("list", [], "- model\n", "mine.yaml:1: expected 'option: value' lines, got a list"),
+    ("not utf8", [], b"model: \xff\n", "mine.yaml: not UTF-8 (byte 7); save it as UTF-8"),
+    (
+        "callback class",
+        [],
+        "trainer:\n  callbacks:\n    - class_path: os.system\n",
+        "trainer.callbacks: expected list[Callback], Callback, none; got [{'class_path': 'os.system'}]",
+    ),
+    (
+        "callback import",
+        [],
+        "trainer:\n  callbacks:\n    - class_path: evil.Module\n",
+        "trainer.callbacks: expected list[Callback], Callback, none; got [{'class_path': 'evil.Module'}]",
+    ),
+    ("token", ["--hf_token", "x"], None, "unknown option 'hf_token'; the accepted ones are listed by --help"),
+]
+"""What it is called, the command line behind ``fit --run run``, a config file of one's own, and what is said."""
+
+
+@pytest.mark.parametrize(("args", "config", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_a_bad_option_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    config: str | bytes | None,
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "load_base", _never)
+    Path("configs").mkdir()
+    Path("configs/colab_t4.yaml").write_text("run: x\n")
+    if config is not None:
+        Path("mine.yaml").write_bytes(config if isinstance(config, bytes) else config.encode())
+        args = ["--config", "mine.yaml", *args]
+    assert main(["fit", "--run", "run", *args]) == 2
+    assert capsys.readouterr().err == f"error: {expected}\n"
+    assert not Path("run").exists()
+
+
+def _never(*_: object) -> None:
+    raise AssertionError("a model was loaded")
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(CASES) >= 25

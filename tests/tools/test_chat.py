@@ -1,0 +1,502 @@
+"""main.py chat: one answer from --prompt or a pipe, and a conversation at a real (pseudo-)terminal."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_qlora import demo
+from lit_qlora.cli import main
+from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.data.records import load_records
+from lit_qlora.model.generate import Sampling
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools import terminal
+from lit_qlora.tools.answerer import Answer, Answerer
+from lit_qlora.tools.streaming import TextStream, text_of
+from lit_qlora.tools.terminal import Terminal, side_by_side
+
+ROOT = Path(__file__).parents[2]
+SILAS = "Who goes everywhere with Silas?"
+HEAVY = "{'torch', 'transformers', 'lightning', 'peft', 'bitsandbytes', 'datasets'} & {*sys.modules}"
+
+
+def question(text, system=None):
+    return Conversation((Turn("user", text),), system)
+
+
+def greedy(answerer, conversation, num_tokens):
+    """transformers' own answer to the same ids."""
+    ids = torch.tensor([answerer.encoder.prompt(conversation)])
+    output = answerer.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens,
+        eos_token_id=answerer.encoder.eos_id, pad_token_id=0,
+    )  # fmt: skip
+    return answerer.encoder.decode(output[0, ids.shape[1] :].tolist())
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, trained):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(trained.parent)
+    return tmp_path
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    def pipe(data):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    return pipe
+
+
+# Once
+
+
+def test_one_answer_is_transformers_own_greedy_one(here, answerer, capsys):
+    assert main(["chat", "--prompt", SILAS]) == 0
+    out, err = capsys.readouterr()
+    assert out == greedy(answerer, question(SILAS), 256) + "\n"
+    assert len(out) > 20
+    assert err == ""
+
+
+def test_a_pipe_is_one_prompt(here, answerer, piped, capsys):
+    piped(b"\xef\xbb\xbfWho goes everywhere\nwith Silas?\n")
+    assert main(["chat"]) == 0
+    assert capsys.readouterr().out == greedy(answerer, question("Who goes everywhere\nwith Silas?"), 256) + "\n"
+
+
+def test_the_limit_is_told_apart_from_the_answer(here, answerer, capsys):
+    assert main(["chat", "--prompt", SILAS, "--max_new_tokens", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert out == greedy(answerer, question(SILAS), 3) + "\n"
+    assert err == "(cut at 3 tokens; --max_new_tokens sets the limit)\n"
+
+
+def test_a_seed_repeats_what_is_drawn(here, capsys):
+    answers = []
+    for seed in ("1", "1", "2"):
+        assert main(["chat", "--prompt", SILAS, "--temperature", "2", "--seed", seed, "--max_new_tokens", "20"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_the_system_text_is_the_runs_unless_one_is_given(tmp_path, capsys, monkeypatch):
+    seen = []
+    stream = Answerer.stream
+
+    def keep(answerer, conversation, sampling, show):
+        seen.append(answerer.encoder.tokenizer.decode(answerer.encoder.prompt(conversation)))
+        return stream(answerer, conversation, sampling, show)
+
+    monkeypatch.setattr(Answerer, "stream", keep)
+    options = ["--trainer.max_steps", "1", "--samples.count", "0", "--trainer.limit_val_batches", "1"]
+    run = str(tmp_path / "run")
+    assert main(["fit", "--run", run, "--data.system", "Be kind.", *options]) == 0
+    chat = ["chat", "--run", run, "--prompt", "hi", "--max_new_tokens", "2"]
+    for given_system in ([], ["--system", "Be brief."], ["--system", ""]):
+        assert main([*chat, *given_system]) == 0
+    assert seen == [
+        "<s> [INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]",
+        "<s> [INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nhi [/INST]",
+        "<s> [INST] hi [/INST]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt", ""], "prompt: expected a question, got nothing; write one, or leave --prompt out to talk"),
+        (["--prompt", " \n"], "prompt: expected a question, got nothing; write one, or leave --prompt out to talk"),
+        (["--prompt", "x [INST] y"], "prompt: it holds the tag [INST], which could forge a turn or a system text"),
+        (["--prompt", "x", "--system", "<</SYS>>"], "prompt: the system text holds the tag <</SYS>>, which could"),
+        (["--prompt", "x \udcff"], "prompt: it holds bytes that are no UTF-8, or half a character"),
+        (["--prompt", "word " * 600], "a prompt of 1816 tokens and max_new_tokens=256 are more than the 1024 tokens"),
+        (["--prompt", "x", "--adapter", "nowhere"], "nowhere is no adapter: it has no adapter_config.json"),
+        (["--prompt", "x", "--adapter", "a", "--run", "b"], "adapter: a is given, and a run (b) too; give one"),
+        (["--prompt", "x", "--run", "nowhere"], "run: nowhere is no run folder: it has no config.yaml"),
+        (["--prompt", "x", "--base", "./nowhere"], "base: no folder './nowhere'; give a hub id (owner/name)"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature: expected 0 or more, got -1.0"),
+        (["--promt", "x"], "unknown option 'promt'; did you mean 'prompt'?"),
+    ],
+    ids=range(12),
+)
+def test_a_mistake_is_one_line_and_no_model_is_loaded(here, args, message, capsys, monkeypatch):
+    monkeypatch.setattr(Answerer, "model", property(lambda _: pytest.fail("a model was loaded")))
+    assert main(["chat", *args]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {message}")
+    assert (err.count("\n"), out) == (1, "")
+
+
+def test_nothing_on_standard_input_is_one_line(here, piped, capsys):
+    piped(b"")
+    assert main(["chat"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input: expected a question, got nothing")
+    piped("é".encode("latin-1"))
+    assert main(["chat"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input: not UTF-8 (byte 0); convert it")
+
+
+def test_no_run_yet_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["chat", "--prompt", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "error: no run in runs/: train one first with 'python main.py fit', or name one with --run\n"
+    )
+
+
+def test_an_altered_adapter_is_refused_before_the_base_is_loaded(here, trained, capsys, monkeypatch):
+    monkeypatch.setattr(Answerer, "model", property(lambda _: pytest.fail("a model was loaded")))
+    shutil.copytree(trained, "copy")
+    weights = Path("copy/adapter/adapter_model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for chosen in (["--run", "copy"], ["--adapter", "copy/adapter"], ["--adapter", "copy/adapter", "--base", "demo"]):
+        assert main(["chat", "--prompt", "x", *chosen]) == 2
+        err = capsys.readouterr().err
+        assert "adapter_model.safetensors" in err and "the adapter was altered or cut short after it was saved" in err
+        assert err.count("\n") == 1
+
+
+def test_another_base_is_refused(here, trained, capsys):
+    shutil.copytree(demo.BASE, "other")
+    weights = Path("other/model.safetensors")
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(weights)
+    state["model.norm.weight"] *= 2
+    save_file(state, weights, {"format": "pt"})
+    assert main(["chat", "--prompt", "x", "--base", "other"]) == 2
+    err = capsys.readouterr().err
+    assert "this adapter was trained on demo" in err and "give its own with --model.base or --base" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["chat", "predict"])
+def test_help_is_light(verb, environment):
+    code = f"import sys; from lit_qlora.cli import main; main(['{verb}', '--help']); print({HEAVY})"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.endswith("set()\n")
+
+
+# Text as it comes
+
+
+def encoders(request):
+    bases = {"demo": "demo", "llama2": "llama2-tokenizer", "stories": "stories260K"}
+    name = bases[request.param]
+    base = name if name == "demo" else str(request.getfixturevalue("real") / name)
+    return Encoder(load_tokenizer(base), 1024)
+
+
+@pytest.fixture(scope="module", params=["demo", "llama2", "stories"])
+def encoder(request):
+    return encoders(request)
+
+
+def streamed(encoder, ids):
+    stream = TextStream(encoder)
+    return [*map(stream.add, ids), stream.close()]
+
+
+TEXTS = [
+    "Hello , do n't  go: naïve   x\n\n\tand\n  so on.",
+    "😀😃 日本語 ኣማርኛ and 👩‍👩‍👧 “quoted” 한국어",
+    "  outer spaces  ",
+    "1. one\n2. two\n```python\n    def f(x):\n        return x\n```",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_character_breaks_and_no_space_is_lost(encoder, text):
+    ids = encoder._encode([text])[0]
+    pieces = streamed(encoder, [*ids, encoder.eos_id])
+    assert "".join(pieces) == text.strip()
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert sum(map(bool, pieces)) > 1  # and not all at once
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_what_is_shown_is_what_is_kept(encoder, data):
+    """For any ids: bytes that make no character, special tokens in the midst, spaces alone."""
+    odd = [encoder.bos_id, encoder.eos_id, 0, 13]
+    token = st.integers(3, 258) | st.integers(259, len(encoder.tokenizer) - 1) | st.sampled_from(odd)
+    ids = data.draw(st.lists(token, max_size=25))
+    assert "".join(streamed(encoder, ids)) == text_of(ids, encoder)
+
+
+def test_a_character_cut_in_halves_is_left_out(encoder):
+    ids = encoder._encode(["Look: 🦜"])[0]
+    assert text_of(ids, encoder) == "Look: 🦜"
+    assert text_of(ids[:-1], encoder) == "Look:"
+    assert "".join(streamed(encoder, ids[:-1])) == "Look:"
+
+
+def test_an_answer_comes_in_pieces_and_ends_at_eos(answerer):
+    pieces = []
+    answer = answerer.stream(question(SILAS), Sampling(), lambda text: pieces.append(text) is None)
+    assert answer == answerer.answer([question(SILAS)], Sampling())[0]
+    assert answer.stopped
+    assert "".join(pieces) == answer.text
+    assert sum(map(bool, pieces)) > 5
+
+
+# The conversation
+
+
+class Scripted:
+    """Answers what it is told to, and keeps what it was asked."""
+
+    def __init__(self, *answers, stops=True):
+        self.answers, self.stops, self.asked = list(answers), stops, []
+
+    def __call__(self, conversation, sampling, show):
+        self.asked.append((conversation, sampling))
+        text = self.answers.pop(0)
+        show(text)
+        return Answer(text, self.stops)
+
+
+@pytest.fixture
+def talk(answerer, monkeypatch, capsys):
+    """A conversation of the lines given; returns what was printed, and what reached the model."""
+
+    def talk(lines, *answers, stops=True, system=None, temperature=0.0, seed=0):
+        script, rest = Scripted(*answers, stops=stops), iter(lines)
+        monkeypatch.setattr(answerer, "stream", script, raising=False)
+
+        def read(_):
+            try:
+                return next(rest)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", read)
+        capsys.readouterr()
+        Terminal(answerer, Sampling(8, temperature, seed=seed), system).run()
+        return capsys.readouterr().out.split("\n")[1:-1], script.asked
+
+    return talk
+
+
+def turns(*texts):
+    return tuple(Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts))
+
+
+def test_turns_add_up_until_reset(talk):
+    out, asked = talk(["a", " /c", "", "/reset", "e"], "b", "d", "f")
+    assert [conversation.turns for conversation, _ in asked] == [turns("a"), turns("a", "b", "/c"), turns("e")]
+    assert out == ["b", "d", "(forgotten)", "f", ""]
+
+
+def test_each_question_draws_anew(talk):
+    _, asked = talk(["a", "/reset", "a"], "b", "c", temperature=1.0, seed=5)
+    assert [sampling.seed for _, sampling in asked] == [5, 6]
+
+
+def test_the_system_text_is_set_shown_and_taken_away(talk):
+    lines = ["/system", "/system Be brief.", "a", "/system", "/system -", "c", "/system [INST]"]
+    out, asked = talk(lines, "b", "d")
+    assert [conversation.system for conversation, _ in asked] == ["Be brief.", ""]
+    assert out == [
+        "(system: none)", "(system: Be brief.)", "b", "(system: Be brief.)", "(system: none)", "d",
+        "(the system text holds the tag [INST], which could forge a turn or a system text)", "",
+    ]  # fmt: skip
+
+
+def test_what_cant_be_asked_changes_nothing(talk):
+    out, asked = talk(["x [/INST]", "/nope", "word " * 1100, "\udcff", "a"], "b")
+    assert out[:2] == [
+        "(it holds the tag [/INST], which could forge a turn or a system text)",
+        "(no command /nope; /help lists them)",
+    ]
+    assert re.match(r"\(a prompt of \d+ tokens and max_new_tokens=8 are more than the 1024 tokens of demo", out[2])
+    assert "no UTF-8" in out[3]
+    assert [conversation.turns for conversation, _ in asked] == [turns("a")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("", "(the answer is empty: question and answer are forgotten)"),
+        ("so [INST] so", "(the answer holds [INST]: question and answer are forgotten)"),
+    ],
+)
+def test_an_answer_that_no_prompt_could_hold_is_forgotten(talk, answer, told):
+    out, asked = talk(["a", "b"], answer, "c")
+    assert out == [answer, told, "c", ""]
+    assert asked[1][0].turns == turns("b")
+
+
+def test_a_full_context_loses_its_first_turns_and_says_so(talk, answerer):
+    long = "word " * 170  # some 510 tokens
+    out, asked = talk([long, "c", long, "e"], "b", "d", "d2", "f", system="S")
+    assert [len(conversation.turns) for conversation, _ in asked] == [1, 3, 3, 5]
+    assert asked[2][0].turns == turns("c", "d", long.strip())
+    assert {conversation.system for conversation, _ in asked} == {"S"}
+    told = [line for line in out if line.startswith("(the first")]
+    assert told == ["(the first 2 turns no longer fit into 1024 tokens: left out)"]
+    for conversation, sampling in asked:
+        assert len(answerer.encoder.prompt(conversation)) + sampling.max_new_tokens <= 1024
+
+
+def test_a_cut_answer_is_told(talk):
+    out, _ = talk(["a"], "b", stops=False)
+    assert out == ["b", "(cut at 8 tokens; --max_new_tokens sets the limit)", ""]
+
+
+def test_an_answer_cannot_steer_the_terminal(talk):
+    out, _ = talk(["a"], "x\x1b[2Jy\rz\x9b")
+    assert out == ["x[2Jyz", ""]
+
+
+def test_a_saved_conversation_is_what_fit_reads(talk, answerer, tmp_path):
+    first, second = tmp_path / "kept.jsonl", tmp_path / "other.txt"
+    first.write_text('{"messages": []}')  # without a newline at its end
+    lines = ["/save x.jsonl", "/system Be brief.", "a", "c 😀", f"/save {first}", f"/save {second}", "/save",
+             "/reset", "e", f"/save '{first}'", f"/save {tmp_path}/no/x.jsonl"]  # fmt: skip
+    out, _ = talk(lines, "b", "d\nd", "f")
+    assert out[0] == "(nothing was answered yet)"
+    assert out[5:8] == [
+        f"(4 turns added to {first})",
+        f"(expected one name that ends in .jsonl, got '{second}')",
+        "(expected one name that ends in .jsonl, got '')",
+    ]
+    assert out[-2] == f"({tmp_path}/no/x.jsonl could not be saved: No such file or directory)"
+    assert not second.exists()
+    rows = first.read_text(encoding="utf-8").split("\n")
+    assert rows[0] == '{"messages": []}' and rows[-1] == ""
+    first.write_text("\n".join(rows[1:]), encoding="utf-8")
+    assert load_records(str(first)).conversations == [
+        Conversation(turns("a", "b", "c 😀", "d\nd"), "Be brief."),
+        Conversation(turns("e", "f"), "Be brief."),
+    ]
+
+
+def test_compare_asks_both(answerer, monkeypatch, capsys):
+    """With the real model: the adapter's answer, the base's, and the adapter is back after it."""
+    lines = iter(["/compare", SILAS, "/compare", "/compare Where is Ada?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(terminal, "get_terminal_size", lambda: os.terminal_size((120, 24)))
+    talk = Terminal(answerer, Sampling(max_new_tokens=12), None)
+    talk.run()
+    out = capsys.readouterr().out
+    with answerer.without_adapter():
+        of_base = greedy(answerer, question(SILAS), 12)
+    of_adapter = greedy(answerer, question(SILAS), 12)
+    assert of_base != of_adapter
+    assert talk.turns[:2] == list(turns(SILAS, of_adapter))
+    assert [turn.content for turn in talk.turns[2::2]] == ["Where is Ada?"]
+    shown = [line.split("\x1b[K")[-1] for line in out.split("\n")]
+    assert shown[1] == "(the next question goes to both)"
+    assert shown.count("adapter" + " " * 51 + " | base") == 3
+    rows = [line.split(" | ") for line in shown if " | " in line]
+    assert " ".join(row[0].strip() for row in rows[2:4]).startswith(of_adapter[:20])
+    assert rows[2][1].startswith(of_base[:20].strip())
+
+
+def test_two_columns():
+    assert side_by_side(("one", "a b"), ("two", "c " * 30 + "\nd"), 53).split("\n") == [
+        "one                       | two",
+        "---                       | ---",
+        "a b                       | c c c c c c c c c c c c c",
+        "                          | c c c c c c c c c c c c c",
+        "                          | c c c c",
+        "                          | d",
+    ]
+    assert side_by_side(("one", "a"), ("two", "b"), 49) == "one:\na\ntwo:\nb"
+
+
+# At a terminal
+
+pty = pytest.importorskip("pty")
+
+
+class Pty:
+    """A user at a terminal: types, and waits for what is shown."""
+
+    def __init__(self, args, cwd, environment):
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            os.execve(sys.executable, [sys.executable, str(ROOT / "main.py"), *args], environment | {"TERM": "vt100"})
+        self.shown = ""
+
+    def wait_for(self, text, seconds=20):
+        """What was shown up to ``text``, which it ends with."""
+        deadline = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < deadline, f"waited for {text!r}, seen: {self.shown!r}"
+            if select.select([self.descriptor], [], [], 0.1)[0]:
+                self.shown += os.read(self.descriptor, 4096).decode()
+        before, _, self.shown = self.shown.partition(text)
+        return before + text
+
+    def type(self, keys):
+        os.write(self.descriptor, keys.encode())
+
+    def status(self):
+        """What the process ended with; read to the end, for it may wait for its last words to be seen."""
+        with contextlib.suppress(OSError):  # which is how Linux says that nobody writes any more
+            while os.read(self.descriptor, 4096):
+                pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+UP, LEFT, CTRL_C, CTRL_D = "\x1b[A", "\x1b[D", "\x03", "\x04"
+
+
+@pytest.fixture
+def user(here, environment):
+    # Draws at random, and hardly ever an EOS: an answer that is stopped in its midst, however slow the machine.
+    user = Pty(["chat", "--temperature", "20", "--max_new_tokens", "900"], here, environment)
+    yield user
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(user.pid, signal.SIGKILL)
+
+
+def test_a_sitting_at_a_terminal(here, user):
+    user.wait_for("/help lists the commands, Ctrl-D leaves\r\n")
+    user.wait_for("> ")
+    user.type("Who Silas?" + LEFT * 6 + "is \r")  # to and fro on the line
+    user.wait_for("\r\n")
+    user.wait_for(" ")  # in the midst of the answer
+    user.type(CTRL_C)
+    assert user.wait_for("\r\n> ").endswith("\r\n(stopped)\r\n> ")
+    user.type(UP + "\r")
+    user.wait_for("\r\n")
+    user.wait_for(" ")
+    user.type(CTRL_C)
+    user.wait_for("(stopped)\r\n> ")
+    user.type("half a line")
+    user.wait_for("half a line")
+    time.sleep(0.2)  # CPython sleeps through a signal that comes right before it waits for a key
+    user.type(CTRL_C)
+    user.wait_for("(Ctrl-D or /quit leaves)\r\n> ")
+    user.type("/save kept.jsonl\r")
+    user.wait_for("(4 turns added to kept.jsonl)\r\n> ")
+    kept = json.loads((here / "kept.jsonl").read_text())["messages"]
+    assert kept[::2] == [{"role": "user", "content": "Who is Silas?"}] * 2
+    for answer in kept[1::2]:
+        assert len(load_tokenizer("demo")(answer["content"])["input_ids"]) < 300
+    user.type(CTRL_D)
+    assert user.status() == 0

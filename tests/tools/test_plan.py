@@ -1,0 +1,154 @@
+"""The verb plan, as a user gives it: the table adds up, mistakes are one line, the last line is the verdict."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.cli import main
+from lit_qlora.tools import planned
+
+T4 = str(Path(__file__).parents[2] / "configs" / "colab_t4.yaml")
+
+
+@pytest.fixture
+def plan(capsys, monkeypatch, tmp_path):
+    """Runs the verb in an empty folder and without a GPU; returns its lines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planned, "current_card", lambda: None)
+
+    def plan(*args, status=0):
+        assert main(["plan", *args]) == status
+        shown = capsys.readouterr()
+        assert (shown.err == "") == (status == 0)
+        return (shown.out or shown.err).rstrip("\n").split("\n")
+
+    return plan
+
+
+def figures(lines):
+    return {line[:52].strip(): float(line[52:60]) for line in lines if re.match(r"  .{50} *\d+\.\d\d", line)}
+
+
+def test_the_full_guanaco_on_a_t4(plan):
+    lines = plan("--config", T4)
+    assert lines[0].startswith("NousResearch/Llama-2-7b-hf in 4-bit, card: T4; all of this is predicted")
+    assert lines[-1] == "fits: 12.64 of 14.56 GiB"
+    found = figures(lines)
+    assert found["base: linear layers in 4 bits, the rest in 16"] == 3.60
+    assert found["download of the base"] == 12.55
+    assert any("(assumed: 9,846 rows, their lengths as Guanaco's)" in line for line in lines)
+    assert any("precision 16-mixed (compute capability 7.5 has no bf16)" in line for line in lines)
+
+
+@pytest.mark.parametrize("args", [["--config", T4], ["--config", T4, "--model.checkpointing", "none"], []])
+def test_the_parts_add_up(plan, args):
+    found = figures(plan(*args))
+    names = list(found)
+    allocated = names.index("allocated (torch.cuda.max_memory_allocated)")
+    parts = [found[name] for name in names[:allocated]]
+    assert sum(parts) == pytest.approx(found[names[allocated]], abs=0.005 * (len(parts) + 1))
+    assert sum(found[name] for name in names[allocated : allocated + 3]) == pytest.approx(
+        found[names[allocated + 3]], abs=0.02
+    )
+
+
+def test_what_does_not_fit_says_what_would(plan):
+    lines = plan("--config", T4, "--model.rank", "64", "--model.checkpointing", "none")
+    assert re.fullmatch(r"does not fit: 20\.\d\d of 14\.56 GiB; 12\.\d\d with --model\.checkpointing auto", lines[-1])
+
+
+def test_what_never_fits(plan):
+    lines = plan("--config", T4, "--model.base", "meta-llama/Llama-2-70b-chat-hf")
+    assert lines[-1].endswith("and no setting does; take a larger card or a smaller base")
+
+
+def test_bare_it_plans_the_demo_on_a_t4_with_counted_tokens(plan):
+    lines = plan()
+    assert lines[0].startswith("demo in 4-bit, card: T4;")
+    assert any("848 rows, 39,738 tokens (counted)" in line for line in lines)
+    assert "  download of the base                                  0.00  (it is here)" in lines
+    assert lines[-1].startswith("fits: 0.3")
+
+
+def test_other_cards(plan):
+    assert plan("--config", T4, "--gpu", "h200")[-1] == "fits: 18.10 of 139.72 GiB"
+    lines = plan("--config", T4, "--gpu-gib", "7.5")
+    assert lines[-1] == "may fit, within 12% of the card: 7.12 of 7.50 GiB"
+    assert any("no time predicted: the rates of a card of 7.5 GiB" in line for line in lines)
+    assert plan("--config", T4, "--gpu", "a100", "--gpu-gib", "5")[-1].startswith("does not fit: 7.12 of 5.00 GiB")
+
+
+def test_rows_at_hand_without_their_tokenizer_are_estimated(plan, tmp_path):
+    row = '{"text": "### Human: ' + 33 * "abcde " + "### Assistant: " + 66 * "abcde " + '"}\n'
+    Path(tmp_path / "train.jsonl").write_text(row * 40 + row.replace("abcde", "other") * 40)
+    lines = plan("--config", T4, "--data.source", "train.jsonl")
+    assert any("estimated from 3.3 characters a token: the tokenizer is not here" in line for line in lines)
+    # One of the two different conversations is held out; 197 and 395 characters, and 6 tokens for each turn.
+    assert any(f"40 rows, {40 * (12 + round((197 + 395) / 3.3)):,} tokens" in line for line in lines)
+
+
+def test_a_run_of_a_few_steps(plan):
+    lines = plan("--config", T4, "--trainer.max_steps", "1231")
+    assert any("the run, 0.5 epochs" in line for line in lines)
+
+
+def test_paged_state_goes_to_the_host(plan):
+    found = figures(plan("--config", T4, "--model.rank", "64", "--model.optimizer", "paged_adamw"))
+    assert found["optimizer state that can be paged out to it"] == 1.19
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--modl.rank", "3"], "error: unknown option 'modl.rank'; did you mean 'model.rank'?"),
+        (["--ckpt_path", "best"], "error: unknown option 'ckpt_path'"),
+        (["--model.rank", "x"], "error: model.rank: expected"),
+        (["--model.rank", "0"], "error: model.rank: expected a whole number from 1, got 0"),
+        (["--data.max_length", "4"], "error: data.max_length: expected at least 8 tokens, got 4"),
+        (["--model.target_modules", "nope"], "error: model.target_modules: 'nope' is none of"),
+        (["--trainer.precision", "bf16-mixed"], "error: trainer.precision: T4 has compute capability 7.5 and no bf16"),
+        (["--model.attention", "flash_attention_2"], "error: model.attention: flash_attention_2 needs compute"),
+        (["--gpu", "t5"], "error: gpu: no card 't5' in the table"),
+        (["--gpu-gib", "0"], "error: gpu-gib: expected a number of GiB above 0, got 0.0"),
+        (["--config", "nope.yaml"], "error: config: no file nope.yaml"),
+        (["--data.source", "data/train.jsonl"], "error: data/train.jsonl: no such file"),
+        (["--model.base", "./nope"], "error: model.base: no folder './nope'"),
+    ],
+)
+def test_mistakes_are_one_line(plan, args, message):
+    lines = plan(*args, status=2)
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
+
+
+def test_another_cards_flash_attention_is_taken(plan):
+    assert plan("--gpu", "a100", "--model.attention", "flash_attention_2")[-1].startswith("fits")
+
+
+def test_data_is_never_downloaded(plan, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    load, seen = planned.load_train_and_held_out, []
+
+    def watched(*args):
+        seen.append((constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE))
+        return load(*args)
+
+    monkeypatch.setattr(planned, "load_train_and_held_out", watched)
+    assert plan("--config", T4)[-1].startswith("fits")
+    assert seen == [(True, True)]
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+
+
+def test_nothing_is_written(plan, tmp_path):
+    plan()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_card_and_fits_options(plan):
+    text = "\n".join(plan("--help"))
+    assert "--gpu-gib" in text and "--model.rank" in text and "--trainer.max_epochs" in text

@@ -1,0 +1,429 @@
+"""main.py predict: answers in the order of the prompts, the same however they were batched, cut or resumed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_qlora import demo
+from lit_qlora.cli import main
+from lit_qlora.data.encode import load_tokenizer
+from lit_qlora.model.generate import Sampling
+from lit_qlora.text import guanaco
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools import predict as module
+from lit_qlora.tools.answerer import Answer, Answerer
+from lit_qlora.tools.predict import batches_by_length, read_prompts
+from lit_qlora.tools.unfinished import Unfinished
+
+ROOT = Path(__file__).parents[2]
+ENOUGH = ["--max_new_tokens", "24"]
+
+
+def questions(count):
+    rows = demo.TEST.read_text(encoding="utf-8").splitlines()[:count]
+    return [guanaco.parse(json.loads(row)["text"]).turns[0].content for row in rows]
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, trained):
+    """A folder with prompts, beside the trained run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(trained.parent)
+    (tmp_path / "prompts.txt").write_text("\n".join(questions(12)) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def predict(*options, prompts="prompts.txt", output="answers.jsonl"):
+    return main(["predict", "--prompts", prompts, "--output", output, *ENOUGH, *options])
+
+
+def test_each_answer_stands_beside_its_prompt_as_if_answered_alone(here, answerer):
+    assert predict("--batch_size", "5") == 0
+    found = read("answers.jsonl")
+    sampling = Sampling(max_new_tokens=24)
+    alone = [answerer.answer([Conversation((Turn("user", question),))], sampling)[0] for question in questions(12)]
+    assert [line["prompt"] for line in found] == questions(12)
+    assert [(line["answer"], line["stopped"]) for line in found] == alone
+    assert len({line["answer"] for line in found}) > 6
+    assert sum(line["stopped"] for line in found) > 6
+    assert not list(here.glob(".answers*"))
+
+
+def test_on_a_real_base(real, tmp_path):
+    """Left padding changes nothing there either, with grouped-query attention and tied embeddings."""
+    options = ["--samples.count", "0", "--trainer.limit_val_batches", "2", "--trainer.max_steps", "2"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(demo.TRAIN.read_text().splitlines(keepends=True)[:64]))
+    fit = ["fit", "--run", str(tmp_path / "run"), "--model.base", str(real / "stories260K"), "--data.source", str(rows)]
+    assert main([*fit, *options]) == 0
+    answerer = Answerer(str(tmp_path / "run"))
+    asked = [Conversation((Turn("user", text),)) for text in ["Once", "There was a girl called Lily.", "A big dog ran"]]
+    sampling = Sampling(max_new_tokens=20)
+    together = answerer.answer(asked, sampling)
+    assert together == [answerer.answer([one], sampling)[0] for one in asked]
+    assert len(set(together)) == 3
+    for one in asked:
+        ids = torch.tensor([answerer.encoder.prompt(one)])
+        greedy = answerer.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, eos_token_id=2,
+            pad_token_id=0,
+        )  # fmt: skip
+        pieces = []
+        answer = answerer.stream(one, sampling, lambda text: pieces.append(text) is None)  # noqa: B023
+        assert answer.text == "".join(pieces) == answerer.encoder.decode(greedy[0, ids.shape[1] :].tolist())
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 9))
+def test_batches_hold_each_prompt_once_and_like_lengths(lengths, batch_size):
+    batches = batches_by_length(lengths, batch_size)
+    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    assert {len(batch) for batch in batches[:-1]} <= {batch_size}
+    in_order = [lengths[place] for batch in batches for place in batch]
+    assert in_order == sorted(lengths, reverse=True)
+
+
+def test_batches_are_the_ones_expected():
+    assert batches_by_length([5, 9, 5, 1, 9], 2) == [[1, 4], [0, 2], [3]]
+
+
+# Kills
+
+TORN = b'[7, [["half an ans'
+
+
+class Slow:
+    """Stands in for the model: each answer is a function of its ids and its draw, and takes a moment."""
+
+    @staticmethod
+    def answer_ids(answerer, ids, sampling):
+        time.sleep(0.004)
+        return [Answer(f"{len(prompt)} {sum(prompt)} {sampling.seed % 1000}", True) for prompt in ids]
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    monkeypatch.setattr(Answerer, "answer_ids", Slow.answer_ids)
+
+
+def test_twenty_kills_change_nothing(here, slow, capsys):
+    (here / "many.txt").write_text("\n".join(questions(80) * 2), encoding="utf-8")
+    options = ["--batch_size", "4", "--temperature", "0.7"]
+    assert predict(*options, prompts="many.txt", output="whole.jsonl") == 0
+    target, part, calls = here / "answers.jsonl", here / ".answers.jsonl.part", here / "calls"
+    calls.touch()
+    chance, done, rounds, kills = random.Random(0), [0], 0, 0
+    while kills < 20 or not target.exists():
+        child = os.fork()
+        if child == 0:
+            os._exit(_counted(calls, options))
+        if kills < 20:
+            time.sleep(chance.uniform(0.0, 0.12))
+            os.kill(child, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        now = 41 * rounds + (41 if target.exists() else _lines(part))
+        assert now >= done[-1]  # nothing that was put down is ever lost
+        done.append(now)
+        if target.exists():
+            assert target.read_bytes() == (here / "whole.jsonl").read_bytes()
+            rounds += 1
+            if kills < 20:
+                target.unlink()
+                part.unlink(missing_ok=True)  # killed right behind the renaming
+    assert len({*done}) > 5  # the kills fell into the midst of it
+    assert len(read("answers.jsonl")) == 160
+    # A batch is made again only where a kill fell between its making and its line.
+    assert 40 * rounds <= len(calls.read_text()) <= 40 * rounds + kills
+
+
+def _counted(calls, options):
+    def counted(answerer, ids, sampling):
+        with calls.open("a") as file:
+            file.write(".")
+        return Slow.answer_ids(answerer, ids, sampling)
+
+    Answerer.answer_ids = counted
+    return predict(*options, prompts="many.txt")
+
+
+def _lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_kills_of_the_real_thing(here, environment):
+    """The process as a user starts it, with its model, killed behind its second batch and within its start."""
+    options = ["--temperature", "0.9", "--batch_size", "2"]
+    assert predict(*options, output="whole.jsonl") == 0
+    command = ["predict", "--prompts", "prompts.txt", "--output", "answers.jsonl", *ENOUGH, *options]
+    process = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *command], env=environment, cwd=here)
+    deadline = time.monotonic() + 60
+    while _lines(here / ".answers.jsonl.part") < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    begun = _lines(here / ".answers.jsonl.part")
+    assert 3 <= begun < 7, "not killed in the midst"
+    assert main(command) == 0
+    assert (here / "answers.jsonl").read_bytes() == (here / "whole.jsonl").read_bytes()
+
+
+def test_what_was_answered_is_not_answered_again(here, capsys, monkeypatch):
+    asked = []
+    real = Answerer.answer_ids
+
+    def until_the_third(answerer, ids, sampling):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(ids)
+        return real(answerer, ids, sampling)
+
+    monkeypatch.setattr(Answerer, "answer_ids", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        predict("--batch_size", "3")
+    with (here / ".answers.jsonl.part").open("ab") as file:
+        file.write(TORN)
+    monkeypatch.setattr(Answerer, "answer_ids", lambda *given: asked.append(given[1]) or real(*given))
+    capsys.readouterr()
+    assert predict("--batch_size", "3") == 0
+    assert capsys.readouterr().err == "6 of 12 were answered before: going on\n"
+    assert len(asked) == 4
+    assert len({tuple(prompt) for batch in asked for prompt in batch}) == len({*questions(12)})
+    monkeypatch.setattr(Answerer, "answer_ids", real)
+    assert predict("--batch_size", "3", output="whole.jsonl") == 0
+    assert (here / "answers.jsonl").read_bytes() == (here / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--temperature", "0.5"], "temperature: 0.0 -> 0.5"),
+        (["--seed", "3"], "seed: 0 -> 3"),
+        (["--batch_size", "4"], "batch_size: 8 -> 4"),
+        (["--max_new_tokens", "9"], "max_new_tokens: 24 -> 9"),
+        ("prompts", "prompts: "),
+        ("adapter", "adapter: "),
+    ],
+    ids=str,
+)
+def test_what_was_begun_for_something_else_is_refused(here, slow, change, message, capsys, monkeypatch):
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answerer, "answer_ids", fails)
+    with pytest.raises(KeyboardInterrupt):
+        predict()
+    begun = (here / ".answers.jsonl.part").read_bytes()
+    options = change if isinstance(change, list) else []
+    if change == "prompts":
+        (here / "prompts.txt").write_text("Another one\n")
+    if change == "adapter":
+        (here / "runs").unlink()
+        assert (
+            main(["fit", "--trainer.max_steps", "1", "--samples.count", "0", "--trainer.limit_val_batches", "1"]) == 0
+        )
+    monkeypatch.setattr(Answerer, "answer_ids", Slow.answer_ids)
+    capsys.readouterr()
+    assert predict(*options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: output: answers.jsonl was begun with other settings ({message}")
+    assert error.endswith("); give those again, or another name, or delete .answers.jsonl.part\n")
+    assert error.count("\n") == 1
+    assert (here / ".answers.jsonl.part").read_bytes() == begun
+    assert not (here / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("torn", [TORN, b'[1, ["b"]]', b'[1, "\xf0\x9f', b"\0" * 9])
+def test_a_line_cut_short_spoils_none_that_comes_later(tmp_path, torn):
+    unfinished = Unfinished(tmp_path / "out")
+    with unfinished.open({}):
+        unfinished.add(0, ["a"])
+    with unfinished.path.open("ab") as file:
+        file.write(torn)
+    with unfinished.open({}) as done:
+        assert done == {0: ["a"]}
+        unfinished.add(1, ["\u2028 b"])
+    with unfinished.open({}) as done:
+        assert done == {0: ["a"], 1: ["\u2028 b"]}
+
+
+def test_one_process_at_a_time(here, slow, capsys):
+    unfinished = Unfinished(here / "answers.jsonl")
+    with unfinished.open({"of": "another process"}):
+        assert predict() == 2
+    assert "another process is writing answers.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"prompts": "0', b"\0\0\0"])
+def test_a_first_line_cut_short_is_no_beginning(here, slow, torn):
+    (here / ".answers.jsonl.part").write_bytes(torn)
+    assert predict() == 0
+    assert len(read("answers.jsonl")) == 12
+
+
+def test_a_file_of_somebody_else_stays(here, slow, capsys):
+    (here / ".answers.jsonl.part").write_text("my thesis\n")
+    assert predict() == 2
+    assert "its first line does not say which" in capsys.readouterr().err
+    assert (here / ".answers.jsonl.part").read_text() == "my thesis\n"
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(here, slow, capsys, monkeypatch):
+    real, left = os.fsync, [3]
+
+    def full(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert predict("--batch_size", "2") == 2
+    assert "answers.jsonl.part can't be written (No space left on device); the same" in capsys.readouterr().err
+    monkeypatch.setattr(os, "fsync", real)
+    assert predict("--batch_size", "2") == 0
+    assert len(read("answers.jsonl")) == 12
+
+
+def test_chance_is_the_seeds_and_another_for_each_batch(here):
+    (here / "same.txt").write_text("Who goes everywhere with Silas?\n" * 12)
+    drawing = ["--temperature", "1.5", "--batch_size", "4"]
+    for seed, output in (("0", "one.jsonl"), ("0", "again.jsonl"), ("1", "other.jsonl")):
+        assert predict(*drawing, "--seed", seed, prompts="same.txt", output=output) == 0
+    assert read("one.jsonl") == read("again.jsonl")
+    assert read("one.jsonl") != read("other.jsonl")
+    answers = [line["answer"] for line in read("one.jsonl")]
+    assert answers[:4] != answers[4:8] != answers[8:]
+
+
+# Prompts
+
+
+def test_every_form_of_prompts(tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    dialog = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    long = Conversation((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")), "Be brief.")
+    short = Conversation((Turn("user", "x, y"),), "S")
+    bare = Conversation((Turn("user", "z"),))
+    rows = [{"messages": dialog}, {"prompt": "x, y", "system": "S"}, {"prompt": "z", "system": None}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    columns = dict.fromkeys(["messages", "prompt", "system"])
+    pa.parquet.write_table(pa.Table.from_pylist([columns | row for row in rows]), tmp_path / "p.parquet")
+    quoted = json.dumps(dialog).replace('"', '""')
+    (tmp_path / "p.csv").write_text(f'prompt,system,messages\n,,"{quoted}"\n"x, y",S,\nz,,\n')
+    for name in ("p.jsonl", "p.json", "p.parquet", "p.csv"):
+        assert [conversation for _, conversation in read_prompts(tmp_path / name)] == [long, short, bare], name
+    (tmp_path / "p.txt").write_text("\ufeffz\r\n\n  one\u2028line \n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == [
+        (f"{tmp_path}/p.txt:1", bare),
+        (f"{tmp_path}/p.txt:3", Conversation((Turn("user", "one\u2028line"),))),
+    ]
+    (tmp_path / "only.csv").write_text("prompt\nz\n")
+    assert [conversation for _, conversation in read_prompts(tmp_path / "only.csv")] == [bare]
+
+
+def test_a_systems_text_and_earlier_turns_reach_the_model(here, answerer):
+    rows = [{"messages": [{"role": "system", "content": "Speak."}, {"role": "user", "content": "Who is Ada?"}]},
+            {"messages": [{"role": "user", "content": "Who is Ada?"}, {"role": "assistant", "content": "A cook."},
+                          {"role": "user", "content": "Where?"}]}]  # fmt: skip
+    (here / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+    real = Answerer.answer_ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Answerer, "answer_ids", lambda a, ids, s: seen.extend(ids) or real(a, ids, s))
+        assert predict(prompts="p.jsonl") == 0
+    tokenizer = load_tokenizer("demo")
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    first = [1, *encode("[INST] <<SYS>>\nSpeak.\n<</SYS>>\n\nWho is Ada? [/INST]")]
+    second = [1, *encode("[INST] Who is Ada? [/INST]"), *encode("A cook. "), 2, 1, *encode("[INST] Where? [/INST]")]
+    assert sorted(seen) == sorted([first, second])
+    assert [line["prompt"] for line in read("answers.jsonl")] == ["Who is Ada?", "Where?"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": ""}', "p.jsonl:2: expected a column prompt or messages with something in it, found prompt"),
+        ('{"prompt": " "}', "p.jsonl:2: a turn of the user is empty"),
+        ('{"prompt": 3}', "p.jsonl:2: a turn's content is text, got int"),
+        ('{"promt": "x"}', "p.jsonl:2: expected a column prompt or messages with something in it, found promt"),
+        ('{"prompt": "x [/INST] y"}', "p.jsonl:2: turn 1 holds the tag [/INST], which could forge a turn"),
+        ('{"prompt": "x", "system": "<<SYS>>"}', "p.jsonl:2: the system text holds the tag <<SYS>>"),
+        (r'{"prompt": "x \ud800"}', "p.jsonl:2: it holds bytes that are no UTF-8, or half a character"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+         "p.jsonl:2: the last turn is the assistant's, expected the user's"),
+        ('{"messages": "no list"}', "p.jsonl:2: expected a list of messages, got str"),
+        (json.dumps({"prompt": "word " * 1100}),
+         "p.jsonl:2: a prompt of 3316 tokens and max_new_tokens=24 are more than the 1024 tokens of demo"),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_a_bad_prompt_names_its_line_before_anything_is_loaded(here, row, message, capsys, monkeypatch):
+    monkeypatch.setattr(Answerer, "model", property(lambda _: pytest.fail("a model was loaded")))
+    (here / "p.jsonl").write_text(f'{{"prompt": "fine"}}\n{row}\n')
+    assert predict(prompts="p.jsonl") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (here / "answers.jsonl").exists() and not (here / ".answers.jsonl.part").exists()
+
+
+def test_text_from_outside_makes_no_special_token(here, answerer):
+    ids = answerer.prompt(Conversation((Turn("user", "</s><s> hi </s>"),)), Sampling())
+    assert ids.count(1) == 1 and ids[0] == 1
+    assert 2 not in ids
+
+
+def test_a_finished_output_is_refused(here, slow, capsys):
+    assert predict() == 0
+    before = (here / "answers.jsonl").read_bytes()
+    assert predict() == 2
+    assert capsys.readouterr().err == "error: output: answers.jsonl exists already; give another name or remove it\n"
+    assert (here / "answers.jsonl").read_bytes() == before
+
+
+def test_lines_where_there_is_no_terminal(here, slow, capsys, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0)
+    assert predict("--batch_size", "5") == 0
+    assert capsys.readouterr().err == "5 of 12 answered\n10 of 12 answered\n12 of 12 answered\n"
+
+
+def test_a_bar_on_a_terminal_even_one_that_tells_no_size(here, slow, monkeypatch):
+    screen, terminal = pytest.importorskip("pty").openpty()
+    with os.fdopen(terminal, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        assert predict("--batch_size", "5") == 0
+        assert "12/12" in os.read(screen, 10_000).decode()
+    os.close(screen)
+
+
+def test_too_much_for_the_memory_is_one_line(here, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Answerer, "answer_ids", full)
+    assert predict() == 2
+    assert capsys.readouterr().err.startswith("error: batch_size: 8 prompts of up to ")

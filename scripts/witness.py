@@ -6,6 +6,7 @@ and phase into a file beside its run folder. Knows nothing of kills.
 
 import hashlib
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ def result(run: Path) -> dict[str, Any]:
             content = re.sub(rb"(?m)^[\d,]+ optimizer steps.*$", b"", content)
         found[f"adapter/{file.name}"] = hashlib.sha256(content).hexdigest()
     found |= _flat(load_state(kept.checkpoint(kept.saved_steps()[-1])), "last checkpoint")
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each file that goes on behind another
     scalars = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     for tag in scalars.Tags()["scalars"]:
         if not CLOCK.match(tag):

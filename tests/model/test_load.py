@@ -260,6 +260,10 @@ def test_no_local_path_leaves(saved, tiny):
     config = json.loads((saved[0] / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "tiny-llama"
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8.0, 0.1)
+    # In one order, whichever process writes it.
+    assert config["target_modules"] == [
+        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
+    ]  # fmt: skip
     for name in ("adapter_config.json", "lit_qlora.json"):
         assert str(tiny.location) not in (saved[0] / name).read_text(encoding="utf-8")
 

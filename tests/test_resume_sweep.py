@@ -184,6 +184,24 @@ def test_some_settings(case: Case, options: list[str], copies: Callable[[Path], 
     assert len(witness.testimony(whole)[0]) > 20
 
 
+def test_cut_again_in_the_epoch_that_a_resume_began(options: list[str]) -> None:
+    """At an epoch's edge first, in the midst of the next epoch then: each save is of a run that was resumed before."""
+    arguments = [*options, *chosen(QUICK[0]), "--save_every_steps", "1", "--keep_checkpoints", "99"]
+    fit(Path("whole"), arguments)
+    steps = sorted(int(path.name.removeprefix("step-")) for path in Path("whole/checkpoints").iterdir())
+    edge = len(steps) // 2
+    run = Path("whole")
+    for number, cut in enumerate((edge, edge + 1, edge + 2)):
+        shutil.copytree(run, f"cut-{number}", copy_function=shutil.copy2)
+        run = Path(f"cut-{number}")
+        for step in steps[cut:]:
+            shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+        (run / "finished.json").unlink()
+        fit(run, arguments)
+        last = f"checkpoints/step-{steps[-1]:08d}/state.safetensors"
+        assert (run / last).read_bytes() == Path("whole", last).read_bytes(), cut
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids="|".join)
 def test_every_checkpoint_of_every_pair_of_settings(

@@ -37,11 +37,3 @@ def test_killed_at_random_it_ends_as_if_never_cut() -> None:
         if total >= 5:
             return
     pytest.fail(f"only {total} kills in 15 runs")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="as above")
-def test_in_every_variant_and_with_the_real_start() -> None:
-    told = storm("--runs", "9", "--seed", "2", "--cold", "0.2")
-    assert told.startswith("9 of 9 runs ended as if never cut, to the last bit\n")
-    assert kills(told) >= 10

@@ -85,6 +85,15 @@ class RunCheckpoints(StepCallback):
         super().on_train_start(trainer, pl_module)
         self._last_save_at = self.clock()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Counts the epoch that a resume at an epoch's edge begins, which Lightning forgets.
+
+        Resumed once more from a save in that epoch, it would take the epoch for finished, and its loader for new.
+        """
+        progress: Any = trainer.fit_loop.epoch_progress
+        for counts in (progress.current, progress.total):
+            counts.ready = counts.started = max(counts.ready, counts.processed + 1)
+
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
         """Saves where the interval ends, unless a validation follows: then behind it."""
         on_interval = trainer.global_step % self.save_every_steps == 0

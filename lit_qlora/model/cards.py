@@ -31,13 +31,13 @@ CARDS = (
     Card("L4", 22.03, (8, 9), 60, 240),
     # Memory: 21.988, a log of Unsloth 2024.8. Data sheet 70 and 600.
     Card("A10G", 21.99, (8, 6), 52, 480),
-    # Memory: GaoLii/DSP issue 10. Data sheet 71 and 936.
+    # Memory: GaoLii/DSP#10. Data sheet 71 and 936.
     Card("RTX 3090", 23.70, (8, 6), 53, 750),
-    # Memory: ali-vilab/VGen issue 104. Data sheet 165 and 1008.
+    # Memory: ali-vilab/VGen#104. Data sheet 165 and 1008.
     Card("RTX 4090", 23.64, (8, 9), 124, 805),
-    # Memory: TianheWu/CoSeR issue 10 (39.50). Data sheet 312 and 1555; 230 agrees with LLaMA-Factory's tokens/s.
+    # Memory: TianheWu/CoSeR#10 (39.50). Data sheet 312 and 1555; 230 agrees with LLaMA-Factory's tokens/s.
     Card("A100 40GB", 39.50, (8, 0), 230, 1320),
-    # Memory: vllm issue 4408 (79.15). Data sheet 312 and 2039.
+    # Memory: vllm-project/vllm#4408 (79.15). Data sheet 312 and 2039.
     Card("A100 80GB", 79.15, (8, 0), 230, 1730),
     # Memory: as an A100 80GB, not seen in a log. SXM; data sheet 989 and 3350.
     Card("H100", 79.15, (9, 0), 740, 2850),

@@ -21,13 +21,18 @@ NOT_OFFERED = {
     "enable_checkpointing",
     "enable_model_summary",
     "fast_dev_run",
+    "limit_predict_batches",
     "max_time",
+    "min_epochs",
+    "min_steps",
     "model_registry",
     "num_nodes",
     "num_weights",
     "num_sanity_val_steps",
     "overfit_batches",
+    "profiler",
     "reload_dataloaders_every_n_epochs",
+    "strategy",
     "sync_batchnorm",
     "use_distributed_sampler",
 }
@@ -109,6 +114,9 @@ class QLoRATrainer(Trainer):
             )
         one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
         require(one, "trainer.devices", "one device (several come later)", devices)
+        if isinstance(devices, list):
+            count = torch.cuda.device_count()
+            require(0 <= devices[0] < count, "trainer.devices", f"a GPU's number below {count}, or 1", devices)
         device = current_device(accelerator)
         chosen, self.precision_reason = choose_precision(precision, device, num_weights)
         by_epoch = isinstance(val_check_interval, float)

@@ -132,6 +132,8 @@ class QLoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args``; Lightning's own would warn of the process's, which these were made from."""
         self.config = parser.parse_args(args)
+        seed = self.config[self.verb].seed_everything
+        require(0 <= seed < 2**32, "seed_everything", "a whole number from 0 to 4,294,967,295", seed)
 
     def _parse_ckpt_path(self) -> None:
         """In place of Lightning's, which would load a pickle and let it override the command line."""

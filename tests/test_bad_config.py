@@ -280,6 +280,30 @@ CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
         "trainer.callbacks: expected list[Callback], Callback, none; got [{'class_path': 'evil.Module'}]",
     ),
     ("token", ["--hf_token", "x"], None, "unknown option 'hf_token'; the accepted ones are listed by --help"),
+    (
+        "seed -1",
+        ["--seed_everything", "-1"],
+        None,
+        "seed_everything: expected a whole number from 0 to 4,294,967,295, got -1",
+    ),
+    (
+        "seed too large",
+        ["--seed_everything", "5000000000"],
+        None,
+        "seed_everything: expected a whole number from 0 to 4,294,967,295, got 5000000000",
+    ),
+    (
+        "strategy",
+        ["--trainer.strategy", "ddp"],
+        None,
+        "unknown option 'trainer.strategy'; the accepted ones are listed by --help",
+    ),
+    (
+        "a GPU that is not there",
+        ["--trainer.devices", "[5]"],
+        None,
+        "trainer.devices: expected a GPU's number below 0, or 1, got [5]",
+    ),
 ]
 """What it is called, the command line behind ``fit --run run``, a config file of one's own, and what is said."""
 

@@ -4,6 +4,7 @@ Figures come from the run's own files, so a resumed run tells the whole story. K
 """
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,8 @@ class Report(Callback):
         mark = "  (best so far)" if best and best["step"] == trainer.global_step else ""
         if not trainer.global_step:
             mark = "  (before training)"
+        if not math.isfinite(figures["val/loss"]):
+            mark += "  (not finite: the base, or this state of the adapter, is broken; it is never the best)"
         trainer.print(
             f"step {trainer.global_step:>6}  held-out loss {figures['val/loss']:.4f}, "
             f"perplexity {figures['val/perplexity']:,.2f}, accuracy {figures['val/accuracy']:.1%}{mark}"

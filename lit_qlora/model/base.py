@@ -166,6 +166,48 @@ def _rules(config: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def check_weights(base: Base) -> None:
+    """Compares names and sizes of a base's linear layers with its config.json; says nothing of one still to come.
+
+    Raises UserError for the first that differs: the library would fill it with chance, or fail deep inside.
+    """
+    index = _file(base, "model.safetensors.index.json")
+    files = {_file(base, name) for name in _shards(index)} if index else {_file(base, "model.safetensors")}
+    if None in files:
+        return
+    stored: dict[str, list[int]] = {}
+    for file in files:
+        assert file is not None
+        stored |= _stored_shapes(base, file)
+    for number in range(base.shape.num_layers):
+        for name, (inputs, outputs) in base.shape.linears.items():
+            part = "self_attn" if name[0] in "qkvo" else "mlp"
+            key = f"model.layers.{number}.{part}.{name}.weight"
+            expected = [outputs, inputs]
+            found = stored.get(key)
+            if found is None or ("quantization_config" not in base.config and found != expected):
+                raise UserError(
+                    f"model.base: {base.name}: the weights are not those of its config.json: {key} is "
+                    f"{found or 'missing'}, expected {expected}; take another copy"
+                )
+
+
+def _shards(index: Path) -> set[str]:
+    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+
+
+def _stored_shapes(base: Base, file: Path) -> dict[str, list[int]]:
+    """Sizes by name, of a safetensors file's header."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.base: the weights of {base.name} can't be loaded: {file.name}: {reason}") from error
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
 def _stored_tensor(base: Base, name: str) -> bytes:
     """One tensor's values in fp32, read without loading the rest: safetensors is a JSON header and plain bytes."""
     import numpy as np

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, fingerprint
+from lit_qlora.model.base import Base, check_weights, fingerprint
 from lit_qlora.model.device import Attention
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import disk_error
@@ -55,6 +55,7 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
     from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
     from transformers.utils import logging
 
+    check_weights(base)
     if base.shape.num_parameters < SHOW_LOADING_FROM:
         logging.disable_progress_bar()
     if device.type == "cpu" and base.shape.num_parameters < ONE_THREAD_BELOW:

@@ -106,7 +106,9 @@ class QLoRAModule(LearnsInParts):
         # Only adapters are saved, so a checkpoint never has all the keys of the module.
         self.strict_loading = False
         self.held_out_loss, self.held_out_correct, self.held_out_tokens = (
-            SumMetric().set_dtype(torch.float64) for _ in range(3)
+            # Its default drops what is not finite, and a broken model would be the best.
+            SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+            for _ in range(3)
         )
 
     # Loading

@@ -21,12 +21,10 @@ MAY_CHANGE: Mapping[str, str] = {
     "trainer.logger": "watching",
     "trainer.log_every_n_steps": "watching",
     "trainer.enable_progress_bar": "watching",
-    "trainer.profiler": "watching",
     "trainer.detect_anomaly": "watching",
     "trainer.callbacks": "a user's own",
     "trainer.val_check_interval": "when the held-out rows are scored; they stay the same",
     "trainer.limit_test_batches": "no part of training",
-    "trainer.limit_predict_batches": "no part of training",
     "data.test_source": "no part of training",
     # How the same numbers come about.
     "data.num_workers": "the order of the rows does not hang on it",

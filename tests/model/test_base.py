@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import errors
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, find_base, fingerprint, identity, missing_bytes
+from lit_qlora.model.base import Base, check_weights, find_base, fingerprint, identity, missing_bytes
 from lit_qlora.model.load import load_base
 from lit_qlora.model.shape import Shape
 
@@ -317,7 +317,7 @@ class Hub(BaseHTTPRequestHandler):
 ASK = """
 import json, sys
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, find_base, fingerprint, identity, missing_bytes
+from lit_qlora.model.base import Base, check_weights, find_base, fingerprint, identity, missing_bytes
 from lit_qlora.model.shape import Shape
 answers = []
 for name in sys.argv[1:]:
@@ -491,3 +491,23 @@ def test_a_base_that_is_not_cached_is_two_bytes_a_weight(monkeypatch, config_fil
     answering(monkeypatch, str(config_file), siblings("model.safetensors"))
     base = find_base("owner/llama")
     assert missing_bytes(base) == 2 * base.shape.num_parameters > 100_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is missing, expected [64, 64]"),
+        ({"intermediate_size": 96}, "model.layers.0.mlp.gate_proj.weight is [172, 64], expected [96, 64]"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config(tiny_folder, tmp_path, changes, told):
+    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    base = find_base(str(folder))
+    with pytest.raises(UserError) as error:
+        check_weights(base)
+    assert str(error.value) == (
+        f"model.base: {folder}: the weights are not those of its config.json: {told}; take another copy"
+    )
+    check_weights(find_base(str(tiny_folder)))

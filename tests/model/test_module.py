@@ -477,3 +477,14 @@ def test_a_batch_is_moved_with_its_numbers_as_they_are(tiny):
     assert type(moved) is Batch
     assert moved.rows == (0, 1)
     assert (moved.num_tokens, moved.step_answer_tokens) == (19, 13)
+
+
+def test_a_loss_that_is_not_finite_is_not_left_out_of_the_held_out_sum(module):
+    """torchmetrics drops NaN by default: a broken model would score better for each token that it breaks on."""
+    built = module()
+    with torch.no_grad():
+        for value in adapter_parameters(built).values():
+            value.fill_(math.nan)
+    runner = trainer(limit_val_batches=1.0)
+    runner.validate(built, datamodule=Data([micro_batch(0), micro_batch(1)]), verbose=False)
+    assert math.isnan(runner.callback_metrics["val/loss"].item())

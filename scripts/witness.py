@@ -156,7 +156,7 @@ def result(run: Path) -> dict[str, Any]:
     scalars = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     for tag in scalars.Tags()["scalars"]:
         if not CLOCK.match(tag):
-            found[f"TensorBoard {tag}"] = [(event.step, event.value) for event in scalars.Scalars(tag)]
+            found[f"TensorBoard {tag}"] = [(event.step, float(event.value).hex()) for event in scalars.Scalars(tag)]
     return found
 
 

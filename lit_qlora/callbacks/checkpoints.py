@@ -83,6 +83,7 @@ class RunCheckpoints(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         super().on_train_start(trainer, pl_module)
+        _begin_epoch(trainer)
         self._last_save_at = self.clock()
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
@@ -208,6 +209,17 @@ def has_stopped_early(trainer: Trainer) -> bool:
     """Whether the held-out loss has not become better for as long as early stopping allows."""
     early: Any = trainer.early_stopping_callbacks
     return any(callback.wait_count >= callback.patience for callback in early)
+
+
+def _begin_epoch(trainer: Trainer) -> None:
+    """Has Lightning count the epoch that begins here.
+
+    It takes a save in an epoch's last step for one from its middle and ends that epoch, but counts none as begun
+    then; from the next save in the new epoch it would go on with the data of the one behind it.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_mid_epoch and loop.epoch_progress.total.processed == loop.epoch_progress.total.ready:
+        loop.reset_restart_stage()
 
 
 def _is_on_edge(trainer: Trainer) -> bool:

@@ -24,11 +24,8 @@ from lit_qlora.storage.state import load_state
 CLOCK = re.compile(r"(speed/tokens|memory/)")
 """Figures that the clock and the host have a say in."""
 
-NOT_COMPARED = re.compile(
-    r"\.(seconds|training_s)$|(metrics_line|tensorboard).*(speed/tokens|memory/)|epoch_progress.*(ready|started)$"
-)
-"""In a checkpoint: the clock's again, and Lightning's count of epochs begun, which a resume at an epoch's edge leaves
-one behind; the epoch itself is taken from those that were completed."""
+NOT_COMPARED = re.compile(r"\.(seconds|training_s)$|(metrics_line|tensorboard).*(speed/tokens|memory/)")
+"""The same in a checkpoint."""
 
 
 def testimony_file(run: Path) -> Path:

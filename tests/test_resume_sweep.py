@@ -171,6 +171,32 @@ def sweep(arguments: list[str], copies: Callable[[Path], Any], take: Callable[[i
     return whole
 
 
+class Cut(BaseException):
+    """Ends a start right behind a save."""
+
+
+def chain(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts a run behind each of its saves, so that each checkpoint is made by a start that had gone on from another."""
+    from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
+
+    save = FolderCheckpointIO.save_checkpoint
+
+    def save_and_cut(self: Any, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
+        save(self, checkpoint, path, storage_options)
+        raise Cut
+
+    arguments, run, whole = [*arguments, "--save_every_steps", "1"], Path("chain"), Path("whole")
+    expected, (said,) = witness.result(whole), witness.testimony(whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderCheckpointIO, "save_checkpoint", save_and_cut)
+        for _ in range(expected["finished"]["step"]):
+            with pytest.raises(Cut):
+                fit(run, arguments)
+    fit(run, arguments)
+    assert witness.contradictions(witness.testimony(run), said) == []
+    assert witness.differences(witness.result(run), expected) == []
+
+
 def chosen(case: Case) -> list[str]:
     """The options of a case."""
     return [option for levels, level in zip(FACTORS.values(), case, strict=True) for option in levels[level]]
@@ -180,17 +206,21 @@ QUICK = [("2", "mid-window", "none", "rows", "adamw"), ("3", "epoch's end", "two
 
 
 @pytest.mark.parametrize("case", QUICK, ids="|".join)
-def test_some_settings(case: Case, options: list[str], copies: Callable[[Path], Any]) -> None:
+def test_some_settings(
+    case: Case, options: list[str], copies: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = sweep([*options, *chosen(case)], copies, lambda step, kind: kind == ("early", "late")[step % 2])
+    chain([*options, *chosen(case)], monkeypatch)
     assert len(witness.testimony(whole)[0]) > 20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids="|".join)
 def test_every_checkpoint_of_every_pair_of_settings(
-    case: Case, options: list[str], copies: Callable[[Path], Any]
+    case: Case, options: list[str], copies: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep([*options, *chosen(case)], copies, lambda step, kind: True)
+    chain([*options, *chosen(case)], monkeypatch)
 
 
 # Moments: a process of its own is killed at one of them, and the command is given again.

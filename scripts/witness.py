@@ -25,7 +25,7 @@ CLOCK = re.compile(r"(speed/tokens|memory/)")
 """Figures that the clock and the host have a say in."""
 
 NOT_COMPARED = re.compile(r"\.(seconds|training_s)$|(metrics_line|tensorboard).*(speed/tokens|memory/)")
-"""In a checkpoint: the clock's again."""
+"""The same in a checkpoint."""
 
 
 def testimony_file(run: Path) -> Path:
@@ -153,7 +153,7 @@ def result(run: Path) -> dict[str, Any]:
     scalars = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     for tag in scalars.Tags()["scalars"]:
         if not CLOCK.match(tag):
-            found[f"TensorBoard {tag}"] = [(event.step, event.value) for event in scalars.Scalars(tag)]
+            found[f"TensorBoard {tag}"] = [(event.step, float(event.value).hex()) for event in scalars.Scalars(tag)]
     return found
 
 

@@ -5,6 +5,7 @@ checkpoint the run folder is copied twice: as soon as it stands there, and as la
 """
 
 import itertools
+import os
 import shutil
 import signal
 import time
@@ -170,6 +171,32 @@ def sweep(arguments: list[str], copies: Callable[[Path], Any], take: Callable[[i
     return whole
 
 
+class Cut(BaseException):
+    """Ends a start right behind a save."""
+
+
+def chain(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts a run behind each of its saves, so that each checkpoint is made by a start that had gone on from another."""
+    from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
+
+    save = FolderCheckpointIO.save_checkpoint
+
+    def save_and_cut(self: Any, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
+        save(self, checkpoint, path, storage_options)
+        raise Cut
+
+    arguments, run, whole = [*arguments, "--save_every_steps", "1"], Path("chain"), Path("whole")
+    expected, (said,) = witness.result(whole), witness.testimony(whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderCheckpointIO, "save_checkpoint", save_and_cut)
+        for _ in range(expected["finished"]["step"]):
+            with pytest.raises(Cut):
+                fit(run, arguments)
+    fit(run, arguments)
+    assert witness.contradictions(witness.testimony(run), said) == []
+    assert witness.differences(witness.result(run), expected) == []
+
+
 def chosen(case: Case) -> list[str]:
     """The options of a case."""
     return [option for levels, level in zip(FACTORS.values(), case, strict=True) for option in levels[level]]
@@ -179,32 +206,173 @@ QUICK = [("2", "mid-window", "none", "rows", "adamw"), ("3", "epoch's end", "two
 
 
 @pytest.mark.parametrize("case", QUICK, ids="|".join)
-def test_some_settings(case: Case, options: list[str], copies: Callable[[Path], Any]) -> None:
+def test_some_settings(
+    case: Case, options: list[str], copies: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = sweep([*options, *chosen(case)], copies, lambda step, kind: kind == ("early", "late")[step % 2])
+    chain([*options, *chosen(case)], monkeypatch)
     assert len(witness.testimony(whole)[0]) > 20
-
-
-def test_cut_again_in_the_epoch_that_a_resume_began(options: list[str]) -> None:
-    """At an epoch's edge first, in the midst of the next epoch then: each save is of a run that was resumed before."""
-    arguments = [*options, *chosen(QUICK[0]), "--save_every_steps", "1", "--keep_checkpoints", "99"]
-    fit(Path("whole"), arguments)
-    steps = sorted(int(path.name.removeprefix("step-")) for path in Path("whole/checkpoints").iterdir())
-    edge = len(steps) // 2
-    run = Path("whole")
-    for number, cut in enumerate((edge, edge + 1, edge + 2)):
-        shutil.copytree(run, f"cut-{number}", copy_function=shutil.copy2)
-        run = Path(f"cut-{number}")
-        for step in steps[cut:]:
-            shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
-        (run / "finished.json").unlink()
-        fit(run, arguments)
-        last = f"checkpoints/step-{steps[-1]:08d}/state.safetensors"
-        assert (run / last).read_bytes() == Path("whole", last).read_bytes(), cut
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids="|".join)
 def test_every_checkpoint_of_every_pair_of_settings(
-    case: Case, options: list[str], copies: Callable[[Path], Any]
+    case: Case, options: list[str], copies: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep([*options, *chosen(case)], copies, lambda step, kind: True)
+    chain([*options, *chosen(case)], monkeypatch)
+
+
+# Moments: a process of its own is killed at one of them, and the command is given again.
+
+
+def kill_at(owner: Any, name: str, when: Callable[..., bool]) -> Callable[[], None]:
+    """Has this process killed by SIGKILL where ``owner.name`` is about to be called with what ``when`` waits for."""
+
+    def put_in() -> None:
+        original = getattr(owner, name)
+
+        def killed(*args: Any, **kwargs: Any) -> Any:
+            if when(*args, **kwargs):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, killed)
+
+    return put_in
+
+
+def _moments() -> dict[str, Callable[[], None]]:
+    """With 2 x 7 micro-batches, a window of 2, a validation after 5 and 10 of them, and a save at each 2nd step."""
+    from lit_qlora.model import load
+    from lit_qlora.model.module import QLoRAModule
+    from lit_qlora.storage import folders
+
+    def at(epoch: int, batch: int) -> Callable[..., bool]:
+        return lambda _, trainer, __, ___, batch_idx: (trainer.current_epoch, batch_idx) == (epoch, batch)
+
+    def begins(name: str) -> Callable[..., bool]:
+        return lambda path, *_, **__: Path(path).name.startswith(name)
+
+    def second_best(path: Path, _: Any) -> bool:
+        return path.name.startswith(".adapter.tmp-") and any(path.parent.glob(".adapter.old-*"))
+
+    seen, start, end = witness.Witness, "on_train_batch_start", "on_train_epoch_end"
+    return {
+        "before the model is loaded": kill_at(load, "load_base", lambda *_: True),
+        "before the first save": kill_at(seen, start, at(0, 3)),
+        "mid-epoch": kill_at(seen, start, at(0, 6)),
+        "mid-accumulation": kill_at(seen, start, at(1, 3)),
+        "mid-accumulation, behind a validation": kill_at(seen, start, at(0, 5)),
+        "before an update": kill_at(seen, "on_before_optimizer_step", lambda _, trainer, *__: trainer.global_step == 2),
+        "in a validation": kill_at(QLoRAModule, "validation_step", lambda self, *_: self.trainer.global_step == 5),
+        "before the manifest of a save": kill_at(folders, "_seal", begins(".step-00000004")),
+        "between a save's folder and its rename": kill_at(folders, "_put", begins(".step-00000004")),
+        "between the two renames of the best adapter": kill_at(Path, "rename", second_best),
+        "while an old checkpoint goes": kill_at(shutil, "rmtree", begins(".step-00000002.gone-")),
+        "at an epoch's edge": kill_at(seen, end, lambda *_: True),
+        "at the second epoch's first batch": kill_at(seen, start, at(1, 0)),
+        "behind the last save": kill_at(seen, "on_train_end", lambda *_: True),
+    }  # fmt: skip
+
+
+MOMENT_OPTIONS = [
+    "--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "5", "--data.batch_size", "2",
+    "--save_every_steps", "2",
+]  # fmt: skip
+QUICK_MOMENTS = (
+    "before the first save",
+    "mid-accumulation, behind a validation",
+    "between a save's folder and its rename",
+)
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+def _killed(run: Path, arguments: list[str], put_in: Callable[[], None]) -> None:
+    """Gives the command in a fork that ends at its moment."""
+    witness.note(run, phase="start")
+    child = os.fork()
+    if not child:
+        try:
+            put_in()
+            main(["fit", "--run", str(run), *arguments])
+        finally:
+            os._exit(99)  # it never came to its moment
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"exit status {status}"
+
+
+def _go_through(moments: dict[str, Callable[[], None]], options: list[str]) -> None:
+    arguments, whole = [*options, *MOMENT_OPTIONS], Path("whole")
+    fit(whole, arguments)
+    expected, (said,) = witness.result(whole), witness.testimony(whole)
+    for number, (moment, put_in) in enumerate(moments.items()):
+        run = Path(f"run-{number}")
+        _killed(run, arguments, put_in)
+        fit(run, arguments)
+        assert witness.differences(witness.result(run), expected) == [], moment
+        assert witness.contradictions(witness.testimony(run), said) == [], moment
+
+
+@forks
+def test_some_moments(options: list[str]) -> None:
+    moments = _moments()
+    _go_through({moment: moments[moment] for moment in QUICK_MOMENTS}, options)
+
+
+@forks
+@pytest.mark.slow
+def test_every_moment(options: list[str]) -> None:
+    _go_through(_moments(), options)
+
+
+def test_a_finished_run_is_left_as_it_is(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, run = [*options, *MOMENT_OPTIONS, "--trainer.max_steps", "2"], Path("run")
+    fit(run, arguments)
+    capsys.readouterr()
+
+    def files() -> dict[Path, tuple[bytes, int]]:
+        found = (path for path in run.rglob("*") if path.is_file() and path.name != ".lock")  # which says who has it
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+    before = files()
+    assert len(before) > 12
+    assert main(["fit", "--run", str(run), *arguments]) == 0
+    assert "is finished (2 of 2 steps): nothing to do" in capsys.readouterr().out
+    assert files() == before
+
+
+# What is left to chance or to others: a gradient scaler that overflows, and early stopping.
+
+
+@pytest.mark.slow
+def test_a_gradient_scaler_goes_on_with_its_scale(
+    options: list[str], copies: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 as on a T4; the scale doubles after every 2nd update, so it overflows again and again."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from lit_qlora import trainer, training
+
+    class HalfTrainer(trainer.QLoRATrainer):
+        def __init__(self, **config: Any) -> None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=2)
+            plugins = [*config.pop("plugins"), MixedPrecision("16-mixed", "cpu", scaler)]
+            super().__init__(**config, plugins=plugins)
+
+    monkeypatch.setattr(trainer, "choose_precision", lambda *_: (None, "as on a T4"))
+    monkeypatch.setattr(training, "QLoRATrainer", HalfTrainer)
+    whole = sweep([*options, *chosen(("2", "mid-window", "none", "rows", "adamw"))], copies, lambda *_: True)
+    skipped = [
+        line["updates/skipped"] for line in witness.read_metrics(whole / "metrics.jsonl") if "updates/skipped" in line
+    ]
+    assert 0 < skipped[0] < skipped[-1] < 6
+
+
+@pytest.mark.slow
+def test_an_early_stop_stays_where_it_was(options: list[str], copies: Callable[[Path], Any]) -> None:
+    stopped = ["--early_stopping", "1", "--model.learning_rate", "0.5", "--trainer.max_epochs", "4"]
+    case = chosen(("2", "mid-window", "none", "rows", "adamw"))
+    whole = sweep([*options, *case, *stopped], copies, lambda *_: True)
+    mark = witness.result(whole)["finished"]
+    assert mark["step"] < mark["steps"] == 16

@@ -83,16 +83,8 @@ class RunCheckpoints(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         super().on_train_start(trainer, pl_module)
+        _begin_epoch(trainer)
         self._last_save_at = self.clock()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Counts the epoch that a resume at an epoch's edge begins, which Lightning forgets.
-
-        Resumed once more from a save in that epoch, it would take the epoch for finished, and its loader for new.
-        """
-        progress: Any = trainer.fit_loop.epoch_progress
-        for counts in (progress.current, progress.total):
-            counts.ready = counts.started = max(counts.ready, counts.processed + 1)
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
         """Saves where the interval ends, unless a validation follows: then behind it."""
@@ -217,6 +209,17 @@ def has_stopped_early(trainer: Trainer) -> bool:
     """Whether the held-out loss has not become better for as long as early stopping allows."""
     early: Any = trainer.early_stopping_callbacks
     return any(callback.wait_count >= callback.patience for callback in early)
+
+
+def _begin_epoch(trainer: Trainer) -> None:
+    """Has Lightning count the epoch that begins here.
+
+    It takes a save in an epoch's last step for one from its middle and ends that epoch, but counts none as begun
+    then; from the next save in the new epoch it would go on with the data of the one behind it.
+    """
+    loop: Any = trainer.fit_loop
+    if loop.restarted_mid_epoch and loop.epoch_progress.total.processed == loop.epoch_progress.total.ready:
+        loop.reset_restart_stage()
 
 
 def _is_on_edge(trainer: Trainer) -> bool:

@@ -240,7 +240,9 @@ class HeldOutMetrics(StepCallback):
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
         """Scores the last state where the validation interval would leave it out."""
         if is_last_step(trainer) and not validation_follows(trainer):
+            should_stop = trainer.should_stop
             self._validate(trainer)
+            trainer.should_stop = should_stop  # early stopping in the very last step would have it scored once more
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records what the module computed."""

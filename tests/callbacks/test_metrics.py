@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, TrainMetrics, read_metrics
 from lit_qlora.callbacks.steps import StepCallback
@@ -224,3 +225,18 @@ def test_the_first_validation_leaves_training_as_it_was(trainer, tiny, rows):
             assert pl_module.training
 
     trainer(HeldOutMetrics(), States()).fit(tiny(), datamodule=rows(4))
+
+
+def test_early_stopping_in_the_very_last_step_has_it_scored_once(full_run, rows, tiny, tmp_path):
+    scored = []
+
+    class Scored(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            scored.append(trainer.global_step)
+
+    # By "max", a loss that falls has no gain: the second time is in the extra validation of the last step.
+    early = EarlyStopping("val/loss", mode="max", patience=2)
+    parts = full_run(tmp_path, first=[Scored()], early=[early], max_steps=5, val_check_interval=4)
+    parts.trainer.fit(tiny(), datamodule=rows(10))
+    assert scored == [0, 4, 5]
+    assert early.wait_count == 2

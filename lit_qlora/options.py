@@ -5,9 +5,10 @@ jsonargparse does the parsing. Knows the names of no option.
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 
@@ -22,7 +23,19 @@ class OneLineErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError with the cause alone."""
         parser = getattr(ex, "subcommand_parser", None) or self
+        only = re.fullmatch(r"Unexpected config: ([\w.]+):\s*", str(message))
+        if only:  # jsonargparse takes a file of nothing but "name:" for a text
+            self.check_values({only[1]: None})
+            raise UserError(f"config: has no value for {only[1]} and says nothing else; give one")
         raise UserError(_one_line(str(message), [action.dest for action in parser._actions]))
+
+    def check_values(self, values: Mapping[str, Any]) -> None:
+        """Raises UserError for the first option that has no value and takes no none: jsonargparse lets it pass."""
+        types = {action.dest: getattr(action, "_typehint", None) for action in self._actions}
+        for name, value in values.items():
+            hint = types.get(name)
+            if value is None and hint is not None and NoneType not in get_args(hint):
+                raise UserError(f"{name}: has no value, expected {_type_name(hint)}; give one, or leave the line out")
 
 
 def _one_line(message: str, names: list[str]) -> str:
@@ -39,8 +52,18 @@ def _one_line(message: str, names: list[str]) -> str:
     if union:
         types = re.sub(r"<class '([^']+)'>", r"\1", union[2]).replace("NoneType", "none")
         types = re.sub(r"(?:\w+\.)+(\w+)", r"\1", types)
+        types = re.sub(r"Literal\[(.*?)\]", r"\1", types)
         return f"{union[1]}: expected {types}; got {union[3]}"
     return message
+
+
+def _type_name(hint: Any) -> str:
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, parts))}"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_type_name, parts))
+    return str(hint) if parts else str(getattr(hint, "__name__", hint))
 
 
 def _did_you_mean(name: str, names: list[str]) -> str:

@@ -3,7 +3,7 @@
 Knows the device, and nothing of a run.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -70,7 +70,14 @@ class QLoRATrainer(Trainer):
         val_check_interval: micro-batches from one validation to the next, counted over epochs; or a share of an epoch.
         devices: 1, or a list with the number of the one GPU to take.
         gradient_clip_val: highest norm of the gradients.
+        gradient_clip_algorithm: norm (where none is given) or value: what is limited to gradient_clip_val.
         log_every_n_steps: optimizer steps from one record of the figures to the next.
+        accumulate_grad_batches: micro-batches of one optimizer step.
+        max_steps: optimizer steps after which the run ends; -1: by epochs alone.
+        limit_train_batches: micro-batches of an epoch, or a share of them.
+        limit_val_batches: the same of a validation; 0: none.
+        limit_test_batches: the same of a test.
+        accelerator: auto takes a GPU where there is one; or cpu, gpu, cuda.
         num_weights: of the base, which has a say in the precision on a CPU.
     """
 
@@ -82,15 +89,22 @@ class QLoRATrainer(Trainer):
         val_check_interval: int | float = 500,
         devices: int | str | list[int] = 1,
         gradient_clip_val: float | None = 1.0,
+        gradient_clip_algorithm: Literal["norm", "value"] | None = None,
         log_every_n_steps: int = 25,
+        accumulate_grad_batches: int = 1,
+        max_steps: int = -1,
+        accelerator: str = "auto",
+        # Not Lightning's Optional[Union[int, float]]: typing may hand out an equal one that says float first.
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
         num_weights: int = 0,
         **kwargs: Any,
     ) -> None:
         require(log_every_n_steps >= 1, "trainer.log_every_n_steps", "a whole number from 1", log_every_n_steps)
-        accumulated = kwargs.get("accumulate_grad_batches", 1)
+        accumulated = accumulate_grad_batches
         require(accumulated >= 1, "trainer.accumulate_grad_batches", "a whole number from 1", accumulated)
         require(max_epochs >= 1 or max_epochs == -1, "trainer.max_epochs", "a whole number from 1", max_epochs)
-        max_steps = kwargs.get("max_steps", -1)
         require(max_steps >= 1 or max_steps == -1, "trainer.max_steps", "a whole number from 1, or -1", max_steps)
         require(val_check_interval > 0, "trainer.val_check_interval", "a number above 0", val_check_interval)
         if isinstance(val_check_interval, float):
@@ -102,9 +116,9 @@ class QLoRATrainer(Trainer):
             )
         clip = gradient_clip_val
         require(clip is None or clip > 0, "trainer.gradient_clip_val", "none, or a number above 0", clip)
-        for part in ("train", "val", "test"):
-            _require_limit(f"limit_{part}_batches", kwargs.get(f"limit_{part}_batches"), zero=part == "val")
-        accelerator = str(kwargs.get("accelerator", "auto"))
+        _require_limit("limit_train_batches", limit_train_batches)
+        _require_limit("limit_val_batches", limit_val_batches, zero=True)
+        _require_limit("limit_test_batches", limit_test_batches)
         known = ("auto", "cpu", "gpu", "cuda")
         require(accelerator in known, "trainer.accelerator", f"one of {', '.join(known)}", accelerator)
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -132,12 +146,19 @@ class QLoRATrainer(Trainer):
             val_check_interval=val_check_interval,
             devices=devices,
             gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
+            accumulate_grad_batches=accumulate_grad_batches,
+            max_steps=max_steps,
+            accelerator=accelerator,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
             log_every_n_steps=log_every_n_steps,
             **kwargs,
         )
 
 
-def _require_limit(name: str, value: Any, zero: bool) -> None:
+def _require_limit(name: str, value: int | float | None, zero: bool = False) -> None:
     """``value`` is a whole number of micro-batches or a share of them; 0 only where ``zero`` is meant."""
     if value is None:
         return

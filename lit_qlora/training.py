@@ -132,6 +132,9 @@ class QLoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args``; Lightning's own would warn of the process's, which these were made from."""
         self.config = parser.parse_args(args)
+        options = self._parser(self.verb)
+        assert isinstance(options, RunParser)
+        options.check_values(self.config[self.verb])
         seed = self.config[self.verb].seed_everything
         require(0 <= seed < 2**32, "seed_everything", "a whole number from 0 to 4,294,967,295", seed)
 

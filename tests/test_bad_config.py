@@ -1,12 +1,14 @@
 """Options that can't be: each ends in one line and status 2, before a model is loaded, and leaves nothing behind."""
 
 # ruff: noqa: E501  # a message is shown as the user reads it: in one line
+import inspect
 from pathlib import Path
 
 import pytest
 
 from lit_qlora.cli import main
 from lit_qlora.model import load
+from lit_qlora.trainer import QLoRATrainer
 
 CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
     ("misspelt key", ["--model.rnak", "3"], None, "unknown option 'model.rnak'; did you mean 'model.rank'?"),
@@ -175,6 +177,12 @@ CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
         "trainer.gradient_clip_val: expected none, or a number above 0, got -1.0",
     ),
     (
+        "clip algorithm",
+        ["--trainer.gradient_clip_algorithm", "foo"],
+        None,
+        "trainer.gradient_clip_algorithm: expected 'norm', 'value', none; got foo",
+    ),
+    (
         "not offered",
         ["--trainer.enable_checkpointing", "true"],
         None,
@@ -327,6 +335,76 @@ def test_a_bad_option_is_one_line(
     assert main(["fit", "--run", "run", *args]) == 2
     assert capsys.readouterr().err == f"error: {expected}\n"
     assert not Path("run").exists()
+
+
+NO_VALUE = {
+    "model.rank": "int",
+    "model.alpha": "float",
+    "model.learning_rate": "float",
+    "model.dropout": "float",
+    "model.target_modules": "str or list[str]",
+    "model.optimizer": "one of 'adamw', 'adamw_8bit', 'paged_adamw', 'paged_adamw_8bit'",
+    "model.checkpointing": "one of 'auto', 'full', 'selective', 'none'",
+    "model.compile": "bool or one of 'auto'",
+    "data.source": "str",
+    "data.batch_size": "int",
+    "data.max_length": "int",
+    "data.train_on": "one of 'answers', 'all'",
+    "trainer.precision": "one of 'auto', '16-mixed', 'bf16-mixed', '32-true'",
+    "trainer.max_steps": "int",
+    "trainer.val_check_interval": "int or float",
+    "trainer.log_every_n_steps": "int",
+    "trainer.accumulate_grad_batches": "int",
+    "trainer.accelerator": "str",
+    "samples.max_new_tokens": "int",
+    "seed_everything": "int",
+    "save_every_steps": "int",
+    "keep_checkpoints": "int",
+}
+"""Options that take no none, and what they take."""
+
+
+@pytest.mark.parametrize(("name", "expected"), NO_VALUE.items())
+def test_a_key_without_a_value_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "load_base", _never)
+    section, _, key = name.rpartition(".")
+    Path("mine.yaml").write_text(f"{section}:\n  {key}:\n" if section else f"{key}:\n")
+    assert main(["fit", "--run", "run", "--config", "mine.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {name}: has no value, expected {expected}; give one, or leave the line out\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["early_stopping", "model.adapter", "data.batch_tokens", "trainer.gradient_clip_val"])
+def test_an_option_that_takes_none_may_stand_without_a_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    section, _, key = name.rpartition(".")
+    Path("mine.yaml").write_text((f"{section}:\n  {key}:\n" if section else f"{key}:\n") + "max_time:\n")
+    assert main(["fit", "--run", "run", "--config", "mine.yaml", "--data.source", "nope.jsonl"]) == 2
+    assert "nope.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_a_lone_key_without_a_value_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("early_stopping:\n")
+    assert main(["fit", "--run", "run", "--config", "mine.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "error: config: has no value for early_stopping and says nothing else; give one\n"
+    )
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_a_limit_says_int_before_float(part: str) -> None:
+    """As Lightning's Optional[Union[int, float]] needn't: typing hands out an equal union that was made before."""
+    limit = inspect.signature(QLoRATrainer).parameters[f"limit_{part}_batches"]
+    assert str(limit.annotation) == "int | float | None"
 
 
 def _never(*_: object) -> None:

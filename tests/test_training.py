@@ -210,7 +210,7 @@ BAD = [
     (["fit", "--samples.prompts", '["[INST] x"]'], "samples.prompts: expected texts without Llama 2's tags"),
     (["predict", "--prompts", "latin.txt", "--output", "o"], "latin.txt: not UTF-8 (byte 0); save it as UTF-8"),
     (["fit", "--trainer.max_time", "x"], "unknown option 'trainer.max_time'"),
-    (["fit", "--trainer.gradient_clip_algorithm", "x"], "`gradient_clip_algorithm` x is invalid."),
+    (["fit", "--trainer.inference_mode", "null"], "trainer.inference_mode: expected bool, got None"),
     (["fit", "--run", "full"], "run: full holds other files and no run; give a folder of its own with --run"),
     (["fit", "--trainer.callbacks", "foo"], "trainer.callbacks: expected list[Callback], Callback, none; got foo"),
     (["fit", "--trainer.enable_checkpointing", "true"], "unknown option 'trainer.enable_checkpointing'"),

@@ -122,12 +122,12 @@ def read(args: list[str]) -> Planned:
     settings = Settings(
         base.shape, card, precision, rows.lengths, rows.answer_share, rows.prompt_tokens, module.lora,
         model["optimizer"], model["checkpointing"], data.plan, data.max_length,
-        trainer.get("accumulate_grad_batches", 1), len(samples.prompts or ()) or samples.count,
+        trainer.accumulate_grad_batches, len(samples.prompts or ()) or samples.count,
         samples.max_new_tokens, data.seed,
     )  # fmt: skip
-    # Without a default where the Trainer looks an option up by name.
-    max_steps = trainer.get("max_steps", -1)
-    return Planned(base, settings, rows, reason, download, trainer.max_epochs, max_steps, options.keep_checkpoints)
+    return Planned(
+        base, settings, rows, reason, download, trainer.max_epochs, trainer.max_steps, options.keep_checkpoints
+    )
 
 
 def _card(name: str | None, gib: float | None) -> Card:

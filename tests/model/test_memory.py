@@ -217,7 +217,7 @@ def seven(**settings):
 
 def test_7b_by_hand():
     assert memory.weight_bytes(SEVEN) / GIB == pytest.approx(3.600, abs=0.001)
-    assert memory.kept_in_layer(seven()) == 10 * 4096 + 4 * 11008 + 4 * 32
+    assert memory.kept_in_layer(seven()) == 10 * 4096 + 4 * 11008 + 2 * 16 * 7 + 4 * 32
     assert memory.swiglu_backward(seven()) == 2 * 4096 + 8 * 11008
     step = memory.step_memory(seven(tokens=4096, scored_tokens=4096))
     assert step.adapters == step.gradients + step.adapters == 4 * 39_976_960

@@ -368,6 +368,10 @@ NAMES: dict[str, Callable[[dict, Clock], None]] = {
 
 if __name__ == "__main__":
     chosen = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    if sys.argv[1].startswith("lit_qlora"):
+        from lit_qlora.cli import prepare_memory
+
+        prepare_memory()
     if chosen["t4"]:
         import as_t4
 

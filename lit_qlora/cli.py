@@ -3,6 +3,7 @@
 Imports nothing heavy, so that help comes at once. Knows which module runs a verb, and nothing else of it.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,8 +32,19 @@ Every verb has --help. The same fit command, given again, goes on where it was.
 """
 
 
+def prepare_memory() -> None:
+    """Lets torch's allocator on a GPU grow its segments, unless the environment says something else.
+
+    Batches of many lengths leave gaps between segments of fixed size. Asked for before torch is there.
+    """
+    asked = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}
+    if not asked and sys.platform == "linux":
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line, by default the process's own, and returns its exit status."""
+    prepare_memory()
     args = list(sys.argv[1:] if args is None else args)
     try:
         with leave_in_one_line():

@@ -14,9 +14,10 @@ GIB = 1024**3
 
 CONTEXT = int(0.35 * GIB)
 """What CUDA itself takes of a card for a process, kernels included. An estimate, not measured on a T4."""
-FRAGMENTATION = 0.11
-"""What torch's allocator holds of the card beyond its tensors: 7 to 13 % in 17 settings measured on an H200."""
-RESERVE = 0.125
+FRAGMENTATION = 0.085
+"""What torch's allocator holds of the card beyond its tensors: 3 to 8.5 % in 16 settings measured on an H100, with
+segments that grow (`cli.prepare_memory`); without them 7 to 13 % in 17."""
+RESERVE = 0.08
 """The share of a card left free where a setting is chosen: as far as the prediction may be wrong."""
 WORKSPACE = 2 * 8_519_680
 """cuBLAS's scratch, for the forward's and the backward's thread (`getChosenWorkspaceSize` in torch)."""

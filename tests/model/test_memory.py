@@ -231,7 +231,7 @@ def test_a_total_is_the_sum_of_its_parts():
     parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:])}
     held = StepMemory("now", **parts)
     assert held.total == int("1" * len(parts))
-    assert held.reserved == int(held.total * 1.11)
+    assert held.reserved == int(held.total * 1.085)
     assert held.on_card == held.reserved + int(0.35 * GIB)
 
 

@@ -244,8 +244,9 @@ def test_on_a_gpu_packed_equals_separate_compiled_equals_eager_and_kept_equals_r
     ids = torch.randint(3, 512, (1, sum(lengths)), device="cuda")
     weigh = torch.linspace(-1, 1, ids.numel() * 256, device="cuda").view(1, -1, 256).to(dtype)
 
-    def measured(model, pointwise, kept_layers, packed):
-        inner = model.get_base_model().model
+    inner = model.get_base_model().model
+
+    def measured(pointwise, kept_layers, packed, dtype=dtype):
         model.zero_grad()
         layers, found = take_apart(model, pointwise), []
         parts = (
@@ -254,10 +255,10 @@ def test_on_a_gpu_packed_equals_separate_compiled_equals_eager_and_kept_equals_r
             else [slice(end - n, end) for n, end in zip(lengths, accumulate(lengths), strict=True)]
         )
         for part in parts:
-            hidden = inner.embed_tokens(ids[:, part])
+            hidden = inner.embed_tokens(ids[:, part]).to(dtype)
             places = find_places(inner.rotary_emb, hidden, lengths if packed else ())
             hidden = run_layers(layers, hidden, places, kept_layers)
-            (hidden * weigh[:, part].to(hidden.dtype)).sum().backward()
+            (hidden * weigh[:, part].to(dtype)).sum().backward()
             found.append(hidden.detach())
         gradients = torch.cat([value.grad.flatten() for value in adapter_parameters(model).values()])
         return torch.cat(found, 1).float(), gradients
@@ -267,14 +268,14 @@ def test_on_a_gpu_packed_equals_separate_compiled_equals_eager_and_kept_equals_r
 
     torch.backends.cuda.enable_flash_sdp(flash)
     try:
-        truth = measured(on_gpu(torch.float32), EAGER, 2, False)  # on the same 4-bit weights
-        packed = measured(model, EAGER, 2, True)
-        rounding = apart(measured(model, EAGER, 2, False), truth)
+        truth = measured(EAGER, 2, False, torch.float32)  # on the same 4-bit weights
+        packed = measured(EAGER, 2, True)
+        rounding = apart(measured(EAGER, 2, False), truth)
         assert 0 < rounding < (6e-2 if dtype == torch.bfloat16 else 1e-2)
         assert apart(packed, truth) < 1.2 * rounding
-        assert apart(measured(model, compiled(), 2, True), truth) < 1.2 * rounding
+        assert apart(measured(compiled(), 2, True), truth) < 1.2 * rounding
         for kept_layers in (0, 1):
-            again = measured(model, EAGER, kept_layers, True)
+            again = measured(EAGER, kept_layers, True)
             assert all(torch.equal(one, two) for one, two in zip(again, packed, strict=True))
     finally:
         torch.backends.cuda.enable_flash_sdp(True)

@@ -49,7 +49,10 @@ def why_not(model: Any) -> str | None:
 
 
 def take_apart(model: Any, pointwise: Pointwise = EAGER) -> list[Layer]:
-    """The decoder layers of ``model``, a Llama with LoRA in 4-bit. Weights are shared with it, not copied."""
+    """The decoder layers of ``model``, a Llama with LoRA in 4-bit. Weights are shared with it, not copied.
+
+    As it stands: dropout is of train mode only, and an adapter that is switched off has no part in them.
+    """
     llama = model.get_base_model()
     return [_take_apart(layer, pointwise) for layer in llama.model.layers]
 
@@ -61,10 +64,10 @@ def _take_apart(layer: Any, pointwise: Pointwise) -> Layer:
     linears, lora = [], list[Tensor]()
     for module in modules:
         base = getattr(module, "base_layer", module)
-        if base is module:
+        if base is module or module.disable_adapters:
             linears.append(Linear(base.weight, base.weight.quant_state, 0.0, 0.0, False))
             continue
-        dropout = getattr(module.lora_dropout["default"], "p", 0.0)
+        dropout = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
         linears.append(Linear(base.weight, base.weight.quant_state, module.scaling["default"], dropout, True))
         lora += [module.lora_A["default"].weight, module.lora_B["default"].weight]
     norms = layer.input_layernorm, layer.post_attention_layernorm

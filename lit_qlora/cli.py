@@ -11,7 +11,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.signals import leave_in_one_line
 from lit_qlora.storage.files import SaveError
 
-TOOLS = ("chat", "predict", "merge", "export")
+TOOLS = ("chat", "predict", "merge", "export", "evaluate")
 
 HELP = """\
 lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
@@ -25,6 +25,8 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
   python main.py predict   answer a file of prompts: --prompts FILE --output FILE
   python main.py merge     work an adapter into its base: --output DIR, a plain Hugging Face folder
   python main.py export    the same as one file for llama.cpp and Ollama: --to gguf --output FILE
+  python main.py evaluate  base against adapter, with intervals: --source FILE, or MMLU's questions: --mmlu FILE
+  python main.py doctor    what is wrong here, what to do about it, and what to paste into an issue
 
   tensorboard --logdir runs   curves and sample answers
 
@@ -70,8 +72,12 @@ def _run(args: list[str]) -> int:
         from lit_qlora.tools import plan
 
         return plan.main(args)
+    if verb == "doctor":
+        from lit_qlora.tools import doctor
+
+        return doctor.main(args[1:])
     if verb in TOOLS:
         from lit_qlora.tools import run_tool
 
         return run_tool(verb, args[1:])
-    raise UserError(f"no verb {verb!r}; there are fit, validate, test, plan, {', '.join(TOOLS)} (see --help)")
+    raise UserError(f"no verb {verb!r}; there are fit, validate, test, plan, {', '.join(TOOLS)}, doctor (see --help)")

@@ -103,6 +103,10 @@ class Encoder:
         encoded = self._encode([segment.text for segment in segments])
         return self._join([(ids, s.is_answer) for ids, s in zip(encoded, segments, strict=True)])[0]
 
+    def plain(self, text: str) -> list[int]:
+        """BOS and the ids of a text that stands in no chat format."""
+        return [self.bos_id, *self._encode([text])[0]]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, without BOS, EOS and the format's outer spaces."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

@@ -97,7 +97,10 @@ def why_not(model: Any) -> str | None:
 
 
 def take_apart(model: Any, pointwise: Pointwise = EAGER) -> list[Layer]:
-    """The decoder layers of ``model``, a Llama with LoRA in 4-bit. Weights are shared with it, not copied."""
+    """The decoder layers of ``model``, a Llama with LoRA in 4-bit. Weights are shared with it, not copied.
+
+    As it stands: dropout is of train mode only, and an adapter that is switched off has no part in them.
+    """
     layers: list[Layer] = []
     for layer in model.get_base_model().model.layers:
         layers.append(_take_apart(layer, pointwise, layers[0].casts if layers else None))
@@ -113,10 +116,10 @@ def _take_apart(layer: Any, pointwise: Pointwise, casts: Casts | None) -> Layer:
         base = getattr(module, "base_layer", module)
         # As a plain tensor: with bitsandbytes' own class, each call goes through Python once more.
         weight, state = base.weight.detach().as_subclass(Tensor), base.weight.quant_state
-        if base is module:
+        if base is module or module.disable_adapters:
             linears.append(Linear(weight, state, 0.0, 0.0, False))
             continue
-        dropout = getattr(module.lora_dropout["default"], "p", 0.0)
+        dropout = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
         linears.append(Linear(weight, state, module.scaling["default"], dropout, True))
         lora += [module.lora_A["default"].weight, module.lora_B["default"].weight]
     norms = layer.input_layernorm, layer.post_attention_layernorm

@@ -100,7 +100,8 @@ class QLoRAModule(LearnsInParts):
         self.model: PeftModel | None = None
         self.slow_because: str | None = None
         """Why the layers are transformers' and peft's own in training; None where they are ours."""
-        self._layers: list[Layer] | None = None
+        self._layers: dict[bool, list[Layer]] = {}
+        """In train mode and out of it, where nothing is dropped."""
         self.gradient_norm: Tensor = torch.tensor(0.0)
         """Of the last optimizer step, before clipping."""
         # Only adapters are saved, so a checkpoint never has all the keys of the module.
@@ -210,12 +211,12 @@ class QLoRAModule(LearnsInParts):
                 use_cache=False,
             )
             return output.last_hidden_state  # type: ignore[no-any-return]
-        if self._layers is None:
+        if self.training not in self._layers:
             compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
-            self._layers = take_apart(self.peft_model, compiled() if compiles else EAGER)
+            self._layers[self.training] = take_apart(self.peft_model, compiled() if compiles else EAGER)
         hidden = decoder.embed_tokens(batch.input_ids)
         places = find_places(decoder.rotary_emb, hidden, batch.lengths)
-        return decoder.norm(run_layers(self._layers, hidden, places, self.kept_layers))  # type: ignore[no-any-return]
+        return decoder.norm(run_layers(self._layers[self.training], hidden, places, self.kept_layers))  # type: ignore[no-any-return]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the sums over the held-out rows."""

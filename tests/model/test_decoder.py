@@ -157,6 +157,22 @@ def test_dropout_follows_the_seed_and_drops_the_share_that_was_asked_for(make_mo
     assert not torch.equal(mask, products._mask(1, torch.empty(400, 500)))
 
 
+def test_out_of_train_mode_nothing_is_dropped(make_model):
+    model = make_model(dropout=0.5).eval()
+    ids = torch.randint(3, 512, (B, T))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(model, ids), plain(model, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_that_is_switched_off_has_no_part(make_model):
+    model = make_model()
+    ids = torch.randint(3, 512, (B, T))
+    with torch.no_grad(), model.disable_adapter():
+        without = ours(model, ids)
+        torch.testing.assert_close(without, plain(model, ids), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(without, ours(model, ids), atol=1e-2)
+
+
 def test_without_gradients_nothing_is_kept(make_model):
     model = make_model()
     ids = torch.randint(3, 512, (B, T))

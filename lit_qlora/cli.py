@@ -10,7 +10,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.signals import leave_in_one_line
 from lit_qlora.storage.files import SaveError
 
-TOOLS = ("chat", "predict", "merge", "export")
+TOOLS = ("chat", "predict", "merge", "export", "push")
 
 HELP = """\
 lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
@@ -24,6 +24,7 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
   python main.py predict   answer a file of prompts: --prompts FILE --output FILE
   python main.py merge     work an adapter into its base: --output DIR, a plain Hugging Face folder
   python main.py export    the same as one file for llama.cpp and Ollama: --to gguf --output FILE
+  python main.py push      send an adapter or a merged model to the hub: --to NAME/REPO, private, asks first
 
   tensorboard --logdir runs   curves and sample answers
 

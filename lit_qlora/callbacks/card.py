@@ -16,9 +16,8 @@ from lightning.pytorch import Trainer
 
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.callbacks.throughput import Throughput
-from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.run import CARD, RunFolder
 
-CARD = "README.md"
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out loss (nats a token)", "val/loss", lambda value: f"{value:.4f}"),

@@ -1,13 +1,14 @@
 """A stand-in for the hub, on the loopback: the part of its protocol that huggingface_hub speaks to send files.
 
-The hub itself, and beside it, at a port of its own, the store that large files go to with a signed address and no
-token. Notes every request, and fails where a test says so.
+The hub itself, and beside it, at a port of its own, the store that large files go to: whole ones to a signed address
+without any token (LFS), or chunks with a token of its own (Xet). Notes every request, and fails where a test says so.
 """
 
 import base64
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from threading import Thread
 from typing import Any
 
 TOKEN = "hf_" + "averysecrettoken" * 2
+STORE_TOKEN = "of the store alone"
 LARGE = (".safetensors", ".png", ".model")
 
 
@@ -114,6 +116,25 @@ class FakeHub:
         asked = json.loads(body)
         return (200, {}) if len(self.large.get(asked["oid"], b"")) == asked["size"] else (422, {"error": "size"})
 
+    def store_access(self, name: str, body: bytes) -> tuple[int, Any]:
+        expires = int(time.time()) + 3600
+        return 200, {"accessToken": STORE_TOKEN, "exp": expires, "casUrl": self.store_url}
+
+    def store(self, request: str, body: bytes) -> tuple[int, Any]:
+        """What the store says; of Xet's interface only the first version, which its client goes back to."""
+        path = request.partition(" ")[2]
+        if request.startswith("PUT"):
+            self.large[path.lstrip("/")] = body
+        elif path.startswith("/v1/xorbs/"):
+            content = _unpacked(body)
+            self.large[hashlib.sha256(content).hexdigest()] = content
+            return 200, {"was_inserted": True}
+        elif path.startswith("/v1/shards"):
+            return 200, {"result": 1}
+        else:
+            return 404, {}
+        return 200, {}
+
     def commit(self, name: str, body: bytes) -> tuple[int, Any]:
         repository = self.repositories[name]
         for line in body.splitlines():
@@ -137,8 +158,19 @@ ROUTES: tuple[tuple[str, Callable[..., tuple[int, Any]]], ...] = (
     (rf"POST /api/models/{NAME}/preupload/main", FakeHub.preupload),
     (rf"POST /{NAME}\.git/info/lfs/objects/batch", FakeHub.batch),
     (rf"POST /{NAME}\.git/info/lfs/verify", FakeHub.verify),
+    (rf"GET /api/models/{NAME}/xet-write-token/main", FakeHub.store_access),
     (rf"POST /api/models/{NAME}/commit/main", FakeHub.commit),
 )
+
+
+def _unpacked(xorb: bytes) -> bytes:
+    """The content of Xet's chunks that could not be compressed, one file's: a header of 8 bytes before each."""
+    content = b""
+    while xorb:
+        version, scheme, length = xorb[0], xorb[4], int.from_bytes(xorb[1:4], "little")
+        assert (version, scheme) == (0, 0), "only what is stored as it is can be read here"
+        content, xorb = content + xorb[8 : 8 + length], xorb[8 + length :]
+    return content
 
 
 def _handler(hub: FakeHub, server: str) -> type[BaseHTTPRequestHandler]:
@@ -155,7 +187,7 @@ def _handler(hub: FakeHub, server: str) -> type[BaseHTTPRequestHandler]:
             if failing:
                 status, content = failing, {"error": "as the test says"}
             elif server == "store":
-                hub.large[self.path.lstrip("/")] = body
+                status, content = hub.store(request, body)
             else:
                 status, content = hub.answer(request, authorization, body)
             answer = json.dumps(content).encode()

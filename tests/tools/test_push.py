@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -30,7 +31,7 @@ TOKEN, Repository = hub_server.TOKEN, hub_server.Repository
 
 FILES = {
     "adapter_config.json": b'{"peft_type": "LORA"}',
-    "adapter_model.safetensors": bytes(range(256)) * 1000,
+    "adapter_model.safetensors": Random(0).randbytes(256_000),
     "lit_qlora.json": b'{"base": "demo"}',
     "README.md": b'---\ntags:\n- lora\n---\n\nPeftModel.from_pretrained(base, "this-folder")\n',
 }
@@ -140,8 +141,21 @@ sent, private: {hub.url}/ann/mine
     assert len(repository.commits) == 2
     assert {server for server, _, authorization in hub.requests if authorization} == {"hub"}
     assert {server for server, request, _ in hub.requests if "PUT" in request} == {"store"}
+    assert len(hub.sent("PUT")) == 1
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in left if TOKEN.encode() in path.read_bytes()] == []
+
+
+def test_by_the_chunks_that_the_hub_prefers(hub, environment, adapter):
+    """Xet, where its client is installed: another protocol, and another token, which the hub gives for it."""
+    del environment["HF_HUB_DISABLE_XET"]
+    done = run(environment, "--adapter", adapter, "--to", "ann/mine", "--yes")
+    assert (done.returncode, done.stderr) == (0, "")
+    arrived = hub.repositories["ann/mine"].files
+    assert arrived["adapter_model.safetensors"] == FILES["adapter_model.safetensors"]
+    assert hub.sent("POST /v1/xorbs/")
+    told = {(server, authorization) for server, _, authorization in hub.requests if authorization}
+    assert told == {("hub", f"Bearer {TOKEN}"), ("store", f"Bearer {hub_server.STORE_TOKEN}")}
 
 
 def test_a_run_s_own_adapter(hub, push, trained, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
+from lit_qlora.callbacks.curves import CURVES, draw_curves
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.storage.run import CARD, RunFolder
@@ -30,7 +31,7 @@ LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 
 
 def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> None:
-    """Writes the card of the adapter in ``folder``, that of ``step``; of a run without a configuration, none."""
+    """Writes the card of the adapter in ``folder``, that of ``step``, and its picture; none without a config."""
     if run.config.is_file():
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         figures = {line["step"]: line for line in read_metrics(run.metrics)}
@@ -39,12 +40,18 @@ def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> Non
                 state = logger.state_dict()
                 figures[state["step"]] = {**figures.get(state["step"], {}), **state["figures"]}
         seconds = next((part.training_s for part in trainer.callbacks if isinstance(part, Throughput)), 0.0)  # type: ignore[attr-defined]
-        text = card(str(base), run.read_config(), figures, step, seconds)
+        has_curves = draw_curves(folder / CURVES, figures, step)
+        text = card(str(base), run.read_config(), figures, step, seconds, has_curves)
         (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def card(
-    base: str, config: Mapping[str, Any], figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float
+    base: str,
+    config: Mapping[str, Any],
+    figures: Mapping[int, Mapping[str, Any]],
+    step: int,
+    training_s: float,
+    has_curves: bool = False,
 ) -> str:
     """The card as text.
 
@@ -54,6 +61,7 @@ def card(
         figures: what was recorded, by optimizer step; 0 is before training.
         step: of the adapter.
         training_s: seconds in training steps so far, without validations and saves.
+        has_curves: whether the picture of the losses lies beside it.
     """
     config = published(config)
     source = config["data"]["source"]
@@ -64,6 +72,7 @@ def card(
         "Llama 2 chat format.",
         *_licence(base),
         f"## Measured\n\n{_measured(figures, step, training_s)}",
+        *([f"![Loss over the optimizer steps, in training and held-out]({CURVES})"] if has_curves else []),
         f"## Use\n\n{_use(base)}",
         f"## Configuration\n\n{_block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}",
         "## Versions\n\n" + ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name))),

@@ -1,6 +1,6 @@
-"""Owns the model card of an adapter: what was trained from what, and what was measured; nothing that was not.
+"""Owns the model cards of adapters and merged models: what was made from what, and what was measured; nothing else.
 
-Written into each saved adapter folder, before it is sealed. No path and no name of this machine stands in it.
+Written into each such folder before it is sealed. No path and no name of this machine stands in it.
 """
 
 import json
@@ -26,6 +26,17 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
     ("sample answers that stop by themselves", "samples/stopped_share", lambda value: f"{value:.0%}"),
 )
+USE_MERGED = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this-folder")
+tokenizer = AutoTokenizer.from_pretrained("this-folder")
+chat = [{"role": "user", "content": "Your question"}]
+prompt = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True).to(model.device)
+answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```"""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 
@@ -75,7 +86,32 @@ def card(
         *([f"![Loss over the optimizer steps, in training and held-out]({CURVES})"] if has_curves else []),
         f"## Use\n\n{_use(base)}",
         f"## Configuration\n\n{_block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}",
-        "## Versions\n\n" + ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name))),
+        f"## Versions\n\n{_versions()}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: bool) -> str:
+    """The card of a merged model as text.
+
+    Args:
+        base: the public name of the base.
+        source: what the adapter was trained on, where that is known.
+        made: how, in a sentence.
+        told: how far it is from base and adapter, as it was measured.
+        in_4_bits: whether it was quantised again.
+    """
+    source = published(source)
+    metadata = _metadata(base, source or "", "quantized" if in_4_bits else "finetune")
+    trained = f"`{source}`, in the Llama 2 chat format" if source else "conversations in the Llama 2 chat format"
+    sections = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"# {base}, fine-tuned",
+        f"A LoRA adapter, trained with QLoRA on {trained}, worked into its base. {made}",
+        *_licence(base),
+        f"## Measured\n\n{told}",
+        f"## Use\n\n{USE_MERGED}",
+        f"## Versions\n\n{_versions()}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -100,15 +136,16 @@ def _is_path(text: str) -> bool:
     return " " not in text and HUB_ID.fullmatch(text) is None
 
 
-def _metadata(base: str, source: str) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+def _metadata(base: str, source: str, relation: str = "adapter") -> dict[str, Any]:
+    library = "peft" if relation == "adapter" else "transformers"
+    metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if HUB_ID.fullmatch(base):
-        metadata |= {"base_model": base, "base_model_relation": "adapter"}
+        metadata |= {"base_model": base, "base_model_relation": relation}
     if LLAMA_2.search(base):
         metadata["license"] = "llama2"
     if HUB_ID.fullmatch(source):
         metadata["datasets"] = [source]
-    return metadata | {"tags": ["lora", "qlora", "peft", "llama", "lightning"]}
+    return metadata | {"tags": ["lora", "qlora", *(["peft"] if relation == "adapter" else []), "llama", "lightning"]}
 
 
 def _licence(base: str) -> list[str]:
@@ -166,6 +203,10 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
 Or, with lit-qlora: `python main.py chat --adapter this-folder --base {base}`."""
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
 
 
 def _version(package: str) -> str | None:

@@ -138,12 +138,11 @@ def _in_one_line(to: str, token: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        status = _status(error)
-        while status is None and error.__cause__ is not None:  # "Error while uploading", which says nothing
-            error = error.__cause__
-            status = _status(error)
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(token, "(token)")[:200]
-        raise UserError(_remedy(status, to, reason)) from None
+        cause: BaseException = error
+        while _status(cause) is None and cause.__cause__ is not None:  # "Error while uploading", which says nothing
+            cause = cause.__cause__
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split()).replace(token, "(token)")[:200]
+        raise UserError(_remedy(_status(cause), to, reason)) from None
 
 
 def _status(error: BaseException) -> int | None:

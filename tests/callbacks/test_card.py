@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from lit_qlora import demo
-from lit_qlora.callbacks.card import card, published
+from lit_qlora.callbacks.card import card, merged_card, published
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.storage.folders import verify_folder
@@ -68,6 +68,26 @@ def test_the_hub_s_own_reader_takes_the_metadata(base):
     read = ModelCard(text)  # raises where the block is none, or has what the hub refuses
     assert read.data.to_dict() == metadata(text)
     assert "\n\n![Loss over the optimizer steps, in training and held-out](curves.png)\n\n" in read.text
+
+
+def test_the_card_of_a_merged_model():
+    text = merged_card("meta-llama/Llama-2-7b-hf", "/home/ann/rows.jsonl", "The weights are in float16.", "Far.", False)
+    assert ModelCard(text).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "meta-llama/Llama-2-7b-hf",
+        "base_model_relation": "finetune",
+        "license": "llama2",
+        "tags": ["lora", "qlora", "llama", "lightning"],
+    }
+    assert (
+        "trained with QLoRA on `rows.jsonl`, in the Llama 2 chat format, worked into its base. The weights are" in text
+    )
+    assert "LLAMA 2 Community License" in text
+    assert "## Measured\n\nFar.\n" in text
+    quantised = merged_card("a/b", None, "", "", True)
+    assert metadata(quantised)["base_model_relation"] == "quantized"
+    assert "on conversations in the Llama 2 chat format, worked" in quantised
 
 
 def test_a_base_that_is_no_hub_model_is_not_named_as_one():

@@ -103,6 +103,13 @@ def test_an_adapter_is_merged_on_the_way(llama_cpp, adapter, tmp_path, monkeypat
     assert told["config"]["torch_dtype"] == dtype
 
 
+def test_a_model_in_4_bits(llama_cpp, merged, tmp_path, capsys):
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert told == (f"error: model: {merged} is in 4 bits, which llama.cpp can't convert; merge with --dtype float16\n")
+
+
 def test_without_llama_cpp(merged, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")

@@ -62,7 +62,7 @@ def _source(run: str | None, adapter: str | None, folder: str | None) -> Path:
     given = {name: value for name, value in (("run", run), ("adapter", adapter), ("folder", folder)) if value}
     if len(given) > 1:
         (first, _), (second, value) = [*given.items()][:2]
-        raise UserError(f"{second}: {value} is given, and a {first} ({given[first]}) too; give one of the two")
+        raise UserError(f"{second}: {value} is given, and --{first} {given[first]} too; give one of the two")
     return Path(adapter or folder or trained_run(run).adapter)
 
 

@@ -162,6 +162,15 @@ def test_what_stands_there_is_kept(llama_cpp, merged, tmp_path, capsys, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("source", ["model", "adapter"])
+def test_a_disk_without_room(llama_cpp, merged, adapter, tmp_path, capsys, monkeypatch, source):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
+    options = ["--model", merged] if source == "model" else ["--adapter", adapter, "--base", merged]
+    told = refusal(capsys, *options, "--output", tmp_path / "out" / "x.gguf")
+    assert re.match(r"error: output: \S+x.gguf needs 0.0\d GB and the disk has 0.00 GB left; free some or ", told)
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_that_do_not_go_together(llama_cpp, merged, tmp_path, capsys):
     told = refusal(capsys, "--model", merged, "--run", "x", "--output", tmp_path / "x.gguf")
     assert told.startswith("error: model: it is merged already")

@@ -65,7 +65,7 @@ def merge(
     adapter: str | None = None,
     base: str | None = None,
     dtype: DType = "float16",
-    onto: Onto = "quantized",
+    onto: Onto | None = None,
 ) -> None:
     """Work an adapter into its base: a plain Hugging Face folder for transformers, vLLM and llama.cpp.
 
@@ -77,9 +77,13 @@ def merge(
         dtype: of the weights written. 4bit rounds them to NF4 once more, what is not a linear layer to float16: that
             is another model than was trained, a quarter of the size; how far off it is, is measured and told.
         onto: quantized adds to what 4 bits leave of the base, which is the model that was trained; original adds
-            to the base's own weights, which is another model.
+            to the base's own weights, which is another model. Default: quantized, but for dtype 4bit original:
+            rounded a second time, the weights fall back to where they were, and most of an adapter is lost.
     """
-    merge_into(Path(output), choose_adapter(run, adapter, base), dtype, onto)
+    chosen = choose_adapter(run, adapter, base)
+    if onto is None:
+        onto = "original" if dtype == "4bit" and "quantization_config" not in chosen.base.config else "quantized"
+    merge_into(Path(output), chosen, dtype, onto)
     serve = "" if dtype == "4bit" else f", or serve it: vllm serve {output}"
     print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}){serve}")
 

@@ -19,7 +19,7 @@ from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
 from lit_qlora.model.base import find_base
 from lit_qlora.model.generate import Sampling
-from lit_qlora.model.merging import LoraWeights, as_trained
+from lit_qlora.model.merging import LoraWeights, StoredWeights, as_trained
 from lit_qlora.quiet import quieten
 from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
@@ -184,7 +184,7 @@ def test_4_bits_load_as_they_are(in_4_bits, run):
     assert type(layer).__name__ == "Linear4bit"
     assert layer.weight.quant_state.nested
     base, name = load_file(demo.BASE / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
-    merged = LoraWeights(run / "adapter").add_to(name, as_trained(base[name], torch.float32)).half()
+    merged = LoraWeights(run / "adapter").add_to(name, base[name].float()).half()
     state = layer.weight.quant_state
     state.dtype = torch.float32
     assert torch.equal(dequantize_4bit(layer.weight.data, state), as_trained(merged, torch.float16))
@@ -193,6 +193,29 @@ def test_4_bits_load_as_they_are(in_4_bits, run):
     tokenizer = AutoTokenizer.from_pretrained(target)
     ids = tokenizer.apply_chat_template(messages(QUESTION), return_tensors="pt", return_dict=False)
     assert without_shortcut(model).generate(ids, max_new_tokens=4).shape[1] > ids.shape[1]
+
+
+def test_4_bits_do_not_swallow_the_adapter(run, tmp_path):
+    """Added to weights that were rounded before, a change of a few percent rounds away again."""
+    adapter = copy_adapter(run, tmp_path / "adapter")
+    stored = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: value / 6 if ".lora_B." in name else value for name, value in stored.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    base, name = load_file(demo.BASE / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    start = base[name].float()
+    change = LoraWeights(adapter).add_to(name, start) - start
+    assert 0.002 < change.norm() / start.norm() < 0.05
+    left = {}
+    for onto in ("default", "quantized"):
+        options = [] if onto == "default" else ["--onto", onto]
+        target = tmp_path / onto
+        assert main(["merge", "--adapter", str(adapter), "--output", str(target), "--dtype", "4bit", *options]) == 0
+        found = StoredWeights(find_base(str(target))).dequantized(name, torch.device("cpu"))
+        left[onto] = ((found - as_trained(start, torch.float32)) * change).sum() / (change**2).sum()
+    assert left["default"] > 0.8
+    assert left["quantized"] < 0.3
 
 
 def test_what_belongs_to_a_weight_is_in_its_file(in_4_bits):

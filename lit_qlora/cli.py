@@ -11,7 +11,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.signals import leave_in_one_line
 from lit_qlora.storage.files import SaveError
 
-TOOLS = ("chat", "predict", "merge", "export", "evaluate")
+TOOLS = ("chat", "predict", "merge", "export", "evaluate", "push")
 
 HELP = """\
 lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
@@ -27,6 +27,7 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
   python main.py export    the same as one file for llama.cpp and Ollama: --to gguf --output FILE
   python main.py evaluate  base against adapter, with intervals: --source FILE, or MMLU's questions: --mmlu FILE
   python main.py doctor    what is wrong here, what to do about it, and what to paste into an issue
+  python main.py push      send an adapter or a merged model to the hub: --to NAME/REPO, private, asks first
 
   tensorboard --logdir runs   curves and sample answers
 

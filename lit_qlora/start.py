@@ -19,7 +19,7 @@ from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
 from lit_qlora.storage.checkpoint_io import checkpoint_folder
 from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder
-from lit_qlora.storage.run import RUNS, RunFolder, differences, newest_run, open_run
+from lit_qlora.storage.run import CARD, RUNS, RunFolder, differences, newest_run, open_run
 from lit_qlora.storage.settings import allowed, refused
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -126,7 +126,7 @@ def check_adapter(run: RunFolder) -> None:
     if not run.adapter.is_dir():
         return
     try:
-        verify_folder(run.adapter, allow_extra=True)
+        verify_folder(run.adapter, allow_extra=True, may_differ=[CARD])
     except DamagedFolderError as error:
         aside = run.adapter.with_name("adapter.damaged")
         if aside.exists():

@@ -1,6 +1,6 @@
-"""Owns the model card of an adapter: what was trained from what, and what was measured; nothing that was not.
+"""Owns the model cards of adapters and merged models: what was made from what, and what was measured; nothing else.
 
-Written into each saved adapter folder, before it is sealed. No path and no name of this machine stands in it.
+Written into each such folder before it is sealed. No path and no name of this machine stands in it.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
+from lit_qlora.callbacks.curves import CURVES, draw_curves
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.callbacks.throughput import Throughput
-from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.run import CARD, RunFolder
 
-CARD = "README.md"
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out loss (nats a token)", "val/loss", lambda value: f"{value:.4f}"),
@@ -26,12 +26,23 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
     ("sample answers that stop by themselves", "samples/stopped_share", lambda value: f"{value:.0%}"),
 )
+USE_MERGED = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this-folder")
+tokenizer = AutoTokenizer.from_pretrained("this-folder")
+chat = [{"role": "user", "content": "Your question"}]
+prompt = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True).to(model.device)
+answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```"""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 
 
 def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> None:
-    """Writes the card of the adapter in ``folder``, that of ``step``; of a run without a configuration, none."""
+    """Writes the card of the adapter in ``folder``, that of ``step``, and its picture; none without a config."""
     if run.config.is_file():
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         figures = {line["step"]: line for line in read_metrics(run.metrics)}
@@ -40,12 +51,18 @@ def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> Non
                 state = logger.state_dict()
                 figures[state["step"]] = {**figures.get(state["step"], {}), **state["figures"]}
         seconds = next((part.training_s for part in trainer.callbacks if isinstance(part, Throughput)), 0.0)  # type: ignore[attr-defined]
-        text = card(str(base), run.read_config(), figures, step, seconds)
+        has_curves = draw_curves(folder / CURVES, figures, step)
+        text = card(str(base), run.read_config(), figures, step, seconds, has_curves)
         (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def card(
-    base: str, config: Mapping[str, Any], figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float
+    base: str,
+    config: Mapping[str, Any],
+    figures: Mapping[int, Mapping[str, Any]],
+    step: int,
+    training_s: float,
+    has_curves: bool = False,
 ) -> str:
     """The card as text.
 
@@ -55,6 +72,7 @@ def card(
         figures: what was recorded, by optimizer step; 0 is before training.
         step: of the adapter.
         training_s: seconds in training steps so far, without validations and saves.
+        has_curves: whether the picture of the losses lies beside it.
     """
     config = published(config)
     source = config["data"]["source"]
@@ -65,9 +83,35 @@ def card(
         "Llama 2 chat format.",
         *_licence(base),
         f"## Measured\n\n{_measured(figures, step, training_s)}",
+        *([f"![Loss over the optimizer steps, in training and held-out]({CURVES})"] if has_curves else []),
         f"## Use\n\n{_use(base)}",
         f"## Configuration\n\n{_block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}",
-        "## Versions\n\n" + ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name))),
+        f"## Versions\n\n{_versions()}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: bool) -> str:
+    """The card of a merged model as text.
+
+    Args:
+        base: the public name of the base.
+        source: what the adapter was trained on, where that is known.
+        made: how, in a sentence.
+        told: how far it is from base and adapter, as it was measured.
+        in_4_bits: whether it was quantised again.
+    """
+    source = published(source)
+    metadata = _metadata(base, source or "", "quantized" if in_4_bits else "finetune")
+    trained = f"`{source}`, in the Llama 2 chat format" if source else "conversations in the Llama 2 chat format"
+    sections = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"# {base}, fine-tuned",
+        f"A LoRA adapter, trained with QLoRA on {trained}, worked into its base. {made}",
+        *_licence(base),
+        f"## Measured\n\n{told}",
+        f"## Use\n\n{USE_MERGED}",
+        f"## Versions\n\n{_versions()}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -92,15 +136,16 @@ def _is_path(text: str) -> bool:
     return " " not in text and HUB_ID.fullmatch(text) is None
 
 
-def _metadata(base: str, source: str) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+def _metadata(base: str, source: str, relation: str = "adapter") -> dict[str, Any]:
+    library = "peft" if relation == "adapter" else "transformers"
+    metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if HUB_ID.fullmatch(base):
-        metadata |= {"base_model": base, "base_model_relation": "adapter"}
+        metadata |= {"base_model": base, "base_model_relation": relation}
     if LLAMA_2.search(base):
         metadata["license"] = "llama2"
     if HUB_ID.fullmatch(source):
         metadata["datasets"] = [source]
-    return metadata | {"tags": ["lora", "qlora", "peft", "llama", "lightning"]}
+    return metadata | {"tags": ["lora", "qlora", *(["peft"] if relation == "adapter" else []), "llama", "lightning"]}
 
 
 def _licence(base: str) -> list[str]:
@@ -158,6 +203,10 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
 Or, with lit-qlora: `python main.py chat --adapter this-folder --base {base}`."""
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
 
 
 def _version(package: str) -> str | None:

@@ -17,6 +17,7 @@ from lit_qlora.model.device import Attention
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
+from lit_qlora.storage.run import CARD
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -221,7 +222,7 @@ def save_adapter(model: "PeftModel", base: Base, folder: Path) -> None:
     # peft keeps them in a set, whose order is another in each process.
     config["target_modules"] = sorted(config["target_modules"])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    (folder / "README.md").unlink(missing_ok=True)
+    (folder / CARD).unlink(missing_ok=True)
     record = {"base": base.public_name, "base_fingerprint": fingerprint(base), "prompt_format": PROMPT_FORMAT}
     # What 4 bits leave of the base depends on what it was rounded to before.
     record["base_dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
@@ -243,7 +244,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: it holds whole layers beside LoRA ({', '.join(others)}), which can't be used here")
     if (folder / MANIFEST).is_file():
         try:
-            verify_folder(folder, allow_extra=True)
+            verify_folder(folder, allow_extra=True, may_differ=[CARD])
         except DamagedFolderError as error:
             raise UserError(
                 f"{error}: the adapter was altered or cut short after it was saved; take another one, or, if that "

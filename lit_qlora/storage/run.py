@@ -20,6 +20,9 @@ from lit_qlora.storage.lock import RunLock
 
 RUNS = Path("runs")
 STEP = "step-"
+CARD = "README.md"
+"""The file in an adapter folder that people read; who edits it has altered no model."""
+
 _STARTED = "# started "
 
 

@@ -14,7 +14,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.run import newest_run, open_run
+from lit_qlora.storage.run import RunFolder, newest_run, open_run
 from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.streaming import TextStream, text_of
@@ -50,10 +50,8 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     Raises UserError when there is no such run, adapter or base, or both run and adapter are given.
     """
     if adapter is None:
-        folder = open_run(Path(run)) if run else newest_run()
+        folder = trained_run(run)
         settings = folder.read_config()
-        if not (folder.adapter / "adapter_config.json").is_file():
-            raise UserError(f"run: {folder.path} has no adapter yet; train it first, or give --adapter")
         return Chosen(_find(base) if base else find_base(settings["model"]["base"]), folder.adapter, settings)
     if run:
         raise UserError(f"adapter: {adapter} is given, and a run ({run}) too; give one of the two")
@@ -63,6 +61,14 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     if base is None:
         raise UserError(f"adapter: {adapter} does not say which base it is for; give --base")
     return Chosen(_find(base), Path(adapter), None)
+
+
+def trained_run(run: str | None) -> RunFolder:
+    """The run that is meant, by default the newest. Raises UserError when there is none, or no adapter in it."""
+    folder = open_run(Path(run)) if run else newest_run()
+    if not (folder.adapter / "adapter_config.json").is_file():
+        raise UserError(f"run: {folder.path} has no adapter yet; train it first, or give --adapter")
+    return folder
 
 
 def _find(base: str) -> Base:

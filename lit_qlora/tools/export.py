@@ -56,7 +56,11 @@ def export(
         raise UserError("model: it is merged already, so --run, --adapter and --base say nothing; give it alone")
     script = find_converter()
     if model:
-        _check_tokenizer(find_base(model))
+        merged_model = find_base(model)
+        if "quantization_config" in merged_model.config:
+            raise UserError(f"model: {model} is in 4 bits, which llama.cpp can't convert; merge with --dtype float16")
+        _check_tokenizer(merged_model)
+        check_room(target, int(merged_model.shape.num_parameters * BYTES_A_WEIGHT[outtype]))
         target.parent.mkdir(parents=True, exist_ok=True)
         _convert(script, Path(model), target, outtype)
         _write_modelfile(Path(model), target, beside)

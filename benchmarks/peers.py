@@ -46,7 +46,7 @@ class Clock:
             self.timed_steps += 1
             self.seconds = now - self.since
         self.pending.clear()
-        return self.seconds >= self.spec["seconds"]
+        return self.seconds >= self.spec["seconds"] and self.tokens >= self.spec["pass_tokens"]
 
     def report(self, loss: float, precision: str) -> None:
         """The last line of this process."""

@@ -11,7 +11,8 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answerer import Answerer, check_prompt
-from lit_qlora.tools.terminal import Terminal, cut_note, harmless
+from lit_qlora.tools.dialog import cut_note
+from lit_qlora.tools.terminal import Terminal, harmless
 
 
 def chat(

@@ -20,6 +20,9 @@ def run_tool(name: str, args: Sequence[str]) -> int:
     function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
     parser = _ToolParser(allow_abbrev=False, prog=f"main.py {name}", description=function.__doc__.splitlines()[0])
     parser.add_function_arguments(function)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # --web alone means --web true
+            action.nargs, action.const = "?", True
     try:
         options = parser.parse_args(list(args))
     except SystemExit as stop:  # --help

@@ -24,9 +24,9 @@ NEEDED = (6, 29)
 
 CSS = """
 .gradio-container {width: 100%; max-width: 64rem !important; margin: auto}
-.gradio-container main {padding: .5rem 1rem !important; max-width: none !important}
+.gradio-container > main {padding: .5rem 1rem !important}
 .dark {color-scheme: dark}
-#columns {height: calc(100dvh - 17rem); min-height: 20rem; flex-wrap: nowrap}
+#columns {height: calc(100dvh - 18rem); min-height: 20rem; flex-wrap: nowrap}
 #adapter, #base {height: 100% !important}
 #columns .md {white-space: pre-wrap; overflow-wrap: anywhere}
 #columns label {position: static; width: fit-content}
@@ -123,7 +123,7 @@ class Page:
         sampling = self.start[1]
         column = partial(gradio.Chatbot, render_markdown=False, latex_delimiters=[], buttons=[], min_width=280)
         field = partial(gradio.Number, min_width=120)
-        with gradio.Blocks(title=f"{self.name} | lit-qlora", analytics_enabled=False) as blocks:
+        with gradio.Blocks(title=f"{self.name} | lit-qlora", analytics_enabled=False, fill_width=True) as blocks:
             gradio.HTML(f"<b>{escape(self.name)}</b>", elem_id="name")
             with gradio.Row(elem_id="columns"):
                 self._of_adapter = column(label="Adapter", elem_id="adapter")
@@ -135,7 +135,7 @@ class Page:
             )  # fmt: skip
             with gradio.Row():
                 self._compares = gradio.Checkbox(label="Ask the base, too", elem_id="compare", min_width=100)
-                self._reset = gradio.Button("New conversation", elem_id="reset", min_width=100)
+                self._reset = gradio.Button("New conversation", size="md", elem_id="reset", min_width=100)
             with gradio.Accordion("Settings", open=False, elem_id="settings"):
                 system = gradio.Textbox(Tab(*self.start).effective_system, label="System text", elem_id="system")
                 with gradio.Row():

@@ -21,7 +21,7 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
   python main.py validate  score a run's best adapter on held-out data; bare, the newest run's
   python main.py test      the same on test data
   python main.py plan      what a fit needs: memory, time, disk; fit's options, --gpu NAME; needs no GPU
-  python main.py chat      talk with a run's best adapter; --prompt TEXT answers once
+  python main.py chat      talk with a run's best adapter; --prompt TEXT answers once; --web in a browser
   python main.py predict   answer a file of prompts: --prompts FILE --output FILE
   python main.py merge     work an adapter into its base: --output DIR, a plain Hugging Face folder
   python main.py export    the same as one file for llama.cpp and Ollama: --to gguf --output FILE

@@ -17,7 +17,6 @@ from types import FrameType
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
-from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answerer import Answer, Answerer, check_prompt
 
@@ -129,7 +128,7 @@ class Terminal:
         """The conversation, without first turns that the context has no room for; says when they become more."""
         whole = Conversation(tuple(turns), self.system)
         try:
-            check_prompt(whole)
+            check_prompt(whole, self.answerer.encoder.check)
         except ValueError as error:
             raise UserError(str(error).replace(f"turn {len(turns)} holds", "it holds")) from error
         fitting, num_left_out = self.answerer.trim(whole, self.sampling)
@@ -162,7 +161,7 @@ class Terminal:
 
     def _remember(self, question: str, answer: Answer) -> None:
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
-        tags = llama2.tags_in(answer.text)
+        tags = self.answerer.encoder.tags_in(answer.text)
         if not answer.text or tags:  # the next prompt could not hold it
             print(f"(the answer {f'holds {tags[0]}' if tags else 'is empty'}: question and answer are forgotten)")
         else:
@@ -178,7 +177,7 @@ class Terminal:
         if text:
             system = "" if text == "-" else text
             try:
-                check_prompt(Conversation((Turn("user", "hello"),), system))
+                check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.check)
             except ValueError as error:
                 raise UserError(str(error)) from error
             self.system = system

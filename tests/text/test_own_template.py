@@ -85,7 +85,7 @@ def test_what_is_told_of_a_template():
 
 PARTS = ["</s>", "<s>", "<unk>", "\ue0001\ue001", "é", "🦉", "a", " ", "\n", "{{", "%}", "<"]
 HOSTILE = st.lists(st.sampled_from(PARTS), min_size=1, max_size=8).map("".join)
-WORDS = HOSTILE.map(str.strip).filter(None)
+WORDS = HOSTILE.map(str.strip).filter(bool)
 
 
 @settings(max_examples=150)

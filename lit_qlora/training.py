@@ -162,8 +162,6 @@ class QLoRACLI(LightningCLI):
             self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell)
             self.mirror.open(config)
         start.check_against_first(self.run, config)
-        if self.datamodule.template is not None:
-            _ = self.datamodule.encoder  # tries the template, before anything large is loaded
         self.model.prompts = self.datamodule.prompt_record()
         if self.model.adapter:
             check_settings(self.model.adapter, self.model.lora)

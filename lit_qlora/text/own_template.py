@@ -193,7 +193,7 @@ class Template:
                 f"{_shown(prompt, at_end=True)}; write the space before the assistant's content instead"
             )
         tail, eos, _ = rest.partition(self.eos)
-        if not eos or _MARK.search(tail):
+        if not eos:
             raise ValueError(
                 f"the answer that is turn {turn} is to end in EOS, or the model never learns to stop, and goes on with "
                 f"{_shown(rest)}; write {{{{ eos_token }}}} right behind the assistant's content"

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lit_qlora.callbacks.curves import CURVES, draw_curves
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.callbacks.throughput import Throughput
-from lit_qlora.storage.run import CARD, RunFolder
+from lit_qlora.storage.run import CARD, RunFolder, as_yaml
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -38,6 +38,24 @@ answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```"""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+LLAMA_2_PROMPT = """\
+prompt = tokenizer("[INST] Your question [/INST]", return_tensors="pt").to(model.device)
+answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]"""
+# A tokenizer of transformers 5 puts no space before a word that follows a special token, unless it is a text by itself.
+OWN_PROMPT = """\
+with open("this-folder/lit_qlora.json", encoding="utf-8") as file:
+    record = json.load(file)
+messages = [SYSTEM{"role": "user", "content": "Your question"}]
+text = tokenizer.apply_chat_template(
+    messages, chat_template=record["template"], tokenize=False, add_generation_prompt=True
+)
+specials = "|".join(map(re.escape, tokenizer.all_special_tokens))
+prompt = []
+for piece in filter(None, re.split(f"({specials})", text)):  # as in training: each stretch by itself
+    special = piece in tokenizer.all_special_tokens
+    prompt += [tokenizer.convert_tokens_to_ids(piece)] if special else tokenizer.encode(piece, add_special_tokens=False)
+prompt = torch.tensor([prompt], device=model.device)
+answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=256)[0, prompt.shape[1] :]"""
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 
 
@@ -75,17 +93,18 @@ def card(
         has_curves: whether the picture of the losses lies beside it.
     """
     config = published(config)
-    source = config["data"]["source"]
+    source, template = config["data"]["source"], config["data"].get("template")
+    prompts = "a format of its own: the Jinja template in `lit_qlora.json`" if template else "the Llama 2 chat format"
     sections = [
         f"---\n{yaml.safe_dump(_metadata(base, source), sort_keys=False)}---",
         f"# LoRA adapter for {base}",
-        f"Trained with QLoRA (the base in 4-bit NF4, double quantisation) on `{source}`, for conversations in the "
-        "Llama 2 chat format.",
+        f"Trained with QLoRA (the base in 4-bit NF4, double quantisation) on `{source}`, for conversations in "
+        f"{prompts}.",
         *_licence(base),
         f"## Measured\n\n{_measured(figures, step, training_s)}",
         *([f"![Loss over the optimizer steps, in training and held-out]({CURVES})"] if has_curves else []),
-        f"## Use\n\n{_use(base)}",
-        f"## Configuration\n\n{_block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}",
+        f"## Use\n\n{_use(base, _own_prompt(config['data']) if template else LLAMA_2_PROMPT)}",
+        f"## Configuration\n\n{_block(as_yaml(config))}",
         f"## Versions\n\n{_versions()}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -103,7 +122,7 @@ def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: 
     """
     source = published(source)
     metadata = _metadata(base, source or "", "quantized" if in_4_bits else "finetune")
-    trained = f"`{source}`, in the Llama 2 chat format" if source else "conversations in the Llama 2 chat format"
+    trained = f"`{source}`, in the format of its chat template" if source else "conversations"
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# {base}, fine-tuned",
@@ -129,7 +148,7 @@ def published(value: Any) -> Any:
 
 def _is_path(text: str) -> bool:
     """Whether ``text`` says where something is on this machine; a hub id that names no folder here does not."""
-    if "\n" in text or not re.search(r"[/\\]", text):
+    if "\n" in text or "{{" in text or "{%" in text or not re.search(r"[/\\]", text):
         return False
     if re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text) or os.path.exists(text):  # noqa: PTH110  # pathlib's raises
         return True
@@ -182,12 +201,19 @@ def _block(text: str) -> str:
     return f"{fence}yaml\n{text}{fence}"
 
 
-def _use(base: str) -> str:
+def _own_prompt(data: Mapping[str, Any]) -> str:
+    system = '{"role": "system", "content": record["system"]}, '
+    return OWN_PROMPT.replace("SYSTEM", system if data.get("system") else "")
+
+
+def _use(base: str, prompt: str) -> str:
     # A base that is not on the hub has no address that anyone else could use.
     base = base if HUB_ID.fullmatch(base) else f"path/to/{base}"
+    imports = "".join(f"import {name}\n" for name in ("json", "re") if f"{name}." in prompt)
+    imports += "\n" if imports else ""
     return f"""\
 ```python
-import torch
+{imports}import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -197,8 +223,7 @@ quantization = BitsAndBytesConfig(
 base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=quantization)
 model = PeftModel.from_pretrained(base, "this-folder")
 tokenizer = AutoTokenizer.from_pretrained("{base}")
-prompt = tokenizer("[INST] Your question [/INST]", return_tensors="pt").to(model.device)
-answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]
+{prompt}
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 

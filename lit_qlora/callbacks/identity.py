@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import identity
 from lit_qlora.model.load import PROMPT_FORMAT
-from lit_qlora.text import llama2
+from lit_qlora.text import jinja, llama2
 from lit_qlora.text.conversation import Conversation, Turn
 
 KEY = "run"
@@ -26,12 +26,30 @@ _SAMPLE = Conversation((Turn("user", "a"), Turn("assistant", "b"), Turn("user", 
 REMEDY = {
     "base": "give that base with --model.base",
     "tokenizer": "give a base with that tokenizer",
-    "prompt_format": "go on with the version of this project that began the run",
+    "prompt_format": "give the data.template that the run began with, in the version of this project that began it",
     "train_rows": "give the rows that the run began with",
     "held_out_rows": "give the held-out rows that the run began with",
     "precision": "give --trainer.precision, on a device that has it",
 }
 """What is compared, under its name in the record, and what to do where it differs."""
+
+
+class SamePrompts(Callback):
+    """Compares a checkpoint that is to be scored with the prompts of this start."""
+
+    @property
+    def state_key(self) -> str:
+        """Another than that of `RunIdentity`, which saved the record."""
+        return "SamePrompts"
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError where they are others."""
+        was, now = checkpoint[KEY]["prompt_format"], _prompt_format(trainer.datamodule)  # type: ignore[attr-defined]
+        if was != now:
+            raise UserError(
+                f"data.template: the checkpoint was trained with {_told('prompt_format', checkpoint[KEY])}, and is to "
+                f"be scored with {_told('prompt_format', {'prompt_format': now})}; give that of its run, or none"
+            )
 
 
 class RunIdentity(Callback):
@@ -88,16 +106,22 @@ def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
     """What a run is made of, in plain values."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     base = identity(module.base)
-    rendered = repr([(segment.text, segment.is_answer) for segment in llama2.segments(_SAMPLE)])
     return {
         "base": base["fingerprint"],
         "base_name": " ".join(filter(None, (base["name"], base["commit"]))),
         "tokenizer": data.encoder.rules_fingerprint(),
-        "prompt_format": f"{PROMPT_FORMAT} {hashlib.sha256(rendered.encode()).hexdigest()}",
+        "prompt_format": _prompt_format(data),
         **data.fingerprints(),
         "precision": str(trainer.precision),
         "steps": data.num_optimizer_steps(),
     }
+
+
+def _prompt_format(data: Any) -> str:
+    if data.template is not None:
+        return f"{jinja.FORMAT} {jinja.digest(data.template)}"
+    rendered = repr([(segment.text, segment.is_answer) for segment in llama2.segments(_SAMPLE)])
+    return f"{PROMPT_FORMAT} {hashlib.sha256(rendered.encode()).hexdigest()}"
 
 
 def _told(part: str, record: dict[str, Any]) -> str:

@@ -97,6 +97,8 @@ class QLoRAModule(LearnsInParts):
         self.checkpointing, self.compiles, self.attention = checkpointing, compile, attention
         self.quantized_cache = quantized_cache
         self.copy_line: str | None = None
+        self.prompts: Mapping[str, Any] = {"prompt_format": load.PROMPT_FORMAT}
+        """What each saved adapter is to say of the prompts that it was trained with."""
         self.model: PeftModel | None = None
         self.slow_because: str | None = None
         """Why the layers are transformers' and peft's own in training; None where they are ours."""
@@ -144,7 +146,7 @@ class QLoRAModule(LearnsInParts):
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter as a plain PEFT folder into the existing ``folder``."""
-        load.save_adapter(self.peft_model, self.base, folder)
+        load.save_adapter(self.peft_model, self.base, folder, self.prompts)
 
     def load_adapter_weights(self, folder: Path) -> None:
         """Takes over the weights of an adapter folder that was saved from this module."""

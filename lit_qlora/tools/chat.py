@@ -58,9 +58,11 @@ def chat(
         raise UserError(f"{'share' if share else 'port'}: it is the page's, expected --web beside it")
     elif prompt is None and not sys.stdin.isatty():
         prompt, source = _standard_input(), "standard input"
-    # Found before anything is loaded; in a conversation the system text alone, beside any question.
-    question = _conversation(source, "hello" if prompt is None else prompt, system)
+    if prompt is not None and not prompt.strip():
+        raise UserError(f"{source}: expected a question, got nothing; write one, or leave --prompt out to talk")
     answerer = Answerer(run, adapter, base)
+    # Found before the model is loaded; in a conversation the system text alone, beside any question.
+    question = _conversation(source, "hello" if prompt is None else prompt, system, answerer)
     if web:
         serve(answerer, sampling, system, share, port)
     elif prompt is None:
@@ -78,12 +80,10 @@ def _standard_input() -> str:
         ) from error
 
 
-def _conversation(source: str, prompt: str, system: str | None) -> Conversation:
-    if not prompt.strip():
-        raise UserError(f"{source}: expected a question, got nothing; write one, or leave --prompt out to talk")
+def _conversation(source: str, prompt: str, system: str | None, answerer: Answerer) -> Conversation:
     question = Conversation((Turn("user", prompt),), system)
     try:
-        check_prompt(question)
+        check_prompt(question, answerer.encoder.check)
     except ValueError as error:
         raise UserError(f"{source}: {error}".replace("turn 1 holds", "it holds")) from error
     return question

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.records import load_records, load_train_and_held_out
+from lit_qlora.data.records import Fits, load_records, load_train_and_held_out
 from lit_qlora.errors import UserError
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base
@@ -51,15 +51,15 @@ class Difference(NamedTuple):
         )
 
 
-def conversations_to_compare(settings: Mapping[str, Any] | None) -> tuple[list[Conversation], str]:
+def conversations_to_compare(settings: Mapping[str, Any] | None, fits: Fits) -> tuple[list[Conversation], str]:
     """A run's first held-out conversations, and their source; the demo's without a run, or when its rows are gone."""
-    records = load_records(str(demo.TEST))
+    records = load_records(str(demo.TEST), fits=fits)
     name = "the demo's conversations"
     if settings:
         data = settings["data"]
         options = (data.get("validation_source"), data["validation_share"], settings["seed_everything"], data["form"])
         try:
-            records = load_train_and_held_out(data["source"], *options)[1]
+            records = load_train_and_held_out(data["source"], *options, fits)[1]
             name = f"held-out conversations of {Path(data['source']).name}"
         except UserError:
             pass

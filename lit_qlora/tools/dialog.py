@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
-from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answerer import Answer, Answerer, check_prompt
 
@@ -38,7 +37,7 @@ class Dialog:
         """
         whole = Conversation(tuple(turns), self.system)
         try:
-            check_prompt(whole)
+            check_prompt(whole, self.answerer.encoder.check)
         except ValueError as error:
             raise UserError(str(error).replace(f"turn {len(turns)} holds", "it holds")) from error
         fitting, num_left_out = self.answerer.trim(whole, self.sampling)
@@ -50,7 +49,7 @@ class Dialog:
     def remember(self, question: str, answer: Answer) -> str:
         """Keeps both for the next question, which draws anew; returns a word where it can't, else none."""
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
-        tags = llama2.tags_in(answer.text)
+        tags = self.answerer.encoder.tags_in(answer.text)
         if not answer.text or tags:  # the next prompt could not hold it
             return f"(the answer {f'holds {tags[0]}' if tags else 'is empty'}: question and answer are forgotten)"
         self.turns += [Turn("user", question), Turn("assistant", answer.text)]
@@ -63,7 +62,7 @@ class Dialog:
     def set_system(self, system: str) -> None:
         """Another system text, or none where it is empty. Raises UserError for one that no prompt can hold."""
         try:
-            check_prompt(Conversation((Turn("user", "hello"),), system))
+            check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.check)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.system = system

@@ -50,7 +50,7 @@ def main(args: list[str]) -> int:
         findings.append(finding)
     problems = sum(finding.kind == "problem" for finding in findings)
     notes = sum(finding.kind == "note" for finding in findings)
-    print(f"\n{problems} problems, {notes} notes. To paste into an issue:\n\n```")
+    print(f"\nproblems: {problems}, notes: {notes}. To paste into an issue:\n\n```")
     print("\n".join(without_private_parts(f"{finding.kind:>7}  {finding.text}") for finding in findings))
     print("```")
     return 2 if problems else 0

@@ -115,6 +115,13 @@ def evaluate(
             raise UserError(f"output: {error}") from error
 
 
+def _prompts(chosen: Chosen) -> dict[str, Any]:
+    """The format that the adapter was trained in."""
+    from lit_qlora.model.load import read_record
+
+    return chosen.prompts(read_record(chosen.adapter))
+
+
 # Held-out conversations
 
 
@@ -126,6 +133,7 @@ def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "Ch
     if max_length and options.get("batch_tokens"):
         options["batch_tokens"] = max(options["batch_tokens"], max_length)
     options |= {"test_source": source, "tokenizer": chosen.base.name, "seed": settings.get("seed_everything", 42)}
+    options |= _prompts(chosen)
     data = ChatDataModule(**options)
     try:
         data.setup("test" if source else "validate")
@@ -182,7 +190,7 @@ def _encode(chosen: Chosen, subjects: Sequence[tuple["Subject", Any]], style: Li
     from lit_qlora.data.encode import Encoder, load_tokenizer
     from lit_qlora.data.questions import LETTERS, Prompts
 
-    encoder = Encoder(load_tokenizer(chosen.base.location), NO_LIMIT, system=chosen.system)
+    encoder = Encoder(load_tokenizer(chosen.base.location), NO_LIMIT, **_prompts(chosen))
     prompts, context = Prompts(encoder, style), int(chosen.base.config["max_position_embeddings"])
     encoded: list[list[list[int]]] = []
     for subject, examples in subjects:

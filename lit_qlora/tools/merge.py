@@ -113,8 +113,9 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     trained_in = _trained_in(record)
     lora = LoraWeights(chosen.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = Encoder(load_tokenizer(chosen.base.location), _context_tokens(chosen.base), system=chosen.system)
-    texts, source = compare.conversations_to_compare(chosen.settings)
+    prompts = chosen.prompts(record)
+    encoder = Encoder(load_tokenizer(chosen.base.location), _context_tokens(chosen.base), **prompts)
+    texts, source = compare.conversations_to_compare(chosen.settings, encoder.check)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
 
     def fill(folder: Path) -> None:
@@ -124,7 +125,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device)
         num_bytes = write_shards(folder, (part for name, value in tensors for part in _stored(name, value, dtype)))
         _write_config(folder, chosen.base, encoder, dtype)
-        made_of = {"base": chosen.base.public_name, "onto": onto, "system": chosen.system}
+        made_of = {"base": chosen.base.public_name, "onto": onto, "system": prompts["system"]}
         made_of |= {"prompt_format": record["prompt_format"]}
         (folder / MERGED).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
         _write_tokenizer(folder, chosen.base, encoder, texts)

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 GIB = 1024**3
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 MODULES = {
+    "pillow": "PIL",
     # What fails first of each where it does not go with the others.
     "lightning": "lightning.pytorch",
     "transformers": "transformers.models.llama.modeling_llama",

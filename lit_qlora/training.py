@@ -232,7 +232,7 @@ class QLoRACLI(LightningCLI):
             *bars,
             *early,
             *limits,
-            RunIdentity(),
+            RunIdentity(self.resume_from),
             checkpoints,
             self.report,
             stop,

@@ -17,6 +17,8 @@ FLOORS = {
     "data": 2, "model": 2, "callbacks": 3, "start": 3, "trainer": 3, "training": 4, "tools": 5, "cli": 6,
 }  # fmt: skip
 
+UNSAFE = {"pickle", "dill", "joblib", "torch.load", "torch.save", "eval", "exec", "trust_remote_code", "allow_pickle"}
+
 
 def _room(module: str) -> str:
     return module.split(".")[1]
@@ -45,6 +47,14 @@ def test_text_is_words_only() -> None:
     code = "import sys, lit_qlora.text.llama2, lit_qlora.text.guanaco, lit_qlora.text.messages\n"
     code += "print({'torch', 'lightning', 'transformers', 'datasets'} & {*sys.modules})"
     assert _python("-c", code).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_that_runs_what_it_reads(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        named = [getattr(node, "id", None), getattr(node, "arg", None), ast.unparse(node)]
+        named += [alias.name for alias in getattr(node, "names", [])]
+        assert not UNSAFE & {*named}, f"line {getattr(node, 'lineno', '?')}"
 
 
 def test_the_readme_maps_every_module() -> None:

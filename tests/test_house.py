@@ -54,6 +54,8 @@ def test_nothing_that_runs_what_it_reads(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         named = [getattr(node, "id", None), getattr(node, "arg", None), ast.unparse(node)]
         named += [alias.name for alias in getattr(node, "names", [])]
+        if named[2] == "trust_remote_code=False":
+            continue
         assert not UNSAFE & {*named}, f"line {getattr(node, 'lineno', '?')}"
 
 

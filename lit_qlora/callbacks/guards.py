@@ -91,8 +91,10 @@ class UpdateGuard(StepCallback):
         self.num_applied = applied
         if is_log_step(trainer):
             record(trainer, {"updates/applied": applied, "updates/skipped": trainer.global_step - applied})
-        scale = _scale(trainer)
-        if scale is not None and self.skips_in_a_row >= MAX_SCALER_SKIPS:
+        if self.skips_in_a_row < MAX_SCALER_SKIPS:
+            return
+        scale = _scale(trainer)  # waits for the device, so not in each step
+        if scale is not None:
             raise UserError(
                 f"{self.skips_in_a_row} updates in a row were skipped for losses or gradients that overflow in fp16, "
                 f"up to step {trainer.global_step} with training rows {self._step_rows}, at a scale of "

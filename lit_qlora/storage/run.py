@@ -45,7 +45,7 @@ class RunFolder:
             raise UserError(f"run: {self.path} holds other files and no run; give a folder of its own with --run")
         made = [] if self.path.parent.exists() else [self.path.parent]
         self.prepare()
-        stack.callback(lambda: self.has_begun() or _remove_empty(made))
+        stack.callback(_remove_empty, made)  # which a run that has begun keeps from being empty
         stack.enter_context(RunLock(self.path))
         stack.callback(self.discard_unless_begun)
 

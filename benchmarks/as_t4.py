@@ -29,7 +29,9 @@ def emulate() -> None:
 
 
 if __name__ == "__main__":
+    from lit_qlora.cli import main, prepare_memory
+
+    prepare_memory()
     emulate()
-    from lit_qlora.cli import main
 
     raise SystemExit(main(sys.argv[1:]))

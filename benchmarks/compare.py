@@ -5,7 +5,8 @@
     python benchmarks/compare.py --t4 --base DIR         # a larger GPU under a T4's limits
 
 Each peer runs in a process of its own, several times, in turns. Counted are tokens that are not padding, over whole
-optimizer steps, after a warm-up. Before the first step each scores the same rows by its own loss: equal work. Ends with
+optimizer steps, after a warm-up; on a GPU over one pass through the rows at least, for batches of few tokens are slower
+there. Before the first step each scores the same rows by its own loss: equal work. Ends with
 a table, a picture, and one line of JSON.
 """
 
@@ -101,7 +102,11 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Path:
     spec = folder / "spec.json"
     plain = {key: value for key, value in vars(options).items() if isinstance(value, bool | int | float | str)}
     spec.write_text(
-        json.dumps(plain | {"base": base, "chats": str(folder / "chats.jsonl"), "ids": str(folder / "ids.jsonl")})
+        json.dumps(
+            plain
+            | {"base": base, "chats": str(folder / "chats.jsonl"), "ids": str(folder / "ids.jsonl")}
+            | {"pass_tokens": 0 if options.cpu else sum(len(row["input_ids"]) for row in ids)}
+        )
     )
     return spec
 

@@ -46,7 +46,7 @@ class Clock:
             self.timed_steps += 1
             self.seconds = now - self.since
         self.pending.clear()
-        return self.seconds >= self.spec["seconds"]
+        return self.seconds >= self.spec["seconds"] and self.tokens >= self.spec["pass_tokens"]
 
     def report(self, loss: float, precision: str) -> None:
         """The last line of this process."""
@@ -368,6 +368,10 @@ NAMES: dict[str, Callable[[dict, Clock], None]] = {
 
 if __name__ == "__main__":
     chosen = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    if sys.argv[1].startswith("lit_qlora"):
+        from lit_qlora.cli import prepare_memory
+
+        prepare_memory()
     if chosen["t4"]:
         import as_t4
 

@@ -3,14 +3,16 @@
 Imports nothing heavy, so that help comes at once. Knows which module runs a verb, and nothing else of it.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
 from lit_qlora.errors import UserError
+from lit_qlora.secrecy import check_no_secrets, redact
 from lit_qlora.signals import leave_in_one_line
 from lit_qlora.storage.files import SaveError
 
-TOOLS = ("chat", "predict", "merge", "export")
+TOOLS = ("chat", "predict", "merge", "export", "evaluate", "push")
 
 HELP = """\
 lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
@@ -20,10 +22,13 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
   python main.py validate  score a run's best adapter on held-out data; bare, the newest run's
   python main.py test      the same on test data
   python main.py plan      what a fit needs: memory, time, disk; fit's options, --gpu NAME; needs no GPU
-  python main.py chat      talk with a run's best adapter; --prompt TEXT answers once
+  python main.py chat      talk with a run's best adapter; --prompt TEXT answers once; --web in a browser
   python main.py predict   answer a file of prompts: --prompts FILE --output FILE
   python main.py merge     work an adapter into its base: --output DIR, a plain Hugging Face folder
   python main.py export    the same as one file for llama.cpp and Ollama: --to gguf --output FILE
+  python main.py evaluate  base against adapter, with intervals: --source FILE, or MMLU's questions: --mmlu FILE
+  python main.py doctor    what is wrong here, what to do about it, and what to paste into an issue
+  python main.py push      send an adapter or a merged model to the hub: --to NAME/REPO, private, asks first
 
   tensorboard --logdir runs   curves and sample answers
 
@@ -31,17 +36,28 @@ Every verb has --help. The same fit command, given again, goes on where it was.
 """
 
 
+def prepare_memory() -> None:
+    """Lets torch's allocator on a GPU grow its segments, unless the environment says something else.
+
+    Batches of many lengths leave gaps between segments of fixed size. Asked for before torch is there.
+    """
+    asked = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}
+    if not asked and sys.platform == "linux":
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line, by default the process's own, and returns its exit status."""
+    prepare_memory()
     args = list(sys.argv[1:] if args is None else args)
     try:
         with leave_in_one_line():
             return _run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except SaveError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
 
 
@@ -50,6 +66,8 @@ def _run(args: list[str]) -> int:
     if verb in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
+    if verb != "chat":  # what is said in a chat is kept nowhere
+        check_no_secrets(args[1:])
     if verb in ("fit", "validate", "test"):
         from lit_qlora import training
 
@@ -58,8 +76,12 @@ def _run(args: list[str]) -> int:
         from lit_qlora.tools import plan
 
         return plan.main(args)
+    if verb == "doctor":
+        from lit_qlora.tools import doctor
+
+        return doctor.main(args[1:])
     if verb in TOOLS:
         from lit_qlora.tools import run_tool
 
         return run_tool(verb, args[1:])
-    raise UserError(f"no verb {verb!r}; there are fit, validate, test, plan, {', '.join(TOOLS)} (see --help)")
+    raise UserError(f"no verb {verb!r}; there are fit, validate, test, plan, {', '.join(TOOLS)}, doctor (see --help)")

@@ -17,6 +17,8 @@ LOGGERS = {
     "transformers.tokenization_utils_base": logging.ERROR,
     # Each retry of a hub that can't be reached; what that means is said once, by us.
     "huggingface_hub.utils._http": logging.ERROR,
+    # That a push had nothing new; said by us.
+    "huggingface_hub.hf_api": logging.ERROR,
     # On a CPU: that an optional package with another kernel is not there.
     "bitsandbytes.backends.cpu.ops": logging.ERROR,
 }

@@ -15,12 +15,14 @@ import yaml
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import missing_bytes
 from lit_qlora.model.copies import Copies
+from lit_qlora.model.load import read_record
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
 from lit_qlora.storage.checkpoint_io import checkpoint_folder
 from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder
-from lit_qlora.storage.run import RUNS, RunFolder, differences, newest_run, open_run
+from lit_qlora.storage.run import CARD, RUNS, RunFolder, differences, newest_run, open_run
 from lit_qlora.storage.settings import allowed, refused
+from lit_qlora.text import jinja
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -126,13 +128,28 @@ def check_adapter(run: RunFolder) -> None:
     if not run.adapter.is_dir():
         return
     try:
-        verify_folder(run.adapter, allow_extra=True)
+        verify_folder(run.adapter, allow_extra=True, may_differ=[CARD])
     except DamagedFolderError as error:
         aside = run.adapter.with_name("adapter.damaged")
         if aside.exists():
             remove_folder(aside)
         run.adapter.rename(aside)
         print(f"warning: {error}; put aside as {aside}, and the best is looked for anew", file=sys.stderr)
+
+
+def template_of(adapter: Path, given: str | None) -> str | None:
+    """The prompt template that ``adapter`` was trained with, by its record; None for the Llama 2 format.
+
+    Raises UserError when another one is given.
+    """
+    recorded = read_record(adapter).get("template")
+    if given not in (None, recorded):
+        was = f"sha256 {jinja.digest(recorded)[:12]}" if recorded else "the Llama 2 format"
+        raise UserError(
+            f"data.template: {adapter} was trained with {was}, and is given sha256 {jinja.digest(given)[:12]}; leave "
+            "it out, and the adapter's own is taken"
+        )
+    return recorded
 
 
 def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_qlora import start
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.guards import UpdateGuard
-from lit_qlora.callbacks.identity import RunIdentity
+from lit_qlora.callbacks.identity import RunIdentity, SamePrompts
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, TrainMetrics
 from lit_qlora.callbacks.progress import RunProgress
@@ -30,7 +30,7 @@ from lit_qlora.callbacks.tell import tell
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.trial import Trial
-from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.device import current_device
 from lit_qlora.model.load import check_settings
@@ -40,7 +40,7 @@ from lit_qlora.quiet import quieten
 from lit_qlora.signals import LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.mirror import Mirror
-from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.run import RunFolder, as_yaml
 from lit_qlora.trainer import QLoRATrainer, RunParser
 
 
@@ -112,8 +112,8 @@ class QLoRACLI(LightningCLI):
         parser.add_argument(
             "--max_nonfinite_losses",
             type=int,
-            default=3,
-            help="losses in a row that are not finite before it stops",
+            default=1,
+            help="steps in a row whose loss is not finite before it stops (in fp16 the scaler's skips are counted)",
         )
         parser.add_lightning_class_args(SampleAnswers, "samples")
         parser.link_arguments("model.base", "data.tokenizer")
@@ -132,10 +132,12 @@ class QLoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args``; Lightning's own would warn of the process's, which these were made from."""
         self.config = parser.parse_args(args)
-        options = self._parser(self.verb)
-        assert isinstance(options, RunParser)
-        options.check_values(self.config[self.verb])
-        seed = self.config[self.verb].seed_everything
+        parsed_by, options = self._parser(self.verb), self.config[self.verb]
+        assert isinstance(parsed_by, RunParser)
+        parsed_by.check_values(options)
+        if options.data.template is not None:  # as text: the run is to stay what it is, whatever becomes of the file
+            options.data.template = read_template(options.data.template)
+        seed = options.seed_everything
         require(0 <= seed < 2**32, "seed_everything", "a whole number from 0 to 4,294,967,295", seed)
 
     def _parse_ckpt_path(self) -> None:
@@ -151,6 +153,8 @@ class QLoRACLI(LightningCLI):
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
             if adapter or options.ckpt_path == "base":
                 options.model.adapter = str(adapter) if adapter else None
+        if options.model.adapter:
+            options.data.template = start.template_of(Path(options.model.adapter), options.data.template)
 
     def _prepare_fit(self) -> None:
         options = self.config[self.verb]
@@ -160,12 +164,13 @@ class QLoRACLI(LightningCLI):
             self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell)
             self.mirror.open(config)
         start.check_against_first(self.run, config)
+        self.model.prompts = self.datamodule.prompt_record()
         if self.model.adapter:
             check_settings(self.model.adapter, self.model.lora)
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
         start.check_adapter(self.run)
-        self.config_text = yaml.safe_dump(config, sort_keys=False)
+        self.config_text = as_yaml(config)
         self.run.write_config(self.config_text)
         if self.mirror:
             self.mirror.start()
@@ -193,7 +198,7 @@ class QLoRACLI(LightningCLI):
         metrics, throughput = TrainMetrics(), Throughput()
         bars: list[Callback] = [RunProgress(metrics, throughput)] if shows_bar else []
         # A checkpoint has a word of these, and is to find whom it is for.
-        callbacks, loggers = [metrics, throughput, UpdateGuard(), *bars], list[Logger]()
+        callbacks, loggers = [metrics, throughput, UpdateGuard(), SamePrompts(), *bars], list[Logger]()
         if self.verb == "fit":
             callbacks, loggers = self._fit_parts([metrics, throughput], bars)
         given = config.get("callbacks") or []
@@ -235,7 +240,7 @@ class QLoRACLI(LightningCLI):
             *bars,
             *early,
             *limits,
-            RunIdentity(),
+            RunIdentity(self.resume_from),
             checkpoints,
             self.report,
             stop,

@@ -12,6 +12,11 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lit_qlora-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is slow, not wrong.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 

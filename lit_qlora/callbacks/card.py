@@ -1,6 +1,6 @@
-"""Owns the model card of an adapter: what was trained from what, and what was measured; nothing that was not.
+"""Owns the model cards of adapters and merged models: what was made from what, and what was measured; nothing else.
 
-Written into each saved adapter folder, before it is sealed. No path and no name of this machine stands in it.
+Written into each such folder before it is sealed. No path and no name of this machine stands in it.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
+from lit_qlora.callbacks.curves import CURVES, draw_curves
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.callbacks.throughput import Throughput
-from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.run import CARD, RunFolder, as_yaml
 
-CARD = "README.md"
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out loss (nats a token)", "val/loss", lambda value: f"{value:.4f}"),
@@ -26,12 +26,41 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
     ("sample answers that stop by themselves", "samples/stopped_share", lambda value: f"{value:.0%}"),
 )
+USE_MERGED = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this-folder")
+tokenizer = AutoTokenizer.from_pretrained("this-folder")
+chat = [{"role": "user", "content": "Your question"}]
+prompt = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True).to(model.device)
+answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```"""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+LLAMA_2_PROMPT = """\
+prompt = tokenizer("[INST] Your question [/INST]", return_tensors="pt").to(model.device)
+answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]"""
+# A tokenizer of transformers 5 puts no space before a word that follows a special token, unless it is a text by itself.
+OWN_PROMPT = """\
+with open("this-folder/lit_qlora.json", encoding="utf-8") as file:
+    record = json.load(file)
+messages = [SYSTEM{"role": "user", "content": "Your question"}]
+text = tokenizer.apply_chat_template(
+    messages, chat_template=record["template"], tokenize=False, add_generation_prompt=True
+)
+specials = "|".join(map(re.escape, tokenizer.all_special_tokens))
+prompt = []
+for piece in filter(None, re.split(f"({specials})", text)):  # as in training: each stretch by itself
+    special = piece in tokenizer.all_special_tokens
+    prompt += [tokenizer.convert_tokens_to_ids(piece)] if special else tokenizer.encode(piece, add_special_tokens=False)
+prompt = torch.tensor([prompt], device=model.device)
+answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=256)[0, prompt.shape[1] :]"""
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 
 
 def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> None:
-    """Writes the card of the adapter in ``folder``, that of ``step``; of a run without a configuration, none."""
+    """Writes the card of the adapter in ``folder``, that of ``step``, and its picture; none without a config."""
     if run.config.is_file():
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         figures = {line["step"]: line for line in read_metrics(run.metrics)}
@@ -40,12 +69,18 @@ def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> Non
                 state = logger.state_dict()
                 figures[state["step"]] = {**figures.get(state["step"], {}), **state["figures"]}
         seconds = next((part.training_s for part in trainer.callbacks if isinstance(part, Throughput)), 0.0)  # type: ignore[attr-defined]
-        text = card(str(base), run.read_config(), figures, step, seconds)
+        has_curves = draw_curves(folder / CURVES, figures, step)
+        text = card(str(base), run.read_config(), figures, step, seconds, has_curves)
         (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def card(
-    base: str, config: Mapping[str, Any], figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float
+    base: str,
+    config: Mapping[str, Any],
+    figures: Mapping[int, Mapping[str, Any]],
+    step: int,
+    training_s: float,
+    has_curves: bool = False,
 ) -> str:
     """The card as text.
 
@@ -55,19 +90,49 @@ def card(
         figures: what was recorded, by optimizer step; 0 is before training.
         step: of the adapter.
         training_s: seconds in training steps so far, without validations and saves.
+        has_curves: whether the picture of the losses lies beside it.
     """
     config = published(config)
-    source = config["data"]["source"]
+    source, template = config["data"]["source"], config["data"].get("template")
+    prompts = "a format of its own: the Jinja template in `lit_qlora.json`" if template else "the Llama 2 chat format"
     sections = [
         f"---\n{yaml.safe_dump(_metadata(base, source), sort_keys=False)}---",
         f"# LoRA adapter for {base}",
-        f"Trained with QLoRA (the base in 4-bit NF4, double quantisation) on `{source}`, for conversations in the "
-        "Llama 2 chat format.",
+        f"Trained with QLoRA (the base in 4-bit NF4, double quantisation) on `{source}`, for conversations in "
+        f"{prompts}.",
         *_licence(base),
         f"## Measured\n\n{_measured(figures, step, training_s)}",
-        f"## Use\n\n{_use(base)}",
-        f"## Configuration\n\n{_block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}",
-        "## Versions\n\n" + ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name))),
+        *([f"![Loss over the optimizer steps, in training and held-out]({CURVES})"] if has_curves else []),
+        f"## Use\n\n{_use(base, _own_prompt(config['data']) if template else LLAMA_2_PROMPT)}",
+        f"## Configuration\n\n{_block(as_yaml(config))}",
+        f"## Versions\n\n{_versions()}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: bool, own_format: bool = False) -> str:
+    """The card of a merged model as text.
+
+    Args:
+        base: the public name of the base.
+        source: what the adapter was trained on, where that is known.
+        made: how, in a sentence.
+        told: how far it is from base and adapter, as it was measured.
+        in_4_bits: whether it was quantised again.
+        own_format: whether it was trained in another format than Llama 2's.
+    """
+    source = published(source)
+    metadata = _metadata(base, source or "", "quantized" if in_4_bits else "finetune")
+    prompts = "in the format of its chat template" if own_format else "in the Llama 2 chat format"
+    trained = f"`{source}`, {prompts}" if source else f"conversations {prompts}"
+    sections = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"# {base}, fine-tuned",
+        f"A LoRA adapter, trained with QLoRA on {trained}, worked into its base. {made}",
+        *_licence(base),
+        f"## Measured\n\n{told}",
+        f"## Use\n\n{USE_MERGED}",
+        f"## Versions\n\n{_versions()}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -85,22 +150,23 @@ def published(value: Any) -> Any:
 
 def _is_path(text: str) -> bool:
     """Whether ``text`` says where something is on this machine; a hub id that names no folder here does not."""
-    if "\n" in text or not re.search(r"[/\\]", text):
+    if "\n" in text or "{{" in text or "{%" in text or not re.search(r"[/\\]", text):
         return False
     if re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text) or os.path.exists(text):  # noqa: PTH110  # pathlib's raises
         return True
     return " " not in text and HUB_ID.fullmatch(text) is None
 
 
-def _metadata(base: str, source: str) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+def _metadata(base: str, source: str, relation: str = "adapter") -> dict[str, Any]:
+    library = "peft" if relation == "adapter" else "transformers"
+    metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if HUB_ID.fullmatch(base):
-        metadata |= {"base_model": base, "base_model_relation": "adapter"}
+        metadata |= {"base_model": base, "base_model_relation": relation}
     if LLAMA_2.search(base):
         metadata["license"] = "llama2"
     if HUB_ID.fullmatch(source):
         metadata["datasets"] = [source]
-    return metadata | {"tags": ["lora", "qlora", "peft", "llama", "lightning"]}
+    return metadata | {"tags": ["lora", "qlora", *(["peft"] if relation == "adapter" else []), "llama", "lightning"]}
 
 
 def _licence(base: str) -> list[str]:
@@ -137,12 +203,19 @@ def _block(text: str) -> str:
     return f"{fence}yaml\n{text}{fence}"
 
 
-def _use(base: str) -> str:
+def _own_prompt(data: Mapping[str, Any]) -> str:
+    system = '{"role": "system", "content": record["system"]}, '
+    return OWN_PROMPT.replace("SYSTEM", system if data.get("system") else "")
+
+
+def _use(base: str, prompt: str) -> str:
     # A base that is not on the hub has no address that anyone else could use.
     base = base if HUB_ID.fullmatch(base) else f"path/to/{base}"
+    imports = "".join(f"import {name}\n" for name in ("json", "re") if f"{name}." in prompt)
+    imports += "\n" if imports else ""
     return f"""\
 ```python
-import torch
+{imports}import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -152,12 +225,15 @@ quantization = BitsAndBytesConfig(
 base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=quantization)
 model = PeftModel.from_pretrained(base, "this-folder")
 tokenizer = AutoTokenizer.from_pretrained("{base}")
-prompt = tokenizer("[INST] Your question [/INST]", return_tensors="pt").to(model.device)
-answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]
+{prompt}
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
 Or, with lit-qlora: `python main.py chat --adapter this-folder --base {base}`."""
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
 
 
 def _version(package: str) -> str | None:

@@ -12,7 +12,6 @@ from lit_qlora.callbacks.metrics import record
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.errors import require
 from lit_qlora.model.generate import Sampling
-from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation, Turn
 
 PROMPTS_AT_ONCE = 8
@@ -33,11 +32,15 @@ class SampleAnswers(Callback):
         require(count >= 0, "samples.count", "0 or more", count)
         require(max_new_tokens >= 1, "samples.max_new_tokens", "at least 1", max_new_tokens)
         require(not prompts or all(text.strip() for text in prompts), "samples.prompts", "no empty ones", prompts)
-        tagged = [text for text in prompts or () if llama2.tags_in(text)]
-        require(not tagged, "samples.prompts", "texts without Llama 2's tags", tagged)
         self.count, self.prompts, self.max_new_tokens = count, prompts, max_new_tokens
         self._conversations: list[Conversation] = []
         self._base_answers: list[str] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises UserError for a prompt of the user's own that the prompt format can't hold."""
+        for text in self.prompts or () if stage == "fit" else ():
+            tags = trainer.datamodule.encoder.tags_in(text)  # type: ignore[attr-defined]
+            require(not tags, "samples.prompts", f"texts without {', '.join(tags)}", text)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answers, records and shows."""

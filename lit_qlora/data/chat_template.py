@@ -7,7 +7,7 @@ from pathlib import Path
 from lit_qlora.data.encode import Encoder, load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.templates import jinja_template
+from lit_qlora.text.templates import jinja_template, published
 
 SPACE = "▁"
 SPACE_BEFORE_EACH_STRETCH = {
@@ -28,7 +28,9 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
     """
     tokenizer = encoder.tokenizer
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    if (rules["pre_tokenizer"] or {}).get("type") == "Metaspace":
+    if (rules["pre_tokenizer"] or {}).get("type") == "Metaspace" and encoder.template:
+        rules["pre_tokenizer"]["prepend_scheme"] = "always"  # where a stretch has no space already, as in training
+    elif (rules["pre_tokenizer"] or {}).get("type") == "Metaspace":
         rules |= {"pre_tokenizer": None, "normalizer": SPACE_BEFORE_EACH_STRETCH}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
@@ -39,7 +41,9 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_tokens,
-        "chat_template": jinja_template(encoder.system),
+        "chat_template": published(encoder.template, encoder.system)
+        if encoder.template
+        else jinja_template(encoder.system),
     }
     (folder / "tokenizer.json").write_text(json.dumps(rules, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -54,6 +58,7 @@ def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conve
             raise UserError(
                 f"base: its tokenizer gives {ids} through a chat template where training has "
                 f"{encoder.prompt(prompt)}; take a base with Llama 2's tokenizer"
+                + (", or end the prompts of data.template in a line's end" if encoder.template else "")
             )
 
 

@@ -6,6 +6,8 @@ but the name of its tokenizer.
 
 import math
 from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
 
@@ -13,10 +15,13 @@ from lit_qlora.batch import Batch
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.encode import Encoder, TrainOn, load_tokenizer
-from lit_qlora.data.records import Form, Records, has_split, load_records, load_train_and_held_out
+from lit_qlora.data.records import Fits, Form, Records, has_split, load_records, load_train_and_held_out
 from lit_qlora.errors import UserError, require
-from lit_qlora.text import llama2
+from lit_qlora.text import jinja, llama2
 from lit_qlora.text.conversation import Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ChatDataModule(LightningDataModule):
@@ -29,6 +34,7 @@ class ChatDataModule(LightningDataModule):
         validation_share: the seeded share of rows held out where there is no test split.
         test_source: rows for ``test``; default: the held-out ones.
         system: system text for conversations that bring none.
+        template: a Jinja chat template of your own in place of the Llama 2 format: its file, or its text.
         train_on: learn the answers only, or all of each conversation.
         max_length: tokens of one conversation; a longer one is cut so that answer tokens stay.
         batch_size: rows of one micro-batch.
@@ -48,6 +54,7 @@ class ChatDataModule(LightningDataModule):
         validation_share: float = 0.05,
         test_source: str | None = None,
         system: str | None = None,
+        template: str | None = None,
         train_on: TrainOn = "answers",
         max_length: int = 1024,
         batch_size: int = 4,
@@ -70,12 +77,14 @@ class ChatDataModule(LightningDataModule):
         require(
             not packing or batch_tokens is not None, "data.packing", "data.batch_tokens beside it, say 2048", packing
         )
-        require(not llama2.tags_in(system or ""), "data.system", "a text without Llama 2's tags", system)
+        tags = llama2.tags_in(system or "") if template is None else ()  # the encoder looks for a template's own
+        require(not tags, "data.system", "a text without Llama 2's tags", system)
         require(num_workers >= 0, "data.num_workers", "0 or more processes", num_workers)
         self.source, self.form = source, form
         self.validation_source, self.validation_share = validation_source, validation_share
         self.test_source = test_source
         self.system, self.train_on, self.max_length = system, train_on, max_length
+        self.template = None if template is None else read_template(template)
         self.plan = BatchPlan(batch_size, batch_tokens, packing)
         self.num_workers = num_workers
         self.tokenizer_name = tokenizer
@@ -84,13 +93,30 @@ class ChatDataModule(LightningDataModule):
         self._rows: dict[str, EncodedRows] = {}
         self._encoder: Encoder | None = None
 
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer of the base, loaded at the first use."""
+        return load_tokenizer(self.tokenizer_name)
+
     @property
     def encoder(self) -> Encoder:
-        """The one encoder of the run; the tokenizer is loaded at the first use."""
+        """The one encoder of the run; at the first use, the template is tried.
+
+        Raises UserError as `Encoder` does.
+        """
         if self._encoder is None:
-            tokenizer = load_tokenizer(self.tokenizer_name)
-            self._encoder = Encoder(tokenizer, self.max_length, self.train_on, self.system)
+            self._encoder = Encoder(self.tokenizer, self.max_length, self.train_on, self.system, self.template)
         return self._encoder
+
+    @property
+    def fits(self) -> Fits:
+        """Raises ValueError for a conversation that the prompt format can't hold."""
+        return llama2.segments if self.template is None else self.encoder.check
+
+    def prompt_record(self) -> dict[str, Any]:
+        """What an adapter says of its prompts, so that whoever uses it writes the same."""
+        record = {"prompt_format": llama2.FORMAT} if self.template is None else jinja.record(self.template)
+        return record | ({"system": self.system} if self.system else {})
 
     def setup(self, stage: str) -> None:
         """Reads and encodes what ``stage`` needs: ``fit``, ``validate`` or ``test``.
@@ -99,7 +125,7 @@ class ChatDataModule(LightningDataModule):
         """
         if stage == "fit" and "train" not in self._rows:
             train, held_out = load_train_and_held_out(
-                self.source, self.validation_source, self.validation_share, self.seed, self.form
+                self.source, self.validation_source, self.validation_share, self.seed, self.form, self.fits
             )
             self._encode("train", train)
             self._encode("validation", held_out)
@@ -165,7 +191,7 @@ class ChatDataModule(LightningDataModule):
 
     def describe(self) -> list[str]:
         """What was read, learned, cut and left out, in lines for the terminal."""
-        lines = []
+        lines = self.encoder.template.describe() if self.template and self.encoder.template else []
         for part, rows in self._rows.items():
             records = self._records[part]
             answers = sum(rows.answer_tokens)
@@ -187,11 +213,11 @@ class ChatDataModule(LightningDataModule):
         if self.test_source is None:
             return self._held_out()
         split = "test" if has_split(self.test_source, "test") else "train"
-        return load_records(self.test_source, split, self.form)
+        return load_records(self.test_source, split, self.form, self.fits)
 
     def _held_out(self) -> Records:
         return load_train_and_held_out(
-            self.source, self.validation_source, self.validation_share, self.seed, self.form
+            self.source, self.validation_source, self.validation_share, self.seed, self.form, self.fits
         )[1]
 
     def _encode(self, part: str, records: Records) -> None:
@@ -217,3 +243,25 @@ class ChatDataModule(LightningDataModule):
             self.trainer.world_size,
             self.plan.packed,
         )
+
+
+def read_template(value: str) -> str:
+    """The chat template that ``value`` is, or that the file of that name holds.
+
+    Raises UserError when there is no such file, or it holds no Jinja.
+    """
+    if "{{" in value or "{%" in value:
+        where, text = "data.template", value
+    else:
+        where, path = f"data.template: {value}", Path(value).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        except OSError as error:
+            raise UserError(f"{where}: expected a file with a Jinja chat template ({error.strerror})") from error
+    try:
+        jinja.compile_template(text)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    return text

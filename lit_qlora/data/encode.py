@@ -8,16 +8,19 @@ or files.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora import demo
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.errors import UserError
 from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.own_template import RULES, Piece, Template
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["answers", "all"]
@@ -37,13 +40,19 @@ class Example(NamedTuple):
 def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of ``base``, a hub id or a local folder.
 
-    Raises UserError when there is none, or when it lacks a BOS or an EOS.
+    Raises UserError when there is none, when it comes as code, or when it lacks a BOS or an EOS.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(demo.BASE if base == "demo" else base)
+        # Left unsaid, whoever sits at a terminal is asked, and a "y" runs the code.
+        tokenizer = AutoTokenizer.from_pretrained(demo.BASE if base == "demo" else base, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model.base: the tokenizer of {base!r} is code of its own, and code that comes with a base is never "
+                "run; take a copy with a Llama tokenizer"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.base: no tokenizer could be loaded from {base!r}: {reason}") from error
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
@@ -59,6 +68,9 @@ class Encoder:
         max_length: tokens that one example may have.
         train_on: ``answers`` learns the answers and their EOS; ``all`` learns the prompts too.
         system: a system text for conversations that bring none.
+        template: a Jinja chat template in place of the Llama 2 format.
+
+    Raises UserError when the template would lose what is said, an answer's EOS or its mask; see `Template`.
     """
 
     def __init__(
@@ -67,6 +79,7 @@ class Encoder:
         max_length: int,
         train_on: TrainOn = "answers",
         system: str | None = None,
+        template: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.bos_id = int(tokenizer.bos_token_id)
@@ -74,10 +87,24 @@ class Encoder:
         self.max_length = max_length
         self.train_on = train_on
         self.system = system
+        self.template = None if template is None else self._checked(template)
+
+    def _checked(self, source: str) -> Template:
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        try:
+            template = Template(source, str(self.tokenizer.bos_token), str(self.tokenizer.eos_token), special)
+            template.check(self.system)
+        except ValueError as error:
+            raise UserError(f"data.template: {error}") from error
+        if tags := template.tags_in(self.system or ""):
+            raise UserError(f"data.system: expected a text without {tags[0]!r}, which data.template writes itself")
+        return template
 
     def fingerprint(self) -> str:
-        """A sha256 over all that decides which ids come out: tokenizer, length, labels, system text."""
-        settings = (self.rules_fingerprint(), self.max_length, self.train_on, self.system)
+        """A sha256 over all that decides which ids come out: tokenizer, length, labels, system text, template."""
+        settings: tuple[Any, ...] = (self.rules_fingerprint(), self.max_length, self.train_on, self.system)
+        if self.template:
+            settings += (RULES, self.template.source)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def rules_fingerprint(self) -> str:
@@ -92,16 +119,26 @@ class Encoder:
         """An `Example` for each conversation in its order, or None where no answer token would stay."""
         remaining = iter(conversations)
         while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
-            segmented = [llama2.segments(self._with_system(conversation)) for conversation in some]
-            ids = iter(self._encode([segment.text for segments in segmented for segment in segments]))
-            for segments in segmented:
-                yield self._example([(next(ids), segment.is_answer) for segment in segments])
+            cut = [self._pieces(conversation) for conversation in some]
+            ids = iter(self._ids([piece for pieces in cut for piece in pieces]))
+            for pieces in cut:
+                yield self._example([(next(ids), piece.is_answer) for piece in pieces])
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """The ids of an open prompt: the answer starts right after the last one."""
-        segments = llama2.segments(self._with_system(conversation))
-        encoded = self._encode([segment.text for segment in segments])
-        return self._join([(ids, s.is_answer) for ids, s in zip(encoded, segments, strict=True)])[0]
+        """The ids of an open prompt: the answer starts right after the last one. Raises ValueError as `check` does."""
+        return [token for ids in self._ids(self._pieces(conversation)) for token in ids]
+
+    def check(self, conversation: Conversation) -> None:
+        """Raises ValueError where the format can't hold ``conversation``: for a text that could forge a turn, say."""
+        self._pieces(conversation)
+
+    def tags_in(self, text: str) -> list[str]:
+        """The texts of the format's own that stand in ``text``, where they could forge a turn."""
+        return self.template.tags_in(text) if self.template else llama2.tags_in(text)
+
+    def plain(self, text: str) -> list[int]:
+        """BOS and the ids of a text that stands in no chat format."""
+        return [self.bos_id, *self._encode([text])[0]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, without BOS, EOS and the format's outer spaces."""
@@ -112,22 +149,52 @@ class Encoder:
             return conversation
         return Conversation(conversation.turns, self.system)
 
+    def _pieces(self, conversation: Conversation) -> list[Piece]:
+        conversation = self._with_system(conversation)
+        if self.template:
+            return self.template.pieces(conversation)
+        pieces = []
+        for text, is_answer in llama2.segments(conversation):
+            pair = [Piece(text, is_answer, "stretch")]
+            if is_answer:
+                pair.append(Piece(str(self.tokenizer.eos_token), True, "token"))
+            else:
+                pair.insert(0, Piece(str(self.tokenizer.bos_token), False, "token"))
+            pieces += pair
+        return pieces
+
+    def _ids(self, pieces: list[Piece]) -> list[list[int]]:
+        """The ids of each piece."""
+        rests = [piece.text for piece in pieces if piece.kind == "rest"]
+        found = {
+            "stretch": iter(self._encode([piece.text for piece in pieces if piece.kind == "stretch"])),
+            "rest": iter(self._encode_in_mid_text(rests) if rests else []),
+        }
+        id_of: Any = self.tokenizer.convert_tokens_to_ids
+        return [[id_of(piece.text)] if piece.kind == "token" else next(found[piece.kind]) for piece in pieces]
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # split_special_tokens: "</s>" in a text becomes its characters, never the id that ends a turn.
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def _join(self, segments: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
-        """Ids with BOS before every prompt and EOS after every answer, and which belong to an answer."""
-        input_ids: list[int] = []
-        is_answer: list[bool] = []
-        for ids, answers in segments:
-            whole = [*ids, self.eos_id] if answers else [self.bos_id, *ids]
-            input_ids += whole
-            is_answer += [answers] * len(whole)
-        return input_ids, is_answer
+    def _encode_in_mid_text(self, texts: list[str]) -> list[list[int]]:
+        # By itself, a text's first word gets a space, which behind a line's end no other program would put there.
+        return [found.ids for found in self._without_space.encode_batch(texts, add_special_tokens=False)]
 
-    def _example(self, segments: list[tuple[list[int], bool]]) -> Example | None:
-        input_ids, is_answer = self._join(segments)
+    @cached_property
+    def _without_space(self) -> "Tokenizer":
+        from tokenizers import Tokenizer
+
+        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for name in ("normalizer", "pre_tokenizer"):
+            rules[name] = _take_out_space(rules[name])
+        tokenizer = Tokenizer.from_str(json.dumps(rules | {"padding": None, "truncation": None}))
+        tokenizer.encode_special_tokens = True  # the backend's word for split_special_tokens
+        return tokenizer
+
+    def _example(self, pieces: list[tuple[list[int], bool]]) -> Example | None:
+        input_ids = [token for ids, _ in pieces for token in ids]
+        is_answer = [answers for ids, answers in pieces for _ in ids]
         # A cut falls on a token's edge inside an answer, else on the edge of the turn before it: a
         # question whose answer fell off teaches nothing. The first token has nothing that predicts it.
         end = min(len(input_ids), self.max_length)
@@ -141,3 +208,15 @@ class Encoder:
             for token, answer in zip(input_ids[:end], is_answer[:end], strict=True)
         ]
         return Example(input_ids[:end], labels, was_cut=end < len(input_ids))
+
+
+def _take_out_space(rule: dict[str, Any] | None) -> dict[str, Any] | None:
+    """One of a tokenizer's rules without what puts a space before a text's first word."""
+    if rule is None or rule["type"] == "Prepend":
+        return None
+    if rule["type"] == "Metaspace":
+        return rule | {"prepend_scheme": "never"}
+    if rule["type"] == "Sequence":
+        (name,) = (name for name, value in rule.items() if isinstance(value, list))
+        return rule | {name: list(filter(None, map(_take_out_space, rule[name])))}
+    return rule

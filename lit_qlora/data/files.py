@@ -153,10 +153,17 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         yield Row(where, _object(where, row))
 
 
-def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
+def read_cells(path: Path) -> list[tuple[str, list[str]]]:
+    """The rows of a .csv as they stand, the first like any other, each with its place; blank lines are left out.
+
+    Raises UserError when the file can't be read or is no CSV.
+    """
+    return list(_csv_cells(path, _decode(path, _read_bytes(path))))
+
+
+def _csv_cells(path: Path, text: str) -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] = []
     while True:
         where = f"{path}:{reader.line_num + 1}"
         try:
@@ -165,8 +172,13 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
             raise UserError(f"{where}: broken quoting ({error}); double every quote inside a quoted text") from error
         if cells is None:
             return
-        if not cells:
-            continue
+        if cells:
+            yield where, cells
+
+
+def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
+    header: list[str] = []
+    for where, cells in _csv_cells(path, text):
         if not header:
             header = cells
             doubled = [name for name in header if header.count(name) > 1]

@@ -28,7 +28,12 @@ FORM_OF_COLUMN = {"messages": "messages", "conversations": "sharegpt"}
 UNANSWERED = "unanswered last turns dropped"
 NOTHING_ANSWERED = "rows left out: nothing answered"
 HOLDS_A_TAG = "rows left out: a Llama 2 tag inside a turn"
+REFUSED = "rows left out: data.template can't hold them, such as "
 BROKEN = "rows left out: no whole conversation"
+
+
+Fits = Callable[[Conversation], object]
+"""Raises ValueError for a conversation that the prompt format can't hold."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,12 @@ class Records:
 
 
 def load_train_and_held_out(
-    source: str, validation_source: str | None, validation_share: float, seed: int, form: Form = "auto"
+    source: str,
+    validation_source: str | None,
+    validation_share: float,
+    seed: int,
+    form: Form = "auto",
+    fits: Fits = llama2.segments,
 ) -> tuple[Records, Records]:
     """Loads the rows to train on and the rows to validate on; no source mixes with the other's.
 
@@ -52,16 +62,16 @@ def load_train_and_held_out(
     Raises:
         UserError: as `load_records`, and when there is nothing to hold out.
     """
-    train = load_records(source, "train", form)
+    train = load_records(source, "train", form, fits)
     held_out_source = source if validation_source is None else validation_source
     if has_split(held_out_source, "test"):
-        return train, load_records(held_out_source, "test", form)
+        return train, load_records(held_out_source, "test", form, fits)
     if validation_source == source:
         raise UserError(
             f"data.validation_source: {source} is the training data itself; leave it out to hold out a share"
         )
     if validation_source is not None:
-        return train, load_records(validation_source, "train", form)
+        return train, load_records(validation_source, "train", form, fits)
     return _split(train, validation_share, seed)
 
 
@@ -84,10 +94,11 @@ def _split(records: Records, share: float, seed: int) -> tuple[Records, Records]
     return replace(records, conversations=kept), Records(f"{records.name}, held out", held_out, {})
 
 
-def load_records(source: str, split: str = "train", form: Form = "auto") -> Records:
+def load_records(source: str, split: str = "train", form: Form = "auto", fits: Fits = llama2.segments) -> Records:
     """Loads one split of ``demo``, a local file or folder, or a dataset on the hub.
 
-    ``form`` is the rows' form: guanaco, llama2, messages or sharegpt; "auto" looks at each row.
+    ``form`` is the rows' form: guanaco, llama2, messages or sharegpt; "auto" looks at each row. Rows that the prompt
+    format can't hold, by ``fits``, are left out and counted.
 
     A row that is no conversation is an error where its file can be mended in an editor. In parquet
     and on the hub it can't: there it is left out and counted, up to one row in ten.
@@ -100,13 +111,14 @@ def load_records(source: str, split: str = "train", form: Form = "auto") -> Reco
     if form not in known:
         raise UserError(f"data.form: {form!r} is unknown, expected {', '.join(known)}{nearest(form, list(known))}")
     rows, mendable = read_source(source, split)
-    return _to_records(source if split == "train" else f"{source} ({split})", rows, form, mendable)
+    return _to_records(source if split == "train" else f"{source} ({split})", rows, form, mendable, fits)
 
 
-def _to_records(name: str, rows: list[Row], form: Form, mendable: bool) -> Records:
+def _to_records(name: str, rows: list[Row], form: Form, mendable: bool, fits: Fits) -> Records:
     dropped: Counter[str] = Counter()
     conversations: list[Conversation] = []
     first_fault: UserError | None = None
+    refused = HOLDS_A_TAG if fits is llama2.segments else ""
     for row in rows:
         try:
             conversation = _to_conversation(row, form)
@@ -124,9 +136,10 @@ def _to_records(name: str, rows: list[Row], form: Form, mendable: bool) -> Recor
             conversation = replace(conversation, turns=conversation.turns[:-1])
             dropped[UNANSWERED] += 1
         try:
-            llama2.segments(conversation)
-        except ValueError:  # one hostile row must not stop a run
-            dropped[HOLDS_A_TAG] += 1
+            fits(conversation)
+        except ValueError as error:  # one hostile row must not stop a run
+            refused = refused or f"{REFUSED}{row.where}: {error}"
+            dropped[refused] += 1
         else:
             conversations.append(conversation)
     if first_fault and dropped[BROKEN] > len(rows) / 10:  # so many are no stray rows, but a form misread

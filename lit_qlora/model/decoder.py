@@ -16,6 +16,9 @@ from torch.nn import functional
 from lit_qlora.model.attention import Places, attend
 from lit_qlora.model.pointwise import EAGER, Pointwise
 
+QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
+"""The linear layers of a decoder layer by number, those together that read the same input."""
+
 
 class Linear(NamedTuple):
     """A linear layer in 4 bits, and how its LoRA acts if it has one: ``y = x W' + scaling · drop(x) A' B'``."""
@@ -32,10 +35,55 @@ class Layer(NamedTuple):
 
     linears: tuple[Linear, ...]
     lora: tuple[Tensor, ...]
+    casts: "Casts"
     norms: tuple[Tensor, Tensor]
     epsilon: float
     head_width: int
     pointwise: Pointwise
+
+
+class Casts:
+    """LoRA's weights of one layer in the dtype of activations: one set of buffers, which every layer fills anew.
+
+    A of linear layers that read the same input stand in one matrix, for one product instead of three; not where
+    dropout gives each an input of its own. A step of a small batch is as long as its number of kernels.
+
+    Args:
+        linears: of any layer: all have LoRA at the same places.
+        lora: A and B of those that have it, in order.
+    """
+
+    def __init__(self, linears: Sequence[Linear], lora: Sequence[Tensor]) -> None:
+        adapted = [index for index, linear in enumerate(linears) if linear.has_lora]
+        self.shapes = {index: (lora[2 * at].shape, lora[2 * at + 1].shape) for at, index in enumerate(adapted)}
+        self.parts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        """For each of `QKV`, `OUT`, `GATE_UP` and `DOWN` those with LoRA; together, where their A are one matrix."""
+        for group in (QKV, OUT, GATE_UP, DOWN):
+            having = tuple(index for index in group if index in self.shapes)
+            apart = any(linears[index].dropout for index in having)
+            self.parts[group] = [(index,) for index in having] if apart else [having] if having else []
+        self.a: dict[tuple[int, ...], Tensor] = {}
+        self.b: dict[int, Tensor] = {}
+        self._flat: list[Tensor] = []
+
+    @torch.no_grad()
+    def fill(self, lora: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Takes over a layer's A and B."""
+        if not self._flat or self._flat[0].dtype != dtype:
+            with torch.inference_mode(False):  # made while scoring, they must still serve in training
+                self._allocate(lora[0], dtype)
+        torch._foreach_copy_(self._flat, list(lora))
+
+    def _allocate(self, like: Tensor, dtype: torch.dtype) -> None:
+        first: dict[int, Tensor] = {}
+        for part in (part for parts in self.parts.values() for part in parts):
+            rank, width = self.shapes[part[0]][0]
+            self.a[part] = torch.empty(len(part) * rank, width, dtype=dtype, device=like.device)
+            first |= zip(part, self.a[part].split(rank), strict=True)
+        self.b = {
+            index: torch.empty(shapes[1], dtype=dtype, device=like.device) for index, shapes in self.shapes.items()
+        }
+        self._flat = [tensor for index in self.shapes for tensor in (first[index], self.b[index])]
 
 
 def why_not(model: Any) -> str | None:
@@ -49,28 +97,36 @@ def why_not(model: Any) -> str | None:
 
 
 def take_apart(model: Any, pointwise: Pointwise = EAGER) -> list[Layer]:
-    """The decoder layers of ``model``, a Llama with LoRA in 4-bit. Weights are shared with it, not copied."""
-    llama = model.get_base_model()
-    return [_take_apart(layer, pointwise) for layer in llama.model.layers]
+    """The decoder layers of ``model``, a Llama with LoRA in 4-bit. Weights are shared with it, not copied.
+
+    As it stands: dropout is of train mode only, and an adapter that is switched off has no part in them.
+    """
+    layers: list[Layer] = []
+    for layer in model.get_base_model().model.layers:
+        layers.append(_take_apart(layer, pointwise, layers[0].casts if layers else None))
+    return layers
 
 
-def _take_apart(layer: Any, pointwise: Pointwise) -> Layer:
+def _take_apart(layer: Any, pointwise: Pointwise, casts: Casts | None) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     modules = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     modules += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     linears, lora = [], list[Tensor]()
     for module in modules:
         base = getattr(module, "base_layer", module)
-        if base is module:
-            linears.append(Linear(base.weight, base.weight.quant_state, 0.0, 0.0, False))
+        # As a plain tensor: with bitsandbytes' own class, each call goes through Python once more.
+        weight, state = base.weight.detach().as_subclass(Tensor), base.weight.quant_state
+        if base is module or module.disable_adapters:
+            linears.append(Linear(weight, state, 0.0, 0.0, False))
             continue
-        dropout = getattr(module.lora_dropout["default"], "p", 0.0)
-        linears.append(Linear(base.weight, base.weight.quant_state, module.scaling["default"], dropout, True))
+        dropout = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
+        linears.append(Linear(weight, state, module.scaling["default"], dropout, True))
         lora += [module.lora_A["default"].weight, module.lora_B["default"].weight]
     norms = layer.input_layernorm, layer.post_attention_layernorm
     return Layer(
         tuple(linears),
         tuple(lora),
+        casts or Casts(linears, lora),
         (norms[0].weight, norms[1].weight),
         norms[0].variance_epsilon,
         attention.head_dim,
@@ -84,12 +140,12 @@ def run_layers(layers: Sequence[Layer], hidden: Tensor, places: Places, kept_lay
     The last ``kept_layers`` of them keep what their matrix products gave, the others only their input: kept
     tensors of the last are gone when the first compute theirs again.
     """
-    for index, layer in enumerate(layers):
-        keeps = index >= len(layers) - kept_layers
-        # Drawn here, on the host, so that dropout follows the seed and backward can draw the same again.
-        seed = int(torch.randint(2**62, ())) if any(linear.dropout for linear in layer.linears) else 0
-        # Dtypes are chosen by hand, so that backward, where autocast is off, computes the very same again.
-        with torch.autocast(hidden.device.type, enabled=False):
+    # Dtypes are chosen by hand, so that backward, where autocast is off, computes the very same again.
+    with torch.autocast(hidden.device.type, enabled=False):
+        for index, layer in enumerate(layers):
+            keeps = index >= len(layers) - kept_layers
+            # Drawn here, on the host, so that dropout follows the seed and backward can draw the same again.
+            seed = int(torch.randint(2**62, ())) if any(linear.dropout for linear in layer.linears) else 0
             hidden = _DecoderLayer.apply(hidden, places, layer, keeps, seed, *layer.lora)  # type: ignore[no-untyped-call]
     return hidden
 
@@ -102,6 +158,8 @@ class _Kept(NamedTuple):
     middle: Tensor
     gate: Tensor
     up: Tensor
+    low: dict[tuple[int, ...], Tensor]
+    """What lies between LoRA's A and B, ``[N, rank]`` for each A."""
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -111,47 +169,45 @@ class _DecoderLayer(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, places: Places, layer: Layer, keeps: bool, seed: int, *lora: Tensor
     ) -> Tensor:
+        ctx.save_for_backward(hidden, *lora)
+        hidden = hidden.detach()  # compiled kernels look at the gradient, and torch warns where there can't be one
         products = _Products(layer, hidden.dtype, seed)
         kept = _inner(hidden, places, layer, products, with_graph=keeps)
-        out = products(6, layer.pointwise.swiglu(kept.gate, kept.up)).view_as(hidden).add_(kept.middle)
+        (out,) = products(DOWN, layer.pointwise.swiglu(kept.gate, kept.up))
         ctx.places, ctx.layer, ctx.seed, ctx.kept = places, layer, seed, kept if keeps else None
-        ctx.save_for_backward(hidden, *lora)
-        return out
+        return out.view_as(hidden).add_(kept.middle)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        hidden, layer, places = ctx.saved_tensors[0], ctx.layer, ctx.places
+        hidden, layer, places = ctx.saved_tensors[0].detach(), ctx.layer, ctx.places
         products = _Products(layer, hidden.dtype, ctx.seed, remember=ctx.kept is None)
         kept, ctx.kept = ctx.kept or _inner(hidden, places, layer, products, with_graph=True), None
-        (query, key, value), attended, middle, gate, up = kept
+        heads, attended, middle, gate, up, products.low = kept
         del kept  # so that each tensor goes when it has served
         point, grad = layer.pointwise, grad.contiguous()
         # The feed-forward: out = middle + down(swiglu(gate, up)), of x = norm(middle).
-        grad_inner = products.pull(6, grad, point.swiglu(gate, up))
-        grad_gate, grad_up = point.swiglu_backward(grad_inner, gate, up)
+        grad_inner = products.pull(DOWN, [grad], point.swiglu(gate, up))
+        grad_gate_up = point.swiglu_backward(grad_inner, gate, up)
         del grad_inner, gate, up
         x, scale = point.rms_norm(middle, layer.norms[1], layer.epsilon)
-        grad_x = products.pull(4, grad_gate, x)
-        products.pull(5, grad_up, x, into=grad_x)
-        del grad_gate, grad_up
+        grad_x = products.pull(GATE_UP, grad_gate_up, x)
+        del grad_gate_up
         grad = point.rms_norm_backward(grad_x.view_as(grad), middle, scale, layer.norms[1], grad)
         del middle
         # Attention: middle = hidden + o(attention(q, k, v)), of x = norm(hidden).
-        grad_x = products.pull(3, grad, _merged(attended.detach()))
+        grad_x = products.pull(OUT, [grad], _merged(attended.detach()))
         grad_heads = grad_x.view(*hidden.shape[:2], -1, layer.head_width).transpose(1, 2)
-        query, key, value = torch.autograd.grad(attended, (query, key, value), grad_heads)
-        del attended, grad_heads
+        query, key, value = torch.autograd.grad(attended, heads, grad_heads)
+        del attended, heads, grad_heads
         query, key, value = (head.transpose(1, 2) for head in (query, key, value))
-        query, key = (point.rotate(head, places.cos, -places.sin) for head in (query, key))
+        query, key = point.rotate(query, key, places.cos, -places.sin)
         x, scale = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
+        grad_qkv = [head.flatten(2) for head in (query, key, value)]
         if not ctx.needs_input_grad[0]:  # the first layer: nothing below it learns
-            for index, head in enumerate((query, key, value)):
-                products.learn(index, head.flatten(2), x)
+            products.learn(QKV, grad_qkv, x)
             return None, None, None, None, None, *products.gradients()
-        grad_x = products.pull(0, query.flatten(2), x)
-        products.pull(1, key.flatten(2), x, into=grad_x)
-        products.pull(2, value.flatten(2), x, into=grad_x)
+        grad_x = products.pull(QKV, grad_qkv, x)
         grad = point.rms_norm_backward(grad_x.view_as(hidden), hidden, scale, layer.norms[0], grad)
         return grad, None, None, None, None, *products.gradients()
 
@@ -160,15 +216,17 @@ def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products", 
     """A layer up to the input of its last product; ``with_graph``, attention can be gone back through."""
     point, shape = layer.pointwise, hidden.shape
     x, _ = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
-    query, key, value = (products(index, x).view(*shape[:2], -1, layer.head_width) for index in range(3))
-    query, key = (point.rotate(head, places.cos, places.sin) for head in (query, key))
+    query, key, value = (product.view(*shape[:2], -1, layer.head_width) for product in products(QKV, x))
+    query, key = point.rotate(query, key, places.cos, places.sin)
     query, key, value = (head.transpose(1, 2) for head in (query, key, value))
     with torch.set_grad_enabled(with_graph):
         heads = (query.requires_grad_(with_graph), key.requires_grad_(with_graph), value.requires_grad_(with_graph))
         attended = attend(*heads, places)
-    middle = products(3, _merged(attended.detach())).view_as(hidden).add_(hidden)
+    (middle,) = products(OUT, _merged(attended.detach()))
+    middle = middle.view_as(hidden).add_(hidden)
     x, _ = point.rms_norm(middle, layer.norms[1], layer.epsilon)
-    return _Kept(heads, attended, middle, products(4, x), products(5, x))
+    gate, up = products(GATE_UP, x)
+    return _Kept(heads, attended, middle, gate, up, products.low)
 
 
 class _Products:
@@ -183,57 +241,80 @@ class _Products:
 
     def __init__(self, layer: Layer, dtype: torch.dtype, seed: int, remember: bool = False) -> None:
         self.layer, self.dtype, self.seed, self.remember = layer, dtype, seed, remember
+        self.casts = layer.casts
+        if layer.lora:
+            self.casts.fill(layer.lora, dtype)
         self.weights: dict[int, Tensor] = {}
-        self.found: dict[int, tuple[Tensor, Tensor]] = {}
-        num_before = 0
-        self.lora: dict[int, tuple[Tensor, Tensor]] = {}
-        for index, linear in enumerate(layer.linears):
-            if linear.has_lora:
-                pair = layer.lora[num_before : num_before + 2]
-                self.lora[index] = (pair[0].to(dtype), pair[1].to(dtype))
-                num_before += 2
+        self.low: dict[tuple[int, ...], Tensor] = {}
+        self.grad_a: dict[int, Tensor] = {}
+        self.grad_b: dict[int, Tensor] = {}
 
-    def __call__(self, index: int, x: Tensor) -> Tensor:
-        """``[N, out]`` for ``x`` of ``[..., in]``."""
+    def __call__(self, group: tuple[int, ...], x: Tensor) -> list[Tensor]:
+        """``[N, out]`` of each linear layer of ``group``, for ``x`` of ``[..., in]``."""
         x = x.reshape(-1, x.shape[-1])
-        weight = self._weight(index)
-        if self.remember:
-            self.weights[index] = weight
-        y = functional.linear(x, weight)
-        if index in self.lora:
-            a, b = self.lora[index]
-            y.addmm_(self._dropped(index, x) @ a.t(), b.t(), alpha=self.layer.linears[index].scaling)
-        return y
+        found = {}
+        for index in group:
+            weight = self._weight(index)
+            if self.remember:
+                self.weights[index] = weight
+            found[index] = functional.linear(x, weight)
+        for part in self.casts.parts[group]:
+            for index, low in self._columns(part, self._low(part, x)):
+                scaling = self.layer.linears[index].scaling
+                found[index].addmm_(low, self.casts.b[index].t(), alpha=scaling)
+        return list(found.values())
 
-    def pull(self, index: int, grad: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
-        """From the gradient of a product's output to that of its input ``x``, added to ``into`` where given."""
-        grad = grad.reshape(-1, grad.shape[-1])
-        weight = self.weights.pop(index, None)
-        weight = self._weight(index) if weight is None else weight
-        into = torch.mm(grad, weight) if into is None else into.addmm_(grad, weight)
-        if index in self.lora:
-            grad_low, a = self.learn(index, grad, x), self.lora[index][0]
-            if self.layer.linears[index].dropout:
-                into += torch.mm(grad_low, a).mul_(self._mask(index, x.view_as(into)))
+    def pull(self, group: tuple[int, ...], grads: Sequence[Tensor], x: Tensor) -> Tensor:
+        """From the gradients of the products of ``group`` to that of their input ``x``, ``[N, in]``."""
+        into: Tensor | None = None
+        for index, grad in zip(group, grads, strict=True):
+            weight = self.weights.pop(index, None)
+            weight = self._weight(index) if weight is None else weight
+            flat = grad.reshape(-1, grad.shape[-1])
+            into = torch.mm(flat, weight) if into is None else into.addmm_(flat, weight)
+        assert into is not None
+        for part, grad_low in self.learn(group, grads, x):
+            if self.layer.linears[part[0]].dropout:
+                into += torch.mm(grad_low, self.casts.a[part]).mul_(self._mask(part[0], x.view_as(into)))
             else:
-                into.addmm_(grad_low, a)
+                into.addmm_(grad_low, self.casts.a[part])
         return into
 
-    def learn(self, index: int, grad: Tensor, x: Tensor) -> Tensor:
-        """Gathers the gradients of a product's A and B; returns that of what lies between the two, ``[N, rank]``."""
-        if index not in self.lora:
-            return grad
-        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        (a, b), scaling = self.lora[index], self.layer.linears[index].scaling
-        dropped = self._dropped(index, x)
-        grad_low = torch.mm(grad, b).mul_(scaling)
-        grad_b = torch.mm(grad.t(), dropped @ a.t()).float().mul_(scaling)
-        self.found[index] = (torch.mm(grad_low.t(), dropped).float(), grad_b)
-        return grad_low
+    def learn(self, group: tuple[int, ...], grads: Sequence[Tensor], x: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+        """Gathers the gradients of A and B; returns those of what lies between the two, for each A."""
+        x = x.reshape(-1, x.shape[-1])
+        by_index = {index: grad.reshape(-1, grad.shape[-1]) for index, grad in zip(group, grads, strict=True)}
+        found = []
+        for part in self.casts.parts[group]:
+            low, dropped = self._low(part, x), self._dropped(part[0], x)
+            del self.low[part]
+            scaling, grad_low = self.layer.linears[part[0]].scaling, torch.empty_like(low)
+            columns = zip(self._columns(part, low), self._columns(part, grad_low), strict=True)
+            for (index, own), (_, grad_own) in columns:
+                torch.mm(by_index[index], self.casts.b[index], out=grad_own)
+                self.grad_b[index] = _wide_product(by_index[index].t(), own, scaling)
+            if scaling != 1:
+                grad_low.mul_(scaling)
+            self.grad_a |= self._rows(part, _wide_product(grad_low.t(), dropped))
+            found.append((part, grad_low))
+        return found
 
     def gradients(self) -> list[Tensor]:
         """Of A and B of each linear layer that has LoRA, in order, in fp32."""
-        return [grad for index in sorted(self.lora) for grad in self.found[index]]
+        return [grads[index] for index in self.casts.shapes for grads in (self.grad_a, self.grad_b)]
+
+    def _low(self, part: tuple[int, ...], x: Tensor) -> Tensor:
+        """What lies between A and B, ``[N, rank]`` for each of ``part``, side by side; computed once."""
+        if part not in self.low:
+            self.low[part] = self._dropped(part[0], x) @ self.casts.a[part].t()
+        return self.low[part]
+
+    def _columns(self, part: tuple[int, ...], low: Tensor) -> list[tuple[int, Tensor]]:
+        rank = low.shape[1] // len(part)
+        return list(zip(part, low.split(rank, 1) if len(part) > 1 else (low,), strict=True))
+
+    def _rows(self, part: tuple[int, ...], grad_a: Tensor) -> dict[int, Tensor]:
+        return dict(zip(part, grad_a.split(len(grad_a) // len(part)), strict=True))
 
     def _weight(self, index: int) -> Tensor:
         """Dequantised, ``[out, in]``."""
@@ -250,6 +331,13 @@ class _Products:
         kept = 1 - self.layer.linears[index].dropout
         generator = torch.Generator(x.device).manual_seed(self.seed + index)
         return torch.empty_like(x).bernoulli_(kept, generator=generator).div_(kept)
+
+
+def _wide_product(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
+    """``scaling · left right`` in fp32; a GPU has no 16-bit stop on the way there."""
+    wide = left.is_cuda and left.dtype != torch.float32
+    product = torch.mm(left, right, out_dtype=torch.float32) if wide else torch.mm(left, right).float()
+    return product if scaling == 1 else product.mul_(scaling)
 
 
 def _merged(heads: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ The base stays frozen and in 16 bits where it is not in 4; adapters are fp32. Kn
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ from lit_qlora.model.device import Attention
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
+from lit_qlora.storage.run import CARD
+from lit_qlora.text import jinja, llama2
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +32,7 @@ ONE_THREAD_BELOW = 20_000_000
 """Weights below which threads on a CPU spend their time waiting for each other: with another process beside it,
 the demo took 17 times as long on two threads as on one."""
 
-PROMPT_FORMAT = "llama2-chat"
+PROMPT_FORMAT = llama2.FORMAT
 RECORD = "lit_qlora.json"
 """The file beside an adapter that says which base and which prompt format it was trained with."""
 
@@ -203,8 +206,13 @@ def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
     assert not outcome.unexpected_keys, f"{folder} holds weights that this adapter lacks"
 
 
-def save_adapter(model: "PeftModel", base: Base, folder: Path) -> None:
-    """Writes a plain PEFT adapter into the existing ``folder``, with a record of base and prompt format.
+def save_adapter(
+    model: "PeftModel",
+    base: Base,
+    folder: Path,
+    prompts: Mapping[str, Any] = MappingProxyType({"prompt_format": PROMPT_FORMAT}),
+) -> None:
+    """Writes a plain PEFT adapter into the existing ``folder``, with a record of base and ``prompts``.
 
     Raises OSError where a file can't be written.
     """
@@ -221,17 +229,17 @@ def save_adapter(model: "PeftModel", base: Base, folder: Path) -> None:
     # peft keeps them in a set, whose order is another in each process.
     config["target_modules"] = sorted(config["target_modules"])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    (folder / "README.md").unlink(missing_ok=True)
-    record = {"base": base.public_name, "base_fingerprint": fingerprint(base), "prompt_format": PROMPT_FORMAT}
+    (folder / CARD).unlink(missing_ok=True)
+    record = {"base": base.public_name, "base_fingerprint": fingerprint(base), **prompts}
     # What 4 bits leave of the base depends on what it was rounded to before.
     record["base_dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What an adapter folder says of its base and prompt format; empty values for one made elsewhere.
+    """What an adapter folder says of its base and prompts; empty values for one made elsewhere.
 
-    Raises UserError when ``folder`` is no adapter, or has a prompt format that this version does not know.
+    Raises UserError when ``folder`` is no adapter, was altered, or has prompts that this version does not know.
     """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} is no adapter: it has no adapter_config.json")
@@ -243,7 +251,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: it holds whole layers beside LoRA ({', '.join(others)}), which can't be used here")
     if (folder / MANIFEST).is_file():
         try:
-            verify_folder(folder, allow_extra=True)
+            verify_folder(folder, allow_extra=True, may_differ=[CARD])
         except DamagedFolderError as error:
             raise UserError(
                 f"{error}: the adapter was altered or cut short after it was saved; take another one, or, if that "
@@ -252,10 +260,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = {"base": None, "base_fingerprint": None, "prompt_format": PROMPT_FORMAT}
     if (folder / RECORD).is_file():
         record |= _read_json(folder / RECORD)
-    if record["prompt_format"] != PROMPT_FORMAT:
+    if record["prompt_format"] not in (PROMPT_FORMAT, jinja.FORMAT):
         raise UserError(
-            f"{folder}: its prompt format is {record['prompt_format']!r}, this version knows {PROMPT_FORMAT!r} only"
+            f"{folder}: its prompt format is {record['prompt_format']!r}, this version knows {PROMPT_FORMAT!r} and "
+            f"{jinja.FORMAT!r} only"
         )
+    if record["prompt_format"] == jinja.FORMAT:
+        try:
+            jinja.check_record(record)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}; take an adapter that is as it was saved") from error
     return record
 
 

@@ -32,6 +32,36 @@ def summed_cross_entropy(
     return _SummedCrossEntropy.apply(hidden, head, ids, chunk_rows)  # type: ignore[no-any-return,no-untyped-call]
 
 
+@torch.no_grad()
+def token_cross_entropies(
+    hidden: Tensor, head: Tensor, ids: Tensor, chunk_rows: int = CHUNK_ROWS
+) -> tuple[Tensor, Tensor]:
+    """What `summed_cross_entropy` sums, token by token.
+
+    Returns:
+        ``[N]`` nats, fp32; and ``[N]`` bool, whether the token was the likeliest. No gradient.
+    """
+    nats, is_likeliest = [], []
+    for start in range(0, len(ids), chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        scored = _score(hidden[rows], head, ids[rows].unsqueeze(1))
+        nats.append(scored[0].squeeze(1))
+        is_likeliest.append(scored[1].squeeze(1))
+        del scored
+    empty = torch.zeros(0, device=hidden.device)
+    return torch.cat([empty, *nats]), torch.cat([empty.bool(), *is_likeliest])
+
+
+def _score(hidden: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Nats ``[n, 1]``, whether likeliest ``[n, 1]``, softmax before its division ``[n, V]``, the divisor ``[n, 1]``."""
+    scores = (hidden.to(head.dtype) @ head.T).float()
+    highest, likeliest = scores.max(dim=1, keepdim=True)
+    wanted = scores.gather(1, target)
+    scores = scores.sub_(highest).exp_()
+    total = scores.sum(dim=1, keepdim=True)
+    return total.log() + highest - wanted, likeliest == target, scores, total
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Forms the gradient where the logits are at hand, so that they are computed once.
 
@@ -48,16 +78,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(ids), chunk_rows):
             rows = slice(start, start + chunk_rows)
             target = ids[rows].unsqueeze(1)
-            scores = (hidden[rows].to(head.dtype) @ head.T).float()
-            highest, likeliest = scores.max(dim=1, keepdim=True)
-            num_correct += (likeliest == target).sum()
-            wanted = scores.gather(1, target)
-            scores = scores.sub_(highest).exp_()
-            total = scores.sum(dim=1, keepdim=True)
-            loss += (total.log() + highest - wanted).sum()
+            nats, is_likeliest, scores, total = _score(hidden[rows], head, target)
+            num_correct += is_likeliest.sum()
+            loss += nats.sum()
             if gradient is not None:
                 scores.div_(total)
-                scores.scatter_add_(1, target, torch.full_like(wanted, -1.0))
+                scores.scatter_add_(1, target, torch.full_like(nats, -1.0))
                 gradient[rows] = scores.to(head.dtype) @ head
             del scores  # before the next chunk's stand beside them
         ctx.save_for_backward(gradient)

@@ -14,9 +14,10 @@ GIB = 1024**3
 
 CONTEXT = int(0.35 * GIB)
 """What CUDA itself takes of a card for a process, kernels included. An estimate, not measured on a T4."""
-FRAGMENTATION = 0.11
-"""What torch's allocator holds of the card beyond its tensors: 7 to 13 % in 17 settings measured on an H200."""
-RESERVE = 0.125
+FRAGMENTATION = 0.085
+"""What torch's allocator holds of the card beyond its tensors: 3 to 8.5 % in 16 settings measured on an H100, with
+segments that grow (`cli.prepare_memory`); without them 7 to 13 % in 17."""
+RESERVE = 0.08
 """The share of a card left free where a setting is chosen: as far as the prediction may be wrong."""
 WORKSPACE = 2 * 8_519_680
 """cuBLAS's scratch, for the forward's and the backward's thread (`getChosenWorkspaceSize` in torch)."""
@@ -74,7 +75,7 @@ class StepMemory:
     gradients: int = 0
     optimizer: int = 0
     casts: int = 0
-    """16-bit copies of LoRA's weights, which autocast makes and backward needs."""
+    """LoRA's weights of one layer in the precision of its products: buffers that each layer fills anew."""
     activations: int = 0
     """What forward keeps for backward, of all layers."""
     layer: int = 0
@@ -132,14 +133,16 @@ def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
 
 
 def kept_in_layer(step: Step) -> int:
-    """What a layer that keeps its products' results holds beyond its input: 10 h + 4 I in 16 bits.
+    """What a layer that keeps its products' results holds beyond its input: 10 h + 4 I in 16 bits, and LoRA's middle.
 
-    Those are q and k turned, v, attention's result with one fp32 sum a head, the residual in the middle, gate and up.
+    Those are q and k turned, v, attention's result with one fp32 sum a head, the residual in the middle, gate and up,
+    and for each linear layer with LoRA what lies between A and B.
     """
     shape = step.shape
     queries, keys = shape.linears["q_proj"][1], shape.linears["k_proj"][1]
     inner = shape.linears["gate_proj"][1]
-    return step.element * (2 * queries + 2 * keys + shape.hidden + 2 * inner) + 4 * shape.num_heads
+    low = step.rank * len(step.targets)
+    return step.element * (2 * queries + 2 * keys + shape.hidden + 2 * inner + low) + 4 * shape.num_heads
 
 
 def swiglu_backward(step: Step) -> int:
@@ -179,20 +182,19 @@ def moments(step: Step) -> list[StepMemory]:
         weights=weight_bytes(shape, size),
         adapters=4 * lora,
         optimizer=optimizer_bytes(step.optimizer, step.lora_tensors)[0],
+        casts=size * lora // shape.num_layers,
         workspace=step.workspace,
     )
-    # Of one layer at a time.
-    during = replace(always, casts=0 if size == 4 else size * lora // shape.num_layers)
     activations = step.tokens * kept_activations(step)
     recomputed = shape.num_layers - step.kept_layers
     # Recomputed, a layer holds all its weights but the last out of their 4 bits, for the backward behind it.
     again = replace(
-        during,
+        always,
         layer=step.tokens * (kept_in_layer(step) + swiglu_backward(step)),
         dequantisation=sum(weights.values()) - weights["down_proj"],
     )
     once = replace(
-        during,
+        always,
         layer=step.tokens * max(swiglu_backward(step), 24 * shape.hidden),  # or the last norm, in fp32
         dequantisation=widest + 8 * widest // size // NF4_BLOCK,  # its scales, in fp32 and once more with their offset
     )

@@ -144,6 +144,16 @@ def as_trained(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(packed, state)
 
 
+def in_4_bits(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A weight in NF4 with double quantisation, and what belongs to it, under the names that transformers loads."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
+    yield name, packed.cpu()
+    for part, value in state.as_dict(packed=True).items():
+        yield f"{name}.{part}", value.cpu()
+
+
 def merged_tensors(
     weights: StoredWeights, lora: LoraWeights, onto: Onto, trained_in: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:

@@ -97,10 +97,13 @@ class QLoRAModule(LearnsInParts):
         self.checkpointing, self.compiles, self.attention = checkpointing, compile, attention
         self.quantized_cache = quantized_cache
         self.copy_line: str | None = None
+        self.prompts: Mapping[str, Any] = {"prompt_format": load.PROMPT_FORMAT}
+        """What each saved adapter is to say of the prompts that it was trained with."""
         self.model: PeftModel | None = None
         self.slow_because: str | None = None
         """Why the layers are transformers' and peft's own in training; None where they are ours."""
-        self._layers: list[Layer] | None = None
+        self._layers: dict[bool, list[Layer]] = {}
+        """In train mode and out of it, where nothing is dropped."""
         self.gradient_norm: Tensor = torch.tensor(0.0)
         """Of the last optimizer step, before clipping."""
         # Only adapters are saved, so a checkpoint never has all the keys of the module.
@@ -143,7 +146,7 @@ class QLoRAModule(LearnsInParts):
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter as a plain PEFT folder into the existing ``folder``."""
-        load.save_adapter(self.peft_model, self.base, folder)
+        load.save_adapter(self.peft_model, self.base, folder, self.prompts)
 
     def load_adapter_weights(self, folder: Path) -> None:
         """Takes over the weights of an adapter folder that was saved from this module."""
@@ -210,12 +213,12 @@ class QLoRAModule(LearnsInParts):
                 use_cache=False,
             )
             return output.last_hidden_state  # type: ignore[no-any-return]
-        if self._layers is None:
+        if self.training not in self._layers:
             compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
-            self._layers = take_apart(self.peft_model, compiled() if compiles else EAGER)
+            self._layers[self.training] = take_apart(self.peft_model, compiled() if compiles else EAGER)
         hidden = decoder.embed_tokens(batch.input_ids)
         places = find_places(decoder.rotary_emb, hidden, batch.lengths)
-        return decoder.norm(run_layers(self._layers, hidden, places, self.kept_layers))  # type: ignore[no-any-return]
+        return decoder.norm(run_layers(self._layers[self.training], hidden, places, self.kept_layers))  # type: ignore[no-any-return]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the sums over the held-out rows."""

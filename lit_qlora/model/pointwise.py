@@ -37,13 +37,17 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of ``[B, T, heads, head width]``; with ``-sin`` it turns back.
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of queries and keys, ``[B, T, heads, head width]`` each; with ``-sin`` it turns them back.
 
     ``cos`` and ``sin`` are ``[1, T, head width]``, the first half of ``sin`` negated: each half then takes the other as
     it is, and nothing is put together in between. Heads stand behind tokens, as the matrix product leaves them: in the
     order of attention, a GPU would read and write with large steps.
     """
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     halves = heads.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return heads * cos.unsqueeze(2) + halves * sin.unsqueeze(2)
 
@@ -55,7 +59,7 @@ class Pointwise(NamedTuple):
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 EAGER = Pointwise(rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate)
@@ -73,14 +77,16 @@ def compiled() -> Pointwise:
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     run = torch.compile(function)
+    seen = set[tuple[torch.Size, ...]]()
 
     def marked(*args: Any) -> Any:
-        # Detached: the compiler looks at a tensor's gradient, and torch warns where it is no leaf.
-        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.dim() > 1:
-                for dim in range(min(arg.dim() - 1, 2)):
-                    torch._dynamo.maybe_mark_dynamic(arg, dim)
+        shapes = tuple(arg.shape for arg in args if isinstance(arg, Tensor))
+        if shapes not in seen:  # else nothing is compiled, and marks would cost as much as the kernel
+            seen.add(shapes)
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.dim() > 1:
+                    for dim in range(min(arg.dim() - 1, 2)):
+                        torch._dynamo.maybe_mark_dynamic(arg, dim)
         return run(*args)
 
     return marked

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path, PureWindowsPath
 
 from lit_qlora.errors import UserError
@@ -92,12 +92,13 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False) -> None:
         raise
 
 
-def verify_folder(path: Path, *, allow_extra: bool = False) -> None:
-    """Compare every file of a folder with the manifest.
+def verify_folder(path: Path, *, allow_extra: bool = False, may_differ: Collection[str] = ()) -> dict[str, int]:
+    """Compare every file of a folder with the manifest; returns their sizes in bytes, by name.
 
     Args:
         path: a folder that `write_folder` made.
         allow_extra: whether files that the manifest does not know may stand there.
+        may_differ: files that may have been edited since.
 
     Raises:
         DamagedFolderError: a folder, a manifest or a file is missing, unreadable, of another size, of other
@@ -105,15 +106,17 @@ def verify_folder(path: Path, *, allow_extra: bool = False) -> None:
     """
     if not path.is_dir():
         raise DamagedFolderError(path, None, "a folder", "a file" if path.exists() else "nothing")
-    files = _read_manifest(path)
+    files, sizes = _read_manifest(path), {}
     for name, entry in files.items():
         found = _measure(path, name)
+        sizes[name] = int(found["bytes"])
         for unit, expected in entry.items():
-            if found[unit] != expected:
+            if found[unit] != expected and name not in may_differ:
                 raise DamagedFolderError(path, name, f"{unit}={expected}", f"{unit}={found[unit]}")
     extra = sorted(_names(path) - files.keys())
     if extra and not allow_extra:
         raise DamagedFolderError(path, extra[0], "only the files of the manifest", "one more")
+    return sizes
 
 
 def remove_folder(path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from lit_qlora.storage.lock import RunLock
 
 RUNS = Path("runs")
 STEP = "step-"
+CARD = "README.md"
+"""The file in an adapter folder that people read; who edits it has altered no model."""
+
+SHOWN = 200
+"""Characters of a setting that a message shows."""
 _STARTED = "# started "
 
 
@@ -43,7 +49,9 @@ class RunFolder:
             raise UserError(f"run: {self.path} is a file, expected a folder; give another one with --run")
         if not (self.has_begun() or self.is_empty()):
             raise UserError(f"run: {self.path} holds other files and no run; give a folder of its own with --run")
+        made = [] if self.path.parent.exists() else [self.path.parent]
         self.prepare()
+        stack.callback(_remove_empty, made)  # which a run that has begun keeps from being empty
         stack.enter_context(RunLock(self.path))
         stack.callback(self.discard_unless_begun)
 
@@ -89,9 +97,7 @@ class RunFolder:
             return
         for file in (self.config, self.path / ".lock", *self.path.glob("events.out.tfevents.*")):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.path):
-            with suppress(OSError):  # somebody else's files are in it, or it was never made
-                folder.rmdir()
+        _remove_empty([self.checkpoints, self.path])
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint folder of an optimizer step."""
@@ -140,6 +146,12 @@ class RunFolder:
         raise AssertionError("numbers do not end")
 
 
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # somebody else's files are in it, or it was never made
+            folder.rmdir()
+
+
 def newest_run(root: Path = RUNS) -> RunFolder:
     """The run below ``root`` that was started last.
 
@@ -173,6 +185,21 @@ def open_run(path: Path) -> RunFolder:
     return run
 
 
+class _Readable(yaml.SafeDumper):
+    """Writes a text of several lines, such as a template, line by line."""
+
+
+_Readable.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """A configuration as text, in its own order."""
+    return yaml.dump(config, Dumper=_Readable, sort_keys=False, allow_unicode=True)
+
+
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
     """Settings below ``keys`` (dotted) that changed, each as ``name: old -> new``."""
     before, after = (_flat(config) for config in (was, now))
@@ -180,8 +207,18 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], keys: tuple[str,
         name for name in sorted({*before, *after}) if any(name == key or name.startswith(f"{key}.") for key in keys)
     )
     return [
-        f"{name}: {before.get(name)} -> {after.get(name)}" for name in watched if before.get(name) != after.get(name)
+        f"{name}: {_told(before.get(name))} -> {_told(after.get(name))}"
+        for name in watched
+        if before.get(name) != after.get(name)
     ]
+
+
+def _told(value: Any) -> str:
+    """A setting in one line: of a long text, such as a template, its beginning and what tells it from others."""
+    text = str(value)
+    if len(text) <= SHOWN and "\n" not in text:
+        return text
+    return f"{' '.join(text.split())[:40]}… ({len(text)} characters, sha256 {sha256(text.encode()).hexdigest()[:12]})"
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,11 +15,13 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
     """Writes ``tensors`` into ``folder`` under the names that Hugging Face gives; returns their size in bytes.
 
     One file is ``model.safetensors``; several are numbered, with ``model.safetensors.index.json`` beside them.
-    A tensor larger than ``shard_bytes`` has a file of its own.
+    A tensor larger than ``shard_bytes`` has a file of its own. One whose name goes on from another's, as the scales
+    of a weight in 4 bits do, stands in the same file: not every loader looks for it in the next.
     """
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
     held_bytes = total_bytes = 0
+    owner = ""
 
     def flush() -> None:
         save_file(held, folder / _unnumbered(len(shards)), metadata={"format": "pt"})
@@ -27,9 +29,11 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
         held.clear()
 
     for name, tensor in tensors:
-        if held and held_bytes + tensor.nbytes > shard_bytes:
-            flush()
-            held_bytes = 0
+        if not owner or not name.startswith(f"{owner}."):
+            owner = name
+            if held and held_bytes + tensor.nbytes > shard_bytes:
+                flush()
+                held_bytes = 0
         held[name] = tensor
         held_bytes += tensor.nbytes
         total_bytes += tensor.nbytes

@@ -11,6 +11,9 @@ from typing import NamedTuple
 from lit_qlora.text import messages
 from lit_qlora.text.conversation import Conversation
 
+FORMAT = "llama2-chat"
+"""The name of this format in an adapter's record."""
+
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 # A common slip closes the system block with its opening tag.

@@ -1,12 +1,13 @@
-"""Owns the Llama 2 chat format in other programs' template languages: Jinja for transformers and vLLM, Go for Ollama.
+"""Owns prompt formats in other programs' template languages: Jinja for transformers and vLLM, Go for Ollama.
 
-Both must give the very ids that `lit_qlora.text.llama2` and the encoder give: BOS before each prompt, EOS after each
-answer, every stretch between two of them encoded by itself. Knows no tokens.
+They must give the very ids that training had; of the Llama 2 format: BOS before each prompt, EOS after each answer,
+every stretch between two of them encoded by itself. Knows no tokens.
 """
 
 import json
 
 from lit_qlora.text.llama2 import TAGS
+from lit_qlora.text.own_template import Template
 
 # A message that holds a tag could forge a turn; one that holds a special token would become it, for a template is
 # text that is encoded as a whole. Training refuses the first and spells out the second; here both are refused.
@@ -34,6 +35,24 @@ _JINJA = """\
 {%- endfor %}
 """
 
+# Stands before a template of the user's own, which sees the messages that this makes: as training had them.
+_OPENING = """\
+{%- set lit_qlora = namespace(said=[]) %}
+{%- for message in messages %}
+{%- for mark in FORBIDDEN %}
+{%- if mark in message['content'] %}{{ raise_exception('a message holds ' ~ mark ~ ', which could forge a turn') }}\
+{%- endif %}
+{%- endfor %}
+{%- if message['role'] != 'system' or (message['content'] | trim) %}
+{%- set lit_qlora.said = lit_qlora.said + [{'role': message['role'], 'content': message['content'] | trim}] %}
+{%- endif %}
+{%- endfor %}
+{%- if DEFAULT_SYSTEM and not (messages and messages[0]['role'] == 'system') %}
+{%- set lit_qlora.said = [{'role': 'system', 'content': DEFAULT_SYSTEM}] + lit_qlora.said %}
+{%- endif %}
+{%- set messages = lit_qlora.said %}
+"""
+
 # llama.cpp puts BOS at the very start by itself, so only later prompts write it.
 _GO = """\
 {{- $later := false }}
@@ -53,6 +72,17 @@ def jinja_template(system: str | None = None) -> str:
     """The ``chat_template`` of a tokenizer; ``system`` stands where a conversation brings none."""
     default = json.dumps(system, ensure_ascii=False) if system else "none"
     return _JINJA.replace("DEFAULT_SYSTEM", default).replace("FORBIDDEN", json.dumps(TAGS))
+
+
+def published(template: Template, system: str | None = None) -> str:
+    """The ``chat_template`` of a tokenizer for prompts that ``template`` wrote; ``system`` as in `jinja_template`.
+
+    Whatever messages it is given, the prompts are training's: white space around a message goes, and one that holds a
+    special token or a text of the template's own is refused.
+    """
+    forbidden = json.dumps([*template.tags, *template.specials], ensure_ascii=False)
+    default = json.dumps((system or "").strip(), ensure_ascii=False)
+    return _OPENING.replace("FORBIDDEN", forbidden).replace("DEFAULT_SYSTEM", default) + template.source
 
 
 def modelfile(weights: str, system: str | None = None) -> str:

@@ -6,20 +6,23 @@ Knows how a function becomes a command; nothing of what it does.
 import importlib
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
-from lit_qlora.options import OneLineErrors
-
-
-class _ToolParser(OneLineErrors, ArgumentParser):
-    """jsonargparse's parser, with errors in one line."""
-
 
 def run_tool(name: str, args: Sequence[str]) -> int:
     """Runs ``lit_qlora.tools.<name>.<name>`` with the options in ``args``; returns the exit status."""
+    # Here, and not above: doctor answers where jsonargparse is missing.
+    from jsonargparse import ArgumentParser
+
+    from lit_qlora.options import OneLineErrors
+
+    class _ToolParser(OneLineErrors, ArgumentParser):
+        """jsonargparse's parser, with errors in one line."""
+
     function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
     parser = _ToolParser(allow_abbrev=False, prog=f"main.py {name}", description=function.__doc__.splitlines()[0])
     parser.add_function_arguments(function)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # --public alone says yes, as well as --public true
+            action.nargs, action.const = "?", True
     try:
         options = parser.parse_args(list(args))
     except SystemExit as stop:  # --help

@@ -3,7 +3,7 @@
 What `chat`, `predict` and whoever else answers without a Trainer stands on. Knows no files of prompts, no terminal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.run import newest_run, open_run
+from lit_qlora.storage.run import RunFolder, newest_run, open_run
 from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.streaming import TextStream, text_of
@@ -38,10 +38,10 @@ class Chosen(NamedTuple):
     adapter: Path
     settings: dict[str, Any] | None
 
-    @property
-    def system(self) -> str | None:
-        """The system text for conversations that bring none."""
-        return self.settings["data"].get("system") if self.settings else None
+    def prompts(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What `Encoder` is to be told, so that it writes the prompts of training; ``record`` is the adapter's."""
+        system = self.settings["data"].get("system") if self.settings else record.get("system")
+        return {"system": system, "template": record.get("template")}
 
 
 def choose_adapter(run: str | None = None, adapter: str | None = None, base: str | None = None) -> Chosen:
@@ -50,10 +50,8 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     Raises UserError when there is no such run, adapter or base, or both run and adapter are given.
     """
     if adapter is None:
-        folder = open_run(Path(run)) if run else newest_run()
+        folder = trained_run(run)
         settings = folder.read_config()
-        if not (folder.adapter / "adapter_config.json").is_file():
-            raise UserError(f"run: {folder.path} has no adapter yet; train it first, or give --adapter")
         return Chosen(_find(base) if base else find_base(settings["model"]["base"]), folder.adapter, settings)
     if run:
         raise UserError(f"adapter: {adapter} is given, and a run ({run}) too; give one of the two")
@@ -65,6 +63,14 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     return Chosen(_find(base), Path(adapter), None)
 
 
+def trained_run(run: str | None) -> RunFolder:
+    """The run that is meant, by default the newest. Raises UserError when there is none, or no adapter in it."""
+    folder = open_run(Path(run)) if run else newest_run()
+    if not (folder.adapter / "adapter_config.json").is_file():
+        raise UserError(f"run: {folder.path} has no adapter yet; train it first, or give --adapter")
+    return folder
+
+
 def _find(base: str) -> Base:
     try:
         return find_base(base)
@@ -72,8 +78,8 @@ def _find(base: str) -> Base:
         raise UserError(str(error).replace("model.base:", "base:", 1)) from error
 
 
-def check_prompt(conversation: Conversation) -> None:
-    """Raises ValueError unless ``conversation`` waits for an answer, and can be written as a prompt."""
+def check_prompt(conversation: Conversation, fits: Callable[[Conversation], object] = llama2.segments) -> None:
+    """Raises ValueError unless ``conversation`` waits for an answer, and can be written as a prompt, by ``fits``."""
     if conversation.is_answered:
         raise ValueError("the last turn is the assistant's, expected the user's")
     for text in (conversation.system or "", *(turn.content for turn in conversation.turns)):
@@ -81,7 +87,7 @@ def check_prompt(conversation: Conversation) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError("it holds bytes that are no UTF-8, or half a character; no token stands for it") from None
-    llama2.segments(conversation)
+    fits(conversation)
 
 
 class Answerer:
@@ -105,9 +111,9 @@ class Answerer:
         from lit_qlora.model.load import read_record
 
         quieten()
-        read_record(self.adapter)  # an altered one is found before a large base is loaded
+        record = read_record(self.adapter)  # an altered one is found before a large base is loaded
         self.max_length = int(self.base.config["max_position_embeddings"])
-        self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, system=chosen.system)
+        self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, **chosen.prompts(record))
 
     @cached_property
     def dtype(self) -> "torch.dtype":
@@ -166,7 +172,10 @@ class Answerer:
 
     def prompt(self, conversation: Conversation, sampling: Sampling) -> list[int]:
         """The ids of an open prompt. Raises UserError when they leave no room for an answer in the base's context."""
-        ids = self.encoder.prompt(conversation)
+        try:
+            ids = self.encoder.prompt(conversation)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if len(ids) + sampling.max_new_tokens > self.max_length:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are more than the "

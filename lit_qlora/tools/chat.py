@@ -1,17 +1,19 @@
-"""Owns the verb chat: one question answered, from --prompt or a pipe, or a conversation at the terminal.
+"""Owns the verb chat: one question answered, from --prompt or a pipe, or a conversation at the terminal or on a page.
 
-The conversation itself is `lit_qlora.tools.terminal`'s. Knows no model.
+The conversation itself is `lit_qlora.tools.terminal`'s or `lit_qlora.tools.web`'s. Knows no model.
 """
 
 import io
 import os
 import sys
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answerer import Answerer, check_prompt
-from lit_qlora.tools.terminal import Terminal, cut_note, harmless
+from lit_qlora.tools.dialog import cut_note
+from lit_qlora.tools.terminal import Terminal, harmless
+from lit_qlora.tools.web import check_gradio, serve
 
 
 def chat(
@@ -24,6 +26,9 @@ def chat(
     top_p: float = 1.0,
     seed: int = 0,
     max_new_tokens: int = 256,
+    web: bool = False,
+    share: bool = False,
+    port: int | None = None,
 ) -> None:
     """Talk with a run's best adapter.
 
@@ -38,17 +43,29 @@ def chat(
         top_p: sample from the likeliest tokens that make up this share.
         seed: of sampling.
         max_new_tokens: tokens of an answer, at most.
+        web: talk in a browser instead (pip install -r requirements-web.txt).
+        share: with --web, a link that whoever has it can open, from gradio's servers; what Colab needs.
+        port: with --web, where to listen; default: the first free one from 7860 on.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what an old terminal can't show
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     source = "prompt"
-    if prompt is None and not sys.stdin.isatty():
+    if web:
+        require(prompt is None, "prompt", "no question beside --web, where it is asked on the page", prompt)
+        check_gradio()
+    elif share or port is not None:
+        raise UserError(f"{'share' if share else 'port'}: it is the page's, expected --web beside it")
+    elif prompt is None and not sys.stdin.isatty():
         prompt, source = _standard_input(), "standard input"
-    # Found before anything is loaded; in a conversation the system text alone, beside any question.
-    question = _conversation(source, "hello" if prompt is None else prompt, system)
+    if prompt is not None and not prompt.strip():
+        raise UserError(f"{source}: expected a question, got nothing; write one, or leave --prompt out to talk")
     answerer = Answerer(run, adapter, base)
-    if prompt is None:
+    # Found before the model is loaded; in a conversation the system text alone, beside any question.
+    question = _conversation(source, "hello" if prompt is None else prompt, system, answerer)
+    if web:
+        serve(answerer, sampling, system, share, port)
+    elif prompt is None:
         Terminal(answerer, sampling, system).run()
     else:
         _answer_once(answerer, question, sampling)
@@ -63,12 +80,10 @@ def _standard_input() -> str:
         ) from error
 
 
-def _conversation(source: str, prompt: str, system: str | None) -> Conversation:
-    if not prompt.strip():
-        raise UserError(f"{source}: expected a question, got nothing; write one, or leave --prompt out to talk")
+def _conversation(source: str, prompt: str, system: str | None, answerer: Answerer) -> Conversation:
     question = Conversation((Turn("user", prompt),), system)
     try:
-        check_prompt(question)
+        check_prompt(question, answerer.encoder.check)
     except ValueError as error:
         raise UserError(f"{source}: {error}".replace("turn 1 holds", "it holds")) from error
     return question

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.records import load_records, load_train_and_held_out
+from lit_qlora.data.records import Fits, load_records, load_train_and_held_out
 from lit_qlora.errors import UserError
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base
@@ -51,15 +51,15 @@ class Difference(NamedTuple):
         )
 
 
-def conversations_to_compare(settings: Mapping[str, Any] | None) -> tuple[list[Conversation], str]:
+def conversations_to_compare(settings: Mapping[str, Any] | None, fits: Fits) -> tuple[list[Conversation], str]:
     """A run's first held-out conversations, and their source; the demo's without a run, or when its rows are gone."""
-    records = load_records(str(demo.TEST))
+    records = load_records(str(demo.TEST), fits=fits)
     name = "the demo's conversations"
     if settings:
         data = settings["data"]
         options = (data.get("validation_source"), data["validation_share"], settings["seed_everything"], data["form"])
         try:
-            records = load_train_and_held_out(data["source"], *options)[1]
+            records = load_train_and_held_out(data["source"], *options, fits)[1]
             name = f"held-out conversations of {Path(data['source']).name}"
         except UserError:
             pass
@@ -79,13 +79,18 @@ def reference(
         input_ids[row, : len(ids)] = torch.tensor(ids)
     is_token = torch.arange(input_ids.shape[1]) < torch.tensor([[len(ids)] for ids in rows])
     model = load.load_adapter(load.load_base(base, dtype, device, "sdpa"), base, adapter, trainable=False)
-    _compute_in_fp32(model)
-    with torch.no_grad():
-        logits = model.eval()(input_ids=input_ids.to(device), use_cache=False).logits.cpu()[is_token]
+    logits = _logits(model, input_ids)[is_token]
     del model
     gc.collect()  # its parts refer to each other in circles, and the merge needs the memory
     torch.cuda.empty_cache()
     return Reference(input_ids, is_token, logits)
+
+
+def _logits(model: Any, input_ids: Tensor) -> Tensor:
+    """``[B, T, V]`` of a model in 4 bits, in fp32, which it is left in."""
+    _compute_in_fp32(model)
+    with torch.no_grad():
+        return model.eval()(input_ids=input_ids.to(model.device), use_cache=False).logits.cpu()  # type: ignore[no-any-return]
 
 
 def _compute_in_fp32(model: torch.nn.Module) -> None:
@@ -100,17 +105,22 @@ def _compute_in_fp32(model: torch.nn.Module) -> None:
 
 
 def difference(folder: Path, wanted: Reference, device: torch.device) -> Difference:
-    """Of the model in ``folder`` from ``wanted``."""
-    found = streamed_logits(find_base(str(folder)), wanted.input_ids, device)[wanted.is_token]
+    """Of the model in ``folder`` from ``wanted``; one in 4 bits is loaded as a whole, as its users will."""
+    base = find_base(str(folder))
+    if "quantization_config" in base.config:
+        logits = _logits(load.load_base(base, torch.float16, device, "sdpa"), wanted.input_ids)
+    else:
+        logits = streamed_logits(base, wanted.input_ids, device)
+    found = logits[wanted.is_token]
     agreement = (found.argmax(-1) == wanted.logits.argmax(-1)).float().mean().item()
     # A maximum over NaN is NaN, whatever else there is.
     return Difference((found - wanted.logits).abs().max().item(), agreement, len(found))
 
 
 def check(found: Difference, dtype: str) -> None:
-    """Raises UserError for more than rounding to ``dtype`` explains."""
-    limit = LARGEST_DIFFERENCE[dtype]
-    if math.isnan(found.greatest) or found.greatest > limit:
+    """Raises UserError for more than rounding to ``dtype`` explains; 4 bits may move it by anything finite."""
+    limit = LARGEST_DIFFERENCE.get(dtype, math.inf)
+    if not math.isfinite(found.greatest) or found.greatest > limit:
         raise UserError(
             f"output: not kept, for the merged model is not base + adapter: {found}; expected at most {limit:g} "
             f"in {dtype}"

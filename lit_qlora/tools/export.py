@@ -14,6 +14,7 @@ from typing import Literal
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base
+from lit_qlora.text import jinja
 from lit_qlora.text.templates import modelfile
 from lit_qlora.tools.answerer import choose_adapter
 from lit_qlora.tools.merge import MERGED, DType, check_room, merge_into
@@ -56,7 +57,11 @@ def export(
         raise UserError("model: it is merged already, so --run, --adapter and --base say nothing; give it alone")
     script = find_converter()
     if model:
-        _check_tokenizer(find_base(model))
+        merged_model = find_base(model)
+        if "quantization_config" in merged_model.config:
+            raise UserError(f"model: {model} is in 4 bits, which llama.cpp can't convert; merge with --dtype float16")
+        _check_tokenizer(merged_model)
+        check_room(target, int(merged_model.shape.num_parameters * BYTES_A_WEIGHT[outtype]))
         target.parent.mkdir(parents=True, exist_ok=True)
         _convert(script, Path(model), target, outtype)
         _write_modelfile(Path(model), target, beside)
@@ -134,9 +139,15 @@ def _write_modelfile(model: Path, target: Path, beside: Path) -> None:
     if not record.is_file():
         print(f"no Modelfile: {model} does not say which prompts it was trained with (it has no {MERGED})")
         return
-    system = json.loads(record.read_text(encoding="utf-8")).get("system")
+    made_of = json.loads(record.read_text(encoding="utf-8"))
+    if made_of.get("prompt_format") == jinja.FORMAT:
+        print(
+            f"no Modelfile: this model was trained with data.template, which is Jinja, and Ollama's templates are not; "
+            f"{target.name} holds it for llama.cpp: llama-cli --jinja -m {target}"
+        )
+        return
     try:
-        beside.write_text(modelfile(target.name, system), encoding="utf-8")
+        beside.write_text(modelfile(target.name, made_of.get("system")), encoding="utf-8")
     except ValueError as error:
         print(f"no Modelfile: {error}")
         return

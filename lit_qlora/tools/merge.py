@@ -6,6 +6,8 @@ and has given the logits of base + adapter.
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +15,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.folders import recover, write_folder
+from lit_qlora.storage.run import CARD
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.answerer import Chosen, choose_adapter
 
@@ -20,10 +23,32 @@ if TYPE_CHECKING:
     import torch
 
     from lit_qlora.data.encode import Encoder
+    from lit_qlora.tools.compare import Difference
 
-DType = Literal["float16", "bfloat16", "float32"]
+DType = Literal["float16", "bfloat16", "float32", "4bit"]
 Onto = Literal["quantized", "original"]
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+BYTES_IN_4_BITS = 0.5 + (1 + 4 / 256) / 64
+"""Of a weight: half a byte, and for each 64 of them a scale of one byte, which has a scale in fp32 for each 256."""
+
+BESIDE_4_BITS: Literal["float16"] = "float16"
+"""What is not in 4 bits then, and what is computed in: every card can."""
+
+QUANTIZATION = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": BESIDE_4_BITS,
+    "bnb_4bit_quant_storage": "uint8",
+}
+"""What config.json says of a merged folder in 4 bits, in transformers' words."""
+
+ROUNDED_AGAIN = (
+    "warning: these 4 bits are not the model that was trained but its rounding, as far off as is told above; the base "
+    "in 4 bits with the adapter on it is the one that was trained, and as small"
+)
 MARGIN_BYTES = 64 * 2**20
 """For tokenizer, index and what the file system needs for itself."""
 
@@ -40,7 +65,7 @@ def merge(
     adapter: str | None = None,
     base: str | None = None,
     dtype: DType = "float16",
-    onto: Onto = "quantized",
+    onto: Onto | None = None,
 ) -> None:
     """Work an adapter into its base: a plain Hugging Face folder for transformers, vLLM and llama.cpp.
 
@@ -49,12 +74,18 @@ def merge(
         run: run folder, for its best adapter; default: the newest run.
         adapter: an adapter folder instead of a run.
         base: the base of the adapter; default: the one that run or folder names.
-        dtype: of the weights written.
+        dtype: of the weights written. 4bit rounds them to NF4 once more, what is not a linear layer to float16: that
+            is another model than was trained, a quarter of the size; how far off it is, is measured and told.
         onto: quantized adds to what 4 bits leave of the base, which is the model that was trained; original adds
-            to the base's own weights, which is another model.
+            to the base's own weights, which is another model. Default: quantized, but for dtype 4bit original:
+            rounded a second time, the weights fall back to where they were, and most of an adapter is lost.
     """
-    merge_into(Path(output), choose_adapter(run, adapter, base), dtype, onto)
-    print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}), or serve it: vllm serve {output}")
+    chosen = choose_adapter(run, adapter, base)
+    if onto is None:
+        onto = "original" if dtype == "4bit" and "quantization_config" not in chosen.base.config else "quantized"
+    merge_into(Path(output), chosen, dtype, onto)
+    serve = "" if dtype == "4bit" else f", or serve it: vllm serve {output}"
+    print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}){serve}")
 
 
 def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
@@ -68,7 +99,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         raise UserError(f"output: {target} exists already; give another name or remove it")
     if onto == "original" and "quantization_config" in chosen.base.config:
         raise UserError(f"onto: {chosen.base.name} is stored in 4 bits and has no original weights; use quantized")
-    check_room(target, chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES)
+    check_room(target, size_bytes(chosen.base, dtype) + MARGIN_BYTES)
 
     import torch
     from safetensors import SafetensorError
@@ -82,8 +113,9 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     trained_in = _trained_in(record)
     lora = LoraWeights(chosen.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = Encoder(load_tokenizer(chosen.base.location), _context_tokens(chosen.base), system=chosen.system)
-    texts, source = compare.conversations_to_compare(chosen.settings)
+    prompts = chosen.prompts(record)
+    encoder = Encoder(load_tokenizer(chosen.base.location), _context_tokens(chosen.base), **prompts)
+    texts, source = compare.conversations_to_compare(chosen.settings, encoder.check)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
 
     def fill(folder: Path) -> None:
@@ -91,23 +123,38 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         from lit_qlora.storage.shards import write_shards
 
         tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device)
-        size_bytes = write_shards(folder, (_rounded(name, value, dtype) for name, value in tensors))
+        num_bytes = write_shards(folder, (part for name, value in tensors for part in _stored(name, value, dtype)))
         _write_config(folder, chosen.base, encoder, dtype)
-        made_of = {"base": chosen.base.public_name, "onto": onto, "system": chosen.system}
+        made_of = {"base": chosen.base.public_name, "onto": onto, "system": prompts["system"]}
         made_of |= {"prompt_format": record["prompt_format"]}
         (folder / MERGED).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
         _write_tokenizer(folder, chosen.base, encoder, texts)
         found = compare.difference(folder, wanted, device)
-        if onto == "quantized":
-            compare.check(found, dtype)
+        compare.check(found, dtype if onto == "quantized" else "another model")
+        (folder / CARD).write_text(_card(chosen, dtype, onto, found, bool(record.get("template"))), encoding="utf-8")
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
-        print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {size_bytes / 1e9:.2f} GB of {dtype} in {target}")
+        print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {num_bytes / 1e9:.2f} GB of {dtype} in {target}")
         print(f"check  against {than}, {source}, {found}", flush=True)
+        if dtype == "4bit":
+            print(ROUNDED_AGAIN, file=sys.stderr)
 
     try:
         write_folder(target, fill)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
         raise UserError(f"output: {target} can't be written: {' '.join(str(error).split())}") from error
+
+
+def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", own_format: bool) -> str:
+    from lit_qlora.callbacks.card import merged_card
+
+    made = f"The weights are in {dtype}."
+    if dtype == "4bit":
+        made = "The weights were rounded to NF4 once more, which makes it another model than was trained."
+    if onto == "original":
+        made += " The adapter was added to the base's own weights, not to the 4-bit ones that it was trained on."
+    told = f"{str(found).capitalize()}, against the 4-bit base with the adapter."
+    source = chosen.settings["data"]["source"] if chosen.settings else None
+    return merged_card(chosen.base.public_name, source, made, told, dtype == "4bit", own_format)
 
 
 def check_room(target: Path, needed_bytes: int) -> None:
@@ -137,19 +184,37 @@ def _trained_in(record: dict[str, Any]) -> "torch.dtype":
     return compute_dtype(choose_precision("auto", current_device())[0])
 
 
-def _rounded(name: str, value: "torch.Tensor", dtype: DType) -> tuple[str, "torch.Tensor"]:
+def size_bytes(base: Base, dtype: DType) -> int:
+    """Of the weights of ``base`` in a dtype."""
+    if dtype != "4bit":
+        return base.shape.num_parameters * BYTES[dtype]
+    num_quantized = base.shape.num_quantized
+    return int(num_quantized * BYTES_IN_4_BITS + (base.shape.num_parameters - num_quantized) * BYTES[BESIDE_4_BITS])
+
+
+def _stored(name: str, value: "torch.Tensor", dtype: DType) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """A weight as it is written: one tensor, or, in 4 bits, with those that belong to it."""
     import torch
 
-    value = value.to(getattr(torch, dtype)).cpu().contiguous()
+    from lit_qlora.model.merging import LINEAR, in_4_bits
+
+    plain = BESIDE_4_BITS if dtype == "4bit" else dtype
+    value = value.to(getattr(torch, plain)).contiguous()
     if not value.isfinite().all():
-        raise UserError(f"dtype: {name} has values that {dtype} can't hold; give --dtype bfloat16 or float32")
-    return name, value
+        raise UserError(f"dtype: {name} has values that {plain} can't hold; give --dtype bfloat16 or float32")
+    if dtype == "4bit" and LINEAR.fullmatch(name):
+        yield from in_4_bits(name, value)
+    else:
+        yield name, value.cpu()
 
 
 def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) -> None:
     dropped = {"quantization_config", "_name_or_path", "dtype"}
     config = {name: value for name, value in base.config.items() if name not in dropped}
-    config |= {"torch_dtype": dtype}  # the name that every version of transformers reads
+    # The name that every version of transformers reads.
+    config |= {"torch_dtype": BESIDE_4_BITS if dtype == "4bit" else dtype}
+    if dtype == "4bit":
+        config["quantization_config"] = QUANTIZATION
     # How answers are drawn is for whoever asks; where they stop is the model's.
     generation = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id, "pad_token_id": encoder.eos_id}
     for name, values in (("config.json", config), ("generation_config.json", generation)):

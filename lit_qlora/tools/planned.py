@@ -23,6 +23,7 @@ from lit_qlora.model.cards import DEFAULT, Card, find_card
 from lit_qlora.model.device import AMPERE, Device, check_attention, choose_precision
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.shape import known_config
+from lit_qlora.text import llama2
 from lit_qlora.tools.fitting import Settings
 from lit_qlora.trainer import QLoRATrainer
 from lit_qlora.training import QLoRACLI
@@ -160,9 +161,15 @@ def _offline() -> Iterator[None]:
 
 def _rows(data: ChatDataModule, num_prompts: int) -> Rows:
     """The real lengths where rows and tokenizer are at hand; else an assumption that says so."""
+    has_tokenizer = True
+    try:
+        _ = data.tokenizer
+    except UserError:
+        has_tokenizer = False
+    fits = data.fits if has_tokenizer else llama2.segments
     try:
         train, _ = load_train_and_held_out(
-            data.source, data.validation_source, data.validation_share, data.seed, data.form
+            data.source, data.validation_source, data.validation_share, data.seed, data.form, fits
         )
     except UserError:
         if not is_hub_id(data.source):
@@ -171,9 +178,7 @@ def _rows(data: ChatDataModule, num_prompts: int) -> Rows:
         lengths = guanaco_lengths(num_rows)
         what = f"{num_rows:,} rows" if data.source in PUBLISHED else "lengths unknown: 1,000 rows"
         return Rows(tuple(lengths), ANSWER_SHARE, PROMPT_TOKENS, f"assumed: {what}, their lengths as Guanaco's")
-    try:
-        encoder = data.encoder
-    except UserError:
+    if not has_tokenizer:
         lengths = [
             TOKENS_A_TURN * len(conversation.turns)
             + round(sum(len(turn.content) for turn in conversation.turns) / CHARACTERS_A_TOKEN)
@@ -183,6 +188,6 @@ def _rows(data: ChatDataModule, num_prompts: int) -> Rows:
         return Rows(tuple(lengths), ANSWER_SHARE, PROMPT_TOKENS, known_by)
     data.setup("fit")
     encoded = data._rows["train"]
-    prompts = [len(encoder.prompt(prompt)) for prompt, _ in data.held_out_prompts(num_prompts)]
+    prompts = [len(data.encoder.prompt(prompt)) for prompt, _ in data.held_out_prompts(num_prompts)]
     share = sum(encoded.answer_tokens) / sum(encoded.lengths)
     return Rows(tuple(encoded.lengths), share, max(prompts, default=PROMPT_TOKENS), "counted")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from lit_qlora.data.files import read_rows
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import SaveError, replace_file
-from lit_qlora.text import messages
+from lit_qlora.text import llama2, messages
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answerer import Answerer, check_prompt
 from lit_qlora.tools.unfinished import Unfinished
@@ -62,8 +62,8 @@ def predict(
         raise UserError(f"output: {target} exists already; give another name or remove it")
     if not target.parent.is_dir():
         raise UserError(f"output: no folder {target.parent}")
-    questions = read_prompts(Path(prompts))
     answerer = Answerer(run, adapter, base)
+    questions = read_prompts(Path(prompts), answerer.encoder.check)
     ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
     unfinished = Unfinished(target)
     with unfinished.open(_belongs_to(answerer, ids, sampling, batch_size)) as done:
@@ -180,8 +180,10 @@ class _Progress:
         self._bar.close()
 
 
-def read_prompts(path: Path) -> list[tuple[str, Conversation]]:
-    """The open prompts of a file, each with its place.
+def read_prompts(
+    path: Path, fits: Callable[[Conversation], object] = llama2.segments
+) -> list[tuple[str, Conversation]]:
+    """The open prompts of a file, each with its place; ``fits`` as `check_prompt` has it.
 
     Raises UserError naming file and line for what is no prompt.
     """
@@ -199,10 +201,10 @@ def read_prompts(path: Path) -> list[tuple[str, Conversation]]:
         rows = [(row.where, row.value) for row in read_rows(path, ("messages", "conversations", "prompt"))]
     if not rows:
         raise UserError(f"{path}: no prompt in it")
-    return [(where, _prompt(where, row)) for where, row in rows]
+    return [(where, _prompt(where, row, fits)) for where, row in rows]
 
 
-def _prompt(where: str, row: dict[str, Any]) -> Conversation:
+def _prompt(where: str, row: dict[str, Any], fits: Callable[[Conversation], object]) -> Conversation:
     column = next((name for name in ("messages", "conversations", "prompt") if row.get(name)), None)
     try:
         if column is None:
@@ -215,7 +217,7 @@ def _prompt(where: str, row: dict[str, Any]) -> Conversation:
                 with suppress(ValueError):
                     listed = json.loads(listed)
             conversation = messages.parse(listed)
-        check_prompt(conversation)
+        check_prompt(conversation, fits)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     return conversation

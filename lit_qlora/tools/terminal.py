@@ -1,6 +1,6 @@
-"""Owns the conversation at a terminal: its lines and commands, what Ctrl-C and Ctrl-D do, and what is remembered.
+"""Owns the conversation at a terminal: its lines and commands, what Ctrl-C and Ctrl-D do.
 
-Knows the answerer as something that streams answers; no ids, no weights.
+What is asked and remembered is `Dialog`'s. Knows the answerer as something that streams answers; no ids, no weights.
 """
 
 import json
@@ -10,16 +10,15 @@ import signal
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from shutil import get_terminal_size
 from types import FrameType
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
-from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answerer import Answer, Answerer, check_prompt
+from lit_qlora.tools.answerer import Answer, Answerer
+from lit_qlora.tools.dialog import Dialog, cut_note
 
 HELP = """\
 /reset           forget the conversation
@@ -39,24 +38,11 @@ def harmless(text: str) -> str:
     return CONTROL.sub("", text)
 
 
-def cut_note(sampling: Sampling) -> str:
-    """What is said of an answer that the limit ended."""
-    return f"(cut at {sampling.max_new_tokens} tokens; --max_new_tokens sets the limit)"
-
-
-class Terminal:
-    """One conversation.
-
-    Args:
-        answerer: answers.
-        sampling: how; each question of a sitting has a seed of its own, counted up from this one's.
-        system: the system text; None for the one of training, empty for none.
-    """
+class Terminal(Dialog):
+    """One conversation, typed and printed; its arguments are `Dialog`'s."""
 
     def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
-        self.answerer, self.sampling, self.system = answerer, sampling, system
-        self.turns: list[Turn] = []
-        self._num_left_out = 0
+        super().__init__(answerer, sampling, system)
         self._compares_next = False
         self._answering = self._stopped = False
         self._commands: dict[str, Callable[[str], None]] = {
@@ -126,17 +112,10 @@ class Terminal:
         self._remember(question, answer)
 
     def _fitting(self, turns: list[Turn]) -> Conversation:
-        """The conversation, without first turns that the context has no room for; says when they become more."""
-        whole = Conversation(tuple(turns), self.system)
-        try:
-            check_prompt(whole)
-        except ValueError as error:
-            raise UserError(str(error).replace(f"turn {len(turns)} holds", "it holds")) from error
-        fitting, num_left_out = self.answerer.trim(whole, self.sampling)
-        self.answerer.prompt(fitting, self.sampling)  # raises where even the question alone has no room
-        if num_left_out > self._num_left_out:
-            print(f"(the first {num_left_out} turns no longer fit into {self.answerer.max_length} tokens: left out)")
-        self._num_left_out = num_left_out
+        """The conversation as it can be asked; says when it loses first turns."""
+        fitting, note = self.fitting(turns)
+        if note:
+            print(note)
         return fitting
 
     def _answer(self, conversation: Conversation, show: Callable[[str], None]) -> Answer:
@@ -161,31 +140,21 @@ class Terminal:
             print(cut_note(self.sampling))
 
     def _remember(self, question: str, answer: Answer) -> None:
-        self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
-        tags = llama2.tags_in(answer.text)
-        if not answer.text or tags:  # the next prompt could not hold it
-            print(f"(the answer {f'holds {tags[0]}' if tags else 'is empty'}: question and answer are forgotten)")
-        else:
-            self.turns += [Turn("user", question), Turn("assistant", answer.text)]
+        note = self.remember(question, answer)
+        if note:
+            print(note)
 
     # Commands
 
     def _reset(self, _: str) -> None:
-        self.turns, self._num_left_out, self._compares_next = [], 0, False
+        self.forget()
+        self._compares_next = False
         print("(forgotten)")
 
     def _system(self, text: str) -> None:
         if text:
-            system = "" if text == "-" else text
-            try:
-                check_prompt(Conversation((Turn("user", "hello"),), system))
-            except ValueError as error:
-                raise UserError(str(error)) from error
-            self.system = system
-        print(f"(system: {self._effective_system() or 'none'})")
-
-    def _effective_system(self) -> str | None:
-        return self.answerer.encoder.system if self.system is None else self.system
+            self.set_system("" if text == "-" else text)
+        print(f"(system: {self.effective_system or 'none'})")
 
     def _compare(self, question: str) -> None:
         self._compares_next = not question and not self.turns
@@ -216,7 +185,7 @@ class Terminal:
         words = shlex.split(name)
         if len(words) != 1 or not words[0].endswith(".jsonl"):
             raise UserError(f"expected one name that ends in .jsonl, got {name!r}")
-        system = self._effective_system()
+        system = self.effective_system
         rows = [{"role": "system", "content": system}] if system else []
         rows += [{"role": turn.role, "content": turn.content} for turn in self.turns]
         path = Path(words[0]).expanduser()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from lit_qlora import demo
-from lit_qlora.callbacks.card import card, published
+from lit_qlora.callbacks.card import card, merged_card, published
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.storage.folders import verify_folder
@@ -47,6 +48,7 @@ def test_the_card_of_a_llama_2_adapter():
     assert "| held-out token accuracy | 61.0% | 66.0% |" in text
     assert "\n50 optimizer steps; 1.5 hours in them; train reserved memory at most 9.00 GiB.\n" in text
     assert "stop by themselves" not in text  # it was not measured
+    assert "curves.png" not in text
     assert 'from_pretrained("meta-llama/Llama-2-7b-hf", quantization_config' in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["trainer"] == {"max_epochs": 3}
 
@@ -58,6 +60,34 @@ def test_nothing_is_said_that_was_not_measured():
     assert "Community License" not in text
     text = card("a/b", CONFIG, {50: FIGURES[50]}, 50, 0.0)
     assert "| held-out loss (nats a token) | not measured | 1.2500 |" in text
+
+
+@pytest.mark.parametrize("base", ["meta-llama/Llama-2-7b-hf", "my-llama"])
+def test_the_hub_s_own_reader_takes_the_metadata(base):
+    text = card(base, CONFIG, FIGURES, 50, 5400.0, has_curves=True)
+    read = ModelCard(text)  # raises where the block is none, or has what the hub refuses
+    assert read.data.to_dict() == metadata(text)
+    assert "\n\n![Loss over the optimizer steps, in training and held-out](curves.png)\n\n" in read.text
+
+
+def test_the_card_of_a_merged_model():
+    text = merged_card("meta-llama/Llama-2-7b-hf", "/home/ann/rows.jsonl", "The weights are in float16.", "Far.", False)
+    assert ModelCard(text).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "meta-llama/Llama-2-7b-hf",
+        "base_model_relation": "finetune",
+        "license": "llama2",
+        "tags": ["lora", "qlora", "llama", "lightning"],
+    }
+    assert (
+        "trained with QLoRA on `rows.jsonl`, in the Llama 2 chat format, worked into its base. The weights are" in text
+    )
+    assert "LLAMA 2 Community License" in text
+    assert "## Measured\n\nFar.\n" in text
+    quantised = merged_card("a/b", None, "", "", True)
+    assert metadata(quantised)["base_model_relation"] == "quantized"
+    assert "on conversations in the Llama 2 chat format, worked" in quantised
 
 
 def test_a_base_that_is_no_hub_model_is_not_named_as_one():
@@ -112,8 +142,9 @@ def test_a_run_s_card(tmp_path, monkeypatch):
     assert main(["fit", "--run", str(tmp_path / "run"), *options]) == 0
     folder = tmp_path / "run" / "adapter"
     verify_folder(folder)
-    assert "README.md" in json.loads((folder / "manifest.json").read_text())["files"]
+    assert {"README.md", "curves.png"} < json.loads((folder / "manifest.json").read_text())["files"].keys()
     text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "(curves.png)" in text
     for secret in ("private", str(Path.home()), "hf_averysecrettoken", f"/{getpass.getuser()}", str(tmp_path)):
         assert secret not in text
     result = json.loads((folder / "result.json").read_text())

@@ -439,7 +439,7 @@ def test_a_config_of_no_lora(load, tiny, adapter, text, message):
 def test_an_unknown_prompt_format(load, tiny, adapter):
     edit(adapter / "lit_qlora.json", prompt_format="alpaca")
     assert refusal(load(), tiny, adapter) == (
-        f"{adapter}: its prompt format is 'alpaca', this version knows 'llama2-chat' only"
+        f"{adapter}: its prompt format is 'alpaca', this version knows 'llama2-chat' and 'jinja' only"
     )
 
 

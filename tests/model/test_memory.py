@@ -217,7 +217,7 @@ def seven(**settings):
 
 def test_7b_by_hand():
     assert memory.weight_bytes(SEVEN) / GIB == pytest.approx(3.600, abs=0.001)
-    assert memory.kept_in_layer(seven()) == 10 * 4096 + 4 * 11008 + 4 * 32
+    assert memory.kept_in_layer(seven()) == 10 * 4096 + 4 * 11008 + 2 * 16 * 7 + 4 * 32
     assert memory.swiglu_backward(seven()) == 2 * 4096 + 8 * 11008
     step = memory.step_memory(seven(tokens=4096, scored_tokens=4096))
     assert step.adapters == step.gradients + step.adapters == 4 * 39_976_960
@@ -231,7 +231,7 @@ def test_a_total_is_the_sum_of_its_parts():
     parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:])}
     held = StepMemory("now", **parts)
     assert held.total == int("1" * len(parts))
-    assert held.reserved == int(held.total * 1.11)
+    assert held.reserved == int(held.total * 1.085)
     assert held.on_card == held.reserved + int(0.35 * GIB)
 
 
@@ -264,7 +264,7 @@ def test_sample_answers_hold_keys_and_values_of_each_layer():
 @given(st.integers(64, 8192), st.sampled_from([8, 64]), st.floats(5, 40))
 def test_the_most_kept_layers_fit_and_one_more_does_not(tokens, rank, card_gib):
     step = seven(tokens=tokens, scored_tokens=tokens, rank=rank)
-    room = card_gib * GIB * 0.875
+    room = card_gib * GIB * 0.92
 
     def fits(kept):
         return memory.step_memory(replace(step, kept_layers=kept)).on_card <= room

@@ -371,6 +371,22 @@ def test_the_schedule_takes_its_length_from_the_data_module(module):
     assert built.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0)
 
 
+def test_a_validation_drops_nothing(tiny, make_model):
+    """Between training steps, which do."""
+    losses = []
+
+    class Losses(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            losses.append(trainer.callback_metrics["val/loss"].item())
+
+    built = QLoRAModule(tiny.location, dropout=0.5, learning_rate=1e-9)
+    built.model = make_model(dropout=0.5)
+    data = Data([micro_batch(0), micro_batch(1), micro_batch(2)])
+    trainer(callbacks=[Losses()], limit_val_batches=1.0, val_check_interval=1).fit(built, datamodule=data)
+    assert len(losses) == 3
+    assert max(losses) - min(losses) < 1e-5
+
+
 def test_the_gradient_norm_is_kept_from_before_clipping(module):
     built = module()
     watch = Watch()

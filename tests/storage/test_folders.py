@@ -238,6 +238,14 @@ def test_a_manifest_that_is_none(whole: Path, text: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_may_be_edited(whole: Path) -> None:
+    (whole / "a.txt").write_text("edited")
+    assert verify_folder(whole, may_differ=["a.txt"]) == {"a.txt": 6, "sub/b.bin": 6000}
+    (whole / "a.txt").unlink()
+    with pytest.raises(DamagedFolderError, match=r"'a.txt': expected a file, found no such file"):
+        verify_folder(whole, may_differ=["a.txt"])
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -103,6 +103,13 @@ def test_an_adapter_is_merged_on_the_way(llama_cpp, adapter, tmp_path, monkeypat
     assert told["config"]["torch_dtype"] == dtype
 
 
+def test_a_model_in_4_bits(llama_cpp, merged, tmp_path, capsys):
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert told == (f"error: model: {merged} is in 4 bits, which llama.cpp can't convert; merge with --dtype float16\n")
+
+
 def test_without_llama_cpp(merged, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
@@ -153,6 +160,15 @@ def test_what_stands_there_is_kept(llama_cpp, merged, tmp_path, capsys, name):
     told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
     assert told == f"error: output: {tmp_path / name} exists already; give another name or remove it\n"
     assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("source", ["model", "adapter"])
+def test_a_disk_without_room(llama_cpp, merged, adapter, tmp_path, capsys, monkeypatch, source):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
+    options = ["--model", merged] if source == "model" else ["--adapter", adapter, "--base", merged]
+    told = refusal(capsys, *options, "--output", tmp_path / "out" / "x.gguf")
+    assert re.match(r"error: output: \S+x.gguf needs 0.0\d GB and the disk has 0.00 GB left; free some or ", told)
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_that_do_not_go_together(llama_cpp, merged, tmp_path, capsys):

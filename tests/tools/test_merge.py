@@ -1,10 +1,15 @@
 """main.py merge: the folder that comes out is base + adapter, loads as it is, and is whole or not there."""
 
+import io
 import json
+import re
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -12,13 +17,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
+from lit_qlora.model.base import find_base
 from lit_qlora.model.generate import Sampling
-from lit_qlora.model.merging import LoraWeights, as_trained
+from lit_qlora.model.merging import LoraWeights, StoredWeights, as_trained
 from lit_qlora.quiet import quieten
 from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools import compare
 from lit_qlora.tools.answerer import Answerer
+from lit_qlora.tools.merge import ROUNDED_AGAIN, size_bytes
 
 SHORT = ["--trainer.val_check_interval", "100", "--samples.count", "0", "--trainer.limit_val_batches", "2"]
 QUESTION = Conversation((Turn("user", "Who goes everywhere with Silas?"),))
@@ -50,9 +59,13 @@ def plain_base_and_adapter(base: Path, adapter: Path):
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
+    return PeftModel.from_pretrained(without_shortcut(model), str(adapter)).eval()
+
+
+def without_shortcut(model):
     for module in model.modules():
-        module.support_avx512bf16_for_cpu = False  # bitsandbytes' own shortcut on some CPUs, in bf16
-    return PeftModel.from_pretrained(model, str(adapter)).eval()
+        module.support_avx512bf16_for_cpu = False  # bitsandbytes' own on some CPUs, in bf16
+    return model
 
 
 def logits(model, ids):
@@ -98,7 +111,7 @@ def test_on_a_real_model_and_real_rows(real, tmp_path, capsys):
 
 def test_what_is_in_the_folder(merged, run):
     assert {path.name for path in merged.iterdir()} == {
-        "config.json", "generation_config.json", "lit_qlora.json", "manifest.json", "model.safetensors",
+        "README.md", "config.json", "generation_config.json", "lit_qlora.json", "manifest.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert [path.name for path in merged.parent.iterdir()] == ["out"]
@@ -112,7 +125,13 @@ def test_what_is_in_the_folder(merged, run):
     assert json.loads((merged / "lit_qlora.json").read_text()) == {
         "base": "demo", "onto": "quantized", "prompt_format": "llama2-chat", "system": "Be brief.",
     }  # fmt: skip
-    assert str(run) not in "".join(path.read_text() for path in merged.glob("*.json"))
+    texts = [path.read_text() for path in merged.iterdir() if path.suffix in (".json", ".md")]
+    assert str(run) not in "".join(texts)
+    card = (merged / "README.md").read_text()
+    assert re.search(
+        r"\nOn \d+ tokens, in fp32: greatest difference of a logit \S+, the likeliest token the same at ", card
+    )
+    assert 'AutoModelForCausalLM.from_pretrained("this-folder")' in card
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("float16", 0.05), ("bfloat16", 0.5)])
@@ -125,6 +144,96 @@ def test_16_bits_in_several_files(run, tmp_path, monkeypatch, capsys, dtype, lar
     assert model.dtype == getattr(torch, dtype)
     told = capsys.readouterr().out.split("greatest difference of a logit ")[1]
     assert 0 < float(told.split(",")[0]) < largest
+
+
+@pytest.fixture(scope="module")
+def in_4_bits(run, tmp_path_factory) -> tuple[Path, SimpleNamespace]:
+    """In several files, and what was told."""
+    target = tmp_path_factory.mktemp("merged") / "out"
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(shards.write_shards, "__defaults__", (2**18,))
+        assert main(["merge", "--run", str(run), "--output", str(target), "--dtype", "4bit"]) == 0
+    return target, SimpleNamespace(out=out.getvalue(), err=err.getvalue())
+
+
+def test_4_bits_are_said_to_be_a_rounding(in_4_bits, run):
+    """And how far off it is, as anyone would measure it who loads the folder."""
+    quieten()
+    target, told = in_4_bits
+    assert told.err == ROUNDED_AGAIN + "\n"
+    found = re.search(r"greatest difference of a logit ([\d.]+), the likeliest token the same at ([\d.]+)%\n", told.out)
+    assert float(found[1]) > 0.2  # what float16 would be refused for
+    assert 50 < float(found[2]) <= 100
+    model = without_shortcut(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
+    encoder = Answerer(str(run)).encoder
+    conversations = compare.conversations_to_compare(RunFolder(run).read_config(), encoder.check)[0]
+    greatest = 0.0
+    plain = plain_base_and_adapter(demo.BASE, run / "adapter")
+    for example in encoder.examples(conversations):
+        ids = torch.tensor([example.input_ids[:256]])
+        greatest = max(greatest, (logits(model, ids) - logits(plain, ids)).abs().max().item())
+    assert float(found[1]) == pytest.approx(greatest, rel=0.05)
+
+
+def test_4_bits_load_as_they_are(in_4_bits, run):
+    """Each linear layer is the rounding of the merged one, to the bit, and all else is float16."""
+    target, _ = in_4_bits
+    model = AutoModelForCausalLM.from_pretrained(target)
+    layer = model.get_submodule("model.layers.1.mlp.up_proj")
+    assert type(layer).__name__ == "Linear4bit"
+    assert layer.weight.quant_state.nested
+    base, name = load_file(demo.BASE / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    merged = LoraWeights(run / "adapter").add_to(name, base[name].float()).half()
+    state = layer.weight.quant_state
+    state.dtype = torch.float32
+    assert torch.equal(dequantize_4bit(layer.weight.data, state), as_trained(merged, torch.float16))
+    assert torch.equal(model.lm_head.weight, base["lm_head.weight"].half())
+    assert not re.search("missing|unexpected", str(model.config), re.IGNORECASE)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    ids = tokenizer.apply_chat_template(messages(QUESTION), return_tensors="pt", return_dict=False)
+    assert without_shortcut(model).generate(ids, max_new_tokens=4).shape[1] > ids.shape[1]
+
+
+def test_4_bits_do_not_swallow_the_adapter(run, tmp_path):
+    """Added to weights that were rounded before, a change of a few percent rounds away again."""
+    adapter = copy_adapter(run, tmp_path / "adapter")
+    stored = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: value / 6 if ".lora_B." in name else value for name, value in stored.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    base, name = load_file(demo.BASE / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    start = base[name].float()
+    change = LoraWeights(adapter).add_to(name, start) - start
+    assert 0.002 < change.norm() / start.norm() < 0.05
+    left = {}
+    for onto in ("default", "quantized"):
+        options = [] if onto == "default" else ["--onto", onto]
+        target = tmp_path / onto
+        assert main(["merge", "--adapter", str(adapter), "--output", str(target), "--dtype", "4bit", *options]) == 0
+        found = StoredWeights(find_base(str(target))).dequantized(name, torch.device("cpu"))
+        left[onto] = ((found - as_trained(start, torch.float32)) * change).sum() / (change**2).sum()
+    assert left["default"] > 0.8
+    assert left["quantized"] < 0.3
+
+
+def test_what_belongs_to_a_weight_is_in_its_file(in_4_bits):
+    target, _ = in_4_bits
+    files = sorted(target.glob("model-*.safetensors"))
+    assert len(files) >= 3
+    for file in files:
+        names = load_file(file).keys()
+        owners = {name for name in names if name.endswith(".weight")}
+        assert {name.partition(".weight")[0] + ".weight" for name in names} == owners
+    verify_folder(target)
+
+
+def test_the_room_that_4_bits_take(in_4_bits):
+    written = sum(file.stat().st_size for file in in_4_bits[0].glob("*.safetensors"))
+    assert size_bytes(find_base("demo"), "4bit") == pytest.approx(
+        written, rel=0.04
+    )  # its tables, of 1.4 kB a weight, aside
 
 
 def test_onto_the_original_weights(run, tmp_path, capsys):

@@ -1,0 +1,189 @@
+"""Measures how speed and memory grow: tokens a row, rows of a micro-batch, rank, layers kept; and rows of data.
+
+    python benchmarks/growth.py --base DIR [--t4]        # training steps on a GPU, beside the planner's forecast
+    python benchmarks/growth.py --rows 1000 10000 100000 # the real fit up to its first step, on this machine
+
+A step is forward, backward, gradient scaling, clipping and AdamW, as the Trainer does them. Ends with a table; figures
+go to growth.json in the folder of --output.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import groupby
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+GRID = (
+    # tokens a row, rows, rank, layers kept
+    (256, 8, 16, 0), (512, 4, 16, 0), (1024, 2, 16, 0), (2048, 1, 16, 0), (4096, 1, 16, 0), (1024, 1, 16, 0),
+    (1024, 4, 16, 0), (1024, 8, 16, 0), (1024, 2, 16, 32), (1024, 4, 16, 16), (512, 4, 16, 16), (256, 4, 16, 32),
+    (1024, 2, 64, 0), (1024, 2, 64, 16), (1024, 2, 8, 0), (1024, 2, 8, 32),
+)  # fmt: skip
+ANSWER_SHARE = 0.86
+"""Of the tokens, as in guanaco."""
+
+
+def main() -> None:
+    """Measures, and writes what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="folder or hub id")
+    parser.add_argument("--t4", action="store_true", help="14.2 GiB, fp16, no flash or cuDNN attention")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a setting, after two that are not")
+    parser.add_argument("--rows", type=int, nargs="+", help="conversations of data instead")
+    parser.add_argument("--output", type=Path, default=Path("benchmark"))
+    options = parser.parse_args()
+    if options.rows:
+        found = [_fit_to_first_step(rows) for rows in options.rows]
+        lines = [
+            "| conversations | file MB | host GiB | seconds to the first step | again, from the cache |",
+            "|---|" * 5,
+        ]
+        lines += [
+            f"| {row['rows']:,} | {row['file_mb']:.0f} | {row['host_gib'][0]:.2f} | {row['seconds'][0]:.0f} | "
+            f"{row['seconds'][1]:.0f} |"
+            for row in found
+        ]
+    else:
+        found, lines = (
+            _steps(options),
+            [
+                "| tokens a row x rows | rank | kept | tokens/s | allocated GiB | forecast | reserved GiB | forecast |",
+                "|---|" * 8,
+            ],
+        )
+        lines += [
+            f"| {row['length']} x {row['rows']} | {row['rank']} | {row['kept']} | {row['tokens_per_second']:,.0f} | "
+            f"{row['allocated']:.2f} | {row['forecast_allocated']:.2f} ({row['error']:+.1%}) | {row['reserved']:.2f} | "
+            f"{row['forecast_reserved']:.2f} |"
+            for row in found
+        ]
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "growth.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    print("\n".join(lines))
+
+
+def _steps(options: argparse.Namespace) -> list[dict]:
+    from lit_qlora.cli import prepare_memory
+
+    prepare_memory()
+    import torch
+
+    if options.t4:
+        import as_t4
+
+        as_t4.emulate()
+    from lit_qlora.model.copies import Copies
+    from lit_qlora.model.load import Lora, add_lora, load_base
+    from lit_qlora.model.module import QLoRAModule
+    from lit_qlora.quiet import quieten
+
+    quieten()
+    dtype = torch.float16 if options.t4 else torch.bfloat16
+    found = []
+    for rank, settings in groupby(sorted(GRID, key=lambda setting: setting[2]), key=lambda setting: setting[2]):
+        module = QLoRAModule(options.base, rank=rank)
+        copies = Copies("auto")
+        base = copies.find(module.base, dtype, "cuda") or module.base
+        loaded = load_base(base, dtype, torch.device("cuda"), "sdpa")
+        if base is module.base:
+            copies.keep(loaded, module.base, dtype, "cuda")
+        module.model = add_lora(loaded, Lora(rank, 16.0, 0.0, "all-linear", False, False)).train()
+        for length, rows, _, kept in settings:
+            found.append(_measure(module, length, rows, rank, kept, dtype, options.steps))
+            print(found[-1], file=sys.stderr, flush=True)
+        del module, loaded
+        torch.cuda.empty_cache()
+    return found
+
+
+def _measure(module, length: int, rows: int, rank: int, kept: int, dtype, num_steps: int) -> dict:
+    import torch
+
+    from lit_qlora.batch import Batch, answer_targets
+    from lit_qlora.model import memory
+    from lit_qlora.model.load import adapter_parameters
+    from lit_qlora.model.optimizer import make_optimizer
+
+    torch.cuda.empty_cache()
+    labels = torch.randint(3, 30_000, (rows, length))
+    labels[:, : int(length * (1 - ANSWER_SHARE))] = -100
+    ids = labels.clamp(min=3)
+    batch = Batch(ids, *answer_targets(labels), tuple(range(rows)), ids.numel(), int((labels > 0).sum()))
+    batch = Batch(*(value.cuda() if isinstance(value, torch.Tensor) else value for value in batch))
+    parameters = list(adapter_parameters(module).values())
+    optimizer = make_optimizer("adamw", parameters, 1e-6, 0.0)
+    scaler, module.kept_layers = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16), kept
+    for step in range(2 + num_steps):
+        if step == 2:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            started = time.monotonic()
+        with torch.autocast("cuda", dtype, cache_enabled=False):
+            loss = module.summed_loss(batch)[0] / batch.step_answer_tokens
+        optimizer.zero_grad()  # as Lightning does: after forward, before backward
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        scaler.step(optimizer)
+        scaler.update()
+    torch.cuda.synchronize()
+    seconds = (time.monotonic() - started) / num_steps
+    capability = torch.cuda.get_device_capability()
+    forecast = memory.step_memory(
+        memory.Step(
+            module.base.shape,
+            tokens=ids.numel(),
+            scored_tokens=len(batch.targets),
+            rank=rank,
+            kept_layers=kept,
+            workspace=memory.HOPPER_WORKSPACE if capability >= (9, 0) else memory.WORKSPACE,
+        )
+    )
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    optimizer.zero_grad()
+    return {
+        "length": length, "rows": rows, "rank": rank, "kept": kept, "tokens_per_second": ids.numel() / seconds,
+        "allocated": allocated / memory.GIB, "forecast_allocated": forecast.total / memory.GIB,
+        "error": forecast.total / allocated - 1, "reserved": reserved / memory.GIB,
+        "forecast_reserved": forecast.reserved / memory.GIB, "moment": forecast.moment,
+    }  # fmt: skip
+
+
+def _fit_to_first_step(rows: int) -> dict:
+    """The real command with the demo's base on ``rows`` conversations of about 1,000 characters, twice."""
+    seconds, host_gib = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.jsonl"
+        with data.open("w", encoding="utf-8") as file:
+            for row in range(rows):
+                text = " ".join(f"word{(row * 31 + place) % 9973}" for place in range(60))
+                file.write(json.dumps({"text": f"### Human: {row}: {text}?### Assistant: {text}."}) + "\n")
+        environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
+        for start in ("first", "second"):
+            command = [sys.executable, str(HERE.parent / "main.py"), "fit", "--data.source", str(data)]
+            command += ["--data.max_length", "128", "--data.validation_share", str(min(0.02, 100 / rows))]
+            command += ["--trainer.max_steps", "1", "--samples.count", "0", "--run", f"{folder}/{start}"]
+            started = time.monotonic()
+            with subprocess.Popen(
+                command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ) as process:
+                assert process.stdout
+                shown = process.stdout.read()
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+            assert process.returncode == 0 and re.search(r"step 1/1", shown), shown
+            seconds.append(time.monotonic() - started)
+            host_gib.append(usage.ru_maxrss / 1024**2)
+        size_mb = data.stat().st_size / 1e6
+    return {"rows": rows, "file_mb": size_mb, "host_gib": host_gib, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Owns multiple-choice questions in MMLU's layout: files of them, and how a question is put to a model.
+
+A .csv has six columns: question, A, B, C, D and the letter of the answer, under a header or none. Knows no model.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lit_qlora.data.encode import Encoder
+from lit_qlora.data.files import excerpt, read_cells
+from lit_qlora.errors import UserError
+from lit_qlora.text.conversation import Conversation, Turn
+
+LETTERS = ("A", "B", "C", "D")
+COLUMNS = ("question", *LETTERS, "answer")
+SPLIT = re.compile(r"_(test|val|dev)$")
+"""What MMLU puts behind a subject in a file's name."""
+
+Style = Literal["plain", "chat"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its four choices, the letter of the right one, and its place in the file."""
+
+    where: str
+    text: str
+    choices: tuple[str, ...]
+    answer: str
+
+    def __str__(self) -> str:
+        """As every harness writes it, up to where the letter of the answer stands."""
+        choices = (f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, self.choices, strict=True))
+        return f"{self.text.strip()}\n{''.join(choices)}Answer:"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The questions of one file."""
+
+    name: str
+    questions: tuple[Question, ...]
+    is_named: bool
+    """Whether the file's name is made as MMLU's are, and so tells what the questions are about."""
+
+
+def read_subjects(option: str, place: str) -> list[Subject]:
+    """The questions of a .csv file, or of every one in a folder, by name.
+
+    Raises UserError naming ``option`` where nothing is found, and file and line for what is no question.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        files = sorted(path.glob("*.csv"))
+        if not files:
+            raise UserError(f"{option}: no .csv file in {place}; give MMLU's folder test (for examples, dev) or a file")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise UserError(f"{option}: no file or folder {place}")
+    return [Subject(SPLIT.sub("", file.stem), _read(file), bool(SPLIT.search(file.stem))) for file in files]
+
+
+def _read(path: Path) -> tuple[Question, ...]:
+    if path.suffix.lower() != ".csv":
+        raise UserError(f"{path}: the ending is {path.suffix!r}, expected .csv; convert the file")
+    rows = read_cells(path)
+    order = list(range(len(COLUMNS)))
+    heads = [cell.strip().lower() for cell in rows[0][1]]
+    if "question" in heads and "answer" in heads:
+        missing = [name for name in COLUMNS if name.lower() not in heads]
+        if missing:
+            raise UserError(
+                f"{rows[0][0]}: no column {missing[0]!r}, columns found: {excerpt(rows[0][1])}; expected "
+                f"{', '.join(COLUMNS)}"
+            )
+        order, width, rows = [heads.index(name.lower()) for name in COLUMNS], len(heads), rows[1:]
+        if not rows:
+            raise UserError(f"{path}: holds a header and no question; check how it was made")
+    else:
+        width = len(COLUMNS)
+    return tuple(_question(where, cells, order, width) for where, cells in rows)
+
+
+def _question(where: str, cells: list[str], order: list[int], width: int) -> Question:
+    if len(cells) != width:
+        raise UserError(
+            f"{where}: {len(cells)} columns, expected {width} ({', '.join(COLUMNS)}), got {excerpt(cells)}; put "
+            "quotes around texts that hold commas"
+        )
+    text, *choices, answer = (cells[place] for place in order)
+    if answer.strip() not in LETTERS:
+        raise UserError(f"{where}: the answer is {excerpt(answer)}, expected A, B, C or D")
+    if not text.strip():
+        raise UserError(f"{where}: the question is empty; delete the row")
+    return Question(where, text, tuple(choices), answer.strip())
+
+
+def examples_for(subject: Subject, given: Sequence[Subject], shots: int) -> tuple[Question, ...]:
+    """The first ``shots`` examples of the subject; a single file's serve every subject.
+
+    Raises UserError when there are none of the subject, or too few.
+    """
+    if shots == 0:
+        return ()
+    found = given[0] if len(given) == 1 else next((one for one in given if one.name == subject.name), None)
+    if found is None:
+        raise UserError(f"examples: none for {subject.name}; expected a file {subject.name}_dev.csv among them")
+    if len(found.questions) < shots:
+        raise UserError(
+            f"{found.questions[-1].where}: ends after {len(found.questions)} examples, expected {shots}; add some, "
+            "or give --shots 0"
+        )
+    return found.questions[:shots]
+
+
+class Prompts:
+    """The ids of questions, each up to where the letter of its answer comes, and the ids of the four letters there.
+
+    ``plain`` is what harnesses and published figures use: what it is about, the examples with their letters, the
+    question, ``Answer:``. ``chat`` puts each question into a user's turn and each letter into an answer of the format
+    that the adapter was trained in. The encoder must cut nothing.
+
+    Raises UserError when the letters do not differ by one token.
+    """
+
+    def __init__(self, encoder: Encoder, style: Style) -> None:
+        self.encoder, self.style = encoder, style
+        written = [self._answered([("?\nAnswer:", letter)]) for letter in LETTERS]
+        self._place = next(
+            (place for place, ids in enumerate(zip(*written, strict=False)) if len({*ids}) > 1), len(written[0])
+        )
+        self.letters = [ids[self._place] for ids in written if len(ids) > self._place]
+        if len({*self.letters}) != len(LETTERS) or len({len(ids) for ids in written}) > 1:
+            raise UserError(
+                "mmlu: the base's tokenizer has no single token for each of A, B, C and D; choose another base"
+            )
+        self._behind = len(written[0]) - self._place
+
+    def ids(self, subject: Subject, question: Question, examples: Sequence[Question]) -> list[int]:
+        """Of a question's prompt. Raises UserError naming its place when it can't be written."""
+        pairs = [(str(example), example.answer) for example in examples] + [(str(question), LETTERS[0])]
+        about = f" about {subject.name.replace('_', ' ')}" if subject.is_named else ""
+        opening = f"The following are multiple choice questions (with answers){about}.\n\n"
+        pairs[0] = (opening + pairs[0][0], pairs[0][1])
+        try:
+            return self._answered(pairs)[: -self._behind]
+        except ValueError as error:
+            raise UserError(f"{question.where}: {error}; with --style plain it is only text") from error
+
+    def _answered(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
+        """The ids of questions with their letters; where the last letter stands, behind it all is the same."""
+        if self.style == "plain":
+            return self.encoder.plain("\n\n".join(f"{question} {letter}" for question, letter in pairs))
+        turns = [(Turn("user", question), Turn("assistant", letter)) for question, letter in pairs]
+        conversation = Conversation(tuple(turn for pair in turns for turn in pair))
+        (example,) = self.encoder.examples([conversation])
+        assert example is not None and not example.was_cut, "an encoder without a limit is expected"
+        return example.input_ids

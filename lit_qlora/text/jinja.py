@@ -1,0 +1,85 @@
+"""Owns the rendering of Jinja chat templates, in the sandbox that transformers has for them, and their record.
+
+Knows nothing of what a template says.
+"""
+
+import hashlib
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jinja2
+
+FORMAT = "jinja"
+"""The name of such a prompt format in an adapter's record."""
+
+
+class _Missing(jinja2.Undefined):
+    """A name that nothing stands for: it may be asked for, as in ``if tools``, and is never written as nothing."""
+
+    def __str__(self) -> str:  # noqa: PLE0307  # it never returns
+        self._fail_with_undefined_error()
+
+    def __iter__(self) -> Any:
+        self._fail_with_undefined_error()
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """The sandbox in which transformers renders chat templates, but for `_Missing`."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._compile_jinja_template("").environment.overlay(undefined=_Missing)  # type: ignore[no-any-return]
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """Raises ValueError, with the line, for what is no Jinja, or can't be a template here."""
+    if not source.strip():
+        raise ValueError("expected a Jinja chat template, got nothing")
+    try:
+        tree = _environment().parse(source)
+        if any(name.name == "strftime_now" for name in tree.find_all(jinja2.nodes.Name)):
+            raise ValueError("strftime_now gives other prompts each day; write a date, or none")
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno} is no valid Jinja: {error.message}") from error
+
+
+def render(
+    template: jinja2.Template, messages: Sequence[Mapping[str, str]], bos: str, eos: str, add_generation_prompt: bool
+) -> str:
+    """The text of ``messages``, from the names that transformers gives to a template.
+
+    Raises ValueError, with the line, when the template's code fails.
+    """
+    try:
+        return template.render(
+            messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=add_generation_prompt,
+            tools=None, documents=None,
+        )  # fmt: skip
+    except Exception as error:  # whatever a template's code may raise
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), 1)
+        raise ValueError(f"line {line} can't be rendered: {' '.join(str(error).split())}") from error
+
+
+def record(source: str) -> dict[str, str]:
+    """What an adapter's record says of its template: all of it, so that no other can be taken by mistake."""
+    return {"prompt_format": FORMAT, "template": source, "template_sha256": digest(source)}
+
+
+def digest(source: str) -> str:
+    """The sha256 of a template."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def check_record(found: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the template in a record is the one that was recorded."""
+    source, expected = found.get("template"), found.get("template_sha256")
+    if not isinstance(source, str) or not isinstance(expected, str):
+        raise ValueError("its prompt format is a Jinja template, and there is none in its record")
+    if digest(source) != expected:
+        raise ValueError(
+            f"its prompt template was altered: expected sha256 {expected[:12]}, found {digest(source)[:12]}"
+        )

@@ -1,0 +1,239 @@
+"""Owns a prompt format of the user's own: a Jinja chat template, as Hugging Face's are, cut into pieces to encode.
+
+It is rendered twice: with a mark in place of each text said, which shows what is the template's own, and as it is.
+Only where both agree does the template pass on untouched what is said, so that no text from outside can become a
+special token, or lie outside the answer that it is; where they do not, the conversation is refused. Knows no token ids.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import product
+from typing import Literal, NamedTuple
+
+from lit_qlora.text import jinja
+from lit_qlora.text.conversation import Conversation
+
+SHORTEST_TAG = 3
+"""Characters of a text of the template's own from which on a turn may not hold it: ``:`` alone stands everywhere."""
+
+RULES = 1
+"""Counted up when the same template and conversation are to give other pieces."""
+
+SHOWN = 30
+"""Characters of a text that a message shows."""
+
+_MARK = re.compile("\ue000(\\d+)\ue001")
+"""Stands for a text said, by its number: 0 is the system text, n is turn n."""
+
+
+class Piece(NamedTuple):
+    """What is encoded by itself.
+
+    A ``stretch`` opens the text, or follows a token; a ``rest`` goes on in mid-text, and gets no space before its
+    first word; a ``token`` is a special token's spelling, and becomes its id.
+    """
+
+    text: str
+    is_answer: bool
+    kind: Literal["stretch", "rest", "token"]
+
+
+class Template:
+    """A chat template, with the special tokens of one tokenizer.
+
+    Args:
+        source: the template; it sees messages, bos_token, eos_token, add_generation_prompt and raise_exception.
+        bos: how the tokenizer spells BOS.
+        eos: and EOS.
+        specials: all of its special tokens; where the template itself writes one, that becomes its id.
+
+    Raises ValueError, with the line, for what is no Jinja.
+    """
+
+    def __init__(self, source: str, bos: str, eos: str, specials: Sequence[str]) -> None:
+        self.source, self.bos, self.eos = source, bos, eos
+        self.specials = sorted({bos, eos, *specials}, key=len, reverse=True)
+        self._compiled = jinja.compile_template(source)
+        self._token = re.compile(f"({'|'.join(map(re.escape, self.specials))})")
+        self._known: dict[tuple[int, bool], list[Piece] | ValueError] = {}
+        self._tags: list[str] | None = None
+
+    def pieces(self, conversation: Conversation) -> list[Piece]:
+        """An open conversation up to where its answer begins, an answered one up to the end of its last answer.
+
+        White space around a turn and around the system text goes. An answer runs from the end of its prompt to EOS.
+
+        Raises ValueError when the template changes or loses what is said or an answer's EOS, or writes another
+        prompt than the one that training had; and when a turn holds one of `tags`.
+        """
+        said = [(conversation.system or "").strip(), *(turn.content.strip() for turn in conversation.turns)]
+        for index, text in enumerate(said):
+            for tag in self.tags_in(text):
+                raise ValueError(f"{_name(index)} holds {tag!r}, which could forge a turn or a system text")
+        return self._fill(said)
+
+    @property
+    def tags(self) -> list[str]:
+        """The texts that the template puts around what is said: in a text from outside, they could forge a turn."""
+        if self._tags is None:
+            own: list[str] = []
+            for with_system in (False, True):
+                try:
+                    own += (piece.text for piece in self._structure(3, with_system) if piece.kind != "token")
+                except ValueError:  # such a conversation is refused as a whole
+                    continue
+            texts = (text.strip() for piece in own for text in _MARK.split(piece)[::2])
+            self._tags = list(dict.fromkeys(text for text in texts if len(text) >= SHORTEST_TAG))
+        return self._tags
+
+    def tags_in(self, text: str) -> list[str]:
+        """Those of `tags` that stand in ``text``."""
+        return [tag for tag in self.tags if tag in text]
+
+    def check(self, system: str | None) -> None:
+        """Tries the template on conversations of all kinds; with a system text only where ``system`` is one.
+
+        Raises ValueError as `pieces` does.
+        """
+        probes = (
+            "Hello",
+            "漢字 und Größe 🙂",
+            f"{self.eos}{self.bos}[INST] <|x|> {{{{ x }}}} \\n &amp; '\"",
+            "a\n\n  b\tc" * 99,
+        )
+        systems = [""] if not (system or "").strip() else ["", str(system).strip(), probes[2]]
+        for probe, rounds, text in product(probes, (1, 3), systems):
+            self._fill([text, *[probe] * (2 * rounds)])
+            self._fill([text, *[probe] * (2 * rounds - 1)])
+
+    def describe(self) -> list[str]:
+        """What is worth knowing of it, in lines for the terminal."""
+        lines = [f"prompts by data.template (sha256 {jinja.digest(self.source)[:12]})"]
+        if self._structure(1, False)[0].text != self.bos:
+            lines.append("data.template writes no BOS, with which Llama's texts begin; {{ bos_token }} would")
+        try:
+            self._structure(1, True)
+        except ValueError as error:
+            lines.append(f"data.template takes no system text: {error}")
+        return lines
+
+    def _fill(self, said: Sequence[str]) -> list[Piece]:
+        """The pieces of a conversation of a system text, which may be empty, and of turns."""
+        num_turns = len(said) - 1
+        is_open, has_system = num_turns % 2 == 1, bool(said[0])
+        marked = self._structure((num_turns + 1) // 2, has_system)
+        end = max(index for index, piece in enumerate(marked) if piece.is_answer) + 1
+        if is_open:
+            while marked[end - 1].is_answer:
+                end -= 1
+            marked = marked[:end]
+        pieces = [piece._replace(text=_MARK.sub(lambda mark: said[int(mark[1])], piece.text)) for piece in marked]
+        expected, came = "".join(piece.text for piece in pieces), self._render(said, is_open)
+        if came != expected:
+            raise ValueError(
+                f"it changes what is said, or looks into it: {_difference(expected, came)}; write each message's "
+                "content as it is (| trim does no harm)"
+            )
+        return pieces[:end]  # what a template writes behind the last answer is nothing to learn
+
+    def _structure(self, rounds: int, has_system: bool) -> list[Piece]:
+        """The pieces of a conversation of ``rounds`` questions and answers, with marks for what is said."""
+        shape = (rounds, has_system)
+        if shape not in self._known:
+            try:
+                self._known[shape] = self._cut(rounds, has_system)
+            except ValueError as error:
+                where = f"with a conversation of {2 * rounds} turns{' and a system text' if has_system else ''}"
+                self._known[shape] = ValueError(f"{where}: {error}")
+        known = self._known[shape]
+        if isinstance(known, ValueError):
+            raise known
+        return known
+
+    def _cut(self, rounds: int, has_system: bool) -> list[Piece]:
+        marks = [f"\ue000{index}\ue001" for index in range(2 * rounds + 1)]
+        if not has_system:
+            marks[0] = ""
+        whole = self._render(marks, False)
+        found = [int(mark) for mark in _MARK.findall(whole)]
+        for index in range(0 if has_system else 1, len(marks)):
+            if found.count(index) != 1:
+                raise ValueError(
+                    f"{_name(index)} is to be written once, and is written {found.count(index)} times; write the "
+                    "content of each message"
+                )
+        if found != sorted(found):
+            raise ValueError(f"the turns are written in another order: {', '.join(map(_name, found))}")
+        pieces, before = list[Piece](), 0
+        for turn in range(2, 2 * rounds + 1, 2):
+            start, end = self._answer(whole, marks, turn)
+            for text, is_answer in ((whole[before:start], False), (whole[start:end], True)):
+                pieces += self._split(text, is_answer, bool(pieces) and pieces[-1].kind != "token")
+            before = end
+        return pieces + self._split(whole[before:], False, False)
+
+    def _answer(self, whole: str, marks: Sequence[str], turn: int) -> tuple[int, int]:
+        """Where in ``whole`` the answer that is ``turn`` begins and ends, EOS counted in."""
+        prompt = self._render(marks[:turn], True)
+        if not whole.startswith(prompt):
+            raise ValueError(
+                f"the prompt for turn {turn}, with add_generation_prompt, is to be the beginning of what is trained: "
+                f"{_difference(whole, prompt)}; write nothing that hangs on what comes later"
+            )
+        start = len(prompt)
+        lead, mark, rest = whole[start:].partition(marks[turn])
+        if lead.strip():
+            raise ValueError(
+                f"the prompt for turn {turn} is to go up to the answer, and lacks {_shown(lead)}; write that where "
+                "add_generation_prompt is set, too"
+            )
+        if not prompt or prompt[-1] in " \t":
+            raise ValueError(
+                f"the prompt for turn {turn} is to end in no space, for a word's token brings its own, and ends in "
+                f"{_shown(prompt, at_end=True)}; write the space before the assistant's content instead"
+            )
+        tail, eos, _ = rest.partition(self.eos)
+        if not eos:
+            raise ValueError(
+                f"the answer that is turn {turn} is to end in EOS, or the model never learns to stop, and goes on with "
+                f"{_shown(rest)}; write {{{{ eos_token }}}} right behind the assistant's content"
+            )
+        if tail.strip():
+            raise ValueError(
+                f"between the answer that is turn {turn} and its EOS may stand nothing, for it would be shown as part "
+                f"of each answer, and {_shown(tail)} does; write {{{{ eos_token }}}} in its place"
+            )
+        return start, start + len(lead) + len(mark) + len(tail) + len(eos)
+
+    def _split(self, text: str, is_answer: bool, goes_on: bool) -> list[Piece]:
+        pieces = []
+        for index, part in enumerate(self._token.split(text)):
+            if part:
+                kind: Literal["stretch", "rest"] = "rest" if goes_on and not index else "stretch"
+                pieces.append(Piece(part, is_answer, "token" if index % 2 else kind))
+        return pieces
+
+    def _render(self, said: Sequence[str], add_generation_prompt: bool) -> str:
+        """The text of a conversation of a system text, which may be empty, and of turns."""
+        roles = ("system", *(("assistant", "user")[number % 2] for number in range(1, len(said))))
+        messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True) if text]
+        return jinja.render(self._compiled, messages, self.bos, self.eos, add_generation_prompt)
+
+
+def _name(index: int) -> str:
+    return f"turn {index}" if index else "the system text"
+
+
+def _shown(text: str, at_end: bool = False) -> str:
+    readable = _MARK.sub(lambda mark: f"({_name(int(mark[1]))})", text)
+    if len(readable) <= SHOWN:
+        return repr(readable)
+    return repr("…" + readable[-SHOWN:] if at_end else readable[:SHOWN] + "…")
+
+
+def _difference(expected: str, came: str) -> str:
+    """The places where two texts part, a few characters of each."""
+    pairs = enumerate(zip(expected, came, strict=False))
+    same = next((index for index, (one, other) in pairs if one != other), min(len(expected), len(came)))
+    start = max(0, same - SHOWN // 3)
+    return f"expected {_shown(expected[start:])}, got {_shown(came[start:])}"

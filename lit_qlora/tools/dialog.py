@@ -1,0 +1,73 @@
+"""Owns one conversation with a run's adapter, wherever it is held: what is asked, remembered, and told beside answers.
+
+Knows neither terminal nor page: what it has to say it returns.
+"""
+
+from dataclasses import replace
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.generate import Sampling
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools.answerer import Answer, Answerer, check_prompt
+
+
+def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
+    """What is said of an answer that the limit ended, which is set by ``limit``."""
+    return f"(cut at {sampling.max_new_tokens} tokens; {limit} sets the limit)"
+
+
+class Dialog:
+    """One conversation.
+
+    Args:
+        answerer: answers.
+        sampling: how; each question has a seed of its own, counted up from this one's.
+        system: the system text; None for the one of training, empty for none.
+    """
+
+    def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
+        self.answerer, self.sampling, self.system = answerer, sampling, system
+        self.turns: list[Turn] = []
+        self._num_left_out = 0
+
+    def fitting(self, turns: list[Turn]) -> tuple[Conversation, str]:
+        """The conversation, without first turns that the context has no room for; and a word on them, or none.
+
+        Raises UserError for what can't be asked.
+        """
+        whole = Conversation(tuple(turns), self.system)
+        try:
+            check_prompt(whole, self.answerer.encoder.check)
+        except ValueError as error:
+            raise UserError(str(error).replace(f"turn {len(turns)} holds", "it holds")) from error
+        fitting, num_left_out = self.answerer.trim(whole, self.sampling)
+        self.answerer.prompt(fitting, self.sampling)  # raises where even the question alone has no room
+        grew, self._num_left_out = num_left_out > self._num_left_out, num_left_out
+        room = self.answerer.max_length
+        return fitting, f"(the first {num_left_out} turns no longer fit into {room} tokens: left out)" if grew else ""
+
+    def remember(self, question: str, answer: Answer) -> str:
+        """Keeps both for the next question, which draws anew; returns a word where it can't, else none."""
+        self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
+        tags = self.answerer.encoder.tags_in(answer.text)
+        if not answer.text or tags:  # the next prompt could not hold it
+            return f"(the answer {f'holds {tags[0]}' if tags else 'is empty'}: question and answer are forgotten)"
+        self.turns += [Turn("user", question), Turn("assistant", answer.text)]
+        return ""
+
+    def forget(self) -> None:
+        """Begins anew; system text and seed stay."""
+        self.turns, self._num_left_out = [], 0
+
+    def set_system(self, system: str) -> None:
+        """Another system text, or none where it is empty. Raises UserError for one that no prompt can hold."""
+        try:
+            check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.check)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.system = system
+
+    @property
+    def effective_system(self) -> str | None:
+        """The system text that questions go with."""
+        return self.answerer.encoder.system if self.system is None else self.system

@@ -1,0 +1,260 @@
+"""Owns the verb evaluate: base against adapter, on held-out rows and on multiple-choice questions, with intervals.
+
+Knows the options and the tables; what a model makes of rows is `scoring`'s, how sure it is is `intervals`'s.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from lit_qlora.errors import UserError, require
+from lit_qlora.quiet import quieten
+from lit_qlora.storage.files import SaveError, replace_file
+from lit_qlora.tools.answerer import Chosen, choose_adapter
+
+if TYPE_CHECKING:
+    from lit_qlora.data.datamodule import ChatDataModule
+    from lit_qlora.data.questions import Subject
+    from lit_qlora.tools.intervals import Figure
+    from lit_qlora.tools.scoring import Scoring
+
+Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
+
+QUESTION_BATCH_TOKENS = 4096
+NO_LIMIT = 2**40
+"""Tokens: a prompt that is too long is told, never cut."""
+
+
+class Compared(NamedTuple):
+    """A figure of the base, of the adapter, and of the second minus the first."""
+
+    base: "Figure"
+    adapter: "Figure"
+    difference: "Figure"
+
+
+class Asked(NamedTuple):
+    """The questions of each subject as ids, the letters as ids, and the place of each right one."""
+
+    names: list[str]
+    prompts: list[list[list[int]]]
+    letters: list[int]
+    answers: list[list[int]]
+    shots: int
+    style: str
+
+
+def evaluate(
+    run: str | None = None,
+    adapter: str | None = None,
+    base: str | None = None,
+    source: str | None = None,
+    max_length: int | None = None,
+    mmlu: str | None = None,
+    shots: Literal[0, 5] = 0,
+    examples: str | None = None,
+    style: Literal["plain", "chat"] = "plain",
+    precision: Precision | None = None,
+    batch_tokens: int | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    output: str | None = None,
+) -> None:
+    """Score an adapter beside its base on held-out conversations or MMLU's questions, with 95 % intervals.
+
+    Args:
+        run: run folder, for its best adapter; default: the newest run.
+        adapter: an adapter folder instead of a run.
+        base: the base of the adapter; default: the one that run or folder names.
+        source: conversations to score: a file, a folder or a hub id, its test split if it has one; default, unless
+            mmlu is given: the run's held-out ones.
+        max_length: tokens of one conversation; default: the run's, or 1024.
+        mmlu: questions to answer: a .csv (question, A, B, C, D, letter of the answer) or a folder of them.
+        shots: examples before each question.
+        examples: the .csv that they come from, or a folder with one for each of mmlu's; MMLU calls it dev.
+        style: of the questions: plain text as in published figures, or chat, the format of training.
+        precision: default: the run's.
+        batch_tokens: tokens of a batch, padding counted; default: the run's batches, and 4096 of questions.
+        draws: of the bootstrap.
+        seed: of the draws.
+        output: a .json to write the figures to; it must not exist.
+    """
+    require(max_length is None or max_length >= 8, "max_length", "at least 8 tokens", max_length)
+    require(batch_tokens is None or batch_tokens >= 1, "batch_tokens", "at least 1 token", batch_tokens)
+    require(draws >= 100, "draws", "at least 100", draws)
+    require(seed >= 0, "seed", "a whole number from 0", seed)
+    if output and Path(output).exists():
+        raise UserError(f"output: {output} exists already; give another name or remove it")
+    if output and not Path(output).parent.is_dir():
+        raise UserError(f"output: no folder {Path(output).parent}")
+    subjects = _read_questions(mmlu, shots, examples)
+    chosen = choose_adapter(run, adapter, base)
+    if source is None and not subjects and chosen.settings is None:
+        raise UserError("source: an adapter folder names no held-out rows; give --source FILE, or --mmlu FILE")
+
+    from lit_qlora.tools.scoring import Scoring
+
+    quieten()
+    # What is wrong with rows or questions is told before a large base is loaded.
+    scoring = Scoring(chosen, precision, batch_tokens)
+    data = _held_out(chosen, source, max_length) if source or not subjects else None
+    asked = _encode(chosen, subjects, style) if subjects else None
+    found: dict[str, Any] = {"base": chosen.base.public_name, "adapter": str(chosen.adapter)}
+    print(f"model  {chosen.base.public_name}, and with {chosen.adapter}; precision {scoring.trainer.precision}")
+    if data:
+        found["held_out"] = _score_held_out(scoring, data, "test" if source else "validate", draws, seed)
+    if asked:
+        found["mmlu"] = _score_questions(scoring, asked, batch_tokens or QUESTION_BATCH_TOKENS, draws, seed)
+    if output:
+        text = json.dumps(_plain(found | {"draws": draws, "seed": seed}), indent=2) + "\n"
+        try:
+            replace_file(Path(output), text.encode())
+        except SaveError as error:
+            raise UserError(f"output: {error}") from error
+
+
+def _prompts(chosen: Chosen) -> dict[str, Any]:
+    """The format that the adapter was trained in."""
+    from lit_qlora.model.load import read_record
+
+    return chosen.prompts(read_record(chosen.adapter))
+
+
+# Held-out conversations
+
+
+def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "ChatDataModule":
+    from lit_qlora.data.datamodule import ChatDataModule
+
+    settings = chosen.settings or {"data": {}}
+    options = settings["data"] | ({"max_length": max_length} if max_length else {})
+    if max_length and options.get("batch_tokens"):
+        options["batch_tokens"] = max(options["batch_tokens"], max_length)
+    options |= {"test_source": source, "tokenizer": chosen.base.name, "seed": settings.get("seed_everything", 42)}
+    options |= _prompts(chosen)
+    data = ChatDataModule(**options)
+    try:
+        data.setup("test" if source else "validate")
+    except UserError as error:
+        raise UserError(str(error).replace("data.test_source:", "source:").replace("data.max", "max")) from error
+    return data
+
+
+def _score_held_out(scoring: "Scoring", data: "ChatDataModule", part: str, draws: int, seed: int) -> dict[str, Any]:
+    import numpy as np
+
+    from lit_qlora.tools.intervals import bootstrap
+
+    def figures(sums: Any) -> Any:
+        with np.errstate(over="ignore"):  # of a broken model, infinite
+            return np.array([sums[0] / sums[2], np.exp(sums[0] / sums[2]), sums[1] / sums[2]])
+
+    base, adapter = scoring.held_out(data, part)
+    compared = (Compared(*found) for found in bootstrap(base, adapter, figures, draws, seed))
+    rows = dict(zip(("loss", "perplexity", "accuracy"), compared, strict=True))
+    for line in data.describe():
+        print(f" data  {line}")
+    print(_note(f"drawn from {len(base):,} conversations", draws))
+    _table("", rows, "#.6g", "#.5g")
+    counts = {"conversations": len(base), "tokens": int(base[:, 2].sum())}
+    return counts | {name: row._asdict() for name, row in rows.items()}
+
+
+# Questions
+
+
+def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[tuple["Subject", Any]]:
+    """Subjects, each with its examples."""
+    if mmlu is None:
+        for name, given in (("shots", shots), ("examples", examples)):
+            if given:
+                raise UserError(f"{name}: {given} is given, and no questions; give --mmlu FILE")
+        return []
+    if shots and not examples:
+        raise UserError(f"shots: {shots} needs examples; give --examples FILE, MMLU's dev file of the subject")
+    if examples and not shots:
+        raise UserError(f"examples: {examples} is given, and shots is 0; give --shots 5")
+    from lit_qlora.data.questions import examples_for, read_subjects
+
+    if examples and Path(examples).resolve() == Path(mmlu).resolve():
+        raise UserError(f"examples: {examples} holds the questions themselves; give MMLU's dev file")
+    subjects = read_subjects("mmlu", mmlu)
+    known = read_subjects("examples", examples) if examples else []
+    return [(subject, examples_for(subject, known, shots)) for subject in subjects]
+
+
+def _encode(chosen: Chosen, subjects: Sequence[tuple["Subject", Any]], style: Literal["plain", "chat"]) -> Asked:
+    """Raises UserError naming the place of a question that the base's context has no room for."""
+    from lit_qlora.data.encode import Encoder, load_tokenizer
+    from lit_qlora.data.questions import LETTERS, Prompts
+
+    encoder = Encoder(load_tokenizer(chosen.base.location), NO_LIMIT, **_prompts(chosen))
+    prompts, context = Prompts(encoder, style), int(chosen.base.config["max_position_embeddings"])
+    encoded: list[list[list[int]]] = []
+    for subject, examples in subjects:
+        encoded.append([])
+        for question in subject.questions:
+            ids = prompts.ids(subject, question, examples)
+            if len(ids) > context:
+                remedy = "give --shots 0, or delete it" if examples else "shorten or delete it"
+                raise UserError(
+                    f"{question.where}: a prompt of {len(ids):,} tokens is more than the {context:,} of "
+                    f"{chosen.base.name}; {remedy}"
+                )
+            encoded[-1].append(ids)
+    answers = [[LETTERS.index(question.answer) for question in subject.questions] for subject, _ in subjects]
+    names = [subject.name for subject, _ in subjects]
+    return Asked(names, encoded, prompts.letters, answers, len(subjects[0][1]), style)
+
+
+def _score_questions(scoring: "Scoring", asked: Asked, batch_tokens: int, draws: int, seed: int) -> dict[str, Any]:
+    import numpy as np
+
+    from lit_qlora.tools.intervals import bootstrap, wilson
+
+    prompts = [ids for subject in asked.prompts for ids in subject]
+    right = np.array([place for subject in asked.answers for place in subject])
+    base, adapter = (scores.argmax(1) == right for scores in scoring.choices(prompts, asked.letters, batch_tokens))
+    ends = np.cumsum([len(subject) for subject in asked.prompts])
+    spans = [
+        (name, slice(end - len(ids), end)) for name, ids, end in zip(asked.names, asked.prompts, ends, strict=True)
+    ]
+    rows: dict[str, Compared] = {}
+    for name, span in [*spans, ("all", slice(None))] if len(spans) > 1 else spans:
+        of_base, of_adapter = (1.0 * hits[span, None] for hits in (base, adapter))
+        count = len(of_base)
+        ((_, _, difference),) = bootstrap(of_base, of_adapter, lambda sums, count=count: sums / count, draws, seed)  # type: ignore[misc]
+        shares = [wilson(int(hits.sum()), count) for hits in (of_base, of_adapter)]
+        rows[f"{name.replace('_', ' ')} ({count:,})"] = Compared(shares[0], shares[1], difference)
+    print(f" data  {len(prompts):,} questions, {asked.shots}-shot, {asked.style}")
+    print(_note("Wilson's, of the difference drawn from questions", draws))
+    _table("accuracy (questions)", rows, ".4f", ".4f")
+    accuracy = {name: row._asdict() for name, row in zip([*asked.names, "all"], rows.values(), strict=False)}
+    return {"questions": len(prompts), "shots": asked.shots, "style": asked.style, "accuracy": accuracy}
+
+
+# Tables
+
+
+def _note(how: str, draws: int) -> str:
+    return f"       in brackets: 95 % intervals, {how} {f'{draws:,} times'}\n"
+
+
+def _table(title: str, rows: Mapping[str, Compared], form: str, ends: str) -> None:
+    """A line a figure; ``form`` and ``ends`` are how a value and the ends of its interval are written."""
+    width = max(map(len, (title, *rows)))
+    print(f"{title:{width}}  {'base':<27}  {'adapter':<27}  adapter - base")
+    for name, row in rows.items():
+        cells = [f"{figure.value:{form}} [{figure.low:{ends}}, {figure.high:{ends}}]" for figure in row]
+        print(f"{name:{width}}  {cells[0]:<27}  {cells[1]:<27}  {cells[2]}")
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it: a figure by its parts, and what is not finite as a text."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

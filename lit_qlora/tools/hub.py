@@ -1,0 +1,160 @@
+"""Owns a repository of the hub that something is sent to: whose it is, who sees it, and one commit that holds it all.
+
+The token comes from the environment or the stored login, and goes to the hub alone. Knows no folder to send from.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_qlora.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+Contents = dict[str, Path | bytes]
+"""What is sent, by its name in the repository."""
+
+KINDS = {"adapter_config.json": "adapter", "config.json": "merged model"}
+"""What a folder or a repository holds, by the file that says so."""
+
+
+class Hub:
+    """A repository and the account that sends to it.
+
+    Args:
+        to: its name, NAME/REPO.
+        public: whether it may be seen by everybody.
+
+    Raises UserError without a token, with one that is refused or may only read, and where the hub can't be reached.
+    """
+
+    def __init__(self, to: str, public: bool) -> None:
+        from huggingface_hub import HfApi, get_token
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+        try:
+            validate_repo_id(to)
+        except HFValidationError:
+            to_is_name = False
+        else:
+            to_is_name = to.count("/") == 1
+        if not to_is_name:
+            raise UserError(f"to: {to!r} is no name of a repository; expected NAME/REPO, as in ann/my-adapter")
+        token = get_token()
+        if not token:
+            raise UserError(
+                "push: no token of the hub; set HF_TOKEN in the environment to one that may write, or log in with "
+                "'hf auth login'"
+            )
+        if not re.fullmatch(r"[!-~]+", token):
+            raise UserError(
+                "push: the token of the hub (HF_TOKEN or the stored login) holds what no token has; renew it"
+            )
+        self.to, self.public = to, public
+        self._api = HfApi(token=token)
+        with _in_one_line(to, token):
+            account = self._api.whoami()
+        self._token = token
+        self.account = str(account["name"])
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise UserError(f"push: the token of {self.account} may only read; make one that may write")
+        self._there = self._look()
+
+    def _look(self) -> "ModelInfo | None":
+        """The repository as it is on the hub; None where there is none, or none that this account sees."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        with _in_one_line(self.to, self._token):
+            try:
+                return self._api.model_info(self.to)
+            except RepositoryNotFoundError:
+                return None
+
+    @property
+    def _files(self) -> set[str]:
+        return {file.rfilename for file in self._there.siblings or ()} if self._there else set()
+
+    def check(self, kind: str) -> None:
+        """Raises UserError where everybody would see what was to be private, or two kinds would mix."""
+        if self._there and not self._there.private and not self.public:
+            raise UserError(
+                f"to: {self.to} is there and public; make it private on the hub, take another name, or give --public"
+            )
+        for name, other in KINDS.items():
+            if other != kind and name in self._files:
+                # transformers would lay the adapter over the merged model.
+                raise UserError(f"to: {self.to} holds another kind ({name}); give the {kind} a repository of its own")
+
+    def outlook(self, contents: Iterable[str]) -> str:
+        """Who will see it, and what becomes of what is there."""
+        private = self._there.private if self._there else not self.public
+        seen = "private" if private else "PUBLIC, for everybody to see"
+        if self._there is None:
+            return f"{seen}, to be made"
+        num_replaced = len(self._files & set(contents))
+        return f"{seen}, is there; {num_replaced} of its {len(self._files)} files replaced"
+
+    def send(self, contents: Contents, message: str, check: Callable[[], None]) -> str:
+        """Sends all in one commit; says what came of it. What a cut leaves on the hub is not sent again.
+
+        Args:
+            contents: files by their names.
+            message: of the commit.
+            check: called before the commit, when the large files are there; may raise.
+
+        Raises UserError, and then the repository shows nothing of it.
+        """
+        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub.utils import disable_progress_bars
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        with _in_one_line(self.to, self._token):
+            if self._there is None:
+                self._api.create_repo(self.to, private=not self.public, exist_ok=True)
+        before = self._look()
+        if before is None or (not before.private and not self.public):  # somebody else was quicker
+            raise UserError(f"to: {self.to} is not as it was asked for; nothing was sent, see to it on the hub")
+        with _in_one_line(self.to, self._token):
+            operations = [CommitOperationAdd(name, part) for name, part in contents.items()]
+            self._api.preupload_lfs_files(self.to, operations, free_memory=False)
+            check()
+            commit = self._api.create_commit(self.to, operations, commit_message=message)
+        if commit.oid == before.sha:
+            return f"all of it was there already: {self._api.endpoint}/{self.to}"
+        seen = "private" if before.private else "public"
+        return f"sent, {seen}: {self._api.endpoint}/{self.to}"
+
+
+@contextmanager
+def _in_one_line(to: str, token: str) -> Iterator[None]:
+    """Raises UserError for whatever the hub's library raises: of which class that is depends on its version."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while _status(cause) is None and cause.__cause__ is not None:  # "Error while uploading", which says nothing
+            cause = cause.__cause__
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split()).replace(token, "(token)")[:200]
+        raise UserError(_remedy(_status(cause), to, reason)) from None
+
+
+def _status(error: BaseException) -> int | None:
+    """Of the answer that an error tells of, if there was one."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _remedy(status: int | None, to: str, reason: str) -> str:
+    if status == 401:
+        return "push: the hub does not accept the token; renew HF_TOKEN or, without it, the stored login"
+    if status == 403:
+        return f"push: this account, or its token, may not write to {to} (403): {reason}"
+    if status is not None and status < 500 and status != 429:
+        return f"push: the hub refused it ({status}): {reason}"
+    return f"push: the hub can't be reached or broke off; give the same command again, it goes on: {reason}"

@@ -1,0 +1,138 @@
+"""Owns the verb push: an adapter or a merged model to the hub, private unless it is said otherwise.
+
+What a folder's manifest names is sent, once it was verified, and nothing else that may lie there. The hub's side is
+`lit_qlora.tools.hub`'s. Knows no model.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from lit_qlora.errors import UserError
+from lit_qlora.quiet import quieten
+from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
+from lit_qlora.storage.run import CARD
+from lit_qlora.tools.answerer import trained_run
+from lit_qlora.tools.hub import KINDS, Contents, Hub
+
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+"""What a token of the hub looks like."""
+
+RECORD = "lit_qlora.json"
+"""What both have, and no base: its 4-bit copy is sealed, too."""
+
+THIS_FOLDER = '"this-folder"'
+"""How a card calls the folder that it lies in, where Python loads it; on the hub it has a name."""
+
+
+def push(
+    to: str,
+    run: str | None = None,
+    adapter: str | None = None,
+    folder: str | None = None,
+    public: bool = False,
+    yes: bool = False,
+) -> None:
+    """Send an adapter or a merged model to the hub: shown and asked first, private unless --public is given.
+
+    Args:
+        to: the repository, as NAME/REPO; one that is not there yet is made. The account is that of HF_TOKEN in the
+            environment, or of the stored login.
+        run: run folder, for its best adapter; default: the newest run.
+        adapter: an adapter folder instead of a run.
+        folder: a folder that merge made, instead of both.
+        public: for everybody to see. A repository that is there already stays what it is.
+        yes: send without asking.
+    """
+    quieten()
+    source = _source(run, adapter, folder)
+    kind, sizes = _verified(source)
+    contents = _contents(source, sizes, to)
+    hub = Hub(to, public)
+    hub.check(kind)
+    print(_plan(source, kind, contents, hub), flush=True)
+    if yes or _agreed():
+        print(hub.send(contents, f"The {kind}, from lit-qlora", lambda: _check_unchanged(source, sizes)))
+    else:
+        print("nothing was sent")
+
+
+def _source(run: str | None, adapter: str | None, folder: str | None) -> Path:
+    given = {name: value for name, value in (("run", run), ("adapter", adapter), ("folder", folder)) if value}
+    if len(given) > 1:
+        (first, _), (second, value) = [*given.items()][:2]
+        raise UserError(f"{second}: {value} is given, and --{first} {given[first]} too; give one of the two")
+    return Path(adapter or folder or trained_run(run).adapter)
+
+
+def _verified(source: Path) -> tuple[str, dict[str, int]]:
+    """What ``source`` is, and the sizes of its files by name. Raises UserError unless all are as they were saved."""
+    if not source.is_dir():
+        raise UserError(f"push: {source} is no folder; give a folder that fit or merge made")
+    kind = next((kind for name, kind in KINDS.items() if (source / name).is_file()), None)
+    if kind is None or not (source / RECORD).is_file():
+        raise UserError(
+            f"push: {source} is no adapter and no merged model of lit-qlora; give a folder that fit or merge made"
+        )
+    if not (source / MANIFEST).is_file():
+        raise UserError(
+            f"push: {source} has no {MANIFEST}, so nobody knows what belongs to it; give a folder that fit or merge "
+            "made"
+        )
+    try:
+        return kind, verify_folder(source, allow_extra=True, may_differ=[CARD])
+    except DamagedFolderError as error:
+        raise UserError(f"{error}: it was altered or cut short after it was saved, and is not sent") from error
+
+
+def _contents(source: Path, sizes: dict[str, int], to: str) -> Contents:
+    """What is sent, by name: each file as it is, but the card, which gets the name of the repository.
+
+    The manifest stays here: it would call a card damaged that is edited on the hub, and the hub keeps hashes of its
+    own. Raises UserError where a token stands in a text.
+    """
+    contents: Contents = {}
+    for name in sorted(sizes):
+        contents[name] = source / name
+        if name.endswith(".safetensors"):
+            continue
+        content = (source / name).read_bytes()
+        if TOKEN.search(content):
+            raise UserError(f"push: {source / name} holds a token of the hub; take it out, nothing was sent")
+        if name == CARD:
+            contents[name] = content.replace(THIS_FOLDER.encode(), json.dumps(to).encode())
+    return contents
+
+
+def _plan(source: Path, kind: str, contents: Contents, hub: Hub) -> str:
+    sizes = {name: len(part) if isinstance(part, bytes) else part.stat().st_size for name, part in contents.items()}
+    width = max(map(len, sizes))
+    lines = [f"push  {kind} {source}", f"to    {hub.to}: {hub.outlook(contents)}; as {hub.account}"]
+    lines += [f"        {name:{width}} {_size(size):>9}" for name, size in sizes.items()]
+    return "\n".join([*lines, f"      {len(sizes)} files, {_size(sum(sizes.values()))}"])
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= pair[0]), (1e3, "kB"))
+    return f"{num_bytes / unit:,.1f} {name}"
+
+
+def _agreed() -> bool:
+    if not sys.stdin.isatty():
+        raise UserError("yes: nothing was sent, for here is no terminal to ask at; give --yes to send what is shown")
+    try:
+        return input("send it? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
+
+
+def _check_unchanged(source: Path, sizes: dict[str, int]) -> None:
+    """Raises UserError where a training that goes on has put a better adapter in place while this one was sent."""
+    try:
+        if verify_folder(source, allow_extra=True, may_differ=[CARD]) == sizes:
+            return
+    except DamagedFolderError:
+        pass
+    raise UserError(f"push: {source} was changed while it was sent, and the hub has none of it; give the command again")

@@ -1,0 +1,147 @@
+"""Owns what a model makes of given tokens, row by row: base + adapter, and the base alone.
+
+The layers, the batches and the precision are those of `validate`, so that the sums are its own. Knows no statistics.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from shutil import get_terminal_size
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lit_qlora.batch import Batch
+from lit_qlora.data.batching import BatchPlan
+from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.errors import UserError
+from lit_qlora.model.loss import token_cross_entropies
+from lit_qlora.model.module import QLoRAModule
+from lit_qlora.tools.answerer import Chosen
+from lit_qlora.trainer import QLoRATrainer
+
+Array = NDArray[np.float64]
+
+
+class Scorer(QLoRAModule):
+    """The module of training; a prediction is what ``read`` takes from a batch: ``[rows, k]``."""
+
+    read: Callable[[Batch], torch.Tensor]
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Which rows these are, and what was read from them."""
+        return batch.rows, self.read(batch).double().cpu()
+
+    def sums(self, batch: Batch) -> torch.Tensor:
+        """Nats, tokens that were the likeliest, and tokens, of each row."""
+        nats, is_likeliest = token_cross_entropies(self._scored(batch), self._head, batch.targets)
+        each = torch.stack([nats.double(), is_likeliest.double(), torch.ones_like(nats.double())], 1).cpu()
+        if batch.lengths:  # one row behind the other
+            ends = torch.tensor(batch.lengths).cumsum(0)
+            owner = torch.bucketize(batch.positions.cpu(), ends, right=True)
+        else:
+            owner = batch.positions.cpu() // batch.input_ids.shape[1]
+        return torch.zeros(len(batch.rows), 3, dtype=torch.float64).index_add_(0, owner, each)
+
+    def scores(self, batch: Batch, ids: Sequence[int]) -> torch.Tensor:
+        """Logits of ``ids`` behind each row's last token; only their rows of the head are multiplied."""
+        hidden = self._scored(batch)
+        # In fp32: rounded to bf16, letters that are near each other would often come out equal.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ self._head[list(ids)].float().T
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """While it is open, the base alone computes."""
+        self._layers.clear()  # taken apart, they do not hear of it
+        with self.peft_model.disable_adapter():
+            yield
+        self._layers.clear()
+
+    @property
+    def _head(self) -> torch.Tensor:
+        llama: Any = self.peft_model.get_base_model()
+        return llama.lm_head.weight  # type: ignore[no-any-return]
+
+    def _scored(self, batch: Batch) -> torch.Tensor:
+        return self._hidden(batch).flatten(0, 1)[batch.positions]
+
+
+class Scoring:
+    """Base and adapter, loaded when first asked.
+
+    Args:
+        chosen: base and adapter, and of a run its settings, which hold here too.
+        precision: instead of that in the settings.
+        batch_tokens: tokens of a batch, padding counted, instead of the settings' batches.
+
+    Raises UserError for what this device can't compute.
+    """
+
+    def __init__(self, chosen: Chosen, precision: str | None, batch_tokens: int | None) -> None:
+        settings: Mapping[str, Any] = chosen.settings or {"model": {}, "trainer": {}}
+        model = {name: settings["model"][name] for name in ("attention", "compile", "quantized_cache")
+                 if name in settings["model"]}  # fmt: skip
+        self.batch_tokens = batch_tokens
+        self.module = Scorer(chosen.base.name, str(chosen.adapter), **model)
+        trainer = settings["trainer"]
+        try:
+            self.trainer = QLoRATrainer(
+                precision=precision or trainer.get("precision", "auto"),  # type: ignore[arg-type]
+                accelerator="cpu" if trainer.get("accelerator") == "cpu" else "auto",
+                num_weights=chosen.base.shape.num_parameters,
+                logger=False,
+                enable_progress_bar=False,
+            )
+        except UserError as error:
+            raise UserError(str(error).removeprefix("trainer.")) from error
+
+    def held_out(self, data: ChatDataModule, part: str) -> tuple[Array, Array]:
+        """`Scorer.sums` of the rows of ``part``, validate or test, that ``data`` has set up: base, adapter."""
+        data.trainer = self.trainer
+        if self.batch_tokens:
+            data.plan = BatchPlan(tokens=max(self.batch_tokens, data.max_length))
+        loader = data.val_dataloader() if part == "validate" else data.test_dataloader()
+        return self._both(loader, self.module.sums, "held-out rows")
+
+    def choices(self, prompts: Sequence[Sequence[int]], ids: Sequence[int], batch_tokens: int) -> tuple[Array, Array]:
+        """Logits of ``ids`` behind each of ``prompts``: base, adapter, each ``[prompts, ids]``."""
+        plan = BatchPlan(tokens=batch_tokens).epoch([len(prompt) for prompt in prompts], 0, 0)
+        batches = [_last_tokens(rows, [prompts[row] for row in rows]) for rows in plan]
+        return self._both(batches, lambda batch: self.module.scores(batch, ids), "questions")
+
+    def _both(self, batches: Iterable[Batch], read: Callable[[Batch], torch.Tensor], what: str) -> tuple[Array, Array]:
+        self.module.read = read
+        self.module.trainer = self.trainer
+        self.module.configure_model()
+        with self.module.without_adapter():
+            base = self._read(batches, f"{what}, base")
+        return base, self._read(batches, f"{what}, adapter")
+
+    def _read(self, batches: Iterable[Batch], what: str) -> Array:
+        shown = tqdm(
+            batches, what, leave=False, disable=not sys.stderr.isatty(),
+            ncols=get_terminal_size().columns, nrows=get_terminal_size().lines,
+        )  # fmt: skip
+        try:
+            parts: Any = self.trainer.predict(self.module, dataloaders=shown)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"batch_tokens: out of memory at the {what}; give a smaller one, such as --batch_tokens 1024"
+            ) from error
+        rows = [row for rows, _ in parts for row in rows]
+        return torch.cat([values for _, values in parts]).numpy()[np.argsort(rows)]  # type: ignore[no-any-return]
+
+
+def _last_tokens(rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Batch:
+    """Prompts padded on the right; what is predicted is what comes behind each."""
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for index, prompt in enumerate(prompts):
+        input_ids[index, : len(prompt)] = torch.tensor(prompt)
+    ends = torch.tensor([index * width + len(prompt) - 1 for index, prompt in enumerate(prompts)])
+    tokens = sum(map(len, prompts))
+    return Batch(input_ids, ends, torch.zeros_like(ends), tuple(rows), tokens, len(prompts))

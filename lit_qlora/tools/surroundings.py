@@ -1,0 +1,284 @@
+"""Owns what is found of this machine: packages, GPU, memory, disks, token. Each finding says what to do about it.
+
+Imports nothing but Python's own at the top: it is for machines on which something else can't be imported.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+GIB = 1024**3
+REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
+MODULES = {
+    "pillow": "PIL",
+    # What fails first of each where it does not go with the others.
+    "lightning": "lightning.pytorch",
+    "transformers": "transformers.models.llama.modeling_llama",
+}
+WITHOUT_TORCH = ("jsonargparse", "datasets", "tensorboard")
+HOST_BYTES = 2.5 * GIB
+"""Python, torch with CUDA and one 16-bit weight of a 7B, as `plan` has it."""
+
+
+class Finding(NamedTuple):
+    """What was found. A problem stops a fit; a note does not."""
+
+    kind: Literal["ok", "note", "problem"]
+    text: str
+    remedy: str = ""
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
+
+
+# Packages
+
+
+def packages() -> Iterator[Finding]:
+    """Each package of requirements.txt: is it there, within its range, and can it be imported?"""
+    requirement = _requirement_parser()
+    if requirement is None:
+        yield Finding("problem", "packaging: can't be imported, no version is checked", "pip install packaging")
+    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"[\w-]+", line):
+            name = found[0]
+            yield _package(name, line.strip(), requirement, name in ("torch", *WITHOUT_TORCH) or _torch() is not None)
+
+
+def _torch() -> Any:
+    """torch, if it could be imported."""
+    torch = sys.modules.get("torch")
+    return torch if hasattr(torch, "cuda") else None
+
+
+def _requirement_parser() -> Any:
+    for module in ("packaging.requirements", "pip._vendor.packaging.requirements"):
+        try:
+            return importlib.import_module(module).Requirement
+        except Exception:
+            continue
+    return None
+
+
+def _package(name: str, asked: str, requirement: Any, tries: bool) -> Finding:
+    remedy = f"pip install '{asked}'"
+    try:
+        version = metadata.version(name)
+        fits = requirement is None or requirement(asked).specifier.contains(version, prereleases=True)
+    except metadata.PackageNotFoundError:
+        return Finding("problem", f"{name}: not installed, expected {asked}", "pip install -r requirements.txt")
+    except Exception as error:  # half an installation has half a record
+        return Finding("problem", f"{name}: no version can be read ({reason(error)})", f"{remedy} --force-reinstall")
+    if not tries:
+        return Finding("note", f"{name} {version}: not tried, for it needs torch")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(MODULES.get(name, name))
+    except Exception as error:
+        text = f"{name} {version}: can't be imported ({reason(error)})"
+        return Finding("problem", text, f"{remedy} --force-reinstall; in a notebook, restart the session then")
+    if not fits:
+        return Finding("problem", f"{name} {version}: outside of {asked}", f"{remedy}; in a notebook, restart it then")
+    return Finding("ok", f"{name} {version}")
+
+
+def torchao() -> Iterator[Finding]:
+    """peft's own look at torchao, which raises for an old one."""
+    if importlib.util.find_spec("torchao") is None:
+        return
+    try:
+        from peft.import_utils import is_torchao_available
+    except Exception:  # told of peft already
+        return
+    try:
+        is_torchao_available()
+    except ImportError as error:
+        yield Finding(
+            "note",
+            f"torchao: peft refuses every base that is not in 4 bits ({' '.join(str(error).split())}); fit, chat and "
+            "merge here are not touched, PeftModel on 16-bit weights is",
+            "pip uninstall -y torchao, or pip install -U torchao",
+        )
+
+
+# What is computed on
+
+
+def gpu() -> Iterator[Finding]:
+    """The GPU as torch has it, beside what the driver's own program says."""
+    seen = _nvidia_smi()
+    torch = _torch()
+    if torch is None:
+        yield Finding("note", f"GPU: {seen or 'none seen'}; torch can't be asked")
+        return
+    trouble = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not torch.cuda.is_available():
+            if seen and torch.version.cuda:
+                try:
+                    torch.cuda.init()
+                except Exception as error:
+                    trouble = reason(error)
+            yield _no_gpu(torch, seen, trouble)
+            return
+    capability, (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
+    driver = f", driver {seen.rpartition(' driver ')[2]}" if seen else ""
+    text = (
+        f"GPU: {torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}{driver}, "
+        f"{total / GIB:.2f} GiB, {free / GIB:.2f} free"
+    )
+    if torch.cuda.device_count() > 1:
+        text += f"; the first of {torch.cuda.device_count()}, and one is used"
+    if capability < (7, 5):
+        yield Finding("problem", f"{text}: below 7.5 bitsandbytes has no kernels", "take another card, such as a T4")
+    elif free < 0.9 * total:
+        yield Finding("note", f"{text}: another process holds the rest", "end it (nvidia-smi; a notebook's kernel?)")
+    else:
+        yield Finding("ok", text)
+    yield from compiler()
+
+
+def _no_gpu(torch: Any, seen: str, trouble: str) -> Finding:
+    if not seen:
+        return Finding(
+            "note", "GPU: none; the demo trains without one, Llama 2 7B does not",
+            "on Colab: Runtime, Change runtime type, T4",
+        )  # fmt: skip
+    if not torch.version.cuda:
+        return Finding("problem", f"GPU: {seen}, and this torch is a build without CUDA", "install torch for CUDA")
+    return Finding("problem", f"GPU: {seen}, and torch can't use it ({trouble})", "update the driver, or restart")
+
+
+def _nvidia_smi() -> str:
+    """Name and driver of the first GPU; nothing where there is none."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        name, driver = done.stdout.splitlines()[0].rsplit(",", 1)
+        return f"{name.strip()} driver {driver.strip()}"
+    except Exception:
+        return ""
+
+
+def compiler() -> Iterator[Finding]:
+    """What kernels are compiled with on a GPU: triton, a C compiler and Python's headers."""
+    missing = [] if importlib.util.find_spec("triton") else ["triton"]
+    missing += [] if any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))) else ["a C compiler"]
+    missing += [] if (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file() else ["Python's headers"]
+    if missing:
+        text = f"compiled kernels: {' and '.join(missing)} missing"
+        yield Finding("problem", text, "install gcc and python3-dev, or give --model.compile false")
+
+
+def four_bit() -> Iterator[Finding]:
+    """One weight into 4 bits and out again, on the device that a fit would take."""
+    torch, functional = _torch(), sys.modules.get("bitsandbytes.functional")
+    if torch is None or functional is None:
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        weight = torch.linspace(-1, 1, 4096, device=device).view(64, 64)
+        packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        far = (functional.dequantize_4bit(packed, state) - weight).abs().max().item()
+        if not far < 0.2:
+            raise ArithmeticError(f"a weight comes back {far:.2g} off")
+    except Exception as error:
+        text = f"bitsandbytes: 4 bits fail on the {device} ({reason(error)})"
+        yield Finding("problem", text, "python -m bitsandbytes says more; pip install --force-reinstall bitsandbytes")
+        return
+    yield Finding("ok", f"bitsandbytes: 4 bits work on the {device}")
+
+
+# Room
+
+
+def host_memory() -> Iterator[Finding]:
+    """Of the machine, or of the container where that has less."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
+    except (OSError, KeyError, ValueError):
+        yield Finding("ok", "host memory: this system doesn't tell")
+        return
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit() and int(text) < total:
+        total = int(text)
+        free = min(free, total)
+    shown = f"host memory: {total / GIB:.1f} GiB, {free / GIB:.1f} available"
+    if free < HOST_BYTES:
+        yield Finding("note", f"{shown}; loading a 7B takes {HOST_BYTES / GIB:.1f}", "end other programs")
+    else:
+        yield Finding("ok", shown)
+
+
+def disk(what: str, folder: Path, needed: int, remedy: str) -> Iterator[Finding]:
+    """Room where ``folder`` is or will be, against the bytes that a fit will write there."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+    free = shutil.disk_usage(there).free
+    shown = f"disk of {what}: {free / 1e9:.1f} GB free"
+    if not os.access(there, os.W_OK):
+        yield Finding("problem", f"{shown}, and it may not be written", remedy)
+    elif free < needed:
+        yield Finding("problem", f"{shown}, {needed / 1e9:.1f} needed", f"free some, or {remedy}")
+    elif str(there.resolve()).startswith("/content/drive"):
+        yield Finding("note", f"{shown}; a mounted Drive loses files", "write here, and give --mirror that folder")
+    else:
+        yield Finding("ok", shown)
+
+
+def hub_cache() -> Path:
+    """Where the hub's library keeps what it downloads."""
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except Exception:
+        return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    return Path(HF_HUB_CACHE)
+
+
+# The hub
+
+
+def token() -> Iterator[Finding]:
+    """Whether there is a token, and where; never which."""
+    if any(os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
+        yield Finding("ok", "token: in the environment")
+        return
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    stored = Path(os.environ.get("HF_TOKEN_PATH", f"{home}/token")).expanduser()
+    try:
+        is_stored = bool(stored.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        is_stored = False
+    if is_stored:
+        yield Finding("ok", "token: a stored one")
+    else:
+        yield Finding("ok", "token: none; open bases need none, gated ones do (HF_TOKEN in the environment)")
+
+
+def reaches_hub() -> bool:
+    """Whether the hub answers at all; with a proxy, that is the proxy's affair. The hub's library tries for 30 s."""
+    if any(name.lower() in ("https_proxy", "all_proxy") and value for name, value in os.environ.items()):
+        return True
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("://")[-1].split("/")[0]
+    host, _, port = address.partition(":")
+    try:
+        socket.create_connection((host, int(port or 443)), timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True

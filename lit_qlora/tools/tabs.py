@@ -1,0 +1,133 @@
+"""Owns the conversations of browser tabs, what is shown of them, and the one thread that answers them, in turn.
+
+What is asked and remembered is `Dialog`'s. Knows the answerer as something that streams answers; no page, no gradio.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from html import escape
+from typing import Any, NamedTuple
+
+from lit_qlora.model.generate import Sampling
+from lit_qlora.text.conversation import Conversation
+from lit_qlora.tools.answerer import Answer, Answerer
+from lit_qlora.tools.dialog import Dialog, cut_note
+
+TICK_S = 0.05
+"""From one piece of an answer to the next: smooth to the eye, and few enough for a link through a tunnel."""
+
+LIMIT = "Answer limit, under Settings,"
+WAITING = "(another page is being answered; this one is next in turn)"
+
+Messages = list[dict[str, Any]]
+"""What a column of the page shows, in gradio's form."""
+
+
+class Asked(NamedTuple):
+    """A question, the conversation that it stands in, and how its answer is drawn."""
+
+    question: str
+    conversation: Conversation
+    sampling: Sampling
+
+
+class Tab(Dialog):
+    """The conversation of one browser tab, and what is shown of it."""
+
+    def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
+        super().__init__(answerer, sampling, system)
+        self.of_adapter: Messages = []
+        self.of_base: Messages = []
+        self.for_adapter: Asked | None = None
+        self.for_base: Asked | None = None
+        """What was asked last, until it was answered."""
+        self.answering = self.stopped = False
+
+    @property
+    def shown(self) -> tuple[Messages, Messages]:
+        """Both columns."""
+        return self.of_adapter, self.of_base
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """While it is open, nothing else may be asked."""
+        self.answering, self.stopped = True, False
+        try:
+            yield
+        finally:
+            self.answering = False
+
+
+class Worker:
+    """The one thread: who asks while it answers another waits in line, and is told."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self.answerer = answerer
+        self._thread = ThreadPoolExecutor(1)
+        self._closing = False
+
+    def close(self) -> None:
+        """Ends the answer under way, and forgets those in line."""
+        self._closing = True
+        self._thread.shutdown(cancel_futures=True)
+
+    def stream(self, tab: Tab | None, compares: bool) -> Iterator[tuple[Messages, Messages]]:
+        """What was asked and not answered yet: both columns, as the answers come."""
+        if tab is None or tab.answering:
+            return
+        with tab.busy():
+            if asked := tab.for_adapter:
+                tab.for_adapter = None
+                answer = yield from self._answer(tab, asked, tab.of_adapter, nullcontext)
+                say(tab.of_adapter, "assistant", tab.remember(asked.question, answer))
+            if compares and (asked := tab.for_base) and not tab.stopped:
+                tab.for_base = None
+                say(tab.of_base, "user", asked.question)
+                yield from self._answer(tab, asked, tab.of_base, self.answerer.without_adapter)
+        yield tab.shown
+
+    def _answer(
+        self, tab: Tab, asked: Asked, messages: Messages, switch: Callable[[], AbstractContextManager[None]]
+    ) -> Generator[tuple[Messages, Messages], None, Answer]:
+        """Has the worker answer, and adds what has come to ``messages``, until that is all or it was stopped."""
+        pieces: list[str] = []
+
+        def show(text: str) -> bool:
+            pieces.append(text)
+            return not (tab.stopped or self._closing)
+
+        def answer() -> Answer:
+            with switch():
+                return self.answerer.stream(asked.conversation, asked.sampling, show)
+
+        future = self._thread.submit(answer)
+        message = say(messages, "assistant", WAITING)
+        try:
+            while not wait([future], TICK_S).done:
+                if tab.stopped:
+                    future.cancel()
+                if future.running():
+                    message["text"] = _plain("".join(pieces))
+                yield tab.shown
+        finally:  # a page that is closed ends this generator, and with it what nobody waits for any more
+            tab.stopped |= not future.done()
+            future.cancel()
+        done = Answer("", False) if future.cancelled() else future.result()
+        message["text"] = _plain(done.text)
+        note = "" if done.stopped else cut_note(asked.sampling, LIMIT)
+        say(messages, "assistant", "(stopped)" if tab.stopped else note)
+        return done
+
+
+def say(messages: Messages, role: str, text: str) -> dict[str, str]:
+    """Adds a message, unless there is nothing to say; returns the part of it that holds the text."""
+    part = {"type": "text", "text": _plain(text)}  # a bare string would lose its indentation
+    if text:
+        messages.append({"role": role, "content": [part]})
+    return part
+
+
+def _plain(text: str) -> str:
+    """``text`` for a page that takes what it is given for HTML: nothing that was said may become that."""
+    return escape(text, quote=False)

@@ -1,0 +1,217 @@
+"""Owns the conversation on a page: chat --web, through gradio, which is an optional extra.
+
+The conversations are `lit_qlora.tools.tabs`'s; this is how they look, and what a click does. Knows no model.
+"""
+
+import io
+import logging
+import os
+import threading
+from contextlib import redirect_stdout
+from functools import partial
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lit_qlora.errors import UserError, require
+from lit_qlora.model.generate import Sampling
+from lit_qlora.text.conversation import Turn
+from lit_qlora.tools.answerer import Answerer
+from lit_qlora.tools.tabs import Asked, Tab, Worker, say
+
+NEEDED = (6, 29)
+"""The oldest gradio that will do, as in requirements-web.txt."""
+
+CSS = """
+.gradio-container {width: 100%; max-width: 64rem !important; margin: auto}
+.gradio-container > main {padding: .5rem 1rem !important}
+.dark {color-scheme: dark}
+#columns {height: calc(100dvh - 18rem); min-height: 20rem; flex-wrap: nowrap}
+#adapter, #base {height: 100% !important}
+#columns .md {white-space: pre-wrap; overflow-wrap: anywhere}
+#columns label {position: static; width: fit-content}
+#columns .top-panel {display: none}
+#name b {font-size: 1.1rem}
+@media (max-width: 40rem) {
+  #columns {flex-direction: column}
+  #adapter, #base {height: auto !important; min-height: 0; flex: 1 1 0}
+}
+#notice {border-left: 3px solid var(--color-accent); padding-left: .7rem}
+"""
+
+Updates = dict[Any, Any]
+"""The components of the page that change, with what becomes of them."""
+
+
+def check_gradio() -> None:
+    """Raises UserError unless a gradio is installed that will do."""
+    try:
+        found = version("gradio")
+    except PackageNotFoundError:
+        found = ""
+    if not found or tuple(map(int, found.split(".")[:2])) < NEEDED:
+        what = f"gradio {found} is too old" if found else "gradio is not installed"
+        raise UserError(f"web: {what}; pip install -r requirements-web.txt")
+
+
+def serve(answerer: Answerer, sampling: Sampling, system: str | None, share: bool, port: int | None) -> None:
+    """Shows the page until a signal ends the process.
+
+    Args:
+        answerer: answers.
+        sampling: what the page's fields begin with.
+        system: likewise; None for the system text of training.
+        share: whether to ask gradio's servers for a link that anyone can open.
+        port: to listen at; None for the first free one from 7860 on.
+
+    Raises UserError for a port that is taken, and where no link is to be had.
+    """
+    require(sampling.seed < 2**53, "seed", "below 2**53, as far as a page counts", sampling.seed)
+    require(port is None or 0 < port < 2**16, "port", "1 to 65535", port)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    page = Page(answerer, sampling, system)
+    try:
+        answerer.model  # noqa: B018  # loaded now, and not under the first question
+        print(f"{page.name}: {page.open(share, port)} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
+    finally:
+        page.close()
+
+
+class Page:
+    """The page, and the one thread in which its answers are made, one after the other; arguments as of `Dialog`."""
+
+    def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
+        import gradio
+
+        self.start = (answerer, sampling, system)
+        where = answerer.adapter.parent if answerer.settings else answerer.adapter
+        # Names alone: a page that is shared need not tell where its owner keeps things.
+        self.name = (
+            f"base {answerer.base.public_name}, {'run' if answerer.settings else 'adapter'} {where.resolve().name}"
+        )
+        self._worker = Worker(answerer)
+        self._update = gradio.update
+        self._blocks = self._build(gradio)
+
+    def open(self, share: bool, port: int | None) -> str:
+        """The address at which the page answers from now on. Raises UserError as `serve` does."""
+        from gradio.themes import Soft
+
+        try:
+            with redirect_stdout(io.StringIO()):  # a page on why there is no link; one line below
+                _, here, shared = self._blocks.launch(
+                    share=share, server_port=port, prevent_thread_lock=True, inline=False, quiet=True, css=CSS,
+                    theme=Soft(font="system-ui", font_mono="ui-monospace"), footer_links=[], ssr_mode=False,
+                    run_history=False, enable_monitoring=False, max_file_size=1,
+                )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"port: {port or 'each that was tried'} is taken; give another with --port") from error
+        if share and not shared:
+            raise UserError("share: gradio's servers gave no link; try again, or leave --share out")
+        return str(shared or here)
+
+    def close(self) -> None:
+        """Ends the server, and the answer under way."""
+        if self._blocks.is_running:
+            self._blocks.server.force_exit = True  # without waiting for open pages, and a word on each
+            logging.getLogger("uvicorn.error").disabled = True
+        self._blocks.close(verbose=False)
+        self._worker.close()
+
+    def _build(self, gradio: Any) -> Any:
+        sampling = self.start[1]
+        column = partial(gradio.Chatbot, render_markdown=False, latex_delimiters=[], buttons=[], min_width=280)
+        field = partial(gradio.Number, min_width=120)
+        with gradio.Blocks(title=f"{self.name} | lit-qlora", analytics_enabled=False, fill_width=True) as blocks:
+            gradio.HTML(f"<b>{escape(self.name)}</b>", elem_id="name")
+            with gradio.Row(elem_id="columns"):
+                self._of_adapter = column(label="Adapter", elem_id="adapter")
+                self._of_base = column(label="Base alone", elem_id="base", visible=False)
+            self._notice = gradio.HTML(visible=False, elem_id="notice")
+            self._question = gradio.Textbox(
+                placeholder="Ask something", show_label=False, max_lines=8, autofocus=True, submit_btn=True,
+                elem_id="question",
+            )  # fmt: skip
+            with gradio.Row():
+                self._compares = gradio.Checkbox(label="Ask the base, too", elem_id="compare", min_width=100)
+                self._reset = gradio.Button("New conversation", size="md", elem_id="reset", min_width=100)
+            with gradio.Accordion("Settings", open=False, elem_id="settings"):
+                system = gradio.Textbox(Tab(*self.start).effective_system, label="System text", elem_id="system")
+                with gradio.Row():
+                    temperature = field(sampling.temperature, label="Temperature", step=0.1, elem_id="temperature")
+                    top_p = field(sampling.top_p, label="Top-p", step=0.05, elem_id="top_p")
+                    self._seed = field(sampling.seed, label="Seed", precision=0, elem_id="seed")
+                    limit = field(sampling.max_new_tokens, label="Answer limit", precision=0, elem_id="limit")
+            self._connect([system, limit, temperature, top_p, self._seed], gradio.State())
+        return blocks
+
+    def _connect(self, settings: list[Any], tab: Any) -> None:
+        self._tab = tab
+        buttons = [self._question, self._compares, self._reset]
+        columns = [self._of_adapter, self._of_base]
+        # Nothing here is for programs; who waits for whom is the worker's matter, and the page tells it.
+        options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+        # What streams is given whole each time: a component that a generator leaves out once loses its value.
+        stream = (self._worker.stream, [tab, self._compares], columns)
+        asks = self._question.submit(
+            self._ask, [tab, self._question, *settings], [tab, self._notice, *buttons], **options
+        )
+        answered = asks.then(*stream, **options)
+        answered.then(lambda tab: tab.sampling.seed, tab, self._seed, **options)
+        compares = self._compares.input(self._compare, [tab, self._compares], [self._of_base, *buttons], **options)
+        for event in (answered, compares.then(*stream, **options)):  # whatever became of it, there may be another
+            event.then(lambda: self._ready(True), None, buttons, **options)
+        self._question.stop(self._stop, tab, None, queue=False, **options)
+        self._reset.click(self._forget, tab, [self._notice, *columns], queue=False, **options)
+
+    # What happens on the page
+
+    def _ask(self, tab: Tab | None, question: str, system: str, *settings: float | None) -> Updates:
+        tab = tab or Tab(*self.start)
+        if tab.answering or not question.strip():
+            return {self._tab: tab}
+        try:
+            tab.set_system(system)
+            tab.sampling = _sampling(*settings)
+            conversation, note = tab.fitting([*tab.turns, Turn("user", question)])
+        except UserError as error:
+            return {self._tab: tab, **self._tell(str(error))}
+        tab.for_adapter = tab.for_base = Asked(question, conversation, tab.sampling)
+        say(tab.of_adapter, "user", question)
+        say(tab.of_adapter, "assistant", note)
+        return {self._tab: tab, **self._tell(""), **self._ready(False, value="")}
+
+    def _compare(self, tab: Tab | None, compares: bool) -> Updates:
+        """The column of the base comes or goes; coming, it will have the answer to the last question."""
+        answers = compares and tab is not None and tab.for_base is not None
+        return {self._of_base: self._update(visible=compares), **self._ready(not answers)}
+
+    def _stop(self, tab: Tab | None) -> None:
+        if tab:
+            tab.stopped = True
+
+    def _forget(self, tab: Tab | None) -> Updates:
+        if tab and not tab.answering:
+            tab.forget()
+            tab.of_adapter, tab.of_base, tab.for_base = [], [], None
+        shown = tab.shown if tab else ([], [])
+        return {**self._tell(""), self._of_adapter: shown[0], self._of_base: shown[1]}
+
+    def _tell(self, problem: str) -> Updates:
+        return {self._notice: self._update(value=escape(problem), visible=bool(problem))}
+
+    def _ready(self, ready: bool, **question: str) -> Updates:
+        """Whether something may be asked; while it may not, it can be stopped."""
+        return {
+            self._question: self._update(submit_btn=ready, stop_btn=not ready, **question),
+            self._compares: self._update(interactive=ready),
+            self._reset: self._update(interactive=ready),
+        }
+
+
+def _sampling(limit: float | None, temperature: float | None, top_p: float | None, seed: float | None) -> Sampling:
+    """What the fields hold. Raises UserError where that is nothing, or nothing that can be drawn by."""
+    if limit is None or temperature is None or top_p is None or seed is None:
+        raise UserError("settings: expected a number in each field")
+    return Sampling(int(limit), float(temperature), float(top_p), int(seed))  # a page sends 2 for 2.0

@@ -1,0 +1,350 @@
+"""main.py doctor: whatever is missing, broken or too old, it answers, says what to do, and names nobody."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections import namedtuple
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors
+
+from lit_qlora.cli import main
+from lit_qlora.tools import surroundings
+from lit_qlora.tools.doctor import without_private_parts
+from lit_qlora.tools.surroundings import GIB
+
+ROOT = Path(__file__).parents[2]
+RESPONSE = SimpleNamespace(headers={}, request=None, status_code=401)
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "COLAB_RELEASE_TAG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(surroundings, "reaches_hub", lambda: False)
+
+
+@pytest.fixture
+def tell(capsys):
+    """Runs the verb; returns its lines above the text for the issue, and that text."""
+
+    def tell(*options, status=0):
+        assert main(["doctor", *options]) == status
+        shown = capsys.readouterr()
+        assert shown.err == ""
+        above, text = shown.out.split("To paste into an issue:\n\n```\n")
+        return above.splitlines()[:-2], text.removesuffix("```\n")
+
+    return tell
+
+
+def line(lines, start):
+    """The finding that begins so, and its remedy."""
+    (index,) = [index for index, found in enumerate(lines) if found[9:].startswith(start)]
+    following = lines[index + 1] if index + 1 < len(lines) else ""
+    return lines[index], following[9:] if following.startswith("     ->") else ""
+
+
+def test_where_nothing_is_wrong(tell, tmp_path):
+    lines, text = tell("--base", "demo")
+    kinds = {found[:7].strip() for found in lines}
+    assert "problem" not in kinds
+    for name in ("torch", "peft", "bitsandbytes"):
+        assert f"     ok  {name} {metadata.version(name)}" in lines
+    assert "     ok  base: demo may be read, 0.00 GiB in 16 bits" in lines
+    assert "     ok  bitsandbytes: 4 bits work on the cpu" in lines
+    assert "     ok  chosen: precision 32-true (no GPU)" in lines
+    assert text.splitlines() == [found for found in lines if not found.startswith("     ->")]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_s_line():
+    assert "`python main.py doctor`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_help_and_mistakes_are_short(capsys):
+    assert main(["doctor", "--help"]) == 0
+    assert "--base" in capsys.readouterr().out
+    assert main(["doctor", "--bass", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: unrecognized arguments: --bass x; the accepted options are listed by --help\n"
+
+
+# Packages
+
+
+def bare(tmp_path, *folders):
+    """The verb in a process that sees no package but those in ``folders``."""
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    command = [sys.executable, "-S", str(ROOT / "main.py"), "doctor", "--base", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.split("\n\n")[0].splitlines(), done.stdout
+
+
+def fake(folder, name, version, code):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(code)
+    (folder / f"{name}-{version}.dist-info").mkdir()
+    (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+
+
+def test_without_a_single_package(tmp_path):
+    status, lines, _ = bare(tmp_path)
+    assert status == 2
+    found, remedy = line(lines, "torch: not installed, expected torch>=")
+    assert found.startswith("problem") and remedy == "pip install -r requirements.txt"
+    assert sum(": not installed" in found for found in lines) == 12
+    assert line(lines, "base: demo may be read")[0].startswith("     ok")
+    assert line(lines, "chosen: can't be told (ModuleNotFoundError: No module named 'torch')")
+
+
+def test_a_torch_that_can_not_be_imported(tmp_path):
+    packages = tmp_path / "packages"
+    fault = "libcudart.so.12: cannot open shared object file, from /home/somebody/secret/lib/libtorch.so"
+    fake(packages, "torch", "2.13.0", f"raise ImportError({fault!r})")
+    fake(packages, "peft", "0.21.0", "raise AssertionError('it would not say more')")
+    status, lines, whole = bare(tmp_path, packages)
+    assert status == 2
+    found, remedy = line(lines, "torch 2.13.0: can't be imported (ImportError: libcudart.so.12: cannot open")
+    assert found.startswith("problem")
+    assert remedy.startswith("pip install 'torch>=2.11,<2.14' --force-reinstall")
+    assert line(lines, "peft 0.21.0: not tried, for it needs torch")[0].startswith("   note")
+    text = whole.split("```")[1]
+    assert "object file, from libtorch.so" in text
+    assert "/home/somebody" in whole and "somebody" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "kind"),
+    [
+        ("torch", "2.11.0+cu128", "ok"),
+        ("torch", "2.15.0", "problem"),
+        ("lightning", "2.6.2", "problem"),
+        ("peft", "0.19.1", "problem"),
+        ("transformers", "5.15.0", "ok"),
+        ("transformers", "6.0.0", "problem"),
+        ("bitsandbytes", "not a version", "problem"),
+    ],
+)
+def test_versions_against_their_ranges(monkeypatch, name, version, kind):
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda asked: version if asked == name else real(asked))
+    found = {one.text.split(" ")[0].rstrip(":"): one for one in surroundings.packages()}
+    assert found[name].kind == kind
+    assert {one.kind for other, one in found.items() if other != name} == {"ok"}
+    if kind == "problem":
+        assert found[name].remedy.startswith(f"pip install '{name}>=")
+
+
+def test_a_package_that_fails_as_it_is_imported(tell, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "bitsandbytes.functional")
+    lines, _ = tell("--base", "demo", status=2)
+    assert line(lines, "bitsandbytes ")[0].startswith("problem  bitsandbytes 0.")
+    assert "can't be imported (ModuleNotFoundError: import of bitsandbytes halted" in line(lines, "bitsandbytes ")[0]
+
+
+def test_four_bits_that_fail(tell, monkeypatch):
+    from bitsandbytes import functional
+
+    def fails(*_, **__):
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    monkeypatch.setattr(functional, "quantize_4bit", fails)
+    lines, _ = tell("--base", "demo", status=2)
+    found, remedy = line(lines, "bitsandbytes: 4 bits fail on the cpu (RuntimeError: no kernel image is available for")
+    assert found.startswith("problem") and remedy.startswith("python -m bitsandbytes")
+
+
+def test_a_part_that_breaks_does_not_end_it(tell, monkeypatch):
+    def breaks():
+        raise OSError("odd")
+        yield
+
+    monkeypatch.setattr(surroundings, "host_memory", breaks)
+    lines, _ = tell("--base", "demo", status=2)
+    assert "problem  breaks: can't be looked at (OSError: odd)" in lines
+    assert line(lines, "chosen: precision")
+
+
+@pytest.mark.parametrize(("version", "found"), [("0.10.0", True), ("0.16.0", False), (None, False)])
+def test_colab_s_torchao(tell, tmp_path, monkeypatch, version, found):
+    """Found by peft's own function, as it raises in a user's code."""
+    if version:
+        fake(tmp_path / "packages", "torchao", version, "raise AssertionError('nobody imports it')")
+        monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    lines, _ = tell("--base", "demo")
+    assert any("torchao" in one for one in lines) == found
+    if found:
+        text, remedy = line(lines, "torchao: peft refuses every base that is not in 4 bits (Found an incompatible")
+        assert text.startswith("   note") and "0.10.0" in text
+        assert remedy == "pip uninstall -y torchao, or pip install -U torchao"
+
+
+# GPUs
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """Puts a card in, as torch and the driver's program tell of it."""
+
+    def card(name="Tesla T4", capability=(7, 5), free=14.4, total=14.56, usable=True, cuda="12.8"):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        for function, value in (
+            ("is_available", usable), ("device_count", 1), ("get_device_name", name), ("memory_reserved", 0),
+            ("get_device_capability", capability), ("mem_get_info", (int(free * GIB), int(total * GIB))),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, function, lambda *_, value=value: value)
+        programs = tmp_path / "programs"
+        programs.mkdir()
+        (programs / "nvidia-smi").write_text(f"#!/bin/sh\necho '{name}, 550.54.15'\n")
+        (programs / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setattr(surroundings, "compiler", lambda: iter(()))
+        monkeypatch.setattr(surroundings, "four_bit", lambda: iter(()))
+
+    return card
+
+
+def test_a_t4(tell, card):
+    card()
+    lines, _ = tell()
+    assert "     ok  GPU: Tesla T4, compute capability 7.5, driver 550.54.15, 14.56 GiB, 14.40 free" in lines
+    assert "     ok  chosen: precision 16-mixed (compute capability 7.5 has no bf16)" in lines
+    attention = line(lines, "chosen: attention sdpa")[0]
+    assert attention.endswith("(as everywhere; flash_attention_2 needs compute capability 8.0)")
+    assert re.search(r"chosen: checkpointing auto \(\d+ of 32 layers keep", "\n".join(lines))
+    assert re.search(r"ok  configs/colab_t4.yaml: (may )?fits?.* of 14\.\d\d GiB", "\n".join(lines))
+
+
+def test_cards_with_trouble(tell, card):
+    card("Tesla V100", (7, 0), 7.0, 16.0)
+    lines, _ = tell("--base", "demo", status=2)
+    assert line(lines, "GPU: Tesla V100, compute capability 7.0")[0].endswith("below 7.5 bitsandbytes has no kernels")
+
+
+def test_a_card_that_another_process_holds(tell, card):
+    card(free=6.0)
+    lines, _ = tell()
+    assert line(lines, "GPU: Tesla T4")[0].endswith("6.00 free: another process holds the rest")
+    found, remedy = line(lines, "configs/colab_t4.yaml: does not fit")
+    assert found.startswith("   note") and remedy == "python main.py plan says more"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "message"),
+    [
+        (None, "GPU: Tesla T4 driver 550.54.15, and this torch is a build without CUDA"),
+        ("12.8", "GPU: Tesla T4 driver 550.54.15, and torch can't use it (RuntimeError: The NVIDIA driver is too old)"),
+    ],
+)
+def test_a_card_that_torch_does_not_see(tell, card, monkeypatch, cuda, message):
+    def init():
+        raise RuntimeError("The NVIDIA driver is too old")
+
+    card(usable=False, cuda=cuda)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    lines, _ = tell("--base", "demo", status=2)
+    assert line(lines, "GPU")[0] == f"problem  {message}"
+
+
+def test_what_kernels_are_compiled_with(monkeypatch):
+    monkeypatch.setattr(surroundings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(surroundings.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    (found,) = surroundings.compiler()
+    assert found.text == "compiled kernels: triton and a C compiler and Python's headers missing"
+    monkeypatch.undo()
+
+
+# Room, token, base
+
+
+def test_a_disk_without_room(tell, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100e9, 99e9, 1e9))
+    lines, _ = tell(status=2)
+    assert (
+        line(lines, "disk of the run folder: 1.0 GB free, 1.8 needed")[1] == "free some, or give --run on another disk"
+    )
+    assert line(lines, "disk of the hub's cache: 1.0 GB free, 13.5 needed")[1].endswith("set HF_HOME to another disk")
+
+
+def test_little_host_memory(monkeypatch):
+    real = Path.read_text
+    told = "MemTotal: 4000000 kB\nMemFree: 9 kB\nMemAvailable: 1000000 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, **how: told if "meminfo" in str(self) else real(self, **how))
+    (found,) = surroundings.host_memory()
+    assert found.kind == "note" and found.text.startswith("host memory: 3.8 GiB, 1.0 available; loading a 7B takes 2.5")
+
+
+def test_a_token_is_seen_and_not_shown(tell, monkeypatch, tmp_path):
+    assert "     ok  token: none; open bases need none" in "\n".join(tell("--base", "demo")[0])
+    (tmp_path / "token").write_text("hf_storedsecret123\n")
+    lines, text = tell("--base", "demo")
+    assert "     ok  token: a stored one" in lines
+    monkeypatch.setenv("HF_TOKEN", "oddsecret")
+    lines, text = tell("--base", "demo")
+    assert "     ok  token: in the environment" in lines
+    assert "secret" not in "\n".join(lines) + text
+
+
+def answer(monkeypatch, error):
+    def ask(*_, **__):
+        raise error
+
+    monkeypatch.setattr(surroundings, "reaches_hub", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", ask)
+
+
+def test_a_gated_base(tell, monkeypatch):
+    answer(monkeypatch, errors.GatedRepoError("gated", response=RESPONSE))
+    lines, _ = tell("--base", "meta-llama/Llama-2-7b-hf", status=2)
+    found, remedy = line(lines, "base: meta-llama/Llama-2-7b-hf is gated: accept its licence on the hub, then set")
+    assert found.startswith("problem") and remedy.startswith("or take an open copy")
+
+
+def test_offline_is_said_and_is_a_problem_only_for_a_base_that_was_asked_for(tell):
+    lines, _ = tell()
+    found, remedy = line(lines, "base: 'NousResearch/Llama-2-7b-hf' is no folder here")
+    assert found.startswith("   note") and found.endswith("(offline: of its gate nothing is known)")
+    assert remedy == "check the network or give a local folder"
+    lines, _ = tell("--base", "NousResearch/Llama-2-7b-hf", status=2)
+    assert line(lines, "base: ")[0].startswith("problem")
+
+
+def test_the_hub_is_not_waited_for(monkeypatch):
+    monkeypatch.undo()
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        assert surroundings.reaches_hub()
+    assert not surroundings.reaches_hub()
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
+    assert surroundings.reaches_hub()
+
+
+def test_what_is_pasted_names_nobody(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "oddsecret")
+    monkeypatch.setattr(socket, "gethostname", lambda: "annas-laptop")
+    hostile = (
+        "E: '/home/anna/thesis/model.so' and C:\\Users\\anna\\x.dll (~/anna/y.py, line 3) at http://anna:pw@proxy:80/z "
+        "host='anna.lan', token hf_abcDEF123456 oddsecret on annas-laptop: NousResearch/Llama-2-7b-hf, GB/s, and/or"
+    )
+    assert without_private_parts(hostile) == (
+        "E: 'model.so' and x.dll (y.py, line 3) at (address) "
+        "host=(host), token (token) (token) on (host): NousResearch/Llama-2-7b-hf, GB/s, and/or"
+    )

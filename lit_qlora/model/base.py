@@ -167,7 +167,7 @@ def _rules(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def check_weights(base: Base) -> None:
-    """Compares names and sizes of a base's linear layers with its config.json; says nothing of one still to come.
+    """Compares names and sizes of a base's matrices with its config.json; says nothing of a base still to come.
 
     Raises UserError for the first that differs: the library would fill it with chance, or fail deep inside.
     """
@@ -179,17 +179,24 @@ def check_weights(base: Base) -> None:
     for file in files:
         assert file is not None
         stored |= _stored_shapes(base, file)
-    for number in range(base.shape.num_layers):
-        for name, (inputs, outputs) in base.shape.linears.items():
+    in_4_bits = "quantization_config" in base.config  # which makes one column of a linear layer, and of nothing else
+    for key, expected in _matrices(base.shape).items():
+        found = stored.get(key)
+        if found is None or (found != expected and not (in_4_bits and ".layers." in key)):
+            raise UserError(
+                f"model.base: {base.name}: the weights are not those of its config.json: {key} is "
+                f"{found or 'missing'}, expected {expected}; take another copy"
+            )
+
+
+def _matrices(shape: Shape) -> dict[str, list[int]]:
+    """Name and size of each stored matrix; a tied head is none of its own."""
+    sizes = {"model.embed_tokens.weight": [shape.vocabulary, shape.hidden]}
+    for number in range(shape.num_layers):
+        for name, (inputs, outputs) in shape.linears.items():
             part = "self_attn" if name[0] in "qkvo" else "mlp"
-            key = f"model.layers.{number}.{part}.{name}.weight"
-            expected = [outputs, inputs]
-            found = stored.get(key)
-            if found is None or ("quantization_config" not in base.config and found != expected):
-                raise UserError(
-                    f"model.base: {base.name}: the weights are not those of its config.json: {key} is "
-                    f"{found or 'missing'}, expected {expected}; take another copy"
-                )
+            sizes[f"model.layers.{number}.{part}.{name}.weight"] = [outputs, inputs]
+    return sizes if shape.tied else sizes | {"lm_head.weight": [shape.vocabulary, shape.hidden]}
 
 
 def _shards(index: Path) -> set[str]:

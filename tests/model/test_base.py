@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -498,6 +499,11 @@ def test_a_base_that_is_not_cached_is_two_bytes_a_weight(monkeypatch, config_fil
     [
         ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is missing, expected [64, 64]"),
         ({"intermediate_size": 96}, "model.layers.0.mlp.gate_proj.weight is [172, 64], expected [96, 64]"),
+        ({"vocab_size": 100}, "model.embed_tokens.weight is [%d, 64], expected [100, 64]"),
+        (
+            {"vocab_size": 100, "quantization_config": {"load_in_4bit": True}},
+            "model.embed_tokens.weight is [%d, 64], expected [100, 64]",
+        ),
     ],
 )
 def test_weights_that_are_not_those_of_the_config(tiny_folder, tmp_path, changes, told):
@@ -505,9 +511,24 @@ def test_weights_that_are_not_those_of_the_config(tiny_folder, tmp_path, changes
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
     base = find_base(str(folder))
+    told = told.replace("%d", str(config["vocab_size"]))
     with pytest.raises(UserError) as error:
         check_weights(base)
     assert str(error.value) == (
         f"model.base: {folder}: the weights are not those of its config.json: {told}; take another copy"
     )
     check_weights(find_base(str(tiny_folder)))
+
+
+def test_a_head_that_is_missing_is_told_unless_it_is_tied(tiny_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors.pop("lm_head.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lm_head.weight is missing, expected " + re.escape(str([*head.shape]))):
+        check_weights(find_base(str(folder)))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
+    check_weights(find_base(str(folder)))

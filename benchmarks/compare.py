@@ -80,8 +80,9 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Path:
     from random_base import make
 
     from lit_qlora import demo
-    from lit_qlora.data.encode import Encoder, load_tokenizer
+    from lit_qlora.data.encode import Encoder
     from lit_qlora.data.records import load_records
+    from lit_qlora.data.tokenizer import load_tokenizer
 
     tokenizer = options.tokenizer or Path(demo.BASE)
     base = options.base or str(

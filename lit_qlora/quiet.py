@@ -15,6 +15,8 @@ LOGGERS = {
     "lightning.fabric": logging.WARNING,
     # A conversation longer than the tokenizer's limit is cut by us, and counted.
     "transformers.tokenization_utils_base": logging.ERROR,
+    # That a tokenizer.model needs another package: five lines, and then the error says so in one.
+    "transformers.tokenization_utils_tokenizers": logging.ERROR,
     # Each retry of a hub that can't be reached; what that means is said once, by us.
     "huggingface_hub.utils._http": logging.ERROR,
     # That a push had nothing new; said by us.

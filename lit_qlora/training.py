@@ -32,6 +32,7 @@ from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.trial import Trial
 from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import UserError, require
+from lit_qlora.model.base import check_weights
 from lit_qlora.model.device import current_device
 from lit_qlora.model.load import check_settings
 from lit_qlora.model.module import QLoRAModule
@@ -190,6 +191,9 @@ class QLoRACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this run's callbacks, loggers and checkpoints."""
+        base = self.model.base
+        check_weights(base)
+        self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
         if self.verb == "fit":  # here, and not before: the model's and the data's options are checked by now
             check_optimizer(self.model.optimizer_name, current_device().capability is not None)
             self._prepare_fit()

@@ -13,8 +13,9 @@ from lit_qlora import demo
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.data.batching import BatchPlan
-from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import load_records
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.quiet import quieten
 
 STEPS = 6

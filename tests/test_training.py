@@ -14,6 +14,7 @@ import torch
 from lit_qlora import demo
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
+from lit_qlora.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -243,6 +244,43 @@ def test_a_mistake_is_one_line(
     assert error.count("\n") == 1
     assert (here / "full" / "thesis.tex").read_text() == "precious"
     assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        (500, "the weights are not those of its config.json: model.embed_tokens.weight is [1024, "),
+        (1024, "the tokenizer of 'base' has ids up to 1,024, and its config.json a vocab_size of 1,024; take another"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit(
+    vocabulary: int, message: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from lit_qlora.data.tokenizer import load_tokenizer
+    from lit_qlora.model import load
+    from lit_qlora.tools.answerer import Answerer
+
+    monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    shutil.copytree(demo.BASE, "base")
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps(config | {"vocab_size": vocabulary}))
+    if vocabulary == 1024:
+        tokenizer = load_tokenizer("base")
+        tokenizer.add_tokens(["Silas"])
+        tokenizer.save_pretrained("base")
+    assert main(["fit", "--model.base", "base"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()
+    if vocabulary == 1024:
+        assert main(["plan", "--model.base", "base"]) == 2
+        assert message in capsys.readouterr().err
+        monkeypatch.setattr(load, "read_record", lambda _: {"base": "base", "prompt_format": None})
+        with pytest.raises(UserError, match="has ids up to 1,024"):
+            Answerer(adapter="adapter")
 
 
 @pytest.mark.parametrize(

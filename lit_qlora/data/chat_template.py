@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.data.encode import Encoder
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.templates import jinja_template, published

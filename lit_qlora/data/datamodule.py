@@ -14,8 +14,9 @@ from lightning.pytorch import LightningDataModule
 from lit_qlora.batch import Batch
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate
 from lit_qlora.data.cache import EncodedRows, encode_records
-from lit_qlora.data.encode import Encoder, TrainOn, load_tokenizer
+from lit_qlora.data.encode import Encoder, TrainOn
 from lit_qlora.data.records import Fits, Form, Records, has_split, load_records, load_train_and_held_out
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError, require
 from lit_qlora.text import jinja, llama2
 from lit_qlora.text.conversation import Conversation

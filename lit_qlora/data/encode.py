@@ -12,7 +12,6 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lit_qlora import demo
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.errors import UserError
 from lit_qlora.text import llama2
@@ -35,29 +34,6 @@ class Example(NamedTuple):
     input_ids: list[int]
     labels: list[int]
     was_cut: bool
-
-
-def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of ``base``, a hub id or a local folder.
-
-    Raises UserError when there is none, when it comes as code, or when it lacks a BOS or an EOS.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        # Left unsaid, whoever sits at a terminal is asked, and a "y" runs the code.
-        tokenizer = AutoTokenizer.from_pretrained(demo.BASE if base == "demo" else base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"model.base: the tokenizer of {base!r} is code of its own, and code that comes with a base is never "
-                "run; take a copy with a Llama tokenizer"
-            ) from error
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.base: no tokenizer could be loaded from {base!r}: {reason}") from error
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(f"model.base: the tokenizer of {base!r} has no BOS or no EOS token; a Llama tokenizer has both")
-    return tokenizer
 
 
 class Encoder:
@@ -99,6 +75,25 @@ class Encoder:
         if tags := template.tags_in(self.system or ""):
             raise UserError(f"data.system: expected a text without {tags[0]!r}, which data.template writes itself")
         return template
+
+    def check_vocabulary(self, size: int, base: str) -> None:
+        """Raises UserError when a text may become an id from ``size`` on, which a base has no embedding for.
+
+        A special token that no template writes may stand there: copies of Llama 2 have such a pad.
+        """
+        written = (str(self.tokenizer.bos_token), str(self.tokenizer.eos_token))
+        source = self.template.source if self.template else ""
+        unused = {
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.special and token.content not in written and token.content not in source
+        }
+        highest = max(number for token, number in self.tokenizer.get_vocab().items() if token not in unused)
+        if highest >= size:
+            raise UserError(
+                f"model.base: the tokenizer of {base!r} has ids up to {highest:,}, and its config.json a vocab_size "
+                f"of {size:,}; take another copy, whose tokenizer and weights belong together"
+            )
 
     def fingerprint(self) -> str:
         """A sha256 over all that decides which ids come out: tokenizer, length, labels, system text, template."""

@@ -107,13 +107,15 @@ class Answerer:
         chosen = choose_adapter(run, adapter, base)
         self.base, self.adapter, self.settings = chosen.base, chosen.adapter, chosen.settings
 
-        from lit_qlora.data.encode import Encoder, load_tokenizer
+        from lit_qlora.data.encode import Encoder
+        from lit_qlora.data.tokenizer import load_tokenizer
         from lit_qlora.model.load import read_record
 
         quieten()
         record = read_record(self.adapter)  # an altered one is found before a large base is loaded
         self.max_length = int(self.base.config["max_position_embeddings"])
         self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, **chosen.prompts(record))
+        self.encoder.check_vocabulary(self.base.shape.vocabulary, self.base.name)
 
     @cached_property
     def dtype(self) -> "torch.dtype":

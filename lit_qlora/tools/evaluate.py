@@ -187,10 +187,12 @@ def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[
 
 def _encode(chosen: Chosen, subjects: Sequence[tuple["Subject", Any]], style: Literal["plain", "chat"]) -> Asked:
     """Raises UserError naming the place of a question that the base's context has no room for."""
-    from lit_qlora.data.encode import Encoder, load_tokenizer
+    from lit_qlora.data.encode import Encoder
     from lit_qlora.data.questions import LETTERS, Prompts
+    from lit_qlora.data.tokenizer import load_tokenizer
 
     encoder = Encoder(load_tokenizer(chosen.base.location), NO_LIMIT, **_prompts(chosen))
+    encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
     prompts, context = Prompts(encoder, style), int(chosen.base.config["max_position_embeddings"])
     encoded: list[list[list[int]]] = []
     for subject, examples in subjects:

@@ -104,7 +104,8 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     import torch
     from safetensors import SafetensorError
 
-    from lit_qlora.data.encode import Encoder, load_tokenizer
+    from lit_qlora.data.encode import Encoder
+    from lit_qlora.data.tokenizer import load_tokenizer
     from lit_qlora.model.load import read_record
     from lit_qlora.model.merging import LoraWeights
     from lit_qlora.tools import compare
@@ -115,6 +116,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = chosen.prompts(record)
     encoder = Encoder(load_tokenizer(chosen.base.location), _context_tokens(chosen.base), **prompts)
+    encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
     texts, source = compare.conversations_to_compare(chosen.settings, encoder.check)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
 

@@ -118,7 +118,7 @@ def read(args: list[str]) -> Planned:
     load.check_targets(base, model["target_modules"])
     samples, trainer = options.samples, options.trainer
     with _offline():
-        rows = _rows(data, samples.count)
+        rows = _rows(data, base, samples.count)
         download = missing_bytes(base)
     settings = Settings(
         base.shape, card, precision, rows.lengths, rows.answer_share, rows.prompt_tokens, module.lora,
@@ -159,13 +159,15 @@ def _offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def _rows(data: ChatDataModule, num_prompts: int) -> Rows:
+def _rows(data: ChatDataModule, base: Base, num_prompts: int) -> Rows:
     """The real lengths where rows and tokenizer are at hand; else an assumption that says so."""
     has_tokenizer = True
     try:
         _ = data.tokenizer
     except UserError:
         has_tokenizer = False
+    if has_tokenizer:
+        data.encoder.check_vocabulary(base.shape.vocabulary, base.name)
     fits = data.fits if has_tokenizer else llama2.segments
     try:
         train, _ = load_train_and_held_out(

@@ -6,7 +6,8 @@ import pytest
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data import cache
 from lit_qlora.data.cache import encode_records
-from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.data.encode import Encoder
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.data.chat_template import check_template, messages, write_tokenizer
-from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.data.encode import Encoder
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.templates import modelfile

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from lit_qlora import demo
 from lit_qlora.batch import IGNORE_INDEX
-from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.data.encode import Encoder
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text import messages
 from lit_qlora.text.conversation import Conversation, Turn
@@ -240,51 +242,40 @@ def test_the_fingerprint_tells_all_that_decides_the_ids(demo_tokenizer, real):
     assert Encoder(load_tokenizer("demo"), 64).fingerprint() == encoders[0].fingerprint()
 
 
-def test_demo_is_the_name_of_the_embedded_tokenizer(demo_tokenizer, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert load_tokenizer("demo").get_vocab() == load_tokenizer(str(demo.BASE)).get_vocab()
-
-
-def test_no_tokenizer_is_told_in_one_line(tmp_path):
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(str(tmp_path / "nowhere"))
-    assert str(caught.value).startswith(f"model.base: no tokenizer could be loaded from '{tmp_path}/nowhere': ")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch):
-    base, ran = tmp_path / "base", tmp_path / "ran"
-    shutil.copytree(demo.BASE, base)
-    (base / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n", encoding="utf-8")
-    rules = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
-    rules |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
-    (base / "tokenizer_config.json").write_text(json.dumps(rules), encoding="utf-8")
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(str(base))
-    assert str(caught.value) == (
-        f"model.base: the tokenizer of '{base}' is code of its own, and code that comes with a base is never run; "
-        "take a copy with a Llama tokenizer"
-    )
-    assert not ran.exists()
-
-
-def test_a_tokenizer_without_eos_is_refused(tmp_path):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a"))).save_pretrained(tmp_path)
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(str(tmp_path))
-    assert str(caught.value) == (
-        f"model.base: the tokenizer of '{tmp_path}' has no BOS or no EOS token; a Llama tokenizer has both"
-    )
-
-
 def test_the_fingerprint_does_not_hang_on_what_was_encoded_before(demo_tokenizer):
     tokenizer = load_tokenizer("demo")
     plain = Encoder(tokenizer, 64).fingerprint(), Encoder(tokenizer, 64).rules_fingerprint()
     tokenizer._tokenizer.enable_padding(length=8)  # as a tokenizer.json may ask for, until the first call
     tokenizer._tokenizer.enable_truncation(8)
     assert (Encoder(tokenizer, 64).fingerprint(), Encoder(tokenizer, 64).rules_fingerprint()) == plain
+
+
+def with_more_tokens(tmp_path, special):
+    """The demo's tokenizer with one more token behind its 1,024."""
+    shutil.copytree(demo.BASE, tmp_path / "more", ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = load_tokenizer(str(tmp_path / "more"))
+    tokenizer.add_tokens(["<pad>"], special_tokens=special)
+    return tokenizer
+
+
+def test_ids_that_a_base_does_not_know_are_refused(tmp_path):
+    tokenizer = with_more_tokens(tmp_path, special=False)
+    Encoder(tokenizer, 64).check_vocabulary(1025, "base")
+    with pytest.raises(UserError) as caught:
+        Encoder(tokenizer, 64).check_vocabulary(1024, "base")
+    assert str(caught.value) == (
+        "model.base: the tokenizer of 'base' has ids up to 1,024, and its config.json a vocab_size of 1,024; take "
+        "another copy, whose tokenizer and weights belong together"
+    )
+
+
+def test_a_special_token_behind_the_vocabulary_is_let_be_unless_a_template_writes_it(tmp_path):
+    """As in copies of Llama 2, whose 32,000 embeddings have a pad of id 32,000 beside them."""
+    tokenizer = with_more_tokens(tmp_path, special=True)
+    Encoder(tokenizer, 64).check_vocabulary(1024, "base")
+    with pytest.raises(UserError, match=r"has ids up to 1,023, and its.* a vocab_size of 1,023"):
+        Encoder(tokenizer, 64).check_vocabulary(1023, "base")
+    encoder = Encoder(tokenizer, 64)
+    encoder.template = SimpleNamespace(source="{{ '<pad>' }}")
+    with pytest.raises(UserError, match=r"has ids up to 1,024, and its.* a vocab_size of 1,024"):
+        encoder.check_vocabulary(1024, "base")

@@ -2,8 +2,9 @@
 
 import pytest
 
-from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.data.encode import Encoder
 from lit_qlora.data.questions import Prompts, Question, Subject, examples_for, read_subjects
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
 

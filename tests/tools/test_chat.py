@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from lit_qlora import demo
 from lit_qlora.cli import main
-from lit_qlora.data.encode import Encoder, load_tokenizer
+from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import load_records
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools import terminal

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lit_qlora import demo
 from lit_qlora.cli import main
-from lit_qlora.data.encode import load_tokenizer
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text import guanaco
 from lit_qlora.text.conversation import Conversation, Turn

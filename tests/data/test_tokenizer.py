@@ -1,0 +1,137 @@
+"""A base's tokenizer: Meta's ids of Llama 2's vocabulary, whatever the config says; what can't be loaded is told."""
+
+import json
+import shutil
+
+import pytest
+
+from lit_qlora import demo
+from lit_qlora.data.encode import Encoder
+from lit_qlora.data.tokenizer import load_tokenizer
+from lit_qlora.errors import UserError
+from lit_qlora.quiet import quieten
+from lit_qlora.text import messages
+
+MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+def base(folder, files, config=None):
+    """A folder with ``files`` of the real tokenizer, and what tokenizer_config.json says otherwise."""
+    folder.mkdir()
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    (folder / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
+    if config is not None:
+        told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(told | config), encoding="utf-8")
+    return str(folder)
+
+
+def refused(name):
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(name)
+    return str(caught.value).removeprefix(f"model.base: no tokenizer could be loaded from {name!r}: ")
+
+
+def gives_metas_ids(real, tokenizer):
+    cases = json.loads((real / "meta" / "chat_prompt_ids.json").read_text(encoding="utf-8"))["cases"]
+    encoder = Encoder(tokenizer, 4096)
+    return all(encoder.prompt(messages.parse(case["dialog"])) == case["prompt_ids"] for case in cases)
+
+
+def test_demo_is_the_name_of_the_embedded_tokenizer(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer("demo").get_vocab() == load_tokenizer(str(demo.BASE)).get_vocab()
+
+
+def test_no_tokenizer_is_told_in_one_line(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(tmp_path / "nowhere"))
+    assert str(caught.value).startswith(f"model.base: no tokenizer could be loaded from '{tmp_path}/nowhere': ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch):
+    base, ran = tmp_path / "base", tmp_path / "ran"
+    shutil.copytree(demo.BASE, base)
+    (base / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n", encoding="utf-8")
+    rules = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    rules |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(rules), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(base))
+    assert str(caught.value) == (
+        f"model.base: the tokenizer of '{base}' is code of its own, and code that comes with a base is never run; "
+        "take a copy with a Llama tokenizer"
+    )
+    assert not ran.exists()
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a"))).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(caught.value) == (
+        f"model.base: the tokenizer of '{tmp_path}' has no BOS or no EOS token; a Llama tokenizer has both"
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"add_prefix_space": False},
+        {"add_prefix_space": False, "legacy": True},
+        {"add_prefix_space": False, "tokenizer_class": "PreTrainedTokenizerFast"},
+        {"add_prefix_space": True},
+    ],
+)
+def test_the_ids_are_metas_whatever_the_config_says(real, tmp_path, config):
+    tokenizer = load_tokenizer(base(tmp_path / "base", (real / "llama2-tokenizer").iterdir(), config))
+    assert gives_metas_ids(real, tokenizer)
+
+
+def test_ids_that_stay_others_are_refused(real, tmp_path):
+    name = base(
+        tmp_path / "base", (real / "llama2-tokenizer").iterdir(), {"tokenizer_class": "PreTrainedTokenizerFast"}
+    )
+    rules = json.loads((tmp_path / "base" / "tokenizer.json").read_text(encoding="utf-8"))
+    rules["normalizer"]["normalizers"] = rules["normalizer"]["normalizers"][1:]
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
+    assert refused(name) == (
+        f"model.base: the tokenizer of {name!r} has Llama 2's vocabulary, and its ids of a text are others than "
+        "Llama 2's; take another copy"
+    )
+
+
+def test_a_tokenizer_model_alone_will_do(real, tmp_path):
+    pytest.importorskip("sentencepiece")
+    files = [real / "llama2-tokenizer" / name for name in ("tokenizer.model", "tokenizer_config.json")]
+    assert gives_metas_ids(real, load_tokenizer(base(tmp_path / "base", files)))
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        (False, "it has no tokenizer.json, and a tokenizer.model needs sentencepiece; pip install sentencepiece"),
+        (True, "it has no tokenizer.json, and its tokenizer.model is no whole one of sentencepiece; copy it again"),
+    ],
+)
+def test_a_tokenizer_model_that_can_not_be_read_is_one_line(tmp_path, monkeypatch, caplog, there, told):
+    quieten()
+    name = base(tmp_path / "base", [])
+    (tmp_path / "base" / "tokenizer.model").write_bytes(b"torn")
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}', encoding="utf-8")
+    monkeypatch.setattr("lit_qlora.data.tokenizer.find_spec", lambda _: there or None)
+    assert refused(name) == told
+    assert caplog.records == []
+
+
+def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+    assert refused(base(tmp_path / "base", [])) == (
+        "it has neither tokenizer.json nor tokenizer.model; copy one of them there, or take another copy"
+    )

@@ -4,10 +4,11 @@ Rows are recognised by what they hold; what is left out is counted, what is wron
 names its place. Knows no prompt format, no tokens, and not where rows come from.
 """
 
+import json
 import random
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from lit_qlora.data.files import COLUMNS, EXAMPLE, Row, excerpt, kind, nearest
@@ -38,11 +39,15 @@ Fits = Callable[[Conversation], object]
 
 @dataclass(frozen=True)
 class Records:
-    """Conversations that all end on an answer, their source's name, and what was left out, in words."""
+    """Conversations that all end on an answer, their source's name, and what was left out, in words.
+
+    ``unanswered`` are the places of those that lost a last turn; ``dropped`` has their number.
+    """
 
     name: str
     conversations: list[Conversation]
     dropped: dict[str, int]
+    unanswered: frozenset[int] = field(default=frozenset(), compare=False)
 
 
 def load_train_and_held_out(
@@ -57,22 +62,36 @@ def load_train_and_held_out(
 
     Held out are the rows of ``validation_source`` (its test split, if it has one), or else the test
     split of ``source``, or else ``validation_share`` of its different conversations, drawn by
-    ``seed`` alone, so that no conversation stands on both sides.
+    ``seed`` alone, so that no conversation stands on both sides. Of the others, those that are in training, too,
+    are counted.
 
     Raises:
-        UserError: as `load_records`, and when there is nothing to hold out.
+        UserError: as `load_records`, when there is nothing to hold out, and when all of it is in training, too.
     """
     train = load_records(source, "train", form, fits)
     held_out_source = source if validation_source is None else validation_source
     if has_split(held_out_source, "test"):
-        return train, load_records(held_out_source, "test", form, fits)
+        return train, _apart(load_records(held_out_source, "test", form, fits), train)
     if validation_source == source:
         raise UserError(
             f"data.validation_source: {source} is the training data itself; leave it out to hold out a share"
         )
     if validation_source is not None:
-        return train, load_records(validation_source, "train", form, fits)
+        return train, _apart(load_records(validation_source, "train", form, fits), train)
     return _split(train, validation_share, seed)
+
+
+def _apart(held_out: Records, train: Records) -> Records:
+    """``held_out``, with the number of its conversations that are in ``train``. Raises UserError when all are."""
+    learned = set(train.conversations)
+    count, number = sum(conversation in learned for conversation in held_out.conversations), len(held_out.conversations)
+    if count == number:
+        raise UserError(
+            f"data.validation_source: all {number:,} conversations of {held_out.name} are training data, too "
+            f"({train.name}), and say nothing of new ones; give others, or hold out a share of the source"
+        )
+    told = {f"of {number:,} held-out conversations are in training too": count} if count else {}
+    return replace(held_out, dropped=told | held_out.dropped)
 
 
 def _split(records: Records, share: float, seed: int) -> tuple[Records, Records]:
@@ -89,9 +108,23 @@ def _split(records: Records, share: float, seed: int) -> tuple[Records, Records]
         )
     count = min(max(1, round(share * len(unique))), len(unique) - 1)
     chosen = set(random.Random(seed).sample(unique, count))
-    kept = [conversation for conversation in records.conversations if conversation not in chosen]
-    held_out = [conversation for conversation in records.conversations if conversation in chosen]
-    return replace(records, conversations=kept), Records(f"{records.name}, held out", held_out, {})
+    held_out = [number for number, conversation in enumerate(records.conversations) if conversation in chosen]
+    kept = sorted({*range(len(records.conversations))} - {*held_out})
+    return (
+        _part(records, records.name, kept, records.dropped),
+        _part(records, f"{records.name}, held out", held_out, {}),
+    )
+
+
+def _part(records: Records, name: str, places: list[int], dropped: dict[str, int]) -> Records:
+    unanswered = frozenset(new for new, place in enumerate(places) if place in records.unanswered)
+    conversations = [records.conversations[place] for place in places]
+    counted = {what: number for what, number in dropped.items() if what != UNANSWERED}
+    return Records(name, conversations, _count(unanswered) | counted, unanswered)
+
+
+def _count(unanswered: Collection[int]) -> dict[str, int]:
+    return {UNANSWERED: len(unanswered)} if unanswered else {}
 
 
 def load_records(source: str, split: str = "train", form: Form = "auto", fits: Fits = llama2.segments) -> Records:
@@ -117,6 +150,7 @@ def load_records(source: str, split: str = "train", form: Form = "auto", fits: F
 def _to_records(name: str, rows: list[Row], form: Form, mendable: bool, fits: Fits) -> Records:
     dropped: Counter[str] = Counter()
     conversations: list[Conversation] = []
+    unanswered: set[int] = set()
     first_fault: UserError | None = None
     refused = HOLDS_A_TAG if fits is llama2.segments else ""
     for row in rows:
@@ -132,38 +166,44 @@ def _to_records(name: str, rows: list[Row], form: Form, mendable: bool, fits: Fi
         if not conversation.is_answered and len(conversation.turns) == 1:
             dropped[NOTHING_ANSWERED] += 1
             continue
-        if not conversation.is_answered:
+        is_answered = conversation.is_answered
+        if not is_answered:
             conversation = replace(conversation, turns=conversation.turns[:-1])
-            dropped[UNANSWERED] += 1
         try:
             fits(conversation)
         except ValueError as error:  # one hostile row must not stop a run
             refused = refused or f"{REFUSED}{row.where}: {error}"
             dropped[refused] += 1
         else:
+            if not is_answered:
+                unanswered.add(len(conversations))
             conversations.append(conversation)
     if first_fault and dropped[BROKEN] > len(rows) / 10:  # so many are no stray rows, but a form misread
         raise first_fault
     if not conversations:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "no rows"
         raise UserError(f"{name}: nothing to train on ({reasons}); expected conversations that end on an answer")
-    return Records(name, conversations, dict(dropped))
+    return Records(name, conversations, _count(unanswered) | dropped, frozenset(unanswered))
 
 
 def _to_conversation(row: Row, form: Form) -> Conversation:
     """Raises UserError when the column is missing, ValueError when what it holds is no conversation."""
     wanted = COLUMNS if form == "auto" else (FORMS[form][0],)
-    column = next((column for column in wanted if column in row.value), None)
+    present = [column for column in wanted if column in row.value]
+    column = next((column for column in present if row.value[column] not in (None, "")), next(iter(present), None))
     if column is None:
-        near = next((name for name in row.value if nearest(name.lower(), list(wanted))), None)
+        meant = ((name, known) for name in row.value for known in wanted if nearest(name.lower(), [known]))
+        near = next(meant, None)
         raise UserError(
             f"{row.where}: no column {' or '.join(map(repr, wanted))}, columns found:"
             f" {excerpt(list(row.value))}; got {excerpt(row.value)};"
-            f" {f'rename {near!r}' if near else f'write rows such as {EXAMPLE}'}"
+            f" {f'rename {near[0]!r} to {near[1]!r}' if near else f'write rows such as {EXAMPLE}'}"
         )
     content = row.value[column]
     if column == "text" and not isinstance(content, str):
         raise ValueError(f"column 'text' holds {kind(content)}, expected text")
+    if column != "text" and isinstance(content, str):  # a .csv has no other way to hold a list
+        content = _list_in(content)
     name = form if form != "auto" else FORM_OF_COLUMN.get(column) or _form_of_text(content)
     conversation = FORMS[name][1](content)
     for text in (conversation.system or "", *(turn.content for turn in conversation.turns)):
@@ -172,6 +212,15 @@ def _to_conversation(row: Row, form: Form) -> Conversation:
         except UnicodeEncodeError:
             raise ValueError(r"a lone surrogate such as '\ud800' is no character: no token stands for it") from None
     return conversation
+
+
+def _list_in(text: str) -> Any:
+    """What ``text`` is the JSON of, if that is a list; else the text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, list) else text
 
 
 def _form_of_text(text: str) -> str:

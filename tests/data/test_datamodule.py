@@ -211,7 +211,7 @@ def test_the_number_of_steps_is_no_new_plan_each_time(monkeypatch):
 
 def test_several_devices_take_turns():
     write("rows.jsonl", *numbered(12))
-    write("held.jsonl", *numbered(5))
+    write("held.jsonl", *numbered(5, "another"))
     data = ChatDataModule("rows.jsonl", validation_source="held.jsonl", batch_size=2)
     data.setup("fit")
     seen, scored = [], []

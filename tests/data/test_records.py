@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -49,6 +50,8 @@ ROWS = {
         "text": None,
         "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
     },
+    "text beside no messages": {"text": "### Human: hi### Assistant: yo", "messages": None},
+    "text beside empty messages": {"text": "### Human: hi### Assistant: yo", "conversations": ""},
 }
 
 
@@ -58,8 +61,24 @@ def test_each_form_is_recognised(row):
     assert load_records(parquet("a.parquet", [row])) == Records("a.parquet", [said("hi", "yo")], {})
 
 
+@pytest.mark.parametrize("form", ["messages", "sharegpt"])
+def test_a_csv_holds_messages_as_json(form):
+    (column, messages), *_ = ROWS[form].items()
+    with Path("a.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [["id", column, "text"], ["1", json.dumps(messages), ""], ["2", "", "[INST] a [/INST] b"]]
+        )
+    assert load_records("a.csv") == Records("a.csv", [said("hi", "yo"), said("a", "b")], {})
+
+
+def test_a_text_that_is_no_list_of_messages_stays_a_mistake():
+    for words in ("hello", '{"role": "user"}', "[" * 100_000):
+        with pytest.raises(UserError, match=r"^a\.jsonl:1: expected a list of messages, got str"):
+            load_records(write("a.jsonl", {"messages": words}))
+
+
 def test_forms_may_be_mixed():
-    assert load_records(write("a.jsonl", *ROWS.values())).conversations == [said("hi", "yo")] * 6
+    assert load_records(write("a.jsonl", *ROWS.values())).conversations == [said("hi", "yo")] * 8
 
 
 def test_the_first_mark_decides_on_a_text():
@@ -103,7 +122,7 @@ def test_what_can_not_be_trained_on_is_left_out_and_counted():
         "a.jsonl",
         [said("a", "b"), said("a", "b"), said("d", "e"), said("a", "b")],
         {
-            "unanswered last turns dropped": 4,
+            "unanswered last turns dropped": 3,
             "rows left out: nothing answered": 1,
             "rows left out: a Llama 2 tag inside a turn": 3,
         },
@@ -119,7 +138,7 @@ BAD_ROWS = {
         f"{NO_COLUMN}: ['prompt', 'completion']; got {{'prompt': 'hi', 'completion': 'yo'}};"
         ' write rows such as {"text": "### Human: …### Assistant: …"}',
     ),
-    "near column": ({"Texts": "hi"}, f"{NO_COLUMN}: ['Texts']; got {{'Texts': 'hi'}}; rename 'Texts'"),
+    "near column": ({"Texts": "hi"}, f"{NO_COLUMN}: ['Texts']; got {{'Texts': 'hi'}}; rename 'Texts' to 'text'"),
     "no columns": (
         {},
         f'{NO_COLUMN}: []; got {{}}; write rows such as {{"text": "### Human: …### Assistant: …"}}',
@@ -314,6 +333,34 @@ def test_the_training_rows_are_not_held_out_whole(ten):
     assert str(caught.value) == (
         "data.validation_source: ten.jsonl is the training data itself; leave it out to hold out a share"
     )
+
+
+def test_what_is_held_out_and_in_training_too_is_counted(ten):
+    other = write("other.jsonl", text("q3", "a"), text("c", "d"), text("e", "f", "g"))
+    _, held_out = load_train_and_held_out(ten, other, 0, seed=0)
+    assert held_out.dropped == {
+        "of 3 held-out conversations are in training too": 1,
+        "unanswered last turns dropped": 1,
+    }
+
+
+def test_training_data_under_another_name_is_not_held_out(ten):
+    Path("copy.jsonl").write_bytes(Path(ten).read_bytes())
+    with pytest.raises(UserError) as caught:
+        load_train_and_held_out(ten, "copy.jsonl", 0.1, seed=0)
+    assert str(caught.value) == (
+        "data.validation_source: all 10 conversations of copy.jsonl are training data, too (ten.jsonl), and say "
+        "nothing of new ones; give others, or hold out a share of the source"
+    )
+
+
+def test_each_side_counts_its_own_unanswered_turns():
+    rows = [text(f"q{number}", "a", *(["more"] if number % 2 else [])) for number in range(40)]
+    train, held_out = load_train_and_held_out(write("a.jsonl", *rows), None, 0.25, seed=3)
+    for records in (train, held_out):
+        odd = sum(int(conversation.turns[0].content[1:]) % 2 for conversation in records.conversations)
+        assert records.dropped == {"unanswered last turns dropped": odd}
+        assert odd > 1
 
 
 @pytest.mark.parametrize(("splits", "expected"), [(["train", "test"], "test"), (["train"], "train")])

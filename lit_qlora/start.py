@@ -19,6 +19,7 @@ from lit_qlora.model.load import read_record
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
 from lit_qlora.storage.checkpoint_io import checkpoint_folder
+from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder
 from lit_qlora.storage.run import CARD, RUNS, RunFolder, differences, newest_run, open_run
 from lit_qlora.storage.settings import allowed, refused
@@ -105,8 +106,8 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
     free = shutil.disk_usage(cache if cache.exists() else Path.home()).free
     if free < download:
         raise UserError(
-            f"model.base: {module.base.name} is a download of {download / 1e9:.1f} GB, and the disk of the "
-            f"hub's cache has {free / 1e9:.1f} GB left; free some, or set HF_HOME to a larger disk"
+            f"model.base: {module.base.name} is a download of {size(download)}, and the disk of the "
+            f"hub's cache has {size(free)} left; free some, or set HF_HOME to a larger disk"
         )
 
 

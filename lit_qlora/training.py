@@ -162,6 +162,7 @@ class QLoRACLI(LightningCLI):
         self.run.open(self.stack)
         config = self._config_to_keep()
         if options.mirror is not None:
+            require(bool(options.mirror.strip()), "mirror", "a folder", options.mirror)
             self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell)
             self.mirror.open(config)
         start.check_against_first(self.run, config)

@@ -93,6 +93,13 @@ CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
         "model.base: no folder './llama'; give a hub id (owner/name) or a folder",
     ),
     (
+        "base empty",
+        ["--model.base", ""],
+        None,
+        "model.base: expected demo, a folder or a hub id (owner/name), got ''",
+    ),
+    ("mirror empty", ["--mirror", ""], None, "mirror: expected a folder, got ''"),
+    (
         "base url",
         ["--model.base", "https://huggingface.co/a/b"],
         None,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora import demo
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, require
 from lit_qlora.model.shape import Shape
 
 FINAL_NORM = "model.norm.weight"
@@ -47,6 +47,7 @@ def find_base(name: str) -> Base:
     Raises UserError when it does not exist, is gated without access, is not a Llama, is quantised in
     another way, or has no weights as safetensors.
     """
+    require(bool(name.strip()), "model.base", "demo, a folder or a hub id (owner/name)", name)
     location = str(demo.BASE) if name == "demo" else name
     folder = Path(location).expanduser()
     if folder.exists():

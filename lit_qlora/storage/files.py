@@ -15,6 +15,12 @@ _UNKNOWN_HERE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 """What a mounted file system may answer to something that only real disks know."""
 
 
+def size(num_bytes: float) -> str:
+    """A number of bytes for people: in GB, MB or kB."""
+    unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= pair[0]), (1e3, "kB"))
+    return f"{num_bytes / unit:,.1f} {name}"
+
+
 class SaveError(OSError):
     """Something could not be saved: names the path, the reason, the bytes needed and the bytes free."""
 

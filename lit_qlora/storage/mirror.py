@@ -57,8 +57,8 @@ class Mirror:
         if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
             raise UserError(f"mirror: {self.copy.path} is the run folder itself; give a folder elsewhere")
         try:
-            self.copy.prepare()
-        except (UserError, OSError) as error:
+            self.copy.prepare("mirror")
+        except OSError as error:
             raise UserError(f"mirror: {self.copy.path} can't be written: {error}") from error
         if self.copy.has_begun() and self.copy.config.is_file():
             others = refused(self.copy.read_config(), config)

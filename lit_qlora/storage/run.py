@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import write_file
+from lit_qlora.storage.files import size, write_file
 from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, recover, verify_folder
 from lit_qlora.storage.lock import RunLock
 
@@ -55,10 +55,10 @@ class RunFolder:
         stack.enter_context(RunLock(self.path))
         stack.callback(self.discard_unless_begun)
 
-    def prepare(self) -> None:
+    def prepare(self, option: str = "run") -> None:
         """Makes the folder and puts right what a kill left behind.
 
-        Raises UserError when it can't be written.
+        Raises UserError that names ``option`` when it can't be written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"run: {self.path} can't be written ({error.strerror}); give another folder with --run"
+                f"{option}: {self.path} can't be written ({error.strerror}); give another folder with --{option}"
             ) from error
         clear_leftovers(self.checkpoints)
         recover(self.adapter)
@@ -77,8 +77,8 @@ class RunFolder:
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
             raise UserError(
-                f"run: {self.path} will need {needed_bytes / 1e9:.2f} GB for checkpoints, and its disk has "
-                f"{free / 1e9:.2f} GB left; free some, lower model.rank, or give another folder with --run"
+                f"run: {self.path} will need {size(needed_bytes)} for checkpoints, and its disk has "
+                f"{size(free)} left; free some, lower model.rank, or give another folder with --run"
             )
 
     def has_begun(self) -> bool:

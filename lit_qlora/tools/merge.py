@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base
 from lit_qlora.quiet import quieten
+from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import recover, write_folder
 from lit_qlora.storage.run import CARD
 from lit_qlora.text.conversation import Conversation
@@ -165,7 +166,7 @@ def check_room(target: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise UserError(
-            f"output: {target} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; free some "
+            f"output: {target} needs {size(needed_bytes)} and the disk has {size(free)} left; free some "
             "or give a folder on another disk"
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lit_qlora.errors import UserError
 from lit_qlora.quiet import quieten
+from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.run import CARD
 from lit_qlora.tools.answerer import trained_run
@@ -109,13 +110,8 @@ def _plan(source: Path, kind: str, contents: Contents, hub: Hub) -> str:
     sizes = {name: len(part) if isinstance(part, bytes) else part.stat().st_size for name, part in contents.items()}
     width = max(map(len, sizes))
     lines = [f"push  {kind} {source}", f"to    {hub.to}: {hub.outlook(contents)}; as {hub.account}"]
-    lines += [f"        {name:{width}} {_size(size):>9}" for name, size in sizes.items()]
-    return "\n".join([*lines, f"      {len(sizes)} files, {_size(sum(sizes.values()))}"])
-
-
-def _size(num_bytes: int) -> str:
-    unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= pair[0]), (1e3, "kB"))
-    return f"{num_bytes / unit:,.1f} {name}"
+    lines += [f"        {name:{width}} {size(count):>9}" for name, count in sizes.items()]
+    return "\n".join([*lines, f"      {len(sizes)} files, {size(sum(sizes.values()))}"])
 
 
 def _agreed() -> bool:

@@ -183,8 +183,11 @@ def test_a_drive_that_is_not_mounted_is_refused(tmp_path):
     with pytest.raises(UserError, match="is the run folder itself; give a folder elsewhere"):
         Mirror(run, tmp_path, print).open(CONFIG)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="can't be written"):
+    with pytest.raises(UserError) as caught:
         Mirror(run, tmp_path / "file", print).open(CONFIG)
+    assert str(caught.value) == (
+        f"mirror: {tmp_path}/file/one can't be written (Not a directory); give another folder with --mirror"
+    )
 
 
 def test_a_failure_is_told_and_tried_again_and_harms_nothing(machine, drive, monkeypatch):

@@ -172,7 +172,11 @@ def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
 
 
 BAD = [
-    (["fti"], "no verb 'fti'; there are fit, validate, test, plan, chat, "),
+    (
+        ["fti"],
+        "no verb 'fti'; there are fit, validate, test, plan, chat, predict, merge, export, evaluate, push, doctor "
+        "(see --help)",
+    ),
     (["fit", "--model.rnak", "3"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
     (["fit", "--model.rank", "x"], "model.rank: expected int, got x"),
     (["fit", "--model.rank", "0"], "model.rank: expected a whole number from 1, got 0"),

@@ -46,7 +46,7 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
     assert {path.name for path in (run / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "lit_qlora.json", "manifest.json", "result.json",
-        "README.md",
+        "README.md", "curves.png",
     }  # fmt: skip
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
@@ -173,7 +173,11 @@ def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
 
 
 BAD = [
-    (["fti"], "no verb 'fti'; there are fit, validate, test, plan, chat, predict, merge, export (see --help)"),
+    (
+        ["fti"],
+        "no verb 'fti'; there are fit, validate, test, plan, chat, predict, merge, export, evaluate, push, doctor "
+        "(see --help)",
+    ),
     (["fit", "--model.rnak", "3"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
     (["fit", "--model.rank", "x"], "model.rank: expected int, got x"),
     (["fit", "--model.rank", "0"], "model.rank: expected a whole number from 1, got 0"),
@@ -200,7 +204,7 @@ BAD = [
     (["fit", "--model.ran", "8"], "unknown option 'model.ran'; did you mean 'model.rank'?"),
     (["fit", "--ru", "x"], "unknown option 'ru'; did you mean 'run'?"),
     (["fit", "--data.system", "x [INST]"], "data.system: expected a text without Llama 2's tags, got 'x [INST]'"),
-    (["fit", "--samples.prompts", '["[INST] x"]'], "samples.prompts: expected texts without Llama 2's tags"),
+    (["fit", "--samples.prompts", '["[INST] x"]'], "samples.prompts: expected texts without [INST], got '[INST] x'"),
     (["predict", "--prompts", "latin.txt", "--output", "o"], "latin.txt: not UTF-8 (byte 0); save it as UTF-8"),
     (["fit", "--trainer.max_time", "x"], "unknown option 'trainer.max_time'"),
     (["fit", "--trainer.inference_mode", "null"], "trainer.inference_mode: expected bool, got None"),

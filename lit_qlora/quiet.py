@@ -21,6 +21,11 @@ LOGGERS = {
     "huggingface_hub.utils._http": logging.ERROR,
     # That a push had nothing new; said by us.
     "huggingface_hub.hf_api": logging.ERROR,
+    # That a data set's page has no table of properties, each time it is asked.
+    "huggingface_hub.repocard": logging.ERROR,
+    # That rows come from the cache where the hub is silent, four times over; how many they are is said by us.
+    "datasets.load": logging.ERROR,
+    "datasets.packaged_modules.cache.cache": logging.ERROR,
     # On a CPU: that an optional package with another kernel is not there.
     "bitsandbytes.backends.cpu.ops": logging.ERROR,
 }

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lit_qlora import demo
 from lit_qlora.callbacks.metrics import read_metrics
@@ -18,6 +21,7 @@ from lit_qlora.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+T4_CONFIGS = [config for config in CONFIGS if "t4" in config.stem]
 SHORT = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "2", "--samples.max_new_tokens", "8",
          "--trainer.limit_val_batches", "3"]  # fmt: skip
@@ -89,6 +93,57 @@ def test_every_config_trains(config: Path, here: Path) -> None:
     data = _rows(here / "rows.jsonl")
     small = ["--model.base", "demo", "--data.source", str(data), "--data.max_length", "48", "--trainer.max_steps", "2"]
     assert main(["fit", "--config", str(config), *small]) == 0
+    assert (here / "runs" / config.stem / "adapter" / "adapter_model.safetensors").is_file()
+
+
+class _NoBf16(TorchDispatchMode):
+    """Fails at the first operation that takes or gives a bfloat16 tensor, in forward, backward and update."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, out)):
+            assert not isinstance(leaf, torch.Tensor) or leaf.dtype != torch.bfloat16, f"{func} in bfloat16"
+        return out
+
+
+@pytest.mark.parametrize("config", T4_CONFIGS, ids=lambda path: path.stem)
+def test_a_t4_config_meets_no_bf16(
+    config: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what `auto` takes on a T4, on the CPU: from loading to the last sample answer, no tensor and no autocast."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from lit_qlora import trainer, training
+    from lit_qlora.model.device import Device, choose_precision
+
+    chosen: list[str] = []
+    autocasts: set[torch.dtype] = set()
+    entered = torch.autocast.__enter__
+
+    class OnCpu(trainer.QLoRATrainer):
+        def __init__(self, **options: Any) -> None:
+            plugins = [*options.pop("plugins"), MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
+            super().__init__(**options, plugins=plugins)
+
+    def on_a_t4(wanted: Any, device: object, num_weights: int = 0) -> tuple[None, str]:
+        precision, reason = choose_precision(wanted, Device("Tesla T4", (7, 5)), num_weights)
+        chosen.append(precision)
+        return None, reason  # the plugin brings the precision
+
+    def watched(self: Any) -> Any:
+        if self._enabled:
+            autocasts.add(self.fast_dtype)
+        return entered(self)
+
+    monkeypatch.setattr(trainer, "choose_precision", on_a_t4)
+    monkeypatch.setattr(training, "QLoRATrainer", OnCpu)
+    monkeypatch.setattr(torch.autocast, "__enter__", watched)
+    data = _rows(here / "rows.jsonl")
+    small = ["--model.base", "demo", "--data.source", str(data), "--data.max_length", "48", "--trainer.max_steps", "2"]
+    with _NoBf16():
+        assert main(["fit", "--config", str(config), *small, "--samples.max_new_tokens", "4"]) == 0
+    assert chosen == ["16-mixed"]
+    assert autocasts == {torch.float16}
     assert (here / "runs" / config.stem / "adapter" / "adapter_model.safetensors").is_file()
 
 

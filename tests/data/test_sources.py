@@ -1,4 +1,11 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import datasets
 import pytest
@@ -190,3 +197,125 @@ def test_offline_is_said_by_the_real_library(monkeypatch):
         UserError, match=r"^no-such-owner/no-such-name: no such file here, and the hub can't be reached"
     ):
         read_source("no-such-owner/no-such-name", "train")
+
+
+# The hub, played by a server that the real libraries talk to
+
+
+def _lines(split: str, count: int) -> bytes:
+    rows = ({"text": f"### Human: {split} {number}### Assistant: a"} for number in range(count))
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Knows owner/guanaco, whose files are named as those of timdettmers/openassistant-guanaco."""
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+    FILES = {  # noqa: RUF012
+        "openassistant_best_replies_train.jsonl": _lines("train", 3),
+        "openassistant_best_replies_eval.jsonl": _lines("eval", 2),
+        "README.md": b"# Guanaco\n",
+    }
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = unquote(self.path.partition("?")[0])
+        name = path.rpartition("/")[2]
+        if path.startswith("/api/datasets/owner/guanaco/tree/"):
+            listing = [
+                {"type": "file", "path": name, "size": len(content), "oid": "1" * 40}
+                for name, content in self.FILES.items()
+            ]
+            self.answer(200, {}, json.dumps(listing).encode())
+        elif path.startswith("/api/datasets/owner/guanaco"):
+            siblings = [{"rfilename": name} for name in self.FILES]
+            about = {"id": "owner/guanaco", "sha": self.COMMIT, "private": False, "tags": [], "siblings": siblings}
+            self.answer(200, {}, json.dumps(about).encode())
+        elif path.startswith("/datasets/owner/guanaco/resolve/") and name in self.FILES:
+            self.answer(200, {"X-Repo-Commit": self.COMMIT, "ETag": f'"{name}"'}, self.FILES[name])
+        elif path.startswith("/datasets/owner/guanaco/"):
+            self.answer(404, {"X-Error-Code": "EntryNotFound"})
+        else:
+            self.answer(404, {"X-Error-Code": "RepoNotFound"})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.answer(404, {})
+
+    def answer(self, status, headers, body=b""):
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+ASK = """
+import json
+import datasets
+from lit_qlora.data.sources import has_split, read_source
+from lit_qlora.errors import UserError
+from lit_qlora.quiet import quieten
+
+quieten()
+datasets.disable_progress_bars()
+
+
+def ask(question, *words):
+    try:
+        return question(*words)
+    except UserError as error:
+        return str(error)
+
+
+known = [ask(has_split, "owner/guanaco", split) for split in ("test", "validation")]
+print(json.dumps([*known, *(ask(read_source, "owner/guanaco", split) for split in ("train", "test")),
+                  ask(has_split, "owner/unknown", "test")]))
+"""
+
+
+def test_the_real_libraries_and_a_server_and_then_the_cache_alone(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+
+    def ask(offline):
+        # A process of its own: the libraries read their settings once, when imported.
+        done = subprocess.run(
+            [sys.executable, "-c", ASK],
+            env=os.environ | settings | {"HF_HUB_OFFLINE": offline},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        assert done.stderr == ""
+        return json.loads(done.stdout)
+
+    try:
+        online = ask("0")
+    finally:
+        server.shutdown()
+        server.server_close()
+    train = [
+        [f"owner/guanaco (train): row {n + 1}", {"text": f"### Human: train {n}### Assistant: a"}] for n in range(3)
+    ]
+    test = [[f"owner/guanaco (test): row {n + 1}", {"text": f"### Human: eval {n}### Assistant: a"}] for n in range(2)]
+    assert online[:4] == [True, False, [train, False], [test, False]]
+    assert online[4].startswith("owner/unknown: not found on the hub, and no such file here; check the spelling")
+    offline = ask("1")
+    assert offline[:4] == online[:4]
+    assert offline[4].startswith("owner/unknown: no such file here, and the hub can't be reached; check the network")

@@ -9,8 +9,9 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from lit_qlora.errors import UserError
 from lit_qlora.model import memory
-from lit_qlora.model.cards import CARDS, Card, find_card
+from lit_qlora.model.cards import Card, find_card
 from lit_qlora.model.device import current_device
 from lit_qlora.model.memory import GIB, Step
 from lit_qlora.model.shape import Shape
@@ -150,8 +151,9 @@ def current_card() -> Card | None:
     device = current_device()
     if device.capability is None:
         return None
-    known = Card(device.name, 0, device.capability)
-    if any(card.name.split()[-1] in device.name or card.name.split()[0] in device.name for card in CARDS):
+    try:
         known = find_card(device.name)
+    except UserError:  # there are more cards than the table has: of this one the rates are not known
+        known = Card(device.name, 0, device.capability)
     # CUDA's own part is not in what is free any more; the formulas count it in.
     return replace(known, memory_gib=(device.memory_bytes + memory.CONTEXT) / GIB, capability=device.capability)

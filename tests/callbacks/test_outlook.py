@@ -91,7 +91,12 @@ def test_durations(hours, words):
     assert outlook.duration(hours) == words
 
 
-@pytest.mark.parametrize(("name", "rates"), [("Tesla T4", 24), ("NVIDIA GeForce GTX 1080", None)])
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [("Tesla T4", 24), ("NVIDIA A100-SXM4-80GB", 230), ("NVIDIA GeForce RTX 3090", 53), ("NVIDIA H100 80GB HBM3", 740)]
+    + [(f"NVIDIA {name}", None) for name in ("GeForce GTX 1080", "GeForce RTX 3080", "L40S", "RTX A6000", "A800 80GB")]
+    + [(f"NVIDIA {name}", None) for name in ("GeForce RTX 5090", "Quadro RTX 6000", "GH200 480GB")],
+)
 def test_this_machines_card(monkeypatch, name, rates):
     monkeypatch.setattr(outlook, "current_device", lambda: Device(name, (7, 5), 12 * 1024**3))
     card = outlook.current_card()

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_qlora.batch import Batch, halves
-from lit_qlora.errors import UserError
+from lit_qlora.errors import OutOfRoomError
 
 
 class LearnsInParts(LightningModule):
@@ -94,7 +94,7 @@ class LearnsInParts(LightningModule):
     def _make_room(self, batch: Batch) -> None:
         """After memory ran out: layers compute again instead of keeping; then micro-batches go in halves.
 
-        Raises UserError when both are done already.
+        Raises OutOfRoomError when both are done already.
         """
         rows, tokens = len(batch.rows), batch.input_ids.numel()
         what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
@@ -105,10 +105,7 @@ class LearnsInParts(LightningModule):
             self.parts = 2
             done = "each micro-batch goes in two halves from now on; the loss of a step is the same"
         else:
-            raise UserError(
-                f"{what}, after all that could be done in a run; lower data.batch_size (or data.batch_tokens) and "
-                "raise trainer.accumulate_grad_batches, lower data.max_length, or take model.optimizer=adamw_8bit"
-            )
+            raise OutOfRoomError(f"{what}, after all that could be done in a run", rows)
         self.trainer.print(f"{what}: {done}")
         gc.collect()
         if self.device.type == "cuda":

@@ -55,7 +55,7 @@ def main() -> None:
             _steps(options),
             [
                 "| tokens a row x rows | rank | kept | tokens/s | allocated GiB | forecast | reserved GiB | forecast |",
-                "|---|" * 8,
+                "|" + "---|" * 8,
             ],
         )
         lines += [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_qlora import demo
+from lit_qlora.batch import Batch
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.errors import UserError
+from lit_qlora.model.module import QLoRAModule
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -412,3 +415,44 @@ def _check_outside(base: Path, adapter: Path) -> None:
         assert torch.equal(outside(input_ids=ids).logits, inside(input_ids=ids).logits)
         with inside.disable_adapter():
             assert not torch.equal(outside(input_ids=ids).logits, inside(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("batch", "fits", "change"),
+    [
+        ([], 1, "--data.batch_size 1 --trainer.accumulate_grad_batches 4"),
+        (["--data.batch_size", "1"], 0, "--data.max_length 48"),
+        (["--data.batch_tokens", "512"], 1, "--data.batch_tokens 128 --trainer.accumulate_grad_batches 4"),
+    ],
+)
+def test_out_of_memory_after_all_gives_the_change_to_make(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    batch: list[str],
+    fits: int,
+    change: str,
+) -> None:
+    real = QLoRAModule.summed_loss
+
+    def short(self: QLoRAModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+        if torch.is_grad_enabled() and len(batch.rows) > fits:
+            raise torch.OutOfMemoryError
+        return real(self, batch)
+
+    monkeypatch.setattr(QLoRAModule, "summed_loss", short)
+    assert main(["fit", *SHORT, "--data.max_length", "96", *batch]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory at a micro-batch of ")
+    assert error.endswith(f"after all that could be done in a run; give {change}, in a new run: --run NAME\n")
+
+
+def test_out_of_memory_in_a_validation_is_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(self: QLoRAModule, batch: Batch, batch_idx: int) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(QLoRAModule, "validation_step", short)
+    assert main(["fit", *SHORT]) == 2
+    assert re.fullmatch(r"error: out of memory outside of a training step .*\n", capsys.readouterr().err)

@@ -33,16 +33,17 @@ def complete(args: list[str]) -> list[str]:
     verb, rest = args[0], args[1:]
     if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
         return args
-    config, run = option(rest, "--config", "-c"), option(rest, "--run")
+    config, run, base = option(rest, "--config", "-c"), option(rest, "--run"), option(rest, "--model.base")
     if config is None:
         if verb != "fit":
             kept = open_run(Path(run)) if run else newest_run()
             config, run = str(kept.config), str(kept.path)
         elif run and (Path(run) / "config.yaml").is_file():
             config = str(Path(run) / "config.yaml")
-        else:
+        elif base in (None, "demo"):
             config = str(DEMO_CONFIG)
-        rest = ["--config", config, *rest]
+        if config is not None:  # else a base of one's own, which the demo's learning rate is not for
+            rest = ["--config", config, *rest]
     for index, arg in enumerate(rest):
         if arg in ("--config", "-c") and index + 1 < len(rest):
             check_config_file(Path(rest[index + 1]))
@@ -51,7 +52,7 @@ def complete(args: list[str]) -> list[str]:
     for file in (value for name, value in pairwise(rest) if name in ("--config", "-c")):
         run = run or yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")).get("run")
     if run is None:
-        run = str(RUNS / Path(config).stem)
+        run = str(RUNS / (Path(config).stem if config else Path(str(base)).name or "run"))
         rest += ["--run", run]
     elif option(rest, "--run") is None:
         rest += ["--run", run]

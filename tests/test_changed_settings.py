@@ -11,6 +11,7 @@ from lit_qlora.callbacks import identity
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.model import load
+from lit_qlora.start import DEMO_CONFIG
 
 STEPS = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1",
@@ -37,8 +38,8 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-FIT = ["fit", "--run", "run", "--data.source", "rows.jsonl", "--data.validation_source", "held_out.jsonl",
-       "--model.base", "base", "--keep_checkpoints", "9", *STEPS]  # fmt: skip
+FIT = ["fit", "--config", str(DEMO_CONFIG), "--run", "run", "--data.source", "rows.jsonl",
+       "--data.validation_source", "held_out.jsonl", "--model.base", "base", "--keep_checkpoints", "9", *STEPS]  # fmt: skip
 
 
 @pytest.fixture

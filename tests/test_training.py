@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.storage.run import RunFolder
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -415,6 +417,14 @@ def _check_outside(base: Path, adapter: Path) -> None:
         assert torch.equal(outside(input_ids=ids).logits, inside(input_ids=ids).logits)
         with inside.disable_adapter():
             assert not torch.equal(outside(input_ids=ids).logits, inside(input_ids=ids).logits)
+
+
+def test_the_demos_settings_are_for_the_demo_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(demo.BASE, "llamas/mine")
+    assert main(["fit", "--model.base", "llamas/mine", *SHORT, "--trainer.max_steps", "1"]) == 0
+    assert main(["fit", "--model.base", "demo", *SHORT, "--trainer.max_steps", "1"]) == 0
+    rates = [RunFolder(Path("runs", name)).read_config()["model"]["learning_rate"] for name in ("mine", "demo")]
+    assert rates == [0.0002, 0.003]
 
 
 @pytest.mark.parametrize(

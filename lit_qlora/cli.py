@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lit_qlora.errors import UserError
+from lit_qlora.secrecy import check_no_secrets, redact
 from lit_qlora.signals import leave_in_one_line
 from lit_qlora.storage.files import SaveError
 
@@ -53,10 +54,10 @@ def main(args: Sequence[str] | None = None) -> int:
         with leave_in_one_line():
             return _run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except SaveError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
 
 
@@ -65,6 +66,8 @@ def _run(args: list[str]) -> int:
     if verb in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
+    if verb != "chat":  # what is said in a chat is kept nowhere
+        check_no_secrets(args[1:])
     if verb in ("fit", "validate", "test"):
         from lit_qlora import training
 

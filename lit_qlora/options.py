@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from lit_qlora.errors import UserError
+from lit_qlora.secrecy import check_no_secret
 
 
 class OneLineErrors:
@@ -63,7 +64,7 @@ def option(args: list[str], *names: str) -> str | None:
 
 
 def check_config_file(path: Path) -> None:
-    """Finds what a YAML parser would let pass: doubled keys, empty sections, a ``config`` inside.
+    """Finds what a YAML parser would let pass: doubled keys, empty sections, a ``config`` inside, a secret.
 
     Raises UserError with file and line.
     """
@@ -90,8 +91,22 @@ def check_config_file(path: Path) -> None:
     if not isinstance(root, yaml.MappingNode):
         kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
         raise UserError(f"{path}:1: expected 'option: value' lines, got a {kind}")
+    for line, name, value in _values(root):
+        check_no_secret(name, value, f"{path}:{line}: ")
     for line, problem in _problems(root):
         raise UserError(f"{path}:{line}: {problem}")
+
+
+def _values(node: yaml.Node, name: str = "") -> Iterator[tuple[int, str, str]]:
+    """Line, dotted name and text of each single value."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _values(value, f"{name}.{key.value}".lstrip("."))
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _values(item, name)
+    else:
+        yield node.start_mark.line + 1, name, node.value
 
 
 def _problems(node: yaml.MappingNode, section: str = "") -> Iterator[tuple[int, str]]:

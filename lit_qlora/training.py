@@ -112,8 +112,8 @@ class QLoRACLI(LightningCLI):
         parser.add_argument(
             "--max_nonfinite_losses",
             type=int,
-            default=3,
-            help="losses in a row that are not finite before it stops",
+            default=1,
+            help="steps in a row whose loss is not finite before it stops (in fp16 the scaler's skips are counted)",
         )
         parser.add_lightning_class_args(SampleAnswers, "samples")
         parser.link_arguments("model.base", "data.tokenizer")
@@ -238,7 +238,7 @@ class QLoRACLI(LightningCLI):
             *bars,
             *early,
             *limits,
-            RunIdentity(),
+            RunIdentity(self.resume_from),
             checkpoints,
             self.report,
             stop,

@@ -105,6 +105,21 @@ def _give(args: list[str], log: Path, is_cold: bool) -> None:
     sys.exit(main(args))
 
 
+def ended_within(process: ForkProcess, seconds: float) -> bool:
+    """Whether ``process`` ended in that time.
+
+    Not by its ``join``, which knows an end by a pipe that another program no longer holds: a cold start would be
+    waited for to its very end, and never be killed.
+    """
+    deadline = time.monotonic() + seconds
+    while process.exitcode is None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(left, 0.005))
+    return True
+
+
 def _log(run: Path) -> Path:
     return run.with_name(f"{run.name}.log")
 
@@ -139,8 +154,7 @@ def storm(folder: Path, uncut: dict[str, Uncut], seed: int, cold: float, number:
     while True:
         is_cold = draw.random() < cold
         process = start(run, variant, is_cold)
-        process.join(draw.uniform(0, uncut[variant].seconds[is_cold]))
-        if process.exitcode is not None:
+        if ended_within(process, draw.uniform(0, uncut[variant].seconds[is_cold])):
             break
         process.kill()
         process.join()

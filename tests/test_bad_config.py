@@ -8,6 +8,10 @@ import pytest
 from lit_qlora.cli import main
 from lit_qlora.model import load
 
+SECRET = (
+    "it holds a password or a token, and options are kept in the run's files; put a token for the hub into the "
+    "environment as HF_TOKEN, and fetch by hand what else needs one"
+)
 CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
     ("misspelt key", ["--model.rnak", "3"], None, "unknown option 'model.rnak'; did you mean 'model.rank'?"),
     ("misspelt key in YAML", [], "model:\n  rnak: 3\n", "unknown option 'model.rnak'; did you mean 'model.rank'?"),
@@ -279,7 +283,13 @@ CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
         "trainer:\n  callbacks:\n    - class_path: evil.Module\n",
         "trainer.callbacks: expected list[Callback], Callback, none; got [{'class_path': 'evil.Module'}]",
     ),
-    ("token", ["--hf_token", "x"], None, "unknown option 'hf_token'; the accepted ones are listed by --help"),
+    ("token", ["--hf_token", "x"], None, f"hf_token: {SECRET}"),
+    (
+        "logger's key",
+        [],
+        "trainer:\n  logger:\n    init_args:\n      api_key: x\n",
+        f"mine.yaml:4: trainer.logger.init_args.api_key: {SECRET}",
+    ),
     (
         "seed -1",
         ["--seed_everything", "-1"],

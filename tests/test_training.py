@@ -171,14 +171,6 @@ def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
     )
 
 
-def test_no_token_reaches_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_canary_in_a_coal_mine")
-    assert main(["fit", "--trainer.max_steps", "1", "--samples.count", "0", "--trainer.limit_val_batches", "1"]) == 0
-    files = [path for path in here.rglob("*") if path.is_file()]
-    assert len(files) > 8
-    assert [path for path in files if b"hf_canary" in path.read_bytes()] == []
-
-
 BAD = [
     (["fti"], "no verb 'fti'; there are fit, validate, test, plan, chat, predict, merge, export (see --help)"),
     (["fit", "--model.rnak", "3"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
@@ -250,7 +242,7 @@ def test_a_mistake_is_one_line(
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
     assert (here / "full" / "thesis.tex").read_text() == "precious"
-    assert not (here / "runs").exists() or list((here / "runs").iterdir()) == []
+    assert not (here / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def card(
     return "\n\n".join(sections) + "\n"
 
 
-def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: bool) -> str:
+def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: bool, own_format: bool = False) -> str:
     """The card of a merged model as text.
 
     Args:
@@ -119,10 +119,12 @@ def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: 
         made: how, in a sentence.
         told: how far it is from base and adapter, as it was measured.
         in_4_bits: whether it was quantised again.
+        own_format: whether it was trained in another format than Llama 2's.
     """
     source = published(source)
     metadata = _metadata(base, source or "", "quantized" if in_4_bits else "finetune")
-    trained = f"`{source}`, in the format of its chat template" if source else "conversations"
+    prompts = "in the format of its chat template" if own_format else "in the Llama 2 chat format"
+    trained = f"`{source}`, {prompts}" if source else f"conversations {prompts}"
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# {base}, fine-tuned",

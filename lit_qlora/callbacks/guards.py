@@ -18,15 +18,17 @@ MAX_SCALER_SKIPS = 20
 
 
 class UpdateGuard(StepCallback):
-    """Keeps an update with a loss that is not finite from being applied, and stops after several in a row.
+    """Keeps an update with a loss that is not finite from being applied, and stops: in fp32 and bf16 there.
+
+    In fp16 a loss may overflow until the gradient scaler has found its scale: there its skips are counted.
 
     Args:
-        max_nonfinite_losses: in a row, before the run stops.
+        max_nonfinite_losses: steps in a row with such a loss before the run stops; those before are left out.
     """
 
     COUNTS = ("nonfinite_in_a_row", "skips_in_a_row", "num_applied")
 
-    def __init__(self, max_nonfinite_losses: int = 3) -> None:
+    def __init__(self, max_nonfinite_losses: int = 1) -> None:
         require(max_nonfinite_losses >= 1, "max_nonfinite_losses", "a whole number from 1", max_nonfinite_losses)
         self.max_nonfinite_losses = max_nonfinite_losses
         self.nonfinite_in_a_row = 0
@@ -34,6 +36,8 @@ class UpdateGuard(StepCallback):
         self.num_applied = 0
         self._is_finite: Tensor | None = None
         self._rows: list[int] = []
+        self._step_rows: list[int] = []
+        """Those of the optimizer step that was last."""
 
     def state_dict(self) -> dict[str, int]:
         """The counts, so that a cut-off is no new start for them."""
@@ -60,7 +64,7 @@ class UpdateGuard(StepCallback):
 
         Raises UserError after too many in a row.
         """
-        rows, self._rows = self._rows, []
+        self._step_rows, self._rows = self._rows, []
         is_finite, self._is_finite = self._is_finite, None
         if is_finite is None or is_finite.item():
             self.nonfinite_in_a_row = 0
@@ -69,11 +73,12 @@ class UpdateGuard(StepCallback):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-        if self.nonfinite_in_a_row >= self.max_nonfinite_losses:
+        if self.nonfinite_in_a_row >= self.max_nonfinite_losses and _scale(trainer) is None:
             raise UserError(
-                f"the loss was not finite {self.nonfinite_in_a_row} times in a row, last at step "
-                f"{trainer.global_step + 1} with training rows {rows}; none of these updates was applied, and "
-                "the saved adapter is sound; try a lower model.learning_rate or a longer model.warmup_ratio"
+                f"the loss of step {trainer.global_step + 1} is not finite ({self.nonfinite_in_a_row} in a row), with "
+                f"training rows {self._step_rows} ({trainer.precision}); the update was not applied, and what is "
+                "saved is sound; look at these rows, try a lower model.learning_rate or a longer "
+                "model.warmup_ratio, or leave such steps out, a few in a row, with --max_nonfinite_losses 4"
             )
 
     def on_step_end(self, trainer: Trainer, module: object) -> None:
@@ -86,8 +91,19 @@ class UpdateGuard(StepCallback):
         self.num_applied = applied
         if is_log_step(trainer):
             record(trainer, {"updates/applied": applied, "updates/skipped": trainer.global_step - applied})
-        if self.skips_in_a_row >= MAX_SCALER_SKIPS:
+        if self.skips_in_a_row < MAX_SCALER_SKIPS:
+            return
+        scale = _scale(trainer)  # waits for the device, so not in each step
+        if scale is not None:
             raise UserError(
-                f"{self.skips_in_a_row} updates in a row were skipped for gradients that overflow in fp16, up to step "
-                f"{trainer.global_step}; try a lower model.learning_rate or trainer.precision=32-true"
+                f"{self.skips_in_a_row} updates in a row were skipped for losses or gradients that overflow in fp16, "
+                f"up to step {trainer.global_step} with training rows {self._step_rows}, at a scale of "
+                f"{scale:g}; what is saved is sound; try a lower model.learning_rate or "
+                "trainer.precision=32-true"
             )
+
+
+def _scale(trainer: Trainer) -> float | None:
+    """What the losses are multiplied by in fp16; None elsewhere."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler else None

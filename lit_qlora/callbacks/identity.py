@@ -1,10 +1,12 @@
 """Owns what a checkpoint says of the run it belongs to, and the refusal to go on from another one's.
 
 Base, tokenizer, prompt format, rows and precision are compared by what they are, not by what they are called: a
-copy of a base elsewhere is the same base. Knows no files.
+copy of a base elsewhere is the same base. All but the base, whose weights may still have to come, is compared before
+anything is loaded. Knows no format of a file.
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import identity
 from lit_qlora.model.load import PROMPT_FORMAT
+from lit_qlora.storage.state import load_state
 from lit_qlora.text import jinja, llama2
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -53,28 +56,26 @@ class SamePrompts(Callback):
 
 
 class RunIdentity(Callback):
-    """Records what a run is made of in each of its checkpoints, and compares where one is gone on from."""
+    """Records what a run is made of in each of its checkpoints, and compares where one is gone on from.
 
-    def __init__(self) -> None:
+    Args:
+        resume_from: the checkpoint folder that this start goes on from, if it does.
+    """
+
+    def __init__(self, resume_from: Path | None = None) -> None:
+        self.resume_from = resume_from
         self._old_steps: int | None = None
-        """Optimizer steps of the run by the checkpoint that was loaded."""
+        """Optimizer steps of the run by the checkpoint that is gone on from."""
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the record."""
-        checkpoint[KEY] = describe(trainer, pl_module)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compares the record with this start.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compares all but the base: the rows are encoded by now, and no weight is loaded.
 
         Raises UserError with was -> is for the first part that differs, and where the run would become shorter.
         """
-        was, now = checkpoint[KEY], describe(trainer, pl_module)
-        for part, remedy in REMEDY.items():
-            if was[part] != now[part]:
-                raise UserError(
-                    f"run: its {part.replace('_', ' ')} changed: {_told(part, was)} -> {_told(part, now)}; "
-                    f"{remedy}, or --run NAME to start another run"
-                )
+        if self.resume_from is None:
+            return
+        was, now = load_state(self.resume_from, with_tensors=False)[KEY], _describe_data(trainer)
+        _compare(was, now)
         if now["steps"] < was["steps"]:
             raise UserError(
                 f"run: it has {was['steps']} optimizer steps, and is asked for {now['steps']}; a run can be made "
@@ -82,6 +83,14 @@ class RunIdentity(Callback):
                 "or give --run NAME to start another run"
             )
         self._old_steps = was["steps"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the record."""
+        checkpoint[KEY] = _describe_base(pl_module) | _describe_data(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Compares the base. Raises UserError with was -> is where it is another one."""
+        _compare(checkpoint[KEY], _describe_base(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where the run was made longer, takes the learning rate of the longer schedule from here on, and says so."""
@@ -102,13 +111,14 @@ class RunIdentity(Callback):
         )
 
 
-def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
-    """What a run is made of, in plain values."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+def _describe_base(module: Any) -> dict[str, Any]:
     base = identity(module.base)
+    return {"base": base["fingerprint"], "base_name": " ".join(filter(None, (base["name"], base["commit"])))}
+
+
+def _describe_data(trainer: Trainer) -> dict[str, Any]:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
     return {
-        "base": base["fingerprint"],
-        "base_name": " ".join(filter(None, (base["name"], base["commit"]))),
         "tokenizer": data.encoder.rules_fingerprint(),
         "prompt_format": _prompt_format(data),
         **data.fingerprints(),
@@ -122,6 +132,16 @@ def _prompt_format(data: Any) -> str:
         return f"{jinja.FORMAT} {jinja.digest(data.template)}"
     rendered = repr([(segment.text, segment.is_answer) for segment in llama2.segments(_SAMPLE)])
     return f"{PROMPT_FORMAT} {hashlib.sha256(rendered.encode()).hexdigest()}"
+
+
+def _compare(was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError for the first part of ``now`` that was another one."""
+    for part, remedy in REMEDY.items():
+        if part in now and was[part] != now[part]:
+            raise UserError(
+                f"run: its {part.replace('_', ' ')} changed: {_told(part, was)} -> {_told(part, now)}; "
+                f"{remedy}, or --run NAME to start another run"
+            )
 
 
 def _told(part: str, record: dict[str, Any]) -> str:

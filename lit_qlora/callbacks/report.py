@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, read_result
@@ -65,7 +66,7 @@ class Report(Callback):
         planned = planned_step(module, data, trainer)
         if planned:
             self.predicted_gib = step_memory(planned[0]).reserved / GIB
-        _say("run", f"{self.run.path}" + (f", going on from {self.resumed_from}" if self.resumed_from else ""))
+        _say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One line a validation."""
@@ -126,6 +127,15 @@ def before_and_after(run: RunFolder) -> list[str]:
         if name in before and name in after:
             lines.append(f"{title:32}{show(float(before[name])):>12}   {show(float(after[name]))}")
     return lines
+
+
+def _going_on(resumed_from: str | None, on_gpu: bool) -> str:
+    """From where, and, where it is so, that the last bits may be others."""
+    if resumed_from is None:
+        return ""
+    exact = not on_gpu or torch.are_deterministic_algorithms_enabled()
+    but = "" if exact else "; state and order are exact, a GPU's last bits only with --trainer.deterministic true"
+    return f", going on from {resumed_from}{but}"
 
 
 def _say(topic: str, line: str) -> None:

@@ -40,13 +40,19 @@ class Example(NamedTuple):
 def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of ``base``, a hub id or a local folder.
 
-    Raises UserError when there is none, or when it lacks a BOS or an EOS.
+    Raises UserError when there is none, when it comes as code, or when it lacks a BOS or an EOS.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(demo.BASE if base == "demo" else base)
+        # Left unsaid, whoever sits at a terminal is asked, and a "y" runs the code.
+        tokenizer = AutoTokenizer.from_pretrained(demo.BASE if base == "demo" else base, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model.base: the tokenizer of {base!r} is code of its own, and code that comes with a base is never "
+                "run; take a copy with a Llama tokenizer"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.base: no tokenizer could be loaded from {base!r}: {reason}") from error
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:

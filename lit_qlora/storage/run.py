@@ -49,7 +49,9 @@ class RunFolder:
             raise UserError(f"run: {self.path} is a file, expected a folder; give another one with --run")
         if not (self.has_begun() or self.is_empty()):
             raise UserError(f"run: {self.path} holds other files and no run; give a folder of its own with --run")
+        made = [] if self.path.parent.exists() else [self.path.parent]
         self.prepare()
+        stack.callback(_remove_empty, made)  # which a run that has begun keeps from being empty
         stack.enter_context(RunLock(self.path))
         stack.callback(self.discard_unless_begun)
 
@@ -95,9 +97,7 @@ class RunFolder:
             return
         for file in (self.config, self.path / ".lock", *self.path.glob("events.out.tfevents.*")):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.path):
-            with suppress(OSError):  # somebody else's files are in it, or it was never made
-                folder.rmdir()
+        _remove_empty([self.checkpoints, self.path])
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint folder of an optimizer step."""
@@ -144,6 +144,12 @@ class RunFolder:
             if yaml.safe_load(path.read_text(encoding="utf-8")) == yaml.safe_load(text):
                 return path
         raise AssertionError("numbers do not end")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # somebody else's files are in it, or it was never made
+            folder.rmdir()
 
 
 def newest_run(root: Path = RUNS) -> RunFolder:

@@ -31,6 +31,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "model.checkpointing": "computes the same again, or keeps it",
     "model.quantized_cache": "a copy holds the same bits",
     "trainer.accelerator": "another machine: the same run, not the same bits",
+    "trainer.devices": "one device, whichever it is called",
     "trainer.deterministic": "which of a GPU's kernels",
     "trainer.benchmark": "which of a GPU's kernels",
     # The checkpoint itself tells whether these are still the same: see callbacks/identity.py.

@@ -9,6 +9,7 @@ Nothing that is read can run code. Knows nothing of what the state means.
 import json
 import math
 import struct
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,10 @@ def save_state(state: dict, folder: Path) -> None:
     (folder / SKELETON).write_text(json.dumps(skeleton, allow_nan=False), encoding="ascii")
 
 
-def load_state(folder: Path) -> dict[Any, Any]:
+def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
     """Read what `save_state` wrote; the tensors are on the CPU and owe nothing to the files.
+
+    Without tensors, which are most of the bytes, None stands for each.
 
     Raises:
         DamagedFolderError: a file is missing or holds anything that `save_state` does not write.
@@ -64,7 +67,9 @@ def load_state(folder: Path) -> dict[Any, Any]:
     file = TENSORS
     try:
         # load_file maps the file into memory; cloned, the tensors outlive its removal and later changes.
-        tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
+        tensors: dict[str, Any] = defaultdict(type(None))
+        if with_tensors:
+            tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
         file = SKELETON
         skeleton = json.loads((folder / SKELETON).read_text(encoding="ascii"))
         if skeleton["version"] != VERSION:

@@ -131,7 +131,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         _write_tokenizer(folder, chosen.base, encoder, texts)
         found = compare.difference(folder, wanted, device)
         compare.check(found, dtype if onto == "quantized" else "another model")
-        (folder / CARD).write_text(_card(chosen, dtype, onto, found), encoding="utf-8")
+        (folder / CARD).write_text(_card(chosen, dtype, onto, found, bool(record.get("template"))), encoding="utf-8")
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
         print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {num_bytes / 1e9:.2f} GB of {dtype} in {target}")
         print(f"check  against {than}, {source}, {found}", flush=True)
@@ -144,7 +144,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         raise UserError(f"output: {target} can't be written: {' '.join(str(error).split())}") from error
 
 
-def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference") -> str:
+def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", own_format: bool) -> str:
     from lit_qlora.callbacks.card import merged_card
 
     made = f"The weights are in {dtype}."
@@ -154,7 +154,7 @@ def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference") -> str:
         made += " The adapter was added to the base's own weights, not to the 4-bit ones that it was trained on."
     told = f"{str(found).capitalize()}, against the 4-bit base with the adapter."
     source = chosen.settings["data"]["source"] if chosen.settings else None
-    return merged_card(chosen.base.public_name, source, made, told, dtype == "4bit")
+    return merged_card(chosen.base.public_name, source, made, told, dtype == "4bit", own_format)
 
 
 def check_room(target: Path, needed_bytes: int) -> None:

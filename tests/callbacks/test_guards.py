@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(trainer, tiny, rows, factor, 
     bad = order(data, trainer, tiny)[4]
     module = tiny()
     module.nonfinite_rows = {bad: factor}
-    guard = UpdateGuard()
+    guard = UpdateGuard(2)
     after, error = fit(trainer, module, data, guard, accumulate_grad_batches=accumulate)
     assert error is None
     bad_step = 4 // accumulate
@@ -75,9 +75,9 @@ def test_it_stops_after_several_in_a_row_and_names_step_and_rows(trainer, tiny, 
     module.nonfinite_rows = dict.fromkeys(bad, NAN)
     after, error = fit(trainer, module, data, UpdateGuard(3))
     assert error == (
-        f"the loss was not finite 3 times in a row, last at step 5 with training rows [{bad[2]}]; none of these "
-        "updates was applied, and the saved adapter is sound; try a lower model.learning_rate or a longer "
-        "model.warmup_ratio"
+        f"the loss of step 5 is not finite (3 in a row), with training rows [{bad[2]}] (32-true); the update was not "
+        "applied, and what is saved is sound; look at these rows, try a lower model.learning_rate or a longer "
+        "model.warmup_ratio, or leave such steps out, a few in a row, with --max_nonfinite_losses 4"
     )
     assert after[2] == after[-1] == module.weight[0].item()
     assert len(module.seen) == 5
@@ -88,8 +88,23 @@ def test_the_rows_of_the_whole_step_are_named(trainer, tiny, rows):
     in_order = order(data, trainer, tiny)
     module = tiny()
     module.nonfinite_rows = {in_order[4]: NAN}
-    _, error = fit(trainer, module, data, UpdateGuard(1), accumulate_grad_batches=3)
-    assert f"1 times in a row, last at step 2 with training rows {in_order[3:6]};" in error
+    after, error = fit(trainer, module, data, UpdateGuard(), accumulate_grad_batches=3)
+    assert error.startswith(f"the loss of step 2 is not finite (1 in a row), with training rows {in_order[3:6]} (32-")
+    assert len(after) == 2 and module.weight[0].item() == after[1]
+
+
+def test_in_bf16_the_first_stops_it_and_in_fp16_the_scaler_skips_it(trainer, tiny, rows):
+    data = rows(9)
+    bad = order(data, trainer, tiny)[4]
+    for precision, steps in (("bf16-mixed", 4), ("16-mixed", 9)):
+        module = tiny()
+        module.nonfinite_rows = {bad: NAN}
+        plugins = in_fp16(1.0) if precision == "16-mixed" else [MixedPrecision(precision, "cpu")]
+        guard = UpdateGuard()
+        after, error = fit(trainer, module, data, guard, plugins=plugins)
+        assert (error is None) == (precision == "16-mixed")
+        assert len(after) == steps + 1 and all(math.isfinite(weight) for weight in after)
+        assert [n for n, (before, now) in enumerate(pairwise(after)) if before == now] == [4][: steps - 4]
 
 
 def test_a_good_step_in_between_counts_from_the_start(trainer, tiny, rows):
@@ -107,7 +122,7 @@ def test_applied_and_skipped_updates_are_recorded(trainer, tiny, rows, tmp_path)
     module = tiny()
     module.nonfinite_rows = {order(data, trainer, tiny)[2]: NAN}
     path = tmp_path / "metrics.jsonl"
-    fit(trainer, module, data, UpdateGuard(), logger=MetricsFile(path))
+    fit(trainer, module, data, UpdateGuard(2), logger=MetricsFile(path))
     figures = [(line["step"], line["updates/applied"], line["updates/skipped"]) for line in read_metrics(path)]
     assert figures == [(1, 1, 0), (2, 2, 0), (3, 2, 1), (4, 3, 1), (5, 4, 1), (6, 5, 1)]
 
@@ -140,11 +155,14 @@ def test_a_step_that_the_scaler_skips_is_counted_as_skipped(trainer, tiny, rows,
 def test_skips_on_and_on_end_the_run(trainer, tiny, rows):
     module = overflows(tiny())
     module.nonfinite_rows = dict.fromkeys(range(30), 1e30)  # finite losses, gradients beyond fp16 at any scale
-    _, error = fit(trainer, module, rows(30), UpdateGuard(), plugins=in_fp16(65536.0))
+    data = rows(30)
+    last = order(data, trainer, tiny)[19]
+    _, error = fit(trainer, module, data, UpdateGuard(), plugins=in_fp16(65536.0))
     assert MAX_SCALER_SKIPS == 20
     assert error == (
-        "20 updates in a row were skipped for gradients that overflow in fp16, up to step 20; "
-        "try a lower model.learning_rate or trainer.precision=32-true"
+        "20 updates in a row were skipped for losses or gradients that overflow in fp16, up to step 20 with training "
+        f"rows [{last}], at a scale of 0.0625; what is saved is sound; try a lower model.learning_rate or "
+        "trainer.precision=32-true"
     )
     assert module.weight.eq(0).all()
 

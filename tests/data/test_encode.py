@@ -1,6 +1,7 @@
 """Conversations become ids as Meta's code makes them, only answers are learned, and no text makes a special id."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -249,6 +250,23 @@ def test_no_tokenizer_is_told_in_one_line(tmp_path):
         load_tokenizer(str(tmp_path / "nowhere"))
     assert str(caught.value).startswith(f"model.base: no tokenizer could be loaded from '{tmp_path}/nowhere': ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch):
+    base, ran = tmp_path / "base", tmp_path / "ran"
+    shutil.copytree(demo.BASE, base)
+    (base / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n", encoding="utf-8")
+    rules = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    rules |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(rules), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(base))
+    assert str(caught.value) == (
+        f"model.base: the tokenizer of '{base}' is code of its own, and code that comes with a base is never run; "
+        "take a copy with a Llama tokenizer"
+    )
+    assert not ran.exists()
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):

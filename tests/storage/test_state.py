@@ -177,6 +177,12 @@ def test_shared_and_strided_memory(tmp_path: Path) -> None:
     assert loaded["again"].sum() == 66  # each has its own memory
 
 
+def test_without_tensors_their_file_is_not_read(tmp_path: Path) -> None:
+    save_state({"run": {"steps": 6}, "weights": [torch.ones(3), 2]}, tmp_path)
+    (tmp_path / "state.safetensors").unlink()
+    assert load_state(tmp_path, with_tensors=False) == {"run": {"steps": 6}, "weights": [None, 2]}
+
+
 def test_loaded_tensors_owe_nothing_to_the_file(tmp_path: Path) -> None:
     loaded = round_trip({"t": torch.zeros(10_000)}, tmp_path)
     path = tmp_path / "state.safetensors"

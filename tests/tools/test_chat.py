@@ -441,7 +441,7 @@ class Pty:
             os.execve(sys.executable, [sys.executable, str(ROOT / "main.py"), *args], environment | {"TERM": "vt100"})
         self.shown = ""
 
-    def wait_for(self, text, seconds=20):
+    def wait_for(self, text, seconds=60):
         """What was shown up to ``text``, which it ends with."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:

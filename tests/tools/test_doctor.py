@@ -105,7 +105,7 @@ def test_without_a_single_package(tmp_path):
     assert status == 2
     found, remedy = line(lines, "torch: not installed, expected torch>=")
     assert found.startswith("problem") and remedy == "pip install -r requirements.txt"
-    assert sum(": not installed" in found for found in lines) == 10
+    assert sum(": not installed" in found for found in lines) == 12
     assert line(lines, "base: demo may be read")[0].startswith("     ok")
     assert line(lines, "chosen: can't be told (ModuleNotFoundError: No module named 'torch')")
 

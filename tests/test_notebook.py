@@ -190,7 +190,7 @@ def _module(path: Path) -> ModuleType:
 
 
 class Colab:
-    """A fresh environment with a kernel, torch and Colab's old torchao; a drive; a stand-in for the hub."""
+    """A fresh environment with a kernel and torch, a drive, and a stand-in for the hub."""
 
     def __init__(self, folder: Path, hub_url: str, token: str) -> None:
         self.folder, self.python = folder, folder / "venv" / "bin" / "python"
@@ -199,7 +199,7 @@ class Colab:
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
         lines = [line for name in ("", "-dev") for line in (ROOT / f"requirements{name}.txt").read_text().splitlines()]
         brought = [line for line in lines if re.match(r"torch\b|ipykernel\b", line)]
-        self._own("-m", "pip", "install", "-q", "--disable-pip-version-check", *brought, "torchao==0.10.0")
+        self._install(*brought)
         self._own("-m", "ipykernel", "install", "--prefix", folder / "jupyter", "--name", "fresh")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "VIRTUAL"))}
         own = {"HF_HOME": str(folder / "hf"), "HF_ENDPOINT": hub_url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
@@ -209,11 +209,15 @@ class Colab:
         }  # fmt: skip
         self.environment = kept | own | {f"LIT_QLORA_{name}": value for name, value in settings.items()}
 
+    def _install(self, *packages: str) -> None:
+        self._own("-m", "pip", "install", "-q", "--disable-pip-version-check", *packages)
+
     def _own(self, *command: object) -> None:
         subprocess.run([self.python, *command], check=True, stdout=subprocess.DEVNULL)
 
     def machine(self, name: str) -> Path:
-        """A disk, and on it the place where a notebook starts."""
+        """A disk, and on it the place where a notebook starts; Colab's torchao is there again."""
+        self._install("torchao==0.10.0")
         (self.folder / name / "tmp").mkdir(parents=True)
         return self.folder / name
 
@@ -304,9 +308,10 @@ def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeyp
     shown = colab.run_all(second)
     run = second / "lit-qlora" / "runs" / "demo"
     assert re.search(r"torch (\d[\w.+]*) before, \1 now\ntorchao 0\.10\.0 was removed", _plain(shown["install"]))
-    assert "0 problems" in shown["doctor"] and "fits: " in shown["plan"]
+    assert "problems: 0" in shown["doctor"] and "fits: " in shown["plan"]
     assert re.search("going on from step-0*(40|80|120|160)", shown["fit"])
-    assert re.search(r"train .*100%\|█+\| 212/212 .*loss [\d.]+, [\d,]+ tokens/s", shown["fit"])
+    assert re.search(r"train 100%\|█+\| 212/212 .*loss [\d.]+, [\d,]+ tokens/s", shown["fit"])
+    assert "\x1b[A" not in shown["fit"]  # which no notebook follows: each would leave a line of the bar behind
     losses = [line["val/loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "val/loss" in line]
     assert losses[-1] < losses[0] / 10
     assert "iframe" in shown["tensorboard"]

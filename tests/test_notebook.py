@@ -365,7 +365,11 @@ def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeyp
     assert re.search("going on from step-0*(40|80|120|160)", shown["fit"])
     assert re.search(r"train 100%\|█+\| 212/212 .*loss [\d.]+, [\d,]+ tokens/s", shown["fit"])
     assert "\x1b[A" not in shown["fit"]  # which no notebook follows: each would leave a line of the bar behind
-    losses = [line["val/loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "val/loss" in line]
+    losses = [
+        line["val/loss"]
+        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if "val/loss" in line
+    ]
     assert losses[-1] < losses[0] / 10
     assert "iframe" in shown["tensorboard"]
     assert _size_of_picture(shown["curves"]) == (900, 480)

@@ -5,9 +5,9 @@
     python benchmarks/compare.py --t4 --base DIR         # a larger GPU under a T4's limits
 
 Each peer runs in a process of its own, several times, in turns. Counted are tokens that are not padding, over whole
-optimizer steps, after a warm-up; on a GPU over one pass through the rows at least, for batches of few tokens are slower
-there. Before the first step each scores the same rows by its own loss: equal work. Ends with
-a table, a picture, and one line of JSON.
+optimizer steps, after a warm-up, over one pass through the rows at least: rows of other lengths take another time a
+token. Before the first step, and again behind the last, each scores the same rows by its own loss: equal work. Ends
+with a table, a picture, and one line of JSON.
 """
 
 import argparse
@@ -30,6 +30,8 @@ PEERS = {
     "plain": "transformers + peft, as QLoRA's script",
     "unsloth": "Unsloth, padding-free",
 }
+GUANACO = "timdettmers/openassistant-guanaco"
+HELD_OUT_ROWS = 4
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets", "trl", "unsloth", "liger-kernel")
 
 
@@ -53,10 +55,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="a small random Llama on the CPU")
     parser.add_argument("--t4", action="store_true", help="14.2 GiB, fp16, no flash or cuDNN attention")
-    parser.add_argument("--quick", action="store_true", help="three peers, few steps")
+    parser.add_argument("--quick", action="store_true", help="three peers, 16 rows once")
     parser.add_argument("--base", help="folder or hub id; default: random weights, made for this run")
     parser.add_argument("--tokenizer", type=Path, help="of Llama 2, for a random base; default: the demo's")
-    parser.add_argument("--data", default="timdettmers/openassistant-guanaco", help="as data.source")
+    parser.add_argument("--data", default=GUANACO, help="as data.source")
     parser.add_argument("--rows", type=int, default=256, help="conversations, from the first")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -68,7 +70,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for table, picture and figures")
     options = parser.parse_args()
     if options.quick:
-        options.warm_up, options.seconds = 1, 12
+        options.warm_up, options.seconds, options.rows = 1, 8, 16
     if options.peers is None:
         options.peers = ["lit_qlora", "trl_default", "trl_best"] if options.quick else list(PEERS)
     return options
@@ -82,12 +84,21 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Path:
     from lit_qlora import demo
     from lit_qlora.data.encode import Encoder, load_tokenizer
     from lit_qlora.data.records import load_records
+    from lit_qlora.errors import UserError
 
     tokenizer = options.tokenizer or Path(demo.BASE)
     base = options.base or str(
         make("small" if options.cpu else "7b", folder / "base", _tokenizer_only(tokenizer, folder))
     )
-    conversations = load_records(options.data, "train").conversations[: options.rows]
+    try:
+        records = load_records(options.data, "train")
+    except UserError as error:
+        if options.data != GUANACO:
+            sys.exit(f"error: {error}")
+        print(f"{error}: the demo's conversations instead", file=sys.stderr)
+        options.data = "demo"
+        records = load_records("demo", "train")
+    conversations = records.conversations[: options.rows + HELD_OUT_ROWS]
     encoder = Encoder(load_tokenizer(base), max_length=options.max_length)
     chats, ids = [], []
     for conversation, example in zip(conversations, encoder.examples(conversations), strict=True):
@@ -97,15 +108,17 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Path:
         messages += [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
         chats.append({"messages": messages})
         ids.append({"input_ids": example.input_ids, "labels": example.labels})
-    for name, rows in (("chats.jsonl", chats), ("ids.jsonl", ids)):
+    # As many rows as asked for are trained on; ours wants some to hold out, and the others none.
+    held_out, ids = chats[options.rows :], ids[: options.rows]
+    for name, rows in (("chats.jsonl", chats[: options.rows]), ("held_out.jsonl", held_out), ("ids.jsonl", ids)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     spec = folder / "spec.json"
     plain = {key: value for key, value in vars(options).items() if isinstance(value, bool | int | float | str)}
     spec.write_text(
         json.dumps(
             plain
-            | {"base": base, "chats": str(folder / "chats.jsonl"), "ids": str(folder / "ids.jsonl")}
-            | {"pass_tokens": 0 if options.cpu else sum(len(row["input_ids"]) for row in ids)}
+            | {"base": base, "chats": str(folder / "chats.jsonl"), "held_out": str(folder / "held_out.jsonl")}
+            | {"ids": str(folder / "ids.jsonl"), "pass_tokens": sum(len(row["input_ids"]) for row in ids)}
         )
     )
     return spec
@@ -139,6 +152,7 @@ def _measure(options: argparse.Namespace, spec: Path, folder: Path) -> dict[str,
             print(
                 f"{repetition + 1}/{options.repetitions} {peer}: {found['tokens_per_second']:.0f} tokens/s, "
                 f"padding {found['padding_share']:.0%}, loss of the same rows {found['loss']:.4f}, "
+                f"then {found['loss_after']:.4f}, "
                 f"start {found['start_seconds']:.0f} s",
                 file=sys.stderr,
                 flush=True,
@@ -166,7 +180,7 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict]]) -> dict
             "range": [min(speeds), max(speeds)],
             **{
                 key: good[-1][key]
-                for key in ("loss", "padding_share", "start_seconds", "peak_gib", "precision", "steps")
+                for key in ("loss", "loss_after", "padding_share", "start_seconds", "peak_gib", "precision", "steps")
             },
         }
     own = peers.get("lit_qlora", {}).get("tokens_per_second")
@@ -182,9 +196,7 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict]]) -> dict
         "machine": _machine(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "settings": {
-            key: value
-            for key, value in vars(options).items()
-            if key not in ("output", "peers", "data", "base", "tokenizer")
+            key: value for key, value in vars(options).items() if key not in ("output", "peers", "base", "tokenizer")
         },
         "peers": peers,
         "ratios": ratios,
@@ -215,7 +227,7 @@ def _version(name: str) -> str | None:
 
 def _table(report: dict) -> str:
     lines = [
-        "| | tokens/s (median, range) | padding | peak GiB | loss of the same rows | start |",
+        "| | tokens/s (median, range) | padding | peak GiB | loss of the same rows, before and after | start |",
         "|---|---|---|---|---|---|",
     ]
     for peer, found in report["peers"].items():
@@ -226,7 +238,8 @@ def _table(report: dict) -> str:
         lines.append(
             f"| {PEERS[peer]} ({found['precision']}) | **{found['tokens_per_second']:,.0f}** "
             f"({low:,.0f} to {high:,.0f}) | {found['padding_share']:.0%} | {found['peak_gib']:.2f} "
-            f"| {found['loss']:.4f} | {found['start_seconds']:.0f} s |"
+            f"| {found['loss']:.4f}, {found['loss_after']:.4f} after {found['steps']} steps "
+            f"| {found['start_seconds']:.0f} s |"
         )
     versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
     return "\n".join([*lines, "", f"`{report['command']}` on {report['machine']}; {versions}."])
@@ -242,7 +255,7 @@ def _picture(report: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     measured = {PEERS[peer]: found for peer, found in report["peers"].items() if "failed" not in found}
-    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(measured) + 1.2))
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(measured) + 1.6))
     speeds = [found["tokens_per_second"] for found in measured.values()]
     bars = axes.barh(
         list(measured), speeds, color=["#2a6f97" if "lit-qlora" in name else "#a9b4c2" for name in measured]
@@ -251,8 +264,10 @@ def _picture(report: dict, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("tokens per second, padding not counted")
     axes.set_title(report["machine"])
+    versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
+    figure.text(0.01, 0.01, f"{report['command']}\n{versions}", fontsize=5, color="#666666")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=150)
 
 

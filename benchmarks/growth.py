@@ -55,7 +55,7 @@ def main() -> None:
             _steps(options),
             [
                 "| tokens a row x rows | rank | kept | tokens/s | allocated GiB | forecast | reserved GiB | forecast |",
-                "|---|" * 8,
+                "|" + "---|" * 8,
             ],
         )
         lines += [
@@ -163,12 +163,12 @@ def _fit_to_first_step(rows: int) -> dict:
         data = Path(folder) / "data.jsonl"
         with data.open("w", encoding="utf-8") as file:
             for row in range(rows):
-                text = " ".join(f"word{(row * 31 + place) % 9973}" for place in range(60))
+                text = " ".join(f"word{(row * 31 + place) % 9973}" for place in range(30))
                 file.write(json.dumps({"text": f"### Human: {row}: {text}?### Assistant: {text}."}) + "\n")
         environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
         for start in ("first", "second"):
             command = [sys.executable, str(HERE.parent / "main.py"), "fit", "--data.source", str(data)]
-            command += ["--data.max_length", "128", "--data.validation_share", str(min(0.02, 100 / rows))]
+            command += ["--data.max_length", "1024", "--data.validation_share", str(min(0.02, 100 / rows))]
             command += ["--trainer.max_steps", "1", "--samples.count", "0", "--run", f"{folder}/{start}"]
             started = time.monotonic()
             with subprocess.Popen(

@@ -48,7 +48,7 @@ class Clock:
         self.pending.clear()
         return self.seconds >= self.spec["seconds"] and self.tokens >= self.spec["pass_tokens"]
 
-    def report(self, loss: float, precision: str) -> None:
+    def report(self, loss: float, loss_after: float, precision: str) -> None:
         """The last line of this process."""
         found = {
             "tokens_per_second": self.tokens / self.seconds,
@@ -57,6 +57,7 @@ class Clock:
             "start_seconds": self.start_seconds,
             "peak_gib": _peak_gib(),
             "loss": loss,
+            "loss_after": loss_after,
             "precision": precision,
         }
         print(json.dumps(found), flush=True)
@@ -99,19 +100,22 @@ def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
         loss, seen = 0.0, 0
 
         def on_train_start(self, trainer, module):
+            self.loss = self.score(trainer, module)
+
+        def score(self, trainer, module):
             rows = _rows(spec)[:SCORED_ROWS]
             batch = collate(list(enumerate(rows)), 1)._replace(rows=())
             batch = module.transfer_batch_to_device(batch, module.device, 0)
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 loss, _, count = module.summed_loss(batch)
-            self.loss = loss.item() / count
+            return loss.item() / count
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             clock.batch(batch.num_tokens, batch.input_ids.numel())
             if trainer.global_step > self.seen:
                 self.seen = trainer.global_step
                 if clock.step():
-                    clock.report(self.loss, str(trainer.precision))
+                    clock.report(self.loss, self.score(trainer, module), str(trainer.precision))
                     sys.stdout.flush()
                     import os
 
@@ -124,23 +128,10 @@ def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
     )
     quieten()
     args = ["fit", "--model.base", spec["base"], "--model.rank", str(spec["rank"]), "--model.schedule", "constant"]
-    args += ["--data.source", spec["chats"], "--data.max_length", str(spec["max_length"])]
-    args += [
-        "--data.validation_share",
-        "0.02",
-        "--data.batch_size",
-        str(spec["batch_size"]),
-        "--run",
-        f"ours-{len(extra)}",
-    ]
-    args += [
-        "--trainer.max_epochs",
-        "1000",
-        "--trainer.limit_val_batches",
-        "1",
-        "--trainer.val_check_interval",
-        "100000",
-    ]
+    args += ["--model.warmup_ratio", "0", "--data.source", spec["chats"], "--data.validation_source", spec["held_out"]]
+    args += ["--data.max_length", str(spec["max_length"]), "--data.batch_size", str(spec["batch_size"])]
+    args += ["--run", f"ours-{len(extra)}", "--trainer.max_epochs", "1000", "--trainer.limit_val_batches", "1"]
+    args += ["--trainer.val_check_interval", "100000"]
     args += ["--samples.count", "0", "--save_every_steps", "100000", *extra]
     with ExitStack() as stack:
         training.QLoRACLI(start.complete(args), stack)
@@ -193,7 +184,9 @@ def trl_default(spec: dict, clock: Clock, **best: object) -> None:
 
     trainer.add_callback(_timer(clock))
     trainer.train()
-    clock.report(loss, "16-mixed" if config.fp16 else "bf16-mixed" if config.bf16 else "32-true")
+    clock.report(
+        loss, _score(trainer, collate, spec), "16-mixed" if config.fp16 else "bf16-mixed" if config.bf16 else "32-true"
+    )
 
 
 def trl_best(spec: dict, clock: Clock) -> None:
@@ -250,7 +243,7 @@ def plain(spec: dict, clock: Clock) -> None:
     )
     loss = _score(trainer, collate, spec)
     trainer.train()
-    clock.report(loss, "16-mixed" if spec["t4"] else "bf16-mixed")
+    clock.report(loss, _score(trainer, collate, spec), "16-mixed" if spec["t4"] else "bf16-mixed")
 
 
 def unsloth(spec: dict, clock: Clock) -> None:
@@ -292,7 +285,7 @@ def unsloth(spec: dict, clock: Clock) -> None:
     collate, trainer.data_collator = trainer.data_collator, _counted(trainer.data_collator, clock)
     loss = _score(trainer, collate, spec)
     trainer.train()
-    clock.report(loss, "16-mixed" if spec["t4"] else "bf16-mixed")
+    clock.report(loss, _score(trainer, collate, spec), "16-mixed" if spec["t4"] else "bf16-mixed")
 
 
 def _adapters_in_fp32(trainer: object, spec: dict) -> None:

@@ -1,6 +1,6 @@
-"""Owns the one exception that stands for a mistake the user can mend.
+"""Owns the exceptions that stand for what the user can mend.
 
-The command line prints it as one line and exits with status 2; anything else that escapes is a fault
+The command line prints them as one line and exits with status 2; anything else that escapes is a fault
 of ours and keeps its traceback. Knows nothing of what raises it.
 """
 
@@ -10,6 +10,19 @@ class UserError(Exception):
 
     A mistake in a file of rows names it first, as ``rows.jsonl:17: …``.
     """
+
+
+class OutOfRoomError(UserError):
+    """Memory ran out in training, after all that could be done about it in a run.
+
+    Args:
+        what: happened, in a few words.
+        rows: conversations in the micro-batch.
+    """
+
+    def __init__(self, what: str, rows: int) -> None:
+        super().__init__(what)
+        self.rows = rows
 
 
 def require(holds: bool, option: str, expected: str, got: object) -> None:

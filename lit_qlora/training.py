@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -21,6 +22,7 @@ from lit_qlora.callbacks.guards import UpdateGuard
 from lit_qlora.callbacks.identity import RunIdentity, SamePrompts
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, TrainMetrics
+from lit_qlora.callbacks.outlook import plan_lines
 from lit_qlora.callbacks.progress import RunProgress
 from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
@@ -31,7 +33,7 @@ from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.trial import Trial
 from lit_qlora.data.datamodule import ChatDataModule, read_template
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import OutOfRoomError, UserError, require
 from lit_qlora.model.device import current_device
 from lit_qlora.model.load import check_settings
 from lit_qlora.model.module import QLoRAModule
@@ -256,7 +258,13 @@ class QLoRACLI(LightningCLI):
 
     def fit(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
         """Trains, from the start or from the newest whole checkpoint."""
-        self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
+        try:
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
+        except OutOfRoomError as error:
+            for line in plan_lines(model, datamodule, self.trainer):
+                tell(f"  plan  {line}")
+            change = datamodule.smaller(error.rows, self.trainer.accumulate_grad_batches)
+            raise UserError(f"{error}; give {change}, in a new run: --run NAME") from error
         if not self.report.was_told:  # killed between its last save and its end: Lightning sees nothing left to do
             self.checkpoints.on_train_end(self.trainer, model)
             self.report.on_train_end(self.trainer, model)
@@ -299,6 +307,11 @@ def main(args: list[str]) -> int:
     try:
         with ExitStack() as stack:
             QLoRACLI(start.complete(args), stack)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of memory outside of a training step (in a validation, an update or a sample answer); give "
+            "--model.checkpointing full or --samples.count 0, or a smaller data.batch_size or data.max_length"
+        ) from error
     except MisconfigurationException as error:  # Lightning's word for options that don't go together
         raise UserError(" ".join(str(error).split())) from error
     except SystemExit as stop:

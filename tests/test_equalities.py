@@ -10,11 +10,13 @@ from torch.nn.functional import cross_entropy
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lit_qlora import demo
+from lit_qlora.batch import Batch
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.encode import Encoder, load_tokenizer
 from lit_qlora.data.records import load_records
+from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
 
 STEPS = 6
@@ -95,3 +97,36 @@ def test_four_times_one_equals_one_times_four(start: Path, monkeypatch: pytest.M
     one_weights, four_weights = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("one", "four"))
     for name, value in one_weights.items():
         torch.testing.assert_close(four_weights[name], value, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_halved_after_running_out_of_memory_equals_not_halved(
+    start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], accumulate: int, in_backward: bool
+) -> None:
+    """Through the Trainer, which zeroes gradients between forward and backward: losses, norms and the adapter."""
+    same = [*SAME, "--trainer.accumulate_grad_batches", str(accumulate), "--model.checkpointing", "full"]
+    assert main(["fit", "--run", "whole", *same]) == 0
+    real = QLoRAModule.summed_loss
+
+    def short(self: QLoRAModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+        is_short = len(batch.rows) > 2 and torch.is_grad_enabled()
+        if is_short and not in_backward:
+            raise torch.OutOfMemoryError
+        found = real(self, batch)
+        if is_short:
+            found[0].register_hook(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        return found
+
+    monkeypatch.setattr(QLoRAModule, "summed_loss", short)
+    capsys.readouterr()
+    assert main(["fit", "--run", "halved", *same]) == 0
+    assert capsys.readouterr().out.count("each micro-batch goes in two halves from now on") == 1
+    figures = [read_metrics(Path(run, "metrics.jsonl")) for run in ("whole", "halved")]
+    for one, other in zip(*figures, strict=True):
+        for name in {"train/loss", "train/gradient_norm", "val/loss"} & {*one}:
+            assert other[name] == pytest.approx(one[name], rel=1e-4), (one["step"], name)
+            assert other[name] > 0
+    whole, halved = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("whole", "halved"))
+    for name, weight in whole.items():
+        assert (halved[name] - weight).norm() < 1e-3 * weight.norm(), name

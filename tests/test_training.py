@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from lit_qlora import demo
+from lit_qlora.batch import Batch
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
+from lit_qlora.model.module import QLoRAModule
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -45,7 +48,7 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
     assert {path.name for path in (run / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "lit_qlora.json", "manifest.json", "result.json",
-        "README.md",
+        "README.md", "curves.png",
     }  # fmt: skip
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
@@ -172,7 +175,11 @@ def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
 
 
 BAD = [
-    (["fti"], "no verb 'fti'; there are fit, validate, test, plan, chat, predict, merge, export (see --help)"),
+    (
+        ["fti"],
+        "no verb 'fti'; there are fit, validate, test, plan, chat, predict, merge, export, evaluate, push, doctor "
+        "(see --help)",
+    ),
     (["fit", "--model.rnak", "3"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
     (["fit", "--model.rank", "x"], "model.rank: expected int, got x"),
     (["fit", "--model.rank", "0"], "model.rank: expected a whole number from 1, got 0"),
@@ -199,7 +206,7 @@ BAD = [
     (["fit", "--model.ran", "8"], "unknown option 'model.ran'; did you mean 'model.rank'?"),
     (["fit", "--ru", "x"], "unknown option 'ru'; did you mean 'run'?"),
     (["fit", "--data.system", "x [INST]"], "data.system: expected a text without Llama 2's tags, got 'x [INST]'"),
-    (["fit", "--samples.prompts", '["[INST] x"]'], "samples.prompts: expected texts without Llama 2's tags"),
+    (["fit", "--samples.prompts", '["[INST] x"]'], "samples.prompts: expected texts without [INST], got '[INST] x'"),
     (["predict", "--prompts", "latin.txt", "--output", "o"], "latin.txt: not UTF-8 (byte 0); save it as UTF-8"),
     (["fit", "--trainer.max_time", "x"], "unknown option 'trainer.max_time'"),
     (["fit", "--trainer.gradient_clip_algorithm", "x"], "`gradient_clip_algorithm` x is invalid."),
@@ -315,3 +322,44 @@ def _check_outside(base: Path, adapter: Path) -> None:
         assert torch.equal(outside(input_ids=ids).logits, inside(input_ids=ids).logits)
         with inside.disable_adapter():
             assert not torch.equal(outside(input_ids=ids).logits, inside(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("batch", "fits", "change"),
+    [
+        ([], 1, "--data.batch_size 1 --trainer.accumulate_grad_batches 4"),
+        (["--data.batch_size", "1"], 0, "--data.max_length 48"),
+        (["--data.batch_tokens", "512"], 1, "--data.batch_tokens 128 --trainer.accumulate_grad_batches 4"),
+    ],
+)
+def test_out_of_memory_after_all_gives_the_change_to_make(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    batch: list[str],
+    fits: int,
+    change: str,
+) -> None:
+    real = QLoRAModule.summed_loss
+
+    def short(self: QLoRAModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+        if torch.is_grad_enabled() and len(batch.rows) > fits:
+            raise torch.OutOfMemoryError
+        return real(self, batch)
+
+    monkeypatch.setattr(QLoRAModule, "summed_loss", short)
+    assert main(["fit", *SHORT, "--data.max_length", "96", *batch]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory at a micro-batch of ")
+    assert error.endswith(f"after all that could be done in a run; give {change}, in a new run: --run NAME\n")
+
+
+def test_out_of_memory_in_a_validation_is_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(self: QLoRAModule, batch: Batch, batch_idx: int) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(QLoRAModule, "validation_step", short)
+    assert main(["fit", *SHORT]) == 2
+    assert re.fullmatch(r"error: out of memory outside of a training step .*\n", capsys.readouterr().err)

@@ -4,15 +4,16 @@ Puts a module, its data and its Trainer into the terms of `model.memory` and `mo
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
+from lit_qlora.errors import UserError
 from lit_qlora.model import memory
-from lit_qlora.model.cards import CARDS, Card, find_card
+from lit_qlora.model.cards import Card, find_card
 from lit_qlora.model.device import current_device
-from lit_qlora.model.memory import GIB, Step
+from lit_qlora.model.memory import GIB, Step, StepMemory
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.speed import Epoch, epoch_hours
 
@@ -26,6 +27,19 @@ GUANACO = (
 PROMPT_TOKENS = 256
 """The longest of eight prompts, where it is not known: measured there, 153 on average."""
 PROMPTS_AT_ONCE = 8
+PARTS = {
+    "weights": "base: linear layers in 4 bits, the rest in 16",
+    "adapters": "adapter, fp32",
+    "gradients": "its gradients, fp32",
+    "optimizer": "optimizer's state",
+    "casts": "16-bit copies of the adapter",
+    "activations": "activations kept for backward",
+    "layer": "one layer while it is worked on",
+    "loss": "loss: logits of 1,024 rows, hidden states",
+    "dequantisation": "one weight out of its 4 bits",
+    "cache": "keys and values of sample answers",
+    "workspace": "cuBLAS's scratch",
+}
 
 
 def step_of(
@@ -108,16 +122,15 @@ def planned_step(module: Any, data: Any, trainer: Any) -> tuple[Step, Epoch, Car
 
 
 def short_lines(step: Step, epoch: Epoch, card: Card) -> list[str]:
-    """Memory against the card, the layers that are computed again, and the time; all of it predicted."""
+    """Memory against the card, part by part, the layers that are computed again, and the time; all of it predicted."""
     peak = memory.step_memory(step)
     share = peak.on_card / GIB / card.memory_gib
     verdict = "fits" if share <= 1 else "does not fit: python main.py plan says what would"
     lines = [
-        f"predicted memory: {peak.on_card / GIB:.2f} of {card.memory_gib:.2f} GiB ({card.name}, {share:.0%}), highest "
-        f"at the {peak.moment}; {verdict}",
-        f"predicted parts: weights {peak.weights / GIB:.2f}, adapter with optimizer "
-        f"{(peak.adapters + peak.gradients + peak.optimizer) / GIB:.2f}, activations "
-        f"{(peak.activations + peak.layer + peak.loss) / GIB:.2f} GiB of {step.tokens:,} tokens; {kept_words(step)}",
+        f"predicted for {card.name}: {peak.on_card / GIB:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
+        f"torch reserves {peak.reserved / GIB:.2f}; {verdict}",
+        *memory_lines(peak, card),
+        f"{step.tokens:,} tokens in the largest micro-batch; {kept_words(step)}",
     ]
     hours = epoch_hours(step, epoch, card)
     if hours is not None:
@@ -126,6 +139,31 @@ def short_lines(step: Step, epoch: Epoch, card: Card) -> list[str]:
             "tokens a second), without validations"
         )
     return lines
+
+
+def memory_lines(peak: StepMemory, card: Card) -> Iterator[str]:
+    """A table of the highest moment, part by part, against the card."""
+    unit = unit_of(peak)
+    yield f"{f'memory at its highest: {peak.moment}':<52}{'GiB' if unit == GIB else 'MiB':>8}"
+    for part in fields(peak):
+        size = getattr(peak, part.name)
+        if part.name in PARTS and size:
+            yield memory_line(PARTS[part.name], size, unit)
+    yield memory_line("allocated (torch.cuda.max_memory_allocated)", peak.total, unit)
+    yield memory_line(f"fragmentation, {memory.FRAGMENTATION:.0%}", peak.reserved - peak.total, unit)
+    yield memory_line("CUDA context", memory.CONTEXT, unit)
+    share = peak.on_card / GIB / card.memory_gib
+    yield memory_line(f"in all, {share:.0%} of {card.memory_gib:.2f} GiB", peak.on_card, unit)
+
+
+def memory_line(what: str, size: float, unit: int = GIB) -> str:
+    """A line of such a table."""
+    return f"  {what:<50}{size / unit:8.2f}"
+
+
+def unit_of(peak: StepMemory) -> int:
+    """In which a table of ``peak`` is: GiB, or MiB for a small one."""
+    return GIB if peak.total >= GIB else 1024**2
 
 
 def kept_words(step: Step) -> str:
@@ -150,8 +188,9 @@ def current_card() -> Card | None:
     device = current_device()
     if device.capability is None:
         return None
-    known = Card(device.name, 0, device.capability)
-    if any(card.name.split()[-1] in device.name or card.name.split()[0] in device.name for card in CARDS):
+    try:
         known = find_card(device.name)
+    except UserError:  # there are more cards than the table has: of this one the rates are not known
+        known = Card(device.name, 0, device.capability)
     # CUDA's own part is not in what is free any more; the formulas count it in.
     return replace(known, memory_gib=(device.memory_bytes + memory.CONTEXT) / GIB, capability=device.capability)

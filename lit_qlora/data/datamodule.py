@@ -171,6 +171,19 @@ class ChatDataModule(LightningDataModule):
         answers = sum(self._rows["train"].answer_tokens[row] for row in rows)
         return collate([(row, examples[row]) for row in rows], answers, self.plan.packed)
 
+    def smaller(self, rows: int, accumulate: int) -> str:
+        """Options for micro-batches of a quarter of ``rows`` conversations, for halves were too large, and steps of
+        as many; of one conversation, for shorter ones."""
+        if self.plan.tokens:
+            tokens = max(self.plan.tokens // 4, self.max_length)
+            if rows > 1 and tokens < self.plan.tokens:
+                times = -(-self.plan.tokens // tokens)
+                return f"--data.batch_tokens {tokens} --trainer.accumulate_grad_batches {accumulate * times}"
+        if rows == 1 or self.plan.tokens:
+            return f"--data.max_length {self.max_length // 2}"
+        fewer = max(1, rows // 4)
+        return f"--data.batch_size {fewer} --trainer.accumulate_grad_batches {accumulate * -(-rows // fewer)}"
+
     def val_dataloader(self) -> EvaluationLoader:
         """The held-out rows."""
         return self._evaluation_loader("validation")

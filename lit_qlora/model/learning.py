@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_qlora.batch import Batch, halves
-from lit_qlora.errors import UserError
+from lit_qlora.errors import OutOfRoomError
 
 
 class LearnsInParts(LightningModule):
@@ -32,13 +32,16 @@ class LearnsInParts(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The sum of the token losses over the answer tokens of the whole optimizer step."""
-        self._batch = batch
-        try:
-            self._is_learned = self.parts > 1
-            found = self._learn_in_parts(batch) if self._is_learned else self.summed_loss(batch)
-        except torch.OutOfMemoryError:
-            self._make_room(batch)
-            self._is_learned = True
+        self._batch, found = batch, None
+        if self.parts == 1:
+            try:
+                found = self.summed_loss(batch)
+            except torch.OutOfMemoryError:
+                self._make_room(batch)
+        self._is_learned = found is None
+        if found is None:
+            if batch_idx % self.trainer.accumulate_grad_batches == 0:  # the first of a step
+                self._put_back([(parameter, None) for parameter, _ in self._gradients()])
             found = self._learn_in_parts(batch)
         loss_sum, num_correct, num_answers = found
         # Lightning divides by the micro-batches of a step, and its strategy by the devices: both are undone
@@ -50,6 +53,11 @@ class LearnsInParts(LightningModule):
             "num_correct": num_correct,
             "num_answers": num_answers,
         }
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """As Lightning's, which comes behind `training_step`: gradients that were made there stay."""
+        if not self._is_learned:
+            optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The gradients of a micro-batch, once; where memory runs out, in parts."""
@@ -86,7 +94,7 @@ class LearnsInParts(LightningModule):
     def _make_room(self, batch: Batch) -> None:
         """After memory ran out: layers compute again instead of keeping; then micro-batches go in halves.
 
-        Raises UserError when both are done already.
+        Raises OutOfRoomError when both are done already.
         """
         rows, tokens = len(batch.rows), batch.input_ids.numel()
         what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
@@ -97,10 +105,7 @@ class LearnsInParts(LightningModule):
             self.parts = 2
             done = "each micro-batch goes in two halves from now on; the loss of a step is the same"
         else:
-            raise UserError(
-                f"{what}, after all that could be done in a run; lower data.batch_size (or data.batch_tokens) and "
-                "raise trainer.accumulate_grad_batches, lower data.max_length, or take model.optimizer=adamw_8bit"
-            )
+            raise OutOfRoomError(f"{what}, after all that could be done in a run", rows)
         self.trainer.print(f"{what}: {done}")
         gc.collect()
         if self.device.type == "cuda":

@@ -4,29 +4,14 @@ Takes fit's own options, and needs neither GPU nor weights nor network. Knows ho
 """
 
 from collections.abc import Iterator
-from dataclasses import fields
 
-from lit_qlora.callbacks.outlook import PROMPTS_AT_ONCE, duration, kept_words
+from lit_qlora.callbacks.outlook import PROMPTS_AT_ONCE, duration, kept_words, memory_line, memory_lines, unit_of
 from lit_qlora.model import memory
 from lit_qlora.model.memory import GIB
 from lit_qlora.quiet import quieten
 from lit_qlora.tools.fitting import Settings, quickest, smallest_change
 from lit_qlora.tools.planned import Planned, read
 
-MIB = 1024**2
-PARTS = {
-    "weights": "base: linear layers in 4 bits, the rest in 16",
-    "adapters": "adapter, fp32",
-    "gradients": "its gradients, fp32",
-    "optimizer": "optimizer's state",
-    "casts": "16-bit copies of the adapter",
-    "activations": "activations kept for backward",
-    "layer": "one layer while it is worked on",
-    "loss": "loss: logits of 1,024 rows, hidden states",
-    "dequantisation": "one weight out of its 4 bits",
-    "cache": "keys and values of sample answers",
-    "workspace": "cuBLAS's scratch",
-}
 REACHED = 0.7
 """The share of a roofline's speed that whole runs reach where little else was fused: an estimate."""
 LIBRARIES = 2 * GIB
@@ -58,25 +43,10 @@ def lines(planned: Planned) -> Iterator[str]:
         yield from part
 
 
-def _line(what: str, size: float, unit: int = GIB) -> str:
-    return f"  {what:<50}{size / unit:8.2f}"
-
-
 def _memory_lines(planned: Planned) -> Iterator[str]:
     settings, assumed = planned.settings, "" if planned.rows.known_by == "counted" else " (assumed)"
-    peak, card = settings.peak(), settings.card
-    step = settings.step()
-    unit = GIB if peak.total >= GIB else MIB
-    yield f"{f'memory at its highest: {peak.moment}':<52}{'GiB' if unit == GIB else 'MiB':>8}"
-    for part in fields(peak):
-        size = getattr(peak, part.name)
-        if part.name in PARTS and size:
-            yield _line(PARTS[part.name], size, unit)
-    yield _line("allocated (torch.cuda.max_memory_allocated)", peak.total, unit)
-    yield _line(f"fragmentation, {memory.FRAGMENTATION:.0%}", peak.reserved - peak.total, unit)
-    yield _line("CUDA context", memory.CONTEXT, unit)
-    share = peak.on_card / GIB / card.memory_gib
-    yield _line(f"in all, {share:.0%} of {card.memory_gib:.2f} GiB", peak.on_card, unit)
+    peak, step, unit = settings.peak(), settings.step(), unit_of(settings.peak())
+    yield from memory_lines(peak, settings.card)
     others = [f"{one.moment} {one.total / unit:.2f}" for one in settings.moments() if one.moment != peak.moment]
     yield f"  allocated at other moments: {', '.join(others)}"
     yield f"  {step.tokens:,} tokens in the largest micro-batch; {kept_words(step)}"
@@ -95,12 +65,12 @@ def _host_lines(planned: Planned) -> Iterator[str]:
     paged = memory.optimizer_bytes(settings.optimizer, settings.step().lora_tensors)[1]
     largest = 2 * max(shape.vocabulary * shape.hidden, *(i * o for i, o in shape.linears.values()))
     yield f"{'host and disk':<52}{'GiB':>8}"
-    yield _line("host memory while loading: one weight, libraries", LIBRARIES + largest)
+    yield memory_line("host memory while loading: one weight, libraries", LIBRARIES + largest)
     if paged:
-        yield _line("optimizer state that can be paged out to it", paged)
-    yield _line("download of the base", planned.download) + ("" if planned.download else "  (it is here)")
+        yield memory_line("optimizer state that can be paged out to it", paged)
+    yield memory_line("download of the base", planned.download) + ("" if planned.download else "  (it is here)")
     run = 2 * 4 * trained + 12 * trained * (keep + 1)
-    yield _line(f"run folder, with {keep} checkpoints", run)
+    yield memory_line(f"run folder, with {keep} checkpoints", run)
 
 
 def _time_lines(planned: Planned) -> Iterator[str]:

@@ -62,8 +62,9 @@ def predict(
         raise UserError(f"output: {target} exists already; give another name or remove it")
     if not target.parent.is_dir():
         raise UserError(f"output: no folder {target.parent}")
+    rows = _read(Path(prompts))  # a file that is wrong is told of first
     answerer = Answerer(run, adapter, base)
-    questions = read_prompts(Path(prompts), answerer.encoder.check)
+    questions = [(where, _prompt(where, row, answerer.encoder.check)) for where, row in rows]
     ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
     unfinished = Unfinished(target)
     with unfinished.open(_belongs_to(answerer, ids, sampling, batch_size)) as done:
@@ -187,6 +188,10 @@ def read_prompts(
 
     Raises UserError naming file and line for what is no prompt.
     """
+    return [(where, _prompt(where, row, fits)) for where, row in _read(path)]
+
+
+def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -201,7 +206,7 @@ def read_prompts(
         rows = [(row.where, row.value) for row in read_rows(path, ("messages", "conversations", "prompt"))]
     if not rows:
         raise UserError(f"{path}: no prompt in it")
-    return [(where, _prompt(where, row, fits)) for where, row in rows]
+    return rows
 
 
 def _prompt(where: str, row: dict[str, Any], fits: Callable[[Conversation], object]) -> Conversation:

@@ -15,6 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
+from peft.import_utils import is_torchao_available
 
 from lit_qlora.cli import main
 from lit_qlora.tools import surroundings
@@ -182,6 +183,7 @@ def test_a_part_that_breaks_does_not_end_it(tell, monkeypatch):
 @pytest.mark.parametrize(("version", "found"), [("0.10.0", True), ("0.16.0", False), (None, False)])
 def test_colab_s_torchao(tell, tmp_path, monkeypatch, version, found):
     """Found by peft's own function, as it raises in a user's code."""
+    is_torchao_available.cache_clear()  # another test of this process may have asked
     if version:
         fake(tmp_path / "packages", "torchao", version, "raise AssertionError('nobody imports it')")
         monkeypatch.syspath_prepend(str(tmp_path / "packages"))

@@ -13,8 +13,9 @@ from lit_qlora.callbacks.throughput import Throughput
 
 
 class RunProgress(ProgressBar):
-    """One bar over all optimizer steps, and one for a validation while it runs.
+    """One bar over all optimizer steps, and one for a validation in its place while it runs.
 
+    In its place, and not below: a notebook knows how to go back in a line, and not how to go up to another.
     Where standard error is no terminal, a plain line at each log interval stands in for the bar.
     """
 
@@ -54,9 +55,16 @@ class RunProgress(ProgressBar):
         self._bar.update(0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens a short-lived bar below."""
-        total = sum(trainer.num_val_batches)
-        self._validation = tqdm(total=total, desc="validate", leave=False, disable=not self.is_terminal)
+        """Opens a short-lived bar where the other one is."""
+        if self._bar is not None:
+            self._bar.clear()
+        self._validation = tqdm(
+            total=sum(trainer.num_val_batches),
+            desc="validate",
+            leave=False,
+            position=0,
+            disable=not self.is_terminal,
+        )
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Moves it."""
@@ -64,9 +72,11 @@ class RunProgress(ProgressBar):
         self._validation.update()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes it."""
+        """Closes it, and shows the other one again."""
         assert self._validation is not None
         self._validation.close()
+        if self._bar is not None:
+            self._bar.refresh()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the full bar on the screen."""

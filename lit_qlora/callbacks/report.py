@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, read_result
 from lit_qlora.callbacks.memory import PeakMemory
@@ -81,7 +82,7 @@ class Report(Callback):
             mark = "  (before training)"
         if not math.isfinite(figures["val/loss"]):
             mark += "  (not finite: the base, or this state of the adapter, is broken; it is never the best)"
-        trainer.print(
+        tqdm.write(  # above the bar
             f"step {trainer.global_step:>6}  held-out loss {figures['val/loss']:.4f}, "
             f"perplexity {figures['val/perplexity']:,.2f}, accuracy {figures['val/accuracy']:.1%}{mark}"
         )

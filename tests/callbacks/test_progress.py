@@ -1,0 +1,31 @@
+"""The progress bar at a terminal: one line that is written over, which is all that a notebook can follow."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1 --samples.count 0"
+
+
+def test_validations_take_the_bars_own_line(tmp_path):
+    ours, its = pty.openpty()
+    command = [sys.executable, str(ROOT / "main.py"), "fit", *OPTIONS.split(), "--trainer.limit_val_batches", "2"]
+    fit = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"COLUMNS": "100"}, stdout=its, stderr=its)
+    os.close(its)
+    text = b""
+    try:
+        while part := os.read(ours, 65536):
+            text += part
+    except OSError:  # how a terminal tells that nobody has it open any more
+        pass
+    os.close(ours)
+    assert fit.wait() == 0
+    shown = text.decode().replace("\r\n", "\n")
+    assert "\x1b" not in shown  # a way up, for one: a notebook would leave each state of the bar behind
+    left = [line.split("\r")[-1] for line in shown.split("\n")]  # each draws over all of the line before
+    steps = [line.split()[1] for line in left if "held-out loss" in line and line.startswith("step ")]
+    assert steps == ["0", "2", "4"]
+    assert [line[:10] for line in left if "%|" in line] == ["train 100%"]

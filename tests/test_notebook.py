@@ -1,0 +1,404 @@
+"""The Colab notebook: its cells as they are committed, and, slow, all of them run on the demo in a fresh environment.
+
+The run stands in for three days on Colab: a machine that goes away in the middle of training, the next one, on which
+everything runs to the end from the copy on the drive, and the same one again.
+"""
+
+import base64
+import inspect
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from importlib import metadata
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from lit_qlora.cli import HELP
+from lit_qlora.tools.chat import chat
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "colab.ipynb"
+CELLS = {cell["id"]: cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]}
+CODE = {name: "".join(cell["source"]) for name, cell in CELLS.items() if cell["cell_type"] == "code"}
+
+# As it is committed
+
+
+def test_it_is_a_notebook_and_nobodys_run_of_it():
+    import nbformat
+
+    notebook = nbformat.read(NOTEBOOK, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.metadata.accelerator, notebook.metadata.colab.gpuType) == (4, "GPU", "T4")
+    assert [(cell.outputs, cell.execution_count) for cell in notebook.cells if cell.cell_type == "code"] == [
+        ([], None)
+    ] * len(CODE)
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_each_cell_opens_with_what_it_does_and_how_long_it_takes(name):
+    assert re.fullmatch(r"# @title [A-Z].+; (at once|.*(seconds?|minutes?|hours?)\b.*)", CODE[name].splitlines()[0])
+
+
+def test_commands_exist():
+    named = re.findall(r"python main\.py ([\w-]+)", "\n".join(CODE.values()))
+    assert {*named} == {"doctor", "plan", "fit", "evaluate", "chat", "merge", "push"}
+    assert {*named} <= {*re.findall(r"python main\.py (\w+)", HELP)}
+    assert "chat --web --share" in CODE["chat"] and {"web", "share"} <= {*inspect.signature(chat).parameters}
+
+
+def test_badge_and_repository_are_one_address():
+    account = re.search(r'REPOSITORY = "https://github\.com/([\w-]+)/lit-qlora"', CODE["settings"])[1]
+    badge = f"https://colab.research.google.com/github/{account}/lit-qlora/blob/main/notebooks/colab.ipynb"
+    assert badge in "".join(CELLS["title"]["source"]) and badge in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# Single cells
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Runs the first cell; returns what it defines."""
+
+    def settings(**given) -> dict:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("GIT_TERMINAL_PROMPT", "1")
+        for name, value in given.items():
+            monkeypatch.setenv(f"LIT_QLORA_{name}", value)
+        names: dict = {}
+        exec(CODE["settings"], names)
+        return names
+
+    return settings
+
+
+def test_the_settings_become_options_of_fit(settings, tmp_path):
+    names = settings()
+    assert [*map(str, names["FIT"])] == ["--config", "configs/colab_t4_1k.yaml", "--run", "runs/colab_t4_1k"]
+    assert (names["PUSH_TO"], names["FOLDER"]) == ("", tmp_path / "lit-qlora")
+    names = settings(
+        CONFIG="configs/demo.yaml", RUN="mine", MIRROR=" /drive/x ", OPTIONS="--data.source 'my rows.jsonl'"
+    )
+    assert [*map(str, names["FIT"])] == [
+        "--config", "configs/demo.yaml", "--run", "runs/mine", "--mirror", "/drive/x", "--data.source", "my rows.jsonl",
+    ]  # fmt: skip
+
+
+def test_a_program_has_a_terminal_and_its_failure_ends_run_all(settings, capsys):
+    names = settings()
+    run, stopped = names["run"], names["StoppedError"]
+    run("python -c", "import sys; print(sys.stdout.isatty(), 'ü')")
+    assert capsys.readouterr().out.splitlines()[1:] == ["True ü"]
+    with pytest.raises(stopped, match=r"^python -c .*: status 2; why, and what to do, stands above$") as failure:
+        run("python -c", "raise SystemExit(2)")
+    assert failure.value._render_traceback_() == [f"Stopped: {failure.value}"]
+    with pytest.raises(stopped, match="status 137"):
+        run("python -c", "import os; os.kill(os.getpid(), 9)")
+
+
+def test_an_interrupted_cell_waits_for_the_save(settings, tmp_path, capsys):
+    code = """
+import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(1.5)
+    print("saved")
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
+    names = settings()
+    run, main = names["run"], threading.main_thread().ident
+
+    def press() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    with pytest.raises(names["StoppedError"], match="status 130"):
+        run("python -c", code)
+    presser.join()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("saved")
+
+
+def test_without_a_gpu_it_says_how_to_choose_one(settings, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    names = settings(CONFIG="configs/colab_t4.yaml")
+    with pytest.raises(names["StoppedError"], match="choose Runtime, Change runtime type, T4 GPU, Save, then Run all"):
+        exec(CODE["gpu"], names)
+    exec(CODE["gpu"], settings(CONFIG="configs/demo.yaml"))
+    assert capsys.readouterr().out == "No GPU here.\n" * 2
+
+
+def test_a_gpu_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'Tesla T4, 15360 MiB'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    exec(CODE["gpu"], {"Path": Path, "CONFIG": "configs/colab_t4.yaml"})
+    assert capsys.readouterr().out == "Tesla T4, 15360 MiB\n"
+
+
+@pytest.fixture
+def on_colab(monkeypatch):
+    """A stand-in for google.colab; returns its secrets and the places where the drive was mounted."""
+    secrets, mounted = {}, []
+    userdata = SimpleNamespace(get=secrets.__getitem__)
+    package = ModuleType("google.colab")
+    package.userdata, package.drive = userdata, SimpleNamespace(mount=mounted.append)
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    monkeypatch.setenv("HF_TOKEN", "")
+    return secrets, mounted
+
+
+def test_the_token_comes_from_colabs_secrets_and_is_not_shown(on_colab, capsys):
+    on_colab[0]["HF_TOKEN"] = "hf_canary"
+    exec(CODE["accounts"], {"os": os, "MIRROR": ""})
+    assert os.environ["HF_TOKEN"] == "hf_canary"
+    assert capsys.readouterr().out == "A token of the hub is set.\n"
+    assert on_colab[1] == []
+
+
+def test_without_a_secret_all_is_well(on_colab, capsys):
+    exec(CODE["accounts"], {"os": os, "MIRROR": "/content/drive/MyDrive/lit-qlora"})
+    assert capsys.readouterr().out.splitlines() == [
+        "Colab's secrets give no HF_TOKEN (KeyError).",
+        "No token: gated bases and push need one, nothing else.",
+    ]
+    assert on_colab[1] == ["/content/drive"]
+
+
+def test_an_address_that_nobody_filled_in_is_told(settings):
+    names = settings()
+    with pytest.raises(names["StoppedError"], match="REPOSITORY in the first cell still says OWNER"):
+        exec(CODE["install"], names | {"subprocess": subprocess})
+
+
+@pytest.fixture
+def install(settings, tmp_path, monkeypatch, capsys):
+    """Runs the cell beside a clone that can't be updated; returns the commands that it ran, and what it said."""
+    subprocess.run(["git", "init", "-q", tmp_path / "lit-qlora"], check=True)
+
+    def install(*versions: tuple[str, str]) -> tuple[list[str], str]:
+        """``versions`` are what the packages are said to have, one for each time that it is asked for."""
+        told = list(versions)
+        commands: list[str] = []
+
+        def version(package):
+            found = next((pair for pair in told if pair[0] == package), None)
+            if found is None:
+                raise metadata.PackageNotFoundError
+            told.remove(found)
+            return found[1]
+
+        monkeypatch.setattr(metadata, "version", version)
+        names = settings() | {"subprocess": subprocess, "run": lambda *words: commands.append(" ".join(words))}
+        exec(CODE["install"], names)
+        return commands, capsys.readouterr().out
+
+    return install
+
+
+def test_pip_is_told_to_leave_torch(install):
+    commands, said = install(("torch", "2.11.0+cu128"), *[("torch", "2.11.0+cu128")] * 2)
+    assert commands == ["python -m pip install -q -r requirements.txt torch==2.11.0+cu128"]
+    assert said.splitlines() == [
+        "The project could not be updated; going on with the version that is here.",
+        "torch 2.11.0+cu128 before, 2.11.0+cu128 now",
+    ]
+
+
+def test_another_torch_is_no_good_end(install):
+    with pytest.raises(AssertionError, match="another torch was installed: restart the session"):
+        install(("torch", "2.11.0"), *[("torch", "2.13.0")] * 2)
+
+
+@pytest.mark.parametrize(("version", "is_removed"), [("0.10.0", True), ("0.16.0", False), ("0.17.0+cu128", False)])
+def test_an_old_torchao_is_removed(install, version, is_removed):
+    commands, said = install(*[("torch", "2.11.0")] * 3, ("torchao", version))
+    assert commands[1:] == ["python -m pip uninstall -q -y torchao"] * is_removed
+    assert (f"torchao {version} was removed: peft needs 0.16 or none" in said) == is_removed
+
+
+# All of them, in an environment of their own
+
+
+def _module(path: Path) -> ModuleType:
+    spec = spec_from_file_location(path.stem, path)
+    module = module_from_spec(spec)
+    sys.modules[path.stem] = module  # which its dataclass looks itself up in
+    spec.loader.exec_module(module)
+    return module
+
+
+class Colab:
+    """A fresh environment with a kernel and torch, a drive, and a stand-in for the hub."""
+
+    def __init__(self, folder: Path, hub_url: str, token: str) -> None:
+        self.folder, self.python = folder, folder / "venv" / "bin" / "python"
+        self.mirror = folder / "drive" / "lit-qlora"
+        self.mirror.parent.mkdir()
+        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+        lines = [line for name in ("", "-dev") for line in (ROOT / f"requirements{name}.txt").read_text().splitlines()]
+        brought = [line for line in lines if re.match(r"torch\b|ipykernel\b", line)]
+        self._install(*brought)
+        self._own("-m", "ipykernel", "install", "--prefix", folder / "jupyter", "--name", "fresh")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "VIRTUAL"))}
+        own = {"HF_HOME": str(folder / "hf"), "HF_ENDPOINT": hub_url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+        settings = {
+            "REPOSITORY": str(ROOT), "CONFIG": "configs/demo.yaml", "OPTIONS": "--save_every_steps 40",
+            "MIRROR": str(self.mirror), "QUESTION": "Does Opal live alone?",
+        }  # fmt: skip
+        self.environment = kept | own | {f"LIT_QLORA_{name}": value for name, value in settings.items()}
+
+    def _install(self, *packages: str) -> None:
+        self._own("-m", "pip", "install", "-q", "--disable-pip-version-check", *packages)
+
+    def _own(self, *command: object) -> None:
+        subprocess.run([self.python, *command], check=True, stdout=subprocess.DEVNULL)
+
+    def machine(self, name: str) -> Path:
+        """A disk, and on it the place where a notebook starts; Colab's torchao is there again."""
+        self._install("torchao==0.10.0")
+        (self.folder / name / "tmp").mkdir(parents=True)
+        return self.folder / name
+
+    def client(self, machine: Path, **settings: str):
+        """Whoever runs the notebook; and how."""
+        import nbformat
+        from nbclient import NotebookClient
+
+        client = NotebookClient(
+            nbformat.read(NOTEBOOK, as_version=4), kernel_name="fresh", timeout=600,
+            resources={"metadata": {"path": str(machine)}},
+        )  # fmt: skip
+        given = {f"LIT_QLORA_{name}": value for name, value in settings.items()}
+        return client, {"env": self.environment | given | {"TMPDIR": str(machine / "tmp")}}
+
+    def run_all(self, machine: Path, **settings: str) -> dict[str, str]:
+        """The text below each cell; pictures as their base64."""
+        client, how = self.client(machine, **settings)
+        notebook = client.execute(**how)
+        (machine / "executed.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+        shown = {}
+        for cell in notebook.cells:
+            outputs = cell.get("outputs", [])
+            parts = [
+                part.get("text") or part.data.get("image/png") or part.data.get("text/html", "") for part in outputs
+            ]
+            shown[cell.id] = "".join(parts)
+        return shown
+
+    def still_running(self) -> list[str]:
+        """The commands of processes that were started from here, after some time to end."""
+        for _ in range(100):
+            found = [*self._running()]
+            if not found:
+                break
+            time.sleep(0.2)
+        return found
+
+    def _running(self):
+        for process in Path("/proc").iterdir():
+            if process.name.isdigit() and int(process.name) != os.getpid():
+                try:
+                    command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                except OSError:  # it has just ended
+                    continue
+                if str(self.folder) in command:
+                    yield command
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = _module(ROOT / "tests" / "tools" / "hub_server.py")
+    hub = server.FakeHub()
+    hub.token = server.TOKEN
+    yield hub
+    hub.close()
+
+
+@pytest.mark.slow
+def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeypatch):
+    from nbclient.exceptions import DeadKernelError
+
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter" / "share" / "jupyter"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    colab = Colab(tmp_path, hub.url, hub.token)
+
+    # A machine that goes away once a checkpoint is on the drive.
+    first = colab.machine("first")
+    client, how = colab.client(first)
+
+    def cut() -> None:
+        for _ in range(6000):
+            if [*colab.mirror.glob("demo/checkpoints/step-*/manifest.json")]:
+                os.killpg(client.km.provisioner.pid, signal.SIGKILL)
+                return
+            time.sleep(0.05)
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    with pytest.raises(DeadKernelError):
+        client.execute(**how)
+    cutter.join()
+    assert colab.still_running() == []
+    assert not (first / "lit-qlora" / "runs" / "demo" / "finished.json").exists()
+
+    # The next one: from the drive to the end, and all that comes after.
+    second = colab.machine("second")
+    shown = colab.run_all(second)
+    run = second / "lit-qlora" / "runs" / "demo"
+    assert re.search(r"^torch (2\.[\w.+]+) before, \1 now$", shown["install"], re.MULTILINE)
+    assert "torchao 0.10.0 was removed" in shown["install"]
+    assert "problems: 0" in shown["doctor"] and "fits: " in shown["plan"]
+    assert re.search("going on from step-0*(40|80|120|160)", shown["fit"])
+    assert re.search(r"train 100%\|█+\| 212/212 .*loss [\d.]+, [\d,]+ tokens/s", shown["fit"])
+    assert "\x1b[A" not in shown["fit"]  # which no notebook follows: each would leave a line of the bar behind
+    losses = [
+        line["val/loss"]
+        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if "val/loss" in line
+    ]
+    assert losses[-1] < losses[0] / 10
+    assert "iframe" in shown["tensorboard"]
+    assert _size_of_picture(shown["curves"]) == (900, 480)
+    assert re.search(r"perplexity +6\.99\d* \[.*\] +1\.0\d+ \[", shown["evaluate"])
+    assert "goat" in shown["chat"].splitlines()[-1]
+    merged = second / "lit-qlora" / "merged" / "demo-step-212"
+    assert "0.00 GB of float16 in merged/demo-step-212" in shown["merge"] and (merged / "model.safetensors").is_file()
+    assert shown["push"].startswith("Nothing is sent")
+    assert hub.repositories == {} and colab.still_running() == []
+
+    # And again.
+    shown = colab.run_all(second, PUSH_TO="ann/isles")
+    assert "runs/demo is finished (212 of 212 steps): nothing to do." in shown["fit"]
+    assert "goat" in shown["chat"].splitlines()[-1] and _size_of_picture(shown["curves"]) == (900, 480)
+    assert shown["merge"] == "merged/demo-step-212 is there already.\n"
+    repository = hub.repositories["ann/isles"]
+    assert (
+        repository.private
+        and repository.files["adapter_model.safetensors"]
+        == (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    )
+    assert colab.still_running() == []
+
+    files = [file for place in (first, second, colab.mirror) for file in place.rglob("*") if file.is_file()]
+    assert (second / "executed.ipynb") in files
+    assert [file for file in files if hub.token.encode() in file.read_bytes()] == []
+
+
+def _size_of_picture(shown: str) -> tuple[int, int]:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(shown))).size

@@ -39,7 +39,8 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FIT = ["fit", "--config", str(DEMO_CONFIG), "--run", "run", "--data.source", "rows.jsonl",
-       "--data.validation_source", "held_out.jsonl", "--model.base", "base", "--keep_checkpoints", "9", *STEPS]  # fmt: skip
+       "--data.validation_source", "held_out.jsonl", "--model.base", "base",
+       "--keep_checkpoints", "9", *STEPS]  # fmt: skip
 
 
 @pytest.fixture

@@ -3,6 +3,11 @@
 `torch.cuda.is_bf16_supported()` is not asked: it is true on a T4, where bf16 is emulated. Knows no model.
 """
 
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -91,6 +96,30 @@ def check_attention(attention: Attention, device: Device) -> None:
 
     if not is_flash_attn_2_available():
         raise UserError("model.attention: flash_attention_2 needs the package flash-attn; use sdpa")
+
+
+def compiler_lacks(on_gpu: bool) -> list[str]:
+    """What torch's compiler would need here and has not: a C compiler; for kernels of a GPU triton and headers, too."""
+    missing = [] if not on_gpu or importlib.util.find_spec("triton") else ["triton"]
+    names = (os.environ.get("CC", "cc"), "gcc", "clang") if on_gpu else (os.environ.get("CXX", "g++"), "clang++")
+    missing += [] if any(map(shutil.which, names)) else ["a C compiler"]
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    missing += [] if not on_gpu or headers.is_file() else ["Python's headers"]
+    return missing
+
+
+def check_compile(wanted: bool | str, device: Device) -> str | None:
+    """Why nothing is compiled on ``device`` though it could be; None where it is, or was never to be.
+
+    Raises UserError where it is asked for by name.
+    """
+    on_gpu = device.capability is not None
+    if wanted is False or (wanted == "auto" and not on_gpu):
+        return None
+    missing = " and ".join(compiler_lacks(on_gpu))
+    if missing and wanted is True:
+        raise UserError(f"model.compile: true needs {missing}; install gcc and python3-dev, or give false")
+    return missing or None
 
 
 def compute_dtype(precision: str) -> torch.dtype:

@@ -20,7 +20,7 @@ from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.decoder import Layer, run_layers, take_apart, why_not
-from lit_qlora.model.device import Attention, check_attention, compute_dtype, current_device
+from lit_qlora.model.device import Attention, check_attention, check_compile, compute_dtype, current_device
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.learning import LearnsInParts
 from lit_qlora.model.loss import summed_cross_entropy
@@ -86,6 +86,8 @@ class QLoRAModule(LearnsInParts):
         require(0 <= warmup_ratio < 1, "model.warmup_ratio", "a share from 0 to below 1", warmup_ratio)
         require(weight_decay >= 0, "model.weight_decay", "0 or more", weight_decay)
         check_attention(attention, current_device())
+        self.eager_because = check_compile(compile, current_device())
+        """What is missing for compiled kernels, where they were to be; None otherwise."""
         self.base: Base = find_base(base)
         load.check_targets(self.base, target_modules)
         self.adapter = Path(adapter) if adapter else None
@@ -161,6 +163,8 @@ class QLoRAModule(LearnsInParts):
         names = "all linear layers" if targets == {*Shape.LINEARS} else ", ".join(sorted(targets))
         lines = [f"{self.base.name}: {_count(shape.num_parameters)} weights, linear layers in 4-bit NF4"]
         lines += [self.copy_line] if self.copy_line else []
+        if self.eager_because:
+            lines.append(f"kernels are not compiled: {self.eager_because} missing (install gcc and python3-dev)")
         return [
             *lines,
             f"LoRA of rank {config.r} on {names}: {_count(trained)} weights are trained",
@@ -215,6 +219,7 @@ class QLoRAModule(LearnsInParts):
             return output.last_hidden_state  # type: ignore[no-any-return]
         if self.training not in self._layers:
             compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
+            compiles = compiles and self.eager_because is None
             self._layers[self.training] = take_apart(self.peft_model, compiled() if compiles else EAGER)
         hidden = decoder.embed_tokens(batch.input_ids)
         places = find_places(decoder.rotary_emb, hidden, batch.lengths)

@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
@@ -177,9 +176,11 @@ def _nvidia_smi() -> str:
 
 def compiler() -> Iterator[Finding]:
     """What kernels are compiled with on a GPU: triton, a C compiler and Python's headers."""
-    missing = [] if importlib.util.find_spec("triton") else ["triton"]
-    missing += [] if any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))) else ["a C compiler"]
-    missing += [] if (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file() else ["Python's headers"]
+    try:
+        from lit_qlora.model.device import compiler_lacks
+    except Exception:  # told of torch already
+        return
+    missing = compiler_lacks(on_gpu=True)
     if missing:
         text = f"compiled kernels: {' and '.join(missing)} missing"
         yield Finding("problem", text, "install gcc and python3-dev, or give --model.compile false")

@@ -1,11 +1,22 @@
 """What each device computes with: decided by compute capability, refused where it would be emulated or missing."""
 
+import importlib.util
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import transformers.utils
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.device import Device, check_attention, choose_precision, compute_dtype, current_device
+from lit_qlora.model.device import (
+    Device,
+    check_attention,
+    check_compile,
+    choose_precision,
+    compute_dtype,
+    current_device,
+)
 
 CPU = Device("CPU", None)
 T4 = Device("Tesla T4", (7, 5))
@@ -107,3 +118,26 @@ def test_compute_dtype():
     assert compute_dtype("16-mixed") == torch.float16
     assert compute_dtype("bf16-mixed") == torch.bfloat16
     assert compute_dtype("32-true") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "why"),
+    [("auto", T4, "triton and a C compiler"), ("auto", CPU, None), (False, T4, None), (False, CPU, None)],
+)
+def test_without_a_compiler_auto_goes_without_and_says_why(monkeypatch, wanted, device, why):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+    assert check_compile(wanted, device) == why
+
+
+def test_with_a_compiler_nothing_is_said(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
+    assert check_compile(True, CPU) is None
+
+
+def test_compiling_that_is_asked_for_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(UserError) as error:
+        check_compile(True, CPU)
+    assert str(error.value) == ("model.compile: true needs a C compiler; install gcc and python3-dev, or give false")

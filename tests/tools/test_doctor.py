@@ -1,11 +1,13 @@
 """main.py doctor: whatever is missing, broken or too old, it answers, says what to do, and names nobody."""
 
+import importlib.util
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
@@ -263,9 +265,9 @@ def test_a_card_that_torch_does_not_see(tell, card, monkeypatch, cuda, message):
 
 
 def test_what_kernels_are_compiled_with(monkeypatch):
-    monkeypatch.setattr(surroundings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(surroundings.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": "/nowhere"})
     (found,) = surroundings.compiler()
     assert found.text == "compiled kernels: triton and a C compiler and Python's headers missing"
     monkeypatch.undo()

@@ -42,7 +42,7 @@ from lit_qlora.quiet import quieten
 from lit_qlora.signals import LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.mirror import Mirror
-from lit_qlora.storage.run import RunFolder, as_yaml
+from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml
 from lit_qlora.trainer import QLoRATrainer, RunParser
 
 
@@ -170,7 +170,7 @@ class QLoRACLI(LightningCLI):
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
         start.check_adapter(self.run)
-        self.config_text = as_yaml(config)
+        self.config_text, self.lengths = as_yaml(config), start.lengths(config)
         self.run.write_config(self.config_text)
         if self.mirror:
             self.mirror.start()
@@ -184,7 +184,7 @@ class QLoRACLI(LightningCLI):
         """The whole configuration as plain values, without what holds for one start only."""
         text = self._parser(self.verb).dump(self.config[self.verb], format="yaml")
         config = dict(yaml.safe_load(text))
-        return {name: value for name, value in config.items() if name not in ("config", "run")}
+        return {name: value for name, value in config.items() if name not in FOR_ONE_START}
 
     # Building
 
@@ -228,7 +228,7 @@ class QLoRACLI(LightningCLI):
         require(patience is None or patience >= 1, "early_stopping", "none, or a whole number from 1", patience)
         early = [StopWithoutGain("val/loss", patience=patience)] if patience else []
         resumed = self.resume_from.name if self.resume_from else None
-        self.report = Report(self.run, memory, resumed, checkpoints)
+        self.report = Report(self.run, memory, resumed, checkpoints, self.lengths)
         callbacks = [
             SeedByPosition(options.data.seed),
             UpdateGuard(options.max_nonfinite_losses),

@@ -73,6 +73,7 @@ def test_a_run_killed_between_its_last_save_and_its_end_is_ended_by_the_next_sta
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_pickle(monkeypatch)  # in a resume neither
+    mark = (run / "finished.json").read_text()
     (run / "finished.json").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:-1]))  # the last one is in the checkpoint until then
@@ -80,7 +81,7 @@ def test_a_run_killed_between_its_last_save_and_its_end_is_ended_by_the_next_sta
     out, err = capsys.readouterr()
     assert "held-out loss " in out and "best adapter: run/adapter\n" in out
     assert err == ""
-    assert (run / "finished.json").read_text() == '{"step": 4, "steps": 4}'
+    assert (run / "finished.json").read_text() == mark
     assert (run / "metrics.jsonl").read_text() == "".join(lines)
 
 
@@ -260,7 +261,12 @@ def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
     )
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000001"]
     assert not Path("run/finished.json").exists()
-    assert main([*FIT, "--max_time", "00:01:00:00"]) == 0
+    assert "max_time" not in Path("run/config.yaml").read_text()
+    with Path("run/config.yaml").open("a") as file:  # an earlier version kept it
+        file.write("max_time: 00:00:00:01\n")
+    monkeypatch.setattr("lit_qlora.training.parse_max_time", None)
+    assert main(["fit", "--run", "run"]) == 0
+    assert "changed" not in capsys.readouterr().out
     assert Path("run/finished.json").is_file()
 
 

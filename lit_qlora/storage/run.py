@@ -24,6 +24,9 @@ STEP = "step-"
 CARD = "README.md"
 """The file in an adapter folder that people read; who edits it has altered no model."""
 
+FOR_ONE_START = ("config", "run", "max_time")
+"""Options that hold for one start: no part of the configuration that a run keeps."""
+
 SHOWN = 200
 """Characters of a setting that a message shows."""
 _STARTED = "# started "
@@ -130,7 +133,8 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """The configuration that the run was first started with."""
-        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        config = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        return {name: value for name, value in config.items() if name not in FOR_ONE_START}
 
     def write_config(self, text: str) -> Path:
         """Keeps a start's configuration: the first as config.yaml, later and different ones beside it, numbered."""

@@ -3,6 +3,7 @@
 `training.py` asks. Knows the run's files and settings; loads no model and no data.
 """
 
+import json
 import math
 import os
 import shutil
@@ -44,6 +45,8 @@ def complete(args: list[str]) -> list[str]:
         config = str(kept.config if kept else DEMO_CONFIG)
         # An earlier version kept max_time, which held for its start alone.
         rest = ["--config", config, *(["--max_time", "null"] if kept else []), *rest]
+    if kept:
+        _check_kept(kept)
     for index, arg in enumerate(rest):
         if arg in ("--config", "-c") and index + 1 < len(rest):
             check_config_file(Path(rest[index + 1]))
@@ -57,6 +60,13 @@ def complete(args: list[str]) -> list[str]:
     elif option(rest, "--run") is None:
         rest += ["--run", run]
     return [verb, *rest]
+
+
+def _check_kept(run: RunFolder) -> None:
+    try:
+        check_config_file(run.config)
+    except UserError as error:
+        raise UserError(f"{error}; {run.config_remedy()}") from error
 
 
 def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
@@ -145,12 +155,25 @@ def check_adapter(run: RunFolder) -> None:
         return
     try:
         verify_folder(run.adapter, allow_extra=True, may_differ=[CARD])
+        _check_result(run.adapter)
     except DamagedFolderError as error:
         aside = run.adapter.with_name("adapter.damaged")
         if aside.exists():
             remove_folder(aside)
         run.adapter.rename(aside)
         print(f"warning: {error}; put aside as {aside}, and the best is looked for anew", file=sys.stderr)
+
+
+def _check_result(adapter: Path) -> None:
+    """Its figures say whether it is still the best. Raises DamagedFolderError."""
+    file = adapter / "result.json"
+    try:
+        result = json.loads(file.read_bytes()) if file.is_file() else {"step": 0}
+        found = "no step" if type(result["step"]) is not int else None
+    except (ValueError, TypeError, KeyError) as error:
+        found = " ".join(str(error).split())
+    if found:
+        raise DamagedFolderError(adapter, file.name, "a step and its figures", found)
 
 
 def template_of(adapter: Path, given: str | None) -> str | None:

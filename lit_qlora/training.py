@@ -247,7 +247,7 @@ class QLoRACLI(LightningCLI):
         ]
         step = int(resumed.rpartition("-")[2]) if resumed else None
         given = options.trainer.logger
-        loggers: list[Logger] = [MetricsFile(self.run.metrics)]
+        loggers: list[Logger] = [MetricsFile(self.run.metrics, step or 0)]
         if given is not False:
             loggers.insert(0, RunTensorBoard(self.run.path, self.config_text, step))
         if given is not None and not isinstance(given, bool):

@@ -1,7 +1,9 @@
 """Kill it, fill its disk, send it signals: the command ends with the right status and one line, and goes on well."""
 
 import errno
+import hashlib
 import io
+import json
 import os
 import pickle
 import shutil
@@ -14,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_qlora import start
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.storage import folders
 from lit_qlora.storage.lock import RunLock
+from lit_qlora.storage.run import RunFolder
 
 QUICK = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
@@ -245,6 +249,40 @@ def test_a_signal_in_the_validation_before_the_first_step(
     assert main(FIT) == 143
     assert capsys.readouterr().err == "\nstopped by SIGTERM; given again, the same command goes on\n"
     assert not Path("run").exists()
+
+
+# Side files
+
+
+@pytest.mark.parametrize("text", ["{", '{"val/loss": 1.0}', ""])
+def test_a_damaged_result_puts_the_adapter_aside(run: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    (run / "adapter/result.json").write_text(text)
+    manifest = run / "adapter/manifest.json"
+    entries = json.loads(manifest.read_text())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    entries["files"]["result.json"] = {"bytes": len(text), "sha256": digest}
+    manifest.write_text(json.dumps(entries))
+    start.check_adapter(RunFolder(run))
+    err = capsys.readouterr().err
+    assert err.startswith("warning: run/adapter: 'result.json': expected a step and its figures, found ")
+    assert err.endswith("; put aside as run/adapter.damaged, and the best is looked for anew\n")
+    assert not (run / "adapter").exists()
+
+
+def test_a_damaged_config_stops_at_once_and_without_it_the_run_goes_on(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "config.yaml").write_bytes(b"")
+    remedy = "put a copy of it back, or remove it and give fit all options (--config FILE --run run): "
+    for args in (["fit", "--run", "run"], ["validate", "--run", "run"]):
+        assert main(args) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: run/config.yaml: the file is empty; {remedy}") and err.count("\n") == 1
+    assert main([*FIT, "--config", str(start.DEMO_CONFIG)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: run/config.yaml is damaged; {remedy}")
+    (run / "config.yaml").unlink()
+    assert main(FIT) == 0
+    assert "going on from step-00000004" in capsys.readouterr().out
 
 
 # Time

@@ -163,7 +163,12 @@ class QLoRACLI(LightningCLI):
         if options.mirror is not None:
             self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell)
             self.mirror.open(config)
-        start.check_against_first(self.run, config)
+        try:
+            start.check_against_first(self.run, config)
+        except SystemExit:  # finished
+            if self.mirror:
+                self.mirror.complete()
+            raise
         self.model.prompts = self.datamodule.prompt_record()
         if self.model.adapter:
             check_settings(self.model.adapter, self.model.lora)

@@ -357,6 +357,10 @@ def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
     shutil.rmtree("run")
     assert main([*FIT, *more]) == 0
     assert "run is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
+    Path("drive/run/finished.json").unlink()  # the drive was full at the end
+    assert main([*FIT, *more]) == 0
+    assert capsys.readouterr().out.endswith("   run  copied to drive/run: the mirror had not all of it\n")
+    assert Path("drive/run/finished.json").is_file()
 
 
 def test_a_start_that_fails_leaves_nothing_in_the_mirror(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lit_qlora.errors import UserError
 from lit_qlora.secrecy import check_no_secrets, redact
-from lit_qlora.signals import leave_in_one_line
+from lit_qlora.signals import leave_in_one_line, nothing_open
 from lit_qlora.storage.files import SaveError
 
 TOOLS = ("chat", "predict", "merge", "export", "evaluate", "push")
@@ -69,15 +69,18 @@ def _run(args: list[str]) -> int:
     if verb != "chat":  # what is said in a chat is kept nowhere
         check_no_secrets(args[1:])
     if verb in ("fit", "validate", "test"):
-        from lit_qlora import training
+        with nothing_open():
+            from lit_qlora import training
 
         return training.main(args)
     if verb == "plan":
-        from lit_qlora.tools import plan
+        with nothing_open():
+            from lit_qlora.tools import plan
 
         return plan.main(args)
     if verb == "doctor":
-        from lit_qlora.tools import doctor
+        with nothing_open():
+            from lit_qlora.tools import doctor
 
         return doctor.main(args[1:])
     if verb in TOOLS:

@@ -1,6 +1,7 @@
 """Owns what Ctrl-C and SIGTERM do wherever nothing else is said: the process leaves with one line, 130 or 143.
 
-Files are put right on the way out, for the signal becomes a SystemExit where it arrives. Knows no training.
+Files are put right on the way out, for the signal becomes a SystemExit where it arrives; but not inside of an
+import, where it could be swallowed. Knows no training.
 """
 
 import os
@@ -31,6 +32,16 @@ def leave_in_one_line() -> Iterator[None]:
         give_back(previous)
 
 
+@contextmanager
+def nothing_open() -> Iterator[None]:
+    """Around imports with which a command begins, for seconds: a signal leaves right there, with its one line."""
+    previous = take_over(_exit_in_one_line)
+    try:
+        yield
+    finally:
+        give_back(previous)
+
+
 def take_over(handler: Handler) -> dict[int, Any]:
     """Sets ``handler`` for both signals, and returns what was there; nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
@@ -45,7 +56,45 @@ def give_back(previous: dict[int, Any]) -> None:
 
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:
-    """Leaves with one line; one more signal doesn't even wait for the files."""
-    take_over(lambda number, frame: os._exit(128 + number))
+    """Leaves with one line, behind an import that is under way; one more signal doesn't even wait for the files."""
+    take_over(_exit)
+    _say(number)
+    _leave(number, frame)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    if not _is_in_import(frame):
+        raise LeftAtOnce(128 + number)
+    # A library may catch what is raised there, or be left with half a module: once more, a little later.
+    is_again = threading.Event()
+
+    def again() -> None:
+        is_again.set()
+        signal.raise_signal(number)
+
+    signal.signal(number, lambda number, frame: (_leave if is_again.is_set() else _exit)(number, frame))
+    timer = threading.Timer(0.02, again)
+    timer.daemon = True
+    timer.start()
+
+
+def _is_in_import(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _exit_in_one_line(number: int, frame: FrameType | None) -> None:
+    _say(number)
+    _exit(number, frame)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.stderr.flush()
+    os._exit(128 + number)
+
+
+def _say(number: int) -> None:
     print(f"\nstopped by {NAMES[signal.Signals(number)]}; given again, the same command goes on", file=sys.stderr)
-    raise LeftAtOnce(128 + number)

@@ -3,9 +3,12 @@
 `training.py` asks. Knows the run's files and settings; loads no model and no data.
 """
 
+import json
+import math
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from lit_qlora.options import check_config_file, option
 from lit_qlora.storage.checkpoint_io import checkpoint_folder
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder
-from lit_qlora.storage.run import CARD, RUNS, RunFolder, differences, newest_run, open_run
+from lit_qlora.storage.run import CARD, RUNS, RunFolder, newest_run, open_run
 from lit_qlora.storage.settings import allowed, refused
 from lit_qlora.text import jinja
 
@@ -33,17 +36,21 @@ def complete(args: list[str]) -> list[str]:
     verb, rest = args[0], args[1:]
     if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
         return args
-    config, run, base = option(rest, "--config", "-c"), option(rest, "--run"), option(rest, "--model.base")
+    config, run, kept = option(rest, "--config", "-c"), option(rest, "--run"), None
+    base = option(rest, "--model.base")
     if config is None:
         if verb != "fit":
             kept = open_run(Path(run)) if run else newest_run()
-            config, run = str(kept.config), str(kept.path)
-        elif run and (Path(run) / "config.yaml").is_file():
-            config = str(Path(run) / "config.yaml")
-        elif base in (None, "demo"):
-            config = str(DEMO_CONFIG)
-        if config is not None:  # else a base of one's own, which the demo's learning rate is not for
-            rest = ["--config", config, *rest]
+            run = str(kept.path)
+        elif run and RunFolder(Path(run)).config.is_file():
+            kept = RunFolder(Path(run))
+        if kept:
+            # An earlier version kept max_time, which held for its start alone.
+            rest = ["--config", str(kept.config), "--max_time", "null", *rest]
+            _check_kept(kept)
+        elif base in (None, "demo"):  # a base of one's own is not for the demo's learning rate
+            rest = ["--config", str(DEMO_CONFIG), *rest]
+        config = option(rest, "--config", "-c")
     for index, arg in enumerate(rest):
         if arg in ("--config", "-c") and index + 1 < len(rest):
             check_config_file(Path(rest[index + 1]))
@@ -57,6 +64,13 @@ def complete(args: list[str]) -> list[str]:
     elif option(rest, "--run") is None:
         rest += ["--run", run]
     return [verb, *rest]
+
+
+def _check_kept(run: RunFolder) -> None:
+    try:
+        check_config_file(run.config)
+    except UserError as error:
+        raise UserError(f"{error}; {run.config_remedy()}") from error
 
 
 def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
@@ -76,9 +90,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
             "give --run NAME to start another run"
         )
     finished = run.finished()
-    lengths = ("trainer.max_steps", "trainer.max_epochs", "early_stopping")
-    no_further = finished and 0 < config["trainer"].get("max_steps", -1) <= finished["step"]
-    if finished and (no_further or not differences(first, config, lengths)):
+    if finished and _stays_finished(finished, finished.get("lengths", lengths(first)), lengths(config)):
         print(
             f"{run.path} is finished ({finished['step']} of {finished['steps']} steps): nothing to do.\n"
             f"Its adapter: {run.adapter}. To start another run, give it a name: --run NAME"
@@ -87,6 +99,22 @@ def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
     changed = allowed(first, config)
     if changed:
         print(f"   run  changed: {'; '.join(changed)}", flush=True)
+
+
+def lengths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a configuration, what says how long a run is; -1: as long as the others let it."""
+    steps, epochs = (config.get("trainer", {}).get(name) or -1 for name in ("max_steps", "max_epochs"))
+    return {"max_steps": steps, "max_epochs": epochs, "early_stopping": config.get("early_stopping")}
+
+
+def _stays_finished(finished: Mapping[str, Any], was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run that came to its end with the lengths ``was`` has nothing to do for the lengths ``now``."""
+    if 0 < now["max_steps"] <= finished["step"]:
+        return True
+    if finished["step"] < finished["steps"] and now["early_stopping"] != was["early_stopping"]:  # which ended it
+        return False
+    was_epochs, now_epochs = (math.inf if one["max_epochs"] == -1 else one["max_epochs"] for one in (was, now))
+    return bool(now_epochs <= was_epochs and now["max_steps"] == was["max_steps"])
 
 
 def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> None:
@@ -131,12 +159,25 @@ def check_adapter(run: RunFolder) -> None:
         return
     try:
         verify_folder(run.adapter, allow_extra=True, may_differ=[CARD])
+        _check_result(run.adapter)
     except DamagedFolderError as error:
         aside = run.adapter.with_name("adapter.damaged")
         if aside.exists():
             remove_folder(aside)
         run.adapter.rename(aside)
         print(f"warning: {error}; put aside as {aside}, and the best is looked for anew", file=sys.stderr)
+
+
+def _check_result(adapter: Path) -> None:
+    """Its figures say whether it is still the best. Raises DamagedFolderError."""
+    file = adapter / "result.json"
+    try:
+        result = json.loads(file.read_bytes()) if file.is_file() else {"step": 0}
+        found = "no step" if type(result["step"]) is not int else None
+    except (ValueError, TypeError, KeyError) as error:
+        found = " ".join(str(error).split())
+    if found:
+        raise DamagedFolderError(adapter, file.name, "a step and its figures", found)
 
 
 def template_of(adapter: Path, given: str | None) -> str | None:

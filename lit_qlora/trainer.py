@@ -106,6 +106,8 @@ class QLoRATrainer(Trainer):
         require(accumulated >= 1, "trainer.accumulate_grad_batches", "a whole number from 1", accumulated)
         require(max_epochs >= 1 or max_epochs == -1, "trainer.max_epochs", "a whole number from 1", max_epochs)
         require(max_steps >= 1 or max_steps == -1, "trainer.max_steps", "a whole number from 1, or -1", max_steps)
+        ends = max(max_epochs, max_steps) >= 1
+        require(ends, "trainer.max_epochs", "a whole number from 1, or one for trainer.max_steps", max_epochs)
         require(val_check_interval > 0, "trainer.val_check_interval", "a number above 0", val_check_interval)
         if isinstance(val_check_interval, float):
             require(

@@ -43,7 +43,7 @@ from lit_qlora.quiet import quieten
 from lit_qlora.signals import LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.mirror import Mirror
-from lit_qlora.storage.run import RunFolder, as_yaml
+from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml
 from lit_qlora.trainer import QLoRATrainer, RunParser
 
 
@@ -167,14 +167,19 @@ class QLoRACLI(LightningCLI):
             require(bool(options.mirror.strip()), "mirror", "a folder", options.mirror)
             self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell)
             self.mirror.open(config)
-        start.check_against_first(self.run, config)
+        try:
+            start.check_against_first(self.run, config)
+        except SystemExit:  # finished
+            if self.mirror:
+                self.mirror.complete()
+            raise
         self.model.prompts = self.datamodule.prompt_record()
         if self.model.adapter:
             check_settings(self.model.adapter, self.model.lora)
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
         start.check_adapter(self.run)
-        self.config_text = as_yaml(config)
+        self.config_text, self.lengths = as_yaml(config), start.lengths(config)
         self.run.write_config(self.config_text)
         if self.mirror:
             self.mirror.start()
@@ -188,7 +193,7 @@ class QLoRACLI(LightningCLI):
         """The whole configuration as plain values, without what holds for one start only."""
         text = self._parser(self.verb).dump(self.config[self.verb], format="yaml")
         config = dict(yaml.safe_load(text))
-        return {name: value for name, value in config.items() if name not in ("config", "run")}
+        return {name: value for name, value in config.items() if name not in FOR_ONE_START}
 
     # Building
 
@@ -235,7 +240,7 @@ class QLoRACLI(LightningCLI):
         require(patience is None or patience >= 1, "early_stopping", "none, or a whole number from 1", patience)
         early = [StopWithoutGain("val/loss", patience=patience)] if patience else []
         resumed = self.resume_from.name if self.resume_from else None
-        self.report = Report(self.run, memory, resumed, checkpoints)
+        self.report = Report(self.run, memory, resumed, checkpoints, self.lengths)
         callbacks = [
             SeedByPosition(options.data.seed),
             UpdateGuard(options.max_nonfinite_losses),
@@ -254,7 +259,7 @@ class QLoRACLI(LightningCLI):
         ]
         step = int(resumed.rpartition("-")[2]) if resumed else None
         given = options.trainer.logger
-        loggers: list[Logger] = [MetricsFile(self.run.metrics)]
+        loggers: list[Logger] = [MetricsFile(self.run.metrics, step or 0)]
         if given is not False:
             loggers.insert(0, RunTensorBoard(self.run.path, self.config_text, step))
         if given is not None and not isinstance(given, bool):

@@ -185,13 +185,48 @@ def test_a_longer_run_takes_the_learning_rate_of_the_longer_schedule(
     # Warm-up of one step to half, then down in a line over 5 steps; from the third step on over 9.
     expected = [0.0015, 0.003] + [0.003 * (1 - done / 9) for done in range(1, 9)]
     assert [rates[step] for step in range(1, 11)] == pytest.approx(expected)
-    assert json.loads(Path("run/finished.json").read_text()) == {"step": 10, "steps": 10}
+    mark = json.loads(Path("run/finished.json").read_text())
+    lengths = {"max_steps": 10, "max_epochs": 1, "early_stopping": None}
+    assert mark == {"step": 10, "steps": 10, "lengths": lengths}
 
 
 def test_the_same_length_says_nothing_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(FIT) == 0
     out = capsys.readouterr().out
     assert "became" not in out and "changed" not in out
+
+
+def ended(step: int, steps: int, max_epochs: int = 4, early_stopping: int | None = None) -> None:
+    lengths = {"max_steps": -1, "max_epochs": max_epochs, "early_stopping": early_stopping}
+    Path("run/finished.json").write_text(json.dumps({"step": step, "steps": steps, "lengths": lengths}))
+
+
+@pytest.mark.parametrize("args", [["4"], ["3"], ["4", "--early_stopping", "2"]])
+def test_a_run_that_was_made_longer_and_is_finished_has_nothing_to_do(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str]
+) -> None:
+    ended(60, 60)
+    monkeypatch.setattr(load, "load_base", _never)
+    assert main([*FIT, "--trainer.max_steps", "-1", "--trainer.max_epochs", *args]) == 0
+    assert "run is finished (60 of 60 steps): nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mark", "args"),
+    [
+        ({"step": 60, "steps": 60}, ["-1", "--trainer.max_epochs", "5"]),
+        ({"step": 60, "steps": 60}, ["61", "--trainer.max_epochs", "-1"]),
+        ({"step": 30, "steps": 60, "early_stopping": 2}, ["-1", "--trainer.max_epochs", "4", "--early_stopping", "3"]),
+        ({"step": 30, "steps": 60, "early_stopping": 2}, ["-1", "--trainer.max_epochs", "4"]),
+    ],
+)
+def test_a_finished_run_that_is_asked_for_more_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, mark: dict[str, int], args: list[str]
+) -> None:
+    ended(**mark)
+    monkeypatch.setattr(load, "load_base", _never)
+    with pytest.raises(AssertionError, match="a base was loaded"):
+        main([*FIT, "--trainer.max_steps", *args])
 
 
 def test_early_stopping_may_come_and_go(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,9 @@
 """Kill it, fill its disk, send it signals: the command ends with the right status and one line, and goes on well."""
 
 import errno
+import hashlib
 import io
+import json
 import os
 import pickle
 import shutil
@@ -14,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_qlora import start
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.storage import folders
 from lit_qlora.storage.lock import RunLock
+from lit_qlora.storage.run import RunFolder
 
 QUICK = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
@@ -73,6 +77,7 @@ def test_a_run_killed_between_its_last_save_and_its_end_is_ended_by_the_next_sta
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_pickle(monkeypatch)  # in a resume neither
+    mark = (run / "finished.json").read_text()
     (run / "finished.json").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:-1]))  # the last one is in the checkpoint until then
@@ -80,7 +85,7 @@ def test_a_run_killed_between_its_last_save_and_its_end_is_ended_by_the_next_sta
     out, err = capsys.readouterr()
     assert "held-out loss " in out and "best adapter: run/adapter\n" in out
     assert err == ""
-    assert (run / "finished.json").read_text() == '{"step": 4, "steps": 4}'
+    assert (run / "finished.json").read_text() == mark
     assert (run / "metrics.jsonl").read_text() == "".join(lines)
 
 
@@ -246,6 +251,40 @@ def test_a_signal_in_the_validation_before_the_first_step(
     assert not Path("run").exists()
 
 
+# Side files
+
+
+@pytest.mark.parametrize("text", ["{", '{"val/loss": 1.0}', ""])
+def test_a_damaged_result_puts_the_adapter_aside(run: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    (run / "adapter/result.json").write_text(text)
+    manifest = run / "adapter/manifest.json"
+    entries = json.loads(manifest.read_text())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    entries["files"]["result.json"] = {"bytes": len(text), "sha256": digest}
+    manifest.write_text(json.dumps(entries))
+    start.check_adapter(RunFolder(run))
+    err = capsys.readouterr().err
+    assert err.startswith("warning: run/adapter: 'result.json': expected a step and its figures, found ")
+    assert err.endswith("; put aside as run/adapter.damaged, and the best is looked for anew\n")
+    assert not (run / "adapter").exists()
+
+
+def test_a_damaged_config_stops_at_once_and_without_it_the_run_goes_on(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "config.yaml").write_bytes(b"")
+    remedy = "put a copy of it back, or remove it and give fit all options (--config FILE --run run): "
+    for args in (["fit", "--run", "run"], ["validate", "--run", "run"]):
+        assert main(args) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: run/config.yaml: the file is empty; {remedy}") and err.count("\n") == 1
+    assert main([*FIT, "--config", str(start.DEMO_CONFIG)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: run/config.yaml is damaged; {remedy}")
+    (run / "config.yaml").unlink()
+    assert main(FIT) == 0
+    assert "going on from step-00000004" in capsys.readouterr().out
+
+
 # Time
 
 
@@ -260,7 +299,12 @@ def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
     )
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000001"]
     assert not Path("run/finished.json").exists()
-    assert main([*FIT, "--max_time", "00:01:00:00"]) == 0
+    assert "max_time" not in Path("run/config.yaml").read_text()
+    with Path("run/config.yaml").open("a") as file:  # an earlier version kept it
+        file.write("max_time: 00:00:00:01\n")
+    monkeypatch.setattr("lit_qlora.training.parse_max_time", None)
+    assert main(["fit", "--run", "run"]) == 0
+    assert "changed" not in capsys.readouterr().out
     assert Path("run/finished.json").is_file()
 
 
@@ -313,6 +357,10 @@ def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
     shutil.rmtree("run")
     assert main([*FIT, *more]) == 0
     assert "run is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
+    Path("drive/run/finished.json").unlink()  # the drive was full at the end
+    assert main([*FIT, *more]) == 0
+    assert capsys.readouterr().out.endswith("   run  copied to drive/run: the mirror had not all of it\n")
+    assert Path("drive/run/finished.json").is_file()
 
 
 def test_a_start_that_fails_leaves_nothing_in_the_mirror(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """A signal is one line and 130 or 143, what is open is put right, and one more waits for nothing."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -33,6 +34,42 @@ def test_a_signal(name: str, status: int, said: str, again: bool) -> None:
     assert done.returncode == (143 if again else status)
     assert done.stdout == ("put right\n" if again else "put right\nto the end\n")
     assert done.stderr == f"\nstopped by {said}; given again, the same command goes on\n"
+
+
+IMPORTED = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)  # as long as an import may take
+except BaseException:
+    pass  # as some libraries do around what they may do without
+print("imported", flush=True)
+"""
+IMPORTS = """
+from lit_qlora.signals import leave_in_one_line, nothing_open
+import contextlib, time
+with leave_in_one_line():
+    try:
+        with {around}:
+            import imported
+        time.sleep(5)
+    finally:
+        print("put right", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("around", "printed"), [("nothing_open()", ""), ("contextlib.nullcontext()", "imported\nput right\n")]
+)
+def test_a_signal_within_an_import_is_not_swallowed(tmp_path: Path, around: str, printed: str) -> None:
+    (tmp_path / "imported.py").write_text(IMPORTED)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS.format(around=around)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 143
+    assert done.stdout == printed
+    assert done.stderr == "\nstopped by SIGTERM; given again, the same command goes on\n"
 
 
 def test_the_handlers_are_given_back() -> None:

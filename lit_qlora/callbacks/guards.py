@@ -3,6 +3,8 @@
 Stops a run that learns nothing any more, before it harms the adapter. Knows no data.
 """
 
+import math
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -35,6 +37,7 @@ class UpdateGuard(StepCallback):
         self.skips_in_a_row = 0
         self.num_applied = 0
         self._is_finite: Tensor | None = None
+        self._base_is_broken = False
         self._rows: list[int] = []
         self._step_rows: list[int] = []
         """Those of the optimizer step that was last."""
@@ -47,6 +50,11 @@ class UpdateGuard(StepCallback):
         """Goes on with the counts of the run that was cut."""
         for name in self.COUNTS:
             setattr(self, name, state_dict[name])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes whether the base itself gives a loss: until an update is applied, the adapter changes nothing."""
+        if trainer.state.fn == "fit" and not self.num_applied:
+            self._base_is_broken = not math.isfinite(float(trainer.callback_metrics["val/loss"]))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Remembers the rows, for the message."""
@@ -76,10 +84,20 @@ class UpdateGuard(StepCallback):
         if self.nonfinite_in_a_row >= self.max_nonfinite_losses and _scale(trainer) is None:
             raise UserError(
                 f"the loss of step {trainer.global_step + 1} is not finite ({self.nonfinite_in_a_row} in a row), with "
-                f"training rows {self._step_rows} ({trainer.precision}); the update was not applied, and what is "
-                "saved is sound; look at these rows, try a lower model.learning_rate or a longer "
-                "model.warmup_ratio, or leave such steps out, a few in a row, with --max_nonfinite_losses 4"
+                f"training rows {self._step_rows} ({trainer.precision}); {self._remedy()}"
             )
+
+    def _remedy(self) -> str:
+        if self._base_is_broken and not self.num_applied:
+            return (
+                "nor was the held-out loss, before any update: the base is broken, or overflows in this precision; "
+                "take another copy of it (model.base), or try trainer.precision=32-true"
+            )
+        return (
+            "the update was not applied, and what is saved is sound; look at these rows, try a lower "
+            "model.learning_rate or a longer model.warmup_ratio, or leave such steps out, a few in a row, with "
+            "--max_nonfinite_losses 4"
+        )
 
     def on_step_end(self, trainer: Trainer, module: object) -> None:
         """Counts applied and skipped updates.

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lit_qlora.batch import Batch
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.tell import tell
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
+from lit_qlora.storage.files import replace_file, sync_file
 
 
 def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
@@ -47,16 +49,21 @@ class MetricsFile(Logger):
     A line is written when the next step begins or the run is over: a validation in the middle of a window
     still adds to the step before it. Until then the line is part of the checkpoint, and so are lines that
     could not be written; they are tried again with the next.
+
+    Args:
+        path: the file. Lines in it that are damaged are dropped, with a warning.
+        resumed_step: the step that the run goes on from; what stands behind a damaged line is gone through again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
         super().__init__()
         self.path = path
         self._step: int | None = None
         self._figures: dict[str, float] = {}
         self._unwritten: dict[int, str] = {}
-        self._was_told = False
+        self._was_told, self._is_synced = False, True
         _drop_torn_line(path)
+        _drop_damaged_lines(path, resumed_step)
         self._last_written = max((line["step"] for line in read_metrics(path)), default=-1)
 
     @property
@@ -81,7 +88,14 @@ class MetricsFile(Logger):
         self._figures |= {name: float(value) for name, value in metrics.items()}
 
     def save(self) -> None:
-        """Nothing: Lightning asks for it while the step may still get figures."""
+        """Has the lines that are written on the disk, for the checkpoint that is to follow; the open one is in that."""
+        if self._is_synced:
+            return
+        try:
+            sync_file(self.path)
+            self._is_synced = True
+        except OSError as error:
+            self._tell(error)
 
     def finalize(self, status: str) -> None:
         """Writes what is left, unless the run was cut: then the step is gone on with."""
@@ -108,16 +122,20 @@ class MetricsFile(Logger):
                 self._last_written = max((line["step"] for line in read_metrics(self.path)), default=-1)
             self._append([line for step, line in self._unwritten.items() if step > self._last_written])
         except OSError as error:
-            if not self._was_told:
-                why = error.strerror or error
-                tell(f"error: {self.path} can't be written: {why}; training goes on, its lines are kept for later")
-            self._was_told = True
+            self._tell(error)
             return
         self._last_written = max([self._last_written, *self._unwritten])
         self._unwritten, self._was_told = {}, False
 
+    def _tell(self, error: OSError) -> None:
+        if not self._was_told:
+            why = error.strerror or error
+            tell(f"error: {self.path} can't be written: {why}; training goes on, its lines are kept for later")
+        self._was_told = True
+
     def _append(self, lines: list[str]) -> None:
         if lines:
+            self._is_synced = False
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab", buffering=0) as file:
                 for line in lines:
@@ -127,11 +145,38 @@ class MetricsFile(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last one that is still being written is left out."""
+    """The lines of a ``metrics.jsonl``; one that is damaged, or still being written, is left out."""
     if not path.is_file():
         return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [line for line in map(_line, whole.split(b"\n")) if line]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+
+
+def _drop_damaged_lines(path: Path, resumed_step: int) -> None:
+    """Takes out lines that are none, and those after the first of them whose steps are gone through again."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    read = [_line(line) for line in lines]
+    if all(read):
+        return
+    first = read.index(None)
+    kept = [
+        text for at, (text, line) in enumerate(zip(lines, read, strict=True))
+        if line and (at < first or line["step"] < resumed_step)
+    ]  # fmt: skip
+    print(
+        f"warning: {path}: damaged lines ({read.count(None)}, from line {first + 1} on) are left out; those from step "
+        f"{resumed_step} on are written again",
+        file=sys.stderr,
+    )
+    replace_file(path, b"".join(kept))
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -5,7 +5,7 @@ Figures come from the run's own files, so a resumed run tells the whole story. K
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,12 +36,19 @@ class Report(Callback):
         memory: the peaks, for the last lines.
         resumed_from: the checkpoint's name, where the run goes on from one.
         checkpoints: tells what could not be saved.
+        lengths: the options that say how long the run is, for the mark of its end.
     """
 
     def __init__(
-        self, run: RunFolder, memory: PeakMemory, resumed_from: str | None, checkpoints: RunCheckpoints
+        self,
+        run: RunFolder,
+        memory: PeakMemory,
+        resumed_from: str | None,
+        checkpoints: RunCheckpoints,
+        lengths: Mapping[str, Any],
     ) -> None:
         self.run, self.memory, self.resumed_from, self.checkpoints = run, memory, resumed_from, checkpoints
+        self.lengths = dict(lengths)
         self.predicted_gib: float | None = None
         self.was_told = False
         """Whether the end was reached; a run that was killed between its last save and its end begins behind it."""
@@ -99,7 +106,8 @@ class Report(Callback):
             return
         if self.checkpoints.failures:  # the run is not finished: the same command, given again, ends it once more
             return
-        mark = {"step": trainer.global_step, "steps": trainer.datamodule.num_optimizer_steps()}  # type: ignore[attr-defined]
+        steps = trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
+        mark = {"step": trainer.global_step, "steps": steps, "lengths": self.lengths}
         if not self.checkpoints.attempt("mark", lambda: write_file(self.run.finished_mark, json.dumps(mark))):
             return
         print("\n".join(["", *before_and_after(self.run), *self._closing()]), flush=True)

@@ -3,10 +3,13 @@
 Knows which files, not which figures.
 """
 
+import os
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ class RunTensorBoard(TensorBoardLogger):
     Those of that step itself come back from the checkpoint: a validation in the middle of the next window still
     adds to it, and the earlier process may have come so far, or not.
 
-    Where it can't be written any more, that is told once, and the curves of this start end there.
+    What has not been flushed yet is kept, here and in a checkpoint. Where it can't be written, that is told once, the
+    file is cut back to what was flushed, and a new one is begun with what was kept, as soon as a save finds room.
     """
 
     def __init__(self, run: Path, config_text: str, resumed_step: int | None) -> None:
@@ -30,10 +34,14 @@ class RunTensorBoard(TensorBoardLogger):
         _silence_writer_thread()
         self._purged_from = resumed_step or 0  # a run killed before its first save has written steps, too
         super().__init__(save_dir=run, name="", version="", purge_step=self._purged_from)
+        self._run = run
         self._step, self._figures = -1, dict[str, float]()
         self.config_text = config_text
         self._is_fresh = resumed_step is None
-        self._is_broken = False
+        self._unwritten: list[dict[str, Any]] = []
+        self._sound_bytes = 0
+        """Of the file that is open: those that were flushed."""
+        self._is_broken = self._was_told = False
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Adds figures; the configuration comes with the first."""
@@ -42,44 +50,99 @@ class RunTensorBoard(TensorBoardLogger):
             indented = "".join(f"    {line}\n" for line in self.config_text.splitlines())
             self.add_text("config", indented, 0)
         assert step is not None, "figures are recorded under a step"
-        self._try(lambda: TensorBoardLogger.log_metrics(self, metrics, step))
+        figures = {name: float(value) for name, value in metrics.items()}
+        self._add({"step": step, "at_s": time.time(), "figures": figures, "texts": {}})
         if step != self._step:
             self._step, self._figures = step, {}
-        self._figures |= {name: float(value) for name, value in metrics.items()}
+        self._figures |= figures
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Adds a text, in Markdown."""
-        self._try(lambda: self.experiment.add_text(tag, text, step))
+        self._add({"step": step, "at_s": time.time(), "figures": {}, "texts": {tag: text}})
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures of the newest step."""
-        return {"step": self._step, "figures": dict(self._figures)}
+        """The figures of the newest step, and what could not be written."""
+        unwritten = [dict(one) for one in self._unwritten] if self._is_broken else []
+        return {"step": self._step, "figures": dict(self._figures), "unwritten": unwritten}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Adds them again, where they were dropped."""
+        """Adds them again, where they were dropped, or never written."""
+        for one in state_dict.get("unwritten", []):  # a state of an earlier version has none
+            if one["step"] < self._purged_from or one["texts"]:
+                self._add(one)
         if state_dict["step"] >= self._purged_from:
             self.log_metrics(state_dict["figures"], state_dict["step"])
 
     def save(self) -> None:
         """Flushes; Lightning's own would also leave an hparams.yaml, and config.yaml is the record."""
-        self._try(lambda: self.experiment.flush())  # noqa: PLW0108 - asked for the first time, it opens the file
+        if self._is_broken:
+            self._is_broken = False
+            for one in self._unwritten:
+                self._try(lambda one=one: self._put(one))  # type: ignore[misc]
+        self._try(self._flush)
 
     def finalize(self, status: str) -> None:
         """Closes the file."""
-        self._try(lambda: TensorBoardLogger.finalize(self, status))
+        self.save()
+        if self._experiment is not None:
+            self._try(self._experiment.close)
+            self._sound_bytes = 0  # of the next file, if there is one
+
+    def _add(self, one: dict[str, Any]) -> None:
+        self._unwritten.append(one)
+        self._try(lambda: self._put(one))
+
+    def _put(self, one: dict[str, Any]) -> None:
+        for name, value in one["figures"].items():
+            self.experiment.add_scalar(name, value, one["step"], one["at_s"])
+        for tag, text in one["texts"].items():
+            self.experiment.add_text(tag, text, one["step"], one["at_s"])
+
+    def _flush(self) -> None:
+        self.experiment.flush()
+        file = self._file()
+        if file:
+            self._sound_bytes = file.stat().st_size
+        self._kwargs.pop("purge_step", None)  # it stands in the file by now, and is not to come again
+        self._unwritten, self._was_told = [], False
+
+    def _file(self) -> Path | None:
+        writer = self.experiment.file_writer  # none once it is closed
+        return Path(writer.event_writer._file_name) if writer else None
 
     def _try(self, write: Callable[[], None]) -> None:
         if self._is_broken:
             return
+        before = {*self._run.glob("events.out.tfevents.*")}
         try:
             write()
-        except (OSError, ValueError) as error:  # Lightning makes a ValueError of an OSError
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if not isinstance(cause, OSError):
-                raise
+        except OSError as error:
             self._is_broken = True
-            why = cause.strerror or cause
-            tell(f"error: TensorBoard's file in {self.save_dir} can't be written: {why}; training goes on without it")
+            self._leave_file(before)
+            if not self._was_told:
+                why = error.strerror or error
+                tell(
+                    f"error: TensorBoard's file in {self.save_dir} can't be written: {why}; training goes on, its "
+                    "figures are kept for later"
+                )
+            self._was_told = True
+
+    def _leave_file(self, before: set[Path]) -> None:
+        """Cuts the file back to what was flushed; what is behind that comes in a new one, and once only."""
+        with suppress(OSError):
+            if self._experiment is None:  # a file that could not even be begun
+                for file in {*self._run.glob("events.out.tfevents.*")} - before:
+                    file.unlink()
+                return
+            file = self._file()
+            with suppress(OSError):
+                self._experiment.close()
+            self._experiment = None
+            if file and self._sound_bytes:
+                os.truncate(file, self._sound_bytes)
+            elif file:
+                file.unlink()
+            self._sound_bytes = 0
 
 
 def _silence_writer_thread() -> None:

@@ -4,6 +4,7 @@ The base stays frozen and in 16 bits where it is not in 4; adapters are fp32. Kn
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,6 +242,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises UserError when ``folder`` is no adapter, was altered, or has prompts that this version does not know.
     """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # a Path has one slash less
+        raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} is no adapter: it has no adapter_config.json")
     kind = _read_json(folder / "adapter_config.json").get("peft_type")

@@ -34,7 +34,10 @@ class RunLock:
             UserError: another process has it; says which.
         """
         self._run.mkdir(parents=True, exist_ok=True)
-        file = (self._run / ".lock").open("a+", encoding="utf-8", errors="replace")
+        path = self._run / ".lock"
+        if path.is_dir():
+            raise UserError(f"run: {path} is a folder, and is to be the run's lock, a file: remove it")
+        file = path.open("a+", encoding="utf-8", errors="replace")
         try:
             is_free = _try_lock(file.fileno())
         except OSError:

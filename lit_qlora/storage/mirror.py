@@ -5,6 +5,8 @@ manifest and renamed, its figures and adapter before the checkpoint that goes wi
 it short leaves a state that can be gone on from. Needs neither links nor locks nor modes. Knows no Trainer.
 """
 
+import errno
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import SaveError, replace_file
+from lit_qlora.storage.files import SaveError, replace_file, write_file
 from lit_qlora.storage.folders import (
     MANIFEST,
     DamagedFolderError,
@@ -24,6 +26,8 @@ from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.settings import refused
 
 KEPT = 2
+MARK = ".mirror"
+"""A file that tells the folder that was opened from one of its name on the disk below a drive that went away."""
 TRIES = 3
 """Of one copy, where the run saves anew while it is made."""
 
@@ -40,7 +44,10 @@ class Mirror:
     def __init__(self, run: RunFolder, parent: Path, tell: Callable[[str], None]) -> None:
         self.run, self.parent, self.tell = run, parent, tell
         self.copy = RunFolder(parent / run.path.resolve().name)
+        self._mark, self._token = self.copy.path / MARK, secrets.token_hex(8)
         self._copied: dict[Path, tuple[int, int]] = {}
+        self._whole = set[int]()
+        """Steps whose copy is known to be whole."""
         self._wanted, self._is_closing = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._failed = False
@@ -58,6 +65,7 @@ class Mirror:
             raise UserError(f"mirror: {self.copy.path} is the run folder itself; give a folder elsewhere")
         try:
             self.copy.prepare("mirror")
+            write_file(self._mark, self._token)
         except OSError as error:
             raise UserError(f"mirror: {self.copy.path} can't be written: {error}") from error
         if self.copy.has_begun() and self.copy.config.is_file():
@@ -85,6 +93,7 @@ class Mirror:
     def close(self, limit_s: float = 300) -> None:
         """Copies the last state, and waits for that, but no longer than ``limit_s`` seconds."""
         if not self.run.has_begun():  # a start that failed leaves nothing here either
+            self._mark.unlink(missing_ok=True)
             self.copy.discard_unless_begun()
             return
         self._is_closing = True
@@ -99,6 +108,21 @@ class Mirror:
             )
         elif self._failed:
             self.tell(f"warning: mirror: {self.copy.path} lacks the last state; it is in {self.run.path}")
+
+    def complete(self) -> None:
+        """Copies what the copy of a finished run lacks, and says so; to be called in place of `start`.
+
+        Raises SaveError where it can't.
+        """
+        if not self._is_behind():
+            return
+        try:
+            self._copy_newest()
+        except SaveError:
+            raise
+        except OSError as error:
+            raise SaveError(self.copy.path, error) from error
+        print(f"   run  copied to {self.copy.path}: the mirror had not all of it", flush=True)
 
     # Restoring
 
@@ -170,21 +194,61 @@ class Mirror:
 
     def _copy_once(self, step: int | None) -> None:
         """Figures and adapter first: what goes with a checkpoint must not be older than it."""
-        self.copy.checkpoints.mkdir(parents=True, exist_ok=True)
         files = list(_files(self.run))
         for file in files:
             if file != self.run.finished_mark:
                 self._copy_file(file)
         if _manifest(self.run.adapter) not in (None, _manifest(self.copy.adapter)):
+            self._check_place()
             copy_folder(self.run.adapter, self.copy.adapter, replace=True)
-        if step is not None and _manifest(self.run.checkpoint(step)) != _manifest(self.copy.checkpoint(step)):
+        if step is not None and not self._holds(step):
+            self._check_place()
             copy_folder(self.run.checkpoint(step), self.copy.checkpoint(step), replace=True)
+            self._whole.add(step)
         if self.run.finished_mark in files:
             self._copy_file(self.run.finished_mark)
-        for old in self.copy.saved_steps()[:-KEPT]:
-            remove_folder(self.copy.checkpoint(old))
+        if step is not None:
+            self._remove_old(step)
+
+    def _check_place(self) -> None:
+        """Raises SaveError where this is no longer the folder that was opened, but what lies below its drive."""
+        if not self._mark.is_file() or self._mark.read_text(encoding="utf-8") != self._token:
+            gone = FileNotFoundError(errno.ENOENT, "the folder that was opened is gone; is the drive still mounted?")
+            raise SaveError(self.copy.path, gone)
+
+    def _remove_old(self, step: int) -> None:
+        """Keeps the copy of ``step`` and the newest whole ones; none goes before so many are known to be whole."""
+        self._check_place()
+        saved = self.copy.saved_steps()
+        kept = {step, *[one for one in saved if one != step and self._is_whole(one)][-(KEPT - 1) :]}
+        if len(kept) >= KEPT:
+            for old in saved[: saved.index(min(kept))]:
+                remove_folder(self.copy.checkpoint(old))
+
+    def _holds(self, step: int) -> bool:
+        """Whether the copy has ``step`` as it is here, and whole."""
+        here, there = (_manifest(run.checkpoint(step)) for run in (self.run, self.copy))
+        return here == there and self._is_whole(step)
+
+    def _is_whole(self, step: int) -> bool:
+        """Looked at once: all of it is read."""
+        if step not in self._whole:
+            try:
+                verify_folder(self.copy.checkpoint(step))
+            except DamagedFolderError:
+                return False
+            self._whole.add(step)
+        return True
+
+    def _is_behind(self) -> bool:
+        pairs = [(file, self.copy.path / file.name) for file in _files(self.run)]
+        if any(not there.is_file() or there.read_bytes() != here.read_bytes() for here, there in pairs):
+            return True
+        step, adapter = self._newest()
+        return adapter != _manifest(self.copy.adapter) or (step is not None and not self._holds(step))
 
     def _copy_file(self, file: Path) -> None:
+        self._check_place()
         state = file.stat()
         now = (state.st_size, state.st_mtime_ns)
         if self._copied.get(file) != now:

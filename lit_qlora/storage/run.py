@@ -5,6 +5,7 @@ Reads and names; what is in a checkpoint or an adapter is written by others. Kno
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from datetime import datetime
@@ -23,6 +24,9 @@ RUNS = Path("runs")
 STEP = "step-"
 CARD = "README.md"
 """The file in an adapter folder that people read; who edits it has altered no model."""
+
+FOR_ONE_START = ("config", "run", "max_time")
+"""Options that hold for one start: no part of the configuration that a run keeps."""
 
 SHOWN = 200
 """Characters of a setting that a message shows."""
@@ -123,14 +127,30 @@ class RunFolder:
         return None, problems
 
     def finished(self) -> dict[str, Any] | None:
-        """What was noted when the run came to its end; None while it has not."""
+        """What was noted when the run came to its end; None while it has not, and where that is damaged."""
         if not self.finished_mark.is_file():
             return None
-        return dict(json.loads(self.finished_mark.read_text(encoding="utf-8")))
+        try:
+            mark = dict(json.loads(self.finished_mark.read_bytes()))
+            return mark | {name: int(mark[name]) for name in ("step", "steps")}
+        except (ValueError, TypeError, KeyError):
+            print(f"warning: {self.finished_mark} is damaged: the run is ended once more", file=sys.stderr)
+            return None
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration that the run was first started with."""
-        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        """The configuration that the run was first started with. Raises UserError where it is damaged."""
+        try:
+            config = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            raise UserError(f"{self.config} is damaged; {self.config_remedy()}") from error
+        return {name: value for name, value in config.items() if name not in FOR_ONE_START}
+
+    def config_remedy(self) -> str:
+        """What to do where the configuration is damaged."""
+        return (
+            f"put a copy of it back, or remove it and give fit all options (--config FILE --run {self.path}): the "
+            "run goes on, for its checkpoints know what it is made of"
+        )
 
     def write_config(self, text: str) -> Path:
         """Keeps a start's configuration: the first as config.yaml, later and different ones beside it, numbered."""
@@ -141,8 +161,9 @@ class RunFolder:
                 write_file(path, f"{_STARTED}{now}\n{text}")
                 return path
             # By value: a default of 15 that is a float is read back from the file as 15.0.
-            if yaml.safe_load(path.read_text(encoding="utf-8")) == yaml.safe_load(text):
-                return path
+            with suppress(yaml.YAMLError, ValueError):  # a damaged one is another one
+                if yaml.safe_load(path.read_text(encoding="utf-8")) == yaml.safe_load(text):
+                    return path
         raise AssertionError("numbers do not end")
 
 
@@ -173,7 +194,7 @@ def _started(config: Path) -> datetime:
 
 def _first_line(config: Path) -> str:
     """The line with the start, if there is one."""
-    line = config.read_text(encoding="utf-8").partition("\n")[0] + "\n"
+    line = config.read_text(encoding="utf-8", errors="replace").partition("\n")[0] + "\n"
     return line if line.startswith(_STARTED) else ""
 
 

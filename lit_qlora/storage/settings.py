@@ -14,7 +14,6 @@ MAY_CHANGE: Mapping[str, str] = {
     "save_every_minutes": "saving changes no number",
     "keep_checkpoints": "saving changes no number",
     "mirror": "copying changes no number",
-    "max_time": "holds for one start",
     "max_nonfinite_losses": "when to give up",
     "early_stopping": "when to end",
     "samples": "looked at, never learned from",

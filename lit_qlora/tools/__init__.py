@@ -13,11 +13,13 @@ def run_tool(name: str, args: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from lit_qlora.options import OneLineErrors
+    from lit_qlora.signals import nothing_open
 
     class _ToolParser(OneLineErrors, ArgumentParser):
         """jsonargparse's parser, with errors in one line."""
 
-    function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
+    with nothing_open():
+        function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
     parser = _ToolParser(allow_abbrev=False, prog=f"main.py {name}", description=function.__doc__.splitlines()[0])
     parser.add_function_arguments(function)
     for action in parser._actions:

@@ -3,10 +3,15 @@
 import errno
 import json
 import os
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lit_qlora.callbacks.checkpoints import read_result
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
@@ -230,26 +235,66 @@ def test_lines_that_do_not_fit_are_kept_and_written_later(tmp_path, capsys, full
         assert path.read_bytes().count(b"\n") == 5
 
 
+@pytest.fixture
+def board_disk(monkeypatch):
+    """A list of one number: the records that TensorBoard's files still take; None: all of them."""
+    left, real = [None], RecordWriter.write
+
+    def write(self, data):
+        if left[0] == 0:
+            self._writer.write(b"torn")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left[0] = None if left[0] is None else left[0] - 1
+        real(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    # Files of one second are told apart by a count, and read in the order of their names: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=count(100).__next__))
+    return left
+
+
+def curve(folder):
+    """Steps and values, the texts' steps; each file is read to its end, which a torn record would hide."""
+    events = EventAccumulator(str(folder)).Reload()
+    return [(e.step, e.value) for e in events.Scalars("a")], [e.step for e in events.Tensors("samples/text_summary")]
+
+
 @pytest.mark.filterwarnings("error")
-def test_a_tensorboard_that_cannot_be_written_is_told_once(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("room", [0, 1, 2, 3])
+@pytest.mark.parametrize("was_saved", [True, False])
+def test_what_tensorboard_could_not_take_is_written_once_there_is_room(tmp_path, capsys, board_disk, room, was_saved):
+    RunTensorBoard(tmp_path, "a: 1\n", None).log_metrics({"a": 9.0}, 3)  # of a process that was killed: to be dropped
     logger = RunTensorBoard(tmp_path, "a: 1\n", None)
+    if not was_saved:
+        board_disk[0] = room
     logger.log_metrics({"a": 1.0}, 1)
-    logger.save()
-    (writer,) = logger.experiment.all_writers.values()
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(writer.event_writer._async_writer._writer, "write", full)
-    for step in range(2, 9):
-        logger.log_metrics({"a": 1.0}, step)
+    if was_saved:
+        logger.save()
+        board_disk[0] = room
+    for step in (2, 3):
+        logger.log_metrics({"a": float(step)}, step)
         logger.add_text("samples", "text", step)
         logger.save()
-    logger.finalize("success")
+    state = logger.state_dict()
     assert capsys.readouterr().err == (
         f"error: TensorBoard's file in {tmp_path} can't be written: No space left on device; "
-        "training goes on without it\n"
+        "training goes on, its figures are kept for later\n"
     )
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    board_disk[0] = None
+    for step in (4, 5):
+        logger.log_metrics({"a": float(step)}, step)
+        logger.save()
+    logger.finalize("success")
+    assert curve(tmp_path) == ([(step, float(step)) for step in (1, 2, 3, 4, 5)], [2, 3])
+    assert capsys.readouterr().err == ""
+    for file in {*tmp_path.iterdir()} - {*before}:  # it was killed instead, and is gone on with from the checkpoint
+        file.unlink()
+    resumed = RunTensorBoard(tmp_path, "a: 1\n", 3)
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    resumed.log_metrics({"a": 4.0}, 4)
+    resumed.finalize("success")
+    assert curve(tmp_path) == ([(step, float(step)) for step in (1, 2, 3, 4)], [2, 3])
 
 
 def test_a_tensorboard_that_cannot_be_opened_is_told_once(tmp_path, capsys):
@@ -263,6 +308,6 @@ def test_a_tensorboard_that_cannot_be_opened_is_told_once(tmp_path, capsys):
 
 def test_other_mistakes_of_a_logger_are_not_swallowed(tmp_path):
     logger = RunTensorBoard(tmp_path, "a: 1\n", None)
-    with pytest.raises(ValueError, match="you tried to log"):
+    with pytest.raises(TypeError, match="float"):
         logger.log_metrics({"a": object()}, 1)
     logger.finalize("failed")

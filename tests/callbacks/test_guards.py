@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,25 @@ def test_it_stops_after_several_in_a_row_and_names_step_and_rows(trainer, tiny, 
     )
     assert after[2] == after[-1] == module.weight[0].item()
     assert len(module.seen) == 5
+
+
+def test_a_base_that_was_broken_before_training_is_said_to_be(trainer, tiny, rows):
+    data = rows(9)
+    guard = UpdateGuard()
+    guard._base_is_broken = True
+    module = tiny()
+    module.nonfinite_rows = {order(data, trainer, tiny)[0]: NAN}
+    _, error = fit(trainer, module, data, guard)
+    assert "(32-true); nor was the held-out loss, before any update: the base is broken, or overflows" in error
+    assert "learning_rate" not in error
+
+
+@pytest.mark.parametrize(("loss", "applied", "broken"), [(NAN, 0, True), (1.0, 0, False), (NAN, 1, False)])
+def test_what_a_held_out_loss_before_training_says_of_the_base(loss, applied, broken):
+    guard = UpdateGuard()
+    guard.num_applied = applied
+    guard.on_validation_end(SimpleNamespace(state=SimpleNamespace(fn="fit"), callback_metrics={"val/loss": loss}), None)
+    assert guard._base_is_broken is broken
 
 
 def test_the_rows_of_the_whole_step_are_named(trainer, tiny, rows):

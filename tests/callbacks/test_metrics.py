@@ -1,7 +1,9 @@
 """Figures are right, stand once under their step, and survive a cut-off."""
 
+import errno
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -240,3 +242,41 @@ def test_early_stopping_in_the_very_last_step_has_it_scored_once(full_run, rows,
     parts.trainer.fit(tiny(), datamodule=rows(10))
     assert scored == [0, 4, 5]
     assert early.wait_count == 2
+
+
+def test_damaged_lines_are_left_out_and_come_again_from_the_saved_step_on(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "a": step}) for step in range(8)]
+    lines[1], lines[3], lines[6] = "\0" * 9, lines[3][:4] + "\0\0", "[6]"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    assert [line["step"] for line in read_metrics(path)] == [0, 2, 4, 5, 7]
+    file = MetricsFile(path, resumed_step=5)
+    assert [line["step"] for line in read_metrics(path)] == [0, 2, 4]
+    assert capsys.readouterr().err == (
+        f"warning: {path}: damaged lines (3, from line 2 on) are left out; those from step 5 on are written again\n"
+    )
+    written(file, *((step, {"a": step}) for step in (5, 6, 7, 8)))
+    assert [line["step"] for line in read_metrics(path)] == [0, 2, 4, 5, 6, 7, 8]
+    MetricsFile(path, resumed_step=5)
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_are_on_the_disk_before_a_checkpoint_is_and_synced_once(tmp_path, monkeypatch, capsys):
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_size), real(number)))
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.log_metrics({"a": 1}, step=1)
+    file.save()
+    assert synced == []  # the line is open still, and goes into the checkpoint
+    file.log_metrics({"a": 2}, step=2)
+    file.save()
+    file.save()
+    assert synced == [(tmp_path / "metrics.jsonl").stat().st_size]
+    file.log_metrics({"a": 3}, step=3)
+
+    def broken(number):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    file.save()
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/metrics.jsonl can't be written: Input/output error;")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -461,3 +462,11 @@ def test_a_tiny_base_on_a_cpu_takes_one_thread(load):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
+
+
+def test_an_adapter_is_never_a_url():
+    with pytest.raises(UserError) as caught:
+        read_record(Path("https://x.y/z"))
+    assert str(caught.value) == (
+        "https:/x.y/z is a URL, and adapters are only read from this machine: give an adapter's folder"
+    )

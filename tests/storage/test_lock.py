@@ -150,3 +150,10 @@ def test_another_error_of_a_lock_is_no_lack_of_locks(tmp_path: Path, monkeypatch
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="Input/output error"), RunLock(tmp_path):
         pytest.fail("held a lock that failed")
+
+
+def test_a_folder_in_its_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError) as caught, RunLock(tmp_path):
+        pass
+    assert str(caught.value) == f"run: {tmp_path}/.lock is a folder, and is to be the run's lock, a file: remove it"

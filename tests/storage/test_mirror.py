@@ -79,7 +79,8 @@ def test_each_save_is_copied_and_two_are_kept(machine, drive):
     for name in ("config.yaml", "metrics.jsonl", "events.out.tfevents.1", "finished.json"):
         assert (drive.path / name).read_bytes() == (run.path / name).read_bytes()
     assert {path.name for path in drive.path.iterdir()} == {
-        *("adapter", "checkpoints", "config.yaml", "events.out.tfevents.1", "finished.json", "metrics.jsonl"),
+        *(".mirror", "adapter", "checkpoints", "config.yaml", "events.out.tfevents.1", "finished.json"),
+        "metrics.jsonl",
     }
     assert told == []
 
@@ -213,6 +214,77 @@ def test_a_failure_is_told_and_tried_again_and_harms_nothing(machine, drive, mon
     assert drive.saved_steps() == [10]
     assert len(told) == 1
     verify_folder(run.checkpoint(5))
+
+
+def test_a_drive_that_goes_away_is_told_and_copied_to_again_once_it_is_back(machine, drive, tmp_path):
+    run, mirror, told = machine(opened=False)
+    mirror.open(CONFIG)
+    save(run, 5)
+    mirror._copy_newest()
+    mirror.start()
+    (tmp_path / "drive").rename(tmp_path / "elsewhere")
+    (tmp_path / "drive").mkdir()  # what a mount hides
+    save(run, 10)
+    mirror.push()
+    wait_for(lambda: told)
+    start = f"warning: mirror: {drive.path} could not be saved: the folder that was opened is gone; is the drive still "
+    assert told[0].startswith(start) and told[0].endswith("; tried again with the next save")
+    assert list((tmp_path / "drive").iterdir()) == []
+    Mirror(run, tmp_path / "drive", print).copy.prepare()  # as an earlier start could have left it there
+    save(run, 15)
+    mirror.push()
+    wait_for(lambda: len(told) == 2)
+    assert drive.saved_steps() == []
+    shutil.rmtree(tmp_path / "drive")
+    (tmp_path / "elsewhere").rename(tmp_path / "drive")
+    mirror.close()
+    assert drive.saved_steps() == [5, 15]
+    assert len(told) == 2
+
+
+def test_what_was_just_copied_and_the_last_whole_one_stay_whatever_is_damaged(machine, drive):
+    run, mirror, told = machine(opened=False)
+    mirror.open(CONFIG)
+    for step in (5, 10, 15):
+        save(run, step)
+        mirror._copy_newest()
+    assert drive.saved_steps() == [10, 15]
+    (drive.checkpoint(15) / "state").write_text("bitrot", encoding="utf-8")
+    drive.checkpoint(99).mkdir()  # the beginning of a copy, by another tool
+    shutil.rmtree(run.checkpoint(15))  # this machine went back behind it
+    shutil.rmtree(run.checkpoint(10))
+    mirror = Mirror(run, drive.path.parent, told.append)
+    mirror.open(CONFIG)  # 10 comes back from there
+    save(run, 12)
+    mirror._copy_newest()
+    assert drive.saved_steps() == [10, 12, 15, 99]
+    save(run, 15)  # the same again, bit for bit, over the damaged one
+    mirror._copy_newest()
+    verify_folder(drive.checkpoint(15))
+    assert drive.saved_steps() == [12, 15, 99]
+
+
+def test_a_finished_run_that_the_mirror_lacks_is_completed(machine, drive, monkeypatch, capsys):
+    run, mirror, told = machine()
+    save(run, 5)
+    run.finished_mark.write_text('{"step": 5, "steps": 5}', encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        mirror.close()
+        assert len(told) == 2 and not drive.finished_mark.exists()
+        late = Mirror(run, drive.path.parent, print)
+        late.open(CONFIG)
+        with pytest.raises(files.SaveError, match=f"{drive.adapter} could not be saved: full"):
+            late.complete()
+        assert not drive.finished_mark.exists()
+    capsys.readouterr()
+    late.complete()
+    assert capsys.readouterr().out == f"   run  copied to {drive.path}: the mirror had not all of it\n"
+    assert drive.finished_mark.is_file() and drive.saved_steps() == [5]
+    again = Mirror(run, drive.path.parent, print)
+    again.open(CONFIG)
+    again.complete()
+    assert capsys.readouterr().out == ""
 
 
 def test_at_the_end_a_failure_is_told_once_more(machine, drive, monkeypatch):

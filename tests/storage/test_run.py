@@ -213,3 +213,22 @@ def test_differences_are_told_below_the_keys_that_are_watched():
     assert differences(was, now, ("trainer",)) == ["trainer.steps: 1 -> None"]
     assert differences(was, now, ("model.ra", "mod")) == []  # no name is taken by its beginning
     assert differences(was, was, ("seed", "model", "data", "trainer")) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"step": null, "steps": 2}', '{"step": 1}', "\0\0"])
+def test_a_damaged_mark_is_none_with_a_warning(run, capsys, text):
+    run.finished_mark.write_text(text, encoding="utf-8")
+    assert run.finished() is None
+    assert capsys.readouterr().err == f"warning: {run.finished_mark} is damaged: the run is ended once more\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"{]", b"a: 1\n\0\0", b"\xff\xfe", b"[1]"])
+def test_a_damaged_config_is_told_with_what_to_do(run, content):
+    run.config.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        run.read_config()
+    assert str(caught.value) == (
+        f"{run.config} is damaged; put a copy of it back, or remove it and give fit all options (--config FILE --run "
+        f"{run.path}): the run goes on, for its checkpoints know what it is made of"
+    )
+    assert run.write_config("a: 1\n").name == "config.2.yaml"

@@ -239,7 +239,12 @@ CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
         None,
         "max_nonfinite_losses: expected a whole number from 1, got 0",
     ),
-    ("a run without an end", ["--trainer.max_epochs", "-1"], None, "trainer.max_epochs: expected a whole number from 1, or one for trainer.max_steps, got -1"),
+    (
+        "a run without an end",
+        ["--trainer.max_epochs", "-1"],
+        None,
+        "trainer.max_epochs: expected a whole number from 1, or one for trainer.max_steps, got -1",
+    ),
     ("max_time", ["--max_time", "soon"], None, "max_time: expected DD:HH:MM:SS, such as 00:03:30:00, got 'soon'"),
     ("samples -1", ["--samples.count", "-1"], None, "samples.count: expected 0 or more, got -1"),
     (

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
-import torch
 
 from lit_qlora.callbacks.checkpoints import read_result
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics

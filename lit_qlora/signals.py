@@ -72,7 +72,11 @@ def _leave(number: int, frame: FrameType | None) -> None:
         is_again.set()
         signal.raise_signal(number)
 
-    signal.signal(number, lambda number, frame: (_leave if is_again.is_set() else _exit)(number, frame))
+    def handle(number: int, frame: FrameType | None) -> None:
+        leave = _leave if is_again.is_set() else _exit
+        leave(number, frame)
+
+    signal.signal(number, handle)
     timer = threading.Timer(0.02, again)
     timer.daemon = True
     timer.start()

@@ -134,14 +134,14 @@ class RunTensorBoard(TensorBoardLogger):
                 for file in {*self._run.glob("events.out.tfevents.*")} - before:
                     file.unlink()
                 return
-            file = self._file()
+            left = self._file()
             with suppress(OSError):
                 self._experiment.close()
             self._experiment = None
-            if file and self._sound_bytes:
-                os.truncate(file, self._sound_bytes)
-            elif file:
-                file.unlink()
+            if left and self._sound_bytes:
+                os.truncate(left, self._sound_bytes)
+            elif left:
+                left.unlink()
             self._sound_bytes = 0
 
 

@@ -1,4 +1,4 @@
-"""An adapter and a run belong to one base: a child of it, or one with a single other weight, is refused by every verb."""
+"""An adapter and a run belong to one base: a child of it, or one with a single other weight, every verb refuses."""
 
 import re
 import shutil

@@ -55,7 +55,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="a small random Llama on the CPU")
     parser.add_argument("--t4", action="store_true", help="14.2 GiB, fp16, no flash or cuDNN attention")
-    parser.add_argument("--quick", action="store_true", help="three peers, 16 rows once")
+    parser.add_argument("--quick", action="store_true", help="three peers, 12 rows once")
     parser.add_argument("--base", help="folder or hub id; default: random weights, made for this run")
     parser.add_argument("--tokenizer", type=Path, help="of Llama 2, for a random base; default: the demo's")
     parser.add_argument("--data", default=GUANACO, help="as data.source")
@@ -70,7 +70,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for table, picture and figures")
     options = parser.parse_args()
     if options.quick:
-        options.warm_up, options.seconds, options.rows = 1, 8, 16
+        options.warm_up, options.seconds, options.rows = 1, 8, 12
     if options.peers is None:
         options.peers = ["lit_qlora", "trl_default", "trl_best"] if options.quick else list(PEERS)
     return options

@@ -21,7 +21,7 @@ from lit_qlora.model.copies import Copies
 from lit_qlora.model.load import read_record
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
-from lit_qlora.storage.checkpoint_io import checkpoint_folder
+from lit_qlora.storage.checkpoint_io import check_checkpoint, checkpoint_folder
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder
 from lit_qlora.storage.run import CARD, RUNS, RunFolder, newest_run, open_run
@@ -145,7 +145,7 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
 
     Raises UserError where there are some and none is whole.
     """
-    whole, problems = run.last_checkpoint()
+    whole, problems = run.last_checkpoint(check_checkpoint)
     for problem in problems:
         print(f"warning: {problem}; going back to the checkpoint before", file=sys.stderr)
     if problems and whole is None:
@@ -207,7 +207,7 @@ def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
             raise UserError(f"ckpt_path: {run.path} has no adapter yet; --ckpt_path last or base may be scored")
         return run.adapter, None
     if what == "last":
-        checkpoint, _ = run.last_checkpoint()
+        checkpoint, _ = run.last_checkpoint(check_checkpoint)
         if checkpoint is None:
             raise UserError(f"ckpt_path: {run.path} has no whole checkpoint; best or base may be scored")
         return None, checkpoint
@@ -215,7 +215,7 @@ def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
         return Path(what), None
     folder = checkpoint_folder(what)
     try:
-        verify_folder(folder)
+        check_checkpoint(folder)
     except DamagedFolderError as error:
         raise UserError(f"ckpt_path: {error}; give best, last, base, or a folder that is whole") from error
     return None, folder

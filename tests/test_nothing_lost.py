@@ -185,6 +185,37 @@ def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], dam
     assert not Path("pwned").exists()
 
 
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_a_pickle_in_a_resealed_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """The manifest fits, and still the one before is gone on from, to the same end."""
+    folder = run / "checkpoints/step-00000004"
+    whole = (folder / "state.safetensors").read_bytes()
+    (run / "finished.json").unlink()
+
+    def fill(new: Path) -> None:
+        shutil.copytree(folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        DAMAGES["pickled"](new / name)
+
+    folders.write_folder(folder, fill, replace=True)
+    assert main(FIT) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {folder}: '{name}': expected ")
+    assert warning.endswith("; going back to the checkpoint before")
+    assert (folder / "state.safetensors").read_bytes() == whole
+    assert not Path("pwned").exists()
+
+
+def test_files_of_other_programs_do_no_harm(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "finished.json").unlink()
+    for folder in (*(run / "checkpoints").iterdir(), run / "adapter"):
+        (folder / "desktop.ini").write_text("[.ShellClassInfo]", encoding="utf-8")
+    assert main(FIT) == 0
+    out, err = capsys.readouterr()
+    assert "going on from step-00000004" in out or "best adapter: run/adapter" in out
+    assert err == ""
+    assert main(["validate", "--run", "run", "--ckpt_path", "last"]) == 0
+
+
 def test_a_checkpoint_that_is_not_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "--run", "run", "--ckpt_path", "run/checkpoints/step-00000009"]) == 2
     assert capsys.readouterr().err == (

@@ -20,8 +20,9 @@ from lit_qlora.callbacks.metrics import is_last_step, validation_follows
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.tell import tell
 from lit_qlora.errors import require
+from lit_qlora.storage.checkpoint_io import check_checkpoint
 from lit_qlora.storage.files import SaveError
-from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder, write_folder
+from lit_qlora.storage.folders import DamagedFolderError, remove_folder, write_folder
 from lit_qlora.storage.run import RunFolder
 
 RESULT = "result.json"
@@ -111,7 +112,7 @@ class RunCheckpoints(StepCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loads the best adapter back into the module, and removes what a kill behind the last save left over."""
         if trainer.is_global_zero and self.saved_step is None:
-            self._remove_old()
+            self._remove_old(trainer.global_step)
         if self._unsaved:
             self._save_adapter(trainer, pl_module)
         elif read_result(self.run.adapter) is None:  # no validation: the last is the best there is
@@ -143,15 +144,15 @@ class RunCheckpoints(StepCallback):
         self.saved_step = trainer.global_step
         self.longest_save_s = max(self.longest_save_s, self.clock() - self._last_save_at)
         if trainer.is_global_zero:
-            self._remove_old()
+            self._remove_old(trainer.global_step)
             self.on_saved()
 
     def _write_checkpoint(self, trainer: Trainer, target: Path) -> None:
         if trainer.strategy.broadcast(_makes_way(target)):  # the first device decides, for all
             trainer.save_checkpoint(target)
 
-    def _remove_old(self) -> None:
-        for step in self.run.saved_steps()[: -self.keep_checkpoints]:
+    def _remove_old(self, newest: int) -> None:
+        for step in self.run.outdated_steps(self.keep_checkpoints, newest, check_checkpoint):
             try:
                 remove_folder(self.run.checkpoint(step))
             except OSError as error:
@@ -232,7 +233,7 @@ def _makes_way(target: Path) -> bool:
     if not target.exists():
         return True
     try:
-        verify_folder(target)
+        check_checkpoint(target)
     except DamagedFolderError:
         remove_folder(target)
         return True

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import identity
+from lit_qlora.model import fingerprint
 from lit_qlora.model.load import PROMPT_FORMAT
 from lit_qlora.storage.state import load_state
 from lit_qlora.text import jinja, llama2
@@ -20,9 +20,6 @@ from lit_qlora.text.conversation import Conversation, Turn
 
 KEY = "run"
 """Of the record in a checkpoint."""
-
-SHOWN = 12
-"""Digits of a fingerprint that a message shows."""
 
 _SAMPLE = Conversation((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")), "e")
 
@@ -90,7 +87,10 @@ class RunIdentity(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compares the base. Raises UserError with was -> is where it is another one."""
-        _compare(checkpoint[KEY], _describe_base(pl_module))
+        was, now = checkpoint[KEY], _describe_base(pl_module)
+        if fingerprint.is_of(str(was["base"]), pl_module.base):  # type: ignore[arg-type]
+            now["base"] = was["base"]  # told in another version's words, or of another copy
+        _compare(was, now)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where the run was made longer, takes the learning rate of the longer schedule from here on, and says so."""
@@ -112,7 +112,7 @@ class RunIdentity(Callback):
 
 
 def _describe_base(module: Any) -> dict[str, Any]:
-    base = identity(module.base)
+    base = fingerprint.identity(module.base)
     return {"base": base["fingerprint"], "base_name": " ".join(filter(None, (base["name"], base["commit"])))}
 
 
@@ -146,6 +146,7 @@ def _compare(was: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _told(part: str, record: dict[str, Any]) -> str:
     value = str(record[part])
+    if part == "base":
+        return f"{record['base_name']} ({fingerprint.shown(value)})"
     *words, digits = value.split()
-    short = " ".join([*words, digits[:SHOWN]]) if len(digits) == 64 else value
-    return f"{record['base_name']} ({short})" if part == "base" else short
+    return " ".join([*words, digits[: fingerprint.SHOWN]]) if len(digits) == 64 else value

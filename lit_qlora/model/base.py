@@ -4,7 +4,6 @@ Reads config.json and the list of files only. Knows no torch and no weights.
 """
 
 import difflib
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -15,9 +14,6 @@ from typing import Any
 from lit_qlora import demo
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.shape import Shape
-
-FINAL_NORM = "model.norm.weight"
-"""A weight that no quantisation touches, so that every copy of a base has the same one."""
 
 
 @dataclass(frozen=True)
@@ -122,49 +118,14 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
 
 def missing_bytes(base: Base) -> int:
     """What loading will have to download: the 16-bit weights of a hub id that is not in the cache, else nothing."""
-    is_here = _file(base, "model.safetensors.index.json") or _file(base, "model.safetensors")
+    is_here = stored_file(base, "model.safetensors.index.json") or stored_file(base, "model.safetensors")
     return 0 if is_here or Path(base.location).is_dir() else 2 * base.shape.num_parameters
-
-
-def fingerprint(base: Base) -> str:
-    """What makes a base this one and no other: a sha256 over what config.json computes with, and its final norm.
-
-    The same for a copy in a folder, on the hub, in shards, quantised, or in another float type of the same
-    values. Call it once the weights are at hand (in the folder or in the cache).
-    """
-    digest = hashlib.sha256(repr((base.shape, _rules(base.config))).encode())
-    digest.update(_stored_tensor(base, FINAL_NORM))
-    return digest.hexdigest()
-
-
-def identity(base: Base) -> dict[str, str | None]:
-    """A base's public name, its commit on the hub where that is known, and its `fingerprint`."""
-    return {"name": base.public_name, "commit": commit(base), "fingerprint": fingerprint(base)}
 
 
 def commit(base: Base) -> str | None:
     """The commit of a base on the hub; None for a local one."""
-    config = None if Path(base.location).is_dir() else _file(base, "config.json")
+    config = None if Path(base.location).is_dir() else stored_file(base, "config.json")
     return config.parent.name if config and config.parent.parent.name == "snapshots" else None
-
-
-def _rules(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of config.json changes the output at equal widths, whichever version of transformers wrote it."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    scaling = sorted((name, float(value)) for name, value in rope.items()) if kind != "default" else []
-    return (
-        config["num_attention_heads"],
-        theta,
-        kind,
-        scaling,
-        float(config.get("rms_norm_eps", 1e-6)),
-        config.get("hidden_act", "silu"),
-        bool(config.get("attention_bias", False)),
-        bool(config.get("mlp_bias", False)),
-    )
 
 
 def check_weights(base: Base) -> None:
@@ -172,13 +133,12 @@ def check_weights(base: Base) -> None:
 
     Raises UserError for the first that differs: the library would fill it with chance, or fail deep inside.
     """
-    index = _file(base, "model.safetensors.index.json")
-    files = {_file(base, name) for name in _shards(index)} if index else {_file(base, "model.safetensors")}
-    if None in files:
+    try:
+        files = weight_files(base)
+    except FileNotFoundError:
         return
     stored: dict[str, list[int]] = {}
     for file in files:
-        assert file is not None
         stored |= _stored_shapes(base, file)
     in_4_bits = "quantization_config" in base.config  # which makes one column of a linear layer, and of nothing else
     for key, expected in _matrices(base.shape).items():
@@ -200,6 +160,17 @@ def _matrices(shape: Shape) -> dict[str, list[int]]:
     return sizes if shape.tied else sizes | {"lm_head.weight": [shape.vocabulary, shape.hidden]}
 
 
+def weight_files(base: Base) -> set[Path]:
+    """The files that hold the weights. Raises FileNotFoundError where one is still to come."""
+    index = stored_file(base, "model.safetensors.index.json")
+    names = _shards(index) if index else {"model.safetensors"}
+    files = {name: stored_file(base, name) for name in names}
+    missing = [name for name, file in files.items() if file is None]
+    if missing:
+        raise FileNotFoundError(f"{base.location} has no {missing[0]}")
+    return {file for file in files.values() if file is not None}
+
+
 def _shards(index: Path) -> set[str]:
     return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
 
@@ -216,28 +187,8 @@ def _stored_shapes(base: Base, file: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _stored_tensor(base: Base, name: str) -> bytes:
-    """One tensor's values in fp32, read without loading the rest: safetensors is a JSON header and plain bytes."""
-    import numpy as np
-
-    index = _file(base, "model.safetensors.index.json")
-    file = json.loads(index.read_text())["weight_map"][name] if index else "model.safetensors"
-    path = _file(base, file)
-    assert path is not None, f"{base.location} has no {file}"
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        entry = json.loads(stream.read(length))[name]
-        start, end = entry["data_offsets"]
-        stream.seek(8 + length + start)
-        stored = stream.read(end - start)
-    if entry["dtype"] == "BF16":  # the upper half of an fp32
-        return (np.frombuffer(stored, "<u2").astype("<u4") << 16).tobytes()
-    if entry["dtype"] in ("F16", "F32"):
-        return np.frombuffer(stored, {"F16": "<f2", "F32": "<f4"}[entry["dtype"]]).astype("<f4").tobytes()
-    return f"{entry['dtype']} ".encode() + stored
-
-
-def _file(base: Base, name: str) -> Path | None:
+def stored_file(base: Base, name: str) -> Path | None:
+    """The file ``name`` of a base, in its folder or in the hub's cache; None where it is not there."""
     if Path(base.location).is_dir():
         path = Path(base.location) / name
         return path if path.is_file() else None

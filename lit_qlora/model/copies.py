@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, commit, find_base, fingerprint
+from lit_qlora.model.base import Base, commit, find_base
+from lit_qlora.model.fingerprint import fingerprint, shown, write_original
 from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder, write_folder
 
 if TYPE_CHECKING:
@@ -59,12 +60,17 @@ class Copies:
             return None
         target = self.root / self._name(base, dtype, device_type)
         needed_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+        def fill(folder: Path) -> None:
+            model.save_pretrained(str(folder), max_shard_size="1GB")
+            write_original(folder, find_base(str(folder)), base)
+
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             free_bytes = shutil.disk_usage(self.root).free
             if free_bytes < needed_bytes + RESERVE_BYTES:
                 return f"no 4-bit copy kept: {needed_bytes / 1e9:.1f} GB, and {free_bytes / 1e9:.1f} GB are free"
-            write_folder(target, lambda folder: model.save_pretrained(str(folder), max_shard_size="1GB"))
+            write_folder(target, fill)
         except OSError as error:
             if target.is_dir():
                 return None  # another process was quicker
@@ -74,6 +80,6 @@ class Copies:
     def _name(self, base: Base, dtype: torch.dtype | None, device_type: str) -> str:
         """Of a copy's folder: which base, in which state, and how it was quantised."""
         # A commit is known before any weight is here; a folder's content tells by itself.
-        state = commit(base) or fingerprint(base)
+        state = commit(base) or shown(fingerprint(base))
         kind = "*" if dtype is None else str(dtype).removeprefix("torch.")
         return f"{base.public_name.replace('/', '--')}-{state[:12]}-nf4-{kind}-{device_type}"

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, check_weights, fingerprint
+from lit_qlora.model.base import Base, check_weights
 from lit_qlora.model.device import Attention
+from lit_qlora.model.fingerprint import fingerprint, is_of, shown
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
@@ -165,11 +166,11 @@ def load_adapter(
     from safetensors import SafetensorError, safe_open
 
     record = read_record(folder)
-    found = fingerprint(base)
-    if record["base_fingerprint"] not in (None, found):
+    recorded = record["base_fingerprint"]
+    if recorded is not None and not is_of(str(recorded), base):
         raise UserError(
-            f"{folder}: this adapter was trained on {record['base']} ({record['base_fingerprint'][:12]}), "
-            f"the base given is {base.public_name} ({found[:12]}); give its own with --model.base or --base"
+            f"{folder}: this adapter was trained on {record['base']} ({shown(str(recorded))}), the base given is "
+            f"{base.public_name} ({shown(fingerprint(base))}); give its own with --model.base or --base"
         )
     weights = folder / "adapter_model.safetensors"
     try:

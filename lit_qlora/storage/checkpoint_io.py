@@ -11,11 +11,13 @@ from typing import Any
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.folders import remove_folder, verify_folder, write_folder
-from lit_qlora.storage.state import load_state, num_bytes, save_state
+from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder, write_folder
+from lit_qlora.storage.state import SKELETON, check_tensors, load_state, num_bytes, save_state
 
 # pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_NEEDED = {"epoch", "global_step", "loops", "optimizer_states", "state_dict"}
+"""Parts of every checkpoint that Lightning makes of a training."""
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 
 
@@ -46,7 +48,7 @@ class FolderCheckpointIO(CheckpointIO):
             UserError: the path is a URL or a file; as DamagedFolderError: it is missing or not whole.
         """
         folder = checkpoint_folder(path)
-        verify_folder(folder)
+        verify_folder(folder, allow_extra=True)
         return load_state(folder)
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -69,3 +71,15 @@ def checkpoint_folder(path: str | Path) -> Path:
     if folder.suffix in _PICKLES or folder.is_file():
         raise UserError(f"{path} is a file, and checkpoints are folders, without pickle: {wanted}")
     return folder
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Whether a training can go on from ``folder``: it is as it was written, and a checkpoint was.
+
+    Raises DamagedFolderError: a manifest can be made for anything.
+    """
+    verify_folder(folder, allow_extra=True)
+    missing = sorted(_NEEDED - load_state(folder, with_tensors=False).keys())
+    if missing:
+        raise DamagedFolderError(folder, SKELETON, "a training's state", f"no {missing[0]}")
+    check_tensors(folder)

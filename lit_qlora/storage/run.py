@@ -6,7 +6,7 @@ Reads and names; what is in a checkpoint or an adapter is written by others. Kno
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from hashlib import sha256
@@ -43,6 +43,8 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
         self.finished_mark = path / "finished.json"
+        self._seen_whole: dict[int, bool] = {}
+        """By step: what `outdated_steps` found once."""
 
     def open(self, stack: ExitStack) -> None:
         """Takes the folder for this process, to begin a run or to go on with one, until ``stack`` closes.
@@ -114,17 +116,47 @@ class RunFolder:
         names = (path.name.removeprefix(STEP) for path in self.checkpoints.iterdir() if path.name.startswith(STEP))
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
-    def last_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, and what was wrong with the newer ones."""
+    def last_checkpoint(self, check: Callable[[Path], object] | None = None) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, and what was wrong with the newer ones.
+
+        ``check`` raises DamagedFolderError for one that is not; default: what the manifest says.
+        """
         problems = []
         for step in reversed(self.saved_steps()):
             try:
-                verify_folder(self.checkpoint(step))
+                (check or _verify)(self.checkpoint(step))
             except DamagedFolderError as error:
                 problems.append(str(error))
                 continue
             return self.checkpoint(step), problems
         return None, problems
+
+    def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] | None = None) -> list[int]:
+        """Steps whose checkpoints may go now that ``newest`` is written: all but the ``keep`` newest whole ones.
+
+        None while there are fewer whole ones up to ``newest``. A damaged one counts for nothing, whatever its number;
+        a whole one above ``newest`` stays. Each is checked once, by ``check`` as in `last_checkpoint`.
+        """
+        self._seen_whole[newest] = True
+
+        def is_whole(step: int) -> bool:
+            if step not in self._seen_whole:
+                try:
+                    (check or _verify)(self.checkpoint(step))
+                except DamagedFolderError:
+                    self._seen_whole[step] = False
+                else:
+                    self._seen_whole[step] = True
+            return self._seen_whole[step]
+
+        saved = self.saved_steps()
+        kept: list[int] = []
+        for step in reversed([step for step in saved if step <= newest]):
+            if len(kept) < keep and is_whole(step):
+                kept.append(step)
+        if len(kept) < keep:
+            return []
+        return [step for step in saved if step not in kept and (step < newest or not is_whole(step))]
 
     def finished(self) -> dict[str, Any] | None:
         """What was noted when the run came to its end; None while it has not, and where that is damaged."""
@@ -165,6 +197,11 @@ class RunFolder:
                 if yaml.safe_load(path.read_text(encoding="utf-8")) == yaml.safe_load(text):
                     return path
         raise AssertionError("numbers do not end")
+
+
+def _verify(folder: Path) -> None:
+    """A file that another program left there (desktop.ini, .DS_Store) does no harm: it is never read."""
+    verify_folder(folder, allow_extra=True)
 
 
 def _remove_empty(folders: list[Path]) -> None:

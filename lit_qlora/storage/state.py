@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_qlora.storage.files import disk_error
@@ -81,6 +81,35 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
         found = " ".join(f"{type(error).__name__}: {error}".split())
         raise DamagedFolderError(folder, file, f"a state of version {VERSION}", found) from error
     return state
+
+
+def check_tensors(folder: Path) -> None:
+    """Whether the tensors' file holds those that the state names, without reading them.
+
+    Raises:
+        DamagedFolderError: it holds others, or is no such file.
+    """
+    names: set[str] = set()
+    _decode(json.loads((folder / SKELETON).read_text(encoding="ascii"))["state"], _Names(names))
+    try:
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            found = {*file.keys()}
+    except _UNREADABLE as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DamagedFolderError(folder, TENSORS, "tensors", reason) from error
+    if found != names:
+        raise DamagedFolderError(folder, TENSORS, "the tensors of the state", f"others ({min(found ^ names)})")
+
+
+class _Names(dict[str, Any]):
+    """Notes which tensors are asked for."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __missing__(self, name: str) -> None:
+        self.names.add(name)
 
 
 def num_bytes(state: Any) -> int:

@@ -13,7 +13,7 @@ from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.stop import StopWithoutGain
 from lit_qlora.errors import UserError
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
-from lit_qlora.storage.folders import verify_folder
+from lit_qlora.storage.folders import verify_folder, write_folder
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import load_state
 
@@ -191,6 +191,34 @@ def test_a_damaged_checkpoint_is_written_anew_when_its_step_comes_again(full_run
     parts.trainer.fit(tiny(), datamodule=rows(4), ckpt_path=last)
     verify_folder(run.checkpoint(4))
     assert torch.equal(load_state(run.checkpoint(4))["state_dict"]["weight"], whole)
+
+
+def test_damaged_ones_with_higher_numbers_take_no_place(full_run, tiny, rows, tmp_path):
+    told(full_run, tiny, rows, tmp_path / "run", 10, save_every_steps=2, keep=3)
+    run = RunFolder(tmp_path / "run")
+    for step in (8, 10):
+        (run.checkpoint(step) / "state.json").write_text("{}", encoding="utf-8")
+    saved = []
+
+    class Look(StepCallback):
+        def on_step_end(self, trainer, module):
+            saved.append(run.saved_steps())
+
+    parts = full_run(run.path, save_every_steps=1, keep=2)
+    parts.trainer.callbacks.append(Look())
+    parts.trainer.fit(tiny(), datamodule=rows(10), ckpt_path=run.checkpoint(6))
+    assert saved[:3] == [[6, 7], [7, 8], [8, 9]]
+    for step in (9, 10):
+        verify_folder(run.checkpoint(step))
+
+
+def test_a_sealed_folder_of_something_else_is_written_anew(full_run, tiny, rows, tmp_path):
+    told(full_run, tiny, rows, tmp_path / "run", 4, save_every_steps=2)
+    run = RunFolder(tmp_path / "run")
+    write_folder(run.checkpoint(4), lambda folder: (folder / "state.json").write_text("{}"), replace=True)
+    parts = full_run(run.path, save_every_steps=2)
+    parts.trainer.fit(tiny(), datamodule=rows(4), ckpt_path=run.checkpoint(2))
+    assert load_state(run.checkpoint(4))["global_step"] == 4
 
 
 def test_a_whole_checkpoint_is_left_as_it_is(full_run, tiny, rows, tmp_path):

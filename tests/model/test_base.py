@@ -16,9 +16,9 @@ import torch
 from huggingface_hub import errors
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, check_weights, find_base, fingerprint, identity, missing_bytes
+from lit_qlora.model.base import check_weights, find_base, missing_bytes
+from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import load_base
-from lit_qlora.model.shape import Shape
 
 CONFIG = {
     "model_type": "llama",
@@ -318,7 +318,7 @@ class Hub(BaseHTTPRequestHandler):
 ASK = """
 import json, sys
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, check_weights, find_base, fingerprint, identity, missing_bytes
+from lit_qlora.model.base import Base, check_weights, find_base, missing_bytes
 from lit_qlora.model.shape import Shape
 answers = []
 for name in sys.argv[1:]:
@@ -358,116 +358,6 @@ def test_the_real_client_and_a_server(tmp_path):
     assert no_config == "model.base: 'owner/no-config' is no folder here, and on the hub it has no config.json"
     assert unknown.startswith("model.base: 'owner/unknown' is no folder here and no model on the hub")
     assert not any("\n" in message for message in (gated, refused, no_config, unknown))
-
-
-# Fingerprints
-
-
-def copy(tiny_folder, folder):
-    shutil.copytree(tiny_folder, folder)
-    return folder
-
-
-def with_tensors(folder, change):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return fingerprint(find_base(str(folder)))
-
-
-def test_a_copy_has_the_same_fingerprint(tiny, tiny_folder, tmp_path):
-    assert fingerprint(find_base(str(copy(tiny_folder, tmp_path / "copy")))) == fingerprint(tiny)
-    assert len(fingerprint(tiny)) == 64
-
-
-def test_another_final_norm_is_another_base(tiny, tiny_folder, tmp_path):
-    def nudge(tensors):
-        tensors["model.norm.weight"][7] *= 1.001
-
-    assert with_tensors(copy(tiny_folder, tmp_path / "copy"), nudge) != fingerprint(tiny)
-
-
-def test_the_final_norm_is_found_wherever_it_stands(tiny, tiny_folder, tmp_path):
-    def move(tensors):
-        tensors["aaa"] = torch.ones(5)
-
-    assert with_tensors(copy(tiny_folder, tmp_path / "copy"), move) == fingerprint(tiny)
-
-
-@pytest.mark.parametrize("width", ["intermediate_size", "num_hidden_layers", "vocab_size", "num_key_value_heads"])
-def test_other_widths_are_another_base(tiny, width):
-    config = {**tiny.config, width: tiny.config[width] * 2}
-    assert fingerprint(Base(tiny.name, tiny.location, config)) != fingerprint(tiny)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_same_values_in_another_float_type_are_the_same_base(tiny_folder, tmp_path, dtype):
-    folder = copy(tiny_folder, tmp_path / "copy")
-
-    def rounded(tensors):  # to what both types can hold
-        tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16().float()
-
-    def narrow(tensors):
-        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
-
-    wide = with_tensors(folder, rounded)
-    assert with_tensors(folder, narrow) == wide
-
-
-@pytest.mark.parametrize(
-    "written",
-    [
-        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
-        {"rope_theta": 10000, "rope_scaling": None},
-        {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "default", "rope_theta": 10000.0}},
-    ],
-)
-def test_the_same_rules_in_another_versions_words_are_the_same_base(tiny, written):
-    config = {name: value for name, value in tiny.config.items() if not name.startswith("rope_")}
-    more = {"torch_dtype": "float16", "_name_or_path": "/home/somebody", "transformers_version": "4.31.0.dev0"}
-    assert fingerprint(Base(tiny.name, tiny.location, {**config, **written, **more})) == fingerprint(tiny)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"rms_norm_eps": 1e-5},
-        {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
-        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
-        {"hidden_act": "gelu"},
-        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
-    ],
-)
-def test_other_rules_at_the_same_widths_are_another_base(tiny, change):
-    config = {**tiny.config, **change}
-    assert Shape.of(config).linears["o_proj"] == tiny.shape.linears["o_proj"] or "head_dim" not in change
-    assert fingerprint(Base(tiny.name, tiny.location, config)) != fingerprint(tiny)
-
-
-def test_the_identity_of_a_base_tells_the_commit_where_it_is_known(tiny, tiny_folder, tmp_path, monkeypatch):
-    assert identity(tiny) == {"name": "tiny-llama", "commit": None, "fingerprint": fingerprint(tiny)}
-    snapshot = copy(tiny_folder, tmp_path / "models--owner--llama" / "snapshots" / "c0ffee")
-    monkeypatch.setattr(
-        "huggingface_hub.try_to_load_from_cache",
-        lambda _, name: str(snapshot / name) if (snapshot / name).is_file() else None,
-    )
-    cached_base = Base("owner/llama", "owner/llama", tiny.config)
-    assert identity(cached_base) == {"name": "owner/llama", "commit": "c0ffee", "fingerprint": fingerprint(tiny)}
-
-
-def test_sharded_weights_are_the_same_base(tiny, tmp_path):
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(tiny.location)
-    model.save_pretrained(tmp_path, max_shard_size="100KB")
-    assert not (tmp_path / "model.safetensors").exists()
-    assert (tmp_path / "model.safetensors.index.json").exists()
-    sharded = find_base(str(tmp_path))
-    assert fingerprint(sharded) == fingerprint(tiny)
-    loaded = load_base(sharded, torch.float32, torch.device("cpu"), "sdpa")
-    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
 
 
 @pytest.mark.usefixtures("cached")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lit_qlora.model import copies as module
-from lit_qlora.model.base import find_base, fingerprint
+from lit_qlora.model.base import find_base
 from lit_qlora.model.copies import Copies
+from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import load_base
 
 CPU = torch.device("cpu")

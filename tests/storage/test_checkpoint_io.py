@@ -11,11 +11,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.plugins import MixedPrecision
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
-from lit_qlora.storage.folders import DamagedFolderError
+from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
+from lit_qlora.storage.folders import DamagedFolderError, write_folder
+from lit_qlora.storage.state import save_state
 
 pytestmark = [
     # Lightning advises more workers for the loader: there are eight rows.
@@ -197,3 +199,48 @@ def test_urls_and_files_are_refused(
     with pytest.raises(UserError):
         io.remove_checkpoint(path)
     assert os.listdir() == ["notes"]  # noqa: PTH208 - nothing else was made here
+
+
+# What a manifest can't tell
+
+WHOLE = {"epoch": 0, "global_step": 1, "loops": {}, "optimizer_states": [], "state_dict": {"w": torch.arange(4.0)}}
+
+
+def fill_state(state: dict[str, Any]) -> Any:
+    return lambda folder: save_state(state, folder)
+
+
+def pickled(name: str) -> Any:
+    def fill(folder: Path) -> None:
+        save_state(WHOLE, folder)
+        (folder / name).write_bytes(b"\x80\x04cposix\nsystem\n(S'touch pwned'\ntR.")
+
+    return fill
+
+
+def other_tensors(folder: Path) -> None:
+    save_state(WHOLE, folder)
+    save_file({"v": torch.zeros(1)}, folder / "state.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fill", "told"),
+    [
+        (pickled("state.json"), "'state.json': expected a state of version 1, found "),
+        (pickled("state.safetensors"), "'state.safetensors': expected tensors, found SafetensorError: "),
+        (fill_state({"weights": 1}), "'state.json': expected a training's state, found no epoch"),
+        (other_tensors, "'state.safetensors': expected the tensors of the state, found others ("),
+    ],
+)
+def test_a_sealed_folder_of_something_else_is_no_checkpoint(tmp_path: Path, fill: Any, told: str) -> None:
+    write_folder(tmp_path / "c", fill)
+    with pytest.raises(DamagedFolderError) as caught:
+        check_checkpoint(tmp_path / "c")
+    assert str(caught.value).startswith(f"{tmp_path / 'c'}: {told}")
+
+
+def test_a_checkpoint_with_a_file_of_another_program_is_read(tmp_path: Path) -> None:
+    FolderCheckpointIO().save_checkpoint(WHOLE, tmp_path / "c")
+    (tmp_path / "c" / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    check_checkpoint(tmp_path / "c")
+    assert FolderCheckpointIO().load_checkpoint(tmp_path / "c")["global_step"] == 1

@@ -9,7 +9,7 @@ import pytest
 
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError
-from lit_qlora.storage.folders import write_folder
+from lit_qlora.storage.folders import remove_folder, verify_folder, write_folder
 from lit_qlora.storage.run import RunFolder, differences, newest_run, open_run
 
 
@@ -67,6 +67,50 @@ def test_none_may_be_whole_or_there_at_all(run):
     (run.checkpoint(5) / "state.json").unlink()
     found, problems = run.last_checkpoint()
     assert (found, len(problems)) == (None, 1)
+
+
+def damage(run, *steps):
+    for step in steps:
+        (run.checkpoint(step) / "state.json").write_text("[]", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("saved", "damaged", "newest", "keep", "outdated"),
+    [
+        ([2, 4, 6], [], 6, 2, [2]),
+        ([2, 4], [], 4, 2, []),
+        ([4], [], 4, 2, []),
+        ([8, 10, 11, 12, 14], [12, 14], 11, 2, [8, 12, 14]),  # gone on from 10: those above are worth nothing
+        ([6, 7, 8, 10], [8, 10], 7, 2, [8, 10]),
+        ([6, 7, 8, 10], [8, 10], 7, 3, []),  # too few whole ones to throw anything away
+        ([8, 10, 11, 12, 13], [12], 13, 2, [8, 10, 12]),
+        ([5, 10, 15], [10], 15, 2, [10]),
+        ([5, 10, 15, 20], [], 10, 2, []),  # whole and above: none of ours to judge
+    ],
+)
+def test_what_was_just_saved_stays_and_damaged_ones_do_not_count(run, saved, damaged, newest, keep, outdated):
+    save(run, *saved)
+    damage(run, *damaged)
+    assert run.outdated_steps(keep, newest) == outdated
+
+
+def test_a_checkpoint_is_looked_at_once_and_one_that_was_written_anew_is_whole(run):
+    save(run, 5, 10, 15)
+    damage(run, 10)
+    looked_at = []
+    check = lambda folder: (looked_at.append(folder.name), verify_folder(folder))  # noqa: E731
+    assert run.outdated_steps(2, 15, check) == [10]
+    assert run.outdated_steps(2, 15, check) == [10]
+    assert looked_at == ["step-00000010", "step-00000005"]
+    remove_folder(run.checkpoint(10))
+    save(run, 10)
+    assert run.outdated_steps(2, 10, check) == []
+
+
+def test_a_file_that_another_program_left_makes_no_checkpoint_worthless(run):
+    save(run, 5)
+    (run.checkpoint(5) / "desktop.ini").write_text("[.ShellClassInfo]", encoding="utf-8")
+    assert run.last_checkpoint() == (run.checkpoint(5), [])
 
 
 def test_configs_are_kept_beside_each_other_and_never_overwritten(run):

@@ -1,0 +1,208 @@
+"""Owns what makes a base this one and no other: its fingerprint, read off config.json and a sample of its weights.
+
+Written beside adapters and into checkpoints. Reads a few KiB out of each tensor, by the offsets in the files' headers,
+so that a 7B takes no longer than a moment. Knows no torch and no adapters.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.base import Base, commit, stored_file, weight_files
+
+VERSION = "v2"
+ORIGINAL = "lit_qlora_original.json"
+"""The file in a 4-bit copy that says of which base it is one."""
+
+PLACES, AT_EACH = 8, 512
+"""What is read of a large tensor: so many values, at so many places."""
+WHOLE_UP_TO = 16_384
+"""Values of a tensor that is read as a whole: every norm."""
+TINY = 2.0**-16
+"""Values below count as nothing: fp16 can't hold what bf16 can there."""
+
+SHOWN = 12
+"""Digits that a message shows."""
+
+_FINAL_NORM = "model.norm.weight"
+_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+\.weight")
+_SCALES = re.compile(_LINEAR.pattern + r"\.(absmax|nested_absmax)")
+
+
+class _Stored(NamedTuple):
+    """A tensor in a file: ``start`` in bytes from the file's beginning."""
+
+    file: Path
+    dtype: str
+    start: int
+    num_values: int
+    value_bytes: int
+
+
+def fingerprint(base: Base) -> str:
+    """``v2-``, how the weights are stored, and a sha256 over config and sample, with and without the linear layers.
+
+    The same for a copy in a folder, on the hub, in shards, in another float type of the same values, and for a 4-bit
+    copy that this project keeps. Of one in 4 bits from elsewhere, the part without the linear layers is the same.
+    Call it once the weights are at hand (in the folder or in the cache).
+
+    Raises UserError where they can't be read.
+    """
+    own = _sampled(base)
+    file = stored_file(base, ORIGINAL)
+    told = _read_json(file) if file else {}
+    # A copy whose weights were altered since is none any more.
+    return str(told["of"]) if told.get("own") == own and isinstance(told.get("of"), str) else own
+
+
+def write_original(folder: Path, copy: Base, base: Base) -> None:
+    """Has the 4-bit ``copy`` in ``folder`` say that it is of ``base``."""
+    told = {"of": fingerprint(base), "own": _sampled(copy)}
+    (folder / ORIGINAL).write_text(json.dumps(told, indent=2), encoding="utf-8")
+
+
+def is_of(recorded: str, base: Base) -> bool:
+    """Whether ``recorded`` is a fingerprint of ``base``.
+
+    Between 16 and 4 bits made elsewhere only norms, embeddings and head are compared, for rounding leaves nothing
+    else the same; and a record of the first version told no more than config and final norm.
+    """
+    if not recorded.startswith(VERSION):
+        return recorded == _first_version(base)
+    found = fingerprint(base)
+    was, now = (
+        dict(zip(("version", "kind", "all", "plain"), text.split("-"), strict=False)) for text in (recorded, found)
+    )
+    return recorded == found or (was.get("kind") != now["kind"] and was.get("plain") == now["plain"])
+
+
+def shown(recorded: str) -> str:
+    """As much of a fingerprint as a message shows."""
+    return (recorded.split("-")[2] if recorded.count("-") == 3 else recorded)[:SHOWN]
+
+
+def identity(base: Base) -> dict[str, str | None]:
+    """A base's public name, its commit on the hub where that is known, and its `fingerprint`."""
+    return {"name": base.public_name, "commit": commit(base), "fingerprint": fingerprint(base)}
+
+
+def _sampled(base: Base) -> str:
+    """A fingerprint by what stands in the files themselves; read once while they stay as they are."""
+    files = sorted(weight_files(base))
+    states = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    is_tied = bool(base.config.get("tie_word_embeddings", False))
+    try:
+        plain, linear = _digests(states, is_tied)
+    except (OSError, ValueError, KeyError, struct.error, MemoryError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.base: the weights of {base.name} can't be read: {reason}") from error
+    rules = repr((base.shape, rules_of(base.config)))
+    merged = stored_file(base, "lit_qlora.json")  # a merged model's norms are its parent's
+    kind = "4bit" if "quantization_config" in base.config else "full"
+    whole = hashlib.sha256(f"{rules} {plain} {linear}".encode()).hexdigest()
+    told = hashlib.sha256(f"{rules} {plain} {_read_json(merged) if merged else ''}".encode()).hexdigest()
+    return "-".join((VERSION, kind, whole[:32], told[:32]))
+
+
+@lru_cache(maxsize=16)
+def _digests(states: tuple[tuple[Path, int, int], ...], is_tied: bool) -> tuple[str, str]:
+    """Over the samples of everything but the linear layers, and of these."""
+    stored = {name: tensor for file, *_ in states for name, tensor in _stored(file)}
+    plain, linear = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in sorted(stored.items()):
+        is_linear = _LINEAR.fullmatch(name) or _SCALES.fullmatch(name)
+        is_head = name == "lm_head.weight" and is_tied  # written by some, left out by others
+        if is_head or not (is_linear or name.endswith((".weight", ".bias"))) or not name.startswith(("model.", "lm_")):
+            continue
+        digest = linear if is_linear else plain
+        digest.update(f"{name} {tensor.num_values} ".encode())
+        with tensor.file.open("rb", buffering=0) as stream:
+            for first, count in _places(name, tensor.num_values):
+                stream.seek(tensor.start + first * tensor.value_bytes)
+                digest.update(_in_fp32(stream.read(count * tensor.value_bytes), tensor.dtype))
+    return plain.hexdigest(), linear.hexdigest()
+
+
+def _places(name: str, num_values: int) -> Iterator[tuple[int, int]]:
+    """First and number of the values that are read: all, or some of each eighth, in columns that the name chooses."""
+    if num_values <= WHOLE_UP_TO:
+        yield 0, num_values
+        return
+    stride = num_values // PLACES
+    chance = hashlib.sha256(name.encode()).digest()
+    for place in range(PLACES):
+        (number,) = struct.unpack_from("<I", chance, 4 * place)
+        yield place * stride + number % (stride - AT_EACH), AT_EACH
+
+
+def _in_fp32(stored: bytes, dtype: str, tiny: float = TINY) -> bytes:
+    """Values in fp32, whichever float type they are stored in; the bytes themselves of anything else."""
+    import numpy as np
+
+    if dtype == "BF16":  # the upper half of an fp32
+        values = (np.frombuffer(stored, "<u2").astype("<u4") << 16).view("<f4")
+    elif dtype in ("F16", "F32"):
+        values = np.frombuffer(stored, {"F16": "<f2", "F32": "<f4"}[dtype]).astype("<f4")
+    else:
+        return f"{dtype} ".encode() + stored
+    return np.where(np.abs(values) < tiny, np.float32(0), values).tobytes() if tiny else values.tobytes()
+
+
+def _stored(file: Path) -> Iterable[tuple[str, _Stored]]:
+    """The tensors of a file by its header: safetensors is JSON and plain bytes."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            num_values = 1
+            for size in entry["shape"]:
+                num_values *= size
+            yield (
+                name,
+                _Stored(file, entry["dtype"], 8 + length + start, num_values, (end - start) // max(num_values, 1)),
+            )
+
+
+def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of config.json changes the output at equal widths, whichever version of transformers wrote it."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    scaling = sorted((name, float(value)) for name, value in rope.items()) if kind != "default" else []
+    return (
+        config["num_attention_heads"],
+        theta,
+        kind,
+        scaling,
+        float(config.get("rms_norm_eps", 1e-6)),
+        config.get("hidden_act", "silu"),
+        bool(config.get("attention_bias", False)),
+        bool(config.get("mlp_bias", False)),
+    )
+
+
+def _first_version(base: Base) -> str:
+    """What adapters and checkpoints recorded before: a sha256 over config.json and the final norm."""
+    digest = hashlib.sha256(repr((base.shape, rules_of(base.config))).encode())
+    norm = next(tensor for file in weight_files(base) for name, tensor in _stored(file) if name == _FINAL_NORM)
+    with norm.file.open("rb") as stream:
+        stream.seek(norm.start)
+        digest.update(_in_fp32(stream.read(norm.num_values * norm.value_bytes), norm.dtype, 0))
+    return digest.hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whatever it is, it is none of ours
+        return {}
+    return told if isinstance(told, dict) else {}

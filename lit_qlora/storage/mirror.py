@@ -65,7 +65,10 @@ class Mirror:
             raise UserError(f"mirror: {self.copy.path} is the run folder itself; give a folder elsewhere")
         try:
             self.copy.prepare("mirror")
-            write_file(self._mark, self._token)
+            known = self._mark.read_text(encoding="utf-8") if self._mark.is_file() else ""
+            self._token = known or self._token
+            if not known:  # a drive that is full by now is told of when something is copied
+                write_file(self._mark, self._token)
         except OSError as error:
             raise UserError(f"mirror: {self.copy.path} can't be written: {error}") from error
         if self.copy.has_begun() and self.copy.config.is_file():

@@ -287,6 +287,16 @@ def test_a_finished_run_that_the_mirror_lacks_is_completed(machine, drive, monke
     assert capsys.readouterr().out == ""
 
 
+def test_a_drive_that_became_full_keeps_nobody_from_a_start(machine, drive, monkeypatch):
+    run, mirror, _ = machine()
+    save(run, 5)
+    mirror.close()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    Mirror(run, drive.path.parent, print).open(CONFIG)
+    with pytest.raises(UserError, match=r"can't be written: .* could not be saved: full"):
+        Mirror(run, drive.path.parent / "new", print).open(CONFIG)
+
+
 def test_at_the_end_a_failure_is_told_once_more(machine, drive, monkeypatch):
     run, mirror, told = machine()
     save(run, 5)

@@ -163,13 +163,18 @@ class QLoRACLI(LightningCLI):
         if options.mirror is not None:
             self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell)
             self.mirror.open(config)
-        start.check_against_first(self.run, config)
+        mirrored = self.mirror.copy.adapter if self.mirror else None
+        try:
+            start.check_against_first(self.run, config)
+        except SystemExit:  # finished
+            start.check_adapter(self.run, self.model.lora, mirrored, is_needed=True)
+            raise
         self.model.prompts = self.datamodule.prompt_record()
         if self.model.adapter:
             check_settings(self.model.adapter, self.model.lora)
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
-        start.check_adapter(self.run)
+        start.check_adapter(self.run, self.model.lora, mirrored)
         self.config_text = as_yaml(config)
         self.run.write_config(self.config_text)
         if self.mirror:

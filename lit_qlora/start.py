@@ -3,7 +3,6 @@
 `training.py` asks. Knows the run's files and settings; loads no model and no data.
 """
 
-import json
 import math
 import os
 import shutil
@@ -18,13 +17,13 @@ import yaml
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import missing_bytes
 from lit_qlora.model.copies import Copies
-from lit_qlora.model.load import read_record
+from lit_qlora.model.load import Lora, read_record, read_weights
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
 from lit_qlora.storage.checkpoint_io import check_checkpoint, checkpoint_folder
 from lit_qlora.storage.files import size
-from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder
-from lit_qlora.storage.run import CARD, RUNS, RunFolder, newest_run, open_run
+from lit_qlora.storage.folders import DamagedFolderError
+from lit_qlora.storage.run import RUNS, RunFolder, mend_adapter, newest_run, open_run
 from lit_qlora.storage.settings import allowed, refused
 from lit_qlora.text import jinja
 
@@ -123,7 +122,7 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
     Raises UserError where a disk has less.
     """
     num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
-    adapters = 2 * 4 * num_trained
+    adapters = 3 * 4 * num_trained  # the best, its copy, and one more while it is written
     states = 12 * num_trained * (keep_checkpoints + 1)
     here = (file for folder in (run.adapter, run.checkpoints) for file in folder.rglob("*") if file.is_file())
     run.check_room(adapters + states - sum(file.stat().st_size for file in here))
@@ -153,31 +152,14 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
     return whole
 
 
-def check_adapter(run: RunFolder) -> None:
-    """Puts a damaged adapter aside, with a warning: it must be neither the best so far nor the one that is used."""
-    if not run.adapter.is_dir():
-        return
-    try:
-        verify_folder(run.adapter, allow_extra=True, may_differ=[CARD])
-        _check_result(run.adapter)
-    except DamagedFolderError as error:
-        aside = run.adapter.with_name("adapter.damaged")
-        if aside.exists():
-            remove_folder(aside)
-        run.adapter.rename(aside)
-        print(f"warning: {error}; put aside as {aside}, and the best is looked for anew", file=sys.stderr)
-
-
-def _check_result(adapter: Path) -> None:
-    """Its figures say whether it is still the best. Raises DamagedFolderError."""
-    file = adapter / "result.json"
-    try:
-        result = json.loads(file.read_bytes()) if file.is_file() else {"step": 0}
-        found = "no step" if type(result["step"]) is not int else None
-    except (ValueError, TypeError, KeyError) as error:
-        found = " ".join(str(error).split())
-    if found:
-        raise DamagedFolderError(adapter, file.name, "a step and its figures", found)
+def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_needed: bool = False) -> None:
+    """See `mend_adapter`. Raises UserError for an adapter that was altered and sealed again, too."""
+    mend_adapter(run, mirrored, is_needed=is_needed)
+    if run.adapter.is_dir():
+        try:
+            read_weights(run.adapter, lora.rank, lora.alpha, rslora=lora.rslora, dora=lora.dora)
+        except UserError as error:
+            raise UserError(f"{error}; move {run.adapter} away, and a copy or a new best takes its place") from error
 
 
 def template_of(adapter: Path, given: str | None) -> str | None:

@@ -167,9 +167,11 @@ class QLoRACLI(LightningCLI):
             require(bool(options.mirror.strip()), "mirror", "a folder", options.mirror)
             self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell)
             self.mirror.open(config)
+        mirrored = self.mirror.copy.adapter if self.mirror else None
         try:
             start.check_against_first(self.run, config)
         except SystemExit:  # finished
+            start.check_adapter(self.run, self.model.lora, mirrored, is_needed=True)
             if self.mirror:
                 self.mirror.complete()
             raise
@@ -178,7 +180,7 @@ class QLoRACLI(LightningCLI):
             check_settings(self.model.adapter, self.model.lora)
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
-        start.check_adapter(self.run)
+        start.check_adapter(self.run, self.model.lora, mirrored)
         self.config_text, self.lengths = as_yaml(config), start.lengths(config)
         self.run.write_config(self.config_text)
         if self.mirror:

@@ -50,8 +50,11 @@ def commands(base: str) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("base", ["merged", *DOUBLED])
-@pytest.mark.parametrize("verb", commands(""))
+@pytest.mark.parametrize(
+    ("verb", "base"),
+    [(verb, base) for verb in ("chat", "resume") for base in ("merged", *DOUBLED)]
+    + [(verb, base) for verb in ("merge", "fit") for base in ("merged", "query")],
+)
 def test_another_base_is_refused(
     place: Path, verb: str, base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

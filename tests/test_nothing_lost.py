@@ -10,11 +10,13 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lit_qlora import start
 from lit_qlora.callbacks.metrics import read_metrics
@@ -192,11 +194,7 @@ def test_a_pickle_in_a_resealed_checkpoint(run: Path, capsys: pytest.CaptureFixt
     whole = (folder / "state.safetensors").read_bytes()
     (run / "finished.json").unlink()
 
-    def fill(new: Path) -> None:
-        shutil.copytree(folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-        DAMAGES["pickled"](new / name)
-
-    folders.write_folder(folder, fill, replace=True)
+    reseal(folder, lambda new: DAMAGES["pickled"](new / name))
     assert main(FIT) == 0
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {folder}: '{name}': expected ")
@@ -238,12 +236,95 @@ def test_an_adapter_that_was_altered(run: Path, capsys: pytest.CaptureFixture[st
     assert "the adapter was altered or cut short after it was saved" in error
     (run / "finished.json").unlink()
     shutil.rmtree(run / "checkpoints/step-00000004")
+    shutil.rmtree(run / "adapter.copy")
     assert main(FIT) == 0
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: run/adapter: '{name}': expected ")
     assert warning.endswith("; put aside as run/adapter.damaged, and the best is looked for anew\n")
     assert main(["validate", "--run", "run"]) == 0
     assert (run / "adapter.damaged" / name).read_bytes() != content
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("damage", ["flipped", "removed"])
+def test_the_best_adapter_survives_what_happens_to_its_folder(
+    run: Path, capsys: pytest.CaptureFixture[str], damage: str, is_finished: bool
+) -> None:
+    weights = run / "adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    if not is_finished:
+        (run / "finished.json").unlink()
+    if damage == "flipped":
+        DAMAGES["flipped"](weights)
+    else:
+        shutil.rmtree(run / "adapter")
+    assert main(FIT) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: run/adapter: ")
+    assert warning.endswith(", and restored from run/adapter.copy")
+    assert weights.read_bytes() == whole
+
+
+def test_a_finished_run_without_a_whole_adapter_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("adapter", "adapter.copy"):
+        DAMAGES["flipped"](run / folder / "adapter_model.safetensors")
+    assert main(FIT) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: run/adapter: 'adapter_model.safetensors': expected sha256=")
+    assert error.endswith(
+        "; the run is finished, and no whole copy of its adapter is left; train it with another --run"
+    )
+    assert (run / "adapter").is_dir()
+
+
+def test_a_best_adapter_that_is_gone_with_its_copy_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "adapter.copy")
+    assert main(FIT) == 0
+    assert "warning: the best adapter so far, that of step 4, is gone from run/adapter" in "".join(capsys.readouterr())
+
+
+def reseal(folder: Path, change: Callable[[Path], object]) -> None:
+    def fill(new: Path) -> None:
+        shutil.copytree(folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        change(new)
+
+    folders.write_folder(folder, fill, replace=True)
+
+
+def with_nan(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values())).view(-1)[3] = float("nan")
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def with_other_alpha(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"lora_alpha": 16', '"lora_alpha": 32'), encoding="utf-8")
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (with_nan, "holds values that are not finite: it was altered"),
+        (with_other_alpha, "adapter_config.json has lora_alpha 32.0, expected 16.0: it was altered"),
+    ],
+)
+def test_an_adapter_that_was_altered_and_sealed_again(
+    run: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None], told: str, is_finished: bool
+) -> None:
+    if not is_finished:
+        (run / "finished.json").unlink()
+    reseal(run / "adapter", change)
+    assert main(FIT) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert told in error
+    assert error.endswith("; move run/adapter away, and a copy or a new best takes its place")
+    shutil.rmtree(run / "adapter")
+    assert main(FIT) == 0
+    assert capsys.readouterr().err.endswith(", and restored from run/adapter.copy\n")
 
 
 def test_a_second_process_is_refused_and_told_the_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

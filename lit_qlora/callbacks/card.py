@@ -67,6 +67,8 @@ def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> Non
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):  # the line of this step is not in the file yet
                 state = logger.state_dict()
+                if state["step"] is None:  # at the end of a run that was killed right before it
+                    continue
                 figures[state["step"]] = {**figures.get(state["step"], {}), **state["figures"]}
         seconds = next((part.training_s for part in trainer.callbacks if isinstance(part, Throughput)), 0.0)  # type: ignore[attr-defined]
         has_curves = draw_curves(folder / CURVES, figures, step)

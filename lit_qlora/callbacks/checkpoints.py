@@ -22,8 +22,8 @@ from lit_qlora.callbacks.tell import tell
 from lit_qlora.errors import require
 from lit_qlora.storage.checkpoint_io import check_checkpoint
 from lit_qlora.storage.files import SaveError
-from lit_qlora.storage.folders import DamagedFolderError, remove_folder, write_folder
-from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
+from lit_qlora.storage.run import RunFolder, mend_adapter
 
 RESULT = "result.json"
 """In an adapter folder: the step that it is of, and its held-out figures."""
@@ -76,6 +76,8 @@ class RunCheckpoints(StepCallback):
         self._is_due = False
         self._last_save_at = clock()
         self._unsaved: Best | None = None
+        self._kept: dict[str, Any] | None = None
+        """The result of the best validation so far: what the adapter on the disk has to be as good as."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves a run that early stopping had ended, and that was killed right behind its last save, ended."""
@@ -105,6 +107,8 @@ class RunCheckpoints(StepCallback):
         loss = figures["val/loss"]
         if math.isfinite(loss) and (best is None or loss < best.get("val/loss", math.inf)):
             self._keep(trainer, pl_module, figures)
+        if math.isfinite(loss) and (self._kept is None or loss < self._kept["val/loss"]):
+            self._kept = _result(trainer, figures)
         is_due = self._is_due or trainer.should_stop or self.stop_asked
         if is_due and validation_follows(trainer) and _is_on_edge(trainer):
             self._save(trainer, pl_module)
@@ -120,21 +124,36 @@ class RunCheckpoints(StepCallback):
         if self._unsaved:
             pl_module.load_state_dict(self._unsaved.weights)
         else:
+            if trainer.is_global_zero:
+                mend_adapter(self.run, is_needed=True)
+                self._copy_adapter()
             pl_module.load_adapter_weights(self.run.adapter)  # type: ignore[operator]
 
     def state_dict(self) -> dict[str, Any]:
-        """The best adapter, where it is not on the disk: a checkpoint must not leave it behind."""
+        """The best adapter, where it is not on the disk: a checkpoint must not leave it behind; else its result."""
         best = self._unsaved
-        return {"result": best.result, "weights": best.weights} if best else {}
+        return {"result": best.result, "weights": best.weights} if best else {"kept": self._kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on trying to save it."""
-        self._unsaved = Best(state_dict["result"], state_dict["weights"])
+        """Goes on trying to save it; or says so where it is gone from the disk."""
+        if "weights" in state_dict:
+            self._unsaved = Best(state_dict["result"], state_dict["weights"])
+            return
+        self._kept = kept = state_dict.get("kept")
+        found = read_result(self.run.adapter) if kept else None
+        if kept and (found is None or found.get("val/loss", math.inf) > kept["val/loss"]):
+            self._kept = found if found and "val/loss" in found else None
+            tell(
+                f"warning: the best adapter so far, that of step {kept['step']}, is gone from {self.run.adapter}, and "
+                "there is no whole copy; the best is looked for anew"
+            )
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         self._is_due = False
         if self._unsaved:
             self._save_adapter(trainer, module)
+        if trainer.is_global_zero and not self._unsaved:
+            self._copy_adapter()
         for logger in trainer.loggers:
             logger.save()
         target = self.run.checkpoint(trainer.global_step)
@@ -160,7 +179,7 @@ class RunCheckpoints(StepCallback):
 
     def _keep(self, trainer: Trainer, module: LightningModule, figures: dict[str, float]) -> None:
         """Saves the adapter as it is now; where that fails, holds it in host memory for the next try."""
-        result = {"step": trainer.global_step} | {k: v for k, v in figures.items() if k.startswith("val/")}
+        result = _result(trainer, figures)
         self._unsaved = Best(result, module.state_dict())
         self._save_adapter(trainer, module)
         if self._unsaved:
@@ -192,6 +211,16 @@ class RunCheckpoints(StepCallback):
             if now:
                 module.load_state_dict(now)
 
+    def _copy_adapter(self) -> None:
+        """Keeps the adapter a second time, before the checkpoint that goes with it, so that no flipped bit loses it."""
+        seal = read_seal(self.run.adapter)
+        if seal in (None, read_seal(self.run.adapter_copy)):
+            return
+        try:
+            copy_folder(self.run.adapter, self.run.adapter_copy, replace=True)
+        except (OSError, DamagedFolderError) as error:
+            tell(f"warning: {error}; the best adapter has no second copy, and the next save tries again")
+
     def attempt(self, what: str, save: Callable[[], None]) -> bool:
         """Whether ``save`` came through; if not, one line says why, and the next save is another try."""
         try:
@@ -204,6 +233,10 @@ class RunCheckpoints(StepCallback):
             return False
         self.failures.pop(what, None)
         return True
+
+
+def _result(trainer: Trainer, figures: dict[str, float]) -> dict[str, Any]:
+    return {"step": trainer.global_step} | {k: v for k, v in figures.items() if k.startswith("val/")}
 
 
 def has_stopped_early(trainer: Trainer) -> bool:

@@ -200,12 +200,40 @@ def load_adapter(
 
 
 def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
-    """Takes over the weights of ``folder``, an adapter of just this shape."""
+    """Takes over the weights of ``folder``, an adapter of just this shape.
+
+    Raises UserError where it was altered.
+    """
     from peft import set_peft_model_state_dict
+
+    own: Any = model.peft_config["default"]
+    weights = read_weights(folder, own.r, own.lora_alpha, rslora=own.use_rslora, dora=own.use_dora)
+    outcome: Any = set_peft_model_state_dict(model, weights)
+    assert not outcome.unexpected_keys, f"{folder} holds weights that this adapter lacks"
+
+
+def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: bool) -> dict[str, torch.Tensor]:
+    """The weights of an adapter that this run saved.
+
+    Raises UserError where they are not finite, or are applied otherwise than the run does.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    outcome: Any = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    assert not outcome.unexpected_keys, f"{folder} holds weights that this adapter lacks"
+    config = _read_json(folder / "adapter_config.json")
+    for name, expected in {"r": rank, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": dora}.items():
+        found = config.get(name) or False
+        if found != expected:
+            raise UserError(f"{folder}: adapter_config.json has {name} {found}, expected {expected}: it was altered")
+    file = folder / "adapter_model.safetensors"
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: the adapter can't be read: {' '.join(str(error).split())[:200]}") from error
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{file}: {name} holds values that are not finite: it was altered")
+    return weights
 
 
 def save_adapter(

@@ -119,6 +119,12 @@ def verify_folder(path: Path, *, allow_extra: bool = False, may_differ: Collecti
     return sizes
 
 
+def read_seal(path: Path) -> bytes | None:
+    """A folder's manifest as it stands there: equal ones are of equal files. None where there is none."""
+    manifest = path / MANIFEST
+    return manifest.read_bytes() if manifest.is_file() else None
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder in such a way that a kill never leaves half of it under its name.
 

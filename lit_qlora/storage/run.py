@@ -17,7 +17,14 @@ import yaml
 
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import size, write_file
-from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, recover, verify_folder
+from lit_qlora.storage.folders import (
+    DamagedFolderError,
+    clear_leftovers,
+    copy_folder,
+    recover,
+    remove_folder,
+    verify_folder,
+)
 from lit_qlora.storage.lock import RunLock
 
 RUNS = Path("runs")
@@ -39,6 +46,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.adapter = path / "adapter"
+        self.adapter_copy = path / "adapter.copy"
+        """The adapter once more, as it was at the last checkpoint: no checkpoint holds it."""
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
@@ -77,6 +86,7 @@ class RunFolder:
             ) from error
         clear_leftovers(self.checkpoints)
         recover(self.adapter)
+        recover(self.adapter_copy)
 
     def check_room(self, needed_bytes: int) -> None:
         """Raises UserError when the disk has less than ``needed_bytes`` free."""
@@ -197,6 +207,64 @@ class RunFolder:
                 if yaml.safe_load(path.read_text(encoding="utf-8")) == yaml.safe_load(text):
                     return path
         raise AssertionError("numbers do not end")
+
+
+def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False) -> None:
+    """Puts a damaged adapter aside and takes a whole copy in its place, with a warning.
+
+    It must be neither the best so far nor the one that is used. A run without any may have kept none yet.
+
+    Args:
+        run: whose.
+        mirrored: another place that may hold a copy.
+        is_needed: whether there has to be one: raises UserError, and moves nothing, where no whole one is left.
+    """
+    try:
+        _verify_adapter(run.adapter)
+    except DamagedFolderError as error:
+        problem = str(error)
+    else:
+        return
+    whole = next((copy for copy in (run.adapter_copy, mirrored) if copy and _is_whole_adapter(copy)), None)
+    if whole is None and is_needed:
+        raise UserError(
+            f"{problem}; the run is finished, and no whole copy of its adapter is left; train it with another --run"
+        )
+    if run.adapter.is_dir():
+        aside = run.adapter.with_name("adapter.damaged")
+        if aside.exists():
+            remove_folder(aside)
+        run.adapter.rename(aside)
+        problem += f"; put aside as {aside}"
+    elif whole is None:
+        return
+    if whole:
+        copy_folder(whole, run.adapter)
+    print(
+        f"warning: {problem}, and {f'restored from {whole}' if whole else 'the best is looked for anew'}",
+        file=sys.stderr,
+    )
+
+
+def _verify_adapter(folder: Path) -> None:
+    """Files and figures, which say whether it is still the best. Raises DamagedFolderError."""
+    verify_folder(folder, allow_extra=True, may_differ=[CARD])
+    file = folder / "result.json"
+    try:
+        result = json.loads(file.read_bytes()) if file.is_file() else {"step": 0}
+        found = "no step" if type(result["step"]) is not int else None
+    except (ValueError, TypeError, KeyError) as error:
+        found = " ".join(str(error).split())
+    if found:
+        raise DamagedFolderError(folder, file.name, "a step and its figures", found)
+
+
+def _is_whole_adapter(folder: Path) -> bool:
+    try:
+        _verify_adapter(folder)
+    except DamagedFolderError:
+        return False
+    return True
 
 
 def _verify(folder: Path) -> None:

@@ -23,7 +23,7 @@ from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.storage import folders
 from lit_qlora.storage.lock import RunLock
-from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.run import RunFolder, mend_adapter
 
 QUICK = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
@@ -374,7 +374,8 @@ def test_a_damaged_result_puts_the_adapter_aside(run: Path, capsys: pytest.Captu
     digest = hashlib.sha256(text.encode()).hexdigest()
     entries["files"]["result.json"] = {"bytes": len(text), "sha256": digest}
     manifest.write_text(json.dumps(entries))
-    start.check_adapter(RunFolder(run))
+    shutil.rmtree(run / "adapter.copy", ignore_errors=True)
+    mend_adapter(RunFolder(run))
     err = capsys.readouterr().err
     assert err.startswith("warning: run/adapter: 'result.json': expected a step and its figures, found ")
     assert err.endswith("; put aside as run/adapter.damaged, and the best is looked for anew\n")

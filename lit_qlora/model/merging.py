@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_qlora.errors import UserError
@@ -102,8 +102,12 @@ class LoraWeights:
             raise UserError(f"adapter: {folder} has {found[0]}={config[found[0]]!r}, which merge does not know")
         self.alpha, self.rslora = float(config["lora_alpha"]), bool(config.get("use_rslora"))
         self._file = folder / "adapter_model.safetensors"
-        with safe_open(self._file, framework="pt") as file:
-            self._keys = {_plain(key): key for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                self._keys = {_plain(key): key for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"adapter: {self._file} can't be read ({reason}); copy it anew") from error
 
     @property
     def targets(self) -> set[str]:

@@ -136,7 +136,7 @@ class Mirror:
         newer = [step for step in self.copy.saved_steps() if step > own]
         for step in reversed(newer):
             try:
-                verify_folder(self.copy.checkpoint(step))
+                verify_folder(self.copy.checkpoint(step), allow_extra=True)
             except DamagedFolderError as error:
                 print(f"warning: mirror: {error}; going back to the checkpoint before", file=sys.stderr)
                 continue
@@ -237,7 +237,7 @@ class Mirror:
         """Looked at once: all of it is read."""
         if step not in self._whole:
             try:
-                verify_folder(self.copy.checkpoint(step))
+                verify_folder(self.copy.checkpoint(step), allow_extra=True)
             except DamagedFolderError:
                 return False
             self._whole.add(step)

@@ -214,14 +214,20 @@ def _prompt(where: str, row: dict[str, Any], fits: Callable[[Conversation], obje
     try:
         if column is None:
             raise ValueError(f"expected a column prompt or messages with something in it, found {', '.join(row)}")
+        system = row.get("system") or None
+        if not isinstance(system, str | None):
+            raise ValueError(f"expected a text in system, got {type(system).__name__}")
         if column == "prompt":
-            conversation = Conversation((Turn("user", row["prompt"]),), row.get("system") or None)
+            conversation = Conversation((Turn("user", row["prompt"]),), system)
         else:
             listed = row[column]
             if isinstance(listed, str):  # in a csv
                 with suppress(ValueError):
                     listed = json.loads(listed)
             conversation = messages.parse(listed)
+            if system and conversation.system not in (None, system):
+                raise ValueError("a system text stands in the messages, and another beside them; keep one")
+            conversation = replace(conversation, system=system or conversation.system)
         check_prompt(conversation, fits)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error

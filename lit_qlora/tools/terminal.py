@@ -182,7 +182,10 @@ class Terminal(Dialog):
     def _save(self, name: str) -> None:
         if not self.turns:
             raise UserError("nothing was answered yet")
-        words = shlex.split(name)
+        try:
+            words = shlex.split(name)
+        except ValueError:  # a quote that nothing closes
+            words = [name]
         if len(words) != 1 or not words[0].endswith(".jsonl"):
             raise UserError(f"expected one name that ends in .jsonl, got {name!r}")
         system = self.effective_system

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints, read_result
-from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
+from lit_qlora.storage.checkpoint_io import _NEEDED, FolderCheckpointIO
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.run import RunFolder
@@ -42,7 +42,7 @@ def weights(step: int) -> torch.Tensor:
 
 def save(run: RunFolder, step: int) -> RunCheckpoints:
     """What a run does at a step that is the best so far: config, adapter, checkpoint, and the oldest one goes."""
-    state = {"state_dict": {"w": weights(step)}, "global_step": step}
+    state = dict.fromkeys(_NEEDED) | {"state_dict": {"w": weights(step)}, "global_step": step}
     trainer: Any = SimpleNamespace(
         global_step=step,
         loggers=[],

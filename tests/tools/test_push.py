@@ -17,9 +17,8 @@ import pytest
 
 from lit_qlora.cli import main
 from lit_qlora.model.load import read_record
-from lit_qlora.start import check_adapter
 from lit_qlora.storage.folders import write_folder
-from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.run import RunFolder, mend_adapter
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")  # huggingface_hub, of how it calls its own client
@@ -366,7 +365,7 @@ def test_an_edited_card_makes_no_damaged_adapter(trained, tmp_path, capsys):
     shutil.copytree(trained, run)
     (run / "adapter" / "README.md").write_text("# Mine\n")
     read_record(run / "adapter")
-    check_adapter(RunFolder(run))
+    mend_adapter(RunFolder(run))
     assert (run / "adapter").is_dir()
     assert capsys.readouterr().err == ""
 

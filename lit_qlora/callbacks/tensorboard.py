@@ -114,6 +114,8 @@ class RunTensorBoard(TensorBoardLogger):
         if self._is_broken:
             return
         before = {*self._run.glob("events.out.tfevents.*")}
+        if self._experiment is None:
+            _wait_for_a_later_name(before)
         try:
             write()
         except OSError as error:
@@ -156,3 +158,10 @@ def _silence_writer_thread() -> None:
             others(args)
 
     threading.excepthook = all_but_writer
+
+
+def _wait_for_a_later_name(files: set[Path]) -> None:
+    """Until a new file stands behind ``files``: TensorBoard reads them by name, in which there is the second."""
+    seconds = {file.name.split(".")[3] for file in files}
+    while str(int(time.time())) in seconds:
+        time.sleep(0.02)

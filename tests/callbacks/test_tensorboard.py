@@ -65,6 +65,8 @@ def test_a_run_that_was_never_saved_starts_its_curves_anew(tmp_path):
     write(tmp_path, None, (0, 8.0), (1, 8.0))
     write(tmp_path, None, (0, 1.0), (1, 0.5))
     assert read(tmp_path)[0] == [(0, 1.0), (1, 0.5)]
+    # By name, in which there is the second: of one second, a process's tenth file would stand behind its eleventh.
+    assert len({file.name.split(".")[3] for file in tmp_path.glob("events.out.tfevents.*")}) == 2
 
 
 def test_tensorflow_is_not_imported(tmp_path):

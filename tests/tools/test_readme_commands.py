@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(
     r"^\| `python main\.py ([^`]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
 )
+DEMO = str(ROOT / "configs" / "demo.yaml")
 FILLED_IN = {
-    "fit --config F": ["fit", "--config", str(ROOT / "configs" / "demo.yaml"), "--run", "new", "--trainer.max_steps", "2",
+    "fit --config F": ["fit", "--config", DEMO, "--run", "new", "--trainer.max_steps", "2",
                        "--trainer.limit_val_batches", "1", "--samples.count", "0"],
-    "plan --config F": ["plan", "--config", str(ROOT / "configs" / "demo.yaml")],
+    "plan --config F": ["plan", "--config", DEMO],
     "predict --prompts F --output F": ["predict", "--prompts", "prompts.txt", "--output", "answers.jsonl"],
     "merge --output DIR": ["merge", "--output", "merged"],
     "export --to gguf --output F": ["export", "--to", "gguf", "--output", "demo.gguf"],

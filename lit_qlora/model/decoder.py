@@ -170,7 +170,6 @@ class _DecoderLayer(torch.autograd.Function):
         ctx: Any, hidden: Tensor, places: Places, layer: Layer, keeps: bool, seed: int, *lora: Tensor
     ) -> Tensor:
         ctx.save_for_backward(hidden, *lora)
-        hidden = hidden.detach()  # compiled kernels look at the gradient, and torch warns where there can't be one
         products = _Products(layer, hidden.dtype, seed)
         kept = _inner(hidden, places, layer, products, with_graph=keeps)
         (out,) = products(DOWN, layer.pointwise.swiglu(kept.gate, kept.up))
@@ -180,7 +179,7 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        hidden, layer, places = ctx.saved_tensors[0].detach(), ctx.layer, ctx.places
+        hidden, layer, places = ctx.saved_tensors[0], ctx.layer, ctx.places
         products = _Products(layer, hidden.dtype, ctx.seed, remember=ctx.kept is None)
         kept, ctx.kept = ctx.kept or _inner(hidden, places, layer, products, with_graph=True), None
         heads, attended, middle, gate, up, products.low = kept

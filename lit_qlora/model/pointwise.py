@@ -80,6 +80,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     seen = set[tuple[torch.Size, ...]]()
 
     def marked(*args: Any) -> Any:
+        # The compiler looks at a tensor's gradient, and torch warns where it is no leaf.
+        args = tuple(arg.detach() if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args)
         shapes = tuple(arg.shape for arg in args if isinstance(arg, Tensor))
         if shapes not in seen:  # else nothing is compiled, and marks would cost as much as the kernel
             seen.add(shapes)

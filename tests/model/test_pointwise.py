@@ -62,7 +62,7 @@ def test_compiled_is_eager_but_for_rounding_and_compiles_once_for_all_lengths():
                 ("rms_norm_backward", (grad, x, rms_norm(x, weight, 1e-5)[1], weight, other)),
                 ("swiglu", (x, other)),
                 ("swiglu_backward", (grad, x, other)),
-                ("rotate", (x.view(2, length, 2, 8), other[:1, :, :8], grad[:1, :, :8])),
+                ("rotate", (*(one.view(2, length, 2, 8) for one in (x, grad)), other[:1, :, :8], grad[:1, :, :8])),
             ]
             for name, args in calls:
                 torch.testing.assert_close(getattr(kernels, name)(*args), getattr(EAGER, name)(*args))

@@ -41,7 +41,8 @@ class LearnsInParts(LightningModule):
         self._is_learned = found is None
         if found is None:
             if batch_idx % self.trainer.accumulate_grad_batches == 0:  # the first of a step
-                self._put_back([(parameter, None) for parameter, _ in self._gradients()])
+                for parameter in self.parameters():
+                    parameter.grad = None
             found = self._learn_in_parts(batch)
         loss_sum, num_correct, num_answers = found
         # Lightning divides by the micro-batches of a step, and its strategy by the devices: both are undone

@@ -62,9 +62,9 @@ def predict(
         raise UserError(f"output: {target} exists already; give another name or remove it")
     if not target.parent.is_dir():
         raise UserError(f"output: no folder {target.parent}")
-    rows = _read(Path(prompts))  # a file that is wrong is told of first
+    rows = read_file(Path(prompts))  # one that is wrong is told of first
     answerer = Answerer(run, adapter, base)
-    questions = [(where, _prompt(where, row, answerer.encoder.check)) for where, row in rows]
+    questions = open_prompts(rows, answerer.encoder.check)
     ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
     unfinished = Unfinished(target)
     with unfinished.open(_belongs_to(answerer, ids, sampling, batch_size)) as done:
@@ -181,17 +181,18 @@ class _Progress:
         self._bar.close()
 
 
-def read_prompts(
-    path: Path, fits: Callable[[Conversation], object] = llama2.segments
+def open_prompts(
+    rows: Sequence[tuple[str, dict[str, Any]]], fits: Callable[[Conversation], object] = llama2.segments
 ) -> list[tuple[str, Conversation]]:
-    """The open prompts of a file, each with its place; ``fits`` as `check_prompt` has it.
+    """The open prompts of what `read_file` found, each with its place; ``fits`` as `check_prompt` has it.
 
     Raises UserError naming file and line for what is no prompt.
     """
-    return [(where, _prompt(where, row, fits)) for where, row in _read(path)]
+    return [(where, _prompt(where, row, fits)) for where, row in rows]
 
 
-def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a file of prompts, each with its place. Raises UserError for a file that holds none."""
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -22,7 +22,7 @@ from lit_qlora.text import guanaco
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools import predict as module
 from lit_qlora.tools.answerer import Answer, Answerer
-from lit_qlora.tools.predict import batches_by_length, read_prompts
+from lit_qlora.tools.predict import batches_by_length, open_prompts, read_file
 from lit_qlora.tools.unfinished import Unfinished
 
 ROOT = Path(__file__).parents[2]
@@ -334,14 +334,16 @@ def test_every_form_of_prompts(tmp_path, capsys):
     quoted = json.dumps(dialog).replace('"', '""')
     (tmp_path / "p.csv").write_text(f'prompt,system,messages\n,,"{quoted}"\n"x, y",S,\nz,,\n')
     for name in ("p.jsonl", "p.json", "p.parquet", "p.csv"):
-        assert [conversation for _, conversation in read_prompts(tmp_path / name)] == [long, short, bare], name
+        assert [conversation for _, conversation in open_prompts(read_file(tmp_path / name))] == [long, short, bare], (
+            name
+        )
     (tmp_path / "p.txt").write_text("\ufeffz\r\n\n  one\u2028line \n", encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt") == [
+    assert open_prompts(read_file(tmp_path / "p.txt")) == [
         (f"{tmp_path}/p.txt:1", bare),
         (f"{tmp_path}/p.txt:3", Conversation((Turn("user", "one\u2028line"),))),
     ]
     (tmp_path / "only.csv").write_text("prompt\nz\n")
-    assert [conversation for _, conversation in read_prompts(tmp_path / "only.csv")] == [bare]
+    assert [conversation for _, conversation in open_prompts(read_file(tmp_path / "only.csv"))] == [bare]
 
 
 def test_a_systems_text_and_earlier_turns_reach_the_model(here, answerer):

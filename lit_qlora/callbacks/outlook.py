@@ -15,7 +15,7 @@ from lit_qlora.model.cards import Card, find_card
 from lit_qlora.model.device import current_device
 from lit_qlora.model.memory import GIB, Step, StepMemory
 from lit_qlora.model.shape import Shape
-from lit_qlora.model.speed import Epoch, epoch_hours
+from lit_qlora.model.speed import Epoch, epoch_hours, waits_for_host
 
 ANSWER_SHARE = 0.86
 """Tokens of answers, of all tokens: measured on guanaco-llama2-1k with Llama 2's tokenizer."""
@@ -37,6 +37,7 @@ PARTS = {
     "layer": "one layer while it is worked on",
     "loss": "loss: logits of 1,024 rows, hidden states",
     "dequantisation": "one weight out of its 4 bits",
+    "recordings": "what recorded kernels read and write",
     "cache": "keys and values of sample answers",
     "workspace": "cuBLAS's scratch",
 }
@@ -52,6 +53,7 @@ def step_of(
     tokens: int,
     scored_share: float,
     accumulate: int,
+    cuda_graphs: bool | str = False,
 ) -> Step:
     """A training step in the formulas' terms, with as many layers kept as ``checkpointing`` means on ``card``."""
     targets = lora.target_modules
@@ -68,6 +70,9 @@ def step_of(
         accumulates=accumulate > 1,
         workspace=memory.HOPPER_WORKSPACE if card.capability >= (9, 0) else memory.WORKSPACE,
     )
+    if cuda_graphs == "auto":
+        cuda_graphs = lora.dropout == 0 and waits_for_host(replace(step, kept_layers=shape.num_layers), card)
+    step = replace(step, replays=bool(cuda_graphs))
     if checkpointing == "auto":
         return replace(step, kept_layers=memory.most_kept_layers(step, int(card.memory_gib * GIB)))
     return replace(step, kept_layers=0 if checkpointing == "full" else shape.num_layers)
@@ -117,6 +122,7 @@ def planned_step(module: Any, data: Any, trainer: Any) -> tuple[Step, Epoch, Car
         module.base.shape, module.lora, module.optimizer_name, module.checkpointing,
         str(trainer.precision), card, largest,
         sum(rows.answer_tokens) / epoch.tokens, trainer.accumulate_grad_batches,
+        module.cuda_graphs if not (data.plan.packed or module.slow_because) else False,
     )  # fmt: skip
     return step, epoch, card
 
@@ -130,7 +136,8 @@ def short_lines(step: Step, epoch: Epoch, card: Card) -> list[str]:
         f"predicted for {card.name}: {peak.on_card / GIB:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
         f"torch reserves {peak.reserved / GIB:.2f}; {verdict}",
         *memory_lines(peak, card),
-        f"{step.tokens:,} tokens in the largest micro-batch; {kept_words(step)}",
+        f"{step.tokens:,} tokens in the largest micro-batch; {kept_words(step)}"
+        + ("; kernels are recorded (CUDA graphs): the card would wait for its host" if step.replays else ""),
     ]
     hours = epoch_hours(step, epoch, card)
     if hours is not None:
@@ -150,7 +157,9 @@ def memory_lines(peak: StepMemory, card: Card) -> Iterator[str]:
         if part.name in PARTS and size:
             yield memory_line(PARTS[part.name], size, unit)
     yield memory_line("allocated (torch.cuda.max_memory_allocated)", peak.total, unit)
-    yield memory_line(f"fragmentation, {memory.FRAGMENTATION:.0%}", peak.reserved - peak.total, unit)
+    if peak.apart:
+        yield memory_line("beside it: the rest, which recorded kernels can't share", peak.apart, unit)
+    yield memory_line(f"fragmentation, {memory.FRAGMENTATION:.0%}", peak.reserved - peak.total - peak.apart, unit)
     yield memory_line("CUDA context", memory.CONTEXT, unit)
     share = peak.on_card / GIB / card.memory_gib
     yield memory_line(f"in all, {share:.0%} of {card.memory_gib:.2f} GiB", peak.on_card, unit)

@@ -29,6 +29,8 @@ class Trial(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         planned = planned_step(module, data, trainer)
+        if planned:
+            module.replays = planned[0].replays
         if planned and module.checkpointing == "auto":
             module.kept_layers = planned[0].kept_layers
         batch = module.transfer_batch_to_device(data.largest_batch(), module.device, 0)

@@ -21,6 +21,8 @@ class LearnsInParts(LightningModule):
         super().__init__()
         self.kept_layers = 0
         """How many layers keep what their matrix products gave, for the backward pass."""
+        self.replays = False
+        """Whether the layers' kernels are replayed from recordings, which take memory of their own."""
         self.parts = 1
         """In how many parts a micro-batch is learned; 2 once memory has run out."""
         self._batch: Batch
@@ -93,13 +95,16 @@ class LearnsInParts(LightningModule):
                 self._make_room(batch)
 
     def _make_room(self, batch: Batch) -> None:
-        """After memory ran out: layers compute again instead of keeping; then micro-batches go in halves.
+        """After memory ran out: nothing is recorded; then layers compute again; then micro-batches go in halves.
 
-        Raises OutOfRoomError when both are done already.
+        Raises OutOfRoomError when all is done already.
         """
         rows, tokens = len(batch.rows), batch.input_ids.numel()
         what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
-        if self.kept_layers:
+        if self.replays:
+            self.replays = False
+            done = "kernels are no longer recorded"
+        elif self.kept_layers:
             self.kept_layers = 0
             done = "every layer computes its inside again from now on"
         elif self.parts == 1 and rows > 1:

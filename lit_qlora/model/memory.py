@@ -56,6 +56,8 @@ class Step:
     """Bytes of the precision: 2 in 16-mixed and bf16-mixed, 4 in 32-true."""
     accumulates: bool = False
     workspace: int = WORKSPACE
+    replays: bool = False
+    """Whether the layers' kernels are recorded, as `model.graphs` does it."""
 
     @cached_property
     def lora_tensors(self) -> list[int]:
@@ -84,19 +86,24 @@ class StepMemory:
     """Logits, a chunk of rows at a time, and the last hidden states with their gradient."""
     dequantisation: int = 0
     """The 4-bit weights that stand in 16 bits just now."""
+    recordings: int = 0
+    """What recorded kernels read and write."""
     cache: int = 0
     """Keys and values of the sample answers."""
     workspace: int = 0
+    apart: int = 0
+    """What the allocator holds beside all that for other moments, and can't give to this one: of recorded kernels, or
+    for them."""
 
     @property
     def total(self) -> int:
         """To be compared with ``torch.cuda.max_memory_allocated()``."""
-        return sum(getattr(self, part.name) for part in fields(self) if part.name != "moment")
+        return sum(getattr(self, part.name) for part in fields(self) if part.name not in ("moment", "apart"))
 
     @property
     def reserved(self) -> int:
         """To be compared with ``torch.cuda.max_memory_reserved()``."""
-        return int(self.total * (1 + FRAGMENTATION))
+        return int((self.total + self.apart) * (1 + FRAGMENTATION))
 
     @property
     def on_card(self) -> int:
@@ -199,7 +206,7 @@ def moments(step: Step) -> list[StepMemory]:
         dequantisation=widest + 8 * widest // size // NF4_BLOCK,  # its scales, in fp32 and once more with their offset
     )
     # The last step's gradients are there until backward begins; while micro-batches add up, all the time.
-    accumulated = 4 * lora if step.accumulates else 0
+    accumulated = 4 * lora if step.accumulates and not step.replays else 0
     found = [
         replace(always, moment="loss", activations=activations, gradients=4 * lora, loss=loss_bytes(step)),
         replace(once, moment="start of backward", activations=activations, gradients=accumulated),
@@ -218,12 +225,28 @@ def moments(step: Step) -> list[StepMemory]:
                 gradients=max(accumulated, done),
             )
         )
-    return found
+    return _recorded(step, found) if step.replays else found
 
 
 def step_memory(step: Step) -> StepMemory:
     """The highest moment. Evaluation takes less: the same batches, with nothing kept for a backward."""
-    return max(moments(step), key=lambda moment: moment.total)
+    return max(moments(step), key=lambda moment: moment.total + moment.apart)
+
+
+def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:
+    """The moments of `moments`, where the layers' kernels are recorded: those have memory that nothing else uses."""
+    shape, lora = step.shape, 4 * sum(step.lora_tensors)
+
+    def inside(moment: StepMemory) -> int:
+        return moment.activations + moment.layer + moment.dequantisation + moment.gradients
+
+    outside = [moment for moment in once if moment.moment in ("loss", "update")]
+    deepest = max((moment for moment in once if moment not in outside), key=inside)
+    states = 2 * step.element * step.tokens * shape.hidden
+    evaluated = step.tokens * step.element * 3 * (shape.hidden + shape.linears["gate_proj"][1])
+    beside = max(evaluated, *(moment.loss + moment.layer for moment in outside))
+    others = [replace(moment, activations=0, recordings=states, apart=inside(deepest)) for moment in outside]
+    return [replace(deepest, gradients=deepest.gradients + lora, recordings=states, apart=beside), *others]
 
 
 def sampling_memory(step: Step, num_prompts: int, prompt_tokens: int, new_tokens: int) -> StepMemory:

@@ -20,8 +20,15 @@ from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.decoder import Layer, run_layers, take_apart, why_not
-from lit_qlora.model.device import Attention, check_attention, check_compile, compute_dtype, current_device
+from lit_qlora.model.device import (
+    Attention,
+    check_attention,
+    check_compile,
+    compute_dtype,
+    current_device,
+)
 from lit_qlora.model.generate import Sampling, generate
+from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.learning import LearnsInParts
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import OptimizerName, Schedule, make_optimizer, make_schedule
@@ -53,6 +60,8 @@ class QLoRAModule(LearnsInParts):
             what matrix products and attention gave; none keeps whatever there is, which is the same unless DoRA is
             on; auto keeps on as many layers as the memory allows.
         compile: one GPU kernel for each norm, activation and rotation; auto: on a GPU.
+        cuda_graphs: a step's kernels recorded once for each shape of a micro-batch, and started together: for a GPU
+            that is faster than its host; without dropout and packing. auto: where the forecast says that it pays.
         attention: implementation of attention in transformers.
         quantized_cache: where a 4-bit copy of the base is kept for the next start: auto, beside the hub's cache, for
             bases from half a billion weights on; none; or a folder.
@@ -75,6 +84,7 @@ class QLoRAModule(LearnsInParts):
         weight_decay: float = 0.0,
         checkpointing: Checkpointing = "auto",
         compile: bool | Literal["auto"] = "auto",  # noqa: A002  # the option is called by the field's own word
+        cuda_graphs: bool | Literal["auto"] = "auto",
         attention: Attention = "sdpa",
         quantized_cache: str = "auto",
     ) -> None:
@@ -88,6 +98,15 @@ class QLoRAModule(LearnsInParts):
         check_attention(attention, current_device())
         self.eager_because = check_compile(compile, current_device())
         """What is missing for compiled kernels, where they were to be; None otherwise."""
+        require(
+            cuda_graphs is not True or not (dropout or dora),
+            "model.cuda_graphs",
+            "auto or false with dropout or dora",
+            True,
+        )
+        require(
+            cuda_graphs is not True or current_device().capability is not None, "model.cuda_graphs", "a CUDA GPU", True
+        )
         self.base: Base = find_base(base)
         load.check_targets(self.base, target_modules)
         self.adapter = Path(adapter) if adapter else None
@@ -97,6 +116,7 @@ class QLoRAModule(LearnsInParts):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_ratio, self.schedule, self.optimizer_name = warmup_ratio, schedule, optimizer
         self.checkpointing, self.compiles, self.attention = checkpointing, compile, attention
+        self.cuda_graphs = cuda_graphs
         self.quantized_cache = quantized_cache
         self.copy_line: str | None = None
         self.prompts: Mapping[str, Any] = {"prompt_format": load.PROMPT_FORMAT}
@@ -106,6 +126,7 @@ class QLoRAModule(LearnsInParts):
         """Why the layers are transformers' and peft's own in training; None where they are ours."""
         self._layers: dict[bool, list[Layer]] = {}
         """In train mode and out of it, where nothing is dropped."""
+        self._graphs: Graphs | None = None
         self.gradient_norm: Tensor = torch.tensor(0.0)
         """Of the last optimizer step, before clipping."""
         # Only adapters are saved, so a checkpoint never has all the keys of the module.
@@ -134,7 +155,7 @@ class QLoRAModule(LearnsInParts):
         else:
             self.model = load.add_lora(base_model, self.lora)
         self.slow_because = why_not(self.model)
-        self.kept_layers = self._choose_kept_layers()
+        self.kept_layers, self.replays = self._choose_kept_layers(), self.cuda_graphs is True
         if self.slow_because:
             checkpoint_layers(base_model.model.layers, self.checkpointing)
         # from_pretrained hands out every module in eval mode, and Lightning leaves it so: no dropout.
@@ -222,8 +243,14 @@ class QLoRAModule(LearnsInParts):
             compiles = compiles and self.eager_because is None
             self._layers[self.training] = take_apart(self.peft_model, compiled() if compiles else EAGER)
         hidden = decoder.embed_tokens(batch.input_ids)
+        layers = self._layers[self.training]
+        if self.replays and self.training and torch.is_grad_enabled() and not batch.lengths:
+            if self._graphs is None or self._graphs.kept_layers != self.kept_layers:
+                self._graphs = Graphs(layers, self.kept_layers, decoder.rotary_emb)
+            return decoder.norm(self._graphs(hidden))  # type: ignore[no-any-return]
+        self._graphs = self._graphs if self.replays else None
         places = find_places(decoder.rotary_emb, hidden, batch.lengths)
-        return decoder.norm(run_layers(self._layers[self.training], hidden, places, self.kept_layers))  # type: ignore[no-any-return]
+        return decoder.norm(run_layers(layers, hidden, places, self.kept_layers))  # type: ignore[no-any-return]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the sums over the held-out rows."""

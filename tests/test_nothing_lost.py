@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lit_qlora import start
-from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.cli import main
 from lit_qlora.storage import folders
 from lit_qlora.storage.lock import RunLock
@@ -73,6 +74,49 @@ def test_a_last_save_that_fails_ends_with_status_1_and_the_same_command_mends_it
     assert Path("run/finished.json").is_file()
     for name in ("checkpoints/step-00000004/state.safetensors", "adapter/adapter_model.safetensors"):
         assert Path("run", name).read_bytes() == (finished / "run" / name).read_bytes()
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard's page shows of a run, but for speed and memory."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(run)).Reload()
+    return {
+        name: [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(name)]
+        for name in events.Tags()["tensors"]
+        if not name.startswith(("speed/", "memory/"))
+    }
+
+
+@pytest.mark.parametrize("what", ["TensorBoard", "metrics.jsonl"])
+def test_figures_that_found_no_room_to_the_end_are_status_1_and_the_same_command_writes_them(
+    here: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if what == "TensorBoard":
+            patch.setattr(RecordWriter, "write", full)
+            problem = "TensorBoard's file in run can't be written: No space left on device"
+        else:
+            patch.setattr(MetricsFile, "_append", full)
+            problem = "run/metrics.jsonl can't be written: No space left on device"
+        assert main(FIT) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {problem}; training goes on, its ")
+    assert last == (
+        f"error: trained to the end, and not saved: {problem}; the same command goes on from the last checkpoint that "
+        "stands"
+    )
+    assert not Path("run/finished.json").exists()
+    assert main(FIT) == 0
+    assert capsys.readouterr().err == ""
+    assert Path("run/finished.json").is_file()
+    assert curves(Path("run")) == curves(finished / "run")
+    steps = [[line["step"] for line in read_metrics(run / "metrics.jsonl")] for run in (Path("run"), finished / "run")]
+    assert steps[0] == steps[1] == [0, 1, 2, 3, 4]
 
 
 def test_a_run_killed_between_its_last_save_and_its_end_is_ended_by_the_next_start(

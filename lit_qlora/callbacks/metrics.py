@@ -61,7 +61,9 @@ class MetricsFile(Logger):
         self._step: int | None = None
         self._figures: dict[str, float] = {}
         self._unwritten: dict[int, str] = {}
-        self._was_told, self._is_synced = False, True
+        self._is_synced = True
+        self.problem: str | None = None
+        """Why what came last is not in the file."""
         _drop_torn_line(path)
         _drop_damaged_lines(path, resumed_step)
         self._last_written = max((line["step"] for line in read_metrics(path)), default=-1)
@@ -117,7 +119,7 @@ class MetricsFile(Logger):
             self._unwritten[self._step] = json.dumps({"step": self._step, **figures}) + "\n"
         self._step, self._figures = None, {}
         try:
-            if self._was_told:  # the last try may have left a part of a line, or a whole one
+            if self.problem:  # the last try may have left a part of a line, or a whole one
                 _drop_torn_line(self.path)
                 self._last_written = max((line["step"] for line in read_metrics(self.path)), default=-1)
             self._append([line for step, line in self._unwritten.items() if step > self._last_written])
@@ -125,13 +127,12 @@ class MetricsFile(Logger):
             self._tell(error)
             return
         self._last_written = max([self._last_written, *self._unwritten])
-        self._unwritten, self._was_told = {}, False
+        self._unwritten, self.problem = {}, None
 
     def _tell(self, error: OSError) -> None:
-        if not self._was_told:
-            why = error.strerror or error
-            tell(f"error: {self.path} can't be written: {why}; training goes on, its lines are kept for later")
-        self._was_told = True
+        if self.problem is None:
+            self.problem = f"{self.path} can't be written: {error.strerror or error}"
+            tell(f"error: {self.problem}; training goes on, its lines are kept for later")
 
     def _append(self, lines: list[str]) -> None:
         if lines:

@@ -43,9 +43,17 @@ class RunTensorBoard(TensorBoardLogger):
         """Of those."""
         self._sound_bytes = 0
         """Of the file that is open: those that were flushed."""
-        self._is_broken = False
+        self._is_begun = self._is_broken = False
         self.problem: str | None = None
         """Why what came last is not in a file."""
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's writer, once there was something to write; else None.
+
+        Lightning asks for it before the checkpoint is loaded that says what to drop, and minds no full disk.
+        """
+        return super().experiment if self._is_begun else None
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Adds figures; the configuration comes with the first."""
@@ -113,6 +121,7 @@ class RunTensorBoard(TensorBoardLogger):
     def _try(self, write: Callable[[], None]) -> None:
         if self._is_broken:
             return
+        self._is_begun = True
         before = {*self._run.glob("events.out.tfevents.*")}
         if self._experiment is None:
             _wait_for_a_later_name(before)

@@ -316,6 +316,7 @@ def test_what_was_kept_is_there_once_though_a_kill_came_between_its_flush_and_th
     logger.save()  # and was killed before the checkpoint of step 5
     for _ in range(2):
         resumed = RunTensorBoard(tmp_path, "a: 1\n", 4)
+        assert resumed.experiment is None  # for which Lightning asks before it loads a checkpoint
         resumed.load_state_dict(state)
         resumed.log_metrics({"a": 5.0}, 5)
         resumed.save()

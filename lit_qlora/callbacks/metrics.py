@@ -64,7 +64,9 @@ class MetricsFile(Logger):
         self._is_synced = True
         self.problem: str | None = None
         """Why what came last is not in the file."""
-        _drop_torn_line(path)
+        dropped_bytes = _drop_torn_line(path)
+        if dropped_bytes:
+            print(f"warning: {path}: its last {dropped_bytes} bytes are no whole line, and are left out", file=sys.stderr)
         _drop_damaged_lines(path, resumed_step)
         self._last_written = max((line["step"] for line in read_metrics(path)), default=-1)
 
@@ -105,11 +107,19 @@ class MetricsFile(Logger):
             self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """The line that is still open."""
-        return {"step": self._step, "figures": dict(self._figures), "unwritten": dict(self._unwritten)}
+        """The line that is still open, and up to which step the file goes without it."""
+        open_line = {"step": self._step, "figures": dict(self._figures)}
+        return {**open_line, "unwritten": dict(self._unwritten), "last_written": self._last_written}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the line that was open."""
+        """Goes on with the line that was open; says so where the file ends before what was written by then."""
+        last_written = state_dict.get("last_written", -1)  # a state of an earlier version has none
+        if self._last_written < last_written:
+            print(
+                f"warning: {self.path}: its lines of the steps {self._last_written + 1} to {last_written}, which the "
+                "checkpoint counted on, are lost",
+                file=sys.stderr,
+            )
         self._step, self._figures = state_dict["step"], dict(state_dict["figures"])
         self._unwritten = dict(state_dict["unwritten"])
 
@@ -180,12 +190,13 @@ def _drop_damaged_lines(path: Path, resumed_step: int) -> None:
     replace_file(path, b"".join(kept))
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cuts off the part of a line that a kill left at the end; its step will be gone through again."""
-    if path.is_file():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
+def _drop_torn_line(path: Path) -> int:
+    """Cuts off the part of a line that a kill left at the end; its step will be gone through again. Returns its bytes."""
+    content = path.read_bytes() if path.is_file() else b""
+    torn_bytes = len(content) - content.rfind(b"\n") - 1
+    if torn_bytes:
+        os.truncate(path, len(content) - torn_bytes)
+    return torn_bytes
 
 
 def _plain(value: float) -> float | str:

@@ -25,6 +25,7 @@ from lit_qlora.cli import main
 from lit_qlora.storage import folders
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.run import RunFolder, mend_adapter
+from lit_qlora.storage.state import load_state, save_state
 
 QUICK = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
@@ -245,6 +246,44 @@ def test_a_pickle_in_a_resealed_checkpoint(run: Path, capsys: pytest.CaptureFixt
     assert warning.endswith("; going back to the checkpoint before")
     assert (folder / "state.safetensors").read_bytes() == whole
     assert not Path("pwned").exists()
+
+
+def change_state(folder: Path, change: Callable[[dict], object]) -> None:
+    """Seals the checkpoint again with another state in it."""
+    state = load_state(folder)
+    change(state)
+    reseal(folder, lambda new: save_state(state, new))
+
+
+@pytest.mark.parametrize("part", ["run", "metrics_line", "callbacks", "lr_schedulers"])
+def test_a_resealed_checkpoint_that_lacks_a_part_is_gone_behind(
+    run: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    folder = run / "checkpoints/step-00000004"
+    whole = (folder / "state.safetensors").read_bytes()
+    (run / "finished.json").unlink()
+    change_state(folder, lambda state: state.pop(part))
+    assert main(FIT) == 0
+    assert capsys.readouterr().err == (
+        f"warning: {folder}: 'state.json': expected a training's state, found no {part}; "
+        "going back to the checkpoint before\n"
+    )
+    assert (folder / "state.safetensors").read_bytes() == whole
+    assert load_state(folder, with_tensors=False)["run"]["steps"] == 4
+
+
+def test_a_resealed_checkpoint_whose_record_lacks_a_part_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run / "checkpoints/step-00000004"
+    (run / "finished.json").unlink()
+    change_state(folder, lambda state: state["run"].pop("prompt_format"))
+    for command in (FIT, ["validate", "--run", "run", "--ckpt_path", "last"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err == (
+            f"error: run: {folder} was altered: its record of the run has no prompt_format; remove that folder, and "
+            "the one before is taken\n"
+        )
 
 
 def test_files_of_other_programs_do_no_harm(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,7 +191,7 @@ def _drop_damaged_lines(path: Path, resumed_step: int) -> None:
 
 
 def _drop_torn_line(path: Path) -> int:
-    """Cuts off the part of a line that a kill left at the end; its step will be gone through again. Returns its bytes."""
+    """Cuts off the part of a line that a kill left at the end; its step comes again. Returns its bytes."""
     content = path.read_bytes() if path.is_file() else b""
     torn_bytes = len(content) - content.rfind(b"\n") - 1
     if torn_bytes:

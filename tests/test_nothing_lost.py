@@ -559,6 +559,71 @@ def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
     assert Path("drive/run/finished.json").is_file()
 
 
+@pytest.fixture
+def mirrored(run: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A finished run with a mirror, ``drive``, that has all of it."""
+    assert main([*FIT, "--mirror", "drive"]) == 0
+    assert capsys.readouterr().out.endswith("   run  copied to drive/run: the mirror had not all of it\n")
+    return Path("drive/run")
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_best_adapter_that_is_damaged_with_its_copy_comes_from_the_mirror(
+    run: Path, mirrored: Path, capsys: pytest.CaptureFixture[str], is_finished: bool
+) -> None:
+    weights = (run / "adapter/adapter_model.safetensors").read_bytes()
+    if not is_finished:
+        (run / "finished.json").unlink()
+    for folder in ("adapter", "adapter.copy"):
+        DAMAGES["flipped"](run / folder / "adapter_model.safetensors")
+    (mirrored / "adapter/README.md").write_text("edited by its reader", encoding="utf-8")
+    assert main([*FIT, "--mirror", "drive"]) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: run/adapter: 'adapter_model.safetensors': expected sha256=")
+    assert warning.endswith("; put aside as run/adapter.damaged, and restored from drive/run/adapter")
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() == weights
+    assert (run / "adapter/README.md").read_text(encoding="utf-8") == "edited by its reader"
+    assert main(["validate", "--run", "run"]) == 0
+
+
+def test_an_older_adapter_in_the_mirror_is_not_taken_for_the_best_of_a_finished_run(
+    run: Path, mirrored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a drive has it that was full at the end."""
+    reseal(mirrored / "adapter", lambda new: (new / "result.json").write_text('{"step": 2, "val/loss": 9.0}'))
+    for folder in ("adapter", "adapter.copy"):
+        shutil.rmtree(run / folder)
+    assert main([*FIT, "--mirror", "drive"]) == 2
+    assert capsys.readouterr().err == (
+        "error: run/adapter: expected a folder, found nothing; the run is finished, and no whole copy of its adapter "
+        "is left; train it with another --run\n"
+    )
+
+
+def test_a_checkpoint_in_the_mirror_is_looked_at_as_one_here(
+    run: Path, mirrored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sealed again without what a resume needs: neither is it restored, nor does one here hide a whole one there."""
+    folder = mirrored / "checkpoints/step-00000004"
+    whole = (folder / "state.json").read_bytes()
+    for mark in (run, mirrored):
+        (mark / "finished.json").unlink()
+    change_state(run / "checkpoints/step-00000004", lambda state: state.pop("run"))
+    assert main([*FIT, "--mirror", "drive"]) == 0
+    out, err = capsys.readouterr()
+    assert f"   run  restored from {folder}\n" in out and err == ""
+    assert (run / "checkpoints/step-00000004/state.json").read_bytes() == whole
+    change_state(folder, lambda state: state.pop("run"))
+    shutil.rmtree(run)
+    assert main([*FIT, "--mirror", "drive"]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning == (
+        f"warning: mirror: {folder}: 'state.json': expected a training's state, found no run; "
+        "going back to the checkpoint before"
+    )
+    assert error.startswith("error: mirror: no checkpoint in drive/run/checkpoints is whole; give another --mirror, ")
+
+
 def test_a_start_that_fails_leaves_nothing_in_the_mirror(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--mirror", "drive", "--data.source", "nope.jsonl"]) == 2
     assert "nope.jsonl: no such file" in capsys.readouterr().err

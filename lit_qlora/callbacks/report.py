@@ -113,7 +113,8 @@ class Report(Callback):
         if self.checkpoints.failures:  # the run is not finished: the same command, given again, ends it once more
             return
         steps = trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
-        mark = {"step": trainer.global_step, "steps": steps, "lengths": self.lengths}
+        best = read_result(self.run.adapter) or {}
+        mark = {"step": trainer.global_step, "steps": steps, "lengths": self.lengths, "best_step": best.get("step")}
         if not self.checkpoints.attempt("mark", lambda: write_file(self.run.finished_mark, json.dumps(mark))):
             return
         print("\n".join(["", *before_and_after(self.run), *self._closing()]), flush=True)

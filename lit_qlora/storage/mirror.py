@@ -10,6 +10,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,7 @@ class Mirror:
             raise UserError(f"mirror: there is no folder {self.parent.parent}; mount the drive, or give another one")
         if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
             raise UserError(f"mirror: {self.copy.path} is the run folder itself; give a folder elsewhere")
-        try:
-            self.copy.prepare("mirror")
-            known = self._mark.read_text(encoding="utf-8") if self._mark.is_file() else ""
-            self._token = known or self._token
-            if not known:  # a drive that is full by now is told of when something is copied
-                write_file(self._mark, self._token)
-        except OSError as error:
-            raise UserError(
-                f"mirror: {self.copy.path} can't be written: {error}; give another folder with --mirror, or none"
-            ) from error
+        self._begin()
         if self.copy.has_begun() and self.copy.config.is_file():
             others = refused(self.copy.read_config(), config)
             if others:
@@ -98,6 +90,27 @@ class Mirror:
                 self._restore(step)
             except OSError as error:
                 raise UserError(f"mirror: {self.copy.path} can't be restored: {error}") from error
+
+    def _begin(self) -> None:
+        """Makes the folder and its mark. Raises UserError where that can't be, unless it was begun before."""
+        known = ""
+        try:
+            known = self._mark.read_text(encoding="utf-8") if self._mark.is_file() else ""
+            self._token = known or self._token
+            self.copy.prepare("mirror")
+            if not known:
+                write_file(self._mark, self._token)
+        except (OSError, UserError) as error:
+            if known:
+                self.tell(f"warning: {error}; tried again with each save")
+                return
+            with suppress(OSError):
+                self.copy.discard_unless_begun()
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"mirror: {self.copy.path} can't be written: {error}; give another folder with --mirror, or none"
+            ) from error
 
     def start(self) -> None:
         """Begins to wait for `push`, in the background."""

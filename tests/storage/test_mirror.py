@@ -324,8 +324,30 @@ def test_a_drive_that_became_full_keeps_nobody_from_a_start(machine, drive, monk
     mirror.close()
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     Mirror(run, drive.path.parent, print).open(CONFIG)
+    new = drive.path.parent / "new"
     with pytest.raises(UserError, match=r"can't be written: .* could not be saved: full"):
-        Mirror(run, drive.path.parent / "new", print).open(CONFIG)
+        Mirror(run, new, print).open(CONFIG)
+    assert list(new.iterdir()) == []
+    shutil.rmtree(run.path)
+    monkeypatch.undo()
+    real = Path.touch
+
+    def touch(path, *args):
+        if path.is_relative_to(drive.path.parent):
+            raise OSError(errno.ENOSPC, "full")
+        real(path, *args)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(UserError, match=r"mirror: .* can't be written \(full\); give another folder with --mirror"):
+        Mirror(run, new, print).open(CONFIG)
+    run.prepare()
+    told = []
+    Mirror(run, drive.path.parent, told.append).open(CONFIG)
+    assert told == [
+        f"warning: mirror: {drive.path} can't be written (full); give another folder with --mirror; tried again with "
+        "each save"
+    ]
+    assert run.saved_steps() == [5]  # and it is still read from
 
 
 def test_at_the_end_a_failure_is_told_once_more(machine, drive, monkeypatch):

@@ -66,7 +66,9 @@ class MetricsFile(Logger):
         """Why what came last is not in the file."""
         dropped_bytes = _drop_torn_line(path)
         if dropped_bytes:
-            print(f"warning: {path}: its last {dropped_bytes} bytes are no whole line, and are left out", file=sys.stderr)
+            print(
+                f"warning: {path}: its last {dropped_bytes} bytes are no whole line, and are left out", file=sys.stderr
+            )
         _drop_damaged_lines(path, resumed_step)
         self._last_written = max((line["step"] for line in read_metrics(path)), default=-1)
 

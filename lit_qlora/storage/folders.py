@@ -66,9 +66,7 @@ def write_folder(
         raise
 
 
-def copy_folder(
-    source: Path, target: Path, *, replace: bool = False, may_differ: Collection[str] = ()
-) -> None:
+def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ: Collection[str] = ()) -> None:
     """Copies the files that a folder's manifest names, verifies the copy by it, and puts it in place in one step.
 
     No folder is made but the copy's own: where a drive has gone away, nothing is left on the disk below it.

@@ -204,7 +204,7 @@ def test_urls_and_files_are_refused(
 # What a manifest can't tell
 
 WHOLE = {"epoch": 0, "global_step": 1, "loops": {}, "optimizer_states": [], "state_dict": {"w": torch.arange(4.0)}}
-WHOLE |= dict.fromkeys(("callbacks", "lr_schedulers", "metrics_line", "run"), {})
+WHOLE |= {part: {} for part in ("callbacks", "lr_schedulers", "metrics_line", "run")}
 
 
 def fill_state(state: dict[str, Any]) -> Any:

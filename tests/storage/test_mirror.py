@@ -262,7 +262,9 @@ def test_a_drive_that_goes_away_in_the_middle_of_a_copy_leaves_nothing_below_it(
     mirror.start()
     mirror.push()
     wait_for(lambda: told)
-    assert told[0].startswith(f"warning: mirror: {drive.checkpoint(10)} could not be saved: No such file or directory (")
+    assert told[0].startswith(
+        f"warning: mirror: {drive.checkpoint(10)} could not be saved: No such file or directory ("
+    )
     assert list((tmp_path / "drive").iterdir()) == []
     (tmp_path / "drive").rmdir()
     (tmp_path / "elsewhere").rename(tmp_path / "drive")

@@ -71,6 +71,8 @@ class MetricsFile(Logger):
             )
         _drop_damaged_lines(path, resumed_step)
         self._last_written = max((line["step"] for line in read_metrics(path)), default=-1)
+        self._counted_on = -1
+        """The newest line that this run has written, or found there in its turn: an earlier start may have gone on."""
 
     @property
     def name(self) -> str:
@@ -109,17 +111,17 @@ class MetricsFile(Logger):
             self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """The line that is still open, and up to which step the file goes without it."""
+        """The line that is still open, and up to which step the file has to go without it."""
         open_line = {"step": self._step, "figures": dict(self._figures)}
-        return {**open_line, "unwritten": dict(self._unwritten), "last_written": self._last_written}
+        return {**open_line, "unwritten": dict(self._unwritten), "counted_on": self._counted_on}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the line that was open; says so where the file ends before what was written by then."""
-        last_written = state_dict.get("last_written", -1)  # a state of an earlier version has none
-        if self._last_written < last_written:
+        self._counted_on = state_dict.get("counted_on", -1)  # a state of an earlier version has none
+        if self._last_written < self._counted_on:
             print(
-                f"warning: {self.path}: its lines of the steps {self._last_written + 1} to {last_written}, which the "
-                "checkpoint counted on, are lost",
+                f"warning: {self.path}: its lines of the steps {self._last_written + 1} to {self._counted_on}, which "
+                "the checkpoint counted on, are lost",
                 file=sys.stderr,
             )
         self._step, self._figures = state_dict["step"], dict(state_dict["figures"])
@@ -139,6 +141,7 @@ class MetricsFile(Logger):
             self._tell(error)
             return
         self._last_written = max([self._last_written, *self._unwritten])
+        self._counted_on = max([self._counted_on, *self._unwritten])
         self._unwritten, self.problem = {}, None
 
     def _tell(self, error: OSError) -> None:

@@ -41,7 +41,7 @@ from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.quiet import quieten
 from lit_qlora.signals import LeftAtOnce
-from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
+from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml
 from lit_qlora.trainer import QLoRATrainer, RunParser
@@ -165,7 +165,7 @@ class QLoRACLI(LightningCLI):
         config = self._config_to_keep()
         if options.mirror is not None:
             require(bool(options.mirror.strip()), "mirror", "a folder", options.mirror)
-            self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell)
+            self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell, check_checkpoint)
             self.mirror.open(config)
         mirrored = self.mirror.copy.adapter if self.mirror else None
         try:

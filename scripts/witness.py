@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,7 +25,7 @@ from lit_qlora.storage.state import load_state
 CLOCK = re.compile(r"(speed/tokens|memory/)")
 """Figures that the clock and the host have a say in."""
 
-NOT_COMPARED = re.compile(r"\.(seconds|training_s)$|(metrics_line|tensorboard).*(speed/tokens|memory/)")
+NOT_COMPARED = re.compile(r"\.(seconds|training_s|at_s)$|(metrics_line|tensorboard).*(speed/tokens|memory/)")
 """The same in a checkpoint."""
 
 
@@ -150,10 +151,13 @@ def result(run: Path) -> dict[str, Any]:
         found[f"adapter/{file.name}"] = hashlib.sha256(content).hexdigest()
     found |= _flat(load_state(kept.checkpoint(kept.saved_steps()[-1])), "last checkpoint")
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each file that goes on behind another
-    scalars = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    for tag in scalars.Tags()["scalars"]:
+    curves = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
+    for tag in curves.Tags()["tensors"]:
         if not CLOCK.match(tag):
-            found[f"TensorBoard {tag}"] = [(event.step, float(event.value).hex()) for event in scalars.Scalars(tag)]
+            values = [(event.step, make_ndarray(event.tensor_proto).item()) for event in curves.Tensors(tag)]
+            found[f"TensorBoard {tag}"] = [
+                (at, value.hex() if isinstance(value, float) else value) for at, value in values
+            ]
     return found
 
 

@@ -187,7 +187,8 @@ def test_a_longer_run_takes_the_learning_rate_of_the_longer_schedule(
     assert [rates[step] for step in range(1, 11)] == pytest.approx(expected)
     mark = json.loads(Path("run/finished.json").read_text())
     lengths = {"max_steps": 10, "max_epochs": 1, "early_stopping": None}
-    assert mark == {"step": 10, "steps": 10, "lengths": lengths}
+    best_step = json.loads(Path("run/adapter/result.json").read_text())["step"]
+    assert mark == {"step": 10, "steps": 10, "lengths": lengths, "best_step": best_step}
 
 
 def test_the_same_length_says_nothing_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lit_qlora import start
-from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.cli import main
 from lit_qlora.storage import folders
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.run import RunFolder, mend_adapter
+from lit_qlora.storage.state import load_state, save_state
 
 QUICK = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
@@ -73,6 +75,49 @@ def test_a_last_save_that_fails_ends_with_status_1_and_the_same_command_mends_it
     assert Path("run/finished.json").is_file()
     for name in ("checkpoints/step-00000004/state.safetensors", "adapter/adapter_model.safetensors"):
         assert Path("run", name).read_bytes() == (finished / "run" / name).read_bytes()
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard's page shows of a run, but for speed and memory."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(run)).Reload()
+    return {
+        name: [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(name)]
+        for name in events.Tags()["tensors"]
+        if not name.startswith(("speed/", "memory/"))
+    }
+
+
+@pytest.mark.parametrize("what", ["TensorBoard", "metrics.jsonl"])
+def test_figures_that_found_no_room_to_the_end_are_status_1_and_the_same_command_writes_them(
+    here: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if what == "TensorBoard":
+            patch.setattr(RecordWriter, "write", full)
+            problem = "TensorBoard's file in run can't be written: No space left on device"
+        else:
+            patch.setattr(MetricsFile, "_append", full)
+            problem = "run/metrics.jsonl can't be written: No space left on device"
+        assert main(FIT) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {problem}; training goes on, its ")
+    assert last == (
+        f"error: trained to the end, and not saved: {problem}; the same command goes on from the last checkpoint that "
+        "stands"
+    )
+    assert not Path("run/finished.json").exists()
+    assert main(FIT) == 0
+    assert capsys.readouterr().err == ""
+    assert Path("run/finished.json").is_file()
+    assert curves(Path("run")) == curves(finished / "run")
+    steps = [[line["step"] for line in read_metrics(run / "metrics.jsonl")] for run in (Path("run"), finished / "run")]
+    assert steps[0] == steps[1] == [0, 1, 2, 3, 4]
 
 
 def test_a_run_killed_between_its_last_save_and_its_end_is_ended_by_the_next_start(
@@ -201,6 +246,44 @@ def test_a_pickle_in_a_resealed_checkpoint(run: Path, capsys: pytest.CaptureFixt
     assert warning.endswith("; going back to the checkpoint before")
     assert (folder / "state.safetensors").read_bytes() == whole
     assert not Path("pwned").exists()
+
+
+def change_state(folder: Path, change: Callable[[dict], object]) -> None:
+    """Seals the checkpoint again with another state in it."""
+    state = load_state(folder)
+    change(state)
+    reseal(folder, lambda new: save_state(state, new))
+
+
+@pytest.mark.parametrize("part", ["run", "metrics_line", "callbacks", "lr_schedulers"])
+def test_a_resealed_checkpoint_that_lacks_a_part_is_gone_behind(
+    run: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    folder = run / "checkpoints/step-00000004"
+    whole = (folder / "state.safetensors").read_bytes()
+    (run / "finished.json").unlink()
+    change_state(folder, lambda state: state.pop(part))
+    assert main(FIT) == 0
+    assert capsys.readouterr().err == (
+        f"warning: {folder}: 'state.json': expected a training's state, found no {part}; "
+        "going back to the checkpoint before\n"
+    )
+    assert (folder / "state.safetensors").read_bytes() == whole
+    assert load_state(folder, with_tensors=False)["run"]["steps"] == 4
+
+
+def test_a_resealed_checkpoint_whose_record_lacks_a_part_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run / "checkpoints/step-00000004"
+    (run / "finished.json").unlink()
+    change_state(folder, lambda state: state["run"].pop("prompt_format"))
+    for command in (FIT, ["validate", "--run", "run", "--ckpt_path", "last"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err == (
+            f"error: run: {folder} was altered: its record of the run has no prompt_format; remove that folder, and "
+            "the one before is taken\n"
+        )
 
 
 def test_files_of_other_programs_do_no_harm(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -474,6 +557,71 @@ def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
     assert main([*FIT, *more]) == 0
     assert capsys.readouterr().out.endswith("   run  copied to drive/run: the mirror had not all of it\n")
     assert Path("drive/run/finished.json").is_file()
+
+
+@pytest.fixture
+def mirrored(run: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A finished run with a mirror, ``drive``, that has all of it."""
+    assert main([*FIT, "--mirror", "drive"]) == 0
+    assert capsys.readouterr().out.endswith("   run  copied to drive/run: the mirror had not all of it\n")
+    return Path("drive/run")
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_best_adapter_that_is_damaged_with_its_copy_comes_from_the_mirror(
+    run: Path, mirrored: Path, capsys: pytest.CaptureFixture[str], is_finished: bool
+) -> None:
+    weights = (run / "adapter/adapter_model.safetensors").read_bytes()
+    if not is_finished:
+        (run / "finished.json").unlink()
+    for folder in ("adapter", "adapter.copy"):
+        DAMAGES["flipped"](run / folder / "adapter_model.safetensors")
+    (mirrored / "adapter/README.md").write_text("edited by its reader", encoding="utf-8")
+    assert main([*FIT, "--mirror", "drive"]) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: run/adapter: 'adapter_model.safetensors': expected sha256=")
+    assert warning.endswith("; put aside as run/adapter.damaged, and restored from drive/run/adapter")
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() == weights
+    assert (run / "adapter/README.md").read_text(encoding="utf-8") == "edited by its reader"
+    assert main(["validate", "--run", "run"]) == 0
+
+
+def test_an_older_adapter_in_the_mirror_is_not_taken_for_the_best_of_a_finished_run(
+    run: Path, mirrored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a drive has it that was full at the end."""
+    reseal(mirrored / "adapter", lambda new: (new / "result.json").write_text('{"step": 2, "val/loss": 9.0}'))
+    for folder in ("adapter", "adapter.copy"):
+        shutil.rmtree(run / folder)
+    assert main([*FIT, "--mirror", "drive"]) == 2
+    assert capsys.readouterr().err == (
+        "error: run/adapter: expected a folder, found nothing; the run is finished, and no whole copy of its adapter "
+        "is left; train it with another --run\n"
+    )
+
+
+def test_a_checkpoint_in_the_mirror_is_looked_at_as_one_here(
+    run: Path, mirrored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sealed again without what a resume needs: neither is it restored, nor does one here hide a whole one there."""
+    folder = mirrored / "checkpoints/step-00000004"
+    whole = (folder / "state.json").read_bytes()
+    for mark in (run, mirrored):
+        (mark / "finished.json").unlink()
+    change_state(run / "checkpoints/step-00000004", lambda state: state.pop("run"))
+    assert main([*FIT, "--mirror", "drive"]) == 0
+    out, err = capsys.readouterr()
+    assert f"   run  restored from {folder}\n" in out and err == ""
+    assert (run / "checkpoints/step-00000004/state.json").read_bytes() == whole
+    change_state(folder, lambda state: state.pop("run"))
+    shutil.rmtree(run)
+    assert main([*FIT, "--mirror", "drive"]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning == (
+        f"warning: mirror: {folder}: 'state.json': expected a training's state, found no run; "
+        "going back to the checkpoint before"
+    )
+    assert error.startswith("error: mirror: no checkpoint in drive/run/checkpoints is whole; give another --mirror, ")
 
 
 def test_a_start_that_fails_leaves_nothing_in_the_mirror(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

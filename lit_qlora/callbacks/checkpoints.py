@@ -23,7 +23,7 @@ from lit_qlora.errors import require
 from lit_qlora.storage.checkpoint_io import check_checkpoint
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
-from lit_qlora.storage.run import RunFolder, mend_adapter
+from lit_qlora.storage.run import CARD, RunFolder, mend_adapter
 
 RESULT = "result.json"
 """In an adapter folder: the step that it is of, and its held-out figures."""
@@ -217,7 +217,7 @@ class RunCheckpoints(StepCallback):
         if seal in (None, read_seal(self.run.adapter_copy)):
             return
         try:
-            copy_folder(self.run.adapter, self.run.adapter_copy, replace=True)
+            copy_folder(self.run.adapter, self.run.adapter_copy, replace=True, may_differ=[CARD])
         except (OSError, DamagedFolderError) as error:
             tell(f"warning: {error}; the best adapter has no second copy, and the next save tries again")
 

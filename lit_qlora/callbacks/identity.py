@@ -44,10 +44,11 @@ class SamePrompts(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raises UserError where they are others."""
-        was, now = checkpoint[KEY]["prompt_format"], _prompt_format(trainer.datamodule)  # type: ignore[attr-defined]
+        record = _record(checkpoint, trainer.ckpt_path)
+        was, now = record["prompt_format"], _prompt_format(trainer.datamodule)  # type: ignore[attr-defined]
         if was != now:
             raise UserError(
-                f"data.template: the checkpoint was trained with {_told('prompt_format', checkpoint[KEY])}, and is to "
+                f"data.template: the checkpoint was trained with {_told('prompt_format', record)}, and is to "
                 f"be scored with {_told('prompt_format', {'prompt_format': now})}; give that of its run, or none"
             )
 
@@ -71,7 +72,8 @@ class RunIdentity(Callback):
         """
         if self.resume_from is None:
             return
-        was, now = load_state(self.resume_from, with_tensors=False)[KEY], _describe_data(trainer)
+        was = _record(load_state(self.resume_from, with_tensors=False), self.resume_from)
+        now = _describe_data(trainer)
         _compare(was, now)
         if now["steps"] < was["steps"]:
             raise UserError(
@@ -109,6 +111,18 @@ class RunIdentity(Callback):
             "rate is that of the longer run",
             flush=True,
         )
+
+
+def _record(checkpoint: dict[str, Any], folder: object) -> dict[str, Any]:
+    """What ``checkpoint``, which stands in ``folder``, says of its run. Raises UserError where that is not whole."""
+    found = checkpoint[KEY]
+    missing = {*REMEDY, "base_name", "steps"} - (found.keys() if isinstance(found, dict) else set())
+    if missing:
+        raise UserError(
+            f"run: {folder} was altered: its record of the run has no {min(missing)}; remove that folder, and the one "
+            "before is taken"
+        )
+    return dict(found)
 
 
 def _describe_base(module: Any) -> dict[str, Any]:

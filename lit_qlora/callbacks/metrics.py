@@ -61,10 +61,18 @@ class MetricsFile(Logger):
         self._step: int | None = None
         self._figures: dict[str, float] = {}
         self._unwritten: dict[int, str] = {}
-        self._was_told, self._is_synced = False, True
-        _drop_torn_line(path)
+        self._is_synced = True
+        self.problem: str | None = None
+        """Why what came last is not in the file."""
+        dropped_bytes = _drop_torn_line(path)
+        if dropped_bytes:
+            print(
+                f"warning: {path}: its last {dropped_bytes} bytes are no whole line, and are left out", file=sys.stderr
+            )
         _drop_damaged_lines(path, resumed_step)
         self._last_written = max((line["step"] for line in read_metrics(path)), default=-1)
+        self._counted_on = -1
+        """The newest line that this run has written, or found there in its turn: an earlier start may have gone on."""
 
     @property
     def name(self) -> str:
@@ -103,11 +111,19 @@ class MetricsFile(Logger):
             self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """The line that is still open."""
-        return {"step": self._step, "figures": dict(self._figures), "unwritten": dict(self._unwritten)}
+        """The line that is still open, and up to which step the file has to go without it."""
+        open_line = {"step": self._step, "figures": dict(self._figures)}
+        return {**open_line, "unwritten": dict(self._unwritten), "counted_on": self._counted_on}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the line that was open."""
+        """Goes on with the line that was open; says so where the file ends before what was written by then."""
+        self._counted_on = state_dict.get("counted_on", -1)  # a state of an earlier version has none
+        if self._last_written < self._counted_on:
+            print(
+                f"warning: {self.path}: its lines of the steps {self._last_written + 1} to {self._counted_on}, which "
+                "the checkpoint counted on, are lost",
+                file=sys.stderr,
+            )
         self._step, self._figures = state_dict["step"], dict(state_dict["figures"])
         self._unwritten = dict(state_dict["unwritten"])
 
@@ -117,7 +133,7 @@ class MetricsFile(Logger):
             self._unwritten[self._step] = json.dumps({"step": self._step, **figures}) + "\n"
         self._step, self._figures = None, {}
         try:
-            if self._was_told:  # the last try may have left a part of a line, or a whole one
+            if self.problem:  # the last try may have left a part of a line, or a whole one
                 _drop_torn_line(self.path)
                 self._last_written = max((line["step"] for line in read_metrics(self.path)), default=-1)
             self._append([line for step, line in self._unwritten.items() if step > self._last_written])
@@ -125,13 +141,13 @@ class MetricsFile(Logger):
             self._tell(error)
             return
         self._last_written = max([self._last_written, *self._unwritten])
-        self._unwritten, self._was_told = {}, False
+        self._counted_on = max([self._counted_on, *self._unwritten])
+        self._unwritten, self.problem = {}, None
 
     def _tell(self, error: OSError) -> None:
-        if not self._was_told:
-            why = error.strerror or error
-            tell(f"error: {self.path} can't be written: {why}; training goes on, its lines are kept for later")
-        self._was_told = True
+        if self.problem is None:
+            self.problem = f"{self.path} can't be written: {error.strerror or error}"
+            tell(f"error: {self.problem}; training goes on, its lines are kept for later")
 
     def _append(self, lines: list[str]) -> None:
         if lines:
@@ -179,12 +195,13 @@ def _drop_damaged_lines(path: Path, resumed_step: int) -> None:
     replace_file(path, b"".join(kept))
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cuts off the part of a line that a kill left at the end; its step will be gone through again."""
-    if path.is_file():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
+def _drop_torn_line(path: Path) -> int:
+    """Cuts off the part of a line that a kill left at the end; its step comes again. Returns its bytes."""
+    content = path.read_bytes() if path.is_file() else b""
+    torn_bytes = len(content) - content.rfind(b"\n") - 1
+    if torn_bytes:
+        os.truncate(path, len(content) - torn_bytes)
+    return torn_bytes
 
 
 def _plain(value: float) -> float | str:

@@ -76,12 +76,15 @@ class Report(Callback):
             self.predicted_gib = step_memory(planned[0]).reserved / GIB
         _say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Records what was predicted, beside the peaks: here, and not behind a save that may follow the validation."""
+        if trainer.state.fn == "fit" and self.predicted_gib is not None:
+            record(trainer, {"memory/predicted_reserved_gib": self.predicted_gib})
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One line a validation."""
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        if self.predicted_gib is not None:
-            record(trainer, {"memory/predicted_reserved_gib": self.predicted_gib})
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         best = read_result(self.run.adapter)
         mark = "  (best so far)" if best and best["step"] == trainer.global_step else ""
@@ -104,10 +107,14 @@ class Report(Callback):
         if not (is_last_step(trainer) or has_stopped_early(trainer)):
             print(f"stopped at step {trainer.global_step}; the same command goes on from here", flush=True)
             return
+        # What they could not write is in the last checkpoint, and in no file.
+        unwritten = {type(logger).__name__: getattr(logger, "problem", None) for logger in trainer.loggers}
+        self.checkpoints.failures |= {name: problem for name, problem in unwritten.items() if problem}
         if self.checkpoints.failures:  # the run is not finished: the same command, given again, ends it once more
             return
         steps = trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
-        mark = {"step": trainer.global_step, "steps": steps, "lengths": self.lengths}
+        best = read_result(self.run.adapter) or {}
+        mark = {"step": trainer.global_step, "steps": steps, "lengths": self.lengths, "best_step": best.get("step")}
         if not self.checkpoints.attempt("mark", lambda: write_file(self.run.finished_mark, json.dumps(mark))):
             return
         print("\n".join(["", *before_and_after(self.run), *self._closing()]), flush=True)

@@ -19,29 +19,41 @@ from lit_qlora.callbacks.tell import tell
 
 
 class RunTensorBoard(TensorBoardLogger):
-    """Writes into ``run``; figures that an earlier process wrote from ``resumed_step`` on are dropped from view.
+    """Writes into ``run``; what an earlier process wrote from the checkpoint on is dropped from view.
 
-    Those of that step itself come back from the checkpoint: a validation in the middle of the next window still
-    adds to it, and the earlier process may have come so far, or not.
+    A checkpoint holds all that came with the newest step that was flushed, and after it. That is dropped and written
+    again, for the earlier process may have come so far, or further, or not. Without a checkpoint, all is dropped.
 
-    What has not been flushed yet is kept, here and in a checkpoint. Where it can't be written, that is told once, the
-    file is cut back to what was flushed, and a new one is begun with what was kept, as soon as a save finds room.
+    Where something can't be written, that is told once, the file is cut back to what was flushed, and a new one is
+    begun with what was kept, as soon as a save finds room.
     """
 
     def __init__(self, run: Path, config_text: str, resumed_step: int | None) -> None:
         # Where TensorFlow is installed, as on Colab, TensorBoard would import it, for seconds and pages.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
         _silence_writer_thread()
-        self._purged_from = resumed_step or 0  # a run killed before its first save has written steps, too
-        super().__init__(save_dir=run, name="", version="", purge_step=self._purged_from)
+        # A run killed before its first save has written steps, too.
+        super().__init__(save_dir=run, name="", version="", purge_step=resumed_step or 0)
         self._run = run
-        self._step, self._figures = -1, dict[str, float]()
         self.config_text = config_text
         self._is_fresh = resumed_step is None
-        self._unwritten: list[dict[str, Any]] = []
+        self._recent: list[dict[str, Any]] = []
+        """All that came with the newest step that was flushed, and after it."""
+        self._num_flushed = 0
+        """Of those."""
         self._sound_bytes = 0
         """Of the file that is open: those that were flushed."""
-        self._is_broken = self._was_told = False
+        self._is_begun = self._is_broken = False
+        self.problem: str | None = None
+        """Why what came last is not in a file."""
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's writer, once there was something to write; else None.
+
+        Lightning asks for it before the checkpoint is loaded that says what to drop, and minds no full disk.
+        """
+        return super().experiment if self._is_begun else None
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Adds figures; the configuration comes with the first."""
@@ -52,32 +64,27 @@ class RunTensorBoard(TensorBoardLogger):
         assert step is not None, "figures are recorded under a step"
         figures = {name: float(value) for name, value in metrics.items()}
         self._add({"step": step, "at_s": time.time(), "figures": figures, "texts": {}})
-        if step != self._step:
-            self._step, self._figures = step, {}
-        self._figures |= figures
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Adds a text, in Markdown."""
         self._add({"step": step, "at_s": time.time(), "figures": {}, "texts": {tag: text}})
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures of the newest step, and what could not be written."""
-        unwritten = [dict(one) for one in self._unwritten] if self._is_broken else []
-        return {"step": self._step, "figures": dict(self._figures), "unwritten": unwritten}
+        """What may not be in a file by the time that the run goes on, or may have come twice."""
+        return {"recent": [dict(one) for one in self._recent]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Adds them again, where they were dropped, or never written."""
-        for one in state_dict.get("unwritten", []):  # a state of an earlier version has none
-            if one["step"] < self._purged_from or one["texts"]:
-                self._add(one)
-        if state_dict["step"] >= self._purged_from:
-            self.log_metrics(state_dict["figures"], state_dict["step"])
+        """Adds it again, in place of what stands there; to be called before anything else is added."""
+        recent = state_dict.get("recent", [])  # a state of an earlier version has none
+        self._kwargs["purge_step"] = min([self._kwargs["purge_step"], *(one["step"] for one in recent)])
+        for one in recent:
+            self._add(one)
 
     def save(self) -> None:
         """Flushes; Lightning's own would also leave an hparams.yaml, and config.yaml is the record."""
         if self._is_broken:
             self._is_broken = False
-            for one in self._unwritten:
+            for one in self._recent[self._num_flushed :]:
                 self._try(lambda one=one: self._put(one))  # type: ignore[misc]
         self._try(self._flush)
 
@@ -89,7 +96,7 @@ class RunTensorBoard(TensorBoardLogger):
             self._sound_bytes = 0  # of the next file, if there is one
 
     def _add(self, one: dict[str, Any]) -> None:
-        self._unwritten.append(one)
+        self._recent.append(one)
         self._try(lambda: self._put(one))
 
     def _put(self, one: dict[str, Any]) -> None:
@@ -104,7 +111,8 @@ class RunTensorBoard(TensorBoardLogger):
         if file:
             self._sound_bytes = file.stat().st_size
         self._kwargs.pop("purge_step", None)  # it stands in the file by now, and is not to come again
-        self._unwritten, self._was_told = [], False
+        self._recent = [one for one in self._recent if one["step"] == self._recent[-1]["step"]]
+        self._num_flushed, self.problem = len(self._recent), None
 
     def _file(self) -> Path | None:
         writer = self.experiment.file_writer  # none once it is closed
@@ -113,6 +121,7 @@ class RunTensorBoard(TensorBoardLogger):
     def _try(self, write: Callable[[], None]) -> None:
         if self._is_broken:
             return
+        self._is_begun = True
         before = {*self._run.glob("events.out.tfevents.*")}
         if self._experiment is None:
             _wait_for_a_later_name(before)
@@ -121,13 +130,9 @@ class RunTensorBoard(TensorBoardLogger):
         except OSError as error:
             self._is_broken = True
             self._leave_file(before)
-            if not self._was_told:
-                why = error.strerror or error
-                tell(
-                    f"error: TensorBoard's file in {self.save_dir} can't be written: {why}; training goes on, its "
-                    "figures are kept for later"
-                )
-            self._was_told = True
+            if self.problem is None:
+                self.problem = f"TensorBoard's file in {self.save_dir} can't be written: {error.strerror or error}"
+                tell(f"error: {self.problem}; training goes on, its figures are kept for later")
 
     def _leave_file(self, before: set[Path]) -> None:
         """Cuts the file back to what was flushed; what is behind that comes in a new one, and once only."""

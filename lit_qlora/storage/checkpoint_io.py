@@ -16,8 +16,11 @@ from lit_qlora.storage.state import SKELETON, check_tensors, load_state, num_byt
 
 # pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-_NEEDED = {"epoch", "global_step", "loops", "optimizer_states", "state_dict"}
-"""Parts of every checkpoint that Lightning makes of a training."""
+_NEEDED = {
+    *("callbacks", "epoch", "global_step", "loops", "lr_schedulers", "optimizer_states", "state_dict"),  # Lightning's
+    *("metrics_line", "run"),  # our own callbacks'
+}
+"""Parts of every checkpoint of a training, without which none can be gone on from."""
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 
 

@@ -66,8 +66,16 @@ def write_folder(
         raise
 
 
-def copy_folder(source: Path, target: Path, *, replace: bool = False) -> None:
+def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ: Collection[str] = ()) -> None:
     """Copies the files that a folder's manifest names, verifies the copy by it, and puts it in place in one step.
+
+    No folder is made but the copy's own: where a drive has gone away, nothing is left on the disk below it.
+
+    Args:
+        source: a folder that `write_folder` made.
+        target: the folder to be, in one that stands.
+        replace: whether a folder that stands there already makes way.
+        may_differ: files that may have been edited since.
 
     Raises:
         DamagedFolderError: the source, or what arrived, is not what the manifest says.
@@ -78,12 +86,13 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False) -> None:
     temporary = _aside(target, "tmp")
     files = _read_manifest(source)
     try:
+        temporary.mkdir()
         for name in (*files, MANIFEST):
-            copy = temporary / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, copy)
-            sync_file(copy)
-        verify_folder(temporary)
+            for folder in reversed(Path(name).parents[:-1]):
+                (temporary / folder).mkdir(exist_ok=True)
+            shutil.copyfile(source / name, temporary / name)
+            sync_file(temporary / name)
+        verify_folder(temporary, may_differ=may_differ)
         _put(temporary, target, replace=replace)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -10,6 +10,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from lit_qlora.storage.files import SaveError, replace_file, write_file
 from lit_qlora.storage.folders import (
     MANIFEST,
     DamagedFolderError,
+    clear_leftovers,
     copy_folder,
+    recover,
     remove_folder,
-    verify_folder,
 )
-from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.run import CARD, RunFolder, verify
 from lit_qlora.storage.settings import refused
 
 KEPT = 2
@@ -39,10 +41,18 @@ class Mirror:
         run: the run folder on this machine.
         parent: holds the copies of several runs; the folder that it stands in must be there.
         tell: prints a line while training goes on.
+        check: raises DamagedFolderError for a checkpoint that is not whole, there as here; default: what the manifest
+            says.
     """
 
-    def __init__(self, run: RunFolder, parent: Path, tell: Callable[[str], None]) -> None:
-        self.run, self.parent, self.tell = run, parent, tell
+    def __init__(
+        self,
+        run: RunFolder,
+        parent: Path,
+        tell: Callable[[str], None],
+        check: Callable[[Path], object] = verify,
+    ) -> None:
+        self.run, self.parent, self.tell, self.check = run, parent, tell, check
         self.copy = RunFolder(parent / run.path.resolve().name)
         self._mark, self._token = self.copy.path / MARK, secrets.token_hex(8)
         self._copied: dict[Path, tuple[int, int]] = {}
@@ -55,6 +65,9 @@ class Mirror:
     def open(self, config: Mapping[str, Any]) -> None:
         """Makes the folder, puts right what a kill left in it, and restores the run from it if it is further there.
 
+        A new copy that can't even be begun is refused: nothing is trained yet that it could harm, and who asks for a
+        mirror is there to give room. Later, and where a copy was begun before, trouble is told, and tried again.
+
         Raises:
             UserError: it can't be written, belongs to another run, or holds checkpoints of which none is whole
                 while this machine has none either.
@@ -63,14 +76,7 @@ class Mirror:
             raise UserError(f"mirror: there is no folder {self.parent.parent}; mount the drive, or give another one")
         if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
             raise UserError(f"mirror: {self.copy.path} is the run folder itself; give a folder elsewhere")
-        try:
-            self.copy.prepare("mirror")
-            known = self._mark.read_text(encoding="utf-8") if self._mark.is_file() else ""
-            self._token = known or self._token
-            if not known:  # a drive that is full by now is told of when something is copied
-                write_file(self._mark, self._token)
-        except OSError as error:
-            raise UserError(f"mirror: {self.copy.path} can't be written: {error}") from error
+        self._begin()
         if self.copy.has_begun() and self.copy.config.is_file():
             others = refused(self.copy.read_config(), config)
             if others:
@@ -84,6 +90,27 @@ class Mirror:
                 self._restore(step)
             except OSError as error:
                 raise UserError(f"mirror: {self.copy.path} can't be restored: {error}") from error
+
+    def _begin(self) -> None:
+        """Makes the folder and its mark. Raises UserError where that can't be, unless it was begun before."""
+        known = ""
+        try:
+            known = self._mark.read_text(encoding="utf-8") if self._mark.is_file() else ""
+            self._token = known or self._token
+            self.copy.prepare("mirror")
+            if not known:
+                write_file(self._mark, self._token)
+        except (OSError, UserError) as error:
+            if known:
+                self.tell(f"warning: {error}; tried again with each save")
+                return
+            with suppress(OSError):
+                self.copy.discard_unless_begun()
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"mirror: {self.copy.path} can't be written: {error}; give another folder with --mirror, or none"
+            ) from error
 
     def start(self) -> None:
         """Begins to wait for `push`, in the background."""
@@ -131,12 +158,12 @@ class Mirror:
 
     def _step_to_restore(self) -> int | None:
         """The newest step that is whole in the copy, where that is newer than what this machine has."""
-        whole, _ = self.run.last_checkpoint()
+        whole, _ = self.run.last_checkpoint(self.check)
         own = int(whole.name.rpartition("-")[2]) if whole else -1
         newer = [step for step in self.copy.saved_steps() if step > own]
         for step in reversed(newer):
             try:
-                verify_folder(self.copy.checkpoint(step), allow_extra=True)
+                self.check(self.copy.checkpoint(step))
             except DamagedFolderError as error:
                 print(f"warning: mirror: {error}; going back to the checkpoint before", file=sys.stderr)
                 continue
@@ -156,7 +183,7 @@ class Mirror:
                 replace_file(own, file.read_bytes())
         if self.copy.adapter.is_dir():
             try:
-                copy_folder(self.copy.adapter, self.run.adapter, replace=True)
+                copy_folder(self.copy.adapter, self.run.adapter, replace=True, may_differ=[CARD])
             except DamagedFolderError as error:
                 print(f"warning: mirror: {error}; going on without the best adapter so far", file=sys.stderr)
         copy_folder(self.copy.checkpoint(step), self.run.checkpoint(step), replace=True)
@@ -197,13 +224,17 @@ class Mirror:
 
     def _copy_once(self, step: int | None) -> None:
         """Figures and adapter first: what goes with a checkpoint must not be older than it."""
+        if self._failed:  # the last copy may have left a part there, with a drive that went away
+            self._check_place()
+            clear_leftovers(self.copy.checkpoints)
+            recover(self.copy.adapter)
         files = list(_files(self.run))
         for file in files:
             if file != self.run.finished_mark:
                 self._copy_file(file)
         if _manifest(self.run.adapter) not in (None, _manifest(self.copy.adapter)):
             self._check_place()
-            copy_folder(self.run.adapter, self.copy.adapter, replace=True)
+            copy_folder(self.run.adapter, self.copy.adapter, replace=True, may_differ=[CARD])
         if step is not None and not self._holds(step):
             self._check_place()
             copy_folder(self.run.checkpoint(step), self.copy.checkpoint(step), replace=True)
@@ -237,7 +268,7 @@ class Mirror:
         """Looked at once: all of it is read."""
         if step not in self._whole:
             try:
-                verify_folder(self.copy.checkpoint(step), allow_extra=True)
+                self.check(self.copy.checkpoint(step))
             except DamagedFolderError:
                 return False
             self._whole.add(step)

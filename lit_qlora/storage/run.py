@@ -40,6 +40,14 @@ SHOWN = 200
 _STARTED = "# started "
 
 
+def verify(folder: Path) -> None:
+    """A file that another program left there (desktop.ini, .DS_Store) does no harm: it is never read.
+
+    Raises DamagedFolderError.
+    """
+    verify_folder(folder, allow_extra=True)
+
+
 class RunFolder:
     """The folder of one run."""
 
@@ -77,6 +85,9 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(self.checkpoints)
+            recover(self.adapter)
+            recover(self.adapter_copy)
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
@@ -84,9 +95,6 @@ class RunFolder:
             raise UserError(
                 f"{option}: {self.path} can't be written ({error.strerror}); give another folder with --{option}"
             ) from error
-        clear_leftovers(self.checkpoints)
-        recover(self.adapter)
-        recover(self.adapter_copy)
 
     def check_room(self, needed_bytes: int) -> None:
         """Raises UserError when the disk has less than ``needed_bytes`` free."""
@@ -126,7 +134,7 @@ class RunFolder:
         names = (path.name.removeprefix(STEP) for path in self.checkpoints.iterdir() if path.name.startswith(STEP))
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
-    def last_checkpoint(self, check: Callable[[Path], object] | None = None) -> tuple[Path | None, list[str]]:
+    def last_checkpoint(self, check: Callable[[Path], object] = verify) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and what was wrong with the newer ones.
 
         ``check`` raises DamagedFolderError for one that is not; default: what the manifest says.
@@ -134,14 +142,14 @@ class RunFolder:
         problems = []
         for step in reversed(self.saved_steps()):
             try:
-                (check or _verify)(self.checkpoint(step))
+                check(self.checkpoint(step))
             except DamagedFolderError as error:
                 problems.append(str(error))
                 continue
             return self.checkpoint(step), problems
         return None, problems
 
-    def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] | None = None) -> list[int]:
+    def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] = verify) -> list[int]:
         """Steps whose checkpoints may go now that ``newest`` is written: all but the ``keep`` newest whole ones.
 
         None while there are fewer whole ones up to ``newest``. A damaged one counts for nothing, whatever its number;
@@ -152,7 +160,7 @@ class RunFolder:
         def is_whole(step: int) -> bool:
             if step not in self._seen_whole:
                 try:
-                    (check or _verify)(self.checkpoint(step))
+                    check(self.checkpoint(step))
                 except DamagedFolderError:
                     self._seen_whole[step] = False
                 else:
@@ -212,7 +220,8 @@ class RunFolder:
 def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False) -> None:
     """Puts a damaged adapter aside and takes a whole copy in its place, with a warning.
 
-    It must be neither the best so far nor the one that is used. A run without any may have kept none yet.
+    It must be neither the best so far nor the one that is used. A run without any may have kept none yet. Of a
+    finished run, no older one passes for its best.
 
     Args:
         run: whose.
@@ -225,7 +234,9 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
         problem = str(error)
     else:
         return
-    whole = next((copy for copy in (run.adapter_copy, mirrored) if copy and _is_whole_adapter(copy)), None)
+    best_step = (run.finished() or {}).get("best_step") if is_needed else None
+    copies = [copy for copy in (run.adapter_copy, mirrored) if copy and _is_whole_adapter(copy, best_step)]
+    whole = copies[0] if copies else None
     if whole is None and is_needed:
         raise UserError(
             f"{problem}; the run is finished, and no whole copy of its adapter is left; train it with another --run"
@@ -239,37 +250,33 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
     elif whole is None:
         return
     if whole:
-        copy_folder(whole, run.adapter)
+        copy_folder(whole, run.adapter, may_differ=[CARD])
     print(
         f"warning: {problem}, and {f'restored from {whole}' if whole else 'the best is looked for anew'}",
         file=sys.stderr,
     )
 
 
-def _verify_adapter(folder: Path) -> None:
-    """Files and figures, which say whether it is still the best. Raises DamagedFolderError."""
+def _verify_adapter(folder: Path) -> int:
+    """Files and figures, which say whether it is still the best. Returns its step; raises DamagedFolderError."""
     verify_folder(folder, allow_extra=True, may_differ=[CARD])
     file = folder / "result.json"
     try:
-        result = json.loads(file.read_bytes()) if file.is_file() else {"step": 0}
-        found = "no step" if type(result["step"]) is not int else None
+        step = json.loads(file.read_bytes())["step"] if file.is_file() else 0
+        found = "no step"
     except (ValueError, TypeError, KeyError) as error:
-        found = " ".join(str(error).split())
-    if found:
+        step, found = None, " ".join(str(error).split())
+    if type(step) is not int:
         raise DamagedFolderError(folder, file.name, "a step and its figures", found)
+    return step
 
 
-def _is_whole_adapter(folder: Path) -> bool:
+def _is_whole_adapter(folder: Path, of_step: int | None) -> bool:
+    """Whether an adapter is whole, and that of a step, where one is given."""
     try:
-        _verify_adapter(folder)
+        return _verify_adapter(folder) == of_step or of_step is None
     except DamagedFolderError:
         return False
-    return True
-
-
-def _verify(folder: Path) -> None:
-    """A file that another program left there (desktop.ini, .DS_Store) does no harm: it is never read."""
-    verify_folder(folder, allow_extra=True)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_ndarray
 
 from lit_qlora.callbacks.checkpoints import read_result
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
@@ -256,7 +257,8 @@ def board_disk(monkeypatch):
 def curve(folder):
     """Steps and values, the texts' steps; each file is read to its end, which a torn record would hide."""
     events = EventAccumulator(str(folder)).Reload()
-    return [(e.step, e.value) for e in events.Scalars("a")], [e.step for e in events.Tensors("samples/text_summary")]
+    values = [(e.step, make_ndarray(e.tensor_proto).item()) for e in events.Tensors("a")]
+    return values, [e.step for e in events.Tensors("samples/text_summary")]
 
 
 @pytest.mark.filterwarnings("error")
@@ -295,6 +297,32 @@ def test_what_tensorboard_could_not_take_is_written_once_there_is_room(tmp_path,
     resumed.log_metrics({"a": 4.0}, 4)
     resumed.finalize("success")
     assert curve(tmp_path) == ([(step, float(step)) for step in (1, 2, 3, 4)], [2, 3])
+
+
+@pytest.mark.parametrize("first", [2, 3])
+def test_what_was_kept_is_there_once_though_a_kill_came_between_its_flush_and_the_save(tmp_path, board_disk, first):
+    logger = RunTensorBoard(tmp_path, "a: 1\n", None)
+    logger.log_metrics({"a": 1.0}, 1)
+    logger.log_metrics({"b": 2.0}, 2)  # a validation adds to this step, behind the save
+    logger.save()
+    board_disk[0] = 0
+    for step in range(first, 5):
+        logger.log_metrics({"a": float(step)}, step)
+        logger.add_text("samples", "text", step)
+    logger.save()
+    state = json.loads(json.dumps(logger.state_dict()))  # of the checkpoint of step 4
+    board_disk[0] = None
+    logger.log_metrics({"a": 5.0}, 5)
+    logger.save()  # and was killed before the checkpoint of step 5
+    for _ in range(2):
+        resumed = RunTensorBoard(tmp_path, "a: 1\n", 4)
+        assert resumed.experiment is None  # for which Lightning asks before it loads a checkpoint
+        resumed.load_state_dict(state)
+        resumed.log_metrics({"a": 5.0}, 5)
+        resumed.save()
+    steps = [*range(first, 5)]
+    assert curve(tmp_path) == ([(step, float(step)) for step in (1, *steps, 5)], steps)
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Tensors("b")] == [2]
 
 
 def test_a_tensorboard_that_cannot_be_opened_is_told_once(tmp_path, capsys):

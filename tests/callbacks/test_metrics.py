@@ -261,6 +261,48 @@ def test_damaged_lines_are_left_out_and_come_again_from_the_saved_step_on(tmp_pa
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda whole: whole, []),
+        (lambda whole: whole + b'{"st', ["its last 4 bytes are no whole line, and are left out"]),
+        (
+            lambda whole: whole[:-20] + bytes(20),  # of a line of 22 bytes
+            [
+                "its last 22 bytes are no whole line, and are left out",
+                "its lines of the steps 6 to 7, which the checkpoint counted on, are lost",
+            ],
+        ),
+        (lambda whole: whole[:22], ["its lines of the steps 1 to 7, which the checkpoint counted on, are lost"]),
+        (lambda whole: b"", ["its lines of the steps 0 to 7, which the checkpoint counted on, are lost"]),
+    ],
+)
+def test_an_end_that_was_cut_off_or_zeroed_is_told_with_the_steps_that_are_lost(tmp_path, capsys, damage, told):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    for step in (0, 3, 5, 7, 9):
+        file.log_metrics({"a": step}, step)
+    path.write_bytes(damage(path.read_bytes()))
+    resumed = MetricsFile(path, resumed_step=9)
+    resumed.load_state_dict(file.state_dict())
+    assert capsys.readouterr().err.splitlines() == [f"warning: {path}: {line}" for line in told]
+    assert resumed.state_dict()["counted_on"] == 7
+    resumed.log_metrics({"b": 1}, 9)
+    resumed.finalize("success")
+    assert read_metrics(path)[-1] == {"step": 9, "a": 9.0, "b": 1.0}
+
+
+def test_lines_of_an_earlier_start_that_come_again_are_not_missed(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(9)))
+    file = MetricsFile(path)
+    for step in (0, 1, 2):
+        file.log_metrics({"a": step}, step)
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    MetricsFile(path, resumed_step=2).load_state_dict(file.state_dict())
+    assert capsys.readouterr().err == ""
+
+
 def test_lines_are_on_the_disk_before_a_checkpoint_is_and_synced_once(tmp_path, monkeypatch, capsys):
     synced, real = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_size), real(number)))

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.errors import UserError
+from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import (
     DamagedFolderError,
     clear_leftovers,
+    copy_folder,
     recover,
     remove_folder,
     verify_folder,
@@ -73,6 +75,14 @@ def test_manifest_is_literally_this(tmp_path: Path) -> None:
 
 def test_files_in_subfolders_have_posix_names(whole: Path) -> None:
     assert list(json.loads((whole / "manifest.json").read_text())["files"]) == ["a.txt", "sub/b.bin"]
+
+
+def test_a_copy_has_its_subfolders_and_makes_none_above_itself(whole: Path, tmp_path: Path) -> None:
+    copy_folder(whole, tmp_path / "copy")
+    assert verify_folder(tmp_path / "copy") == verify_folder(whole)
+    with pytest.raises(SaveError, match="/gone/copy could not be saved: No such file or directory"):
+        copy_folder(whole, tmp_path / "gone" / "copy")
+    assert not (tmp_path / "gone").exists()
 
 
 def test_private_files_become_readable(tmp_path: Path) -> None:

@@ -242,6 +242,39 @@ def test_a_drive_that_goes_away_is_told_and_copied_to_again_once_it_is_back(mach
     assert len(told) == 2
 
 
+def test_a_drive_that_goes_away_in_the_middle_of_a_copy_leaves_nothing_below_it(machine, drive, tmp_path, monkeypatch):
+    """Not even a folder: a drive is mounted on empty ones only. What it has of the copy goes with the next."""
+    run, mirror, told = machine(opened=False)
+    mirror.open(CONFIG)
+    save(run, 5)
+    mirror._copy_newest()
+    save(run, 10)
+    real, cut = folders.sync_file, []
+
+    def unmount(file):
+        real(file)
+        if not cut and "step-00000010" in str(file):
+            cut.append(file)
+            (tmp_path / "drive").rename(tmp_path / "elsewhere")
+            (tmp_path / "drive").mkdir()
+
+    monkeypatch.setattr(folders, "sync_file", unmount)
+    mirror.start()
+    mirror.push()
+    wait_for(lambda: told)
+    assert told[0].startswith(
+        f"warning: mirror: {drive.checkpoint(10)} could not be saved: No such file or directory ("
+    )
+    assert list((tmp_path / "drive").iterdir()) == []
+    (tmp_path / "drive").rmdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "drive")
+    assert [path.name.split("-")[1] for path in drive.checkpoints.glob(".*")] == ["00000010.tmp"]
+    mirror.close()
+    assert sorted(path.name for path in drive.checkpoints.iterdir()) == ["step-00000005", "step-00000010"]
+    verify_folder(drive.checkpoint(10))
+    assert len(told) == 1
+
+
 def test_what_was_just_copied_and_the_last_whole_one_stay_whatever_is_damaged(machine, drive):
     run, mirror, told = machine(opened=False)
     mirror.open(CONFIG)
@@ -293,8 +326,30 @@ def test_a_drive_that_became_full_keeps_nobody_from_a_start(machine, drive, monk
     mirror.close()
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     Mirror(run, drive.path.parent, print).open(CONFIG)
+    new = drive.path.parent / "new"
     with pytest.raises(UserError, match=r"can't be written: .* could not be saved: full"):
-        Mirror(run, drive.path.parent / "new", print).open(CONFIG)
+        Mirror(run, new, print).open(CONFIG)
+    assert list(new.iterdir()) == []
+    shutil.rmtree(run.path)
+    monkeypatch.undo()
+    real = Path.touch
+
+    def touch(path, *args):
+        if path.is_relative_to(drive.path.parent):
+            raise OSError(errno.ENOSPC, "full")
+        real(path, *args)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(UserError, match=r"mirror: .* can't be written \(full\); give another folder with --mirror"):
+        Mirror(run, new, print).open(CONFIG)
+    run.prepare()
+    told = []
+    Mirror(run, drive.path.parent, told.append).open(CONFIG)
+    assert told == [
+        f"warning: mirror: {drive.path} can't be written (full); give another folder with --mirror; tried again with "
+        "each save"
+    ]
+    assert run.saved_steps() == [5]  # and it is still read from
 
 
 def test_at_the_end_a_failure_is_told_once_more(machine, drive, monkeypatch):

@@ -133,6 +133,8 @@ def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
     args += ["--run", f"ours-{len(extra)}", "--trainer.max_epochs", "1000", "--trainer.limit_val_batches", "1"]
     args += ["--trainer.val_check_interval", "100000"]
     args += ["--samples.count", "0", "--save_every_steps", "100000", *extra]
+    if spec["t4"]:  # what auto chooses on this card, if it is a large one; the limits give it a T4's name
+        args += ["--model.cuda_graphs", "true"]
     with ExitStack() as stack:
         training.QLoRACLI(start.complete(args), stack)
 

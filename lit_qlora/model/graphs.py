@@ -52,7 +52,7 @@ class Graphs:
         """Stands for the forward whose backward is next: their memory is the next one's."""
         self._pool = torch.cuda.graph_pool_handle() if self.weights[0].is_cuda else None
         self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
-        self._states = self.weights[0].new_empty(0)
+        self._states = [self.weights[0].new_empty(0)] * 2
         self._warm = set[int]()
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -71,14 +71,14 @@ class Graphs:
             torch.autograd.grad(self._run(small), self.weights, small)
             self._warm.add(shape[0])
         size = shape[0] * shape[1] * like.shape[-1]
-        if self._states.shape[-1] < size:
-            self._states = like.new_zeros(2, size)
+        if len(self._states[0]) < size:
+            self._states = [like.new_empty(size) for _ in range(2)]
         hidden, out = (state[:size].view(*shape, -1) for state in self._states)
         hidden.zero_()
         ran: list[Tensor] = []
 
         def forward() -> None:
-            ran.append(self._run(hidden))
+            ran[:] = [self._run(hidden)]
             out.copy_(ran[0].detach())
 
         def backward() -> None:

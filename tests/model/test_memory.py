@@ -228,10 +228,12 @@ def test_7b_by_hand():
 
 
 def test_a_total_is_the_sum_of_its_parts():
-    parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:])}
+    parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:-1])}
     held = StepMemory("now", **parts)
     assert held.total == int("1" * len(parts))
     assert held.reserved == int(held.total * 1.085)
+    assert replace(held, apart=1000).total == held.total
+    assert replace(held, apart=1000).reserved == int((held.total + 1000) * 1.085)
     assert held.on_card == held.reserved + int(0.35 * GIB)
 
 

@@ -1,0 +1,209 @@
+"""Decoder layers replayed: gradients gathered, rows padded, memory shared. On a CPU a recording runs its code again."""
+
+import json
+
+import pytest
+import torch
+
+from lit_qlora.cli import main
+from lit_qlora.model import graphs
+from lit_qlora.model.attention import find_places
+from lit_qlora.model.base import find_base
+from lit_qlora.model.decoder import run_layers, take_apart
+from lit_qlora.model.graphs import Graphs
+from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
+from lit_qlora.model.module import QLoRAModule
+
+
+class Rerun:
+    """What stands for a CUDA graph without a GPU."""
+
+    def __init__(self, run, pool):
+        self.replay = torch.enable_grad()(run)  # as it is while a step is recorded
+
+
+@pytest.fixture
+def replayed(monkeypatch, make_model):
+    """A model, and its layers replayed with one of two layers kept."""
+    monkeypatch.setattr(graphs, "_record", Rerun)
+    model = make_model()
+    inner = model.get_base_model().model
+    return model, Graphs(take_apart(model), 1, inner.rotary_emb)
+
+
+def embedded(model, *shape):
+    torch.manual_seed(sum(shape))
+    device = model.get_base_model().device
+    return model.get_base_model().model.embed_tokens(torch.randint(3, 512, shape).to(device)).detach()
+
+
+def gradients(model):
+    return torch.cat([value.grad.flatten() for value in adapter_parameters(model).values()])
+
+
+def learned(run, model, hidden):
+    out = run(hidden)
+    (out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum().backward()
+    return out.detach()
+
+
+def plain(model):
+    inner = model.get_base_model().model
+    return lambda hidden: run_layers(take_apart(model), hidden, find_places(inner.rotary_emb, hidden, ()), 1)
+
+
+@pytest.mark.parametrize(("tokens", "exact"), [(32, True), (12, False)])
+def test_replayed_layers_give_what_the_layers_give(replayed, tokens, exact):
+    model, run = replayed
+    found = []
+    for way in (plain(model), run, run):
+        model.zero_grad()
+        found.append((learned(way, model, embedded(model, 2, tokens)), gradients(model).clone()))
+    for out, gradient in found[1:]:
+        torch.testing.assert_close(out, found[0][0], rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5)
+        torch.testing.assert_close(gradient, found[0][1], rtol=0 if exact else 1e-4, atol=0 if exact else 1e-4)
+
+
+def test_micro_batches_add_up_and_a_new_step_begins_at_zero(replayed):
+    model, run = replayed
+    sums = []
+    for way in (plain(model), run):
+        model.zero_grad()
+        for tokens in (32, 64):
+            learned(way, model, embedded(model, 2, tokens))
+        sums.append(gradients(model).clone())
+        model.zero_grad()
+        learned(way, model, embedded(model, 1, 32))
+        sums.append(gradients(model).clone())
+    torch.testing.assert_close(sums[2], sums[0])
+    torch.testing.assert_close(sums[3], sums[1])
+    assert all(value.grad is buffer for value, buffer in zip(run.weights, run.gradients, strict=True))
+
+
+def test_gradients_that_another_way_gathered_are_taken_over(replayed):
+    model, run = replayed
+    found = []
+    for ways in (
+        (plain(model), plain(model), plain(model)),
+        (run, plain(model), run),
+        (plain(model), run, plain(model)),
+    ):
+        model.zero_grad()
+        for way, tokens in zip(ways, (32, 64, 96), strict=True):
+            learned(way, model, embedded(model, 2, tokens))
+            for value in adapter_parameters(model).values():  # as after memory ran out: they are put back as copies
+                value.grad = value.grad.clone()
+        found.append(gradients(model).clone())
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_nothing_of_a_longer_row_stays_for_a_shorter_one(replayed):
+    model, run = replayed
+    learned(run, model, embedded(model, 2, 32))
+    model.zero_grad()
+    learned(run, model, embedded(model, 2, 5))
+    after = gradients(model).clone()
+    fresh = Graphs(run.layers, 1, run.rotary)
+    model.zero_grad()
+    learned(fresh, model, embedded(model, 2, 5))
+    assert torch.equal(after, gradients(model))
+
+
+def test_a_backward_belongs_to_the_last_forward(replayed):
+    model, run = replayed
+    first = run(embedded(model, 2, 8))
+    run(embedded(model, 2, 8))
+    with pytest.raises(AssertionError, match="another micro-batch went forward before this one went back"):
+        first.sum().backward()
+
+
+def test_recordings_used_longest_ago_go(replayed, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    model, run = replayed
+    for tokens in (8, 40, 30, 70):  # 32, 64, 32 again, 96
+        run(embedded(model, 2, tokens))
+    assert list(run._recordings) == [(2, 32), (2, 96)]
+
+
+def test_dropout_is_refused(make_model):
+    model = make_model(dropout=0.1).train()
+    with pytest.raises(AssertionError):
+        Graphs(take_apart(model), 1, model.get_base_model().model.rotary_emb)
+
+
+def test_a_fit_learns_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "_record", Rerun)
+    shapes = []
+    real_call, real_configure = Graphs.__call__, QLoRAModule.configure_model
+    monkeypatch.setattr(Graphs, "__call__", lambda self, hidden: shapes.append(hidden.shape) or real_call(self, hidden))
+    losses = []
+    for replays in (False, True):
+
+        def configure(self, replays=replays):
+            real_configure(self)
+            self.replays = replays
+
+        monkeypatch.setattr(QLoRAModule, "configure_model", configure)
+        run = tmp_path / str(replays)
+        assert main([
+            "fit", "--run", str(run), "--trainer.max_steps", "4", "--trainer.limit_val_batches", "1",
+            "--trainer.accumulate_grad_batches", "2", "--trainer.log_every_n_steps", "1", "--samples.count", "0",
+        ]) == 0  # fmt: skip
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["train/loss"] for line in lines if "train/loss" in line])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert len(shapes) == 8  # none of them a validation's
+
+
+# On a GPU: recorded indeed.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype):
+    model = load_base(find_base(str(wide_folder)), dtype, torch.device("cuda"), "sdpa")
+    model = add_lora(model, Lora(4, 8.0, 0.0, "all-linear", False, False)).train()
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inner = model.get_base_model().model
+    for kept_layers in (0, 1, 2):
+        layers = take_apart(model)
+        run = Graphs(layers, kept_layers, inner.rotary_emb)
+
+        def plain(hidden, layers=layers, kept_layers=kept_layers):
+            return run_layers(layers, hidden, find_places(inner.rotary_emb, hidden, ()), kept_layers)
+
+        for shape in ((4, 64), (2, 32), (4, 64), (4, 128)):
+            found = []
+            for way in (plain, run):
+                model.zero_grad()
+                hidden = embedded(model, *shape).to(dtype)
+                found.append((learned(way, model, hidden), gradients(model).clone()))
+            assert torch.equal(found[1][0], found[0][0])
+            # The kernels that add up over tokens do so in no fixed order.
+            torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-2, atol=1e-3 * found[0][1].abs().max().item())
+    before = torch.cuda.memory_reserved()
+    for tokens in (128, 96, 64, 32):
+        learned(run, model, embedded(model, 4, tokens).to(dtype))
+    assert torch.cuda.memory_reserved() - before < 16 * 1024**2  # they share what the largest needs
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_that_runs_out_while_recording_leaves_the_card_usable(wide_folder):
+    model = load_base(find_base(str(wide_folder)), torch.float16, torch.device("cuda"), "sdpa")
+    model = add_lora(model, Lora(4, 8.0, 0.0, "all-linear", False, False)).train()
+    run = Graphs(take_apart(model), 2, model.get_base_model().model.rotary_emb)
+    learned(run, model, embedded(model, 2, 32).half())
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 1024**2) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            learned(run, model, embedded(model, 64, 1024).half())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    del run
+    model.zero_grad()
+    learned(plain(model), model, embedded(model, 2, 32).half())
+    assert gradients(model).isfinite().all()

@@ -53,7 +53,9 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle() if self.weights[0].is_cuda else None
         self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
         self._states = [self.weights[0].new_empty(0)] * 2
-        self._warm = set[int]()
+        # What autograd goes back from. No weight: its node in a graph that still stands would tie a recording to the
+        # stream outside.
+        self._anchor = self.weights[0].new_zeros(()).requires_grad_()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The hidden states ``[B, T, h]`` behind the layers; of whole conversations, one a row."""
@@ -63,13 +65,10 @@ class Graphs:
         self._recordings.move_to_end(shape)
         if len(self._recordings) > MOST:
             self._recordings.popitem(last=False)
-        return _Replay.apply(hidden, self, self._recordings[shape], self.weights[0])  # type: ignore[no-any-return, no-untyped-call]
+        return _Replay.apply(hidden, self, self._recordings[shape], self._anchor)  # type: ignore[no-any-return, no-untyped-call]
 
     def _record(self, shape: tuple[int, int], like: Tensor) -> _Recording:
-        if shape[0] not in self._warm:  # what is compiled and set up at first use can't be recorded
-            small = like.new_zeros(shape[0], WIDTH, like.shape[-1])
-            torch.autograd.grad(self._run(small), self.weights, small)
-            self._warm.add(shape[0])
+        self._warm_up(like.new_zeros(*shape, like.shape[-1]))
         size = shape[0] * shape[1] * like.shape[-1]
         if len(self._states[0]) < size:
             self._states = [like.new_empty(size) for _ in range(2)]
@@ -78,7 +77,7 @@ class Graphs:
         ran: list[Tensor] = []
 
         def forward() -> None:
-            ran[:] = [self._run(hidden)]
+            ran[:] = [self._run(self.layers, hidden)]
             out.copy_(ran[0].detach())
 
         def backward() -> None:
@@ -86,8 +85,12 @@ class Graphs:
 
         return _Recording(_record(forward, self._pool), _record(backward, self._pool), hidden, out)
 
-    def _run(self, hidden: Tensor) -> Tensor:
-        return run_layers(self.layers, hidden, find_places(self.rotary, hidden, ()), self.kept_layers)
+    def _warm_up(self, hidden: Tensor) -> None:
+        """One layer once: what is compiled, or chosen by trying, at the first use of a shape can't be recorded."""
+        torch.autograd.grad(self._run(self.layers[:1], hidden), self.layers[0].lora, hidden)
+
+    def _run(self, layers: Sequence[Layer], hidden: Tensor) -> Tensor:
+        return run_layers(layers, hidden, find_places(self.rotary, hidden, ()), min(self.kept_layers, len(layers)))
 
     def take_gradients(self) -> None:
         """Makes the buffers the weights' gradients, with what was gathered in this optimizer step so far."""
@@ -113,7 +116,7 @@ class _Replay(torch.autograd.Function):
     """A recording's two ways, as autograd knows them. The gradients of weights are gathered beside it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, graphs: Graphs, recording: _Recording, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, graphs: Graphs, recording: _Recording, anchor: Tensor) -> Tensor:
         ctx.graphs, ctx.recording, ctx.tokens, ctx.turn = graphs, recording, hidden.shape[1], object()
         graphs.turn = ctx.turn
         _fill(recording.hidden, hidden)

@@ -13,6 +13,7 @@ from lit_qlora.model.decoder import run_layers, take_apart
 from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.model.pointwise import EAGER, compiled
 
 
 class Rerun:
@@ -161,24 +162,27 @@ def test_a_fit_learns_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "pointwise"), [(torch.float16, EAGER), (torch.bfloat16, EAGER), (torch.float16, None)]
+)
+def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype, pointwise):
     model = load_base(find_base(str(wide_folder)), dtype, torch.device("cuda"), "sdpa")
     model = add_lora(model, Lora(4, 8.0, 0.0, "all-linear", False, False)).train()
     for parameter in adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
     inner = model.get_base_model().model
     for kept_layers in (0, 1, 2):
-        layers = take_apart(model)
+        layers = take_apart(model, pointwise or compiled())
         run = Graphs(layers, kept_layers, inner.rotary_emb)
 
         def plain(hidden, layers=layers, kept_layers=kept_layers):
             return run_layers(layers, hidden, find_places(inner.rotary_emb, hidden, ()), kept_layers)
 
         for shape in ((4, 64), (2, 32), (4, 64), (4, 128)):
-            found = []
+            found, alive = [], []
             for way in (plain, run):
                 model.zero_grad()
+                alive.append(run(embedded(model, 2, 32).to(dtype)))  # as a loss that somebody still holds
                 hidden = embedded(model, *shape).to(dtype)
                 found.append((learned(way, model, hidden), gradients(model).clone()))
             assert torch.equal(found[1][0], found[0][0])

@@ -61,7 +61,8 @@ class Graphs:
         """The hidden states ``[B, T, h]`` behind the layers; of whole conversations, one a row."""
         shape = hidden.shape[0], -(-hidden.shape[1] // WIDTH) * WIDTH
         if shape not in self._recordings:
-            self._recordings[shape] = self._record(shape, hidden)
+            with torch.autocast(hidden.device.type, enabled=False):  # as it is in a backward, which runs in here, too
+                self._recordings[shape] = self._record(shape, hidden)
         self._recordings.move_to_end(shape)
         if len(self._recordings) > MOST:
             self._recordings.popitem(last=False)
@@ -77,7 +78,7 @@ class Graphs:
         ran: list[Tensor] = []
 
         def forward() -> None:
-            ran[:] = [self._run(self.layers, hidden)]
+            ran[:] = [self._run(self.layers, hidden, self.kept_layers)]
             out.copy_(ran[0].detach())
 
         def backward() -> None:
@@ -87,10 +88,11 @@ class Graphs:
 
     def _warm_up(self, hidden: Tensor) -> None:
         """One layer once: what is compiled, or chosen by trying, at the first use of a shape can't be recorded."""
-        torch.autograd.grad(self._run(self.layers[:1], hidden), self.layers[0].lora, hidden)
+        kept = self.kept_layers // len(self.layers)
+        torch.autograd.grad(self._run(self.layers[:1], hidden, kept), self.layers[0].lora, hidden)
 
-    def _run(self, layers: Sequence[Layer], hidden: Tensor) -> Tensor:
-        return run_layers(layers, hidden, find_places(self.rotary, hidden, ()), min(self.kept_layers, len(layers)))
+    def _run(self, layers: Sequence[Layer], hidden: Tensor, kept_layers: int) -> Tensor:
+        return run_layers(layers, hidden, find_places(self.rotary, hidden, ()), kept_layers)
 
     def take_gradients(self) -> None:
         """Makes the buffers the weights' gradients, with what was gathered in this optimizer step so far."""

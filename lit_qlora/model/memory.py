@@ -244,7 +244,7 @@ def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:
     deepest = max((moment for moment in once if moment not in outside), key=inside)
     states = 2 * step.element * step.tokens * shape.hidden
     # Before each recording one layer runs as it is; that takes more than an evaluation.
-    warmed = step.tokens * (kept_in_layer(step) + swiglu_backward(step))
+    warmed = max(moment.layer + moment.dequantisation for moment in once if moment not in outside)
     beside = max(warmed, *(moment.loss + moment.layer for moment in outside))
     others = [replace(moment, activations=0, recordings=states, apart=inside(deepest)) for moment in outside]
     return [replace(deepest, gradients=deepest.gradients + lora, recordings=states, apart=beside), *others]

@@ -184,7 +184,8 @@ def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype, pointwise):
                 model.zero_grad()
                 alive.append(run(embedded(model, 2, 32).to(dtype)))  # as a loss that somebody still holds
                 hidden = embedded(model, *shape).to(dtype)
-                found.append((learned(way, model, hidden), gradients(model).clone()))
+                with torch.autocast("cuda", dtype):
+                    found.append((learned(way, model, hidden), gradients(model).clone()))
             assert torch.equal(found[1][0], found[0][0])
             # The kernels that add up over tokens do so in no fixed order.
             torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-2, atol=1e-3 * found[0][1].abs().max().item())

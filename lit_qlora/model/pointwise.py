@@ -77,12 +77,12 @@ def compiled() -> Pointwise:
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     run = torch.compile(function)
-    seen = set[tuple[torch.Size, ...]]()
+    seen = set[tuple[Any, ...]]()  # and whether it was in inference mode, for which there is other code
 
     def marked(*args: Any) -> Any:
         # The compiler looks at a tensor's gradient, and torch warns where it is no leaf.
         args = tuple(arg.detach() if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args)
-        shapes = tuple(arg.shape for arg in args if isinstance(arg, Tensor))
+        shapes = torch.is_inference_mode_enabled(), *(arg.shape for arg in args if isinstance(arg, Tensor))
         if shapes not in seen:  # else nothing is compiled, and marks would cost as much as the kernel
             seen.add(shapes)
             for arg in args:

@@ -172,7 +172,7 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, dtype, device
 
 
 def _fit_to_first_step(rows: int) -> dict:
-    """The real command with the demo's base on ``rows`` conversations of about 1,000 characters, twice."""
+    """The real command with the demo's base on ``rows`` conversations of about 560 characters, twice."""
     seconds, host_gib = [], []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.jsonl"

@@ -1,6 +1,7 @@
 """Measures how speed and memory grow: tokens a row, rows of a micro-batch, rank, layers kept; and rows of data.
 
     python benchmarks/growth.py --base DIR [--t4]        # training steps on a GPU, beside the planner's forecast
+    python benchmarks/growth.py --cpu                    # a few short ones on the demo: it runs; no memory is measured
     python benchmarks/growth.py --rows 1000 10000 100000 # the real fit up to its first step, on this machine
 
 A step is forward, backward, gradient scaling, clipping and AdamW, as the Trainer does them. Ends with a table; figures
@@ -26,6 +27,7 @@ GRID = (
     (1024, 4, 16, 0), (1024, 8, 16, 0), (1024, 2, 16, 32), (1024, 4, 16, 16), (512, 4, 16, 16), (256, 4, 16, 32),
     (1024, 2, 64, 0), (1024, 2, 64, 16), (1024, 2, 8, 0), (1024, 2, 8, 32),
 )  # fmt: skip
+TINY_GRID = ((32, 2, 4, 0), (64, 1, 4, 1), (32, 1, 8, 0))
 ANSWER_SHARE = 0.86
 """Of the tokens, as in guanaco."""
 
@@ -34,39 +36,47 @@ def main() -> None:
     """Measures, and writes what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="folder or hub id")
+    parser.add_argument("--cpu", action="store_true", help="short steps in fp32 on the CPU; base: the demo by default")
     parser.add_argument("--t4", action="store_true", help="14.2 GiB, fp16, no flash or cuDNN attention")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a setting, after two that are not")
     parser.add_argument("--rows", type=int, nargs="+", help="conversations of data instead")
     parser.add_argument("--output", type=Path, default=Path("benchmark"))
     options = parser.parse_args()
+    if not (options.rows or options.base or options.cpu):
+        parser.error("give --base, --cpu or --rows")
     if options.rows:
         found = [_fit_to_first_step(rows) for rows in options.rows]
-        lines = [
-            "| conversations | file MB | host GiB | seconds to the first step | again, from the cache |",
-            "|---|" * 5,
-        ]
-        lines += [
-            f"| {row['rows']:,} | {row['file_mb']:.0f} | {row['host_gib'][0]:.2f} | {row['seconds'][0]:.0f} | "
-            f"{row['seconds'][1]:.0f} |"
-            for row in found
-        ]
+        lines = _rows_table(found)
     else:
-        found, lines = (
-            _steps(options),
-            [
-                "| tokens a row x rows | rank | kept | tokens/s | allocated GiB | forecast | reserved GiB | forecast |",
-                "|" + "---|" * 8,
-            ],
-        )
-        lines += [
-            f"| {row['length']} x {row['rows']} | {row['rank']} | {row['kept']} | {row['tokens_per_second']:,.0f} | "
-            f"{row['allocated']:.2f} | {row['forecast_allocated']:.2f} ({row['error']:+.1%}) | {row['reserved']:.2f} | "
-            f"{row['forecast_reserved']:.2f} |"
-            for row in found
-        ]
+        found = _steps(options)
+        lines = _steps_table(found)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "growth.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print("\n".join(lines))
+
+
+def _rows_table(found: list[dict]) -> list[str]:
+    head = "| conversations | file MB | host GiB | seconds to the first step | again, from the cache |"
+    return [head, "|" + "---|" * 5] + [
+        f"| {row['rows']:,} | {row['file_mb']:.0f} | {row['host_gib'][0]:.2f} | {row['seconds'][0]:.0f} | "
+        f"{row['seconds'][1]:.0f} |"
+        for row in found
+    ]
+
+
+def _steps_table(found: list[dict]) -> list[str]:
+    head = "| tokens a row x rows | rank | kept | tokens/s | allocated GiB | forecast | reserved GiB | forecast |"
+    lines = [head, "|" + "---|" * 8]
+    for row in found:
+        allocated, forecast, reserved = "not measured", f"{row['forecast_allocated']:.2f}", "not measured"
+        if row["allocated"]:
+            allocated, reserved = f"{row['allocated']:.2f}", f"{row['reserved']:.2f}"
+            forecast += f" ({row['forecast_allocated'] / row['allocated'] - 1:+.1%})"
+        lines.append(
+            f"| {row['length']} x {row['rows']} | {row['rank']} | {row['kept']} | {row['tokens_per_second']:,.0f} | "
+            f"{allocated} | {forecast} | {reserved} | {row['forecast_reserved']:.2f} |"
+        )
+    return lines
 
 
 def _steps(options: argparse.Namespace) -> list[dict]:
@@ -85,25 +95,26 @@ def _steps(options: argparse.Namespace) -> list[dict]:
     from lit_qlora.quiet import quieten
 
     quieten()
-    dtype = torch.float16 if options.t4 else torch.bfloat16
-    found = []
-    for rank, settings in groupby(sorted(GRID, key=lambda setting: setting[2]), key=lambda setting: setting[2]):
-        module = QLoRAModule(options.base, rank=rank)
+    device = torch.device("cpu" if options.cpu else "cuda")
+    dtype = torch.float32 if options.cpu else torch.float16 if options.t4 else torch.bfloat16
+    grid, found = TINY_GRID if options.cpu else GRID, []
+    for rank, settings in groupby(sorted(grid, key=lambda setting: setting[2]), key=lambda setting: setting[2]):
+        module = QLoRAModule(options.base or "demo", rank=rank)
         copies = Copies("auto")
-        base = copies.find(module.base, dtype, "cuda") or module.base
-        loaded = load_base(base, dtype, torch.device("cuda"), "sdpa")
+        base = copies.find(module.base, dtype, device.type) or module.base
+        loaded = load_base(base, dtype, device, "sdpa")
         if base is module.base:
-            copies.keep(loaded, module.base, dtype, "cuda")
+            copies.keep(loaded, module.base, dtype, device.type)
         module.model = add_lora(loaded, Lora(rank, 16.0, 0.0, "all-linear", False, False)).train()
         for length, rows, _, kept in settings:
-            found.append(_measure(module, length, rows, rank, kept, dtype, options.steps))
+            found.append(_measure(module, length, rows, rank, kept, dtype, device, options.steps))
             print(found[-1], file=sys.stderr, flush=True)
         del module, loaded
         torch.cuda.empty_cache()
     return found
 
 
-def _measure(module, length: int, rows: int, rank: int, kept: int, dtype, num_steps: int) -> dict:
+def _measure(module, length: int, rows: int, rank: int, kept: int, dtype, device, num_steps: int) -> dict:
     import torch
 
     from lit_qlora.batch import Batch, answer_targets
@@ -112,20 +123,22 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, dtype, num_st
     from lit_qlora.model.optimizer import make_optimizer
 
     torch.cuda.empty_cache()
-    labels = torch.randint(3, 30_000, (rows, length))
+    labels = torch.randint(3, min(30_000, module.base.shape.vocabulary), (rows, length))
     labels[:, : int(length * (1 - ANSWER_SHARE))] = -100
     ids = labels.clamp(min=3)
     batch = Batch(ids, *answer_targets(labels), tuple(range(rows)), ids.numel(), int((labels > 0).sum()))
-    batch = Batch(*(value.cuda() if isinstance(value, torch.Tensor) else value for value in batch))
+    batch = Batch(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in batch))
     parameters = list(adapter_parameters(module).values())
     optimizer = make_optimizer("adamw", parameters, 1e-6, 0.0)
-    scaler, module.kept_layers = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16), kept
+    scaler, module.kept_layers = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), kept
+    on_gpu = device.type == "cuda"
     for step in range(2 + num_steps):
         if step == 2:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
-        with torch.autocast("cuda", dtype, cache_enabled=False):
+        with torch.autocast(device.type, dtype, enabled=on_gpu, cache_enabled=False):
             loss = module.summed_loss(batch)[0] / batch.step_answer_tokens
         optimizer.zero_grad()  # as Lightning does: after forward, before backward
         scaler.scale(loss).backward()
@@ -133,9 +146,10 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, dtype, num_st
         torch.nn.utils.clip_grad_norm_(parameters, 0.3)
         scaler.step(optimizer)
         scaler.update()
-    torch.cuda.synchronize()
+    if on_gpu:
+        torch.cuda.synchronize()
     seconds = (time.monotonic() - started) / num_steps
-    capability = torch.cuda.get_device_capability()
+    hopper = on_gpu and torch.cuda.get_device_capability() >= (9, 0)
     forecast = memory.step_memory(
         memory.Step(
             module.base.shape,
@@ -143,21 +157,22 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, dtype, num_st
             scored_tokens=len(batch.targets),
             rank=rank,
             kept_layers=kept,
-            workspace=memory.HOPPER_WORKSPACE if capability >= (9, 0) else memory.WORKSPACE,
+            element=dtype.itemsize,
+            workspace=memory.HOPPER_WORKSPACE if hopper else memory.WORKSPACE,
         )
     )
-    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     optimizer.zero_grad()
     return {
         "length": length, "rows": rows, "rank": rank, "kept": kept, "tokens_per_second": ids.numel() / seconds,
-        "allocated": allocated / memory.GIB, "forecast_allocated": forecast.total / memory.GIB,
-        "error": forecast.total / allocated - 1, "reserved": reserved / memory.GIB,
+        "allocated": torch.cuda.max_memory_allocated() / memory.GIB if on_gpu else None,
+        "forecast_allocated": forecast.total / memory.GIB,
+        "reserved": torch.cuda.max_memory_reserved() / memory.GIB if on_gpu else None,
         "forecast_reserved": forecast.reserved / memory.GIB, "moment": forecast.moment,
     }  # fmt: skip
 
 
 def _fit_to_first_step(rows: int) -> dict:
-    """The real command with the demo's base on ``rows`` conversations of about 1,000 characters, twice."""
+    """The real command with the demo's base on ``rows`` conversations of about 560 characters, twice."""
     seconds, host_gib = [], []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.jsonl"

@@ -37,11 +37,11 @@ class Base:
         return Path(self.name).expanduser().resolve().name
 
 
-def find_base(name: str) -> Base:
+def find_base(name: str, weights: bool = True) -> Base:
     """Recognises ``name``: ``demo``, a local folder, or a hub id.
 
     Raises UserError when it does not exist, is gated without access, is not a Llama, is quantised in
-    another way, or has no weights as safetensors.
+    another way, or, unless ``weights`` is False, has no weights as safetensors.
     """
     require(bool(name.strip()), "model.base", "demo, a folder or a hub id (owner/name)", name)
     location = str(demo.BASE) if name == "demo" else name
@@ -56,7 +56,7 @@ def find_base(name: str) -> Base:
     else:
         config_file, files = _ask_hub(name)
     config = _read_config(name, config_file)
-    if files and not any(file.endswith(".safetensors") for file in files):
+    if weights and files and not any(file.endswith(".safetensors") for file in files):
         raise UserError(
             f"model.base: {name} has no .safetensors weights, and pickled ones are never read; "
             "convert it (save_pretrained writes safetensors) or take another copy"
@@ -117,9 +117,9 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
 
 
 def missing_bytes(base: Base) -> int:
-    """What loading will have to download: the 16-bit weights of a hub id that is not in the cache, else nothing."""
+    """What is still to come before loading: the 16-bit weights that are in neither folder nor cache."""
     is_here = stored_file(base, "model.safetensors.index.json") or stored_file(base, "model.safetensors")
-    return 0 if is_here or Path(base.location).is_dir() else 2 * base.shape.num_parameters
+    return 0 if is_here else 2 * base.shape.num_parameters
 
 
 def commit(base: Base) -> str | None:

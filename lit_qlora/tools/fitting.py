@@ -4,10 +4,10 @@ Knows formulas, lengths of rows and the names of options; no files and no model.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
 from typing import get_args
 
 from lit_qlora.callbacks.outlook import PROMPTS_AT_ONCE, epoch_of, step_of
@@ -21,8 +21,9 @@ from lit_qlora.model.shape import Shape
 from lit_qlora.model.speed import Epoch, epoch_hours
 
 BUDGETS = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
-LENGTHS = (1536, 1024, 768, 512, 384, 256)
-RANKS = (64, 32, 16, 8, 4)
+SHORTEST, LENGTH_STEP = 256, 64
+"""Of max_length where it is cut: below, a conversation loses its answers."""
+RANKS = (128, 96, 64, 48, 32, 24, 16, 8, 4)
 MINUTE = 1 / 60
 """Hours; a shorter epoch is not worth a change."""
 GAIN = 0.03
@@ -92,71 +93,93 @@ Change = tuple[str, Settings]
 
 
 def changes(settings: Settings) -> list[list[Change]]:
-    """What could be changed, from what costs least to what changes the result; each from mild to strong."""
+    """What could be changed, each from mild to strong: first what the result does not depend on, then what it does.
+
+    Fewer target modules are not among them: a rank of 4 on all takes as little, and learns more.
+    """
+    return [kind(settings) for kind in _KINDS]
+
+
+def _recomputation(settings: Settings) -> list[Change]:
+    """``auto`` keeps what fits, so that it fits where ``full`` does."""
+    auto = ("--model.checkpointing auto", replace(settings, checkpointing="auto"))
+    return [auto] if settings.checkpointing == "none" else []
+
+
+def _smaller_batches(settings: Settings) -> list[Change]:
+    """Micro-batches of fewer rows or tokens, more of them to a step, which stays as large."""
+    plan, found = settings.plan, []
+    if plan.tokens:
+        parts = range(2, math.ceil(plan.tokens / settings.max_length) + 1)
+        smaller = [(part, replace(plan, tokens=max(plan.tokens // part, settings.max_length))) for part in parts]
+    else:
+        parts = range(2, plan.rows + 1)
+        smaller = [(part, replace(plan, rows=plan.rows // part)) for part in parts if plan.rows % part == 0]
+    for part, less in smaller:
+        more = settings.accumulate * part
+        words = f"--data.batch_tokens {less.tokens}" if plan.tokens else f"--data.batch_size {less.rows}"
+        words += f" --trainer.accumulate_grad_batches {more}"
+        found.append((words, replace(settings, plan=less, accumulate=more)))
+    return found
+
+
+def _fewer_samples(settings: Settings) -> list[Change]:
     return [
-        [
-            (f"--model.checkpointing {mode}", replace(settings, checkpointing=mode))
-            for mode in ("auto", "full")
-            if mode in get_args(Checkpointing) and mode != settings.checkpointing != "full"
-        ],
-        [*_smaller_batches(settings)],
-        [
-            (f"--samples.count {count}", replace(settings, num_samples=count))
-            for count in (4, 2, 0)
-            if count < settings.num_samples
-        ],
-        [
-            (f"--model.optimizer {name}", replace(settings, optimizer=name))
-            for name in ("adamw_8bit", "paged_adamw_8bit")
-            if not settings.optimizer.endswith(name)
-        ],
-        [
-            (f"--data.max_length {length}", replace(settings, max_length=length))
-            for length in LENGTHS
-            if length < settings.max_length
-        ],
-        [
-            (f"--model.rank {rank}", replace(settings, lora=replace(settings.lora, rank=rank)))
-            for rank in RANKS
-            if rank < settings.lora.rank
-        ],
+        (f"--samples.count {count}", replace(settings, num_samples=count))
+        for count in (4, 2, 0)
+        if count < settings.num_samples
     ]
 
 
-def _smaller_batches(settings: Settings) -> Iterator[Change]:
-    """Micro-batches of fewer rows or tokens, more of them to a step."""
-    plan = settings.plan
-    if plan.tokens:
-        for tokens in sorted({*BUDGETS, settings.max_length}, reverse=True):
-            if settings.max_length <= tokens < plan.tokens:
-                more = settings.accumulate * math.ceil(plan.tokens / tokens)
-                words = f"--data.batch_tokens {tokens} --trainer.accumulate_grad_batches {more}"
-                yield words, replace(settings, plan=replace(plan, tokens=tokens), accumulate=more)
-        return
-    for rows in range(plan.rows // 2, 0, -1):
-        if plan.rows % rows == 0:
-            more = settings.accumulate * (plan.rows // rows)
-            words = f"--data.batch_size {rows} --trainer.accumulate_grad_batches {more}"
-            yield words, replace(settings, plan=replace(plan, rows=rows), accumulate=more)
+def _smaller_optimizer(settings: Settings) -> list[Change]:
+    return [
+        (f"--model.optimizer {name}", replace(settings, optimizer=name))
+        for name in ("adamw_8bit", "paged_adamw_8bit")
+        if not settings.optimizer.endswith(name)
+    ]
+
+
+def _smaller_ranks(settings: Settings) -> list[Change]:
+    return [
+        (f"--model.rank {rank}", replace(settings, lora=replace(settings.lora, rank=rank)))
+        for rank in RANKS
+        if rank < settings.lora.rank
+    ]
+
+
+def _shorter_rows(settings: Settings) -> list[Change]:
+    first = (settings.max_length - 1) // LENGTH_STEP * LENGTH_STEP
+    return [
+        (f"--data.max_length {length}", replace(settings, max_length=length))
+        for length in range(first, SHORTEST - 1, -LENGTH_STEP)
+    ]
+
+
+_KINDS = (_recomputation, _smaller_batches, _fewer_samples, _smaller_optimizer, _smaller_ranks, _shorter_rows)
 
 
 def smallest_change(settings: Settings) -> Change | None:
-    """The fewest options that make it fit, the mildest of them first; None where nothing does.
+    """The least that makes it fit; None where nothing does.
 
-    Of several, all but the last are changed as far as they go.
+    Of each kind from the dearest on, the mildest change that leaves it to the cheaper ones to make it fit.
     """
-    num_kinds = len(changes(settings))
-    for count in range(1, num_kinds + 1):
-        for kinds in combinations(range(num_kinds), count):
-            words, changed = [], settings
-            for kind in kinds[:-1]:
-                for last_words, last in changes(changed)[kind][-1:]:
-                    words.append(last_words)
-                    changed = last
-            for last_words, last in changes(changed)[kinds[-1]]:
-                if last.fits() and len(words) == count - 1:
-                    return " ".join([*words, last_words]), last
-    return None
+    words, changed = [], settings
+    for number in reversed(range(len(_KINDS))):
+        options = [("", changed), *_KINDS[number](changed)]
+        least = bisect_left(options, True, key=lambda option: _as_far(option[1], number).fits())
+        if least == len(options):
+            return None
+        words.append(options[least][0])
+        changed = options[least][1]
+    return " ".join(word for word in reversed(words) if word), changed
+
+
+def _as_far(settings: Settings, num_kinds: int) -> Settings:
+    """Changed as far as the cheapest kinds go."""
+    for kind in reversed(_KINDS[:num_kinds]):
+        options = kind(settings)
+        settings = options[-1][1] if options else settings
+    return settings
 
 
 def quickest(settings: Settings) -> Change | None:

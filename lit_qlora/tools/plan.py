@@ -75,7 +75,7 @@ def _host_lines(planned: Planned) -> Iterator[str]:
 
 def _time_lines(planned: Planned) -> Iterator[str]:
     settings, rows = planned.settings, planned.rows
-    precision = f"{settings.precision} ({planned.precision_reason})"
+    precision = f"precision {settings.precision} ({planned.precision_reason})"
     epoch, _ = settings.epoch()
     padding = 1 - epoch.tokens / epoch.padded_tokens
     yield (
@@ -84,12 +84,12 @@ def _time_lines(planned: Planned) -> Iterator[str]:
     )
     hours = settings.hours()
     if hours is None:
-        yield f"  no time predicted: the rates of a {settings.card.name} in {precision} are not known"
+        yield f"  no time predicted: the rates of a {settings.card.name} are not known; {precision}"
         return
     slow = hours / REACHED
     yield (
         f"  {_between(hours, slow)}: {epoch.tokens / hours / 3600:,.0f} to "
-        f"{epoch.tokens / slow / 3600:,.0f} tokens/s, without validations; precision {precision}"
+        f"{epoch.tokens / slow / 3600:,.0f} tokens/s, without validations; {precision}"
     )
     yield (
         f"  the first at {settings.card.tflops:g} TFLOP/s and {settings.card.gb_per_s:g} GB/s sustained with nothing "

@@ -3,6 +3,7 @@
 Downloads nothing but a config.json of unknown sizes. Knows how each is found; nothing of what is made of it.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -57,6 +58,8 @@ class _Options(QLoRACLI):
         super().add_arguments_to_parser(parser)
         parser.add_argument("--gpu", type=str | None, default=None, help="card to plan for; default: this one, or a T4")
         parser.add_argument("--gpu-gib", type=float | None, default=None, help="memory of the card in GiB instead")
+        words = "of the card, as 8.6; default: that of --gpu, 7.5 for one of --gpu-gib alone"
+        parser.add_argument("--gpu-capability", type=str | None, default=None, help=f"compute capability {words}")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         return LightningCLI._prepare_subcommand_parser(self, klass, subcommand, **kwargs)
@@ -105,15 +108,19 @@ def read(args: list[str]) -> Planned:
     """
     completed = start.complete(["fit", *args])
     options = _Options(["plan", *completed[1:]]).config["plan"]
-    card = _card(options.gpu, options.gpu_gib)
-    device = Device(card.name, card.capability)
     model = options.model.as_dict()
+    needs_ampere = options.trainer.precision == "bf16-mixed" or model["attention"] == "flash_attention_2"
+    card = _card(options.gpu, options.gpu_gib, options.gpu_capability, AMPERE if needs_ampere else DEFAULT.capability)
+    device = Device(card.name, card.capability)
     # The options' own checks, on a base that is always there and for no card.
     module = QLoRAModule(**{**model, "base": "demo", "adapter": None, "attention": "sdpa"})
     data = ChatDataModule(**options.data.as_dict())
     if card.capability < AMPERE:  # above, whether the package is there is the other machine's affair
         check_attention(model["attention"], device)
     precision, reason = choose_precision(options.trainer.precision, device)
+    if not (options.gpu or options.gpu_gib is None or options.gpu_capability):
+        shown = ".".join(map(str, card.capability))
+        reason = f"compute capability {shown} is assumed; --gpu-capability gives another"
     base = _base(model["base"])
     load.check_targets(base, model["target_modules"])
     samples, trainer = options.samples, options.trainer
@@ -131,18 +138,24 @@ def read(args: list[str]) -> Planned:
     )
 
 
-def _card(name: str | None, gib: float | None) -> Card:
+def _card(name: str | None, gib: float | None, capability: str | None, assumed: tuple[int, int]) -> Card:
+    """The card that is meant; one of which the memory alone is known has the ``assumed`` compute capability."""
     require(gib is None or gib > 0, "gpu-gib", "a number of GiB above 0", gib)
+    found = re.fullmatch(r"(\d+)\.(\d)", capability or "7.5")
+    if found is None:
+        raise UserError(f"gpu-capability: expected two numbers as in 8.6, got {capability!r}")
     if name is None and gib is not None:
-        return Card(f"card of {gib:g} GiB", gib, (8, 0))
-    card = find_card(name) if name else current_card() or DEFAULT
-    return replace(card, memory_gib=gib) if gib is not None else card
+        card = Card(f"card of {gib:g} GiB", gib, assumed)
+    else:
+        card = find_card(name) if name else current_card() or DEFAULT
+    card = replace(card, memory_gib=gib) if gib is not None else card
+    return replace(card, capability=(int(found[1]), int(found[2]))) if capability else card
 
 
 def _base(name: str) -> Base:
     """Recognised without the hub where its sizes are known."""
     config = None if Path(name).expanduser().exists() else known_config(name)
-    return Base(name, name, config) if config else find_base(name)
+    return Base(name, name, config) if config else find_base(name, weights=False)
 
 
 @contextmanager

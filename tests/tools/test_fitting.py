@@ -1,4 +1,4 @@
-"""The search: one option before two, the mild before the strong, and only what fits."""
+"""The search: what costs nothing before what changes the result, the least of each, and only what fits."""
 
 from dataclasses import replace
 
@@ -6,18 +6,19 @@ import pytest
 
 from lit_qlora.callbacks.outlook import guanaco_lengths
 from lit_qlora.data.batching import BatchPlan
-from lit_qlora.model.cards import DEFAULT
+from lit_qlora.model.cards import DEFAULT, find_card
 from lit_qlora.model.load import Lora
 from lit_qlora.model.memory import GIB
 from lit_qlora.model.shape import LLAMA_2, Shape
 from lit_qlora.tools.fitting import Settings, changes, quickest, smallest_change
 
 
-def seven(**changed):
+def seven(size="7b", **changed):
     lora = Lora(changed.pop("rank", 16), 16, 0.0, "all-linear", False, False)
-    card = replace(DEFAULT, memory_gib=changed.pop("gib", DEFAULT.memory_gib))
+    card = find_card(changed.pop("card", "t4"))
+    card = replace(card, memory_gib=changed.pop("gib", card.memory_gib))
     settings = Settings(
-        Shape.of(LLAMA_2["7b"]), card, "16-mixed", tuple(guanaco_lengths(400)), 0.86, 256, lora, "adamw",
+        Shape.of(LLAMA_2[size]), card, "16-mixed", tuple(guanaco_lengths(400)), 0.86, 256, lora, "adamw",
         "full", BatchPlan(rows=4), 1024, 4, 0, 128, 42,
     )  # fmt: skip
     return replace(settings, **changed)
@@ -40,7 +41,7 @@ def test_what_fits_is_left_alone():
     [
         ({"checkpointing": "none"}, "--model.checkpointing auto"),
         ({"gib": 6.6}, "--data.batch_size 2 --trainer.accumulate_grad_batches 8"),
-        ({"gib": 6.9, "plan": BatchPlan(tokens=4096)}, "--data.batch_tokens 3072 --trainer.accumulate_grad_batches 8"),
+        ({"gib": 6.9, "plan": BatchPlan(tokens=4096)}, "--data.batch_tokens 2048 --trainer.accumulate_grad_batches 8"),
         ({"gib": 6.6, "num_samples": 8, "plan": BatchPlan(rows=1)}, "--samples.count 4"),
         ({"gib": 9.0, "rank": 128, "plan": BatchPlan(rows=1)}, "--model.optimizer adamw_8bit"),
     ],
@@ -53,10 +54,45 @@ def test_one_option_where_one_will_do(settings, expected):
     assert after.fits()
 
 
-def test_two_options_where_one_will_not_do():
-    words, after = smallest_change(seven(gib=8.0, checkpointing="none", rank=64))
-    assert words == "--model.checkpointing full --data.batch_size 1 --trainer.accumulate_grad_batches 16"
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"gib": 8.0, "checkpointing": "none", "rank": 64},
+         "--model.checkpointing auto --data.batch_size 1 --trainer.accumulate_grad_batches 16"),
+        ({"gib": 10, "max_length": 4096, "rank": 64}, "--data.batch_size 1 --trainer.accumulate_grad_batches 16"),
+        ({"gib": 10, "plan": BatchPlan(tokens=16384)},
+         "--data.batch_tokens 8192 --trainer.accumulate_grad_batches 8"),
+        ({"size": "13b", "rank": 64, "num_samples": 8},
+         "--data.batch_size 2 --trainer.accumulate_grad_batches 8 --samples.count 4"),
+        ({"size": "13b", "card": "l4", "rank": 64, "max_length": 4096},
+         "--data.batch_size 2 --trainer.accumulate_grad_batches 8"),
+        ({"size": "70b", "card": "a100-80", "rank": 64, "max_length": 4096},
+         "--data.batch_size 2 --trainer.accumulate_grad_batches 8"),
+    ],
+)  # fmt: skip
+def test_what_costs_nothing_is_enough(settings, expected):
+    words, after = smallest_change(seven(**settings))
+    assert words == expected
     assert after.fits()
+
+
+def test_a_rank_is_lowered_only_as_far_as_it_must_and_before_rows_are_cut():
+    words, after = smallest_change(seven("13b", gib=10, rank=64, num_samples=8))
+    assert words == (
+        "--data.batch_size 1 --trainer.accumulate_grad_batches 16 --samples.count 2 "
+        "--model.optimizer paged_adamw_8bit --model.rank 32"
+    )
+    assert after.max_length == 1024 and after.fits()
+
+
+def test_rows_are_cut_last_and_as_little_as_will_do():
+    words, after = smallest_change(seven("13b", gib=10, max_length=4096))
+    assert words.endswith("--model.rank 4 --data.max_length 2624")
+    assert after.fits() and not replace(after, max_length=2624 + 64).fits()
+
+
+def test_a_70b_is_too_large_for_a_t4():
+    assert smallest_change(seven("70b")) is None
 
 
 def test_where_nothing_fits():

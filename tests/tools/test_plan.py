@@ -1,11 +1,13 @@
 """The verb plan, as a user gives it: the table adds up, mistakes are one line, the last line is the verdict."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from lit_qlora.cli import main
+from lit_qlora.model.shape import LLAMA_2
 from lit_qlora.tools import planned
 
 T4 = str(Path(__file__).parents[2] / "configs" / "colab_t4.yaml")
@@ -79,6 +81,32 @@ def test_other_cards(plan):
     assert plan("--config", T4, "--gpu", "a100", "--gpu-gib", "5")[-1].startswith("does not fit: 6.97 of 5.00 GiB")
 
 
+def test_a_card_known_by_its_memory_is_taken_for_one_without_bf16(plan):
+    assumed = "; precision 16-mixed (compute capability 7.5 is assumed; --gpu-capability gives another)"
+    assert any(line.endswith(assumed) for line in plan("--config", T4, "--gpu-gib", "16"))
+    given = plan("--config", T4, "--gpu-gib", "16", "--gpu-capability", "8.6")
+    assert any(line.endswith("; precision bf16-mixed (compute capability 8.6)") for line in given)
+    # What asks for more than such a card has is no mistake: the user knows the card.
+    assumed = "; precision bf16-mixed (compute capability 8.0 is assumed; --gpu-capability gives another)"
+    lines = plan("--config", T4, "--gpu-gib", "16", "--trainer.precision", "bf16-mixed")
+    assert any(line.endswith(assumed) for line in lines)
+
+
+def test_a_named_card_keeps_its_own_capability(plan):
+    lines = plan("--config", T4, "--gpu", "a100", "--gpu-gib", "20")
+    assert any(line.endswith("precision bf16-mixed (compute capability 8.0)") for line in lines)
+
+
+def test_a_folder_needs_no_more_than_its_config(plan, tmp_path):
+    config = LLAMA_2["7b"] | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    lines = plan("--config", T4, "--model.base", "base")
+    assert lines[0].startswith("base in 4-bit, card: T4;")
+    assert "  download of the base                                 12.55" in lines
+    assert lines[-1] == "fits: 13.09 of 14.56 GiB"
+
+
 def test_rows_at_hand_without_their_tokenizer_are_estimated(plan, tmp_path):
     row = '{"text": "### Human: ' + 33 * "abcde " + "### Assistant: " + 66 * "abcde " + '"}\n'
     Path(tmp_path / "train.jsonl").write_text(row * 40 + row.replace("abcde", "other") * 40)
@@ -111,6 +139,11 @@ def test_paged_state_goes_to_the_host(plan):
         (["--model.attention", "flash_attention_2"], "error: model.attention: flash_attention_2 needs compute"),
         (["--gpu", "t5"], "error: gpu: no card 't5' in the table"),
         (["--gpu-gib", "0"], "error: gpu-gib: expected a number of GiB above 0, got 0.0"),
+        (["--gpu-capability", "ampere"], "error: gpu-capability: expected two numbers as in 8.6, got 'ampere'"),
+        (
+            ["--gpu", "h100", "--gpu-capability", "7.5", "--trainer.precision", "bf16-mixed"],
+            "error: trainer.precision: H100 has compute capability 7.5 and no bf16",
+        ),
         (["--config", "nope.yaml"], "error: config: no file nope.yaml"),
         (["--data.source", "data/train.jsonl"], "error: data/train.jsonl: no such file"),
         (["--model.base", "./nope"], "error: model.base: no folder './nope'"),

@@ -1,0 +1,36 @@
+"""The comparison's ratios and its time: TRL's best is the quicker of its settings, and a quick one ends in time."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import compare
+
+
+def test_the_best_of_trl_is_its_quickest():
+    speeds = {"lit_qlora": 600.0, "trl_default": 100.0, "trl_grouped": 150.0, "trl_packed": 240.0, "unsloth": 0}
+    assert compare._ratios(speeds) == {"ratio_to_trl_default": 6.0, "ratio_to_trl_best": 2.5}
+    assert compare._ratios(speeds | {"trl_packed": 0})["ratio_to_trl_best"] == 4.0
+    assert compare._ratios({"trl_default": 100.0}) == {}
+
+
+@pytest.mark.parametrize(
+    ("quick", "minutes", "begun"), [(True, 4.0, 1), (True, 3.0, 2), (True, 2.0, 3), (False, 4.0, 3)]
+)
+def test_quick_begins_no_repetition_that_would_not_end_in_time(monkeypatch, capsys, tmp_path, quick, minutes, begun):
+    now = [compare.STARTED]
+    found = dict.fromkeys(("tokens_per_second", "padding_share", "loss", "loss_after", "start_seconds"), 1.0)
+
+    def run(*_, **__):
+        now[0] += 60 * minutes
+        return SimpleNamespace(returncode=0, stdout=json.dumps(found), stderr="")
+
+    monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run))
+    options = SimpleNamespace(peers=["lit_qlora"], repetitions=3, quick=quick, output=tmp_path)
+    assert compare._measure(options, tmp_path, tmp_path) == {"lit_qlora": [found] * begun}
+    assert (f"stopped after {begun} of 3 repetitions: time is up" in capsys.readouterr().err) == (begun < 3)

@@ -262,6 +262,9 @@ def test_widths_that_a_cpu_s_kernel_stops_at_stay_in_16_bits(run, tmp_path, caps
     name = "model.layers.1.mlp.up_proj.weight"
     trained = LoraWeights(run / "adapter").add_to(name, as_trained(weights[name], torch.float32))
     assert torch.equal(layer.mlp.up_proj.weight, trained.half())  # not the base's own: there was no need to round
+    again = fit(tmp_path / "again", "--model.base", str(target), "--trainer.max_steps", "2")
+    output = tmp_path / "whole"
+    assert main(["merge", "--run", str(again), "--output", str(output), "--dtype", "float32"]) == 0  # compared inside
 
 
 def test_onto_the_original_weights(run, tmp_path, capsys):

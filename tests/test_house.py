@@ -77,6 +77,13 @@ def test_help_is_light_and_quick() -> None:
     assert _python("-c", code).stdout.endswith("set()\n")
 
 
+def test_the_help_of_fit_needs_no_more_than_lightning() -> None:
+    """Lightning itself takes seconds to import, and brings torch and a part of transformers along."""
+    heavy = "{'accelerate', 'bitsandbytes', 'datasets', 'matplotlib', 'pandas', 'peft', 'pyarrow', 'tensorboard'}"
+    code = f"import sys; from lit_qlora.cli import main; main(['fit', '--help']); print({heavy} & {{*sys.modules}})"
+    assert _python("-c", code).stdout.endswith("set()\n")
+
+
 def _command(name: str) -> str:
     block = (ROOT / "README.md").read_text().split(f"<!-- run: {name} -->\n```bash\n")[1].split("\n```")[0]
     assert "\n" not in block

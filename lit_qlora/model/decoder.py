@@ -6,6 +6,7 @@ activations and dropout are computed again in backward, for they cost no matrix 
 of the product it belongs to. Knows neither batches nor the loss.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from lit_qlora.model.attention import Places, attend
 from lit_qlora.model.pointwise import EAGER, Pointwise
+from lit_qlora.model.shape import Shape
 
 QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
 """The linear layers of a decoder layer by number, those together that read the same input."""
@@ -93,6 +95,10 @@ def why_not(model: Any) -> str | None:
         return "DoRA"
     if config.hidden_act != "silu" or config.attention_bias or config.mlp_bias or config.attention_dropout:
         return "an activation, biases or an attention dropout that are not Llama 2's"
+    names = re.compile(rf"\.({'|'.join(Shape.LINEARS)})(\.base_layer)?\.weight$")
+    linears = (part for name, part in model.named_parameters() if names.search(name))
+    if not all(hasattr(part, "quant_state") for part in linears):
+        return "layers that are not in 4 bits"
     return None
 
 

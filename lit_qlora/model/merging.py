@@ -5,7 +5,7 @@ Reads safetensors, the base's and the adapter's, without peft and without a mode
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +72,11 @@ class StoredWeights:
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as shard:
             return shard.get_tensor(name)  # type: ignore[no-any-return]
+
+    @property
+    def in_4_bits(self) -> bool:
+        """Whether the base was saved in 4 bits, all of it that is to be."""
+        return any(STATE.fullmatch(name) for name in self._files)
 
     def state(self, name: str) -> dict[str, str]:
         """The names of what belongs to a weight in 4 bits, by their last parts; empty for any other weight."""
@@ -159,7 +164,12 @@ def in_4_bits(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def merged_tensors(
-    weights: StoredWeights, lora: LoraWeights, onto: Onto, trained_in: torch.dtype, device: torch.device
+    weights: StoredWeights,
+    lora: LoraWeights,
+    onto: Onto,
+    trained_in: torch.dtype,
+    device: torch.device,
+    always_quantized: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the merged model, fp32, computed on ``device``, one after the other.
 
@@ -169,12 +179,15 @@ def merged_tensors(
         onto: ``quantized`` adds to what 4 bits leave of the base, ``original`` to the base as it is stored.
         trained_in: the dtype in which the base was loaded in training, before it was quantised.
         device: a GPU where there is one; the figures are the same.
+        always_quantized: kinds of linear layers that ``original`` does not hold for.
     """
     for name in weights.names:
         if weights.state(name):
             value = weights.dequantized(name, device)
         else:
             value = weights[name].to(device)
-            if onto == "quantized":
-                value = as_trained(value, trained_in) if LINEAR.fullmatch(name) else value.to(trained_in)
+            linear = LINEAR.fullmatch(name)
+            as_it_was = onto == "quantized" or (linear and linear[1] in always_quantized)
+            if as_it_was and not weights.in_4_bits:  # there, what is in 16 bits was trained in 16 bits
+                value = as_trained(value, trained_in) if linear else value.to(trained_in)
         yield name, lora.add_to(name, value.float())

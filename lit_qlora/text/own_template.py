@@ -16,7 +16,7 @@ from lit_qlora.text.conversation import Conversation
 SHORTEST_TAG = 3
 """Characters of a text of the template's own from which on a turn may not hold it: ``:`` alone stands everywhere."""
 
-RULES = 1
+RULES = 2
 """Counted up when the same template and conversation are to give other pieces."""
 
 SHOWN = 30
@@ -152,6 +152,11 @@ class Template:
 
     def _cut(self, rounds: int, has_system: bool) -> list[Piece]:
         marks = [f"\ue000{index}\ue001" for index in range(2 * rounds + 1)]
+        if has_system and self._alone("system") == self._alone("assistant"):
+            raise ValueError(
+                "the system text is written just as an answer is, and nobody asked; give the role system a branch of "
+                "its own"
+            )
         if not has_system:
             marks[0] = ""
         whole = self._render(marks, False)
@@ -212,6 +217,13 @@ class Template:
                 kind: Literal["stretch", "rest"] = "rest" if goes_on and not index else "stretch"
                 pieces.append(Piece(part, is_answer, "token" if index % 2 else kind))
         return pieces
+
+    def _alone(self, role: str) -> str:
+        """A conversation of a single mark by ``role``; the role's name where the template takes none such."""
+        try:
+            return jinja.render(self._compiled, [{"role": role, "content": "\ue0000\ue001"}], self.bos, self.eos, False)
+        except ValueError:
+            return role
 
     def _render(self, said: Sequence[str], add_generation_prompt: bool) -> str:
         """The text of a conversation of a system text, which may be empty, and of turns."""

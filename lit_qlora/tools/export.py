@@ -55,12 +55,12 @@ def export(
             raise UserError(f"output: {path} exists already; give another name or remove it")
     if model and (run or adapter or base):
         raise UserError("model: it is merged already, so --run, --adapter and --base say nothing; give it alone")
-    script = find_converter()
     if model:
         merged_model = find_base(model)
         if "quantization_config" in merged_model.config:
             raise UserError(f"model: {model} is in 4 bits, which llama.cpp can't convert; merge with --dtype float16")
         _check_tokenizer(merged_model)
+        script = find_converter()
         check_room(target, int(merged_model.shape.num_parameters * BYTES_A_WEIGHT[outtype]))
         target.parent.mkdir(parents=True, exist_ok=True)
         _convert(script, Path(model), target, outtype)
@@ -68,6 +68,7 @@ def export(
         return
     chosen = choose_adapter(run, adapter, base)
     _check_tokenizer(chosen.base)
+    script = find_converter()
     dtype = MERGED_IN[outtype]
     sizes = BYTES_A_WEIGHT[outtype] + {"float32": 4}.get(dtype, 2)
     check_room(target, int(chosen.base.shape.num_parameters * sizes))

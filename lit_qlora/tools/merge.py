@@ -5,9 +5,10 @@ and has given the logits of base + adapter.
 """
 
 import json
+import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -125,8 +126,10 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         from lit_qlora.model.merging import StoredWeights, merged_tensors
         from lit_qlora.storage.shards import write_shards
 
-        tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device)
-        num_bytes = write_shards(folder, (part for name, value in tensors for part in _stored(name, value, dtype)))
+        uneven = chosen.base.shape.uneven if dtype == "4bit" else []  # in 16 bits, so they can be as they were trained
+        tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device, uneven)
+        parts = (part for name, value in tensors for part in _stored(name, value, dtype, uneven))
+        num_bytes = write_shards(folder, parts)
         _write_config(folder, chosen.base, encoder, dtype)
         made_of = {"base": chosen.base.public_name, "onto": onto, "system": prompts["system"]}
         made_of |= {"prompt_format": record["prompt_format"]}
@@ -138,6 +141,8 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
         print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {num_bytes / 1e9:.2f} GB of {dtype} in {target}")
         print(f"check  against {than}, {source}, {found}", flush=True)
+        if uneven:
+            print(f"stays  in {BESIDE_4_BITS}, for bitsandbytes on some CPUs: {', '.join(uneven)}, of odd widths")
         if dtype == "4bit":
             print(ROUNDED_AGAIN, file=sys.stderr)
 
@@ -191,11 +196,14 @@ def size_bytes(base: Base, dtype: DType) -> int:
     """Of the weights of ``base`` in a dtype."""
     if dtype != "4bit":
         return base.shape.num_parameters * BYTES[dtype]
-    num_quantized = base.shape.num_quantized
+    kept = sum(math.prod(base.shape.linears[name]) for name in base.shape.uneven)
+    num_quantized = base.shape.num_quantized - base.shape.num_layers * kept
     return int(num_quantized * BYTES_IN_4_BITS + (base.shape.num_parameters - num_quantized) * BYTES[BESIDE_4_BITS])
 
 
-def _stored(name: str, value: "torch.Tensor", dtype: DType) -> Iterator[tuple[str, "torch.Tensor"]]:
+def _stored(
+    name: str, value: "torch.Tensor", dtype: DType, uneven: Sequence[str]
+) -> Iterator[tuple[str, "torch.Tensor"]]:
     """A weight as it is written: one tensor, or, in 4 bits, with those that belong to it."""
     import torch
 
@@ -205,7 +213,8 @@ def _stored(name: str, value: "torch.Tensor", dtype: DType) -> Iterator[tuple[st
     value = value.to(getattr(torch, plain)).contiguous()
     if not value.isfinite().all():
         raise UserError(f"dtype: {name} has values that {plain} can't hold; give --dtype bfloat16 or float32")
-    if dtype == "4bit" and LINEAR.fullmatch(name):
+    layer = LINEAR.fullmatch(name)
+    if dtype == "4bit" and layer and layer[1] not in uneven:
         yield from in_4_bits(name, value)
     else:
         yield name, value.cpu()
@@ -217,7 +226,10 @@ def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) ->
     # The name that every version of transformers reads.
     config |= {"torch_dtype": BESIDE_4_BITS if dtype == "4bit" else dtype}
     if dtype == "4bit":
-        config["quantization_config"] = QUANTIZATION
+        uneven = base.shape.uneven  # given any names, transformers no longer thinks of the head by itself
+        config["quantization_config"] = QUANTIZATION | (
+            {"llm_int8_skip_modules": ["lm_head", *uneven]} if uneven else {}
+        )
     # How answers are drawn is for whoever asks; where they stop is the model's.
     generation = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id, "pad_token_id": encoder.eos_id}
     for name, values in (("config.json", config), ("generation_config.json", generation)):

@@ -18,7 +18,7 @@ from typing import Any
 from lit_qlora.data.files import read_rows
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
-from lit_qlora.storage.files import SaveError, replace_file
+from lit_qlora.storage.files import SaveError
 from lit_qlora.text import llama2, messages
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answerer import Answerer, check_prompt
@@ -58,26 +58,29 @@ def predict(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     require(batch_size >= 1, "batch_size", "at least 1", batch_size)
     target = Path(output)
-    if target.exists():
-        raise UserError(f"output: {target} exists already; give another name or remove it")
+    unfinished = Unfinished(target)
+    unfinished.check_free()
     if not target.parent.is_dir():
         raise UserError(f"output: no folder {target.parent}")
     rows = read_file(Path(prompts))  # one that is wrong is told of first
     answerer = Answerer(run, adapter, base)
     questions = open_prompts(rows, answerer.encoder.check)
     ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
-    unfinished = Unfinished(target)
-    with unfinished.open(_belongs_to(answerer, ids, sampling, batch_size)) as done:
+    belongs_to = _belongs_to(answerer, ids, sampling, batch_size)
+    if unfinished.is_whole(belongs_to):
+        print(f"finished: {target} holds these {len(ids)} answers; nothing to do")
+        return
+    with unfinished.open(belongs_to) as done:
         answers = _answer_all(answerer, ids, sampling, batch_size, unfinished, done)
         lines = [
             {"prompt": conversation.turns[-1].content, "answer": text, "stopped": stopped}
             for (_, conversation), (text, stopped) in zip(questions, answers, strict=True)
         ]
         try:
-            replace_file(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            unfinished.finish(belongs_to, text.encode())
         except SaveError as error:
             raise UserError(f"output: {error}; given again, the same command goes on") from error
-        unfinished.remove()
     print(f"{len(lines)} answers by {answerer.adapter} in {target}")
 
 

@@ -85,18 +85,21 @@ class Terminal(Dialog):
 
     def _take(self, line: str | None) -> bool:
         """Does what a line asks for; says whether to go on."""
-        if line is None or line.strip() == "/quit":
+        if line is None:
             return False
-        command, _, rest = line.partition(" ")
+        word, _, rest = line.strip().partition(" ")
+        command = word.lower()
         try:
             if not line.strip():
                 pass
             elif not line.startswith("/"):
                 self._ask(line.strip())
+            elif command == "/quit":
+                return False
             elif command in self._commands:
                 self._commands[command](rest.strip())
             else:
-                print(f"(no command {command}; /help lists them)")
+                print(f"(no command {harmless(word)}; there are {', '.join(self._commands)}, /quit)")
         except UserError as error:
             print(f"({error})")
         return True

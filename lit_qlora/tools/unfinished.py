@@ -1,11 +1,12 @@
 """Owns the answers of an output that is not whole yet, in a file beside it that outlives a kill.
 
 ``.NAME.part`` says in its first line what the answers belong to, then has a line for each batch. A process
-may be killed at any moment: a line that was not wholly written is as good as none. Knows what is in a line no better
-than JSON does.
+may be killed at any moment: a line that was not wholly written is as good as none. Once the output is whole,
+``.NAME.made`` beside it says the same of that. Knows what is in a line no better than JSON does.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lit_qlora.errors import UserError
+from lit_qlora.storage.files import replace_file
 
 
 class Unfinished:
@@ -21,7 +23,27 @@ class Unfinished:
     def __init__(self, target: Path) -> None:
         self.target = target
         self.path = target.with_name(f".{target.name}.part")
+        self.made = target.with_name(f".{target.name}.made")
         self._file: IO[bytes] | None = None
+
+    def check_free(self) -> None:
+        """Raises UserError where the output exists and nothing says what it was made of."""
+        if self.target.exists() and not self.made.is_file():
+            raise UserError(f"output: {self.target} exists already; give another name or remove it")
+
+    def is_whole(self, belongs_to: Mapping[str, Any]) -> bool:
+        """Whether the output exists, as it was made of just this. Raises UserError for any other output there."""
+        if not self.target.exists():
+            return False
+        self.check_free()
+        try:
+            was, digest = json.loads(self.made.read_bytes()), _digest(self.target.read_bytes())
+        except (OSError, ValueError):
+            was, digest = {}, ""
+        if was != {**belongs_to, "sha256": digest}:
+            other = "was changed since" if was.get("sha256") != digest else _differences(was, {**was, **belongs_to})
+            raise UserError(f"output: {self.target} exists already ({other}); give another name or remove it")
+        return True
 
     @contextlib.contextmanager
     def open(self, belongs_to: Mapping[str, Any]) -> Iterator[dict[int, Any]]:
@@ -43,8 +65,10 @@ class Unfinished:
         """Puts a batch down. Raises UserError when it can't be written; what was there stays."""
         self._write([number, batch])
 
-    def remove(self) -> None:
-        """Removes the file, once the output is whole."""
+    def finish(self, belongs_to: Mapping[str, Any], output: bytes) -> None:
+        """Writes the whole output, and first of what it was made. Raises SaveError; what was put down stays."""
+        replace_file(self.made, json.dumps({**belongs_to, "sha256": _digest(output)}).encode())
+        replace_file(self.target, output)
         self.path.unlink(missing_ok=True)
 
     def _hold(self) -> None:
@@ -95,6 +119,10 @@ class Unfinished:
             raise UserError(
                 f"output: {self.path} can't be written ({error.strerror}); the same command goes on from there"
             ) from error
+
+
+def _digest(output: bytes) -> str:
+    return hashlib.sha256(output).hexdigest()[:12]
 
 
 def _parsed(line: bytes) -> Any:

@@ -256,3 +256,22 @@ def test_a_system_text_that_gets_lost_is_refused_where_there_is_one():
 def test_a_special_token_that_the_template_spells_out_is_one():
     source = SOURCES["chatml"].replace("eos_token", "'</s>'").replace("bos_token", "'<s>'")
     assert template(source).pieces(said("a", "b")) == template(SOURCES["chatml"]).pieces(said("a", "b"))
+
+
+def test_a_system_text_is_no_answer():
+    """A branch meant for the assistant catches the system turn, too."""
+    otherwise = template(
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    otherwise.check(None)
+    expected = "the system text is written just as an answer is, and nobody asked; give the role system a branch of its"
+    with pytest.raises(ValueError, match=expected):
+        otherwise.check("Be brief.")
+    with pytest.raises(ValueError, match=expected):
+        otherwise.pieces(said("a", "b", system="S"))
+    for name in ("chatml", "zephyr"):
+        assert [piece for piece in template(SOURCES[name]).pieces(said("a", "b", system="S")) if piece.is_answer] == [
+            ("b", True, "rest"),
+            ("</s>", True, "token"),
+        ]

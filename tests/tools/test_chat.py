@@ -309,6 +309,12 @@ def test_turns_add_up_until_reset(talk):
     assert out == ["b", "d", "(forgotten)", "f", ""]
 
 
+def test_commands_in_capitals_and_with_words_behind_them(talk):
+    out, asked = talk(["a", "/RESET now", "/System Be brief.", "e", "/Quit now", "g"], "b", "f")
+    assert out[:4] == ["b", "(forgotten)", "(system: Be brief.)", "f"]
+    assert [conversation.turns for conversation, _ in asked] == [turns("a"), turns("e")]
+
+
 def test_each_question_draws_anew(talk):
     _, asked = talk(["a", "/reset", "a"], "b", "c", temperature=1.0, seed=5)
     assert [sampling.seed for _, sampling in asked] == [5, 6]
@@ -328,7 +334,7 @@ def test_what_cant_be_asked_changes_nothing(talk):
     out, asked = talk(["x [/INST]", "/nope", "word " * 1100, "\udcff", "a"], "b")
     assert out[:2] == [
         "(it holds the tag [/INST], which could forge a turn or a system text)",
-        "(no command /nope; /help lists them)",
+        "(no command /nope; there are /reset, /system, /compare, /save, /help, /quit)",
     ]
     assert re.match(r"\(a prompt of \d+ tokens and max_new_tokens=8 are more than the 1024 tokens of demo", out[2])
     assert "no UTF-8" in out[3]

@@ -116,6 +116,8 @@ def test_without_llama_cpp(merged, tmp_path, capsys, monkeypatch):
     assert re.fullmatch(
         r"error: export: llama\.cpp's convert_hf_to_gguf\.py is not here; git clone .* LLAMA_CPP=.*\n", told
     )
+    told = refusal(capsys, "--run", tmp_path / "nope", "--output", tmp_path / "out.gguf")
+    assert told.startswith(f"error: run: {tmp_path / 'nope'}") and "llama.cpp" not in told
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
     assert told == f"error: LLAMA_CPP: no convert_hf_to_gguf.py in {tmp_path}; it is to name llama.cpp's folder\n"

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,6 +235,36 @@ def test_the_room_that_4_bits_take(in_4_bits):
     assert size_bytes(find_base("demo"), "4bit") == pytest.approx(
         written, rel=0.04
     )  # its tables, of 1.4 kB a weight, aside
+
+
+def test_widths_that_a_cpu_s_kernel_stops_at_stay_in_16_bits(run, tmp_path, capsys):
+    """bitsandbytes packs 32 outputs together where the CPU has AVX512-BF16: 172 are none of these."""
+    base = tmp_path / "base"
+    shutil.copytree(demo.BASE, base)
+    config = json.loads((base / "config.json").read_text()) | {"intermediate_size": 172}
+    (base / "config.json").write_text(json.dumps(config))
+    weights = load_file(base / "model.safetensors")
+    for name, value in weights.items():
+        if ".mlp." in name:
+            weights[name] = (value[:, :172] if "down_proj" in name else value[:172]).contiguous()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    run, target = fit(tmp_path / "run", "--model.base", str(base), "--trainer.max_steps", "2"), tmp_path / "out"
+    capsys.readouterr()
+    assert main(["merge", "--run", str(run), "--output", str(target), "--dtype", "4bit"]) == 0
+    kept = "stays  in float16, for bitsandbytes on some CPUs: gate_proj, up_proj, down_proj, of odd widths\n"
+    assert kept in capsys.readouterr().out
+    written = json.loads((target / "config.json").read_text())
+    assert written["quantization_config"]["llm_int8_skip_modules"] == ["lm_head", "gate_proj", "up_proj", "down_proj"]
+    model = AutoModelForCausalLM.from_pretrained(target).eval()  # its shortcut as it is
+    layer = model.get_submodule("model.layers.1")
+    assert [type(part).__name__ for part in (layer.mlp.up_proj, layer.self_attn.q_proj)] == ["Linear", "Linear4bit"]
+    assert logits(model, torch.tensor([[1, 40, 41, 42]])).isfinite().all()
+    name = "model.layers.1.mlp.up_proj.weight"
+    trained = LoraWeights(run / "adapter").add_to(name, as_trained(weights[name], torch.float32))
+    assert torch.equal(layer.mlp.up_proj.weight, trained.half())  # not the base's own: there was no need to round
+    again = fit(tmp_path / "again", "--model.base", str(target), "--trainer.max_steps", "2")
+    output = tmp_path / "whole"
+    assert main(["merge", "--run", str(again), "--output", str(output), "--dtype", "float32"]) == 0  # compared inside
 
 
 def test_onto_the_original_weights(run, tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_each_answer_stands_beside_its_prompt_as_if_answered_alone(here, answere
     assert [(line["answer"], line["stopped"]) for line in found] == alone
     assert len({line["answer"] for line in found}) > 6
     assert sum(line["stopped"] for line in found) > 6
-    assert not list(here.glob(".answers*"))
+    assert [path.name for path in here.glob(".answers*")] == [".answers.jsonl.made"]
 
 
 def test_on_a_real_base(real, tmp_path):
@@ -401,12 +401,24 @@ def test_text_from_outside_makes_no_special_token(here, answerer):
     assert 2 not in ids
 
 
-def test_a_finished_output_is_refused(here, slow, capsys):
+def test_a_finished_output_is_told_from_another_s(here, slow, capsys):
     assert predict() == 0
-    before = (here / "answers.jsonl").read_bytes()
+    output = here / "answers.jsonl"
+    before = output.read_bytes()
+    capsys.readouterr()
+    assert predict() == 0
+    assert capsys.readouterr() == ("finished: answers.jsonl holds these 12 answers; nothing to do\n", "")
+    remedy = "give another name or remove it\n"
+    assert predict("--seed", "5") == 2
+    assert capsys.readouterr().err == f"error: output: answers.jsonl exists already (seed: 0 -> 5); {remedy}"
+    assert output.read_bytes() == before
+    output.write_bytes(before + b"\n")
     assert predict() == 2
-    assert capsys.readouterr().err == "error: output: answers.jsonl exists already; give another name or remove it\n"
-    assert (here / "answers.jsonl").read_bytes() == before
+    assert capsys.readouterr().err == f"error: output: answers.jsonl exists already (was changed since); {remedy}"
+    (here / ".answers.jsonl.made").unlink()
+    assert predict() == 2
+    assert capsys.readouterr().err == f"error: output: answers.jsonl exists already; {remedy}"
+    assert output.read_bytes() == before + b"\n"
 
 
 def test_lines_where_there_is_no_terminal(here, slow, capsys, monkeypatch):

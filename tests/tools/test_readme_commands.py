@@ -26,7 +26,7 @@ FILLED_IN = {
     "push --to NAME/REPO": ["push", "--to", "ann/demo"],
 }  # fmt: skip
 REFUSED = {
-    "export --to gguf --output F": "error: export: llama.cpp's",
+    "export --to gguf --output F": "error: export: demo has no tokenizer.model",
     "push --to NAME/REPO": "error: ",  # no token, and no terminal to ask at; a server plays the hub in test_push.py
     "chat --web": "error: web: ",
 }

@@ -71,14 +71,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--warm-up", type=int, default=3, help="steps that are not timed")
+    parser.add_argument("--warm-up", type=int, help="steps that are not timed; default: 3, on a GPU a pass and 2")
     parser.add_argument("--seconds", type=float, default=60, help="of timed steps, at least")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=None)
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for table, picture and figures")
     options = parser.parse_args()
     if options.quick:
-        options.warm_up, options.seconds, options.rows = 1, 8, 12
+        options.warm_up, options.seconds, options.rows = options.warm_up or 1, 8, 12
+    if options.warm_up is None:  # a GPU's kernels are compiled, tuned and recorded when a length is first seen
+        options.warm_up = 3 if options.cpu else -(-options.rows // options.batch_size) + 2
     if options.peers is None:
         options.peers = QUICK if options.quick else list(PEERS)
     return options

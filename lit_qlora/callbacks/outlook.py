@@ -9,6 +9,8 @@ from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from lit_qlora.errors import UserError
 from lit_qlora.model import memory
 from lit_qlora.model.cards import Card, find_card
@@ -55,7 +57,10 @@ def step_of(
     accumulate: int,
     cuda_graphs: bool | str = False,
 ) -> Step:
-    """A training step in the formulas' terms, with as many layers kept as ``checkpointing`` means on ``card``."""
+    """A training step in the formulas' terms, with as many layers kept as ``checkpointing`` means on ``card``.
+
+    ``cuda_graphs``, if it is auto, becomes what a fit does on ``card``; it is false where conversations are packed.
+    """
     targets = lora.target_modules
     names = Shape.LINEARS if targets == "all-linear" else (targets,) if isinstance(targets, str) else tuple(targets)
     step = Step(
@@ -71,7 +76,8 @@ def step_of(
         workspace=memory.HOPPER_WORKSPACE if card.capability >= (9, 0) else memory.WORKSPACE,
     )
     if cuda_graphs == "auto":
-        cuda_graphs = lora.dropout == 0 and waits_for_host(replace(step, kept_layers=shape.num_layers), card)
+        plain = not (lora.dropout or lora.dora or torch.are_deterministic_algorithms_enabled())
+        cuda_graphs = plain and waits_for_host(replace(step, kept_layers=shape.num_layers), card)
     step = replace(step, replays=bool(cuda_graphs))
     if checkpointing == "auto":
         return replace(step, kept_layers=memory.most_kept_layers(step, int(card.memory_gib * GIB)))
@@ -122,7 +128,7 @@ def planned_step(module: Any, data: Any, trainer: Any) -> tuple[Step, Epoch, Car
         module.base.shape, module.lora, module.optimizer_name, module.checkpointing,
         str(trainer.precision), card, largest,
         sum(rows.answer_tokens) / epoch.tokens, trainer.accumulate_grad_batches,
-        module.cuda_graphs if not (data.plan.packed or module.slow_because) else False,
+        False if data.plan.packed or module.slow_because else module.cuda_graphs,
     )  # fmt: skip
     return step, epoch, card
 
@@ -136,8 +142,7 @@ def short_lines(step: Step, epoch: Epoch, card: Card) -> list[str]:
         f"predicted for {card.name}: {peak.on_card / GIB:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
         f"torch reserves {peak.reserved / GIB:.2f}; {verdict}",
         *memory_lines(peak, card),
-        f"{step.tokens:,} tokens in the largest micro-batch; {kept_words(step)}"
-        + ("; kernels are recorded (CUDA graphs): the card would wait for its host" if step.replays else ""),
+        f"{step.tokens:,} tokens in the largest micro-batch; {kept_words(step)}",
     ]
     hours = epoch_hours(step, epoch, card)
     if hours is not None:
@@ -158,7 +163,7 @@ def memory_lines(peak: StepMemory, card: Card) -> Iterator[str]:
             yield memory_line(PARTS[part.name], size, unit)
     yield memory_line("allocated (torch.cuda.max_memory_allocated)", peak.total, unit)
     if peak.apart:
-        yield memory_line("beside it: the rest, which recorded kernels can't share", peak.apart, unit)
+        yield memory_line("held beside: recorded kernels share no memory", peak.apart, unit)
     yield memory_line(f"fragmentation, {memory.FRAGMENTATION:.0%}", peak.reserved - peak.total - peak.apart, unit)
     yield memory_line("CUDA context", memory.CONTEXT, unit)
     share = peak.on_card / GIB / card.memory_gib
@@ -176,13 +181,14 @@ def unit_of(peak: StepMemory) -> int:
 
 
 def kept_words(step: Step) -> str:
-    """Which layers compute their activations again."""
+    """Which layers compute their activations again, and whether kernels are recorded."""
     layers = step.shape.num_layers
+    graphs = "; kernels are recorded (CUDA graphs)" if step.replays else ""
     if step.kept_layers == layers:
-        return "no layer computes its activations again"
+        return f"no layer computes its activations again{graphs}"
     if step.kept_layers == 0:
-        return f"all {layers} layers compute their activations again"
-    return f"{step.kept_layers} of {layers} layers keep their products' results"
+        return f"all {layers} layers compute their activations again{graphs}"
+    return f"{step.kept_layers} of {layers} layers keep their products' results{graphs}"
 
 
 def duration(hours: float) -> str:

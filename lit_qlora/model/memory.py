@@ -230,7 +230,7 @@ def moments(step: Step) -> list[StepMemory]:
 
 def step_memory(step: Step) -> StepMemory:
     """The highest moment. Evaluation takes less: the same batches, with nothing kept for a backward."""
-    return max(moments(step), key=lambda moment: moment.total + moment.apart)
+    return max(moments(step), key=lambda moment: moment.reserved)
 
 
 def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:

@@ -104,9 +104,6 @@ class QLoRAModule(LearnsInParts):
             "auto or false with dropout or dora",
             True,
         )
-        require(
-            cuda_graphs is not True or current_device().capability is not None, "model.cuda_graphs", "a CUDA GPU", True
-        )
         self.base: Base = find_base(base)
         load.check_targets(self.base, target_modules)
         self.adapter = Path(adapter) if adapter else None
@@ -145,6 +142,9 @@ class QLoRAModule(LearnsInParts):
             return
         dtype = compute_dtype(str(self.trainer.precision))
         device = self.trainer.strategy.root_device
+        if self.trainer.state.fn == "fit":
+            gpu = device.type == "cuda"
+            require(gpu or self.cuda_graphs is not True, "model.cuda_graphs", "auto or false without a GPU", True)
         copies = Copies(self.quantized_cache)
         copy = copies.find(self.base, dtype, device.type)
         base_model = load.load_base(copy or self.base, dtype, device, self.attention)

@@ -28,6 +28,7 @@ MAY_CHANGE: Mapping[str, str] = {
     # How the same numbers come about.
     "data.num_workers": "the order of the rows does not hang on it",
     "model.checkpointing": "computes the same again, or keeps it",
+    "model.cuda_graphs": "the same kernels, started together",
     "model.quantized_cache": "a copy holds the same bits",
     "trainer.accelerator": "another machine: the same run, not the same bits",
     "trainer.devices": "one device, whichever it is called",

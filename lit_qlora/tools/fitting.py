@@ -49,6 +49,7 @@ class Settings:
     num_samples: int
     new_tokens: int
     seed: int
+    cuda_graphs: bool | str = False
 
     def epoch(self) -> tuple[Epoch, int]:
         """An epoch's tokens, and those of its largest micro-batch."""
@@ -58,7 +59,7 @@ class Settings:
         """The step of the largest micro-batch."""
         return step_of(
             self.shape, self.lora, self.optimizer, self.checkpointing, self.precision, self.card,
-            self.epoch()[1], self.answer_share, self.accumulate,
+            self.epoch()[1], self.answer_share, self.accumulate, not self.plan.packed and self.cuda_graphs,
         )  # fmt: skip
 
     def moments(self) -> list[StepMemory]:
@@ -72,7 +73,7 @@ class Settings:
 
     def peak(self) -> StepMemory:
         """The highest of them."""
-        return max(self.moments(), key=lambda moment: moment.total)
+        return max(self.moments(), key=lambda moment: moment.reserved)
 
     def fits(self, share: float = 1.0) -> bool:
         """Whether the run stays within ``share`` of the card."""

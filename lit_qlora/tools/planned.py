@@ -131,7 +131,7 @@ def read(args: list[str]) -> Planned:
         base.shape, card, precision, rows.lengths, rows.answer_share, rows.prompt_tokens, module.lora,
         model["optimizer"], model["checkpointing"], data.plan, data.max_length,
         trainer.accumulate_grad_batches, len(samples.prompts or ()) or samples.count,
-        samples.max_new_tokens, data.seed,
+        samples.max_new_tokens, data.seed, model["cuda_graphs"],
     )  # fmt: skip
     return Planned(
         base, settings, rows, reason, download, trainer.max_epochs, trainer.max_steps, options.keep_checkpoints

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
 from lit_qlora.callbacks import outlook
@@ -39,6 +40,52 @@ def test_auto_keeps_as_many_layers_as_fit():
     kept = step(checkpointing="auto").kept_layers
     assert 0 < kept < 32
     assert step(checkpointing="auto", card=find_card("h200")).kept_layers == 32
+
+
+@pytest.mark.parametrize(
+    ("card", "tokens", "wanted", "replays"),
+    [
+        ("h100", 4096, "auto", True),
+        ("h100", 16384, "auto", False),  # the card is busy for longer than its host
+        ("a100-80", 4096, "auto", False),
+        ("a100-80", 1024, "auto", True),
+        ("t4", 512, "auto", False),
+        ("t4", 512, True, True),
+        ("h100", 4096, False, False),
+    ],
+)
+def test_kernels_are_recorded_where_the_card_would_wait_for_its_host(card, tokens, wanted, replays):
+    def made(dropout=0.0, dora=False):
+        lora = Lora(16, 16, dropout, "all-linear", False, dora)
+        return outlook.step_of(SEVEN, lora, "adamw", "auto", "bf16-mixed", find_card(card), tokens, 0.5, 1, wanted)
+
+    assert made().replays is replays
+    if wanted == "auto":
+        assert not made(dropout=0.1).replays
+        assert not made(dora=True).replays
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert not made().replays
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_a_card_of_unknown_rates_is_not_waited_for():
+    lora = Lora(16, 16, 0.0, "all-linear", False, False)
+    card = Card("another", 80.0, (9, 0))
+    assert not outlook.step_of(SEVEN, lora, "adamw", "auto", "bf16-mixed", card, 64, 0.5, 1, "auto").replays
+
+
+def test_recorded_kernels_leave_room_for_fewer_layers_and_say_so():
+    card = replace(find_card("h100"), memory_gib=14.56)
+    kept, lora = [], Lora(16, 16, 0.0, "all-linear", False, False)
+    for wanted in (False, True):
+        made = outlook.step_of(SEVEN, lora, "adamw", "auto", "16-mixed", card, 4096, 0.86, 1, wanted)
+        kept.append(made.kept_layers)
+    assert kept[1] < kept[0]
+    lines = outlook.short_lines(made, outlook.epoch_of([4096], [[0]])[0], card)
+    assert any("CUDA graphs" in line for line in lines)
+    assert any("held beside: recorded kernels share no memory" in line for line in lines)
 
 
 def test_an_epoch_by_hand():

@@ -158,6 +158,21 @@ def test_a_fit_learns_the_same(tmp_path, monkeypatch):
     assert len(shapes) == 8  # none of them a validation's
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.dropout", "0.1"], "error: model.cuda_graphs: expected auto or false with dropout or dora, got True"),
+        (["--data.packing", "true", "--data.batch_tokens", "256"],
+         "error: model.cuda_graphs: expected auto or false with data.packing, got True"),
+        ([], "error: model.cuda_graphs: expected auto or false without a GPU, got True"),
+    ],
+)  # fmt: skip
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_what_cannot_be_recorded_is_refused(tmp_path, capsys, options, message):
+    assert main(["fit", "--run", str(tmp_path / "run"), "--model.cuda_graphs", "true", *options]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(message)
+
+
 # On a GPU: recorded indeed.
 
 

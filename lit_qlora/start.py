@@ -20,11 +20,12 @@ from lit_qlora.model.copies import Copies
 from lit_qlora.model.load import Lora, read_record, read_weights
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
-from lit_qlora.storage.checkpoint_io import check_checkpoint, checkpoint_folder
+from lit_qlora.storage.checkpoint_io import RECORD, check_checkpoint, checkpoint_folder
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import DamagedFolderError
-from lit_qlora.storage.run import RUNS, RunFolder, mend_adapter, newest_run, open_run
+from lit_qlora.storage.run import RUNS, RunFolder, as_yaml, mend_adapter, newest_run, open_run
 from lit_qlora.storage.settings import allowed, refused
+from lit_qlora.storage.state import load_state
 from lit_qlora.text import jinja
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -36,6 +37,7 @@ def complete(args: list[str]) -> list[str]:
     if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
         return args
     config, run, kept = option(rest, "--config", "-c"), option(rest, "--run"), None
+    _check_run(run)
     base = option(rest, "--model.base")
     if config is None:
         if verb != "fit":
@@ -65,11 +67,30 @@ def complete(args: list[str]) -> list[str]:
     return [verb, *rest]
 
 
+def _check_run(run: str | None) -> None:
+    if run and "://" in run:
+        raise UserError(f"run: {run} is a URL, and runs are only kept on this machine: give a folder")
+
+
 def _check_kept(run: RunFolder) -> None:
     try:
         check_config_file(run.config)
     except UserError as error:
         raise UserError(f"{error}; {run.config_remedy()}") from error
+    config = yaml.safe_load(run.config.read_text(encoding="utf-8-sig")) or {}
+    for name, value in (config.get("trainer") or {}).items():
+        if _names_code(value):
+            raise UserError(
+                f"run: trainer.{name} in {run.config} names code to run, and none is taken from a run folder; if it is "
+                f"yours, give --config {run.config} --run {run.path}"
+            )
+
+
+def _names_code(value: Any) -> bool:
+    """Whether an option of the Trainer is a class, in any of the spellings of one, and no plain value."""
+    if isinstance(value, list):
+        return any(map(_names_code, value))
+    return isinstance(value, dict) or (isinstance(value, str) and "." in value)
 
 
 def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
@@ -78,9 +99,14 @@ def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
     Says which of the settings that may change did. Raises UserError where another one differs, and SystemExit
     where the run is finished and stays so.
     """
-    if not (run.has_begun() and run.config.is_file()):
+    if not run.has_begun():
         run.config.unlink(missing_ok=True)
         return
+    if not run.config.is_file():
+        recorded = _recorded_settings(run)
+        if recorded is None:
+            return
+        run.write_config(as_yaml(recorded))
     first = run.read_config()
     others = refused(first, config)
     if others:
@@ -98,6 +124,12 @@ def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
     changed = allowed(first, config)
     if changed:
         print(f"   run  changed: {'; '.join(changed)}", flush=True)
+
+
+def _recorded_settings(run: RunFolder) -> dict[str, Any] | None:
+    """The configuration by the newest checkpoint; None without one, or in one of an earlier version."""
+    folder, _ = run.last_checkpoint(check_checkpoint)
+    return load_state(folder, with_tensors=False)[RECORD].get("settings") if folder else None
 
 
 def lengths(config: Mapping[str, Any]) -> dict[str, Any]:

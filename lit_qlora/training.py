@@ -188,7 +188,7 @@ class QLoRACLI(LightningCLI):
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
         start.check_adapter(self.run, self.model.lora, mirrored)
-        self.config_text, self.lengths = as_yaml(config), start.lengths(config)
+        self.settings, self.config_text, self.lengths = config, as_yaml(config), start.lengths(config)
         self.run.write_config(self.config_text)
         if self.mirror:
             self.mirror.start()
@@ -261,7 +261,7 @@ class QLoRACLI(LightningCLI):
             *bars,
             *early,
             *limits,
-            RunIdentity(self.resume_from),
+            RunIdentity(self.resume_from, self.settings),
             checkpoints,
             self.report,
             stop,

@@ -418,6 +418,61 @@ def test_a_second_process_is_refused_and_told_the_first(run: Path, capsys: pytes
     assert error.endswith(": wait for it, stop it, or give another --run\n")
 
 
+def test_a_second_process_leaves_alone_what_the_first_is_writing(run: Path) -> None:
+    half = run / "checkpoints" / ".step-00000009.tmp-abc"
+    half.mkdir()
+    with RunLock(run):
+        assert main(FIT) == 2
+    assert half.is_dir()
+
+
+# What a run folder may not do
+
+
+def test_no_code_is_taken_from_a_run_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "payload.py").write_text("raise AssertionError('it ran')\n")
+    config = (run / "config.yaml").read_text()
+    for spelling in ("[{class_path: run.payload.X}]", "run.payload.X", "{class_path: run.payload.X}"):
+        (run / "config.yaml").write_text(config.replace("trainer:\n", f"trainer:\n  callbacks: {spelling}\n", 1))
+        for verb in ("validate", "test", "fit"):
+            assert main([verb, "--run", "run"]) == 2
+            assert capsys.readouterr().err == (
+                "error: run: trainer.callbacks in run/config.yaml names code to run, and none is taken from a run "
+                "folder; if it is yours, give --config run/config.yaml --run run\n"
+            )
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (["--seed_everything", "7"], "seed_everything: 42 -> 7"),
+        (["--model.weight_decay", "0.5"], "model.weight_decay: 0.0 -> 0.5"),
+        (["--data.batch_size", "8"], "data.batch_size: 4 -> 8"),
+        (["--model.optimizer", "adamw_8bit"], "model.optimizer: adamw -> adamw_8bit"),
+    ],
+)
+def test_a_checkpoint_knows_its_settings_without_config_yaml(
+    run: Path, capsys: pytest.CaptureFixture[str], changed: list[str], told: str
+) -> None:
+    (run / "finished.json").unlink(missing_ok=True)
+    (run / "config.yaml").unlink()
+    longer = [*FIT, "--trainer.max_steps", "6"]
+    assert main([*longer, *changed]) == 2
+    assert capsys.readouterr().err == (
+        f"error: run: run was started with other settings: {told}; give --run NAME to start another run\n"
+    )
+    assert main(longer) == 0
+
+
+def test_a_url_is_no_run_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("fit", "validate"):
+        assert main([verb, "--run", "http://example.org/x"]) == 2
+        assert capsys.readouterr().err == (
+            "error: run: http://example.org/x is a URL, and runs are only kept on this machine: give a folder\n"
+        )
+    assert list(here.iterdir()) == []
+
+
 # Signals
 
 
@@ -478,7 +533,8 @@ def test_a_damaged_config_stops_at_once_and_without_it_the_run_goes_on(
     assert capsys.readouterr().err.startswith(f"error: run/config.yaml is damaged; {remedy}")
     (run / "config.yaml").unlink()
     assert main(FIT) == 0
-    assert "going on from step-00000004" in capsys.readouterr().out
+    assert "run is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
+    assert main(["validate", "--run", "run"]) == 0  # it stands there again
 
 
 # Time

@@ -6,6 +6,7 @@ anything is loaded. Knows no format of a file.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_qlora.errors import UserError
 from lit_qlora.model import fingerprint
 from lit_qlora.model.load import PROMPT_FORMAT
+from lit_qlora.storage.checkpoint_io import RECORD
 from lit_qlora.storage.state import load_state
 from lit_qlora.text import jinja, llama2
 from lit_qlora.text.conversation import Conversation, Turn
-
-KEY = "run"
-"""Of the record in a checkpoint."""
 
 _SAMPLE = Conversation((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")), "e")
 
@@ -58,10 +57,11 @@ class RunIdentity(Callback):
 
     Args:
         resume_from: the checkpoint folder that this start goes on from, if it does.
+        settings: the whole configuration, for a start that finds no config.yaml any more.
     """
 
-    def __init__(self, resume_from: Path | None = None) -> None:
-        self.resume_from = resume_from
+    def __init__(self, resume_from: Path | None = None, settings: Mapping[str, Any] | None = None) -> None:
+        self.resume_from, self.settings = resume_from, dict(settings or {})
         self._old_steps: int | None = None
         """Optimizer steps of the run by the checkpoint that is gone on from."""
 
@@ -85,11 +85,11 @@ class RunIdentity(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the record."""
-        checkpoint[KEY] = _describe_base(pl_module) | _describe_data(trainer)
+        checkpoint[RECORD] = _describe_base(pl_module) | _describe_data(trainer) | {"settings": self.settings}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compares the base. Raises UserError with was -> is where it is another one."""
-        was, now = checkpoint[KEY], _describe_base(pl_module)
+        was, now = checkpoint[RECORD], _describe_base(pl_module)
         if fingerprint.is_of(str(was["base"]), pl_module.base):  # type: ignore[arg-type]
             now["base"] = was["base"]  # told in another version's words, or of another copy
         _compare(was, now)
@@ -115,7 +115,7 @@ class RunIdentity(Callback):
 
 def _record(checkpoint: dict[str, Any], folder: object) -> dict[str, Any]:
     """What ``checkpoint``, which stands in ``folder``, says of its run. Raises UserError where that is not whole."""
-    found = checkpoint[KEY]
+    found = checkpoint[RECORD]
     missing = {*REMEDY, "base_name", "steps"} - (found.keys() if isinstance(found, dict) else set())
     if missing:
         raise UserError(

@@ -73,18 +73,22 @@ class RunFolder:
         if not (self.has_begun() or self.is_empty()):
             raise UserError(f"run: {self.path} holds other files and no run; give a folder of its own with --run")
         made = [] if self.path.parent.exists() else [self.path.parent]
-        self.prepare()
-        stack.callback(_remove_empty, made)  # which a run that has begun keeps from being empty
-        stack.enter_context(RunLock(self.path))
-        stack.callback(self.discard_unless_begun)
 
-    def prepare(self, option: str = "run") -> None:
-        """Makes the folder and puts right what a kill left behind.
+        def take() -> None:
+            stack.callback(_remove_empty, made)  # which a run that has begun keeps from being empty
+            stack.enter_context(RunLock(self.path))
+            stack.callback(self.discard_unless_begun)
+
+        self.prepare(take=take)
+
+    def prepare(self, option: str = "run", take: Callable[[], None] = lambda: None) -> None:
+        """Makes the folder, takes it by ``take``, and puts right what a kill left behind.
 
         Raises UserError that names ``option`` when it can't be written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            take()  # before anything is put right: it could be what another process is writing
             clear_leftovers(self.checkpoints)
             recover(self.adapter)
             recover(self.adapter_copy)
@@ -119,9 +123,10 @@ class RunFolder:
         """Removes what a start that failed leaves behind, and the folder if nothing else is in it."""
         if self.has_begun():
             return
-        for file in (self.config, self.path / ".lock", *self.path.glob("events.out.tfevents.*")):
-            file.unlink(missing_ok=True)
-        _remove_empty([self.checkpoints, self.path])
+        with suppress(OSError):  # a folder that can't be written keeps what little is in it
+            for file in (self.config, self.path / ".lock", *self.path.glob("events.out.tfevents.*")):
+                file.unlink(missing_ok=True)
+            _remove_empty([self.checkpoints, self.path])
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint folder of an optimizer step."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.signals import leave_in_one_line
+from lit_qlora.signals import leave_in_one_line, no_signals_for_children
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -77,3 +77,14 @@ def test_the_handlers_are_given_back() -> None:
     with leave_in_one_line():
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_child_hears_no_signal_and_the_parent_hears_it_at_the_end(number: signal.Signals) -> None:
+    code = f"import os; os.kill(os.getpid(), {int(number)}); print('lives')"
+    with pytest.raises(SystemExit) as left, leave_in_one_line(), no_signals_for_children():
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        os.kill(os.getpid(), number)
+        assert (child.returncode, child.stdout) == (0, "lives\n")
+    assert left.value.code == 128 + number
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()

@@ -46,7 +46,7 @@ def nothing_open() -> Iterator[None]:
 def no_signals_for_children() -> Iterator[None]:
     """Processes begun within it hear neither signal: a terminal and `timeout` send them to all, and one is to answer.
 
-    Blocked and not ignored, so that what comes meanwhile reaches this process at the end. Nothing on Windows.
+    Blocked and not ignored, so that what comes meanwhile still reaches this process. Does nothing on Windows.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

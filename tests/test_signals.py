@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.signals import leave_in_one_line, no_signals_for_children
+from lit_qlora.signals import leave_in_one_line
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -79,12 +79,25 @@ def test_the_handlers_are_given_back() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_child_hears_no_signal_and_the_parent_hears_it_at_the_end(number: signal.Signals) -> None:
-    code = f"import os; os.kill(os.getpid(), {int(number)}); print('lives')"
-    with pytest.raises(SystemExit) as left, leave_in_one_line(), no_signals_for_children():
-        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        os.kill(os.getpid(), number)
-        assert (child.returncode, child.stdout) == (0, "lives\n")
-    assert left.value.code == 128 + number
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+CHILD = """
+import os, signal, subprocess, sys
+from lit_qlora.signals import leave_in_one_line, no_signals_for_children
+child = "import os, signal; os.kill(os.getpid(), signal.{name}); print('child lives', flush=True)"
+with leave_in_one_line():
+    try:
+        with no_signals_for_children():
+            subprocess.run([sys.executable, "-c", child])
+            os.kill(os.getpid(), signal.{name})
+            print("parent too", flush=True)
+        print("for ever", flush=True)
+    finally:
+        print("blocked:", *signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("name", "status", "said"), [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM")])
+def test_children_hear_no_signal_and_the_parent_does_once_they_are_there(name: str, status: int, said: str) -> None:
+    code = CHILD.format(name=name)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "child lives\nparent too\nblocked:\n")
+    assert done.stderr == f"\nstopped by {said}; given again, the same command goes on\n"

@@ -104,6 +104,12 @@ def check_config_file(path: Path) -> None:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml.safe_load(text)  # finds tags, keys and dates that can't be
+        values = list(_values(root)) if isinstance(root, yaml.MappingNode) else []
+    except RecursionError as error:
+        raise UserError(f"{path}: something in it stands within itself (& and *), or is nested too deep") from error
+    except (ValueError, LookupError, AttributeError) as error:  # yaml's own, of a date or a tag that does not fit
+        raise UserError(f"{path}: no valid YAML: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
@@ -114,7 +120,7 @@ def check_config_file(path: Path) -> None:
     if not isinstance(root, yaml.MappingNode):
         kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
         raise UserError(f"{path}:1: expected 'option: value' lines, got a {kind}")
-    for line, name, value in _values(root):
+    for line, name, value in values:
         check_no_secret(name, value, f"{path}:{line}: ")
     for line, problem in _problems(root):
         raise UserError(f"{path}:{line}: {problem}")

@@ -42,6 +42,22 @@ def nothing_open() -> Iterator[None]:
         give_back(previous)
 
 
+@contextmanager
+def no_signals_for_children() -> Iterator[None]:
+    """Processes begun within it hear neither signal: a terminal and `timeout` send them to all, and one is to answer.
+
+    Blocked and not ignored, so that what comes meanwhile still reaches this process. Does nothing on Windows.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def take_over(handler: Handler) -> dict[int, Any]:
     """Sets ``handler`` for both signals, and returns what was there; nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():

@@ -3,6 +3,7 @@
 Knows the device, and nothing of a run.
 """
 
+import re
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,16 @@ class RunParser(OneLineErrors, LightningArgumentParser):
             sub_configs=True,
             skip=NOT_OFFERED,
         )
+
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's; UserError for a class of the user's choice, such as a logger, that can't be made."""
+        try:
+            return super().instantiate_classes(cfg, **kwargs)
+        except ValueError as error:
+            found = re.search(r"Problem with given class_path '([^']+)':(.*?)(\n  - |\nGiven value)", str(error), re.S)
+            if found is None:
+                raise
+            raise UserError(f"{found[1]} can't be made: {' '.join(found[2].split())}") from error
 
 
 class QLoRATrainer(Trainer):

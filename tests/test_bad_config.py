@@ -5,6 +5,8 @@ import inspect
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.loggers import wandb
+from lightning_utilities.core.imports import RequirementCache
 
 from lit_qlora.cli import main
 from lit_qlora.model import load
@@ -14,6 +16,7 @@ SECRET = (
     "it holds a password or a token, and options are kept in the run's files; put a token for the hub into the "
     "environment as HF_TOKEN, and fetch by hand what else needs one"
 )
+WITHIN_ITSELF = "something in it stands within itself (& and *), or is nested too deep"
 CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
     ("misspelt key", ["--model.rnak", "3"], None, "unknown option 'model.rnak'; did you mean 'model.rank'?"),
     ("misspelt key in YAML", [], "model:\n  rnak: 3\n", "unknown option 'model.rnak'; did you mean 'model.rank'?"),
@@ -291,6 +294,18 @@ CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
         "mine.yaml:1: a config file can't name another; give several with --config A --config B",
     ),
     ("list", [], "- model\n", "mine.yaml:1: expected 'option: value' lines, got a list"),
+    ("within itself", [], "a: &a [*a]\n", f"mine.yaml: {WITHIN_ITSELF}"),
+    ("merged into itself", [], "model: &m\n  <<: *m\n", f"mine.yaml: {WITHIN_ITSELF}"),
+    ("nested without end", [], "a: " + 3000 * "[", f"mine.yaml: {WITHIN_ITSELF}"),
+    ("list as a name", [], "model:\n  ? [1,2]\n  : 3\n", "mine.yaml:2: no valid YAML: found unhashable key"),
+    ("no such date", [], "run: 2001-99-99\n", "mine.yaml: no valid YAML: month must be in 1..12"),
+    ("no such truth", [], "model:\n  rslora: !!bool x\n", "mine.yaml: no valid YAML: 'x'"),
+    (
+        "tag",
+        [],
+        "model:\n  rank: !foo 3\n",
+        "mine.yaml:2: no valid YAML: could not determine a constructor for the tag '!foo'",
+    ),
     ("not utf8", [], b"model: \xff\n", "mine.yaml: not UTF-8 (byte 7); save it as UTF-8"),
     (
         "callback class",
@@ -357,6 +372,20 @@ def test_a_bad_option_is_one_line(
         args = ["--config", "mine.yaml", *args]
     assert main(["fit", "--run", "run", *args]) == 2
     assert capsys.readouterr().err == f"error: {expected}\n"
+    assert not Path("run").exists()
+
+
+def test_a_logger_whose_package_is_missing_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "load_base", _never)
+    monkeypatch.setattr(wandb, "_WANDB_AVAILABLE", RequirementCache("wandb-that-is-not-there>=0.12.10"))
+    assert main(["fit", "--run", "run", "--trainer.logger", "lightning.pytorch.loggers.WandbLogger"]) == 2
+    assert capsys.readouterr().err == (
+        "error: lightning.pytorch.loggers.WandbLogger can't be made: Requirement 'wandb-that-is-not-there>=0.12.10' "
+        "not met. HINT: Try running `pip install -U 'wandb-that-is-not-there>=0.12.10'`\n"
+    )
     assert not Path("run").exists()
 
 

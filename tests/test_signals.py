@@ -77,3 +77,27 @@ def test_the_handlers_are_given_back() -> None:
     with leave_in_one_line():
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+CHILD = """
+import os, signal, subprocess, sys
+from lit_qlora.signals import leave_in_one_line, no_signals_for_children
+child = "import os, signal; os.kill(os.getpid(), signal.{name}); print('child lives', flush=True)"
+with leave_in_one_line():
+    try:
+        with no_signals_for_children():
+            subprocess.run([sys.executable, "-c", child])
+            os.kill(os.getpid(), signal.{name})
+            print("parent too", flush=True)
+        print("for ever", flush=True)
+    finally:
+        print("blocked:", *signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("name", "status", "said"), [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM")])
+def test_children_hear_no_signal_and_the_parent_does_once_they_are_there(name: str, status: int, said: str) -> None:
+    code = CHILD.format(name=name)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "child lives\nparent too\nblocked:\n")
+    assert done.stderr == f"\nstopped by {said}; given again, the same command goes on\n"

@@ -208,6 +208,36 @@ def test_ctrl_c_saves_and_says_so(here: Path) -> None:
     assert list(Path("runs/demo/checkpoints").glob("step-*"))
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_a_signal_to_all_of_its_processes_is_answered_by_one(
+    here: Path, number: signal.Signals, status: int, name: str
+) -> None:
+    """As a terminal sends Ctrl-C, and `timeout` SIGTERM: to the workers that load rows, too."""
+    command = [sys.executable, "-u", str(ROOT / "main.py"), "fit", "--trainer.log_every_n_steps", "1",
+               "--data.num_workers", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.killpg(process.pid, number)
+            break
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err, len(workers)) == (status, "", 2)
+    said = [line for line in out.splitlines() if line and not line.startswith("step ")]
+    assert said[0] == "stopping after this step; once more stops at once"
+    assert re.fullmatch(rf"stopped and saved at step \d+ by {name}; the same command goes on from here", said[1])
+    assert len(said) == 2
+    assert list(Path("runs/demo/checkpoints").glob("step-*"))
+    with pytest.raises(ProcessLookupError):  # no worker is left of the group
+        os.killpg(process.pid, 0)
+
+
 def test_settings_that_make_another_run_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--trainer.max_steps", "1", "--samples.count", "0", "--trainer.limit_val_batches", "1"]
     assert main(["fit", *short]) == 0

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lit_qlora.batch import IGNORE_INDEX, Batch, answer_targets
+from lit_qlora.signals import no_signals_for_children
 
 GROUP_BATCHES = 50
 """Batches whose rows are drawn together and then sorted by length: as random as can be with little padding."""
@@ -200,7 +201,9 @@ class ResumableLoader:
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # without a batch size, it gets one item
             num_workers=self.num_workers,
         )
-        for batch in loader:
+        with no_signals_for_children():  # the workers end with the epoch, or when this process does
+            batches = iter(loader)
+        for batch in batches:
             # Counted before it is handed out: whoever holds the batch saves the state that follows it.
             self._done += 1
             if self._done == self.length:

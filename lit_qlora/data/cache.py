@@ -1,12 +1,11 @@
-"""Owns the encoded rows: made once, kept on disk under a name that says what they are made of.
+"""Owns the encoded rows: made once, kept on disk under a name that says what they are made of, with a checksum.
 
 `datasets` memory-maps them, so host memory does not grow with their number. Knows no source and no batch.
 """
 
 import hashlib
 import json
-import shutil
-import tempfile
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +15,8 @@ from typing import Any
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.encode import Encoder
 from lit_qlora.errors import UserError
+from lit_qlora.storage.files import SaveError
+from lit_qlora.storage.folders import DamagedFolderError, verify_folder, write_folder
 from lit_qlora.text.conversation import Conversation
 
 ROWS_A_WRITE = 512
@@ -41,18 +42,18 @@ class EncodedRows:
 
 
 def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> EncodedRows:
-    """The rows of ``conversations`` in their order, from the cache if they were encoded before."""
+    """The rows of ``conversations`` in their order, from the cache if they were encoded before and are whole.
+
+    Raises UserError where they can't be written.
+    """
     import datasets
 
     folder = _cache_folder() / _key(conversations, encoder)
-    if not (folder / "counts.json").is_file():
-        try:
-            _write(folder, conversations, encoder)
-        except OSError as error:
-            raise UserError(
-                f"the encoded rows can't be kept in {folder.parent} ({error.strerror or error}); free some room there, "
-                "or set HF_DATASETS_CACHE to a folder that can be written"
-            ) from error
+    problem = _problem(folder)
+    if problem:
+        if folder.exists():
+            print(f"warning: {problem}; the rows are encoded anew", file=sys.stderr)
+        _write(folder, conversations, encoder)
     counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return EncodedRows(
@@ -79,18 +80,31 @@ def _key(conversations: Sequence[Conversation], encoder: Encoder) -> str:
     return content.hexdigest()[:32]
 
 
-def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent))
+def _problem(folder: Path) -> DamagedFolderError | None:
+    """Why an entry can't be used: bits that flipped, or were never on the disk, would be other training unseen."""
     try:
+        verify_folder(folder, allow_extra=True)
+    except DamagedFolderError as error:
+        return error
+    return None
+
+
+def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
+    def fill(staging: Path) -> None:
         counts = _write_rows(staging / "rows.arrow", conversations, encoder)
         (staging / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
-        if (folder / "counts.json").is_file():
-            return  # another process, such as a second GPU's, made the same and may be reading it by now
-        shutil.rmtree(folder, ignore_errors=True)  # what a full disk may have left there
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not _problem(folder):  # another process, such as a second GPU's, made the same and may be reading it by now
+            raise FileExistsError
+
+    try:
+        write_folder(folder, fill, replace=True)
+    except OSError as error:
+        if _problem(folder):
+            reason = error.reason if isinstance(error, SaveError) else error.strerror
+            raise UserError(
+                f"the encoded rows can't be kept in {folder.parent} ({reason}); free some room there, "
+                "or set HF_DATASETS_CACHE to a folder that can be written"
+            ) from error
 
 
 def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Encoder) -> dict[str, int]:

@@ -100,7 +100,8 @@ def _decode(path: Path, data: bytes) -> str:
     if not data.strip(b"\0"):
         raise UserError(f"{path}: holds nothing but NUL bytes: it was cut off while it was written; copy it again")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
-        raise UserError(f"{path}: is UTF-16, expected UTF-8; save it again as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+        name = "UTF-32" if b"\0\0" in data[:4] else "UTF-16"
+        raise UserError(f"{path}: is {name}, expected UTF-8; save it again as UTF-8 (iconv -f {name} -t UTF-8)")
     data = data.removeprefix(b"\xef\xbb\xbf")
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1

@@ -1,5 +1,8 @@
 """Rows are encoded once and read from disk after that; what is not whole, or of other contents, is never taken."""
 
+import os
+from pathlib import Path
+
 import datasets
 import pytest
 
@@ -151,15 +154,60 @@ def test_an_encoding_that_was_cut_off_leaves_nothing_and_is_made_anew(tokenizer,
     assert len([*folder.iterdir()]) == 1
 
 
-def test_a_half_written_entry_is_not_taken_for_whole(tokenizer, folder):
-    first = encode_records(TALKS, Encoder(tokenizer, 1024))
-    expected = contents(first)
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def zero_tail(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-100] + bytes(100))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("rows.arrow", flip, "'rows.arrow': expected sha256="),
+        ("rows.arrow", zero_tail, "'rows.arrow': expected sha256="),
+        ("rows.arrow", lambda path: os.truncate(path, 1000), "'rows.arrow': expected bytes="),
+        ("rows.arrow", lambda path: os.truncate(path, 0), "'rows.arrow': expected bytes="),
+        ("rows.arrow", Path.unlink, "'rows.arrow': expected a file, found no such file"),
+        ("counts.json", lambda path: path.write_text('{"cut": 1, "left_out": 0}'), "'counts.json': expected sha256="),
+        ("counts.json", lambda path: os.truncate(path, 0), "'counts.json': expected bytes="),
+        ("manifest.json", Path.unlink, "'manifest.json': expected a manifest of version 1, found no such file"),
+        ("manifest.json", lambda path: os.truncate(path, 0), "'manifest.json': expected a manifest of version 1"),
+    ],
+    ids=["flipped", "zeros", "cut", "empty", "gone", "counts", "no counts", "an earlier version", "empty manifest"],
+)
+def test_a_damaged_entry_is_encoded_anew_with_one_line(tokenizer, folder, capsys, name, damage, said):
+    expected = contents(encode_records(TALKS, Encoder(tokenizer, 1024)))
     (entry,) = folder.iterdir()
-    (entry / "counts.json").unlink()
-    (entry / "rows.arrow").unlink()
-    (entry / "rows.arrow").write_bytes(b"half")
-    assert contents(encode_records(TALKS, Encoder(tokenizer, 1024))) == expected
+    copy = (entry / name).read_bytes()  # the first rows are mapped: other bytes under the same name, not in place
+    (entry / name).unlink()
+    (entry / name).write_bytes(copy)
+    damage(entry / name)
+    rows = encode_records(TALKS, Encoder(tokenizer, 1024))
+    assert (contents(rows), rows.num_cut, rows.fingerprint) == (expected, 0, entry.name)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {entry}: {said}") and line.endswith("; the rows are encoded anew")
     assert [*folder.iterdir()] == [entry]
+    encode_records(TALKS, Encoder(tokenizer, 1024))
+    assert capsys.readouterr().err == ""
+
+
+def test_an_entry_is_on_the_disk_before_it_has_its_name(tokenizer, folder, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def note(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        assert not any((path / "rows.arrow").is_file() for path in folder.glob("[!.]*")) or synced[-1] == folder.name
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    encode_records(TALKS, Encoder(tokenizer, 1024))
+    assert {"rows.arrow", "counts.json", "manifest.json"} < {*synced}
+    assert synced[-1] == folder.name
 
 
 def test_an_entry_that_another_process_made_meanwhile_is_left_as_it_is(tokenizer, folder, monkeypatch):

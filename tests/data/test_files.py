@@ -151,6 +151,8 @@ BAD_FILES = {
     ),
     "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), f"a.jsonl: {UTF16}"),
     "UTF-16 without mark": ("a.csv", "text\nhi".encode("utf-16-be"), f"a.csv: {UTF16}"),
+    "UTF-32": ("a.jsonl", GOOD.decode().encode("utf-32"), f"a.jsonl: {UTF16.replace('16', '32')}"),
+    "UTF-32 without mark": ("a.csv", "text\nhi".encode("utf-32-be"), f"a.csv: {UTF16.replace('16', '32')}"),
     "Latin-1": ("a.jsonl", GOOD + b'{"text": "caf\xe9"}', f"a.jsonl:2: byte 0xe9 is not UTF-8; {CONVERT}"),
     "Windows-1252 after a mark": (
         "a.csv",

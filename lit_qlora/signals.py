@@ -22,9 +22,14 @@ class LeftAtOnce(SystemExit):
     """A signal that waits for nothing: neither for the step under way nor for a copy."""
 
 
+_resumes = [True]
+"""Whether the command that runs, given again, goes on."""
+
+
 @contextmanager
-def leave_in_one_line() -> Iterator[None]:
-    """Takes over the signals until it closes; only a main thread may."""
+def leave_in_one_line(resumes: bool = True) -> Iterator[None]:
+    """Takes over the signals until it closes; only a main thread may. The line says so of a command that resumes."""
+    _resumes[:] = [resumes]
     previous = take_over(leave_at_once)
     try:
         yield
@@ -117,4 +122,5 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def _say(number: int) -> None:
-    print(f"\nstopped by {NAMES[signal.Signals(number)]}; given again, the same command goes on", file=sys.stderr)
+    then = "; given again, the same command goes on" if _resumes[0] else ""
+    print(f"\nstopped by {NAMES[signal.Signals(number)]}{then}", file=sys.stderr)

@@ -48,7 +48,7 @@ def complete(args: list[str]) -> list[str]:
         if kept:
             # An earlier version kept max_time, which held for its start alone.
             rest = ["--config", str(kept.config), "--max_time", "null", *rest]
-            _check_kept(kept)
+            _check_kept(kept, args)
         elif base in (None, "demo"):  # a base of one's own is not for the demo's learning rate
             rest = ["--config", str(DEMO_CONFIG), *rest]
         config = option(rest, "--config", "-c")
@@ -72,25 +72,28 @@ def _check_run(run: str | None) -> None:
         raise UserError(f"run: {run} is a URL, and runs are only kept on this machine: give a folder")
 
 
-def _check_kept(run: RunFolder) -> None:
+def _check_kept(run: RunFolder, args: list[str]) -> None:
     try:
         check_config_file(run.config)
     except UserError as error:
         raise UserError(f"{error}; {run.config_remedy()}") from error
     config = yaml.safe_load(run.config.read_text(encoding="utf-8-sig")) or {}
     for name, value in (config.get("trainer") or {}).items():
-        if _names_code(value):
-            raise UserError(
-                f"run: trainer.{name} in {run.config} names code to run, and none is taken from a run folder; if it is "
-                f"yours, give --config {run.config} --run {run.path}"
-            )
+        for code in _code(value):
+            if not any(code in arg for arg in args):  # the same command, given again, names it itself
+                raise UserError(
+                    f"run: trainer.{name} in {run.config} names code to run, and none is taken from a run folder; if "
+                    f"it is yours, give --config {run.config} --run {run.path}"
+                )
 
 
-def _names_code(value: Any) -> bool:
-    """Whether an option of the Trainer is a class, in any of the spellings of one, and no plain value."""
+def _code(value: Any) -> list[str]:
+    """The classes that an option of the Trainer names, in any of their spellings; none in a plain value."""
+    if isinstance(value, dict):
+        return [str(value.get("class_path", value))]
     if isinstance(value, list):
-        return any(map(_names_code, value))
-    return isinstance(value, dict) or (isinstance(value, str) and "." in value)
+        return [code for one in value for code in _code(one)]
+    return [value] if isinstance(value, str) and "." in value else []
 
 
 def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:

@@ -88,8 +88,10 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
     assert main(predict) == 0
     answers = [json.loads(line) for line in (here / "answers.jsonl").read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == ["Who goes everywhere with Silas?", "What is in Marshford?"]
-    assert main(predict) == 2
-    assert "answers.jsonl exists already" in capsys.readouterr().err
+    before = (here / "answers.jsonl").read_bytes()
+    assert main(predict) == 0
+    assert "finished: " in capsys.readouterr().out
+    assert (here / "answers.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -18,6 +18,8 @@ from lit_qlora.callbacks.curves import CURVES, draw_curves
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.storage.run import CARD, RunFolder, as_yaml
+from lit_qlora.text import llama2
+from lit_qlora.text.conversation import Conversation, Turn
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -39,7 +41,7 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 ```"""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 LLAMA_2_PROMPT = """\
-prompt = tokenizer("[INST] Your question [/INST]", return_tensors="pt").to(model.device)
+prompt = tokenizer(TEXT, return_tensors="pt").to(model.device)
 answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]"""
 # A tokenizer of transformers 5 puts no space before a word that follows a special token, unless it is a text by itself.
 OWN_PROMPT = """\
@@ -56,6 +58,8 @@ for piece in filter(None, re.split(f"({specials})", text)):  # as in training: e
     prompt += [tokenizer.convert_tokens_to_ids(piece)] if special else tokenizer.encode(piece, add_special_tokens=False)
 prompt = torch.tensor([prompt], device=model.device)
 answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=256)[0, prompt.shape[1] :]"""
+TEXTS = ("system", "prompts", "template")
+"""Options that hold words, not places, whatever they look like."""
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 
 
@@ -105,7 +109,7 @@ def card(
         *_licence(base),
         f"## Measured\n\n{_measured(figures, step, training_s)}",
         *([f"![Loss over the optimizer steps, in training and held-out]({CURVES})"] if has_curves else []),
-        f"## Use\n\n{_use(base, _own_prompt(config['data']) if template else LLAMA_2_PROMPT)}",
+        f"## Use\n\n{_use(base, _own_prompt(config['data']) if template else _llama_2_prompt(config['data']))}",
         f"## Configuration\n\n{_block(as_yaml(config))}",
         f"## Versions\n\n{_versions()}",
     ]
@@ -142,7 +146,7 @@ def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: 
 def published(value: Any) -> Any:
     """``value`` with the last part only of each path on this machine, however deep it stands."""
     if isinstance(value, Mapping):
-        return {key: published(inner) for key, inner in value.items() if inner is not None}
+        return {key: inner if key in TEXTS else published(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [published(inner) for inner in value]
     if isinstance(value, str) and _is_path(value):
@@ -203,6 +207,24 @@ def _block(text: str) -> str:
     while fence in text:  # a system text may hold one
         fence += "`"
     return f"{fence}yaml\n{text}{fence}"
+
+
+def _llama_2_prompt(data: Mapping[str, Any]) -> str:
+    asked = Conversation((Turn("user", "Your question"),), data.get("system"))
+    text = llama2.segments(asked)[0].text
+    return LLAMA_2_PROMPT.replace("TEXT", json.dumps(text, ensure_ascii=False))
+
+
+def addressed(text: str, to: str) -> str:
+    """The card ``text`` for whoever finds it on the hub, in the repository ``to``."""
+    opened = 'open("this-folder/lit_qlora.json"'
+    if opened in text:
+        text = text.replace(opened, f'open(hf_hub_download("{to}", "lit_qlora.json")')
+        text = text.replace("import torch\n", "import torch\nfrom huggingface_hub import hf_hub_download\n", 1)
+    chat = "`python main.py chat --adapter this-folder"
+    return text.replace('"this-folder"', f'"{to}"').replace(
+        chat, f"`hf download {to} --local-dir this-folder`, then {chat}"
+    )
 
 
 def _own_prompt(data: Mapping[str, Any]) -> str:

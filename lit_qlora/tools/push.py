@@ -4,11 +4,11 @@ What a folder's manifest names is sent, once it was verified, and nothing else t
 `lit_qlora.tools.hub`'s. Knows no model.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
 
+from lit_qlora.callbacks.card import addressed
 from lit_qlora.errors import UserError
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import size
@@ -22,9 +22,6 @@ TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
 RECORD = "lit_qlora.json"
 """What both have, and no base: its 4-bit copy is sealed, too."""
-
-THIS_FOLDER = '"this-folder"'
-"""How a card calls the folder that it lies in, where Python loads it; on the hub it has a name."""
 
 
 def push(
@@ -102,7 +99,7 @@ def _contents(source: Path, sizes: dict[str, int], to: str) -> Contents:
         if TOKEN.search(content):
             raise UserError(f"push: {source / name} holds a token of the hub; take it out, nothing was sent")
         if name == CARD:
-            contents[name] = content.replace(THIS_FOLDER.encode(), json.dumps(to).encode())
+            contents[name] = addressed(content.decode(), to).encode()
     return contents
 
 

@@ -1,5 +1,6 @@
 """The model card: what was measured and nothing else, in the hub's form, without a trace of the machine."""
 
+import ast
 import getpass
 import json
 import re
@@ -10,10 +11,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 from lit_qlora import demo
-from lit_qlora.callbacks.card import card, merged_card, published
+from lit_qlora.callbacks.card import addressed, card, merged_card, published
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.storage.folders import verify_folder
+from lit_qlora.text import llama2
+from lit_qlora.text.conversation import Conversation, Turn
 
 CONFIG = {
     "seed_everything": 42,
@@ -51,6 +54,31 @@ def test_the_card_of_a_llama_2_adapter():
     assert "curves.png" not in text
     assert 'from_pretrained("meta-llama/Llama-2-7b-hf", quantization_config' in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["trainer"] == {"max_epochs": 3}
+
+
+@pytest.mark.parametrize("system", [None, 'Be "brief" ü and\nkind.'])
+def test_its_lines_of_python_ask_as_in_training(system):
+    text = card("a/b", CONFIG | {"data": {"source": "x/y", "system": system}}, {}, 7, 0.0)
+    (asked,) = re.findall(r"^prompt = tokenizer\((.+), return_tensors", text, re.MULTILINE)
+    expected = llama2.segments(Conversation((Turn("user", "Your question"),), system))[0].text
+    assert ast.literal_eval(asked) == expected
+    assert expected.startswith("[INST] <<SYS>>\n" if system else "[INST] Your question")
+
+
+def test_words_that_look_like_a_place_stay_whole():
+    text = card("a/b", CONFIG | {"data": {"source": "/home/ann/rows.jsonl", "system": ".NET/C#: briefly"}}, {}, 7, 0.0)
+    configuration = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert configuration["data"] == {"source": "rows.jsonl", "system": ".NET/C#: briefly"}
+
+
+def test_on_the_hub_a_card_leads_to_its_repository():
+    own = CONFIG | {"data": {"source": "x/y", "template": "{{ eos_token }}"}}
+    text = addressed(card("a/b", own, {}, 7, 0.0), "ann/mine")
+    assert 'open(hf_hub_download("ann/mine", "lit_qlora.json"), encoding="utf-8")' in text
+    assert "import torch\nfrom huggingface_hub import hf_hub_download\n" in text
+    assert 'PeftModel.from_pretrained(base, "ann/mine")' in text
+    assert "`hf download ann/mine --local-dir this-folder`, then `python main.py chat --adapter this-folder" in text
+    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
 def test_nothing_is_said_that_was_not_measured():

@@ -4,6 +4,7 @@ What is asked and remembered is `Dialog`'s. Knows the answerer as something that
 """
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -195,6 +196,7 @@ class Terminal(Dialog):
         rows = [{"role": "system", "content": system}] if system else []
         rows += [{"role": turn.role, "content": turn.content} for turn in self.turns]
         path = Path(words[0]).expanduser()
+        size_before = path.stat().st_size if path.is_file() else None
         try:
             with path.open("a+b") as file:
                 if file.tell():
@@ -204,6 +206,8 @@ class Terminal(Dialog):
                     opens = b""
                 file.write(opens + json.dumps({"messages": rows}, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
+            with suppress(OSError):  # half a line would spoil those before and after it
+                path.unlink() if size_before is None else os.truncate(path, size_before)
             raise UserError(f"{path} could not be saved: {error.strerror}") from error
         print(f"({len(self.turns)} turns added to {path})")
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -374,6 +375,20 @@ def test_a_cut_answer_is_told(talk):
 def test_an_answer_cannot_steer_the_terminal(talk):
     out, _ = talk(["a"], "x\x1b[2Jy\rz\x9b")
     assert out == ["x[2Jyz", ""]
+
+
+def test_a_save_that_finds_no_room_leaves_no_half_of_a_line(talk, tmp_path):
+    kept, new = tmp_path / "kept.jsonl", tmp_path / "new.jsonl"
+    kept.write_text('{"messages": []}\n' * 10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept.read_bytes()) + 20, limits[1]))
+    try:
+        out, _ = talk(["a" * 400, f"/save {kept}", f"/save {new}"], "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert out[-3:-1] == [f"({path} could not be saved: File too large)" for path in (kept, new)]
+    assert kept.read_text() == '{"messages": []}\n' * 10
+    assert not new.exists()
 
 
 def test_a_saved_conversation_is_what_fit_reads(talk, answerer, tmp_path):

@@ -34,6 +34,10 @@ class Compared(NamedTuple):
     adapter: "Figure"
     difference: "Figure"
 
+    def of(self, count: int) -> "Compared":
+        """Itself, as it may be told of ``count`` rows."""
+        return Compared(*(figure.of(count) for figure in self))
+
 
 class Asked(NamedTuple):
     """The questions of each subject as ids, the letters as ids, and the place of each right one."""
@@ -152,11 +156,11 @@ def _score_held_out(scoring: "Scoring", data: "ChatDataModule", part: str, draws
             return np.array([sums[0] / sums[2], np.exp(sums[0] / sums[2]), sums[1] / sums[2]])
 
     base, adapter = scoring.held_out(data, part)
-    compared = (Compared(*found) for found in bootstrap(base, adapter, figures, draws, seed))
+    compared = (Compared(*found).of(len(base)) for found in bootstrap(base, adapter, figures, draws, seed))
     rows = dict(zip(("loss", "perplexity", "accuracy"), compared, strict=True))
     for line in data.describe():
         print(f" data  {line}")
-    print(_note(f"drawn from {len(base):,} conversations", draws))
+    _print_note(f"drawn from {len(base):,} conversations", draws, rows, "conversations")
     _table("", rows, "#.6g", "#.5g")
     counts = {"conversations": len(base), "tokens": int(base[:, 2].sum())}
     return counts | {name: row._asdict() for name, row in rows.items()}
@@ -229,9 +233,9 @@ def _score_questions(scoring: "Scoring", asked: Asked, batch_tokens: int, draws:
         count = len(of_base)
         ((_, _, difference),) = bootstrap(of_base, of_adapter, lambda sums, count=count: sums / count, draws, seed)  # type: ignore[misc]
         shares = [wilson(int(hits.sum()), count) for hits in (of_base, of_adapter)]
-        rows[f"{name.replace('_', ' ')} ({count:,})"] = Compared(shares[0], shares[1], difference)
+        rows[f"{name.replace('_', ' ')} ({count:,})"] = Compared(shares[0], shares[1], difference).of(count)
     print(f" data  {len(prompts):,} questions, {asked.shots}-shot, {asked.style}")
-    print(_note("Wilson's, of the difference drawn from questions", draws))
+    _print_note("Wilson's, of the difference drawn from questions", draws, rows, "questions")
     _table("accuracy (questions)", rows, ".4f", ".4f")
     accuracy = {name: row._asdict() for name, row in zip([*asked.names, "all"], rows.values(), strict=False)}
     return {"questions": len(prompts), "shots": asked.shots, "style": asked.style, "accuracy": accuracy}
@@ -240,17 +244,29 @@ def _score_questions(scoring: "Scoring", asked: Asked, batch_tokens: int, draws:
 # Tables
 
 
-def _note(how: str, draws: int) -> str:
-    return f"       in brackets: 95 % intervals, {how} {f'{draws:,} times'}\n"
+def _print_note(how: str, draws: int, rows: Mapping[str, Compared], drawn: str) -> None:
+    from lit_qlora.tools.intervals import FEWEST
+
+    has_interval = {row.base.low is not None for row in rows.values()}
+    if True in has_interval:
+        print(f"       in brackets: 95 % intervals, {how} {f'{draws:,} times'}")
+    if False in has_interval:
+        print(f"       without brackets: fewer than {FEWEST} {drawn} are too few for an interval")
+    print()
 
 
 def _table(title: str, rows: Mapping[str, Compared], form: str, ends: str) -> None:
     """A line a figure; ``form`` and ``ends`` are how a value and the ends of its interval are written."""
-    width = max(map(len, (title, *rows)))
-    print(f"{title:{width}}  {'base':<27}  {'adapter':<27}  adapter - base")
-    for name, row in rows.items():
-        cells = [f"{figure.value:{form}} [{figure.low:{ends}}, {figure.high:{ends}}]" for figure in row]
-        print(f"{name:{width}}  {cells[0]:<27}  {cells[1]:<27}  {cells[2]}")
+
+    def cell(figure: "Figure") -> str:
+        interval = "" if figure.low is None else f" [{figure.low:{ends}}, {figure.high:{ends}}]"
+        return f"{figure.value:{form}}{interval}"
+
+    lines: list[tuple[str, ...]] = [(title, "base", "adapter", "adapter - base")]
+    lines += [(name, *map(cell, row)) for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _plain(value: Any) -> Any:

@@ -13,15 +13,21 @@ from numpy.typing import NDArray
 Z = 1.959964
 """Of the normal distribution, 95 % of which lies within so many standard deviations."""
 ENDS = (2.5, 97.5)
+FEWEST = 10
+"""Rows for an interval: of fewer, drawn again and again, too little varies, and none may vary at all."""
 Array = NDArray[np.float64]
 
 
 class Figure(NamedTuple):
-    """A value and the interval that holds the true one in 95 of 100 such samples."""
+    """A value and the interval that holds the true one in 95 of 100 such samples; of too few, none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    def of(self, count: int) -> "Figure":
+        """Itself, as it may be told of ``count`` rows."""
+        return self if count >= FEWEST else Figure(self.value, None, None)
 
 
 def wilson(count: int, total: int) -> Figure:

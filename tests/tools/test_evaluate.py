@@ -17,6 +17,7 @@ from lit_qlora.cli import main
 from lit_qlora.data.batching import BatchPlan, collate
 from lit_qlora.tools import evaluate as module
 from lit_qlora.tools.answerer import choose_adapter
+from lit_qlora.tools.intervals import Figure
 from lit_qlora.tools.scoring import Scoring
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,30 @@ def test_bare_it_is_validate_s_adapter_and_base(here, evaluate, scored):
     assert lines[0] == "model  demo, and with runs/demo/adapter; precision 32-true"
     assert lines[1].startswith(" data  validation: 84 conversations of demo (test), 1,329 tokens scored")
     assert lines[-3].startswith(f"loss        {loss['base']['value']:#.6g} [")
+
+
+def test_of_too_few_there_is_no_interval(here, evaluate):
+    rows = demo.TRAIN.read_text(encoding="utf-8").splitlines(keepends=True)
+    why = "       without brackets: fewer than 10 {} are too few for an interval"
+    for count in (9, 10):
+        Path("mine.jsonl").write_text("".join(rows[:count]), encoding="utf-8")
+        figures, lines = evaluate("--source", "mine.jsonl", "--draws", "100")
+        assert (why.format("conversations") in lines) == (count == 9)
+        assert any("[" in line for line in lines[-3:]) == (count == 10)
+        assert (figures["held_out"]["loss"]["difference"]["low"] is None) == (count == 9)
+    _, lines = evaluate("--mmlu", "test", "--draws", "100")
+    assert why.format("questions") in lines and "       in brackets: 95 % intervals" in lines[2]
+    assert ["[" in line for line in lines[-3:]] == [False, False, True]  # 8, 6, and all 14
+
+
+def test_columns_are_as_wide_as_what_stands_in_them(capsys):
+    wide, narrow = Figure(123456.0, 1234567.0, 123456789.0), Figure(1.0, 0.0, 2.0)
+    module._table("", {"a": module.Compared(wide, wide, narrow), "bc": module.Compared(*[narrow] * 3)}, ".4f", ".4f")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "a   " + "123456.0000 [1234567.0000, 123456789.0000]  " * 2 + "1.0000 [0.0000, 2.0000]"
+    for line in (lines[0].replace("adapter - base", "1.0000 ["), lines[2]):
+        assert line.index("1.0000 [", 50) == lines[1].index("1.0000 [", 90)
+    assert lines[0].index("adapter") == lines[1].index("123456.0000 [", 5)
 
 
 def test_another_file_is_test_s(here, evaluate, scored):

@@ -15,7 +15,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
-from lit_qlora.data.files import read_rows
+from lit_qlora.data.files import COMPRESSED, ENDINGS, read_rows
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import SaveError
@@ -207,6 +207,8 @@ def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
             (f"{path}:{number}", {"prompt": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()
         ]
     else:
+        if path.suffix.lower() not in (*ENDINGS, *COMPRESSED):
+            raise UserError(f"{path}: the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}")
         rows = [(row.where, row.value) for row in read_rows(path, ("messages", "conversations", "prompt"))]
     if not rows:
         raise UserError(f"{path}: no prompt in it")

@@ -43,6 +43,7 @@ class Unfinished:
         if was != {**belongs_to, "sha256": digest}:
             other = "was changed since" if was.get("sha256") != digest else _differences(was, {**was, **belongs_to})
             raise UserError(f"output: {self.target} exists already ({other}); give another name or remove it")
+        self.path.unlink(missing_ok=True)  # killed right before `finish` could
         return True
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.data.tokenizer import load_tokenizer
+from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text import guanaco
 from lit_qlora.text.conversation import Conversation, Turn
@@ -408,6 +409,11 @@ def test_a_finished_output_is_told_from_another_s(here, slow, capsys):
     capsys.readouterr()
     assert predict() == 0
     assert capsys.readouterr() == ("finished: answers.jsonl holds these 12 answers; nothing to do\n", "")
+    part = Path(".answers.jsonl.part")
+    part.write_bytes(b"{}\n")  # of a process that was killed before it could take it away
+    assert predict() == 0
+    assert not part.exists()
+    capsys.readouterr()
     remedy = "give another name or remove it\n"
     assert predict("--seed", "5") == 2
     assert capsys.readouterr().err == f"error: output: answers.jsonl exists already (seed: 0 -> 5); {remedy}"
@@ -443,3 +449,12 @@ def test_too_much_for_the_memory_is_one_line(here, capsys, monkeypatch):
     monkeypatch.setattr(Answerer, "answer_ids", full)
     assert predict() == 2
     assert capsys.readouterr().err.startswith("error: batch_size: 8 prompts of up to ")
+
+
+@pytest.mark.parametrize("name", ["j", "j.doc"])
+def test_an_ending_that_is_none_names_all_that_are(tmp_path, name):
+    (tmp_path / name).write_text("hi\n")
+    with pytest.raises(
+        UserError, match=r"the ending is '(\.doc)?', expected one of \.txt, \.jsonl, \.json, \.csv, \.parquet"
+    ):
+        read_file(tmp_path / name)

@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> int:
     prepare_memory()
     args = list(sys.argv[1:] if args is None else args)
     try:
-        with leave_in_one_line(resumes=args[:1] in (["fit"], ["predict"])):
+        with leave_in_one_line(resumes=args[:1] in (["fit"], ["predict"], ["push"])):
             return _run(args)
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)

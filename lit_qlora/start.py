@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, require
 from lit_qlora.model.base import missing_bytes
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.load import Lora, read_record, read_weights
@@ -133,6 +133,11 @@ def _recorded_settings(run: RunFolder) -> dict[str, Any] | None:
     """The configuration by the newest checkpoint; None without one, or in one of an earlier version."""
     folder, _ = run.last_checkpoint(check_checkpoint)
     return load_state(folder, with_tensors=False)[RECORD].get("settings") if folder else None
+
+
+def check_graphs(cuda_graphs: bool | str, packing: bool) -> None:
+    """Raises UserError where kernels are to be recorded of micro-batches that all differ in shape."""
+    require(not (cuda_graphs is True and packing), "model.cuda_graphs", "auto or false with data.packing", cuda_graphs)
 
 
 def lengths(config: Mapping[str, Any]) -> dict[str, Any]:

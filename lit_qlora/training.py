@@ -156,13 +156,7 @@ class QLoRACLI(LightningCLI):
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
             if adapter or options.ckpt_path == "base":
                 options.model.adapter = str(adapter) if adapter else None
-        graphs = options.model.cuda_graphs
-        require(
-            not (graphs is True and options.data.packing),
-            "model.cuda_graphs",
-            "auto or false with data.packing",
-            graphs,
-        )
+        start.check_graphs(options.model.cuda_graphs, options.data.packing)
         if options.model.adapter:
             options.data.template = start.template_of(Path(options.model.adapter), options.data.template)
 

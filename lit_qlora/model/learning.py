@@ -26,6 +26,8 @@ class LearnsInParts(LightningModule):
         self.parts = 1
         """In how many parts a micro-batch is learned; 2 once memory has run out."""
         self._batch: Batch
+        self._loss: tuple[Tensor, Tensor] | None = None
+        """That of the micro-batch under way, and what stands for it elsewhere: who holds that, holds nothing kept."""
         self._is_learned = False
 
     def summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
@@ -34,12 +36,14 @@ class LearnsInParts(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The sum of the token losses over the answer tokens of the whole optimizer step."""
-        self._batch, found = batch, None
+        self._batch, self._loss, found, is_short = batch, None, None, False
         if self.parts == 1:
             try:
                 found = self.summed_loss(batch)
             except torch.OutOfMemoryError:
-                self._make_room(batch)
+                is_short = True
+        if is_short:
+            self._make_room(batch)
         self._is_learned = found is None
         if found is None:
             if batch_idx % self.trainer.accumulate_grad_batches == 0:  # the first of a step
@@ -50,8 +54,12 @@ class LearnsInParts(LightningModule):
         # Lightning divides by the micro-batches of a step, and its strategy by the devices: both are undone
         # here, for the one right denominator is already in the batch.
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        loss = loss_sum * (shares / max(batch.step_answer_tokens, 1))
+        stand_in = loss.detach()
+        if not self._is_learned:
+            self._loss = loss, stand_in.requires_grad_()
         return {
-            "loss": loss_sum * (shares / max(batch.step_answer_tokens, 1)),
+            "loss": stand_in,
             "loss_sum": loss_sum.detach(),
             "num_correct": num_correct,
             "num_answers": num_answers,
@@ -66,33 +74,46 @@ class LearnsInParts(LightningModule):
         """The gradients of a micro-batch, once; where memory runs out, in parts."""
         if self._is_learned:
             return
-        before = self._gradients()
+        assert self._loss is not None, "each backward belongs to the training step before it"
+        (whole, stand_in), self._loss = self._loss, None
+        (gradient,) = torch.autograd.grad(loss, stand_in)
+        earlier, is_short = self._set_aside(), False
         try:
-            loss.backward()
+            whole.backward(gradient)  # type: ignore[no-untyped-call]
         except torch.OutOfMemoryError:
-            del loss
-            self._put_back(before)
+            is_short = True  # and no more in here, where its frames hold what the failed try has kept
+        del whole
+        self._take_back(earlier, adds=not is_short)
+        if is_short:
             self._make_room(self._batch)
             self._learn_in_parts(self._batch)
 
     def _learn_in_parts(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """The sums over a micro-batch, its gradients added, a part at a time: in less memory, with the same result."""
-        before = self._gradients()
+        while True:
+            earlier = self._set_aside()
+            sums = self._try_in_parts(batch)
+            self._take_back(earlier, adds=sums is not None)
+            if sums is not None:
+                return sums
+            self._make_room(batch)
+
+    def _try_in_parts(self, batch: Batch) -> tuple[Tensor, Tensor, int] | None:
+        """As `_learn_in_parts`; None where memory runs out."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         factor = self.trainer.world_size / max(batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
-        while True:
-            try:
-                found = []
-                for part in halves(batch) if self.parts > 1 else [batch]:
-                    with self.trainer.precision_plugin.forward_context():
-                        loss_sum, num_correct, num_answers = self.summed_loss(part)
-                    (loss_sum * factor).backward()
-                    found.append((loss_sum.detach(), num_correct, num_answers))
-                sums: Any = [sum(values) for values in zip(*found, strict=True)]
-                return sums[0], sums[1], sums[2]
-            except torch.OutOfMemoryError:
-                self._put_back(before)
-                self._make_room(batch)
+        found = []
+        try:
+            for part in halves(batch) if self.parts > 1 else [batch]:
+                with self.trainer.precision_plugin.forward_context():
+                    loss_sum, num_correct, num_answers = self.summed_loss(part)
+                (loss_sum * factor).backward()
+                found.append((loss_sum.detach(), num_correct, num_answers))
+                del loss_sum  # and what it has kept, before the next part goes forward
+        except torch.OutOfMemoryError:
+            return None
+        sums: Any = [sum(values) for values in zip(*found, strict=True)]
+        return sums[0], sums[1], sums[2]
 
     def _make_room(self, batch: Batch) -> None:
         """After memory ran out: nothing is recorded; then layers compute again; then micro-batches go in halves.
@@ -103,6 +124,7 @@ class LearnsInParts(LightningModule):
         what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
         if self.replays:
             self.replays = False
+            self._release()
             done = "kernels are no longer recorded"
         elif self.kept_layers:
             self.kept_layers = 0
@@ -117,11 +139,24 @@ class LearnsInParts(LightningModule):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _gradients(self) -> list[tuple[torch.nn.Parameter, Tensor | None]]:
-        """As they are before a micro-batch: to be put back if it has to be done again."""
-        parameters = [value for value in self.parameters() if value.requires_grad]
-        return [(value, None if value.grad is None else value.grad.clone()) for value in parameters]
+    def _release(self) -> None:
+        """Lets go of recordings; the subclass has them."""
 
-    def _put_back(self, gradients: list[tuple[torch.nn.Parameter, Tensor | None]]) -> None:
-        for parameter, gradient in gradients:
+    def _set_aside(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
+        """Takes away the gradients of earlier micro-batches of a step, so that this one's can be made twice.
+
+        Not where they are gathered by a recording, in which nothing can run short.
+        """
+        earlier = [] if self.replays else [(value, value.grad) for value in self.parameters() if value.grad is not None]
+        for parameter, _ in earlier:
+            parameter.grad = None
+        return earlier
+
+    def _take_back(self, earlier: list[tuple[torch.nn.Parameter, Tensor]], adds: bool) -> None:
+        """Gives them back; with those made meanwhile if it ``adds``, else without."""
+        for parameter in () if adds else self.parameters():
+            parameter.grad = None
+        for parameter, gradient in earlier:
+            if parameter.grad is not None:
+                gradient.add_(parameter.grad)
             parameter.grad = gradient

@@ -205,12 +205,13 @@ def moments(step: Step) -> list[StepMemory]:
         layer=step.tokens * max(swiglu_backward(step), 24 * shape.hidden),  # or the last norm, in fp32
         dequantisation=widest + 8 * widest // size // NF4_BLOCK,  # its scales, in fp32 and once more with their offset
     )
-    # The last step's gradients are there until backward begins; while micro-batches add up, all the time.
+    # The last step's gradients are there until backward begins; while micro-batches add up, all the time, and each
+    # makes its own beside them, so that it can be done again (`learning.LearnsInParts`).
     accumulated = 4 * lora if step.accumulates and not step.replays else 0
     found = [
         replace(always, moment="loss", activations=activations, gradients=4 * lora, loss=loss_bytes(step)),
         replace(once, moment="start of backward", activations=activations, gradients=accumulated),
-        replace(again if recomputed else once, moment="end of backward", gradients=4 * lora,
+        replace(again if recomputed else once, moment="end of backward", gradients=4 * lora + accumulated,
                 activations=step.tokens * (size * shape.hidden + (0 if recomputed else kept_in_layer(step)))),
         # torch's AdamW has the roots of its second moments as a whole; bitsandbytes works in place.
         replace(always, moment="update", gradients=4 * lora, layer=4 * lora if step.optimizer == "adamw" else 0),
@@ -222,7 +223,7 @@ def moments(step: Step) -> list[StepMemory]:
                 again,
                 moment="backward of the last layer that computes again",
                 activations=step.tokens * recomputed * size * shape.hidden,
-                gradients=max(accumulated, done),
+                gradients=accumulated + done,
             )
         )
     return _recorded(step, found) if step.replays else found

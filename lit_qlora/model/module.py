@@ -219,6 +219,9 @@ class QLoRAModule(LearnsInParts):
         loss, num_correct = summed_cross_entropy(scored, llama.lm_head.weight, batch.targets)
         return loss, num_correct, len(batch.targets)
 
+    def _release(self) -> None:
+        self._graphs = None
+
     def _choose_kept_layers(self) -> int:
         if self.checkpointing == "full" or (self.checkpointing == "auto" and self.device.type != "cpu"):
             return 0  # on a GPU, `callbacks.trial` knows the batches, and so how many fit
@@ -248,7 +251,6 @@ class QLoRAModule(LearnsInParts):
             if self._graphs is None or self._graphs.kept_layers != self.kept_layers:
                 self._graphs = Graphs(layers, self.kept_layers, decoder.rotary_emb)
             return decoder.norm(self._graphs(hidden))  # type: ignore[no-any-return]
-        self._graphs = self._graphs if self.replays else None
         places = find_places(decoder.rotary_emb, hidden, batch.lengths)
         return decoder.norm(run_layers(layers, hidden, places, self.kept_layers))  # type: ignore[no-any-return]
 

@@ -115,6 +115,7 @@ def read(args: list[str]) -> Planned:
     # The options' own checks, on a base that is always there and for no card.
     module = QLoRAModule(**{**model, "base": "demo", "adapter": None, "attention": "sdpa"})
     data = ChatDataModule(**options.data.as_dict())
+    start.check_graphs(model["cuda_graphs"], data.plan.packed)
     if card.capability < AMPERE:  # above, whether the package is there is the other machine's affair
         check_attention(model["attention"], device)
     precision, reason = choose_precision(options.trainer.precision, device)

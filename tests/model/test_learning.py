@@ -1,10 +1,14 @@
 """Running out of memory, in forward or in backward: the step is done again, with the same loss and gradients."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from lit_qlora.data.batching import collate
 from lit_qlora.errors import OutOfRoomError
+from lit_qlora.model import graphs
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.module import QLoRAModule
 
@@ -82,7 +86,9 @@ def learn(module, *batches):
         output = module.training_step(batch, index)
         if index % module.trainer.accumulate_grad_batches == 0:
             module.optimizer_zero_grad(0, index, optimizer)
-        module.backward(output["loss"] / module.trainer.accumulate_grad_batches)
+        scaler = module.trainer.precision_plugin.scaler
+        scaled = output["loss"] * (scaler.get_scale() if scaler else 1.0)
+        module.backward(scaled / module.trainer.accumulate_grad_batches)
         losses.append((float(output["loss_sum"]), int(output["num_correct"]), output["num_answers"]))
     return losses, {name: value.grad.clone() for name, value in adapter_parameters(module).items()}
 
@@ -114,6 +120,93 @@ def test_layers_that_keep_give_way_first_and_change_no_bit(built, in_backward):
     assert [line.partition(": ")[2] for line in trainer.told] == ["every layer computes its inside again from now on"]
     assert again == whole
     assert all(torch.equal(gradients[name], again_gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_gradient_scaler_has_its_say_in_parts_too(built, monkeypatch, in_backward):
+    class Scaler:
+        def get_scale(self):
+            return 512.0
+
+    whole, gradients = learn(built(99)[0], PADDED, PADDED)
+    monkeypatch.setattr(Plugin, "scaler", Scaler())
+    halved, scaled = learn(built(2, in_backward)[0], PADDED, PADDED)
+    assert [answers for *_, answers in halved] == [answers for *_, answers in whole]
+    for name, gradient in gradients.items():
+        assert (scaled[name] / 512 - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+KEPT = []
+
+
+class Keeps(torch.autograd.Function):
+    """Keeps something for its backward, as layers do."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        ctx.kept = torch.zeros(1000)
+        KEPT.append(weakref.ref(ctx.kept))
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 + ctx.kept[0])
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_nothing_of_the_failed_try_is_kept_for_the_next(built, monkeypatch, in_backward):
+    """Though the loss is in others' hands: Lightning has it, and the trial."""
+    module, _ = built(2, in_backward)
+    KEPT.clear()
+    limited, alive = module.summed_loss, []
+
+    def watched(batch):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in KEPT))
+        loss, *rest = limited(batch)
+        return Keeps.apply(loss), *rest
+
+    monkeypatch.setattr(module, "summed_loss", watched)
+    learn(module, PADDED)
+    assert module.parts == 2
+    assert alive == [0, 0, 0]  # whole, and its two halves
+
+
+def test_recordings_give_way_first_and_are_gone_by_then(built, monkeypatch):
+    monkeypatch.setattr(graphs, "_record", lambda run, pool: type("Rerun", (), {"replay": torch.enable_grad()(run)}))
+    whole, gradients = learn(built(99, kept_layers=2)[0], PADDED, PADDED)
+    module, trainer = built(99, kept_layers=2)
+    module.model.train()
+    module.train()
+    module.replays, real, seen = True, module.summed_loss, []
+
+    def limited(batch):
+        seen.append((module.replays, module._graphs is not None))
+        found = real(batch)
+        if len(seen) == 2:  # recorded once, then short
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(module, "summed_loss", limited)
+    again, again_gradients = learn(module, PADDED, PADDED)
+    assert [line.partition(": ")[2] for line in trainer.told] == ["kernels are no longer recorded"]
+    assert seen == [(True, False), (True, True), (False, False)]
+    assert (module.kept_layers, module.parts) == (2, 1)
+    assert [answers for *_, answers in again] == [answers for *_, answers in whole]
+    for name, gradient in gradients.items():
+        assert (again_gradients[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+
+
+def test_layers_that_keep_no_more_are_recorded_anew(built, monkeypatch):
+    monkeypatch.setattr(graphs, "_record", lambda run, pool: type("Rerun", (), {"replay": torch.enable_grad()(run)}))
+    module, _ = built(99, kept_layers=2)
+    module.train()
+    module.replays, found = True, []
+    for module.kept_layers in (2, 2, 0):
+        learn(module, PADDED)
+        found.append(module._graphs)
+    assert found[0] is found[1] is not found[2]
+    assert [run.kept_layers for run in found] == [2, 2, 0]
 
 
 def test_when_nothing_more_can_be_done_it_says_so(built):

@@ -253,6 +253,21 @@ def test_recorded_kernels_share_no_memory_with_the_rest():
                                                   + recorded.gradients - lora}  # fmt: skip
 
 
+def test_while_micro_batches_add_up_each_makes_gradients_of_its_own():
+    lora = 4 * sum(seven().lora_tensors)
+    for kept_layers in (0, 16, 32):
+        once, several = (
+            {
+                moment.moment: moment.gradients
+                for moment in memory.moments(seven(kept_layers=kept_layers, accumulates=adds))
+            }
+            for adds in (False, True)
+        )
+        assert several["start of backward"] - once["start of backward"] == lora
+        assert (once["end of backward"], several["end of backward"]) == (lora, 2 * lora)
+        assert several["update"] == once["update"] == lora
+
+
 def test_the_highest_moment_moves():
     moment = {
         name: memory.step_memory(step).moment

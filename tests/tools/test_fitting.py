@@ -43,7 +43,7 @@ def test_what_fits_is_left_alone():
         ({"gib": 6.6}, "--data.batch_size 2 --trainer.accumulate_grad_batches 8"),
         ({"gib": 6.9, "plan": BatchPlan(tokens=4096)}, "--data.batch_tokens 2048 --trainer.accumulate_grad_batches 8"),
         ({"gib": 6.6, "num_samples": 8, "plan": BatchPlan(rows=1)}, "--samples.count 4"),
-        ({"gib": 9.0, "rank": 128, "plan": BatchPlan(rows=1)}, "--model.optimizer adamw_8bit"),
+        ({"gib": 10.4, "rank": 128, "plan": BatchPlan(rows=1)}, "--model.optimizer adamw_8bit"),
     ],
 )
 def test_one_option_where_one_will_do(settings, expected):
@@ -57,7 +57,7 @@ def test_one_option_where_one_will_do(settings, expected):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"gib": 8.0, "checkpointing": "none", "rank": 64},
+        ({"gib": 8.3, "checkpointing": "none", "rank": 64},
          "--model.checkpointing auto --data.batch_size 1 --trainer.accumulate_grad_batches 16"),
         ({"gib": 10, "max_length": 4096, "rank": 64}, "--data.batch_size 1 --trainer.accumulate_grad_batches 16"),
         ({"gib": 10, "plan": BatchPlan(tokens=16384)},

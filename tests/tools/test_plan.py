@@ -61,6 +61,12 @@ def test_what_does_not_fit_says_what_would(plan):
     assert re.fullmatch(r"does not fit: 19\.\d\d of 14\.56 GiB; 13\.\d\d with --model\.checkpointing auto", lines[-1])
 
 
+def test_what_a_fit_refuses_is_refused(capsys):
+    args = ["plan", "--model.cuda_graphs", "true", "--data.packing", "true", "--data.batch_tokens", "512"]
+    assert main(args) == 2
+    assert capsys.readouterr().err == "error: model.cuda_graphs: expected auto or false with data.packing, got True\n"
+
+
 def test_what_never_fits(plan):
     lines = plan("--config", T4, "--model.base", "meta-llama/Llama-2-70b-chat-hf")
     assert lines[-1].endswith("and no setting does; take a larger card or a smaller base")

@@ -57,7 +57,7 @@ def test_one_option_where_one_will_do(settings, expected):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"gib": 8.3, "checkpointing": "none", "rank": 64},
+        ({"gib": 8.2, "checkpointing": "none", "rank": 64},
          "--model.checkpointing auto --data.batch_size 1 --trainer.accumulate_grad_batches 16"),
         ({"gib": 10, "max_length": 4096, "rank": 64}, "--data.batch_size 1 --trainer.accumulate_grad_batches 16"),
         ({"gib": 10, "plan": BatchPlan(tokens=16384)},

@@ -1,6 +1,6 @@
 """Owns the reading of options: YAML files checked before they are parsed, and mistakes told in one line.
 
-jsonargparse does the parsing. Knows the names of no option.
+jsonargparse does the parsing. Knows of no option what it is for.
 """
 
 import difflib
@@ -14,6 +14,10 @@ import yaml
 
 from lit_qlora.errors import UserError
 from lit_qlora.secrecy import check_no_secret
+
+
+LINKED = {"data.tokenizer": "model.base", "data.seed": "seed_everything"}
+"""Options that are another one's value, which alone can be given."""
 
 
 class OneLineErrors:
@@ -87,7 +91,7 @@ def option(args: list[str], *names: str) -> str | None:
 
 
 def check_config_file(path: Path) -> None:
-    """Finds what a YAML parser would let pass: doubled keys, empty sections, a ``config`` inside, a secret.
+    """Finds what the parsers would let pass: doubled keys, empty sections, a ``config`` inside, linked options, a secret.
 
     Raises UserError with file and line.
     """
@@ -147,6 +151,8 @@ def _problems(node: yaml.MappingNode, section: str = "") -> Iterator[tuple[int, 
         seen[key.value] = line
         if not section and key.value == "config":
             yield line, "a config file can't name another; give several with --config A --config B"
+        if name in LINKED:
+            yield line, f"{name} can't be given, it is always {LINKED[name]}; set that one"
         if isinstance(value, yaml.MappingNode):
             yield from _problems(value, f"{name}.")
         elif not section and key.value in ("model", "data", "trainer", "samples"):

@@ -39,6 +39,7 @@ from lit_qlora.model.device import current_device
 from lit_qlora.model.load import check_settings
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
+from lit_qlora.options import LINKED
 from lit_qlora.quiet import quieten
 from lit_qlora.signals import LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
@@ -119,8 +120,8 @@ class QLoRACLI(LightningCLI):
             help="steps in a row whose loss is not finite before it stops (in fp16 the scaler's skips are counted)",
         )
         parser.add_lightning_class_args(SampleAnswers, "samples")
-        parser.link_arguments("model.base", "data.tokenizer")
-        parser.link_arguments("seed_everything", "data.seed")
+        for target, source in LINKED.items():
+            parser.link_arguments(source, target)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -285,11 +286,8 @@ class QLoRACLI(LightningCLI):
             self.report.on_train_end(self.trainer, model)
         if self.checkpoints.failures:
             problems = "; ".join(self.checkpoints.failures.values())
-            print(
-                f"error: trained to the end, and not saved: {problems}; the same command goes on from the last "
-                "checkpoint that stands",
-                file=sys.stderr,
-            )
+            begins = "goes on from the last checkpoint that stands" if self.run.saved_steps() else "begins anew"
+            print(f"error: trained to the end, and not saved: {problems}; the same command {begins}", file=sys.stderr)
             raise SystemExit(1)
 
     def validate(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:

@@ -90,6 +90,17 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+def test_where_nothing_was_ever_saved_the_same_command_begins_anew(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folders, "sync_file", full)
+    assert main(FIT) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("; the same command begins anew")
+
+
 @pytest.mark.parametrize("what", ["TensorBoard", "metrics.jsonl"])
 def test_figures_that_found_no_room_to_the_end_are_status_1_and_the_same_command_writes_them(
     here: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str

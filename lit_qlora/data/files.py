@@ -119,13 +119,27 @@ def _decode(path: Path, data: bytes) -> str:
     return text
 
 
+def _json(text: str) -> Any:
+    """Raises ValueError for a name that stands twice in an object, too, of which Python would keep the last."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            doubled = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two values are named {excerpt(doubled)} in one object")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
+
+
 def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
     # Not splitlines(): that would also cut at U+2028 and its like, which JSON allows inside a text.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
             try:
-                value = json.loads(line)
+                value = _json(line)
             except (ValueError, RecursionError) as error:
                 remedy = "a list of rows belongs in a .json file" if line.startswith("[") else "mend or delete the line"
                 raise UserError(
@@ -137,7 +151,7 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
     try:
-        value = json.loads(text)
+        value = _json(text)
     except (ValueError, RecursionError) as error:
         where = f"{path}:{getattr(error, 'lineno', 1)}"
         remedy = "name it .jsonl if it has an object a line" if "Extra data" in str(error) else "mend the file there"

@@ -135,14 +135,17 @@ def read_seal(path: Path) -> bytes | None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder in such a way that a kill never leaves half of it under its name.
+    """Delete a folder, or a file in its place, in such a way that a kill never leaves half of it under its name.
 
     Raises:
         FileNotFoundError: there is none.
     """
     gone = _aside(path, "gone")
     path.rename(gone)
-    shutil.rmtree(gone)
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    else:
+        gone.unlink()
 
 
 def recover(target: Path) -> None:

@@ -48,6 +48,12 @@ BAD_FILES = {
         "a.jsonl:1: no JSON (Expecting value at column 2), expected one whole object a line, got '[';"
         " a list of rows belongs in a .json file",
     ),
+    "a name twice": (
+        "a.jsonl",
+        GOOD + b'{"text": "x", "text": "y"}',
+        "a.jsonl:2: no JSON (two values are named 'text' in one object), expected one whole object a line,"
+        ' got \'{"text": "x", "text": "y"}\'; mend or delete the line',
+    ),
     "line is a list": (
         "a.jsonl",
         GOOD + b'["a", 1]',

@@ -222,6 +222,12 @@ def test_what_is_missing_is_named(whole: Path) -> None:
         verify_folder(whole)
 
 
+def test_a_file_in_the_place_of_a_folder_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    remove_folder(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -124,12 +124,12 @@ def _log(run: Path) -> Path:
     return run.with_name(f"{run.name}.log")
 
 
-def run_uncut(folder: Path, variant: str, with_cold: bool) -> Uncut:
-    """Runs to the end without a kill: warm, and cold too where asked, which must come to the same."""
+def run_uncut(folder: Path, variant: str, cold: float) -> Uncut:
+    """Runs to the end without a kill, once each way that there are starts, which must come to the same."""
     from scripts import witness
 
     found: list[Uncut] = []
-    for is_cold in (False, True) if with_cold else (False,):
+    for is_cold in dict.fromkeys((cold == 1, cold > 0)):
         run = folder / f"uncut-{variant}-{is_cold}"
         began = time.monotonic()
         process = start(run, variant, is_cold)
@@ -173,7 +173,7 @@ def storm(folder: Path, uncut: dict[str, Uncut], seed: int, cold: float, number:
 def all_storms(folder: Path, args: argparse.Namespace) -> Iterator[Outcome]:
     """The outcomes, in the order of the runs."""
     variants = args.variants or list(VARIANTS)
-    uncut = {variant: run_uncut(folder, variant, args.cold > 0) for variant in variants[: args.runs]}
+    uncut = {variant: run_uncut(folder, variant, args.cold) for variant in variants[: args.runs]}
     one = partial(storm, folder, uncut, args.seed, args.cold)
     if args.jobs == 1:
         yield from map(one, range(args.runs))
@@ -190,9 +190,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--cold", type=float, default=0.1, help="share of the starts that are python main.py itself")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="settings that take turns; default: all")
+    parser.add_argument("--deterministic", action="store_true", help="on a GPU: only so are its bits the same")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start counting up no later than this")
     args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    if args.deterministic:
+        COMMON.extend(["--trainer.deterministic", "true"])
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
     folder = Path(tempfile.mkdtemp(prefix="lit_qlora-storm-"))
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     began, outcomes = time.monotonic(), list[Outcome]()

@@ -63,7 +63,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="a small random Llama on the CPU")
     parser.add_argument("--t4", action="store_true", help="14.2 GiB, fp16, no flash or cuDNN attention")
-    parser.add_argument("--quick", action="store_true", help="four peers, 12 rows once")
+    parser.add_argument("--quick", action="store_true", help="four peers, 8 rows once")
     parser.add_argument("--base", help="folder or hub id; default: random weights, made for this run")
     parser.add_argument("--tokenizer", type=Path, help="of Llama 2, for a random base; default: the demo's")
     parser.add_argument("--data", default=GUANACO, help="as data.source")
@@ -78,7 +78,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for table, picture and figures")
     options = parser.parse_args()
     if options.quick:
-        options.warm_up, options.seconds, options.rows = options.warm_up or 1, 8, 12
+        options.warm_up, options.seconds, options.rows = options.warm_up or 1, 8, 8
     if options.warm_up is None:  # a GPU's kernels are compiled, tuned and recorded when a length is first seen
         options.warm_up = 3 if options.cpu else -(-options.rows // options.batch_size) + 2
     if options.peers is None:

@@ -15,7 +15,6 @@ import yaml
 from lit_qlora.errors import UserError
 from lit_qlora.secrecy import check_no_secret
 
-
 LINKED = {"data.tokenizer": "model.base", "data.seed": "seed_everything"}
 """Options that are another one's value, which alone can be given."""
 
@@ -91,7 +90,7 @@ def option(args: list[str], *names: str) -> str | None:
 
 
 def check_config_file(path: Path) -> None:
-    """Finds what the parsers would let pass: doubled keys, empty sections, a ``config`` inside, linked options, a secret.
+    """Finds what would pass otherwise: doubled keys, empty sections, a ``config`` inside, linked options, a secret.
 
     Raises UserError with file and line.
     """

@@ -17,12 +17,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_qlora import start
+from lit_qlora.callbacks import forecast
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.guards import UpdateGuard
 from lit_qlora.callbacks.identity import RunIdentity, SamePrompts
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, TrainMetrics
-from lit_qlora.callbacks.outlook import plan_lines
+from lit_qlora.callbacks.outlook import planned
 from lit_qlora.callbacks.progress import RunProgress
 from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
@@ -277,7 +278,8 @@ class QLoRACLI(LightningCLI):
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
         except OutOfRoomError as error:
-            for line in plan_lines(model, datamodule, self.trainer):
+            foreseen = planned(model, datamodule, self.trainer)
+            for line in forecast.lines(foreseen) if foreseen else ():
                 tell(f"  plan  {line}")
             change = datamodule.smaller(error.rows, self.trainer.accumulate_grad_batches)
             raise UserError(f"{error}; give {change}, in a new run: --run NAME") from error

@@ -12,10 +12,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from lit_qlora.callbacks import forecast
 from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, read_result
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import is_last_step, read_metrics, record
-from lit_qlora.callbacks.outlook import plan_lines, planned_step
+from lit_qlora.callbacks.outlook import planned
 from lit_qlora.model.memory import GIB, step_memory
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.run import RunFolder
@@ -69,11 +70,13 @@ class Report(Callback):
             batch += f" x {trainer.accumulate_grad_batches} accumulated"
         reason: str = trainer.precision_reason  # type: ignore[attr-defined]
         _say("train", f"{steps:,} steps of {batch}; precision {trainer.precision} ({reason})")
-        for line in plan_lines(module, data, trainer):
-            _say("plan", line)
-        planned = planned_step(module, data, trainer)
-        if planned:
-            self.predicted_gib = step_memory(planned[0]).reserved / GIB
+        foreseen = planned(module, data, trainer)
+        if foreseen:
+            self.predicted_gib = step_memory(foreseen.step).reserved / GIB
+            for line in forecast.lines(foreseen):
+                _say("plan", line)
+            if module.lora.dora:
+                _say("plan", forecast.DORA)
         _say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -48,7 +48,7 @@ class SampleAnswers(Callback):
             return
         module: Any = pl_module
         if not self._conversations:
-            self._conversations = self._choose(trainer.datamodule)  # type: ignore[attr-defined]
+            self._conversations = self.choose(trainer.datamodule)  # type: ignore[attr-defined]
             with module.peft_model.disable_adapter():
                 self._base_answers, base_share = self._answer(trainer, module)
             if self._conversations and trainer.global_step == 0 and module.adapter is None:
@@ -63,7 +63,8 @@ class SampleAnswers(Callback):
                 board = logger if isinstance(logger, RunTensorBoard) else logger.experiment
                 board.add_text("samples", self._table(answers), trainer.global_step)
 
-    def _choose(self, data: Any) -> list[Conversation]:
+    def choose(self, data: Any) -> list[Conversation]:
+        """The prompts, in the order in which they are answered."""
         if self.prompts:
             return [Conversation((Turn("user", text),)) for text in self.prompts]
         return [prompt for prompt, _ in data.held_out_prompts(self.count)]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_qlora.callbacks.outlook import planned_step
+from lit_qlora.callbacks.outlook import planned
+from lit_qlora.model.graphs import padded
 
 
 class Trial(Callback):
@@ -28,12 +29,13 @@ class Trial(Callback):
         if module.device.type == "cpu" and not self.on_cpu:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        planned = planned_step(module, data, trainer)
-        if planned:
-            module.replays = planned[0].replays
-        if planned and module.checkpointing == "auto":
-            module.kept_layers = planned[0].kept_layers
-        batch = module.transfer_batch_to_device(data.largest_batch(), module.device, 0)
+        foreseen = planned(module, data, trainer)
+        if foreseen:
+            module.replays = foreseen.step.replays
+        if foreseen and module.checkpointing == "auto":
+            module.kept_layers = foreseen.step.kept_layers
+        largest = data.largest_batch(padded) if module.replays else data.largest_batch()
+        batch = module.transfer_batch_to_device(largest, module.device, 0)
         weights = {name: value.clone() for name, value in module.state_dict().items()}
         with trainer.precision_plugin.forward_context():
             output = module.training_step(batch, 0)

@@ -5,6 +5,7 @@ but the name of its tokenizer.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,9 +166,18 @@ class ChatDataModule(LightningDataModule):
         """Kept, for the number of steps is asked for after each of them."""
         return self.plan.epoch(self._rows["train"].lengths, self.seed, 0)
 
-    def largest_batch(self) -> Batch:
-        """The training micro-batch with the most tokens, padding counted: the first of an epoch."""
-        rows = self._first_epoch[0]
+    def largest_batch(self, padded: Callable[[int, int], int] = lambda _, tokens: tokens) -> Batch:
+        """The training micro-batch with the most tokens, padding counted.
+
+        ``padded`` gives the tokens that each of so many rows has in the end, from those of the longest.
+        """
+        lengths, packed = self._rows["train"].lengths, self.plan.packed
+
+        def tokens(rows: Sequence[int]) -> int:
+            own = [lengths[row] for row in rows]
+            return sum(own) if packed else len(rows) * padded(len(rows), max(own))
+
+        rows = max(self._first_epoch, key=tokens)
         examples = self._rows["train"].examples
         answers = sum(self._rows["train"].answer_tokens[row] for row in rows)
         return collate([(row, examples[row]) for row in rows], answers, self.plan.packed)

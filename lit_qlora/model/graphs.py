@@ -2,7 +2,7 @@
 
 A layer has some 140 kernels, forward and backward, and a host needs longer to start them one by one than a large GPU to
 run them. So they are recorded once for each shape of a micro-batch (CUDA graphs), and then started in one go each way.
-Rows are padded to a multiple of `WIDTH` tokens, so that there are few shapes. Knows neither batches nor the loss.
+Rows are padded, as `padded` says, so that there are few shapes. Knows neither batches nor the loss.
 """
 
 from collections import OrderedDict
@@ -15,10 +15,17 @@ from torch import Tensor
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.decoder import Layer, run_layers
 
-WIDTH = 32
-"""What the tokens of a row are padded to a multiple of."""
 MOST = 64
 """Recordings that are kept, those used last; a new one takes about as long as three steps."""
+
+
+def padded(rows: int, tokens: int) -> int:
+    """The tokens of a row in the recording for ``rows`` of ``tokens``: a multiple of 32, or of 8 to 24 for many rows.
+
+    So fewer than 256 are added to a micro-batch, or at most 7 to a row.
+    """
+    width = max(8, min(32, 256 // rows // 8 * 8))
+    return -(-tokens // width) * width
 
 
 class _Recording(NamedTuple):
@@ -59,7 +66,8 @@ class Graphs:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The hidden states ``[B, T, h]`` behind the layers; of whole conversations, one a row."""
-        shape = hidden.shape[0], -(-hidden.shape[1] // WIDTH) * WIDTH
+        rows, tokens = hidden.shape[:2]
+        shape = rows, padded(rows, tokens)
         if shape not in self._recordings:
             with torch.autocast(hidden.device.type, enabled=False):  # as it is in a backward, which runs in here, too
                 self._recordings[shape] = self._record(shape, hidden)

@@ -13,7 +13,10 @@ from lit_qlora.model.shape import Shape
 GIB = 1024**3
 
 CONTEXT = int(0.35 * GIB)
-"""What CUDA itself takes of a card for a process, kernels included. An estimate, not measured on a T4."""
+"""What CUDA itself takes of a card for a process, kernels included. An estimate, not measured on a T4; 0.6 GiB were on
+an H100."""
+RECORDING = int(0.47 * 1024**2)
+"""What CUDA keeps of a card for each layer in a recording, beside torch: 14.8 MiB measured for 32 layers on an H100."""
 FRAGMENTATION = 0.085
 """What torch's allocator holds of the card beyond its tensors: 3 to 8.5 % in 16 settings measured on an H100, with
 segments that grow (`cli.prepare_memory`); without them 7 to 13 % in 17."""
@@ -56,8 +59,13 @@ class Step:
     """Bytes of the precision: 2 in 16-mixed and bf16-mixed, 4 in 32-true."""
     accumulates: bool = False
     workspace: int = WORKSPACE
-    replays: bool = False
-    """Whether the layers' kernels are recorded, as `model.graphs` does it."""
+    num_recordings: int = 0
+    """For how many shapes of a micro-batch the layers' kernels are recorded, as `model.graphs` does it."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether the layers' kernels are recorded."""
+        return self.num_recordings > 0
 
     @cached_property
     def lora_tensors(self) -> list[int]:
@@ -94,11 +102,14 @@ class StepMemory:
     apart: int = 0
     """What the allocator holds beside all that for other moments, and can't give to this one: of recorded kernels, or
     for them."""
+    kernels: int = 0
+    """What CUDA keeps of recordings, out of torch's sight."""
 
     @property
     def total(self) -> int:
         """To be compared with ``torch.cuda.max_memory_allocated()``."""
-        return sum(getattr(self, part.name) for part in fields(self) if part.name not in ("moment", "apart"))
+        beside = ("moment", "apart", "kernels")
+        return sum(getattr(self, part.name) for part in fields(self) if part.name not in beside)
 
     @property
     def reserved(self) -> int:
@@ -108,7 +119,7 @@ class StepMemory:
     @property
     def on_card(self) -> int:
         """All that the card must have, CUDA's context included."""
-        return self.reserved + CONTEXT
+        return self.reserved + self.kernels + CONTEXT
 
 
 def weight_bytes(shape: Shape, element: int = 2) -> int:
@@ -191,6 +202,7 @@ def moments(step: Step) -> list[StepMemory]:
         optimizer=optimizer_bytes(step.optimizer, step.lora_tensors)[0],
         casts=size * lora // shape.num_layers,
         workspace=step.workspace,
+        kernels=RECORDING * shape.num_layers * step.num_recordings,
     )
     activations = step.tokens * kept_activations(step)
     recomputed = shape.num_layers - step.kept_layers
@@ -251,23 +263,41 @@ def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:
     return [replace(deepest, gradients=deepest.gradients + lora, recordings=states, apart=beside), *others]
 
 
-def sampling_memory(step: Step, num_prompts: int, prompt_tokens: int, new_tokens: int) -> StepMemory:
+@dataclass(frozen=True)
+class Samples:
+    """Sample answers that are drawn at once: prompts, tokens of the longest, and new tokens of each."""
+
+    num_prompts: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+NO_SAMPLES = Samples(0, 0, 0)
+
+
+def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
+    """All moments that a run must have room for."""
+    return [*moments(step), *([sampling_memory(step, samples)] if samples.num_prompts else [])]
+
+
+def sampling_memory(step: Step, samples: Samples) -> StepMemory:
     """While sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts."""
     shape, size = step.shape, step.element
     inner, keys = shape.linears["gate_proj"][1], shape.linears["k_proj"][1]
     update = next(moment for moment in moments(step) if moment.moment == "update")
-    cache = 2 * size * keys * shape.num_layers * num_prompts * (prompt_tokens + new_tokens)
-    forward = num_prompts * prompt_tokens * size * (6 * shape.hidden + 5 * inner)  # an upper bound
+    tokens = samples.num_prompts * samples.prompt_tokens
+    cache = 2 * size * keys * shape.num_layers * (tokens + samples.num_prompts * samples.new_tokens)
+    forward = tokens * size * (6 * shape.hidden + 5 * inner)  # an upper bound
     scratch = size * max(inputs * outputs for inputs, outputs in shape.linears.values())
     return replace(update, moment="sample answers", cache=cache, layer=forward, dequantisation=scratch)
 
 
-def most_kept_layers(step: Step, card_bytes: int, reserve: float = RESERVE) -> int:
+def most_kept_layers(step: Step, card_bytes: int, samples: Samples = NO_SAMPLES, reserve: float = RESERVE) -> int:
     """The most layers that can keep their products' results on a card of ``card_bytes``; 0 where none can."""
     room = card_bytes * (1 - reserve)
     fitting = (
         kept
         for kept in range(step.shape.num_layers, 0, -1)
-        if step_memory(replace(step, kept_layers=kept)).on_card <= room
+        if all(moment.on_card <= room for moment in run_moments(replace(step, kept_layers=kept), samples))
     )
     return next(fitting, 0)

@@ -170,7 +170,7 @@ def _choices(base: Any) -> Iterator[Finding]:
         yield Finding("ok", "chosen: checkpointing none, compile false (no GPU)")
         return
     yield Finding("ok", "chosen: compile true (a GPU)")
-    from lit_qlora.callbacks.outlook import kept_words
+    from lit_qlora.callbacks.forecast import kept_words
     from lit_qlora.tools import plan, planned
 
     found = planned.read(["--config", str(CONFIG), "--model.base", base.name])

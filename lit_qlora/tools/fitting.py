@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import get_args
 
-from lit_qlora.callbacks.outlook import PROMPTS_AT_ONCE, epoch_of, step_of
+from lit_qlora.callbacks.outlook import Largest, epoch_of, step_of
+from lit_qlora.callbacks.samples import PROMPTS_AT_ONCE
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.model import memory
 from lit_qlora.model.cards import Card
 from lit_qlora.model.checkpointing import Checkpointing
 from lit_qlora.model.load import Lora
-from lit_qlora.model.memory import GIB, Step, StepMemory
+from lit_qlora.model.memory import GIB, Samples, Step, StepMemory
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.speed import Epoch, epoch_hours
 
@@ -51,8 +52,8 @@ class Settings:
     seed: int
     cuda_graphs: bool | str = False
 
-    def epoch(self) -> tuple[Epoch, int]:
-        """An epoch's tokens, and those of its largest micro-batch."""
+    def epoch(self) -> tuple[Epoch, Largest]:
+        """An epoch's tokens, and its largest micro-batch."""
         return _epoch(self.lengths, self.plan, self.max_length, self.seed)
 
     def step(self) -> Step:
@@ -60,16 +61,16 @@ class Settings:
         return step_of(
             self.shape, self.lora, self.optimizer, self.checkpointing, self.precision, self.card,
             self.epoch()[1], self.answer_share, self.accumulate, not self.plan.packed and self.cuda_graphs,
+            self.samples(),
         )  # fmt: skip
+
+    def samples(self) -> Samples:
+        """The sample answers that are drawn at once."""
+        return Samples(min(self.num_samples, PROMPTS_AT_ONCE), self.prompt_tokens, self.new_tokens)
 
     def moments(self) -> list[StepMemory]:
         """All moments that the run must have room for."""
-        step = self.step()
-        moments = memory.moments(step)
-        if self.num_samples:
-            at_once = min(self.num_samples, PROMPTS_AT_ONCE)
-            moments.append(memory.sampling_memory(step, at_once, self.prompt_tokens, self.new_tokens))
-        return moments
+        return memory.run_moments(self.step(), self.samples())
 
     def peak(self) -> StepMemory:
         """The highest of them."""
@@ -85,7 +86,7 @@ class Settings:
 
 
 @lru_cache
-def _epoch(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed: int) -> tuple[Epoch, int]:
+def _epoch(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed: int) -> tuple[Epoch, Largest]:
     cut = [min(length, max_length) for length in lengths]
     return epoch_of(cut, plan.epoch(cut, seed, 0), plan.packed)
 

@@ -1,26 +1,34 @@
 """The forecast: real settings in the formulas' terms, lengths like the measured ones, a few lines that add up."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lit_qlora.callbacks import outlook
+from lit_qlora.callbacks import forecast, outlook
+from lit_qlora.callbacks.checkpoints import RunCheckpoints
+from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.model.cards import DEFAULT, Card, find_card
 from lit_qlora.model.device import Device
 from lit_qlora.model.load import Lora
-from lit_qlora.model.memory import HOPPER_WORKSPACE, WORKSPACE
+from lit_qlora.model.memory import HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.shape import LLAMA_2, Shape
+from lit_qlora.storage.run import RunFolder
 
 SEVEN = Shape.of(LLAMA_2["7b"])
 
 
+def largest(tokens):
+    return outlook.Largest(tokens, tokens, 1)
+
+
 def step(card=DEFAULT, checkpointing="full", precision="16-mixed", targets="all-linear", tokens=4096):
     lora = Lora(16, 16, 0.05, targets, False, False)
-    return outlook.step_of(SEVEN, lora, "adamw", checkpointing, precision, card, tokens, 0.5, 4)
+    return outlook.step_of(SEVEN, lora, "adamw", checkpointing, precision, card, largest(tokens), 0.5, 4)
 
 
 def test_settings_in_the_formulas_terms():
@@ -57,7 +65,18 @@ def test_auto_keeps_as_many_layers_as_fit():
 def test_kernels_are_recorded_where_the_card_would_wait_for_its_host(card, tokens, wanted, replays):
     def made(dropout=0.0, dora=False):
         lora = Lora(16, 16, dropout, "all-linear", False, dora)
-        return outlook.step_of(SEVEN, lora, "adamw", "auto", "bf16-mixed", find_card(card), tokens, 0.5, 1, wanted)
+        return outlook.step_of(
+            SEVEN,
+            lora,
+            "adamw",
+            "auto",
+            "bf16-mixed",
+            find_card(card),
+            largest(tokens),
+            0.5,
+            1,
+            wanted,
+        )
 
     assert made().replays is replays
     if wanted == "auto":
@@ -73,25 +92,43 @@ def test_kernels_are_recorded_where_the_card_would_wait_for_its_host(card, token
 def test_a_card_of_unknown_rates_is_not_waited_for():
     lora = Lora(16, 16, 0.0, "all-linear", False, False)
     card = Card("another", 80.0, (9, 0))
-    assert not outlook.step_of(SEVEN, lora, "adamw", "auto", "bf16-mixed", card, 64, 0.5, 1, "auto").replays
+    assert not outlook.step_of(SEVEN, lora, "adamw", "auto", "bf16-mixed", card, largest(64), 0.5, 1, "auto").replays
 
 
 def test_recorded_kernels_leave_room_for_fewer_layers_and_say_so():
     card = replace(find_card("h100"), memory_gib=14.56)
-    kept, lora = [], Lora(16, 16, 0.0, "all-linear", False, False)
+    lora, sizes, kept = Lora(16, 16, 0.0, "all-linear", False, False), outlook.Largest(4096, 4224, 20), []
     for wanted in (False, True):
-        made = outlook.step_of(SEVEN, lora, "adamw", "auto", "16-mixed", card, 4096, 0.86, 1, wanted)
+        made = outlook.step_of(SEVEN, lora, "adamw", "auto", "16-mixed", card, sizes, 0.86, 1, wanted)
         kept.append(made.kept_layers)
     assert kept[1] < kept[0]
-    lines = outlook.short_lines(made, outlook.epoch_of([4096], [[0]])[0], card)
+    assert (made.tokens, made.num_recordings) == (4224, 20)
+    foreseen = outlook.Outlook(made, outlook.epoch_of([4096], [[0]])[0], card, NO_SAMPLES, 2)
+    lines = list(forecast.lines(foreseen))
     assert any("CUDA graphs" in line for line in lines)
     assert any("held beside: recorded kernels share no memory" in line for line in lines)
+    assert "  CUDA's own of 20 recordings                           0.29" in lines
+
+
+def test_sample_answers_leave_room_for_fewer_layers_where_recordings_hold_theirs():
+    card, lora = replace(find_card("h100"), memory_gib=14.56), Lora(16, 16, 0.0, "all-linear", False, False)
+    for wanted, fewer in ((True, True), (False, False)):
+        kept = [
+            outlook.step_of(
+                SEVEN, lora, "adamw", "auto", "16-mixed", card, largest(2048), 0.86, 1, wanted, samples
+            ).kept_layers
+            for samples in (NO_SAMPLES, Samples(8, 1024, 128))
+        ]
+        assert (kept[1] < kept[0]) is fewer
 
 
 def test_an_epoch_by_hand():
-    epoch, largest = outlook.epoch_of([10, 20, 30, 40], [[0, 1], [2, 3]])
-    assert (epoch.tokens, epoch.padded_tokens, epoch.num_micro_batches, largest) == (100, 40 + 80, 2, 80)
+    epoch, sizes = outlook.epoch_of([10, 20, 30, 40], [[0, 1], [2, 3]])
+    assert (epoch.tokens, epoch.padded_tokens, epoch.num_micro_batches) == (100, 40 + 80, 2)
     assert epoch.row_tokens == (100 + 400 + 900 + 1600) / 100
+    assert sizes == outlook.Largest(80, 128, 2)
+    # Short rows in great number are padded more by a recording than the few long ones.
+    assert outlook.epoch_of([100] + [9] * 11, [[0], [*range(1, 12)]])[1] == outlook.Largest(100, 11 * 16, 2)
 
 
 def test_lengths_have_the_measured_means():
@@ -102,10 +139,14 @@ def test_lengths_have_the_measured_means():
 
 
 @pytest.fixture
-def parts():
+def parts(tmp_path):
     """The demo's module, data and Trainer, as fit has them once the data is read."""
     data = ChatDataModule(max_length=160)
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", max_epochs=1, precision="bf16-mixed")
+    callbacks = [SampleAnswers(max_new_tokens=5), RunCheckpoints(RunFolder(tmp_path), 10, 3)]
+    trainer = Trainer(
+        logger=False, enable_checkpointing=False, accelerator="cpu", max_epochs=1, precision="bf16-mixed",
+        callbacks=callbacks,
+    )  # fmt: skip
     data.trainer = trainer
     data.setup("fit")
     return QLoRAModule(checkpointing="none"), data, trainer
@@ -113,23 +154,30 @@ def parts():
 
 def test_on_a_cpu_nothing_is_said(parts, monkeypatch):
     monkeypatch.setattr(outlook, "current_card", lambda: None)
-    assert outlook.plan_lines(*parts) == []
+    assert outlook.planned(*parts) is None
 
 
-def test_on_a_card_memory_parts_and_time(parts, monkeypatch):
+def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
     monkeypatch.setattr(outlook, "current_card", lambda: DEFAULT)
-    lines = outlook.plan_lines(*parts)
+    foreseen = outlook.planned(*parts)
+    lines = list(forecast.lines(foreseen))
     assert lines[0].startswith("predicted for T4: 0.3") and lines[0].endswith("; fits")
     assert "of 14.56 GiB (3%), of which torch reserves 0.0" in lines[0]
     assert lines[1].startswith("memory at its highest: ")
-    assert "no layer computes its activations again" in lines[-2]
-    assert lines[-1].startswith("predicted time: ")
+    held = next(index for index, line in enumerate(lines) if "no layer computes its activations again" in line)
+    assert lines[held - 1].startswith("  allocated at other moments: ")
+    assert ", sample answers " in lines[held - 1]
+    assert re.fullmatch(r"  sample answers: 8 prompts of \d+ tokens, 5 new ones each", lines[held + 1])
+    assert lines[held + 2].split() == ["host", "and", "disk", "GiB"]
+    assert lines[held + 3].startswith("  run folder, with 3 checkpoints ")
+    assert lines[-2].startswith("  an epoch takes ")
 
 
 def test_a_card_of_unknown_rates_and_one_too_small():
     epoch, _ = outlook.epoch_of([1024] * 8, [[0, 1, 2, 3], [4, 5, 6, 7]])
-    lines = outlook.short_lines(step(), epoch, Card("small", 5.0, (7, 5)))
-    assert not any("predicted time" in line for line in lines)
+    lines = list(forecast.lines(outlook.Outlook(step(), epoch, Card("small", 5.0, (7, 5)), NO_SAMPLES, 2)))
+    assert not any("an epoch takes" in line for line in lines)
+    assert not any("sample answers" in line for line in lines)
     assert lines[0].endswith("does not fit: python main.py plan says what would")
 
 
@@ -137,7 +185,7 @@ def test_a_card_of_unknown_rates_and_one_too_small():
     ("hours", "words"), [(0.0001, "under 1 s"), (0.005, "18 s"), (0.5, "30 min"), (1.9, "114 min"), (2.94, "2.9 h")]
 )
 def test_durations(hours, words):
-    assert outlook.duration(hours) == words
+    assert forecast.duration(hours) == words
 
 
 @pytest.mark.parametrize(
@@ -155,7 +203,7 @@ def test_this_machines_card(monkeypatch, name, rates):
 
 
 def test_kept_layers_in_words():
-    words = [outlook.kept_words(replace(step(), kept_layers=kept)) for kept in (32, 0, 12)]
+    words = [forecast.kept_words(replace(step(), kept_layers=kept)) for kept in (32, 0, 12)]
     assert words == [
         "no layer computes its activations again",
         "all 32 layers compute their activations again",

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lit_qlora.cli import main
 from lit_qlora.model import graphs
@@ -51,6 +53,14 @@ def learned(run, model, hidden):
 def plain(model):
     inner = model.get_base_model().model
     return lambda hidden: run_layers(take_apart(model), hidden, find_places(inner.rotary_emb, hidden, ()), 1)
+
+
+@given(st.integers(1, 512), st.integers(1, 4096))
+def test_rows_are_padded_to_few_lengths_and_by_little(rows, tokens):
+    length = graphs.padded(rows, tokens)
+    assert length >= tokens and length % 8 == 0 and (rows > 8 or length % 32 == 0)
+    assert rows * (length - tokens) < max(256, 7 * rows + 1)
+    assert graphs.padded(rows, length) == length
 
 
 @pytest.mark.parametrize(("tokens", "exact"), [(32, True), (12, False)])
@@ -215,14 +225,20 @@ def test_on_a_gpu_memory_that_runs_out_while_recording_leaves_the_card_usable(wi
     model = load_base(find_base(str(wide_folder)), torch.float16, torch.device("cuda"), "sdpa")
     model = add_lora(model, Lora(4, 8.0, 0.0, "all-linear", False, False)).train()
     run = Graphs(take_apart(model), 2, model.get_base_model().model.rotary_emb)
-    learned(run, model, embedded(model, 2, 32).half())
+    hidden = embedded(model, 64, 1024).half()
+    for _ in range(2):  # what comes before the recording has its memory already; the recording needs its own
+        run._warm_up(torch.zeros_like(hidden))
+    run._states = [hidden.new_empty(hidden.numel()) for _ in range(2)]
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 1024**2) / total)
     try:
-        with pytest.raises(torch.OutOfMemoryError):
-            learned(run, model, embedded(model, 64, 1024).half())
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            learned(run, model, hidden)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    names = [entry.name for entry in caught.traceback]
+    assert names.count("_record") == 2 and "_warm_up" not in names
+    del caught
     del run
     model.zero_grad()
     learned(plain(model), model, embedded(model, 2, 32).half())

@@ -14,7 +14,7 @@ from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import run_layers, take_apart
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
-from lit_qlora.model.memory import GIB, Step, StepMemory
+from lit_qlora.model.memory import GIB, Samples, Step, StepMemory
 from lit_qlora.model.optimizer import make_optimizer
 from lit_qlora.model.shape import LLAMA_2, Shape
 
@@ -228,27 +228,30 @@ def test_7b_by_hand():
 
 
 def test_a_total_is_the_sum_of_its_parts():
-    parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:-1])}
+    parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:-2])}
     held = StepMemory("now", **parts)
     assert held.total == int("1" * len(parts))
     assert held.reserved == int(held.total * 1.085)
     assert replace(held, apart=1000).total == held.total
     assert replace(held, apart=1000).reserved == int((held.total + 1000) * 1.085)
     assert held.on_card == held.reserved + int(0.35 * GIB)
+    kept_by_cuda = replace(held, kernels=1000)
+    assert (kept_by_cuda.total, kept_by_cuda.on_card) == (held.total, held.on_card + 1000)
 
 
 def test_recorded_kernels_share_no_memory_with_the_rest():
     """On an H100 under a T4's limits, 16 of 32 layers kept: 10.73 GiB allocated, 12.26 to 12.60 reserved."""
     step = seven(tokens=4096, scored_tokens=3522, kept_layers=16, workspace=memory.HOPPER_WORKSPACE)
-    plain, recorded = memory.step_memory(step), memory.step_memory(replace(step, replays=True))
+    plain, recorded = memory.step_memory(step), memory.step_memory(replace(step, num_recordings=20))
     assert recorded.total / GIB == pytest.approx(10.73, rel=0.03)
     assert recorded.reserved / GIB == pytest.approx(12.43, rel=0.05)
     assert recorded.apart > 0 == plain.apart
     assert recorded.reserved > plain.reserved
+    assert (recorded.kernels, plain.kernels) == (20 * 32 * int(0.47 * 1024**2), 0)  # 14.8 MiB a recording, measured
     states, lora = 2 * 2 * 4096 * 4096, 4 * sum(step.lora_tensors)
     assert recorded.recordings == states
     assert recorded.gradients >= lora
-    others = memory.moments(replace(step, replays=True))[1:]
+    others = memory.moments(replace(step, num_recordings=20))[1:]
     assert {moment.apart for moment in others} == {recorded.activations + recorded.layer + recorded.dequantisation
                                                   + recorded.gradients - lora}  # fmt: skip
 
@@ -289,7 +292,7 @@ def test_the_highest_moment_moves():
 
 
 def test_sample_answers_hold_keys_and_values_of_each_layer():
-    held = memory.sampling_memory(seven(), num_prompts=8, prompt_tokens=100, new_tokens=28)
+    held = memory.sampling_memory(seven(), Samples(num_prompts=8, prompt_tokens=100, new_tokens=28))
     assert held.cache == 8 * 128 * 32 * 2 * 2 * 4096
     assert held.weights == memory.weight_bytes(SEVEN)
 

@@ -76,12 +76,12 @@ def test_bare_it_plans_the_demo_on_a_t4_with_counted_tokens(plan):
     lines = plan()
     assert lines[0].startswith("demo in 4-bit, card: T4;")
     assert any("848 rows, 39,738 tokens (counted)" in line for line in lines)
-    assert "  download of the base                                  0.00  (it is here)" in lines
+    assert "  download of the base: it is here                      0.00" in lines
     assert lines[-1].startswith("fits: 0.3")
 
 
 def test_other_cards(plan):
-    assert plan("--config", T4, "--gpu", "h200")[-1] == "fits: 19.98 of 139.72 GiB"
+    assert plan("--config", T4, "--gpu", "h200")[-1] == "fits: 20.47 of 139.72 GiB"
     lines = plan("--config", T4, "--gpu-gib", "7.5")
     assert lines[-1] == "may fit, within 8% of the card: 6.97 of 7.50 GiB"
     assert any("no time predicted: the rates of a card of 7.5 GiB" in line for line in lines)

@@ -1,0 +1,133 @@
+"""Owns the words of a forecast: tables of memory, host and disk, and the time; all of it predicted.
+
+Knows what is foreseen, and neither where it comes from nor where it goes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+from lit_qlora.callbacks.outlook import Outlook
+from lit_qlora.model import memory
+from lit_qlora.model.cards import Card
+from lit_qlora.model.memory import GIB, Samples, Step, StepMemory
+from lit_qlora.model.speed import Epoch, epoch_hours
+
+DORA = "  DoRA's own scratch is not in these figures"
+REACHED = 0.7
+"""The share of a roofline's speed that whole runs reach where little else was fused: an estimate."""
+PARTS = {
+    "weights": "base: linear layers in 4 bits, the rest in 16",
+    "adapters": "adapter, fp32",
+    "gradients": "its gradients, fp32",
+    "optimizer": "optimizer's state",
+    "casts": "16-bit copies of the adapter",
+    "activations": "activations kept for backward",
+    "layer": "one layer while it is worked on",
+    "loss": "loss: logits of 1,024 rows, hidden states",
+    "dequantisation": "one weight out of its 4 bits",
+    "recordings": "what recorded kernels read and write",
+    "cache": "keys and values of sample answers",
+    "workspace": "cuBLAS's scratch",
+}
+
+
+def lines(foreseen: Outlook) -> Iterator[str]:
+    """What a fit says before it begins: against the card, part by part, the host and the time."""
+    step, card = foreseen.step, foreseen.card
+    peak = max(foreseen.moments, key=lambda moment: moment.reserved)
+    share = peak.on_card / GIB / card.memory_gib
+    verdict = "fits" if share <= 1 else "does not fit: python main.py plan says what would"
+    yield (
+        f"predicted for {card.name}: {peak.on_card / GIB:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
+        f"torch reserves {peak.reserved / GIB:.2f}; {verdict}"
+    )
+    yield from memory_lines(step, foreseen.samples, foreseen.moments, card)
+    yield from host_lines(step, foreseen.keep_checkpoints)
+    yield from time_lines(step, foreseen.epoch, card)
+
+
+def memory_lines(
+    step: Step, samples: Samples, moments: Sequence[StepMemory], card: Card, assumed: str = ""
+) -> Iterator[str]:
+    """A table of the highest moment, part by part, against the card; what decides it, and the other moments.
+
+    ``assumed`` stands behind the prompts' tokens.
+    """
+    peak = max(moments, key=lambda moment: moment.reserved)
+    unit = GIB if peak.total >= GIB else 1024**2
+    yield f"{f'memory at its highest: {peak.moment}':<52}{'GiB' if unit == GIB else 'MiB':>8}"
+    for part in fields(peak):
+        size = getattr(peak, part.name)
+        if part.name in PARTS and size:
+            yield line(PARTS[part.name], size, unit)
+    yield line("allocated (torch.cuda.max_memory_allocated)", peak.total, unit)
+    if peak.apart:
+        yield line("held beside: recorded kernels share no memory", peak.apart, unit)
+    yield line(f"fragmentation, {memory.FRAGMENTATION:.0%}", peak.reserved - peak.total - peak.apart, unit)
+    yield line("CUDA context", memory.CONTEXT, unit)
+    if peak.kernels:
+        yield line(f"CUDA's own of {step.num_recordings} recordings", peak.kernels, unit)
+    share = peak.on_card / GIB / card.memory_gib
+    yield line(f"in all, {share:.0%} of {card.memory_gib:.2f} GiB", peak.on_card, unit)
+    others = [f"{one.moment} {one.total / unit:.2f}" for one in moments if one.moment != peak.moment]
+    yield f"  allocated at other moments: {', '.join(others)}"
+    yield f"  {step.tokens:,} tokens in the largest micro-batch; {kept_words(step)}"
+    if samples.num_prompts:
+        words = f"{samples.num_prompts} prompts of {samples.prompt_tokens} tokens"
+        yield f"  sample answers: {words}{assumed}, {samples.new_tokens} new ones each"
+
+
+def host_lines(step: Step, keep_checkpoints: int, before: Sequence[tuple[str, int]] = ()) -> Iterator[str]:
+    """A table of the host's memory and of the disk; ``before`` are lines that come first."""
+    trained = sum(step.lora_tensors)
+    paged = memory.optimizer_bytes(step.optimizer, step.lora_tensors)[1]
+    yield f"{'host and disk':<52}{'GiB':>8}"
+    for what, size in before:
+        yield line(what, size)
+    if paged:
+        yield line("optimizer state that can be paged out to it", paged)
+    adapters, states = 2 * 4 * trained, 12 * trained * (keep_checkpoints + 1)
+    yield line(f"run folder, with {keep_checkpoints} checkpoints", adapters + states)
+
+
+def time_lines(step: Step, epoch: Epoch, card: Card, behind: str = "") -> Iterator[str]:
+    """How long an epoch takes, and what that assumes; nothing for a card of unknown rates."""
+    hours = epoch_hours(step, epoch, card)
+    if hours is None:
+        return
+    slow = hours / REACHED
+    speeds = f"{epoch.tokens / hours / 3600:,.0f} to {epoch.tokens / slow / 3600:,.0f}"
+    yield f"  an epoch takes {between(hours, slow)}: {speeds} tokens/s, without validations{behind}"
+    yield (
+        f"  the first at {card.tflops:g} TFLOP/s and {card.gb_per_s:g} GB/s sustained with nothing "
+        f"else in the way, the second at {REACHED:.0%} of that"
+    )
+
+
+def line(what: str, size: float, unit: int = GIB) -> str:
+    """A line of such a table."""
+    return f"  {what:<50}{size / unit:8.2f}"
+
+
+def kept_words(step: Step) -> str:
+    """Which layers compute their activations again, and whether kernels are recorded."""
+    layers = step.shape.num_layers
+    graphs = "; kernels are recorded (CUDA graphs)" if step.replays else ""
+    if step.kept_layers == layers:
+        return f"no layer computes its activations again{graphs}"
+    if step.kept_layers == 0:
+        return f"all {layers} layers compute their activations again{graphs}"
+    return f"{step.kept_layers} of {layers} layers keep their products' results{graphs}"
+
+
+def duration(hours: float) -> str:
+    """Hours in two figures."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s" if hours * 3600 >= 1 else "under 1 s"
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def between(least: float, most: float) -> str:
+    """A span of hours; one word where its ends look alike."""
+    ends = duration(least), duration(most)
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)

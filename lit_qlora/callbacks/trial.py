@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.callbacks.outlook import planned
 from lit_qlora.model.graphs import padded
+from lit_qlora.model.optimizer import forget
 
 
 class Trial(Callback):
@@ -44,7 +45,7 @@ class Trial(Callback):
         for optimizer in trainer.optimizers:
             if not optimizer.state:  # else the run goes on, and the state is in memory already
                 optimizer.step()
-                optimizer.state.clear()
+                forget(optimizer)
             optimizer.zero_grad(set_to_none=True)
         module.load_state_dict(weights)
         with torch.no_grad(), trainer.precision_plugin.forward_context():

@@ -54,6 +54,16 @@ def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: 
     return 1.0
 
 
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Puts the state back to before the first step, in the same memory: bitsandbytes frees none that it pages."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, int):
+                state[name] = 0
+            elif not name.startswith("qmap"):  # what the codes of 8-bit states stand for
+                value.zero_()
+
+
 def num_applied(optimizer: torch.optim.Optimizer) -> int:
     """Updates that really changed the weights; a GradScaler's skipped steps are not among them."""
     for state in optimizer.state.values():

@@ -1,11 +1,12 @@
 """What the optimizers and schedules promise: the factor at each step, a step of each optimizer, honest counts."""
 
+import bitsandbytes  # noqa: F401  # the first import warns of torch's own, which pytest.warns would pass on
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_qlora.model.optimizer import learning_rate_factor, make_optimizer, make_schedule, num_applied
+from lit_qlora.model.optimizer import forget, learning_rate_factor, make_optimizer, make_schedule, num_applied
 
 NAMES = ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 ON_A_GPU = [pytest.param(name, marks=pytest.mark.gpu if "paged" in name else ()) for name in NAMES]
@@ -53,6 +54,28 @@ def test_the_schedule_moves_the_rate_of_each_step():
         schedule.step()
     assert rates == pytest.approx([0.1, 0.2, 0.16, 0.12, 0.08, 0.04])
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_what_is_forgotten_leaves_no_trace_and_keeps_its_memory(name):
+    device = "cuda" if "paged" in name else "cpu"
+    ends, pointers = [], []
+    for tries in (0, 2):
+        weight = torch.nn.Parameter(torch.ones(512, 256, device=device))  # what is paged has 100,000 elements
+        optimizer = make_optimizer(name, [weight], learning_rate=0.1, weight_decay=0.5)
+        for turn in range(tries + 1):
+            with torch.no_grad():
+                weight.fill_(1.0)
+            forget(optimizer)
+            for step in range(2):
+                torch.manual_seed(step + turn - tries)
+                weight.grad = torch.randn(512, 256).to(device)
+                optimizer.step()
+            pointers.append({value.data_ptr() for value in optimizer.state[weight].values() if torch.is_tensor(value)})
+        ends.append(weight.detach().cpu())
+        assert num_applied(optimizer) == 2
+    assert torch.equal(*ends)
+    assert pointers[1] == pointers[2] == pointers[3]
 
 
 def steps(name, device="cpu", num_steps=1):

@@ -57,6 +57,9 @@ def main() -> None:
     print(table)
     _picture(report, options.output / "compare.png")
     print(json.dumps(report["ratios"]))
+    failed = [peer for peer, found in report["peers"].items() if "failed" in found]
+    if "lit_qlora" in failed or len(failed) == len(report["peers"]):
+        sys.exit(f"not measured: {', '.join(failed)}")
 
 
 def _options() -> argparse.Namespace:
@@ -67,20 +70,24 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--base", help="folder or hub id; default: random weights, made for this run")
     parser.add_argument("--tokenizer", type=Path, help="of Llama 2, for a random base; default: the demo's")
     parser.add_argument("--data", default=GUANACO, help="as data.source")
-    parser.add_argument("--rows", type=int, default=256, help="conversations, from the first")
+    parser.add_argument("--rows", type=int, help="conversations, from the first; default: 256, quick: 8")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--warm-up", type=int, help="steps that are not timed; default: 3, on a GPU a pass and 2")
-    parser.add_argument("--seconds", type=float, default=60, help="of timed steps, at least")
+    words = "steps that are not timed, at least 1; default: 3, quick: 1, on a GPU a pass and 2"
+    parser.add_argument("--warm-up", type=int, help=words)
+    parser.add_argument("--seconds", type=float, help="of timed steps, at least; default: 60, quick: 8")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=None)
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for table, picture and figures")
     options = parser.parse_args()
-    if options.quick:
-        options.warm_up, options.seconds, options.rows = options.warm_up or 1, 8, 8
+    if options.warm_up is not None and options.warm_up < 1:
+        parser.error("--warm-up: expected a whole number from 1: the first step's end is where the clock starts")
+    options.rows = options.rows or (8 if options.quick else 256)
+    options.seconds = options.seconds or (8 if options.quick else 60)
     if options.warm_up is None:  # a GPU's kernels are compiled, tuned and recorded when a length is first seen
-        options.warm_up = 3 if options.cpu else -(-options.rows // options.batch_size) + 2
+        on_cpu = 1 if options.quick else 3
+        options.warm_up = on_cpu if options.cpu else -(-options.rows // options.batch_size) + 2
     if options.peers is None:
         options.peers = QUICK if options.quick else list(PEERS)
     return options

@@ -69,12 +69,14 @@ def _steps_table(found: list[dict]) -> list[str]:
     lines = [head, "|" + "---|" * 8]
     for row in found:
         allocated, forecast, reserved = "not measured", f"{row['forecast_allocated']:.2f}", "not measured"
+        whole = f"{row['forecast_reserved']:.2f}"
         if row["allocated"]:
             allocated, reserved = f"{row['allocated']:.2f}", f"{row['reserved']:.2f}"
             forecast += f" ({row['forecast_allocated'] / row['allocated'] - 1:+.1%})"
+            whole += f" ({row['forecast_reserved'] / row['reserved'] - 1:+.1%})"
         lines.append(
             f"| {row['length']} x {row['rows']} | {row['rank']} | {row['kept']} | {row['tokens_per_second']:,.0f} | "
-            f"{allocated} | {forecast} | {reserved} | {row['forecast_reserved']:.2f} |"
+            f"{allocated} | {forecast} | {reserved} | {whole} |"
         )
     return lines
 

@@ -18,9 +18,9 @@ an H100."""
 RECORDING = int(0.47 * 1024**2)
 """What CUDA keeps of a card for each layer in a recording, beside torch: 14.8 MiB measured for 32 layers on an H100."""
 FRAGMENTATION = 0.085
-"""What torch's allocator holds of the card beyond its tensors: 3 to 8.5 % in 16 settings measured on an H100, with
-segments that grow (`cli.prepare_memory`); without them 7 to 13 % in 17."""
-RESERVE = 0.08
+"""What torch's allocator holds of the card beyond its tensors, as a share of all but what forward keeps, whose large
+blocks leave no gaps: 4 to 9.5 % in 16 settings measured on an H100, with segments that grow (`cli.prepare_memory`)."""
+RESERVE = 0.1
 """The share of a card left free where a setting is chosen: as far as the prediction may be wrong."""
 WORKSPACE = 2 * 8_519_680
 """cuBLAS's scratch, for the forward's and the backward's thread (`getChosenWorkspaceSize` in torch)."""
@@ -114,7 +114,7 @@ class StepMemory:
     @property
     def reserved(self) -> int:
         """To be compared with ``torch.cuda.max_memory_reserved()``."""
-        return int((self.total + self.apart) * (1 + FRAGMENTATION))
+        return self.total + self.apart + int(FRAGMENTATION * (self.total - self.activations))
 
     @property
     def on_card(self) -> int:

@@ -291,7 +291,9 @@ def test_on_a_gpu_packed_equals_separate_compiled_equals_eager_and_kept_equals_r
         assert apart(packed, truth) < 1.2 * rounding
         assert apart(measured(compiled(), 2, True), truth) < 1.2 * rounding
         for kept_layers in (0, 1):
-            again = measured(EAGER, kept_layers, True)
-            assert all(torch.equal(one, two) for one, two in zip(again, packed, strict=True))
+            hidden, gradients = measured(EAGER, kept_layers, True)
+            assert torch.equal(hidden, packed[0])
+            # Flash attention's backward adds up in no fixed order.
+            torch.testing.assert_close(gradients, packed[1], rtol=1e-2, atol=1e-3 * packed[1].abs().max().item())
     finally:
         torch.backends.cuda.enable_flash_sdp(True)

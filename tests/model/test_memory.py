@@ -231,9 +231,9 @@ def test_a_total_is_the_sum_of_its_parts():
     parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:-2])}
     held = StepMemory("now", **parts)
     assert held.total == int("1" * len(parts))
-    assert held.reserved == int(held.total * 1.085)
+    assert held.reserved == held.total + int((held.total - held.activations) * 0.085)
     assert replace(held, apart=1000).total == held.total
-    assert replace(held, apart=1000).reserved == int((held.total + 1000) * 1.085)
+    assert replace(held, apart=1000).reserved == held.reserved + 1000
     assert held.on_card == held.reserved + int(0.35 * GIB)
     kept_by_cuda = replace(held, kernels=1000)
     assert (kept_by_cuda.total, kept_by_cuda.on_card) == (held.total, held.on_card + 1000)
@@ -300,7 +300,7 @@ def test_sample_answers_hold_keys_and_values_of_each_layer():
 @given(st.integers(64, 8192), st.sampled_from([8, 64]), st.floats(5, 40))
 def test_the_most_kept_layers_fit_and_one_more_does_not(tokens, rank, card_gib):
     step = seven(tokens=tokens, scored_tokens=tokens, rank=rank)
-    room = card_gib * GIB * 0.92
+    room = card_gib * GIB * 0.9
 
     def fits(kept):
         return memory.step_memory(replace(step, kept_layers=kept)).on_card <= room

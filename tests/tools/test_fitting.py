@@ -66,7 +66,7 @@ def test_one_option_where_one_will_do(settings, expected):
          "--data.batch_size 2 --trainer.accumulate_grad_batches 8 --samples.count 4"),
         ({"size": "13b", "card": "l4", "rank": 64, "max_length": 4096},
          "--data.batch_size 2 --trainer.accumulate_grad_batches 8"),
-        ({"size": "70b", "card": "a100-80", "rank": 64, "max_length": 4096},
+        ({"size": "70b", "card": "a100-80", "rank": 80, "max_length": 4096},
          "--data.batch_size 2 --trainer.accumulate_grad_batches 8"),
     ],
 )  # fmt: skip
@@ -87,8 +87,8 @@ def test_a_rank_is_lowered_only_as_far_as_it_must_and_before_rows_are_cut():
 
 def test_rows_are_cut_last_and_as_little_as_will_do():
     words, after = smallest_change(seven("13b", gib=10, max_length=4096))
-    assert words.endswith("--model.rank 4 --data.max_length 2624")
-    assert after.fits() and not replace(after, max_length=2624 + 64).fits()
+    assert words.endswith("--model.rank 4 --data.max_length 2752")
+    assert after.fits() and not replace(after, max_length=2752 + 64).fits()
 
 
 def test_a_70b_is_too_large_for_a_t4():

@@ -27,6 +27,8 @@ GRID = (
     (1024, 4, 16, 0), (1024, 8, 16, 0), (1024, 2, 16, 32), (1024, 4, 16, 16), (512, 4, 16, 16), (256, 4, 16, 32),
     (1024, 2, 64, 0), (1024, 2, 64, 16), (1024, 2, 8, 0), (1024, 2, 8, 32),
 )  # fmt: skip
+RECORDED = ((512, 4, 16, 0), (512, 4, 16, 32), (1024, 4, 16, 16))
+"""Settings that are measured with recorded kernels, too: on a GPU."""
 TINY_GRID = ((32, 2, 4, 0), (64, 1, 4, 1), (32, 1, 8, 0))
 ANSWER_SHARE = 0.86
 """Of the tokens, as in guanaco."""
@@ -74,8 +76,9 @@ def _steps_table(found: list[dict]) -> list[str]:
             allocated, reserved = f"{row['allocated']:.2f}", f"{row['reserved']:.2f}"
             forecast += f" ({row['forecast_allocated'] / row['allocated'] - 1:+.1%})"
             whole += f" ({row['forecast_reserved'] / row['reserved'] - 1:+.1%})"
+        setting = f"{row['length']} x {row['rows']}{', recorded' if row['recorded'] else ''}"
         lines.append(
-            f"| {row['length']} x {row['rows']} | {row['rank']} | {row['kept']} | {row['tokens_per_second']:,.0f} | "
+            f"| {setting} | {row['rank']} | {row['kept']} | {row['tokens_per_second']:,.0f} | "
             f"{allocated} | {forecast} | {reserved} | {whole} |"
         )
     return lines
@@ -99,7 +102,9 @@ def _steps(options: argparse.Namespace) -> list[dict]:
     quieten()
     device = torch.device("cpu" if options.cpu else "cuda")
     dtype = torch.float32 if options.cpu else torch.float16 if options.t4 else torch.bfloat16
-    grid, found = TINY_GRID if options.cpu else GRID, []
+    grid = [(*setting, False) for setting in (TINY_GRID if options.cpu else GRID)]
+    grid += [] if options.cpu else [(*setting, True) for setting in RECORDED]
+    found = []
     for rank, settings in groupby(sorted(grid, key=lambda setting: setting[2]), key=lambda setting: setting[2]):
         module = QLoRAModule(options.base or "demo", rank=rank)
         copies = Copies("auto")
@@ -108,15 +113,17 @@ def _steps(options: argparse.Namespace) -> list[dict]:
         if base is module.base:
             copies.keep(loaded, module.base, dtype, device.type)
         module.model = add_lora(loaded, Lora(rank, 16.0, 0.0, "all-linear", False, False)).train()
-        for length, rows, _, kept in settings:
-            found.append(_measure(module, length, rows, rank, kept, dtype, device, options.steps))
+        for length, rows, _, kept, recorded in settings:
+            found.append(_measure(module, length, rows, rank, kept, recorded, dtype, device, options.steps))
             print(found[-1], file=sys.stderr, flush=True)
         del module, loaded
         torch.cuda.empty_cache()
     return found
 
 
-def _measure(module, length: int, rows: int, rank: int, kept: int, dtype, device, num_steps: int) -> dict:
+def _measure(
+    module, length: int, rows: int, rank: int, kept: int, recorded: bool, dtype, device, num_steps: int
+) -> dict:
     import torch
 
     from lit_qlora.batch import Batch, answer_targets
@@ -132,7 +139,8 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, dtype, device
     batch = Batch(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in batch))
     parameters = list(adapter_parameters(module).values())
     optimizer = make_optimizer("adamw", parameters, 1e-6, 0.0)
-    scaler, module.kept_layers = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), kept
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    module.kept_layers, module.replays = kept, recorded
     on_gpu = device.type == "cuda"
     for step in range(2 + num_steps):
         if step == 2:
@@ -161,11 +169,14 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, dtype, device
             kept_layers=kept,
             element=dtype.itemsize,
             workspace=memory.HOPPER_WORKSPACE if hopper else memory.WORKSPACE,
+            num_recordings=int(recorded),
         )
     )
     optimizer.zero_grad()
+    module._release()
     return {
-        "length": length, "rows": rows, "rank": rank, "kept": kept, "tokens_per_second": ids.numel() / seconds,
+        "length": length, "rows": rows, "rank": rank, "kept": kept, "recorded": recorded,
+        "tokens_per_second": ids.numel() / seconds,
         "allocated": torch.cuda.max_memory_allocated() / memory.GIB if on_gpu else None,
         "forecast_allocated": forecast.total / memory.GIB,
         "reserved": torch.cuda.max_memory_reserved() / memory.GIB if on_gpu else None,

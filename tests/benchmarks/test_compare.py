@@ -34,3 +34,38 @@ def test_quick_begins_no_repetition_that_would_not_end_in_time(monkeypatch, caps
     options = SimpleNamespace(peers=["lit_qlora"], repetitions=3, quick=quick, output=tmp_path)
     assert compare._measure(options, tmp_path, tmp_path) == {"lit_qlora": [found] * begun}
     assert (f"stopped after {begun} of 3 repetitions: time is up" in capsys.readouterr().err) == (begun < 3)
+
+
+@pytest.mark.parametrize(
+    ("failing", "status"),
+    [((), None), (("trl_default",), None), (("lit_qlora",), "not measured: lit_qlora")],
+)
+def test_it_fails_where_ours_was_not_measured(monkeypatch, capsys, tmp_path, failing, status):
+    keys = ("tokens_per_second", "padding_share", "loss", "loss_after", "start_seconds", "peak_gib", "steps")
+    good = dict.fromkeys(keys, 1.0) | {"precision": "32-true"}
+    results = {peer: [{"failed": "no"} if peer in failing else good] for peer in ("lit_qlora", "trl_default")}
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", "--peers", *results, "--output", str(tmp_path)])
+    monkeypatch.setattr(compare, "_prepare", lambda *_: tmp_path)
+    monkeypatch.setattr(compare, "_measure", lambda *_: results)
+    monkeypatch.setattr(compare, "_picture", lambda *_: None)
+    if status is None:
+        compare.main()
+    else:
+        with pytest.raises(SystemExit, match=status):
+            compare.main()
+    ratios = {} if failing else {"ratio_to_trl_default": 1.0}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == ratios
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], (256, 60, 3)),
+        (["--quick"], (8, 8, 1)),
+        (["--quick", "--rows", "12", "--warm-up", "2", "--seconds", "5"], (12, 5, 2)),
+    ],
+)
+def test_quick_sets_defaults_only(monkeypatch, given, expected):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", *given])
+    options = compare._options()
+    assert (options.rows, options.seconds, options.warm_up) == expected

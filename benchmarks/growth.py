@@ -9,6 +9,7 @@ go to growth.json in the folder of --output.
 """
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -117,6 +118,7 @@ def _steps(options: argparse.Namespace) -> list[dict]:
             found.append(_measure(module, length, rows, rank, kept, recorded, dtype, device, options.steps))
             print(found[-1], file=sys.stderr, flush=True)
         del module, loaded
+        gc.collect()  # modules stand in circles
         torch.cuda.empty_cache()
     return found
 

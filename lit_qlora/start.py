@@ -20,11 +20,11 @@ from lit_qlora.model.copies import Copies
 from lit_qlora.model.load import Lora, read_record, read_weights
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import check_config_file, option
+from lit_qlora.storage import settings
 from lit_qlora.storage.checkpoint_io import RECORD, check_checkpoint, checkpoint_folder
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import DamagedFolderError
 from lit_qlora.storage.run import RUNS, RunFolder, as_yaml, mend_adapter, newest_run, open_run
-from lit_qlora.storage.settings import allowed, refused
 from lit_qlora.storage.state import load_state
 from lit_qlora.text import jinja
 
@@ -111,7 +111,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
             return
         run.write_config(as_yaml(recorded))
     first = run.read_config()
-    others = refused(first, config)
+    others = settings.refused(first, config)
     if others:
         raise UserError(
             f"run: {run.path} was started with other settings: {'; '.join(others)}; "
@@ -124,7 +124,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
             f"Its adapter: {run.adapter}. To start another run, give it a name: --run NAME"
         )
         raise SystemExit(0)
-    changed = allowed(first, config)
+    changed = settings.allowed(first, config)
     if changed:
         print(f"   run  changed: {'; '.join(changed)}", flush=True)
 
@@ -190,6 +190,18 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
     if problems and whole is None:
         raise UserError(f"run: no checkpoint in {run.checkpoints} is whole; start anew with another --run")
     return whole
+
+
+def comes_otherwise(run: RunFolder, config: Mapping[str, Any]) -> bool:
+    """Whether an earlier start may have done, behind the newest checkpoint, what this one will do otherwise."""
+    for path in run.configs():
+        try:
+            was = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError):
+            return True
+        if not isinstance(was, Mapping) or settings.comes_otherwise(was, config):
+            return True
+    return False
 
 
 def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_needed: bool = False) -> None:

@@ -6,6 +6,7 @@
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ from lit_qlora.quiet import quieten
 from lit_qlora.signals import LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.mirror import Mirror
-from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml
+from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, mend_adapter
 from lit_qlora.trainer import QLoRATrainer, RunParser
 
 
@@ -62,6 +63,8 @@ class QLoRACLI(LightningCLI):
         self.stack = stack
         self.run: RunFolder
         self.resume_from: Path | None = None
+        self.comes_otherwise = False
+        """Whether an earlier start may have done, behind that, what this one will do otherwise."""
         self.started_at = time.monotonic()
         self.mirror: Mirror | None = None
         super().__init__(
@@ -183,12 +186,17 @@ class QLoRACLI(LightningCLI):
             check_settings(self.model.adapter, self.model.lora)
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
+        self.comes_otherwise = start.comes_otherwise(self.run, config)
         start.check_adapter(self.run, self.model.lora, mirrored)
         self.settings, self.config_text, self.lengths = config, as_yaml(config), start.lengths(config)
         self.run.write_config(self.config_text)
         if self.mirror:
             self.mirror.start()
             self.stack.push(self._close_mirror)
+
+    def _step(self) -> int:
+        """The optimizer step that this start goes on from."""
+        return int(self.resume_from.name.rpartition("-")[2]) if self.resume_from else 0
 
     def _close_mirror(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self.mirror and not isinstance(error, LeftAtOnce):
@@ -235,6 +243,10 @@ class QLoRACLI(LightningCLI):
         checkpoints = RunCheckpoints(
             self.run, options.save_every_steps, options.keep_checkpoints, options.save_every_minutes
         )
+        checkpoints.settings = self.settings
+        if self.comes_otherwise:
+            mirrored = self.mirror.copy.adapter if self.mirror else None
+            checkpoints.on_going_on = partial(mend_adapter, self.run, mirrored, newest=self._step())
         if self.mirror:
             checkpoints.on_saved = self.mirror.push
         self.checkpoints, stop = checkpoints, StopOnSignal(checkpoints)
@@ -262,11 +274,10 @@ class QLoRACLI(LightningCLI):
             self.report,
             stop,
         ]
-        step = int(resumed.rpartition("-")[2]) if resumed else None
         given = options.trainer.logger
-        loggers: list[Logger] = [MetricsFile(self.run.metrics, step or 0)]
+        loggers: list[Logger] = [MetricsFile(self.run.metrics, self._step(), self.comes_otherwise)]
         if given is not False:
-            loggers.insert(0, RunTensorBoard(self.run.path, self.config_text, step))
+            loggers.insert(0, RunTensorBoard(self.run.path, self.config_text, self._step() if resumed else None))
         if given is not None and not isinstance(given, bool):
             loggers += given if isinstance(given, list) else [given]
         return callbacks, loggers

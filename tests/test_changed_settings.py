@@ -12,6 +12,7 @@ from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.model import load
 from lit_qlora.start import DEMO_CONFIG
+from lit_qlora.storage.folders import write_folder
 
 STEPS = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1",
@@ -35,6 +36,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "finished.json").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    (here / "whole.jsonl").write_text("".join(lines))
     return here
 
 
@@ -189,6 +191,72 @@ def test_a_longer_run_takes_the_learning_rate_of_the_longer_schedule(
     lengths = {"max_steps": 10, "max_epochs": 1, "early_stopping": None}
     best_step = json.loads(Path("run/adapter/result.json").read_text())["step"]
     assert mark == {"step": 10, "steps": 10, "lengths": lengths, "best_step": best_step}
+
+
+LONGER = ["--trainer.max_steps", "10", "--trainer.val_check_interval", "3"]
+
+
+def test_what_was_done_behind_the_checkpoint_with_other_settings_is_no_part_of_the_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines and a best adapter of steps 3 to 6, from before the kill, which now come otherwise."""
+    clean = here.with_name("clean")
+    shutil.copytree(here, clean)
+    for name in ("adapter", "adapter.copy"):
+        shutil.rmtree(clean / "run" / name)
+    result = Path("run/adapter/result.json")
+    assert json.loads(result.read_text())["step"] == 6
+    # As if the steps from before were better than any to come.
+    files = {path.name: path.read_bytes() for path in result.parent.iterdir() if path.name != "manifest.json"}
+    files["result.json"] = json.dumps({"step": 6, "val/loss": 0.5}).encode()
+
+    def fill(folder: Path) -> None:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+    write_folder(result.parent, fill, replace=True)
+    Path("whole.jsonl").replace("run/metrics.jsonl")
+    assert main([*FIT, *LONGER]) == 0
+    shown = capsys.readouterr()
+    assert "   run  run/metrics.jsonl: 5 lines behind step 1 are written anew\n" in shown.out
+    assert shown.err == (
+        "warning: run/adapter is of step 6, and from step 2 on other settings decide; put aside as "
+        "run/adapter.before, and the best is looked for anew\n"
+    )
+    assert "max_steps: 10" in Path("run/adapter/README.md").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(clean)
+        assert main([*FIT, *LONGER]) == 0
+    for name in ("adapter/adapter_model.safetensors", "adapter/result.json", "finished.json"):
+        assert Path("run", name).read_bytes() == (clean / "run" / name).read_bytes(), name
+    lines, expected = (
+        [{name: value for name, value in line.items() if "speed" not in name and "memory" not in name}
+         for line in read_metrics(folder / "run" / "metrics.jsonl")]
+        for folder in (here, clean)
+    )  # fmt: skip
+    assert lines == expected
+    assert [line["step"] for line in lines] == [*range(11)]
+
+
+def test_before_the_first_save_other_settings_begin_anew(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree("run/checkpoints")
+    Path("whole.jsonl").replace("run/metrics.jsonl")
+    assert main([*FIT, *LONGER]) == 0
+    shown = capsys.readouterr()
+    assert "   run  run/metrics.jsonl: 7 lines behind step 0 are written anew\n" in shown.out
+    assert "from step 0 on other settings decide" in shown.err
+    assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl"))] == [*range(11)]
+
+
+def test_the_same_settings_keep_what_was_done_behind_the_checkpoint(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("whole.jsonl").replace("run/metrics.jsonl")
+    before = Path("run/metrics.jsonl").read_bytes()
+    assert main([*FIT, "--save_every_steps", "3"]) == 0
+    shown = capsys.readouterr()
+    assert "written anew" not in shown.out and shown.err == ""
+    assert Path("run/metrics.jsonl").read_bytes() == before
 
 
 def test_the_same_length_says_nothing_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,9 +63,14 @@ TEXTS = ("system", "prompts", "template")
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 
 
-def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> None:
-    """Writes the card of the adapter in ``folder``, that of ``step``, and its picture; none without a config."""
-    if run.config.is_file():
+def write_card(
+    folder: Path, run: RunFolder, trainer: Trainer, step: int, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the card of the adapter in ``folder``, that of ``step``, and its picture; none without a config.
+
+    ``settings`` are those of this start; None: of the run's first.
+    """
+    if settings or run.config.is_file():
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         figures = {line["step"]: line for line in read_metrics(run.metrics)}
         for logger in trainer.loggers:
@@ -76,7 +81,7 @@ def write_card(folder: Path, run: RunFolder, trainer: Trainer, step: int) -> Non
                 figures[state["step"]] = {**figures.get(state["step"], {}), **state["figures"]}
         seconds = next((part.training_s for part in trainer.callbacks if isinstance(part, Throughput)), 0.0)  # type: ignore[attr-defined]
         has_curves = draw_curves(folder / CURVES, figures, step)
-        text = card(str(base), run.read_config(), figures, step, seconds, has_curves)
+        text = card(str(base), settings or run.read_config(), figures, step, seconds, has_curves)
         (folder / CARD).write_text(text, encoding="utf-8")
 
 

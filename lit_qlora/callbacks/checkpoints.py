@@ -7,7 +7,7 @@ nothing is half done in them. One that fails is told, and training goes on. How 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,10 @@ class RunCheckpoints(StepCallback):
         self.save_every_steps, self.save_every_minutes = save_every_steps, save_every_minutes
         self.keep_checkpoints = keep_checkpoints
         self.clock, self.on_saved = clock, on_saved
+        self.settings: Mapping[str, Any] | None = None
+        """This start's configuration, for the adapter's card; None: that of the first start."""
+        self.on_going_on: Callable[[], None] = lambda: None
+        """Called once nothing is refused any more: puts an adapter aside of steps that now come otherwise."""
         self.stop_asked = False
         """Set by a signal: save at the next edge, whatever the interval."""
         self.saved_step: int | None = None
@@ -81,6 +85,7 @@ class RunCheckpoints(StepCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves a run that early stopping had ended, and that was killed right behind its last save, ended."""
+        self.on_going_on()
         trainer.should_stop |= has_stopped_early(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,6 +141,7 @@ class RunCheckpoints(StepCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on trying to save it; or says so where it is gone from the disk."""
+        self.on_going_on()
         if "weights" in state_dict:
             self._unsaved = Best(state_dict["result"], state_dict["weights"])
             return
@@ -196,7 +202,7 @@ class RunCheckpoints(StepCallback):
         def fill(folder: Path) -> None:
             module.save_adapter(folder)
             (folder / RESULT).write_text(json.dumps(best.result, indent=2), encoding="utf-8")
-            write_card(folder, self.run, trainer, best.result["step"])
+            write_card(folder, self.run, trainer, best.result["step"], self.settings)
 
         def write() -> None:
             needed_bytes = sum(value.numel() * value.element_size() for value in best.weights.values())

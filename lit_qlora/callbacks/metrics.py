@@ -44,7 +44,8 @@ class MetricsFile(Logger):
     """``metrics.jsonl``: one JSON object a line, all figures of one step together, no step twice.
 
     It is only ever appended to. A resumed run goes through the steps after its checkpoint again; those
-    that stand in the file already are not written a second time. A figure that is not finite is a string.
+    that stand in the file already are not written a second time, unless they come otherwise now. A figure that is not
+    finite is a string.
 
     A line is written when the next step begins or the run is over: a validation in the middle of a window
     still adds to the step before it. Until then the line is part of the checkpoint, and so are lines that
@@ -53,11 +54,12 @@ class MetricsFile(Logger):
     Args:
         path: the file. Lines in it that are damaged are dropped, with a warning.
         resumed_step: the step that the run goes on from; what stands behind a damaged line is gone through again.
+        comes_otherwise: whether what an earlier start wrote behind the checkpoint is dropped, for settings changed.
     """
 
-    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+    def __init__(self, path: Path, resumed_step: int = 0, comes_otherwise: bool = False) -> None:
         super().__init__()
-        self.path = path
+        self.path, self._comes_otherwise = path, comes_otherwise
         self._step: int | None = None
         self._figures: dict[str, float] = {}
         self._unwritten: dict[int, str] = {}
@@ -70,6 +72,8 @@ class MetricsFile(Logger):
                 f"warning: {path}: its last {dropped_bytes} bytes are no whole line, and are left out", file=sys.stderr
             )
         _drop_damaged_lines(path, resumed_step)
+        if comes_otherwise and not resumed_step:
+            _drop_behind(path, -1)
         self._last_written = max((line["step"] for line in read_metrics(path)), default=-1)
         self._counted_on = -1
         """The newest line that this run has written, or found there in its turn: an earlier start may have gone on."""
@@ -118,6 +122,9 @@ class MetricsFile(Logger):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the line that was open; says so where the file ends before what was written by then."""
         self._counted_on = state_dict.get("counted_on", -1)  # a state of an earlier version has none
+        if self._comes_otherwise and "counted_on" in state_dict:
+            _drop_behind(self.path, self._counted_on)
+            self._last_written = max((line["step"] for line in read_metrics(self.path)), default=-1)
         if self._last_written < self._counted_on:
             print(
                 f"warning: {self.path}: its lines of the steps {self._last_written + 1} to {self._counted_on}, which "
@@ -193,6 +200,15 @@ def _drop_damaged_lines(path: Path, resumed_step: int) -> None:
         file=sys.stderr,
     )
     replace_file(path, b"".join(kept))
+
+
+def _drop_behind(path: Path, step: int) -> None:
+    """Takes out the lines of the steps behind ``step``: with other settings they come otherwise."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    kept = [text for text in lines if (line := _line(text)) and line["step"] <= step]
+    if len(kept) < len(lines):
+        print(f"   run  {path}: {len(lines) - len(kept)} lines behind step {max(step, 0)} are written anew", flush=True)
+        replace_file(path, b"".join(kept))
 
 
 def _drop_torn_line(path: Path) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,11 @@ class RunFolder:
             raise UserError(f"{self.config} is damaged; {self.config_remedy()}") from error
         return {name: value for name, value in config.items() if name not in FOR_ONE_START}
 
+    def configs(self) -> list[Path]:
+        """The configurations of all starts that differed, the first one's first."""
+        later = (self.path / f"config.{number}.yaml" for number in _from(2))
+        return [*filter(Path.is_file, [self.config]), *takewhile(Path.is_file, later)]
+
     def config_remedy(self) -> str:
         """What to do where the configuration is damaged."""
         return (
@@ -222,8 +228,10 @@ class RunFolder:
         raise AssertionError("numbers do not end")
 
 
-def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False) -> None:
-    """Puts a damaged adapter aside and takes a whole copy in its place, with a warning.
+def mend_adapter(
+    run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False, newest: int | None = None
+) -> None:
+    """Puts an adapter aside that is damaged, or none of this run, and takes a whole copy in its place, with a warning.
 
     It must be neither the best so far nor the one that is used. A run without any may have kept none yet. Of a
     finished run, no older one passes for its best.
@@ -232,22 +240,26 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
         run: whose.
         mirrored: another place that may hold a copy.
         is_needed: whether there has to be one: raises UserError, and moves nothing, where no whole one is left.
+        newest: the last step that an adapter may be of: from there on, the run goes on with other settings.
     """
     try:
-        _verify_adapter(run.adapter)
+        step = _verify_adapter(run.adapter)
     except DamagedFolderError as error:
-        problem = str(error)
+        problem, name = str(error), "adapter.damaged"
     else:
-        return
+        if newest is None or step <= newest:
+            return
+        problem = f"{run.adapter} is of step {step}, and from step {newest} on other settings decide"
+        name = "adapter.before"
     best_step = (run.finished() or {}).get("best_step") if is_needed else None
-    copies = [copy for copy in (run.adapter_copy, mirrored) if copy and _is_whole_adapter(copy, best_step)]
+    copies = [copy for copy in (run.adapter_copy, mirrored) if copy and _is_whole_adapter(copy, best_step, newest)]
     whole = copies[0] if copies else None
     if whole is None and is_needed:
         raise UserError(
             f"{problem}; the run is finished, and no whole copy of its adapter is left; train it with another --run"
         )
     if run.adapter.is_dir():
-        aside = run.adapter.with_name("adapter.damaged")
+        aside = run.adapter.with_name(name)
         if aside.exists():
             remove_folder(aside)
         run.adapter.rename(aside)
@@ -276,12 +288,13 @@ def _verify_adapter(folder: Path) -> int:
     return step
 
 
-def _is_whole_adapter(folder: Path, of_step: int | None) -> bool:
-    """Whether an adapter is whole, and that of a step, where one is given."""
+def _is_whole_adapter(folder: Path, of_step: int | None, newest: int | None) -> bool:
+    """Whether an adapter is whole, and that of a step, and of none behind another, where they are given."""
     try:
-        return _verify_adapter(folder) == of_step or of_step is None
+        step = _verify_adapter(folder)
     except DamagedFolderError:
         return False
+    return of_step in (None, step) and (newest is None or step <= newest)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -144,11 +144,14 @@ def _measure(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     module.kept_layers, module.replays = kept, recorded
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     for step in range(2 + num_steps):
         if step == 2:
             if on_gpu:
                 torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
+                if not recorded:  # which takes most while it is recorded
+                    torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
         with torch.autocast(device.type, dtype, enabled=on_gpu, cache_enabled=False):
             loss = module.summed_loss(batch)[0] / batch.step_answer_tokens

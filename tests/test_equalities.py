@@ -131,3 +131,22 @@ def test_halved_after_running_out_of_memory_equals_not_halved(
     whole, halved = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("whole", "halved"))
     for name, weight in whole.items():
         assert (halved[name] - weight).norm() < 1e-3 * weight.norm(), name
+
+
+def test_our_layers_learn_what_transformers_own_learn_and_rows_of_logits_change_nothing(tmp_path, monkeypatch):
+    """One option each: the losses of a whole fit, and its adapter, are the same but for rounding."""
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "--trainer.max_steps", "4", "--samples.count", "0", "--trainer.limit_val_batches", "1",
+            "--trainer.log_every_n_steps", "1", "--data.max_length", "96"]  # fmt: skip
+    losses = {}
+    for name, given in {
+        "ours": [],
+        "theirs": ["--model.own_layers", "false"],
+        "rows": ["--model.loss_rows", "7"],
+    }.items():
+        assert main([*args, "--run", name, *given]) == 0
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses[name] = [line["train/loss"] for line in lines if line["step"]]
+    assert losses["theirs"] == pytest.approx(losses["ours"], rel=1e-5)
+    assert losses["rows"] == pytest.approx(losses["ours"], rel=1e-5)
+    assert losses["theirs"] != losses["ours"]  # other kernels: it was they that ran

@@ -12,7 +12,7 @@ from lit_qlora.model.cards import Card
 from lit_qlora.model.memory import GIB, Samples, Step, StepMemory
 from lit_qlora.model.speed import Epoch, epoch_hours
 
-DORA = "  DoRA's own scratch is not in these figures"
+SLOW = "  transformers' own layers (model.own_layers false, or DoRA) take more time and memory than these figures"
 REACHED = 0.7
 """The share of a roofline's speed that whole runs reach where little else was fused: an estimate."""
 PARTS = {
@@ -23,7 +23,7 @@ PARTS = {
     "casts": "16-bit copies of the adapter",
     "activations": "activations kept for backward",
     "layer": "one layer while it is worked on",
-    "loss": "loss: logits of 1,024 rows, hidden states",
+    "loss": "loss: some rows' logits, hidden states",
     "dequantisation": "one weight out of its 4 bits",
     "recordings": "what recorded kernels read and write",
     "cache": "keys and values of sample answers",

@@ -69,6 +69,7 @@ def step_of(
     accumulate: int,
     cuda_graphs: bool | str = False,
     samples: Samples = NO_SAMPLES,
+    loss_rows: int = memory.CHUNK_ROWS,
 ) -> Step:
     """A training step in the formulas' terms, with as many layers kept as ``checkpointing`` means on ``card``.
 
@@ -86,6 +87,7 @@ def step_of(
         optimizer=optimizer,
         element=4 if precision == "32-true" else 2,
         accumulates=accumulate > 1,
+        loss_rows=loss_rows,
         workspace=memory.HOPPER_WORKSPACE if card.capability >= (9, 0) else memory.WORKSPACE,
     )
     if cuda_graphs == "auto":
@@ -140,7 +142,7 @@ def planned(module: Any, data: Any, trainer: Any) -> Outlook | None:
         str(trainer.precision), card, largest,
         sum(rows.answer_tokens) / epoch.tokens, trainer.accumulate_grad_batches,
         False if data.plan.packed or module.slow_because else module.cuda_graphs,
-        samples,
+        samples, module.loss_rows,
     )  # fmt: skip
     keep = max((getattr(callback, "keep_checkpoints", 0) for callback in trainer.callbacks), default=0)
     return Outlook(step, epoch, card, samples, keep)

@@ -75,8 +75,8 @@ class Report(Callback):
             self.predicted_gib = step_memory(foreseen.step).reserved / GIB
             for line in forecast.lines(foreseen):
                 _say("plan", line)
-            if module.lora.dora:
-                _say("plan", forecast.DORA)
+            if module.slow_because:
+                _say("plan", forecast.SLOW)
         _say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -44,7 +44,7 @@ class Step:
 
     ``tokens`` is the largest micro-batch with padding, ``scored_tokens`` those of it that are learned.
     ``kept_layers`` is how many layers, the last ones, keep the results of their products and of attention; the others
-    keep their input only. The layers are those of `model.decoder`; with DoRA they are not, and take more.
+    keep their input only. The layers are those of `model.decoder`; transformers' own, as with DoRA, take more.
     """
 
     shape: Shape
@@ -59,6 +59,7 @@ class Step:
     """Bytes of the precision: 2 in 16-mixed and bf16-mixed, 4 in 32-true."""
     accumulates: bool = False
     workspace: int = WORKSPACE
+    loss_rows: int = CHUNK_ROWS
     num_recordings: int = 0
     """For how many shapes of a micro-batch the layers' kernels are recorded, as `model.graphs` does it."""
 
@@ -182,7 +183,7 @@ def loss_bytes(step: Step) -> int:
 
     A chunk's logits stand in 16 bits and in fp32.
     """
-    hidden, rows = step.shape.hidden, min(step.scored_tokens, CHUNK_ROWS)
+    hidden, rows = step.shape.hidden, min(step.scored_tokens, step.loss_rows)
     copies = 4 if step.element == 4 else 4 + step.element
     logits = rows * step.shape.vocabulary * copies
     states = step.tokens * (4 + step.element) * hidden + 2 * step.scored_tokens * step.element * hidden

@@ -30,7 +30,7 @@ from lit_qlora.model.device import (
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.learning import LearnsInParts
-from lit_qlora.model.loss import summed_cross_entropy
+from lit_qlora.model.loss import CHUNK_ROWS, summed_cross_entropy
 from lit_qlora.model.optimizer import OptimizerName, Schedule, make_optimizer, make_schedule
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
@@ -59,6 +59,9 @@ class QLoRAModule(LearnsInParts):
         checkpointing: full keeps only each layer's input and computes the rest again in backward; selective keeps
             what matrix products and attention gave; none keeps whatever there is, which is the same unless DoRA is
             on; auto keeps on as many layers as the memory allows.
+        own_layers: decoder layers written for this, in 16 bits with LoRA in their products; false: transformers' and
+            peft's own, which give the same but for rounding, in more time and memory.
+        loss_rows: scored tokens whose logits exist at a time; what is computed does not hang on it.
         compile: one GPU kernel for each norm, activation and rotation; auto: on a GPU.
         cuda_graphs: a step's kernels recorded once for each shape of a micro-batch, and started together: for a GPU
             that is faster than its host; without dropout and packing. auto: where the forecast says that it pays.
@@ -83,6 +86,8 @@ class QLoRAModule(LearnsInParts):
         optimizer: OptimizerName = "adamw",
         weight_decay: float = 0.0,
         checkpointing: Checkpointing = "auto",
+        own_layers: bool = True,
+        loss_rows: int = CHUNK_ROWS,
         compile: bool | Literal["auto"] = "auto",  # noqa: A002  # the option is called by the field's own word
         cuda_graphs: bool | Literal["auto"] = "auto",
         attention: Attention = "sdpa",
@@ -94,14 +99,15 @@ class QLoRAModule(LearnsInParts):
         require(0 <= dropout < 1, "model.dropout", "a share from 0 to below 1", dropout)
         require(0 < learning_rate <= 1, "model.learning_rate", "a number above 0, at most 1", learning_rate)
         require(0 <= warmup_ratio < 1, "model.warmup_ratio", "a share from 0 to below 1", warmup_ratio)
+        require(loss_rows >= 1, "model.loss_rows", "a whole number from 1", loss_rows)
         require(weight_decay >= 0, "model.weight_decay", "0 or more", weight_decay)
         check_attention(attention, current_device())
         self.eager_because = check_compile(compile, current_device())
         """What is missing for compiled kernels, where they were to be; None otherwise."""
         require(
-            cuda_graphs is not True or not (dropout or dora),
+            cuda_graphs is not True or (own_layers and not (dropout or dora)),
             "model.cuda_graphs",
-            "auto or false with dropout or dora",
+            "auto or false with dropout, dora, or without own_layers",
             True,
         )
         self.base: Base = find_base(base)
@@ -113,7 +119,7 @@ class QLoRAModule(LearnsInParts):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_ratio, self.schedule, self.optimizer_name = warmup_ratio, schedule, optimizer
         self.checkpointing, self.compiles, self.attention = checkpointing, compile, attention
-        self.cuda_graphs = cuda_graphs
+        self.cuda_graphs, self.own_layers, self.loss_rows = cuda_graphs, own_layers, loss_rows
         self.quantized_cache = quantized_cache
         self.copy_line: str | None = None
         self.prompts: Mapping[str, Any] = {"prompt_format": load.PROMPT_FORMAT}
@@ -154,7 +160,7 @@ class QLoRAModule(LearnsInParts):
             self.model = load.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)
         else:
             self.model = load.add_lora(base_model, self.lora)
-        self.slow_because = why_not(self.model)
+        self.slow_because = why_not(self.model) if self.own_layers else "model.own_layers is false"
         self.kept_layers, self.replays = self._choose_kept_layers(), self.cuda_graphs is True
         if self.slow_because:
             checkpoint_layers(base_model.model.layers, self.checkpointing)
@@ -216,7 +222,7 @@ class QLoRAModule(LearnsInParts):
         """Sum of the losses over a batch's answer tokens in nats, how many were the likeliest, how many there are."""
         llama: Any = self.peft_model.get_base_model()
         scored = self._hidden(batch).flatten(0, 1)[batch.positions]
-        loss, num_correct = summed_cross_entropy(scored, llama.lm_head.weight, batch.targets)
+        loss, num_correct = summed_cross_entropy(scored, llama.lm_head.weight, batch.targets, self.loss_rows)
         return loss, num_correct, len(batch.targets)
 
     def _release(self) -> None:

@@ -29,6 +29,8 @@ MAY_CHANGE: Mapping[str, str] = {
     "data.num_workers": "the order of the rows does not hang on it",
     "model.checkpointing": "computes the same again, or keeps it",
     "model.cuda_graphs": "the same kernels, started together",
+    "model.loss_rows": "the same sums, in other parts",
+    "model.own_layers": "the same but for rounding",
     "model.quantized_cache": "a copy holds the same bits",
     "trainer.accelerator": "another machine: the same run, not the same bits",
     "trainer.devices": "one device, whichever it is called",
@@ -42,9 +44,9 @@ MAY_CHANGE: Mapping[str, str] = {
 }
 
 OTHERWISE = (
-    "early_stopping", "samples", "trainer.accelerator", "trainer.benchmark", "trainer.callbacks",
-    "trainer.deterministic", "trainer.log_every_n_steps", "trainer.max_epochs", "trainer.max_steps",
-    "trainer.val_check_interval",
+    "early_stopping", "model.loss_rows", "model.own_layers", "samples", "trainer.accelerator", "trainer.benchmark",
+    "trainer.callbacks", "trainer.deterministic", "trainer.log_every_n_steps", "trainer.max_epochs",
+    "trainer.max_steps", "trainer.val_check_interval",
 )  # fmt: skip
 """Of those, the ones with which the steps behind a checkpoint come out, or are recorded, otherwise than before."""
 

@@ -51,6 +51,8 @@ class Settings:
     new_tokens: int
     seed: int
     cuda_graphs: bool | str = False
+    loss_rows: int = memory.CHUNK_ROWS
+    own_layers: bool = True
 
     def epoch(self) -> tuple[Epoch, Largest]:
         """An epoch's tokens, and its largest micro-batch."""
@@ -58,10 +60,11 @@ class Settings:
 
     def step(self) -> Step:
         """The step of the largest micro-batch."""
+        can_record = self.own_layers and not self.plan.packed
         return step_of(
             self.shape, self.lora, self.optimizer, self.checkpointing, self.precision, self.card,
-            self.epoch()[1], self.answer_share, self.accumulate, not self.plan.packed and self.cuda_graphs,
-            self.samples(),
+            self.epoch()[1], self.answer_share, self.accumulate, can_record and self.cuda_graphs, self.samples(),
+            self.loss_rows,
         )  # fmt: skip
 
     def samples(self) -> Samples:

@@ -45,8 +45,8 @@ def lines(planned: Planned) -> Iterator[str]:
 def _memory_lines(planned: Planned) -> Iterator[str]:
     settings, assumed = planned.settings, "" if planned.rows.known_by == "counted" else " (assumed)"
     yield from forecast.memory_lines(settings.step(), settings.samples(), settings.moments(), settings.card, assumed)
-    if settings.lora.dora:
-        yield forecast.DORA
+    if settings.lora.dora or not settings.own_layers:
+        yield forecast.SLOW
 
 
 def _host_lines(planned: Planned) -> Iterator[str]:
@@ -90,8 +90,8 @@ def _verdict_lines(settings: Settings) -> Iterator[str]:
         elif settings.hours() is not None:
             yield "micro-batch and checkpointing: as they are; nothing that fits is worth a change"
         surely = "fits" if settings.fits(1 - memory.RESERVE) else f"may fit, within {memory.RESERVE:.0%} of the card"
-        if settings.lora.dora:
-            surely = "may fit, DoRA's own scratch not counted"
+        if settings.lora.dora or not settings.own_layers:
+            surely = "may fit, what transformers' own layers take beside not counted"
         yield f"{surely}: {need:.2f} of {gib:.2f} GiB"
         return
     change = smallest_change(settings)

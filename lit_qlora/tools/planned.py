@@ -133,6 +133,7 @@ def read(args: list[str]) -> Planned:
         model["optimizer"], model["checkpointing"], data.plan, data.max_length,
         trainer.accumulate_grad_batches, len(samples.prompts or ()) or samples.count,
         samples.max_new_tokens, data.seed, model["cuda_graphs"],
+        model["loss_rows"], model["own_layers"],
     )  # fmt: skip
     return Planned(
         base, settings, rows, reason, download, trainer.max_epochs, trainer.max_steps, options.keep_checkpoints

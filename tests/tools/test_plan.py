@@ -67,6 +67,26 @@ def test_what_a_fit_refuses_is_refused(capsys):
     assert capsys.readouterr().err == "error: model.cuda_graphs: expected auto or false with data.packing, got True\n"
 
 
+@pytest.mark.parametrize("slow", [["--model.dora", "true"], ["--model.own_layers", "false"]])
+def test_transformers_own_layers_are_not_promised_to_fit(plan, slow):
+    lines = plan("--config", T4, *slow)
+    assert (
+        "  transformers' own layers (model.own_layers false, or DoRA) take more time and memory than these figures"
+        in lines
+    )
+    assert lines[-1].startswith("may fit, what transformers' own layers take beside not counted: 12.")
+    assert not any("CUDA graphs" in line for line in plan("--config", T4, "--gpu", "h200", *slow))
+
+
+def test_more_rows_of_logits_take_more_memory(plan):
+    logits = [
+        figures(plan("--config", T4, "--model.loss_rows", rows, "--model.checkpointing", "none"))[
+            "loss: some rows' logits, hidden states"]
+        for rows in ("1024", "4096")
+    ]  # fmt: skip
+    assert logits[1] - logits[0] == pytest.approx((3522 - 1024) * (32_000 * 6 + 2 * 4096) / 1024**3, abs=0.02)
+
+
 def test_what_never_fits(plan):
     lines = plan("--config", T4, "--model.base", "meta-llama/Llama-2-70b-chat-hf")
     assert lines[-1].endswith("and no setting does; take a larger card or a smaller base")

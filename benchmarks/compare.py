@@ -32,7 +32,7 @@ PEERS = {
     "trl_grouped": "TRL SFTTrainer, length groups",
     "trl_packed": "TRL SFTTrainer, packing",
     "plain": "transformers + peft, as QLoRA's script",
-    "unsloth": "Unsloth, padding-free",
+    "unsloth": "Unsloth, its defaults",
 }
 QUICK = ["lit_qlora", "trl_default", "trl_grouped", "trl_packed"]
 QUICK_MINUTES = 7.5
@@ -287,7 +287,7 @@ def _picture(report: dict, path: Path) -> None:
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.invert_yaxis()
     axes.set_xlabel("tokens per second, padding not counted")
-    axes.set_title(report["machine"])
+    axes.set_title(report["machine"] + (", under a T4's limits" if report["settings"]["t4"] else ""))
     versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
     figure.text(0.01, 0.01, f"{report['command']}\n{versions}", fontsize=5, color="#666666")
     axes.spines[["top", "right"]].set_visible(False)

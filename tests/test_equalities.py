@@ -1,6 +1,7 @@
 """The training of this project against the plainest loop there is, and accumulation against one large batch."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import load_records
 from lit_qlora.data.tokenizer import load_tokenizer
+from lit_qlora.model import graphs
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
 
@@ -131,6 +133,40 @@ def test_halved_after_running_out_of_memory_equals_not_halved(
     whole, halved = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("whole", "halved"))
     for name, weight in whole.items():
         assert (halved[name] - weight).norm() < 1e-3 * weight.norm(), name
+
+
+@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.parametrize("replays", [False, True])
+def test_memory_that_runs_out_in_backward_loses_no_gradient_of_the_step(
+    start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], replays: bool, at: int
+) -> None:
+    """At the first or the second micro-batch of an optimizer step; a recording stands for itself on the CPU."""
+    monkeypatch.setattr(graphs, "_record", lambda run, pool: SimpleNamespace(replay=torch.enable_grad()(run)))
+    real, real_configure, seen = QLoRAModule.summed_loss, QLoRAModule.configure_model, [0]
+
+    def configure(self: QLoRAModule) -> None:
+        real_configure(self)
+        self.replays = replays
+
+    def short_once(self: QLoRAModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+        found = real(self, batch)
+        seen[0] += torch.is_grad_enabled()
+        if torch.is_grad_enabled() and seen[0] == at:
+            found[0].register_hook(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        return found
+
+    monkeypatch.setattr(QLoRAModule, "configure_model", configure)
+    same = [*SAME, "--trainer.accumulate_grad_batches", "2"]
+    assert main(["fit", "--run", "whole", *same]) == 0
+    monkeypatch.setattr(QLoRAModule, "summed_loss", short_once)
+    capsys.readouterr()
+    assert main(["fit", "--run", "again", *same]) == 0
+    done = "kernels are no longer recorded" if replays else "every layer computes its inside again from now on"
+    assert capsys.readouterr().out.count(f": {done}") == 1
+    figures = [read_metrics(Path(run, "metrics.jsonl")) for run in ("whole", "again")]
+    for one, other in zip(*figures, strict=True):
+        for name in {"train/loss", "train/gradient_norm", "val/loss"} & {*one}:
+            assert other[name] == pytest.approx(one[name], rel=1e-4), (one["step"], name)
 
 
 def test_our_layers_learn_what_transformers_own_learn_and_rows_of_logits_change_nothing(tmp_path, monkeypatch):

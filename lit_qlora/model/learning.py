@@ -83,7 +83,7 @@ class LearnsInParts(LightningModule):
         except torch.OutOfMemoryError:
             is_short = True  # and no more in here, where its frames hold what the failed try has kept
         del whole
-        self._take_back(earlier, adds=not is_short)
+        self._take_back(earlier, adds=self.replays or not is_short)
         if is_short:
             self._make_room(self._batch)
             self._learn_in_parts(self._batch)
@@ -145,7 +145,8 @@ class LearnsInParts(LightningModule):
     def _set_aside(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
         """Takes away the gradients of earlier micro-batches of a step, so that this one's can be made twice.
 
-        Not where they are gathered by a recording, in which nothing can run short.
+        Not where a recording adds them up: that comes last in a backward, and takes no memory, so that one which failed
+        has changed none.
         """
         earlier = [] if self.replays else [(value, value.grad) for value in self.parameters() if value.grad is not None]
         for parameter, _ in earlier:

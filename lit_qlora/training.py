@@ -49,6 +49,8 @@ from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, mend_adapter
 from lit_qlora.trainer import QLoRATrainer, RunParser
 
+OUT_OF_MEMORY = "out of memory outside of a training step (in a validation, an update or a sample answer)"
+
 
 class QLoRACLI(LightningCLI):
     """fit, validate and test of one run folder.
@@ -288,10 +290,13 @@ class QLoRACLI(LightningCLI):
         """Trains, from the start or from the newest whole checkpoint."""
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
-        except OutOfRoomError as error:
+        except (OutOfRoomError, torch.OutOfMemoryError) as error:
             foreseen = planned(model, datamodule, self.trainer)
             for line in forecast.lines(foreseen) if foreseen else ():
                 tell(f"  plan  {line}")
+            if not isinstance(error, OutOfRoomError):
+                change = "--samples.count 0 or --model.checkpointing full, with which this run goes on"
+                raise UserError(f"{OUT_OF_MEMORY}; give {change}") from error
             change = datamodule.smaller(error.rows, self.trainer.accumulate_grad_batches)
             raise UserError(f"{error}; give {change}, in a new run: --run NAME") from error
         if not self.report.was_told:  # killed between its last save and its end: Lightning sees nothing left to do
@@ -334,10 +339,7 @@ def main(args: list[str]) -> int:
         with ExitStack() as stack:
             QLoRACLI(start.complete(args), stack)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            "out of memory outside of a training step (in a validation, an update or a sample answer); give "
-            "--model.checkpointing full or --samples.count 0, or a smaller data.batch_size or data.max_length"
-        ) from error
+        raise UserError(f"{OUT_OF_MEMORY}; give a smaller data.batch_size or data.max_length") from error
     except MisconfigurationException as error:  # Lightning's word for options that don't go together
         raise UserError(" ".join(str(error).split())) from error
     except SystemExit as stop:

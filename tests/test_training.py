@@ -497,4 +497,6 @@ def test_out_of_memory_in_a_validation_is_one_line(
 
     monkeypatch.setattr(QLoRAModule, "validation_step", short)
     assert main(["fit", *SHORT]) == 2
-    assert re.fullmatch(r"error: out of memory outside of a training step .*\n", capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: out of memory outside of a training step .*\n", error)
+    assert error.endswith("give --samples.count 0 or --model.checkpointing full, with which this run goes on\n")

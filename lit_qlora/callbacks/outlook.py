@@ -138,7 +138,8 @@ def planned(module: Any, data: Any, trainer: Any) -> Outlook | None:
     rows = data._rows["train"]
     epoch, largest = epoch_of(rows.lengths, data._first_epoch, data.plan.packed)
     step = step_of(
-        module.base.shape, module.lora, module.optimizer_name, module.checkpointing,
+        module.base.shape, module.lora, module.optimizer_name,
+        "full" if module.slow_because and module.checkpointing == "auto" else module.checkpointing,
         str(trainer.precision), card, largest,
         sum(rows.answer_tokens) / epoch.tokens, trainer.accumulate_grad_batches,
         False if data.plan.packed or module.slow_because else module.cuda_graphs,

@@ -127,7 +127,7 @@ class LearnsInParts(LightningModule):
             self._release()
             done = "kernels are no longer recorded"
         elif self.kept_layers:
-            self.kept_layers = 0
+            self._recompute()
             done = "every layer computes its inside again from now on"
         elif self.parts == 1 and rows > 1:
             self.parts = 2
@@ -138,6 +138,10 @@ class LearnsInParts(LightningModule):
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _recompute(self) -> None:
+        """Has each layer keep its input only."""
+        self.kept_layers = 0
 
     def _release(self) -> None:
         """Lets go of recordings; the subclass has them."""

@@ -225,11 +225,19 @@ class QLoRAModule(LearnsInParts):
         loss, num_correct = summed_cross_entropy(scored, llama.lm_head.weight, batch.targets, self.loss_rows)
         return loss, num_correct, len(batch.targets)
 
+    def _recompute(self) -> None:
+        super()._recompute()
+        if self.slow_because:
+            llama: Any = self.peft_model.get_base_model()
+            checkpoint_layers(llama.model.layers, "full")
+
     def _release(self) -> None:
         self._graphs = None
 
     def _choose_kept_layers(self) -> int:
-        if self.checkpointing == "full" or (self.checkpointing == "auto" and self.device.type != "cpu"):
+        if self.checkpointing == "full":
+            return 0
+        if self.checkpointing == "auto" and (self.slow_because or self.device.type != "cpu"):
             return 0  # on a GPU, `callbacks.trial` knows the batches, and so how many fit
         return self.base.shape.num_layers
 

@@ -346,6 +346,25 @@ def test_with_dora_the_layers_are_the_libraries_with_recomputation(tiny, monkeyp
     assert len(calls) == 2 * 2  # layers times training batches, none of a validation
 
 
+def test_transformers_own_layers_compute_again_once_memory_ran_out(tiny, monkeypatch):
+    from lit_qlora.model import checkpointing
+
+    calls = []
+    real = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(checkpointing, "checkpoint", lambda *args, **how: calls.append(1) or real(*args, **how))
+    for mode, kept_layers in (("full", 0), ("auto", 0), ("none", 2)):
+        built = QLoRAModule(tiny.location, own_layers=False, checkpointing=mode)
+        trainer().fit(built, datamodule=Data([micro_batch(0)]))
+        assert built.slow_because == "model.own_layers is false"
+        assert built.kept_layers == kept_layers
+    calls.clear()
+    built.summed_loss(micro_batch(0))
+    assert not calls
+    built._recompute()
+    built.summed_loss(micro_batch(0))
+    assert (built.kept_layers, len(calls)) == (0, 2)
+
+
 def test_the_adapter_to_start_from_is_trained_on(make_model, tiny, tmp_path):
     model = make_model(rank=3)
     save_adapter(model, tiny, tmp_path)

@@ -1,13 +1,15 @@
 """A run that is given other settings says what changed, and goes on or refuses; so for other rows and another base."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from lit_qlora import demo
-from lit_qlora.callbacks import identity
+from lit_qlora.callbacks import identity, metrics
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.model import load
@@ -304,3 +306,18 @@ def test_early_stopping_may_come_and_go(here: Path, capsys: pytest.CaptureFixtur
     assert main(["validate", "--run", "run", "--ckpt_path", "last"]) == 0
     assert main([*FIT, "--trainer.max_steps", "7"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_no_room_to_drop_lines_is_one_line_and_changes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("whole.jsonl").replace("run/metrics.jsonl")
+    before = Path("run/metrics.jsonl").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(metrics, "replace_file", full)
+    assert main([*FIT, *LONGER]) == 1
+    assert capsys.readouterr().err.startswith("error: run/metrics.jsonl could not be saved: No space left on device")
+    assert Path("run/metrics.jsonl").read_bytes() == before

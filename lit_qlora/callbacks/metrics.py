@@ -20,7 +20,7 @@ from lit_qlora.batch import Batch
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.tell import tell
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
-from lit_qlora.storage.files import replace_file, sync_file
+from lit_qlora.storage.files import SaveError, replace_file, sync_file
 
 
 def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
@@ -199,7 +199,7 @@ def _drop_damaged_lines(path: Path, resumed_step: int) -> None:
         f"{resumed_step} on are written again",
         file=sys.stderr,
     )
-    replace_file(path, b"".join(kept))
+    _replace(path, kept)
 
 
 def _drop_behind(path: Path, step: int) -> None:
@@ -208,7 +208,15 @@ def _drop_behind(path: Path, step: int) -> None:
     kept = [text for text in lines if (line := _line(text)) and line["step"] <= step]
     if len(kept) < len(lines):
         print(f"   run  {path}: {len(lines) - len(kept)} lines behind step {max(step, 0)} are written anew", flush=True)
-        replace_file(path, b"".join(kept))
+        _replace(path, kept)
+
+
+def _replace(path: Path, lines: list[bytes]) -> None:
+    """Raises SaveError, which is told in one line, where there is no room."""
+    try:
+        replace_file(path, b"".join(lines))
+    except OSError as error:
+        raise SaveError(path, error) from error
 
 
 def _drop_torn_line(path: Path) -> int:

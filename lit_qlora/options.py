@@ -6,11 +6,13 @@ jsonargparse does the parsing. Knows of no option what it is for.
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
+from jsonargparse import Namespace
 
 from lit_qlora.errors import UserError
 from lit_qlora.secrecy import check_no_secret
@@ -77,6 +79,18 @@ def _did_you_mean(name: str, names: list[str]) -> str:
         last = name.rpartition(".")[2]
         near = [known for known in names if known.rpartition(".")[2] == last][:1]
     return f"; did you mean {near[0]!r}?" if near else "; the accepted ones are listed by --help"
+
+
+def plain(value: Any) -> Any:
+    """A copy of parsed options with each enum as its value: jsonargparse takes one as a class's default, and can't
+    write it where it stands for a text."""
+    if isinstance(value, Namespace):
+        return Namespace(**{name: plain(one) for name, one in vars(value).items()})
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def option(args: list[str], *names: str) -> str | None:

@@ -4,11 +4,15 @@ Knows the device, and nothing of a run.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins import Precision as PrecisionPlugin
 
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.device import Precision, choose_precision, current_device
@@ -67,9 +71,14 @@ class RunParser(OneLineErrors, LightningArgumentParser):
             return super().instantiate_classes(cfg, **kwargs)
         except ValueError as error:
             found = re.search(r"Problem with given class_path '([^']+)':(.*?)(\n  - |\nGiven value)", str(error), re.S)
-            if found is None:
+            if found:
+                raise UserError(f"{found[1]} can't be made: {' '.join(found[2].split())}") from error
+            # For an option with several types there is a reason of each, and one is the class's own.
+            name = re.search(r"class_path='([^']+)'", str(error))
+            reasons = [one for one in re.findall(r"\n\s*- (.+)", str(error)) if not re.match(r"Expected a|- ", one)]
+            if name is None or not reasons:
                 raise
-            raise UserError(f"{found[1]} can't be made: {' '.join(found[2].split())}") from error
+            raise UserError(f"{name[1]} can't be made: {reasons[0]}") from error
 
 
 class QLoRATrainer(Trainer):
@@ -142,7 +151,10 @@ class QLoRATrainer(Trainer):
         one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
         require(one, "trainer.devices", "one device (several come later)", devices)
         if isinstance(devices, list):
-            count = torch.cuda.device_count()
+            count = torch.cuda.device_count() if accelerator != "cpu" else 0
+            if not count:
+                here = "there is no GPU here" if accelerator != "cpu" else "a CPU has no number"
+                raise UserError(f"trainer.devices: expected 1, for {here}, got {devices}; leave it out")
             require(0 <= devices[0] < count, "trainer.devices", f"a GPU's number below {count}, or 1", devices)
         device = current_device(accelerator)
         chosen, self.precision_reason = choose_precision(precision, device, num_weights)
@@ -169,6 +181,40 @@ class QLoRATrainer(Trainer):
             log_every_n_steps=log_every_n_steps,
             **kwargs,
         )
+
+
+def own_callbacks(given: Callback | list[Callback] | None) -> list[Callback]:
+    """The callbacks of the user's own, one or several.
+
+    Raises UserError for one that does what this project does by itself.
+    """
+    taken = {
+        Checkpoint: "none that writes checkpoints (save_every_steps and save_every_minutes say when one is written)",
+        ProgressBar: "no other progress bar (trainer.enable_progress_bar says whether there is one)",
+    }
+    return _others(given, "trainer.callbacks", taken)
+
+
+def own_plugins(given: Any) -> list[Any]:
+    """The plugins of the user's own, one or several.
+
+    Raises UserError for one that does what this project does by itself.
+    """
+    taken = {
+        CheckpointIO: "none that writes checkpoints (a run goes on only from this project's own)",
+        PrecisionPlugin: "none for the precision (trainer.precision says it)",
+    }
+    return _others(given, "trainer.plugins", taken)
+
+
+def _others(given: Any, option: str, taken: Mapping[Any, str]) -> list[Any]:
+    """``given`` as a list. Raises UserError for one of a kind that is ``taken``."""
+    given = given if isinstance(given, list) else [] if given is None else [given]
+    for one in given:
+        for kind, expected in taken.items():
+            if isinstance(one, kind):
+                raise UserError(f"{option}: expected {expected}, got {type(one).__name__}; leave it out")
+    return given
 
 
 def _require_limit(name: str, value: int | float | None, zero: bool = False) -> None:

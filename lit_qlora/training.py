@@ -38,16 +38,16 @@ from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import OutOfRoomError, UserError, require
 from lit_qlora.model.base import check_weights
 from lit_qlora.model.device import current_device
-from lit_qlora.model.load import check_settings
+from lit_qlora.model.load import check_rank, check_settings
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
-from lit_qlora.options import LINKED
+from lit_qlora.options import LINKED, option, plain
 from lit_qlora.quiet import quieten
 from lit_qlora.signals import LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, mend_adapter
-from lit_qlora.trainer import QLoRATrainer, RunParser
+from lit_qlora.trainer import QLoRATrainer, RunParser, own_callbacks, own_plugins
 
 OUT_OF_MEMORY = "out of memory outside of a training step (in a validation, an update or a sample answer)"
 
@@ -158,6 +158,7 @@ class QLoRACLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the run folder, and in it what to go on from or what to score."""
         options = self.config[self.verb]
+        require(bool((options.run or "").strip()), "run", "a folder", options.run)
         self.run = RunFolder(Path(options.run))
         if self.verb != "fit":
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
@@ -206,7 +207,13 @@ class QLoRACLI(LightningCLI):
 
     def _config_to_keep(self) -> dict[str, Any]:
         """The whole configuration as plain values, without what holds for one start only."""
-        text = self._parser(self.verb).dump(self.config[self.verb], format="yaml")
+        try:
+            text = self._parser(self.verb).dump(plain(self.config[self.verb]), format="yaml")
+        except ValueError as error:
+            raise UserError(
+                "trainer: an option of a class of yours has a value that config.yaml can't hold "
+                f"({' '.join(str(error).split())[:300]}); give it as a text, a number or a list of these"
+            ) from error
         config = dict(yaml.safe_load(text))
         return {name: value for name, value in config.items() if name not in FOR_ONE_START}
 
@@ -215,12 +222,14 @@ class QLoRACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this run's callbacks, loggers and checkpoints."""
         base = self.model.base
+        config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={})}
+        given, plugins = own_callbacks(config.get("callbacks")), own_plugins(config.get("plugins"))
+        check_rank(base, self.model.lora.rank)
         check_weights(base)
         self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
         if self.verb == "fit":  # here, and not before: the model's and the data's options are checked by now
             check_optimizer(self.model.optimizer_name, current_device().capability is not None)
             self._prepare_fit()
-        config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={})}
         shows_bar = config.get("enable_progress_bar") is not False
         metrics, throughput = TrainMetrics(), Throughput()
         bars: list[Callback] = [RunProgress(metrics, throughput)] if shows_bar else []
@@ -228,11 +237,10 @@ class QLoRACLI(LightningCLI):
         callbacks, loggers = [metrics, throughput, UpdateGuard(), SamePrompts(), *bars], list[Logger]()
         if self.verb == "fit":
             callbacks, loggers = self._fit_parts([metrics, throughput], bars)
-        given = config.get("callbacks") or []
         config |= {
-            "callbacks": [*(given if isinstance(given, list) else [given]), *callbacks],
+            "callbacks": [*given, *callbacks],
             "logger": loggers or False,
-            "plugins": [*(config.get("plugins") or []), FolderCheckpointIO()],
+            "plugins": [*plugins, FolderCheckpointIO()],
             "default_root_dir": str(self.run.path),
             "num_weights": self.model.base.shape.num_parameters,
             "enable_progress_bar": shows_bar,
@@ -335,13 +343,15 @@ def main(args: list[str]) -> int:
     Raises UserError for what the user can mend.
     """
     quieten()
+    run = option(args, "--run")
+    require(run is None or bool(run.strip()), "run", "a folder", run)
     try:
         with ExitStack() as stack:
             QLoRACLI(start.complete(args), stack)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{OUT_OF_MEMORY}; give a smaller data.batch_size or data.max_length") from error
     except MisconfigurationException as error:  # Lightning's word for options that don't go together
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(f"trainer: {' '.join(str(error).split())}; change or leave out that option") from error
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

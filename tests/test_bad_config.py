@@ -348,8 +348,95 @@ CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
         "a GPU that is not there",
         ["--trainer.devices", "[5]"],
         None,
-        "trainer.devices: expected a GPU's number below 0, or 1, got [5]",
+        "trainer.devices: expected 1, for there is no GPU here, got [5]; leave it out",
     ),
+    (
+        "a GPU for a CPU",
+        ["--trainer.devices", "[0]", "--trainer.accelerator", "cpu"],
+        None,
+        "trainer.devices: expected 1, for a CPU has no number, got [0]; leave it out",
+    ),
+    (
+        "a callback's option",
+        [],
+        "trainer:\n  callbacks:\n    class_path: lightning.pytorch.callbacks.Timer\n    init_args: {nope: 3}\n",
+        "trainer.callbacks: expected list[Callback], Callback, none; got {'class_path': 'lightning.pytorch.callbacks.Timer', 'init_args': {'nope': 3}}",
+    ),
+    (
+        "a callback's option, in a list",
+        [],
+        "trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.Timer\n      init_args: {nope: 3}\n",
+        "trainer.callbacks: expected list[Callback], Callback, none; got [{'class_path': 'lightning.pytorch.callbacks.Timer', 'init_args': {'nope': 3}}]",
+    ),
+    (
+        "a callback that saves",
+        ["--trainer.callbacks", "lightning.pytorch.callbacks.ModelCheckpoint"],
+        None,
+        "trainer.callbacks: expected none that writes checkpoints (save_every_steps and save_every_minutes say when one is written), got ModelCheckpoint; leave it out",
+    ),
+    (
+        "a second progress bar",
+        [],
+        "trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.TQDMProgressBar\n",
+        "trainer.callbacks: expected no other progress bar (trainer.enable_progress_bar says whether there is one), got TQDMProgressBar; leave it out",
+    ),
+    (
+        "Lightning's own word",
+        [],
+        "trainer:\n  plugins:\n    - &one {class_path: lightning.pytorch.plugins.environments.LightningEnvironment}\n    - *one\n",
+        "trainer: Received multiple values for ClusterEnvironment flags in `plugins`. Expected one value for each type at most.; change or leave out that option",
+    ),
+    (
+        "a callback that refuses its option",
+        [],
+        "trainer:\n  callbacks:\n    class_path: lightning.pytorch.callbacks.StochasticWeightAveraging\n    init_args: {swa_lrs: 0.1, swa_epoch_start: -1}\n",
+        "lightning.pytorch.callbacks.StochasticWeightAveraging can't be made: swa_epoch_start should be a >0 integer or a float between 0 and 1.",
+    ),
+    (
+        "a callback that refuses its option, in a list",
+        [],
+        "trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.StochasticWeightAveraging\n      init_args: {swa_lrs: 0.1, swa_epoch_start: -1}\n",
+        "lightning.pytorch.callbacks.StochasticWeightAveraging can't be made: swa_epoch_start should be a >0 integer or a float between 0 and 1.",
+    ),
+    (
+        "a plugin that saves",
+        ["--trainer.plugins", "lightning.pytorch.plugins.io.AsyncCheckpointIO"],
+        None,
+        "trainer.plugins: expected none that writes checkpoints (a run goes on only from this project's own), got AsyncCheckpointIO; leave it out",
+    ),
+    (
+        "plugins that save",
+        [],
+        "trainer:\n  plugins:\n    - class_path: lightning.pytorch.plugins.io.TorchCheckpointIO\n",
+        "trainer.plugins: expected none that writes checkpoints (a run goes on only from this project's own), got TorchCheckpointIO; leave it out",
+    ),
+    (
+        "a plugin for the precision",
+        ["--trainer.plugins", "lightning.pytorch.plugins.precision.DoublePrecision"],
+        None,
+        "trainer.plugins: expected none for the precision (trainer.precision says it), got DoublePrecision; leave it out",
+    ),
+    (
+        "less than a micro-batch held out",
+        ["--trainer.limit_val_batches", "0.01"],
+        None,
+        "trainer.limit_val_batches: expected a share that comes to at least one of the 21 micro-batches, or a whole number of them, got 0.01",
+    ),
+    (
+        "less than a micro-batch to learn",
+        ["--trainer.limit_train_batches", "0.0001"],
+        None,
+        "trainer.limit_train_batches: expected a share that comes to at least one of the 212 micro-batches, or a whole number of them, got 0.0001",
+    ),
+    (
+        "rank of a giant",
+        ["--model.rank", "193"],
+        None,
+        "model.rank: expected at most 192, the hidden size of demo, got 193",
+    ),
+    ("run empty", ["--run", ""], None, "run: expected a folder, got ''"),
+    ("run blank", ["--run= "], None, "run: expected a folder, got ' '"),
+    ("run null", ["--run", "null"], None, "run: expected a folder, got None"),
 ]
 """What it is called, the command line behind ``fit --run run``, a config file of one's own, and what is said."""
 
@@ -450,6 +537,63 @@ def test_a_lone_key_without_a_value_is_one_line(
     assert capsys.readouterr().err == (
         "error: config: has no value for early_stopping and says nothing else; give one\n"
     )
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_an_empty_run_is_no_newest_run(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert main([verb, "--run", ""]) == 2
+    assert capsys.readouterr().err == "error: run: expected a folder, got ''\n"
+
+
+def test_an_empty_run_in_a_config_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text('run: ""\n')
+    assert main(["fit", "--config", "mine.yaml"]) == 2
+    assert capsys.readouterr().err == "error: run: expected a folder, got ''\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+TIMER = "lightning.pytorch.callbacks.Timer"
+
+
+@pytest.mark.parametrize(
+    ("args", "config"),
+    [
+        (["--trainer.callbacks", TIMER], ""),
+        ([], f"trainer:\n  callbacks:\n    class_path: {TIMER}\n"),
+        ([], f"trainer:\n  callbacks:\n    class_path: {TIMER}\n    init_args:\n      interval: epoch\n"),
+        ([], f"trainer:\n  callbacks:\n    - class_path: {TIMER}\n"),
+        ([], "trainer:\n  plugins:\n    class_path: lightning.pytorch.plugins.environments.LightningEnvironment\n"),
+    ],
+    ids=["one, named", "one", "one with an option", "a list", "a plugin"],
+)
+def test_a_class_of_ones_own_may_be_one_or_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], config: str
+) -> None:
+    """The rows are asked for once the Trainer is there."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"{config}seed_everything: 1\n")
+    assert main(["fit", "--run", "run", "--config", "mine.yaml", "--data.source", "nope.jsonl", *args]) == 2
+    assert "nope.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_a_value_that_a_config_file_cannot_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("odd_callback.py").write_text(
+        "from typing import Any\n\nfrom lightning.pytorch import Callback\n\n\n"
+        "class Odd(Callback):\n    def __init__(self, thing: Any = object()):\n        pass\n"
+    )
+    assert main(["fit", "--run", "run", "--trainer.callbacks", "odd_callback.Odd"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: trainer: an option of a class of yours has a value that config.yaml can't hold (")
+    assert told.endswith("); give it as a text, a number or a list of these\n")
+    assert told.count("\n") == 1
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])

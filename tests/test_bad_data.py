@@ -4,6 +4,8 @@
 import gzip
 import io
 import json
+import os
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -383,6 +385,24 @@ def test_bad_data_is_one_line(
         Path(name).write_bytes(content if isinstance(content, bytes) else str(content).encode())
     assert main(["fit", "--data.source", name, "--run", "run", "--data.max_length", "64"]) == 2
     assert capsys.readouterr().err == f"error: {expected}\n"
+    assert not Path("run").exists()
+
+
+def test_a_pipe_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.jsonl")
+    # A reader would wait until the one that could write has gone.
+    descriptor = os.open("pipe.jsonl", os.O_RDWR | os.O_NONBLOCK)
+    ending = threading.Timer(30, os.close, [descriptor])
+    ending.start()
+    assert main(["fit", "--data.source", "pipe.jsonl", "--run", "run"]) == 2
+    ending.cancel()
+    os.close(descriptor)
+    assert capsys.readouterr().err == (
+        "error: pipe.jsonl: is a folder, a pipe or a device, expected a file; write the rows into one\n"
+    )
     assert not Path("run").exists()
 
 

@@ -297,6 +297,24 @@ def test_a_resealed_checkpoint_whose_record_lacks_a_part_is_refused(
         )
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_resealed_checkpoint_with_a_weight_that_is_not_finite_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    folder = run / "checkpoints/step-00000004"
+    (run / "finished.json").unlink()
+    name = "model.base_model.model.model.layers.0.mlp.down_proj.lora_A.default.weight"
+    change_state(folder, lambda state: state["state_dict"][name].view(-1)[3:4].fill_(float(value)))
+    for command in (FIT, ["validate", "--run", "run", "--ckpt_path", "last"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err == (
+            f"error: {folder}: {name} holds values that are not finite: it was altered; remove that checkpoint's "
+            "folder, and the one before is taken\n"
+        )
+    shutil.rmtree(folder)
+    assert main(FIT) == 0
+
+
 def test_files_of_other_programs_do_no_harm(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "finished.json").unlink()
     for folder in (*(run / "checkpoints").iterdir(), run / "adapter"):

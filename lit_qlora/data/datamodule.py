@@ -123,7 +123,8 @@ class ChatDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads and encodes what ``stage`` needs: ``fit``, ``validate`` or ``test``.
 
-        Raises UserError for rows that can't be read, or when nothing is left to learn or to score.
+        Raises UserError for rows that can't be read, or when nothing is left to learn or to score, be it by a share
+        of the micro-batches that is less than one of them.
         """
         if stage == "fit" and "train" not in self._rows:
             train, held_out = load_train_and_held_out(
@@ -131,10 +132,14 @@ class ChatDataModule(LightningDataModule):
             )
             self._encode("train", train)
             self._encode("validation", held_out)
+            self._check_limit("train", "limit_train_batches")
+            self._check_limit("validation", "limit_val_batches")
         elif stage == "validate" and "validation" not in self._rows:
             self._encode("validation", self._held_out())
+            self._check_limit("validation", "limit_val_batches")
         elif stage == "test" and "test" not in self._rows:
             self._encode("test", self._test_records())
+            self._check_limit("test", "limit_test_batches")
 
     def train_dataloader(self) -> ResumableLoader:
         """The training rows, in groups of like length, in an order that the seed fixes."""
@@ -254,6 +259,20 @@ class ChatDataModule(LightningDataModule):
                 "tokens; raise it"
             )
         self._records[part], self._rows[part] = records, rows
+
+    def _check_limit(self, part: str, option: str) -> None:
+        if self.trainer is None:
+            return
+        limit = getattr(self.trainer, option)
+        if isinstance(limit, float) and 0 < limit < 1:
+            lengths = self._rows[part].lengths
+            count = len(self._first_epoch if part == "train" else self.plan.epoch(lengths, seed=0, epoch=0))
+            require(
+                int(limit * count) >= 1,
+                f"trainer.{option}",
+                f"a share that comes to at least one of the {count} micro-batches, or a whole number of them",
+                limit,
+            )
 
     def _evaluation_loader(self, part: str) -> EvaluationLoader:
         assert self.trainer is not None

@@ -79,6 +79,8 @@ def nearest(name: str, known: list[str]) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without a word
+            raise UserError(f"{path}: is a folder, a pipe or a device, expected a file; write the rows into one")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); check the file's permissions") from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, require
 from lit_qlora.model.base import Base, check_weights
 from lit_qlora.model.device import Attention
 from lit_qlora.model.fingerprint import fingerprint, is_of, shown
@@ -37,6 +37,9 @@ the demo took 17 times as long on two threads as on one."""
 PROMPT_FORMAT = llama2.FORMAT
 RECORD = "lit_qlora.json"
 """The file beside an adapter that says which base and which prompt format it was trained with."""
+
+IN_CONFIG = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+"""What the record repeats of adapter_config.json: by it, an alpha that was changed there is noticed."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,12 @@ def check_targets(base: Base, target_modules: str | list[str]) -> None:
             raise UserError(f"model.target_modules: {name!r} is none of all-linear, {', '.join(known)}")
     if not names:
         raise UserError("model.target_modules: expected all-linear or at least one name, got none")
+
+
+def check_rank(base: Base, rank: int) -> None:
+    """Raises UserError for a rank above the base's hidden size: LoRA would be larger than what it stands beside."""
+    hidden = base.shape.hidden
+    require(rank <= hidden, "model.rank", f"at most {hidden:,}, the hidden size of {base.name}", rank)
 
 
 def check_settings(folder: Path, lora: Lora) -> None:
@@ -242,7 +251,7 @@ def save_adapter(
     folder: Path,
     prompts: Mapping[str, Any] = MappingProxyType({"prompt_format": PROMPT_FORMAT}),
 ) -> None:
-    """Writes a plain PEFT adapter into the existing ``folder``, with a record of base and ``prompts``.
+    """Writes a plain PEFT adapter into the existing ``folder``, with a record of base, LoRA and ``prompts``.
 
     Raises OSError where a file can't be written.
     """
@@ -263,6 +272,7 @@ def save_adapter(
     record = {"base": base.public_name, "base_fingerprint": fingerprint(base), **prompts}
     # What 4 bits leave of the base depends on what it was rounded to before.
     record["base_dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    record |= {name: config[key] for name, key in IN_CONFIG.items()}
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
@@ -292,6 +302,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = {"base": None, "base_fingerprint": None, "prompt_format": PROMPT_FORMAT}
     if (folder / RECORD).is_file():
         record |= _read_json(folder / RECORD)
+        _check_own(folder, record)
     if record["prompt_format"] not in (PROMPT_FORMAT, jinja.FORMAT):
         raise UserError(
             f"{folder}: its prompt format is {record['prompt_format']!r}, this version knows {PROMPT_FORMAT!r} and "
@@ -303,6 +314,18 @@ def read_record(folder: Path) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{folder}: {error}; take an adapter that is as it was saved") from error
     return record
+
+
+def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raises UserError where a record of ours lacks the base, or adapter_config.json says something else."""
+    remedy = "take an adapter that is as it was saved"
+    if not record["base"] or not record["base_fingerprint"]:
+        raise UserError(f"{folder}: its {RECORD} does not say which base it is for: it was altered; {remedy}")
+    config = _read_json(folder / "adapter_config.json")
+    for name, key in IN_CONFIG.items():
+        was, now = record.get(name), config.get(key) or False
+        if was is not None and was != now:  # earlier versions recorded none of them
+            raise UserError(f"{folder}: adapter_config.json was altered: {key}: {was} -> {now}; {remedy}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

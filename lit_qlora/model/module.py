@@ -202,7 +202,10 @@ class QLoRAModule(LearnsInParts):
         return {name: value.detach() for name, value in load.adapter_parameters(self).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> None:  # type: ignore[override]
-        """Takes over an adapter's weights. Raises UserError unless it has just the keys and shapes of this one."""
+        """Takes over an adapter's weights.
+
+        Raises UserError unless it has just the keys and shapes of this one, and is finite.
+        """
         own = load.adapter_parameters(self)
         shapes = {name: tuple(value.shape) for name, value in own.items()}
         given = {name: tuple(value.shape) for name, value in state_dict.items()}
@@ -211,6 +214,13 @@ class QLoRAModule(LearnsInParts):
             raise UserError(
                 f"the checkpoint is of another adapter: {name} is {given.get(name, 'missing')} there, "
                 f"{shapes.get(name, 'missing')} here; give it the same base, rank and target modules"
+            )
+        broken = [name for name in own if not state_dict[name].isfinite().all()]
+        if broken:
+            folder = self._trainer.ckpt_path if self._trainer else None
+            raise UserError(
+                f"{folder or 'the checkpoint'}: {broken[0]} holds values that are not finite: it was altered; remove "
+                "that checkpoint's folder, and the one before is taken"
             )
         with torch.no_grad():
             for name, value in own.items():

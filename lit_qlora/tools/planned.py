@@ -124,6 +124,7 @@ def read(args: list[str]) -> Planned:
         reason = f"compute capability {shown} is assumed; --gpu-capability gives another"
     base = _base(model["base"])
     load.check_targets(base, model["target_modules"])
+    load.check_rank(base, model["rank"])
     samples, trainer = options.samples, options.trainer
     with _offline():
         rows = _rows(data, base, samples.count)

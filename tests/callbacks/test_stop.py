@@ -197,6 +197,30 @@ def test_the_time_limit_stops_before_it_is_over(full_run, tiny, rows, tmp_path, 
     assert capsys.readouterr().out == said
 
 
+def test_the_time_limit_leaves_room_for_two_saves_around_a_step(full_run, tiny, rows, tmp_path):
+    """A step takes 1 s, a save 4 s: at 6 of 12 s, the save that is due, another step and its own would end at 15."""
+    clock = Clock()
+
+    class Timed(tiny):
+        def training_step(self, batch, batch_idx):
+            clock.now += 1
+            return super().training_step(batch, batch_idx)
+
+    parts = full_run(tmp_path / "run", save_every_steps=1, limit_val_batches=0)
+    write = parts.checkpoints._write_checkpoint
+
+    def slow(trainer, target):
+        clock.now += 4
+        write(trainer, target)
+
+    parts.checkpoints._write_checkpoint, parts.checkpoints.clock = slow, clock
+    parts.trainer.callbacks.insert(0, TimeLimit(12, 0.0, parts.stop, clock))
+    with pytest.raises(SystemExit) as stop:
+        parts.trainer.fit(Timed(), datamodule=rows(12))
+    assert (stop.value.code, parts.run.saved_steps()) == (0, [1, 2])
+    assert clock.now == 10
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("00:00:00:01", 1), ("01:02:03:04", 93784), ("00:03:30:00", 12600)])
 def test_the_form_of_a_time_limit(text, seconds):
     assert parse_max_time(text) == seconds

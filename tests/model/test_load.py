@@ -276,6 +276,10 @@ def test_the_record_says_base_and_prompt_format(saved, tiny):
         "base_fingerprint": fingerprint(tiny),
         "prompt_format": "llama2-chat",
         "base_dtype": "float32",
+        "rank": 4,
+        "alpha": 8.0,
+        "rslora": False,
+        "dora": False,
     }
 
 
@@ -378,6 +382,7 @@ def test_an_adapter_of_another_base(load, tiny, other_tiny, adapter):
 
 def test_a_rank_edited_in_the_config(load, tiny, adapter):
     edit(adapter / "adapter_config.json", r=8)
+    edit(adapter / "lit_qlora.json", rank=8)
     assert refusal(load(), tiny, adapter) == (
         f"{adapter}: this adapter does not fit tiny-llama: {A_WEIGHT} is [4, 172], expected [8, 172]"
     )
@@ -452,6 +457,47 @@ def test_an_unknown_prompt_format(load, tiny, adapter):
 def test_a_broken_record(load, tiny, adapter, text, message):
     (adapter / "lit_qlora.json").write_text(text, encoding="utf-8")
     assert refusal(load(), tiny, adapter).startswith(f"{adapter / 'lit_qlora.json'}{message}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"lora_alpha": 16}, "lora_alpha: 8.0 -> 16"),
+        ({"r": 8}, "r: 4 -> 8"),
+        ({"use_rslora": True}, "use_rslora: False -> True"),
+        ({"use_dora": True}, "use_dora: False -> True"),
+        ({"lora_alpha": None}, "lora_alpha: 8.0 -> False"),
+    ],
+)
+def test_a_config_that_says_something_else_than_the_record(adapter, changes, told):
+    edit(adapter / "adapter_config.json", **changes)
+    with pytest.raises(UserError) as caught:
+        read_record(adapter)
+    assert str(caught.value) == (
+        f"{adapter}: adapter_config.json was altered: {told}; take an adapter that is as it was saved"
+    )
+
+
+def test_an_older_record_says_nothing_of_lora(load, tiny, adapter):
+    record = json.loads((adapter / "lit_qlora.json").read_text(encoding="utf-8"))
+    for name in ("rank", "alpha", "rslora", "dora"):
+        del record[name]
+    (adapter / "lit_qlora.json").write_text(json.dumps(record), encoding="utf-8")
+    edit(adapter / "adapter_config.json", lora_alpha=16)
+    assert load_adapter(load(), tiny, adapter, trainable=False).peft_config["default"].lora_alpha == 16
+
+
+@pytest.mark.parametrize("lost", [{"base", "base_fingerprint"}, {"base"}, {"base_fingerprint"}, None])
+def test_a_record_without_its_base(adapter, lost):
+    record = json.loads((adapter / "lit_qlora.json").read_text(encoding="utf-8"))
+    left = {name: value for name, value in record.items() if lost and name not in lost}
+    (adapter / "lit_qlora.json").write_text(json.dumps(left), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_record(adapter)
+    assert str(caught.value) == (
+        f"{adapter}: its lit_qlora.json does not say which base it is for: it was altered; "
+        "take an adapter that is as it was saved"
+    )
 
 
 def test_a_tiny_base_on_a_cpu_takes_one_thread(load):

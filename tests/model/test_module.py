@@ -151,6 +151,20 @@ def test_another_state_is_refused_and_changes_nothing(module, change, told):
     assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
 
 
+def test_a_state_that_is_not_finite_is_refused_and_changes_nothing(module):
+    built = module()
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    state[A_KEY][1, 2] = float("nan")
+    with pytest.raises(UserError) as error:
+        built.load_state_dict(state)
+    assert str(error.value) == (
+        f"the checkpoint: {A_KEY} holds values that are not finite: it was altered; remove that checkpoint's folder, "
+        "and the one before is taken"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
+
+
 def test_an_adapter_folder_goes_out_and_in(module, tmp_path):
     first, second = module(), module()
     with torch.no_grad():

@@ -297,6 +297,23 @@ def test_what_was_just_copied_and_the_last_whole_one_stay_whatever_is_damaged(ma
     assert drive.saved_steps() == [12, 15, 99]
 
 
+def test_a_damaged_copy_stays_while_only_one_is_known_to_be_whole(machine, drive):
+    """It may be the disk that reads it wrongly this once, and one alone is no reserve."""
+    run, mirror, told = machine(opened=False)
+    mirror.open(CONFIG)
+    save(run, 5)
+    mirror._copy_newest()
+    (drive.checkpoint(5) / "state").write_text("bitrot", encoding="utf-8")
+    mirror = Mirror(run, drive.path.parent, told.append)
+    mirror.open(CONFIG)
+    save(run, 10)
+    mirror._copy_newest()
+    assert drive.saved_steps() == [5, 10]
+    save(run, 15)
+    mirror._copy_newest()
+    assert drive.saved_steps() == [10, 15]
+
+
 def test_a_finished_run_that_the_mirror_lacks_is_completed(machine, drive, monkeypatch, capsys):
     run, mirror, told = machine()
     save(run, 5)

@@ -56,7 +56,9 @@ def main() -> None:
     (options.output / "compare.md").write_text(table, encoding="utf-8")
     print(table)
     _picture(report, options.output / "compare.png")
-    print(json.dumps(report["ratios"]))
+    # Of --quick, time may be up before all of them; and of a peer, one may have failed.
+    counts = [found["repetitions"] for found in report["peers"].values() if "failed" not in found]
+    print(json.dumps(report["ratios"] | {"repetitions": min(counts, default=0)}))
     failed = [peer for peer, found in report["peers"].items() if "failed" in found]
     if "lit_qlora" in failed or len(failed) == len(report["peers"]):
         sys.exit(f"not measured: {', '.join(failed)}")
@@ -66,7 +68,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="a small random Llama on the CPU")
     parser.add_argument("--t4", action="store_true", help="14.2 GiB, fp16, no flash or cuDNN attention")
-    parser.add_argument("--quick", action="store_true", help="four peers, 8 rows once")
+    parser.add_argument("--quick", action="store_true", help="four peers, 8 rows")
     parser.add_argument("--base", help="folder or hub id; default: random weights, made for this run")
     parser.add_argument("--tokenizer", type=Path, help="of Llama 2, for a random base; default: the demo's")
     parser.add_argument("--data", default=GUANACO, help="as data.source")
@@ -77,12 +79,14 @@ def _options() -> argparse.Namespace:
     words = "steps that are not timed, at least 1; default: 3, quick: 1, on a GPU a pass and 2"
     parser.add_argument("--warm-up", type=int, help=words)
     parser.add_argument("--seconds", type=float, help="of timed steps, at least; default: 60, quick: 8")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=3, help="at least 1")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=None)
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for table, picture and figures")
     options = parser.parse_args()
     if options.warm_up is not None and options.warm_up < 1:
         parser.error("--warm-up: expected a whole number from 1: the first step's end is where the clock starts")
+    if options.repetitions < 1:
+        parser.error(f"--repetitions: expected a whole number from 1, got {options.repetitions}")
     options.rows = options.rows or (8 if options.quick else 256)
     options.seconds = options.seconds or (8 if options.quick else 60)
     if options.warm_up is None:  # a GPU's kernels are compiled, tuned and recorded when a length is first seen
@@ -200,6 +204,7 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict]]) -> dict
         peers[peer] = {
             "tokens_per_second": statistics.median(speeds),
             "range": [min(speeds), max(speeds)],
+            "repetitions": len(good),
             **{
                 key: good[-1][key]
                 for key in ("loss", "loss_after", "padding_share", "start_seconds", "peak_gib", "precision", "steps")

@@ -45,13 +45,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="conversations of data instead")
     parser.add_argument("--output", type=Path, default=Path("benchmark"))
     options = parser.parse_args()
-    if not (options.rows or options.base or options.cpu):
+    if not (options.rows is not None or options.base or options.cpu):
         parser.error("give --base, --cpu or --rows")
+    for name, values in (("steps", [options.steps]), ("rows", options.rows or [1])):
+        if min(values) < 1:
+            parser.error(f"--{name}: expected a whole number from 1, got {min(values)}")
     if options.rows:
         found = [_fit_to_first_step(rows) for rows in options.rows]
         lines = _rows_table(found)
     else:
-        found = _steps(options)
+        from lit_qlora.errors import UserError
+
+        try:
+            found = _steps(options)
+        except UserError as error:
+            parser.error(str(error))
         lines = _steps_table(found)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "growth.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

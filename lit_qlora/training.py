@@ -300,7 +300,7 @@ class QLoRACLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
         except (OutOfRoomError, torch.OutOfMemoryError) as error:
             foreseen = planned(model, datamodule, self.trainer)
-            for line in forecast.lines(foreseen) if foreseen else ():
+            for line in forecast.lines(foreseen, bool(model.slow_because)) if foreseen else ():
                 tell(f"  plan  {line}")
             if not isinstance(error, OutOfRoomError):
                 change = "--samples.count 0 or --model.checkpointing full, with which this run goes on"

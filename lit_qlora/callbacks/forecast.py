@@ -31,17 +31,22 @@ PARTS = {
 }
 
 
-def lines(foreseen: Outlook) -> Iterator[str]:
-    """What a fit says before it begins: against the card, part by part, the host and the time."""
+def lines(foreseen: Outlook, is_slow: bool = False) -> Iterator[str]:
+    """What a fit says before it begins: against the card, part by part, the host and the time.
+
+    ``is_slow`` where the layers are transformers' own.
+    """
     step, card = foreseen.step, foreseen.card
     peak = max(foreseen.moments, key=lambda moment: moment.reserved)
     share = peak.on_card / GIB / card.memory_gib
-    verdict = "fits" if share <= 1 else "does not fit: python main.py plan says what would"
+    verdict = ("may fit" if is_slow else "fits") if share <= 1 else "does not fit: python main.py plan says what would"
     yield (
         f"predicted for {card.name}: {peak.on_card / GIB:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
         f"torch reserves {peak.reserved / GIB:.2f}; {verdict}"
     )
     yield from memory_lines(step, foreseen.samples, foreseen.moments, card)
+    if is_slow:
+        yield SLOW
     yield from host_lines(step, foreseen.keep_checkpoints)
     yield from time_lines(step, foreseen.epoch, card)
 

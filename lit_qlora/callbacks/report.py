@@ -73,10 +73,8 @@ class Report(Callback):
         foreseen = planned(module, data, trainer)
         if foreseen:
             self.predicted_gib = step_memory(foreseen.step).reserved / GIB
-            for line in forecast.lines(foreseen):
+            for line in forecast.lines(foreseen, bool(module.slow_because)):
                 _say("plan", line)
-            if module.slow_because:
-                _say("plan", forecast.SLOW)
         _say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -43,9 +43,9 @@ def lines(planned: Planned) -> Iterator[str]:
 
 
 def _memory_lines(planned: Planned) -> Iterator[str]:
-    settings, assumed = planned.settings, "" if planned.rows.known_by == "counted" else " (assumed)"
+    settings, assumed = planned.settings, "" if planned.prompts.are_counted else " (assumed)"
     yield from forecast.memory_lines(settings.step(), settings.samples(), settings.moments(), settings.card, assumed)
-    if settings.lora.dora or not settings.own_layers:
+    if settings.is_slow:
         yield forecast.SLOW
 
 
@@ -62,8 +62,10 @@ def _time_lines(planned: Planned) -> Iterator[str]:
     precision = f"precision {settings.precision} ({planned.precision_reason})"
     epoch, _ = settings.epoch()
     padding = 1 - epoch.tokens / epoch.padded_tokens
+    taken, known = settings.num_rows(), len(rows.lengths)
+    number = f"{known:,}" if taken == known else f"{taken:,} of {known:,}"
     yield (
-        f"an epoch: {len(rows.lengths):,} rows, {epoch.tokens:,} tokens ({rows.known_by}), {padding:.0%} padding, "
+        f"an epoch: {number} rows, {epoch.tokens:,} tokens ({rows.known_by}), {padding:.0%} padding, "
         f"{epoch.num_micro_batches:,} micro-batches"
     )
     hours = settings.hours()
@@ -81,17 +83,19 @@ def _time_lines(planned: Planned) -> Iterator[str]:
 
 def _verdict_lines(settings: Settings) -> Iterator[str]:
     gib = settings.card.memory_gib
+    own = "may fit, what transformers' own layers take beside not counted"
     need = settings.peak().on_card / GIB
+    tight = f"may fit, within {memory.RESERVE:.0%} of the card"
     if settings.fits():
         faster = quickest(settings)
         if faster:
             words, chosen = faster
             yield f"quicker: {words}: {chosen.peak().on_card / GIB:.2f} GiB, {duration(chosen.hours() or 0)} an epoch"
-        elif settings.hours() is not None:
+        elif settings.hours() is not None and not settings.is_slow:
             yield "micro-batch and checkpointing: as they are; nothing that fits is worth a change"
-        surely = "fits" if settings.fits(1 - memory.RESERVE) else f"may fit, within {memory.RESERVE:.0%} of the card"
-        if settings.lora.dora or not settings.own_layers:
-            surely = "may fit, what transformers' own layers take beside not counted"
+        surely = "fits" if settings.fits(1 - memory.RESERVE) else tight
+        if settings.is_slow:
+            surely = own
         yield f"{surely}: {need:.2f} of {gib:.2f} GiB"
         return
     change = smallest_change(settings)
@@ -99,4 +103,5 @@ def _verdict_lines(settings: Settings) -> Iterator[str]:
         yield f"does not fit: {need:.2f} of {gib:.2f} GiB, and no setting does; take a larger card or a smaller base"
         return
     words, changed = change
-    yield f"does not fit: {need:.2f} of {gib:.2f} GiB; {changed.peak().on_card / GIB:.2f} with {words}"
+    surely = f"{own}: " if settings.is_slow else "" if changed.fits(1 - memory.RESERVE) else f"{tight}: "
+    yield f"does not fit: {need:.2f} of {gib:.2f} GiB; {surely}{changed.peak().on_card / GIB:.2f} with {words}"

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_qlora import start
+from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.outlook import ANSWER_SHARE, PROMPT_TOKENS, current_card, guanaco_lengths
+from lit_qlora.callbacks.samples import SampleAnswers
+from lit_qlora.callbacks.stop import parse_max_time
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.records import load_train_and_held_out
 from lit_qlora.data.sources import is_hub_id
@@ -24,6 +28,7 @@ from lit_qlora.model.cards import DEFAULT, Card, find_card
 from lit_qlora.model.device import AMPERE, Device, check_attention, choose_precision
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.shape import known_config
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.text import llama2
 from lit_qlora.tools.fitting import Settings
 from lit_qlora.trainer import QLoRATrainer
@@ -83,8 +88,15 @@ class Rows:
 
     lengths: tuple[int, ...]
     answer_share: float
-    prompt_tokens: int
     known_by: str
+
+
+class Prompts(NamedTuple):
+    """Of the sample answers: how many, and tokens of the longest."""
+
+    number: int
+    tokens: int
+    are_counted: bool
 
 
 class Planned(NamedTuple):
@@ -93,6 +105,7 @@ class Planned(NamedTuple):
     base: Base
     settings: Settings
     rows: Rows
+    prompts: Prompts
     precision_reason: str
     download: int
     """Bytes of the base that are not here yet."""
@@ -112,8 +125,13 @@ def read(args: list[str]) -> Planned:
     needs_ampere = options.trainer.precision == "bf16-mixed" or model["attention"] == "flash_attention_2"
     card = _card(options.gpu, options.gpu_gib, options.gpu_capability, AMPERE if needs_ampere else DEFAULT.capability)
     device = Device(card.name, card.capability)
+    trainer, drawn = _checked(options), SampleAnswers(**options.samples.as_dict())
+    if model["adapter"]:
+        options.data.template = start.template_of(Path(model["adapter"]), options.data.template)
     # The options' own checks, on a base that is always there and for no card.
-    module = QLoRAModule(**{**model, "base": "demo", "adapter": None, "attention": "sdpa"})
+    module = QLoRAModule(**{**model, "base": "demo", "attention": "sdpa"})
+    if module.adapter:
+        load.check_settings(module.adapter, module.lora)
     data = ChatDataModule(**options.data.as_dict())
     start.check_graphs(model["cuda_graphs"], data.plan.packed)
     if card.capability < AMPERE:  # above, whether the package is there is the other machine's affair
@@ -125,20 +143,43 @@ def read(args: list[str]) -> Planned:
     base = _base(model["base"])
     load.check_targets(base, model["target_modules"])
     load.check_rank(base, model["rank"])
-    samples, trainer = options.samples, options.trainer
+    trainer.datamodule = data  # type: ignore[attr-defined]
     with _offline():
-        rows = _rows(data, base, samples.count)
+        rows, prompts = _rows(trainer, data, base, drawn)
         download = missing_bytes(base)
     settings = Settings(
-        base.shape, card, precision, rows.lengths, rows.answer_share, rows.prompt_tokens, module.lora,
+        base.shape, card, precision, rows.lengths, rows.answer_share, prompts.tokens, module.lora,
         model["optimizer"], model["checkpointing"], data.plan, data.max_length,
-        trainer.accumulate_grad_batches, len(samples.prompts or ()) or samples.count,
-        samples.max_new_tokens, data.seed, model["cuda_graphs"],
-        model["loss_rows"], model["own_layers"],
+        trainer.accumulate_grad_batches, prompts.number, drawn.max_new_tokens, data.seed, model["cuda_graphs"],
+        model["loss_rows"], model["own_layers"], trainer.limit_train_batches,
     )  # fmt: skip
-    return Planned(
-        base, settings, rows, reason, download, trainer.max_epochs, trainer.max_steps, options.keep_checkpoints
+    limit, (epoch, _) = trainer.limit_train_batches, replace(settings, limit=1.0).epoch()
+    expected = f"a share of the {epoch.num_micro_batches:,} micro-batches that is one at least"
+    require(limit * epoch.num_micro_batches >= 1, "trainer.limit_train_batches", expected, limit)
+    length = options.trainer.max_epochs, options.trainer.max_steps
+    return Planned(base, settings, rows, prompts, reason, download, *length, options.keep_checkpoints)
+
+
+def _checked(options: Any) -> QLoRATrainer:
+    """A Trainer of these options, which has checked them; checks those of the checkpoints and of time, too.
+
+    Accelerator, precision and the number of a GPU are another machine's affair.
+    """
+    RunCheckpoints(
+        RunFolder(Path(options.run)), options.save_every_steps, options.keep_checkpoints, options.save_every_minutes
     )
+    if options.max_time is not None:
+        parse_max_time(options.max_time)
+    given = options.trainer.as_dict()
+    elsewhere: dict[str, Any] = {"precision": "32-true", "callbacks": None, "logger": False, "plugins": None}
+    if given["accelerator"] in ("gpu", "cuda"):
+        elsewhere["accelerator"] = "auto"
+    if isinstance(given["devices"], list) and len(given["devices"]) == 1:
+        elsewhere["devices"] = 1
+    try:
+        return QLoRATrainer(**{**given, **elsewhere})
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def _card(name: str | None, gib: float | None, capability: str | None, assumed: tuple[int, int]) -> Card:
@@ -175,15 +216,19 @@ def _offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def _rows(data: ChatDataModule, base: Base, num_prompts: int) -> Rows:
+def _rows(trainer: Any, data: ChatDataModule, base: Base, drawn: SampleAnswers) -> tuple[Rows, Prompts]:
     """The real lengths where rows and tokenizer are at hand; else an assumption that says so."""
     has_tokenizer = True
     try:
         _ = data.tokenizer
     except UserError:
         has_tokenizer = False
+    prompts = Prompts(len(drawn.prompts or ()) or drawn.count, PROMPT_TOKENS, False)
     if has_tokenizer:
         data.encoder.check_vocabulary(base.shape.vocabulary, base.name)
+        drawn.setup(trainer, trainer.lightning_module, "fit")
+        if drawn.prompts:
+            prompts = _prompts(data, drawn)
     fits = data.fits if has_tokenizer else llama2.segments
     try:
         train, _ = load_train_and_held_out(
@@ -195,7 +240,7 @@ def _rows(data: ChatDataModule, base: Base, num_prompts: int) -> Rows:
         num_rows = PUBLISHED.get(data.source, 1000)
         lengths = guanaco_lengths(num_rows)
         what = f"{num_rows:,} rows" if data.source in PUBLISHED else "lengths unknown: 1,000 rows"
-        return Rows(tuple(lengths), ANSWER_SHARE, PROMPT_TOKENS, f"assumed: {what}, their lengths as Guanaco's")
+        return Rows(tuple(lengths), ANSWER_SHARE, f"assumed: {what}, their lengths as Guanaco's"), prompts
     if not has_tokenizer:
         lengths = [
             TOKENS_A_TURN * len(conversation.turns)
@@ -203,9 +248,13 @@ def _rows(data: ChatDataModule, base: Base, num_prompts: int) -> Rows:
             for conversation in train.conversations
         ]
         known_by = f"estimated from {CHARACTERS_A_TOKEN} characters a token: the tokenizer is not here"
-        return Rows(tuple(lengths), ANSWER_SHARE, PROMPT_TOKENS, known_by)
+        return Rows(tuple(lengths), ANSWER_SHARE, known_by), prompts
     data.setup("fit")
     encoded = data._rows["train"]
-    prompts = [len(data.encoder.prompt(prompt)) for prompt, _ in data.held_out_prompts(num_prompts)]
     share = sum(encoded.answer_tokens) / sum(encoded.lengths)
-    return Rows(tuple(encoded.lengths), share, max(prompts, default=PROMPT_TOKENS), "counted")
+    return Rows(tuple(encoded.lengths), share, "counted"), _prompts(data, drawn)
+
+
+def _prompts(data: ChatDataModule, drawn: SampleAnswers) -> Prompts:
+    lengths = [len(data.encoder.prompt(prompt)) for prompt in drawn.choose(data)]
+    return Prompts(len(lengths), max(lengths, default=0), True)

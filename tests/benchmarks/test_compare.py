@@ -43,7 +43,8 @@ def test_quick_begins_no_repetition_that_would_not_end_in_time(monkeypatch, caps
 def test_it_fails_where_ours_was_not_measured(monkeypatch, capsys, tmp_path, failing, status):
     keys = ("tokens_per_second", "padding_share", "loss", "loss_after", "start_seconds", "peak_gib", "steps")
     good = dict.fromkeys(keys, 1.0) | {"precision": "32-true"}
-    results = {peer: [{"failed": "no"} if peer in failing else good] for peer in ("lit_qlora", "trl_default")}
+    results = {peer: [{"failed": "no"} if peer in failing else good] * 2 for peer in ("lit_qlora", "trl_default")}
+    results["lit_qlora"].append(good if "lit_qlora" not in failing else {"failed": "no"})
     monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", "--peers", *results, "--output", str(tmp_path)])
     monkeypatch.setattr(compare, "_prepare", lambda *_: tmp_path)
     monkeypatch.setattr(compare, "_measure", lambda *_: results)
@@ -54,7 +55,8 @@ def test_it_fails_where_ours_was_not_measured(monkeypatch, capsys, tmp_path, fai
         with pytest.raises(SystemExit, match=status):
             compare.main()
     ratios = {} if failing else {"ratio_to_trl_default": 1.0}
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == ratios
+    repetitions = 3 if failing == ("trl_default",) else 2
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == ratios | {"repetitions": repetitions}
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,12 @@ def test_quick_sets_defaults_only(monkeypatch, given, expected):
     monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", *given])
     options = compare._options()
     assert (options.rows, options.seconds, options.warm_up) == expected
+
+
+@pytest.mark.parametrize("given", [["--repetitions", "0"], ["--warm-up", "0"]])
+def test_mistakes_are_said_before_anything_is_measured(monkeypatch, capsys, given):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", *given])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"compare.py: error: {given[0]}: expected a whole")

@@ -171,6 +171,8 @@ def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
     assert lines[held + 2].split() == ["host", "and", "disk", "GiB"]
     assert lines[held + 3].startswith("  run folder, with 3 checkpoints ")
     assert lines[-2].startswith("  an epoch takes ")
+    slow = list(forecast.lines(foreseen, is_slow=True))
+    assert slow[0].endswith("; may fit") and forecast.SLOW in slow and forecast.SLOW not in lines
 
 
 def test_a_card_of_unknown_rates_and_one_too_small():

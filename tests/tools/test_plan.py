@@ -67,6 +67,22 @@ def test_what_a_fit_refuses_is_refused(capsys):
     assert capsys.readouterr().err == "error: model.cuda_graphs: expected auto or false with data.packing, got True\n"
 
 
+def test_recorded_kernels_are_the_first_to_go(plan):
+    line = plan("--config", T4, "--gpu", "h100", "--gpu-gib", "8")[-1]
+    assert line == "does not fit: 9.56 of 8.00 GiB; 7.02 with --model.cuda_graphs false"
+
+
+def test_what_the_change_gives_fits_when_it_is_planned_again(plan):
+    line = plan("--config", T4, "--gpu-gib", "6.5")[-1]
+    words = re.fullmatch(r"does not fit: 6\.97 of 6\.50 GiB; 5\.\d\d with (.*)", line)[1]
+    assert plan("--config", T4, "--gpu-gib", "6.5", *words.split())[-1].startswith("fits: 5.")
+
+
+def test_a_change_that_takes_all_of_the_card_may_fit(plan):
+    line = plan("--config", T4, "--gpu-gib", "5.2")[-1]
+    assert line.startswith("does not fit: 6.97 of 5.20 GiB; may fit, within 10% of the card: 5.1")
+
+
 @pytest.mark.parametrize("slow", [["--model.dora", "true"], ["--model.own_layers", "false"]])
 def test_transformers_own_layers_are_not_promised_to_fit(plan, slow):
     lines = plan("--config", T4, *slow)
@@ -74,8 +90,16 @@ def test_transformers_own_layers_are_not_promised_to_fit(plan, slow):
         "  transformers' own layers (model.own_layers false, or DoRA) take more time and memory than these figures"
         in lines
     )
-    assert lines[-1].startswith("may fit, what transformers' own layers take beside not counted: 12.")
+    assert lines[-1].startswith("may fit, what transformers' own layers take beside not counted: 6.97 of 14.56 GiB")
+    assert any(line.endswith("; all 32 layers compute their activations again") for line in lines)
+    assert not any(line.startswith(("quicker", "micro-batch and checkpointing")) for line in lines)
     assert not any("CUDA graphs" in line for line in plan("--config", T4, "--gpu", "h200", *slow))
+
+
+def test_a_change_of_transformers_own_layers_may_fit(plan):
+    line = plan("--config", T4, "--model.own_layers", "false", "--model.checkpointing", "none")[-1]
+    own = "may fit, what transformers' own layers take beside not counted"
+    assert line == f"does not fit: 16.71 of 14.56 GiB; {own}: 6.97 with --model.checkpointing auto"
 
 
 def test_more_rows_of_logits_take_more_memory(plan):
@@ -143,6 +167,28 @@ def test_rows_at_hand_without_their_tokenizer_are_estimated(plan, tmp_path):
     assert any(f"40 rows, {40 * (12 + round((197 + 395) / 3.3)):,} tokens" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("10", "an epoch: 40 of 9,846 rows, 22,132 tokens"),
+        ("0.5", "an epoch: 4,922 of 9,846 rows, 2,107,814 tokens"),
+    ],
+)
+def test_an_epoch_ends_where_it_is_told_to(plan, limit, words):
+    assert any(line.startswith(words) for line in plan("--config", T4, "--trainer.limit_train_batches", limit))
+
+
+def test_prompts_of_the_users_own_are_measured(plan):
+    prompts = [
+        "a",
+        "what is in a sentence that is much longer than all of the held-out ones of the demo are, or is it?",
+    ]
+    line = next(line for line in plan("--samples.prompts", json.dumps(prompts)) if "sample answers:" in line)
+    assert re.fullmatch(r"  sample answers: 2 prompts of (4|5|6)\d tokens, 48 new ones each", line)
+    held_out = next(line for line in plan() if "sample answers:" in line)
+    assert held_out == "  sample answers: 8 prompts of 29 tokens, 48 new ones each"
+
+
 def test_a_run_of_a_few_steps(plan):
     lines = plan("--config", T4, "--trainer.max_steps", "1231")
     assert any("the run, 0.5 epochs" in line for line in lines)
@@ -164,6 +210,17 @@ def test_paged_state_goes_to_the_host(plan):
         (["--model.target_modules", "nope"], "error: model.target_modules: 'nope' is none of"),
         (["--trainer.precision", "bf16-mixed"], "error: trainer.precision: T4 has compute capability 7.5 and no bf16"),
         (["--model.attention", "flash_attention_2"], "error: model.attention: flash_attention_2 needs compute"),
+        (["--trainer.accumulate_grad_batches", "0"], "error: trainer.accumulate_grad_batches: expected a whole number"),
+        (["--trainer.accumulate_grad_batches", "-1"], "error: trainer.accumulate_grad_batches: expected a whole"),
+        (["--trainer.devices", "2"], "error: trainer.devices: expected one device (several come later), got 2"),
+        (["--trainer.limit_train_batches", "0"], "error: trainer.limit_train_batches: expected a whole number"),
+        (["--trainer.limit_train_batches", "0.001"], "error: trainer.limit_train_batches: expected a share of the 212"),
+        (["--trainer.accelerator", "tpu"], "error: trainer.accelerator: expected one of auto, cpu, gpu, cuda"),
+        (["--model.adapter", "/nonexistent"], "error: /nonexistent is no adapter: it has no adapter_config.json"),
+        (["--samples.count", "-1"], "error: samples.count: expected 0 or more, got -1"),
+        (["--samples.prompts", '["[INST] x"]'], "error: samples.prompts: expected texts without [INST]"),
+        (["--keep_checkpoints", "1"], "error: keep_checkpoints: expected a whole number from 2, got 1"),
+        (["--max_time", "soon"], "error: max_time: expected DD:HH:MM:SS"),
         (["--gpu", "t5"], "error: gpu: no card 't5' in the table"),
         (["--gpu-gib", "0"], "error: gpu-gib: expected a number of GiB above 0, got 0.0"),
         (["--gpu-capability", "ampere"], "error: gpu-capability: expected two numbers as in 8.6, got 'ampere'"),
@@ -180,6 +237,11 @@ def test_mistakes_are_one_line(plan, args, message):
     lines = plan(*args, status=2)
     assert len(lines) == 1
     assert lines[0].startswith(message)
+
+
+@pytest.mark.parametrize("here", [["--trainer.accelerator", "gpu"], ["--trainer.devices", "[3]"]])
+def test_what_is_the_other_machines_affair_is_taken(plan, here):
+    assert plan(*here)[-1].startswith("fits")
 
 
 def test_another_cards_flash_attention_is_taken(plan):

@@ -107,7 +107,7 @@ class QLoRAModule(LearnsInParts):
         require(
             cuda_graphs is not True or (own_layers and not (dropout or dora)),
             "model.cuda_graphs",
-            "auto or false with dropout, dora, or without own_layers",
+            "auto or false with dropout or dora, or without own_layers",
             True,
         )
         self.base: Base = find_base(base)

@@ -18,6 +18,9 @@ from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
 
 
+NOT_WITH = "error: model.cuda_graphs: expected auto or false with dropout or dora, or without own_layers, got True"
+
+
 class Rerun:
     """What stands for a CUDA graph without a GPU."""
 
@@ -171,7 +174,8 @@ def test_a_fit_learns_the_same(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.dropout", "0.1"], "error: model.cuda_graphs: expected auto or false with dropout or dora, got True"),
+        (["--model.dropout", "0.1"], NOT_WITH),
+        (["--model.own_layers", "false"], NOT_WITH),
         (["--data.packing", "true", "--data.batch_tokens", "256"],
          "error: model.cuda_graphs: expected auto or false with data.packing, got True"),
         ([], "error: model.cuda_graphs: expected auto or false without a GPU, got True"),

@@ -17,7 +17,6 @@ from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
 
-
 NOT_WITH = "error: model.cuda_graphs: expected auto or false with dropout or dora, or without own_layers, got True"
 
 

@@ -5,14 +5,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lit_qlora import demo
+from lit_qlora.batch import Batch
 from lit_qlora.callbacks import identity, metrics
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.model import load
+from lit_qlora.model.module import QLoRAModule
 from lit_qlora.start import DEMO_CONFIG
 from lit_qlora.storage.folders import write_folder
 
@@ -238,6 +241,40 @@ def test_what_was_done_behind_the_checkpoint_with_other_settings_is_no_part_of_t
     )  # fmt: skip
     assert lines == expected
     assert [line["step"] for line in lines] == [*range(11)]
+
+
+def test_a_finished_run_that_was_made_longer_and_killed_ends_as_it_was_with_the_old_command(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = [*FIT, "--mirror", "drive/mirror"]
+    Path("drive").mkdir()
+    assert main(same) == 0
+    kept = ("adapter/adapter_model.safetensors", "adapter/result.json", "finished.json")
+    before = {name: Path("run", name).read_bytes() for name in kept}
+    lines = read_metrics(Path("run/metrics.jsonl"))
+    real = QLoRAModule.training_step
+
+    def killed(self: QLoRAModule, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        if self.global_step == 7:
+            raise RuntimeError("killed")
+        return real(self, batch, batch_idx)
+
+    longer = [*LONGER, "--save_every_steps", "9", "--trainer.val_check_interval", "7"]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(QLoRAModule, "training_step", killed)
+        main([*same, *longer])
+    assert json.loads(Path("run/adapter/result.json").read_text())["step"] == 7
+    assert not Path("run/finished.json").exists()
+    (mirrored,) = Path("drive/mirror").glob("**/metrics.jsonl")
+    assert not mirrored.with_name("finished.json").exists()
+    capsys.readouterr()
+    assert main(same) == 0
+    assert "is finished" not in capsys.readouterr().out
+    assert {name: Path("run", name).read_bytes() for name in kept} == before
+    assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl"))] == [line["step"] for line in lines]
+    assert mirrored.with_name("finished.json").read_bytes() == before["finished.json"]
+    assert main(same) == 0
+    assert "run is finished (6 of 6 steps): nothing to do" in capsys.readouterr().out
 
 
 def test_before_the_first_save_other_settings_begin_anew(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,7 @@ class RunCheckpoints(StepCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves a run that early stopping had ended, and that was killed right behind its last save, ended."""
         self.on_going_on()
+        self.run.finished_mark.unlink(missing_ok=True)  # of a shorter run: this one goes on behind its end
         trainer.should_stop |= has_stopped_early(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -325,7 +325,7 @@ def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
     for name, key in IN_CONFIG.items():
         was, now = record.get(name), config.get(key) or False
         if was is not None and was != now:  # earlier versions recorded none of them
-            raise UserError(f"{folder}: adapter_config.json was altered: {key}: {was} -> {now}; {remedy}")
+            raise UserError(f"{folder}: adapter_config.json or {RECORD} was altered: {key}: {was} -> {now}; {remedy}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -229,6 +229,9 @@ class Mirror:
             clear_leftovers(self.copy.checkpoints)
             recover(self.copy.adapter)
         files = list(_files(self.run))
+        if self.run.finished_mark not in files and self.copy.finished_mark.exists():  # the run was made longer
+            self._check_place()
+            self.copy.finished_mark.unlink()
         for file in files:
             if file != self.run.finished_mark:
                 self._copy_file(file)

@@ -474,7 +474,7 @@ def test_a_config_that_says_something_else_than_the_record(adapter, changes, tol
     with pytest.raises(UserError) as caught:
         read_record(adapter)
     assert str(caught.value) == (
-        f"{adapter}: adapter_config.json was altered: {told}; take an adapter that is as it was saved"
+        f"{adapter}: adapter_config.json or lit_qlora.json was altered: {told}; take an adapter that is as it was saved"
     )
 
 

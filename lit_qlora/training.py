@@ -69,6 +69,8 @@ class QLoRACLI(LightningCLI):
         """Whether an earlier start may have done, behind that, what this one will do otherwise."""
         self.started_at = time.monotonic()
         self.mirror: Mirror | None = None
+        self.mirrored: Path | None = None
+        """Where the mirror has the adapter."""
         super().__init__(
             QLoRAModule,
             ChatDataModule,
@@ -176,11 +178,11 @@ class QLoRACLI(LightningCLI):
             require(bool(options.mirror.strip()), "mirror", "a folder", options.mirror)
             self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell, check_checkpoint)
             self.mirror.open(config)
-        mirrored = self.mirror.copy.adapter if self.mirror else None
+        self.mirrored = self.mirror.copy.adapter if self.mirror else None
         try:
             start.check_against_first(self.run, config)
         except SystemExit:  # finished
-            start.check_adapter(self.run, self.model.lora, mirrored, is_needed=True)
+            start.check_adapter(self.run, self.model.lora, self.mirrored, is_needed=True)
             if self.mirror:
                 self.mirror.complete()
             raise
@@ -190,7 +192,7 @@ class QLoRACLI(LightningCLI):
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
         self.comes_otherwise = start.comes_otherwise(self.run, config)
-        start.check_adapter(self.run, self.model.lora, mirrored)
+        start.check_adapter(self.run, self.model.lora, self.mirrored)
         self.settings, self.config_text, self.lengths = config, as_yaml(config), start.lengths(config)
         self.run.write_config(self.config_text)
         if self.mirror:
@@ -255,8 +257,7 @@ class QLoRACLI(LightningCLI):
         )
         checkpoints.settings = self.settings
         if self.comes_otherwise:
-            mirrored = self.mirror.copy.adapter if self.mirror else None
-            checkpoints.on_going_on = partial(mend_adapter, self.run, mirrored, newest=self._step())
+            checkpoints.on_going_on = partial(mend_adapter, self.run, self.mirrored, newest=self._step())
         if self.mirror:
             checkpoints.on_saved = self.mirror.push
         self.checkpoints, stop = checkpoints, StopOnSignal(checkpoints)

@@ -70,10 +70,12 @@ def step_of(
     cuda_graphs: bool | str = False,
     samples: Samples = NO_SAMPLES,
     loss_rows: int = memory.CHUNK_ROWS,
+    is_slow: bool = False,
 ) -> Step:
     """A training step in the formulas' terms, with as many layers kept as ``checkpointing`` means on ``card``.
 
     ``cuda_graphs``, if it is auto, becomes what a fit does on ``card``; it is false where conversations are packed.
+    ``is_slow`` where the layers are transformers' own: of those nothing is recorded, and auto keeps none.
     """
     targets = lora.target_modules
     names = Shape.LINEARS if targets == "all-linear" else (targets,) if isinstance(targets, str) else tuple(targets)
@@ -90,6 +92,8 @@ def step_of(
         loss_rows=loss_rows,
         workspace=memory.HOPPER_WORKSPACE if card.capability >= (9, 0) else memory.WORKSPACE,
     )
+    if is_slow:
+        cuda_graphs, checkpointing = False, "full" if checkpointing == "auto" else checkpointing
     if cuda_graphs == "auto":
         plain = not (lora.dropout or lora.dora or torch.are_deterministic_algorithms_enabled())
         cuda_graphs = plain and waits_for_host(replace(step, kept_layers=shape.num_layers), card)
@@ -138,12 +142,11 @@ def planned(module: Any, data: Any, trainer: Any) -> Outlook | None:
     rows = data._rows["train"]
     epoch, largest = epoch_of(rows.lengths, data._first_epoch, data.plan.packed)
     step = step_of(
-        module.base.shape, module.lora, module.optimizer_name,
-        "full" if module.slow_because and module.checkpointing == "auto" else module.checkpointing,
+        module.base.shape, module.lora, module.optimizer_name, module.checkpointing,
         str(trainer.precision), card, largest,
         sum(rows.answer_tokens) / epoch.tokens, trainer.accumulate_grad_batches,
-        False if data.plan.packed or module.slow_because else module.cuda_graphs,
-        samples, module.loss_rows,
+        False if data.plan.packed else module.cuda_graphs,
+        samples, module.loss_rows, bool(module.slow_because),
     )  # fmt: skip
     keep = max((getattr(callback, "keep_checkpoints", 0) for callback in trainer.callbacks), default=0)
     return Outlook(step, epoch, card, samples, keep)

@@ -69,13 +69,10 @@ class Settings:
 
     def step(self) -> Step:
         """The step of the largest micro-batch."""
-        can_record = not (self.is_slow or self.plan.packed)
-        # Of transformers' own layers, auto keeps none.
-        mode = "full" if self.is_slow and self.checkpointing == "auto" else self.checkpointing
         return step_of(
-            self.shape, self.lora, self.optimizer, mode, self.precision, self.card,
-            self.epoch()[1], self.answer_share, self.accumulate, can_record and self.cuda_graphs, self.samples(),
-            self.loss_rows,
+            self.shape, self.lora, self.optimizer, self.checkpointing, self.precision, self.card,
+            self.epoch()[1], self.answer_share, self.accumulate, not self.plan.packed and self.cuda_graphs,
+            self.samples(), self.loss_rows, self.is_slow,
         )  # fmt: skip
 
     def samples(self) -> Samples:

@@ -16,7 +16,9 @@ from lit_qlora.batch import Batch
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.encode import Encoder, TrainOn
-from lit_qlora.data.records import Fits, Form, Records, has_split, load_records, load_train_and_held_out
+from lit_qlora.data.held_out import load_train_and_held_out
+from lit_qlora.data.records import Fits, Form, Records, load_records
+from lit_qlora.data.sources import has_split
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError, require
 from lit_qlora.text import jinja, llama2

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.records import Fits, load_records, load_train_and_held_out
+from lit_qlora.data.held_out import load_train_and_held_out
+from lit_qlora.data.records import Fits, load_records
 from lit_qlora.errors import UserError
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base

@@ -19,7 +19,7 @@ from lit_qlora.callbacks.outlook import ANSWER_SHARE, PROMPT_TOKENS, current_car
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.stop import parse_max_time
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.records import load_train_and_held_out
+from lit_qlora.data.held_out import load_train_and_held_out
 from lit_qlora.data.sources import is_hub_id
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load

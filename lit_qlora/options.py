@@ -35,20 +35,39 @@ class OneLineErrors:
             raise UserError(f"config: has no value for {only[1]} and says nothing else; give one")
         raise UserError(_one_line(str(message), [action.dest for action in parser._actions]))
 
+    def types(self) -> dict[str, Any]:
+        """The type of each option, by its dotted name."""
+        hints = ((action.dest, getattr(action, "_typehint", None)) for action in self._actions)
+        return {name: hint for name, hint in hints if hint is not None and not name.endswith(".help")}
+
     def check_values(self, values: Mapping[str, Any]) -> None:
         """Raises UserError for the first option that has no value and takes no none: jsonargparse lets it pass."""
-        types = {action.dest: getattr(action, "_typehint", None) for action in self._actions}
+        types = self.types()
         for name, value in values.items():
             hint = types.get(name)
             if value is None and hint is not None and NoneType not in get_args(hint):
                 raise UserError(f"{name}: has no value, expected {_type_name(hint)}; give one, or leave the line out")
 
 
+def is_plain_type(hint: Any) -> bool:
+    """Whether values of a type are texts, numbers, truths and lists of them: a class of any kind can bring code."""
+    if get_origin(hint) is Literal:
+        return True
+    if get_origin(hint) in (Union, UnionType, list):
+        return all(map(is_plain_type, get_args(hint)))
+    return hint in (str, int, float, bool, NoneType)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a text, a number, a truth, none, or a list of them."""
+    return all(isinstance(one, str | int | float | None) for one in (value if isinstance(value, list) else [value]))
+
+
 def _one_line(message: str, names: list[str]) -> str:
     unknown = re.search(r"not accept option '([^']+)'|[Uu]nrecognized arguments?: (\S+)", message)
     if unknown:
         name = (unknown[1] or unknown[2]).lstrip("-").split("=")[0]
-        return f"unknown option {name!r}{_did_you_mean(name, names)}"
+        return f"unknown option {name!r}{did_you_mean(name, names)}"
     message = re.sub(r"\s+", " ", message).strip()
     message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message)
     message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"expected one of \1", message)
@@ -72,7 +91,7 @@ def _type_name(hint: Any) -> str:
     return str(hint) if parts else str(getattr(hint, "__name__", hint))
 
 
-def _did_you_mean(name: str, names: list[str]) -> str:
+def did_you_mean(name: str, names: list[str]) -> str:
     """The one nearest name: of the whole dotted name, else of its last part in the same section."""
     near = difflib.get_close_matches(name, names, 1, 0.75)
     if not near:
@@ -103,7 +122,7 @@ def option(args: list[str], *names: str) -> str | None:
     return value
 
 
-def check_config_file(path: Path) -> None:
+def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> None:
     """Finds what would pass otherwise: doubled keys, empty sections, a ``config`` inside, linked options, a secret.
 
     Raises UserError with file and line.
@@ -120,8 +139,8 @@ def check_config_file(path: Path) -> None:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        yaml.safe_load(text)  # finds tags, keys and dates that can't be
+        root = yaml.compose(text, Loader=loader)
+        yaml.load(text, Loader=loader)  # finds tags, keys and dates that can't be
         values = list(_values(root)) if isinstance(root, yaml.MappingNode) else []
     except RecursionError as error:
         raise UserError(f"{path}: something in it stands within itself (& and *), or is nested too deep") from error

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -19,23 +19,43 @@ from lit_qlora.model.base import missing_bytes
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.load import Lora, read_record, read_weights
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.options import check_config_file, option
+from lit_qlora.options import OneLineErrors, check_config_file, did_you_mean, is_plain, is_plain_type, option
 from lit_qlora.storage import settings
 from lit_qlora.storage.checkpoint_io import RECORD, check_checkpoint, checkpoint_folder
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import DamagedFolderError
-from lit_qlora.storage.run import RUNS, RunFolder, as_yaml, mend_adapter, newest_run, open_run
+from lit_qlora.storage.run import (
+    RUNS,
+    NoReferences,
+    RunFolder,
+    as_sections,
+    as_yaml,
+    mend_adapter,
+    newest_run,
+    open_run,
+    read_options,
+)
 from lit_qlora.storage.state import load_state
 from lit_qlora.text import jinja
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
+REMEDY = "put that line right, or take it out"
+"""Of a run's own config.yaml."""
 
-def complete(args: list[str]) -> list[str]:
+
+class Command(NamedTuple):
+    """A command line from its verb on, and the run whose options hold where it gives no others."""
+
+    args: list[str]
+    kept: RunFolder | None = None
+
+
+def complete(args: list[str]) -> Command:
     """Puts in the config and the run folder that the command leaves unsaid; checks the config files."""
     verb, rest = args[0], args[1:]
     if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
-        return args
+        return Command(args)
     config, run, kept = option(rest, "--config", "-c"), option(rest, "--run"), None
     _check_run(run)
     base = option(rest, "--model.base")
@@ -46,9 +66,7 @@ def complete(args: list[str]) -> list[str]:
         elif run and RunFolder(Path(run)).config.is_file():
             kept = RunFolder(Path(run))
         if kept:
-            # An earlier version kept max_time, which held for its start alone.
-            rest = ["--config", str(kept.config), "--max_time", "null", *rest]
-            _check_kept(kept, args)
+            _check_kept(kept)
         elif base in (None, "demo"):  # a base of one's own is not for the demo's learning rate
             rest = ["--config", str(DEMO_CONFIG), *rest]
         config = option(rest, "--config", "-c")
@@ -64,7 +82,7 @@ def complete(args: list[str]) -> list[str]:
         rest += ["--run", run]
     elif option(rest, "--run") is None:
         rest += ["--run", run]
-    return [verb, *rest]
+    return Command([verb, *rest], kept)
 
 
 def _check_run(run: str | None) -> None:
@@ -72,28 +90,44 @@ def _check_run(run: str | None) -> None:
         raise UserError(f"run: {run} is a URL, and runs are only kept on this machine: give a folder")
 
 
-def _check_kept(run: RunFolder, args: list[str]) -> None:
+def _check_kept(run: RunFolder) -> None:
     try:
-        check_config_file(run.config)
+        check_config_file(run.config, NoReferences)
     except UserError as error:
         raise UserError(f"{error}; {run.config_remedy()}") from error
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8-sig")) or {}
-    for name, value in (config.get("trainer") or {}).items():
-        for code in _code(value):
-            if not any(code in arg for arg in args):  # the same command, given again, names it itself
-                raise UserError(
-                    f"run: trainer.{name} in {run.config} names code to run, and none is taken from a run folder; if "
-                    f"it is yours, give --config {run.config} --run {run.path}"
-                )
 
 
-def _code(value: Any) -> list[str]:
-    """The classes that an option of the Trainer names, in any of their spellings; none in a plain value."""
-    if isinstance(value, dict):
-        return [str(value.get("class_path", value))]
-    if isinstance(value, list):
-        return [code for one in value for code in _code(one)]
-    return [value] if isinstance(value, str) and "." in value else []
+def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
+    """The command line of ``command`` with its run's options in front: those that ``parser`` has, with plain values.
+
+    A run folder may come from a stranger. What could name code is left out, with a warning unless the command line
+    says it itself; any other name than an option's is refused.
+    """
+    verb, *rest = command.args
+    if command.kept is None:
+        return command.args
+    types, kept, left_out = parser.types(), dict[str, Any](), list[str]()
+    place = command.kept.config
+    for name, value in command.kept.read_options().items():
+        known = next((one for one in types if name == one or name.startswith((f"{one}.", f"{one}+"))), None)
+        if known is None:
+            raise UserError(f"{place}: unknown option {name!r}{did_you_mean(name, [*types])}; {REMEDY}")
+        if not is_plain_type(types[known]):
+            if name == known and (value is None or isinstance(value, bool)):
+                kept[name] = value
+            elif known not in left_out and not any(arg.startswith(f"--{known}") for arg in rest):
+                left_out.append(known)
+        elif name == known and is_plain(value):
+            kept[name] = value
+        else:
+            raise UserError(f"{place}: {known}: expected a plain value, got {name} with {value!r}; {REMEDY}")
+    if left_out:
+        print(
+            f"warning: {', '.join(left_out)} of {place} left out: it can name code, and none is taken from a run "
+            "folder; give it on the command line to have it",
+            file=sys.stderr,
+        )
+    return [verb, *(["--config", as_yaml(as_sections(kept))] if kept else []), *rest]
 
 
 def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
@@ -196,10 +230,10 @@ def comes_otherwise(run: RunFolder, config: Mapping[str, Any]) -> bool:
     """Whether an earlier start may have done, behind the newest checkpoint, what this one will do otherwise."""
     for path in run.configs():
         try:
-            was = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError):
+            was = as_sections(read_options(path))
+        except ValueError:
             return True
-        if not isinstance(was, Mapping) or settings.comes_otherwise(was, config):
+        if settings.comes_otherwise(was, config):
             return True
     return False
 

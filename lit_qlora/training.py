@@ -56,12 +56,12 @@ class QLoRACLI(LightningCLI):
     """fit, validate and test of one run folder.
 
     Args:
-        args: the command line from the verb on.
+        command: from its verb on.
         stack: holds the run's lock.
     """
 
-    def __init__(self, args: list[str], stack: ExitStack) -> None:
-        self.verb = args[0]
+    def __init__(self, command: start.Command, stack: ExitStack) -> None:
+        self.command, self.verb = command, command.args[0]
         self.stack = stack
         self.run: RunFolder
         self.resume_from: Path | None = None
@@ -77,7 +77,7 @@ class QLoRACLI(LightningCLI):
             save_config_callback=None,
             trainer_class=QLoRATrainer,
             parser_class=RunParser,
-            args=args,
+            args=command.args,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -143,9 +143,10 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args``; Lightning's own would warn of the process's, which these were made from."""
-        self.config = parser.parse_args(args)
-        parsed_by, options = self._parser(self.verb), self.config[self.verb]
+        parsed_by = self._parser(self.verb)
         assert isinstance(parsed_by, RunParser)
+        self.config = parser.parse_args(start.with_kept(self.command, parsed_by))
+        options = self.config[self.verb]
         parsed_by.check_values(options)
         if options.data.template is not None:  # as text: the run is to stay what it is, whatever becomes of the file
             options.data.template = read_template(options.data.template)
@@ -232,8 +233,6 @@ class QLoRACLI(LightningCLI):
         if self.verb == "fit":  # here, and not before: the model's and the data's options are checked by now
             check_optimizer(self.model.optimizer_name, current_device().capability is not None)
             self._prepare_fit()
-        else:
-            self.datamodule.recall(self.run.rows)
         shows_bar = config.get("enable_progress_bar") is not False
         metrics, throughput = TrainMetrics(), Throughput()
         bars: list[Callback] = [RunProgress(metrics, throughput)] if shows_bar else []
@@ -282,7 +281,7 @@ class QLoRACLI(LightningCLI):
             *bars,
             *early,
             *limits,
-            RunIdentity(self.resume_from, self.settings, self.run.rows),
+            RunIdentity(self.resume_from, self.settings),
             checkpoints,
             self.report,
             stop,

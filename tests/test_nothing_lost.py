@@ -459,16 +459,32 @@ def test_a_second_process_leaves_alone_what_the_first_is_writing(run: Path) -> N
 
 
 def test_no_code_is_taken_from_a_run_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its figures and its rest are, for the run may be one's own."""
     (run / "payload.py").write_text("raise AssertionError('it ran')\n")
     config = (run / "config.yaml").read_text()
-    for spelling in ("[{class_path: run.payload.X}]", "run.payload.X", "{class_path: run.payload.X}"):
-        (run / "config.yaml").write_text(config.replace("trainer:\n", f"trainer:\n  callbacks: {spelling}\n", 1))
-        for verb in ("validate", "test", "fit"):
-            assert main([verb, "--run", "run"]) == 2
-            assert capsys.readouterr().err == (
-                "error: run: trainer.callbacks in run/config.yaml names code to run, and none is taken from a run "
-                "folder; if it is yours, give --config run/config.yaml --run run\n"
-            )
+    (run / "config.yaml").write_text(f"trainer.callbacks: [{{class_path: run.payload.X}}]\n{config}")
+    for verb, said in (("validate", "val/loss"), ("test", "test/loss"), ("fit", "nothing to do")):
+        assert main([verb, "--run", "run"]) == 0
+        told = capsys.readouterr()
+        assert told.err.startswith("warning: trainer.callbacks of run/config.yaml left out: it can name code")
+        assert (told.err.count("\n"), said in told.out) == (1, True)
+
+
+def test_a_run_with_classes_of_ones_own_goes_on_by_the_same_command(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given by short names, which config.yaml has in full."""
+    own = ["--trainer.callbacks+=DeviceStatsMonitor", "--trainer.callbacks+=Timer",
+           "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "csv"]  # fmt: skip
+    assert main([*FIT, *own, "--trainer.max_steps", "1"]) == 0
+    capsys.readouterr()
+    assert main([*FIT, *own, "--trainer.max_steps", "2"]) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert "changed: trainer.max_steps: 1 -> 2" in told.out
+    assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl"))] == [0, 1, 2]
+    assert main(["validate", "--run", "run"]) == 0
+    assert capsys.readouterr().err.startswith("warning: trainer.logger, trainer.callbacks of run/config.yaml left out")
 
 
 @pytest.mark.parametrize(
@@ -559,7 +575,7 @@ def test_a_damaged_config_stops_at_once_and_without_it_the_run_goes_on(
         err = capsys.readouterr().err
         assert err.startswith(f"error: run/config.yaml: the file is empty; {remedy}") and err.count("\n") == 1
     assert main([*FIT, "--config", str(start.DEMO_CONFIG)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: run/config.yaml is damaged; {remedy}")
+    assert capsys.readouterr().err.startswith(f"error: run/config.yaml is damaged (no 'option: value' lines); {remedy}")
     (run / "config.yaml").unlink()
     assert main(FIT) == 0
     assert "run is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out

@@ -60,8 +60,6 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
-        self.rows = path / "rows.json"
-        """Which rows are learned and which are held out."""
         self.finished_mark = path / "finished.json"
         self._seen_whole: dict[int, bool] = {}
         """By step: what `outdated_steps` found once."""
@@ -127,7 +125,7 @@ class RunFolder:
         if self.has_begun():
             return
         with suppress(OSError):  # a folder that can't be written keeps what little is in it
-            for file in (self.config, self.rows, self.path / ".lock", *self.path.glob("events.out.tfevents.*")):
+            for file in (self.config, self.path / ".lock", *self.path.glob("events.out.tfevents.*")):
                 file.unlink(missing_ok=True)
             _remove_empty([self.checkpoints, self.path])
 
@@ -195,13 +193,17 @@ class RunFolder:
             print(f"warning: {self.finished_mark} is damaged: the run is ended once more", file=sys.stderr)
             return None
 
+    def read_options(self) -> dict[str, Any]:
+        """The options of the run's first start by their dotted names. Raises UserError where they are damaged."""
+        try:
+            options = read_options(self.config)
+        except ValueError as error:
+            raise UserError(f"{self.config} is damaged ({error}); {self.config_remedy()}") from error
+        return {name: value for name, value in options.items() if name not in FOR_ONE_START}
+
     def read_config(self) -> dict[str, Any]:
         """The configuration that the run was first started with. Raises UserError where it is damaged."""
-        try:
-            config = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, ValueError, TypeError) as error:
-            raise UserError(f"{self.config} is damaged; {self.config_remedy()}") from error
-        return {name: value for name, value in config.items() if name not in FOR_ONE_START}
+        return as_sections(self.read_options())
 
     def configs(self) -> list[Path]:
         """The configurations of all starts that differed, the first one's first."""
@@ -224,8 +226,8 @@ class RunFolder:
                 write_file(path, f"{_STARTED}{now}\n{text}")
                 return path
             # By value: a default of 15 that is a float is read back from the file as 15.0.
-            with suppress(yaml.YAMLError, ValueError):  # a damaged one is another one
-                if yaml.safe_load(path.read_text(encoding="utf-8")) == yaml.safe_load(text):
+            with suppress(ValueError):  # a damaged one is another one
+                if read_options(path) == flat(yaml.safe_load(text)):
                     return path
         raise AssertionError("numbers do not end")
 
@@ -348,6 +350,38 @@ _Readable.add_representer(
 )
 
 
+_Readable.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
+
+
+class NoReferences(yaml.SafeLoader):
+    """Reads what `_Readable` writes: a folder from elsewhere may hold a few lines that stand for billions."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As yaml's; raises ComposerError at a reference."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "a value given by reference (& and *); write it out", mark)
+        return super().compose_node(parent, index)
+
+
+def read_options(config: Path) -> dict[str, Any]:
+    """The options of a run's configuration by their dotted names, nested there or not.
+
+    Raises ValueError where it is damaged.
+    """
+    try:
+        found = yaml.load(config.read_text(encoding="utf-8-sig"), Loader=NoReferences)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(getattr(error, "problem", None) or error).split())) from error
+    except (RecursionError, LookupError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(f"no valid YAML: {type(error).__name__}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError("no 'option: value' lines")
+    options = flat(found)
+    as_sections(options)
+    return options
+
+
 def as_yaml(config: Mapping[str, Any]) -> str:
     """A configuration as text, in its own order."""
     return yaml.dump(config, Dumper=_Readable, sort_keys=False, allow_unicode=True)
@@ -355,7 +389,7 @@ def as_yaml(config: Mapping[str, Any]) -> str:
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
     """Settings below ``keys`` (dotted) that changed, each as ``name: old -> new``."""
-    before, after = (_flat(config) for config in (was, now))
+    before, after = flat(was), flat(now)
     watched = (
         name for name in sorted({*before, *after}) if any(name == key or name.startswith(f"{key}.") for key in keys)
     )
@@ -374,13 +408,38 @@ def _told(value: Any) -> str:
     return f"{' '.join(text.split())[:40]}… ({len(text)} characters, sha256 {sha256(text.encode()).hexdigest()[:12]})"
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """Options by their dotted names. Raises ValueError for one that stands there twice, nested and dotted."""
+    found: dict[str, Any] = {}
+    for name, value in _leaves(config):
+        if name in found:
+            raise ValueError(f"{name} stands there twice")
+        found[name] = value
+    return found
+
+
+def as_sections(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`. Raises ValueError for a name that is both a section and an option."""
+    config: dict[str, Any] = {}
+    for name, value in options.items():
+        *sections, last = name.split(".")
+        within = config
+        for section in sections:
+            within = within.setdefault(section, {})
+            if not isinstance(within, dict):
+                raise ValueError(f"{section} is a section, and an option")
+        if last in within:
+            raise ValueError(f"{name} is a section, and an option")
+        within[last] = value
+    return config
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if not isinstance(config, Mapping):
-        return {prefix: config}
-    flat: dict[str, Any] = {}
+        yield prefix, config
+        return
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _from(number: int) -> Iterator[int]:

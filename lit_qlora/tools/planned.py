@@ -19,6 +19,7 @@ from lit_qlora.callbacks.outlook import ANSWER_SHARE, PROMPT_TOKENS, current_car
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.stop import parse_max_time
 from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.records import load_train_and_held_out
 from lit_qlora.data.sources import is_hub_id
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load
@@ -47,8 +48,8 @@ class _PlannedTrainer(QLoRATrainer):
 class _Options(QLoRACLI):
     """fit's parser under this verb's name, with a card to plan for; builds and runs nothing."""
 
-    def __init__(self, args: list[str]) -> None:
-        super().__init__(args, ExitStack())
+    def __init__(self, command: start.Command) -> None:
+        super().__init__(command, ExitStack())
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         self.trainer_class = _PlannedTrainer
@@ -119,7 +120,7 @@ def read(args: list[str]) -> Planned:
     Raises UserError for what fit would refuse, too, and SystemExit after ``--help``.
     """
     completed = start.complete(["fit", *args])
-    options = _Options(["plan", *completed[1:]]).config["plan"]
+    options = _Options(completed._replace(args=["plan", *completed.args[1:]])).config["plan"]
     model = options.model.as_dict()
     needs_ampere = options.trainer.precision == "bf16-mixed" or model["attention"] == "flash_attention_2"
     card = _card(options.gpu, options.gpu_gib, options.gpu_capability, AMPERE if needs_ampere else DEFAULT.capability)
@@ -230,7 +231,9 @@ def _rows(trainer: Any, data: ChatDataModule, base: Base, drawn: SampleAnswers) 
             prompts = _prompts(data, drawn)
     fits = data.fits if has_tokenizer else llama2.segments
     try:
-        train, _ = data.parts(fits).train_and_held_out()
+        train, _ = load_train_and_held_out(
+            data.source, data.validation_source, data.validation_share, data.seed, data.form, fits
+        )
     except UserError:
         if not is_hub_id(data.source):
             raise

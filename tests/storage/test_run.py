@@ -32,7 +32,6 @@ def test_the_layout_is_what_the_outside_leans_on():
     assert run.adapter == Path("runs/one/adapter")
     assert run.checkpoint(500) == Path("runs/one/checkpoints/step-00000500")
     assert run.finished_mark == Path("runs/one/finished.json")
-    assert run.rows == Path("runs/one/rows.json")
 
 
 def test_steps_are_sorted_by_number_not_by_date(run):
@@ -182,7 +181,6 @@ def test_a_run_has_begun_once_something_is_recorded_or_saved(tmp_path):
         run = RunFolder(tmp_path / name)
         run.prepare()
         run.write_config("a: 1\n")
-        run.rows.touch()
         return run
 
     runs = [made(name) for name in "abcd"]
@@ -268,13 +266,31 @@ def test_a_damaged_mark_is_none_with_a_warning(run, capsys, text):
     assert capsys.readouterr().err == f"warning: {run.finished_mark} is damaged: the run is ended once more\n"
 
 
-@pytest.mark.parametrize("content", [b"", b"{]", b"a: 1\n\0\0", b"\xff\xfe", b"[1]"])
-def test_a_damaged_config_is_told_with_what_to_do(run, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no 'option: value' lines"),
+        (b"{]", "expected the node content, but found ']'"),
+        (
+            b"a: 1\n\0\0",
+            'unacceptable character #x0000: special characters are not allowed in "<unicode string>", position 5',
+        ),
+        (b"\xff\xfe", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (b"[1]", "no 'option: value' lines"),
+        (b"a: &a 1\nb: *a\n", "a value given by reference (& and *); write it out"),
+        (b"a:\n  b: 1\na.b: 2\n", "a.b stands there twice"),
+        (b"a: 1\na.b: 2\n", "a is a section, and an option"),
+        (b"a.b: 2\na: 1\n", "a is a section, and an option"),
+        (b"a: " + 200_000 * b"[", "no valid YAML: RecursionError"),
+        (b"a: !!bool x\n", "no valid YAML: KeyError"),
+    ],
+)
+def test_a_damaged_config_is_told_with_what_to_do(run, content, reason):
     run.config.write_bytes(content)
     with pytest.raises(UserError) as caught:
         run.read_config()
     assert str(caught.value) == (
-        f"{run.config} is damaged; put a copy of it back, or remove it and give fit all options (--config FILE --run "
-        f"{run.path}): the run goes on, for its checkpoints know what it is made of"
+        f"{run.config} is damaged ({reason}); put a copy of it back, or remove it and give fit all options "
+        f"(--config FILE --run {run.path}): the run goes on, for its checkpoints know what it is made of"
     )
     assert run.write_config("a: 1\n").name == "config.2.yaml"

@@ -1,0 +1,221 @@
+"""A run folder from a stranger is data: nothing in it is imported or run, however it is spelled."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_qlora import start, training
+from lit_qlora.cli import main
+from lit_qlora.errors import UserError
+from lit_qlora.options import is_plain_type
+from lit_qlora.storage.run import RunFolder
+from lit_qlora.trainer import RunParser
+
+PAYLOAD = "from pathlib import Path\nPath(__file__).with_name('it_ran').touch()\n\n\nclass X:\n    pass\n"
+CLASS = "{class_path: run.payload.X}"
+OPTIONS = ("trainer.callbacks", "trainer.logger", "trainer.plugins")
+SPELLINGS = [
+    "trainer: {{KEY: {CLASS}}}",
+    "trainer: {{KEY: [{CLASS}]}}",
+    "trainer: {{KEY: run.payload.X}}",
+    "trainer: {{KEY: [run.payload.X]}}",
+    "trainer: {{KEY+: {CLASS}}}",
+    "trainer: {{KEY+: [{CLASS}]}}",
+    "trainer: {{KEY.class_path: run.payload.X}}",
+    "trainer: {{KEY: 'run/payload.yaml'}}",
+    "trainer: {{KEY: ' {CLASS}'}}",
+    "trainer: {{KEY: '[{CLASS}]'}}",
+    "trainer: {{KEY: {{help: run.payload.X}}}}",
+    "trainer.KEY: {CLASS}",
+    "trainer.KEY: [{CLASS}]",
+    "trainer.KEY: run.payload.X",
+    "trainer.KEY+: [{CLASS}]",
+    "trainer.KEY+: run.payload.X",
+    "trainer.KEY.class_path: run.payload.X",
+    "trainer.KEY.help: run.payload.X",
+    "trainer.KEY.init_args: {{x: {CLASS}}}",
+    "'trainer.KEY': {CLASS}",
+    '"trainer\\x2eKEY": {CLASS}',
+    "? trainer.KEY\n: {CLASS}",
+    "!!str trainer.KEY: {CLASS}",
+    '"trainer": {{"KEY": {{"class_path": "run.payload.X", "init_args": {{}}}}}}',
+]
+"""Which jsonargparse may take for the option KEY of the Trainer, or come to it by."""
+REFUSED = [
+    "a: &a {CLASS}\ntrainer.KEY: *a",
+    "a: &a {{trainer.KEY: {CLASS}}}\n<<: *a",
+    "a: &a {{KEY: {CLASS}}}\ntrainer:\n  <<: *a",
+    "trainer.KEY: !!python/name:run.payload.X",
+    "trainer.KEY: !!python/object/apply:run.payload.X []",
+    "trainer:\n  KEY: {CLASS}\ntrainer.KEY: null",
+    "trainer: run/payload.yaml",
+    "model: run/payload.yaml",
+    "model: {CLASS}",
+    "model.class_path: run.payload.X",
+    "data.class_path: run.payload.X",
+    "samples.class_path: run.payload.X",
+    "model.rank: {CLASS}",
+    "model.rank.class_path: run.payload.X",
+    "data.source: [{CLASS}]",
+    "__path__: run/payload.yaml",
+    "__orig__: {CLASS}",
+    "$schema: {CLASS}",
+    "config: run/payload.yaml",
+    "validate.config: run/payload.yaml",
+    "validate.trainer.KEY: {CLASS}",
+    "validate: {{trainer: {{KEY: {CLASS}}}}}",
+    "fit: {{trainer: {{KEY: {CLASS}}}}}",
+    "subcommand: fit",
+    "print_config: x",
+    "ckpt_path: run",
+    "trainer.strategy: run.payload.X",
+    "trainer.profiler: run.payload.X",
+    "trainer..KEY: {CLASS}",
+    ".trainer.KEY: {CLASS}",
+    "'trainer. KEY': {CLASS}",
+    "trainer.__class__: {CLASS}",
+    "optimizer: {CLASS}",
+]
+
+
+@pytest.fixture(scope="module")
+def parser() -> RunParser:
+    """validate's own."""
+    kept: list[Any] = []
+
+    class Parsed(training.QLoRACLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            kept.append(self._parser(self.verb))
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        Parsed(start.Command(["validate"]), ExitStack())
+    return kept[0]  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder beside a module that says when it is imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("run").mkdir()
+    Path("run/payload.py").write_text(PAYLOAD)
+    Path("run/payload.yaml").write_text(f"class_path: run.payload.X\ntrainer: {{callbacks: {CLASS}}}\n")
+    yield Path("run")
+    ran = Path("run/it_ran").exists()
+    for name in ("run", "run.payload"):
+        sys.modules.pop(name, None)
+    assert not ran
+
+
+def _write(run: Path, spelling: str, option: str) -> None:
+    key = option.removeprefix("trainer.")
+    text = spelling.replace("KEY", key).replace("{{", "{").replace("}}", "}").replace("{CLASS}", CLASS)
+    (run / "config.yaml").write_text(f"seed_everything: 7\n{text}\n")
+
+
+def _parse(parser: RunParser, run: Path, *rest: str) -> Any:
+    """As QLoRACLI does."""
+    command = start.complete(["validate", "--run", str(run), *rest])
+    return parser.parse_args(start.with_kept(command, parser)[1:])
+
+
+def test_these_are_all_the_options_that_can_name_code(parser: RunParser) -> None:
+    """By what is no plain type; whoever adds one sees here that it is not taken from a run folder."""
+    assert tuple(sorted(n for n, hint in parser.types().items() if not is_plain_type(hint))) == tuple(sorted(OPTIONS))
+    assert len(parser.types()) > 50
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_code_is_left_out_with_a_warning(
+    run: Path, parser: RunParser, capsys: pytest.CaptureFixture[str], spelling: str, option: str
+) -> None:
+    _write(run, spelling, option)
+    options = _parse(parser, run)
+    assert (options.seed_everything, options[option]) == (7, None)
+    assert capsys.readouterr().err == (
+        f"warning: {option} of run/config.yaml left out: it can name code, and none is taken from a run folder; give "
+        "it on the command line to have it\n"
+    )
+
+
+@pytest.mark.parametrize("spelling", REFUSED)
+def test_what_is_no_option_is_refused(run: Path, parser: RunParser, spelling: str) -> None:
+    _write(run, spelling, "trainer.callbacks")
+    with pytest.raises(UserError) as caught:
+        _parse(parser, run)
+    assert str(caught.value).startswith("run/config.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_it_would_have_run(run: Path) -> None:
+    """The payload itself works: it is what was taken away that keeps it from running."""
+    importlib.import_module("run.payload")
+    assert (run / "it_ran").exists()
+    (run / "it_ran").unlink()
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "fit", "plan"])
+@pytest.mark.parametrize("spelling", ["trainer.callbacks: [{CLASS}]", "trainer.logger.class_path: run.payload.X"])
+def test_no_verb_runs_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spelling: str, verb: str
+) -> None:
+    def stop(*_: object) -> None:
+        raise SystemExit(7)
+
+    monkeypatch.setattr(training.QLoRACLI, "before_instantiate_classes", stop)
+    monkeypatch.setattr("lit_qlora.tools.planned._card", stop)
+    _write(run, spelling, "")
+    assert main([verb, "--run", "run"]) == 7
+    assert "left out: it can name code" in capsys.readouterr().err
+
+
+def test_a_plain_value_of_such_an_option_holds(run: Path, parser: RunParser) -> None:
+    (run / "config.yaml").write_text("trainer.logger: false\ntrainer:\n  callbacks: null\n")
+    options = _parse(parser, run)
+    assert (options.trainer.logger, options.trainer.callbacks) == (False, None)
+
+
+def test_what_the_command_line_names_is_taken_from_it_without_a_warning(
+    run: Path, parser: RunParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(run, "trainer.KEY: [{CLASS}]", "trainer.callbacks")
+    options = _parse(parser, run, "--trainer.callbacks", "LearningRateMonitor")
+    assert options.trainer.callbacks.class_path == "lightning.pytorch.callbacks.LearningRateMonitor"
+    assert capsys.readouterr().err == ""
+
+
+def test_every_option_comes_back_as_it_was_kept(run: Path, parser: RunParser) -> None:
+    """Written nested or with dots; texts that look like something else among them."""
+    given = {
+        "model.base": "a/b", "model.learning_rate": 2e-05, "model.target_modules": ["q_proj", "v_proj"],
+        "data.system": "null", "data.template": "{{ x }}\n  - 'a'\n: \x7f \U0001f600", "data.source": "[1, 2]",
+        "samples.prompts": ["a: b", "- c", "x\ny"], "trainer.limit_val_batches": 0.5, "early_stopping": 3,
+        "save_every_minutes": None, "trainer.deterministic": "warn", "trainer.max_steps": 9,
+    }  # fmt: skip
+    found = []
+    for config in (given, start.as_sections(given)):
+        RunFolder(run).config.unlink(missing_ok=True)
+        RunFolder(run).write_config(start.as_yaml(config))
+        options = _parse(parser, run)
+        found.append({name: options[name] for name in given})
+    assert found[0] == found[1]
+    assert found[0] == given | {"data.system": None}  # as on the command line
+
+
+def test_a_name_for_a_name_for_a_name_ends_at_once(run: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]" for n in range(1, 12)]
+    (run / "config.yaml").write_text("\n".join(lines))
+    for verb in ("validate", "chat", "predict"):
+        args = ["--prompts", "x.txt", "--output", "y"] if verb == "predict" else ["--prompt", "x"]
+        Path("x.txt").write_text("x")
+        (run / "adapter").mkdir(exist_ok=True)
+        (run / "adapter/adapter_config.json").write_text("{}")
+        assert main([verb, "--run", "run", *(args if verb != "validate" else [])]) == 2

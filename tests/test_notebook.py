@@ -1,7 +1,8 @@
-"""The Colab notebook: its cells as they are committed, and, slow, all of them run on the demo in a fresh environment.
+"""The Colab notebook: its cells as they are committed, and, slow, all of them run.
 
-The run stands in for three days on Colab: a machine that goes away in the middle of training, the next one, on which
-everything runs to the end from the copy on the drive, and the same one again.
+Once inside a clone with its form as it is shipped, a small base and few rows alone put into the config. And on the demo
+in a fresh environment, for three days on Colab: a machine that goes away in the middle of training, the next one, on
+which everything runs to the end from the copy on the drive, and the same one again.
 """
 
 import base64
@@ -11,6 +12,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from lit_qlora import demo
 from lit_qlora.cli import HELP
 from lit_qlora.tools.chat import chat
 
@@ -92,6 +95,102 @@ def test_the_settings_become_options_of_fit(settings, tmp_path):
     assert [*map(str, names["FIT"])] == [
         "--config", "configs/demo.yaml", "--run", "runs/mine", "--mirror", "/drive/x", "--data.source", "my rows.jsonl",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({}, ["demo"]),
+        ({"RUN": "mine"}, ["mine"]),
+        ({"RUN": "my first run"}, ["my first run"]),
+        ({"RUN": "elsewhere/mine"}, ["elsewhere", "mine"]),
+    ],
+)
+def test_a_run_is_called_as_the_form_says(settings, given, names):
+    folder = settings(CONFIG="configs/demo.yaml", **given)["RUN_FOLDER"]
+    assert folder == (Path(*names) if "elsewhere" in names else Path("runs", *names))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"CONFIG": " "}, "CONFIG in the first cell is empty"),
+        ({"OPTIONS": "--data.source 'my rows"}, "OPTIONS in the first cell: No closing quotation"),
+        ({"OPTIONS": "--run mine"}, "--run has a field of its own; put its value into RUN"),
+        ({"OPTIONS": "--run=mine"}, "--run has a field of its own; put its value into RUN"),
+        ({"OPTIONS": "-c my.yaml"}, "-c has a field of its own; put its value into CONFIG"),
+        ({"OPTIONS": "--mirror /drive"}, "--mirror has a field of its own; put its value into MIRROR"),
+    ],
+)
+def test_a_form_that_cannot_be_meant_is_told_in_one_line(settings, given, words):
+    with pytest.raises(Exception, match=words) as failure:
+        settings(**given)
+    assert failure.value._render_traceback_() == [f"Stopped: {failure.value}"]
+
+
+@pytest.fixture
+def cell(settings, monkeypatch):
+    """Runs a cell behind the first, in the project's folder; returns the commands that it ran, and all names."""
+
+    def cell(name: str, *, more: dict | None = None, **given) -> tuple[list[list[str]], dict]:
+        names = settings(**given)
+        monkeypatch.chdir(ROOT)
+        commands: list[list[str]] = []
+        names |= {"run": lambda *words: commands.append([*map(str, words)])} | (more or {})
+        exec(CODE[name], names)
+        return commands, names
+
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("given", "base"),
+    [
+        ({}, "NousResearch/Llama-2-7b-hf"),
+        ({"CONFIG": "configs/colab_t4.yaml"}, "NousResearch/Llama-2-7b-hf"),
+        ({"CONFIG": "configs/demo.yaml"}, "demo"),
+        ({"OPTIONS": "--save_every_steps 40"}, "NousResearch/Llama-2-7b-hf"),
+        ({"OPTIONS": "--model.base meta-llama/Llama-2-7b-hf"}, "meta-llama/Llama-2-7b-hf"),
+        ({"OPTIONS": "--model.rank 8 --model.base=mine/base --model.alpha 8"}, "mine/base"),
+    ],
+)
+def test_doctor_looks_for_the_base_that_will_be_trained(cell, given, base):
+    assert cell("doctor", **given)[0] == [["python main.py doctor --base", base]]
+
+
+def test_a_config_without_a_base_is_the_demos_and_one_that_is_not_there_is_told(cell, tmp_path):
+    (tmp_path / "my config.yaml").write_text("data:\n  batch_size: 2\n")
+    found = cell("doctor", CONFIG=str(tmp_path / "my config.yaml"))[0]
+    assert found == [["python main.py doctor --base", "demo"]]
+    with pytest.raises(Exception, match=r"no file configs/colab_t4_2k\.yaml; did you mean .*colab_t4_1k") as failure:
+        cell("doctor", CONFIG="configs/colab_t4_2k.yaml")
+    assert failure.value._render_traceback_() == [f"Stopped: {failure.value}"]
+
+
+def test_any_question_is_asked_and_none_is_no_failure(cell, capsys):
+    run = ["python main.py chat --run", "runs/colab_t4_1k"]
+    question = "What is the difference between a llama and an alpaca?"
+    assert cell("chat")[0] == [[*run, f"--prompt={question}"]]
+    assert cell("chat", QUESTION="-- or ' what?")[0] == [[*run, "--prompt=-- or ' what?"]]
+    assert cell("chat", QUESTION="")[0] == []
+    assert capsys.readouterr().out == "QUESTION in the first cell is empty.\n"
+
+
+def test_what_is_pushed_is_there(cell, tmp_path, capsys):
+    more = {"MERGED": tmp_path / "merged"}
+    assert cell("push", more=more)[0] == []
+    assert capsys.readouterr().out == "Nothing is sent: PUSH_TO in the first cell is empty.\n"
+    push = ["python main.py push --yes --to", "ann/isles"]
+    assert cell("push", more=more, PUSH_TO="ann/isles")[0] == [[*push, "--run", "runs/colab_t4_1k"]]
+    with pytest.raises(Exception, match="PUSH in the first cell is the merged model, and the cell above made none"):
+        cell("push", more=more, PUSH_TO="ann/isles", PUSH="merged model")
+    (tmp_path / "merged").mkdir()
+    found = cell("push", more=more, PUSH_TO="ann/isles", PUSH="merged model")[0]
+    assert found == [[*push, "--folder", str(tmp_path / "merged")]]
+
+
+def test_a_merge_that_is_switched_off(settings):
+    assert settings()["MERGE"] is True and settings(MERGE="False")["MERGE"] is False
 
 
 def test_a_program_has_a_terminal_and_its_failure_ends_run_all(settings, capsys):
@@ -179,6 +278,21 @@ def test_without_a_secret_all_is_well(on_colab, capsys):
     assert on_colab[1] == ["/content/drive"]
 
 
+@pytest.mark.parametrize("where", ["", "notebooks"])
+def test_inside_a_clone_it_finds_the_project_and_leaves_it_as_it_is(monkeypatch, capsys, where):
+    monkeypatch.chdir(ROOT / where)
+    names: dict = {}
+    exec(CODE["settings"], names)
+    commands: list[str] = []
+    names |= {"subprocess": None, "run": lambda *words: commands.append(" ".join(words))}
+    exec(CODE["install"], names)
+    assert names["FOLDER"] == Path.cwd() == ROOT
+    assert [command.partition(" torch==")[0] for command in commands[:1]] == [
+        "python -m pip install -q -r requirements.txt"
+    ]
+    assert capsys.readouterr().out.startswith(f"This notebook was opened inside {ROOT}, which is taken as it is.\n")
+
+
 def test_an_address_that_nobody_filled_in_is_told(settings):
     names = settings()
     with pytest.raises(names["StoppedError"], match="REPOSITORY in the first cell still says OWNER"):
@@ -242,6 +356,71 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
+def _client(place: Path):
+    """Whoever runs the notebook, from ``place``."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    resources = {"metadata": {"path": str(place)}}
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    return NotebookClient(notebook, kernel_name="fresh", timeout=600, resources=resources)
+
+
+def _shown(notebook) -> dict[str, str]:
+    """The text below each cell; pictures as their base64."""
+    shown = {}
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        parts = [part.get("text") or part.data.get("image/png") or part.data.get("text/html", "") for part in outputs]
+        shown[cell.id] = "".join(parts)
+    return shown
+
+
+@pytest.mark.slow
+def test_run_all_as_it_is_shipped_inside_a_clone(tmp_path, monkeypatch):
+    """Nothing is filled in and nothing set in the environment: the config alone names a small base and few rows."""
+    clone = tmp_path / "clone"
+    for part in ("lit_qlora", "configs", "notebooks"):
+        shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("main.py", "requirements.txt"):
+        shutil.copyfile(ROOT / file, clone / file)
+    rows = [{"text": f"<s>[INST] What is {n} and {n}? [/INST] It is {2 * n}. </s>"} for n in range(60)]
+    (clone / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    shutil.copytree(demo.BASE, clone / "base")
+    config = clone / "configs" / "colab_t4_1k.yaml"
+    text = config.read_text(encoding="utf-8")
+    for shipped, small in (("NousResearch/Llama-2-7b-hf", "base"), ("mlabonne/guanaco-llama2-1k", "rows.jsonl")):
+        assert f": {shipped}\n" in text
+        text = text.replace(f": {shipped}\n", f": {small}\n")
+    config.write_text(text, encoding="utf-8")
+
+    # An environment of its own, into which pip may install, that sees the packages of this one; and a card's name.
+    bin_folder = tmp_path / "venv" / "bin"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text(str(Path(pytest.__file__).parents[1]))
+    (bin_folder / "tensorboard").symlink_to(Path(sys.executable).with_name("tensorboard"))
+    (bin_folder / "nvidia-smi").write_text(
+        "#!/bin/sh\n[ \"$1\" = --query-gpu=name,memory.total ] && echo 'Tesla T4, 15360 MiB'\n"
+    )
+    (bin_folder / "nvidia-smi").chmod(0o755)  # for the notebook's check alone: doctor would miss the card's driver
+    jupyter = [bin_folder / "python", "-m", "ipykernel", "install", "--prefix", tmp_path / "jupyter", "--name", "fresh"]
+    subprocess.run(jupyter, check=True, stdout=subprocess.DEVNULL)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter" / "share" / "jupyter"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("PATH", str(bin_folder), prepend=os.pathsep)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LIT_QLORA_", "PYTHON"))}
+
+    shown = _shown(_client(clone / "notebooks").execute(env=environment))
+    run = clone / "runs" / "colab_t4_1k"
+    assert shown["gpu"] == "Tesla T4, 15360 MiB\n" and f"opened inside {clone}," in shown["install"]
+    assert "problems: 0" in shown["doctor"] and "base: base may be read" in shown["doctor"]
+    assert "iframe" in shown["tensorboard"] and _size_of_picture(shown["curves"]) == (900, 480)
+    assert (run / "finished.json").is_file() and shown["evaluate"] and shown["chat"]
+    (merged,) = (clone / "merged").iterdir()
+    assert (merged / "model.safetensors").is_file() and shown["push"].startswith("Nothing is sent")
+
+
 class Colab:
     """A fresh environment with a kernel and torch, a drive, and a stand-in for the hub."""
 
@@ -276,29 +455,16 @@ class Colab:
 
     def client(self, machine: Path, **settings: str):
         """Whoever runs the notebook; and how."""
-        import nbformat
-        from nbclient import NotebookClient
-
-        client = NotebookClient(
-            nbformat.read(NOTEBOOK, as_version=4), kernel_name="fresh", timeout=600,
-            resources={"metadata": {"path": str(machine)}},
-        )  # fmt: skip
+        client = _client(machine)
         given = {f"LIT_QLORA_{name}": value for name, value in settings.items()}
         return client, {"env": self.environment | given | {"TMPDIR": str(machine / "tmp")}}
 
     def run_all(self, machine: Path, **settings: str) -> dict[str, str]:
-        """The text below each cell; pictures as their base64."""
+        """What stands below each cell."""
         client, how = self.client(machine, **settings)
         notebook = client.execute(**how)
         (machine / "executed.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
-        shown = {}
-        for cell in notebook.cells:
-            outputs = cell.get("outputs", [])
-            parts = [
-                part.get("text") or part.data.get("image/png") or part.data.get("text/html", "") for part in outputs
-            ]
-            shown[cell.id] = "".join(parts)
-        return shown
+        return _shown(notebook)
 
     def still_running(self) -> list[str]:
         """The commands of processes that were started from here, after some time to end."""

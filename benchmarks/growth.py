@@ -23,13 +23,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 GRID = (
-    # tokens a row, rows, rank, layers kept
+    # tokens a row, rows, rank, layers kept (of a base with fewer: all)
     (256, 8, 16, 0), (512, 4, 16, 0), (1024, 2, 16, 0), (2048, 1, 16, 0), (4096, 1, 16, 0), (1024, 1, 16, 0),
     (1024, 4, 16, 0), (1024, 8, 16, 0), (1024, 2, 16, 32), (1024, 4, 16, 16), (512, 4, 16, 16), (256, 4, 16, 32),
     (1024, 2, 64, 0), (1024, 2, 64, 16), (1024, 2, 8, 0), (1024, 2, 8, 32),
 )  # fmt: skip
 RECORDED = ((512, 4, 16, 0), (512, 4, 16, 32), (1024, 4, 16, 16))
 """Settings that are measured with recorded kernels, too: on a GPU."""
+PACKED = ((1024, 4, 16, 0), (1024, 4, 16, 32))
+"""Settings that are measured with their rows packed into one, too: on a GPU."""
 TINY_GRID = ((32, 2, 4, 0), (64, 1, 4, 1), (32, 1, 8, 0))
 ANSWER_SHARE = 0.86
 """Of the tokens, as in guanaco."""
@@ -85,11 +87,14 @@ def _steps_table(found: list[dict]) -> list[str]:
             allocated, reserved = f"{row['allocated']:.2f}", f"{row['reserved']:.2f}"
             forecast += f" ({row['forecast_allocated'] / row['allocated'] - 1:+.1%})"
             whole += f" ({row['forecast_reserved'] / row['reserved'] - 1:+.1%})"
-        setting = f"{row['length']} x {row['rows']}{', recorded' if row['recorded'] else ''}"
+        setting = f"{row['length']} x {row['rows']}{row['way'] and ', ' + row['way']}"
         lines.append(
             f"| {setting} | {row['rank']} | {row['kept']} | {row['tokens_per_second']:,.0f} | "
             f"{allocated} | {forecast} | {reserved} | {whole} |"
         )
+    for part in ("allocated", "reserved") if found[0]["allocated"] else ():
+        errors = [row[f"forecast_{part}"] / row[part] - 1 for row in found]
+        lines += ["", f"forecast of {part} memory: {min(errors):+.1%} to {max(errors):+.1%} of what was measured"]
     return lines
 
 
@@ -111,8 +116,9 @@ def _steps(options: argparse.Namespace) -> list[dict]:
     quieten()
     device = torch.device("cpu" if options.cpu else "cuda")
     dtype = torch.float32 if options.cpu else torch.float16 if options.t4 else torch.bfloat16
-    grid = [(*setting, False) for setting in (TINY_GRID if options.cpu else GRID)]
-    grid += [] if options.cpu else [(*setting, True) for setting in RECORDED]
+    grid = [(*setting, "") for setting in (TINY_GRID if options.cpu else GRID)]
+    if not options.cpu:
+        grid += [(*setting, "recorded") for setting in RECORDED] + [(*setting, "packed") for setting in PACKED]
     found = []
     for rank, settings in groupby(sorted(grid, key=lambda setting: setting[2]), key=lambda setting: setting[2]):
         module = QLoRAModule(options.base or "demo", rank=rank)
@@ -122,8 +128,9 @@ def _steps(options: argparse.Namespace) -> list[dict]:
         if base is module.base:
             copies.keep(loaded, module.base, dtype, device.type)
         module.model = add_lora(loaded, Lora(rank, 16.0, 0.0, "all-linear", False, False)).train()
-        for length, rows, _, kept, recorded in settings:
-            found.append(_measure(module, length, rows, rank, kept, recorded, dtype, device, options.steps))
+        for length, rows, _, kept, way in settings:
+            most = module.base.shape.num_layers
+            found.append(_measure(module, length, rows, rank, min(kept, most), way, dtype, device, options.steps))
             print(found[-1], file=sys.stderr, flush=True)
         del module, loaded
         gc.collect()  # modules stand in circles
@@ -131,9 +138,7 @@ def _steps(options: argparse.Namespace) -> list[dict]:
     return found
 
 
-def _measure(
-    module, length: int, rows: int, rank: int, kept: int, recorded: bool, dtype, device, num_steps: int
-) -> dict:
+def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dtype, device, num_steps: int) -> dict:
     import torch
 
     from lit_qlora.batch import Batch, answer_targets
@@ -146,10 +151,13 @@ def _measure(
     labels[:, : int(length * (1 - ANSWER_SHARE))] = -100
     ids = labels.clamp(min=3)
     batch = Batch(ids, *answer_targets(labels), tuple(range(rows)), ids.numel(), int((labels > 0).sum()))
+    if way == "packed":
+        batch = batch._replace(input_ids=ids.view(1, -1), lengths=(length,) * rows)
     batch = Batch(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in batch))
     parameters = list(adapter_parameters(module).values())
     optimizer = make_optimizer("adamw", parameters, 1e-6, 0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    recorded = way == "recorded"
     module.kept_layers, module.replays = kept, recorded
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -188,7 +196,7 @@ def _measure(
     optimizer.zero_grad()
     module._release()
     return {
-        "length": length, "rows": rows, "rank": rank, "kept": kept, "recorded": recorded,
+        "length": length, "rows": rows, "rank": rank, "kept": kept, "way": way,
         "tokens_per_second": ids.numel() / seconds,
         "allocated": torch.cuda.max_memory_allocated() / memory.GIB if on_gpu else None,
         "forecast_allocated": forecast.total / memory.GIB,

@@ -1,4 +1,4 @@
-"""Makes a base of random weights in the shape of a Llama 2, for measuring: speed and memory don't ask what it knows.
+"""Makes a base of random weights in the shape of a Llama, for measuring: speed and memory don't ask what it knows.
 
     python benchmarks/random_base.py --shape 7b --output DIR [--tokenizer DIR]
 
@@ -14,18 +14,20 @@ import torch
 from safetensors.torch import save_file
 
 SHAPES = {
-    # hidden, layers, heads, inner
-    "small": (512, 8, 8, 1376),
-    "1b": (2048, 16, 16, 5504),
-    "7b": (4096, 32, 32, 11008),
-    "13b": (5120, 40, 40, 13824),
+    # hidden, layers, heads, heads of keys and values, inner
+    "small": (512, 8, 8, 8, 1376),
+    "smollm2": (576, 30, 9, 3, 1536),
+    "1b": (2048, 16, 16, 16, 5504),
+    "tinyllama": (2048, 22, 32, 4, 5632),
+    "7b": (4096, 32, 32, 32, 11008),
+    "13b": (5120, 40, 40, 40, 13824),
 }
 VOCABULARY = 32_000
 
 
 def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | None = None) -> Path:
     """Writes the base into ``output``, with the files of ``tokenizer`` beside it; returns ``output``."""
-    hidden, num_layers, heads, inner = SHAPES[shape]
+    hidden, num_layers, heads, key_heads, inner = SHAPES[shape]
     num_layers = layers or num_layers
     output.mkdir(parents=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,10 +42,11 @@ def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | 
         save_file(tensors, output / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(shapes, name))
 
-    square, wide, narrow = (hidden, hidden), (inner, hidden), (hidden, inner)
+    square, keys = (hidden, hidden), (hidden // heads * key_heads, hidden)
+    wide, narrow = (inner, hidden), (hidden, inner)
     for number in range(num_layers):
         at = f"model.layers.{number}"
-        attention = {f"{at}.self_attn.{part}_proj.weight": square for part in "qkvo"}
+        attention = {f"{at}.self_attn.{part}_proj.weight": keys if part in "kv" else square for part in "qkvo"}
         mlp = {
             f"{at}.mlp.gate_proj.weight": wide,
             f"{at}.mlp.up_proj.weight": wide,
@@ -74,7 +77,7 @@ def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | 
         "max_position_embeddings": 4096,
         "num_attention_heads": heads,
         "num_hidden_layers": num_layers,
-        "num_key_value_heads": heads,
+        "num_key_value_heads": key_heads,
         "rms_norm_eps": 1e-05,
         "tie_word_embeddings": False,
         "torch_dtype": "float16",

@@ -4,12 +4,18 @@ The kernels are torch's own. Knows no weights.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+OWN_SDPA = "sdpa_in_kernels"
+"""What transformers calls its own attention by, as it is used here."""
 
 
 class Places(NamedTuple):
@@ -46,8 +52,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
 
     Keys and values may have fewer heads.
     """
-    if len(places.lengths) > 1 and query.is_cuda:
-        return _attend_packed(query, key, value, places)
+    if query.is_cuda:
+        return _attend_on_gpu(query, key, value, places)
     shared = query.shape[1] != key.shape[1]
     parts = [heads.split(places.lengths or heads.shape[2], dim=2) for heads in (query, key, value)]
     attended = [
@@ -57,35 +63,133 @@ def attend(query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
     return attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)
 
 
-def _attend_packed(query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
-    """In one kernel: FlashAttention's from compute capability 8.0 on, below it the memory-efficient one.
+# On a GPU. torch has three ways: FlashAttention, from compute capability 8.0 on; the memory-efficient kernel, which
+# takes neither shared heads nor head widths that are not a multiple of 8; and, for whatever neither takes, plain
+# products that hold all T x T weights. The last is never to be reached: its memory is in no forecast.
+
+
+def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
+    width = query.shape[-1]
+    scale = width**-0.5 if width % 8 else None
+    query, key, value = in_eights(query), in_eights(key), in_eights(value)
+    groups, flash = query.shape[1] // key.shape[1], has_flash(query, key, value, is_causal=True)
+    if len(places.lengths) > 1:
+        with _widened(groups, key, value) as (key, value):
+            attended = _attend_packed(query, key, value, places, scale, flash)
+    elif flash or groups == 1:
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1
+        )
+    else:
+        with _widened(groups, key, value) as (key, value):
+            attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    return attended[..., :width] if scale else attended
+
+
+def in_eights(heads: Tensor) -> Tensor:
+    """``[B, heads, T, head width]``, with zeros behind up to the next multiple of 8; they change no product."""
+    missing = -heads.shape[-1] % 8
+    return functional.pad(heads, (0, missing)) if missing else heads
+
+
+def has_flash(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
+    """Whether torch has FlashAttention for these, which may share keys' and values' heads."""
+    from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, is_causal, True))
+
+
+@contextmanager
+def _widened(groups: int, *narrow: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Copies of keys and values, one for each query head of a group.
+
+    They last as long as the kernel runs. What a kernel that is called in here keeps of them for its backward is what
+    they were copied from; they are copied once more there.
+    """
+    if groups == 1:
+        yield narrow
+        return
+    wide = tuple(heads.repeat_interleave(groups, 1) for heads in narrow)
+    copied = {copy.data_ptr(): heads.detach() for copy, heads in zip(wide, narrow, strict=True)}
+
+    def pack(saved: Tensor) -> Any:
+        heads = copied.get(saved.data_ptr())
+        return saved if heads is None else (heads, saved.shape, saved.stride())
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        heads, shape, stride = kept
+        return heads.repeat_interleave(groups, 1).as_strided(shape, stride)  # type: ignore[no-any-return]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield wide
+
+
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, places: Places, scale: float | None, flash: bool
+) -> Tensor:
+    """In one kernel: FlashAttention's, or the memory-efficient one.
 
     Both are what torch's own attention calls, with the bounds of conversations that it has no argument for.
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     longest, bounds = max(places.lengths), places.bounds
     assert bounds is not None
     query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-    if _has_flash(query):
+    if flash:
         from torch.nn.attention.varlen import varlen_attn
 
         # The argument's name is younger than the function.
         knows_windows = "window_size" in inspect.signature(varlen_attn).parameters
-        causal: Any = {"window_size": (-1, 0)} if knows_windows else {"is_causal": True}
-        attended: Any = varlen_attn(query[0], key[0], value[0], bounds, bounds, longest, longest, **causal)
+        options: Any = {"window_size": (-1, 0)} if knows_windows else {"is_causal": True}
+        options |= {"scale": scale} if scale else {}
+        attended: Any = varlen_attn(query[0], key[0], value[0], bounds, bounds, longest, longest, **options)
         return attended[None].transpose(1, 2)  # type: ignore[no-any-return]
     mask = 1  # causal, from each conversation's beginning
     attended = torch.ops.aten._efficient_attention_forward(
-        query, key, value, None, bounds, bounds, longest, longest, 0.0, mask, query.requires_grad
+        query, key, value, None, bounds, bounds, longest, longest, 0.0, mask, query.requires_grad, scale=scale
     )[0]
     return attended.transpose(1, 2)
 
 
-def _has_flash(query: Tensor) -> bool:
-    return bool(
-        query.dtype != torch.float32
-        and torch.backends.cuda.flash_sdp_enabled()
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+# transformers' layers
+
+
+def implementation_of(implementation: str) -> str:
+    """The name under which transformers finds ``implementation``; for sdpa one that never falls back to products.
+
+    On a CPU that is transformers' own, to the last bit.
+    """
+    if implementation != "sdpa":
+        return implementation
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(OWN_SDPA, _sdpa)
+    AttentionMaskInterface.register(OWN_SDPA, sdpa_mask)
+    return OWN_SDPA
+
+
+def _sdpa(module: Any, query: Tensor, *heads_and_mask: Any, **options: Any) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    attention = _sdpa_on_gpu if query.is_cuda else sdpa_attention_forward
+    return attention(module, query, *heads_and_mask, **options)
+
+
+def _sdpa_on_gpu(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa, of ``[B, heads, T, head width]``; gives ``[B, T, heads, head width]``."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    width = query.shape[-1]
+    options["scaling"] = options.get("scaling") or width**-0.5
+    query, key, value = in_eights(query), in_eights(key), in_eights(value)
+    # With a mask, transformers itself has no heads shared.
+    groups, is_causal = query.shape[1] // key.shape[1], query.shape[2] > 1
+    if groups > 1 and attention_mask is None and not has_flash(query, key, value, is_causal):
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        module = SimpleNamespace(is_causal=module.is_causal)
+    attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return attended[..., :width], None

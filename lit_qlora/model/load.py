@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_qlora.errors import UserError, require
+from lit_qlora.model.attention import implementation_of
 from lit_qlora.model.base import Base, check_weights
 from lit_qlora.model.device import Attention
 from lit_qlora.model.fingerprint import fingerprint, is_of, shown
@@ -80,7 +81,7 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
             quantization_config=None if "quantization_config" in base.config else quantization,
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=attention,
+            attn_implementation=implementation_of(attention),
             use_safetensors=True,
         )
     except (SafetensorError, OSError, ValueError) as error:

@@ -29,11 +29,13 @@ def test_the_steps_of_a_few_settings_on_the_cpu(tmp_path):
 
 def test_a_measured_row_has_its_forecasts_error():
     row = {"length": 1024, "rows": 2, "rank": 16, "kept": 0, "tokens_per_second": 7293.4, "allocated": 5.25}
-    row |= {"forecast_allocated": 5.29, "reserved": 5.6, "forecast_reserved": 5.74, "recorded": True}
+    row |= {"forecast_allocated": 5.29, "reserved": 5.6, "forecast_reserved": 5.74, "way": "recorded"}
     assert growth._steps_table([row])[1:] == [
         "|---|---|---|---|---|---|---|---|",
         "| 1024 x 2, recorded | 16 | 0 | 7,293 | 5.25 | 5.29 (+0.8%) | 5.60 | 5.74 (+2.5%) |",
-    ]
+        "", "forecast of allocated memory: +0.8% to +0.8% of what was measured",
+        "", "forecast of reserved memory: +2.5% to +2.5% of what was measured",
+    ]  # fmt: skip
 
 
 def test_rows_of_data():

@@ -122,3 +122,18 @@ def gradients():
 def save_llama_fixture():
     """Writes a tiny random Llama into a folder."""
     return save_llama
+
+
+@pytest.fixture(scope="session")
+def held_bytes():
+    """What is still held of memory while the result of a function is."""
+
+    def held_bytes(run):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            result = run()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        assert result.grad_fn is not None
+        return sum(event.nbytes() for event in events)
+
+    return held_bytes

@@ -259,16 +259,19 @@ def plain(spec: dict, clock: Clock) -> None:
     clock.report(loss, _score(trainer, collate, spec), "16-mixed" if spec["t4"] else "bf16-mixed")
 
 
-def unsloth(spec: dict, clock: Clock) -> None:
-    """FastLanguageModel with TRL's SFTTrainer, its own checkpointing, padding-free where it chooses so."""
+def unsloth(spec: dict, clock: Clock, **best: object) -> None:
+    """FastLanguageModel with the SFTTrainer that it puts into TRL: its own checkpointing, and no padding by default."""
     import os
 
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    # Before transformers, peft and TRL: imported behind TRL it leaves its trainer as it was, and that one pads.
+    from unsloth import FastLanguageModel  # isort: skip
     import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    from unsloth import FastLanguageModel  # first: it patches the others
 
+    if not SFTConfig.__name__.startswith("Unsloth"):
+        raise RuntimeError("Unsloth did not put its trainer into TRL: something imported TRL before it")
     half = torch.float16 if spec["t4"] else torch.bfloat16
     model, tokenizer = FastLanguageModel.from_pretrained(
         spec["base"], max_seq_length=spec["max_length"], dtype=half, load_in_4bit=True
@@ -282,11 +285,18 @@ def unsloth(spec: dict, clock: Clock) -> None:
         use_gradient_checkpointing="unsloth",
     )
     config = SFTConfig(
-        output_dir="unsloth", per_device_train_batch_size=spec["batch_size"], max_length=spec["max_length"],
-        learning_rate=2e-4, lr_scheduler_type="constant", max_steps=100_000, report_to="none", save_strategy="no",
-        fp16=bool(spec["t4"]), bf16=not spec["t4"],
-    )  # fmt: skip
-
+        output_dir="unsloth",
+        max_length=spec["max_length"],
+        gradient_accumulation_steps=1,  # its own default is 2: another number of rows a step
+        learning_rate=2e-4,
+        lr_scheduler_type="constant",
+        max_steps=100_000,
+        report_to="none",
+        save_strategy="no",
+        fp16=bool(spec["t4"]),
+        bf16=not spec["t4"],
+        **({"per_device_train_batch_size": spec["batch_size"]} | best),
+    )
     trainer = SFTTrainer(
         model,
         args=config,
@@ -301,6 +311,11 @@ def unsloth(spec: dict, clock: Clock) -> None:
     clock.report(loss, _score(trainer, collate, spec), "16-mixed" if spec["t4"] else "bf16-mixed")
 
 
+def unsloth_packed(spec: dict, clock: Clock) -> None:
+    """The same with its packing: as many tokens a step as TRL's packing and batches by tokens have here."""
+    unsloth(spec, clock, packing=True, per_device_train_batch_size=max(1, spec["batch_size"] // 2))
+
+
 def _adapters_in_fp32(trainer: object, spec: dict) -> None:
     """SFTTrainer casts adapters to bf16, which a gradient scaler refuses (trl#4901)."""
     for parameter in trainer.model.parameters() if spec["t4"] else ():
@@ -313,6 +328,10 @@ def _timer(clock: Clock) -> object:
     from transformers import TrainerCallback
 
     class Timer(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            if args.gradient_accumulation_steps != 1:
+                raise RuntimeError(f"a step is one batch here, not {args.gradient_accumulation_steps}")
+
         def on_step_end(self, args, state, control, **_):
             # The loader has looked one batch ahead: it belongs to the next step.
             ahead = clock.pending[1:]
@@ -375,6 +394,7 @@ NAMES: dict[str, Callable[[dict, Clock], None]] = {
     "trl_packed": trl_packed,
     "plain": plain,
     "unsloth": unsloth,
+    "unsloth_packed": unsloth_packed,
 }
 
 if __name__ == "__main__":

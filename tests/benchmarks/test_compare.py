@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import compare
+import peers
 
 
 def test_the_best_of_trl_is_its_quickest():
@@ -16,6 +17,13 @@ def test_the_best_of_trl_is_its_quickest():
     assert compare._ratios(speeds) == {"ratio_to_trl_default": 6.0, "ratio_to_trl_best": 2.5}
     assert compare._ratios(speeds | {"trl_packed": 0})["ratio_to_trl_best"] == 4.0
     assert compare._ratios({"trl_default": 100.0}) == {}
+
+
+def test_unsloth_is_measured_at_its_defaults_and_at_its_best():
+    speeds = {"lit_qlora": 600.0, "unsloth": 300.0, "unsloth_packed": 400.0}
+    assert compare._ratios(speeds) == {"ratio_to_unsloth": 2.0, "ratio_to_unsloth_best": 1.5}
+    assert compare._ratios({"lit_qlora": 600.0, "unsloth": 300.0})["ratio_to_unsloth_best"] == 2.0
+    assert [*compare.PEERS] == [*peers.NAMES]
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,8 @@ class QLoRACLI(LightningCLI):
         if self.verb == "fit":  # here, and not before: the model's and the data's options are checked by now
             check_optimizer(self.model.optimizer_name, current_device().capability is not None)
             self._prepare_fit()
+        else:
+            self.datamodule.recall(self.run.rows)
         shows_bar = config.get("enable_progress_bar") is not False
         metrics, throughput = TrainMetrics(), Throughput()
         bars: list[Callback] = [RunProgress(metrics, throughput)] if shows_bar else []
@@ -281,7 +283,7 @@ class QLoRACLI(LightningCLI):
             *bars,
             *early,
             *limits,
-            RunIdentity(self.resume_from, self.settings),
+            RunIdentity(self.resume_from, self.settings, self.run.rows),
             checkpoints,
             self.report,
             stop,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Before torch and bitsandbytes are imported: models this small are slower on two threads than on one,
 # much slower where another test run has the second core.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lit_qlora-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

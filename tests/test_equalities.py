@@ -1,14 +1,23 @@
-"""The training of this project against the plainest loop there is, and accumulation against one large batch."""
+"""The training of this project against the plainest loop there is, and accumulation against one large batch.
 
+Two runs are compared per optimizer step, each from the same weights. AdamW's first steps are a sign of the gradient
+times the rate: left to themselves, two loops that differ in the last bit part by more from step to step, and by how
+much is a matter of the processor's kernels. A loss and a gradient from the same weights differ by rounding alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lit_qlora import demo
 from lit_qlora.batch import Batch
@@ -27,6 +36,60 @@ SAME = ["--trainer.max_steps", str(STEPS), "--trainer.log_every_n_steps", "1", "
         "--trainer.limit_val_batches", "1", "--model.schedule", "constant", "--model.warmup_ratio", "0",
         "--model.learning_rate", "0.003", "--model.adapter", "start", "--model.rank", "8",
         "--data.max_length", "128", "--trainer.gradient_clip_val", "1.0"]  # fmt: skip
+
+
+LOSS_ROUNDING = 1e-5
+"""Of a loss in fp32 that was summed up in another order, relative; 1.2e-6 is the most that any kernels here show."""
+GRADIENT_ROUNDING = 1e-4
+"""Likewise of a tensor's gradient, relative to its norm: parts of it cancel; 2e-7 is usual, and 5.4e-6 the most."""
+
+
+@dataclass
+class Steps:
+    """What the optimizer steps of a run learned from, and where they led: LoRA's tensors, in order."""
+
+    gradients: list[list[torch.Tensor]] = field(default_factory=list)
+    weights: list[list[torch.Tensor]] = field(default_factory=list)
+
+
+@contextmanager
+def steps_of(other: Steps | None = None) -> Iterator[Steps]:
+    """Collects the steps of what runs inside; behind each, the weights become those of ``other``."""
+    found = Steps()
+
+    def after(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        found.gradients.append([parameter.grad.clone() for parameter in parameters])
+        found.weights.append([parameter.detach().clone() for parameter in parameters])
+        if other:
+            for parameter, value in zip(parameters, other.weights[len(found.weights) - 1], strict=True):
+                parameter.data.copy_(value)
+
+    hook = register_optimizer_step_post_hook(after)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def fit(run: str, *options: str, other: Steps | None = None) -> tuple[Steps, list[dict[str, float]]]:
+    """A run of the command line; returns its steps, and its figures without those of before the first."""
+    with steps_of(other) as steps:
+        assert main(["fit", "--run", run, *SAME, *options]) == 0
+    return steps, read_metrics(Path(run, "metrics.jsonl"))[1:]
+
+
+def assert_same(
+    one: tuple[Steps, list[dict[str, float]]], other: tuple[Steps, list[dict[str, float]]], names: str
+) -> None:
+    """The figures called ``names``, and every gradient, are equal but for rounding."""
+    assert len(one[0].gradients) == len(other[0].gradients) == sum("train/loss" in line for line in one[1]) == STEPS
+    for line, found in zip(one[1], other[1], strict=True):
+        for name in {*names.split()} & {*line}:
+            assert found[name] == pytest.approx(line[name], rel=LOSS_ROUNDING), (line["step"], name)
+    for step, (wanted, got) in enumerate(zip(one[0].gradients, other[0].gradients, strict=True)):
+        for index, (gradient, found) in enumerate(zip(wanted, got, strict=True)):
+            assert (found - gradient).norm() < GRADIENT_ROUNDING * gradient.norm(), (step, index)
 
 
 def _plain_base() -> LlamaForCausalLM:
@@ -53,17 +116,17 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_losses_equal_a_plain_loop(start: Path) -> None:
-    """Per optimizer step, against transformers + peft with full logits, no Lightning and no chunks, to 1e-5."""
-    assert main(["fit", "--run", "ours", *SAME]) == 0
-    ours = [line["train/loss"] for line in read_metrics(Path("ours/metrics.jsonl"))[1:]]
+    """Against transformers + peft with full logits, no Lightning and no chunks: losses, gradients and AdamW's steps."""
+    steps, figures = fit("ours")
 
     model = PeftModel.from_pretrained(_plain_base(), "start", is_trainable=True).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.003, weight_decay=0.0)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.003, weight_decay=0.0)
     encoder = Encoder(load_tokenizer("demo"), max_length=128)
     examples = list(encoder.examples(load_records("demo", "train").conversations))
     lengths = [len(example.input_ids) for example in examples if example]
-    losses = []
-    for rows in BatchPlan(rows=4).epoch(lengths, seed=42, epoch=0)[:STEPS]:
+    plain, losses = Steps(), []
+    for step, rows in enumerate(BatchPlan(rows=4).epoch(lengths, seed=42, epoch=0)[:STEPS]):
         width = max(lengths[row] for row in rows)
         ids = torch.full((len(rows), width), 0)
         labels = torch.full((len(rows), width), -100)
@@ -75,11 +138,15 @@ def test_losses_equal_a_plain_loop(start: Path) -> None:
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        plain.gradients.append([parameter.grad.clone() for parameter in parameters])
+        losses.append({"step": step + 1, "train/loss": loss.item()})
+        for parameter, gradient in zip(parameters, steps.gradients[step], strict=True):
+            parameter.grad.copy_(gradient)  # so that the next step is from the same weights
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    assert ours == pytest.approx(losses, abs=1e-5)
-    assert len(ours) == STEPS
+        for parameter, weight in zip(parameters, steps.weights[step], strict=True):
+            torch.testing.assert_close(parameter.data, weight, rtol=1e-6, atol=1e-8)
+    assert_same((plain, losses), (steps, [line for line in figures if "train/loss" in line]), "train/loss")
 
 
 def test_four_times_one_equals_one_times_four(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,16 +157,9 @@ def test_four_times_one_equals_one_times_four(start: Path, monkeypatch: pytest.M
         return [rows[at : at + plan.rows] for at in range(0, len(rows), plan.rows)]
 
     monkeypatch.setattr(BatchPlan, "epoch", in_order)
-    assert main(["fit", "--run", "one", *SAME, "--data.batch_size", "4"]) == 0
-    four = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "4"]
-    assert main(["fit", "--run", "four", *SAME, *four]) == 0
-    one_loss, four_loss = (
-        [line["train/loss"] for line in read_metrics(Path(run, "metrics.jsonl"))[1:]] for run in ("one", "four")
-    )
-    assert four_loss == pytest.approx(one_loss, abs=1e-5)
-    one_weights, four_weights = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("one", "four"))
-    for name, value in one_weights.items():
-        torch.testing.assert_close(four_weights[name], value, atol=2e-4, rtol=1e-3)
+    one = fit("one", "--data.batch_size", "4")
+    four = fit("four", "--data.batch_size", "1", "--trainer.accumulate_grad_batches", "4", other=one[0])
+    assert_same(one, four, "train/loss train/gradient_norm")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -108,8 +168,8 @@ def test_halved_after_running_out_of_memory_equals_not_halved(
     start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], accumulate: int, in_backward: bool
 ) -> None:
     """Through the Trainer, which zeroes gradients between forward and backward: losses, norms and the adapter."""
-    same = [*SAME, "--trainer.accumulate_grad_batches", str(accumulate), "--model.checkpointing", "full"]
-    assert main(["fit", "--run", "whole", *same]) == 0
+    same = ["--trainer.accumulate_grad_batches", str(accumulate), "--model.checkpointing", "full"]
+    whole = fit("whole", *same)
     real = QLoRAModule.summed_loss
 
     def short(self: QLoRAModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -123,16 +183,9 @@ def test_halved_after_running_out_of_memory_equals_not_halved(
 
     monkeypatch.setattr(QLoRAModule, "summed_loss", short)
     capsys.readouterr()
-    assert main(["fit", "--run", "halved", *same]) == 0
+    halved = fit("halved", *same, other=whole[0])
     assert capsys.readouterr().out.count("each micro-batch goes in two halves from now on") == 1
-    figures = [read_metrics(Path(run, "metrics.jsonl")) for run in ("whole", "halved")]
-    for one, other in zip(*figures, strict=True):
-        for name in {"train/loss", "train/gradient_norm", "val/loss"} & {*one}:
-            assert other[name] == pytest.approx(one[name], rel=1e-4), (one["step"], name)
-            assert other[name] > 0
-    whole, halved = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("whole", "halved"))
-    for name, weight in whole.items():
-        assert (halved[name] - weight).norm() < 1e-3 * weight.norm(), name
+    assert_same(whole, halved, "train/loss train/gradient_norm val/loss")
 
 
 @pytest.mark.parametrize("at", [3, 4])
@@ -156,33 +209,30 @@ def test_memory_that_runs_out_in_backward_loses_no_gradient_of_the_step(
         return found
 
     monkeypatch.setattr(QLoRAModule, "configure_model", configure)
-    same = [*SAME, "--trainer.accumulate_grad_batches", "2"]
-    assert main(["fit", "--run", "whole", *same]) == 0
+    whole = fit("whole", "--trainer.accumulate_grad_batches", "2")
     monkeypatch.setattr(QLoRAModule, "summed_loss", short_once)
     capsys.readouterr()
-    assert main(["fit", "--run", "again", *same]) == 0
+    again = fit("again", "--trainer.accumulate_grad_batches", "2", other=whole[0])
     done = "kernels are no longer recorded" if replays else "every layer computes its inside again from now on"
     assert capsys.readouterr().out.count(f": {done}") == 1
-    figures = [read_metrics(Path(run, "metrics.jsonl")) for run in ("whole", "again")]
-    for one, other in zip(*figures, strict=True):
-        for name in {"train/loss", "train/gradient_norm", "val/loss"} & {*one}:
-            assert other[name] == pytest.approx(one[name], rel=1e-4), (one["step"], name)
+    assert_same(whole, again, "train/loss train/gradient_norm val/loss")
 
 
-def test_our_layers_learn_what_transformers_own_learn_and_rows_of_logits_change_nothing(tmp_path, monkeypatch):
-    """One option each: the losses of a whole fit, and its adapter, are the same but for rounding."""
-    monkeypatch.chdir(tmp_path)
-    args = ["fit", "--trainer.max_steps", "4", "--samples.count", "0", "--trainer.limit_val_batches", "1",
-            "--trainer.log_every_n_steps", "1", "--data.max_length", "96"]  # fmt: skip
-    losses = {}
-    for name, given in {
-        "ours": [],
-        "theirs": ["--model.own_layers", "false"],
-        "rows": ["--model.loss_rows", "7"],
-    }.items():
-        assert main([*args, "--run", name, *given]) == 0
-        lines = read_metrics(tmp_path / name / "metrics.jsonl")
-        losses[name] = [line["train/loss"] for line in lines if line["step"]]
-    assert losses["theirs"] == pytest.approx(losses["ours"], rel=1e-5)
-    assert losses["rows"] == pytest.approx(losses["ours"], rel=1e-5)
-    assert losses["theirs"] != losses["ours"]  # other kernels: it was they that ran
+def test_our_layers_learn_what_transformers_own_learn_and_rows_of_logits_change_nothing(
+    start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One option each: the losses and gradients of a fit are the same but for rounding."""
+    real, calls = LlamaDecoderLayer.forward, []
+
+    def forward(self: LlamaDecoderLayer, *args: object, **options: object) -> object:
+        calls.append(self)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    ours = fit("ours")
+    assert not calls
+    names = "train/loss train/gradient_norm val/loss"
+    assert_same(ours, fit("rows", "--model.loss_rows", "7", other=ours[0]), names)
+    assert not calls
+    assert_same(ours, fit("theirs", "--model.own_layers", "false", other=ours[0]), names)
+    assert calls

@@ -94,6 +94,33 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
     assert (here / "answers.jsonl").read_bytes() == before
 
 
+def test_rows_that_came_later_are_not_scored(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A share drawn anew from a source that grew would hold rows that were trained on."""
+    fit = ["fit", "--run", "runs/mine", "--data.source", str(_rows(here / "rows.jsonl", 24)), *SHORT,
+           "--data.validation_share", "0.25", "--samples.count", "0", "--trainer.limit_val_batches", "1.0"]  # fmt: skip
+    assert main(fit) == 0
+    best = json.loads((here / "runs" / "mine" / "adapter" / "result.json").read_text())["val/loss"]
+    kept = json.loads((here / "runs" / "mine" / "rows.json").read_text())
+    assert (len(kept["held_out"]), len(kept["train"])) == (6, 18)
+    _rows(here / "rows.jsonl", 40)
+    capsys.readouterr()
+    for command in (["validate"], ["validate", "--seed_everything", "7"], ["test"], ["evaluate"]):
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        assert "6 conversations of" in out and "16 conversations there are new since the run began" in out
+        shown = re.search(r"/loss  ([\d.]+)\n", out) or re.search(r"\nloss +\S+ +([\d.]+) ", out)
+        assert shown and float(shown[1]) == pytest.approx(best, rel=1e-5)
+
+    lines = (here / "rows.jsonl").read_text().splitlines(keepends=True)
+    (here / "rows.jsonl").write_text("".join(reversed(lines[:12])))
+    assert main(["validate"]) == 0
+    out, err = capsys.readouterr()
+    assert re.match(r"warning: \d of the 6 conversations that the run held out are no longer in .*rows.jsonl", err)
+    (here / "runs" / "mine" / "rows.json").write_text("{")
+    assert main(["evaluate"]) == 2
+    assert "rows.json is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains(config: Path, here: Path) -> None:
     """As it stands, with only base, data and length replaced."""

@@ -58,18 +58,30 @@ class RunIdentity(Callback):
     Args:
         resume_from: the checkpoint folder that this start goes on from, if it does.
         settings: the whole configuration, for a start that finds no config.yaml any more.
+        rows: the file that is to say which rows are learned and which are held out.
     """
 
-    def __init__(self, resume_from: Path | None = None, settings: Mapping[str, Any] | None = None) -> None:
-        self.resume_from, self.settings = resume_from, dict(settings or {})
+    def __init__(
+        self,
+        resume_from: Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+        rows: Path | None = None,
+    ) -> None:
+        self.resume_from, self.settings, self.rows = resume_from, dict(settings or {}), rows
         self._old_steps: int | None = None
         """Optimizer steps of the run by the checkpoint that is gone on from."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compares all but the base: the rows are encoded by now, and no weight is loaded.
 
-        Raises UserError with was -> is for the first part that differs, and where the run would become shorter.
+        Then records the rows. Raises UserError with was -> is for the first part that differs, and where the run
+        would become shorter.
         """
+        self._compare_data(trainer)
+        if self.rows is not None:
+            trainer.datamodule.record(self.rows)  # type: ignore[attr-defined]
+
+    def _compare_data(self, trainer: Trainer) -> None:
         if self.resume_from is None:
             return
         was = _record(load_state(self.resume_from, with_tensors=False), self.resume_from)

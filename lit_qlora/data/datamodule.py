@@ -5,6 +5,7 @@ but the name of its tokenizer.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,9 @@ from lit_qlora.batch import Batch
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.encode import Encoder, TrainOn
-from lit_qlora.data.records import Fits, Form, Records, has_split, load_records, load_train_and_held_out
+from lit_qlora.data.held_out import Parts
+from lit_qlora.data.records import Fits, Form, Records
+from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError, require
 from lit_qlora.text import jinja, llama2
@@ -26,15 +29,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+CHOSEN_BY = "held-out rows, by which the best adapter was chosen"
+
+
 class ChatDataModule(LightningDataModule):
     """Conversations to train and to score a chat model on.
 
     Args:
-        source: ``demo``, a local jsonl, json, csv or parquet file, a folder with train.* and test.*, or a hub id.
+        source: ``demo``, a local jsonl, json, csv or parquet file, a folder with train.*, and validation.* and test.*
+            where it has them, or a hub id.
         form: how a row is written: found out from each row (auto), or one form for all.
-        validation_source: held-out rows from elsewhere; default: the source's own test split, else a share.
-        validation_share: the seeded share of rows held out where there is no test split.
-        test_source: rows for ``test``; default: the held-out ones.
+        validation_source: held-out rows from elsewhere; default: the source's validation split, else its test split,
+            else a share.
+        validation_share: the seeded share of rows held out where there is no such split.
+        test_source: rows for ``test``; default: the source's test split where it is not held out, else the held-out
+            rows.
         system: system text for conversations that bring none.
         template: a Jinja chat template of your own in place of the Llama 2 format: its file, or its text.
         train_on: learn the answers only, or all of each conversation.
@@ -93,6 +102,11 @@ class ChatDataModule(LightningDataModule):
         self.seed = seed
         self._records: dict[str, Records] = {}
         self._rows: dict[str, EncodedRows] = {}
+        self._notes: dict[str, list[str]] = {}
+        """By part: what else is to be known of its rows."""
+        self.run_rows: RunRows | None = None
+        """What a run learned and held out, where its rows are scored."""
+        self._run_record: Path | None = None
         self._encoder: Encoder | None = None
 
     @cached_property
@@ -127,15 +141,17 @@ class ChatDataModule(LightningDataModule):
         of the micro-batches that is less than one of them.
         """
         if stage == "fit" and "train" not in self._rows:
-            train, held_out = load_train_and_held_out(
-                self.source, self.validation_source, self.validation_share, self.seed, self.form, self.fits
-            )
+            parts = self.parts()
+            train, held_out = parts.train_and_held_out()
+            unread = parts.unread()
+            if unread:
+                self._note("train", f"not read of {self.source}: {', '.join(unread)}")
             self._encode("train", train)
             self._encode("validation", held_out)
             self._check_limit("train", "limit_train_batches")
             self._check_limit("validation", "limit_val_batches")
         elif stage == "validate" and "validation" not in self._rows:
-            self._encode("validation", self._held_out())
+            self._encode("validation", self._held_out("validation"))
             self._check_limit("validation", "limit_val_batches")
         elif stage == "test" and "test" not in self._rows:
             self._encode("test", self._test_records())
@@ -205,7 +221,7 @@ class ChatDataModule(LightningDataModule):
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> EvaluationLoader:
-        """The rows of ``test_source``, else the held-out ones."""
+        """The rows of ``test_source``, else of the source's test split, else the held-out ones."""
         return self._evaluation_loader("test")
 
     def held_out_prompts(self, count: int) -> list[tuple[Conversation, str]]:
@@ -217,6 +233,29 @@ class ChatDataModule(LightningDataModule):
         """What the rows of a run are made of: the content, whatever file or hub id it came from."""
         rows = {"train_rows": "train", "held_out_rows": "validation"}
         return {name: self._rows[part].fingerprint for name, part in rows.items()}
+
+    def parts(self, fits: Fits | None = None) -> Parts:
+        """What is learned, held out and tested on, by the options; ``fits`` in place of the prompt format's own."""
+        return Parts(
+            self.source, self.validation_source, self.validation_share, self.seed, self.form, fits or self.fits
+        )
+
+    def recall(self, file: Path) -> None:
+        """Has the rows of a run scored that its record in ``file`` names, whatever became of the source since.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        self._run_record, self.run_rows = file, RunRows.read(file)
+
+    def record(self, file: Path) -> None:
+        """Writes into ``file`` which rows are learned and which are held out, for `recall`.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        train, held_out = (self._records[part].conversations for part in ("train", "validation"))
+        RunRows.of(train, held_out, self.validation_source).write(file)
 
     def describe(self) -> list[str]:
         """What was read, learned, cut and left out, in lines for the terminal."""
@@ -234,20 +273,43 @@ class ChatDataModule(LightningDataModule):
                 dropped.append(f"{rows.num_cut:,} cut to {self.max_length} tokens")
             if rows.num_left_out:
                 dropped.append(f"{rows.num_left_out:,} left out: no answer within {self.max_length} tokens")
+            dropped += self._notes.get(part, [])
             if dropped:
                 lines.append(f"{part}: " + "; ".join(dropped))
         return lines
 
     def _test_records(self) -> Records:
-        if self.test_source is None:
-            return self._held_out()
-        split = "test" if has_split(self.test_source, "test") else "train"
-        return load_records(self.test_source, split, self.form, self.fits)
+        parts, rows = self.parts(), self.run_rows
+        records = parts.test(rows) if self.test_source is None else parts.test_of(self.test_source)
+        if records is None:
+            self._note("test", f"these are the {CHOSEN_BY}; data.test_source gives rows of their own")
+            return self._held_out("test")
+        if rows is not None:
+            digests = [*map(digest, records.conversations)]
+            for what, known in ((f"are {CHOSEN_BY}", {*rows.held_out}), ("were trained on", rows.train)):
+                count = sum(one in known for one in digests)
+                if count:
+                    self._note("test", f"{count:,} of {len(digests):,} {what}")
+        return records
 
-    def _held_out(self) -> Records:
-        return load_train_and_held_out(
-            self.source, self.validation_source, self.validation_share, self.seed, self.form, self.fits
-        )[1]
+    def _held_out(self, part: str) -> Records:
+        """The rows that the run held out, by its record; without one, by the rule."""
+        parts, rows = self.parts(), self.run_rows
+        if rows is None or parts.is_other(rows):
+            if rows is None and self._run_record:
+                self._note(part, f"drawn from the source as it is now, for there is no {self._run_record}")
+            return parts.train_and_held_out()[1]
+        records, num_gone = parts.recall(rows)
+        if num_gone:
+            print(
+                f"warning: {num_gone:,} of the {len(rows.held_out):,} conversations that the run held out are no "
+                f"longer in {self.source}, and not scored",
+                file=sys.stderr,
+            )
+        return records
+
+    def _note(self, part: str, note: str) -> None:
+        self._notes.setdefault(part, []).append(note)
 
     def _encode(self, part: str, records: Records) -> None:
         rows = encode_records(records.conversations, self.encoder)

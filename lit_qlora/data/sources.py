@@ -1,10 +1,12 @@
-"""Owns where rows come from: the demo, a local file or folder, or a dataset on the hub.
+"""Owns where rows come from: the demo, a local file or folder, or a dataset on the hub; and what its splits are called.
 
-`read_source` gives the rows of one split. Knows no form of row; the formats of files are files.py's.
+`find_splits` says which there are, `read_source` gives the rows of one. Knows no form of row; the formats of files
+are files.py's.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,23 +16,95 @@ from lit_qlora.errors import UserError
 
 T = TypeVar("T")
 
+SPLITS = {
+    "train": ("train", "training", "train_sft"),
+    "validation": (
+        "validation", "valid", "val", "dev", "development", "eval", "evaluation",
+        "validation_sft", "valid_sft", "val_sft", "dev_sft", "eval_sft",
+    ),
+    "test": ("test", "testing", "test_sft"),
+}  # fmt: skip
+"""What a split is for, and the names that it has in folders and on the hub, in small letters."""
 
-def has_split(source: str, split: str) -> bool:
-    """Whether a source has a split: the demo and folders may have both, a file is all "train".
+
+@dataclass(frozen=True)
+class Splits:
+    """What a source is divided into.
+
+    Args:
+        source: the demo, a file, a folder or a hub id.
+        names: of each kind in `SPLITS` that it has, its name there.
+        unread: what else it holds that looks like rows: other splits, or files.
+    """
+
+    source: str
+    names: Mapping[str, str]
+    unread: tuple[str, ...] = ()
+
+    def training(self) -> str:
+        """The name of the rows to train on.
+
+        Raises:
+            UserError: there are none.
+        """
+        if "train" not in self.names:
+            found = " and ".join([*self.names.values(), *self.unread])
+            raise UserError(f"{self.source}: has no split 'train', found: {found}; choose another")
+        return self.names["train"]
+
+    def first(self, *kinds: str) -> str | None:
+        """The name of the first of ``kinds`` that is there; None without any."""
+        return next((self.names[kind] for kind in kinds if kind in self.names), None)
+
+
+def find_splits(source: str) -> Splits:
+    """Finds out which splits a source has; a file is all "train".
 
     Raises:
         UserError: when the source isn't found, or the hub can't be asked.
     """
     files = _find_files(source)
-    if files is not None:
-        return split in files
-    import datasets
+    if files is None:
+        import datasets
 
-    return split in _ask_hub(source, lambda: datasets.get_dataset_split_names(source))
+        found = [str(name) for name in _ask_hub(source, lambda: datasets.get_dataset_split_names(source))]
+    else:
+        found = [*files]
+    # On the hub, the plainest name is taken where there are several of a kind; a folder has one at most.
+    names = {kind: name for kind, known in SPLITS.items() for name in reversed(known) for name in _named(found, name)}
+    unread = [name for name in found if name not in names.values()] if files is None else _beside(source, files)
+    return Splits(source, names, tuple(unread))
 
 
-def read_source(source: str, split: str) -> tuple[list[Row], bool]:
-    """Reads the rows of one split, and tells whether a wrong one can be mended in an editor.
+def _named(found: Iterable[str], name: str) -> list[str]:
+    return [one for one in found if one.lower() == name]
+
+
+def _beside(source: str, files: Mapping[str, Path]) -> list[str]:
+    """What else a folder holds that looks like rows: files, and folders of such."""
+    folder = Path(source).expanduser()
+    if source == "demo" or not folder.is_dir():
+        return []
+    paths = [path for path in _entries(folder) if path not in files.values()]
+    return [path.name for path in paths if _is_data(path)] + [
+        f"{path.name}/" for path in paths if path.is_dir() and any(map(_is_data, _entries(path)))
+    ]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, by name; nothing where it can't be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and path.name.lower().endswith(ENDINGS)
+
+
+def read_source(source: str, split: str = "train") -> tuple[list[Row], bool]:
+    """Reads the rows of one split, by its name there, and tells whether a wrong one can be mended in an editor.
 
     Raises:
         UserError: when the source or the split isn't found, or a file can't be read.
@@ -47,7 +121,7 @@ def read_source(source: str, split: str) -> tuple[list[Row], bool]:
 
 
 def _find_files(source: str) -> dict[str, Path] | None:
-    """Returns a local source's files by split, or None for a dataset on the hub."""
+    """Returns a local source's files by the name of their split, or None for a dataset on the hub."""
     if not source.strip() or not source.isprintable():
         raise UserError(f"data.source: is {source!r}, expected 'demo', a file, a folder or a hub id")
     if source == "demo":
@@ -69,18 +143,38 @@ def _find_files(source: str) -> dict[str, Path] | None:
 def _find_in_folder(folder: Path) -> dict[str, Path]:
     names = sorted(entry.name for entry in folder.iterdir())
     files: dict[str, Path] = {}
-    for split in ("train", "test"):
-        found = [name for name in names if name in {f"{split}{ending}" for ending in ENDINGS}]
+    for known in SPLITS.values():
+        found = [name for name in names if _stem(name, ENDINGS) in known]
+        # A compressed one beside is the same rows; by itself, it is refused when it is read.
+        found = found or [name for name in names if _stem(_stem(name, COMPRESSED), (*ENDINGS, "")) in known]
         if len(found) > 1:
             raise UserError(f"{folder}: holds both {found[0]} and {found[1]}, expected one; keep one of them")
-        if found:
-            files[split] = folder / found[0]
+        files |= {name.partition(".")[0]: folder / name for name in found}
     if not files:
         raise UserError(
             f"{folder}: no train or test file in this folder, expected train.jsonl ({', '.join(ENDINGS)}),"
-            f" found: {excerpt(names)}; rename yours, or name the file itself"
+            f" found: {excerpt(names)}; {_remedy(folder)}"
         )
     return files
+
+
+def _stem(name: str, endings: Iterable[str]) -> str:
+    """``name`` in small letters without the one of ``endings`` that it has; empty where it has none of them."""
+    name = name.lower()
+    return next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), "")
+
+
+def _remedy(folder: Path) -> str:
+    """What to do where a folder holds no file that is named after a split."""
+    files = [path for place in (folder, folder / "data") for path in _entries(place) if _is_data(path)]
+    if any(_stem(path.name, ENDINGS) in known for path in files for known in SPLITS.values()):
+        return f"give {folder / 'data'}"
+    parts = [path for path in files if re.search(r"-\d+-of-0*[2-9]", path.name)]
+    if parts:
+        return f"put the parts of a split, such as {parts[0].relative_to(folder)}, together in one file, and name it"
+    if files:
+        return f"rename yours, or name the file itself, such as {files[0]}"
+    return "put one there, or name the file itself"
 
 
 def is_hub_id(source: str) -> bool:

@@ -295,7 +295,7 @@ class Mirror:
 
 def _files(run: RunFolder) -> Iterator[Path]:
     """What lies in a run folder beside adapter and checkpoints."""
-    for pattern in ("config*.yaml", run.metrics.name, "events.out.tfevents.*", run.finished_mark.name):
+    for pattern in ("config*.yaml", run.rows.name, run.metrics.name, "events.out.tfevents.*", run.finished_mark.name):
         yield from sorted(run.path.glob(pattern))
 
 

@@ -60,6 +60,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
+        self.rows = path / "rows.json"
+        """Which rows are learned and which are held out."""
         self.finished_mark = path / "finished.json"
         self._seen_whole: dict[int, bool] = {}
         """By step: what `outdated_steps` found once."""
@@ -125,7 +127,7 @@ class RunFolder:
         if self.has_begun():
             return
         with suppress(OSError):  # a folder that can't be written keeps what little is in it
-            for file in (self.config, self.path / ".lock", *self.path.glob("events.out.tfevents.*")):
+            for file in (self.config, self.rows, self.path / ".lock", *self.path.glob("events.out.tfevents.*")):
                 file.unlink(missing_ok=True)
             _remove_empty([self.checkpoints, self.path])
 

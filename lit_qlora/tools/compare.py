@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.records import Fits, load_records, load_train_and_held_out
+from lit_qlora.data.held_out import Parts
+from lit_qlora.data.records import Fits, load_records
 from lit_qlora.errors import UserError
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base
@@ -59,7 +60,7 @@ def conversations_to_compare(settings: Mapping[str, Any] | None, fits: Fits) -> 
         data = settings["data"]
         options = (data.get("validation_source"), data["validation_share"], settings["seed_everything"], data["form"])
         try:
-            records = load_train_and_held_out(data["source"], *options, fits)[1]
+            records = Parts(data["source"], *options, fits).train_and_held_out()[1]
             name = f"held-out conversations of {Path(data['source']).name}"
         except UserError:
             pass

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from lit_qlora.errors import UserError, require
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import SaveError, replace_file
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.tools.answerer import Chosen, choose_adapter
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ def evaluate(
         run: run folder, for its best adapter; default: the newest run.
         adapter: an adapter folder instead of a run.
         base: the base of the adapter; default: the one that run or folder names.
-        source: conversations to score: a file, a folder or a hub id, its test split if it has one; default, unless
-            mmlu is given: the run's held-out ones.
+        source: conversations to score: a file, a folder or a hub id, its test split, or else its validation split, if
+            it has one; default, unless mmlu is given: the run's held-out ones.
         max_length: tokens of one conversation; default: the run's, or 1024.
         mmlu: questions to answer: a .csv (question, A, B, C, D, letter of the answer) or a folder of them.
         shots: examples before each question.
@@ -139,6 +140,8 @@ def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "Ch
     options |= {"test_source": source, "tokenizer": chosen.base.name, "seed": settings.get("seed_everything", 42)}
     options |= _prompts(chosen)
     data = ChatDataModule(**options)
+    if chosen.settings is not None:
+        data.recall(RunFolder(chosen.adapter.parent).rows)
     try:
         data.setup("test" if source else "validate")
     except UserError as error:

@@ -19,7 +19,6 @@ from lit_qlora.callbacks.outlook import ANSWER_SHARE, PROMPT_TOKENS, current_car
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.stop import parse_max_time
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.records import load_train_and_held_out
 from lit_qlora.data.sources import is_hub_id
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load
@@ -231,9 +230,7 @@ def _rows(trainer: Any, data: ChatDataModule, base: Base, drawn: SampleAnswers) 
             prompts = _prompts(data, drawn)
     fits = data.fits if has_tokenizer else llama2.segments
     try:
-        train, _ = load_train_and_held_out(
-            data.source, data.validation_source, data.validation_share, data.seed, data.form, fits
-        )
+        train, _ = data.parts(fits).train_and_held_out()
     except UserError:
         if not is_hub_id(data.source):
             raise

@@ -131,9 +131,93 @@ def test_the_test_split_of_a_folder_is_held_out(tmp_path):
         (ChatDataModule("set"), "fit", "validation"),
         (ChatDataModule("set"), "test", "test"),
         (ChatDataModule("set", test_source="set"), "test", "test"),
+        (ChatDataModule("set", validation_source="set"), "test", "test"),
     ):
         data.setup(stage)
         assert words(data, part) == ["[INST] tested 0 [/INST] answer 0", "[INST] tested 1 [/INST] answer 1"]
+
+
+def test_what_a_run_held_out_is_scored_whatever_became_of_the_source(tmp_path, capsys):
+    write("rows.jsonl", *numbered(20))
+    fitted = ChatDataModule("rows.jsonl", validation_share=0.25)
+    fitted.setup("fit")
+    fitted.record(tmp_path / "rows.json")
+    write("rows.jsonl", *numbered(30)[::-1])
+    for stage, part in (("validate", "validation"), ("test", "test")):
+        scored = ChatDataModule("rows.jsonl", validation_share=0.5, seed=7)
+        scored.recall(tmp_path / "rows.json")
+        scored.setup(stage)
+        assert scored._rows[part].fingerprint == fitted._rows["validation"].fingerprint
+        line = scored.describe()[1]
+        assert line.startswith(f"{part}: 10 conversations there are new since the run began, and not scored")
+        assert ("these are the held-out rows, by which the best adapter was chosen" in line) == (stage == "test")
+    assert capsys.readouterr().err == ""
+
+    first = fitted._records["validation"].conversations[0].turns[0].content
+    write("rows.jsonl", *(talk for talk in numbered(20) if talk[0] != first))
+    scored = ChatDataModule("rows.jsonl", validation_share=0.25)
+    scored.recall(tmp_path / "rows.json")
+    scored.setup("validate")
+    assert words(scored, "validation") == words(fitted, "validation")[1:]
+    assert capsys.readouterr().err == (
+        "warning: 1 of the 5 conversations that the run held out are no longer in rows.jsonl, and not scored\n"
+    )
+
+
+def test_a_run_without_a_record_is_drawn_anew_and_says_so(tmp_path):
+    write("rows.jsonl", *numbered(20))
+    data = ChatDataModule("rows.jsonl")
+    data.recall(tmp_path / "rows.json")
+    data.setup("validate")
+    assert data.describe()[1] == (
+        f"validation: drawn from the source as it is now, for there is no {tmp_path / 'rows.json'}"
+    )
+
+
+def test_another_validation_source_is_scored_as_it_is(tmp_path):
+    write("rows.jsonl", *numbered(20))
+    write("other.jsonl", *numbered(3, "other"))
+    fitted = ChatDataModule("rows.jsonl")
+    fitted.setup("fit")
+    fitted.record(tmp_path / "rows.json")
+    data = ChatDataModule("rows.jsonl", validation_source="other.jsonl")
+    data.recall(tmp_path / "rows.json")
+    data.setup("validate")
+    assert len(words(data, "validation")) == 3
+
+
+def test_test_rows_that_are_no_test_are_told(tmp_path):
+    write("rows.jsonl", *numbered(20))
+    data = ChatDataModule("rows.jsonl", validation_share=0.25)
+    data.setup("fit")
+    data.record(tmp_path / "rows.json")
+    write("mixed.jsonl", *numbered(25))
+    tested = ChatDataModule("rows.jsonl", test_source="mixed.jsonl")
+    tested.recall(tmp_path / "rows.json")
+    tested.setup("test")
+    assert tested.describe()[1] == (
+        "test: 5 of 25 are held-out rows, by which the best adapter was chosen; 15 of 25 were trained on"
+    )
+    held_out = ChatDataModule("rows.jsonl")
+    held_out.setup("test")
+    assert held_out.describe()[1] == (
+        "test: these are the held-out rows, by which the best adapter was chosen; data.test_source gives rows of "
+        "their own"
+    )
+
+
+def test_three_splits_have_three_uses(tmp_path):
+    (tmp_path / "set").mkdir()
+    for split, count in (("train", 4), ("validation", 3), ("test", 2), ("more", 1)):
+        write(f"set/{split}.jsonl", *numbered(count, split))
+    data = ChatDataModule("set")
+    data.setup("fit")
+    data.setup("test")
+    assert [len(words(data, part)) for part in ("train", "validation", "test")] == [4, 3, 2]
+    told = data.describe()
+    assert told[1] == "train: not read of set: more.jsonl"
+    assert told[2].startswith("validation: 3 conversations of set (validation), ")
+    assert told[3].startswith("test: 2 conversations of set (test), ") and len(told) == 4
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from lit_qlora import demo
 from lit_qlora.data.files import Row
-from lit_qlora.data.sources import has_split, read_source
+from lit_qlora.data.sources import find_splits, read_source
 from lit_qlora.errors import UserError
 
 A_SOURCE = (
@@ -41,8 +41,8 @@ def write(name: str, text: str = '{"text": "x"}\n') -> None:
 def test_a_file_is_all_train():
     write("rows.jsonl")
     assert read_source("rows.jsonl", "train") == ([Row("rows.jsonl:1", {"text": "x"})], True)
-    assert has_split("rows.jsonl", "train")
-    assert not has_split("rows.jsonl", "test")
+    assert "train" in find_splits("rows.jsonl").names
+    assert "test" not in find_splits("rows.jsonl").names
 
 
 def test_a_folder_holds_splits():
@@ -51,14 +51,107 @@ def test_a_folder_holds_splits():
     write("mine/README.md")
     assert read_source("mine", "train") == ([Row("mine/train.csv:2", {"text": "x"})], True)
     assert read_source("mine", "test") == ([Row("mine/test.jsonl:1", {"text": "x"})], True)
-    assert has_split("mine", "train")
-    assert has_split("mine", "test")
+    assert "train" in find_splits("mine").names
+    assert "test" in find_splits("mine").names
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["train.jsonl", "validation.jsonl"], {"train": "train", "validation": "validation"}),
+        (["train.jsonl", "val.jsonl", "test.jsonl"], {"train": "train", "validation": "val", "test": "test"}),
+        (["train.jsonl", "valid.jsonl"], {"train": "train", "validation": "valid"}),
+        (["train.jsonl", "dev.jsonl"], {"train": "train", "validation": "dev"}),
+        (["train.jsonl", "eval.jsonl", "test.jsonl"], {"train": "train", "validation": "eval", "test": "test"}),
+        (["train_sft.jsonl", "test_sft.jsonl"], {"train": "train_sft", "test": "test_sft"}),
+        (["Train.jsonl", "Validation.JSONL"], {"train": "Train", "validation": "Validation"}),
+        (["train.jsonl", "train.jsonl.gz", "tests.md", "validation.md"], {"train": "train"}),
+    ],
+)
+def test_a_split_goes_by_several_names(files, names):
+    for file in files:
+        write(f"mine/{file}")
+    splits = find_splits("mine")
+    assert (splits.names, splits.unread) == (names, ())
+    for name in names.values():
+        assert read_source("mine", name)[0][0].value == {"text": "x"}
+
+
+def test_two_names_of_one_split_are_refused():
+    for name in ("train.jsonl", "val.jsonl", "validation.jsonl"):
+        write(f"mine/{name}")
+    with pytest.raises(UserError, match=r"^mine: holds both val.jsonl and validation.jsonl, expected one; keep one"):
+        find_splits("mine")
+
+
+def test_a_compressed_split_is_not_passed_over():
+    write("mine/train.jsonl")
+    write("mine/validation.jsonl.gz")
+    assert find_splits("mine").names == {"train": "train", "validation": "validation"}
+    with pytest.raises(UserError, match=r"mine/validation.jsonl.gz: is compressed.*unpack it first"):
+        read_source("mine", "validation")
+
+
+def test_what_else_a_folder_holds_is_named():
+    for name in ("train.jsonl", "more.jsonl", "README.md", "data/validation-00000-of-00001.parquet", "empty/x.txt"):
+        write(f"mine/{name}")
+    assert find_splits("mine").unread == ("more.jsonl", "data/")
+
+
+def test_the_demo_is_not_a_folder_of_that_name():
+    write("demo/rows.jsonl")
+    assert find_splits("demo").unread == ()
+
+
+@pytest.mark.parametrize(
+    ("found", "names", "unread"),
+    [
+        (
+            ["train_sft", "test_sft", "train_gen", "test_gen"],
+            {"train": "train_sft", "test": "test_sft"},
+            ("train_gen", "test_gen"),
+        ),
+        (["train", "validation"], {"train": "train", "validation": "validation"}, ()),
+        (["train_sft", "train", "dev"], {"train": "train", "validation": "dev"}, ("train_sft",)),
+    ],
+)
+def test_splits_of_the_hub_go_by_several_names(monkeypatch, found, names, unread):
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: found)
+    splits = find_splits("owner/name")
+    assert (splits.names, splits.unread) == (names, unread)
+
+
+def test_a_set_of_the_hub_without_training_rows_is_one_line(monkeypatch):
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["en", "de"])
+    with pytest.raises(UserError) as caught:
+        find_splits("owner/name").training()
+    assert str(caught.value) == "owner/name: has no split 'train', found: en and de; choose another"
+
+
+@pytest.mark.parametrize(
+    ("files", "remedy"),
+    [
+        (["data/train-00000-of-00001.parquet"], "such as mine/data/train-00000-of-00001.parquet"),
+        (
+            ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+            "put the parts of a split, such as data/train-00000-of-00002.parquet, together in one file, and name it",
+        ),
+        (["data/train.jsonl", "data/test.jsonl"], "give mine/data"),
+        (["notes.md"], "put one there, or name the file itself"),
+    ],
+)
+def test_a_folder_without_splits_says_what_to_do(files, remedy):
+    for name in files:
+        write(f"mine/{name}")
+    with pytest.raises(UserError) as caught:
+        find_splits("mine")
+    assert str(caught.value).endswith(remedy)
 
 
 def test_a_folder_that_is_named_like_a_hub_id_comes_before_the_hub():
     write("owner/name/train.jsonl")
     assert read_source("owner/name", "train") == ([Row("owner/name/train.jsonl:1", {"text": "x"})], True)
-    assert not has_split("owner/name", "test")
+    assert "test" not in find_splits("owner/name").names
 
 
 def test_parquet_can_not_be_mended():
@@ -69,7 +162,7 @@ def test_parquet_can_not_be_mended():
 def test_the_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write("rows.jsonl")
-    assert has_split("~/rows.jsonl", "train")
+    assert "train" in find_splits("~/rows.jsonl").names
 
 
 def test_the_demo(tmp_path, monkeypatch):
@@ -79,8 +172,8 @@ def test_the_demo(tmp_path, monkeypatch):
     write("b.jsonl", '{"text": "y"}\n')
     assert read_source("demo", "train") == ([Row(f"{tmp_path}/a.jsonl:1", {"text": "x"})], True)
     assert read_source("demo", "test") == ([Row(f"{tmp_path}/b.jsonl:1", {"text": "y"})], True)
-    assert has_split("demo", "test")
-    assert not has_split("demo", "validation")
+    assert "test" in find_splits("demo").names
+    assert "validation" not in find_splits("demo").names
 
 
 @pytest.mark.parametrize(
@@ -103,7 +196,8 @@ def test_the_demo(tmp_path, monkeypatch):
         (
             "useless",
             "useless: no train or test file in this folder, expected train.jsonl (.jsonl, .json, .csv,"
-            " .parquet), found: ['README.md', 'rows.jsonl']; rename yours, or name the file itself",
+            " .parquet), found: ['README.md', 'rows.jsonl']; rename yours, or name the file itself, such as"
+            " useless/rows.jsonl",
         ),
         ("twice", "twice: holds both train.csv and train.jsonl, expected one; keep one of them"),
         ("half", "half: has no split 'train', found: test; choose another"),
@@ -144,8 +238,8 @@ def test_the_hub_is_asked_for_its_splits(monkeypatch):
     monkeypatch.setattr(
         datasets, "get_dataset_split_names", lambda source: {"owner/name.v1-0": ["train", "test"]}[source]
     )
-    assert has_split("owner/name.v1-0", "test")
-    assert not has_split("owner/name.v1-0", "validation")
+    assert "test" in find_splits("owner/name.v1-0").names
+    assert "validation" not in find_splits("owner/name.v1-0").names
 
 
 NOT_FOUND = datasets.exceptions.DatasetNotFoundError
@@ -182,9 +276,9 @@ def test_what_goes_wrong_on_the_hub_is_one_line(error, message, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
-    for call in (read_source, has_split):
+    for call in (read_source, find_splits):
         with pytest.raises(UserError) as caught:
-            call("owner/name", "train")
+            call("owner/name")
         assert str(caught.value) == message
         assert "\n" not in message
 
@@ -259,7 +353,7 @@ class Hub(BaseHTTPRequestHandler):
 ASK = """
 import json
 import datasets
-from lit_qlora.data.sources import has_split, read_source
+from lit_qlora.data.sources import find_splits, read_source
 from lit_qlora.errors import UserError
 from lit_qlora.quiet import quieten
 
@@ -274,9 +368,9 @@ def ask(question, *words):
         return str(error)
 
 
-known = [ask(has_split, "owner/guanaco", split) for split in ("test", "validation")]
-print(json.dumps([*known, *(ask(read_source, "owner/guanaco", split) for split in ("train", "test")),
-                  ask(has_split, "owner/unknown", "test")]))
+known = ask(find_splits, "owner/guanaco")
+print(json.dumps([known.names, *(ask(read_source, "owner/guanaco", split) for split in ("train", "test")),
+                  ask(find_splits, "owner/unknown")]))
 """
 
 
@@ -314,8 +408,8 @@ def test_the_real_libraries_and_a_server_and_then_the_cache_alone(tmp_path):
         [f"owner/guanaco (train): row {n + 1}", {"text": f"### Human: train {n}### Assistant: a"}] for n in range(3)
     ]
     test = [[f"owner/guanaco (test): row {n + 1}", {"text": f"### Human: eval {n}### Assistant: a"}] for n in range(2)]
-    assert online[:4] == [True, False, [train, False], [test, False]]
-    assert online[4].startswith("owner/unknown: not found on the hub, and no such file here; check the spelling")
+    assert online[:3] == [{"train": "train", "test": "test"}, [train, False], [test, False]]
+    assert online[3].startswith("owner/unknown: not found on the hub, and no such file here; check the spelling")
     offline = ask("1")
-    assert offline[:4] == online[:4]
-    assert offline[4].startswith("owner/unknown: no such file here, and the hub can't be reached; check the network")
+    assert offline[:3] == online[:3]
+    assert offline[3].startswith("owner/unknown: no such file here, and the hub can't be reached; check the network")

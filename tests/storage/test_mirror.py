@@ -70,23 +70,25 @@ def test_each_save_is_copied_and_two_are_kept(machine, drive):
         mirror.push()
         wait_for(drive.checkpoint(step).is_dir)
     (run.path / "events.out.tfevents.1").write_bytes(b"curves")
+    run.rows.write_text("{}", encoding="utf-8")
     run.finished_mark.write_text('{"step": 15, "steps": 15}', encoding="utf-8")
     mirror.close()
     assert drive.saved_steps() == [10, 15]
     for folder in (drive.adapter, drive.checkpoint(10), drive.checkpoint(15)):
         verify_folder(folder)
     assert (drive.adapter / "weights").read_text() == "weights of 15"
-    for name in ("config.yaml", "metrics.jsonl", "events.out.tfevents.1", "finished.json"):
+    for name in ("config.yaml", "rows.json", "metrics.jsonl", "events.out.tfevents.1", "finished.json"):
         assert (drive.path / name).read_bytes() == (run.path / name).read_bytes()
     assert {path.name for path in drive.path.iterdir()} == {
         *(".mirror", "adapter", "checkpoints", "config.yaml", "events.out.tfevents.1", "finished.json"),
-        "metrics.jsonl",
-    }
+        "metrics.jsonl", "rows.json",
+    }  # fmt: skip
     assert told == []
 
 
 def test_a_fresh_machine_gets_all_of_it_back(machine, drive, capsys):
     run, mirror, _ = machine()
+    run.rows.write_text("{}", encoding="utf-8")
     for step in (5, 10):
         save(run, step)
     mirror.close()
@@ -96,6 +98,7 @@ def test_a_fresh_machine_gets_all_of_it_back(machine, drive, capsys):
     verify_folder(other.adapter)
     assert other.metrics.read_bytes() == run.metrics.read_bytes()
     assert other.config.read_bytes() == run.config.read_bytes()
+    assert other.rows.read_bytes() == b"{}"
     assert told == []
 
 

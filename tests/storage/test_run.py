@@ -32,6 +32,7 @@ def test_the_layout_is_what_the_outside_leans_on():
     assert run.adapter == Path("runs/one/adapter")
     assert run.checkpoint(500) == Path("runs/one/checkpoints/step-00000500")
     assert run.finished_mark == Path("runs/one/finished.json")
+    assert run.rows == Path("runs/one/rows.json")
 
 
 def test_steps_are_sorted_by_number_not_by_date(run):
@@ -181,6 +182,7 @@ def test_a_run_has_begun_once_something_is_recorded_or_saved(tmp_path):
         run = RunFolder(tmp_path / name)
         run.prepare()
         run.write_config("a: 1\n")
+        run.rows.touch()
         return run
 
     runs = [made(name) for name in "abcd"]

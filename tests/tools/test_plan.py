@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.cli import main
+from lit_qlora.data.held_out import Parts
 from lit_qlora.model.shape import LLAMA_2
 from lit_qlora.tools import planned
 
@@ -254,13 +255,13 @@ def test_data_is_never_downloaded(plan, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    load, seen = planned.load_train_and_held_out, []
+    load, seen = Parts.train_and_held_out, []
 
     def watched(*args):
         seen.append((constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE))
         return load(*args)
 
-    monkeypatch.setattr(planned, "load_train_and_held_out", watched)
+    monkeypatch.setattr(Parts, "train_and_held_out", watched)
     assert plan("--config", T4)[-1].startswith("fits")
     assert seen == [(True, True)]
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE

@@ -1,0 +1,87 @@
+"""Owns the record of a run's rows: which conversations it learns and which it holds out, as digests, in a small file.
+
+A source may grow, shrink or change its order after a run. By this record the conversations that were held out are
+found again, and those that were trained on are known. Knows no source and no split.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from lit_qlora.errors import UserError
+from lit_qlora.storage.files import write_file
+from lit_qlora.text.conversation import Conversation
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """Digests of a run's conversations, in their order.
+
+    Args:
+        held_out: of those that are scored, each as often as it stands there.
+        train: of those that are learned, each once.
+        validation_source: the option that says where the held-out ones are from.
+    """
+
+    held_out: tuple[str, ...]
+    train: frozenset[str]
+    validation_source: str | None = None
+
+    @classmethod
+    def of(
+        cls, train: Iterable[Conversation], held_out: Iterable[Conversation], validation_source: str | None
+    ) -> "RunRows":
+        """The record of these conversations."""
+        return cls(tuple(map(digest, held_out)), frozenset(map(digest, train)), validation_source)
+
+    @classmethod
+    def read(cls, file: Path) -> "RunRows | None":
+        """What `write` put into ``file``; None where there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            values = json.loads(file.read_bytes())
+            if values["version"] != VERSION:
+                raise ValueError(f"version {values['version']!r}")
+            source = values["validation_source"]
+            digests = [[*map(_checked, values[name])] for name in ("held_out", "train")]
+            if not (digests[0] and isinstance(source, str | None)):
+                raise ValueError("no held-out row")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(
+                f"{file} is damaged ({reason}): it says which rows the run held out; put a copy of it back, or remove "
+                "it, and they are drawn anew from the source as it is now"
+            ) from error
+        return cls(tuple(digests[0]), frozenset(digests[1]), source)
+
+    def write(self, file: Path) -> None:
+        """Puts the record into ``file`` in one step; the same conversations make the same bytes.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        values = asdict(self) | {"train": sorted(self.train)}
+        text = json.dumps({"version": VERSION} | values, indent=0) + "\n"
+        if not file.is_file() or file.read_bytes() != text.encode():
+            write_file(file, text)
+
+
+def digest(conversation: Conversation) -> str:
+    """What tells a conversation from others: 64 bits of its system text and its turns."""
+    turns = [conversation.system, *((turn.role, turn.content) for turn in conversation.turns)]
+    return sha256(json.dumps(turns).encode()).hexdigest()[:16]
+
+
+def _checked(value: object) -> str:
+    if not isinstance(value, str) or len(value) != 16:
+        raise ValueError(f"{value!r} is no digest")
+    return value

@@ -1,0 +1,296 @@
+"""What is held out: rows of a source of their own, of the source's split, or a seeded share; never what is learned."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_qlora.data.held_out import Parts, _split
+from lit_qlora.data.records import Records
+from lit_qlora.data.run_rows import RunRows
+from lit_qlora.errors import UserError
+from lit_qlora.text.conversation import Conversation, Turn
+
+
+def said(*contents: str, system: str | None = None) -> Conversation:
+    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
+    return Conversation(tuple(turns), system)
+
+
+def write(name: str, *rows: object) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    return name
+
+
+def text(*contents: str) -> dict[str, str]:
+    marks = ("### Human: ", "### Assistant: ")
+    return {"text": "".join(marks[index % 2] + content for index, content in enumerate(contents))}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def ten() -> str:
+    return write("ten.jsonl", *(text(f"q{number}", "a") for number in range(10)))
+
+
+def questions(records: Records) -> list[str]:
+    return [conversation.turns[0].content for conversation in records.conversations]
+
+
+def test_a_share_is_held_out_by_the_seed_alone(ten):
+    train, held_out = Parts(ten, None, 0.2, seed=0).train_and_held_out()
+    assert questions(train) == ["q0", "q1", "q2", "q3", "q4", "q5", "q7", "q8"]
+    assert questions(held_out) == ["q6", "q9"]
+    assert (train.name, held_out.name) == ("ten.jsonl", "ten.jsonl, held out")
+    assert Parts(ten, None, 0.2, seed=0).train_and_held_out() == (train, held_out)
+    assert questions(Parts(ten, None, 0.2, seed=1).train_and_held_out()[1]) != ["q6", "q9"]
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.001, 1), (0.3, 3), (0.999, 9)])
+def test_both_sides_get_at_least_one_row(ten, share, count):
+    train, held_out = Parts(ten, None, share, seed=7).train_and_held_out()
+    assert (len(train.conversations), len(held_out.conversations)) == (10 - count, count)
+
+
+@given(
+    st.lists(st.sampled_from("abcd"), min_size=2).filter(lambda said: len(set(said)) > 1),
+    st.floats(0.01, 0.99),
+)
+def test_no_conversation_stands_on_both_sides(names, share):
+    records = Records("rows", [said(name, "yo") for name in names], {"x": 1})
+    train, held_out = _split(records, share, seed=3)
+    assert questions(train)
+    assert questions(held_out)
+    assert not set(questions(train)) & set(questions(held_out))
+    assert sorted(questions(train) + questions(held_out)) == sorted(names)
+    assert (train.dropped, held_out.dropped) == ({"x": 1}, {})
+
+
+@pytest.mark.parametrize("share", [0, 0.0, 1.0, -0.1, float("nan")])
+def test_a_share_that_holds_out_nothing_or_all_is_an_error(ten, share):
+    with pytest.raises(UserError) as caught:
+        Parts(ten, None, share, seed=0).train_and_held_out()
+    assert str(caught.value) == (
+        f"data.validation_share: is {share}, expected between 0 and 1, such as 0.05, because ten.jsonl has"
+        " no test split; or give data.validation_source"
+    )
+
+
+def test_one_conversation_can_not_be_split():
+    source = write("a.jsonl", text("a", "b"), text("a", "b", "c"))
+    with pytest.raises(UserError) as caught:
+        Parts(source, None, 0.5, seed=0).train_and_held_out()
+    assert str(caught.value) == (
+        "a.jsonl: has one conversation only, so none can be held out; add rows, or give data.validation_source"
+    )
+
+
+def test_the_source_s_own_test_split_is_held_out(ten):
+    write("mine/train.jsonl", text("a", "b"))
+    write("mine/test.jsonl", text("c", "d", "e"))
+    train, held_out = Parts("mine", None, 0.5, seed=0).train_and_held_out()
+    assert train == Records("mine", [said("a", "b")], {})
+    assert held_out == Records("mine (test)", [said("c", "d")], {"unanswered last turns dropped": 1})
+    assert Parts(ten, "mine", 0.5, seed=0).train_and_held_out()[1] == held_out
+    assert Parts("mine", "mine", 0.5, seed=0).train_and_held_out()[1] == held_out
+
+
+def folder_of(name: str, **splits: str) -> str:
+    """A folder with a file for each split; each letter is a conversation."""
+    for split, letters in splits.items():
+        write(f"{name}/{split}.jsonl", *(text(letter, "a") for letter in letters))
+    return name
+
+
+def test_the_validation_split_comes_before_the_test_split(ten):
+    folder_of("three", train="abc", validation="de", test="fg")
+    for parts in (Parts("three"), Parts(ten, "three"), Parts("three", "three"), Parts("three", "./three/")):
+        assert questions(parts.train_and_held_out()[1]) == ["d", "e"]
+    assert Parts("three").train_and_held_out()[1].name == "three (validation)"
+    folder_of("two", train="abc", val="de")
+    train, held_out = Parts("two", share=0.5).train_and_held_out()
+    assert (questions(train), questions(held_out), held_out.name) == (["a", "b", "c"], ["d", "e"], "two (val)")
+
+
+@pytest.mark.parametrize(
+    ("splits", "validation_source", "expected"),
+    [
+        ({"train": "abc", "validation": "de", "test": "fg"}, None, ["f", "g"]),
+        ({"train": "abc", "test": "fg"}, None, None),
+        ({"train": "abc", "test": "fg"}, "mine", None),
+        ({"train": "abc", "test": "fg"}, "ten.jsonl", ["f", "g"]),
+        ({"train": "abc", "validation": "de"}, None, None),
+        ({"train": "abc"}, None, None),
+    ],
+)
+def test_the_test_split_is_for_the_test_unless_it_is_held_out(ten, splits, validation_source, expected):
+    records = Parts(folder_of("mine", **splits), validation_source).test()
+    assert (records and questions(records)) == expected
+
+
+def test_test_rows_that_are_trained_on_are_counted():
+    assert Parts(folder_of("mine", train="abc", validation="d", test="cef")).test().dropped == {
+        "of 3 test conversations are in training too": 1
+    }
+    with pytest.raises(UserError, match=r"^data.test_source: all 2 conversations of same \(test\) are training data"):
+        Parts(folder_of("same", train="abc", validation="d", test="ac")).test()
+
+
+def test_of_a_test_source_the_test_split_is_taken_and_never_the_training_data(ten):
+    folder_of("three", train="abc", validation="de", test="fg")
+    folder_of("two", train="abc", validation="de")
+    assert questions(Parts(ten).test_of("three")) == ["f", "g"]
+    assert questions(Parts(ten).test_of("two")) == ["d", "e"]
+    assert questions(Parts(ten).test_of("three/train.jsonl")) == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"^data.test_source: \./ten.jsonl is the training data itself"):
+        Parts(ten).test_of("./ten.jsonl")
+
+
+def test_what_is_not_read_is_named(ten):
+    folder_of("mine", train="abc", validation="de", test="fg", more="h")
+    assert Parts("mine").unread() == ["more.jsonl"]
+    assert Parts("mine", ten).unread() == ["validation", "more.jsonl"]
+    assert Parts(ten, "mine").unread() == []
+
+
+# By the record of a run
+
+
+def rows_of(parts: Parts) -> RunRows:
+    train, held_out = parts.train_and_held_out()
+    return RunRows.of(train.conversations, held_out.conversations, parts.validation_source)
+
+
+def test_what_was_held_out_is_found_again_in_a_source_that_grew(ten):
+    parts = Parts(ten, share=0.3, seed=0)
+    _, before = parts.train_and_held_out()
+    rows = rows_of(parts)
+    write(ten, *(text(f"q{number}", "a") for number in range(20)))
+    drawn = parts.train_and_held_out()[1]
+    assert {*questions(drawn)} - {*questions(before)}  # some of which were trained on
+    records, gone = parts.recall(rows)
+    assert (questions(records), gone, records.name) == (questions(before), 0, "ten.jsonl, held out")
+    assert records.dropped == {"conversations there are new since the run began, and not scored": 10}
+
+
+def test_neither_order_nor_seed_nor_copies_change_what_was_held_out(ten):
+    twice = write("a.jsonl", *(text(f"q{number % 8}", "a", "?") for number in range(16)))
+    parts = Parts(twice, share=0.25, seed=0)
+    _, before = parts.train_and_held_out()
+    rows = rows_of(parts)
+    assert parts.recall(rows) == (before, 0)
+    assert len(before.conversations) == 4
+    write(twice, *(text(f"q{number % 8}", "a", "?") for number in reversed(range(24))))
+    records, gone = Parts(twice, share=0.9, seed=5).recall(rows)
+    assert (records, gone) == (before, 0)
+    assert records.unanswered == before.unanswered == {0, 1, 2, 3}
+
+
+def test_what_is_gone_is_counted_and_nothing_takes_its_place(ten):
+    parts = Parts(ten, share=0.3, seed=0)
+    before = questions(parts.train_and_held_out()[1])
+    rows = rows_of(parts)
+    write(ten, *(text(f"q{number}", "a") for number in range(10) if f"q{number}" != before[1]))
+    records, gone = parts.recall(rows)
+    assert (questions(records), gone) == ([before[0], before[2]], 1)
+    write(ten, text("new", "a"))
+    with pytest.raises(UserError) as caught:
+        parts.recall(rows)
+    assert str(caught.value) == (
+        "data.source: none of the 3 conversations that the run held out is in ten.jsonl any more; give the rows that "
+        "the run began with, or others with --data.validation_source"
+    )
+
+
+def test_a_split_that_is_added_later_changes_nothing():
+    folder_of("mine", train="abcdefgh")
+    parts = Parts("mine", share=0.25, seed=0)
+    before = questions(parts.train_and_held_out()[1])
+    rows = rows_of(parts)
+    folder_of("mine", validation="xy", test="z")
+    again = Parts("mine", share=0.25, seed=0)
+    assert questions(again.train_and_held_out()[1]) == ["x", "y"]
+    assert questions(again.recall(rows)[0]) == before
+
+
+def test_rows_that_move_from_one_split_to_another_are_found():
+    rows = rows_of(Parts(folder_of("mine", train="abc", test="de")))
+    folder_of("mine", train="abc", validation="d", test="e")
+    records, gone = Parts("mine").recall(rows)
+    assert (questions(records), gone, records.name) == (["d", "e"], 0, "mine (validation) and mine (test)")
+
+
+def test_held_out_rows_that_were_learned_stay_counted(ten):
+    parts = Parts(ten, write("other.jsonl", text("q3", "a"), text("c", "d")))
+    _, before = parts.train_and_held_out()
+    assert parts.recall(rows_of(parts)) == (before, 0)
+    assert before.dropped == {"of 2 held-out conversations are in training too": 1}
+
+
+def test_the_run_s_own_validation_source_is_looked_in_where_none_is_given(ten):
+    rows = rows_of(Parts(ten, write("other.jsonl", text("c", "d"))))
+    assert questions(Parts(ten).recall(rows)[0]) == ["c"]
+    assert not Parts(ten).is_other(rows) and not Parts(ten, "other.jsonl").is_other(rows)
+    assert Parts(ten, "third.jsonl").is_other(rows)
+
+
+def test_a_validation_source_without_a_test_split_is_held_out_whole(ten):
+    train, held_out = Parts(ten, write("other.jsonl", text("c", "d")), 0, seed=0).train_and_held_out()
+    assert len(train.conversations) == 10
+    assert held_out == Records("other.jsonl", [said("c", "d")], {})
+
+
+def test_the_training_rows_are_not_held_out_whole(ten):
+    with pytest.raises(UserError) as caught:
+        Parts(ten, ten, 0.1, seed=0).train_and_held_out()
+    assert str(caught.value) == (
+        "data.validation_source: ten.jsonl is the training data itself; leave it out to hold out a share"
+    )
+
+
+def test_what_is_held_out_and_in_training_too_is_counted(ten):
+    other = write("other.jsonl", text("q3", "a"), text("c", "d"), text("e", "f", "g"))
+    _, held_out = Parts(ten, other, 0, seed=0).train_and_held_out()
+    assert held_out.dropped == {
+        "of 3 held-out conversations are in training too": 1,
+        "unanswered last turns dropped": 1,
+    }
+
+
+def test_training_data_under_another_name_is_not_held_out(ten):
+    Path("copy.jsonl").write_bytes(Path(ten).read_bytes())
+    with pytest.raises(UserError) as caught:
+        Parts(ten, "copy.jsonl", 0.1, seed=0).train_and_held_out()
+    assert str(caught.value) == (
+        "data.validation_source: all 10 conversations of copy.jsonl are training data, too (ten.jsonl), and say "
+        "nothing of new ones; give others, or hold out a share of the source"
+    )
+
+
+def test_each_side_counts_its_own_unanswered_turns():
+    rows = [text(f"q{number}", "a", *(["more"] if number % 2 else [])) for number in range(40)]
+    train, held_out = Parts(write("a.jsonl", *rows), None, 0.25, seed=3).train_and_held_out()
+    for records in (train, held_out):
+        odd = sum(int(conversation.turns[0].content[1:]) % 2 for conversation in records.conversations)
+        assert records.dropped == {"unanswered last turns dropped": odd}
+        assert odd > 1
+
+
+@pytest.mark.parametrize(("splits", "expected"), [(["train", "test"], "test"), (["train"], "train")])
+def test_a_validation_source_on_the_hub(ten, monkeypatch, splits, expected):
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: splits)
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda source, split: datasets.Dataset.from_list([text(f"{source} {split}", "a")]),
+    )
+    _, held_out = Parts(ten, "owner/name", 0.1, seed=0).train_and_held_out()
+    assert questions(held_out) == [f"owner/name {expected}"]

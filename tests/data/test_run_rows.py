@@ -1,0 +1,76 @@
+"""The record of a run's rows: small, the same for the same rows, and one line where it is damaged."""
+
+import json
+import re
+
+import pytest
+
+from lit_qlora.data.run_rows import RunRows, digest
+from lit_qlora.errors import UserError
+from lit_qlora.text.conversation import Conversation, Turn
+
+
+def said(question: str, system: str | None = None) -> Conversation:
+    return Conversation((Turn("user", question), Turn("assistant", "a")), system)
+
+
+ROWS = RunRows.of([said("a"), said("b"), said("a")], [said("c"), said("d"), said("c")], "there.jsonl")
+
+
+def test_it_is_read_as_it_was_written(tmp_path):
+    file = tmp_path / "rows.json"
+    ROWS.write(file)
+    assert RunRows.read(file) == ROWS
+    assert ROWS.held_out == (digest(said("c")), digest(said("d")), digest(said("c")))
+    assert ROWS.train == {digest(said("a")), digest(said("b"))}
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_the_same_rows_are_the_same_bytes_and_are_not_written_again(tmp_path):
+    file = tmp_path / "rows.json"
+    ROWS.write(file)
+    before = file.read_bytes(), file.stat().st_mtime_ns
+    RunRows.of([said("b"), said("a")], [said("c"), said("d"), said("c")], "there.jsonl").write(file)
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == before
+
+
+def test_a_digest_is_of_all_words_and_the_same_on_every_machine():
+    # Written out once: a change here makes the rows of every run unknown.
+    assert digest(said("a")) == "9424086ef345ea44"
+    turns = (Turn("user", "a"), Turn("assistant", "b"))
+    assert len({*map(digest, (said("a"), said("a", "s"), Conversation(turns), said("A")))}) == 4
+
+
+def test_it_takes_few_bytes_a_row(tmp_path):
+    file = tmp_path / "rows.json"
+    RunRows.of([said(str(number)) for number in range(1000)], [said("x")], None).write(file)
+    assert file.stat().st_size < 21_000
+
+
+def test_without_a_record_there_is_none(tmp_path):
+    assert RunRows.read(tmp_path / "rows.json") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[:40],
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: text.replace("held_out", "held"),
+        lambda text: json.dumps(json.loads(text) | {"held_out": [3]}),
+        lambda text: json.dumps(json.loads(text) | {"held_out": []}),
+        lambda text: json.dumps(json.loads(text) | {"train": None}),
+        lambda text: json.dumps(json.loads(text) | {"validation_source": 3}),
+        lambda text: "[" * 200_000,
+    ],
+)
+def test_a_damaged_one_is_one_line(tmp_path, damage):
+    file = tmp_path / "rows.json"
+    ROWS.write(file)
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))} is damaged \(.*remove it") as caught:
+        RunRows.read(file)
+    assert "\n" not in str(caught.value)

@@ -38,7 +38,7 @@ from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import OutOfRoomError, UserError, require
 from lit_qlora.model.base import check_weights
 from lit_qlora.model.device import current_device
-from lit_qlora.model.load import check_rank, check_settings
+from lit_qlora.model.load import check_context, check_rank, check_settings
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.options import LINKED, option, plain
@@ -228,6 +228,7 @@ class QLoRACLI(LightningCLI):
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={})}
         given, plugins = own_callbacks(config.get("callbacks")), own_plugins(config.get("plugins"))
         check_rank(base, self.model.lora.rank)
+        check_context(base, self.datamodule.max_length)
         check_weights(base)
         self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
         if self.verb == "fit":  # here, and not before: the model's and the data's options are checked by now

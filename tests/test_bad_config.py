@@ -434,6 +434,12 @@ CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
         None,
         "model.rank: expected at most 192, the hidden size of demo, got 193",
     ),
+    (
+        "longer than the base's context",
+        ["--data.max_length", "1025"],
+        None,
+        "data.max_length: expected at most 1,024 tokens, the max_position_embeddings of demo, got 1025",
+    ),
     ("run empty", ["--run", ""], None, "run: expected a folder, got ''"),
     ("run blank", ["--run= "], None, "run: expected a folder, got ' '"),
     ("run null", ["--run", "null"], None, "run: expected a folder, got None"),

@@ -30,6 +30,11 @@ class Base:
         return Shape.of(self.config)
 
     @property
+    def context_tokens(self) -> int:
+        """The longest sequence that it was made for; without a word of it, as transformers has it."""
+        return int(self.config.get("max_position_embeddings") or 2048)
+
+    @property
     def public_name(self) -> str:
         """The name that may be published: a hub id or ``demo`` as it is, of a local folder its last part only."""
         if self.name == "demo" or not Path(self.name).expanduser().is_dir():

@@ -141,6 +141,17 @@ def check_rank(base: Base, rank: int) -> None:
     require(rank <= hidden, "model.rank", f"at most {hidden:,}, the hidden size of {base.name}", rank)
 
 
+def check_context(base: Base, max_length: int) -> None:
+    """Raises UserError for rows that may be longer than the base's context: it has never seen such positions."""
+    context = base.context_tokens
+    require(
+        max_length <= context,
+        "data.max_length",
+        f"at most {context:,} tokens, the max_position_embeddings of {base.name}",
+        max_length,
+    )
+
+
 def check_settings(folder: Path, lora: Lora) -> None:
     """An adapter to go on training brings rank, alpha and targets along: asking for others would be in vain.
 

@@ -18,6 +18,7 @@ def _llama_2(hidden: int, inner: int, layers: int, heads: int, key_value_heads: 
         "num_attention_heads": heads,
         "num_key_value_heads": key_value_heads,
         "vocab_size": 32000,
+        "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
     }
 

@@ -113,7 +113,7 @@ class Answerer:
 
         quieten()
         record = read_record(self.adapter)  # an altered one is found before a large base is loaded
-        self.max_length = int(self.base.config["max_position_embeddings"])
+        self.max_length = self.base.context_tokens
         self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, **chosen.prompts(record))
         self.encoder.check_vocabulary(self.base.shape.vocabulary, self.base.name)
 

@@ -132,6 +132,7 @@ def _prompts(chosen: Chosen) -> dict[str, Any]:
 
 def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "ChatDataModule":
     from lit_qlora.data.datamodule import ChatDataModule
+    from lit_qlora.model.load import check_context
 
     settings = chosen.settings or {"data": {}}
     options = settings["data"] | ({"max_length": max_length} if max_length else {})
@@ -143,6 +144,7 @@ def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "Ch
     if chosen.settings is not None:
         data.recall(RunFolder(chosen.adapter.parent).rows)
     try:
+        check_context(chosen.base, data.max_length)
         data.setup("test" if source else "validate")
     except UserError as error:
         raise UserError(str(error).replace("data.test_source:", "source:").replace("data.max", "max")) from error
@@ -200,7 +202,7 @@ def _encode(chosen: Chosen, subjects: Sequence[tuple["Subject", Any]], style: Li
 
     encoder = Encoder(load_tokenizer(chosen.base.location), NO_LIMIT, **_prompts(chosen))
     encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
-    prompts, context = Prompts(encoder, style), int(chosen.base.config["max_position_embeddings"])
+    prompts, context = Prompts(encoder, style), chosen.base.context_tokens
     encoded: list[list[list[int]]] = []
     for subject, examples in subjects:
         encoded.append([])

@@ -142,6 +142,7 @@ def read(args: list[str]) -> Planned:
     base = _base(model["base"])
     load.check_targets(base, model["target_modules"])
     load.check_rank(base, model["rank"])
+    load.check_context(base, data.max_length)
     trainer.datamodule = data  # type: ignore[attr-defined]
     with _offline():
         rows, prompts = _rows(trainer, data, base, drawn)

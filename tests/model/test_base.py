@@ -18,7 +18,7 @@ from huggingface_hub import errors
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import check_weights, find_base, missing_bytes
 from lit_qlora.model.fingerprint import fingerprint
-from lit_qlora.model.load import load_base
+from lit_qlora.model.load import check_context, load_base
 
 CONFIG = {
     "model_type": "llama",
@@ -52,6 +52,21 @@ def model_folder(folder, config, files=("model.safetensors",)):
 
 
 # Local folders
+
+
+@pytest.mark.parametrize(
+    ("more", "tokens"),
+    [({}, 2048), ({"max_position_embeddings": None}, 2048), ({"max_position_embeddings": 512}, 512),
+     ({"max_position_embeddings": 8192, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 8192)],
+)  # fmt: skip
+def test_the_context_is_what_the_config_says(tmp_path, more, tokens):
+    base = find_base(str(model_folder(tmp_path / "base", CONFIG | more)))
+    assert base.context_tokens == tokens
+    check_context(base, tokens)
+    with pytest.raises(
+        UserError, match=rf"^data.max_length: expected at most {tokens:,} tokens, .*, got {tokens + 1}$"
+    ):
+        check_context(base, tokens + 1)
 
 
 def test_a_local_folder(tiny_folder):

@@ -62,6 +62,17 @@ def test_what_does_not_fit_says_what_would(plan):
     assert re.fullmatch(r"does not fit: 18\.\d\d of 14\.56 GiB; 12\.\d\d with --model\.checkpointing auto", lines[-1])
 
 
+@pytest.mark.parametrize(
+    ("base", "longest"), [("demo", 1024), ("meta-llama/Llama-2-7b-hf", 4096), ("NousResearch/Llama-2-13b-hf", 4096)]
+)
+def test_rows_longer_than_the_context_are_refused(capsys, plan, base, longest):
+    options = ["--model.base", base, "--data.source", "demo", "--gpu", "h200", "--data.max_length"]
+    assert plan(*options, str(longest))[-1].startswith("fits")
+    assert main(["plan", *options, str(longest + 1)]) == 2
+    expected = f"at most {longest:,} tokens, the max_position_embeddings of {base}, got {longest + 1}"
+    assert capsys.readouterr().err == f"error: data.max_length: expected {expected}\n"
+
+
 def test_what_a_fit_refuses_is_refused(capsys):
     args = ["plan", "--model.cuda_graphs", "true", "--data.packing", "true", "--data.batch_tokens", "512"]
     assert main(args) == 2

@@ -67,6 +67,7 @@ def test_each_answer_stands_beside_its_prompt_as_if_answered_alone(here, answere
 def test_on_a_real_base(real, tmp_path):
     """Left padding changes nothing there either, with grouped-query attention and tied embeddings."""
     options = ["--samples.count", "0", "--trainer.limit_val_batches", "2", "--trainer.max_steps", "2"]
+    options += ["--data.max_length", "512"]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(demo.TRAIN.read_text().splitlines(keepends=True)[:64]))
     fit = ["fit", "--run", str(tmp_path / "run"), "--model.base", str(real / "stories260K"), "--data.source", str(rows)]

@@ -10,25 +10,46 @@ from collections.abc import Sequence
 from lit_qlora.errors import UserError
 
 HIDDEN = "***"
-_WORD = (
-    r"(?:[\w.-]*[-_.])?(?:token|api_?key|access_?key|secret|password|passwd|signature|sig|credentials?|authorization)"
+_NAME = (
+    r"[\w.-]*(?:token|api[-_]?key|access[-_]?key(?:[-_]?id)?|secret|passw(?:or)?d|passphrase|signature|credentials?"
+    r"|authorization)|(?:[\w.-]*[-_.])?(?:sig|pwd)"
 )
-_NAME = re.compile(_WORD, re.IGNORECASE)
+"""Of an option, or of a parameter in a URL."""
+_SCHEME = r"\w[\w+.-]+:/{1,2}"  # pathlib may have taken a slash
 _SECRETS = (
-    # user:password@ of a URL, which pathlib may have taken a slash from.
-    re.compile(r"""(\w[\w+.-]+:/{1,2})[^/?#\s'"]+(?=@)"""),
+    # The user of a URL, with or without a password.
+    re.compile(rf"""({_SCHEME})[^/?#\s'"]+(?=@)"""),
+    # user:password@ further behind, or with a password that no URL should hold; a port is no password.
+    re.compile(rf"""((?:{_SCHEME}|//)(?:[^\s'"]*/)?)[^\s'"/:@]*:(?!\d+(?:/|$))[^\s'"]+(?=@)"""),
     # ?token=… of one, and a signature.
-    re.compile(rf"""([?&;]{_WORD}=)[^&;#\s'"]+""", re.IGNORECASE),
-    # A token of the hub.
-    re.compile(r"\b()(?:hf_(?:oauth_)?|api_org_)[A-Za-z0-9]{20,}"),
+    re.compile(rf"""([?&;#](?:{_NAME}|key|auth|pass|jwt)=)[^&;#\s'"]+""", re.IGNORECASE),
+    # What the hub and other services give out.
+    re.compile(r"\b()(?:hf_(?:oauth_)?|api_org_|gh[opsur]_|github_pat_)\w{20,}"),
+    re.compile(r"\b()(?:glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}\b|xox[abeprs]-[\w-]{20,}|AIza[\w-]{35})"),
+    re.compile(r"\b()sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}"),
+    re.compile(r"\b()eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"),
+    re.compile(r"(\bBearer\s+)[\w.~+/=-]{16,}", re.IGNORECASE),
 )
+_LOGIN = re.compile(r"""(?<![\w/.])()(?!mailto:)[\w.+%-]{2,}:(?!/)[^\s:@'"]+(?=@[\w-])""")
+"""user:password@host without a scheme: in a text of several words, a colon and a mail address may look like it."""
+_ANY = re.compile(r"\w[\w+.-]+:/{1,2}.*:(?!\s|\d+(?:/|$)).*@.*", re.DOTALL)
+"""A value that begins as a URL, with a password of whatever characters."""
 
 
 def redact(text: str) -> str:
     """``text`` with each secret replaced."""
-    for secret in _SECRETS:
+    for secret in (*_SECRETS, _LOGIN):
         text = secret.sub(rf"\1{HIDDEN}", text)
     return text
+
+
+def _holds_one(value: str) -> bool:
+    is_word = len(value.split()) == 1
+    return (
+        any(secret.search(value) for secret in _SECRETS)
+        or (is_word and _LOGIN.match(value) is not None)
+        or (_ANY.fullmatch(value.strip()) is not None)
+    )
 
 
 def check_no_secret(name: str, value: str, place: str = "") -> None:
@@ -36,7 +57,8 @@ def check_no_secret(name: str, value: str, place: str = "") -> None:
 
     ``place`` is put in front: the file and line that the option stands in.
     """
-    if not (_NAME.fullmatch(name.rpartition(".")[2]) or redact(value) != value):
+    last = name.rpartition(".")[2]
+    if not (re.fullmatch(_NAME, last, re.IGNORECASE) or _holds_one(value)):
         return
     raise UserError(
         f"{place}{redact(name)}: it holds a password or a token, and options are kept in the run's files; put a token "

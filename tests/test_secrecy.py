@@ -21,6 +21,20 @@ TOKEN = f"hf_{CANARY}"
         (f"https://h/x?rows=3&X-Amz-Signature={CANARY}", "https://h/x?rows=3&X-Amz-Signature=***"),
         (f"expected int, got {TOKEN}", "expected int, got ***"),
         (f"{{'x': 'api_org_{CANARY}'}}", "{'x': '***'}"),
+        (f"hf://me:{CANARY}@datasets/x", "hf://***@datasets/x"),
+        (f"hf://datasets/me:{CANARY}@owner/x.jsonl is not", "hf://datasets/***@owner/x.jsonl is not"),
+        (f"s3://a:p/ss{CANARY}@bucket/x", "s3://***@bucket/x"),
+        (f"s3://a:p?ss#{CANARY}@bucket/x", "s3://***@bucket/x"),
+        (f"no folder //me:{CANARY}@host/x", "no folder //***@host/x"),
+        (f"me:{CANARY}@host:rows.jsonl: no such file", "***@host:rows.jsonl: no such file"),
+        (f"HTTPS://ME:{CANARY}@HOST/x", "HTTPS://***@HOST/x"),
+        (f"https://h/x?accessToken={CANARY}", "https://h/x?accessToken=***"),
+        (f"https://h/x#access_token={CANARY}", "https://h/x#access_token=***"),
+        (f"https://h/x?api-key={CANARY}&key={CANARY}", "https://h/x?api-key=***&key=***"),
+        (f"https://h/x?AWSAccessKeyId={CANARY}&pwd={CANARY}", "https://h/x?AWSAccessKeyId=***&pwd=***"),
+        (f"got ghp_{CANARY} and github_pat_11_{CANARY}", "got *** and ***"),
+        (f"got sk-proj-{CANARY}, glpat-{CANARY}", "got ***, ***"),
+        (f"Authorization: Bearer {CANARY}", "Authorization: Bearer ***"),
     ],
 )
 def test_a_secret_is_not_told(text: str, told: str) -> None:
@@ -36,11 +50,23 @@ def test_a_secret_is_not_told(text: str, told: str) -> None:
         "runs/hf_internal/token=3",
         "mail me@example.org",
         "hf-internal-testing/tiny-random-LlamaForCausalLM",
+        "hf://datasets/owner/name@main/rows.jsonl",
+        "http://localhost:8080/@someone",
+        "http://localhost:8080",
+        "mailto:me@example.org",
+        "D:/rows@home:2/x.jsonl",
+        "runs/sk-learn-classification-of-all-things",
+        "rows.jsonl?page=2&sort=key",
+        "What is a token: a word? An api_key=x?",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == text
     check_no_secrets(["fit", "--data.batch_tokens", "300", "--samples.max_new_tokens=3", "--data.source", text])
+
+
+def test_a_mail_address_behind_a_colon_may_be_asked_about() -> None:
+    check_no_secrets(["fit", "--samples.prompts", '["Reply to:me@example.org in one line."]'])
 
 
 ENDS = {
@@ -54,6 +80,15 @@ ENDS = {
     "a list's": ["fit", "--samples.prompts", f'["Hi", "https://u:{CANARY}@h"]'],
     "in YAML": ["fit", "--config", "mine.yaml"],
     "a list's in YAML": ["fit", "--config", "list.yaml"],
+    "hf's password": ["fit", "--data.source", f"hf://me:{CANARY}@datasets/owner/rows.jsonl"],
+    "hf's password further behind": ["fit", "--data.validation_source", f"hf://datasets/me:{CANARY}@owner/rows.jsonl"],
+    "a password of all characters": ["fit", f"--data.test_source=hf://me:a b'/?{CANARY}@x"],
+    "a login without a scheme": ["fit", "--mirror", f"me:{CANARY}@host:runs"],
+    "in an object": ["fit", "--data", f'{{"source": "hf://me:{CANARY}@x"}}'],
+    "evaluate's": ["evaluate", "--source", f"hf://me:{CANARY}@x"],
+    "doctor's": ["doctor", "--config", f"hf://me:{CANARY}@x"],
+    "push's": ["push", "--to", f"hf://me:{CANARY}@x"],
+    "test's run": ["test", "--run", f"hf://me:{CANARY}@x"],
     "plan's": ["plan", "--data.source", f"https://user:{CANARY}@host/rows.jsonl"],
     "merge's": ["merge", "--output", f"https://user:{CANARY}@host/x"],
     "validate's": ["validate", "--ckpt_path", f"https://user:{CANARY}@host/x"],

@@ -17,6 +17,8 @@ LOGGERS = {
     "transformers.tokenization_utils_base": logging.ERROR,
     # That a tokenizer.model needs another package: five lines, and then the error says so in one.
     "transformers.tokenization_utils_tokenizers": logging.ERROR,
+    # What could be better in the scaling of a base's positions; whether it can be computed is checked by us.
+    "transformers.modeling_rope_utils": logging.ERROR,
     # Each retry of a hub that can't be reached; what that means is said once, by us.
     "huggingface_hub.utils._http": logging.ERROR,
     # That a push had nothing new; said by us.

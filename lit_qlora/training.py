@@ -36,11 +36,11 @@ from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.trial import Trial
 from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import OutOfRoomError, UserError, require
-from lit_qlora.model.base import check_weights
 from lit_qlora.model.device import current_device
 from lit_qlora.model.load import check_context, check_rank, check_settings
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
+from lit_qlora.model.weights import check_weights
 from lit_qlora.options import LINKED, option, plain
 from lit_qlora.quiet import quieten
 from lit_qlora.signals import LeftAtOnce

@@ -1,19 +1,24 @@
 """Owns the recognition of a base model before anything of it is loaded: is it there, open, a Llama, safe?
 
-Reads config.json and the list of files only. Knows no torch and no weights.
+And the one rule for which of its files are the weights. Reads config.json, the index of the weights and the list of
+files only. Knows no torch; what stands in the weights is `lit_qlora.model.weights`'s.
 """
 
 import difflib
 import json
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_qlora import demo
 from lit_qlora.errors import UserError, require
+from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Where weights are looked for: in the one file, else in those that the index names, as transformers does."""
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,14 @@ class Base:
         return Shape.of(self.config)
 
     @property
+    def in_4_bits(self) -> bool:
+        """Whether it was saved in 4 bits, all of it that is to be."""
+        return "quantization_config" in self.config
+
+    @property
     def context_tokens(self) -> int:
-        """The longest sequence that it was made for; without a word of it, as transformers has it."""
-        return int(self.config.get("max_position_embeddings") or 2048)
+        """The longest sequence that it was made for."""
+        return int(self.config["max_position_embeddings"])
 
     @property
     def public_name(self) -> str:
@@ -60,34 +70,36 @@ def find_base(name: str, weights: bool = True) -> Base:
         raise UserError(f"model.base: no folder {name!r}{_nearest(folder)}; give a hub id (owner/name) or a folder")
     else:
         config_file, files = _ask_hub(name)
-    config = _read_config(name, config_file)
-    if weights and files and not any(file.endswith(".safetensors") for file in files):
+    config = read_config(name, config_file)
+    if ADAPTER in files:
         raise UserError(
-            f"model.base: {name} has no .safetensors weights, and pickled ones are never read; "
+            f"model.base: {name} holds an adapter beside its config.json ({ADAPTER}), which would be put on it "
+            "unasked; take that file out, or give the adapter by itself"
+        )
+    base = Base(name, location, config)
+    if weights and files:
+        _check_files(base, files)
+    return base
+
+
+def _check_files(base: Base, files: Collection[str]) -> None:
+    """Raises UserError where none of ``files`` holds weights that can be loaded, or a folder lacks some of them."""
+    tensors = sorted(file for file in files if file.endswith(".safetensors"))
+    if not tensors:
+        raise UserError(
+            f"model.base: {base.name} has no .safetensors weights, and pickled ones are never read; "
             "convert it (save_pretrained writes safetensors) or take another copy"
         )
-    return Base(name, location, config)
-
-
-def _read_config(name: str, file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"model.base: {name}: config.json can't be read: {error}") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "llama" or "LlamaForCausalLM" not in (config.get("architectures") or ["LlamaForCausalLM"]):
-        raise UserError(f"model.base: {name} is a {kind or 'model of unknown type'}, expected a Llama")
-    try:
-        Shape.of(config)
-    except KeyError as error:
-        raise UserError(f"model.base: {name}: config.json has no {error.args[0]}") from error
-    quantized = config.get("quantization_config")
-    if quantized and not quantized.get("load_in_4bit"):
-        method = quantized.get("quant_method", "in an unknown way")
+    if not {WHOLE, INDEX} & {*files}:
         raise UserError(
-            f"model.base: {name} is already quantised ({method}); give the 16-bit weights or a bitsandbytes 4-bit copy"
+            f"model.base: {base.name} has neither {WHOLE} nor {INDEX}, and {tensors[0]} is no name that transformers "
+            f"loads; if it holds the weights of this config.json, rename it to {WHOLE}"
         )
-    return dict(config)
+    if Path(base.location).is_dir():
+        try:
+            weight_files(base)
+        except FileNotFoundError as error:
+            raise UserError(f"model.base: {error}; copy it there, or take another copy") from error
 
 
 def _ask_hub(name: str) -> tuple[Path, set[str]]:
@@ -123,7 +135,7 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
 
 def missing_bytes(base: Base) -> int:
     """What is still to come before loading: the 16-bit weights that are in neither folder nor cache."""
-    is_here = stored_file(base, "model.safetensors.index.json") or stored_file(base, "model.safetensors")
+    is_here = stored_file(base, WHOLE) or stored_file(base, INDEX)
     return 0 if is_here else 2 * base.shape.num_parameters
 
 
@@ -133,63 +145,40 @@ def commit(base: Base) -> str | None:
     return config.parent.name if config and config.parent.parent.name == "snapshots" else None
 
 
-def check_weights(base: Base) -> None:
-    """Compares names and sizes of a base's matrices with its config.json; says nothing of a base still to come.
+def weight_files(base: Base, find: Callable[[Base, str], Path | None] | None = None) -> list[Path]:
+    """The files that hold the weights, in order of their names: the one file where it is there, else the index's.
 
-    Raises UserError for the first that differs: the library would fill it with chance, or fail deep inside.
+    Args:
+        base: in a folder or on the hub.
+        find: looks up a file of a base, and may fetch it; `stored_file` unless it is given.
+
+    Raises:
+        FileNotFoundError: one is still to come.
+        UserError: the index can't be read, or names a file that is not beside it.
     """
-    try:
-        files = weight_files(base)
-    except FileNotFoundError:
-        return
-    stored: dict[str, list[int]] = {}
-    for file in files:
-        stored |= _stored_shapes(base, file)
-    in_4_bits = "quantization_config" in base.config  # which makes one column of a linear layer, and of nothing else
-    for key, expected in _matrices(base.shape).items():
-        found = stored.get(key)
-        if found is None or (found != expected and not (in_4_bits and ".layers." in key)):
-            raise UserError(
-                f"model.base: {base.name}: the weights are not those of its config.json: {key} is "
-                f"{found or 'missing'}, expected {expected}; take another copy"
-            )
-
-
-def _matrices(shape: Shape) -> dict[str, list[int]]:
-    """Name and size of each stored matrix; a tied head is none of its own."""
-    sizes = {"model.embed_tokens.weight": [shape.vocabulary, shape.hidden]}
-    for number in range(shape.num_layers):
-        for name, (inputs, outputs) in shape.linears.items():
-            part = "self_attn" if name[0] in "qkvo" else "mlp"
-            sizes[f"model.layers.{number}.{part}.{name}.weight"] = [outputs, inputs]
-    return sizes if shape.tied else sizes | {"lm_head.weight": [shape.vocabulary, shape.hidden]}
-
-
-def weight_files(base: Base) -> set[Path]:
-    """The files that hold the weights. Raises FileNotFoundError where one is still to come."""
-    index = stored_file(base, "model.safetensors.index.json")
-    names = _shards(index) if index else {"model.safetensors"}
-    files = {name: stored_file(base, name) for name in names}
+    find = find or stored_file
+    index = None if find(base, WHOLE) else find(base, INDEX)
+    names = _shards(base, index) if index else [WHOLE]
+    files = {name: find(base, name) for name in names}
     missing = [name for name, file in files.items() if file is None]
     if missing:
-        raise FileNotFoundError(f"{base.location} has no {missing[0]}")
-    return {file for file in files.values() if file is not None}
+        raise FileNotFoundError(f"{base.location} has no {missing[0]}" + (f", which {INDEX} names" if index else ""))
+    return [file for file in files.values() if file is not None]
 
 
-def _shards(index: Path) -> set[str]:
-    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-
-
-def _stored_shapes(base: Base, file: Path) -> dict[str, list[int]]:
-    """Sizes by name, of a safetensors file's header."""
+def _shards(base: Base, index: Path) -> list[str]:
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-    except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
+        names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        plain = names and all(Path(name).name == name and name.endswith(".safetensors") for name in names)
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.base: the weights of {base.name} can't be loaded: {file.name}: {reason}") from error
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        raise UserError(f"model.base: {base.name}: {INDEX} can't be read: {reason}; take another copy") from error
+    if not plain:
+        raise UserError(
+            f"model.base: {base.name}: {INDEX} names something other than .safetensors files beside it; "
+            "take another copy"
+        )
+    return sorted(names)
 
 
 def stored_file(base: Base, name: str) -> Path | None:

@@ -41,7 +41,7 @@ class Copies:
 
     def find(self, base: Base, dtype: torch.dtype | None, device_type: str) -> Base | None:
         """``base`` as the copy that computes in ``dtype`` (None: in any); None where there is no whole one."""
-        if self.root is None or not self.root.is_dir() or "quantization_config" in base.config:
+        if self.root is None or not self.root.is_dir() or base.in_4_bits:
             return None
         for folder in sorted(self.root.glob(self._name(base, dtype, device_type))):
             try:
@@ -54,7 +54,7 @@ class Copies:
     def keep(self, model: "LlamaForCausalLM", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
         """Keeps ``model``, which was just loaded from ``base`` and has no adapter yet; says so, or why not."""
         num_weights = base.shape.num_parameters
-        if self.root is None or "quantization_config" in base.config:
+        if self.root is None or base.in_4_bits:
             return None
         if num_weights < KEPT_FROM and not self.keeps_small:
             return None

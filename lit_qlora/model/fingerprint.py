@@ -12,13 +12,15 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, commit, stored_file, weight_files
+from lit_qlora.model.base import Base, commit, stored_file
+from lit_qlora.model.config import rope_of
+from lit_qlora.model.weights import Stored, stored_tensors
 
 VERSION = "v2"
 ORIGINAL = "lit_qlora_original.json"
@@ -37,16 +39,6 @@ SHOWN = 12
 _FINAL_NORM = "model.norm.weight"
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+\.weight")
 _SCALES = re.compile(_LINEAR.pattern + r"\.(absmax|nested_absmax)")
-
-
-class _Stored(NamedTuple):
-    """A tensor in a file: ``start`` in bytes from the file's beginning."""
-
-    file: Path
-    dtype: str
-    start: int
-    num_values: int
-    value_bytes: int
 
 
 def fingerprint(base: Base) -> str:
@@ -98,38 +90,36 @@ def identity(base: Base) -> dict[str, str | None]:
 
 def _sampled(base: Base) -> str:
     """A fingerprint by what stands in the files themselves; read once while they stay as they are."""
-    files = sorted(weight_files(base))
-    states = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    is_tied = bool(base.config.get("tie_word_embeddings", False))
+    tensors = tuple(sorted(stored_tensors(base).items()))
+    states = tuple((file, file.stat().st_mtime_ns) for file in sorted({tensor.file for _, tensor in tensors}))
     try:
-        plain, linear = _digests(states, is_tied)
-    except (OSError, ValueError, KeyError, struct.error, MemoryError, OverflowError) as error:
+        plain, linear = _digests(tensors, states, base.shape.tied)
+    except OSError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.base: the weights of {base.name} can't be read: {reason}") from error
     rules = repr((base.shape, rules_of(base.config)))
     merged = stored_file(base, "lit_qlora.json")  # a merged model's norms are its parent's
-    kind = "4bit" if "quantization_config" in base.config else "full"
+    kind = "4bit" if base.in_4_bits else "full"
     whole = hashlib.sha256(f"{rules} {plain} {linear}".encode()).hexdigest()
     told = hashlib.sha256(f"{rules} {plain} {_read_json(merged) if merged else ''}".encode()).hexdigest()
     return "-".join((VERSION, kind, whole[:32], told[:32]))
 
 
 @lru_cache(maxsize=16)
-def _digests(states: tuple[tuple[Path, int, int], ...], is_tied: bool) -> tuple[str, str]:
+def _digests(
+    tensors: tuple[tuple[str, Stored], ...], _: tuple[tuple[Path, int], ...], is_tied: bool
+) -> tuple[str, str]:
     """Over the samples of everything but the linear layers, and of these."""
-    stored = {name: tensor for file, *_ in states for name, tensor in _stored(file)}
     plain, linear = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(stored.items()):
+    for name, tensor in tensors:
         is_linear = _LINEAR.fullmatch(name) or _SCALES.fullmatch(name)
         is_head = name == "lm_head.weight" and is_tied  # written by some, left out by others
         if is_head or not (is_linear or name.endswith((".weight", ".bias"))) or not name.startswith(("model.", "lm_")):
             continue
         digest = linear if is_linear else plain
         digest.update(f"{name} {tensor.num_values} ".encode())
-        with tensor.file.open("rb", buffering=0) as stream:
-            for first, count in _places(name, tensor.num_values):
-                stream.seek(tensor.start + first * tensor.value_bytes)
-                digest.update(_in_fp32(stream.read(count * tensor.value_bytes), tensor.dtype))
+        for values in tensor.read(_places(name, tensor.num_values)):
+            digest.update(_in_fp32(values, tensor.dtype))
     return plain.hexdigest(), linear.hexdigest()
 
 
@@ -158,33 +148,13 @@ def _in_fp32(stored: bytes, dtype: str, tiny: float = TINY) -> bytes:
     return np.where(np.abs(values) < tiny, np.float32(0), values).tobytes() if tiny else values.tobytes()
 
 
-def _stored(file: Path) -> Iterable[tuple[str, _Stored]]:
-    """The tensors of a file by its header: safetensors is JSON and plain bytes."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            num_values = 1
-            for size in entry["shape"]:
-                num_values *= size
-            yield (
-                name,
-                _Stored(file, entry["dtype"], 8 + length + start, num_values, (end - start) // max(num_values, 1)),
-            )
-
-
 def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of config.json changes the output at equal widths, whichever version of transformers wrote it."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    scaling = sorted((name, float(value)) for name, value in rope.items()) if kind != "default" else []
+    theta, kind, members = rope_of(config)
+    scaling = sorted((name, _plain(value)) for name, value in members.items()) if kind != "default" else []
     return (
         config["num_attention_heads"],
-        theta,
+        float(theta),
         kind,
         scaling,
         float(config.get("rms_norm_eps", 1e-6)),
@@ -194,19 +164,25 @@ def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def _plain(value: Any) -> Any:
+    """A member of rope's, the same however it is written."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    return [float(part) for part in value] if isinstance(value, list) else repr(value)
+
+
 def _first_version(base: Base) -> str:
     """What adapters and checkpoints recorded before: a sha256 over config.json and the final norm."""
     digest = hashlib.sha256(repr((base.shape, rules_of(base.config))).encode())
-    norm = next(tensor for file in weight_files(base) for name, tensor in _stored(file) if name == _FINAL_NORM)
-    with norm.file.open("rb") as stream:
-        stream.seek(norm.start)
-        digest.update(_in_fp32(stream.read(norm.num_values * norm.value_bytes), norm.dtype, 0))
+    norm = stored_tensors(base)[_FINAL_NORM]
+    for values in norm.read([(0, norm.num_values)]):
+        digest.update(_in_fp32(values, norm.dtype, 0))
     return digest.hexdigest()
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whatever it is, it is none of ours
+    except (OSError, ValueError, RecursionError):  # whatever it is, it is none of ours
         return {}
     return told if isinstance(told, dict) else {}

@@ -15,10 +15,12 @@ import torch
 
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.attention import implementation_of
-from lit_qlora.model.base import Base, check_weights
+from lit_qlora.model.base import Base
+from lit_qlora.model.config import for_transformers
 from lit_qlora.model.device import Attention
 from lit_qlora.model.fingerprint import fingerprint, is_of, shown
 from lit_qlora.model.shape import Shape
+from lit_qlora.model.weights import check_weights, fetch
 from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.run import CARD
@@ -64,7 +66,8 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
     from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    check_weights(base)
+    fetch(base)
+    config = for_transformers(base.config, check_weights(base))
     if base.shape.num_parameters < SHOW_LOADING_FROM:
         logging.disable_progress_bar()
     if device.type == "cpu" and base.shape.num_parameters < ONE_THREAD_BELOW:
@@ -78,7 +81,10 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
     try:
         model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
             base.location,
-            quantization_config=None if "quantization_config" in base.config else quantization,
+            # Left to itself, it follows config.json and generation_config.json in whatever they say.
+            config=config,
+            generation_config=GenerationConfig(),
+            quantization_config=None if base.in_4_bits else quantization,
             dtype=dtype,
             device_map={"": device},
             attn_implementation=implementation_of(attention),
@@ -88,8 +94,6 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.base: the weights of {base.name} can't be loaded: {reason}") from error
     model.requires_grad_(False)
-    # How an answer is drawn is said where one is asked for, not by a file that came with the base.
-    model.generation_config = GenerationConfig()
     for module in _linears_4bit(model):
         module.compute_dtype = dtype
         # On a CPU with AVX512-BF16 an evaluation would repack the weights for inference, and every

@@ -16,17 +16,12 @@ from torch import Tensor
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base
 from lit_qlora.model.shape import Shape
+from lit_qlora.model.weights import BUFFER, STATE, stored_tensors
 
 Onto = Literal["quantized", "original"]
 
 LINEAR = re.compile(rf"model\.layers\.\d+\.\w+\.({'|'.join(Shape.LINEARS)})\.weight")
 """What is kept in 4 bits: the linear layers of the decoder, biases and head not among them."""
-
-STATE = re.compile(r"(.*\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)")
-"""What a base that was saved in 4 bits keeps beside a weight."""
-
-BUFFER = "rotary_emb.inv_freq"
-"""Old exports hold it; it follows from config.json, and nobody reads it."""
 
 UNKNOWN = (
     "alpha_pattern",
@@ -44,22 +39,9 @@ class StoredWeights:
     """The tensors of a base by name, each read from its file when it is asked for."""
 
     def __init__(self, base: Base) -> None:
-        from transformers.utils import cached_file
-
-        def find(name: str) -> str | None:
-            return cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)  # type: ignore[no-any-return]
-
-        index = find("model.safetensors.index.json")
-        files = {"model.safetensors"}
-        if index:
-            files = {*json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()}
-        self._files: dict[str, str] = {}
-        for name in sorted(files):
-            file = find(name)
-            if file is None:
-                raise UserError(f"base: {base.name} lacks {name}")
-            with safe_open(file, framework="pt") as shard:
-                self._files |= dict.fromkeys(shard.keys(), file)
+        self._files = {name: tensor.file for name, tensor in stored_tensors(base).items()}
+        self.in_4_bits = base.in_4_bits
+        """Whether the base was saved in 4 bits, all of it that is to be."""
 
     @property
     def names(self) -> list[str]:
@@ -72,11 +54,6 @@ class StoredWeights:
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as shard:
             return shard.get_tensor(name)  # type: ignore[no-any-return]
-
-    @property
-    def in_4_bits(self) -> bool:
-        """Whether the base was saved in 4 bits, all of it that is to be."""
-        return any(STATE.fullmatch(name) for name in self._files)
 
     def state(self, name: str) -> dict[str, str]:
         """The names of what belongs to a weight in 4 bits, by their last parts; empty for any other weight."""

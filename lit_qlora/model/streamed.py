@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.model.base import Base
+from lit_qlora.model.config import for_transformers
 from lit_qlora.model.merging import StoredWeights
 
 
@@ -36,9 +37,10 @@ def streamed_logits(base: Base, input_ids: Tensor, device: torch.device) -> Tens
     """The logits ``[B, T, V]`` of the unquantised model ``base``, computed in fp32, with one weight in memory."""
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig.from_dict(dict(base.config))
+    config = for_transformers(base.config)
+    config._attn_implementation = "sdpa"
     with init_empty_weights(include_buffers=False):
         model = LlamaForCausalLM(config).float()
     model.eval()

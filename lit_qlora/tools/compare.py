@@ -108,7 +108,7 @@ def _compute_in_fp32(model: torch.nn.Module) -> None:
 def difference(folder: Path, wanted: Reference, device: torch.device) -> Difference:
     """Of the model in ``folder`` from ``wanted``; one in 4 bits is loaded as a whole, as its users will."""
     base = find_base(str(folder))
-    if "quantization_config" in base.config:
+    if base.in_4_bits:
         logits = _logits(load.load_base(base, torch.float16, device, "sdpa"), wanted.input_ids)
     else:
         logits = streamed_logits(base, wanted.input_ids, device)

@@ -57,7 +57,7 @@ def export(
         raise UserError("model: it is merged already, so --run, --adapter and --base say nothing; give it alone")
     if model:
         merged_model = find_base(model)
-        if "quantization_config" in merged_model.config:
+        if merged_model.in_4_bits:
             raise UserError(f"model: {model} is in 4 bits, which llama.cpp can't convert; merge with --dtype float16")
         _check_tokenizer(merged_model)
         script = find_converter()

@@ -84,7 +84,7 @@ def merge(
     """
     chosen = choose_adapter(run, adapter, base)
     if onto is None:
-        onto = "original" if dtype == "4bit" and "quantization_config" not in chosen.base.config else "quantized"
+        onto = "original" if dtype == "4bit" and not chosen.base.in_4_bits else "quantized"
     merge_into(Path(output), chosen, dtype, onto)
     serve = "" if dtype == "4bit" else f", or serve it: vllm serve {output}"
     print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}){serve}")
@@ -99,7 +99,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     recover(target)
     if target.exists():
         raise UserError(f"output: {target} exists already; give another name or remove it")
-    if onto == "original" and "quantization_config" in chosen.base.config:
+    if onto == "original" and chosen.base.in_4_bits:
         raise UserError(f"onto: {chosen.base.name} is stored in 4 bits and has no original weights; use quantized")
     check_room(target, size_bytes(chosen.base, dtype) + MARGIN_BYTES)
 
@@ -117,7 +117,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     lora = LoraWeights(chosen.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = chosen.prompts(record)
-    encoder = Encoder(load_tokenizer(chosen.base.location), _context_tokens(chosen.base), **prompts)
+    encoder = Encoder(load_tokenizer(chosen.base.location), chosen.base.context_tokens, **prompts)
     encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
     texts, source = compare.conversations_to_compare(chosen.settings, encoder.check)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
@@ -176,10 +176,6 @@ def check_room(target: Path, needed_bytes: int) -> None:
         )
 
 
-def _context_tokens(base: Base) -> int:
-    return int(base.config["max_position_embeddings"])
-
-
 def _trained_in(record: dict[str, Any]) -> "torch.dtype":
     """The dtype from which the base was quantised in training; of an adapter that doesn't tell, this device's."""
     import torch
@@ -221,8 +217,9 @@ def _stored(
 
 
 def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) -> None:
-    dropped = {"quantization_config", "_name_or_path", "dtype"}
-    config = {name: value for name, value in base.config.items() if name not in dropped}
+    # Answers end where training ended them, whatever the base's own files say of that.
+    tokens = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id, "pad_token_id": encoder.eos_id}
+    config = {name: value for name, value in base.config.items() if name != "quantization_config"} | tokens
     # The name that every version of transformers reads.
     config |= {"torch_dtype": BESIDE_4_BITS if dtype == "4bit" else dtype}
     if dtype == "4bit":
@@ -231,8 +228,7 @@ def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) ->
             {"llm_int8_skip_modules": ["lm_head", *uneven]} if uneven else {}
         )
     # How answers are drawn is for whoever asks; where they stop is the model's.
-    generation = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id, "pad_token_id": encoder.eos_id}
-    for name, values in (("config.json", config), ("generation_config.json", generation)):
+    for name, values in (("config.json", config), ("generation_config.json", tokens)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -246,5 +242,5 @@ def _write_tokenizer(folder: Path, base: Base, encoder: "Encoder", texts: list[C
         file = cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)
         if file is not None:
             shutil.copyfile(file, folder / name)
-    write_tokenizer(folder, encoder, _context_tokens(base))
+    write_tokenizer(folder, encoder, base.context_tokens)
     check_template(folder, encoder, [Conversation(text.turns[:-1], text.system) for text in texts])

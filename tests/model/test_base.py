@@ -16,9 +16,10 @@ import torch
 from huggingface_hub import errors
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import check_weights, find_base, missing_bytes
+from lit_qlora.model.base import INDEX, find_base, missing_bytes
 from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import check_context, load_base
+from lit_qlora.model.weights import check_weights
 
 CONFIG = {
     "model_type": "llama",
@@ -124,14 +125,13 @@ def test_a_file_is_no_folder(tmp_path):
     ("config", "kind"),
     [
         (CONFIG | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "mistral"),
-        (CONFIG | {"architectures": ["LlamaForSequenceClassification"]}, "llama"),
         ({}, "model of unknown type"),
-        ([1, 2], "model of unknown type"),
+        ({"model_type": ["llama"]}, "model of unknown type"),
     ],
 )
 def test_what_is_not_a_llama(tmp_path, config, kind):
     folder = model_folder(tmp_path / "model", config)
-    assert refusal(folder) == f"{folder} is a {kind}, expected a Llama"
+    assert refusal(folder) == f"{folder} is a {kind} by the model_type of its config.json, expected a Llama"
 
 
 @pytest.mark.parametrize("architectures", [{}, {"architectures": None}])
@@ -170,7 +170,8 @@ def test_pickled_weights_are_refused(tmp_path):
 def test_other_quantisations_are_refused(tmp_path, quantization, method):
     folder = model_folder(tmp_path / "model", CONFIG | {"quantization_config": quantization})
     assert refusal(folder) == (
-        f"{folder} is already quantised ({method}); give the 16-bit weights or a bitsandbytes 4-bit copy"
+        f"{folder} is already quantised ({method}), by the quantization_config of its config.json; "
+        "give the 16-bit weights or a bitsandbytes 4-bit copy"
     )
 
 
@@ -212,7 +213,7 @@ def config_file(tmp_path):
 
 
 def test_an_open_model_of_the_hub(monkeypatch, config_file):
-    answering(monkeypatch, str(config_file), siblings("config.json", "model-00001-of-00002.safetensors"))
+    answering(monkeypatch, str(config_file), siblings("config.json", INDEX, "model-00001-of-00002.safetensors"))
     base = find_base("owner/llama")
     assert (base.name, base.location, base.public_name) == ("owner/llama", "owner/llama", "owner/llama")
 
@@ -333,8 +334,7 @@ class Hub(BaseHTTPRequestHandler):
 ASK = """
 import json, sys
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, check_weights, find_base, missing_bytes
-from lit_qlora.model.shape import Shape
+from lit_qlora.model.base import find_base
 answers = []
 for name in sys.argv[1:]:
     try:

@@ -100,7 +100,7 @@ def test_truncated_weights_are_refused_in_one_line(load, tiny_folder, tmp_path):
     (folder / "model.safetensors").write_bytes(whole[:-1000])
     with pytest.raises(UserError) as error:
         load(base=find_base(str(folder)))
-    assert str(error.value).startswith(f"model.base: the weights of {folder} can't be loaded: ")
+    assert str(error.value).startswith(f"model.base: the weights of {folder} can't be read: model.safetensors: ")
     assert "\n" not in str(error.value)
 
 

@@ -1,0 +1,210 @@
+"""Owns what a base's weights are, by their files' headers: names, sizes, places; and whether they fit its config.json.
+
+Reads no more of the values than it is asked for. Knows no torch and no adapters.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.base import Base, stored_file, weight_files
+from lit_qlora.model.shape import Shape
+
+LARGEST_HEADER = 100_000_000
+"""Bytes; safetensors' own limit."""
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+BUFFER = "rotary_emb.inv_freq"
+"""Old exports hold it; it follows from config.json, and nobody reads it."""
+
+STATE = re.compile(r"(.*\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)")
+"""What a base that was saved in 4 bits keeps beside a weight."""
+
+COMPARED_VALUES, COMPARED_PLACES = 4096, 16
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: ``start`` in bytes from the file's beginning."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    value_bytes: int
+
+    @property
+    def num_values(self) -> int:
+        """Of all dimensions together."""
+        return math.prod(self.shape)
+
+    def read(self, places: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        """The bytes of some values, each place given as the first and their number."""
+        with self.file.open("rb", buffering=0) as stream:
+            for first, count in places:
+                stream.seek(self.start + first * self.value_bytes)
+                yield stream.read(count * self.value_bytes)
+
+
+def stored_tensors(base: Base) -> dict[str, Stored]:
+    """The tensors of a base by name.
+
+    Raises FileNotFoundError where they are still to come, UserError where they can't be read, or one is there twice.
+    """
+    found: dict[str, Stored] = {}
+    for file in weight_files(base):
+        state = file.stat()
+        try:
+            tensors = _tensors(file, state.st_mtime_ns, state.st_size)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"model.base: the weights of {base.name} can't be read: {file.name}: {reason}") from error
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise UserError(
+                f"model.base: {base.name}: {twice[0]} stands in {found[twice[0]].file.name} and in {file.name} too; "
+                "take another copy"
+            )
+        found |= tensors
+    return found
+
+
+@lru_cache(maxsize=512)
+def _tensors(file: Path, _: int, num_bytes: int) -> dict[str, Stored]:
+    """The tensors of a file by its header, read once while the file stays as it is."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > LARGEST_HEADER or 8 + length > num_bytes:
+            raise ValueError(f"its header is said to have {length:,} bytes, and the file has {num_bytes:,}")
+        header = json.loads(stream.read(length))
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            (start, end), shape = entry["data_offsets"], tuple(map(int, entry["shape"]))
+            if not 0 <= start <= end <= num_bytes - 8 - length:
+                raise ValueError(f"{name} is cut off: it ends at byte {8 + length + end:,} of {num_bytes:,}")
+            value_bytes = (end - start) // max(math.prod(shape), 1)
+            found[name] = Stored(file, str(entry["dtype"]), shape, 8 + length + start, value_bytes)
+    return found
+
+
+def fetch(base: Base) -> None:
+    """Has the weights of a base on the hub in its cache. Raises UserError where they can't be had."""
+    if Path(base.location).is_dir():
+        return
+    from transformers.utils import cached_file
+
+    def find(base: Base, name: str) -> Path | None:
+        found = stored_file(base, name) or cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found else None
+
+    try:
+        weight_files(base, find)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.base: the weights of {base.name} can't be had: {reason}") from error
+
+
+def check_weights(base: Base) -> list[str]:
+    """Compares the tensors of a base with its config.json; returns its linear layers that are not in 4 bits.
+
+    Says nothing of a base still to come.
+
+    Raises UserError for the first that differs: the library would fill it with chance, pass over it without a word,
+    or fail deep inside.
+    """
+    try:
+        stored = stored_tensors(base)
+    except FileNotFoundError:
+        return []
+    expected = _expected(base)
+    packed = _packed(stored) if base.in_4_bits else set()
+    plain = []
+    for name, shape in expected.items():
+        tensor = stored.get(name)
+        if tensor and name in packed and _is_linear(name) and tensor.num_values == math.prod(shape) // 2:
+            continue
+        if tensor is None or tensor.shape != shape or tensor.dtype not in FLOATS:
+            raise _differ(base, name, _words(tensor), str([*shape]))
+        if _is_linear(name):
+            plain.append(name.removesuffix(".weight"))
+    _check_others(base, stored, expected)
+    if base.in_4_bits and len(plain) == base.shape.num_layers * len(Shape.LINEARS):
+        raise UserError(
+            f"model.base: {base.name}: config.json has a quantization_config, and the weights are in 16 bits; take "
+            "that key out of config.json"
+        )
+    return plain
+
+
+def _words(tensor: Stored | None) -> str:
+    if tensor is None:
+        return "missing"
+    return f"{[*tensor.shape]}" + ("" if tensor.dtype in FLOATS else f" of {tensor.dtype}")
+
+
+def _differ(base: Base, name: str, found: str, expected: str) -> UserError:
+    return UserError(
+        f"model.base: {base.name}: the weights are not those of its config.json: {name} is {found}, expected "
+        f"{expected}; take another copy"
+    )
+
+
+def _expected(base: Base) -> dict[str, tuple[int, ...]]:
+    """Name and size of each stored tensor; a tied head is none of its own."""
+    shape, config = base.shape, base.config
+    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
+    for number in range(shape.num_layers):
+        layer = f"model.layers.{number}"
+        for name, (inputs, outputs) in shape.linears.items():
+            part = "self_attn" if name[0] in "qkvo" else "mlp"
+            sizes[f"{layer}.{part}.{name}.weight"] = (outputs, inputs)
+            if config.get("attention_bias" if part == "self_attn" else "mlp_bias"):
+                sizes[f"{layer}.{part}.{name}.bias"] = (outputs,)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            sizes[f"{layer}.{norm}.weight"] = (shape.hidden,)
+    sizes["model.norm.weight"] = (shape.hidden,)
+    return sizes if shape.tied else sizes | {"lm_head.weight": (shape.vocabulary, shape.hidden)}
+
+
+def _is_linear(name: str) -> bool:
+    return name.endswith(".weight") and name.split(".")[-2] in Shape.LINEARS
+
+
+def _packed(stored: dict[str, Stored]) -> set[str]:
+    """The weights that are packed, two values a byte, with all that belongs to them."""
+    parts: dict[str, set[str]] = {}
+    for match in filter(None, map(STATE.fullmatch, stored)):
+        parts.setdefault(match[1], set()).add(match[2].partition("__")[0])
+    needed = {"absmax", "quant_map", "quant_state.bitsandbytes"}
+    return {name for name, found in parts.items() if needed <= found and name in stored and stored[name].dtype == "U8"}
+
+
+def _check_others(base: Base, stored: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError for a weight that no Llama of this config.json has, or a tied head that is another matrix."""
+    for name in sorted(stored.keys() - expected.keys()):
+        state = STATE.fullmatch(name)
+        if name.endswith(BUFFER) or (state and base.in_4_bits and state[1] in expected):
+            continue
+        if name != "lm_head.weight":
+            raise _differ(base, name, _words(stored[name]), "no such weight")
+        if not _are_equal(stored[name], stored["model.embed_tokens.weight"]):
+            raise UserError(
+                f"model.base: {base.name}: config.json says tie_word_embeddings, and the weights hold an "
+                "lm_head.weight other than the embeddings; set tie_word_embeddings to false, or take another copy"
+            )
+
+
+def _are_equal(one: Stored, other: Stored) -> bool:
+    """Whether two matrices have the same size, and the same values at some places."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    size = one.num_values
+    firsts = range(0, size, max(size // COMPARED_PLACES, 1))
+    places = [(first, min(COMPARED_VALUES, size - first)) for first in firsts]
+    return all(a == b for a, b in zip(one.read(places), other.read(places), strict=True))

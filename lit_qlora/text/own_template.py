@@ -16,7 +16,7 @@ from lit_qlora.text.conversation import Conversation
 SHORTEST_TAG = 3
 """Characters of a text of the template's own from which on a turn may not hold it: ``:`` alone stands everywhere."""
 
-RULES = 2
+RULES = 3
 """Counted up when the same template and conversation are to give other pieces."""
 
 SHOWN = 30
@@ -74,16 +74,23 @@ class Template:
 
     @property
     def tags(self) -> list[str]:
-        """The texts that the template puts around what is said: in a text from outside, they could forge a turn."""
+        """The texts that the template puts around what is said: in a text from outside, they could forge a turn.
+
+        A bare word behind a special token, such as the role in ``<|im_start|>user``, is none: without that token, which
+        no text from outside can become, it opens nothing, and it stands in many a text.
+        """
         if self._tags is None:
             own: list[str] = []
             for with_system in (False, True):
                 try:
-                    own += (piece.text for piece in self._structure(3, with_system) if piece.kind != "token")
+                    pieces = self._structure(3, with_system)
                 except ValueError:  # such a conversation is refused as a whole
                     continue
-            texts = (text.strip() for piece in own for text in _MARK.split(piece)[::2])
-            self._tags = list(dict.fromkeys(text for text in texts if len(text) >= SHORTEST_TAG))
+                for before, piece in zip(["", *(piece.kind for piece in pieces)], pieces, strict=False):
+                    first, *others = (text.strip() for text in _MARK.split(piece.text)[::2])
+                    is_role = before == "token" and first.isalpha()
+                    own += [] if piece.kind == "token" else others if is_role else [first, *others]
+            self._tags = list(dict.fromkeys(text for text in own if len(text) >= SHORTEST_TAG))
         return self._tags
 
     def tags_in(self, text: str) -> list[str]:

@@ -134,6 +134,20 @@ def test_the_template_s_own_words_may_not_be_said(name):
             assert str(caught.value).startswith(f"{place} holds '")
 
 
+@pytest.mark.parametrize("source", [
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>\n\n' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>\n\n' }}{% endif %}",
+])  # fmt: skip
+def test_a_role_behind_a_special_token_is_a_word_like_any_other(source):
+    one = Template(source, "<s>", "</s>", (*SPECIALS, "<|im_start|>", "<|im_sep|>"))
+    assert one.tags == []
+    assert text_of(one.pieces(said("What does the user of a system say?", "The assistant knows."))).count("user") == 2
+    without = template(source)  # to a tokenizer that has no such token, it's a text, and could be forged
+    assert [tag for tag in without.tags if "user" in tag and "<|im_start|>" in tag]
+
+
 def test_the_tags_of_the_llama_2_format_are_found_again():
     assert set(template(SOURCES["llama2"]).tags) == {"[INST]", "[/INST]", "[INST] <<SYS>>", "<</SYS>>"}
 

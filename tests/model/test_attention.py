@@ -182,9 +182,13 @@ def test_on_a_gpu_no_attention_falls_back(dtype, groups, width, packed, kernels)
         places = Places(torch.empty(0), torch.empty(0), lengths, bounds) if packed else ALONE
         with sdpa_kernel(KERNELS[kernels]):
             found = with_gradients(attend(*heads, places), heads)
-        for part, expected in zip(found, reference(*heads, lengths), strict=True):
+        truth = reference(*heads, lengths)
+        # A token by itself has no gradient of query and key, only rounding of the size of the others.
+        largest = max(expected.norm() for expected in truth)
+        for part, expected in zip(found, truth, strict=True):
             bound = 4e-3 if dtype == torch.float16 else 3e-2
-            assert (part - expected).norm() <= bound * expected.norm().clamp(min=1e-3), lengths
+            size = expected.norm() if sum(lengths) > 1 else largest
+            assert (part - expected).norm() <= bound * size, lengths
 
 
 @pytest.fixture(scope="session")
@@ -194,6 +198,7 @@ def wide_model(save_llama, tmp_path_factory):
     def make(groups, width, dora=False):
         sizes = {
             "hidden_size": groups * width,
+            "intermediate_size": 192,  # bitsandbytes warns of sizes that are no multiple of 64: no Llama has them
             "num_attention_heads": groups,
             "num_key_value_heads": 1,
             "initializer_range": 0.03,
@@ -216,7 +221,7 @@ def near(found, truth, bound=2e-2):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize(("groups", "width"), [(3, 64), (8, 128), (1, 64), (3, 100)])
+@pytest.mark.parametrize(("groups", "width"), [(3, 64), (8, 128), (1, 64), (16, 100)])
 def test_on_a_gpu_training_and_validation_never_fall_back(wide_model, groups, width, dora):
     """Our layers, and with DoRA transformers' own; conversations apart, and packed. The truth is fp32, as on a CPU."""
     model, folder = wide_model(groups, width, dora)
@@ -250,7 +255,7 @@ def test_on_a_gpu_training_and_validation_never_fall_back(wide_model, groups, wi
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("groups", "width"), [(3, 64), (8, 128), (1, 64), (3, 100)])
+@pytest.mark.parametrize(("groups", "width"), [(3, 64), (8, 128), (1, 64), (16, 100)])
 def test_on_a_gpu_answers_never_fall_back(wide_model, groups, width):
     """A padded batch and a single prompt: the first pass, and one token at a time behind it."""
     model, _ = wide_model(groups, width)

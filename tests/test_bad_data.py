@@ -56,7 +56,7 @@ CASES: list[tuple[str, str, object, str]] = [
         "torn line",
         "rows.jsonl",
         jsonl(GOOD) + '{"text": "### Human: a### Ass',
-        'rows.jsonl:2: no JSON (Unterminated string starting at column 10), expected one whole object a line, got \'{"text": "### Human: a### Ass\'; mend or delete the line',
+        'rows.jsonl:2: no JSON (Unterminated string starting at column 10), expected whole objects, got \'{"text": "### Human: a### Ass\'; mend or delete the line',
     ),
     (
         "html",
@@ -98,13 +98,13 @@ CASES: list[tuple[str, str, object, str]] = [
         "single object json",
         "rows.json",
         json.dumps(GOOD),
-        "rows.json: holds one object, expected a list of rows, got {'text': '### Human: Hi?### Assistant: Yes.'}; put [ and ] around the rows",
+        "rows.json: has one conversation only, so none can be held out; add rows, or give data.validation_source",
     ),
     (
         "json scalar",
         "rows.json",
         "42",
-        "rows.json: holds a number, expected a list of rows, got 42; put [ and ] around the rows",
+        'rows.json:1: holds a number, expected an object such as {"text": "### Human: …### Assistant: …"}, got 42; mend or delete it',
     ),
     (
         "json array of strings",
@@ -122,7 +122,7 @@ CASES: list[tuple[str, str, object, str]] = [
         "json torn",
         "rows.json",
         '[{"text": "a"}, {"te',
-        "rows.json:1: no JSON (Unterminated string starting at column 18), expected a list of rows; mend the file there",
+        'rows.json:1: no JSON (Unterminated string starting at column 18), expected whole objects, got \'[{"text": "a"}, {"te\'; mend the file there',
     ),
     (
         "jsonl array line",
@@ -158,7 +158,7 @@ CASES: list[tuple[str, str, object, str]] = [
         "wrong column",
         "rows.jsonl",
         jsonl({"prompt": "a", "answer": "b"}),
-        "rows.jsonl:1: no column 'messages' or 'conversations' or 'text', columns found: ['prompt', 'answer']; got {'prompt': 'a', 'answer': 'b'}; write rows such as {\"text\": \"### Human: …### Assistant: …\"}",
+        'rows.jsonl:1: a form of questions and answers (prompt, answer) is not read; got {\'prompt\': \'a\', \'answer\': \'b\'}; write each row as {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
     ),
     (
         "no conversation",
@@ -176,7 +176,7 @@ CASES: list[tuple[str, str, object, str]] = [
         "two humans",
         "rows.jsonl",
         jsonl(chat(("user", "a"), ("user", "b"), ("assistant", "c"))),
-        "rows.jsonl:1: turn 2 is the user's, expected the assistant's; got {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'user', 'content': 'b'…; mend or delete this row",
+        "rows.jsonl:1: turns 1 and 2 are both the user's; join the two into one; got {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'user', 'content': 'b'…; mend or delete this row",
     ),
     (
         "unknown role",

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.batch import IGNORE_INDEX
-from lit_qlora.data.encode import Encoder
+from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, verify_folder, write_folder
-from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.conversation import Conversation, Turn
 
 ROWS_A_WRITE = 512
 
@@ -75,9 +75,14 @@ def _cache_folder() -> Path:
 def _key(conversations: Sequence[Conversation], encoder: Encoder) -> str:
     content = hashlib.sha256(f"{LAYOUT} {encoder.fingerprint()}".encode())
     for conversation in conversations:
-        turns = [conversation.system, *((turn.role, turn.content) for turn in conversation.turns)]
-        content.update(json.dumps(turns).encode())
+        turns = [(turn.role, turn.content, *_otherwise(turn)) for turn in conversation.turns]
+        content.update(json.dumps([conversation.system, *turns]).encode())
     return content.hexdigest()[:32]
+
+
+def _otherwise(turn: Turn) -> list[str]:
+    """What makes other ids or labels of a turn than `LAYOUT` 1 had, in which all others came out as they do now."""
+    return ["context only"] * (not turn.learned) + ["a space of its own"] * turn.content.lstrip().startswith(SPACE)
 
 
 def _problem(folder: Path) -> DamagedFolderError | None:

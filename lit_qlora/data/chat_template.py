@@ -4,13 +4,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_qlora.data.encode import Encoder
+from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.templates import jinja_template, published
 
-SPACE = "▁"
 SPACE_BEFORE_EACH_STRETCH = {
     "type": "Sequence",
     "normalizers": [
@@ -18,6 +17,10 @@ SPACE_BEFORE_EACH_STRETCH = {
         {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
     ],
 }
+
+
+KEEP_SPACE_OF_THE_TEXT = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
+"""Else Metaspace takes a `SPACE` that a text begins with for the one that it puts there."""
 
 
 def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
@@ -31,6 +34,8 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     if (rules["pre_tokenizer"] or {}).get("type") == "Metaspace" and encoder.template:
         rules["pre_tokenizer"]["prepend_scheme"] = "always"  # where a stretch has no space already, as in training
+        own = [rules["normalizer"]] if rules["normalizer"] else []
+        rules["normalizer"] = {"type": "Sequence", "normalizers": [*own, KEEP_SPACE_OF_THE_TEXT]}
     elif (rules["pre_tokenizer"] or {}).get("type") == "Metaspace":
         rules |= {"pre_tokenizer": None, "normalizer": SPACE_BEFORE_EACH_STRETCH}
     config = {

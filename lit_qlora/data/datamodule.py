@@ -17,8 +17,9 @@ from lit_qlora.batch import Batch
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.encode import Encoder, TrainOn
+from lit_qlora.data.forms import Form
 from lit_qlora.data.held_out import Parts
-from lit_qlora.data.records import Fits, Form, Records
+from lit_qlora.data.records import Fits, Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError, require
@@ -53,6 +54,7 @@ class ChatDataModule(LightningDataModule):
         packing: conversations of a micro-batch stand in one row, without padding, each seeing only itself; needs
             batch_tokens.
         num_workers: processes that prepare batches ahead.
+        strict: the first row that can't be used is an error; default: up to one in ten is left out, and counted.
         tokenizer: hub id or folder of the tokenizer; the command line takes it from ``model.base``.
         seed: of the order and of the held-out share; the command line takes it from ``seed_everything``.
     """
@@ -72,6 +74,7 @@ class ChatDataModule(LightningDataModule):
         batch_tokens: int | None = None,
         packing: bool = False,
         num_workers: int = 0,
+        strict: bool = False,
         tokenizer: str = "demo",
         seed: int = 42,
     ) -> None:
@@ -91,7 +94,7 @@ class ChatDataModule(LightningDataModule):
         tags = llama2.tags_in(system or "") if template is None else ()  # the encoder looks for a template's own
         require(not tags, "data.system", "a text without Llama 2's tags", system)
         require(num_workers >= 0, "data.num_workers", "0 or more processes", num_workers)
-        self.source, self.form = source, form
+        self.source, self.form, self.strict = source, form, strict
         self.validation_source, self.validation_share = validation_source, validation_share
         self.test_source = test_source
         self.system, self.train_on, self.max_length = system, train_on, max_length
@@ -128,6 +131,11 @@ class ChatDataModule(LightningDataModule):
     def fits(self) -> Fits:
         """Raises ValueError for a conversation that the prompt format can't hold."""
         return llama2.segments if self.template is None else self.encoder.check
+
+    @property
+    def reading(self) -> Reading:
+        """How rows are read."""
+        return Reading(self.form, self.strict, self.fits, self.encoder.marks)
 
     def prompt_record(self) -> dict[str, Any]:
         """What an adapter says of its prompts, so that whoever uses it writes the same."""
@@ -225,20 +233,22 @@ class ChatDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def held_out_prompts(self, count: int) -> list[tuple[Conversation, str]]:
-        """The first ``count`` held-out conversations, cut before their first answer, each with that answer."""
-        conversations = self._records["validation"].conversations[:count]
-        return [(Conversation(c.turns[:1], c.system), c.turns[1].content) for c in conversations]
+        """The first ``count`` held-out conversations, cut before their first answer to learn, each with that answer."""
+        prompts = []
+        for conversation in self._records["validation"].conversations[:count]:
+            place = next(place for place in range(1, len(conversation.turns), 2) if conversation.turns[place].learned)
+            prompt = Conversation(conversation.turns[:place], conversation.system)
+            prompts.append((prompt, conversation.turns[place].content))
+        return prompts
 
     def fingerprints(self) -> dict[str, str]:
         """What the rows of a run are made of: the content, whatever file or hub id it came from."""
         rows = {"train_rows": "train", "held_out_rows": "validation"}
         return {name: self._rows[part].fingerprint for name, part in rows.items()}
 
-    def parts(self, fits: Fits | None = None) -> Parts:
-        """What is learned, held out and tested on, by the options; ``fits`` in place of the prompt format's own."""
-        return Parts(
-            self.source, self.validation_source, self.validation_share, self.seed, self.form, fits or self.fits
-        )
+    def parts(self, reading: Reading | None = None) -> Parts:
+        """What is learned, held out and tested on, by the options; ``reading`` in place of the options' own."""
+        return Parts(self.source, self.validation_source, self.validation_share, self.seed, reading or self.reading)
 
     def recall(self, file: Path) -> None:
         """Has the rows of a run scored that its record in ``file`` names, whatever became of the source since.

@@ -9,18 +9,21 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.errors import UserError
-from lit_qlora.text import llama2
+from lit_qlora.text import edges, llama2
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.own_template import RULES, Piece, Template
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+SPACE = "▁"
+"""U+2581, as which sentencepiece writes a space; a text may hold it, too."""
 
 TrainOn = Literal["answers", "all"]
 
@@ -116,8 +119,8 @@ class Encoder:
         while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
             cut = [self._pieces(conversation) for conversation in some]
             ids = iter(self._ids([piece for pieces in cut for piece in pieces]))
-            for pieces in cut:
-                yield self._example([(next(ids), piece.is_answer) for piece in pieces])
+            for conversation, pieces in zip(some, cut, strict=True):
+                yield self._example([(next(ids), *what) for what in _what_is_learned(conversation, pieces)])
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids of an open prompt: the answer starts right after the last one. Raises ValueError as `check` does."""
@@ -130,6 +133,12 @@ class Encoder:
     def tags_in(self, text: str) -> list[str]:
         """The texts of the format's own that stand in ``text``, where they could forge a turn."""
         return self.template.tags_in(text) if self.template else llama2.tags_in(text)
+
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """Special tokens that rows may have written out at the edges of turns, made for this model or another."""
+        own = self.template.marks if self.template else [str(self.tokenizer.bos_token), str(self.tokenizer.eos_token)]
+        return tuple(sorted({*edges.WRITTEN_OUT, *own}, key=lambda mark: (-len(mark), mark)))
 
     def plain(self, text: str) -> list[int]:
         """BOS and the ids of a text that stands in no chat format."""
@@ -169,8 +178,17 @@ class Encoder:
         return [[id_of(piece.text)] if piece.kind == "token" else next(found[piece.kind]) for piece in pieces]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        # Such a tokenizer takes a space of the text's own for the one that it puts before a first word.
+        if self._takes_space_for_its_own:
+            texts = [f"{SPACE}{text}" if text.startswith(SPACE) else text for text in texts]
         # split_special_tokens: "</s>" in a text becomes its characters, never the id that ends a turn.
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    @cached_property
+    def _takes_space_for_its_own(self) -> bool:
+        """Whether a text that begins with `SPACE` loses it, which Meta's code keeps."""
+        one, other = self.tokenizer(["x", f"{SPACE}x"], add_special_tokens=False)["input_ids"]
+        return bool(one == other)
 
     def _encode_in_mid_text(self, texts: list[str]) -> list[list[int]]:
         # By itself, a text's first word gets a space, which behind a line's end no other program would put there.
@@ -187,22 +205,31 @@ class Encoder:
         tokenizer.encode_special_tokens = True  # the backend's word for split_special_tokens
         return tokenizer
 
-    def _example(self, pieces: list[tuple[list[int], bool]]) -> Example | None:
-        input_ids = [token for ids, _ in pieces for token in ids]
-        is_answer = [answers for ids, answers in pieces for _ in ids]
-        # A cut falls on a token's edge inside an answer, else on the edge of the turn before it: a
+    def _example(self, pieces: list[tuple[list[int], bool, bool]]) -> Example | None:
+        input_ids = [token for ids, *_ in pieces for token in ids]
+        roles = [(is_answer, learned) for ids, is_answer, learned in pieces for _ in ids]
+        # A cut falls on a token's edge inside an answer that is learned, else on the edge of the turn before it: a
         # question whose answer fell off teaches nothing. The first token has nothing that predicts it.
         end = min(len(input_ids), self.max_length)
-        while end > 1 and not is_answer[end - 1]:
+        while end > 1 and not all(roles[end - 1]):
             end -= 1
         if end <= 1:
             return None
         everything = self.train_on == "all"
         labels = [
-            token if answer or (everything and token != self.bos_id) else IGNORE_INDEX
-            for token, answer in zip(input_ids[:end], is_answer[:end], strict=True)
+            token if learned and (is_answer or (everything and token != self.bos_id)) else IGNORE_INDEX
+            for token, (is_answer, learned) in zip(input_ids[:end], roles[:end], strict=True)
         ]
         return Example(input_ids[:end], labels, was_cut=end < len(input_ids))
+
+
+def _what_is_learned(conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[tuple[bool, bool]]:
+    """Of each piece, whether it is an answer, and whether its turn may be learned.
+
+    Prompts and answers are the turns in their order, one each.
+    """
+    for turn, (is_answer, run) in zip(conversation.turns, groupby(pieces, lambda piece: piece.is_answer), strict=True):
+        yield from ((is_answer, turn.learned) for _ in run)
 
 
 def _take_out_space(rule: dict[str, Any] | None) -> dict[str, Any] | None:

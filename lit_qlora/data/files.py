@@ -1,34 +1,45 @@
 """Owns the reading of local files: .jsonl, .json, .csv and .parquet to rows that know where they stand.
 
 `read_rows` is the whole of it. Every fault is one line that begins with the file, and the line or row
-in it. Knows what a row is made of (named columns), not what it says.
+in it: that of a row stands in its place, that of a file ends the reading. Knows what a row is made of (named columns),
+not what it says.
 """
 
 import csv
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from lit_qlora.errors import UserError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
 COLUMNS = ("messages", "conversations", "text")
+ELSEWHERE = ("instruction", "prompt", "question", "input", "query", "output", "response", "completion", "answer")
+"""Columns of other forms of rows: where a .csv begins with one, its first line does name the columns."""
 EXAMPLE = '{"text": "### Human: …### Assistant: …"}'
 
 
 class Row(NamedTuple):
-    """One row by column name, and where it stands: ``rows.jsonl:17`` or ``rows.parquet: row 17``."""
+    """One row by column name, and where it stands: ``rows.jsonl:17`` or ``rows.parquet: row 17``.
+
+    Where a row can't be read, there is a ``fault`` in place of its value.
+    """
 
     where: str
     value: dict[str, Any]
+    fault: UserError | None = None
 
 
 def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """Reads every row of a file, by its ending; the first line of a .csv has to name one of ``columns``.
+
+    A .json or .jsonl file holds a row on each line, or rows over several lines, or a list of rows, which may stand
+    under a name.
 
     Raises:
         UserError: when the file can't be read, is not what its ending says, or holds no rows.
@@ -44,7 +55,7 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     elif ending == ".csv":
         rows = list(_csv_rows(path, _decode(path, data), columns))
     else:
-        rows = list((_jsonl_rows if ending == ".jsonl" else _json_rows)(path, _decode(path, data)))
+        rows = _json_rows(path, _decode(path, data), columns)
     if not rows:
         raise UserError(f"{path}: holds no rows, expected some such as {EXAMPLE}; check how it was made")
     return rows
@@ -71,9 +82,9 @@ def kind(value: object) -> str:
     return kinds.get(type(value), type(value).__name__)
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str], cutoff: float = 0.7) -> str:
     """Says which known name was probably meant, as the tail of a sentence; empty when none comes near."""
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    found = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f", did you mean {found[0]!r}?" if found else ""
 
 
@@ -121,53 +132,101 @@ def _decode(path: Path, data: bytes) -> str:
     return text
 
 
-def _json(text: str) -> Any:
-    """Raises ValueError for a name that stands twice in an object, too, of which Python would keep the last."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            doubled = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"two values are named {excerpt(doubled)} in one object")
-        return found
-
-    return json.loads(text, object_pairs_hook=once)
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a name that stands twice in an object, of which Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two values are named {excerpt(doubled)} in one object")
+    return found
 
 
-def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
-    # Not splitlines(): that would also cut at U+2028 and its like, which JSON allows inside a text.
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def _json_rows(path: Path, text: str, columns: Sequence[str]) -> list[Row]:
+    try:
+        values = list(_values(text))
+    except (ValueError, RecursionError) as error:
+        return _lines(path, text, error)
+    if len(values) == 1:
+        listed = _list_of_rows(path, values[0][1], columns)
+        if listed is not None:
+            return [_row(f"{path}: row {number}", row) for number, row in enumerate(listed, start=1)]
+    return [_row(f"{path}:{line}", value) for line, value in values]
+
+
+def _values(text: str) -> Iterator[tuple[int, Any]]:
+    """The values that stand one behind the other in ``text``, each with the line that it begins in."""
+    end, line, counted = 0, 1, 0
+    while True:
+        start = _SPACE.match(text, end).end()  # type: ignore[union-attr]  # it matches nothing, too
+        if start == len(text):
+            return
+        line, counted = line + text.count("\n", counted, start), start
+        value, end = _JSON.raw_decode(text, start)
+        yield line, value
+
+
+# Not str.split() and the like: those would also cut at U+2028 and its like, which JSON allows inside a text.
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _lines(path: Path, text: str, error: Exception) -> list[Row]:
+    """The rows of a file that is not JSON as a whole, for ``error``: those of its lines that are, and faults."""
+    rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
             try:
-                value = _json(line)
-            except (ValueError, RecursionError) as error:
-                remedy = "a list of rows belongs in a .json file" if line.startswith("[") else "mend or delete the line"
-                raise UserError(
-                    f"{where}: no JSON ({_reason(error)}), expected one whole object a line,"
-                    f" got {excerpt(line)}; {remedy}"
-                ) from error
-            yield Row(where, _object(where, value))
+                rows.append(_row(where, _JSON.decode(line)))
+            except (ValueError, RecursionError) as fault:
+                rows.append(Row(where, {}, _no_json(where, line, fault, "mend or delete the line")))
+    place = getattr(error, "lineno", 1 if len(rows) == 1 else None)
+    if place and sum(row.fault is not None for row in rows) > len(rows) / 2:  # a row over several lines, torn somewhere
+        line = text.split("\n")[place - 1]
+        raise _no_json(f"{path}:{place}", line, error, "mend the file there") from error
+    return rows
 
 
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    try:
-        value = _json(text)
-    except (ValueError, RecursionError) as error:
-        where = f"{path}:{getattr(error, 'lineno', 1)}"
-        remedy = "name it .jsonl if it has an object a line" if "Extra data" in str(error) else "mend the file there"
-        raise UserError(f"{where}: no JSON ({_reason(error)}), expected a list of rows; {remedy}") from error
-    if isinstance(value, dict) and len(value) == 1:
-        ((key, inner),) = value.items()
-        value = inner if key not in COLUMNS and isinstance(inner, list) else value
-    if not isinstance(value, list):
+def _no_json(where: str, line: str, error: Exception, remedy: str) -> UserError:
+    return UserError(f"{where}: no JSON ({_reason(error)}), expected whole objects, got {excerpt(line)}; {remedy}")
+
+
+def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] | None:
+    """The rows in a file's only value; None where it is a row itself.
+
+    Raises UserError when there are several lists of rows, or columns in place of rows.
+    """
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else None
+    parts = [value[name] for name in columns if name in value]
+    if any(
+        isinstance(part, dict) or (isinstance(part, list) and len(part) > 1 and not _is_list(part)) for part in parts
+    ):
         raise UserError(
-            f"{path}: holds {kind(value)}, expected a list of rows, got {excerpt(value)}; put [ and ] around the rows"
+            f"{path}: is written by columns, expected a list of rows, got {excerpt(value)}; write it by rows (with"
+            " pandas: to_json(…, orient='records'))"
         )
-    for number, row in enumerate(value, start=1):
-        where = f"{path}: row {number}"
-        yield Row(where, _object(where, row))
+    if parts:
+        return None
+    if len(value) == 1:
+        (inner,) = value.values()
+        return _list_of_rows(path, inner, columns)
+    lists = {name: part for name, part in value.items() if _is_list(part)}
+    lists = {name: part for name, part in lists.items() if {*columns} & {*part[0]}} or lists
+    if len(lists) > 1:
+        raise UserError(
+            f"{path}: holds lists under {' and '.join(map(repr, lists))}, expected one list of rows; write each into a"
+            " file of its own, such as train.json and test.json in one folder"
+        )
+    return next(iter(lists.values()), None)
+
+
+def _is_list(part: object) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether it is a list that begins with an object, as one of rows does, or of messages."""
+    return isinstance(part, list) and bool(part) and isinstance(part[0], dict)
 
 
 def read_cells(path: Path) -> list[tuple[str, list[str]]]:
@@ -201,16 +260,17 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
             doubled = [name for name in header if header.count(name) > 1]
             if doubled:
                 raise UserError(f"{where}: two columns are named {doubled[0]!r}; rename or remove one")
-            if not any(nearest(name.lower(), list(columns)) for name in header):
+            if not any(nearest(name.lower(), [*columns, *ELSEWHERE]) for name in header):
                 raise UserError(
                     f"{where}: no column {columns[-1]!r}, columns found: {excerpt(header)};"
                     " the first line of a .csv names the columns"
                 )
         elif len(cells) != len(header):
-            raise UserError(
+            problem = (
                 f"{where}: {len(cells)} columns, expected {len(header)} as in the first line,"
                 f" got {excerpt(cells)}; put quotes around texts that hold commas"
             )
+            yield Row(where, {}, UserError(problem))
         else:
             yield Row(where, dict(zip(header, cells, strict=True)))
 
@@ -229,13 +289,13 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
         yield Row(f"{path}: row {number}", value)
 
 
-def _object(where: str, value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{where}: holds {kind(value)}, expected an object such as {EXAMPLE},"
-            f" got {excerpt(value)}; mend or delete it"
-        )
-    return value
+def _row(where: str, value: object) -> Row:
+    if isinstance(value, dict):
+        return Row(where, value)
+    problem = (
+        f"{where}: holds {kind(value)}, expected an object such as {EXAMPLE}, got {excerpt(value)}; mend or delete it"
+    )
+    return Row(where, {}, UserError(problem))
 
 
 def _reason(error: Exception) -> str:

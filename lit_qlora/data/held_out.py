@@ -11,11 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from lit_qlora.data.records import UNANSWERED, Fits, Form, Records, count_unanswered, load_records
+from lit_qlora.data.records import ANY_FORM, UNANSWERED, Reading, Records, count_unanswered, load_records
 from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.sources import Splits, find_splits
 from lit_qlora.errors import UserError
-from lit_qlora.text import llama2
 
 PART = {"validation": "held-out", "test": "test"}
 
@@ -29,16 +28,14 @@ class Parts:
         validation_source: held-out rows from elsewhere; its validation split, or else its test split, if it has one.
         share: of the different conversations, held out where there is neither such a source nor such a split.
         seed: of the share.
-        form: of the rows, as in `load_records`.
-        fits: whether the prompt format can hold a conversation, as in `load_records`.
+        reading: how rows are read, as in `load_records`.
     """
 
     source: str
     validation_source: str | None = None
     share: float = 0.05
     seed: int = 42
-    form: Form = "auto"
-    fits: Fits = llama2.segments
+    reading: Reading = ANY_FORM
 
     @cached_property
     def splits(self) -> Splits:
@@ -162,7 +159,7 @@ class Parts:
         return given is None or given == self.source or _place(given) == _place(self.source)
 
     def _load(self, source: str, split: str) -> Records:
-        return load_records(source, split, self.form, self.fits)
+        return load_records(source, split, self.reading)
 
 
 def _place(source: str) -> Path:

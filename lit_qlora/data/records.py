@@ -1,44 +1,60 @@
 """Owns the way from rows to conversations that can be trained on.
 
-Rows are recognised by what they hold; what is left out is counted, what is wrong is an error that
-names its place. Knows no prompt format, no tokens, and not where rows come from.
+What is left out, taken off or not used is counted, what is wrong is an error that names its place. Knows no prompt
+format, no tokens, and not where rows come from.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import NamedTuple, get_args
 
-from lit_qlora.data.files import COLUMNS, EXAMPLE, Row, excerpt, kind, nearest
+from lit_qlora.data.files import Row, excerpt, nearest
+from lit_qlora.data.forms import Form, Read, RowError, read_row
 from lit_qlora.data.sources import read_source
 from lit_qlora.errors import UserError
-from lit_qlora.text import guanaco, llama2, messages
+from lit_qlora.text import edges, llama2
 from lit_qlora.text.conversation import Conversation
 
-Form = Literal["auto", "guanaco", "llama2", "messages", "sharegpt"]
-FORMS: dict[str, tuple[str, Callable[[Any], Conversation]]] = {
-    "guanaco": ("text", guanaco.parse),
-    "llama2": ("text", llama2.parse),
-    "messages": ("messages", messages.parse),
-    "sharegpt": ("conversations", messages.parse),
-}
-FORM_OF_COLUMN = {"messages": "messages", "conversations": "sharegpt"}
-
 UNANSWERED = "unanswered last turns dropped"
+NOT_LEARNED = "last answers dropped: not to be learned"
 NOTHING_ANSWERED = "rows left out: nothing answered"
+NOTHING_LEARNED = "rows left out: no answer is to be learned"
 HOLDS_A_TAG = "rows left out: a Llama 2 tag inside a turn"
 REFUSED = "rows left out: data.template can't hold them, such as "
-BROKEN = "rows left out: no whole conversation"
+BROKEN = "rows left out: no whole conversation, the first at "
+UNUSED = "rows hold what is not used: "
+
+NAMED = 12
+"""Columns and keys that are named; of more, their number."""
 
 
 Fits = Callable[[Conversation], object]
 """Raises ValueError for a conversation that the prompt format can't hold."""
 
 
+class Reading(NamedTuple):
+    """How rows are read.
+
+    Args:
+        form: the rows' form: guanaco, llama2, messages or sharegpt; "auto" looks at each row.
+        strict: whether the first row that can't be used ends the reading.
+        fits: of the prompt format.
+        marks: special tokens, taken off where they are written out at the edges of turns.
+    """
+
+    form: Form = "auto"
+    strict: bool = False
+    fits: Fits = llama2.segments
+    marks: tuple[str, ...] = edges.WRITTEN_OUT
+
+
+ANY_FORM = Reading()
+
+
 @dataclass(frozen=True)
 class Records:
-    """Conversations that all end on an answer, their source's name, and what was left out, in words.
+    """Conversations that all end on an answer, their source's name, and what was left out or not used, in words.
 
     ``unanswered`` are the places of those that lost a last turn; ``dropped`` has their number.
     """
@@ -54,106 +70,112 @@ def count_unanswered(unanswered: Collection[int]) -> dict[str, int]:
     return {UNANSWERED: len(unanswered)} if unanswered else {}
 
 
-def load_records(source: str, split: str = "train", form: Form = "auto", fits: Fits = llama2.segments) -> Records:
+def load_records(source: str, split: str = "train", reading: Reading = ANY_FORM) -> Records:
     """Loads one split of ``demo``, a local file or folder, or a dataset on the hub.
 
-    ``form`` is the rows' form: guanaco, llama2, messages or sharegpt; "auto" looks at each row. Rows that the prompt
-    format can't hold, by ``fits``, are left out and counted.
-
-    A row that is no conversation is an error where its file can be mended in an editor. In parquet
-    and on the hub it can't: there it is left out and counted, up to one row in ten.
+    A row that is no conversation is left out and counted, up to one row in ten, and so is any that the prompt format
+    can't hold; with ``reading.strict``, the first of them is an error.
 
     Raises:
         UserError: when the source or the split isn't found, a row is wrong (naming its place), or
             no row is left.
     """
     known = get_args(Form)
-    if form not in known:
+    if reading.form not in known:
+        form = reading.form
         raise UserError(f"data.form: {form!r} is unknown, expected {', '.join(known)}{nearest(form, list(known))}")
-    rows, mendable = read_source(source, split)
-    return _to_records(source if split == "train" else f"{source} ({split})", rows, form, mendable, fits)
+    rows = read_source(source, split)
+    return _to_records(source if split == "train" else f"{source} ({split})", rows, reading)
 
 
-def _to_records(name: str, rows: list[Row], form: Form, mendable: bool, fits: Fits) -> Records:
-    dropped: Counter[str] = Counter()
+class Counts:
+    """What became of rows, but for the conversations."""
+
+    def __init__(self) -> None:
+        self.dropped: Counter[str] = Counter()
+        self.taken_off: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+        self.rows_with_unused = 0
+
+    def add(self, read: Read) -> None:
+        """Counts what became of one row."""
+        self.taken_off.update(read.taken_off)
+        self.unused.update(read.unused)
+        self.rows_with_unused += bool(read.unused)
+
+    def in_words(self) -> dict[str, int]:
+        """All of it, as `Records.dropped` has it."""
+        taken = {
+            f"rows had {mark} written out at the edge of a turn: taken off": n for mark, n in self.taken_off.items()
+        }
+        return self.dropped | taken | ({UNUSED + told(self.unused): self.rows_with_unused} if self.unused else {})
+
+
+def told(unused: Counter[str]) -> str:
+    """The names of what is not used, each with its number of rows."""
+    named = [f"{name} ({count:,})" for name, count in unused.most_common(NAMED)]
+    return ", ".join([*named, *([f"and {len(unused) - NAMED} more"] if len(unused) > NAMED else [])])
+
+
+def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
+    counts = Counts()
     conversations: list[Conversation] = []
     unanswered: set[int] = set()
-    first_fault: UserError | None = None
-    refused = HOLDS_A_TAG if fits is llama2.segments else ""
+    faults: list[tuple[str, UserError]] = []
+    refused = HOLDS_A_TAG if reading.fits is llama2.segments else ""
     for row in rows:
         try:
-            conversation = _to_conversation(row, form)
-        except ValueError as error:
-            fault = UserError(f"{row.where}: {error}; got {excerpt(row.value)}; mend or delete this row")
-            if mendable:
-                raise fault from error
-            first_fault = first_fault or fault
-            dropped[BROKEN] += 1
+            read = _read(row, reading)
+        except UserError as fault:
+            if reading.strict:
+                raise
+            faults.append((f"{row.where} ({fault.__cause__})" if fault.__cause__ else row.where, fault))
             continue
-        if not conversation.is_answered and len(conversation.turns) == 1:
-            dropped[NOTHING_ANSWERED] += 1
+        conversation, reason = _trainable(read.conversation)
+        if conversation is None:
+            counts.dropped[reason] += 1
             continue
-        is_answered = conversation.is_answered
-        if not is_answered:
-            conversation = replace(conversation, turns=conversation.turns[:-1])
         try:
-            fits(conversation)
+            reading.fits(conversation)
         except ValueError as error:  # one hostile row must not stop a run
+            if reading.strict:
+                raise UserError(f"{row.where}: {error}; mend or delete this row, or leave out data.strict") from error
             refused = refused or f"{REFUSED}{row.where}: {error}"
-            dropped[refused] += 1
-        else:
-            if not is_answered:
-                unanswered.add(len(conversations))
-            conversations.append(conversation)
-    if first_fault and dropped[BROKEN] > len(rows) / 10:  # so many are no stray rows, but a form misread
-        raise first_fault
+            counts.dropped[refused] += 1
+            continue
+        counts.add(read)
+        if reason == UNANSWERED:
+            unanswered.add(len(conversations))
+        elif reason:
+            counts.dropped[reason] += 1
+        conversations.append(conversation)
+    if len(faults) > len(rows) / 10:  # so many are no stray rows, but a form misread
+        raise faults[0][1]
+    if faults:
+        counts.dropped[f"{BROKEN}{faults[0][0]}"] = len(faults)
     if not conversations:
-        reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "no rows"
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in counts.dropped.items()) or "no rows"
         raise UserError(f"{name}: nothing to train on ({reasons}); expected conversations that end on an answer")
-    return Records(name, conversations, count_unanswered(unanswered) | dropped, frozenset(unanswered))
+    return Records(name, conversations, count_unanswered(unanswered) | counts.in_words(), frozenset(unanswered))
 
 
-def _to_conversation(row: Row, form: Form) -> Conversation:
-    """Raises UserError when the column is missing, ValueError when what it holds is no conversation."""
-    wanted = COLUMNS if form == "auto" else (FORMS[form][0],)
-    present = [column for column in wanted if column in row.value]
-    column = next((column for column in present if row.value[column] not in (None, "")), next(iter(present), None))
-    if column is None:
-        meant = ((name, known) for name in row.value for known in wanted if nearest(name.lower(), [known]))
-        near = next(meant, None)
-        raise UserError(
-            f"{row.where}: no column {' or '.join(map(repr, wanted))}, columns found:"
-            f" {excerpt(list(row.value))}; got {excerpt(row.value)};"
-            f" {f'rename {near[0]!r} to {near[1]!r}' if near else f'write rows such as {EXAMPLE}'}"
-        )
-    content = row.value[column]
-    if column == "text" and not isinstance(content, str):
-        raise ValueError(f"column 'text' holds {kind(content)}, expected text")
-    if column != "text" and isinstance(content, str):  # a .csv has no other way to hold a list
-        content = _list_in(content)
-    name = form if form != "auto" else FORM_OF_COLUMN.get(column) or _form_of_text(content)
-    conversation = FORMS[name][1](content)
-    for text in (conversation.system or "", *(turn.content for turn in conversation.turns)):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(r"a lone surrogate such as '\ud800' is no character: no token stands for it") from None
-    return conversation
-
-
-def _list_in(text: str) -> Any:
-    """What ``text`` is the JSON of, if that is a list; else the text."""
+def _read(row: Row, reading: Reading) -> Read:
+    """Raises UserError, with the row's place, for what is no conversation."""
+    if row.fault:
+        raise row.fault
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, list) else text
+        return read_row(row.value, reading.form, reading.marks)
+    except RowError as error:
+        raise UserError(f"{row.where}: {error}; got {excerpt(row.value)}; {error.remedy}") from error
 
 
-def _form_of_text(text: str) -> str:
-    """Whichever marker comes first decides, so that a turn may quote the other form."""
-    marker = guanaco.MARKER.search(text)
-    prompt = text.find("[INST]")
-    if marker is None and prompt < 0:
-        raise ValueError("column 'text' has neither '### Human:' nor '[INST]', expected a conversation")
-    return "llama2" if marker is None or 0 <= prompt < marker.start() else "guanaco"
+def _trainable(conversation: Conversation) -> tuple[Conversation | None, str]:
+    """``conversation`` up to its last answer that is learned; without any, None. And what was dropped, in words."""
+    turns = conversation.turns
+    answered = turns if conversation.is_answered else turns[:-1]
+    if not answered:
+        return None, NOTHING_ANSWERED
+    reason = UNANSWERED if len(answered) < len(turns) else ""
+    while answered and not answered[-1].learned:
+        answered, reason = answered[:-2], NOT_LEARNED
+    return (replace(conversation, turns=answered), reason) if answered else (None, NOTHING_LEARNED)

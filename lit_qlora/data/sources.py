@@ -103,8 +103,8 @@ def _is_data(path: Path) -> bool:
     return path.is_file() and path.name.lower().endswith(ENDINGS)
 
 
-def read_source(source: str, split: str = "train") -> tuple[list[Row], bool]:
-    """Reads the rows of one split, by its name there, and tells whether a wrong one can be mended in an editor.
+def read_source(source: str, split: str = "train") -> list[Row]:
+    """Reads the rows of one split, by its name there.
 
     Raises:
         UserError: when the source or the split isn't found, or a file can't be read.
@@ -113,11 +113,11 @@ def read_source(source: str, split: str = "train") -> tuple[list[Row], bool]:
     if files is not None:
         if split not in files:
             raise UserError(f"{source}: has no split {split!r}, found: {' and '.join(files)}; choose another")
-        return read_rows(files[split]), files[split].suffix.lower() != ".parquet"
+        return read_rows(files[split])
     import datasets
 
     values = _ask_hub(source, lambda: list(datasets.load_dataset(source, split=split)))
-    return [Row(f"{source} ({split}): row {number}", value) for number, value in enumerate(values, 1)], False
+    return [Row(f"{source} ({split}): row {number}", value) for number, value in enumerate(values, 1)]
 
 
 def _find_files(source: str) -> dict[str, Path] | None:

@@ -25,6 +25,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "trainer.val_check_interval": "when the held-out rows are scored; they stay the same",
     "trainer.limit_test_batches": "no part of training",
     "data.test_source": "no part of training",
+    "data.strict": "ends at a bad row, or changes nothing",
     # How the same numbers come about.
     "data.num_workers": "the order of the rows does not hang on it",
     "model.checkpointing": "computes the same again, or keeps it",

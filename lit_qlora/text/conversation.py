@@ -3,7 +3,7 @@
 Everything before it on the road makes one; everything after it reads one. Knows no format, no tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["user", "assistant"]
@@ -11,10 +11,17 @@ Role = Literal["user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One thing said, by the user or by the assistant; never blank."""
+    """One thing said, by the user or by the assistant; never blank.
+
+    Args:
+        role: who said it.
+        content: what was said.
+        learned: False for a turn that is context only, whatever else is learned. Turns of the same words are equal.
+    """
 
     role: Role
     content: str
+    learned: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown role, a content that is no text, or a blank one."""
@@ -43,6 +50,8 @@ class Conversation:
             raise ValueError("a conversation needs at least one turn")
         for index, turn in enumerate(self.turns):
             expected = "assistant" if index % 2 else "user"
+            if turn.role != expected and index:
+                raise ValueError(f"turns {index} and {index + 1} are both the {turn.role}'s; join the two into one")
             if turn.role != expected:
                 raise ValueError(f"turn {index + 1} is the {turn.role}'s, expected the {expected}'s")
 

@@ -8,7 +8,7 @@ Knows no file, no tokens.
 import re
 from typing import NamedTuple
 
-from lit_qlora.text import messages
+from lit_qlora.text import edges, messages
 from lit_qlora.text.conversation import Conversation
 
 FORMAT = "llama2-chat"
@@ -74,7 +74,7 @@ def parse(text: str) -> Conversation:
     head, *rounds = text.split("[INST]")
     if not rounds:
         raise ValueError("no [INST] in the text")
-    if head.strip() not in ("", "<s>"):
+    if edges.take_off(head, edges.WRITTEN_OUT)[0].strip():
         raise ValueError("text stands before the first [INST]")
     system, rounds[0] = _split_system(rounds[0])
     rows = [{"role": "system", "content": system}]

@@ -25,6 +25,9 @@ SHOWN = 30
 _MARK = re.compile("\ue000(\\d+)\ue001")
 """Stands for a text said, by its number: 0 is the system text, n is turn n."""
 
+_CLOSING = re.compile(rf"{_MARK.pattern}(?P<closing><[^<>\s]+>|\[[^\[\]\s]+\]|\S+)")
+"""A text said, and what closes its turn right behind it."""
+
 
 class Piece(NamedTuple):
     """What is encoded by itself.
@@ -92,6 +95,17 @@ class Template:
                     own += [] if piece.kind == "token" else others if is_role else [first, *others]
             self._tags = list(dict.fromkeys(text for text in own if len(text) >= SHORTEST_TAG))
         return self._tags
+
+    @property
+    def marks(self) -> list[str]:
+        """The special tokens that it writes, and what it closes a turn with: written out by hand, those are no text."""
+        found = [self.bos, self.eos, *(token for token in self.specials if token in self.source)]
+        try:
+            pieces = self._structure(2, False)
+        except ValueError:
+            pieces = []
+        found += (closing["closing"] for piece in pieces for closing in _CLOSING.finditer(piece.text))
+        return [mark for mark in dict.fromkeys(found) if len(mark) >= SHORTEST_TAG]
 
     def tags_in(self, text: str) -> list[str]:
         """Those of `tags` that stand in ``text``."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.held_out import Parts
-from lit_qlora.data.records import Fits, load_records
+from lit_qlora.data.records import Reading, load_records
 from lit_qlora.errors import UserError
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base
@@ -52,15 +52,16 @@ class Difference(NamedTuple):
         )
 
 
-def conversations_to_compare(settings: Mapping[str, Any] | None, fits: Fits) -> tuple[list[Conversation], str]:
+def conversations_to_compare(settings: Mapping[str, Any] | None, encoder: Encoder) -> tuple[list[Conversation], str]:
     """A run's first held-out conversations, and their source; the demo's without a run, or when its rows are gone."""
-    records = load_records(str(demo.TEST), fits=fits)
+    reading = Reading(fits=encoder.check, marks=encoder.marks)
+    records = load_records(str(demo.TEST), reading=reading)
     name = "the demo's conversations"
     if settings:
         data = settings["data"]
-        options = (data.get("validation_source"), data["validation_share"], settings["seed_everything"], data["form"])
+        options = (data.get("validation_source"), data["validation_share"], settings["seed_everything"])
         try:
-            records = Parts(data["source"], *options, fits).train_and_held_out()[1]
+            records = Parts(data["source"], *options, reading._replace(form=data["form"])).train_and_held_out()[1]
             name = f"held-out conversations of {Path(data['source']).name}"
         except UserError:
             pass

@@ -119,7 +119,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     prompts = chosen.prompts(record)
     encoder = Encoder(load_tokenizer(chosen.base.location), chosen.base.context_tokens, **prompts)
     encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
-    texts, source = compare.conversations_to_compare(chosen.settings, encoder.check)
+    texts, source = compare.conversations_to_compare(chosen.settings, encoder)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
 
     def fill(folder: Path) -> None:

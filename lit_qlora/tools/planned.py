@@ -19,6 +19,7 @@ from lit_qlora.callbacks.outlook import ANSWER_SHARE, PROMPT_TOKENS, current_car
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.stop import parse_max_time
 from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import is_hub_id
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load
@@ -28,7 +29,6 @@ from lit_qlora.model.device import AMPERE, Device, check_attention, choose_preci
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.shape import known_config
 from lit_qlora.storage.run import RunFolder
-from lit_qlora.text import llama2
 from lit_qlora.tools.fitting import Settings
 from lit_qlora.trainer import QLoRATrainer
 from lit_qlora.training import QLoRACLI
@@ -229,9 +229,9 @@ def _rows(trainer: Any, data: ChatDataModule, base: Base, drawn: SampleAnswers) 
         drawn.setup(trainer, trainer.lightning_module, "fit")
         if drawn.prompts:
             prompts = _prompts(data, drawn)
-    fits = data.fits if has_tokenizer else llama2.segments
+    reading = data.reading if has_tokenizer else Reading(data.form, data.strict)
     try:
-        train, _ = data.parts(fits).train_and_held_out()
+        train, _ = data.parts(reading).train_and_held_out()
     except UserError:
         if not is_hub_id(data.source):
             raise

@@ -9,20 +9,24 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
 from lit_qlora.data.files import COMPRESSED, ENDINGS, read_rows
+from lit_qlora.data.forms import PROMPT, RowError, read_row
+from lit_qlora.data.records import Counts
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import SaveError
-from lit_qlora.text import llama2, messages
-from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text import edges, llama2
+from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.answerer import Answerer, check_prompt
 from lit_qlora.tools.unfinished import Unfinished
+
+COLUMNS = ("messages", "conversations", PROMPT)
+"""Those in which a prompt may stand, the preferred one first."""
 
 SECONDS_BETWEEN_LINES = 10
 """Where standard error is no terminal, and shows no bar."""
@@ -64,7 +68,7 @@ def predict(
         raise UserError(f"output: no folder {target.parent}")
     rows = read_file(Path(prompts))  # one that is wrong is told of first
     answerer = Answerer(run, adapter, base)
-    questions = open_prompts(rows, answerer.encoder.check)
+    questions = open_prompts(rows, answerer.encoder.check, answerer.encoder.marks)
     ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
     belongs_to = _belongs_to(answerer, ids, sampling, batch_size)
     if unfinished.is_whole(belongs_to):
@@ -185,13 +189,34 @@ class _Progress:
 
 
 def open_prompts(
-    rows: Sequence[tuple[str, dict[str, Any]]], fits: Callable[[Conversation], object] = llama2.segments
+    rows: Sequence[tuple[str, dict[str, Any]]],
+    fits: Callable[[Conversation], object] = llama2.segments,
+    marks: Sequence[str] = edges.WRITTEN_OUT,
 ) -> list[tuple[str, Conversation]]:
-    """The open prompts of what `read_file` found, each with its place; ``fits`` as `check_prompt` has it.
+    """The open prompts of what `read_file` found, each with its place; prints what of the rows is not used.
 
-    Raises UserError naming file and line for what is no prompt.
+    Args:
+        rows: columns by name, with their place.
+        fits: as `check_prompt` has it.
+        marks: as `read_row` has it.
+
+    Raises:
+        UserError: naming file and line, for what is no prompt.
     """
-    return [(where, _prompt(where, row, fits)) for where, row in rows]
+    counts, prompts = Counts(), []
+    for where, row in rows:
+        try:
+            read = read_row(row, marks=marks, columns=COLUMNS)
+            check_prompt(read.conversation, fits)
+        except RowError as error:
+            raise UserError(f"{where}: {error}; {error.remedy}") from error
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+        counts.add(read)
+        prompts.append((where, read.conversation))
+    for what, number in counts.in_words().items():
+        print(f"prompts: {number:,} {what}", file=sys.stderr)
+    return prompts
 
 
 def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -209,32 +234,11 @@ def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
     else:
         if path.suffix.lower() not in (*ENDINGS, *COMPRESSED):
             raise UserError(f"{path}: the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}")
-        rows = [(row.where, row.value) for row in read_rows(path, ("messages", "conversations", "prompt"))]
+        rows = []
+        for row in read_rows(path, COLUMNS):
+            if row.fault:  # each prompt has its answer, in its place: none can be left out
+                raise row.fault
+            rows.append((row.where, row.value))
     if not rows:
         raise UserError(f"{path}: no prompt in it")
     return rows
-
-
-def _prompt(where: str, row: dict[str, Any], fits: Callable[[Conversation], object]) -> Conversation:
-    column = next((name for name in ("messages", "conversations", "prompt") if row.get(name)), None)
-    try:
-        if column is None:
-            raise ValueError(f"expected a column prompt or messages with something in it, found {', '.join(row)}")
-        system = row.get("system") or None
-        if not isinstance(system, str | None):
-            raise ValueError(f"expected a text in system, got {type(system).__name__}")
-        if column == "prompt":
-            conversation = Conversation((Turn("user", row["prompt"]),), system)
-        else:
-            listed = row[column]
-            if isinstance(listed, str):  # in a csv
-                with suppress(ValueError):
-                    listed = json.loads(listed)
-            conversation = messages.parse(listed)
-            if system and conversation.system not in (None, system):
-                raise ValueError("a system text stands in the messages, and another beside them; keep one")
-            conversation = replace(conversation, system=system or conversation.system)
-        check_prompt(conversation, fits)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    return conversation

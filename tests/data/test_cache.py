@@ -1,5 +1,7 @@
 """Rows are encoded once and read from disk after that; what is not whole, or of other contents, is never taken."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -92,6 +94,24 @@ def test_other_settings_or_contents_are_another_entry(tokenizer, folder, talks, 
     rows = encode_records(talks, encoder)
     assert len([*folder.iterdir()]) == 2
     assert contents(rows) == [(one.input_ids, one.labels) for one in encoder.examples(talks)]
+
+
+def test_an_entry_s_name_is_what_it_always_was(tokenizer):
+    """Or runs that began with an earlier version could not be resumed; what is encoded otherwise has another name."""
+    encoder = Encoder(tokenizer, 1024)
+
+    def name(*rows: list) -> str:
+        content = f"1 {encoder.fingerprint()}" + "".join(json.dumps(row) for row in rows)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+    talks = [said(" a", "b"), said("c", "d", "e", "f", system="s")]
+    expected = [[None, ["user", " a"], ["assistant", "b"]]]
+    expected += [["s", ["user", "c"], ["assistant", "d"], ["user", "e"], ["assistant", "f"]]]
+    assert cache._key(talks, encoder) == name(*expected)
+    assert cache._key([said("a", " ▁b")], encoder) != name([None, ["user", "a"], ["assistant", " ▁b"]])
+    context_only = Conversation((Turn("user", "a"), Turn("assistant", "b", learned=False), *said("c", "d").turns))
+    assert context_only == said("a", "b", "c", "d")
+    assert cache._key([context_only], encoder) != cache._key([said("a", "b", "c", "d")], encoder)
 
 
 def test_another_layout_is_another_entry(tokenizer, folder, monkeypatch):

@@ -31,6 +31,7 @@ DIALOGS = [
     said("[inst] <<sys>> {{ .System }} {% if %}", "$later", '"""'),
     said("ends with a bracket [", "] starts with one", "5 / 7", system="[x]"),
     said("▁ ▁", "##", "###"),
+    said("▁a", "▁b", "▁▁c", "▁ d", "▁"),
 ]
 WITH_OUTER_SPACE = [
     said("  hi\n"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,62 @@ def test_no_text_makes_a_special_id(tokenizer, conversation):
 def test_a_default_system_text_makes_no_special_id_either(tokenizer):
     ids = Encoder(tokenizer, 4096, system=FORGED).prompt(said("hi"))
     assert (ids.count(UNK), ids.count(BOS), ids.count(EOS)) == (0, 1, 0)
+
+
+def test_a_space_of_sentencepiece_s_that_a_text_begins_with_is_kept(real, demo_tokenizer):
+    llama2, bare = (load_tokenizer(str(real / name)) for name in ("llama2-tokenizer", "stories260K"))
+    answer = [29871, 22172, 29871]  # "▁", "▁hello", "▁", as sentencepiece has it; without the first: [22172, 29871]
+    assert example(Encoder(llama2, 64), said("hi", "▁hello")).labels[-4:] == [*answer, EOS]
+    for tokenizer in (llama2, bare, demo_tokenizer):
+        (twice, once), *_ = [Encoder(tokenizer, 64)._encode(["▁x ", "x "])]
+        assert len(twice) == len(once) + 1
+        assert tokenizer.decode(twice) == f" {tokenizer.decode(once)}"
+
+
+def weighed(*learned: bool, system: str | None = None) -> Conversation:
+    roles = ("user", "assistant")
+    turns = (Turn(roles[number % 2], f"t{number}", flag) for number, flag in enumerate(learned))
+    return Conversation(tuple(turns), system)
+
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+@pytest.mark.parametrize("template", [None, *sorted(path.stem for path in TEMPLATES.glob("*.jinja"))])
+@pytest.mark.parametrize("train_on", ["answers", "all"])
+def test_a_turn_that_is_context_only_is_never_learned(tokenizer, template, train_on):
+    source = template and (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    encoder = Encoder(tokenizer, 1024, train_on, template=source)
+    plain = example(encoder, weighed(*[True] * 6))
+    size = {count: len(example(encoder, weighed(*[True] * count)).input_ids) for count in (2, 4)}
+    opened = {count: len(encoder.prompt(weighed(*[True] * count))) for count in (1, 3, 5)}
+    first = example(encoder, weighed(True, False, True, True, True, True))
+    assert first.input_ids == plain.input_ids
+    assert first.labels[opened[1] : size[2]] == [IGNORE_INDEX] * (size[2] - opened[1])
+    assert (first.labels[: opened[1]], first.labels[size[2] :]) == (plain.labels[: opened[1]], plain.labels[size[2] :])
+    asked = example(encoder, weighed(True, True, False, True, True, True))
+    assert asked.labels[size[2] : opened[3]] == [IGNORE_INDEX] * (opened[3] - size[2])
+    assert (asked.labels[: size[2]], asked.labels[opened[3] :]) == (plain.labels[: size[2]], plain.labels[opened[3] :])
+    last = example(encoder, weighed(True, True, True, True, True, False))
+    assert (last.input_ids, last.labels) == (plain.input_ids[: size[4]], plain.labels[: size[4]])
+    assert example(encoder, weighed(True, False)) is None
+
+
+def test_a_cut_ends_on_an_answer_that_is_learned(demo_tokenizer):
+    whole = example(Encoder(demo_tokenizer, 1024), weighed(True, True, True, False, True, True))
+    first = whole.input_ids.index(EOS) + 1
+    found = example(Encoder(demo_tokenizer, len(whole.input_ids) - 3), weighed(True, True, True, False, True, False))
+    assert (len(found.input_ids), found.was_cut) == (first, True)
+
+
+def test_the_marks_are_those_of_other_models_of_the_base_and_of_the_template(tokenizer, demo_tokenizer):
+    assert {"<s>", "</s>", "<|im_end|>", "<|eot_id|>"} <= {*Encoder(tokenizer, 64).marks}
+    source = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{{ eos_token if m.role == 'assistant' else '<END>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    assert "<END>" not in Encoder(demo_tokenizer, 64).marks
+    assert "<END>" in Encoder(demo_tokenizer, 64, template=source).marks
 
 
 TALK = said("one", "two", "three", "four", "five", "six", system="be brief")

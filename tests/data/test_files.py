@@ -9,9 +9,14 @@ from lit_qlora.data.files import Row, excerpt, read_rows
 from lit_qlora.errors import UserError
 
 GOOD = b'{"text": "### Human: hi### Assistant: yo"}\n'
+HI = {"text": "### Human: hi### Assistant: yo"}
 OBJECT = 'expected an object such as {"text": "### Human: …### Assistant: …"}'
 NO_ROWS = 'holds no rows, expected some such as {"text": "### Human: …### Assistant: …"}; check how it was made'
 UTF16 = "is UTF-16, expected UTF-8; save it again as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+BY_COLUMNS = (
+    "a.json: is written by columns, expected a list of rows, got {}; write it by rows (with pandas: to_json(…,"
+    " orient='records'))"
+)
 WEB_PAGE = "is a web page, not data; download the file itself ('resolve' in its link, not 'blob')"
 CONVERT = "convert the file from the encoding it was saved in (such as iconv -f WINDOWS-1252 -t UTF-8)"
 CUT_SHORT = "it may be cut short, download it again"
@@ -39,19 +44,19 @@ BAD_FILES = {
     "torn line": (
         "a.jsonl",
         GOOD + b'{"text": "### Hum',
-        "a.jsonl:2: no JSON (Unterminated string starting at column 10), expected one whole object a line,"
+        "a.jsonl:2: no JSON (Unterminated string starting at column 10), expected whole objects,"
         ' got \'{"text": "### Hum\'; mend or delete the line',
     ),
-    "pretty list in .jsonl": (
+    "torn over several lines": (
         "a.jsonl",
-        b'[\n  {"text": "x"}\n]\n',
-        "a.jsonl:1: no JSON (Expecting value at column 2), expected one whole object a line, got '[';"
-        " a list of rows belongs in a .json file",
+        b'{\n  "text": "x"\n}\n{\n  "text": "y"\n  "more": 1\n}\n',
+        "a.jsonl:6: no JSON (Expecting ',' delimiter at column 3), expected whole objects, got '  \"more\": 1';"
+        " mend the file there",
     ),
     "a name twice": (
         "a.jsonl",
         GOOD + b'{"text": "x", "text": "y"}',
-        "a.jsonl:2: no JSON (two values are named 'text' in one object), expected one whole object a line,"
+        "a.jsonl:2: no JSON (two values are named 'text' in one object), expected whole objects,"
         ' got \'{"text": "x", "text": "y"}\'; mend or delete the line',
     ),
     "line is a list": (
@@ -66,33 +71,26 @@ BAD_FILES = {
     ),
     "line is a text": ("a.jsonl", b'"hi"', f"a.jsonl:1: holds a text, {OBJECT}, got 'hi'; mend or delete it"),
     "line is null": ("a.jsonl", b"null", f"a.jsonl:1: holds null, {OBJECT}, got None; mend or delete it"),
-    "single object": (
+    "columns of texts": ("a.json", b'{"text": ["hi", "yo"]}', BY_COLUMNS.format("{'text': ['hi', 'yo']}")),
+    "columns of messages": (
         "a.json",
-        b'{"text": "hi"}',
-        "a.json: holds one object, expected a list of rows, got {'text': 'hi'}; put [ and ] around the rows",
+        b'{"id": [1, 2], "messages": [[], [{"role": "user"}]]}',
+        BY_COLUMNS.format("{'id': [1, 2], 'messages': [[], [{'role': 'user'}]]}"),
     ),
-    "single conversation": (
+    "columns as pandas has them": ("a.json", b'{"text": {"0": "hi"}}', BY_COLUMNS.format("{'text': {'0': 'hi'}}")),
+    "splits in one file": (
         "a.json",
-        b'{"messages": [{"role": "user"}]}',
-        "a.json: holds one object, expected a list of rows, got {'messages': [{'role': 'user'}]};"
-        " put [ and ] around the rows",
-    ),
-    "lines in .json": (
-        "a.json",
-        GOOD + GOOD,
-        "a.json:2: no JSON (Extra data at column 1), expected a list of rows;"
-        " name it .jsonl if it has an object a line",
+        b'{"train": [{"text": "hi"}], "test": [{"text": "yo"}]}',
+        "a.json: holds lists under 'train' and 'test', expected one list of rows; write each into a file of its own,"
+        " such as train.json and test.json in one folder",
     ),
     "torn .json": (
         "a.json",
         b'[\n{"text": "a"},\n{"text": ',
-        "a.json:3: no JSON (Expecting value at column 10), expected a list of rows; mend the file there",
+        "a.json:3: no JSON (Expecting value at column 10), expected whole objects, got '{\"text\": ';"
+        " mend the file there",
     ),
-    "scalar .json": (
-        "a.json",
-        b"3",
-        "a.json: holds a number, expected a list of rows, got 3; put [ and ] around the rows",
-    ),
+    "scalar .json": ("a.json", b"3", f"a.json:1: holds a number, {OBJECT}, got 3; mend or delete it"),
     "texts in .json": (
         "a.json",
         b'[{"text": "x"}, "a"]',
@@ -176,10 +174,17 @@ BAD_FILES = {
 @pytest.mark.parametrize(("name", "data", "message"), BAD_FILES.values(), ids=BAD_FILES)
 def test_a_bad_file_is_one_line_that_says_where_and_what_to_do(name, data, message):
     Path(name).write_bytes(data)
-    with pytest.raises(UserError) as caught:
-        read_rows(Path(name))
-    assert str(caught.value) == message
+    assert first_fault(name) == message
     assert "\n" not in message
+
+
+def first_fault(name: str) -> str:
+    """Of the file, or of a row."""
+    try:
+        rows = read_rows(Path(name))
+    except UserError as error:
+        return str(error)
+    return str(next(row.fault for row in rows if row.fault))
 
 
 @pytest.mark.parametrize("data", [parquet([{"text": "hi"}])[:-20], GOOD, b"PAR1"], ids=["cut", "lines", "stub"])
@@ -224,6 +229,31 @@ GOOD_FILES = {
     ),
     "list": ("a.json", b'[{"a": 1},\n{"a": 2}]', [("a.json: row 1", {"a": 1}), ("a.json: row 2", {"a": 2})]),
     "list under a key": ("a.json", b'{"data": [{"a": 1}]}', [("a.json: row 1", {"a": 1})]),
+    "list under a key beside others": (
+        "a.json",
+        b'{"version": "1", "authors": ["x"], "data": [{"a": 1}]}',
+        [("a.json: row 1", {"a": 1})],
+    ),
+    "the list that holds rows": (
+        "a.json",
+        b'{"features": [{"name": "text"}], "rows": [{"text": "hi"}]}',
+        [("a.json: row 1", {"text": "hi"})],
+    ),
+    "list under keys": ("a.json", b'{"data": {"train": [{"a": 1}]}}', [("a.json: row 1", {"a": 1})]),
+    "list under a key in .jsonl": ("a.jsonl", b'{"data": [{"a": 1}]}\n', [("a.jsonl: row 1", {"a": 1})]),
+    "single object": (
+        "a.json",
+        b'\n{"messages": [{"role": "user"}]}',
+        [("a.json:2", {"messages": [{"role": "user"}]})],
+    ),
+    "lines in .json": ("a.json", GOOD + GOOD, [("a.json:1", HI), ("a.json:2", HI)]),
+    "pretty list in .jsonl": ("a.jsonl", b'[\n  {"text": "x"}\n]\n', [("a.jsonl: row 1", {"text": "x"})]),
+    "objects over several lines": (
+        "a.jsonl",
+        b'{\r\n  "a": 1\r\n}\r\n{\r\n  "a": {"b": "}\\n{"}\r\n}\r\n',
+        [("a.jsonl:1", {"a": 1}), ("a.jsonl:4", {"a": {"b": "}\n{"}})],
+    ),
+    "two objects on a line": ("a.jsonl", b'{"a": 1} {"a": 2}', [("a.jsonl:1", {"a": 1}), ("a.jsonl:1", {"a": 2})]),
     "csv": (
         "a.csv",
         b'\n"text",id\r\n"two\r\nlines",1\r\n\r\n"say ""hi"", you",2\r\n',
@@ -232,6 +262,7 @@ GOOD_FILES = {
             ("a.csv:6", {"text": 'say "hi", you', "id": "2"}),
         ],
     ),
+    "csv of another form": ("a.csv", b"instruction,output\na,b\n", [("a.csv:2", {"instruction": "a", "output": "b"})]),
     "csv near column": ("a.csv", b"Texts\nhi\n", [("a.csv:2", {"Texts": "hi"})]),
     "parquet": (
         "a.parquet",
@@ -255,6 +286,18 @@ def test_long_rows_are_fine(name, start, end):
     Path(name).write_bytes(start + b"x" * 3_000_000 + end)
     (row,) = read_rows(Path(name))
     assert len(row.value["text"]) == 3_000_000
+
+
+def test_a_fault_stands_in_its_row_s_place():
+    Path("a.jsonl").write_bytes(GOOD + b'{"text": \n' + GOOD + b"[]\n" + GOOD)
+    rows = read_rows(Path("a.jsonl"))
+    assert [(row.where, row.fault is None) for row in rows] == [
+        ("a.jsonl:1", True),
+        ("a.jsonl:2", False),
+        ("a.jsonl:3", True),
+        ("a.jsonl:4", False),
+        ("a.jsonl:5", True),
+    ]
 
 
 def test_an_excerpt_is_short_and_printable():

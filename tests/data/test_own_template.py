@@ -12,7 +12,7 @@ from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.chat_template import check_template, messages, write_tokenizer
 from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.records import load_records
+from lit_qlora.data.records import Reading, load_records
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
@@ -35,6 +35,8 @@ DIALOGS = [
     said(FORGED, FORGED, " outer\n", "\tspace "),
     said("[inst] {{ x }} {% if %}", ":) ## == |> >", "▁ ▁", "1, 2"),
 ]
+SPACES = said("▁a", "▁b", "▁▁c", "▁ d")
+"""Decoded, they are spaces."""
 
 
 @pytest.fixture(scope="module", params=["demo", "llama2-tokenizer", "stories260K"])
@@ -95,7 +97,7 @@ def test_chatml_s_ids_literally(real):
 
 def test_the_llama_2_format_as_a_template_gives_the_ids_of_the_format(tokenizer):
     plain, own = Encoder(tokenizer, 4096), Encoder(tokenizer, 4096, template=SOURCES["llama2"])
-    for dialog in DIALOGS:
+    for dialog in [*DIALOGS, SPACES]:
         for system in (None, "Be kind."):
             conversation = Conversation(dialog.turns, system)
             assert example(own, conversation) == example(plain, conversation)
@@ -165,7 +167,7 @@ def test_a_merged_model_s_template_gives_the_ids_of_training(tokenizer, tmp_path
     encoder = Encoder(tokenizer, 512, system=system, template=SOURCES[name])
     write_tokenizer(tmp_path, encoder, 512)
     found = load_tokenizer(str(tmp_path))
-    prompts = [cut_at(dialog, turns) for dialog in DIALOGS for turns in range(1, len(dialog.turns), 2)]
+    prompts = [cut_at(dialog, turns) for dialog in [*DIALOGS, SPACES] for turns in range(1, len(dialog.turns), 2)]
     prompts = [prompt for prompt in prompts if not any(FORGED in turn.content for turn in prompt.turns)]
     if system:
         prompts += [Conversation(prompt.turns, text) for prompt in prompts for text in (" own ", "")]
@@ -175,6 +177,17 @@ def test_a_merged_model_s_template_gives_the_ids_of_training(tokenizer, tmp_path
     for text in hostile:
         with pytest.raises(Exception, match="which could forge a turn"):
             found.apply_chat_template(messages(said(f"a {text}")), add_generation_prompt=True)
+
+
+def test_a_turn_that_opens_a_stretch_keeps_a_space_of_its_own(tokenizer, tmp_path):
+    """Where a template puts a turn right behind a special token."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    source = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    encoder = Encoder(tokenizer, 512, template=source)
+    write_tokenizer(tmp_path, encoder, 512)
+    check_template(tmp_path, encoder, [cut_at(SPACES, 3), said("a\n▁b")])
+    ids = encoder.prompt(cut_at(SPACES, 1))
+    assert len(ids) == len(encoder.prompt(said("a"))) + 1
 
 
 def test_ids_that_another_program_would_join_are_told(real, tmp_path):
@@ -251,7 +264,7 @@ def test_rows_that_the_template_can_t_hold_are_left_out_and_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     data = ChatDataModule(str(path), template=SOURCES["chatml"])
-    records = load_records(str(path), fits=data.fits)
+    records = load_records(str(path), reading=data.reading)
     assert records.conversations == [said("x [INST] y", "a"), said("a", "b")]
     assert records.dropped == {
         "unanswered last turns dropped": 1,
@@ -271,7 +284,7 @@ def test_what_an_adapter_is_told_of_its_prompts():
 
 def test_the_demo_is_encoded_whole(tmp_path):
     encoder = Encoder(DEMO, 4096, template=SOURCES["zephyr"])
-    conversations = load_records(str(demo.TEST), fits=encoder.check).conversations
+    conversations = load_records(str(demo.TEST), reading=Reading(fits=encoder.check)).conversations
     assert len(conversations) == 84
     for conversation, found in zip(conversations, encoder.examples(conversations), strict=True):
         learned = [label for label in found.labels if label != IGNORE_INDEX]

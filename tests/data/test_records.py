@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lit_qlora.data.records import Records, load_records
+from lit_qlora.data.records import Reading, Records, load_records
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -66,7 +66,8 @@ def test_a_csv_holds_messages_as_json(form):
         csv.writer(file).writerows(
             [["id", column, "text"], ["1", json.dumps(messages), ""], ["2", "", "[INST] a [/INST] b"]]
         )
-    assert load_records("a.csv") == Records("a.csv", [said("hi", "yo"), said("a", "b")], {})
+    unused = {"rows hold what is not used: column 'id' (2)": 2}
+    assert load_records("a.csv") == Records("a.csv", [said("hi", "yo"), said("a", "b")], unused)
 
 
 def test_a_text_that_is_no_list_of_messages_stays_a_mistake():
@@ -91,15 +92,15 @@ def test_the_first_mark_decides_on_a_text():
 
 def test_a_form_may_be_forced():
     source = write("a.jsonl", {"text": "[INST] hi [/INST] yo", "messages": "other"})
-    assert load_records(source, form="llama2").conversations == [said("hi", "yo")]
+    assert load_records(source, reading=Reading(form="llama2")).conversations == [said("hi", "yo")]
     with pytest.raises(UserError, match=r"^a\.jsonl:1: no '### Human:' in the text; got \{'text': "):
-        load_records(source, form="guanaco")
+        load_records(source, reading=Reading(form="guanaco"))
     with pytest.raises(
         UserError, match=r"^a\.jsonl:1: no column 'conversations', columns found: \['text', 'messages'\]"
     ):
-        load_records(source, form="sharegpt")
+        load_records(source, reading=Reading(form="sharegpt"))
     with pytest.raises(UserError) as caught:
-        load_records(source, form="message")
+        load_records(source, reading=Reading(form="message"))
     assert str(caught.value) == (
         "data.form: 'message' is unknown, expected auto, guanaco, llama2, messages, sharegpt, did you mean 'messages'?"
     )
@@ -132,8 +133,8 @@ NO_MARK = "column 'text' has neither '### Human:' nor '[INST]', expected a conve
 NO_COLUMN = "no column 'messages' or 'conversations' or 'text', columns found"
 BAD_ROWS = {
     "wrong columns": (
-        {"prompt": "hi", "completion": "yo"},
-        f"{NO_COLUMN}: ['prompt', 'completion']; got {{'prompt': 'hi', 'completion': 'yo'}};"
+        {"title": "hi", "body": "yo"},
+        f"{NO_COLUMN}: ['title', 'body']; got {{'title': 'hi', 'body': 'yo'}};"
         ' write rows such as {"text": "### Human: …### Assistant: …"}',
     ),
     "near column": ({"Texts": "hi"}, f"{NO_COLUMN}: ['Texts']; got {{'Texts': 'hi'}}; rename 'Texts' to 'text'"),
@@ -157,7 +158,7 @@ BAD_ROWS = {
     ),
     "two users": (
         {"text": "### Human: a### Human: b"},
-        f"turn 2 is the user's, expected the assistant's; got {{'text': '### Human: a### Human: b'}}; {MEND}",
+        f"turns 1 and 2 are both the user's; join the two into one; got {{'text': '### Human: a### Human: b'}}; {MEND}",
     ),
     "empty question": (
         {"text": "### Human:### Assistant: b"},
@@ -238,12 +239,45 @@ def test_a_split_without_rows_on_the_hub_is_an_error(monkeypatch):
         load_records("owner/name")
 
 
-def test_one_broken_row_in_ten_is_left_out_where_nobody_can_mend_it(monkeypatch):
-    rows = [text("a", "b")] * 9 + [text("", "b")]
-    dropped = {"rows left out: no whole conversation": 1}
-    assert load_records(parquet("a.parquet", rows)) == Records("a.parquet", [said("a", "b")] * 9, dropped)
+GOOD = [text("a", "b")] * 9
+BAD = {
+    "empty turn": text("", "b"),
+    "wrong columns": {"title": "x"},
+    "no object": [],
+    "torn": '{"text": "### Hum',
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_one_broken_row_in_ten_of_a_file_is_left_out_counted_and_named(bad):
+    lines = [json.dumps(row) for row in GOOD]
+    lines.insert(3, bad if isinstance(bad, str) else json.dumps(bad))
+    Path("a.jsonl").write_text("\n".join(lines), "utf-8")
+    records = load_records("a.jsonl")
+    assert records.conversations == [said("a", "b")] * 9
+    ((reason, count),) = records.dropped.items()
+    assert count == 1
+    assert reason.startswith("rows left out: no whole conversation, the first at a.jsonl:4")
+    with pytest.raises(UserError, match=r"^a\.jsonl:4: "):
+        load_records("a.jsonl", reading=Reading(strict=True))
+    Path("a.jsonl").write_text("\n".join(lines[1:]), "utf-8")
+    with pytest.raises(UserError, match=r"^a\.jsonl:3: "):
+        load_records("a.jsonl")
+
+
+def test_the_same_rule_holds_for_every_kind_of_source(monkeypatch):
+    rows = [*GOOD, text("", "b")]
+    Path("a.json").write_text(json.dumps(rows), "utf-8")
+    with Path("a.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["text"], *([row["text"]] for row in GOOD), ["x", "one too many"]])
+    parquet("a.parquet", rows)
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split: datasets.Dataset.from_list(rows))
-    assert load_records("owner/name", "test") == Records("owner/name (test)", [said("a", "b")] * 9, dropped)
+    for source in ("a.json", "a.csv", "a.parquet", "owner/name"):
+        records = load_records(source)
+        assert (len(records.conversations), [*records.dropped.values()]) == (9, [1])
+        assert f"the first at {source}" in next(iter(records.dropped))
+        with pytest.raises(UserError, match=f"^{source}"):
+            load_records(source, reading=Reading(strict=True))
 
 
 def test_more_than_one_broken_row_in_ten_is_an_error():
@@ -252,9 +286,70 @@ def test_more_than_one_broken_row_in_ten_is_an_error():
         load_records(source)
 
 
+def test_strict_stops_at_a_row_that_the_format_can_not_hold():
+    source = write("a.jsonl", text("a", "b"), text("say [INST]", "b"))
+    assert len(load_records(source).conversations) == 1
+    with pytest.raises(UserError, match=r"^a\.jsonl:2: turn 1 holds the tag \[INST\].*data\.strict"):
+        load_records(source, reading=Reading(strict=True))
+    assert load_records(write("b.jsonl", text("a", "b", "c"), text("asked")), reading=Reading(strict=True)).dropped
+
+
+def weighed(*weights: int) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[n % 2], "content": f"t{n}", "weight": w} for n, w in enumerate(weights)]}
+
+
+def test_answers_of_weight_0_stay_as_context_only():
+    rows = [weighed(0, 0, 0, 1), weighed(0, 1, 0, 0), weighed(0, 0), weighed(0, 1, 0, 0, 0)]
+    records = load_records(write("a.jsonl", *rows))
+    assert records.conversations == [said("t0", "t1", "t2", "t3"), said("t0", "t1"), said("t0", "t1")]
+    assert [[turn.learned for turn in c.turns] for c in records.conversations] == [
+        [False, False, False, True],
+        [False, True],
+        [False, True],
+    ]
+    assert records.dropped == {
+        "rows left out: no answer is to be learned": 1,
+        "last answers dropped: not to be learned": 2,
+    }
+    with pytest.raises(UserError, match=r"nothing to train on \(rows left out: no answer is to be learned: 1\)"):
+        load_records(write("b.jsonl", weighed(0, 0)))
+
+
+def test_what_is_not_used_is_named_once_with_its_rows():
+    rows = [
+        {"id": 7, "tags": [], "note": None, **ROWS["messages"]},
+        {"id": 8, "messages": [{**turn, "name": "Bo"} for turn in ROWS["messages"]["messages"]]},
+        ROWS["messages"],
+    ]
+    assert load_records(write("a.jsonl", *rows)).dropped == {
+        "rows hold what is not used: column 'id' (2), key 'name' of a turn (1)": 2
+    }
+    many = {f"c{number}": 1 for number in range(20)}
+    (words,) = load_records(write("a.jsonl", ROWS["messages"] | many)).dropped
+    assert words.endswith("column 'c11' (1), and 8 more")
+
+
+def test_special_tokens_at_the_edges_are_taken_off_and_counted():
+    rows = [text("a", "b</s>"), text("a", "b </s> \n</s>", "c", "<s>d</s>"), text("a", "b")]
+    assert load_records(write("a.jsonl", *rows)) == Records(
+        "a.jsonl",
+        [said("a", "b"), said("a", "b", "c", "d"), said("a", "b")],
+        {
+            "rows had </s> written out at the edge of a turn: taken off": 2,
+            "rows had <s> written out at the edge of a turn: taken off": 1,
+        },
+    )
+    own = load_records(write("b.jsonl", text("a", "b[STOP]")), reading=Reading(marks=("[STOP]",)))
+    assert own.conversations == [said("a", "b")]
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the checkout")
 def test_the_real_rows():
     records = load_records(str(REAL / "openassistant_best_replies_eval_first259.jsonl"))
     assert (len(records.conversations), records.dropped) == (259, {"unanswered last turns dropped": 64})
-    records = load_records(str(REAL / "guanaco-llama2-1k.train.parquet"))
-    assert (len(records.conversations), records.dropped) == (997, {"rows left out: no whole conversation": 3})
+    source = REAL / "guanaco-llama2-1k.train.parquet"
+    records = load_records(str(source))
+    place = f"{source}: row 435 (turn 5: a turn of the user is empty)"
+    dropped = {f"rows left out: no whole conversation, the first at {place}": 3}
+    assert (len(records.conversations), records.dropped) == (997, dropped)

@@ -40,7 +40,7 @@ def write(name: str, text: str = '{"text": "x"}\n') -> None:
 
 def test_a_file_is_all_train():
     write("rows.jsonl")
-    assert read_source("rows.jsonl", "train") == ([Row("rows.jsonl:1", {"text": "x"})], True)
+    assert read_source("rows.jsonl", "train") == [Row("rows.jsonl:1", {"text": "x"})]
     assert "train" in find_splits("rows.jsonl").names
     assert "test" not in find_splits("rows.jsonl").names
 
@@ -49,8 +49,8 @@ def test_a_folder_holds_splits():
     write("mine/train.csv", "text\nx\n")
     write("mine/test.jsonl")
     write("mine/README.md")
-    assert read_source("mine", "train") == ([Row("mine/train.csv:2", {"text": "x"})], True)
-    assert read_source("mine", "test") == ([Row("mine/test.jsonl:1", {"text": "x"})], True)
+    assert read_source("mine", "train") == [Row("mine/train.csv:2", {"text": "x"})]
+    assert read_source("mine", "test") == [Row("mine/test.jsonl:1", {"text": "x"})]
     assert "train" in find_splits("mine").names
     assert "test" in find_splits("mine").names
 
@@ -74,7 +74,7 @@ def test_a_split_goes_by_several_names(files, names):
     splits = find_splits("mine")
     assert (splits.names, splits.unread) == (names, ())
     for name in names.values():
-        assert read_source("mine", name)[0][0].value == {"text": "x"}
+        assert read_source("mine", name)[0].value == {"text": "x"}
 
 
 def test_two_names_of_one_split_are_refused():
@@ -150,13 +150,13 @@ def test_a_folder_without_splits_says_what_to_do(files, remedy):
 
 def test_a_folder_that_is_named_like_a_hub_id_comes_before_the_hub():
     write("owner/name/train.jsonl")
-    assert read_source("owner/name", "train") == ([Row("owner/name/train.jsonl:1", {"text": "x"})], True)
+    assert read_source("owner/name", "train") == [Row("owner/name/train.jsonl:1", {"text": "x"})]
     assert "test" not in find_splits("owner/name").names
 
 
-def test_parquet_can_not_be_mended():
+def test_parquet_has_rows_in_place_of_lines():
     datasets.Dataset.from_dict({"text": ["x"]}).to_parquet("rows.parquet")
-    assert read_source("rows.parquet", "train") == ([Row("rows.parquet: row 1", {"text": "x"})], False)
+    assert read_source("rows.parquet", "train") == [Row("rows.parquet: row 1", {"text": "x"})]
 
 
 def test_the_home_folder_is_found(tmp_path, monkeypatch):
@@ -170,8 +170,8 @@ def test_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TEST", tmp_path / "b.jsonl")
     write("a.jsonl")
     write("b.jsonl", '{"text": "y"}\n')
-    assert read_source("demo", "train") == ([Row(f"{tmp_path}/a.jsonl:1", {"text": "x"})], True)
-    assert read_source("demo", "test") == ([Row(f"{tmp_path}/b.jsonl:1", {"text": "y"})], True)
+    assert read_source("demo", "train") == [Row(f"{tmp_path}/a.jsonl:1", {"text": "x"})]
+    assert read_source("demo", "test") == [Row(f"{tmp_path}/b.jsonl:1", {"text": "y"})]
     assert "test" in find_splits("demo").names
     assert "validation" not in find_splits("demo").names
 
@@ -227,10 +227,10 @@ def test_the_hub_is_asked_for_the_split_and_never_trusts_code(monkeypatch):
         return datasets.Dataset.from_dict({"text": ["x", "y"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_source("owner/name", "train") == (
-        [Row("owner/name (train): row 1", {"text": "x"}), Row("owner/name (train): row 2", {"text": "y"})],
-        False,
-    )
+    assert read_source("owner/name", "train") == [
+        Row("owner/name (train): row 1", {"text": "x"}),
+        Row("owner/name (train): row 2", {"text": "y"}),
+    ]
     assert asked == [(("owner/name",), {"split": "train"})]
 
 
@@ -405,10 +405,13 @@ def test_the_real_libraries_and_a_server_and_then_the_cache_alone(tmp_path):
         server.shutdown()
         server.server_close()
     train = [
-        [f"owner/guanaco (train): row {n + 1}", {"text": f"### Human: train {n}### Assistant: a"}] for n in range(3)
+        [f"owner/guanaco (train): row {n + 1}", {"text": f"### Human: train {n}### Assistant: a"}, None]
+        for n in range(3)
     ]
-    test = [[f"owner/guanaco (test): row {n + 1}", {"text": f"### Human: eval {n}### Assistant: a"}] for n in range(2)]
-    assert online[:3] == [{"train": "train", "test": "test"}, [train, False], [test, False]]
+    test = [
+        [f"owner/guanaco (test): row {n + 1}", {"text": f"### Human: eval {n}### Assistant: a"}, None] for n in range(2)
+    ]
+    assert online[:3] == [{"train": "train", "test": "test"}, train, test]
     assert online[3].startswith("owner/unknown: not found on the hub, and no such file here; check the spelling")
     offline = ask("1")
     assert offline[:3] == online[:3]

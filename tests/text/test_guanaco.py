@@ -46,8 +46,11 @@ def test_rows_are_read_by_the_rule_of_markers(text, expected):
         ("", "no '### Human:' in the text"),
         ("### human: hi", "no '### Human:' in the text"),
         ("### Assistant: yo", "turn 1 is the assistant's, expected the user's"),
-        ("### Human: hi### Human: hello### Assistant: yo", "turn 2 is the user's, expected the assistant's"),
-        ("### Human: hi### Assistant: a### Assistant: b", "turn 3 is the assistant's, expected the user's"),
+        ("### Human: hi### Human: hello### Assistant: yo", "turns 1 and 2 are both the user's; join the two into one"),
+        (
+            "### Human: hi### Assistant: a### Assistant: b",
+            "turns 2 and 3 are both the assistant's; join the two into one",
+        ),
         ("### Human: ### Assistant: yo", "turn 1: a turn of the user is empty"),
         ("### Human: hi### Assistant:\n", "turn 2: a turn of the assistant is empty"),
     ],

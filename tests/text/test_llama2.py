@@ -64,6 +64,8 @@ def test_a_tag_from_outside_is_refused(tag, template, where):
     [
         ("<s>[INST] hi [/INST] yo </s>", said("hi", "yo")),
         ("[INST] hi [/INST] yo", said("hi", "yo")),
+        ("<s><s>[INST] hi [/INST] yo", said("hi", "yo")),
+        ("<|begin_of_text|>[INST] hi [/INST] yo", said("hi", "yo")),
         (" <s> [INST]hi[/INST]yo</s> ", said("hi", "yo")),
         ("<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>", said("a", "b", "c", "d")),
         ("[INST] a [/INST] b [INST] c [/INST] d", said("a", "b", "c", "d")),
@@ -93,7 +95,6 @@ def test_rows_are_read(text, expected):
         ("", "no [INST] in the text"),
         ("### Human: hi", "no [INST] in the text"),
         ("so: <s>[INST] hi [/INST] yo", "text stands before the first [INST]"),
-        ("<s><s>[INST] hi [/INST] yo", "text stands before the first [INST]"),
         ("<s>[INST] hi", "turn 1: [INST] without its [/INST]"),
         ("[INST] a [INST] b [/INST] c", "turn 1: [INST] without its [/INST]"),
         ("[INST] a [/INST] b </s><s>[INST] c", "turn 3: [INST] without its [/INST]"),

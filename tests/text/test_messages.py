@@ -70,9 +70,18 @@ SYSTEM = {"role": "system", "content": "be kind"}
         ([{"role": "system", "content": 3}, USER], "turn 1: the system's content is text, got int"),
         ([USER, {"role": "assistant", "content": " \n"}], "turn 2: a turn of the assistant is empty"),
         ([USER, ASSISTANT, {"from": "human", "value": ""}], "turn 3: a turn of the user is empty"),
+        (
+            [USER, {"role": "assistant", "content": "yo", "weight": 0.5}],
+            "turn 2: its weight is 0.5, expected 0 (context only) or 1 (learned)",
+        ),
+        (
+            [{**USER, "from": "gpt"}],
+            "turn 1: role and from hold different things, expected one of the two",
+        ),
         ([ASSISTANT], "turn 1 is the assistant's, expected the user's"),
-        ([SYSTEM, USER, USER], "turn 2 is the user's, expected the assistant's"),
-        ([USER, ASSISTANT, ASSISTANT], "turn 3 is the assistant's, expected the user's"),
+        ([SYSTEM, USER, USER], "turns 1 and 2 are both the user's; join the two into one"),
+        ([USER, ASSISTANT, ASSISTANT], "turns 2 and 3 are both the assistant's; join the two into one"),
+        ([SYSTEM, SYSTEM, USER], "two messages of the system stand before the first turn; join the two into one"),
         ([USER, SYSTEM], "turn 2: the system speaks, which it may only before the first turn"),
     ],
 )

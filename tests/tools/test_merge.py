@@ -168,7 +168,7 @@ def test_4_bits_are_said_to_be_a_rounding(in_4_bits, run):
     assert 50 < float(found[2]) <= 100
     model = without_shortcut(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
     encoder = Answerer(str(run)).encoder
-    conversations = compare.conversations_to_compare(RunFolder(run).read_config(), encoder.check)[0]
+    conversations = compare.conversations_to_compare(RunFolder(run).read_config(), encoder)[0]
     greatest = 0.0
     plain = plain_base_and_adapter(demo.BASE, run / "adapter")
     for example in encoder.examples(conversations):

@@ -1,0 +1,54 @@
+"""Owns the removal of special tokens that are written out as text at the edges of what is said.
+
+Such as ``</s>`` behind an answer: the encoder puts the real ones there. Inside a text they stay text. Knows no
+tokenizer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lit_qlora.text.conversation import Conversation
+
+WRITTEN_OUT = (
+    "<s>", "</s>",  # Llama 2, Mistral
+    "<|im_end|>",  # ChatML
+    "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>",  # Llama 3
+    "<|endoftext|>", "<|end|>",  # GPT-2, Phi
+    "<bos>", "<eos>", "<end_of_turn>",  # Gemma
+    "<|end_of_turn|>",  # OpenChat
+)  # fmt: skip
+"""What common models begin and end texts and turns with, whichever of them is trained."""
+
+
+def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
+    """Takes ``marks`` off both ends of ``text``, any number of them, with the white space around them.
+
+    Returns:
+        The text, as it was where there was nothing to take off; and each mark that was there, once.
+    """
+    found: dict[str, None] = {}
+    rest = text.strip()
+    while mark := next((mark for mark in marks if rest.startswith(mark) or rest.endswith(mark)), ""):
+        found[mark] = None
+        rest = rest.removeprefix(mark).removesuffix(mark).strip()
+    return (rest, [*found]) if found else (text, [])
+
+
+def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversation, list[str]]:
+    """``conversation`` without ``marks`` at the edges of its turns and of its system text; and those taken off.
+
+    Raises:
+        ValueError: naming the turn that holds nothing else.
+    """
+    taken: dict[str, None] = {}
+    turns = []
+    for number, turn in enumerate(conversation.turns, start=1):
+        content, found = take_off(turn.content, marks)
+        if not content:
+            raise ValueError(f"turn {number}: the {turn.role} says nothing but {' '.join(found)}")
+        turns.append(replace(turn, content=content) if found else turn)
+        taken |= dict.fromkeys(found)
+    system, found = take_off(conversation.system or "", marks)
+    if taken or found:
+        conversation = Conversation(tuple(turns), system or None if found else conversation.system)
+    return conversation, [*taken | dict.fromkeys(found)]

@@ -113,13 +113,18 @@ def plain(value: Any) -> Any:
 
 
 def option(args: list[str], *names: str) -> str | None:
-    """The last value that ``args`` gives to one of ``names``, as ``--name value`` or ``--name=value``."""
-    value = None
+    """The last value that ``args`` gives to one of ``names``; see `all_values`."""
+    return (all_values(args, *names) or [None])[-1]
+
+
+def all_values(args: list[str], *names: str) -> list[str | None]:
+    """The values that ``args`` gives to ``names``, as ``--name value`` or ``--name=value``; None where one lacks."""
+    values = []
     for index, arg in enumerate(args):
         name, equals, given = arg.partition("=")
         if name in names:
-            value = given if equals else (args[index + 1] if index + 1 < len(args) else None)
-    return value
+            values.append(given if equals else args[index + 1] if index + 1 < len(args) else None)
+    return values
 
 
 def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> None:

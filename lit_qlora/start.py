@@ -8,18 +8,30 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.sources import has_split, is_hub_id
 from lit_qlora.errors import UserError, require
-from lit_qlora.model.base import missing_bytes
+from lit_qlora.model import fingerprint
+from lit_qlora.model.base import Base, missing_bytes
 from lit_qlora.model.copies import Copies
+from lit_qlora.model.device import choose_precision, current_device
 from lit_qlora.model.load import Lora, read_record, read_weights
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.options import OneLineErrors, check_config_file, did_you_mean, is_plain, is_plain_type, option
+from lit_qlora.options import (
+    OneLineErrors,
+    all_values,
+    check_config_file,
+    did_you_mean,
+    is_plain,
+    is_plain_type,
+    option,
+)
 from lit_qlora.storage import settings
 from lit_qlora.storage.checkpoint_io import RECORD, check_checkpoint, checkpoint_folder
 from lit_qlora.storage.files import size
@@ -34,6 +46,7 @@ from lit_qlora.storage.run import (
     newest_run,
     open_run,
     read_options,
+    run_path,
 )
 from lit_qlora.storage.state import load_state
 from lit_qlora.text import jinja
@@ -52,42 +65,45 @@ class Command(NamedTuple):
 
 
 def complete(args: list[str]) -> Command:
-    """Puts in the config and the run folder that the command leaves unsaid; checks the config files."""
+    """Puts in the config that the command leaves unsaid, and the folder of the run that it names.
+
+    Checks the config files. Where no run is named, a fit's is found once its whole configuration is known.
+    """
     verb, rest = args[0], args[1:]
     if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
         return Command(args)
-    config, run, kept = option(rest, "--config", "-c"), option(rest, "--run"), None
-    _check_run(run)
+    config, name, kept = option(rest, "--config", "-c"), option(rest, "--run"), None
+    run = _folder(name)
     base = option(rest, "--model.base")
     if config is None:
         if verb != "fit":
-            kept = open_run(Path(run)) if run else newest_run()
-            run = str(kept.path)
-        elif run and RunFolder(Path(run)).config.is_file():
-            kept = RunFolder(Path(run))
+            kept = open_run(run) if run else newest_run()
+            if run is None:
+                print(f"   run  {kept.path}, the newest", flush=True)
+            run = kept.path
+        elif run and RunFolder(run).config.is_file():
+            kept = RunFolder(run)
         if kept:
             _check_kept(kept)
         elif base in (None, "demo"):  # a base of one's own is not for the demo's learning rate
             rest = ["--config", str(DEMO_CONFIG), *rest]
-        config = option(rest, "--config", "-c")
-    for index, arg in enumerate(rest):
-        if arg in ("--config", "-c") and index + 1 < len(rest):
-            check_config_file(Path(rest[index + 1]))
-        elif arg.startswith("--config="):
-            check_config_file(Path(arg.partition("=")[2]))
-    for file in (value for name, value in pairwise(rest) if name in ("--config", "-c")):
-        run = run or yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")).get("run")
+    for file in filter(None, all_values(rest, "--config", "-c")):
+        check_config_file(Path(file))
+        if name is None and kept is None:
+            found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")).get("run")
+            run = run if found is None else _folder(str(found))
+    return Command([verb, *rest, *(["--run", str(run)] if run else [])], kept)
+
+
+def _folder(run: str | None) -> Path | None:
+    """The run folder that ``run`` names. Raises UserError where that is none."""
     if run is None:
-        run = str(RUNS / (Path(config).stem if config else Path(str(base)).name or "run"))
-        rest += ["--run", run]
-    elif option(rest, "--run") is None:
-        rest += ["--run", run]
-    return Command([verb, *rest], kept)
-
-
-def _check_run(run: str | None) -> None:
-    if run and "://" in run:
+        return None
+    require(bool(run.strip()), "run", "a folder", run)
+    require(run != "null", "run", "a folder", None)
+    if "://" in run:
         raise UserError(f"run: {run} is a URL, and runs are only kept on this machine: give a folder")
+    return run_path(run)
 
 
 def _check_kept(run: RunFolder) -> None:
@@ -130,23 +146,89 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
     return [verb, *(["--config", as_yaml(as_sections(kept))] if kept else []), *rest]
 
 
-def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
+def default_run(options: Any) -> Path:
+    """The folder of a run that the command leaves without a name: that of its last config, else of its base."""
+    config = options.config[-1] if options.config else None
+    return RUNS / (Path(str(config)).stem if config else Path(options.model.base).name or "run")
+
+
+def choose_run(
+    default: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base, data: ChatDataModule
+) -> RunFolder:
+    """The run that a fit without a name is for: the first that has not begun, or was begun with these settings.
+
+    ``default`` is looked at first, then it with -2, -3 and so on behind its name, each here and in the mirror; what
+    there is of another run stays as it is. Raises UserError where another one is due, and the data are not there.
+    """
+    others = _another(default, mirror, config, base)
+    if not others:
+        return default
+    _check_sources(data)
+    numbered = (RunFolder(default.path.with_name(f"{default.path.name}-{number}")) for number in count(2))
+    run = next(run for run in numbered if not _another(run, mirror, config, base))
+    print(f"   run  {default.path} has other settings: {'; '.join(others)}; this one is {run.path}", flush=True)
+    return run
+
+
+def _another(run: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base) -> list[str]:
+    """What makes a start with ``config`` another run than the one in the folder, or in the mirror where that is all."""
+    if not run.has_begun() and mirror:
+        run = RunFolder(mirror / run.path.name)
+    first = _first_settings(run)
+    if first is None:
+        return []
+    names = ("model.base", "trainer.precision", "trainer.max_steps", "trainer.max_epochs")
+    changes = settings.differences(first, config, names)
+    record = _record(run) if changes else {}
+    return settings.refused(first, config) + [
+        change for change in changes if _matters(change, run, record, config, base)
+    ]
+
+
+def _matters(change: str, run: RunFolder, record: Mapping[str, Any], config: Mapping[str, Any], base: Base) -> bool:
+    """Whether a setting that may change did so in a way that the run's newest checkpoint does not go on with."""
+    if change.startswith("model.base:"):
+        return not record or not fingerprint.is_of(str(record["base"]), base)
+    if not record:
+        return False
+    if change.startswith("trainer.precision:"):
+        device = current_device(config["trainer"]["accelerator"])
+        return (
+            record["precision"]
+            != choose_precision(config["trainer"]["precision"], device, base.shape.num_parameters)[0]
+        )
+    if run.finished():
+        return False
+    was, now = lengths(record["settings"]), lengths(config)
+    return 0 < now["max_steps"] < record["steps"] or (
+        now["max_steps"] == was["max_steps"] and 0 < now["max_epochs"] < was["max_epochs"]
+    )
+
+
+def _check_sources(data: ChatDataModule) -> None:
+    """Raises UserError for a file or folder of rows that is not there."""
+    for source in filter(None, (data.source, data.validation_source, data.test_source)):
+        if not is_hub_id(source):
+            has_split(source, "train")
+
+
+def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataModule) -> None:
     """Compares ``config`` with that of the run's first start.
 
-    Says which of the settings that may change did. Raises UserError where another one differs, and SystemExit
-    where the run is finished and stays so.
+    Says which of the settings that may change did. Raises UserError where another one differs, or where ``data``
+    are not there and would be another's, and SystemExit where the run is finished and stays so.
     """
     if not run.has_begun():
         run.config.unlink(missing_ok=True)
         return
+    first = _first_settings(run)
+    if first is None:
+        return
     if not run.config.is_file():
-        recorded = _recorded_settings(run)
-        if recorded is None:
-            return
-        run.write_config(as_yaml(recorded))
-    first = run.read_config()
+        run.write_config(as_yaml(first))
     others = settings.refused(first, config)
     if others:
+        _check_sources(data)
         raise UserError(
             f"run: {run.path} was started with other settings: {'; '.join(others)}; "
             "give --run NAME to start another run"
@@ -163,10 +245,20 @@ def check_against_first(run: RunFolder, config: dict[str, Any]) -> None:
         print(f"   run  changed: {'; '.join(changed)}", flush=True)
 
 
-def _recorded_settings(run: RunFolder) -> dict[str, Any] | None:
-    """The configuration by the newest checkpoint; None without one, or in one of an earlier version."""
+def _first_settings(run: RunFolder) -> dict[str, Any] | None:
+    """The configuration that a run was begun with, by its config.yaml, else by its newest checkpoint.
+
+    None for one that has not begun, or whose checkpoint is an earlier version's.
+    """
+    if not run.has_begun():
+        return None
+    return run.read_config() if run.config.is_file() else _record(run).get("settings")
+
+
+def _record(run: RunFolder) -> dict[str, Any]:
+    """What the newest whole checkpoint says of its run; nothing without one."""
     folder, _ = run.last_checkpoint(check_checkpoint)
-    return load_state(folder, with_tensors=False)[RECORD].get("settings") if folder else None
+    return dict(load_state(folder, with_tensors=False)[RECORD]) if folder else {}
 
 
 def check_graphs(cuda_graphs: bool | str, packing: bool) -> None:

@@ -41,7 +41,7 @@ from lit_qlora.model.load import check_context, check_rank, check_settings
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.model.weights import check_weights
-from lit_qlora.options import LINKED, option, plain
+from lit_qlora.options import LINKED, plain
 from lit_qlora.quiet import quieten
 from lit_qlora.signals import LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
@@ -96,7 +96,10 @@ class QLoRACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options beside the model's, the data's and the Trainer's."""
         parser.add_argument(
-            "--run", type=str | None, default=None, help="run folder; default: runs/ + the config's name"
+            "--run",
+            type=str | None,
+            default=None,
+            help="runs/NAME, or with a slash any folder; default: the config's name, -2 where that is another",
         )
         parser.add_argument("--save_every_steps", type=int, default=500, help="optimizer steps between checkpoints")
         parser.add_argument(
@@ -161,8 +164,8 @@ class QLoRACLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the run folder, and in it what to go on from or what to score."""
         options = self.config[self.verb]
-        require(bool((options.run or "").strip()), "run", "a folder", options.run)
-        self.run = RunFolder(Path(options.run))
+        self.is_named = options.run is not None
+        self.run = RunFolder(Path(options.run) if options.run is not None else start.default_run(options))
         if self.verb != "fit":
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
             if adapter or options.ckpt_path == "base":
@@ -173,15 +176,20 @@ class QLoRACLI(LightningCLI):
 
     def _prepare_fit(self) -> None:
         options = self.config[self.verb]
-        self.run.open(self.stack)
         config = self._config_to_keep()
+        mirror = None
         if options.mirror is not None:
             require(bool(options.mirror.strip()), "mirror", "a folder", options.mirror)
-            self.mirror = Mirror(self.run, Path(options.mirror).expanduser(), tell, check_checkpoint)
+            mirror = Path(options.mirror).expanduser()
+        if not self.is_named:
+            self.run = start.choose_run(self.run, mirror, config, self.model.base, self.datamodule)
+        self.run.open(self.stack)
+        if mirror is not None:
+            self.mirror = Mirror(self.run, mirror, tell, check_checkpoint)
             self.mirror.open(config)
         self.mirrored = self.mirror.copy.adapter if self.mirror else None
         try:
-            start.check_against_first(self.run, config)
+            start.check_against_first(self.run, config, self.datamodule)
         except SystemExit:  # finished
             start.check_adapter(self.run, self.model.lora, self.mirrored, is_needed=True)
             if self.mirror:
@@ -348,8 +356,6 @@ def main(args: list[str]) -> int:
     Raises UserError for what the user can mend.
     """
     quieten()
-    run = option(args, "--run")
-    require(run is None or bool(run.strip()), "run", "a folder", run)
     try:
         with ExitStack() as stack:
             QLoRACLI(start.complete(args), stack)

@@ -26,8 +26,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        assert main(["fit", "--run", "run", "--trainer.max_steps", "2", *SHORT]) == 0
-        assert main(["merge", "--run", "run", "--output", "merged"]) == 0
+        assert main(["fit", "--run", "./run", "--trainer.max_steps", "2", *SHORT]) == 0
+        assert main(["merge", "--run", "./run", "--output", "merged"]) == 0
     for file in demo.BASE.glob("tokenizer*"):  # the merged one's has a chat template, and is refused by itself
         shutil.copyfile(file, place / "merged" / file.name)
     for name, weight in DOUBLED.items():
@@ -44,9 +44,9 @@ def commands(base: str) -> dict[str, list[str]]:
     return {
         "chat": ["chat", "--adapter", "run/adapter", "--base", base, "--prompt", "Hello"],
         "merge": ["merge", "--adapter", "run/adapter", "--base", base, "--output", "out"],
-        "fit": ["fit", "--run", "other", "--model.adapter", "run/adapter", "--model.base", base,
+        "fit": ["fit", "--run", "./other", "--model.adapter", "run/adapter", "--model.base", base,
                 "--trainer.max_steps", "1", *SHORT],
-        "resume": ["fit", "--run", "run", "--model.base", base, "--trainer.max_steps", "3", *SHORT],
+        "resume": ["fit", "--run", "./run", "--model.base", base, "--trainer.max_steps", "3", *SHORT],
     }  # fmt: skip
 
 
@@ -80,5 +80,5 @@ def test_the_same_base_elsewhere_and_in_pieces_is_accepted(place: Path, monkeypa
     shutil.copytree("run", "again")
     command = commands("sharded")
     assert main(["merge", "--adapter", "run/adapter", "--base", "sharded", "--output", "fine"]) == 0
-    assert main(["fit", "--run", "again", *command["resume"][3:]]) == 0
-    assert main(["fit", "--run", "another", *command["fit"][3:]]) == 0
+    assert main(["fit", "--run", "./again", *command["resume"][3:]]) == 0
+    assert main(["fit", "--run", "./another", *command["fit"][3:]]) == 0

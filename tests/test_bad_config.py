@@ -463,7 +463,7 @@ def test_a_bad_option_is_one_line(
     if config is not None:
         Path("mine.yaml").write_bytes(config if isinstance(config, bytes) else config.encode())
         args = ["--config", "mine.yaml", *args]
-    assert main(["fit", "--run", "run", *args]) == 2
+    assert main(["fit", "--run", "./run", *args]) == 2
     assert capsys.readouterr().err == f"error: {expected}\n"
     assert not Path("run").exists()
 
@@ -474,7 +474,7 @@ def test_a_logger_whose_package_is_missing_is_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load, "load_base", _never)
     monkeypatch.setattr(wandb, "_WANDB_AVAILABLE", RequirementCache("wandb-that-is-not-there>=0.12.10"))
-    assert main(["fit", "--run", "run", "--trainer.logger", "lightning.pytorch.loggers.WandbLogger"]) == 2
+    assert main(["fit", "--run", "./run", "--trainer.logger", "lightning.pytorch.loggers.WandbLogger"]) == 2
     assert capsys.readouterr().err == (
         "error: lightning.pytorch.loggers.WandbLogger can't be made: Requirement 'wandb-that-is-not-there>=0.12.10' "
         "not met. HINT: Try running `pip install -U 'wandb-that-is-not-there>=0.12.10'`\n"
@@ -517,7 +517,7 @@ def test_a_key_without_a_value_is_one_line(
     monkeypatch.setattr(load, "load_base", _never)
     section, _, key = name.rpartition(".")
     Path("mine.yaml").write_text(f"{section}:\n  {key}:\n" if section else f"{key}:\n")
-    assert main(["fit", "--run", "run", "--config", "mine.yaml"]) == 2
+    assert main(["fit", "--run", "./run", "--config", "mine.yaml"]) == 2
     assert capsys.readouterr().err == (
         f"error: {name}: has no value, expected {expected}; give one, or leave the line out\n"
     )
@@ -530,7 +530,7 @@ def test_an_option_that_takes_none_may_stand_without_a_value(
     monkeypatch.chdir(tmp_path)
     section, _, key = name.rpartition(".")
     Path("mine.yaml").write_text((f"{section}:\n  {key}:\n" if section else f"{key}:\n") + "max_time:\n")
-    assert main(["fit", "--run", "run", "--config", "mine.yaml", "--data.source", "nope.jsonl"]) == 2
+    assert main(["fit", "--run", "./run", "--config", "mine.yaml", "--data.source", "nope.jsonl"]) == 2
     assert "nope.jsonl: no such file" in capsys.readouterr().err
 
 
@@ -539,7 +539,7 @@ def test_a_lone_key_without_a_value_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("early_stopping:\n")
-    assert main(["fit", "--run", "run", "--config", "mine.yaml"]) == 2
+    assert main(["fit", "--run", "./run", "--config", "mine.yaml"]) == 2
     assert capsys.readouterr().err == (
         "error: config: has no value for early_stopping and says nothing else; give one\n"
     )
@@ -581,7 +581,7 @@ def test_a_class_of_ones_own_may_be_one_or_a_list(
     """The rows are asked for once the Trainer is there."""
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(f"{config}seed_everything: 1\n")
-    assert main(["fit", "--run", "run", "--config", "mine.yaml", "--data.source", "nope.jsonl", *args]) == 2
+    assert main(["fit", "--run", "./run", "--config", "mine.yaml", "--data.source", "nope.jsonl", *args]) == 2
     assert "nope.jsonl: no such file" in capsys.readouterr().err
 
 
@@ -594,7 +594,7 @@ def test_a_value_that_a_config_file_cannot_hold(
         "from typing import Any\n\nfrom lightning.pytorch import Callback\n\n\n"
         "class Odd(Callback):\n    def __init__(self, thing: Any = object()):\n        pass\n"
     )
-    assert main(["fit", "--run", "run", "--trainer.callbacks", "odd_callback.Odd"]) == 2
+    assert main(["fit", "--run", "./run", "--trainer.callbacks", "odd_callback.Odd"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: trainer: an option of a class of yours has a value that config.yaml can't hold (")
     assert told.endswith("); give it as a text, a number or a list of these\n")

@@ -383,7 +383,7 @@ def test_bad_data_is_one_line(
         Path(name).mkdir()
     elif content is not None:
         Path(name).write_bytes(content if isinstance(content, bytes) else str(content).encode())
-    assert main(["fit", "--data.source", name, "--run", "run", "--data.max_length", "64"]) == 2
+    assert main(["fit", "--data.source", name, "--run", "./run", "--data.max_length", "64"]) == 2
     assert capsys.readouterr().err == f"error: {expected}\n"
     assert not Path("run").exists()
 
@@ -397,7 +397,7 @@ def test_a_pipe_is_not_waited_for(
     descriptor = os.open("pipe.jsonl", os.O_RDWR | os.O_NONBLOCK)
     ending = threading.Timer(30, os.close, [descriptor])
     ending.start()
-    assert main(["fit", "--data.source", "pipe.jsonl", "--run", "run"]) == 2
+    assert main(["fit", "--data.source", "pipe.jsonl", "--run", "./run"]) == 2
     ending.cancel()
     os.close(descriptor)
     assert capsys.readouterr().err == (

@@ -45,7 +45,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-FIT = ["fit", "--config", str(DEMO_CONFIG), "--run", "run", "--data.source", "rows.jsonl",
+FIT = ["fit", "--config", str(DEMO_CONFIG), "--run", "./run", "--data.source", "rows.jsonl",
        "--data.validation_source", "held_out.jsonl", "--model.base", "base",
        "--keep_checkpoints", "9", *STEPS]  # fmt: skip
 
@@ -340,7 +340,7 @@ def test_a_finished_run_that_is_asked_for_more_goes_on(
 def test_early_stopping_may_come_and_go(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--early_stopping", "3"]) == 0
     assert "   run  changed: early_stopping: None -> 3\n" in capsys.readouterr().out
-    assert main(["validate", "--run", "run", "--ckpt_path", "last"]) == 0
+    assert main(["validate", "--run", "./run", "--ckpt_path", "last"]) == 0
     assert main([*FIT, "--trainer.max_steps", "7"]) == 0
     assert capsys.readouterr().err == ""
 

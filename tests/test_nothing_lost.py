@@ -29,7 +29,7 @@ from lit_qlora.storage.state import load_state, save_state
 
 QUICK = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
-FIT = ["fit", "--run", "run", *QUICK]
+FIT = ["fit", "--run", "./run", *QUICK]
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], dam
     whole = (run / "checkpoints/step-00000004/state.safetensors").read_bytes()
     (run / "finished.json").unlink()
     DAMAGES[damage](run / "checkpoints/step-00000004/state.safetensors")
-    assert main(["validate", "--run", "run", "--ckpt_path", "run/checkpoints/step-00000004"]) == 2
+    assert main(["validate", "--run", "./run", "--ckpt_path", "run/checkpoints/step-00000004"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ckpt_path: run/checkpoints/step-00000004: ")
     assert error.endswith("; give best, last, base, or a folder that is whole\n")
@@ -289,7 +289,7 @@ def test_a_resealed_checkpoint_whose_record_lacks_a_part_is_refused(
     folder = run / "checkpoints/step-00000004"
     (run / "finished.json").unlink()
     change_state(folder, lambda state: state["run"].pop("prompt_format"))
-    for command in (FIT, ["validate", "--run", "run", "--ckpt_path", "last"]):
+    for command in (FIT, ["validate", "--run", "./run", "--ckpt_path", "last"]):
         assert main(command) == 2
         assert capsys.readouterr().err == (
             f"error: run: {folder} was altered: its record of the run has no prompt_format; remove that folder, and "
@@ -305,7 +305,7 @@ def test_a_resealed_checkpoint_with_a_weight_that_is_not_finite_is_refused(
     (run / "finished.json").unlink()
     name = "model.base_model.model.model.layers.0.mlp.down_proj.lora_A.default.weight"
     change_state(folder, lambda state: state["state_dict"][name].view(-1)[3:4].fill_(float(value)))
-    for command in (FIT, ["validate", "--run", "run", "--ckpt_path", "last"]):
+    for command in (FIT, ["validate", "--run", "./run", "--ckpt_path", "last"]):
         assert main(command) == 2
         assert capsys.readouterr().err == (
             f"error: {folder}: {name} holds values that are not finite: it was altered; remove that checkpoint's "
@@ -323,11 +323,11 @@ def test_files_of_other_programs_do_no_harm(run: Path, capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     assert "going on from step-00000004" in out or "best adapter: run/adapter" in out
     assert err == ""
-    assert main(["validate", "--run", "run", "--ckpt_path", "last"]) == 0
+    assert main(["validate", "--run", "./run", "--ckpt_path", "last"]) == 0
 
 
 def test_a_checkpoint_that_is_not_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["validate", "--run", "run", "--ckpt_path", "run/checkpoints/step-00000009"]) == 2
+    assert main(["validate", "--run", "./run", "--ckpt_path", "run/checkpoints/step-00000009"]) == 2
     assert capsys.readouterr().err == (
         "error: ckpt_path: run/checkpoints/step-00000009: expected a folder, found nothing; "
         "give best, last, base, or a folder that is whole\n"
@@ -342,7 +342,7 @@ def test_an_adapter_that_was_altered(run: Path, capsys: pytest.CaptureFixture[st
     file.write_bytes(content.replace(b'"lora_alpha": 16', b'"lora_alpha": 32') if name == "adapter_config.json" else (
         content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
     ))  # fmt: skip
-    assert main(["validate", "--run", "run"]) == 2
+    assert main(["validate", "--run", "./run"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: run/adapter: '{name}': expected ")
     assert "the adapter was altered or cut short after it was saved" in error
@@ -353,7 +353,7 @@ def test_an_adapter_that_was_altered(run: Path, capsys: pytest.CaptureFixture[st
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: run/adapter: '{name}': expected ")
     assert warning.endswith("; put aside as run/adapter.damaged, and the best is looked for anew\n")
-    assert main(["validate", "--run", "run"]) == 0
+    assert main(["validate", "--run", "./run"]) == 0
     assert (run / "adapter.damaged" / name).read_bytes() != content
 
 
@@ -464,7 +464,7 @@ def test_no_code_is_taken_from_a_run_folder(run: Path, capsys: pytest.CaptureFix
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(f"trainer.callbacks: [{{class_path: run.payload.X}}]\n{config}")
     for verb, said in (("validate", "val/loss"), ("test", "test/loss"), ("fit", "nothing to do")):
-        assert main([verb, "--run", "run"]) == 0
+        assert main([verb, "--run", "./run"]) == 0
         told = capsys.readouterr()
         assert told.err.startswith("warning: trainer.callbacks of run/config.yaml left out: it can name code")
         assert (told.err.count("\n"), said in told.out) == (1, True)
@@ -483,7 +483,7 @@ def test_a_run_with_classes_of_ones_own_goes_on_by_the_same_command(
     assert told.err == ""
     assert "changed: trainer.max_steps: 1 -> 2" in told.out
     assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl"))] == [0, 1, 2]
-    assert main(["validate", "--run", "run"]) == 0
+    assert main(["validate", "--run", "./run"]) == 0
     assert capsys.readouterr().err.startswith("warning: trainer.logger, trainer.callbacks of run/config.yaml left out")
 
 
@@ -570,7 +570,7 @@ def test_a_damaged_config_stops_at_once_and_without_it_the_run_goes_on(
 ) -> None:
     (run / "config.yaml").write_bytes(b"")
     remedy = "put a copy of it back, or remove it and give fit all options (--config FILE --run run): "
-    for args in (["fit", "--run", "run"], ["validate", "--run", "run"]):
+    for args in (["fit", "--run", "./run"], ["validate", "--run", "./run"]):
         assert main(args) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"error: run/config.yaml: the file is empty; {remedy}") and err.count("\n") == 1
@@ -579,7 +579,7 @@ def test_a_damaged_config_stops_at_once_and_without_it_the_run_goes_on(
     (run / "config.yaml").unlink()
     assert main(FIT) == 0
     assert "run is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
-    assert main(["validate", "--run", "run"]) == 0  # it stands there again
+    assert main(["validate", "--run", "./run"]) == 0  # it stands there again
 
 
 # Time
@@ -600,7 +600,7 @@ def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
     with Path("run/config.yaml").open("a") as file:  # an earlier version kept it
         file.write("max_time: 00:00:00:01\n")
     monkeypatch.setattr("lit_qlora.training.parse_max_time", None)
-    assert main(["fit", "--run", "run"]) == 0
+    assert main(["fit", "--run", "./run"]) == 0
     assert "changed" not in capsys.readouterr().out
     assert Path("run/finished.json").is_file()
 
@@ -624,7 +624,7 @@ def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
     from lit_qlora.model.module import QLoRAModule
 
     more = ["--trainer.val_check_interval", "2", "--model.dropout", "0.1", "--mirror", "drive"]
-    assert main(["fit", "--run", "whole", *QUICK, *more[:-2]]) == 0
+    assert main(["fit", "--run", "./whole", *QUICK, *more[:-2]]) == 0
     real = QLoRAModule.training_step
 
     def step(module: QLoRAModule, batch: object, batch_idx: int) -> object:
@@ -684,7 +684,7 @@ def test_a_best_adapter_that_is_damaged_with_its_copy_comes_from_the_mirror(
     assert warning.endswith("; put aside as run/adapter.damaged, and restored from drive/run/adapter")
     assert (run / "adapter/adapter_model.safetensors").read_bytes() == weights
     assert (run / "adapter/README.md").read_text(encoding="utf-8") == "edited by its reader"
-    assert main(["validate", "--run", "run"]) == 0
+    assert main(["validate", "--run", "./run"]) == 0
 
 
 def test_an_older_adapter_in_the_mirror_is_not_taken_for_the_best_of_a_finished_run(

@@ -172,7 +172,7 @@ def test_no_verb_runs_it(
     monkeypatch.setattr(training.QLoRACLI, "before_instantiate_classes", stop)
     monkeypatch.setattr("lit_qlora.tools.planned._card", stop)
     _write(run, spelling, "")
-    assert main([verb, "--run", "run"]) == 7
+    assert main([verb, "--run", "./run"]) == 7
     assert "left out: it can name code" in capsys.readouterr().err
 
 
@@ -218,4 +218,4 @@ def test_a_name_for_a_name_for_a_name_ends_at_once(run: Path) -> None:
         Path("x.txt").write_text("x")
         (run / "adapter").mkdir(exist_ok=True)
         (run / "adapter/adapter_config.json").write_text("{}")
-        assert main([verb, "--run", "run", *(args if verb != "validate" else [])]) == 2
+        assert main([verb, "--run", "./run", *(args if verb != "validate" else [])]) == 2

@@ -198,9 +198,9 @@ def test_a_killed_run_goes_on_to_the_same_end(here: Path) -> None:
     arguments = ["--trainer.max_steps", "12", "--trainer.val_check_interval", "4", "--trainer.log_every_n_steps", "3",
                  "--save_every_steps", "2", "--samples.count", "0", "--model.dropout", "0.1",
                  "--trainer.limit_val_batches", "2"]  # fmt: skip
-    assert main(["fit", "--run", "whole", *arguments]) == 0
+    assert main(["fit", "--run", "./whole", *arguments]) == 0
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "main.py"), "fit", "--run", "cut", *arguments]
+    command = [sys.executable, str(ROOT / "main.py"), "fit", "--run", "./cut", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     deadline = time.monotonic() + 120
     while not list(Path("cut/checkpoints").glob("step-*4")) and time.monotonic() < deadline:
@@ -208,7 +208,7 @@ def test_a_killed_run_goes_on_to_the_same_end(here: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert list(Path("cut/checkpoints").glob("step-*")), "killed before its first checkpoint"
-    assert main(["fit", "--run", "cut", *arguments]) == 0
+    assert main(["fit", "--run", "./cut", *arguments]) == 0
     for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000012/state.safetensors"):
         assert Path("whole", name).read_bytes() == Path("cut", name).read_bytes()
     assert _figures(Path("whole")) == _figures(Path("cut"))
@@ -267,25 +267,37 @@ def test_a_signal_to_all_of_its_processes_is_answered_by_one(
         os.killpg(process.pid, 0)
 
 
-def test_settings_that_make_another_run_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_make_another_run_start_it_where_none_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     short = ["--trainer.max_steps", "1", "--samples.count", "0", "--trainer.limit_val_batches", "1"]
-    assert main(["fit", *short]) == 0
-    assert main(["fit", *short, "--model.rank", "8", "--data.batch_size", "2"]) == 2
+    assert main(["fit", "--run", "demo", *short]) == 0
+    before = _snapshot(here)
+    another = ["--model.rank", "8", "--data.batch_size", "2"]
+    assert main(["fit", "--run", "demo", *short, *another]) == 2
+    differ = "other settings: data.batch_size: 4 -> 2; model.rank: 16 -> 8; "
     assert capsys.readouterr().err == (
-        "error: run: runs/demo was started with other settings: data.batch_size: 4 -> 2; model.rank: 16 -> 8; "
-        "give --run NAME to start another run\n"
+        f"error: run: runs/demo was started with {differ}give --run NAME to start another run\n"
     )
+    assert main(["fit", *short, *another]) == 0
+    assert f"   run  runs/demo has {differ}this one is runs/demo-2\n" in capsys.readouterr().out
+    assert main(["fit", *short, *another]) == 0
+    assert "runs/demo-2 is finished (1 of 1 steps): nothing to do." in capsys.readouterr().out
+    assert {path.name for path in Path("runs").iterdir()} == {"demo", "demo-2"}
+    assert before.items() <= _snapshot(here).items()
+    assert main(["validate"]) == 0
+    assert capsys.readouterr().out.startswith("   run  runs/demo-2, the newest\n")
 
 
 def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("mine.yaml").write_text("run: elsewhere\nmodel:\n  rank: 4\n")
+    Path("mine.yaml").write_text("run: ./elsewhere\nmodel:\n  rank: 4\n")
     short = ["--trainer.max_steps", "1", "--samples.count", "0", "--trainer.limit_val_batches", "1"]
     assert main(["fit", "--config", "mine.yaml", *short]) == 0
     assert Path("elsewhere/adapter/adapter_config.json").is_file()
     assert not Path("runs").exists()
-    assert main(["fit", "--run", "next", "--model.adapter", "elsewhere/adapter", *short]) == 2
+    assert main(["fit", "--run", "./next", "--model.adapter", "elsewhere/adapter", *short]) == 2
     assert capsys.readouterr().err == (
         "error: model.rank: 16, and the adapter elsewhere/adapter has 4; give --model.rank 4\n"
     )
@@ -327,14 +339,14 @@ BAD = [
     (["predict", "--prompts", "latin.txt", "--output", "o"], "latin.txt: not UTF-8 (byte 0); save it as UTF-8"),
     (["fit", "--trainer.max_time", "x"], "unknown option 'trainer.max_time'"),
     (["fit", "--trainer.inference_mode", "null"], "trainer.inference_mode: expected bool, got None"),
-    (["fit", "--run", "full"], "run: full holds other files and no run; give a folder of its own with --run"),
+    (["fit", "--run", "./full"], "run: full holds other files and no run; give a folder of its own with --run"),
     (["fit", "--trainer.callbacks", "foo"], "trainer.callbacks: expected list[Callback], Callback, none; got foo"),
     (["fit", "--trainer.enable_checkpointing", "true"], "unknown option 'trainer.enable_checkpointing'"),
     (["fit", "--seed_everything", "true"], "seed_everything: expected int, got True"),
     (["fit", "--early_stopping", "0"], "early_stopping: expected none, or a whole number from 1, got 0"),
     (["fit", "--save_every_steps", "0"], "save_every_steps: expected a whole number from 1, got 0"),
     (["fit", "--run", "/dev/null/x"], "run: /dev/null/x can't be written"),
-    (["fit", "--run", "one.jsonl"], "run: one.jsonl is a file, expected a folder"),
+    (["fit", "--run", "./one.jsonl"], "run: one.jsonl is a file, expected a folder"),
     (["fit", "--config", "misspelt.yaml"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
     (["fit", "--config", "nope.yaml"], "config: no file nope.yaml"),
     (["fit", "--config", "doubled.yaml"], "doubled.yaml:3: 'model.rank' stands here a second time (first in line 2)"),
@@ -443,11 +455,11 @@ def test_real_base_and_real_rows(form: str, real: Path, here: Path, capsys: pyte
         "llama2": real / "guanaco" / "guanaco-llama2-1k.train.parquet",
     }[form]
     base = real / "stories260K"
-    arguments = ["--run", "run", "--model.base", str(base), "--data.source", str(source), "--data.max_length", "256"]
+    arguments = ["--run", "./run", "--model.base", str(base), "--data.source", str(source), "--data.max_length", "256"]
     assert main(["fit", *arguments, *SHORT]) == 0
     best = json.loads(Path("run/adapter/result.json").read_text())
     capsys.readouterr()
-    assert main(["validate", "--run", "run"]) == 0
+    assert main(["validate", "--run", "./run"]) == 0
     assert f"val/loss  {best['val/loss']:.6f}\n" in capsys.readouterr().out
     _check_outside(base, Path("run/adapter"))
 

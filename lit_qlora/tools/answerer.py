@@ -3,6 +3,7 @@
 What `chat`, `predict` and whoever else answers without a Trainer stands on. Knows no files of prompts, no terminal.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -14,7 +15,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.run import RunFolder, newest_run, open_run
+from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
 from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.streaming import TextStream, text_of
@@ -65,9 +66,12 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
 
 def trained_run(run: str | None) -> RunFolder:
     """The run that is meant, by default the newest. Raises UserError when there is none, or no adapter in it."""
-    folder = open_run(Path(run)) if run else newest_run()
+    folder = open_run(run_path(run)) if run else newest_run()
     if not (folder.adapter / "adapter_config.json").is_file():
         raise UserError(f"run: {folder.path} has no adapter yet; train it first, or give --adapter")
+    if not run:  # beside the answer, which may be piped on
+        of_step = f" of step {folder.adapter_step()}" if folder.adapter_step() is not None else ""
+        print(f"   run  {folder.path}, the newest; its adapter{of_step}", file=sys.stderr, flush=True)
     return folder
 
 

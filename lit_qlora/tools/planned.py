@@ -165,9 +165,7 @@ def _checked(options: Any) -> QLoRATrainer:
 
     Accelerator, precision and the number of a GPU are another machine's affair.
     """
-    RunCheckpoints(
-        RunFolder(Path(options.run)), options.save_every_steps, options.keep_checkpoints, options.save_every_minutes
-    )
+    RunCheckpoints(RunFolder(Path()), options.save_every_steps, options.keep_checkpoints, options.save_every_minutes)
     if options.max_time is not None:
         parse_max_time(options.max_time)
     given = options.trainer.as_dict()

@@ -34,7 +34,7 @@ def test_nothing_of_the_trial_stays(tmp_path, monkeypatch, seen, optimizer):
     for on_cpu in (False, True):
         monkeypatch.setattr(Trial.__init__, "__defaults__", (on_cpu,))
         seen.clear()
-        assert main([*SHORT, "--run", f"run-{on_cpu}", "--model.optimizer", optimizer]) == 0
+        assert main([*SHORT, "--run", f"./run-{on_cpu}", "--model.optimizer", optimizer]) == 0
         finished[on_cpu] = (
             (tmp_path / f"run-{on_cpu}" / "adapter" / "adapter_model.safetensors").read_bytes(),
             [batch.rows for batch, _, _ in seen],
@@ -54,7 +54,7 @@ def test_on_a_resume_the_optimizers_state_stays(tmp_path, monkeypatch, seen):
     ends = []
     for on_cpu in (False, True):
         monkeypatch.setattr(Trial.__init__, "__defaults__", (on_cpu,))
-        run = ["--run", f"run-{on_cpu}", "--trainer.max_epochs", "1", "--model.schedule", "constant"]
+        run = ["--run", f"./run-{on_cpu}", "--trainer.max_epochs", "1", "--model.schedule", "constant"]
         assert main([*SHORT, *run, "--trainer.max_steps", "2"]) == 0
         assert main([*SHORT, *run, "--trainer.max_steps", "4"]) == 0
         ends.append((tmp_path / f"run-{on_cpu}" / "adapter" / "adapter_model.safetensors").read_bytes())

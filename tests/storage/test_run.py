@@ -10,7 +10,7 @@ import pytest
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import remove_folder, verify_folder, write_folder
-from lit_qlora.storage.run import RunFolder, differences, newest_run, open_run
+from lit_qlora.storage.run import RunFolder, differences, newest_run, open_run, run_path
 
 
 @pytest.fixture
@@ -230,6 +230,37 @@ def test_no_run_at_all_is_told(tmp_path):
         assert str(caught.value) == (
             f"no run in {root}/: train one first with 'python main.py fit', or name one with --run"
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mine", "runs/mine"),
+        ("one.jsonl", "runs/one.jsonl"),
+        ("./mine", "mine"),
+        ("mine/", "mine"),
+        ("runs/mine", "runs/mine"),
+        ("../mine", "../mine"),
+        ("/tmp/mine", "/tmp/mine"),
+        (".", "."),
+        ("..", ".."),
+    ],
+)
+def test_a_bare_name_lies_in_runs_and_anything_with_a_slash_is_a_path(name, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_path(name) == Path(expected)
+
+
+def test_a_run_of_that_name_in_the_current_folder_is_meant_while_runs_has_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_path("~/mine") == tmp_path / "mine"
+    Path("mine").mkdir()
+    assert run_path("mine") == Path("runs/mine")
+    Path("mine/config.yaml").write_text("a: 1\n")
+    assert run_path("mine") == Path("mine")
+    Path("runs/mine").mkdir(parents=True)
+    assert run_path("mine") == Path("runs/mine")
 
 
 def test_only_a_run_folder_can_be_opened(run, tmp_path):

@@ -129,8 +129,8 @@ def test_the_system_text_is_the_runs_unless_one_is_given(tmp_path, capsys, monke
         (["--prompt", "x \udcff"], "prompt: it holds bytes that are no UTF-8, or half a character"),
         (["--prompt", "word " * 600], "a prompt of 1816 tokens and max_new_tokens=256 are more than the 1024 tokens"),
         (["--prompt", "x", "--adapter", "nowhere"], "nowhere is no adapter: it has no adapter_config.json"),
-        (["--prompt", "x", "--adapter", "a", "--run", "b"], "adapter: a is given, and a run (b) too; give one"),
-        (["--prompt", "x", "--run", "nowhere"], "run: nowhere is no run folder: it has no config.yaml"),
+        (["--prompt", "x", "--adapter", "a", "--run", "./b"], "adapter: a is given, and a run (b) too; give one"),
+        (["--prompt", "x", "--run", "./nowhere"], "run: nowhere is no run folder: it has no config.yaml"),
         (["--prompt", "x", "--base", "./nowhere"], "base: no folder './nowhere'; give a hub id (owner/name)"),
         (["--prompt", "x", "--temperature", "-1"], "temperature: expected 0 or more, got -1.0"),
         (["--promt", "x"], "unknown option 'promt'; did you mean 'prompt'?"),
@@ -169,7 +169,7 @@ def test_an_altered_adapter_is_refused_before_the_base_is_loaded(here, trained, 
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    for chosen in (["--run", "copy"], ["--adapter", "copy/adapter"], ["--adapter", "copy/adapter", "--base", "demo"]):
+    for chosen in (["--run", "./copy"], ["--adapter", "copy/adapter"], ["--adapter", "copy/adapter", "--base", "demo"]):
         assert main(["chat", "--prompt", "x", *chosen]) == 2
         err = capsys.readouterr().err
         assert "adapter_model.safetensors" in err and "the adapter was altered or cut short after it was saved" in err

@@ -138,13 +138,13 @@ def test_in_bf16_and_packed_it_is_validate_s_too(here, evaluate, scored):
     config["data"] |= {"packing": True, "batch_tokens": 1024}
     config["trainer"] |= {"precision": "bf16-mixed"}
     Path("packed/config.yaml").write_text(yaml.safe_dump(config))
-    figures, lines = evaluate("--run", "packed", "--draws", "100")
+    figures, lines = evaluate("--run", "./packed", "--draws", "100")
     assert "precision bf16-mixed" in lines[0]
-    assert same(figures, "adapter", scored("validate", "--run", "packed"))
+    assert same(figures, "adapter", scored("validate", "--run", "./packed"))
     config["trainer"] |= {"precision": "16-mixed"}
     Path("packed/config.yaml").write_text(yaml.safe_dump(config))
-    assert main(["evaluate", "--run", "packed"]) == 2
-    figures, _ = evaluate("--run", "packed", "--precision", "auto", "--draws", "100")
+    assert main(["evaluate", "--run", "./packed"]) == 2
+    figures, _ = evaluate("--run", "./packed", "--precision", "auto", "--draws", "100")
     assert same(figures, "adapter", scored("validate", "--run", "runs/demo"))
 
 
@@ -241,7 +241,7 @@ LONG = [["word " * 400, "a", "b", "c", "d", "A"]]
         (["--max_length", "8"], "source: "),
         (["--max_length", "1025"], "max_length: expected at most 1,024 tokens, the max_position_embeddings of demo"),
         (["--draws", "9"], "draws: expected at least 100, got 9"),
-        (["--run", "nope"], "run: nope is no run folder"),
+        (["--run", "./nope"], "run: nope is no run folder"),
     ],
 )
 def test_mistakes_are_one_line(here, capsys, options, message):

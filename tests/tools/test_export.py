@@ -174,5 +174,5 @@ def test_a_disk_without_room(llama_cpp, merged, adapter, tmp_path, capsys, monke
 
 
 def test_options_that_do_not_go_together(llama_cpp, merged, tmp_path, capsys):
-    told = refusal(capsys, "--model", merged, "--run", "x", "--output", tmp_path / "x.gguf")
+    told = refusal(capsys, "--model", merged, "--run", "./x", "--output", tmp_path / "x.gguf")
     assert told.startswith("error: model: it is merged already")

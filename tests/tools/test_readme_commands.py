@@ -17,7 +17,7 @@ COMMANDS = re.findall(
 )
 DEMO = str(ROOT / "configs" / "demo.yaml")
 FILLED_IN = {
-    "fit --config F": ["fit", "--config", DEMO, "--run", "new", "--trainer.max_steps", "2",
+    "fit --config F": ["fit", "--config", DEMO, "--run", "./new", "--trainer.max_steps", "2",
                        "--trainer.limit_val_batches", "1", "--samples.count", "0"],
     "plan --config F": ["plan", "--config", DEMO],
     "predict --prompts F --output F": ["predict", "--prompts", "prompts.txt", "--output", "answers.jsonl"],

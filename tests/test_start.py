@@ -1,0 +1,176 @@
+"""Which run a command is for: by its name, or, without one, by its settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lit_qlora import start
+from lit_qlora.cli import main
+from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.errors import UserError
+from lit_qlora.model.base import find_base
+from lit_qlora.model.fingerprint import fingerprint
+from lit_qlora.storage.run import RunFolder, as_yaml
+
+DEMO = find_base("demo")
+CONFIG: dict[str, Any] = {
+    "model": {"base": "demo", "rank": 16},
+    "trainer": {"precision": "auto", "accelerator": "cpu", "max_steps": -1, "max_epochs": 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """`CONFIG` with other values, by dotted names with __."""
+    config = {section: {**options} for section, options in CONFIG.items()}
+    for name, value in values.items():
+        section, _, option = name.partition("__")
+        config[section][option] = value
+    return config
+
+
+def begun(path: str, config: Mapping[str, Any] = CONFIG) -> RunFolder:
+    run = RunFolder(Path(path))
+    run.path.mkdir(parents=True)
+    run.config.write_text(as_yaml(config))
+    run.metrics.touch()
+    return run
+
+
+def chosen(config: Mapping[str, Any], *, mirror: str | None = None, source: str = "demo") -> str:
+    default = RunFolder(Path("runs/demo"))
+    found = start.choose_run(default, Path(mirror) if mirror else None, config, DEMO, ChatDataModule(source))
+    return found.path.as_posix()
+
+
+def test_each_settings_have_a_run_of_their_own_and_come_back_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    rank_8, rank_4 = changed(model__rank=8), changed(model__rank=4)
+    assert chosen(CONFIG) == "runs/demo"
+    begun("runs/demo")
+    assert chosen(CONFIG) == "runs/demo"
+    assert capsys.readouterr().out == ""
+    assert chosen(rank_8) == "runs/demo-2"
+    assert capsys.readouterr().out == (
+        "   run  runs/demo has other settings: model.rank: 16 -> 8; this one is runs/demo-2\n"
+    )
+    begun("runs/demo-2", rank_8)
+    assert chosen(rank_4) == "runs/demo-3"
+    begun("runs/demo-3", rank_4)
+    assert [chosen(config) for config in (CONFIG, rank_8, rank_4)] == ["runs/demo", "runs/demo-2", "runs/demo-3"]
+
+
+def test_a_setting_that_may_change_makes_no_other_run() -> None:
+    begun("runs/demo", changed(model__rank=8))
+    begun("runs/demo-2")
+    assert chosen(changed(trainer__max_epochs=4)) == "runs/demo-2"
+
+
+def test_the_mirror_has_runs_too_where_this_machine_lost_them() -> None:
+    begun("drive/demo", changed(model__rank=8))
+    assert chosen(CONFIG, mirror="drive") == "runs/demo-2"
+    begun("drive/demo-2")
+    assert chosen(CONFIG, mirror="drive") == "runs/demo-2"
+    assert chosen(changed(model__rank=8), mirror="drive") == "runs/demo"
+    begun("runs/demo")  # what is here decides, where there is something
+    assert chosen(CONFIG, mirror="drive") == "runs/demo"
+
+
+@pytest.mark.parametrize(
+    ("record", "config", "expected"),
+    [
+        ({}, changed(model__base="other"), "runs/demo-2"),  # nothing says what base it was
+        ({"base": fingerprint(DEMO)}, changed(model__base="copy"), "runs/demo"),
+        ({"base": "v2-full-0-0"}, changed(model__base="other"), "runs/demo-2"),
+        ({"precision": "32-true"}, changed(trainer__precision="32-true"), "runs/demo"),
+        ({"precision": "bf16-mixed"}, changed(trainer__precision="32-true"), "runs/demo-2"),
+        ({"steps": 9, "settings": CONFIG}, changed(trainer__max_steps=8), "runs/demo-2"),
+        ({"steps": 9, "settings": CONFIG}, changed(trainer__max_steps=10), "runs/demo"),
+        ({"steps": 9, "settings": CONFIG}, changed(trainer__max_epochs=2), "runs/demo-2"),
+    ],
+)
+def test_what_the_checkpoint_would_refuse_makes_another_run(
+    monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], config: dict[str, Any], expected: str
+) -> None:
+    begun("runs/demo")
+    monkeypatch.setattr(start, "_record", lambda _: record)
+    assert chosen(config) == expected
+
+
+def test_a_finished_run_is_not_made_shorter_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun("runs/demo").finished_mark.write_text('{"step": 9, "steps": 9}')
+    monkeypatch.setattr(start, "_record", lambda _: {"steps": 9, "settings": CONFIG})
+    assert chosen(changed(trainer__max_steps=8)) == "runs/demo"
+
+
+def test_rows_that_are_not_there_are_reported_before_a_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    run = begun("runs/demo")
+    wrong = changed(model__rank=8)
+    with pytest.raises(UserError, match=r"nope\.jsonl: no such file"):
+        chosen(wrong, source="nope.jsonl")
+    for data in (ChatDataModule("demo", validation_source="nope.jsonl"), ChatDataModule(test_source="nope.jsonl")):
+        with pytest.raises(UserError, match=r"nope\.jsonl: no such file"):
+            start.check_against_first(run, wrong, data)
+    with pytest.raises(UserError, match=r"model\.rank: 16 -> 8; give --run NAME"):
+        start.check_against_first(run, wrong, ChatDataModule("owner/name"))  # the hub is not asked
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "expected"),
+    [(None, "owner/Llama-2", "Llama-2"), (["a.yaml", "b/mine.yaml"], "demo", "mine"), (None, "/", "run")],
+)
+def test_without_a_name_a_run_is_called_after_its_last_config_or_its_base(
+    config: list[str] | None, base: str, expected: str
+) -> None:
+    options = SimpleNamespace(config=config, model=SimpleNamespace(base=base))
+    assert start.default_run(options) == Path("runs", expected)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--run", "mine"], "runs/mine"),
+        (["--run=mine"], "runs/mine"),
+        (["--run", "./mine"], "mine"),
+        (["--run", "other/mine"], "other/mine"),
+        (["--config", "a.yaml"], "runs/of-a"),
+        (["--config=a.yaml"], "runs/of-a"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "of-b"),
+        (["--config", "a.yaml", "--run", "mine"], "runs/mine"),
+        (["--config", "c.yaml"], None),
+    ],
+)
+def test_where_a_named_run_lies(args: list[str], expected: str | None) -> None:
+    for name, text in (("a", "run: of-a\n"), ("b", "run: ./of-b\n"), ("c", "seed_everything: 1\n")):
+        Path(f"{name}.yaml").write_text(text)
+    completed = start.complete(["fit", *args])
+    given = completed[completed.index("--run", len(completed) - 2) + 1] if completed[-2] == "--run" else None
+    assert given == expected
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["chat", "--prompt", "x"],
+        ["predict", "--prompts", "x.txt", "--output", "out.jsonl"],
+        ["merge", "--output", "out"],
+        ["export", "--to", "gguf", "--output", "out.gguf"],
+        ["evaluate"],
+        ["push", "--to", "me/mine"],
+        ["validate"],
+        ["test"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_every_verb_takes_the_name(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.txt").write_text("hello\n")
+    assert main([*args, "--run", "mine"]) == 2
+    assert "error: run: runs/mine is no run folder" in capsys.readouterr().err

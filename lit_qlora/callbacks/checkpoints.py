@@ -23,7 +23,10 @@ from lit_qlora.errors import require
 from lit_qlora.storage.checkpoint_io import check_checkpoint
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
-from lit_qlora.storage.run import CARD, RESULT, RunFolder, mend_adapter
+from lit_qlora.storage.run import CARD, RunFolder, mend_adapter
+
+RESULT = "result.json"
+"""In an adapter folder: the step that it is of, and its held-out figures."""
 
 
 @dataclass(frozen=True)

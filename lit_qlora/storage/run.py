@@ -32,8 +32,6 @@ RUNS = Path("runs")
 STEP = "step-"
 CARD = "README.md"
 """The file in an adapter folder that people read; who edits it has altered no model."""
-RESULT = "result.json"
-"""The file in an adapter folder that says which step it is of, and its figures."""
 
 FOR_ONE_START = ("config", "run", "max_time")
 """Options that hold for one start: no part of the configuration that a run keeps."""
@@ -221,13 +219,6 @@ class RunFolder:
         """The configuration that the run was first started with. Raises UserError where it is damaged."""
         return as_sections(self.read_options())
 
-    def adapter_step(self) -> int | None:
-        """The optimizer step that the best adapter is of; None where nothing says so."""
-        try:
-            return int(json.loads((self.adapter / RESULT).read_bytes())["step"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-
     def configs(self) -> list[Path]:
         """The configurations of all starts that differed, the first one's first."""
         later = (self.path / f"config.{number}.yaml" for number in _from(2))
@@ -304,7 +295,7 @@ def mend_adapter(
 def _verify_adapter(folder: Path) -> int:
     """Files and figures, which say whether it is still the best. Returns its step; raises DamagedFolderError."""
     verify_folder(folder, allow_extra=True, may_differ=[CARD])
-    file = folder / RESULT
+    file = folder / "result.json"
     try:
         step = json.loads(file.read_bytes())["step"] if file.is_file() else 0
         found = "no step"

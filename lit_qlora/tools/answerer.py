@@ -3,7 +3,6 @@
 What `chat`, `predict` and whoever else answers without a Trainer stands on. Knows no files of prompts, no terminal.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -69,9 +68,6 @@ def trained_run(run: str | None) -> RunFolder:
     folder = open_run(run_path(run)) if run else newest_run()
     if not (folder.adapter / "adapter_config.json").is_file():
         raise UserError(f"run: {folder.path} has no adapter yet; train it first, or give --adapter")
-    if not run:  # beside the answer, which may be piped on
-        of_step = f" of step {folder.adapter_step()}" if folder.adapter_step() is not None else ""
-        print(f"   run  {folder.path}, the newest; its adapter{of_step}", file=sys.stderr, flush=True)
     return folder
 
 

@@ -68,6 +68,10 @@ def chat(
     elif prompt is None:
         Terminal(answerer, sampling, system).run()
     else:
+        answerer.prompt(question, sampling)
+        answerer.model  # noqa: B018  # with the prompt, all that an error can be of: it would be the only line
+        if not (run or adapter):  # beside the answer, which may be piped on
+            print(f"(the newest run's adapter answers: {answerer.adapter})", file=sys.stderr, flush=True)
         _answer_once(answerer, question, sampling)
 
 

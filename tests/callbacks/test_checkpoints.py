@@ -7,14 +7,14 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from lit_qlora.callbacks.checkpoints import RunCheckpoints, read_result
+from lit_qlora.callbacks.checkpoints import RESULT, RunCheckpoints, read_result
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.stop import StopWithoutGain
 from lit_qlora.errors import UserError
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.folders import verify_folder, write_folder
-from lit_qlora.storage.run import RESULT, RunFolder
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import load_state
 
 

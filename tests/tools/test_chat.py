@@ -67,13 +67,16 @@ def piped(monkeypatch):
 
 # Once
 
+NEWEST = "(the newest run's adapter answers: runs/demo/adapter)\n"
+"""What stands beside an answer where no run was named."""
+
 
 def test_one_answer_is_transformers_own_greedy_one(here, answerer, capsys):
     assert main(["chat", "--prompt", SILAS]) == 0
     out, err = capsys.readouterr()
     assert out == greedy(answerer, question(SILAS), 256) + "\n"
     assert len(out) > 20
-    assert err == ""
+    assert err == NEWEST
 
 
 def test_a_pipe_is_one_prompt(here, answerer, piped, capsys):
@@ -86,7 +89,7 @@ def test_the_limit_is_told_apart_from_the_answer(here, answerer, capsys):
     assert main(["chat", "--prompt", SILAS, "--max_new_tokens", "3"]) == 0
     out, err = capsys.readouterr()
     assert out == greedy(answerer, question(SILAS), 3) + "\n"
-    assert err == "(cut at 3 tokens; --max_new_tokens sets the limit)\n"
+    assert err == f"{NEWEST}(cut at 3 tokens; --max_new_tokens sets the limit)\n"
 
 
 def test_a_seed_repeats_what_is_drawn(here, capsys):
@@ -129,7 +132,7 @@ def test_the_system_text_is_the_runs_unless_one_is_given(tmp_path, capsys, monke
         (["--prompt", "x \udcff"], "prompt: it holds bytes that are no UTF-8, or half a character"),
         (["--prompt", "word " * 600], "a prompt of 1816 tokens and max_new_tokens=256 are more than the 1024 tokens"),
         (["--prompt", "x", "--adapter", "nowhere"], "nowhere is no adapter: it has no adapter_config.json"),
-        (["--prompt", "x", "--adapter", "a", "--run", "./b"], "adapter: a is given, and a run (b) too; give one"),
+        (["--prompt", "x", "--adapter", "a", "--run", "b"], "adapter: a is given, and a run (b) too; give one"),
         (["--prompt", "x", "--run", "./nowhere"], "run: nowhere is no run folder: it has no config.yaml"),
         (["--prompt", "x", "--base", "./nowhere"], "base: no folder './nowhere'; give a hub id (owner/name)"),
         (["--prompt", "x", "--temperature", "-1"], "temperature: expected 0 or more, got -1.0"),

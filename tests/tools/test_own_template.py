@@ -62,7 +62,7 @@ def test_config_and_adapter_keep_the_template_itself(run):
     assert (record["prompt_format"], record["template"], record["system"]) == ("jinja", SOURCE, "Be brief.")
 
 
-@pytest.mark.parametrize("by", ["--run", "./--adapter"])
+@pytest.mark.parametrize("by", ["--run", "--adapter"])
 def test_chat_writes_the_prompts_of_training(run, by, monkeypatch, capsys):
     seen = []
 

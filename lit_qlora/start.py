@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.sources import has_split, is_hub_id
+from lit_qlora.data.sources import find_splits, is_hub_id
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import fingerprint
 from lit_qlora.model.base import Base, missing_bytes
@@ -209,7 +209,7 @@ def _check_sources(data: ChatDataModule) -> None:
     """Raises UserError for a file or folder of rows that is not there."""
     for source in filter(None, (data.source, data.validation_source, data.test_source)):
         if not is_hub_id(source):
-            has_split(source, "train")
+            find_splits(source)
 
 
 def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataModule) -> None:

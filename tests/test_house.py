@@ -59,6 +59,15 @@ def test_nothing_that_runs_what_it_reads(path: Path) -> None:
         assert not UNSAFE & {*named}, f"line {getattr(node, 'lineno', '?')}"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_json_has_one_reader(path: Path) -> None:
+    """Which knows what json.loads makes of 200,000 brackets; what a library wrote a moment ago needs none."""
+    if path.name == "files.py" and path.parent.name == "storage":
+        return
+    for line in path.read_text().splitlines():
+        assert not re.search(r"\bjson\.loads?\((?!file\)|.*\.to_str\(\))", line), line
+
+
 def test_the_readme_maps_every_module() -> None:
     readme = (ROOT / "README.md").read_text()
     named = {str(path.relative_to(ROOT)) for path in MODULES if path.name != "__init__.py"}

@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lit_qlora.callbacks.curves import CURVES, draw_curves
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.storage.files import read_json
 from lit_qlora.storage.run import CARD, RunFolder, as_yaml
 from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation, Turn
@@ -71,7 +72,7 @@ def write_card(
     ``settings`` are those of this start; None: of the run's first.
     """
     if settings or run.config.is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
         figures = {line["step"]: line for line in read_metrics(run.metrics)}
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):  # the line of this step is not in the file yet

@@ -21,7 +21,7 @@ from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.tell import tell
 from lit_qlora.errors import require
 from lit_qlora.storage.checkpoint_io import check_checkpoint
-from lit_qlora.storage.files import SaveError
+from lit_qlora.storage.files import SaveError, read_json
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
 from lit_qlora.storage.run import CARD, RunFolder, mend_adapter
 
@@ -283,4 +283,4 @@ def _makes_way(target: Path) -> bool:
 def read_result(adapter: Path) -> dict[str, Any] | None:
     """The step and the held-out figures of a run's adapter; None where there is no adapter yet."""
     file = adapter / RESULT
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return read_json(file) if file.is_file() else None

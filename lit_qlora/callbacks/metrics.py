@@ -20,7 +20,7 @@ from lit_qlora.batch import Batch
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.tell import tell
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
-from lit_qlora.storage.files import SaveError, replace_file, sync_file
+from lit_qlora.storage.files import SaveError, parse_json, replace_file, sync_file
 
 
 def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
@@ -177,7 +177,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _line(text: bytes) -> dict[str, Any] | None:
     try:
-        line = json.loads(text)
+        line = parse_json(text)
     except ValueError:
         return None
     return line if isinstance(line, dict) and type(line.get("step")) is int else None

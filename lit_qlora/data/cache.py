@@ -15,7 +15,7 @@ from typing import Any
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import SaveError
+from lit_qlora.storage.files import SaveError, parse_json
 from lit_qlora.storage.folders import DamagedFolderError, verify_folder, write_folder
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -54,7 +54,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         if folder.exists():
             print(f"warning: {problem}; the rows are encoded anew", file=sys.stderr)
         _write(folder, conversations, encoder)
-    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    counts = parse_json((folder / "counts.json").read_text(encoding="utf-8"))
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return EncodedRows(
         examples.select_columns(["input_ids", "labels"]),

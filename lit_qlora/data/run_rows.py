@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import write_file
+from lit_qlora.storage.files import parse_json, write_file
 from lit_qlora.text.conversation import Conversation
 
 VERSION = 1
@@ -46,7 +46,7 @@ class RunRows:
             UserError: it is damaged.
         """
         try:
-            values = json.loads(file.read_bytes())
+            values = parse_json(file.read_bytes())
             if values["version"] != VERSION:
                 raise ValueError(f"version {values['version']!r}")
             source = values["validation_source"]
@@ -55,7 +55,7 @@ class RunRows:
                 raise ValueError("no held-out row")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:100]
             raise UserError(
                 f"{file} is damaged ({reason}): it says which rows the run held out; put a copy of it back, or remove "

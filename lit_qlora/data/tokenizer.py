@@ -4,6 +4,7 @@ Knows no conversation, no prompt format, no weights.
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_qlora import demo
@@ -42,10 +43,12 @@ def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
 def _load(base: str, **changes: bool) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
+    location = demo.BASE if base == "demo" else base
     try:
+        _check_class(location)
         # Left unsaid, whoever sits at a terminal is asked, and a "y" runs the code.
-        return AutoTokenizer.from_pretrained(demo.BASE if base == "demo" else base, trust_remote_code=False, **changes)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **changes)
+    except Exception as error:  # its files come from anywhere, and the library takes them to be as it writes them
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"model.base: the tokenizer of {base!r} is code of its own, and code that comes with a base is never "
@@ -54,9 +57,29 @@ def _load(base: str, **changes: bool) -> "PreTrainedTokenizerBase":
         raise UserError(f"model.base: no tokenizer could be loaded from {base!r}: {_reason(error)}") from error
 
 
+def _check_class(location: str | Path) -> None:
+    """Raises ValueError where tokenizer_config.json names what is in the library, and no tokenizer: it would be loaded.
+
+    A name that the library does not have stands for the plain tokenizer of its kind, or is refused as code.
+    """
+    import transformers
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    name = get_tokenizer_config(location).get("tokenizer_class") or "PreTrainedTokenizerFast"
+    kind = getattr(transformers, name, transformers.PreTrainedTokenizerBase)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
+        raise ValueError(f"tokenizer_class {name} in its tokenizer_config.json is no tokenizer")
+
+
 def _reason(error: Exception) -> str:
     """In the library's words, but where those lead astray."""
-    words = str(error).strip().splitlines()[0].rstrip()
+    if isinstance(error, RecursionError):
+        return "its files are nested too deep, or name each other"
+    if not isinstance(error, OSError | ValueError):
+        return (
+            f"tokenizer_config.json or a file beside it is not as it was saved ({' '.join(str(error).split())[:200]})"
+        )
+    words = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
     if "tiktoken" in words:  # its next guess, once sentencepiece has failed
         if find_spec("sentencepiece") is None:
             return "it has no tokenizer.json, and a tokenizer.model needs sentencepiece; pip install sentencepiece"

@@ -5,7 +5,6 @@ files only. Knows no torch; what stands in the weights is `lit_qlora.model.weigh
 """
 
 import difflib
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from lit_qlora import demo
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape
+from lit_qlora.storage.files import parse_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where weights are looked for: in the one file, else in those that the index names, as transformers does."""
@@ -168,9 +168,9 @@ def weight_files(base: Base, find: Callable[[Base, str], Path | None] | None = N
 
 def _shards(base: Base, index: Path) -> list[str]:
     try:
-        names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        names = {*parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()}
         plain = names and all(Path(name).name == name and name.endswith(".safetensors") for name in names)
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.base: {base.name}: {INDEX} can't be read: {reason}; take another copy") from error
     if not plain:

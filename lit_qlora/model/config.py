@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_qlora.errors import UserError
+from lit_qlora.storage.files import parse_json
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -184,8 +185,8 @@ def _read(name: str, file: Path) -> dict[str, Any]:
             raise UserError(
                 f"model.base: {name}: config.json has {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}"
             )
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        told = parse_json(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise UserError(f"model.base: {name}: config.json can't be read: {error}") from error
     if not isinstance(told, dict):
         raise UserError(f"model.base: {name}: config.json: expected a JSON object, got {_shown(told)}")

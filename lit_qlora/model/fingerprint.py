@@ -21,6 +21,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, commit, stored_file
 from lit_qlora.model.config import rope_of
 from lit_qlora.model.weights import Stored, stored_tensors
+from lit_qlora.storage.files import parse_json
 
 VERSION = "v2"
 ORIGINAL = "lit_qlora_original.json"
@@ -182,7 +183,7 @@ def _first_version(base: Base) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # whatever it is, it is none of ours
+        told = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whatever it is, it is none of ours
         return {}
     return told if isinstance(told, dict) else {}

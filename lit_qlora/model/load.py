@@ -21,7 +21,7 @@ from lit_qlora.model.device import Attention
 from lit_qlora.model.fingerprint import fingerprint, is_of, shown
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.weights import check_weights, fetch
-from lit_qlora.storage.files import disk_error
+from lit_qlora.storage.files import disk_error, read_json
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.run import CARD
 from lit_qlora.text import jinja, llama2
@@ -43,6 +43,10 @@ RECORD = "lit_qlora.json"
 
 IN_CONFIG = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
 """What the record repeats of adapter_config.json: by it, an alpha that was changed there is noticed."""
+
+
+TEXTS = ("base", "base_fingerprint", "base_dtype", "prompt_format", "system", "template", "template_sha256")
+"""What the record says in words, if at all."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def check_settings(folder: Path, lora: Lora) -> None:
 
     Raises UserError that names the first setting that differs.
     """
-    config = _read_json(folder / "adapter_config.json")
+    config = read_json(folder / "adapter_config.json")
     # peft writes whole paths where it was told all-linear; as a set they mean their last parts.
     targets = sorted({target.rpartition(".")[2] for target in _names(config.get("target_modules") or "all-linear")})
     of_adapter: dict[str, Any] = {
@@ -245,7 +249,7 @@ def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: b
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = _read_json(folder / "adapter_config.json")
+    config = read_json(folder / "adapter_config.json")
     for name, expected in {"r": rank, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": dora}.items():
         found = config.get(name) or False
         if found != expected:
@@ -279,7 +283,7 @@ def save_adapter(
         raise disk_error(error, folder) from error
     # peft writes the local path of the base and a card of blanks; neither is to leave this machine.
     config_file = folder / "adapter_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
     config["base_model_name_or_path"] = base.public_name
     # peft keeps them in a set, whose order is another in each process.
     config["target_modules"] = sorted(config["target_modules"])
@@ -301,12 +305,15 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} is no adapter: it has no adapter_config.json")
-    kind = _read_json(folder / "adapter_config.json").get("peft_type")
+    config = read_json(folder / "adapter_config.json")
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder}: adapter_config.json says that it is {kind or 'of no type'}, expected LORA")
-    others = _read_json(folder / "adapter_config.json").get("modules_to_save")
+    others = config.get("modules_to_save")
     if others:
-        raise UserError(f"{folder}: it holds whole layers beside LoRA ({', '.join(others)}), which can't be used here")
+        raise UserError(f"{folder}: it holds whole layers beside LoRA ({others}), which can't be used here")
+    if config.get("megatron_config"):  # with which some versions of peft import the module that megatron_core names
+        raise UserError(f"{folder}: adapter_config.json has megatron_config, which can't be used here; take it out")
     if (folder / MANIFEST).is_file():
         try:
             verify_folder(folder, allow_extra=True, may_differ=[CARD])
@@ -317,7 +324,9 @@ def read_record(folder: Path) -> dict[str, Any]:
             ) from error
     record = {"base": None, "base_fingerprint": None, "prompt_format": PROMPT_FORMAT}
     if (folder / RECORD).is_file():
-        record |= _read_json(folder / RECORD)
+        record |= read_json(folder / RECORD)
+        for name in TEXTS:
+            require(isinstance(record.get(name), str | None), f"{folder}: {RECORD}: {name}", "a text", record.get(name))
         _check_own(folder, record)
     if record["prompt_format"] not in (PROMPT_FORMAT, jinja.FORMAT):
         raise UserError(
@@ -337,21 +346,11 @@ def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
     remedy = "take an adapter that is as it was saved"
     if not record["base"] or not record["base_fingerprint"]:
         raise UserError(f"{folder}: its {RECORD} does not say which base it is for: it was altered; {remedy}")
-    config = _read_json(folder / "adapter_config.json")
+    config = read_json(folder / "adapter_config.json")
     for name, key in IN_CONFIG.items():
         was, now = record.get(name), config.get(key) or False
         if was is not None and was != now:  # earlier versions recorded none of them
             raise UserError(f"{folder}: adapter_config.json or {RECORD} was altered: {key}: {was} -> {now}; {remedy}")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} can't be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object, got {type(values).__name__}")
-    return values
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -3,11 +3,10 @@
 Reads safetensors, the base's and the adapter's, without peft and without a model. Knows no folder to write to.
 """
 
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +16,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.weights import BUFFER, STATE, stored_tensors
+from lit_qlora.storage.files import read_json
 
 Onto = Literal["quantized", "original"]
 
@@ -76,7 +76,7 @@ class LoraWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        config: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "adapter_config.json")
         found = [name for name in UNKNOWN if config.get(name)]
         if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "loftq")):
             found.append("init_lora_weights")  # the base itself was changed

@@ -3,7 +3,6 @@
 Reads no more of the values than it is asked for. Knows no torch and no adapters.
 """
 
-import json
 import math
 import re
 import struct
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, stored_file, weight_files
 from lit_qlora.model.shape import Shape
+from lit_qlora.storage.files import parse_json
 
 LARGEST_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
@@ -61,7 +61,7 @@ def stored_tensors(base: Base) -> dict[str, Stored]:
         state = file.stat()
         try:
             tensors = _tensors(file, state.st_mtime_ns, state.st_size)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"model.base: the weights of {base.name} can't be read: {file.name}: {reason}") from error
         twice = sorted(found.keys() & tensors.keys())
@@ -81,7 +81,7 @@ def _tensors(file: Path, _: int, num_bytes: int) -> dict[str, Stored]:
         (length,) = struct.unpack("<Q", stream.read(8))
         if length > LARGEST_HEADER or 8 + length > num_bytes:
             raise ValueError(f"its header is said to have {length:,} bytes, and the file has {num_bytes:,}")
-        header = json.loads(stream.read(length))
+        header = parse_json(stream.read(length))
     found = {}
     for name, entry in header.items():
         if name != "__metadata__":

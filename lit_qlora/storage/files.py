@@ -5,11 +5,15 @@ Knows nothing of what the files hold.
 """
 
 import errno
+import json
 import os
 import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from lit_qlora.errors import UserError
 
 _UNKNOWN_HERE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EBADF, errno.EISDIR}
 """What a mounted file system may answer to something that only real disks know."""
@@ -60,6 +64,25 @@ def replace_file(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise SaveError(path, error, len(content)) from error
         raise
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads`. Raises ValueError for what is nested deeper than Python's stack, too: files come from anywhere."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where there is none."""
+    try:
+        values = parse_json(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} can't be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def sync_file(path: Path) -> None:

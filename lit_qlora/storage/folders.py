@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path, PureWindowsPath
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import SaveError, sync_file, sync_folder
+from lit_qlora.storage.files import SaveError, parse_json, sync_file, sync_folder
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -212,10 +212,10 @@ def _seal(folder: Path) -> None:
 def _read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
     expected = f"a manifest of version {VERSION}"
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = parse_json((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
         raise DamagedFolderError(folder, MANIFEST, expected, "no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedFolderError(folder, MANIFEST, expected, _one_line(error)) from error
     match manifest:
         case {"version": int(version), "files": dict(files)} if version == VERSION:

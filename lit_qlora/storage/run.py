@@ -3,7 +3,6 @@
 Reads and names; what is in a checkpoint or an adapter is written by others. Knows no torch.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import size, write_file
+from lit_qlora.storage.files import parse_json, size, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
     clear_leftovers,
@@ -201,9 +200,9 @@ class RunFolder:
         if not self.finished_mark.is_file():
             return None
         try:
-            mark = dict(json.loads(self.finished_mark.read_bytes()))
+            mark = dict(parse_json(self.finished_mark.read_bytes()))
             return mark | {name: int(mark[name]) for name in ("step", "steps")}
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             print(f"warning: {self.finished_mark} is damaged: the run is ended once more", file=sys.stderr)
             return None
 
@@ -297,7 +296,7 @@ def _verify_adapter(folder: Path) -> int:
     verify_folder(folder, allow_extra=True, may_differ=[CARD])
     file = folder / "result.json"
     try:
-        step = json.loads(file.read_bytes())["step"] if file.is_file() else 0
+        step = parse_json(file.read_bytes())["step"] if file.is_file() else 0
         found = "no step"
     except (ValueError, TypeError, KeyError) as error:
         step, found = None, " ".join(str(error).split())

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lit_qlora.storage.files import disk_error
+from lit_qlora.storage.files import disk_error, parse_json
 from lit_qlora.storage.folders import DamagedFolderError
 
 TENSORS = "state.safetensors"
@@ -71,7 +71,7 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
         if with_tensors:
             tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
         file = SKELETON
-        skeleton = json.loads((folder / SKELETON).read_text(encoding="ascii"))
+        skeleton = parse_json((folder / SKELETON).read_text(encoding="ascii"))
         if skeleton["version"] != VERSION:
             raise ValueError(f"version {skeleton['version']!r}")
         state = _decode(skeleton["state"], tensors)
@@ -90,8 +90,8 @@ def check_tensors(folder: Path) -> None:
         DamagedFolderError: it holds others, or is no such file.
     """
     names: set[str] = set()
-    _decode(json.loads((folder / SKELETON).read_text(encoding="ascii"))["state"], _Names(names))
     try:
+        _decode(parse_json((folder / SKELETON).read_text(encoding="ascii"))["state"], _Names(names))
         with safe_open(folder / TENSORS, framework="pt") as file:
             found = {*file.keys()}
     except _UNREADABLE as error:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, require
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.quiet import quieten
@@ -51,7 +51,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     """
     if adapter is None:
         folder = trained_run(run)
-        settings = folder.read_config()
+        settings = _settings(folder)
         return Chosen(_find(base) if base else find_base(settings["model"]["base"]), folder.adapter, settings)
     if run:
         raise UserError(f"adapter: {adapter} is given, and a run ({run}) too; give one of the two")
@@ -61,6 +61,21 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     if base is None:
         raise UserError(f"adapter: {adapter} does not say which base it is for; give --base")
     return Chosen(_find(base), Path(adapter), None)
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """The options that ``run`` was trained with, in sections that are all there.
+
+    Raises UserError where the texts among them that every verb reads are none: the folder may come from anywhere.
+    """
+    settings = {"model": {}, "data": {}, "trainer": {}} | run.read_config()
+    for name in ("model", "data", "trainer"):
+        require(isinstance(settings[name], dict), f"{run.config}: {name}", "options below it", settings[name])
+    for section, name in (("model", "base"), ("model", "quantized_cache"), ("data", "source"), ("data", "system")):
+        value = settings[section].get(name)
+        holds = isinstance(value, str) or (value is None and name != "base")
+        require(holds, f"{run.config}: {section}.{name}", "a text", value)
+    return settings
 
 
 def trained_run(run: str | None) -> RunFolder:

@@ -3,7 +3,6 @@
 llama.cpp's own script converts; this finds it and calls it. Knows nothing of GGUF but its first four bytes.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from typing import Literal
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base
+from lit_qlora.storage.files import read_json
 from lit_qlora.text import jinja
 from lit_qlora.text.templates import modelfile
 from lit_qlora.tools.answerer import choose_adapter
@@ -140,7 +140,7 @@ def _write_modelfile(model: Path, target: Path, beside: Path) -> None:
     if not record.is_file():
         print(f"no Modelfile: {model} does not say which prompts it was trained with (it has no {MERGED})")
         return
-    made_of = json.loads(record.read_text(encoding="utf-8"))
+    made_of = read_json(record)
     if made_of.get("prompt_format") == jinja.FORMAT:
         print(
             f"no Modelfile: this model was trained with data.template, which is Jinja, and Ollama's templates are not; "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import replace_file
+from lit_qlora.storage.files import parse_json, replace_file
 
 
 class Unfinished:
@@ -37,7 +37,7 @@ class Unfinished:
             return False
         self.check_free()
         try:
-            was, digest = json.loads(self.made.read_bytes()), _digest(self.target.read_bytes())
+            was, digest = parse_json(self.made.read_bytes()), _digest(self.target.read_bytes())
         except (OSError, ValueError):
             was, digest = {}, ""
         if was != {**belongs_to, "sha256": digest}:
@@ -128,7 +128,7 @@ def _digest(output: bytes) -> str:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
 

@@ -68,6 +68,56 @@ def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(tmp_path, monke
     assert not ran.exists()
 
 
+def _changed(tmp_path, name, text):
+    base = tmp_path / "base"
+    shutil.copytree(demo.BASE, base)
+    (base / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(base))
+    assert str(caught.value).startswith(f"model.base: no tokenizer could be loaded from '{base}': ")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "config.json"]
+)
+def test_files_nested_without_end_are_one_line(tmp_path, name):
+    assert "nested too deep" in _changed(tmp_path, name, '{"a": ' + 200_000 * "[")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"auto_map": "x"},
+        {"auto_map": 3},
+        {"tokenizer_class": 3},
+        {"tokenizer_class": ["LlamaTokenizer"]},
+        {"tokenizer_class": "BertJapaneseTokenizer"},
+        {"bos_token": 3},
+        {"extra_special_tokens": 3},
+        {"added_tokens_decoder": {"a": 1}},
+        {"init_inputs": ["x"]},
+        {"self": 1},
+        {"padding_side": "up"},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_config_of_odd_values_is_one_line(tmp_path, changed):
+    rules = json.loads((demo.BASE / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _changed(tmp_path, "tokenizer_config.json", json.dumps(rules | changed))
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "AutoModel", "AutoTokenizer", "pipeline", "logging"])
+def test_a_tokenizer_config_names_nothing_but_a_tokenizer(tmp_path, name, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    rules = json.loads((demo.BASE / "tokenizer_config.json").read_text(encoding="utf-8"))
+    told = _changed(tmp_path, "tokenizer_config.json", json.dumps(rules | {"tokenizer_class": name}))
+    assert told.endswith(f"tokenizer_class {name} in its tokenizer_config.json is no tokenizer")
+
+
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

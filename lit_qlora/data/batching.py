@@ -4,10 +4,13 @@ The order is a function of (seed, epoch) and nothing else, so a loader's whole s
 Knows lengths and ids; not what they say, nor what is computed of them.
 """
 
+import os
 import random
+import threading
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection, parent_process
 from typing import Any
 
 import torch
@@ -149,6 +152,23 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _end_with_parent(_: int) -> None:
+    """In a worker: has it end at once when the process that began it does, even if that was killed."""
+
+    def wait(sentinel: int) -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=wait, args=[parent.sentinel], daemon=True).start()
+
+
 class ResumableLoader:
     """Batches, epoch after epoch; each iteration is the next epoch, or the rest of the one it was cut in.
 
@@ -200,6 +220,7 @@ class ResumableLoader:
             batch_size=None,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # without a batch size, it gets one item
             num_workers=self.num_workers,
+            worker_init_fn=_end_with_parent,
         )
         with no_signals_for_children():  # the workers end with the epoch, or when this process does
             batches = iter(loader)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningDataModule
 
 from lit_qlora.batch import Batch
-from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate
+from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate, num_cores
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.encode import Encoder, TrainOn
 from lit_qlora.data.forms import Form
@@ -53,7 +53,7 @@ class ChatDataModule(LightningDataModule):
         batch_tokens: instead: as many rows as fit into this many tokens, padding counted.
         packing: conversations of a micro-batch stand in one row, without padding, each seeing only itself; needs
             batch_tokens.
-        num_workers: processes that prepare batches ahead.
+        num_workers: processes that prepare batches ahead; no more than there are cores.
         strict: the first row that can't be used is an error; default: up to one in ten is left out, and counted.
         tokenizer: hub id or folder of the tokenizer; the command line takes it from ``model.base``.
         seed: of the order and of the held-out share; the command line takes it from ``seed_everything``.
@@ -154,6 +154,8 @@ class ChatDataModule(LightningDataModule):
             unread = parts.unread()
             if unread:
                 self._note("train", f"not read of {self.source}: {', '.join(unread)}")
+            if self.num_workers > num_cores():
+                self._note("train", f"{num_cores()} of {self.num_workers:,} num_workers, for there are no more cores")
             self._encode("train", train)
             self._encode("validation", held_out)
             self._check_limit("train", "limit_train_batches")
@@ -177,7 +179,7 @@ class ChatDataModule(LightningDataModule):
             device_index=self.trainer.global_rank,
             num_devices=self.trainer.world_size,
             limit=self.trainer.limit_train_batches,
-            num_workers=self.num_workers,
+            num_workers=min(self.num_workers, num_cores()),
             packed=self.plan.packed,
         )
 

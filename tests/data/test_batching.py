@@ -1,8 +1,13 @@
 """Every row once an epoch, little padding, an order that two numbers give back, and one denominator a step."""
 
+import multiprocessing
+import os
 import random
+import signal
+import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +192,41 @@ def test_batches_are_typed_with_workers_too():
     (batch, *_) = loader(num_workers=1)
     assert isinstance(batch.rows, tuple)
     assert batch.input_ids.dtype == torch.int64
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="this system does not show its processes")
+def test_workers_end_with_a_parent_that_is_killed():
+    here, there = multiprocessing.Pipe(duplex=False)
+    parent = multiprocessing.get_context("fork").Process(target=_begin_workers, args=[there])
+    parent.start()
+    there.close()
+    workers = here.recv()
+    assert len(workers) == 2 and all(map(_lives, workers))
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 2
+    while any(map(_lives, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    left = [pid for pid in workers if _lives(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def _begin_workers(there):
+    """Has two workers with more to do than anybody takes from them; tells who they are."""
+    batches = iter(loader([3] * 3000, num_workers=2))
+    next(batches)
+    there.send([child.pid for child in multiprocessing.active_children()])
+    time.sleep(60)
+
+
+def _lives(pid):
+    """Whether it runs; one that nobody has waited for yet doesn't."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_the_state_at_an_epochs_end_is_the_next_ones_start():

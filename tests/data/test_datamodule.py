@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_qlora.data.batching import BatchPlan
+from lit_qlora.data.batching import BatchPlan, num_cores
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.errors import UserError
 from lit_qlora.quiet import WARNINGS
@@ -204,6 +205,19 @@ def test_test_rows_that_are_no_test_are_told(tmp_path):
         "test: these are the held-out rows, by which the best adapter was chosen; data.test_source gives rows of "
         "their own"
     )
+
+
+def test_there_are_no_more_workers_than_cores(monkeypatch):
+    write("rows.jsonl", *numbered(20))
+    monkeypatch.setattr("lit_qlora.data.datamodule.num_cores", lambda: 3)
+    for asked, begun in ((99999, 3), (3, 3), (0, 0)):
+        data = ChatDataModule("rows.jsonl", num_workers=asked)
+        data.setup("fit")
+        data.trainer = _device(0)
+        assert data.train_dataloader().num_workers == begun
+        told = "train: 3 of 99,999 num_workers, for there are no more cores"
+        assert (told in data.describe()) == (asked > begun)
+    assert 1 <= num_cores() <= os.cpu_count()
 
 
 def test_three_splits_have_three_uses(tmp_path):

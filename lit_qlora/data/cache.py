@@ -1,28 +1,56 @@
 """Owns the encoded rows: made once, kept on disk under a name that says what they are made of, with a checksum.
 
-`datasets` memory-maps them, so host memory does not grow with their number. Knows no source and no batch.
+`datasets` memory-maps them, so host memory does not grow with their number. Whenever an entry is added, those that were
+used longest ago go until `KEPT_BYTES` are left; the new one, those used within the hour and those that a process has
+open stay. Knows no source and no batch.
 """
 
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, parse_json
-from lit_qlora.storage.folders import DamagedFolderError, verify_folder, write_folder
+from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, remove_folder, verify_folder, write_folder
 from lit_qlora.text.conversation import Conversation, Turn
 
 ROWS_A_WRITE = 512
+KEPT_BYTES = 2 * 10**9
+"""Of all entries together: about half a million conversations of Guanaco's length."""
+RECENT_S, ABANDONED_S = 3600, 86400
+"""Seconds: since its last use, an entry is not removed; since then, what a kill left behind is."""
 
 LAYOUT = 1
 """Counted up when the same conversations and settings are to give other rows on disk."""
+
+
+class Held:
+    """Keeps an entry from being removed until it is closed, or nobody has it any more.
+
+    Waits for a removal that is under way. Holds nothing of an entry that is not there.
+    """
+
+    def __init__(self, entry: Path) -> None:
+        self.close: Callable[[], object] = lambda: None
+        if os.name == "nt":  # where a file that is mapped can't be removed anyway
+            return
+        import fcntl
+
+        with suppress(OSError):  # not there, or a file system without locks
+            descriptor = os.open(entry / MANIFEST, os.O_RDONLY)
+            self.close = finalize(self, os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,8 @@ class EncodedRows:
     num_left_out: int
     fingerprint: str = ""
     """Of the conversations and of all that makes ids of them."""
+    held: Held | None = field(default=None, repr=False, compare=False)
+    """Keeps other processes from removing them."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -49,11 +79,16 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     import datasets
 
     folder = _cache_folder() / _key(conversations, encoder)
+    held = Held(folder)
     problem = _problem(folder)
     if problem:
         if folder.exists():
             print(f"warning: {problem}; the rows are encoded anew", file=sys.stderr)
         _write(folder, conversations, encoder)
+        held = Held(folder)
+        _prune(folder)
+    with suppress(OSError):  # of another user
+        os.utime(folder)
     counts = parse_json((folder / "counts.json").read_text(encoding="utf-8"))
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return EncodedRows(
@@ -63,6 +98,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         counts["cut"],
         counts["left_out"],
         folder.name,
+        held,
     )
 
 
@@ -70,6 +106,34 @@ def _cache_folder() -> Path:
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE) / "lit_qlora"
+
+
+def _prune(newest: Path) -> None:
+    """Removes the entries that were used longest ago, by the rule above; one that resists stays."""
+    found = []
+    for entry in newest.parent.iterdir():
+        with suppress(OSError):  # another process removes, too
+            found.append((entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry))
+    now, room = time.time(), KEPT_BYTES
+    for used, size, entry in sorted(found, reverse=True):
+        is_left_over = entry.name.startswith(".")
+        room -= 0 if is_left_over else size
+        if used < now - ABANDONED_S if is_left_over else room < 0 and used < now - RECENT_S and entry != newest:
+            with suppress(OSError):
+                _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    """Removes an entry. Raises OSError where a process has it open, or it can't be removed."""
+    manifest = entry / MANIFEST
+    if os.name == "nt" or not manifest.is_file():
+        remove_folder(entry)
+        return
+    import fcntl
+
+    with manifest.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_folder(entry)
 
 
 def _key(conversations: Sequence[Conversation], encoder: Encoder) -> str:

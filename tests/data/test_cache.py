@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -245,6 +248,126 @@ def test_an_entry_that_another_process_made_meanwhile_is_left_as_it_is(tokenizer
     assert len(encode_records(TALKS, Encoder(tokenizer, 1024))) == 7
     (entry,) = folder.iterdir()
     assert (entry / "mark").is_file()
+
+
+# Pruning
+
+
+@pytest.fixture
+def aged(folder, monkeypatch, tokenizer):
+    """Makes entries of a conversation each, which were used so many hours ago; room is for two."""
+
+    def make(**hours):
+        entries = {}
+        for name, ago in hours.items():
+            known = {*folder.iterdir()} if folder.is_dir() else set()
+            encode_records([said(name, "yes")], Encoder(tokenizer, 1024))
+            (entries[name],) = {*folder.iterdir()} - known
+            os.utime(entries[name], (time.time() - 3600 * ago,) * 2)
+        size = sum(file.stat().st_size for file in next(iter(entries.values())).iterdir())
+        monkeypatch.setattr(cache, "KEPT_BYTES", int(2.5 * size))
+        return entries
+
+    return make
+
+
+def left(entries):
+    return [name for name, entry in entries.items() if entry.is_dir()]
+
+
+def test_what_was_used_longest_ago_goes_first(aged, tokenizer, folder):
+    entries = aged(a=5, b=9, c=2, d=7)
+    encode_records([said("a", "yes")], Encoder(tokenizer, 1024))  # used again; nothing is added, and nothing removed
+    assert left(entries) == ["a", "b", "c", "d"]
+    os.utime(entries["a"], (time.time() - 3600 * 1.5,) * 2)
+    encode_records([said("new", "yes")], Encoder(tokenizer, 1024))
+    assert left(entries) == ["a"]
+    assert len([*folder.iterdir()]) == 2
+
+
+def test_a_use_makes_an_entry_new(aged, tokenizer):
+    entries = aged(a=9, b=2, c=3)
+    rows = encode_records([said("a", "yes")], Encoder(tokenizer, 1024))
+    rows.held.close()
+    encode_records([said("new", "yes")], Encoder(tokenizer, 1024))
+    assert left(entries) == ["a"]
+
+
+def test_the_new_one_and_the_recent_ones_stay_however_large(aged, tokenizer, folder, monkeypatch):
+    entries = aged(a=5, b=0.5, c=0.5)
+    monkeypatch.setattr(cache, "KEPT_BYTES", 1)
+    rows = encode_records([said("new", "yes")], Encoder(tokenizer, 1024))
+    assert left(entries) == ["b", "c"]
+    assert len(rows.examples[0]["input_ids"]) > 3 and len([*folder.iterdir()]) == 3
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1])
+fcntl.flock(file, fcntl.LOCK_SH)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_another_process_has_open_stays(aged, tokenizer, folder):
+    entries = aged(a=5, b=9, c=3, d=4)
+    command = [sys.executable, "-c", HOLD, entries["b"] / "manifest.json"]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        rows = encode_records([said("new", "yes")], Encoder(tokenizer, 1024))
+        assert left(entries) == ["b", "c"]
+        other.stdin.close()
+    for entry in folder.iterdir():
+        os.utime(entry, (time.time() - 7200,) * 2)
+    os.utime(entries["b"], (0, 0))
+    rows.held.close()
+    encode_records([said("newer", "yes")], Encoder(tokenizer, 1024))
+    assert "b" not in left(entries)
+
+
+def test_what_this_process_has_open_stays_until_it_is_closed(aged, tokenizer, monkeypatch):
+    entries = aged(a=5)
+    monkeypatch.setattr(cache, "KEPT_BYTES", 1)
+    rows = encode_records([said("a", "yes")], Encoder(tokenizer, 1024))
+    os.utime(entries["a"], (0, 0))
+    encode_records([said("new", "yes")], Encoder(tokenizer, 1024))
+    assert left(entries) == ["a"] and len(rows.examples[0]["input_ids"]) > 3
+    rows.held.close()
+    encode_records([said("newer", "yes")], Encoder(tokenizer, 1024))
+    assert left(entries) == []
+
+
+def test_what_a_kill_left_behind_goes_after_a_day(aged, tokenizer, folder):
+    aged(a=1)
+    for name, hours in ((".0123.tmp-1-00000000", 25), (".0123.tmp-2-00000000", 23)):
+        (folder / name).mkdir()
+        (folder / name / "rows.arrow").write_text("half")
+        os.utime(folder / name, (time.time() - 3600 * hours,) * 2)
+    encode_records([said("new", "yes")], Encoder(tokenizer, 1024))
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".0123.tmp-2-00000000"]
+
+
+@pytest.mark.slow
+def test_many_processes_write_prune_and_read_at_once(tmp_path):
+    """Each has room for one entry only, and finds its rows whole all the same."""
+    code = f"""
+import datasets, sys
+datasets.config.HF_DATASETS_CACHE = {str(tmp_path)!r}
+from lit_qlora.data import cache
+from lit_qlora.data.encode import Encoder
+from lit_qlora.data.tokenizer import load_tokenizer
+from lit_qlora.text.conversation import Conversation, Turn
+cache.KEPT_BYTES, cache.RECENT_S = 1, 0.5
+encoder = Encoder(load_tokenizer("demo"), 64)
+for number in range(100):
+    talk = Conversation((Turn("user", f"question {{number % 7}}"), Turn("assistant", "yes")))
+    rows = cache.encode_records([talk], encoder)
+    assert rows.examples[0]["labels"][-1] == encoder.eos_id
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    started = [subprocess.Popen([sys.executable, "-c", code], stderr=-1, env=environment, text=True) for _ in range(3)]
+    assert [(process.communicate()[1], process.returncode) for process in started] == [("", 0)] * 3
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])

@@ -76,7 +76,7 @@ def fit(run: str, *options: str, other: Steps | None = None) -> tuple[Steps, lis
     """A run of the command line; returns its steps, and its figures without those of before the first."""
     with steps_of(other) as steps:
         assert main(["fit", "--run", run, *SAME, *options]) == 0
-    return steps, read_metrics(Path(run, "metrics.jsonl"))[1:]
+    return steps, read_metrics(Path("runs", run, "metrics.jsonl"))[1:]
 
 
 def assert_same(

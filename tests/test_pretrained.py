@@ -58,7 +58,7 @@ def test_a_real_llama_learns_real_rows_answers_and_is_merged(smollm2, real, tmp_
     told = capsys.readouterr().out
     assert "135M weights, linear layers in 4-bit NF4" in told and "prompts by data.template" in told
     assert "could forge" not in told  # its roles are words like any other
-    held_out = [line["val/loss"] for line in read_metrics(Path("run/metrics.jsonl")) if "val/loss" in line]
+    held_out = [line["val/loss"] for line in read_metrics(Path("runs/run/metrics.jsonl")) if "val/loss" in line]
     assert 2.2 < held_out[0] < 2.9  # of a model that has learned to answer, and not of noise: ln 49,152 is 10.8
     assert held_out[-1] < held_out[0] - 0.05
 
@@ -85,7 +85,7 @@ def test_a_real_llama_learns_real_rows_answers_and_is_merged(smollm2, real, tmp_
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained("merged").eval()(ids).logits
         without = base.eval()(ids).logits
-        expected = PeftModel.from_pretrained(base, "run/adapter").eval()(ids).logits
+        expected = PeftModel.from_pretrained(base, "runs/run/adapter").eval()(ids).logits
     assert (merged - expected).abs().max() < 1e-3
     assert (without - expected).abs().max() > 0.1  # so the adapter does matter
     assert json.loads(Path("merged/config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is True

@@ -21,7 +21,7 @@ from lit_qlora.model import fingerprint
 from lit_qlora.model.base import Base, missing_bytes
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.device import choose_precision, current_device
-from lit_qlora.model.load import Lora, read_record, read_weights
+from lit_qlora.model.load import Lora, read_weights
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import (
     OneLineErrors,
@@ -49,7 +49,6 @@ from lit_qlora.storage.run import (
     run_path,
 )
 from lit_qlora.storage.state import load_state
-from lit_qlora.text import jinja
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -338,21 +337,6 @@ def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_neede
             read_weights(run.adapter, lora.rank, lora.alpha, rslora=lora.rslora, dora=lora.dora)
         except UserError as error:
             raise UserError(f"{error}; move {run.adapter} away, and a copy or a new best takes its place") from error
-
-
-def template_of(adapter: Path, given: str | None) -> str | None:
-    """The prompt template that ``adapter`` was trained with, by its record; None for the Llama 2 format.
-
-    Raises UserError when another one is given.
-    """
-    recorded = read_record(adapter).get("template")
-    if given not in (None, recorded):
-        was = f"sha256 {jinja.digest(recorded)[:12]}" if recorded else "the Llama 2 format"
-        raise UserError(
-            f"data.template: {adapter} was trained with {was}, and is given sha256 {jinja.digest(given)[:12]}; leave "
-            "it out, and the adapter's own is taken"
-        )
-    return recorded
 
 
 def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:

@@ -37,7 +37,7 @@ from lit_qlora.callbacks.trial import Trial
 from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import OutOfRoomError, UserError, require
 from lit_qlora.model.device import current_device
-from lit_qlora.model.load import check_context, check_rank, check_settings
+from lit_qlora.model.load import check_context, check_rank, check_settings, template_of
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.model.weights import check_weights
@@ -172,7 +172,7 @@ class QLoRACLI(LightningCLI):
                 options.model.adapter = str(adapter) if adapter else None
         start.check_graphs(options.model.cuda_graphs, options.data.packing)
         if options.model.adapter:
-            options.data.template = start.template_of(Path(options.model.adapter), options.data.template)
+            options.data.template = template_of(Path(options.model.adapter), options.data.template)
 
     def _prepare_fit(self) -> None:
         options = self.config[self.verb]
@@ -195,7 +195,6 @@ class QLoRACLI(LightningCLI):
             if self.mirror:
                 self.mirror.complete()
             raise
-        self.model.prompts = self.datamodule.prompt_record()
         if self.model.adapter:
             check_settings(self.model.adapter, self.model.lora)
         start.check_room(self.run, self.model, options.keep_checkpoints)

@@ -20,6 +20,7 @@ from lit_qlora.batch import Batch
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.tell import tell
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
+from lit_qlora.model.sums import AnswerSums
 from lit_qlora.storage.files import SaveError, parse_json, replace_file, sync_file
 
 
@@ -235,17 +236,18 @@ def _plain(value: float) -> float | str:
 class TrainMetrics(StepCallback):
     """Loss, perplexity and token accuracy over the steps since the last record; learning rate; gradient norm.
 
-    Sums stay on the device until they are recorded, so that no step waits for a figure. What is begun, they
-    and the open line of `MetricsFile`, goes through a checkpoint.
+    What is begun, sums and the open line of `MetricsFile`, goes through a checkpoint.
     """
 
-    NAMES = ("loss_sum", "num_correct", "num_answers")
-
     def __init__(self) -> None:
-        self.sums: dict[str, Any] = dict.fromkeys(self.NAMES, 0)
+        self.sums = AnswerSums()
         self.learning_rate = math.nan
         self.last_loss = math.nan
         """The loss that was recorded last, for the progress bar."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes over from the module's own logging, which would write the same figures a second time."""
+        pl_module.standalone = False  # type: ignore[assignment]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Notes the learning rate of this step: behind it, the schedule has moved on."""
@@ -255,35 +257,33 @@ class TrainMetrics(StepCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Adds a micro-batch's sums."""
-        for name in self.NAMES:
-            self.sums[name] = self.sums[name] + outputs[name]
+        self.sums.add(outputs)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
         """Records where the log interval ends."""
         if not is_log_step(trainer):
             return
-        sums = self.state_dict()
-        loss = sums["loss_sum"] / max(sums["num_answers"], 1)
+        loss, accuracy = map(float, self.sums.means())
         figures = {
             "train/loss": loss,
             "train/perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "train/accuracy": sums["num_correct"] / max(sums["num_answers"], 1),
+            "train/accuracy": accuracy,
             "train/gradient_norm": float(module.gradient_norm),
             "train/learning_rate": self.learning_rate,
             "train/epoch": trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches,
         }
         record(trainer, figures)
         self.last_loss = loss
-        self.sums = dict.fromkeys(self.NAMES, 0)
+        self.sums.reset()
 
     def state_dict(self) -> dict[str, float]:
         """The sums so far, as numbers."""
-        return {name: float(value) for name, value in self.sums.items()}
+        return self.sums.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the sums of the run that was cut."""
-        self.sums = dict(state_dict)
+        self.sums.load_state_dict(state_dict)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the open line, and what TensorBoard has of its step."""

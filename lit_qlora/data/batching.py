@@ -181,6 +181,7 @@ class ResumableLoader:
         limit: at most so many micro-batches an epoch, or a share of them, as in ``Trainer``.
         num_workers: processes that load ahead.
         packed: whether the rows of a micro-batch stand one behind the other instead of one below the other.
+        epoch: the first that is handed out.
     """
 
     def __init__(
@@ -195,6 +196,7 @@ class ResumableLoader:
         limit: int | float = 1.0,
         num_workers: int = 0,
         packed: bool = False,
+        epoch: int = 0,
     ) -> None:
         self.examples, self.packed = examples, packed
         self.answer_tokens = answer_tokens
@@ -206,7 +208,7 @@ class ResumableLoader:
         # num_devices - 1 micro-batches wait for the next epoch's draw.
         self.available = len(order(0)) // num_devices
         self.length = min(limit, self.available) if isinstance(limit, int) else int(limit * self.available)
-        self._epoch = 0
+        self._epoch = epoch
         self._done = 0
 
     def __len__(self) -> int:

@@ -55,7 +55,7 @@ class ChatDataModule(LightningDataModule):
             batch_tokens.
         num_workers: processes that prepare batches ahead; no more than there are cores.
         strict: the first row that can't be used is an error; default: up to one in ten is left out, and counted.
-        tokenizer: hub id or folder of the tokenizer; the command line takes it from ``model.base``.
+        tokenizer: hub id or folder of the tokenizer; default: that of the base of the Trainer's module.
         seed: of the order and of the held-out share; the command line takes it from ``seed_everything``.
     """
 
@@ -75,7 +75,7 @@ class ChatDataModule(LightningDataModule):
         packing: bool = False,
         num_workers: int = 0,
         strict: bool = False,
-        tokenizer: str = "demo",
+        tokenizer: str | None = None,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -99,6 +99,7 @@ class ChatDataModule(LightningDataModule):
         self.test_source = test_source
         self.system, self.train_on, self.max_length = system, train_on, max_length
         self.template = None if template is None else read_template(template)
+        self._given = tokenizer, self.template
         self.plan = BatchPlan(batch_size, batch_tokens, packing)
         self.num_workers = num_workers
         self.tokenizer_name = tokenizer
@@ -114,8 +115,13 @@ class ChatDataModule(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer of the base, loaded at the first use."""
-        return load_tokenizer(self.tokenizer_name)
+        """The tokenizer of the base, loaded at the first use.
+
+        Raises UserError where none was given, and no Trainer's module has a base.
+        """
+        expected = "the hub id or folder of the base's, or a Trainer whose module has a base"
+        require(self.tokenizer_name is not None, "data.tokenizer", expected, None)
+        return load_tokenizer(str(self.tokenizer_name))
 
     @property
     def encoder(self) -> Encoder:
@@ -146,8 +152,11 @@ class ChatDataModule(LightningDataModule):
         """Reads and encodes what ``stage`` needs: ``fit``, ``validate`` or ``test``.
 
         Raises UserError for rows that can't be read, or when nothing is left to learn or to score, be it by a share
-        of the micro-batches that is less than one of them.
+        of the micro-batches that is less than one of them; and for a tokenizer or template that does not go with the
+        Trainer's module.
         """
+        if self.trainer is not None:
+            self._follow(self.trainer.lightning_module)
         if stage == "fit" and "train" not in self._rows:
             parts = self.parts()
             train, held_out = parts.train_and_held_out()
@@ -167,20 +176,41 @@ class ChatDataModule(LightningDataModule):
             self._encode("test", self._test_records())
             self._check_limit("test", "limit_test_batches")
 
+    def _follow(self, module: Any) -> None:
+        """Takes over what goes with ``module``, its base and its adapter; drops rows that were encoded for another."""
+        base, (tokenizer, template) = getattr(module, "base", None), self._given
+        if base is None:
+            return
+        chosen = tokenizer or base.name, module.template_for(template)
+        if chosen != (self.tokenizer_name, self.template):
+            self.tokenizer_name, self.template = chosen
+            self._encoder, self._records, self._rows, self._notes = None, {}, {}, {}
+            for name in ("tokenizer", "_first_epoch"):
+                self.__dict__.pop(name, None)
+        self.encoder.check_vocabulary(base.shape.vocabulary, base.name)
+
     def train_dataloader(self) -> ResumableLoader:
-        """The training rows, in groups of like length, in an order that the seed fixes."""
+        """The training rows, in groups of like length, in an order that the seed fixes.
+
+        Each epoch has an order of its own, except under ``overfit_batches``, which is about the same batches again.
+        """
         assert self.trainer is not None
-        rows = self._rows["train"]
+        rows, overfits = self._rows["train"], self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+
+        def order(epoch: int) -> list[list[int]]:
+            return self._first_epoch if overfits or not epoch else self.plan.epoch(rows.lengths, self.seed, epoch)
+
         return ResumableLoader(
             rows.examples,
             rows.answer_tokens,
-            lambda epoch: self.plan.epoch(rows.lengths, self.seed, epoch) if epoch else self._first_epoch,
+            order,
             accumulate=self.trainer.accumulate_grad_batches,
             device_index=self.trainer.global_rank,
             num_devices=self.trainer.world_size,
             limit=self.trainer.limit_train_batches,
             num_workers=min(self.num_workers, num_cores()),
             packed=self.plan.packed,
+            epoch=self.trainer.current_epoch,
         )
 
     def num_optimizer_steps(self) -> int:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, require
 
 Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -122,6 +122,18 @@ def check_compile(wanted: bool | str, device: Device) -> str | None:
     return missing or None
 
 
+DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
+
+
 def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of the 4-bit products, the embedding, the norms and the residual stream."""
-    return {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}[precision]
+    """The dtype of the 4-bit products, the embedding, the norms and the residual stream.
+
+    Args:
+        precision: the Trainer's, as Lightning spells it out.
+
+    Raises:
+        UserError: one that would take the adapter out of fp32, or the base into more.
+    """
+    expected = f"one of {', '.join(DTYPES)} (the base is in 4 and 16 bits in the mixed ones, the adapter in fp32)"
+    require(precision in DTYPES, "trainer.precision", expected, precision)
+    return DTYPES[precision]

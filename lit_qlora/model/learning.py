@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_qlora.batch import Batch, halves
-from lit_qlora.errors import OutOfRoomError
+from lit_qlora.errors import OutOfRoomError, UserError
 
 
 class LearnsInParts(LightningModule):
@@ -35,7 +35,11 @@ class LearnsInParts(LightningModule):
         raise AssertionError("the subclass computes it")
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """The sum of the token losses over the answer tokens of the whole optimizer step."""
+        """The sum of the token losses over the answer tokens of the whole optimizer step.
+
+        Raises UserError for a batch of a DataLoader of one's own that is no `Batch`.
+        """
+        check_batch(batch)
         self._batch, self._loss, found, is_short = batch, None, None, False
         if self.parts == 1:
             try:
@@ -165,3 +169,16 @@ class LearnsInParts(LightningModule):
             if parameter.grad is not None:
                 gradient.add_(parameter.grad)
             parameter.grad = gradient
+
+
+def check_batch(batch: Any) -> None:
+    """Raises UserError unless ``batch`` is a `Batch` as `collate` makes it."""
+    remedy = "lit_qlora.data.batching.collate makes one of examples, and DataLoader(…, batch_size=None) leaves it alone"
+    if not isinstance(batch, Batch):
+        raise UserError(
+            f"dataloaders: expected batches of the type lit_qlora.batch.Batch, got {type(batch).__name__}; give a "
+            f"ChatDataModule, or make them: {remedy}"
+        )
+    if batch.input_ids.dim() != 2 or batch.positions.dim() != 1:
+        shape = tuple(batch.input_ids.shape)
+        raise UserError(f"dataloaders: expected input_ids of [rows, tokens], got {shape}: collated twice; {remedy}")

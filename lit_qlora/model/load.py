@@ -341,6 +341,21 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def template_of(adapter: Path, given: str | None) -> str | None:
+    """The prompt template that ``adapter`` was trained with, by its record; None for the Llama 2 format.
+
+    Raises UserError when another one is given.
+    """
+    recorded = read_record(adapter).get("template")
+    if given not in (None, recorded):
+        was = f"sha256 {jinja.digest(recorded)[:12]}" if recorded else "the Llama 2 format"
+        raise UserError(
+            f"data.template: {adapter} was trained with {was}, and is given sha256 {jinja.digest(given)[:12]}; leave "
+            "it out, and the adapter's own is taken"
+        )
+    return recorded
+
+
 def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises UserError where a record of ours lacks the base, or adapter_config.json says something else."""
     remedy = "take an adapter that is as it was saved"

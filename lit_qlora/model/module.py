@@ -1,7 +1,7 @@
 """Owns the training of a 4-bit Llama with LoRA: a LightningModule, its options and its hooks.
 
-The Trainer drives it; precision is the Trainer's, batches are the DataModule's; `learning.py` makes gradients of
-them. Knows no text.
+A Trainer drives it, the command line's or Lightning's own; precision is the Trainer's, batches are the DataModule's;
+`learning.py` makes gradients of them. Knows no text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
 from torchmetrics import SumMetric
 
 from lit_qlora.batch import Batch
@@ -24,23 +28,38 @@ from lit_qlora.model.device import (
     Attention,
     check_attention,
     check_compile,
+    choose_precision,
     compute_dtype,
     current_device,
 )
+from lit_qlora.model.fingerprint import fingerprint, is_of, shown
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.graphs import Graphs
-from lit_qlora.model.learning import LearnsInParts
+from lit_qlora.model.learning import LearnsInParts, check_batch
 from lit_qlora.model.loss import CHUNK_ROWS, summed_cross_entropy
-from lit_qlora.model.optimizer import OptimizerName, Schedule, make_optimizer, make_schedule
+from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, make_optimizer, make_schedule
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
+from lit_qlora.model.sums import AnswerSums
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+OF = "lit_qlora"
+"""The part of a Lightning checkpoint that says which base and prompts it is of."""
+
 
 class QLoRAModule(LearnsInParts):
     """A Llama in 4-bit with LoRA on its linear layers.
+
+    In a script of one's own, ``Trainer(…).fit(QLoRAModule(…), ChatDataModule(…))`` learns as the command line does, to
+    the same losses at the same seed (``seed_everything`` before this is made). It logs ``train/loss``,
+    ``train/accuracy`` and ``train/gradient_norm`` for each optimizer step, over all since the step that the loggers got
+    last, and ``val/loss``, ``val/perplexity`` and ``val/accuracy`` (``test/…``) over all held-out answer tokens.
+
+    What the command line has beside it are callbacks, to be added where they are wanted: `SeedByPosition`, without
+    which dropout draws other numbers after a resume; `UpdateGuard`, which stops at a loss that is not finite; `Trial`,
+    without which every layer on a GPU computes its inside again in backward.
 
     Args:
         base: ``demo``, a hub id or a local folder of a Llama with safetensors weights.
@@ -93,6 +112,7 @@ class QLoRAModule(LearnsInParts):
         attention: Attention = "sdpa",
         quantized_cache: str = "auto",
     ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         require(rank >= 1, "model.rank", "a whole number from 1", rank)
         require(alpha > 0, "model.alpha", "a number above 0", alpha)
@@ -110,7 +130,13 @@ class QLoRAModule(LearnsInParts):
             "auto or false with dropout or dora, or without own_layers",
             True,
         )
+        self.options = options
+        """What this was made with, for a checkpoint."""
+        self.standalone = True
+        """Whether figures go to the Trainer's loggers by Lightning's own logging, and what a checkpoint is of into it;
+        the command line's callbacks do both otherwise."""
         self.base: Base = find_base(base)
+        self._given_base = self.base
         load.check_targets(self.base, target_modules)
         self.adapter = Path(adapter) if adapter else None
         if self.adapter:
@@ -125,6 +151,8 @@ class QLoRAModule(LearnsInParts):
         self.prompts: Mapping[str, Any] = {"prompt_format": load.PROMPT_FORMAT}
         """What each saved adapter is to say of the prompts that it was trained with."""
         self.model: PeftModel | None = None
+        self._loaded_for: tuple[torch.dtype, str] | None = None
+        """The dtype and the type of device that the model was loaded for."""
         self.slow_because: str | None = None
         """Why the layers are transformers' and peft's own in training; None where they are ours."""
         self._layers: dict[bool, list[Layer]] = {}
@@ -132,6 +160,7 @@ class QLoRAModule(LearnsInParts):
         self._graphs: Graphs | None = None
         self.gradient_norm: Tensor = torch.tensor(0.0)
         """Of the last optimizer step, before clipping."""
+        self._sums, self._logged_step = AnswerSums(), 0
         # Only adapters are saved, so a checkpoint never has all the keys of the module.
         self.strict_loading = False
         self.held_out_loss, self.held_out_correct, self.held_out_tokens = (
@@ -142,20 +171,56 @@ class QLoRAModule(LearnsInParts):
 
     # Loading
 
+    def setup(self, stage: str) -> None:
+        """Refuses what this can't do with the Trainer, before a weight is loaded; notes how the data writes prompts.
+
+        Raises UserError.
+        """
+        check_trainer(self.trainer)
+        if stage == "predict" and type(self).predict_step is QLoRAModule.predict_step:
+            self.predict_step()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "prompt_record"):  # a `ChatDataModule`
+            load.check_context(self.base, data.max_length)
+            self.prompts = data.prompt_record()
+        if stage == "fit":
+            check_optimizer(self.optimizer_name, self.trainer.strategy.root_device.type == "cuda")
+            if self.adapter:
+                load.check_settings(self.adapter, self.lora)
+        self._forget_layers()
+
     def configure_model(self) -> None:
-        """Loads base and adapter onto the Trainer's device, in the Trainer's precision; once."""
-        if self.model is not None:
+        """Loads base and adapter onto the Trainer's device, in the Trainer's precision; anew after one with others.
+
+        Without a Trainer, as the command line's would with precision ``auto``.
+        """
+        dtype, device = self._place()
+        if self.model is not None and self._loaded_for in (None, (dtype, device.type)):
             return
-        dtype = compute_dtype(str(self.trainer.precision))
-        device = self.trainer.strategy.root_device
-        if self.trainer.state.fn == "fit":
+        if self._trainer and self.trainer.state.fn == "fit":
             gpu = device.type == "cuda"
             require(gpu or self.cuda_graphs is not True, "model.cuda_graphs", "auto or false without a GPU", True)
-        copies = Copies(self.quantized_cache)
-        copy = copies.find(self.base, dtype, device.type)
-        base_model = load.load_base(copy or self.base, dtype, device, self.attention)
-        self.copy_line = None if copy else copies.keep(base_model, self.base, dtype, device.type)
-        self.base = copy or self.base
+        trained = self.state_dict() if self.model is not None else None
+        self.model = None
+        self._forget_layers()
+        self._load(dtype, device)
+        self._loaded_for = dtype, device.type
+        if trained is not None:
+            self.load_state_dict(trained)
+
+    def _place(self) -> tuple[torch.dtype, torch.device]:
+        if self._trainer:
+            return compute_dtype(str(self.trainer.precision)), self.trainer.strategy.root_device
+        device = current_device()
+        precision, _ = choose_precision("auto", device, self.base.shape.num_parameters)
+        return compute_dtype(precision), torch.device("cuda" if device.capability else "cpu")
+
+    def _load(self, dtype: torch.dtype, device: torch.device) -> None:
+        given, copies = self._given_base, Copies(self.quantized_cache)
+        copy = copies.find(given, dtype, device.type)
+        base_model = load.load_base(copy or given, dtype, device, self.attention)
+        self.copy_line = None if copy else copies.keep(base_model, given, dtype, device.type)
+        self.base = copy or given
         if self.adapter:
             self.model = load.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)
         else:
@@ -173,9 +238,17 @@ class QLoRAModule(LearnsInParts):
         assert self.model is not None, "the model is loaded by configure_model, which the Trainer calls"
         return self.model
 
-    def save_adapter(self, folder: Path) -> None:
-        """Writes the adapter as a plain PEFT folder into the existing ``folder``."""
-        load.save_adapter(self.peft_model, self.base, folder, self.prompts)
+    def template_for(self, given: str | None) -> str | None:
+        """The prompt template of data for this: ``given``, or that of the adapter to start from.
+
+        Raises UserError where the two differ.
+        """
+        return load.template_of(self.adapter, given) if self.adapter else given
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes the adapter as a plain PEFT folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        load.save_adapter(self.peft_model, self.base, Path(folder), self.prompts)
 
     def load_adapter_weights(self, folder: Path) -> None:
         """Takes over the weights of an adapter folder that was saved from this module."""
@@ -201,11 +274,12 @@ class QLoRAModule(LearnsInParts):
         """The adapter's weights, fp32. The base is never saved."""
         return {name: value.detach() for name, value in load.adapter_parameters(self).items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> None:  # type: ignore[override]
-        """Takes over an adapter's weights.
+    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> _IncompatibleKeys:
+        """Takes over an adapter's weights; loads base and adapter first, where no Trainer has.
 
         Raises UserError unless it has just the keys and shapes of this one, and is finite.
         """
+        self.configure_model()
         own = load.adapter_parameters(self)
         shapes = {name: tuple(value.shape) for name, value in own.items()}
         given = {name: tuple(value.shape) for name, value in state_dict.items()}
@@ -225,6 +299,48 @@ class QLoRAModule(LearnsInParts):
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state_dict[name])
+        return _IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what this was made with, for `load_from_checkpoint`, and what it is of; a run's folder has its own."""
+        if self.standalone:
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.options)
+            checkpoint[OF] = {"base_fingerprint": fingerprint(self.base), "prompts": dict(self.prompts)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over how prompts are written.
+
+        Raises UserError for a checkpoint of another base.
+        """
+        of = checkpoint.get(OF)
+        if of is None:
+            return
+        if not is_of(of["base_fingerprint"], self.base):
+            raise UserError(
+                f"ckpt_path: the checkpoint was trained on another base ({shown(of['base_fingerprint'])}) than "
+                f"{self.base.name} ({shown(fingerprint(self.base))}); give its own as base"
+            )
+        self.prompts = of["prompts"]
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "QLoRAModule":  # type: ignore[override]
+        """The module of a checkpoint that Lightning's ModelCheckpoint wrote, its model loaded.
+
+        Args:
+            checkpoint_path: the file.
+            *args: as Lightning's.
+            **options: in place of those that the module of the checkpoint was made with, such as a ``base`` that lies
+                elsewhere now.
+
+        Raises:
+            UserError: it is a folder, as a run's checkpoints are, or of another base or rank.
+        """
+        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
+            raise UserError(
+                f"{checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint; a run's adapter is "
+                "loaded by QLoRAModule(base, adapter=FOLDER), its checkpoints by python main.py fit"
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **options)  # type: ignore[no-any-return]
 
     # Steps
 
@@ -243,6 +359,11 @@ class QLoRAModule(LearnsInParts):
 
     def _release(self) -> None:
         self._graphs = None
+
+    def _forget_layers(self) -> None:
+        """Has the layers taken apart and recorded anew: Lightning moves the model between two of its runs."""
+        self._layers.clear()
+        self._release()
 
     def _choose_kept_layers(self) -> int:
         if self.checkpointing == "full":
@@ -278,8 +399,28 @@ class QLoRAModule(LearnsInParts):
         places = find_places(decoder.rotary_emb, hidden, batch.lengths)
         return decoder.norm(run_layers(layers, hidden, places, self.kept_layers))  # type: ignore[no-any-return]
 
+    def on_train_start(self) -> None:
+        """Starts the sums of the figures."""
+        self._sums.reset()
+        self._logged_step = self.trainer.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Logs the figures of an optimizer step behind its last micro-batch, without waiting for the device."""
+        if not self.standalone:
+            return
+        self._sums.add(outputs)
+        step, interval = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self._logged_step:
+            return
+        self._logged_step = step
+        loss, accuracy = self._sums.means()
+        self._log({"train/loss": loss, "train/accuracy": accuracy, "train/gradient_norm": self.gradient_norm})
+        if interval and step % interval == 0:
+            self._sums.reset()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the sums over the held-out rows."""
+        """Adds a batch to the sums over the held-out rows. Raises UserError as `training_step`."""
+        check_batch(batch)
         loss_sum, num_correct, num_answers = self.summed_loss(batch)
         self.held_out_loss.update(loss_sum.double())
         self.held_out_correct.update(num_correct)
@@ -303,10 +444,21 @@ class QLoRAModule(LearnsInParts):
             f"{prefix}/perplexity": loss.exp(),  # the mean comes first: a mean of exponentials is another figure
             f"{prefix}/accuracy": self.held_out_correct.compute() / tokens,
         }
-        # Not to the loggers: they get all that belongs to a step at once, under the optimizer's step count.
-        self.log_dict(metrics, logger=False)
+        self._log(metrics)
         for metric in (self.held_out_loss, self.held_out_correct, self.held_out_tokens):
             metric.reset()
+
+    def _log(self, figures: Mapping[str, Tensor]) -> None:
+        """By Lightning's own logging. In a run, the loggers get all that belongs to a step at once, from callbacks."""
+        if not self.trainer.barebones:
+            self.log_dict(figures, logger=None if self.standalone else False)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises UserError."""
+        raise UserError(
+            "trainer.predict: a batch holds answers, and nothing that is to be answered; save the adapter "
+            "(module.save_adapter) and give it to `python main.py predict` or `chat`"
+        )
 
     # Optimization
 
@@ -314,11 +466,17 @@ class QLoRAModule(LearnsInParts):
         """AdamW on the adapter, with a schedule over the steps that the DataModule's batches make."""
         parameters = load.adapter_parameters(self).values()
         optimizer = make_optimizer(self.optimizer_name, parameters, self.learning_rate, self.weight_decay)
-        # Counted by the DataModule: asking the Trainer would make it fetch the data, and a resumed
-        # loader would start anew.
-        num_steps = self.trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
-        schedule = make_schedule(self.schedule, optimizer, num_steps, self.warmup_ratio)
+        schedule = make_schedule(self.schedule, optimizer, self._num_steps(), self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _num_steps(self) -> int:
+        # Counted by the DataModule, if it can: asking the Trainer makes it fetch the data, and a resumed loader that
+        # has a state of its own would start anew.
+        counted = getattr(self.trainer.datamodule, "num_optimizer_steps", None)  # type: ignore[attr-defined]
+        steps = counted() if counted else self.trainer.estimated_stepping_batches
+        expected = "a number of optimizer steps with a loader that has no length, for the learning rate's schedule"
+        require(0 <= steps < float("inf"), "trainer.max_steps", expected, self.trainer.max_steps)
+        return int(steps)
 
     def configure_gradient_clipping(  # type: ignore[override]
         self,
@@ -337,6 +495,26 @@ class QLoRAModule(LearnsInParts):
         """An answer's ids for each prompt's ids; see `lit_qlora.model.generate`."""
         with self.trainer.precision_plugin.forward_context():
             return generate(self.peft_model, prompts, eos_id, sampling)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raises UserError for what the module can't do right with a Trainer that is not the command line's."""
+    strategy = trainer.strategy
+    one = isinstance(strategy, SingleDeviceStrategy)
+    require(one, "trainer.strategy", "auto with devices=1 (training goes on one device)", type(strategy).__name__)
+    device = strategy.root_device.type
+    require(device in ("cpu", "cuda"), "trainer.accelerator", "cpu, or gpu with a CUDA GPU", device)
+    precision: Any = str(trainer.precision)
+    compute_dtype(precision)
+    if device == "cuda":
+        choose_precision(precision, current_device())
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    expected = "trainer.accumulate_grad_batches instead (the loss is divided by the answer tokens of a whole step)"
+    require(not scheduled, "trainer.callbacks", expected, "GradientAccumulationScheduler")
+    ends = trainer.state.fn != "fit" or (trainer.max_epochs, trainer.max_steps) != (-1, -1)
+    expected = "a number of epochs, or of steps in trainer.max_steps, for the learning rate's schedule"
+    require(ends, "trainer.max_epochs", expected, trainer.max_epochs)
 
 
 def _count(number: int) -> str:

@@ -126,7 +126,7 @@ def read(args: list[str]) -> Planned:
     device = Device(card.name, card.capability)
     trainer, drawn = _checked(options), SampleAnswers(**options.samples.as_dict())
     if model["adapter"]:
-        options.data.template = start.template_of(Path(model["adapter"]), options.data.template)
+        options.data.template = load.template_of(Path(model["adapter"]), options.data.template)
     # The options' own checks, on a base that is always there and for no card.
     module = QLoRAModule(**{**model, "base": "demo", "attention": "sdpa"})
     if module.adapter:

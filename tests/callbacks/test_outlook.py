@@ -141,7 +141,7 @@ def test_lengths_have_the_measured_means():
 @pytest.fixture
 def parts(tmp_path):
     """The demo's module, data and Trainer, as fit has them once the data is read."""
-    data = ChatDataModule(max_length=160)
+    data = ChatDataModule(max_length=160, tokenizer="demo")
     callbacks = [SampleAnswers(max_new_tokens=5), RunCheckpoints(RunFolder(tmp_path), 10, 3)]
     trainer = Trainer(
         logger=False, enable_checkpointing=False, accelerator="cpu", max_epochs=1, precision="bf16-mixed",

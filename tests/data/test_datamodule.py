@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_qlora.data import datamodule
 from lit_qlora.data.batching import BatchPlan, num_cores
-from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.errors import UserError
 from lit_qlora.quiet import WARNINGS
 from lit_qlora.text.conversation import Conversation, Turn
 
+ChatDataModule = partial(datamodule.ChatDataModule, tokenizer="demo")
 # What the command line silences, too; lit_qlora/quiet.py has the reason beside each.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in WARNINGS]
 
@@ -329,6 +331,8 @@ def _device(rank):
         global_rank=rank,
         world_size=3,
         limit_train_batches=1.0,
+        overfit_batches=0.0,
+        current_epoch=0,
         max_epochs=1,
         max_steps=-1,
     )

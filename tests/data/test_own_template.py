@@ -250,7 +250,7 @@ def test_a_file_that_holds_no_template_is_refused(tmp_path, monkeypatch, content
 )
 def test_a_template_that_won_t_do_is_refused_by_whoever_encodes(options, message):
     with pytest.raises(UserError) as caught:
-        _ = ChatDataModule(**options).encoder
+        _ = ChatDataModule(tokenizer="demo", **options).encoder
     assert str(caught.value).startswith(message)
 
 
@@ -263,7 +263,7 @@ def test_rows_that_the_template_can_t_hold_are_left_out_and_counted(tmp_path):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    data = ChatDataModule(str(path), template=SOURCES["chatml"])
+    data = ChatDataModule(str(path), template=SOURCES["chatml"], tokenizer="demo")
     records = load_records(str(path), reading=data.reading)
     assert records.conversations == [said("x [INST] y", "a"), said("a", "b")]
     assert records.dropped == {

@@ -383,7 +383,9 @@ def test_the_adapter_to_start_from_is_trained_on(make_model, tiny, tmp_path):
     model = make_model(rank=3)
     save_adapter(model, tiny, tmp_path)
     # A step small enough to see that it set out from there.
-    built = QLoRAModule(tiny.location, adapter=str(tmp_path), rank=16, learning_rate=1e-6, schedule="constant")
+    built = QLoRAModule(
+        tiny.location, adapter=str(tmp_path), rank=3, alpha=8.0, learning_rate=1e-6, schedule="constant"
+    )
     trainer().fit(built, datamodule=Data([micro_batch(0)]))
     assert built.describe()[1].startswith("LoRA of rank 3 on all linear layers")
     trained, first = adapter_parameters(built.peft_model), adapter_parameters(model)

@@ -1,0 +1,42 @@
+"""Owns the figures of training as sums over answer tokens: what is added for each micro-batch, and the means of it.
+
+Sums stay on the device, so that no step waits for a figure. Knows neither loggers nor intervals.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AnswerSums:
+    """Loss, likeliest tokens and answer tokens, summed over micro-batches."""
+
+    NAMES = ("loss_sum", "num_correct", "num_answers")
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = dict.fromkeys(self.NAMES, 0)
+
+    def reset(self) -> None:
+        """Starts anew."""
+        self._sums = dict.fromkeys(self.NAMES, 0)
+
+    def add(self, outputs: Mapping[str, Any]) -> None:
+        """Adds what `QLoRAModule.training_step` gave for a micro-batch."""
+        for name in self.NAMES:
+            self._sums[name] = self._sums[name] + outputs[name]
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Loss per answer token in nats, and the share of answer tokens that were the likeliest; fp64 scalars."""
+        loss_sum, num_correct = (torch.as_tensor(self._sums[name], dtype=torch.float64) for name in self.NAMES[:2])
+        num_answers = max(self._sums["num_answers"], 1)
+        return loss_sum / num_answers, num_correct / num_answers
+
+    def state_dict(self) -> dict[str, float]:
+        """The sums so far, as numbers."""
+        return {name: float(value) for name, value in self._sums.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
+        """Continues with the sums that ``state_dict`` holds."""
+        self._sums = dict(state_dict)

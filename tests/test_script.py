@@ -1,0 +1,400 @@
+"""A script of one's own with Lightning's plain Trainer: the losses of the command line, and Lightning's own parts."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from torch.utils.data import DataLoader
+
+import lit_qlora
+from lit_qlora import ChatDataModule, QLoRAModule, demo
+from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.cli import main
+from lit_qlora.data.batching import collate
+from lit_qlora.errors import UserError
+from lit_qlora.model.module import check_trainer
+from lit_qlora.quiet import quieten
+
+ROOT = Path(__file__).parents[1]
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HOW_MANY = {"max_steps": 6, "val_check_interval": 6, "log_every_n_steps": 2, "limit_val_batches": 2}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    quieten()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def train():
+    """The example, as its file has it."""
+    spec = spec_from_file_location("example", ROOT / "examples" / "train.py")
+    example = module_from_spec(spec)
+    spec.loader.exec_module(example)
+    return example.train
+
+
+def trainer(**options):
+    """Lightning's own, short and silent."""
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 2}
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in options.get("callbacks", []))
+    return Trainer(**{"accelerator": "cpu", "limit_val_batches": 1, "enable_checkpointing": saves, **silent, **options})
+
+
+def module(**options):
+    seed_everything(42, verbose=False)
+    return QLoRAModule(**{"rank": 2, "alpha": 2.0, **options})
+
+
+def data(**options):
+    return ChatDataModule(**{"max_length": 96, **options})
+
+
+def curve(folder, name):
+    """Values by Lightning's number of the step, which counts from 0."""
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def micro_batches(count):
+    rows = data(tokenizer="demo")
+    rows.setup("fit")
+    encoded = rows._rows["train"]
+    return [
+        collate([(row, encoded.examples[row]) for row in (two, two + 1)], sum(encoded.answer_tokens[two : two + 2]))
+        for two in range(0, 2 * count, 2)
+    ]
+
+
+# The same losses
+
+
+def test_the_examples_losses_are_those_of_the_command_line(train, here):
+    """Over accumulated micro-batches, to the last bit; and the run's TensorBoard has each figure once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = train(here / "mine", accumulate_grad_batches=2, enable_progress_bar=False, **HOW_MANY)
+    options = [f"--trainer.{name}={value}" for name, value in HOW_MANY.items()]
+    given = ["--trainer.accumulate_grad_batches=2", "--samples.count=0", "--run=theirs"]
+    assert main(["fit", f"--config={ROOT / 'configs' / 'demo.yaml'}", *options, *given]) == 0
+
+    (run,) = here.glob("**/theirs")
+    lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
+    figures = Path(done.logger.log_dir)
+    assert curve(figures, "train/loss") == {step - 1: lines[step]["train/loss"] for step in (2, 4, 6)}
+    assert curve(figures, "train/accuracy") == {step - 1: lines[step]["train/accuracy"] for step in (2, 4, 6)}
+    # Two validations in six steps of two; the last is the best adapter's, which was scored once more.
+    assert curve(figures, "val/loss") == {2: lines[3]["val/loss"], 5: lines[6]["val/loss"], 6: lines[6]["val/loss"]}
+    for name in ("val/loss", "val/perplexity", "val/accuracy"):
+        assert float(done.callback_metrics[name]) == lines[6][name]
+    saved = [folder / "adapter" / "adapter_model.safetensors" for folder in (run, here / "mine")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+
+    events = EventAccumulator(str(run)).Reload()
+    for name in ("train/loss", "val/loss"):
+        assert [event.step for event in events.Scalars(name)] == [step for step in lines if name in lines[step]]
+
+
+def test_the_train_loss_between_two_records_is_of_all_since_the_last(here):
+    seen = []
+
+    class See(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(float(trainer.callback_metrics.get("train/loss", 0)))
+
+    alone = trainer(max_steps=4, log_every_n_steps=1, callbacks=[See()])
+    alone.fit(module(), data())
+    one_by_one = [*seen[1:], float(alone.callback_metrics["train/loss"])]
+    seen.clear()
+    paired = trainer(max_steps=4, log_every_n_steps=2, callbacks=[See()])
+    paired.fit(module(), data())
+    pairs = [*seen[1:], float(paired.callback_metrics["train/loss"])]
+    assert pairs[0] == one_by_one[0]
+    assert pairs[2] == one_by_one[2]
+    assert min(one_by_one[:2]) < pairs[1] < max(one_by_one[:2])
+
+
+def test_no_figure_waits_for_the_device_before_a_logger_asks(monkeypatch):
+    built, logged = module(), []
+    built._trainer = SimpleNamespace(global_step=0, log_every_n_steps=5, barebones=False)
+    monkeypatch.setattr(built, "log_dict", lambda figures, **options: logged.append((figures, options)))
+    outputs = {"loss_sum": torch.tensor(6.0), "num_correct": torch.tensor(1), "num_answers": 3}
+    with monkeypatch.context() as patch:
+        for reading in ("item", "__float__", "__bool__", "tolist", "cpu", "__int__"):
+            patch.setattr(torch.Tensor, reading, lambda *_: pytest.fail("the device was waited for"))
+        built.on_train_start()
+        built.on_train_batch_end(outputs, None, 0)
+        assert logged == []  # in mid-step
+        built.trainer.global_step = 1
+        built.on_train_batch_end(outputs, None, 1)
+    ((figures, options),) = logged
+    assert figures["train/loss"] == 2.0
+    assert figures["train/accuracy"].item() == 1 / 3
+    assert options == {"logger": None}
+
+
+# Lightning's own parts
+
+
+def test_a_validation_returns_its_figures_and_a_test_does():
+    built, rows, lightning = module(), data(), trainer(limit_test_batches=1)
+    (figures,) = lightning.validate(built, rows, verbose=False)
+    assert figures.keys() == {"val/loss", "val/perplexity", "val/accuracy"}
+    assert 0 < figures["val/loss"] < 10
+    assert lightning.test(built, rows, verbose=False)[0].keys() == {"test/loss", "test/perplexity", "test/accuracy"}
+
+
+def test_early_stopping_and_checkpoints_find_the_held_out_loss(here):
+    best = ModelCheckpoint(here, monitor="val/loss")
+    early = EarlyStopping("val/loss", patience=1, min_delta=100.0)
+    stopped = trainer(max_steps=9, val_check_interval=1, check_val_every_n_epoch=None, callbacks=[best, early])
+    stopped.fit(module(), data())
+    assert stopped.global_step == 2
+    assert best.best_model_score == stopped.callback_metrics["val/loss"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Four steps without a break, over the end of an epoch, with a checkpoint of each: module, folder."""
+    quieten()
+    folder = tmp_path_factory.mktemp("straight")
+    saves = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
+    whole = trainer(max_epochs=2, max_steps=-1, limit_train_batches=2, callbacks=[saves])
+    built = module()
+    whole.fit(built, data(system="Be brief."))
+    return built, folder
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_lightnings_checkpoints_resume_a_run(straight, step):
+    built, folder = straight
+    (checkpoint,) = folder.glob(f"*step={step}.ckpt")
+    resumed = module()
+    lightning = trainer(max_epochs=2, max_steps=-1, limit_train_batches=2)
+    lightning.fit(resumed, data(system="Be brief."), ckpt_path=checkpoint)
+    assert lightning.global_step == 4
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in built.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"weights_only": True}, {"map_location": "cpu", "learning_rate": 0.5}])
+def test_a_module_is_loaded_from_a_checkpoint(straight, here, options):
+    built, folder = straight
+    (checkpoint,) = folder.glob("*step=4.ckpt")
+    loaded = QLoRAModule.load_from_checkpoint(checkpoint, **options)
+    assert (loaded.lora.rank, loaded.learning_rate) == (2, options.get("learning_rate", 2e-4))
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in built.state_dict().items())
+    loaded.save_adapter("saved")
+    assert json.loads(Path("saved/lit_qlora.json").read_text())["system"] == "Be brief."
+    rows = data(system="Be brief.")
+    assert trainer().validate(loaded, rows, verbose=False) == trainer().validate(built, rows, verbose=False)
+
+
+def test_a_checkpoint_of_another_base_or_rank_or_of_a_run_is_refused(straight, here):
+    _, folder = straight
+    (checkpoint,) = folder.glob("*step=4.ckpt")
+    other = shutil.copytree(demo.BASE, here / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    with pytest.raises(UserError, match=r"trained on another base .* than .*other .*give its own as base"):
+        QLoRAModule.load_from_checkpoint(checkpoint, base=str(other))
+    with pytest.raises(UserError, match="same base, rank and target modules"):
+        QLoRAModule.load_from_checkpoint(checkpoint, rank=4)
+    with pytest.raises(UserError, match=r"is a folder, .*adapter=FOLDER"):
+        QLoRAModule.load_from_checkpoint(folder)
+
+
+def test_a_trainer_of_another_precision_has_the_base_loaded_anew():
+    built, rows = module(), data()
+    trainer().fit(built, rows)
+    trained = {name: value.clone() for name, value in built.state_dict().items()}
+    trainer(precision="bf16-mixed").validate(built, rows, verbose=False)
+    assert built.peft_model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert all(torch.equal(value, built.state_dict()[name]) for name, value in trained.items())
+
+
+class Rows(Callback):
+    """Notes which rows are learned."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(batch.rows)
+
+
+def test_overfit_batches_are_the_same_in_each_epoch():
+    rows = Rows()
+    trainer(overfit_batches=2, max_epochs=2, max_steps=-1, callbacks=[rows]).fit(module(), data())
+    assert len({*rows.seen[:2]}) == 2
+    assert rows.seen[:2] == rows.seen[2:]
+
+
+def test_loaders_made_anew_go_on_to_the_next_epoch():
+    rows, renewed = Rows(), Rows()
+    short = {"limit_train_batches": 2, "max_epochs": 2, "max_steps": -1, "limit_val_batches": 0}
+    trainer(**short, callbacks=[rows]).fit(module(), data())
+    trainer(**short, callbacks=[renewed], reload_dataloaders_every_n_epochs=1).fit(module(), data())
+    assert len({*rows.seen}) == 4
+    assert renewed.seen == rows.seen
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True}, {"gradient_clip_val": 0.3}])
+def test_what_a_trainer_can_do_is_done_without_a_warning(options):
+    if options.get("barebones"):
+        options = options | dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"))
+    if "barebones" in options or "fast_dev_run" in options:
+        options = options | {"enable_model_summary": None, "limit_val_batches": 1}
+    short = trainer(**options)
+    short.fit(module(), data())
+    assert short.global_step == (1 if "fast_dev_run" in options else 2)
+
+
+# Data of one's own
+
+
+def test_batches_of_a_loader_of_ones_own_are_learned():
+    batches = micro_batches(4)
+    short = trainer(max_steps=-1, max_epochs=2)
+    built = module(schedule="linear")
+    short.fit(built, DataLoader(batches, batch_size=None), DataLoader(batches[:1], batch_size=None))
+    assert short.global_step == 8
+    assert short.optimizers[0].param_groups[0]["lr"] == 0  # the schedule knew how long it was to be
+    assert {"train/loss", "val/loss"} <= {*short.callback_metrics}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: [{"input_ids": torch.ones(5, dtype=torch.int64)}] * 4, ["Batch", "got dict", "ChatDataModule"]),
+        (lambda: [(torch.ones(5), torch.ones(5))] * 4, ["Batch", "got list", "collate"]),
+        (lambda: ["text"] * 4, ["Batch", "got list"]),
+        (lambda: micro_batches(4), ["batch_size=None", "got (1, 2, "]),
+    ],
+)
+def test_other_batches_are_refused_in_one_line(make, words):
+    rows = make()
+    for run in (lambda: trainer().validate(module(), DataLoader(rows), verbose=False),
+                lambda: trainer(limit_val_batches=0).fit(module(), DataLoader(rows), DataLoader(rows))):  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            run()
+        assert "\n" not in str(caught.value)
+        assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_loader_without_an_end_needs_a_number_of_steps():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(micro_batches(1))
+
+    loader = DataLoader(Endless(), batch_size=None)
+    with pytest.raises(UserError, match=r"trainer.max_steps: expected a number of optimizer steps"):
+        trainer(max_steps=-1, max_epochs=1, limit_val_batches=0).fit(module(), loader, loader)
+
+
+def test_data_without_a_tokenizer_take_that_of_the_modules_base(here):
+    other = shutil.copytree(demo.BASE, here / "other")
+    rows = data()
+    with pytest.raises(UserError, match=r"data.tokenizer: expected the hub id or folder of the base's"):
+        _ = rows.tokenizer
+    trainer().validate(module(), rows, verbose=False)
+    assert Path(rows.tokenizer.name_or_path) == demo.BASE
+    encoded = rows._rows["validation"]
+    trainer().validate(module(), rows, verbose=False)
+    assert rows._rows["validation"] is encoded  # made once
+    trainer().validate(module(base=str(other)), rows, verbose=False)
+    assert Path(rows.tokenizer.name_or_path) == other
+    assert rows._rows["validation"] is not encoded
+
+
+def test_a_tokenizer_of_more_pieces_than_the_base_has_is_refused(here):
+    small = shutil.copytree(demo.BASE, here / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    with pytest.raises(UserError, match=r"has ids up to 1,023, and its config.json a vocab_size of 1,000"):
+        trainer().fit(module(base=str(small)), data(tokenizer="demo"))
+
+
+def test_rows_that_may_be_longer_than_the_bases_context_are_refused():
+    with pytest.raises(UserError, match=r"data.max_length: expected at most 1,024 tokens"):
+        trainer().fit(module(), data(max_length=1025))
+
+
+def test_an_adapter_says_what_the_data_said_of_prompts(here):
+    built = module()
+    trainer(max_steps=1).fit(built, data(system="Be brief.", template=CHATML))
+    built.save_adapter("mine")
+    record = json.loads(Path("mine/lit_qlora.json").read_text())
+    assert (record["prompt_format"], record["template"], record["system"]) == ("jinja", CHATML, "Be brief.")
+
+    rows = data()
+    trainer(max_steps=1).fit(module(adapter="mine"), rows)
+    assert rows.template == CHATML  # which is what goes with the adapter
+    for given in ({"adapter": "mine"}, {"adapter": "mine", "rank": 3}):
+        with pytest.raises(UserError, match=r"data.template" if "rank" not in given else "model.rank: 3, .* has 2"):
+            trainer(max_steps=1).fit(module(**given), data(template=None if "rank" in given else CHATML + "\n"))
+
+
+# What can't be done
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bf16-true"}, "trainer.precision: expected one of 16-mixed, bf16-mixed, 32-true"),
+        ({"precision": "16-true"}, "got '16-true'"),
+        ({"precision": "64-true"}, "got '64-true'"),
+        ({"max_steps": -1, "max_epochs": -1}, "trainer.max_epochs: expected a number of epochs, or of steps"),
+        ({"strategy": "ddp"}, "trainer.strategy: expected auto with devices=1"),
+        ({"devices": 2}, "trainer.strategy: expected auto with devices=1"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "trainer.callbacks: expected trainer.accumulate_grad"),
+    ],
+)
+def test_a_trainer_that_can_t_do_it_is_refused(options, message):
+    made = trainer(**options)
+    made.state.fn = "fit"
+    with pytest.raises(UserError) as caught:
+        check_trainer(made)
+    assert message in str(caught.value)
+
+
+def test_a_limit_of_time_needs_another_for_the_schedule():
+    with pytest.raises(UserError, match=r"trainer.max_epochs: expected a number of epochs, or of steps"):
+        trainer(max_steps=-1, max_time="00:00:01:00").fit(module(), data())
+    limited = trainer(max_time="00:00:01:00")
+    limited.fit(module(), data())
+    assert limited.global_step == 2
+
+
+def test_it_is_refused_before_a_weight_is_loaded():
+    built = module()
+    with pytest.raises(UserError, match=r"trainer.precision"):
+        trainer(precision="bf16-true").fit(built, data())
+    with pytest.raises(UserError, match=r"trainer.predict: .*main.py predict"):
+        trainer().predict(built, data())
+    with pytest.raises(UserError, match=r"model.optimizer: paged_adamw pages a GPU's memory"):
+        trainer().fit(module(optimizer="paged_adamw"), data())
+    assert built.model is None
+
+
+def test_the_names_are_there_and_light():
+    assert (lit_qlora.QLoRAModule, lit_qlora.ChatDataModule) == (QLoRAModule, ChatDataModule)
+    with pytest.raises(AttributeError, match="no attribute 'Module'"):
+        _ = lit_qlora.Module
+    code = "import sys, lit_qlora; print({'torch', 'lightning', 'lit_qlora.model'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"

@@ -129,7 +129,8 @@ def list_in(value: Any) -> Any:
 
 
 def _as_numpy_writes(text: str) -> Any:
-    """An array's text has no commas between its objects, and ``nan`` for nothing."""
+    """An array's text has no commas between its objects, and ``nan`` for nothing; its repr has a name around it."""
+    text = re.sub(r"^array\((.*), dtype=object\)$", r"\1", text.strip(), flags=re.DOTALL)
     quoted = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
     known = {"nan": "None"}
     return ast.literal_eval(

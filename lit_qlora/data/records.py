@@ -23,10 +23,11 @@ NOTHING_LEARNED = "rows left out: no answer is to be learned"
 HOLDS_A_TAG = "rows left out: a Llama 2 tag inside a turn"
 REFUSED = "rows left out: data.template can't hold them, such as "
 BROKEN = "rows left out: no whole conversation, the first at "
+TAKEN_OFF = "rows had special tokens written out at the edges of turns, which were taken off: "
 UNUSED = "rows hold what is not used: "
 
 NAMED = 12
-"""Columns and keys that are named; of more, their number."""
+"""Columns, keys and tokens that are named; of more, their number."""
 
 
 Fits = Callable[[Conversation], object]
@@ -93,28 +94,24 @@ class Counts:
 
     def __init__(self) -> None:
         self.dropped: Counter[str] = Counter()
-        self.taken_off: Counter[str] = Counter()
-        self.unused: Counter[str] = Counter()
-        self.rows_with_unused = 0
+        self._named: dict[str, Counter[str]] = {TAKEN_OFF: Counter(), UNUSED: Counter()}
+        self._rows: Counter[str] = Counter()
 
     def add(self, read: Read) -> None:
-        """Counts what became of one row."""
-        self.taken_off.update(read.taken_off)
-        self.unused.update(read.unused)
-        self.rows_with_unused += bool(read.unused)
+        """Counts what was taken off a row, and what of it is not used."""
+        for what, names in ((TAKEN_OFF, read.taken_off), (UNUSED, read.unused)):
+            self._named[what].update(names)
+            self._rows[what] += bool(names)
 
     def in_words(self) -> dict[str, int]:
-        """All of it, as `Records.dropped` has it."""
-        taken = {
-            f"rows had {mark} written out at the edge of a turn: taken off": n for mark, n in self.taken_off.items()
-        }
-        return self.dropped | taken | ({UNUSED + told(self.unused): self.rows_with_unused} if self.unused else {})
+        """All of it, as `Records.dropped` has it; names with the number of their rows."""
+        named = {what + _listed(names): self._rows[what] for what, names in self._named.items() if names}
+        return self.dropped | named
 
 
-def told(unused: Counter[str]) -> str:
-    """The names of what is not used, each with its number of rows."""
-    named = [f"{name} ({count:,})" for name, count in unused.most_common(NAMED)]
-    return ", ".join([*named, *([f"and {len(unused) - NAMED} more"] if len(unused) > NAMED else [])])
+def _listed(names: Counter[str]) -> str:
+    named = [f"{name} ({count:,})" for name, count in names.most_common(NAMED)]
+    return ", ".join([*named, *([f"and {len(names) - NAMED} more"] if len(names) > NAMED else [])])
 
 
 def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:

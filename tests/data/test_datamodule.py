@@ -382,6 +382,33 @@ def test_held_out_prompts_are_the_first_ones_cut_before_their_answer():
     assert len(data.held_out_prompts(99)) == 3
 
 
+def test_a_held_out_prompt_goes_up_to_the_first_answer_to_learn():
+    turns = [{"role": role, "content": f"{role} {number}"} for number in (1, 2) for role in ("user", "assistant")]
+    turns[1]["weight"] = 0
+    write("rows.jsonl", *numbered(3))
+    Path("held.jsonl").write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    data = ChatDataModule("rows.jsonl", validation_source="held.jsonl")
+    data.setup("fit")
+    ((prompt, answer),) = data.held_out_prompts(8)
+    assert [turn.content for turn in prompt.turns] == ["user 1", "assistant 1", "user 2"]
+    assert answer == "assistant 2"
+
+
+def test_what_is_left_out_taken_off_and_not_used_is_told_or_refused_by_strict():
+    write("rows.jsonl", *numbered(19), ("question", "answer</s>"))
+    lines = [*Path("rows.jsonl").read_text(encoding="utf-8").splitlines(), "{"]
+    lines[0] = json.dumps(json.loads(lines[0]) | {"id": 7})
+    Path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = ChatDataModule("rows.jsonl")
+    data.setup("fit")
+    assert data.describe()[1] == (
+        "train: 1 rows left out: no whole conversation, the first at rows.jsonl:21; 1 rows had special tokens written "
+        "out at the edges of turns, which were taken off: </s> (1); 1 rows hold what is not used: column 'id' (1)"
+    )
+    with pytest.raises(UserError, match=r"^rows\.jsonl:21: no JSON"):
+        ChatDataModule("rows.jsonl", strict=True).setup("fit")
+
+
 def test_all_options_reach_the_encoder_and_the_plan():
     data = ChatDataModule(system="be brief", train_on="all", max_length=99, batch_size=7, batch_tokens=512)
     encoder = data.encoder

@@ -109,10 +109,11 @@ AWKWARD = [{"role": "user", "content": 'it\'s "} {" \\ nan\n {x}'}, {"role": "as
         json.dumps(AWKWARD),
         repr(AWKWARD),
         str(np.array(AWKWARD, dtype=object)),
+        repr(np.array(AWKWARD, dtype=object)),
         repr([{**turn, "weight": None} for turn in AWKWARD]),
         repr([{**turn, "weight": float("nan")} for turn in AWKWARD]),
     ],
-    ids=["JSON", "pandas", "numpy", "None", "nan"],
+    ids=["JSON", "pandas", "numpy", "array", "None", "nan"],
 )
 def test_a_list_is_read_as_json_pandas_and_numpy_write_it(written):
     read = read_row({"messages": written})

@@ -335,10 +335,7 @@ def test_special_tokens_at_the_edges_are_taken_off_and_counted():
     assert load_records(write("a.jsonl", *rows)) == Records(
         "a.jsonl",
         [said("a", "b"), said("a", "b", "c", "d"), said("a", "b")],
-        {
-            "rows had </s> written out at the edge of a turn: taken off": 2,
-            "rows had <s> written out at the edge of a turn: taken off": 1,
-        },
+        {"rows had special tokens written out at the edges of turns, which were taken off: </s> (2), <s> (1)": 2},
     )
     own = load_records(write("b.jsonl", text("a", "b[STOP]")), reading=Reading(marks=("[STOP]",)))
     assert own.conversations == [said("a", "b")]

@@ -19,7 +19,10 @@ from lit_qlora.errors import UserError
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
 COLUMNS = ("messages", "conversations", "text")
-ELSEWHERE = ("instruction", "prompt", "question", "input", "query", "output", "response", "completion", "answer")
+ELSEWHERE = (
+    "instruction", "prompt", "question", "input", "query", "output", "response", "completion", "answer", "chosen",
+    "rejected",
+)  # fmt: skip
 """Columns of other forms of rows: where a .csv begins with one, its first line does name the columns."""
 EXAMPLE = '{"text": "### Human: …### Assistant: …"}'
 
@@ -201,19 +204,18 @@ def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] |
     """
     if not isinstance(value, dict):
         return value if isinstance(value, list) else None
-    parts = [value[name] for name in columns if name in value]
-    if any(
-        isinstance(part, dict) or (isinstance(part, list) and len(part) > 1 and not _is_list(part)) for part in parts
-    ):
+    if _is_by_columns(value, columns):
         raise UserError(
             f"{path}: is written by columns, expected a list of rows, got {excerpt(value)}; write it by rows (with"
             " pandas: to_json(…, orient='records'))"
         )
-    if parts:
+    if {*columns} & {*value} or len({*ELSEWHERE} & {*value}) > 1:
         return None
-    if len(value) == 1:
-        (inner,) = value.values()
-        return _list_of_rows(path, inner, columns)
+    parts = [*value.values()]
+    if parts and all(isinstance(part, dict) and {*columns} & {*part} for part in parts):
+        return parts  # each under a name of its own
+    if len(parts) == 1:
+        return _list_of_rows(path, parts[0], columns)
     lists = {name: part for name, part in value.items() if _is_list(part)}
     lists = {name: part for name, part in lists.items() if {*columns} & {*part[0]}} or lists
     if len(lists) > 1:
@@ -222,6 +224,14 @@ def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] |
             " file of its own, such as train.json and test.json in one folder"
         )
     return next(iter(lists.values()), None)
+
+
+def _is_by_columns(value: dict[str, Any], columns: Sequence[str]) -> bool:
+    """Whether each name holds what all rows have there, as a list or under the rows' numbers."""
+    parts = [value[name] for name in columns if name in value]
+    lists = [part for part in parts if isinstance(part, list) and len(part) > 1 and not _is_list(part)]
+    of_others = {*ELSEWHERE} & {*value} and all(isinstance(part, dict) for part in value.values())
+    return bool(lists or of_others or any(isinstance(part, dict) for part in parts))
 
 
 def _is_list(part: object) -> TypeGuard[list[dict[str, Any]]]:

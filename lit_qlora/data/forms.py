@@ -27,8 +27,8 @@ PROMPT = "prompt"
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 """Columns with the system text of a conversation that brings none."""
 
-QUESTIONS, GIVEN = ("instruction", "prompt", "question", "query", "input"), ("input", "context")
-ANSWERS = ("output", "response", "completion", "answer", "chosen")
+QUESTIONS, GIVEN = ("instruction", "prompt", "question", "query", "user", "human", "input"), ("input", "context")
+ANSWERS = ("output", "response", "completion", "answer", "answers", "assistant", "chosen")
 KNOWN_ELSEWHERE = {
     ("instruction", "context", "response"): "Dolly's form",
     ("instruction", "input", "output"): "Alpaca's form",
@@ -191,11 +191,11 @@ def _no_column(row: Mapping[str, Any], wanted: Sequence[str]) -> RowError:
         given = [names[name] for name in GIVEN if name in names and names[name] != question]
         used = [question, *given, answer]
         known = KNOWN_ELSEWHERE.get(tuple(name.lower() for name in used), "a form of questions and answers")
-        asked = "\n\n".join(str(row[name]) for name in (question, *given) if messages.is_there(row[name]))
+        asked = "\n\n".join(_text_of(row[name]) for name in (question, *given) if messages.is_there(row[name]))
         system = next((row[name] for name in SYSTEM_COLUMNS if messages.is_there(row.get(name))), None)
         return RowError(
             f"{known} ({', '.join(used)}) is not read",
-            f"write each row as {_messages(asked, str(row[answer]), system)}",
+            f"write each row as {_messages(asked, _text_of(row[answer]), system)}",
         )
     for name, value in row.items():
         is_list = isinstance(list_in(value), list)
@@ -215,6 +215,14 @@ def _holds_messages(value: list[Any]) -> bool:
 
 def _cut(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _text_of(value: Any) -> str:
+    """A text, or the last one of messages."""
+    found = list_in(value)
+    if isinstance(found, list) and _holds_messages(found):
+        return str(next((found[-1][key] for key in messages.CONTENT if key in found[-1]), "…"))
+    return "…" if isinstance(value, dict | list) else str(value)
 
 
 def _messages(question: str, answer: str, system: object = None) -> str:

@@ -78,6 +78,11 @@ BAD_FILES = {
         BY_COLUMNS.format("{'id': [1, 2], 'messages': [[], [{'role': 'user'}]]}"),
     ),
     "columns as pandas has them": ("a.json", b'{"text": {"0": "hi"}}', BY_COLUMNS.format("{'text': {'0': 'hi'}}")),
+    "columns of another form": (
+        "a.json",
+        b'{"instruction": {"0": "a"}, "output": {"0": "b"}}',
+        BY_COLUMNS.format("{'instruction': {'0': 'a'}, 'output': {'0': 'b'}}"),
+    ),
     "splits in one file": (
         "a.json",
         b'{"train": [{"text": "hi"}], "test": [{"text": "yo"}]}',
@@ -241,6 +246,16 @@ GOOD_FILES = {
     ),
     "list under keys": ("a.json", b'{"data": {"train": [{"a": 1}]}}', [("a.json: row 1", {"a": 1})]),
     "list under a key in .jsonl": ("a.jsonl", b'{"data": [{"a": 1}]}\n', [("a.jsonl: row 1", {"a": 1})]),
+    "each row under a name": (
+        "a.json",
+        b'{"x": {"text": "hi"}, "y": {"text": "yo"}}',
+        [("a.json: row 1", {"text": "hi"}), ("a.json: row 2", {"text": "yo"})],
+    ),
+    "single row of another form": (
+        "a.jsonl",
+        b'{"prompt": "a", "chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}',
+        [("a.jsonl:1", {"prompt": "a", "chosen": [{"role": "user"}], "rejected": [{"role": "user"}]})],
+    ),
     "single object": (
         "a.json",
         b'\n{"messages": [{"role": "user"}]}',

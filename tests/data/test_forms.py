@@ -161,6 +161,16 @@ OTHERS = {
         "a form of preferences (prompt, chosen) is not read",
         said("a", "b"),
     ),
+    "preferences as messages": (
+        {"prompt": "a", "chosen": [TURNS[0], {"role": "assistant", "content": "b"}], "rejected": TURNS},
+        "a form of preferences (prompt, chosen) is not read",
+        said("a", "b"),
+    ),
+    "SQuAD": (
+        {"id": "1", "context": "c", "question": "a", "answers": "b"},
+        "a form of questions and answers (question, context, answers) is not read",
+        said("a\n\nc", "b"),
+    ),
     "OpenOrca": (
         {"id": "1", "system_prompt": "s", "question": "a", "response": "b"},
         "a form of questions and answers (question, response) is not read",

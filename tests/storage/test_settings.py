@@ -45,3 +45,8 @@ def test_a_section_that_may_change_may_change_in_all_its_parts():
         "samples.count: 8 -> 2",
         "samples.prompts: None -> ['x']",
     ]
+
+
+def test_a_run_from_before_an_option_goes_on_where_the_option_changes_nothing():
+    was, now = {"data": {"form": "auto"}}, {"data": {"form": "auto", "strict": False}}
+    assert (refused(was, now), allowed(was, now)) == ([], ["data.strict: None -> False"])

@@ -348,6 +348,22 @@ def test_every_form_of_prompts(tmp_path, capsys):
     assert [conversation for _, conversation in open_prompts(read_file(tmp_path / "only.csv"))] == [bare]
 
 
+def test_prompts_are_read_as_rows_to_train_on_are(tmp_path, capsys):
+    turns = [{"role": "user", "content": "a</s>", "name": "Bo"}]
+    rows = ["messages,prompt,system_prompt,id", f'"{turns}",b,S,7', ",c,,8"]
+    (tmp_path / "p.csv").write_text("\n".join(rows))
+    asked = [conversation for _, conversation in open_prompts(read_file(tmp_path / "p.csv"))]
+    assert asked == [Conversation((Turn("user", "a"),), "S"), Conversation((Turn("user", "c"),))]
+    assert capsys.readouterr().err == (
+        "prompts: 1 rows had special tokens written out at the edges of turns, which were taken off: </s> (1)\n"
+        "prompts: 2 rows hold what is not used: column 'id' (2), column 'prompt' beside 'messages' (1), "
+        "key 'name' of a turn (1)\n"
+    )
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{\n{"prompt": "b"}\n')
+    with pytest.raises(UserError, match=r"p\.jsonl:2: no JSON"):
+        read_file(tmp_path / "p.jsonl")
+
+
 def test_a_systems_text_and_earlier_turns_reach_the_model(here, answerer):
     rows = [{"messages": [{"role": "system", "content": "Speak."}, {"role": "user", "content": "Who is Ada?"}]},
             {"messages": [{"role": "user", "content": "Who is Ada?"}, {"role": "assistant", "content": "A cook."},

@@ -113,11 +113,15 @@ def test_the_demo_command_meets_its_numbers(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     perplexity = re.search(r"held-out perplexity +([\d.]+) +([\d.]+)", done.stdout)
-    stops = re.search(r"stop by themselves +(\d+)% +(\d+)%", done.stdout)
-    assert perplexity and stops
+    ended = re.search(r"answers that ended by themselves +(\d+) of 32 +(\d+) of 32\n", done.stdout)
+    cut = re.search(r"answers cut at 48 tokens +(\d+) of 32 +(\d+) of 32\n", done.stdout)
+    assert perplexity and ended and cut
     assert float(perplexity[1]) / float(perplexity[2]) >= 3
-    assert int(stops[1]) < 10 and int(stops[2]) > 90
-    known = r"( *(data|model|train|run)  |step |peak memory|best adapter|curves|held-out|answers that|  +before|$)"
+    assert [int(ended[when]) + int(cut[when]) for when in (1, 2)] == [32, 32]
+    assert int(ended[1]) < 3 and int(ended[2]) > 29
+    known = (
+        r"( *(data|model|train|run)  |step |peak memory|best adapter|curves|held-out|answers (that|cut)|  +before|$)"
+    )
     assert [line for line in done.stdout.splitlines() if not re.match(known, line)] == []
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 
 from lit_qlora.callbacks.curves import CURVES, draw_curves
 from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
+from lit_qlora.callbacks.samples import ends_in_words
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.storage.files import read_json
 from lit_qlora.storage.run import CARD, RunFolder, as_yaml
@@ -27,7 +28,6 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out loss (nats a token)", "val/loss", lambda value: f"{value:.4f}"),
     ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
-    ("sample answers that stop by themselves", "samples/stopped_share", lambda value: f"{value:.0%}"),
 )
 USE_MERGED = """\
 ```python
@@ -197,6 +197,8 @@ def _measured(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: f
         if name in after:
             first = show(float(before[name])) if name in before else "not measured"
             lines.append(f"| {title} | {first} | {show(float(after[name]))} |")
+    for title, told, last in ends_in_words(before, after):
+        lines.append(f"| sample {title} | {told or 'not measured'} | {last} |")
     cost = [f"{step:,} optimizer steps"]
     if training_s:
         cost.append(f"{training_s / 3600:.2g} hours in them")

@@ -17,6 +17,7 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, r
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import is_last_step, read_metrics, record
 from lit_qlora.callbacks.outlook import planned
+from lit_qlora.callbacks.samples import ends_in_words
 from lit_qlora.model.memory import GIB, step_memory
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.run import RunFolder
@@ -25,7 +26,6 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out loss", "val/loss", lambda value: f"{value:.4f}"),
     ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
-    ("answers that stop by themselves", "samples/stopped_share", lambda value: f"{value:.0%}"),
 )
 
 
@@ -143,6 +143,9 @@ def before_and_after(run: RunFolder) -> list[str]:
     for title, name, show in ROWS:
         if name in before and name in after:
             lines.append(f"{title:32}{show(float(before[name])):>12}   {show(float(after[name]))}")
+    for title, first, last in ends_in_words(before, after):
+        if first is not None:
+            lines.append(f"{title:32}{first:>12}   {last}")
     return lines
 
 

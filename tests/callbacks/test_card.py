@@ -50,7 +50,7 @@ def test_the_card_of_a_llama_2_adapter():
     assert "| held-out perplexity | 4.48 | 3.49 |" in text
     assert "| held-out token accuracy | 61.0% | 66.0% |" in text
     assert "\n50 optimizer steps; 1.5 hours in them; train reserved memory at most 9.00 GiB.\n" in text
-    assert "stop by themselves" not in text  # it was not measured
+    assert "sample answers" not in text  # they were not asked for
     assert "curves.png" not in text
     assert 'from_pretrained("meta-llama/Llama-2-7b-hf", quantization_config' in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["trainer"] == {"max_epochs": 3}
@@ -179,7 +179,8 @@ def test_a_run_s_card(tmp_path, monkeypatch):
     by_step = {line["step"]: line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     before, after = by_step[0]["val/loss"], by_step[result["step"]]["val/loss"]
     assert f"| held-out loss (nats a token) | {before:.4f} | {after:.4f} |" in text
-    assert "| sample answers that stop by themselves | " in text
+    assert "| sample answers that ended by themselves | 0 of 1 | 0 of 1 |" in text
+    assert "| sample answers cut at 2 tokens | 1 of 1 | 1 of 1 |" in text
     hours = float(re.search(rf"\n{result['step']} optimizer steps; (\S+) hours in them; host memory at most ", text)[1])
     assert 0 < hours * 3600 < 60
     assert "python main.py chat --adapter this-folder --base path/to/my-llama" in text

@@ -1,9 +1,12 @@
-"""What the terminal is told of a run that goes on."""
+"""What the terminal is told of a run that goes on, and at its end."""
+
+import json
 
 import pytest
 import torch
 
 from lit_qlora.callbacks import report
+from lit_qlora.storage.run import RunFolder
 
 BUT = "; state and order are exact, a GPU's last bits only with --trainer.deterministic true"
 
@@ -20,3 +23,22 @@ BUT = "; state and order are exact, a GPU's last bits only with --trainer.determ
 def test_how_exact_a_resume_is_is_said(monkeypatch, resumed_from, on_gpu, deterministic, told):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     assert report._going_on(resumed_from, on_gpu) == told
+
+
+def test_the_table_at_the_end_counts_answers_that_were_cut_apart(tmp_path):
+    run = RunFolder(tmp_path)
+    run.prepare()
+    run.adapter.mkdir()
+    (run.adapter / "result.json").write_text('{"step": 4}')
+    ends = ((0, 0, 8), (2, 3, 5), (4, 6, 2))
+    lines = [
+        {"step": step, "val/loss": 2.0, "samples/ended": ended, "samples/cut": cut, "samples/max_new_tokens": 128}
+        for step, ended, cut in ends
+    ]
+    run.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert report.before_and_after(run) == [
+        "                                      before   after (step 4, the best)",
+        "held-out loss                         2.0000   2.0000",
+        "answers that ended by themselves      0 of 8   6 of 8",
+        "answers cut at 128 tokens             8 of 8   2 of 8",
+    ]

@@ -1,4 +1,4 @@
-"""Samples: the same prompts each time, what the base says once, and the share that stops by itself."""
+"""Samples: the same prompts each time, what the base says once, and how each answer ended."""
 
 import contextlib
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_qlora.callbacks.samples import SampleAnswers
+from lit_qlora.callbacks.samples import SampleAnswers, ends_in_words
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -18,6 +18,7 @@ class FakeModule:
 
     def __init__(self, adapter=None):
         self.adapter = adapter
+        self.base = SimpleNamespace(context_tokens=1024)
         self.is_on = True
         self.peft_model = self
         self.asked = []
@@ -84,14 +85,73 @@ def fake(lines, board):
     )
 
 
-def test_the_share_of_stops_is_that_of_eos_at_the_end(fake, lines):
+def ends(ended, cut, limit=128, **beyond):
+    """The figures of so many answers."""
+    counts = {"samples/ended": ended, "samples/cut": cut, "samples/max_new_tokens": limit, **beyond}
+    return counts | {"samples/stopped_share": ended / (ended + cut + sum(beyond.values()))}
+
+
+def test_answers_that_ended_and_answers_that_were_cut_are_counted_apart(fake, lines):
     module = FakeModule()
-    module.answers = {(False, 1): [9, 9], (False, 2): [9, 9], (False, 3): [9, 9], (True, 1): [9, 9], (True, 4): []}
-    samples = SampleAnswers(count=4)
+    module.answers = {(False, 1): [9, 9], (False, 2): [9, 9], (False, 3): [9, 9], (True, 1): [9, 9], (True, 4): [EOS]}
+    samples = SampleAnswers(count=4, max_new_tokens=2)
     samples.on_validation_end(fake, module)
     fake.global_step = 5
     samples.on_validation_end(fake, module)
-    assert lines == [(0, {"samples/stopped_share": 0.25}), (5, {"samples/stopped_share": 0.5})]
+    assert lines == [(0, ends(1, 3, limit=2)), (5, ends(3, 1, limit=2))]
+
+
+def test_an_answer_ends_where_the_bases_context_does(fake, lines, board):
+    module = FakeModule()
+    module.base.context_tokens = 3  # of which a prompt takes one
+    fake.global_step = 5
+    module.answers = {(True, 1): [9, EOS], (True, 2): [7, 8, 6], (True, 3): [7, 8, EOS]}
+    SampleAnswers(count=3, max_new_tokens=3).on_validation_end(fake, module)
+    assert lines == [(5, ends(1, 0, limit=3, **{"samples/cut_by_context": 2}))]
+    assert board.shown[0][1].splitlines()[2:] == [
+        "| 1 | 9 | 9 |",
+        "| 2 | 9 | 7 8 *(cut by the base's context)* |",
+        "| 3 | 9 | 7 8 *(cut by the base's context)* |",
+    ]
+
+
+def test_the_table_says_which_answers_were_cut(fake, board):
+    module = FakeModule()
+    fake.global_step = 5
+    module.answers = {(False, 1): [7, 8], (True, 2): [7, 8]}
+    SampleAnswers(count=2, max_new_tokens=2).on_validation_end(fake, module)
+    rows = board.shown[0][1].splitlines()[2:]
+    assert rows == ["| 1 | 7 8 *(cut at 2 tokens)* | 9 |", "| 2 | 9 | 7 8 *(cut at 2 tokens)* |"]
+
+
+ENDED = "that ended by themselves"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (ends(0, 8), ends(6, 2), [(ENDED, "0 of 8", "6 of 8"), ("cut at 128 tokens", "8 of 8", "2 of 8")]),
+        ({}, ends(6, 2), [(ENDED, None, "6 of 8"), ("cut at 128 tokens", None, "2 of 8")]),
+        (  # a run that was resumed with another limit
+            ends(0, 8),
+            ends(6, 2, limit=1024),
+            [(ENDED, "0 of 8", "6 of 8"), ("cut at 1,024 or 128 tokens", "8 of 8", "2 of 8")],
+        ),
+        (
+            ends(0, 8),
+            ends(5, 2, **{"samples/cut_by_context": 1}),
+            [
+                (ENDED, "0 of 8", "5 of 8"),
+                ("cut at 128 tokens", "8 of 8", "2 of 8"),
+                ("cut by the base's context", "0 of 8", "1 of 8"),
+            ],
+        ),
+        ({"samples/stopped_share": 0.25}, {"samples/stopped_share": 0.5}, []),  # of an earlier version
+        ({}, {}, []),
+    ],
+)
+def test_how_answers_ended_is_said_of_all(before, after, words):
+    assert ends_in_words(before, after) == [(f"answers {title}", first, last) for title, first, last in words]
 
 
 def test_prompts_are_fixed_and_the_base_is_asked_once(fake):
@@ -111,14 +171,14 @@ def test_a_resumed_run_asks_the_base_anew(fake, lines):
     fake.global_step = 5
     SampleAnswers(count=1).on_validation_end(fake, module)
     assert [is_on for is_on, *_ in module.asked] == [False, True]
-    assert lines == [(5, {"samples/stopped_share": 1.0})]
+    assert lines == [(5, ends(1, 0))]
 
 
 def test_an_adapter_that_is_trained_on_answers_before_the_first_step(fake, lines):
     module = FakeModule(adapter="some/adapter")
     module.answers = {(False, 1): [9]}
     SampleAnswers(count=1).on_validation_end(fake, module)
-    assert lines == [(0, {"samples/stopped_share": 1.0})]
+    assert lines == [(0, ends(1, 0))]
 
 
 def test_prompts_of_ones_own_are_asked_instead(fake):
@@ -131,7 +191,7 @@ def test_many_prompts_are_asked_in_parts(fake, lines):
     module = FakeModule()
     SampleAnswers(count=10).on_validation_end(fake, module)
     assert [len(asked) for _, asked, _ in module.asked] == [8, 2]
-    assert lines == [(0, {"samples/stopped_share": 1.0})]
+    assert lines == [(0, ends(10, 0))]
 
 
 def test_none_are_asked_with_a_count_of_zero(fake, lines):

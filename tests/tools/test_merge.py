@@ -135,6 +135,59 @@ def test_what_is_in_the_folder(merged, run):
     assert 'AutoModelForCausalLM.from_pretrained("this-folder")' in card
 
 
+HUB = ("load_and_register_attn_kernel", "get_kernel", "kernelize", "register_kernel_replacements_and_fusions")
+"""Where transformers fetches and loads a kernel."""
+
+
+@pytest.fixture
+def odd_base(tmp_path, monkeypatch):
+    """The demo, with files that would have code run, other weights loaded, and answers go on behind their EOS."""
+
+    def refuse(*args, **options):
+        raise AssertionError(f"code was asked for: {args} {options}")
+
+    for name in HUB:
+        monkeypatch.setattr(f"transformers.integrations.hub_kernels.{name}", refuse)
+    monkeypatch.setattr("transformers.dynamic_module_utils.get_class_from_dynamic_module", refuse)
+    monkeypatch.setattr("transformers.dynamic_module_utils.get_class_in_module", refuse)
+    folder = tmp_path / "base"
+    shutil.copytree(demo.BASE, folder)
+    kernel, code = "evil/kernel", {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "eos_token_id": [77, 5], "bos_token_id": 9, "pad_token_id": 3, "auto_map": code, "use_kernels": True,
+        "_attn_implementation": kernel, "attn_implementation": kernel, "experts_implementation": kernel,
+        "kernel_config": {"RMSNorm": kernel}, "transformers_weights": "other.safetensors", "trust_remote_code": True,
+        "custom_pipelines": {"text-generation": {"impl": "evil.Evil"}}, "custom_generate": "evil/generate",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": "odd", "max_length": [1], "do_sample": true}')
+    (folder / "evil.py").write_text("raise AssertionError('imported')")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "4bit"])
+def test_a_merged_folder_ends_answers_where_training_did_and_carries_no_code(run, odd_base, tmp_path, dtype):
+    target = tmp_path / "out"
+    options = ["--adapter", str(run / "adapter"), "--base", str(odd_base), "--dtype", dtype]
+    assert main(["merge", *options, "--output", str(target)]) == 0
+    config = json.loads((target / "config.json").read_text())
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert json.loads((target / "generation_config.json").read_text()) == tokens
+    assert {name: config[name] for name in tokens} == tokens
+    assert "evil" not in json.dumps(config)
+    assert not config.keys() & {"auto_map", "use_kernels", "trust_remote_code", "transformers_weights"}
+    assert not [*target.glob("*.py")]
+    (target / "generation_config.json").unlink()  # some ask config.json alone
+    assert AutoModelForCausalLM.from_pretrained(target).generation_config.eos_token_id == 2
+
+
+def test_no_verb_follows_what_a_base_says_of_code(run, odd_base, tmp_path, capsys):
+    options = ["--adapter", str(run / "adapter"), "--base", str(odd_base)]
+    assert main(["chat", *options, "--prompt", "Hello", "--max_new_tokens", "2"]) == 0
+    assert main(["fit", "--run", str(tmp_path / "run"), "--model.base", str(odd_base), *SHORT,
+                 "--trainer.max_steps", "1"]) == 0  # fmt: skip
+
+
 @pytest.mark.parametrize(("dtype", "largest"), [("float16", 0.05), ("bfloat16", 0.5)])
 def test_16_bits_in_several_files(run, tmp_path, monkeypatch, capsys, dtype, largest):
     monkeypatch.setattr(shards.write_shards, "__defaults__", (2**20,))

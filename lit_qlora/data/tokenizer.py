@@ -5,10 +5,11 @@ Knows no conversation, no prompt format, no weights.
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_qlora import demo
 from lit_qlora.errors import UserError
+from lit_qlora.storage.foreign import FLAG, Kind, check, one_of, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,14 +19,77 @@ LLAMA_2 = {"▁[": 518, "▁Hello": 15043}
 INST = [518, 25580, 29962]
 """What Meta's code makes of a text that is "[INST]"."""
 
+NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+"""Special tokens, and what Llama calls them."""
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+_TOKEN = Kind("a text, null, or an object with a text as content", lambda value: value is None or _is_token(value))
+_TOKENS = Kind(
+    "a list of tokens, or an object of them by name",
+    lambda value: value is None or (isinstance(value, (list, dict)) and all(map(_is_token, _parts(value)))),
+)
+_BY_ID = Kind(
+    "an object of tokens by id, each an object with a text as content",
+    lambda value: (
+        isinstance(value, dict)
+        and all(key.isdecimal() and isinstance(token, dict) and _is_token(token) for key, token in value.items())
+    ),
+)
+_TEXTS = Kind("a list of texts", _are_texts)
+_SIDE = one_of("left", "right")
+KEYS = {
+    **dict.fromkeys(
+        ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"), _TOKEN
+    ),
+    "added_tokens_decoder": _BY_ID,
+    "additional_special_tokens": _TOKENS,
+    "extra_special_tokens": _TOKENS,
+    "auto_map": Kind(
+        "an object, or a list of two",
+        lambda value: isinstance(value, dict) or (isinstance(value, list) and len(value) == 2),
+    ),
+    "chat_template": Kind(
+        "a text, or a list of objects with name and template",
+        lambda value: (
+            value is None
+            or isinstance(value, str)
+            or (
+                isinstance(value, list)
+                and all(isinstance(part, dict) and {"name", "template"} <= {*part} for part in value)
+            )
+        ),
+    ),
+    "fast_tokenizer_files": _TEXTS,
+    "model_input_names": _TEXTS,
+    "init_inputs": Kind("an empty list", lambda value: value == []),
+    "model_max_length": Kind("a number", lambda value: value is None or type(value) in (int, float)),
+    "split_special_tokens": FLAG,
+    "padding_side": _SIDE,
+    "truncation_side": _SIDE,
+    "tokenizer_class": Kind("the name of a tokenizer", lambda value: value is None or _is_class(value)),
+}
+"""Of tokenizer_config.json, what the library takes as it stands and would stop at, deep inside."""
+
+
+def _parts(value: Any) -> list[Any]:
+    return [*value.values()] if isinstance(value, dict) else value
+
 
 def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of ``base``, a hub id or a local folder.
 
     With Llama 2's vocabulary it gives the ids of Meta's code, whatever tokenizer_config.json says.
 
-    Raises UserError when there is none, when it comes as code, when it lacks a BOS or an EOS, or when it has
-    Llama 2's vocabulary and can't be brought to give Llama 2's ids.
+    Raises UserError when there is none, when it comes as code, when it lacks a BOS or an EOS, when its files hold
+    what no tokenizer has, or when it has Llama 2's vocabulary and can't be brought to give Llama 2's ids.
     """
     tokenizer = _load(base)
     if not _as_meta(tokenizer):
@@ -35,19 +99,25 @@ def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
                 f"model.base: the tokenizer of {base!r} has Llama 2's vocabulary, and its ids of a text are others "
                 "than Llama 2's; take another copy"
             )
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(f"model.base: the tokenizer of {base!r} has no BOS or no EOS token; a Llama tokenizer has both")
     return tokenizer
 
 
 def _load(base: str, **changes: bool) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaConfig
 
-    location = demo.BASE if base == "demo" else base
+    location = str(demo.BASE) if base == "demo" else base
     try:
-        _check_class(location)
-        # Left unsaid, whoever sits at a terminal is asked, and a "y" runs the code.
-        return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **changes)
+        _check_config(base, location)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            location,
+            # As of every base; what its config.json says else is not asked.
+            config=LlamaConfig.from_dict({"name_or_path": location}),
+            # Left unsaid, whoever sits at a terminal is asked, and a "y" runs the code.
+            trust_remote_code=False,
+            **changes,
+        )
+    except UserError:
+        raise
     except Exception as error:  # its files come from anywhere, and the library takes them to be as it writes them
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -55,20 +125,57 @@ def _load(base: str, **changes: bool) -> "PreTrainedTokenizerBase":
                 "run; take a copy with a Llama tokenizer"
             ) from error
         raise UserError(f"model.base: no tokenizer could be loaded from {base!r}: {_reason(error)}") from error
+    _check_named(base, tokenizer)
+    return tokenizer
 
 
-def _check_class(location: str | Path) -> None:
-    """Raises ValueError where tokenizer_config.json names what is in the library, and no tokenizer: it would be loaded.
+def _check_config(base: str, location: str) -> None:
+    """Raises UserError for a value in tokenizer_config.json that the library would stop at."""
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        location,
+        "tokenizer_config.json",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return
+    place = f"model.base: no tokenizer could be loaded from {base!r}"
+    told = read_object(place, Path(file))
+    for key, kind in KEYS.items():
+        if key in told:
+            check(f"{place}: tokenizer_config.json", key, kind, told[key])
+
+
+def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises UserError where BOS or EOS lacks, or one of the special tokens is no text at all.
+
+    The library gives an empty one the id of the unknown token, and looks for an empty unknown one for ever.
+    """
+    for name, usual in NAMED.items():
+        token = getattr(tokenizer, name)
+        if token == "":
+            raise UserError(
+                f"model.base: the tokenizer of {base!r} has an empty {name}, as early conversions do; write its text "
+                f"into tokenizer_config.json (Llama's is {usual}), or take another copy"
+            )
+        if token is None and name != "unk_token":
+            raise UserError(
+                f"model.base: the tokenizer of {base!r} has no BOS or no EOS token; a Llama tokenizer has both"
+            )
+
+
+def _is_class(name: Any) -> bool:
+    """Whether a name is of one of the library's tokenizers; any other class of it would be loaded, too.
 
     A name that the library does not have stands for the plain tokenizer of its kind, or is refused as code.
     """
     import transformers
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    name = get_tokenizer_config(location).get("tokenizer_class") or "PreTrainedTokenizerFast"
-    kind = getattr(transformers, name, transformers.PreTrainedTokenizerBase)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
-        raise ValueError(f"tokenizer_class {name} in its tokenizer_config.json is no tokenizer")
+    kind = getattr(transformers, name, transformers.PreTrainedTokenizerBase) if isinstance(name, str) else None
+    return isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)
 
 
 def _reason(error: Exception) -> str:
@@ -86,7 +193,7 @@ def _reason(error: Exception) -> str:
         return "it has no tokenizer.json, and its tokenizer.model is no whole one of sentencepiece; copy it again"
     if words.endswith(":"):  # a list of what was tried follows
         return "it has neither tokenizer.json nor tokenizer.model; copy one of them there, or take another copy"
-    return words
+    return words if len(words) <= 200 else f"{words[:200]}…"
 
 
 def _as_meta(tokenizer: "PreTrainedTokenizerBase") -> bool:

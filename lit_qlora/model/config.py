@@ -4,19 +4,15 @@ A key that is not in the table is dropped: token ids are the tokenizer's, how an
 asked for, and nothing that names code, kernels, plans or files of weights gets any further. Knows no torch, no weights.
 """
 
-import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import parse_json
+from lit_qlora.storage.foreign import FLAG, OBJECT, Kind, check, number, one_of, read_object, shown, whole, wrong
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
-
-LARGEST_FILE = 10_000_000
-"""Bytes of a config.json; the longest known one has 100,000."""
 
 ACTIVATIONS = (
     "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate",
@@ -28,66 +24,48 @@ ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")
 """The second is the name in early conversions, which are otherwise the same."""
 
 
-class Kind(NamedTuple):
-    """What a value may be, in words and as a check."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-
-
-def _whole(low: int, high: int) -> Kind:
-    return Kind(f"a whole number from {low} to {high:,}", lambda value: type(value) is int and low <= value <= high)
-
-
-def _number(low: float, high: float = 1e30) -> Kind:
-    words = f"a number above {low:g}" if high == 1e30 else f"a number above {low:g}, at most {high:g}"
-    return Kind(words, lambda value: type(value) in (int, float) and low < value <= high)
-
-
-def _one_of(*words: str) -> Kind:
-    return Kind(f"one of {', '.join(words)}", lambda value: isinstance(value, str) and value in words)
-
-
 def _numbers(count: int) -> Kind:
-    above_0 = _number(0)
+    above_0 = number(0)
     return Kind(
         f"a list of {count} numbers above 0",
         lambda value: isinstance(value, list) and len(value) == count and all(map(above_0.holds, value)),
     )
 
 
-_FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-_OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(part) in (int, float) for part in value)
+
+
 _SHARE = Kind("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
-_ABOVE_0, _ABOVE_1 = _number(0), _number(1)
-_TOKENS = _whole(2, 2**31)
+_ABOVE_0, _ABOVE_1 = number(0), number(1)
+_TOKENS = whole(2, 2**31)
 _UNIT = Kind("1, for Llama turns all of a head", lambda value: type(value) in (int, float) and value == 1)
 
 SIZES = {
-    "hidden_size": _whole(1, 2**20),
-    "intermediate_size": _whole(1, 2**24),
-    "num_hidden_layers": _whole(1, 1000),
-    "num_attention_heads": _whole(1, 2**16),
-    "vocab_size": _whole(1, 2**24),
+    "hidden_size": whole(1, 2**20),
+    "intermediate_size": whole(1, 2**24),
+    "num_hidden_layers": whole(1, 1000),
+    "num_attention_heads": whole(1, 2**16),
+    "vocab_size": whole(1, 2**24),
 }
 """Keys that every config.json must have."""
 
 OPTIONAL = {
-    "num_key_value_heads": _whole(1, 2**16),
-    "head_dim": _whole(2, 2**16),
-    "max_position_embeddings": _whole(1, 2**31),
-    "rms_norm_eps": _number(0, 1),
-    "hidden_act": _one_of(*ACTIVATIONS),
-    "attention_bias": _FLAG,
-    "mlp_bias": _FLAG,
+    "num_key_value_heads": whole(1, 2**16),
+    "head_dim": whole(2, 2**16),
+    "max_position_embeddings": whole(1, 2**31),
+    "rms_norm_eps": number(0, 1),
+    "hidden_act": one_of(*ACTIVATIONS),
+    "attention_bias": FLAG,
+    "mlp_bias": FLAG,
     "attention_dropout": _SHARE,
-    "tie_word_embeddings": _FLAG,
+    "tie_word_embeddings": FLAG,
     "rope_theta": _ABOVE_1,
-    "rope_scaling": _OBJECT,
-    "rope_parameters": _OBJECT,
+    "rope_scaling": OBJECT,
+    "rope_parameters": OBJECT,
     "partial_rotary_factor": _UNIT,
     "original_max_position_embeddings": _TOKENS,
-    "quantization_config": _OBJECT,
+    "quantization_config": OBJECT,
 }
 """Keys that may lack, which null counts as."""
 
@@ -119,7 +97,7 @@ def _ropes(head_width: int) -> dict[str, _Members]:
         "default": _Members({}, {}),
         "linear": _Members(_FACTOR, {}),
         "dynamic": _Members(_FACTOR, {}),
-        "yarn": _Members(_FACTOR, ratio | betas | {"truncate": _FLAG}),
+        "yarn": _Members(_FACTOR, ratio | betas | {"truncate": FLAG}),
         "longrope": _Members(halves, _FACTOR | ratio),
         "llama3": _Members(_FACTOR | bands, _ORIGINAL),
     }
@@ -149,106 +127,91 @@ def read_config(name: str, file: Path) -> dict[str, Any]:
     Raises UserError that names the key where one is not, for a model that is no Llama, and for one that is
     quantised in another way than bitsandbytes' 4 bits.
     """
-    told = _read(name, file)
+    told = read_object(f"model.base: {name}", file)
+    place = f"model.base: {name}: config.json"
     if told.get("model_type") != "llama":
         kind = told["model_type"] if isinstance(told.get("model_type"), str) else "model of unknown type"
         raise UserError(
-            f"model.base: {name} is a {_shown(kind)[1:-1]} by the model_type of its config.json, expected a Llama"
+            f"model.base: {name} is a {shown(kind)[1:-1]} by the model_type of its config.json, expected a Llama"
         )
     classes = told.get("architectures") or ["LlamaForCausalLM"]
     if not isinstance(classes, list) or not any(known in classes for known in ARCHITECTURES):
-        raise _wrong(name, "architectures", '["LlamaForCausalLM"]', classes)
+        raise wrong(place, "architectures", '["LlamaForCausalLM"]', classes)
     config = {key: told[key] for key in (*SIZES, *OPTIONAL) if told.get(key) is not None}
     for key, kind in SIZES.items():
         if key not in config:
-            raise UserError(f"model.base: {name}: config.json has no {key}")
-        _check(name, key, kind, config[key])
+            raise UserError(f"{place} has no {key}")
+        check(place, key, kind, config[key])
     if config.get("quantization_config") == {}:
         del config["quantization_config"]
     if "quantization_config" in config:
-        config["quantization_config"] = _quantization(name, config["quantization_config"])
+        config["quantization_config"] = _quantization(name, place, config["quantization_config"])
     for key, kind in OPTIONAL.items():
         if key in config:
-            _check(name, key, kind, config[key])
-    _check_heads(name, config)
-    _check_rope(name, config)
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "max_position_embeddings": DEFAULT_CONTEXT,
-    } | (config)
+            check(place, key, kind, config[key])
+    _check_heads(place, config)
+    _check_rope(place, config)
+    known = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    return known | {"max_position_embeddings": DEFAULT_CONTEXT} | config
 
 
-def _read(name: str, file: Path) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > LARGEST_FILE:
-            raise UserError(
-                f"model.base: {name}: config.json has {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}"
-            )
-        told = parse_json(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"model.base: {name}: config.json can't be read: {error}") from error
-    if not isinstance(told, dict):
-        raise UserError(f"model.base: {name}: config.json: expected a JSON object, got {_shown(told)}")
-    return told
-
-
-def _check_heads(name: str, config: Mapping[str, Any]) -> None:
+def _check_heads(place: str, config: Mapping[str, Any]) -> None:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if hidden % heads:
-        raise _wrong(name, "num_attention_heads", f"a divisor of hidden_size ({hidden})", heads)
+        raise wrong(place, "num_attention_heads", f"a divisor of hidden_size ({hidden})", heads)
     pairs = config.get("num_key_value_heads", heads)
     if heads % pairs:
-        raise _wrong(name, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})", pairs)
+        raise wrong(place, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})", pairs)
     if _head_width(config) % 2:
         width = config.get("head_dim", f"{hidden} / {heads} = {hidden // heads}")
-        raise _wrong(name, "head_dim", "an even number (it is hidden_size / num_attention_heads where it lacks)", width)
+        raise wrong(place, "head_dim", "an even number (it is hidden_size / num_attention_heads where it lacks)", width)
 
 
 def _head_width(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _check_rope(name: str, config: Mapping[str, Any]) -> None:
+def _check_rope(place: str, config: Mapping[str, Any]) -> None:
     scaling, parameters = (rope_of({key: config.get(key)}) for key in ("rope_scaling", "rope_parameters"))
     if config.get("rope_scaling") and config.get("rope_parameters") and scaling[1:] != parameters[1:]:
-        raise _wrong(name, "rope_scaling", "what rope_parameters says, or one of the two alone", config["rope_scaling"])
+        raise wrong(place, "rope_scaling", "what rope_parameters says, or one of the two alone", config["rope_scaling"])
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     ropes = _ropes(_head_width(config))
     kind, members = rope_of(config)[1:]
-    _check(name, f"{key}.rope_type", _one_of(*ropes), kind)
+    check(place, f"{key}.rope_type", one_of(*ropes), kind)
     if kind == "dynamic" and _head_width(config) == 2:
-        raise _wrong(name, f"{key}.rope_type", "another one for heads of width 2", kind)
+        raise wrong(place, f"{key}.rope_type", "another one for heads of width 2", kind)
     told = {**members, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     for member, value_kind in (ropes[kind].needed | ropes[kind].allowed | _OF_EACH_ROPE).items():
         if member in ropes[kind].needed and member not in members:
-            raise UserError(
-                f"model.base: {name}: config.json: {key} has no {member}, and {kind} needs it: {value_kind.expected}"
-            )
+            raise UserError(f"{place}: {key} has no {member}, and {kind} needs it: {value_kind.expected}")
         if told.get(member) is not None:
-            _check(name, f"{key}.{member}", value_kind, told[member])
-    for member, value in told.items():  # one that is not of its kind is of no effect, but nested ones are of each layer
-        if isinstance(value, dict):
-            raise _wrong(name, f"{key}.{member}", "no JSON object: all layers of a Llama turn alike", value)
+            check(place, f"{key}.{member}", value_kind, told[member])
+    for (
+        member,
+        value,
+    ) in told.items():  # one that its kind does not know is of no effect, but nested ones are of a layer
+        if not isinstance(value, (str, int, float, type(None))) and not _is_list_of_numbers(value):
+            raise wrong(place, f"{key}.{member}", "a plain value, for all layers of a Llama turn alike", value)
     if kind == "llama3" and members["high_freq_factor"] <= members["low_freq_factor"]:
         low = members["low_freq_factor"]
-        raise _wrong(name, f"{key}.high_freq_factor", f"more than low_freq_factor ({low})", members["high_freq_factor"])
+        raise wrong(place, f"{key}.high_freq_factor", f"more than low_freq_factor ({low})", members["high_freq_factor"])
 
 
-def _quantization(name: str, told: Any) -> dict[str, Any]:
+def _quantization(name: str, place: str, told: Any) -> dict[str, Any]:
     """What of a quantization_config is believed: that it is bitsandbytes' 4 bits. The rest is told by the weights."""
-    _check(name, "quantization_config", _OBJECT, told)
+    check(place, "quantization_config", OBJECT, told)
     method = told.get("quant_method") or ("bitsandbytes" if told.get("load_in_4bit") else "in an unknown way")
     if method != "bitsandbytes" or told.get("load_in_8bit") or told.get("load_in_4bit") is not True:
         raise UserError(
-            f"model.base: {name} is already quantised ({_shown(method).strip(chr(34))}), by the quantization_config of "
+            f"model.base: {name} is already quantised ({shown(method).strip(chr(34))}), by the quantization_config of "
             "its config.json; give the 16-bit weights or a bitsandbytes 4-bit copy"
         )
     levels, storage = told.get("bnb_4bit_quant_type") or "nf4", told.get("bnb_4bit_quant_storage") or "uint8"
-    _check(name, "quantization_config.bnb_4bit_quant_type", _one_of("nf4", "fp4"), levels)
-    _check(name, "quantization_config.bnb_4bit_quant_storage", _one_of("uint8"), storage)
+    check(place, "quantization_config.bnb_4bit_quant_type", one_of("nf4", "fp4"), levels)
+    check(place, "quantization_config.bnb_4bit_quant_storage", one_of("uint8"), storage)
     nested = told.get("bnb_4bit_use_double_quant") or False
-    _check(name, "quantization_config.bnb_4bit_use_double_quant", _FLAG, nested)
+    check(place, "quantization_config.bnb_4bit_use_double_quant", FLAG, nested)
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -279,18 +242,3 @@ def for_transformers(config: Mapping[str, Any], plain: Collection[str] = ()) -> 
     if "quantization_config" in values:
         values["quantization_config"] = values["quantization_config"] | {"llm_int8_skip_modules": ["lm_head", *plain]}
     return LlamaConfig(**values, rope_parameters={"rope_type": kind, "rope_theta": float(theta), **rope})
-
-
-def _check(name: str, key: str, kind: Kind, value: Any) -> None:
-    if not kind.holds(value):
-        raise _wrong(name, key, kind.expected, value)
-
-
-def _wrong(name: str, key: str, expected: str, value: Any) -> UserError:
-    return UserError(f"model.base: {name}: config.json: {key}: expected {expected}, got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, as JSON has it, and no longer than a line can bear."""
-    text = json.dumps(value, ensure_ascii=False)
-    return f"{text[:60]}…" if len(text) > 60 else text

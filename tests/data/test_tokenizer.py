@@ -80,7 +80,7 @@ def _changed(tmp_path, name, text):
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "config.json"]
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"]
 )
 def test_files_nested_without_end_are_one_line(tmp_path, name):
     assert "nested too deep" in _changed(tmp_path, name, '{"a": ' + 200_000 * "[")
@@ -115,7 +115,7 @@ def test_a_tokenizer_config_names_nothing_but_a_tokenizer(tmp_path, name, monkey
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     rules = json.loads((demo.BASE / "tokenizer_config.json").read_text(encoding="utf-8"))
     told = _changed(tmp_path, "tokenizer_config.json", json.dumps(rules | {"tokenizer_class": name}))
-    assert told.endswith(f"tokenizer_class {name} in its tokenizer_config.json is no tokenizer")
+    assert told.endswith(f'tokenizer_config.json: tokenizer_class: expected the name of a tokenizer, got "{name}"')
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
@@ -185,3 +185,106 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
     assert refused(base(tmp_path / "base", [])) == (
         "it has neither tokenizer.json nor tokenizer.model; copy one of them there, or take another copy"
     )
+
+
+# What stands in the files of others
+
+
+@pytest.fixture
+def demo_files(tmp_path):
+    """Copies the demo's tokenizer, with some of its tokenizer_config.json in another way."""
+
+    def files(**changes):
+        folder = tmp_path / "base"
+        if not folder.is_dir():
+            shutil.copytree(demo.BASE, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        told = json.loads((demo.BASE / "tokenizer_config.json").read_text(encoding="utf-8")) | changes
+        (folder / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")
+        return folder
+
+    return files
+
+
+def one_line(folder):
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(folder))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+EMPTY = {"bos_token": "", "eos_token": "", "unk_token": ""}
+
+
+@pytest.mark.parametrize("empty", [EMPTY, *({name: ""} for name in EMPTY)], ids=["all", *EMPTY])
+@pytest.mark.parametrize("source", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_empty_special_tokens_are_told(demo_files, empty, source):
+    """As the first conversions of Llama had them; the library looks for the unknown token's id without an end."""
+    folder = demo_files(**empty if source == "tokenizer_config.json" else {})
+    if source != "tokenizer_config.json":
+        rules = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        for name in ("added_tokens_decoder", *empty):
+            rules.pop(name, None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(rules), encoding="utf-8")
+        (folder / source).write_text(json.dumps(empty), encoding="utf-8")
+    assert f"has an empty {next(iter(empty))}, as early conversions do; write its text into" in one_line(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("bos_token", [0, True, [], {}, {"content": 5}, ["<s>"]]),
+        ("eos_token", [0, [], {"a": 1}]),
+        ("unk_token", [5]),
+        ("pad_token", [0, [], 1.5]),
+        (
+            "added_tokens_decoder",
+            [None, 0, "", [], {"x": {"content": "<s>"}}, {"1": "<s>"}, {"1": {}}, {"-5": {"content": ""}}],
+        ),
+        ("additional_special_tokens", ["", 0, "a", {"a": 1}, [[["a"]]]]),
+        ("extra_special_tokens", ["", {"a": 1}]),
+        ("auto_map", [None, "", 0, [], ["a"]]),
+        ("chat_template", [["a"], 5, {"a": 1}]),
+        ("init_inputs", [None, 0, ["a"], "a", {"a": 1}]),
+        ("fast_tokenizer_files", [None, 0, [[]]]),
+        ("model_input_names", [None, 0]),
+        ("model_max_length", ["", [], {}, "4096"]),
+        ("split_special_tokens", [None, 0, "", "no"]),
+        ("padding_side", ["up", "x" * 5000, 0]),
+        ("tokenizer_class", [0, [], {}]),
+    ],
+)
+def test_odd_values_are_named(demo_files, key, values):
+    for value in values:
+        folder = demo_files(**{key: value})
+        assert f"loaded from '{folder}': tokenizer_config.json: {key}: expected " in one_line(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("tokenizer_config.json", ["", "[]", "7", "{", "[" * 200_000, '{"a":' + "[" * 200_000]),
+        ("special_tokens_map.json", ["", "[]", "[" * 200_000]),
+        ("added_tokens.json", ["[" * 200_000]),
+        ("tokenizer.json", ["", "[]", "{", '{"a": 1}', "[" * 200_000]),
+    ],
+)
+def test_a_file_that_is_none_is_one_line(demo_files, name, texts):
+    folder = demo_files()
+    if name != "tokenizer_config.json":  # which is asked first, and would do without them
+        rules = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        rules.pop("added_tokens_decoder", None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(rules), encoding="utf-8")
+    for text in texts:
+        (folder / name).write_text(text, encoding="utf-8")
+        one_line(folder)
+
+
+def test_what_config_json_says_has_no_part_in_it(demo_files):
+    """Neither odd values of its nor code or classes that it names."""
+    folder = demo_files()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"eos_token_id": "x", "pad_token_id": [1], "use_cache": "maybe", "tokenizer_class": "Evil", "id2label": 5}
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.Evil"}, "dtype": "float17"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert Encoder(load_tokenizer(str(folder)), 64).fingerprint() == Encoder(load_tokenizer("demo"), 64).fingerprint()

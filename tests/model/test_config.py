@@ -9,8 +9,9 @@ import torch
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
-from lit_qlora.model.config import ACTIVATIONS, LARGEST_FILE, OPTIONAL, SIZES, for_transformers, read_config, rope_of
+from lit_qlora.model.config import ACTIVATIONS, OPTIONAL, SIZES, for_transformers, read_config, rope_of
 from lit_qlora.model.fingerprint import rules_of
+from lit_qlora.storage.foreign import LARGEST_FILE
 
 CONFIG = {
     "model_type": "llama",
@@ -98,7 +99,7 @@ def test_what_may_lack_is_right_where_it_is_there(tmp_path, key):
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "rope_parameters.rope_theta: expected"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-            "rope_parameters.full_attention: expected no",
+            "rope_parameters.full_attention: expected a plain",
         ),
         (
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8}},

@@ -1,0 +1,80 @@
+"""Owns the reading of JSON files that others wrote: an object, and what each of its values may be.
+
+Whatever stands there, it is read or refused in one line that names the file and the key. Knows no key.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_qlora.errors import UserError
+from lit_qlora.storage.files import parse_json
+
+LARGEST_FILE = 10_000_000
+"""Bytes of a file; the longest known config.json has 100,000."""
+
+
+class Kind(NamedTuple):
+    """What a value may be, in words and as a check."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def whole(low: int, high: int) -> Kind:
+    """A whole number from ``low`` to ``high``."""
+    return Kind(f"a whole number from {low} to {high:,}", lambda value: type(value) is int and low <= value <= high)
+
+
+def number(above: float, most: float = 1e30) -> Kind:
+    """A number above ``above``, and finite."""
+    words = f"a number above {above:g}" if most == 1e30 else f"a number above {above:g}, at most {most:g}"
+    return Kind(words, lambda value: type(value) in (int, float) and above < value <= most)
+
+
+def one_of(*words: str) -> Kind:
+    """One of some words."""
+    return Kind(f"one of {', '.join(words)}", lambda value: isinstance(value, str) and value in words)
+
+
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
+
+
+def read_object(place: str, file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``, which messages call by its name in ``place``.
+
+    Raises UserError where it can't be read, is no object, or larger than any such file is.
+    """
+    try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise UserError(
+                f"{place}: {file.name} has {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}"
+            )
+        told = parse_json(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{place}: {file.name} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(told, dict):
+        raise UserError(f"{place}: {file.name}: expected a JSON object, got {shown(told)}")
+    return told
+
+
+def check(place: str, key: str, kind: Kind, value: Any) -> None:
+    """Raises UserError unless ``value`` is of its kind."""
+    if not kind.holds(value):
+        raise wrong(place, key, kind.expected, value)
+
+
+def wrong(place: str, key: str, expected: str, value: Any) -> UserError:
+    """What is said of a value that is not what was expected; ``place`` ends in the file's name."""
+    return UserError(f"{place}: {key}: expected {expected}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value in a message, as JSON has it, and no longer than a line can bear."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # as deep as could just be read
+        return "…"
+    return f"{text[:60]}…" if len(text) > 60 else text

@@ -9,9 +9,23 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BasePredictionWriter,
+    BatchSizeFinder,
+    Checkpoint,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    ProgressBar,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins import CheckpointIO, LayerSync
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 
 from lit_qlora.errors import UserError, require
@@ -42,6 +56,33 @@ NOT_OFFERED = {
     "use_distributed_sampler",
 }
 """What of Lightning's Trainer this project decides by itself, or has no use for: an option must do something."""
+
+
+FIGURES = ("val/loss", "val/perplexity", "val/accuracy")
+"""Of each validation, for a callback to monitor."""
+
+_AVERAGED = "none that averages weights (the adapter saved is the one that was scored; model.schedule lets rates fall)"
+NO_CALLBACKS: Mapping[type, str] = {
+    Checkpoint: "none that writes checkpoints (save_every_steps and save_every_minutes say when one is written)",
+    ProgressBar: "no other progress bar (trainer.enable_progress_bar says whether there is one)",
+    GradientAccumulationScheduler: "none that changes the steps (trainer.accumulate_grad_batches says what each has)",
+    StochasticWeightAveraging: _AVERAGED,
+    WeightAveraging: _AVERAGED,
+    LearningRateFinder: "none that sets the learning rate (model.learning_rate does; try several, each with its --run)",
+    BatchSizeFinder: "none that sets the batch (data.batch_size does; python main.py plan says what fits)",
+    BaseFinetuning: "none that freezes layers (model.target_modules says which ones are trained)",
+    ModelPruning: "none that prunes weights (model.rank and model.target_modules say how many are trained)",
+    SpikeDetection: "none that leaves out rows (max_nonfinite_losses says when a run is given up)",
+    ThroughputMonitor: "none that measures speed (speed/tokens_per_second is recorded, and padding is not counted)",
+    BasePredictionWriter: "none that writes predictions (python main.py predict does)",
+}
+"""Lightning's callbacks that change what is learned, or do what this project does; and what it has instead."""
+
+NO_PLUGINS: Mapping[type, str] = {
+    CheckpointIO: "none that writes checkpoints (a run goes on only from this project's own)",
+    PrecisionPlugin: "none for the precision (trainer.precision says it)",
+    LayerSync: "none that changes layers (training goes on one device)",
+}
 
 
 class RunParser(OneLineErrors, LightningArgumentParser):
@@ -183,16 +224,27 @@ class QLoRATrainer(Trainer):
         )
 
 
-def own_callbacks(given: Callback | list[Callback] | None) -> list[Callback]:
-    """The callbacks of the user's own, one or several.
+def own_callbacks(given: Callback | list[Callback] | None, validates: bool = True) -> list[Callback]:
+    """The callbacks of the user's own, one or several, which may look at everything.
 
-    Raises UserError for one that does what this project does by itself.
+    Args:
+        given: by trainer.callbacks.
+        validates: whether the run has validations, whose figures a callback may monitor.
+
+    Raises:
+        UserError: one reaches into weights, steps, rates or data, does what this project does by itself, or monitors a
+            figure that there is not.
     """
-    taken = {
-        Checkpoint: "none that writes checkpoints (save_every_steps and save_every_minutes say when one is written)",
-        ProgressBar: "no other progress bar (trainer.enable_progress_bar says whether there is one)",
-    }
-    return _others(given, "trainer.callbacks", taken)
+    callbacks = _others(given, "trainer.callbacks", NO_CALLBACKS)
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, Timer) and callback.time_remaining() is not None:
+            raise UserError(f"trainer.callbacks: {name} would end the run unsaved; leave it out, and give --max_time")
+        monitored = getattr(callback, "monitor", None)
+        if isinstance(monitored, str) and (monitored not in FIGURES or not validates):
+            known = f"one of {', '.join(FIGURES)}" if validates else "none where trainer.limit_val_batches is 0"
+            raise UserError(f"trainer.callbacks: {name} monitors {monitored!r}, expected {known}")
+    return callbacks
 
 
 def own_plugins(given: Any) -> list[Any]:
@@ -200,11 +252,7 @@ def own_plugins(given: Any) -> list[Any]:
 
     Raises UserError for one that does what this project does by itself.
     """
-    taken = {
-        CheckpointIO: "none that writes checkpoints (a run goes on only from this project's own)",
-        PrecisionPlugin: "none for the precision (trainer.precision says it)",
-    }
-    return _others(given, "trainer.plugins", taken)
+    return _others(given, "trainer.plugins", NO_PLUGINS)
 
 
 def _others(given: Any, option: str, taken: Mapping[Any, str]) -> list[Any]:

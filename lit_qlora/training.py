@@ -233,7 +233,8 @@ class QLoRACLI(LightningCLI):
         """The Trainer with this run's callbacks, loggers and checkpoints."""
         base = self.model.base
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={})}
-        given, plugins = own_callbacks(config.get("callbacks")), own_plugins(config.get("plugins"))
+        validates = self.verb != "fit" or config.get("limit_val_batches") != 0
+        given, plugins = own_callbacks(config.get("callbacks"), validates), own_plugins(config.get("plugins"))
         check_rank(base, self.model.lora.rank)
         check_context(base, self.datamodule.max_length)
         check_weights(base)
@@ -277,6 +278,8 @@ class QLoRACLI(LightningCLI):
         memory = PeakMemory()
         patience = options.early_stopping
         require(patience is None or patience >= 1, "early_stopping", "none, or a whole number from 1", patience)
+        validates = options.trainer.limit_val_batches != 0
+        require(patience is None or validates, "early_stopping", "none where trainer.limit_val_batches is 0", patience)
         early = [StopWithoutGain("val/loss", patience=patience)] if patience else []
         resumed = self.resume_from.name if self.resume_from else None
         self.report = Report(self.run, memory, resumed, checkpoints, self.lengths)

@@ -375,6 +375,42 @@ CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
         "trainer.callbacks: expected none that writes checkpoints (save_every_steps and save_every_minutes say when one is written), got ModelCheckpoint; leave it out",
     ),
     (
+        "a callback that changes the steps",
+        ["--trainer.callbacks+={class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 4}}}"],
+        None,
+        "trainer.callbacks: expected none that changes the steps (trainer.accumulate_grad_batches says what each has), got GradientAccumulationScheduler; leave it out",
+    ),
+    (
+        "a callback that averages weights, by its short name",
+        ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=EMAWeightAveraging"],
+        None,
+        "trainer.callbacks: expected none that averages weights (the adapter saved is the one that was scored; model.schedule lets rates fall), got EMAWeightAveraging; leave it out",
+    ),
+    (
+        "a callback that finds a rate, dotted",
+        [],
+        "trainer.callbacks: [{class_path: LearningRateFinder}]\n",
+        "trainer.callbacks: expected none that sets the learning rate (model.learning_rate does; try several, each with its --run), got LearningRateFinder; leave it out",
+    ),
+    (
+        "a figure that there is not",
+        [],
+        "trainer:\n  callbacks:\n    class_path: EarlyStopping\n    init_args: {monitor: eval_loss}\n",
+        "trainer.callbacks: EarlyStopping monitors 'eval_loss', expected one of val/loss, val/perplexity, val/accuracy",
+    ),
+    (
+        "early stopping without validations",
+        ["--early_stopping", "3", "--trainer.limit_val_batches", "0"],
+        None,
+        "early_stopping: expected none where trainer.limit_val_batches is 0, got 3",
+    ),
+    (
+        "accumulation by epoch",
+        ["--trainer.accumulate_grad_batches", "{0: 4}"],
+        None,
+        "trainer.accumulate_grad_batches: expected int, got {0: 4}",
+    ),
+    (
         "a second progress bar",
         [],
         "trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.TQDMProgressBar\n",

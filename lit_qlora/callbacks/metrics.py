@@ -61,6 +61,8 @@ class MetricsFile(Logger):
     def __init__(self, path: Path, resumed_step: int = 0, comes_otherwise: bool = False) -> None:
         super().__init__()
         self.path, self._comes_otherwise = path, comes_otherwise
+        self.trainer: Trainer | None = None
+        """Whose optimizer steps alone have a line: a callback of the user's own may count otherwise."""
         self._step: int | None = None
         self._figures: dict[str, float] = {}
         self._unwritten: dict[int, str] = {}
@@ -93,8 +95,13 @@ class MetricsFile(Logger):
         """Nothing: the run's config.yaml is their record."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds ``metrics`` to the line of ``step``; a new step writes the line before it."""
+        """Adds ``metrics`` to the line of ``step``; a new step writes the line before it.
+
+        What comes under another number than the Trainer's is for the other loggers: it would end the line too early.
+        """
         assert step is not None, "figures are recorded under a step"
+        if self.trainer and step != self.trainer.global_step:
+            return
         if step != self._step:
             self._write()
             self._step = step
@@ -248,6 +255,9 @@ class TrainMetrics(StepCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over from the module's own logging, which would write the same figures a second time."""
         pl_module.standalone = False  # type: ignore[assignment]
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.trainer = trainer
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Notes the learning rate of this step: behind it, the schedule has moved on."""

@@ -322,3 +322,16 @@ def test_lines_are_on_the_disk_before_a_checkpoint_is_and_synced_once(tmp_path, 
     monkeypatch.setattr(os, "fsync", broken)
     file.save()
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/metrics.jsonl can't be written: Input/output error;")
+
+
+def test_what_is_counted_otherwise_ends_no_line(tmp_path):
+    """A callback of the user's own may log under the micro-batches of all validations."""
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.trainer = SimpleNamespace(global_step=1)
+    file.log_metrics({"a": 1}, step=1)
+    file.log_metrics({"odd": 9}, step=100)
+    file.log_metrics({"b": 2}, step=1)
+    file.trainer.global_step = 2
+    file.log_metrics({"a": 3}, step=2)
+    file.finalize("success")
+    assert read_metrics(file.path) == [{"step": 1, "a": 1.0, "b": 2.0}, {"step": 2, "a": 3.0}]

@@ -1,0 +1,154 @@
+"""The Trainer's options, each decided: what reaches into the arithmetic is refused by name, what looks is let in."""
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Callback, Trainer, callbacks
+from lightning.pytorch.callbacks import EarlyStopping, ModelSummary, Timer
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.plugins.environments import LightningEnvironment
+
+from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.cli import main
+from lit_qlora.errors import UserError
+from lit_qlora.trainer import FIGURES, NO_CALLBACKS, NOT_OFFERED, QLoRATrainer, own_callbacks, own_plugins
+
+LOOKS = {
+    "Callback", "DeviceStatsMonitor", "EarlyStopping", "LambdaCallback", "LearningRateMonitor", "ModelSummary",
+    "RichModelSummary", "Timer",
+}  # fmt: skip
+"""Callbacks of Lightning's that change nothing of what is learned."""
+REFUSED = {
+    "BackboneFinetuning": "model.target_modules",
+    "BaseFinetuning": "model.target_modules",
+    "BasePredictionWriter": "python main.py predict",
+    "BatchSizeFinder": "data.batch_size",
+    "Checkpoint": "save_every_steps",
+    "EMAWeightAveraging": "model.schedule",
+    "GradientAccumulationScheduler": "trainer.accumulate_grad_batches",
+    "LearningRateFinder": "model.learning_rate",
+    "ModelCheckpoint": "save_every_steps",
+    "ModelPruning": "model.rank",
+    "OnExceptionCheckpoint": "save_every_steps",
+    "ProgressBar": "trainer.enable_progress_bar",
+    "RichProgressBar": "trainer.enable_progress_bar",
+    "SpikeDetection": "max_nonfinite_losses",
+    "StochasticWeightAveraging": "model.schedule",
+    "TQDMProgressBar": "trainer.enable_progress_bar",
+    "ThroughputMonitor": "speed/tokens_per_second",
+    "WeightAveraging": "model.schedule",
+}
+"""The others, and what is to be used instead."""
+OFFERED = {
+    "accelerator", "accumulate_grad_batches", "benchmark", "callbacks", "detect_anomaly", "deterministic", "devices",
+    "enable_progress_bar", "gradient_clip_algorithm", "gradient_clip_val", "inference_mode", "limit_test_batches",
+    "limit_train_batches", "limit_val_batches", "log_every_n_steps", "logger", "max_epochs", "max_steps", "plugins",
+    "precision", "val_check_interval",
+}  # fmt: skip
+
+
+def _all_callbacks() -> dict[str, type[Callback]]:
+    """Every callback class below lightning.pytorch.callbacks."""
+    modules = pkgutil.walk_packages(callbacks.__path__, f"{callbacks.__name__}.")
+    everything = (item for module in modules for item in vars(importlib.import_module(module.name)).items())
+    return {name: value for name, value in everything if inspect.isclass(value) and issubclass(value, Callback)}
+
+
+def test_every_callback_of_lightning_is_decided() -> None:
+    assert {*_all_callbacks()} == LOOKS | {*REFUSED}
+
+
+def test_every_option_of_lightnings_trainer_is_decided() -> None:
+    names = {*inspect.signature(Trainer).parameters}
+    assert (names - NOT_OFFERED, {*NOT_OFFERED} - names) == (OFFERED, {"num_weights"})
+    assert {*inspect.signature(QLoRATrainer).parameters} - names == {"num_weights", "kwargs"}
+
+
+@pytest.mark.parametrize("is_mine", [False, True], ids=["Lightning's", "a subclass of it"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_reaches_into_the_arithmetic_is_refused(name: str, is_mine: bool) -> None:
+    kind = _all_callbacks()[name]
+    kind = type("Mine", (kind,), {}) if is_mine else kind
+    for given in (kind.__new__(kind), [ModelSummary(), kind.__new__(kind)]):
+        with pytest.raises(UserError) as caught:
+            own_callbacks(given)
+        told = str(caught.value)
+        assert told.startswith("trainer.callbacks: expected n")
+        assert told.endswith(f", got {kind.__name__}; leave it out")
+        assert REFUSED[name] in told
+
+
+def test_no_refusal_is_of_nothing() -> None:
+    kinds = _all_callbacks()
+    assert {kind.__name__ for kind in NO_CALLBACKS} <= {*REFUSED}
+    assert all(any(issubclass(kinds[name], kind) for kind in NO_CALLBACKS) for name in REFUSED)
+
+
+def test_what_looks_is_let_in() -> None:
+    class Mine(Callback):
+        monitor = True  # a word of its own
+
+    given = [ModelSummary(), Timer(), EarlyStopping("val/loss"), Mine(), callbacks.LambdaCallback()]
+    assert own_callbacks(given) == given
+    assert own_callbacks(None) == []
+
+
+def test_a_timer_with_an_end_is_refused() -> None:
+    with pytest.raises(UserError, match="Timer would end the run unsaved; leave it out, and give --max_time"):
+        own_callbacks(Timer(duration="00:01:00:00"))
+
+
+@pytest.mark.parametrize("monitored", ["val_loss", "loss", "train/loss", "test/loss", ""])
+def test_a_figure_that_there_is_not_is_refused_at_the_start(monitored: str) -> None:
+    with pytest.raises(UserError) as caught:
+        own_callbacks([EarlyStopping(monitored)])
+    assert str(caught.value) == (
+        f"trainer.callbacks: EarlyStopping monitors {monitored!r}, expected one of val/loss, val/perplexity, "
+        "val/accuracy"
+    )
+
+
+def test_without_validations_there_is_nothing_to_monitor() -> None:
+    with pytest.raises(UserError, match=r"monitors 'val/loss', expected none where trainer.limit_val_batches is 0"):
+        own_callbacks(EarlyStopping("val/loss"), validates=False)
+
+
+def test_plugins() -> None:
+    given = LightningEnvironment()
+    assert own_plugins(given) == [given]
+    with pytest.raises(UserError, match=r"expected none that changes layers .*, got TorchSyncBatchNorm; leave it out"):
+        own_plugins([given, TorchSyncBatchNorm()])
+
+
+ODD_COUNTER = """
+from lightning.pytorch import Callback
+
+
+class OddCounter(Callback):
+    def on_validation_batch_end(self, trainer, *_):
+        for logger in trainer.loggers:
+            logger.log_metrics({"odd": 1.0}, step=100 + trainer.global_step)
+"""
+
+
+@pytest.mark.slow
+def test_callbacks_that_look_leave_the_figures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that can be monitored are there, and one that counts otherwise costs none of metrics.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("odd_counter.py").write_text(ODD_COUNTER)
+    stops = [f"--trainer.callbacks+={{class_path: EarlyStopping, init_args: {{monitor: {name}}}}}" for name in FIGURES]
+    fit = ["fit", "--samples.count", "0", "--trainer.limit_val_batches", "1", "--trainer.max_steps", "2",
+           "--trainer.val_check_interval", "1", "--trainer.log_every_n_steps", "1"]  # fmt: skip
+    looks = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=odd_counter.OddCounter"]
+    assert main([*fit, "--run", "plain"]) == 0
+    assert main([*fit, "--run", "watched", *looks, *stops]) == 0
+    plain, watched = (read_metrics(Path("runs", name, "metrics.jsonl")) for name in ("plain", "watched"))
+    assert [line["step"] for line in watched] == [0, 1, 2]
+    for name in (*FIGURES, "train/loss", "train/learning_rate", "train/gradient_norm"):
+        assert [line.get(name) for line in watched] == [line.get(name) for line in plain]
+    weights = [Path("runs", name, "adapter/adapter_model.safetensors").read_bytes() for name in ("plain", "watched")]
+    assert weights[0] == weights[1]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 import lit_qlora
@@ -398,3 +399,46 @@ def test_the_names_are_there_and_light():
     code = "import sys, lit_qlora; print({'torch', 'lightning', 'lit_qlora.model'} & {*sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
+
+
+# On a GPU
+
+
+def on_gpu(**options):
+    return trainer(accelerator="gpu", devices=1, precision="bf16-mixed", max_steps=4, val_check_interval=4,
+                   check_val_every_n_epoch=None, **options)  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_fit_is_followed_by_validations_and_another_fit(here):
+    """Between two of its runs, Lightning moves the model to the host and back."""
+    built, rows, best = module(), data(), ModelCheckpoint(here, monitor="val/loss")
+    first = on_gpu(callbacks=[best])
+    first.fit(built, rows)
+    scored = float(first.callback_metrics["val/loss"])
+    for path in (None, "best"):
+        assert first.validate(built, rows, ckpt_path=path, verbose=False)[0]["val/loss"] == pytest.approx(scored)
+    loaded = QLoRAModule.load_from_checkpoint(best.best_model_path)
+    assert on_gpu().validate(loaded, data(), verbose=False)[0]["val/loss"] == pytest.approx(scored)
+    again = on_gpu()
+    again.fit(built, rows)
+    assert float(again.callback_metrics["val/loss"]) < scored
+
+
+@pytest.mark.gpu
+def test_logging_waits_for_no_device(here, monkeypatch):
+    built, logged = module(), []
+    real = built.on_train_batch_end
+
+    def watched(*args):
+        # The first step registers the figures' names, which copies a zero for each.
+        torch.cuda.set_sync_debug_mode("error" if built.trainer.global_step > 1 else "default")
+        try:
+            real(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        logged.append(built.trainer.global_step)
+
+    monkeypatch.setattr(built, "on_train_batch_end", watched)
+    on_gpu(accumulate_grad_batches=2, logger=CSVLogger(here), log_every_n_steps=2).fit(built, data())
+    assert logged == [0, 1, 1, 2, 2, 3, 3, 4]

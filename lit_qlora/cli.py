@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lit_qlora.console import prepare
 from lit_qlora.errors import UserError
+from lit_qlora.launchers import ignore_launchers
 from lit_qlora.secrecy import check_no_secrets, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
 from lit_qlora.storage.files import SaveError
@@ -48,8 +50,9 @@ def prepare_memory() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line, by default the process's own, and returns its exit status."""
-    prepare_memory()
     args = list(sys.argv[1:] if args is None else args)
+    prepare(answers=args[:1] == ["chat"])
+    prepare_memory()
     try:
         with leave_in_one_line(resumes=args[:1] in (["fit"], ["predict"], ["push"])):
             return _run(args)
@@ -68,6 +71,9 @@ def _run(args: list[str]) -> int:
         return 0
     if verb != "chat":  # what is said in a chat is kept nowhere
         check_no_secrets(args[1:])
+    if verb != "doctor":  # which reports it
+        for left in ignore_launchers():
+            print(f"note: {left} in the environment is ignored: one process does the work", file=sys.stderr)
     if verb in ("fit", "validate", "test"):
         with nothing_open():
             from lit_qlora import training

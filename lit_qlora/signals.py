@@ -1,20 +1,26 @@
-"""Owns what Ctrl-C and SIGTERM do wherever nothing else is said: the process leaves with one line, 130 or 143.
+"""Owns what signals do wherever nothing else is said: the process leaves with one line, and 128 + the signal's number.
 
-Files are put right on the way out, for the signal becomes a SystemExit where it arrives; but not inside of an
-import, where it could be swallowed. Knows no training.
+That is 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP (the terminal is gone) and 138 for SIGUSR1 (a batch system's
+warning); the latter two stay ignored where they are, as under nohup. Files are put right on the way out, for the signal
+becomes a SystemExit where it arrives; but not inside of an import, where it could be swallowed. Knows no training.
 """
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+URGENT = (signal.SIGINT, signal.SIGTERM)
+"""Given again, they wait for nothing."""
+PATIENT = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
+"""Sent by no person: a line that drops brings several, and a session's end one behind SIGTERM. None on Windows."""
+SIGNALS = (*URGENT, *PATIENT)
+WARNING = getattr(signal, "SIGUSR1", 0)
+"""Of a batch system, that the time is almost over: `sbatch --signal=USR1@120`."""
 Handler = Callable[[int, FrameType | None], None]
 
 
@@ -49,7 +55,7 @@ def nothing_open() -> Iterator[None]:
 
 @contextmanager
 def no_signals_for_children() -> Iterator[None]:
-    """Processes begun within it hear neither signal: a terminal and `timeout` send them to all, and one is to answer.
+    """Processes begun within it hear no signal: a terminal and `timeout` send them to all, and one is to answer.
 
     Blocked and not ignored, so that what comes meanwhile still reaches this process. Does nothing on Windows.
     """
@@ -63,11 +69,12 @@ def no_signals_for_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def take_over(handler: Handler) -> dict[int, Any]:
-    """Sets ``handler`` for both signals, and returns what was there; nothing outside of the main thread."""
+def take_over(handler: Handler | signal.Handlers, numbers: Iterable[int] = SIGNALS) -> dict[int, Any]:
+    """Sets ``handler`` for signals, and returns what was there; nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in SIGNALS}
+    ignored = {number for number in PATIENT if signal.getsignal(number) is signal.SIG_IGN}
+    return {number: signal.signal(number, handler) for number in numbers if number not in ignored}
 
 
 def give_back(previous: dict[int, Any]) -> None:
@@ -77,8 +84,9 @@ def give_back(previous: dict[int, Any]) -> None:
 
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:
-    """Leaves with one line, behind an import that is under way; one more signal doesn't even wait for the files."""
-    take_over(_exit)
+    """Leaves with one line, behind an import that is under way; one more doesn't even wait for the files."""
+    take_over(_exit, URGENT)
+    take_over(signal.SIG_IGN, PATIENT)
     _say(number)
     _leave(number, frame)
 
@@ -123,4 +131,15 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 def _say(number: int) -> None:
     then = "; given again, the same command goes on" if _resumes[0] else ""
-    print(f"\nstopped by {NAMES[signal.Signals(number)]}{then}", file=sys.stderr)
+    say(f"\nstopped by {name_of(number)}{then}", sys.stderr)
+
+
+def name_of(number: int) -> str:
+    """A signal as people call it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def say(line: str, stream: Any = None) -> None:
+    """Prints a line from within a handler: it may have come in the middle of another print, which it can't wait for."""
+    with suppress(RuntimeError):
+        print(line, file=stream, flush=True)

@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins import CheckpointIO, LayerSync
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
+from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.device import Precision, choose_precision, current_device
@@ -82,6 +83,7 @@ NO_PLUGINS: Mapping[type, str] = {
     CheckpointIO: "none that writes checkpoints (a run goes on only from this project's own)",
     PrecisionPlugin: "none for the precision (trainer.precision says it)",
     LayerSync: "none that changes layers (training goes on one device)",
+    SLURMEnvironment: "none of SLURM's (one process trains, and SIGUSR1 saves and requeues)",
 }
 
 
@@ -206,7 +208,11 @@ class QLoRATrainer(Trainer):
             "enable_checkpointing": False,  # ours falls on the edge between steps, and needs no pickle
             "enable_model_summary": False,  # it counts two 4-bit weights as one
         }
+        plugins = _listed(kwargs.pop("plugins", None))
+        if not any(isinstance(one, ClusterEnvironment) for one in plugins):
+            plugins.append(LightningEnvironment())  # SLURM's would save and requeue by itself
         super().__init__(
+            plugins=plugins,
             precision=chosen,  # type: ignore[arg-type]  # auto is resolved
             max_epochs=max_epochs,
             val_check_interval=val_check_interval,
@@ -257,12 +263,16 @@ def own_plugins(given: Any) -> list[Any]:
 
 def _others(given: Any, option: str, taken: Mapping[Any, str]) -> list[Any]:
     """``given`` as a list. Raises UserError for one of a kind that is ``taken``."""
-    given = given if isinstance(given, list) else [] if given is None else [given]
+    given = _listed(given)
     for one in given:
         for kind, expected in taken.items():
             if isinstance(one, kind):
                 raise UserError(f"{option}: expected {expected}, got {type(one).__name__}; leave it out")
     return given
+
+
+def _listed(given: Any) -> list[Any]:
+    return [*given] if isinstance(given, list) else [] if given is None else [given]
 
 
 def _require_limit(name: str, value: int | float | None, zero: bool = False) -> None:

@@ -36,6 +36,7 @@ from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.trial import Trial
 from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import OutOfRoomError, UserError, require
+from lit_qlora.launchers import requeue
 from lit_qlora.model.device import current_device
 from lit_qlora.model.load import check_context, check_rank, check_settings, template_of
 from lit_qlora.model.module import QLoRAModule
@@ -43,7 +44,7 @@ from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.model.weights import check_weights
 from lit_qlora.options import LINKED, plain
 from lit_qlora.quiet import quieten
-from lit_qlora.signals import LeftAtOnce
+from lit_qlora.signals import WARNING, LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, mend_adapter
@@ -366,5 +367,7 @@ def main(args: list[str]) -> int:
     except MisconfigurationException as error:  # Lightning's word for options that don't go together
         raise UserError(f"trainer: {' '.join(str(error).split())}; change or leave out that option") from error
     except SystemExit as stop:
+        if stop.code == 128 + WARNING and not isinstance(stop, LeftAtOnce):  # saved; behind the mirror's last copy
+            requeue()
         return int(stop.code or 0)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.signals import leave_in_one_line
+from lit_qlora.signals import SIGNALS, leave_in_one_line
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -25,7 +25,13 @@ with leave_in_one_line():
 """
 
 
-@pytest.mark.parametrize(("name", "status", "said"), [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM")])
+EACH = [
+    ("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM"), ("SIGHUP", 129, "SIGHUP"),
+    ("SIGUSR1", 128 + signal.SIGUSR1, "SIGUSR1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "status", "said"), EACH)
 @pytest.mark.parametrize("again", [False, True])
 def test_a_signal(name: str, status: int, said: str, again: bool) -> None:
     more = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)" if again else "pass"
@@ -72,11 +78,29 @@ def test_a_signal_within_an_import_is_not_swallowed(tmp_path: Path, around: str,
     assert done.stderr == "\nstopped by SIGTERM; given again, the same command goes on\n"
 
 
+@pytest.mark.parametrize("later", ["SIGHUP", "SIGUSR1"])
+def test_what_no_person_sends_does_not_hurry_one_that_leaves(later: str) -> None:
+    """As the end of a session does: SIGTERM, and SIGHUP right behind it."""
+    code = CODE.format(name="SIGTERM", more=f"os.kill(os.getpid(), signal.{later}); time.sleep(0.1)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, "put right\nto the end\n")
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_what_is_ignored_from_the_start_stays_so(name: str) -> None:
+    """SIGHUP is so under nohup."""
+    code = f"import signal; signal.signal(signal.{name}, signal.SIG_IGN)\n"
+    code += CODE.format(name=name, more="pass").replace("time.sleep(5)", "time.sleep(0.1)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "put right\nto the end\n", "")
+
+
 def test_the_handlers_are_given_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert len(before) == 4
     with leave_in_one_line():
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        assert not {*map(id, before)} & {id(signal.getsignal(number)) for number in SIGNALS}
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 CHILD = """
@@ -95,7 +119,7 @@ with leave_in_one_line():
 """
 
 
-@pytest.mark.parametrize(("name", "status", "said"), [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM")])
+@pytest.mark.parametrize(("name", "status", "said"), EACH)
 def test_children_hear_no_signal_and_the_parent_does_once_they_are_there(name: str, status: int, said: str) -> None:
     code = CHILD.format(name=name)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

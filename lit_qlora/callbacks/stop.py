@@ -1,4 +1,4 @@
-"""Owns when a run ends before its last step: Ctrl-C, SIGTERM, a time limit, or no more gain; saved, all of them.
+"""Owns when a run ends before its last step: a signal, a time limit, or no more gain; saved, all of them.
 
 Knows no files; `RunCheckpoints` saves.
 """
@@ -6,7 +6,6 @@ Knows no files; `RunCheckpoints` saves.
 import re
 import time
 from collections.abc import Callable
-from signal import Signals
 from types import FrameType
 from typing import Any
 
@@ -17,20 +16,21 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.tell import tell
 from lit_qlora.errors import require
-from lit_qlora.signals import NAMES, give_back, leave_at_once, take_over
+from lit_qlora.signals import URGENT, give_back, leave_at_once, name_of, say, take_over
 
 
 class StopOnSignal(StepCallback):
-    """Ends the run at the next edge between optimizer steps, with exit status 130 (Ctrl-C) or 143 (SIGTERM).
+    """Ends the run at the next edge between optimizer steps, with exit status 128 + the signal's number.
 
     A validation under way, or one that follows the step, is finished first: a state saved before it would go
-    on without it. Stands last in the Trainer's list, so that all else is done. A second signal leaves at once.
+    on without it. Stands last in the Trainer's list, so that all else is done. A second Ctrl-C or SIGTERM leaves at
+    once; a SIGHUP or SIGUSR1 behind any other signal changes nothing.
     """
 
     def __init__(self, checkpoints: RunCheckpoints) -> None:
         self.checkpoints = checkpoints
         self._status: int | None = None
-        self._reason = ""
+        self._reason, self._is_signalled = "", False
         self._previous: dict[int, Any] = {}
 
     def ask(self, status: int, reason: str) -> None:
@@ -74,9 +74,14 @@ class StopOnSignal(StepCallback):
             raise SystemExit(1)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.ask(128 + number, f" by {NAMES[Signals(number)]}")
-        take_over(leave_at_once)
-        print("\nstopping after this step; once more stops at once", flush=True)
+        is_first, self._is_signalled = not self._is_signalled, True
+        if is_first:  # which is the reason, whatever follows
+            self.ask(128 + number, f" by {name_of(number)}")
+        if number in URGENT:
+            take_over(leave_at_once, URGENT)
+            say("\nstopping after this step; once more stops at once")
+        elif is_first:
+            say("\nstopping after this step")
 
 
 class TimeLimit(StepCallback):

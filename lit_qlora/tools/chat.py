@@ -3,7 +3,6 @@
 The conversation itself is `lit_qlora.tools.terminal`'s or `lit_qlora.tools.web`'s. Knows no model.
 """
 
-import io
 import os
 import sys
 
@@ -47,8 +46,6 @@ def chat(
         share: with --web, a link that whoever has it can open, from gradio's servers; what Colab needs.
         port: with --web, where to listen; default: the first free one from 7860 on.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an answer may hold what an old terminal can't show
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     source = "prompt"
     if web:

@@ -9,7 +9,7 @@ import torch
 from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.callbacks.stop import TimeLimit, parse_max_time
 from lit_qlora.errors import UserError
-from lit_qlora.signals import LeftAtOnce
+from lit_qlora.signals import SIGNALS, LeftAtOnce
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.state import load_state
 
@@ -34,10 +34,16 @@ def signalled(tiny, place, *numbers):
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+    ("number", "status", "name"),
+    [
+        (signal.SIGINT, 130, "Ctrl-C"),
+        (signal.SIGTERM, 143, "SIGTERM"),
+        (signal.SIGHUP, 129, "SIGHUP"),
+        (signal.SIGUSR1, 128 + signal.SIGUSR1, "SIGUSR1"),
+    ],
 )
 def test_the_step_under_way_is_finished_and_saved(full_run, tiny, rows, tmp_path, capsys, number, status, name):
-    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(one) for one in SIGNALS]
     module = signalled(tiny, 4, number)  # the first of the two micro-batches of step 3
     parts = full_run(tmp_path / "run", save_every_steps=100, accumulate_grad_batches=2)
     with pytest.raises(SystemExit) as stop:
@@ -45,9 +51,10 @@ def test_the_step_under_way_is_finished_and_saved(full_run, tiny, rows, tmp_path
     assert stop.value.code == status
     assert len(module.seen) == 6
     assert parts.run.saved_steps() == [3]
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+    more = "; once more stops at once" if number in (signal.SIGINT, signal.SIGTERM) else ""
     assert capsys.readouterr().out == (
-        "\nstopping after this step; once more stops at once\n"
+        f"\nstopping after this step{more}\n"
         f"\nstopped and saved at step 3 by {name}; the same command goes on from here\n"
     )
 
@@ -133,6 +140,23 @@ def test_a_second_signal_stops_at_once(full_run, tiny, rows, tmp_path, capsys):
     assert len(module.seen) == 4
     assert parts.run.saved_steps() == []
     assert capsys.readouterr().err == "\nstopped by Ctrl-C; given again, the same command goes on\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGHUP, signal.SIGHUP),  # of the shell, and of the terminal
+        (signal.SIGTERM, signal.SIGHUP),  # the end of a session
+        (signal.SIGUSR1, signal.SIGTERM),  # a batch system's warning, and its end
+        (signal.SIGINT, signal.SIGUSR1),
+    ],
+)
+def test_two_signals_that_no_impatient_person_sent_wait_for_the_save(full_run, tiny, rows, tmp_path, first, second):
+    module = signalled(tiny, 4, first, second)
+    parts = full_run(tmp_path / "run", save_every_steps=100)
+    with pytest.raises(SystemExit) as stop:
+        parts.trainer.fit(module, datamodule=rows(12))
+    assert (stop.value.code, parts.run.saved_steps()) == (128 + first, [5])
 
 
 def test_where_the_save_fails_the_stop_says_so(full_run, tiny, rows, tmp_path, capsys, monkeypatch):
@@ -245,11 +269,11 @@ def test_ctrl_c_is_pythons_own_again_once_training_is_over(full_run, tiny, rows,
 
 
 def test_the_handlers_are_given_back_at_the_end_and_after_an_error(full_run, tiny, rows, tmp_path):
-    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(one) for one in SIGNALS]
     full_run(tmp_path / "good").trainer.fit(tiny(), datamodule=rows(3))
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(one) for one in SIGNALS] == before
     module = tiny()
     module.nonfinite_rows = dict.fromkeys(range(9), float("nan"))  # the guard ends this run
     with pytest.raises(UserError):
         full_run(tmp_path / "bad").trainer.fit(module, datamodule=rows(9))
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(one) for one in SIGNALS] == before

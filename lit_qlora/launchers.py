@@ -1,0 +1,57 @@
+"""Owns that one process does the work: what launchers of several leave in the environment, and SLURM's restart.
+
+Called before anything reads the environment for that. Knows no training.
+"""
+
+import os
+import subprocess
+
+from lit_qlora.errors import UserError
+
+COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""How many processes were started: by torchrun, srun, mpirun and other launchers of MPI."""
+RANKS = (
+    "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",
+    "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK",
+)  # fmt: skip
+"""Which of them this one is. Of a process that is alone, libraries would take any but 0 for a helper of another."""
+
+
+def ignore_launchers() -> list[str]:
+    """Takes ranks and counts out of this process's environment; returns those that said something else than alone.
+
+    Raises UserError where several processes were started.
+    """
+    for name in COUNTS:
+        value = os.environ.get(name, "").strip()
+        if value.isdecimal() and int(value) > 1:
+            raise UserError(
+                f"{name}={value} in the environment: several processes are not supported, one trains on one device; "
+                "start python main.py by itself (without torchrun or mpirun, under srun with --ntasks 1), "
+                f"or unset {name}"
+            )
+    left = {name: os.environ.pop(name) for name in (*COUNTS, *RANKS) if name in os.environ}
+    return [f"{name}={value}" for name, value in left.items() if name in RANKS and value.strip() != "0"]
+
+
+def requeue() -> None:
+    """Has SLURM start this process's batch job again, where the job may be requeued, and says so."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        return
+    if {"SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"} <= {*os.environ}:  # the last task has the whole array's number
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        if "Requeue=1" not in _scontrol("show", "job", job).split():
+            print("   run  SLURM was not asked to requeue this job (sbatch --requeue): submit it again", flush=True)
+            return
+        _scontrol("requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        print(f"   run  SLURM could not requeue job {job} ({' '.join(reason.split())}): submit it again", flush=True)
+        return
+    print(f"   run  SLURM starts job {job} again", flush=True)
+
+
+def _scontrol(*args: str) -> str:
+    return subprocess.run(["scontrol", *args], capture_output=True, text=True, timeout=60, check=True).stdout

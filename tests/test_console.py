@@ -1,0 +1,81 @@
+"""Nothing that is printed ends a command: neither what the console can't show, nor a console that is gone."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PRINTS = """
+import sys
+from lit_qlora.console import prepare
+prepare()
+print("läuft: 中 \\udcff")
+print("läuft: 中 \\udcff", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("cp1252", b"l\xe4uft: \\u4e2d \\udcff"),
+        ("cp1252:strict", b"l\xe4uft: \\u4e2d \\udcff"),
+        ("ascii", b"l\\xe4uft: \\u4e2d \\udcff"),
+        ("utf-8", "läuft: 中 \\udcff".encode()),
+    ],
+)
+def test_characters_outside_of_the_encoding_are_shown_by_their_codes(encoding: str, shown: bytes) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", PRINTS], cwd=ROOT, capture_output=True, env=environment, check=True)
+    assert done.stdout == done.stderr == shown + b"\n"
+
+
+GOES_ON = """
+import os, sys, time
+from lit_qlora.console import prepare
+prepare({arguments})
+sys.stdin.readline()
+print("a line", flush=True)
+print("a line", file=sys.stderr, flush=True)
+print("another", flush=True)
+os.write({done}, b"to the end")
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]])
+@pytest.mark.parametrize(("arguments", "end"), [("", b"to the end"), ("answers=True", b"")])
+def test_a_reader_that_is_gone_ends_nothing_but_an_answer(options: list[str], arguments: str, end: bytes) -> None:
+    reads, done = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, *options, "-c", GOES_ON.format(arguments=arguments, done=done)],
+        cwd=ROOT, pass_fds=[done], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin and process.stdout and process.stderr
+    process.stdout.close()
+    process.stderr.close()
+    process.stdin.close()
+    process.wait(20)
+    os.close(done)
+    with os.fdopen(reads, "rb") as pipe:
+        assert pipe.read() == end
+
+
+@pytest.mark.parametrize("arguments", ["", "answers=True"])
+def test_a_terminal_that_hangs_up_ends_nothing(arguments: str) -> None:
+    reads, done = os.pipe()
+    terminal, own = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", GOES_ON.format(arguments=arguments, done=done)],
+        cwd=ROOT, pass_fds=[done], stdin=subprocess.PIPE, stdout=own, stderr=own,
+    )  # fmt: skip
+    assert process.stdin
+    os.close(own)
+    os.close(terminal)
+    process.stdin.close()
+    assert process.wait(20) == 0
+    os.close(done)
+    with os.fdopen(reads, "rb") as pipe:
+        assert pipe.read() == b"to the end"

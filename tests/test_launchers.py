@@ -1,0 +1,184 @@
+"""One process does the work, whatever launchers left in the environment; SLURM starts a job again where asked to."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+
+from lit_qlora import training
+from lit_qlora.cli import main
+from lit_qlora.errors import UserError
+from lit_qlora.launchers import COUNTS, RANKS, ignore_launchers, requeue
+from lit_qlora.signals import LeftAtOnce
+from lit_qlora.trainer import QLoRATrainer, own_plugins
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*COUNTS, *RANKS, *(name for name in os.environ if name.startswith("SLURM_"))):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_a_rank_that_was_left_is_ignored_and_said(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    assert ignore_launchers() == [f"{name}=1"]
+    assert name not in os.environ
+
+
+def test_a_launcher_of_one_process_is_nothing_to_speak_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RANKS:
+        monkeypatch.setenv(name, "0")
+    for name in COUNTS:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # what sbatch allots, and not what runs
+    assert ignore_launchers() == []
+    assert not {*RANKS, *COUNTS} & {*os.environ}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError) as caught:
+        ignore_launchers()
+    assert str(caught.value).startswith(f"{name}=2 in the environment: several processes are not supported")
+    assert str(caught.value).endswith(f"or unset {name}")
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "plan", "chat", "predict", "merge", "evaluate", "push"])
+def test_of_several_each_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([verb]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: WORLD_SIZE=2 in the environment") and err.count("\n") == 1
+
+
+LEFT = {"RANK": "1", "SLURM_PROCID": "1", "LOCAL_RANK": "3", "NODE_RANK": "2", "SLURM_NTASKS": "1",
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "n1", "SLURM_NODEID": "1",
+        "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
+
+
+@pytest.mark.parametrize("tasks", ["1", "4"])
+def test_a_trainer_is_alone_whatever_is_left(monkeypatch: pytest.MonkeyPatch, tasks: str) -> None:
+    for name, value in {**LEFT, "SLURM_NTASKS": tasks}.items():
+        monkeypatch.setenv(name, value)
+    ignore_launchers()
+    trainer = QLoRATrainer(accelerator="cpu", logger=False)
+    assert type(trainer._accelerator_connector.cluster_environment) is LightningEnvironment  # SLURM's would requeue
+    assert (trainer.world_size, trainer.global_rank, trainer.local_rank, trainer.node_rank) == (1, 0, 0, 0)
+
+
+def test_slurms_own_environment_is_refused() -> None:
+    with pytest.raises(UserError, match=r"trainer\.plugins: expected none of SLURM's"):
+        own_plugins(SLURMEnvironment())
+
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> "$0.calls"
+[ "$1" = show ] && echo "JobId=7 JobName=train
+   Requeue={may} Restarts=0 BatchFlag=1"
+[ "$1" = requeue ] && [ -n "{fails}" ] && echo "{fails}" >&2 && exit 1
+exit 0
+"""
+
+
+def stand_in(folder: Path, may: int = 1, fails: str = "") -> Path:
+    program = folder / "scontrol"
+    program.write_text(SCONTROL.format(may=may, fails=fails))
+    program.chmod(0o755)
+    return folder / "scontrol.calls"
+
+
+@pytest.mark.parametrize(
+    ("left", "may", "fails", "calls", "said"),
+    [
+        ({"SLURM_JOB_ID": "7"}, 1, "", "show job 7\nrequeue 7\n", "SLURM starts job 7 again"),
+        ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, 1, "",
+         "show job 7_2\nrequeue 7_2\n", "SLURM starts job 7_2 again"),
+        ({"SLURM_JOB_ID": "7"}, 0, "", "show job 7\n", "SLURM was not asked to requeue this job"),
+        ({"SLURM_JOB_ID": "7"}, 1, "slurm: disabled", "show job 7\nrequeue 7\n",
+         "SLURM could not requeue job 7 (slurm: disabled): submit it again"),
+        ({}, 1, "", "", ""),
+    ],
+)  # fmt: skip
+def test_a_job_is_requeued_where_slurm_was_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    left: dict[str, str], may: int, fails: str, calls: str, said: str,
+) -> None:  # fmt: skip
+    called = stand_in(tmp_path, may, fails)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    requeue()
+    assert (called.read_text() if called.is_file() else "") == calls
+    out = capsys.readouterr().out
+    assert said in out and out.count("\n") == bool(said)
+
+
+def test_without_scontrol_it_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", "/nowhere")
+    requeue()
+    assert capsys.readouterr().out.startswith("   run  SLURM could not requeue job 7 (")
+
+
+@pytest.mark.parametrize(
+    ("stop", "requeued"),
+    [
+        (SystemExit(128 + signal.SIGUSR1), 1),
+        (LeftAtOnce(128 + signal.SIGUSR1), 0),  # nothing was saved: it would begin anew for ever
+        (SystemExit(143), 0),
+        (SystemExit(0), 0),
+        (SystemExit(1), 0),
+    ],
+)
+def test_only_what_the_warning_ended_saved_is_requeued(
+    monkeypatch: pytest.MonkeyPatch, stop: SystemExit, requeued: int
+) -> None:
+    calls = []
+
+    def stopped(*_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(training, "requeue", lambda: calls.append(1))
+    monkeypatch.setattr(training, "QLoRACLI", stopped)
+    assert training.main(["fit"]) == stop.code
+    assert len(calls) == requeued
+
+
+@pytest.mark.slow
+def test_a_slurm_job_saves_on_its_warning_and_is_requeued_and_goes_on(tmp_path: Path) -> None:
+    called = stand_in(tmp_path)
+    environment = os.environ | LEFT | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, str(ROOT / "main.py"), "fit", "--samples.count", "0", "--trainer.limit_val_batches", "1",
+               "--trainer.log_every_n_steps", "1", "--save_every_steps", "1000"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGUSR1)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert {line.split("=")[0] for line in err.splitlines()} == {
+        f"note: {name}" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "SLURM_NODEID")
+    }
+    assert "by SIGUSR1; the same command goes on from here" in out
+    assert out.endswith("   run  SLURM starts job 7 again\n")
+    assert called.read_text() == "show job 7\nrequeue 7\n"
+    (saved,) = (tmp_path / "runs/demo/checkpoints").iterdir()
+    again = subprocess.run(
+        [*command, "--max_time", "00:00:00:01"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert f"from {saved.name}" in again.stdout

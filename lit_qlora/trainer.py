@@ -208,11 +208,7 @@ class QLoRATrainer(Trainer):
             "enable_checkpointing": False,  # ours falls on the edge between steps, and needs no pickle
             "enable_model_summary": False,  # it counts two 4-bit weights as one
         }
-        plugins = _listed(kwargs.pop("plugins", None))
-        if not any(isinstance(one, ClusterEnvironment) for one in plugins):
-            plugins.append(LightningEnvironment())  # SLURM's would save and requeue by itself
         super().__init__(
-            plugins=plugins,
             precision=chosen,  # type: ignore[arg-type]  # auto is resolved
             max_epochs=max_epochs,
             val_check_interval=val_check_interval,
@@ -254,25 +250,24 @@ def own_callbacks(given: Callback | list[Callback] | None, validates: bool = Tru
 
 
 def own_plugins(given: Any) -> list[Any]:
-    """The plugins of the user's own, one or several.
+    """The plugins of the user's own, one or several, and that of a process that is alone.
 
     Raises UserError for one that does what this project does by itself.
     """
-    return _others(given, "trainer.plugins", NO_PLUGINS)
+    plugins = [*_others(given, "trainer.plugins", NO_PLUGINS)]
+    if not any(isinstance(one, ClusterEnvironment) for one in plugins):
+        plugins.append(LightningEnvironment())  # where Lightning finds SLURM, it would save and requeue by itself
+    return plugins
 
 
 def _others(given: Any, option: str, taken: Mapping[Any, str]) -> list[Any]:
     """``given`` as a list. Raises UserError for one of a kind that is ``taken``."""
-    given = _listed(given)
+    given = given if isinstance(given, list) else [] if given is None else [given]
     for one in given:
         for kind, expected in taken.items():
             if isinstance(one, kind):
                 raise UserError(f"{option}: expected {expected}, got {type(one).__name__}; leave it out")
     return given
-
-
-def _listed(given: Any) -> list[Any]:
-    return [*given] if isinstance(given, list) else [] if given is None else [given]
 
 
 def _require_limit(name: str, value: int | float | None, zero: bool = False) -> None:

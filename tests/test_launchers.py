@@ -71,7 +71,7 @@ def test_a_trainer_is_alone_whatever_is_left(monkeypatch: pytest.MonkeyPatch, ta
     for name, value in {**LEFT, "SLURM_NTASKS": tasks}.items():
         monkeypatch.setenv(name, value)
     ignore_launchers()
-    trainer = QLoRATrainer(accelerator="cpu", logger=False)
+    trainer = QLoRATrainer(accelerator="cpu", logger=False, plugins=own_plugins(None))
     assert type(trainer._accelerator_connector.cluster_environment) is LightningEnvironment  # SLURM's would requeue
     assert (trainer.world_size, trainer.global_rank, trainer.local_rank, trainer.node_rank) == (1, 0, 0, 0)
 

@@ -1,19 +1,35 @@
 """Owns the 4-bit copies of bases that are kept on disk: a later start reads 3.9 GB of a 7B instead of 13.5.
 
-A copy is made once a base has been quantised, and is the very bytes that the first run computed with. It is sealed
-and verified as a checkpoint is. Knows neither adapters nor what a base is used for.
+A copy is made once a base has been quantised, and is the very bytes that the first run computed with. It is sealed as
+a checkpoint is, and read whole to verify it once; later starts compare sizes, times and samples with what they were
+then, and read it whole again where one differs. The newest few stay, and whichever is in use. Knows neither adapters
+nor what a base is used for.
 """
 
+import hashlib
+import json
+import os
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, commit, find_base
-from lit_qlora.model.fingerprint import fingerprint, shown, write_original
-from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder, write_folder
+from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, shown, write_original
+from lit_qlora.storage.files import parse_json, size
+from lit_qlora.storage.folders import (
+    MANIFEST,
+    DamagedFolderError,
+    clear_leftovers,
+    remove_folder,
+    verify_folder,
+    write_folder,
+)
+from lit_qlora.storage.lock import hold
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -22,6 +38,19 @@ KEPT_FROM = 500_000_000
 """Weights from which quantising takes long enough to be worth the disk."""
 RESERVE_BYTES = 5_000_000_000
 """Left free on the disk, for checkpoints and whatever else a run makes."""
+KEPT = 3
+"""Copies that stay in one folder: of more, those go that were used longest ago."""
+LEFT_FOR_S = 86_400
+"""After which a copy that is still being written was cut short."""
+
+CHECKED = "checked.json"
+"""The file in a copy that says how it looked when it was last read whole."""
+PLACES, AT_EACH = 32, 16_384
+"""Of a file's sample: so many bytes, at so many places, its beginning and its end among them."""
+
+_COPY = re.compile(r".+-[0-9a-f]+-nf4-\w+-\w+")
+_in_use: dict[Path, int] = {}
+"""What this process reads, and goes back to for a fingerprint, until it ends."""
 
 
 class Copies:
@@ -43,12 +72,14 @@ class Copies:
         """``base`` as the copy that computes in ``dtype`` (None: in any); None where there is no whole one."""
         if self.root is None or not self.root.is_dir() or base.in_4_bits:
             return None
-        for folder in sorted(self.root.glob(self._name(base, dtype, device_type))):
+        for folder in sorted(self.root.glob(_name(base, "*" if dtype is None else dtype, device_type))):
             try:
-                verify_folder(folder)
-                return Base(base.name, str(folder), find_base(str(folder)).config)
+                if _use(folder):
+                    _verify(folder)
+                    return Base(base.name, str(folder), find_base(str(folder)).config)
             except (DamagedFolderError, UserError):
-                remove_folder(folder)
+                _leave(folder)
+                _remove(folder)
         return None
 
     def keep(self, model: "LlamaForCausalLM", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
@@ -58,7 +89,7 @@ class Copies:
             return None
         if num_weights < KEPT_FROM and not self.keeps_small:
             return None
-        target = self.root / self._name(base, dtype, device_type)
+        target = self.root / _name(base, dtype, device_type)
         needed_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
         def fill(folder: Path) -> None:
@@ -67,19 +98,127 @@ class Copies:
 
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            gone = ""
+            if shutil.disk_usage(self.root).free < needed_bytes + RESERVE_BYTES:
+                gone = self._prune(target)
             free_bytes = shutil.disk_usage(self.root).free
             if free_bytes < needed_bytes + RESERVE_BYTES:
-                return f"no 4-bit copy kept: {needed_bytes / 1e9:.1f} GB, and {free_bytes / 1e9:.1f} GB are free"
+                return f"no 4-bit copy kept: {needed_bytes / 1e9:.1f} GB, and {free_bytes / 1e9:.1f} GB are free{gone}"
             write_folder(target, fill)
+            _note(target)
+            gone += self._prune(target)
         except OSError as error:
             if target.is_dir():
                 return None  # another process was quicker
             return f"no 4-bit copy kept: {error.strerror or error}"
-        return f"a 4-bit copy ({needed_bytes / 1e9:.1f} GB) is kept in {target}; the next start reads that"
+        return f"a 4-bit copy ({needed_bytes / 1e9:.1f} GB) is kept in {target}; the next start reads that{gone}"
 
-    def _name(self, base: Base, dtype: torch.dtype | None, device_type: str) -> str:
-        """Of a copy's folder: which base, in which state, and how it was quantised."""
-        # A commit is known before any weight is here; a folder's content tells by itself.
-        state = commit(base) or shown(fingerprint(base))
-        kind = "*" if dtype is None else str(dtype).removeprefix("torch.")
-        return f"{base.public_name.replace('/', '--')}-{state[:12]}-nf4-{kind}-{device_type}"
+    def _prune(self, new: Path) -> str:
+        """Makes place for a ``new`` copy, so that no more than `KEPT` stay, but for those in use; says which went."""
+        assert self.root is not None
+        clear_leftovers(self.root, older_than_s=LEFT_FOR_S)
+        copies = [path for path in self.root.iterdir() if _COPY.fullmatch(path.name) and (path / ORIGINAL).is_file()]
+        copies = sorted((path for path in copies if path != new), key=_last_use, reverse=True)
+        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in copies[KEPT - 1 :]}
+        gone = [f"{path.name} ({size(num_bytes)})" for path, num_bytes in sizes.items() if _remove(path)]
+        return f"; {', '.join(gone)} went: the {KEPT} last used stay" if gone else ""
+
+
+def _name(base: Base, dtype: torch.dtype | Literal["*"], device_type: str) -> str:
+    """Of a copy's folder: which base, in which state, and how it was quantised."""
+    # A commit is known before any weight is here; a folder's content tells by itself.
+    state = commit(base) or shown(fingerprint(base))
+    name = re.sub(r"[*?\[]", "_", base.public_name.replace("/", "--"))  # which in a pattern stand for others
+    return f"{name}-{state[:12]}-nf4-{str(dtype).removeprefix('torch.')}-{device_type}"
+
+
+def _use(folder: Path) -> bool:
+    """Notes that a copy is used, and holds it to the end of this process. False where another removes it just now."""
+    try:
+        held = hold(folder / MANIFEST, alone=False)
+    except OSError:  # no such locks, and then nothing is removed; or no manifest, as will be seen
+        return True
+    if held is None:
+        return False
+    _leave(folder)
+    _in_use[folder] = held
+    with suppress(OSError):  # a folder that this process may only read
+        os.utime(folder / MANIFEST)
+    return True
+
+
+def _leave(folder: Path) -> None:
+    if folder in _in_use:
+        os.close(_in_use.pop(folder))
+
+
+def _last_use(folder: Path) -> float:
+    try:
+        return (folder / MANIFEST).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _remove(folder: Path) -> bool:
+    """Removes a copy unless it is in use, or nobody can say whether it is; says whether it went."""
+    held = None
+    try:
+        held = hold(folder / MANIFEST, alone=True)
+        if held is not None:
+            remove_folder(folder)
+    except FileNotFoundError:  # without a manifest nobody can use it
+        with suppress(OSError):
+            remove_folder(folder)
+    except OSError:
+        pass
+    if held is not None:
+        os.close(held)
+    return not folder.exists()
+
+
+def _verify(folder: Path) -> None:
+    """Raises DamagedFolderError unless a copy is as it was when it was last read whole, or is found so now."""
+    try:
+        seen = parse_json((folder / CHECKED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        seen = None
+    if seen is None or seen != _state(folder):
+        known = verify_folder(folder, allow_extra=True)
+        more = {path.name for path in folder.iterdir()} - {MANIFEST, CHECKED, *known}
+        if more:
+            raise DamagedFolderError(folder, min(more), "only the files of the manifest", "one more")
+        _note(folder)
+
+
+def _note(folder: Path) -> None:
+    """Writes down how a copy looks that is whole."""
+    with suppress(OSError):  # it will be read whole again
+        state = json.dumps(_state(folder))
+        (folder / CHECKED).write_text(state, encoding="utf-8")
+
+
+def _state(folder: Path) -> dict[str, Any] | None:
+    """Size, time and a sample's sha256 of each file by name; None where one can't be read."""
+    try:
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.name != CHECKED}
+        return {
+            name: [*_size_and_time(path, name), _sample(path)] if path.is_file() else []
+            for name, path in sorted(files.items())
+        }
+    except OSError:
+        return None
+
+
+def _size_and_time(path: Path, name: str) -> list[int]:
+    state = path.stat()
+    return [state.st_size, 0 if name == MANIFEST else state.st_mtime_ns]  # a manifest's time is that of the last use
+
+
+def _sample(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        last = max(os.fstat(file.fileno()).st_size - AT_EACH, 0)
+        for place in range(PLACES):
+            file.seek(last * place // (PLACES - 1))
+            digest.update(file.read(AT_EACH))
+    return digest.hexdigest()

@@ -86,7 +86,7 @@ class QLoRAModule(LearnsInParts):
             that is faster than its host; without dropout and packing. auto: where the forecast says that it pays.
         attention: implementation of attention in transformers.
         quantized_cache: where a 4-bit copy of the base is kept for the next start: auto, beside the hub's cache, for
-            bases from half a billion weights on; none; or a folder.
+            bases from half a billion weights on; none; or a folder. The three used last stay, and those in use.
     """
 
     def __init__(

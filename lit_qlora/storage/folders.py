@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path, PureWindowsPath
 
@@ -167,15 +168,29 @@ def recover(target: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def clear_leftovers(parent: Path) -> None:
-    """Remove what cut-off writes and deletions left in a folder; one that had made way is recovered first."""
+def clear_leftovers(parent: Path, older_than_s: float = 0.0) -> None:
+    """Remove what cut-off writes and deletions left in a folder; one that had made way is recovered first.
+
+    Args:
+        parent: where they stand.
+        older_than_s: in seconds; where several processes write, what is younger may be another's work.
+    """
     # Sorted, "old" comes before "tmp": a whole new folder is put in place before it could be removed.
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
         match = _LEFTOVER.fullmatch(path.name)
-        if match and match["kind"] == "old":
+        if not match or not _is_older(path, older_than_s):
+            continue
+        if match["kind"] == "old":
             recover(parent / match["target"])
-        elif match:
+        else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_older(path: Path, seconds: float) -> bool:
+    try:
+        return not seconds or time.time() - path.stat().st_mtime > seconds
+    except FileNotFoundError:  # another process was quicker
+        return False
 
 
 def _put(temporary: Path, target: Path, *, replace: bool) -> None:

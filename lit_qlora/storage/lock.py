@@ -1,4 +1,4 @@
-"""Owns the rule that one process at a time works in a run folder.
+"""Owns the rule that one process at a time works in a run folder; and `hold`, by which what several use stays.
 
 Used around a whole run, `with RunLock(run): …`. The system itself lets go of the lock when the process ends,
 however it ends, so there is no stale lock to remove; the file `.lock` stays, and what is written in it only
@@ -92,3 +92,33 @@ def _try_lock(descriptor: int) -> bool:
             file=sys.stderr,
         )
     return True
+
+
+def hold(file: Path, *, alone: bool) -> int | None:
+    """Holds what ``file`` belongs to, until the descriptor that is returned is closed, or this process ends.
+
+    Args:
+        file: stands there.
+        alone: whether nobody else may hold it; any number may that do not ask for that.
+
+    Returns None where others stand in the way, or it went meanwhile.
+
+    Raises OSError where there are no such locks, as on Windows and some mounted file systems, and for no such file.
+    """
+    if os.name == "nt":
+        raise OSError(errno.ENOSYS, "no locks that several can hold")
+    import fcntl
+
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        is_held = os.path.samestat(os.fstat(descriptor), file.stat())
+    except (BlockingIOError, FileNotFoundError):
+        is_held = False
+    except OSError:
+        os.close(descriptor)
+        raise
+    if is_held:
+        return descriptor
+    os.close(descriptor)
+    return None

@@ -390,7 +390,7 @@ def test_folders_that_are_none_of_ours(hub, refusal, adapter, tmp_path, missing)
 
 def test_one_source(hub, refusal, adapter):
     told = refusal("--adapter", adapter, "--run", "./x", "--to", "ann/mine")
-    assert told == f"error: adapter: {adapter} is given, and --run x too; give one of the two\n"
+    assert told == f"error: adapter: {adapter} is given, and --run ./x too; give one of the two\n"
 
 
 def test_no_option_takes_a_token(push):

@@ -5,9 +5,11 @@ times the rate: left to themselves, two loops that differ in the last bit part b
 much is a matter of the processor's kernels. A loss and a gradient from the same weights differ by rounding alone.
 """
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +33,7 @@ from lit_qlora.model import graphs
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
 
-STEPS = 6
+STEPS = 4
 SAME = ["--trainer.max_steps", str(STEPS), "--trainer.log_every_n_steps", "1", "--samples.count", "0",
         "--trainer.limit_val_batches", "1", "--model.schedule", "constant", "--model.warmup_ratio", "0",
         "--model.learning_rate", "0.003", "--model.adapter", "start", "--model.rank", "8",
@@ -72,16 +74,18 @@ def steps_of(other: Steps | None = None) -> Iterator[Steps]:
         hook.remove()
 
 
-def fit(run: str, *options: str, other: Steps | None = None) -> tuple[Steps, list[dict[str, float]]]:
+Found = tuple[Steps, list[dict[str, float]]]
+
+
+def fit(run: str, *options: str, other: Steps | None = None) -> Found:
     """A run of the command line; returns its steps, and its figures without those of before the first."""
+    shutil.rmtree(Path("runs", run), ignore_errors=True)
     with steps_of(other) as steps:
         assert main(["fit", "--run", run, *SAME, *options]) == 0
     return steps, read_metrics(Path("runs", run, "metrics.jsonl"))[1:]
 
 
-def assert_same(
-    one: tuple[Steps, list[dict[str, float]]], other: tuple[Steps, list[dict[str, float]]], names: str
-) -> None:
+def assert_same(one: Found, other: Found, names: str) -> None:
     """The figures called ``names``, and every gradient, are equal but for rounding."""
     assert len(one[0].gradients) == len(other[0].gradients) == sum("train/loss" in line for line in one[1]) == STEPS
     for line, found in zip(one[1], other[1], strict=True):
@@ -100,10 +104,10 @@ def _plain_base() -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(demo.BASE, quantization_config=quantization, dtype=torch.float32)
 
 
-@pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An adapter to start from, made by plain peft, whose second matrix is not zero."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter to start from, made by plain peft, whose second matrix is not zero."""
+    place = tmp_path_factory.mktemp("place")
     quieten()  # peft calls an old name of transformers
     torch.manual_seed(7)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -111,13 +115,24 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    model.save_pretrained("start", save_embedding_layers=False)
-    return tmp_path
+    model.save_pretrained(place / "start", save_embedding_layers=False)
+    return place
 
 
-def test_losses_equal_a_plain_loop(start: Path) -> None:
+@pytest.fixture
+def start(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+@cache
+def whole(*options: str) -> Found:
+    """A run in which nothing happens, made once for all that are held against it."""
+    return fit(f"whole-{'-'.join(options)}".replace("--", ""), *options)
+
+
+def test_losses_equal_a_plain_loop(start: None) -> None:
     """Against transformers + peft with full logits, no Lightning and no chunks: losses, gradients and AdamW's steps."""
-    steps, figures = fit("ours")
+    steps, figures = whole()
 
     model = PeftModel.from_pretrained(_plain_base(), "start", is_trainable=True).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -149,7 +164,7 @@ def test_losses_equal_a_plain_loop(start: Path) -> None:
     assert_same((plain, losses), (steps, [line for line in figures if "train/loss" in line]), "train/loss")
 
 
-def test_four_times_one_equals_one_times_four(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_times_one_equals_one_times_four(start: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of unequal length, so that a mean of means would show."""
 
     def in_order(plan: BatchPlan, lengths: list[int], seed: int, epoch: int) -> list[list[int]]:
@@ -165,11 +180,11 @@ def test_four_times_one_equals_one_times_four(start: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_halved_after_running_out_of_memory_equals_not_halved(
-    start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], accumulate: int, in_backward: bool
+    start: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], accumulate: int, in_backward: bool
 ) -> None:
     """Through the Trainer, which zeroes gradients between forward and backward: losses, norms and the adapter."""
     same = ["--trainer.accumulate_grad_batches", str(accumulate), "--model.checkpointing", "full"]
-    whole = fit("whole", *same)
+    expected = whole(*same)
     real = QLoRAModule.summed_loss
 
     def short(self: QLoRAModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -183,17 +198,19 @@ def test_halved_after_running_out_of_memory_equals_not_halved(
 
     monkeypatch.setattr(QLoRAModule, "summed_loss", short)
     capsys.readouterr()
-    halved = fit("halved", *same, other=whole[0])
+    halved = fit("halved", *same, other=expected[0])
     assert capsys.readouterr().out.count("each micro-batch goes in two halves from now on") == 1
-    assert_same(whole, halved, "train/loss train/gradient_norm val/loss")
+    assert_same(expected, halved, "train/loss train/gradient_norm val/loss")
 
 
 @pytest.mark.parametrize("at", [3, 4])
 @pytest.mark.parametrize("replays", [False, True])
 def test_memory_that_runs_out_in_backward_loses_no_gradient_of_the_step(
-    start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], replays: bool, at: int
+    start: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], replays: bool, at: int
 ) -> None:
     """At the first or the second micro-batch of an optimizer step; a recording stands for itself on the CPU."""
+    accumulated = ("--trainer.accumulate_grad_batches", "2")
+    expected = whole(*accumulated)
     monkeypatch.setattr(graphs, "_record", lambda run, pool: SimpleNamespace(replay=torch.enable_grad()(run)))
     real, real_configure, seen = QLoRAModule.summed_loss, QLoRAModule.configure_model, [0]
 
@@ -209,17 +226,16 @@ def test_memory_that_runs_out_in_backward_loses_no_gradient_of_the_step(
         return found
 
     monkeypatch.setattr(QLoRAModule, "configure_model", configure)
-    whole = fit("whole", "--trainer.accumulate_grad_batches", "2")
     monkeypatch.setattr(QLoRAModule, "summed_loss", short_once)
     capsys.readouterr()
-    again = fit("again", "--trainer.accumulate_grad_batches", "2", other=whole[0])
+    again = fit("again", *accumulated, other=expected[0])
     done = "kernels are no longer recorded" if replays else "every layer computes its inside again from now on"
     assert capsys.readouterr().out.count(f": {done}") == 1
-    assert_same(whole, again, "train/loss train/gradient_norm val/loss")
+    assert_same(expected, again, "train/loss train/gradient_norm val/loss")
 
 
 def test_our_layers_learn_what_transformers_own_learn_and_rows_of_logits_change_nothing(
-    start: Path, monkeypatch: pytest.MonkeyPatch
+    start: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One option each: the losses and gradients of a fit are the same but for rounding."""
     real, calls = LlamaDecoderLayer.forward, []
@@ -229,8 +245,7 @@ def test_our_layers_learn_what_transformers_own_learn_and_rows_of_logits_change_
         return real(self, *args, **options)
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
-    ours = fit("ours")
-    assert not calls
+    ours = whole()
     names = "train/loss train/gradient_norm val/loss"
     assert_same(ours, fit("rows", "--model.loss_rows", "7", other=ours[0]), names)
     assert not calls

@@ -13,6 +13,7 @@ import pytest
 BENCHMARKS = Path(growth.__file__).parent
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_few_settings_on_the_cpu(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "growth.py"), "--cpu", "--steps", "1", "--output", str(tmp_path)]
     environment = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}

@@ -167,6 +167,7 @@ def _lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_kills_of_the_real_thing(here, environment):
     """The process as a user starts it, with its model, killed behind its second batch and within its start."""
     options = ["--temperature", "0.9", "--batch_size", "2"]

@@ -14,9 +14,11 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import Namespace
 
+from lit_qlora.elsewhere import here
 from lit_qlora.errors import UserError
 from lit_qlora.secrecy import check_no_secret
 
+HELP = "the accepted ones are listed by --help"
 LINKED = {"data.tokenizer": "model.base", "data.seed": "seed_everything"}
 """Options that are another one's value, which alone can be given."""
 
@@ -64,15 +66,26 @@ def is_plain(value: Any) -> bool:
 
 
 def _one_line(message: str, names: list[str]) -> str:
-    unknown = re.search(r"not accept option '([^']+)'|[Uu]nrecognized arguments?: (\S+)", message)
+    unknown = re.search(
+        r"not accept option '([^']+)'|[Uu]nrecognized arguments?: (\S+)|^Option '([^']+)' is not accepted", message
+    )
     if unknown:
-        name = (unknown[1] or unknown[2]).lstrip("-").split("=")[0]
+        name = (unknown[1] or unknown[2] or unknown[3]).lstrip("-").split("=")[0]
         return f"unknown option {name!r}{did_you_mean(name, names)}"
+    linked = re.search(r"model\.base --> (data\.tokenizer)|Linked \"([\w.]+)\" must be given", message)
+    if linked:
+        name = linked[1] or linked[2]
+        return f"{name}: can't be given, it is always {LINKED[name]}; set that one"
     message = re.sub(r"\s+", " ", message).strip()
     message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message)
     message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"expected one of \1", message)
     message = re.sub(r"\.? ?Got value: ", ", got ", message)
     message = re.sub(r"^Parser key \"([^\"]+)\": ?", r"\1: ", message)
+    section = re.match(r"(\w+): Unable to load config '([^']*)'", message)
+    if section:
+        return (
+            f"{section[1]}: is no option but a section of them, got {section[2]!r}; {here(section[1], names) or HELP}"
+        )
     union = re.search(r"^(\S+): .*?Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", message)
     if union:
         types = re.sub(r"<class '([^']+)'>", r"\1", union[2]).replace("NoneType", "none")
@@ -92,12 +105,16 @@ def _type_name(hint: Any) -> str:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """The one nearest name: of the whole dotted name, else of its last part in the same section."""
+    """What it is called here if another program has it, else the nearest name: of the whole, or of its last part."""
+    name = name.replace("-", "_")
+    last = name.rpartition(".")[2]
+    known = here(name, names)
+    if known and name not in names:
+        return f"; {known}"
     near = difflib.get_close_matches(name, names, 1, 0.75)
     if not near:
-        last = name.rpartition(".")[2]
         near = [known for known in names if known.rpartition(".")[2] == last][:1]
-    return f"; did you mean {near[0]!r}?" if near else "; the accepted ones are listed by --help"
+    return f"; did you mean {near[0]!r}?" if near else f"; {HELP}"
 
 
 def plain(value: Any) -> Any:

@@ -38,7 +38,7 @@ from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import OutOfRoomError, UserError, require
 from lit_qlora.launchers import requeue
 from lit_qlora.model.device import current_device
-from lit_qlora.model.load import check_context, check_rank, check_settings, template_of
+from lit_qlora.model.load import check_context, check_rank, check_settings, split_names, template_of
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.model.weights import check_weights
@@ -152,6 +152,7 @@ class QLoRACLI(LightningCLI):
         self.config = parser.parse_args(start.with_kept(self.command, parsed_by))
         options = self.config[self.verb]
         parsed_by.check_values(options)
+        options.model.target_modules = split_names(options.model.target_modules)
         if options.data.template is not None:  # as text: the run is to stay what it is, whatever becomes of the file
             options.data.template = read_template(options.data.template)
         seed = options.seed_everything

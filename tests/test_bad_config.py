@@ -87,7 +87,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str]] = [
         "target",
         ["--model.target_modules", "q_prj"],
         None,
-        "model.target_modules: 'q_prj' is none of all-linear, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        "model.target_modules: 'q_prj' is none of all-linear, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; did you mean 'q_proj'?",
     ),
     (
         "base missing",

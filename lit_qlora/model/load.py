@@ -3,6 +3,7 @@
 The base stays frozen and in 16 bits where it is not in 4; adapters are fp32. Knows no Trainer.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,12 +134,25 @@ def _names(target_modules: str | list[str]) -> Sequence[str]:
     return [target_modules] if isinstance(target_modules, str) else target_modules
 
 
+def split_names(target_modules: str | list[str]) -> str | list[str]:
+    """Names of linear layers that stand in one text, with commas or spaces between them, as a list."""
+    if isinstance(target_modules, str) and not re.search(r"[\s,\[]", target_modules):
+        return target_modules
+    texts = [target_modules] if isinstance(target_modules, str) else target_modules
+    names = [name for text in texts for name in re.findall(r"[^\s,\[\]'\"]+", text)]
+    return "all-linear" if names == ["all-linear"] else names
+
+
 def check_targets(base: Base, target_modules: str | list[str]) -> None:
     """Raises UserError unless every one of ``target_modules`` is a linear layer of a decoder layer."""
     names, known = _names(target_modules), base.shape.linears
     for name in names:
         if name not in known:
-            raise UserError(f"model.target_modules: {name!r} is none of all-linear, {', '.join(known)}")
+            if name == "all-linear":
+                raise UserError("model.target_modules: all-linear stands for every name; give it, or names, alone")
+            near = difflib.get_close_matches(name.rpartition(".")[2], ["all-linear", *known], 1, 0.4)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"model.target_modules: {name!r} is none of all-linear, {', '.join(known)}{meant}")
     if not names:
         raise UserError("model.target_modules: expected all-linear or at least one name, got none")
 

@@ -67,7 +67,7 @@ class QLoRAModule(LearnsInParts):
         rank: of LoRA's two matrices.
         alpha: LoRA's output is scaled by alpha / rank (by alpha / sqrt(rank) with rslora).
         dropout: share of LoRA's inputs dropped in training.
-        target_modules: linear layers that get LoRA: all-linear, or names such as q_proj, v_proj.
+        target_modules: linear layers that get LoRA: all-linear, or names such as q_proj,v_proj.
         rslora: rank-stabilised scaling.
         dora: weight-decomposed LoRA.
         learning_rate: at its highest, after the warm-up.
@@ -137,6 +137,7 @@ class QLoRAModule(LearnsInParts):
         the command line's callbacks do both otherwise."""
         self.base: Base = find_base(base)
         self._given_base = self.base
+        target_modules = load.split_names(target_modules)
         load.check_targets(self.base, target_modules)
         self.adapter = Path(adapter) if adapter else None
         if self.adapter:

@@ -1,0 +1,208 @@
+"""Options of other programs: each is answered with one of ours, which there is, or with how it is here."""
+
+import importlib
+import inspect
+import re
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from lit_qlora import cli, start, training
+from lit_qlora.elsewhere import HERE, TOOLS, here
+from lit_qlora.errors import UserError
+from lit_qlora.model.base import find_base
+from lit_qlora.model.load import check_targets, split_names
+from lit_qlora.trainer import RunParser
+
+COMMON = {
+    "lr": "model.learning_rate",
+    "epochs": "trainer.max_epochs",
+    "num_train_epochs": "trainer.max_epochs",
+    "per_device_train_batch_size": "data.batch_size",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "output_dir": "run",
+    "lora_r": "model.rank",
+    "lora_alpha": "model.alpha",
+    "lora_dropout": "model.dropout",
+    "seed": "seed_everything",
+    "max_seq_length": "data.max_length",
+    "model_name_or_path": "model.base",
+    "dataset_name": "data.source",
+    "save_steps": "save_every_steps",
+    "eval_steps": "trainer.val_check_interval",
+    "logging_steps": "trainer.log_every_n_steps",
+    "warmup_steps": "model.warmup_ratio",
+    "optim": "model.optimizer",
+    "lr_scheduler_type": "model.schedule",
+    "fp16": "trainer.precision",
+    "bf16": "trainer.precision",
+    "gradient_checkpointing": "model.checkpointing",
+    "report_to": "trainer.logger",
+    "micro_batch_size": "data.batch_size",
+    "sequence_len": "data.max_length",
+    "val_set_size": "data.validation_share",
+}
+"""What command lines of Hugging Face's trainers, TRL, Axolotl, LLaMA-Factory and LitGPT most often have."""
+OURS = {
+    "weight_decay": "model.weight_decay",
+    "packing": "data.packing",
+    "learning_rate": "model.learning_rate",
+    "max_steps": "trainer.max_steps",
+    "warmup_ratio": "model.warmup_ratio",
+    "target_modules": "model.target_modules",
+    "max_length": "data.max_length",
+    "batch_size": "data.batch_size",
+}
+"""The same names, which ours have in a section."""
+
+
+@pytest.fixture(scope="module")
+def parser() -> RunParser:
+    """fit's own."""
+    kept: list[Any] = []
+
+    class Parsed(training.QLoRACLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            kept.append(self._parser(self.verb))
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        Parsed(start.Command(["fit"]), ExitStack())
+    return kept[0]  # type: ignore[no-any-return]
+
+
+def _error(parser: RunParser, *args: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parser.parse_args([*args])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def _spellings(name: str) -> list[tuple[str, ...]]:
+    dashed = name.replace("_", "-")
+    shouted = name.upper()
+    args: list[tuple[str, ...]] = [(f"--{one}", "1") for one in (name, dashed, shouted, f"model.{name}", f"x.{dashed}")]
+    texts = f"{name}: 1", f"trainer: {{{name}: 1}}", f"training_arguments: {{{name}: [1]}}", f"{dashed}: true"
+    return [*args, (f"--{name}=1",), (f"--{name}",), *(("--config", text) for text in texts)]
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_the_common_ones_name_ours_however_they_are_written(parser: RunParser, name: str) -> None:
+    for args in _spellings(name):
+        told = _error(parser, *args)
+        assert told.startswith("unknown option '")
+        assert f"; here it is '{COMMON[name]}'" in told
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_those_that_are_called_alike_name_the_section(parser: RunParser, name: str) -> None:
+    for spelling in (name, name.replace("_", "-")):
+        assert _error(parser, f"--{spelling}", "1") == f"unknown option '{spelling}'; did you mean '{OURS[name]}'?"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("load_in_4bit", "a base is always trained in 4-bit NF4 with double quantisation: leave it out"),
+        ("group_by_length", "rows of like length always stand together: leave it out"),
+        ("resume_from_checkpoint", "the same command, given again, resumes: leave it out"),
+        ("push_to_hub", "python main.py push sends an adapter to the hub"),
+    ],
+)
+def test_what_needs_no_option_says_how_it_is(parser: RunParser, name: str, told: str) -> None:
+    assert _error(parser, f"--{name}", "true") == f"unknown option '{name}'; {told}"
+
+
+def test_every_answer_is_true(parser: RunParser) -> None:
+    """All options that it names are there, in fit's parser or in a tool's, and no name is one of ours."""
+    ours = {*parser.types()}
+    for name, told in HERE.items():
+        assert name not in ours and re.fullmatch(r"[a-z0-9_]+", name)
+        named = {told.partition(",")[0]} if " " not in told.partition(",")[0] else set()
+        named |= {*re.findall(r"\b(?:model|data|trainer|samples)\.\w+", told)} | {*re.findall(r"--(\w+)", told)}
+        assert named <= ours, name
+        assert named or ": leave it out" in told or "python main.py" in told
+        assert here(name, ours) in _error(parser, f"--{name}", "1") or name in ("model", "data")
+
+
+def test_no_tools_answer_is_of_nothing() -> None:
+    tools = {verb: getattr(importlib.import_module(f"lit_qlora.tools.{verb}"), verb) for verb in cli.TOOLS}
+    options = {verb: {*inspect.signature(tool).parameters} for verb, tool in tools.items()}
+    for name, told in TOOLS.items():
+        assert any(here(name, names) == f"here it is {told!r}" and name not in names for names in options.values())
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["chat", "--max_tokens", "3"], "unknown option 'max_tokens'; here it is 'max_new_tokens'"),
+        (["chat", "--model-name-or-path", "x"], "unknown option 'model-name-or-path'; here it is 'base'"),
+        (["merge", "--output-dir", "x"], "unknown option 'output-dir'; here it is 'output'"),
+        (["validate", "--ckpt-path", "x"], "unknown option 'ckpt-path'; did you mean 'ckpt_path'?"),
+        (["fit", "--ckpt_path", "x"], "unknown option 'ckpt_path'; the same command, given again, resumes: leave it"),
+        (["fit", "--model", "a/b"], "model: is no option but a section of them, got 'a/b'; here it is 'model.base'"),
+        (["fit", "--data", "x.jsonl"], "data: is no option but a section of them, got 'x.jsonl'; here it is 'data.so"),
+        (["fit", "--trainer", "3"], "trainer: is no option but a section of them, got '3'; the accepted ones are list"),
+        (["fit", "--data.seed", "3"], "data.seed: can't be given, it is always seed_everything; set that one"),
+        (["fit", "--data.tokenizer", "x"], "data.tokenizer: can't be given, it is always model.base; set that one"),
+        (["fit", "--config", "a.yaml"], "unknown option 'lora_r'; here it is 'model.rank'"),
+        (["fit", "--config", "b.yaml"], "unknown option 'training_arguments.num-epochs'; here it is 'trainer.max_ep"),
+        (["fit", "--config", "c.yaml"], "unknown option 'trainer.max_grad_norm'; here it is 'trainer.gradient_clip_v"),
+        (["plan", "--per-device-train-batch-size", "8"], "unknown option 'per-device-train-batch-size'; here it is 'd"),
+        (
+            ["fit", "--model.target_modules", "q_proj", "v_proj"],
+            "unknown option 'v_proj'; names in model.target_modules are written with commas: q_proj,v_proj",
+        ),
+    ],
+)
+def test_on_the_command_line(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.yaml").write_text("seed_everything: 1\n")
+    (tmp_path / "a.yaml").write_text("lora_r: 8\n")
+    (tmp_path / "b.yaml").write_text("training_arguments:\n  num-epochs: 3\n")
+    (tmp_path / "c.yaml").write_text("trainer:\n  max_grad_norm: 0.3\n")
+    assert cli.main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {told}")
+    assert error.count("\n") == 1
+
+
+# Names of linear layers
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["q_proj,v_proj", "q_proj, v_proj", "q_proj v_proj", "[q_proj,v_proj]", "[q_proj, v_proj]", '["q_proj","v_proj"]',
+     "['q_proj', 'v_proj']", " q_proj ,v_proj, "],
+)  # fmt: skip
+def test_names_in_one_text(parser: RunParser, written: str) -> None:
+    for args in (("--model.target_modules", written), ("--config", f"model:\n  target_modules: {written!r}\n")):
+        assert split_names(parser.parse_args([*args]).model.target_modules) == ["q_proj", "v_proj"]
+
+
+def test_names_that_need_no_splitting_stay_as_they_are() -> None:
+    for names in ("all-linear", "q_proj", ["q_proj", "v_proj"]):
+        assert split_names(names) == names
+    assert split_names(["all-linear"]) == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("q_prj", "q_proj"), ("qproj", "q_proj"), ("gate", "gate_proj"), ("all", "all-linear"), ("downproj", "down_proj"),
+     ("all_linear", "all-linear"), ("model.layers.0.self_attn.k_proj", "k_proj"), ("O_PROJ", None)],
+)  # fmt: skip
+def test_a_name_that_there_is_not(name: str, nearest: str | None) -> None:
+    with pytest.raises(UserError) as caught:
+        check_targets(find_base("demo"), [name])
+    known = "all-linear, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    mean = f"; did you mean {nearest!r}?" if nearest else ""
+    assert str(caught.value) == f"model.target_modules: {name!r} is none of {known}{mean}"
+
+
+def test_all_linear_beside_a_name() -> None:
+    with pytest.raises(UserError, match="all-linear stands for every name; give it, or names, alone"):
+        check_targets(find_base("demo"), ["all-linear", "q_proj"])

@@ -39,6 +39,9 @@ WARNINGS = (
     r"(?s).*(instantiate_classes|JsonargparseDeprecationWarning).*",
     # Between peft and transformers: likewise.
     r".*is_gradient_checkpointing` is deprecated.*",
+    # That an adapter with lora_bias can't be merged, which merge says, and that its biases look cut short to peft.
+    r".*`lora_bias=True` was passed but the targeted layer.*",
+    r".*LoRA tensor\(s\) have invalid shape. [^ ]*\.lora_B\.bias.*",
     # In fp16 the gradient scaler skips first steps by design; they are counted, and recorded.
     r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
     # A checkpoint may have a word of early stopping, which scoring and a start without it have no use for.

@@ -12,7 +12,9 @@ from lit_qlora.model.cards import Card
 from lit_qlora.model.memory import GIB, Samples, Step, StepMemory
 from lit_qlora.model.speed import Epoch, epoch_hours
 
-SLOW = "  transformers' own layers (model.own_layers false, or DoRA) take more time and memory than these figures"
+SLOW = (
+    "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than these figures"
+)
 REACHED = 0.7
 """The share of a roofline's speed that whole runs reach where little else was fused: an estimate."""
 PARTS = {

@@ -6,7 +6,6 @@ activations and dropout are computed again in backward, for they cost no matrix 
 of the product it belongs to. Knows neither batches nor the loss.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from torch.nn import functional
 
 from lit_qlora.model.attention import Places, attend
 from lit_qlora.model.pointwise import EAGER, Pointwise
-from lit_qlora.model.shape import Shape
 
 QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
 """The linear layers of a decoder layer by number, those together that read the same input."""
@@ -45,13 +43,14 @@ class Layer(NamedTuple):
 
 
 class Casts:
-    """LoRA's weights of one layer in the dtype of activations: one set of buffers, which every layer fills anew.
+    """LoRA's weights of one layer in the dtype of activations: one set of buffers, which layers alike fill anew.
 
     A of linear layers that read the same input stand in one matrix, for one product instead of three; not where
-    dropout gives each an input of its own. A step of a small batch is as long as its number of kernels.
+    dropout gives each an input of its own, or rank or scaling differ. A step of a small batch is as long as its number
+    of kernels.
 
     Args:
-        linears: of any layer: all have LoRA at the same places.
+        linears: of any of these layers: all have LoRA at the same places, of the same ranks and scalings.
         lora: A and B of those that have it, in order.
     """
 
@@ -61,9 +60,11 @@ class Casts:
         self.parts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         """For each of `QKV`, `OUT`, `GATE_UP` and `DOWN` those with LoRA; together, where their A are one matrix."""
         for group in (QKV, OUT, GATE_UP, DOWN):
-            having = tuple(index for index in group if index in self.shapes)
-            apart = any(linears[index].dropout for index in having)
-            self.parts[group] = [(index,) for index in having] if apart else [having] if having else []
+            alike: dict[Any, tuple[int, ...]] = {}
+            for index in (index for index in group if index in self.shapes):
+                kind = index if linears[index].dropout else (self.shapes[index][0], linears[index].scaling)
+                alike[kind] = (*alike.get(kind, ()), index)
+            self.parts[group] = [*alike.values()]
         self.a: dict[tuple[int, ...], Tensor] = {}
         self.b: dict[int, Tensor] = {}
         self._flat: list[Tensor] = []
@@ -89,17 +90,51 @@ class Casts:
 
 
 def why_not(model: Any) -> str | None:
-    """What of ``model``, a Llama with LoRA in 4-bit, these layers can't compute; None where they can."""
-    config = model.get_base_model().config
-    if any(getattr(peft_config, "use_dora", False) for peft_config in model.peft_config.values()):
-        return "DoRA"
-    if config.hidden_act != "silu" or config.attention_bias or config.mlp_bias or config.attention_dropout:
+    """What of ``model``, a Llama with LoRA in 4-bit, these layers can't compute; None where they can.
+
+    Asked are the modules that would compute it, not their configurations.
+    """
+    found = (_why_not(layer) for layer in model.get_base_model().model.layers)
+    return next((why for why in found if why), None)
+
+
+def _why_not(layer: Any) -> str | None:
+    from transformers.models.llama import modeling_llama as llama
+
+    attention, mlp = layer.self_attn, layer.mlp
+    parts = (layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm)
+    kinds = [llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm, llama.LlamaRMSNorm]
+    if [type(part) for part in parts] != kinds:
+        return "layers that are not a Llama's"
+    is_silu = torch.equal(mlp.act_fn(_PROBE), functional.silu(_PROBE))
+    bases = [getattr(module, "base_layer", module) for module in _linears(layer)]
+    if not is_silu or attention.attention_dropout or any(base.bias is not None for base in bases):
         return "an activation, biases or an attention dropout that are not Llama 2's"
-    names = re.compile(rf"\.({'|'.join(Shape.LINEARS)})(\.base_layer)?\.weight$")
-    linears = (part for name, part in model.named_parameters() if names.search(name))
-    if not all(hasattr(part, "quant_state") for part in linears):
+    if not all(hasattr(base.weight, "quant_state") for base in bases):
         return "layers that are not in 4 bits"
+    return next((why for module in _linears(layer) if (why := _why_not_lora(module))), None)
+
+
+def _why_not_lora(module: Any) -> str | None:
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora import Linear4bit as Linear4bitWithLora
+
+    if type(module) is Linear4bit:
+        return None
+    if type(module) is not Linear4bitWithLora or type(module.base_layer) is not Linear4bit:
+        return f"layers of another kind ({type(module).__name__})"
+    if len(module.lora_magnitude_vector):
+        return "DoRA"
+    if any(module.lora_bias.values()):
+        return "LoRA with a bias (lora_bias)"
+    parts = [*module.lora_A.values(), *module.lora_B.values()]
+    is_plain = all(type(part) is torch.nn.Linear and part.bias is None for part in parts)
+    if module.lora_variant or module.merged or [*module.lora_A] != ["default"] or not is_plain:
+        return "LoRA of another kind"
     return None
+
+
+_PROBE = torch.linspace(-3, 3, 7)
 
 
 def take_apart(model: Any, pointwise: Pointwise = EAGER) -> list[Layer]:
@@ -107,18 +142,20 @@ def take_apart(model: Any, pointwise: Pointwise = EAGER) -> list[Layer]:
 
     As it stands: dropout is of train mode only, and an adapter that is switched off has no part in them.
     """
-    layers: list[Layer] = []
-    for layer in model.get_base_model().model.layers:
-        layers.append(_take_apart(layer, pointwise, layers[0].casts if layers else None))
-    return layers
+    casts: dict[Any, Casts] = {}
+    return [_take_apart(layer, pointwise, casts) for layer in model.get_base_model().model.layers]
 
 
-def _take_apart(layer: Any, pointwise: Pointwise, casts: Casts | None) -> Layer:
+def _linears(layer: Any) -> list[Any]:
     attention, mlp = layer.self_attn, layer.mlp
     modules = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    modules += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return [*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _take_apart(layer: Any, pointwise: Pointwise, casts: dict[Any, Casts]) -> Layer:
+    """Layers whose LoRA is alike share one of ``casts``."""
     linears, lora = [], list[Tensor]()
-    for module in modules:
+    for module in _linears(layer):
         base = getattr(module, "base_layer", module)
         # As a plain tensor: with bitsandbytes' own class, each call goes through Python once more.
         weight, state = base.weight.detach().as_subclass(Tensor), base.weight.quant_state
@@ -128,14 +165,17 @@ def _take_apart(layer: Any, pointwise: Pointwise, casts: Casts | None) -> Layer:
         dropout = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
         linears.append(Linear(weight, state, module.scaling["default"], dropout, True))
         lora += [module.lora_A["default"].weight, module.lora_B["default"].weight]
+    kind = (*(linear[2:] for linear in linears), *(matrix.shape for matrix in lora))
+    if kind not in casts:
+        casts[kind] = Casts(linears, lora)
     norms = layer.input_layernorm, layer.post_attention_layernorm
     return Layer(
         tuple(linears),
         tuple(lora),
-        casts or Casts(linears, lora),
+        casts[kind],
         (norms[0].weight, norms[1].weight),
         norms[0].variance_epsilon,
-        attention.head_dim,
+        layer.self_attn.head_dim,
         pointwise,
     )
 

@@ -95,9 +95,10 @@ class Graphs:
         return _Recording(_record(forward, self._pool), _record(backward, self._pool), hidden, out)
 
     def _warm_up(self, hidden: Tensor) -> None:
-        """One layer once: what is compiled, or chosen by trying, at the first use of a shape can't be recorded."""
+        """One layer of a kind: what is compiled, or chosen by trying, at the first use of a shape can't be recorded."""
         kept = self.kept_layers // len(self.layers)
-        torch.autograd.grad(self._run(self.layers[:1], hidden, kept), self.layers[0].lora, hidden)
+        for layer in {layer.casts: layer for layer in reversed(self.layers) if layer.lora}.values():
+            torch.autograd.grad(self._run([layer], hidden, kept), layer.lora, hidden)
 
     def _run(self, layers: Sequence[Layer], hidden: Tensor, kept_layers: int) -> Tensor:
         return run_layers(layers, hidden, find_places(self.rotary, hidden, ()), kept_layers)

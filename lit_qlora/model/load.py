@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_qlora.errors import UserError, require
+from lit_qlora.model import lora_config
 from lit_qlora.model.attention import implementation_of
 from lit_qlora.model.base import Base
 from lit_qlora.model.config import for_transformers
@@ -41,6 +42,10 @@ the demo took 17 times as long on two threads as on one."""
 PROMPT_FORMAT = llama2.FORMAT
 RECORD = "lit_qlora.json"
 """The file beside an adapter that says which base and which prompt format it was trained with."""
+
+WEIGHTS = "adapter_model.safetensors"
+PLACE = re.compile(rf"base_model\.model\.model\.layers\.\d+\.(?:self_attn|mlp)\.({'|'.join(Shape.LINEARS)})\.lora_.*")
+"""peft's name of a weight of LoRA on a linear layer of the decoder."""
 
 IN_CONFIG = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
 """What the record repeats of adapter_config.json: by it, an alpha that was changed there is noticed."""
@@ -180,12 +185,10 @@ def check_settings(folder: Path, lora: Lora) -> None:
     Raises UserError that names the first setting that differs.
     """
     config = read_json(folder / "adapter_config.json")
-    # peft writes whole paths where it was told all-linear; as a set they mean their last parts.
-    targets = sorted({target.rpartition(".")[2] for target in _names(config.get("target_modules") or "all-linear")})
     of_adapter: dict[str, Any] = {
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
-        "target_modules": targets,
+        "target_modules": sorted({match[1] for match in map(PLACE.match, _stored(folder)) if match}),
         "rslora": bool(config.get("use_rslora")),
         "dora": bool(config.get("use_dora")),
     }
@@ -198,6 +201,11 @@ def check_settings(folder: Path, lora: Lora) -> None:
             raise UserError(f"model.{name}: {asked}, and the adapter {folder} has {own}; give --model.{name} {given}")
 
 
+def has_bias(folder: Path | None) -> bool:
+    """Whether LoRA has biases in an adapter: the one thing of those that our own layers don't compute but DoRA."""
+    return folder is not None and bool(read_json(folder / "adapter_config.json").get("lora_bias"))
+
+
 def load_adapter(
     model: "LlamaForCausalLM", base: Base, folder: Path, trainable: bool, dropout: float | None = None
 ) -> "PeftModel":
@@ -205,8 +213,8 @@ def load_adapter(
 
     Raises UserError when the folder is no adapter, was altered, was trained on another base, or does not fit.
     """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
 
     record = read_record(folder)
     recorded = record["base_fingerprint"]
@@ -215,12 +223,10 @@ def load_adapter(
             f"{folder}: this adapter was trained on {record['base']} ({shown(str(recorded))}), the base given is "
             f"{base.public_name} ({shown(fingerprint(base))}); give its own with --model.base or --base"
         )
-    weights = folder / "adapter_model.safetensors"
+    stored = _stored(folder)
     try:
-        with safe_open(weights, framework="pt") as file:
-            stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = not trainable
+        given = lora_config.arguments(read_json(folder / "adapter_config.json"))
+        config = LoraConfig(**given, task_type="CAUSAL_LM", inference_mode=not trainable)
         if dropout is not None:
             config.lora_dropout = dropout
         peft_model = PeftModel(model, config)  # type: ignore[arg-type]
@@ -234,11 +240,10 @@ def load_adapter(
                 f"{stored.get(name, 'missing')}, expected {wanted.get(name, 'no such weight')}"
             )
         peft_model.load_adapter(str(folder), "default", is_trainable=trainable)
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: the adapter can't be read: {reason}") from error
+    except (SafetensorError, OSError, ValueError, re.error) as error:
+        raise _unreadable(folder, error) from error
     if not all(torch.isfinite(parameter).all() for parameter in adapter_parameters(peft_model).values()):
-        raise UserError(f"{weights}: it holds values that are not finite; take another checkpoint")
+        raise UserError(f"{folder / WEIGHTS}: it holds values that are not finite; take another checkpoint")
     return peft_model
 
 
@@ -268,11 +273,11 @@ def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: b
         found = config.get(name) or False
         if found != expected:
             raise UserError(f"{folder}: adapter_config.json has {name} {found}, expected {expected}: it was altered")
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}: the adapter can't be read: {' '.join(str(error).split())[:200]}") from error
+        raise _unreadable(folder, error) from error
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise UserError(f"{file}: {name} holds values that are not finite: it was altered")
@@ -300,7 +305,9 @@ def save_adapter(
     config = read_json(config_file)
     config["base_model_name_or_path"] = base.public_name
     # peft keeps them in a set, whose order is another in each process.
-    config["target_modules"] = sorted(config["target_modules"])
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (folder / CARD).unlink(missing_ok=True)
     record = {"base": base.public_name, "base_fingerprint": fingerprint(base), **prompts}
@@ -323,11 +330,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder}: adapter_config.json says that it is {kind or 'of no type'}, expected LORA")
-    others = config.get("modules_to_save")
-    if others:
-        raise UserError(f"{folder}: it holds whole layers beside LoRA ({others}), which can't be used here")
-    if config.get("megatron_config"):  # with which some versions of peft import the module that megatron_core names
-        raise UserError(f"{folder}: adapter_config.json has megatron_config, which can't be used here; take it out")
     if (folder / MANIFEST).is_file():
         try:
             verify_folder(folder, allow_extra=True, may_differ=[CARD])
@@ -342,6 +344,14 @@ def read_record(folder: Path) -> dict[str, Any]:
         for name in TEXTS:
             require(isinstance(record.get(name), str | None), f"{folder}: {RECORD}: {name}", "a text", record.get(name))
         _check_own(folder, record)
+    lora_config.check(folder, config)
+    elsewhere = next((name for name in sorted(_stored(folder)) if ".lora_" in name and not PLACE.match(name)), None)
+    if elsewhere:
+        layer = elsewhere.partition(".lora_")[0].removeprefix("base_model.model.")
+        raise UserError(
+            f"{folder}: by adapter_config.json's target_modules it has LoRA on {layer}, which can't be used here; "
+            f"expected linear layers of the decoder: {', '.join(Shape.LINEARS)}"
+        )
     if record["prompt_format"] not in (PROMPT_FORMAT, jinja.FORMAT):
         raise UserError(
             f"{folder}: its prompt format is {record['prompt_format']!r}, this version knows {PROMPT_FORMAT!r} and "
@@ -380,6 +390,21 @@ def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
         was, now = record.get(name), config.get(key) or False
         if was is not None and was != now:  # earlier versions recorded none of them
             raise UserError(f"{folder}: adapter_config.json or {RECORD} was altered: {key}: {was} -> {now}; {remedy}")
+
+
+def _stored(folder: Path) -> dict[str, list[int]]:
+    """The shapes of an adapter's weights, by peft's names. Raises UserError where they can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder}: the adapter can't be read: {' '.join(str(error).split())[:200]}")
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_qlora.errors import UserError
+from lit_qlora.model import lora_config
 from lit_qlora.model.base import Base
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.weights import BUFFER, STATE, stored_tensors
@@ -22,17 +23,6 @@ Onto = Literal["quantized", "original"]
 
 LINEAR = re.compile(rf"model\.layers\.\d+\.\w+\.({'|'.join(Shape.LINEARS)})\.weight")
 """What is kept in 4 bits: the linear layers of the decoder, biases and head not among them."""
-
-UNKNOWN = (
-    "alpha_pattern",
-    "rank_pattern",
-    "lora_bias",
-    "fan_in_fan_out",
-    "use_qalora",
-    "arrow_config",
-    "megatron_config",
-)
-"""Settings of peft under which the product is another one than is computed here."""
 
 
 class StoredWeights:
@@ -76,13 +66,10 @@ class LoraWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        config = read_json(folder / "adapter_config.json")
-        found = [name for name in UNKNOWN if config.get(name)]
-        if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "loftq")):
-            found.append("init_lora_weights")  # the base itself was changed
-        if found:
-            raise UserError(f"adapter: {folder} has {found[0]}={config[found[0]]!r}, which merge does not know")
-        self.alpha, self.rslora = float(config["lora_alpha"]), bool(config.get("use_rslora"))
+        self._config = read_json(folder / "adapter_config.json")
+        lora_config.check(folder, self._config)
+        if self._config.get("lora_bias"):
+            raise UserError(f"adapter: {folder} has lora_bias, and a Llama has no biases that it could be merged into")
         self._file = folder / "adapter_model.safetensors"
         try:
             with safe_open(self._file, framework="pt") as file:
@@ -104,7 +91,8 @@ class LoraWeights:
         with safe_open(self._file, framework="pt") as file:
             a, b = (file.get_tensor(self._keys[f"{part}.lora_{kind}"]).to(weight) for kind in "AB")
             rank = a.shape[0]
-            merged = weight + self.alpha / (rank**0.5 if self.rslora else rank) * (b @ a)
+            alpha = lora_config.alpha_of(self._config, part)
+            merged = weight + alpha / (rank**0.5 if self._config.get("use_rslora") else rank) * (b @ a)
             key = self._keys.get(f"{part}.lora_magnitude_vector")
             if key is not None:
                 merged *= (file.get_tensor(key).to(weight) / merged.norm(dim=1))[:, None]

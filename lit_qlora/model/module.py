@@ -227,6 +227,8 @@ class QLoRAModule(LearnsInParts):
         else:
             self.model = load.add_lora(base_model, self.lora)
         self.slow_because = why_not(self.model) if self.own_layers else "model.own_layers is false"
+        if self.slow_because and self.cuda_graphs is True:
+            raise UserError(f"model.cuda_graphs: expected auto or false with {self.slow_because}, got true")
         self.kept_layers, self.replays = self._choose_kept_layers(), self.cuda_graphs is True
         if self.slow_because:
             checkpoint_layers(base_model.model.layers, self.checkpointing)
@@ -259,17 +261,19 @@ class QLoRAModule(LearnsInParts):
         """Base and adapter in words, for the terminal."""
         shape = self.base.shape
         trained = sum(value.numel() for value in load.adapter_parameters(self).values())
-        config: Any = self.peft_model.peft_config["default"]
-        targets = set(config.target_modules)
+        matrices = [(name.split(".")[-4], len(value)) for name, value in load.adapter_parameters(self).items()
+                    if ".lora_A." in name]  # fmt: skip
+        targets, ranks = {name for name, _ in matrices}, sorted({rank for _, rank in matrices})
         names = "all linear layers" if targets == {*Shape.LINEARS} else ", ".join(sorted(targets))
+        rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
         lines = [f"{self.base.name}: {_count(shape.num_parameters)} weights, linear layers in 4-bit NF4"]
         lines += [self.copy_line] if self.copy_line else []
         if self.eager_because:
             lines.append(f"kernels are not compiled: {self.eager_because} missing (install gcc and python3-dev)")
-        return [
-            *lines,
-            f"LoRA of rank {config.r} on {names}: {_count(trained)} weights are trained",
-        ]
+        lines.append(f"LoRA of rank {rank} on {names}: {_count(trained)} weights are trained")
+        if self.slow_because:
+            lines.append(f"decoder layers are transformers' and peft's, which take longer: {self.slow_because}")
+        return lines
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The adapter's weights, fp32. The base is never saved."""

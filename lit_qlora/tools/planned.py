@@ -151,7 +151,7 @@ def read(args: list[str]) -> Planned:
         base.shape, card, precision, rows.lengths, rows.answer_share, prompts.tokens, module.lora,
         model["optimizer"], model["checkpointing"], data.plan, data.max_length,
         trainer.accumulate_grad_batches, prompts.number, drawn.max_new_tokens, data.seed, model["cuda_graphs"],
-        model["loss_rows"], model["own_layers"], trainer.limit_train_batches,
+        model["loss_rows"], model["own_layers"] and not load.has_bias(module.adapter), trainer.limit_train_batches,
     )  # fmt: skip
     limit, (epoch, _) = trainer.limit_train_batches, replace(settings, limit=1.0).epoch()
     expected = f"a share of the {epoch.num_micro_batches:,} micro-batches that is one at least"

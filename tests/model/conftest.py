@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from lit_qlora import quiet
 from lit_qlora.model.base import find_base
 from lit_qlora.model.checkpointing import checkpoint_layers
 from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.loss import summed_cross_entropy
+from lit_qlora.model.shape import Shape
 
 WIDTHS = {
     "hidden_size": 64,
@@ -83,6 +85,13 @@ def load(tiny):
     return load
 
 
+def of_pefts_config(model, chosen, others):
+    """An adapter with ``others`` of LoraConfig's fields, which none of our options gives."""
+    targets = list(Shape.LINEARS) if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
+    config = {"r": chosen["rank"], "lora_alpha": chosen["alpha"], "target_modules": targets}
+    return get_peft_model(model, LoraConfig(**config, **others, task_type="CAUSAL_LM"))
+
+
 @pytest.fixture(scope="session")
 def make_model(load):
     """Loads the tiny Llama in 4-bit with an adapter that is not zero, in train mode."""
@@ -91,7 +100,9 @@ def make_model(load):
         model = load(dtype, base) if base else load(dtype)
         checkpoint_layers(model.model.layers, checkpointing)
         chosen = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear", "rslora": False}
-        model = add_lora(model, Lora(**{**chosen, "dora": False, **lora}))
+        of_peft = {name: lora.pop(name) for name in [*lora] if name not in {*chosen, "dora"}}
+        chosen |= {"dora": False, **lora}
+        model = of_pefts_config(model, chosen, of_peft) if of_peft else add_lora(model, Lora(**chosen))
         torch.manual_seed(1)
         with torch.no_grad():
             for name, parameter in adapter_parameters(model).items():

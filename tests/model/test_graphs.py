@@ -77,6 +77,21 @@ def test_replayed_layers_give_what_the_layers_give(replayed, tokens, exact):
         torch.testing.assert_close(gradient, found[0][1], rtol=0 if exact else 1e-4, atol=0 if exact else 1e-4)
 
 
+def test_layers_whose_lora_differs_or_is_none(monkeypatch, make_model):
+    """As in adapters made elsewhere: no LoRA in the first layer, and ranks and scalings of its own in each module."""
+    monkeypatch.setattr(graphs, "_record", Rerun)
+    model = make_model(
+        layers_to_transform=[1], rank_pattern={"q_proj": 1, "down_proj": 8}, alpha_pattern={"v_proj": 32, "up_proj": 1}
+    )
+    run = Graphs(take_apart(model), 1, model.get_base_model().model.rotary_emb)
+    found = []
+    for way in (plain(model), run):
+        model.zero_grad()
+        found.append((learned(way, model, embedded(model, 2, 32)), gradients(model).clone()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_micro_batches_add_up_and_a_new_step_begins_at_zero(replayed):
     model, run = replayed
     sums = []

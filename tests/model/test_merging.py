@@ -1,7 +1,5 @@
 """A merge's arithmetic against bitsandbytes', transformers' and peft's own, weight by weight."""
 
-import json
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -105,22 +103,6 @@ def test_what_no_one_reads_is_left_out(tiny, tiny_folder, tmp_path):
 def test_layers_come_in_their_order(tiny):
     layers = [name.split(".")[2] for name in StoredWeights(tiny).names if ".layers." in name]
     assert layers == ["0"] * 9 + ["1"] * 9
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 8}), ("lora_bias", True),
-        ("fan_in_fan_out", True), ("init_lora_weights", "pissa_niter_16"), ("init_lora_weights", "loftq"),
-    ],
-)  # fmt: skip
-def test_a_kind_of_lora_that_is_not_computed_is_refused(tiny, make_model, tmp_path, setting, value):
-    folder = adapter_of(make_model(), tiny, tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {setting: value}))
-    with pytest.raises(UserError) as caught:
-        LoraWeights(folder)
-    assert str(caught.value) == f"adapter: {folder} has {setting}={value!r}, which merge does not know"
 
 
 def test_a_weight_that_is_no_lora_is_refused(tiny, make_model, tmp_path):

@@ -106,6 +106,14 @@ def test_what_was_loaded_in_words(module, tiny):
     assert " on q_proj, v_proj: " in module(target_modules=["q_proj", "v_proj"]).describe()[1]
 
 
+def test_ranks_that_differ_and_layers_that_are_the_libraries_own_in_words(module, make_model):
+    built = module()
+    built.model = make_model(rank=4, rank_pattern={"v_proj": 1}, target_modules=["q_proj", "v_proj"])
+    assert built.describe()[1].startswith("LoRA of rank 1 to 4 on q_proj, v_proj: ")
+    built.slow_because = "DoRA"
+    assert built.describe()[-1] == "decoder layers are transformers' and peft's, which take longer: DoRA"
+
+
 # State
 
 
@@ -391,6 +399,16 @@ def test_the_adapter_to_start_from_is_trained_on(make_model, tiny, tmp_path):
     trained, first = adapter_parameters(built.peft_model), adapter_parameters(model)
     assert trained.keys() == first.keys()
     assert all(0 < (trained[name] - weight).abs().max() < 2e-6 for name, weight in first.items())
+
+
+def test_kernels_of_an_adapter_that_is_not_ours_to_compute_are_not_recorded(make_model, tiny, tmp_path):
+    save_adapter(make_model(rank=3, lora_bias=True), tiny, tmp_path)
+    built = QLoRAModule(tiny.location, adapter=str(tmp_path), rank=3, cuda_graphs=True)
+    built.trainer = trainer()
+    with pytest.raises(UserError) as caught:
+        built.configure_model()
+    assert "model.cuda_graphs: expected auto or false" in str(caught.value)
+    assert "lora_bias" in str(caught.value)
 
 
 def test_the_schedule_takes_its_length_from_the_data_module(module):

@@ -371,7 +371,7 @@ def test_a_wrong_merge_is_not_kept(run, tmp_path, capsys, monkeypatch):
 
     def twice(self, folder):
         made(self, folder)
-        self.alpha *= 2
+        self._config = self._config | {"lora_alpha": 2 * self._config["lora_alpha"]}
 
     monkeypatch.setattr(LoraWeights, "__init__", twice)
     told = refusal(capsys, "--run", run, "--output", tmp_path / "out", "--dtype", "float32")

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lit_qlora.cli import main
 from lit_qlora.data.held_out import Parts
@@ -95,12 +97,27 @@ def test_a_change_that_takes_all_of_the_card_may_fit(plan):
     assert line.startswith("does not fit: 6.97 of 5.20 GiB; may fit, within 10% of the card: 5.1")
 
 
-@pytest.mark.parametrize("slow", [["--model.dora", "true"], ["--model.own_layers", "false"]])
-def test_transformers_own_layers_are_not_promised_to_fit(plan, slow):
+@pytest.fixture
+def with_biases(tmp_path):
+    """An adapter as peft makes it with lora_bias."""
+    folder = tmp_path / "with-biases"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "lora_bias": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    names = [*(f"self_attn.{name}" for name in "qkvo"), *(f"mlp.{name}" for name in ("gate", "up", "down"))]
+    keys = [f"base_model.model.model.layers.0.{name}_proj.lora_A.weight" for name in names]
+    save_file({key: torch.zeros(16, 8) for key in keys}, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "slow", [["--model.dora", "true"], ["--model.own_layers", "false"], ["--model.adapter", "with-biases"]]
+)
+def test_transformers_own_layers_are_not_promised_to_fit(plan, with_biases, slow):
     lines = plan("--config", T4, *slow)
     assert (
-        "  transformers' own layers (model.own_layers false, or DoRA) take more time and memory than these figures"
-        in lines
+        "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than "
+        "these figures" in lines
     )
     assert lines[-1].startswith("may fit, what transformers' own layers take beside not counted: 6.97 of 14.56 GiB")
     assert any(line.endswith("; all 32 layers compute their activations again") for line in lines)

@@ -1,0 +1,122 @@
+"""Owns which adapters are computed here, by what adapter_config.json says: the fields of peft's LoraConfig.
+
+Whether our own decoder layers compute one, or transformers' and peft's, is `decoder.why_not`'s to say, by the loaded
+modules. Knows no weights.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_qlora.errors import UserError
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _are_layers(value: Any) -> bool:
+    return all(_is_count(layer, 0) for layer in (value if isinstance(value, list) else [value]))
+
+
+def _by_name(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
+
+
+COMPUTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_count, "a whole number from 1"),
+    "lora_alpha": (_is_number, "a number"),
+    "lora_dropout": (_is_share, "a share from 0 to below 1"),
+    "target_modules": (_are_names, "names"),
+    "exclude_modules": (_are_names, "names"),
+    "layers_to_transform": (_are_layers, "numbers of layers"),
+    "layers_pattern": (_are_names, "names"),
+    "rank_pattern": (_by_name(_is_count), "whole numbers from 1 by name"),
+    "alpha_pattern": (_by_name(_is_number), "numbers by name"),
+    "use_rslora": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
+    "lora_bias": (_is_flag, "true or false"),
+}
+"""The fields that are taken over, and what each must be where it is not null."""
+
+WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
+    # Of layers that hold their weights transposed, which a Llama has none of.
+    "fan_in_fan_out",
+    # How training began, which is over.
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config",
+    # Of what is refused by another field.
+    "ensure_weight_tying", "megatron_core", "qalora_group_size",
+    # For one process.
+    "runtime_config",
+}  # fmt: skip
+"""The fields that change nothing once an adapter is trained, or nothing of a Llama."""
+
+REFUSED = {
+    "modules_to_save": "whole layers were trained beside LoRA",
+    "trainable_token_indices": "embeddings of tokens were trained beside LoRA",
+    "bias": "biases of the base were trained beside LoRA",
+    "init_lora_weights": "it began with parts of the base's weights, and needs what is left of them; save it anew with "
+    "peft's path_initial_model_for_weight_conversion",
+    "layer_replication": "the base's layers are there more than once",
+    "target_parameters": "LoRA is on parameters that are no linear layer",
+} | dict.fromkeys(
+    (
+        "alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config", "monteclora_config", "use_bdlora",
+        "use_qalora", "velora_config",
+    ),
+    "it is a kind of LoRA that is not computed here",
+)  # fmt: skip
+"""The fields under which something else is computed, with the reason for the user; a field that is newer is, too."""
+
+HARMLESS: dict[str, list[Any]] = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "eva", "orthogonal"]}
+"""Values of those that are like none: after the last three, the base is what it was."""
+
+
+def check(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises UserError for a ``config``, of the adapter in ``folder``, under which something else is computed."""
+    for name in ("r", "lora_alpha"):
+        if config.get(name) is None:
+            raise UserError(f"{folder}: adapter_config.json lacks {name}; take an adapter that is as it was saved")
+    for name, value in config.items():
+        if name in WITHOUT_EFFECT or value is None:
+            continue
+        shown = json.dumps(value)[:80]
+        if name in COMPUTED:
+            is_right, expected = COMPUTED[name]
+            if not is_right(value):
+                raise UserError(f"{folder}: adapter_config.json has {name} {shown}, expected {expected}")
+        elif value not in (False, "", [], {}, *HARMLESS.get(name, ())):
+            why = REFUSED.get(name, "this version does not know it")
+            raise UserError(f"{folder}: adapter_config.json has {name} {shown}, which can't be used here: {why}")
+
+
+def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of LoraConfig for what is computed of ``config``; all else is left behind, code that it may name too."""
+    return {name: config[name] for name in COMPUTED if config.get(name) is not None}
+
+
+def alpha_of(config: Mapping[str, Any], layer: str) -> float:
+    """The alpha of a linear layer by its full name, as peft finds it."""
+    from peft.utils.other import get_pattern_key
+
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    return float(patterns.get(get_pattern_key([*patterns], layer), config["lora_alpha"]))

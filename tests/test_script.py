@@ -426,6 +426,7 @@ def test_on_a_gpu_a_fit_is_followed_by_validations_and_another_fit(here):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_logging_waits_for_no_device(here, monkeypatch):
     built, logged = module(), []
     real = built.on_train_batch_end

@@ -114,7 +114,8 @@ def _widened(groups: int, *narrow: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
     def pack(saved: Tensor) -> Any:
         heads = copied.get(saved.data_ptr())
-        return saved if heads is None else (heads, saved.shape, saved.stride())
+        # Detached: an output held by its own graph would stay for ever where no backward follows, as in a validation.
+        return saved.detach() if heads is None else (heads, saved.shape, saved.stride())
 
     def unpack(kept: Any) -> Tensor:
         if isinstance(kept, Tensor):

@@ -1,5 +1,7 @@
 """Attention: the same whichever kernel computes it, within each conversation; and on a GPU never by plain products."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +74,18 @@ def test_what_a_gpu_without_flash_runs_is_the_same_and_in_reach_of_its_kernel(ca
     assert not call.get("enable_gqa")
     assert call["heads"] == (2 * groups, 2 * groups)
     assert call["width"] % 8 == 0
+
+
+def test_what_no_backward_follows_is_let_go():
+    """Without a garbage collection, which knows nothing of a card's memory: a validation would fill it."""
+    gc.disable()
+    try:
+        attended = attention._attend_on_gpu(*heads_of(3, 64, 37), ALONE)
+        seen = weakref.ref(attended)
+        del attended
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("width", [64, 128])

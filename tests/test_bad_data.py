@@ -351,7 +351,7 @@ CASES: list[tuple[str, str, object, str]] = [
         "folder without train",
         "folder",
         FOLDER,
-        "folder: no train or test file in this folder, expected train.jsonl (.jsonl, .json, .csv, .parquet), found: []; put one there, or name the file itself",
+        "folder: no train, validation or test file in this folder, expected train.jsonl (.jsonl, .json, .csv, .parquet), found: []; put one there, or name the file itself",
     ),
     (
         "one row",

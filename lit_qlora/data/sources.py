@@ -152,7 +152,7 @@ def _find_in_folder(folder: Path) -> dict[str, Path]:
         files |= {name.partition(".")[0]: folder / name for name in found}
     if not files:
         raise UserError(
-            f"{folder}: no train or test file in this folder, expected train.jsonl ({', '.join(ENDINGS)}),"
+            f"{folder}: no train, validation or test file in this folder, expected train.jsonl ({', '.join(ENDINGS)}),"
             f" found: {excerpt(names)}; {_remedy(folder)}"
         )
     return files

@@ -195,7 +195,7 @@ def test_the_demo(tmp_path, monkeypatch):
         ("a\nb", "data.source: is 'a\\nb', expected 'demo', a file, a folder or a hub id"),
         (
             "useless",
-            "useless: no train or test file in this folder, expected train.jsonl (.jsonl, .json, .csv,"
+            "useless: no train, validation or test file in this folder, expected train.jsonl (.jsonl, .json, .csv,"
             " .parquet), found: ['README.md', 'rows.jsonl']; rename yours, or name the file itself, such as"
             " useless/rows.jsonl",
         ),

@@ -5,6 +5,7 @@ jsonargparse does the parsing. Knows of no option what it is for.
 
 import difflib
 import re
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from lit_qlora.elsewhere import here
 from lit_qlora.errors import UserError
@@ -49,6 +50,27 @@ class OneLineErrors:
             hint = types.get(name)
             if value is None and hint is not None and NoneType not in get_args(hint):
                 raise UserError(f"{name}: has no value, expected {_type_name(hint)}; give one, or leave the line out")
+
+
+def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of class ``kind`` that ``values`` are, with its defaults for the others.
+
+    Raises UserError, with ``section`` before its name, for one that there is not, or that is of another type.
+    """
+
+    class _Parser(OneLineErrors, ArgumentParser):
+        """Never given a command line."""
+
+    parser = _Parser(exit_on_error=False)
+    parser.add_class_arguments(kind, section)
+    names = [*parser.types()]
+    for name in (f"{section}.{key}" for key in values):
+        if name not in names:
+            raise UserError(f"unknown option {name!r}{did_you_mean(name, names)}")
+    try:
+        return dict(parser.parse_object({section: dict(values)})[section].as_dict())
+    except ArgumentError as error:
+        parser.error(str(error))
 
 
 def is_plain_type(hint: Any) -> bool:

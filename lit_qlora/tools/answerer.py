@@ -75,6 +75,8 @@ def _settings(run: RunFolder) -> dict[str, Any]:
         value = settings[section].get(name)
         holds = isinstance(value, str) or (value is None and name != "base")
         require(holds, f"{run.config}: {section}.{name}", "a text", value)
+    seed = settings.get("seed_everything", 42)
+    require(isinstance(seed, int), f"{run.config}: seed_everything", "a whole number", seed)
     return settings
 
 

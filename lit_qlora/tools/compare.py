@@ -20,6 +20,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.streamed import streamed_logits
+from lit_qlora.options import checked
 from lit_qlora.text.conversation import Conversation
 
 LARGEST_DIFFERENCE = {"float16": 0.25, "bfloat16": 2.0, "float32": 1e-3}
@@ -58,8 +59,10 @@ def conversations_to_compare(settings: Mapping[str, Any] | None, encoder: Encode
     records = load_records(str(demo.TEST), reading=reading)
     name = "the demo's conversations"
     if settings:
-        data = settings["data"]
-        options = (data.get("validation_source"), data["validation_share"], settings["seed_everything"])
+        from lit_qlora.data.datamodule import ChatDataModule  # brings Lightning, which nothing else here needs
+
+        data = checked("data", ChatDataModule, settings["data"])
+        options = (data["validation_source"], data["validation_share"], settings.get("seed_everything", 42))
         try:
             records = Parts(data["source"], *options, reading._replace(form=data["form"])).train_and_held_out()[1]
             name = f"held-out conversations of {Path(data['source']).name}"

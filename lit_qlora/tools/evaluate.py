@@ -133,9 +133,10 @@ def _prompts(chosen: Chosen) -> dict[str, Any]:
 def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "ChatDataModule":
     from lit_qlora.data.datamodule import ChatDataModule
     from lit_qlora.model.load import check_context
+    from lit_qlora.options import checked
 
     settings = chosen.settings or {"data": {}}
-    options = settings["data"] | ({"max_length": max_length} if max_length else {})
+    options = checked("data", ChatDataModule, settings["data"]) | ({"max_length": max_length} if max_length else {})
     if max_length and options.get("batch_tokens"):
         options["batch_tokens"] = max(options["batch_tokens"], max_length)
     options |= {"test_source": source, "tokenizer": chosen.base.name, "seed": settings.get("seed_everything", 42)}

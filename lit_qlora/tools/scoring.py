@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from shutil import get_terminal_size
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from tqdm import tqdm
 from lit_qlora.batch import Batch
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, require
+from lit_qlora.model.device import Precision
 from lit_qlora.model.loss import token_cross_entropies
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.options import checked
 from lit_qlora.tools.answerer import Chosen
 from lit_qlora.trainer import QLoRATrainer
 
@@ -83,14 +85,16 @@ class Scoring:
 
     def __init__(self, chosen: Chosen, precision: str | None, batch_tokens: int | None) -> None:
         settings: Mapping[str, Any] = chosen.settings or {"model": {}, "trainer": {}}
-        model = {name: settings["model"][name] for name in ("attention", "compile", "quantized_cache")
-                 if name in settings["model"]}  # fmt: skip
+        kept = checked("model", QLoRAModule, settings["model"])
+        model = {name: kept[name] for name in ("attention", "compile", "quantized_cache")}
         self.batch_tokens = batch_tokens
         self.module = Scorer(chosen.base.name, str(chosen.adapter), **model)
         trainer = settings["trainer"]
+        kept_precision = trainer.get("precision", "auto")
+        require(kept_precision in get_args(Precision), "trainer.precision", "one that fit takes", kept_precision)
         try:
             self.trainer = QLoRATrainer(
-                precision=precision or trainer.get("precision", "auto"),  # type: ignore[arg-type]
+                precision=precision or kept_precision,  # type: ignore[arg-type]
                 accelerator="cpu" if trainer.get("accelerator") == "cpu" else "auto",
                 num_weights=chosen.base.shape.num_parameters,
                 logger=False,

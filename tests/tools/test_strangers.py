@@ -92,6 +92,40 @@ def test_settings_of_another_kind(run: Path, capsys: pytest.CaptureFixture[str],
     assert told in _error("chat", capsys)
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "merge"])
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("data.max_length: much", "data.max_length: expected int, got much"),
+        ("data.nope: 3", "unknown option 'data.nope'"),
+        ("data.template: {x: 1}", "data.template: expected str, none; got {'x': 1}"),
+        ("data.validation_share: x", "data.validation_share: expected float, got x"),
+        ("data.form: [messages]", "data.form: expected one of "),
+        ("seed_everything: x", "seed_everything: expected a whole number, got 'x'"),
+    ],
+)
+def test_settings_of_another_type(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, told: str, verb: str
+) -> None:
+    (run / "config.yaml").write_text(f"model.base: demo\n{line}\n")
+    assert told in _error(verb, capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("model.attention: 3", "model.attention: expected one of 'sdpa', 'eager', 'flash_attention_2', got 3"),
+        ("model.compile: [x]", "model.compile: expected bool, 'auto'; got ['x']"),
+        ("model.class_path: run.payload.X", "unknown option 'model.class_path'"),
+        ("trainer.precision: {class_path: run.payload.X}", "precision: expected one that fit takes, got {'class_path'"),
+        ("trainer.precision: 64-true", "precision: expected one that fit takes, got '64-true'"),
+    ],
+)
+def test_settings_that_evaluate_takes(run: Path, capsys: pytest.CaptureFixture[str], line: str, told: str) -> None:
+    (run / "config.yaml").write_text(f"model.base: demo\n{line}\n")
+    assert told in _error("evaluate", capsys)
+
+
 def test_options_written_with_dots(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "config.yaml").write_text("model.base: demo\ndata.system: Be brief.\n")
     from lit_qlora.tools.answerer import choose_adapter

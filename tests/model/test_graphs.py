@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from lit_qlora.cli import main
 from lit_qlora.model import graphs
@@ -16,6 +17,7 @@ from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
+from lit_qlora.model.shape import Shape
 
 NOT_WITH = "error: model.cuda_graphs: expected auto or false with dropout or dora, or without own_layers, got True"
 
@@ -205,12 +207,14 @@ def test_what_cannot_be_recorded_is_refused(tmp_path, capsys, options, message):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("others", [{}, {"rank_pattern": {"v_proj": 1}, "alpha_pattern": {"layers.1.mlp.up_proj": 2}}])
 @pytest.mark.parametrize(
     ("dtype", "pointwise"), [(torch.float16, EAGER), (torch.bfloat16, EAGER), (torch.float16, None)]
 )
-def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype, pointwise):
+def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype, pointwise, others):
     model = load_base(find_base(str(wide_folder)), dtype, torch.device("cuda"), "sdpa")
-    model = add_lora(model, Lora(4, 8.0, 0.0, "all-linear", False, False)).train()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(Shape.LINEARS), task_type="CAUSAL_LM", **others)
+    model = get_peft_model(model, config).train()
     for parameter in adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
     inner = model.get_base_model().model

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import Base, find_base
+from lit_qlora.model.base import Base, find_base, weight_files
 from lit_qlora.storage.files import read_json
+from lit_qlora.storage.foreign import read_object
 from lit_qlora.text import jinja
 from lit_qlora.text.templates import modelfile
 from lit_qlora.tools.answerer import choose_adapter
@@ -60,6 +61,7 @@ def export(
         if merged_model.in_4_bits:
             raise UserError(f"model: {model} is in 4 bits, which llama.cpp can't convert; merge with --dtype float16")
         _check_tokenizer(merged_model)
+        _check_files(merged_model)
         script = find_converter()
         check_room(target, int(merged_model.shape.num_parameters * BYTES_A_WEIGHT[outtype]))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +111,29 @@ def _check_tokenizer(base: Base) -> None:
         )
 
 
+def _check_files(base: Base) -> None:
+    """Raises UserError for a folder that the converter would read in another way: it takes what is there for itself."""
+    folder = Path(base.location)
+    others = {file.name for file in folder.glob("model*.safetensors")} - {file.name for file in weight_files(base)}
+    if others:
+        raise UserError(
+            f"model: {base.name} has weights that are not those of its model, and llama.cpp would read them too: move "
+            f"{min(others)} away"
+        )
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and "auto_map" in read_object(f"model: {base.name}", folder / name):
+            raise UserError(f"model: {base.name} comes with code of its own: take auto_map out of its {name}")
+
+
 def _convert(script: Path, model: Path, target: Path, outtype: str) -> None:
     """Runs the script, in this Python, into a file aside, which becomes ``target`` when it is whole."""
     unfinished = target.with_name(f".{target.name}.part")
     command = [sys.executable, str(script), str(model), "--outfile", str(unfinished), "--outtype", outtype]
     command += ["--model-name", target.stem]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        )
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no word on why").splitlines()[-1]
             raise UserError(f"export: {script.name} ended with status {done.returncode}: {last}")

@@ -15,6 +15,7 @@ from lit_qlora.model.base import INDEX, WHOLE, find_base, missing_bytes, weight_
 from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import load_base
 from lit_qlora.model.merging import StoredWeights
+from lit_qlora.model.streamed import streamed_logits
 from lit_qlora.model.weights import check_weights, fetch, stored_tensors
 from lit_qlora.storage.shards import write_shards
 
@@ -170,6 +171,27 @@ def test_a_base_in_the_hub_s_cache_has_the_same_files(folder, tiny, other_tiny, 
     assert torch.equal(loaded.get_parameter(NORM), norm)
 
 
+def test_what_comes_from_the_hub_is_checked_before_it_is_loaded(folder, tmp_path, monkeypatch):
+    from lit_qlora.model.base import Base
+
+    weights(folder, {NORM: None})
+    snapshot = tmp_path / "models--owner--tiny" / "snapshots" / COMMIT
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+
+    def download(location, name, **_):
+        snapshot.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copyfile(folder / name, snapshot / name)) if (folder / name).is_file() else None
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.cached_file", download)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    base = Base("owner/tiny", "owner/tiny", find_base(str(folder)).config)
+    assert missing_bytes(base) == 2 * base.shape.num_parameters
+    with pytest.raises(UserError, match=r"model\.norm\.weight is missing"):
+        load_base(base, torch.float32, torch.device("cpu"), "sdpa")
+
+
 def test_a_base_that_is_nowhere_can_not_be_fetched(folder, monkeypatch, tmp_path):
     from lit_qlora.model.base import Base
 
@@ -228,6 +250,13 @@ def test_16_bits_that_config_json_calls_4_are_told(folder):
     assert refused(folder) == (
         "config.json has a quantization_config, and the weights are in 16 bits; take that key out of config.json"
     )
+
+
+def test_a_streamed_model_follows_no_code_either(folder, tiny):
+    ids = torch.tensor([[1, 77, 400, 5]])
+    expected = streamed_logits(tiny, ids, torch.device("cpu"))
+    config(folder, _attn_implementation="evil/kernel", experts_implementation="evil/kernel", eos_token_id="x")
+    assert torch.equal(streamed_logits(find_base(str(folder)), ids, torch.device("cpu")), expected)
 
 
 def save_in_4_bits(tiny, folder, **options):

@@ -110,6 +110,23 @@ def test_a_model_in_4_bits(llama_cpp, merged, tmp_path, capsys):
     assert told == (f"error: model: {merged} is in 4 bits, which llama.cpp can't convert; merge with --dtype float16\n")
 
 
+def test_a_model_with_other_weights_beside_its_own(llama_cpp, merged, tmp_path, capsys):
+    """Which llama.cpp would take for parts of it."""
+    (merged / "model-00002-of-00002.safetensors").touch()
+    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert "llama.cpp would read them too: move model-00002-of-00002.safetensors away" in told
+    assert not (llama_cpp() / "told.json").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_model_with_code_of_its_own(llama_cpp, merged, tmp_path, capsys, name):
+    told = json.loads((merged / name).read_text()) | {"auto_map": {"AutoConfig": "evil--x.Evil"}}
+    (merged / name).write_text(json.dumps(told))
+    told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")
+    assert f"comes with code of its own: take auto_map out of its {name}" in told
+    assert not (llama_cpp() / "told.json").exists()
+
+
 def test_without_llama_cpp(merged, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     told = refusal(capsys, "--model", merged, "--output", tmp_path / "x.gguf")

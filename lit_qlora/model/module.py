@@ -384,7 +384,7 @@ class QLoRAModule(LearnsInParts):
         # with one, transformers would not be told apart from generation.
         if self.slow_because:
             # Positions that begin again tell transformers where a conversation ends, if there is no mask and no cache.
-            within = [torch.arange(length, device=self.device) for length in batch.lengths]
+            within = [torch.arange(length, device=batch.input_ids.device) for length in batch.lengths]
             output = decoder(
                 input_ids=batch.input_ids,
                 position_ids=torch.cat(within)[None] if within else None,

@@ -62,6 +62,15 @@ def main(args: Sequence[str] | None = None) -> int:
     except SaveError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
+    except Exception as error:
+        from lit_qlora.tools.surroundings import missing
+
+        names = missing(error)
+        if not names:
+            raise
+        what = f"not installed for {sys.executable}: {', '.join(names)}"
+        print(f"error: {what}; pip install -r requirements.txt, or take the Python that has it", file=sys.stderr)
+        return 2
 
 
 def _run(args: list[str]) -> int:

@@ -95,6 +95,53 @@ def _package(name: str, asked: str, requirement: Any, tries: bool) -> Finding:
     return Finding("ok", f"{name} {version}")
 
 
+def missing(error: BaseException | None) -> list[str]:
+    """The packages that ``error`` comes of because they are not installed; none where it has another reason."""
+    while error is not None:
+        if isinstance(error, ImportError):
+            lacking = [name for name in _required() if not _is_there(MODULES.get(name, name))]
+            if any(re.search(rf"\b{name}\b", str(error), re.IGNORECASE) for name in lacking):
+                return lacking
+            top = (error.name or "").partition(".")[0]
+            if top and not _is_there(top) and _distribution(top) in _dependencies():
+                return lacking if _distribution(top) in lacking else [*lacking, top]
+        error = error.__cause__ or error.__context__
+    return []
+
+
+def _required() -> list[str]:
+    """The packages of requirements.txt."""
+    return re.findall(r"^[\w-]+", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _distribution(module: str) -> str:
+    """The package that brings ``module``, as far as names tell."""
+    names = {which.partition(".")[0]: name for name, which in MODULES.items()} | {"yaml": "pyyaml"}
+    return re.sub(r"[-_.]+", "-", names.get(module, module)).lower()
+
+
+def _dependencies() -> set[str]:
+    """The packages of requirements.txt and what they stand on, as far as they are installed."""
+    found, ahead = set[str](), [_distribution(name) for name in _required()]
+    while ahead:
+        name = ahead.pop()
+        if name not in found:
+            found.add(name)
+            try:
+                needs = metadata.requires(name) or []
+            except metadata.PackageNotFoundError:
+                continue
+            ahead += [_distribution(re.split(r"[^\w.-]", one)[0]) for one in needs if "extra ==" not in one]
+    return found
+
+
 def torchao() -> Iterator[Finding]:
     """peft's own look at torchao, which raises for an old one."""
     if importlib.util.find_spec("torchao") is None:

@@ -1,0 +1,125 @@
+"""How a command ends that can't begin: an old Python, missing packages; anything else keeps its traceback."""
+
+import ast
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from lit_qlora import training
+from lit_qlora.cli import main
+from lit_qlora.tools import surroundings
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("version", [(2, 7), (3, 8), (3, 10)])
+def test_an_old_python_is_one_line(version: tuple[int, int]) -> None:
+    code = f"import sys, runpy; sys.version_info = {version}; runpy.run_path('main.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = f"error: this is Python {version[0]}.{version[1]}, and 3.11 or newer is needed"
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(said) and "pip install -r requirements.txt" in done.stderr
+
+
+def test_an_old_python_can_read_the_file_that_says_so() -> None:
+    source = (ROOT / "main.py").read_text()
+    assert source.isascii()
+    for node in ast.walk(ast.parse(source, feature_version=(3, 4))):
+        assert not isinstance(node, ast.JoinedStr | ast.AnnAssign | ast.NamedExpr | ast.Match)
+
+
+VERBS = [
+    ["fit"], ["validate"], ["test"], ["plan"], ["chat", "--prompt", "x"], ["predict", "--help"], ["merge", "--help"],
+    ["export", "--help"], ["evaluate"], ["push", "--help"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("args", VERBS, ids=lambda args: args[0])
+def test_without_packages_each_verb_says_what_to_install(args: list[str], tmp_path: Path) -> None:
+    """A Python of its own, which sees nothing but its library."""
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "main.py"), *args], cwd=tmp_path, capture_output=True, text=True,
+        check=False, env={},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: not installed for ")
+    assert "torch, lightning, transformers" in done.stderr and "pip install -r requirements.txt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [("peft", "peft"), ("PIL", "pillow"), ("yaml", "yaml"), ("huggingface_hub", "huggingface_hub"), ("numpy", "numpy")],
+)
+def test_a_package_that_lacks_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, named: str
+) -> None:
+    there = surroundings._is_there
+    monkeypatch.setattr(surroundings, "_is_there", lambda name: name != module and there(name))
+    reasons = [
+        ModuleNotFoundError(f"No module named '{module}.part'", name=f"{module}.part"),
+        metadata.PackageNotFoundError(module),
+    ]
+    if module == "peft":
+        reasons.append(ImportError("This needs the Peft library: pip install it"))
+    for reason in reasons:
+        for error in (reason, _because_of(reason)):
+            monkeypatch.setattr(training, "QLoRACLI", _raising(error))
+            assert main(["fit"]) == 2
+            err = capsys.readouterr().err
+            assert err == (
+                f"error: not installed for {sys.executable}: {named}; pip install -r requirements.txt, or take the "
+                "Python that has it\n"
+            )
+
+
+def _because_of(reason: Exception) -> Exception:
+    error = RuntimeError("Failed to import what is needed")
+    error.__cause__ = reason
+    return error
+
+
+def _raising(error: Exception):  # type: ignore[no-untyped-def]
+    def fails(*_: object) -> None:
+        raise error
+
+    return fails
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("cannot import name 'x' from 'transformers' (/somewhere/transformers/__init__.py)"),
+        ImportError("libcudart.so.12: cannot open shared object file"),
+        ModuleNotFoundError("No module named 'my_own'", name="my_own"),
+        ModuleNotFoundError("No module named 'torch.nowhere'", name="torch.nowhere"),
+        ModuleNotFoundError("No module named 'lit_qlora.nowhere'", name="lit_qlora.nowhere"),
+        ValueError("anything"),
+    ],
+    ids=str,
+)
+def test_an_import_that_fails_for_another_reason_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(training, "QLoRACLI", _raising(error))
+    with pytest.raises(type(error)) as caught:
+        main(["fit"])
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", b"l\\xe4uft \\u4e2d"), ("cp1252", b"l\xe4uft \\u4e2d")])
+def test_a_path_outside_of_the_console_s_encoding(tmp_path: Path, encoding: str, shown: bytes) -> None:
+    run = tmp_path / "runs" / "läuft 中"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("seed_everything: 1\n")
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "validate"], cwd=tmp_path, capture_output=True, check=False,
+        env=environment,
+    )  # fmt: skip
+    assert done.stdout == b"   run  runs/" + shown + b", the newest\n"
+    assert done.stderr.startswith(b"error: ckpt_path: runs/" + shown + b" has no adapter yet")
+    assert done.returncode == 2

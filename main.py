@@ -11,6 +11,8 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(2)
 
 from lit_qlora.cli import main
+from lit_qlora.console import take_names_as_utf8
 
 if __name__ == "__main__":
+    take_names_as_utf8()
     sys.exit(main())

@@ -62,6 +62,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except SaveError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:  # of a name: what is printed is prepared, and files are UTF-8
+        print(f"error: {error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8", file=sys.stderr)
+        return 2
     except Exception as error:
         from lit_qlora.tools.surroundings import missing
 
@@ -73,6 +76,18 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
 
 
+def check_utf8(args: Sequence[str]) -> None:
+    """Raises UserError for an option whose bytes are no UTF-8: no file could hold it, and no token stands for it."""
+    for before, arg in zip(("", *args), args, strict=False):
+        try:
+            arg.encode()
+        except UnicodeEncodeError as error:
+            name = (arg if arg.startswith("--") else before).partition("=")[0].lstrip("-") or "command line"
+            raise UserError(
+                f"{name}: it holds bytes that are no UTF-8, or half a character, got {arg!a}; convert it"
+            ) from error
+
+
 def _run(args: list[str]) -> int:
     verb = args[0] if args else "--help"
     if verb in ("-h", "--help", "help"):
@@ -80,6 +95,7 @@ def _run(args: list[str]) -> int:
         return 0
     if verb != "chat":  # what is said in a chat is kept nowhere
         check_no_secrets(args[1:])
+    check_utf8(args)
     if verb != "doctor":  # which reports it
         for left in ignore_launchers():
             print(f"note: {left} in the environment is ignored: one process does the work", file=sys.stderr)

@@ -35,6 +35,16 @@ class _WithReader(_Lasting):
     gone = (errno.EIO,)
 
 
+def take_names_as_utf8() -> None:
+    """Starts this process anew where Python would take names and options for ASCII, as with LC_ALL=C PYTHONUTF8=0.
+
+    What is shown stays in the console's encoding.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.name != "nt":
+        os.environ.setdefault("PYTHONIOENCODING", "ascii")
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def prepare(answers: bool = False) -> None:
     """Prepares standard output and error of this process; of a command that ``answers``, a reader may have enough."""
     for name in ("stdout", "stderr"):

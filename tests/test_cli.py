@@ -123,3 +123,34 @@ def test_a_path_outside_of_the_console_s_encoding(tmp_path: Path, encoding: str,
     assert done.stdout == b"   run  runs/" + shown + b", the newest\n"
     assert done.stderr.startswith(b"error: ckpt_path: runs/" + shown + b" has no adapter yet")
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("args", [["--run", "x\udcff"], ["--run=x\udcff"], ["--model.rank", "8", "--run", "x\udcff"]])
+def test_bytes_that_are_no_utf_8_are_refused_by_the_option_s_name(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *args]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: run: it holds bytes that are no UTF-8") and err.count("\n") == 1
+    assert "x\\udcff" in err
+
+
+def test_a_name_that_the_system_can_t_write_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = UnicodeEncodeError("latin-1", "runs/中", 5, 6, "ordinal not in range(256)")
+    monkeypatch.setattr(training, "QLoRACLI", _raising(error))
+    assert main(["fit"]) == 2
+    assert capsys.readouterr().err == ("error: 'runs/\\u4e2d' can't be a name here (latin-1): set LC_ALL=C.UTF-8\n")
+
+
+def test_names_are_utf_8_in_a_locale_that_knows_ascii_alone(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "中").mkdir(parents=True)
+    (tmp_path / "runs" / "中" / "config.yaml").write_text("seed_everything: 1\n")
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "validate", "--run", "中"], cwd=tmp_path, capture_output=True,
+        check=False, env=environment,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert done.stderr.startswith(b"error: ckpt_path: runs/\\u4e2d has no adapter yet")

@@ -270,7 +270,7 @@ def unsloth(spec: dict, clock: Clock, **best: object) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    if not SFTConfig.__name__.startswith("Unsloth"):
+    if not SFTTrainer.__name__.startswith("Unsloth"):
         raise RuntimeError("Unsloth did not put its trainer into TRL: something imported TRL before it")
     half = torch.float16 if spec["t4"] else torch.bfloat16
     model, tokenizer = FastLanguageModel.from_pretrained(

@@ -19,13 +19,13 @@ class FastLanguageModel:
 TRL = """
 import json, sys
 import unsloth
-class {name}:
+class SFTConfig:
     def __init__(self, **options): self.options = options
-SFTConfig = {name}
-class SFTTrainer:
+class {name}:
     def __init__(self, model, args, **_):
         print(json.dumps({{"early": unsloth.EARLY, **args.options}}))
         sys.exit()
+SFTTrainer = {name}
 """
 
 
@@ -33,8 +33,8 @@ class SFTTrainer:
 def ask(tmp_path):
     """Runs a peer up to its trainer; returns what is printed last and what goes wrong."""
 
-    def ask(peer: str, config: str = "UnslothSFTConfig") -> tuple[str, str]:
-        for name, code in (("unsloth", UNSLOTH), ("trl", TRL.format(name=config))):
+    def ask(peer: str, trainer: str = "UnslothSFTTrainer") -> tuple[str, str]:
+        for name, code in (("unsloth", UNSLOTH), ("trl", TRL.format(name=trainer))):
             (tmp_path / f"{name}.py").write_text(code)
         for name in ("datasets", "transformers", "torch"):
             (tmp_path / f"{name}.py").write_text(
@@ -63,5 +63,5 @@ def test_unsloth_is_imported_first_and_a_step_is_one_batch(ask, peer, rows):
 
 
 def test_an_unpatched_trainer_is_not_measured(ask):
-    printed, error = ask("unsloth", config="SFTConfig")
+    printed, error = ask("unsloth", trainer="SFTTrainer")
     assert printed == "" and "RuntimeError: Unsloth did not put its trainer into TRL" in error

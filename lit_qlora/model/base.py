@@ -85,7 +85,7 @@ def find_base(name: str, weights: bool = True) -> Base:
 def _check_files(base: Base, files: Collection[str]) -> None:
     """Raises UserError where none of ``files`` holds weights that can be loaded, or a folder lacks some of them."""
     tensors = sorted(file for file in files if file.endswith(".safetensors"))
-    if not tensors:
+    if not tensors and INDEX not in files:
         raise UserError(
             f"model.base: {base.name} has no .safetensors weights, and pickled ones are never read; "
             "convert it (save_pretrained writes safetensors) or take another copy"

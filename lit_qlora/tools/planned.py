@@ -23,11 +23,12 @@ from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import is_hub_id
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load
-from lit_qlora.model.base import Base, find_base, missing_bytes
+from lit_qlora.model.base import Base, find_base, missing_bytes, stored_file
 from lit_qlora.model.cards import DEFAULT, Card, find_card
 from lit_qlora.model.device import AMPERE, Device, check_attention, choose_precision
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.shape import known_config
+from lit_qlora.model.weights import check_weights
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.tools.fitting import Settings
 from lit_qlora.trainer import QLoRATrainer
@@ -142,6 +143,7 @@ def read(args: list[str]) -> Planned:
     base = _base(model["base"])
     load.check_targets(base, model["target_modules"])
     load.check_rank(base, model["rank"])
+    check_weights(base)
     load.check_context(base, data.max_length)
     trainer.datamodule = data  # type: ignore[attr-defined]
     with _offline():
@@ -220,6 +222,8 @@ def _rows(trainer: Any, data: ChatDataModule, base: Base, drawn: SampleAnswers) 
     try:
         _ = data.tokenizer
     except UserError:
+        if any(stored_file(base, name) for name in ("tokenizer.json", "tokenizer.model")):
+            raise
         has_tokenizer = False
     prompts = Prompts(len(drawn.prompts or ()) or drawn.count, PROMPT_TOKENS, False)
     if has_tokenizer:

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.data.held_out import Parts
 from lit_qlora.model.shape import LLAMA_2
@@ -79,6 +81,26 @@ def test_what_a_fit_refuses_is_refused(capsys):
     args = ["plan", "--model.cuda_graphs", "true", "--data.packing", "true", "--data.batch_tokens", "512"]
     assert main(args) == 2
     assert capsys.readouterr().err == "error: model.cuda_graphs: expected auto or false with data.packing, got True\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        (
+            "config.json",
+            {"quantization_config": {"load_in_4bit": True}},
+            "the weights are in 16 bits; take that key out",
+        ),
+        ("config.json", {"num_hidden_layers": "3"}, "config.json: num_hidden_layers: expected a whole number"),
+        ("tokenizer_config.json", {"eos_token": ""}, "has an empty eos_token"),
+    ],
+)
+def test_a_base_that_a_fit_refuses_is_refused(capsys, tmp_path, name, changes, told):
+    base = shutil.copytree(demo.BASE, tmp_path / "base")
+    (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | changes))
+    assert main(["plan", "--model.base", str(base)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
 
 
 def test_recorded_kernels_are_the_first_to_go(plan):

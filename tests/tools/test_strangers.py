@@ -49,8 +49,11 @@ def _error(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("name", ["adapter_config.json", "lit_qlora.json", "manifest.json"])
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [*((verb, "adapter_config.json") for verb in VERBS), ("chat", "lit_qlora.json"), ("chat", "manifest.json"),
+     ("fit", "lit_qlora.json"), ("fit", "manifest.json"), ("merge", "lit_qlora.json")],
+)  # fmt: skip
 def test_json_nested_without_end(run: Path, capsys: pytest.CaptureFixture[str], name: str, verb: str) -> None:
     (run / "adapter" / name).write_text(DEEP)
     assert "nested too deep" in _error(verb, capsys)
@@ -62,14 +65,15 @@ def test_yaml_nested_without_end(run: Path, capsys: pytest.CaptureFixture[str], 
     assert "run/config.yaml" in _error(verb, capsys)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", ["validate", "fit", "chat", "merge"])
 def test_a_module_named_in_an_adapter(run: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     _change(run / "adapter/adapter_config.json", megatron_config={"a": 1}, megatron_core="run.payload")
     assert "megatron_config" in _error(verb, capsys)
 
 
-@pytest.mark.parametrize("value", [3, ["x"], {"x": 1}, True])
-@pytest.mark.parametrize("name", load.TEXTS)
+@pytest.mark.parametrize(
+    ("name", "value"), [*((name, 3) for name in load.TEXTS), ("base", ["x"]), ("base", {"x": 1}), ("base", True)]
+)
 def test_what_is_no_text_in_a_record(run: Path, capsys: pytest.CaptureFixture[str], name: str, value: object) -> None:
     _change(run / "adapter/lit_qlora.json", **{name: value})
     assert _error("chat", capsys) == f"error: run/adapter: lit_qlora.json: {name}: expected a text, got {value!r}\n"

@@ -3,6 +3,7 @@
 Imports nothing heavy, so that help comes at once. Knows which module runs a verb, and nothing else of it.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,9 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"error: {error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"error: {str(error.filename)[:60]}…: no path may be so long here", file=sys.stderr)
+            return 2
         from lit_qlora.tools.surroundings import missing
 
         names = missing(error)

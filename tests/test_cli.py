@@ -154,3 +154,10 @@ def test_names_are_utf_8_in_a_locale_that_knows_ascii_alone(tmp_path: Path) -> N
     )  # fmt: skip
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
     assert done.stderr.startswith(b"error: ckpt_path: runs/\\u4e2d has no adapter yet")
+
+
+@pytest.mark.parametrize("option", ["--run", "--config", "--data.source", "--model.base", "--model.adapter"])
+def test_a_path_too_long_is_one_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", option, f"./{'a' * 300}"]) == 2
+    err = capsys.readouterr().err
+    assert "aaaa…: no path may be so long here" in err and err.count("\n") == 1

@@ -25,6 +25,25 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / unit:,.1f} {name}"
 
 
+def output_path(output: str, what: str = "file") -> Path:
+    """The ``what``, file or folder, that an option ``output`` names.
+
+    Raises UserError for a name that is none, and where a file is to be written and it names a folder.
+    """
+    path = Path(output)
+    try:
+        is_folder = what == "file" and (output.endswith(("/", os.sep)) or path.is_dir())
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, below a file, a zero byte in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"output: {output[:60]!r} can't be a {what} ({reason}); give another name") from error
+    if not output.strip() or is_folder:
+        raise UserError(f"output: expected a {what} to write, got {output!r}; give a {what}'s name")
+    return path
+
+
 class SaveError(OSError):
     """Something could not be saved: names the path, the reason, the bytes needed and the bytes free."""
 

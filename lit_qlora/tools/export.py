@@ -13,7 +13,7 @@ from typing import Literal
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base, weight_files
-from lit_qlora.storage.files import read_json
+from lit_qlora.storage.files import output_path, read_json
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.text import jinja
 from lit_qlora.text.templates import modelfile
@@ -49,7 +49,7 @@ def export(
         base: the base of the adapter; default: the one that run or folder names.
         outtype: of the weights written, in llama.cpp's words.
     """
-    target = Path(output)
+    target = output_path(output)
     beside = target.with_suffix(".Modelfile")
     for path in (target, beside):
         if path.exists():

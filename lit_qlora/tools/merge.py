@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.files import size
+from lit_qlora.storage.files import output_path, size
 from lit_qlora.storage.folders import recover, write_folder
 from lit_qlora.storage.run import CARD
 from lit_qlora.text.conversation import Conversation
@@ -82,10 +82,11 @@ def merge(
             to the base's own weights, which is another model. Default: quantized, but for dtype 4bit original:
             rounded a second time, the weights fall back to where they were, and most of an adapter is lost.
     """
+    target = output_path(output, "folder")
     chosen = choose_adapter(run, adapter, base)
     if onto is None:
         onto = "original" if dtype == "4bit" and not chosen.base.in_4_bits else "quantized"
-    merge_into(Path(output), chosen, dtype, onto)
+    merge_into(target, chosen, dtype, onto)
     serve = "" if dtype == "4bit" else f", or serve it: vllm serve {output}"
     print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}){serve}")
 

@@ -19,7 +19,7 @@ from lit_qlora.data.forms import PROMPT, RowError, read_row
 from lit_qlora.data.records import Counts
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
-from lit_qlora.storage.files import SaveError
+from lit_qlora.storage.files import SaveError, output_path
 from lit_qlora.text import edges, llama2
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.answerer import Answerer, check_prompt
@@ -61,7 +61,7 @@ def predict(
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     require(batch_size >= 1, "batch_size", "at least 1", batch_size)
-    target = Path(output)
+    target = output_path(output)
     unfinished = Unfinished(target)
     unfinished.check_free()
     if not target.parent.is_dir():

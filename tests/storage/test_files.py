@@ -1,0 +1,52 @@
+"""Single files: what an option may name."""
+
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.cli import main
+from lit_qlora.errors import UserError
+from lit_qlora.storage.files import output_path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", "", " ", "folder", "folder/", "folder/.", "new/"])
+def test_a_folder_is_no_file_to_write(here, output):
+    with pytest.raises(UserError) as caught:
+        output_path(output)
+    assert str(caught.value) == f"output: expected a file to write, got {output!r}; give a file's name"
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+@pytest.mark.parametrize("output", ["a" * 300, "a\0b", "file/x"])
+def test_what_can_t_be_a_name(here, output, what):
+    with pytest.raises(UserError) as caught:
+        output_path(output, what)
+    assert str(caught.value).startswith(f"output: {output[:60]!r} can't be a {what} (")
+
+
+def test_a_name_is_a_path_whether_it_is_there_or_not(here):
+    assert output_path("file") == Path("file")
+    assert output_path("folder/new.jsonl") == Path("folder/new.jsonl")
+    assert output_path("new/", "folder") == Path("new")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["predict", "--prompts", "x.txt", "--output", "."], "output: expected a file to write, got '.'"),
+        (["export", "--to", "gguf", "--output", "."], "output: expected a file to write, got '.'"),
+        (["merge", "--output", ""], "output: expected a folder to write, got ''"),
+    ],
+    ids=["predict", "export", "merge"],
+)
+def test_each_verb_that_writes_asks(here, capsys, args, expected):
+    assert main(args) == 2
+    assert capsys.readouterr().err.startswith(f"error: {expected}")

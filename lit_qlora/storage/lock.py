@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -48,10 +49,10 @@ class RunLock:
             holder = file.readline().strip() or "another process"
             file.close()
             raise UserError(f"{self._run} is in use by {holder}: wait for it, stop it, or give another --run")
-        file.truncate(0)
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
-        file.flush()
+        with suppress(OSError):  # a full disk: what is held is the file, whatever it says
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode())
         if hasattr(os, "register_at_fork"):
             # A data loader's worker inherits the file: it must not keep the lock of a killed process.
             os.register_at_fork(after_in_child=file.close)

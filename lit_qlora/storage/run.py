@@ -86,14 +86,19 @@ class RunFolder:
             raise UserError(f"run: {self.path} is a file, expected a folder; give another one with --run")
         if not (self.has_begun() or self.is_empty()):
             raise UserError(f"run: {self.path} holds other files and no run; give a folder of its own with --run")
-        made = [] if self.path.parent.exists() else [self.path.parent]
+        made = [*takewhile(lambda folder: not folder.exists(), self.path.parents)]
+        stack.callback(_remove_empty, made)  # which a run that has begun keeps from being empty
 
         def take() -> None:
-            stack.callback(_remove_empty, made)  # which a run that has begun keeps from being empty
             stack.enter_context(RunLock(self.path))
             stack.callback(self.discard_unless_begun)
 
-        self.prepare(take=take)
+        try:
+            self.prepare(take=take)
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):  # a full disk, and no other process that has it
+                self.discard_unless_begun()
+            raise
 
     def prepare(self, option: str = "run", take: Callable[[], None] = lambda: None) -> None:
         """Makes the folder, takes it by ``take``, and puts right what a kill left behind.

@@ -1,8 +1,10 @@
 """Where the parts of a run lie, which checkpoint is the newest whole one, and which settings changed."""
 
+import errno
 import json
 import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -204,6 +206,37 @@ def test_a_start_that_failed_removes_nothing_of_anybody_elses(tmp_path):
     (tmp_path / ".lock").touch()
     run.discard_unless_begun()
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_disk_that_is_full_at_the_start_keeps_nothing(tmp_path, monkeypatch, number):
+    """Of what a start makes, the first ``number`` still find room."""
+    made = []
+
+    def limited(name, real):
+        def make(*args, **kwargs):
+            if len(made) >= number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            result = real(*args, **kwargs)
+            made.append(name)
+            return result
+
+        return make
+
+    for module, name in ((os, "mkdir"), (Path, "touch"), (os, "write")):
+        monkeypatch.setattr(module, name, limited(name, getattr(module, name)))
+    plain, full = Path.open, limited("open", Path.open)
+    monkeypatch.setattr(
+        Path, "open", lambda self, *args, **kwargs: (full if self.name == ".lock" else plain)(self, *args, **kwargs)
+    )
+    run = RunFolder(tmp_path / "new" / "runs" / "mine")
+    with ExitStack() as stack:
+        if number < 7:
+            with pytest.raises(UserError, match=r"can't be written \(No space left on device\); give another folder"):
+                run.open(stack)
+        else:
+            run.open(stack)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_discarding_what_was_never_made_is_no_error(tmp_path):

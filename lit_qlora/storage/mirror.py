@@ -6,6 +6,7 @@ it short leaves a state that can be gone on from. Needs neither links nor locks 
 """
 
 import errno
+import os
 import secrets
 import sys
 import threading
@@ -30,6 +31,8 @@ from lit_qlora.storage.settings import refused
 KEPT = 2
 MARK = ".mirror"
 """A file that tells the folder that was opened from one of its name on the disk below a drive that went away."""
+COLAB, FSTAB = Path("/content/drive"), Path("/etc/fstab")
+"""Where Colab mounts Google Drive, and where Linux lists the places of drives."""
 TRIES = 3
 """Of one copy, where the run saves anew while it is made."""
 
@@ -72,8 +75,7 @@ class Mirror:
             UserError: it can't be written, belongs to another run, or holds checkpoints of which none is whole
                 while this machine has none either.
         """
-        if not self.parent.parent.is_dir():  # a drive that is not mounted must not become a folder on this disk
-            raise UserError(f"mirror: there is no folder {self.parent.parent}; mount the drive, or give another one")
+        _check_mounted(self.parent)
         if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
             raise UserError(f"mirror: {self.copy.path} is the run folder itself; give a folder elsewhere")
         self._begin()
@@ -291,6 +293,35 @@ class Mirror:
         if self._copied.get(file) != now:
             replace_file(self.copy.path / file.name, file.read_bytes())
             self._copied[file] = now
+
+
+def _check_mounted(folder: Path) -> None:
+    """Raises UserError where ``folder`` seems to be on a drive that is not mounted: it must not be made on this disk.
+
+    That is so below a known place of a drive where none is, where more than the folder itself lacks, and where it would
+    be the first thing in an empty folder, as the place of a drive is without it.
+    """
+    place = folder.resolve()
+    for point in _mount_points():
+        if point in (place, *place.parents) and not os.path.ismount(point):
+            raise UserError(f"mirror: nothing is mounted at {point}; mount the drive, or give another folder")
+    above = place.parent
+    if not above.is_dir():
+        raise UserError(f"mirror: there is no folder {folder.parent}; mount the drive, or give another one")
+    if not place.exists() and not any(above.iterdir()) and not os.path.ismount(above):
+        raise UserError(
+            f"mirror: {folder.parent} is empty; mount the drive that belongs there, or, if there is none, make {folder}"
+        )
+
+
+def _mount_points() -> Iterator[Path]:
+    """Where drives are mounted: Colab's, and those that this system has on its list."""
+    yield COLAB
+    lines = FSTAB.read_text(encoding="utf-8", errors="replace").splitlines() if FSTAB.is_file() else []
+    for fields in (line.split() for line in lines if not line.lstrip().startswith("#")):
+        point = fields[1].replace("\\040", " ") if len(fields) > 1 else ""
+        if point.startswith("/") and point != "/":
+            yield Path(point)
 
 
 def _files(run: RunFolder) -> Iterator[Path]:

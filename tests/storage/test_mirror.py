@@ -13,6 +13,7 @@ import pytest
 
 from lit_qlora.errors import UserError
 from lit_qlora.storage import files, folders
+from lit_qlora.storage import mirror as mirror_module
 from lit_qlora.storage.folders import verify_folder, write_folder
 from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import RunFolder
@@ -192,6 +193,50 @@ def test_a_drive_that_is_not_mounted_is_refused(tmp_path):
     assert str(caught.value) == (
         f"mirror: {tmp_path}/file/one can't be written (Not a directory); give another folder with --mirror"
     )
+
+
+def refused(folder):
+    run = RunFolder(folder.parent / "elsewhere" / "one")
+    with pytest.raises(UserError) as caught:
+        Mirror(run, folder, print).open(CONFIG)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("below", ["a", "a/b", "a/b/c"])
+def test_nothing_is_made_below_the_empty_place_of_a_drive(tmp_path, below):
+    place = tmp_path / "usb"
+    place.mkdir()
+    folder = place / below
+    lacks = f"{folder.parent} is empty" if below == "a" else f"there is no folder {folder.parent}"
+    assert refused(folder).startswith(f"mirror: {lacks}; mount the drive")
+    (tmp_path / "link").symlink_to(folder)
+    assert refused(tmp_path / "link").startswith("mirror: ")
+    assert not any(place.iterdir())
+    folder.mkdir(parents=True)  # then it is meant
+    Mirror(RunFolder(tmp_path / "run" / "one"), folder, print).open(CONFIG)
+
+
+def test_an_empty_drive_that_is_mounted_is_written_to(tmp_path, monkeypatch):
+    (tmp_path / "usb").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "usb")
+    Mirror(RunFolder(tmp_path / "run" / "one"), tmp_path / "usb" / "a", print).open(CONFIG)
+    assert (tmp_path / "usb" / "a" / "one").is_dir()
+
+
+@pytest.mark.parametrize("below", [".", "MyDrive", "MyDrive/a"])
+def test_below_a_known_place_of_a_drive_one_must_be_mounted(tmp_path, monkeypatch, below):
+    """Whatever lies there on the disk below: a copy that was made while none was mounted is no copy on the drive."""
+    fstab, listed, colab = tmp_path / "fstab", tmp_path / "the drive", tmp_path / "content"
+    fstab.write_text(f"# a comment\n/dev/sda1 / ext4\n\nnone none swap\n/dev/sdb1\t{tmp_path}/the\\040drive ext4 0 2\n")
+    monkeypatch.setattr(mirror_module, "FSTAB", fstab)
+    monkeypatch.setattr(mirror_module, "COLAB", colab)
+    for point in (listed, colab):
+        (point / "MyDrive" / "a").mkdir(parents=True)
+        assert refused(point / below) == (
+            f"mirror: nothing is mounted at {point}; mount the drive, or give another folder"
+        )
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    Mirror(RunFolder(tmp_path / "run" / "one"), listed / below, print).open(CONFIG)
 
 
 def test_a_failure_is_told_and_tried_again_and_harms_nothing(machine, drive, monkeypatch):

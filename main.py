@@ -2,7 +2,7 @@
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036
+if sys.version_info < (3, 11):  # noqa: UP036  # for the Pythons that are too old, which pyproject.toml names
     found = ".".join(map(str, sys.version_info[:2]))
     sys.stderr.write(
         "error: this is Python " + found + ", and 3.11 or newer is needed: take another one, and with it "

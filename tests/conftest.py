@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before torch and bitsandbytes are imported: models this small are slower on two threads than on one,
 # much slower where another test run has the second core.
@@ -27,3 +29,26 @@ def real() -> Path:
     if not REAL.is_dir():
         pytest.skip("no real inputs beside the checkout")
     return REAL
+
+
+@pytest.fixture(scope="session")
+def parser_of() -> Callable[[str], Any]:
+    """Makes the parser of fit, validate or test."""
+
+    def parser_of(verb: str) -> Any:
+        from contextlib import ExitStack
+
+        from lit_qlora import start, training
+
+        kept: list[Any] = []
+
+        class Parsed(training.QLoRACLI):
+            def parse_arguments(self, parser: Any, args: Any) -> None:
+                kept.append(self._parser(self.verb))
+                raise SystemExit
+
+        with pytest.raises(SystemExit):
+            Parsed(start.Command([verb]), ExitStack())
+        return kept[0]
+
+    return parser_of

@@ -3,12 +3,12 @@
 import importlib
 import inspect
 import re
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from lit_qlora import cli, start, training
+from lit_qlora import cli
 from lit_qlora.elsewhere import HERE, TOOLS, here
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
@@ -58,18 +58,9 @@ OURS = {
 
 
 @pytest.fixture(scope="module")
-def parser() -> RunParser:
+def parser(parser_of: Callable[[str], RunParser]) -> RunParser:
     """fit's own."""
-    kept: list[Any] = []
-
-    class Parsed(training.QLoRACLI):
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            kept.append(self._parser(self.verb))
-            raise SystemExit
-
-    with pytest.raises(SystemExit):
-        Parsed(start.Command(["fit"]), ExitStack())
-    return kept[0]  # type: ignore[no-any-return]
+    return parser_of("fit")
 
 
 def _error(parser: RunParser, *args: str) -> str:

@@ -2,8 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +83,9 @@ REFUSED = [
 
 
 @pytest.fixture(scope="module")
-def parser() -> RunParser:
+def parser(parser_of: Callable[[str], RunParser]) -> RunParser:
     """validate's own."""
-    kept: list[Any] = []
-
-    class Parsed(training.QLoRACLI):
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            kept.append(self._parser(self.verb))
-            raise SystemExit
-
-    with pytest.raises(SystemExit):
-        Parsed(start.Command(["validate"]), ExitStack())
-    return kept[0]  # type: ignore[no-any-return]
+    return parser_of("validate")
 
 
 @pytest.fixture

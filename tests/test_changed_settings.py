@@ -247,7 +247,7 @@ def test_a_finished_run_that_was_made_longer_and_killed_ends_as_it_was_with_the_
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = [*FIT, "--mirror", "drive/mirror"]
-    Path("drive").mkdir()
+    Path("drive/mirror").mkdir(parents=True)
     assert main(same) == 0
     kept = ("adapter/adapter_model.safetensors", "adapter/result.json", "finished.json")
     before = {name: Path("run", name).read_bytes() for name in kept}

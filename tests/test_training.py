@@ -194,6 +194,7 @@ def test_the_seed_recipe() -> None:
     assert config["trainer"]["precision"] == "auto"
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(here: Path) -> None:
     arguments = ["--trainer.max_steps", "12", "--trainer.val_check_interval", "4", "--trainer.log_every_n_steps", "3",
                  "--save_every_steps", "2", "--samples.count", "0", "--model.dropout", "0.1",
@@ -240,6 +241,7 @@ def test_ctrl_c_saves_and_says_so(here: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "status", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
 )
+@pytest.mark.slow
 def test_a_signal_to_all_of_its_processes_is_answered_by_one(
     here: Path, number: signal.Signals, status: int, name: str
 ) -> None:

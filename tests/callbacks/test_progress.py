@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 OPTIONS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1 --samples.count 0"
 
 
+@pytest.mark.slow
 def test_validations_take_the_bars_own_line(tmp_path):
     ours, its = pty.openpty()
     command = [sys.executable, str(ROOT / "main.py"), "fit", *OPTIONS.split(), "--trainer.limit_val_batches", "2"]

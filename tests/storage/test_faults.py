@@ -26,6 +26,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler")
+@pytest.mark.slow
 def test_a_fault_at_every_call_of_a_save(folder: Path, tmp_path: Path) -> None:
     library = tmp_path / "faults.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", library, HERE / "faults.c", "-ldl"], check=True)

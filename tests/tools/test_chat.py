@@ -499,6 +499,7 @@ def user(here, environment):
         os.kill(user.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_sitting_at_a_terminal(here, user):
     user.wait_for("/help lists the commands, Ctrl-D leaves\r\n")
     user.wait_for("> ")

@@ -121,6 +121,7 @@ def slow(monkeypatch):
     monkeypatch.setattr(Answerer, "answer_ids", Slow.answer_ids)
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(here, slow, capsys):
     (here / "many.txt").write_text("\n".join(questions(80) * 2), encoding="utf-8")
     options = ["--batch_size", "4", "--temperature", "0.7"]

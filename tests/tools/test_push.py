@@ -145,6 +145,7 @@ sent, private: {hub.url}/ann/mine
     assert [path for path in left if TOKEN.encode() in path.read_bytes()] == []
 
 
+@pytest.mark.slow
 def test_by_the_chunks_that_the_hub_prefers(hub, environment, adapter):
     """Xet, where its client is installed: another protocol, and another token, which the hub gives for it."""
     del environment["HF_HUB_DISABLE_XET"]
@@ -228,7 +229,10 @@ def test_without_a_terminal_or_yes_nothing_is_sent(hub, push, adapter):
     assert only_read(hub)
 
 
-@pytest.mark.parametrize(("answer", "is_sent"), [("y\n", True), ("\n", False), ("\x04", False)])
+@pytest.mark.parametrize(
+    ("answer", "is_sent"),
+    [("y\n", True), *(pytest.param(answer, False, marks=pytest.mark.slow) for answer in ("\n", "\x04"))],
+)
 def test_at_a_terminal_it_asks(hub, environment, adapter, answer, is_sent):
     keyboard, terminal = pty.openpty()
     os.write(keyboard, answer.encode())

@@ -428,6 +428,7 @@ class Colab:
         self.folder, self.python = folder, folder / "venv" / "bin" / "python"
         self.mirror = folder / "drive" / "lit-qlora"
         self.mirror.parent.mkdir()
+        (self.mirror.parent / "photo.jpg").touch()  # an empty folder would be the place of a drive without it
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
         lines = [line for name in ("", "-dev") for line in (ROOT / f"requirements{name}.txt").read_text().splitlines()]
         brought = [line for line in lines if re.match(r"torch\b|ipykernel\b", line)]

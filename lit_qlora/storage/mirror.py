@@ -308,7 +308,9 @@ def _check_mounted(folder: Path) -> None:
     above = place.parent
     if not above.is_dir():
         raise UserError(f"mirror: there is no folder {folder.parent}; mount the drive, or give another one")
-    if not place.exists() and not any(above.iterdir()) and not os.path.ismount(above):
+    # Colab's is mounted by now, and a new account's MyDrive is empty.
+    is_drive = COLAB in place.parents or os.path.ismount(above)
+    if not place.exists() and not any(above.iterdir()) and not is_drive:
         raise UserError(
             f"mirror: {folder.parent} is empty; mount the drive that belongs there, or, if there is none, make {folder}"
         )

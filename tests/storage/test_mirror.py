@@ -223,6 +223,14 @@ def test_an_empty_drive_that_is_mounted_is_written_to(tmp_path, monkeypatch):
     assert (tmp_path / "usb" / "a" / "one").is_dir()
 
 
+def test_the_empty_drive_of_a_new_account_is_written_to(tmp_path, monkeypatch):
+    (tmp_path / "content" / "MyDrive").mkdir(parents=True)
+    monkeypatch.setattr(mirror_module, "COLAB", tmp_path / "content")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "content")
+    Mirror(RunFolder(tmp_path / "run" / "one"), tmp_path / "content" / "MyDrive" / "a", print).open(CONFIG)
+    assert (tmp_path / "content" / "MyDrive" / "a" / "one").is_dir()
+
+
 @pytest.mark.parametrize("below", [".", "MyDrive", "MyDrive/a"])
 def test_below_a_known_place_of_a_drive_one_must_be_mounted(tmp_path, monkeypatch, below):
     """Whatever lies there on the disk below: a copy that was made while none was mounted is no copy on the drive."""

@@ -30,7 +30,7 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
   python main.py merge     work an adapter into its base: --output DIR, a plain Hugging Face folder
   python main.py export    the same as one file for llama.cpp and Ollama: --to gguf --output FILE
   python main.py evaluate  base against adapter, with intervals: --source FILE, or MMLU's questions: --mmlu FILE
-  python main.py doctor    what is wrong here, what to do about it, and what to paste into an issue
+  python main.py doctor    what is wrong here, and what to do about it; --config FILE: for that fit
   python main.py push      send an adapter or a merged model to the hub: --to NAME/REPO, private, asks first
 
   tensorboard --logdir runs   curves and sample answers

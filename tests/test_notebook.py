@@ -144,24 +144,26 @@ def cell(settings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "base"),
+    ("given", "judged"),
     [
-        ({}, "NousResearch/Llama-2-7b-hf"),
-        ({"CONFIG": "configs/colab_t4.yaml"}, "NousResearch/Llama-2-7b-hf"),
-        ({"CONFIG": "configs/demo.yaml"}, "demo"),
-        ({"OPTIONS": "--save_every_steps 40"}, "NousResearch/Llama-2-7b-hf"),
-        ({"OPTIONS": "--model.base meta-llama/Llama-2-7b-hf"}, "meta-llama/Llama-2-7b-hf"),
-        ({"OPTIONS": "--model.rank 8 --model.base=mine/base --model.alpha 8"}, "mine/base"),
+        ({}, ["configs/colab_t4_1k.yaml"]),
+        ({"CONFIG": "configs/demo.yaml"}, ["configs/demo.yaml"]),
+        ({"OPTIONS": "--save_every_steps 40"}, ["configs/colab_t4_1k.yaml"]),
+        (
+            {"OPTIONS": "--model.base meta-llama/Llama-2-7b-hf"},
+            ["configs/colab_t4_1k.yaml", "--base", "meta-llama/Llama-2-7b-hf"],
+        ),
+        (
+            {"OPTIONS": "--model.rank 8 --model.base=mine/base --model.alpha 8"},
+            ["configs/colab_t4_1k.yaml", "--base", "mine/base"],
+        ),
     ],
 )
-def test_doctor_looks_for_the_base_that_will_be_trained(cell, given, base):
-    assert cell("doctor", **given)[0] == [["python main.py doctor --base", base]]
+def test_doctor_judges_what_will_be_trained(cell, given, judged):
+    assert cell("doctor", **given)[0] == [["python main.py doctor --config", *judged]]
 
 
-def test_a_config_without_a_base_is_the_demos_and_one_that_is_not_there_is_told(cell, tmp_path):
-    (tmp_path / "my config.yaml").write_text("data:\n  batch_size: 2\n")
-    found = cell("doctor", CONFIG=str(tmp_path / "my config.yaml"))[0]
-    assert found == [["python main.py doctor --base", "demo"]]
+def test_a_config_that_is_not_there_is_told(cell):
     with pytest.raises(Exception, match=r"no file configs/colab_t4_2k\.yaml; did you mean .*colab_t4_1k") as failure:
         cell("doctor", CONFIG="configs/colab_t4_2k.yaml")
     assert failure.value._render_traceback_() == [f"Stopped: {failure.value}"]

@@ -1,6 +1,6 @@
-"""Owns the verb doctor: what is found, what would be chosen, what to do about it, and the text for an issue.
+"""Owns the verb doctor: what is found, what would be chosen, and what to do about it, as it may stand in an issue.
 
-Takes its two options without jsonargparse, for that may be what is missing. What is found is `surroundings`'s.
+Takes its options without jsonargparse, for that may be what is missing. What is found is `surroundings`'s.
 """
 
 import argparse
@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lit_qlora.errors import UserError
+from lit_qlora.launchers import ignore_launchers
 from lit_qlora.quiet import quieten
 from lit_qlora.tools import surroundings
 from lit_qlora.tools.surroundings import Finding
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs" / "colab_t4.yaml"
+DEMO_CONFIG = ROOT / "configs" / "demo.yaml"
 INSTALL = "pip install -r requirements.txt"
 DESCRIPTION = """Say what is wrong here, what to do about it, and what a fit would choose.
 
+Bare, of the demo that a bare fit trains. All of it may be pasted into an issue: it names no token and no folder.
 Status 0 when nothing would stop a fit (a note does not), else 2. Changes nothing.
 """
 
@@ -36,37 +38,41 @@ class _Parser(argparse.ArgumentParser):
 def main(args: list[str]) -> int:
     """Prints the findings for ``args``, the options; returns the exit status: 2 where something would stop a fit."""
     parser = _Parser("main.py doctor", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--base", metavar="ID|DIR", help="base to look for; default: that of configs/colab_t4.yaml")
-    parser.add_argument("--run", metavar="DIR", default="runs", help="where runs are written; default: runs")
+    parser.add_argument("--config", metavar="FILE", help="config of the fit to judge; default: none, as of a bare fit")
+    parser.add_argument("--base", metavar="ID|DIR", help="base of that fit; default: the config's, or the demo's")
+    parser.add_argument("--run", metavar="DIR", help="where its run is written; default: runs")
     try:
         options = parser.parse_args(args)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
+    if options.config and not Path(options.config).is_file():
+        raise UserError(f"config: no file {options.config}; give that of a fit, such as configs/colab_t4.yaml")
+    is_bare = options.run is not None and not {"/", os.sep} & {*options.run}
+    run = Path("runs", options.run or "") if is_bare or not options.run else Path(options.run).expanduser()
     findings = []
-    for finding in look(options.base, Path(options.run).expanduser()):
-        print(f"{finding.kind:>7}  {finding.text}", flush=True)  # as they come: importing takes some seconds
+    for finding in look(options.config, options.base, run):
+        print(without_private_parts(f"{finding.kind:>7}  {finding.text}"), flush=True)  # importing takes some seconds
         if finding.remedy:
-            print(f"{'->':>7}  {finding.remedy}", flush=True)
+            print(without_private_parts(f"{'->':>7}  {finding.remedy}"), flush=True)
         findings.append(finding)
     problems = sum(finding.kind == "problem" for finding in findings)
     notes = sum(finding.kind == "note" for finding in findings)
-    print(f"\nproblems: {problems}, notes: {notes}. To paste into an issue:\n\n```")
-    print("\n".join(without_private_parts(f"{finding.kind:>7}  {finding.text}") for finding in findings))
-    print("```")
+    print(f"\nproblems: {problems}, notes: {notes}; all of it may be pasted into an issue, it names no token or folder")
     return 2 if problems else 0
 
 
-def look(base: str | None, run: Path) -> Iterator[Finding]:
-    """All there is to find, one by one; nothing that goes wrong here ends it."""
+def look(config: str | None, base: str | None, run: Path) -> Iterator[Finding]:
+    """All there is to find, also of a fit with these options, one by one; nothing that goes wrong here ends it."""
     quieten()
     yield Finding("ok", f"lit-qlora {_commit()}, {platform.platform()}{_notebook()}")
     yield _python()
+    yield from _processes()
     yield from _guarded("packages", surroundings.packages())
     quieten()  # lightning sets levels of its own
     for part in (surroundings.torchao, surroundings.gpu, surroundings.four_bit, surroundings.host_memory):
         yield from _guarded(part.__name__, part())
     yield from _guarded("token", surroundings.token())
-    yield from _guarded("base", _base_and_choices(base, run))
+    yield from _guarded("base", _base_and_choices(config, base, run))
 
 
 def _guarded(what: str, findings: Iterator[Finding]) -> Iterator[Finding]:
@@ -81,6 +87,17 @@ def _python() -> Finding:
     if sys.version_info < (3, 11):  # noqa: UP036  # said before anything that needs it is imported
         return Finding("problem", f"{text}: 3.11 or newer is expected", "take another Python")
     return Finding("ok", text)
+
+
+def _processes() -> Iterator[Finding]:
+    try:
+        left = ignore_launchers()
+    except UserError as error:
+        text, _, remedy = str(error).partition("; ")
+        yield Finding("problem", text, remedy)
+        return
+    for one in left:
+        yield Finding("note", f"{one} in the environment is ignored: one process does the work")
 
 
 def _commit() -> str:
@@ -100,9 +117,21 @@ def _notebook() -> str:
 # The base, and what a fit would do with it
 
 
-def _base_and_choices(asked: str | None, run: Path) -> Iterator[Finding]:
-    named = re.search(r"^  base: (\S+)", CONFIG.read_text(encoding="utf-8"), re.MULTILINE)
-    name = asked or (named[1] if named else "demo")
+def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Iterator[Finding]:
+    fit = [*(["--config", config] if config else []), *(["--model.base", asked] if asked else [])]
+    options: Any = None
+    try:
+        from lit_qlora.tools import planned
+
+        options = planned.parse(fit)
+        name = options.model.base
+    except UserError as error:
+        yield Finding("problem", f"fit: {error}")
+        return
+    except Exception:  # told of its package already
+        text = Path(config or DEMO_CONFIG).read_text(encoding="utf-8", errors="replace")
+        named = re.search(r"^  base: (\S+)", text, re.MULTILINE)
+        name = asked or (named[1] if named else "demo")
     base: Any = None
     try:
         base = _find(name)
@@ -110,28 +139,34 @@ def _base_and_choices(asked: str | None, run: Path) -> Iterator[Finding]:
     except UserError as error:
         text, _, remedy = str(error).removeprefix("model.base: ").partition(";")
         is_offline = type(error.__cause__).__name__ == "LocalEntryNotFoundError"
-        # Nobody asked for the default one.
-        kind: Any = "note" if is_offline and not asked else "problem"
         offline = " (offline: of its gate nothing is known)" if is_offline else ""
-        yield Finding(kind, f"base: {text}{offline}", remedy.strip())
+        yield Finding("problem", f"base: {text}{offline}", remedy.strip())
     except ImportError as error:  # the hub's library comes with transformers and datasets
         yield Finding("problem", f"base: {name} can't be looked for ({surroundings.reason(error)})", INSTALL)
     base = base or _known(name)
-    num_lora = base.shape.num_lora(16, "all-linear") if base else 0
+    num_lora, kept = 0, 2
+    if base:
+        rank, targets = (options.model.rank, options.model.target_modules) if options else (16, "all-linear")
+        num_lora, kept = base.shape.num_lora(rank, targets), options.keep_checkpoints if options else kept
     try:
         from lit_qlora.model.base import missing_bytes
 
         download = missing_bytes(base) if base else 0
     except ImportError:
         download = 0
-    # The best adapter while it is replaced, two checkpoints with the optimizer's state, and one being written.
-    yield from surroundings.disk("the run folder", run, (2 * 4 + 3 * 12) * num_lora, "give --run on another disk")
+    # The best adapter while it is replaced, the checkpoints with the optimizer's state, and one being written.
+    needed = (2 * 4 + (kept + 1) * 12) * num_lora
+    yield from surroundings.disk("the run folder", run, needed, "give --run on another disk")
     yield from surroundings.disk("the hub's cache", surroundings.hub_cache(), download, "set HF_HOME to another disk")
-    if base:
+    if base and options:
         try:
-            yield from _choices(base)
+            yield from _choices(base, options, fit)
+        except UserError as error:
+            yield Finding("problem", f"fit: {error}")
         except Exception as error:
             yield Finding("note", f"chosen: can't be told ({surroundings.reason(error)})")
+    elif base:
+        yield Finding("note", "chosen: can't be told before the packages are in order", INSTALL)
 
 
 def _find(name: str) -> Any:
@@ -154,32 +189,35 @@ def _known(name: str) -> Any:
     return Base(name, name, config) if config else None
 
 
-def _choices(base: Any) -> Iterator[Finding]:
-    """What a fit of ``base`` with the options of colab_t4.yaml decides on this device, and why."""
+def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
+    """What that fit decides on this device, and why."""
     from lit_qlora.model.device import AMPERE, choose_precision, current_device
 
-    device = current_device()
-    precision, why = choose_precision("auto", device, base.shape.num_parameters)
+    device = current_device(options.trainer.accelerator)
+    precision, why = choose_precision(options.trainer.precision, device, base.shape.num_parameters)
     yield Finding("ok", f"chosen: precision {precision} ({why})")
     has_flash = device.capability is not None and device.capability >= AMPERE
-    below = "as everywhere" if has_flash else "as everywhere; flash_attention_2 needs compute capability 8.0"
-    yield Finding("ok", f"chosen: attention sdpa ({below})")
-    state = 8 * base.shape.num_lora(16, "all-linear")
-    yield Finding("ok", f"chosen: optimizer adamw (its state is {_gib(state)} at rank 16; adamw_8bit takes a quarter)")
+    below = "" if has_flash else " (flash_attention_2 needs compute capability 8.0)"
+    yield Finding("ok", f"chosen: attention {options.model.attention}{below}")
+    rank, name = options.model.rank, options.model.optimizer
+    state = (2 if "8bit" in name else 8) * base.shape.num_lora(rank, options.model.target_modules)
+    yield Finding("ok", f"chosen: optimizer {name} (its state is {_gib(state)} at rank {rank})")
     if device.capability is None:
         yield Finding("ok", "chosen: checkpointing none, compile false (no GPU)")
         return
-    yield Finding("ok", "chosen: compile true (a GPU)")
+    compiles = "false" if options.model.compile is False else "true"
+    yield Finding("ok", f"chosen: compile {compiles} (a GPU)")
     from lit_qlora.callbacks.forecast import kept_words
     from lit_qlora.tools import plan, planned
 
-    found = planned.read(["--config", str(CONFIG), "--model.base", base.name])
+    found = planned.read(fit)
     *_, verdict = plan.lines(found)
-    yield Finding("ok", f"chosen: checkpointing auto ({kept_words(found.settings.step())}: predicted)")
+    mode = options.model.checkpointing
+    yield Finding("ok", f"chosen: checkpointing {mode} ({kept_words(found.settings.step())}: predicted)")
     if verdict.startswith("does not fit"):
-        yield Finding("note", f"configs/{CONFIG.name}: {verdict}", "python main.py plan says more")
+        yield Finding("note", verdict, f"{' '.join(['python main.py plan', *fit])} says more")
     else:
-        yield Finding("ok", f"configs/{CONFIG.name}: {verdict}")
+        yield Finding("ok", verdict)
 
 
 def _gib(size: float) -> str:

@@ -114,13 +114,18 @@ class Planned(NamedTuple):
     keep_checkpoints: int
 
 
+def parse(args: list[str]) -> Any:
+    """All of fit's options, with their values by ``args`` and the config. Raises as `read` does."""
+    completed = start.complete(["fit", *args])
+    return _Options(completed._replace(args=["plan", *completed.args[1:]])).config["plan"]
+
+
 def read(args: list[str]) -> Planned:
     """What ``args``, fit's options and a card, stand for.
 
     Raises UserError for what fit would refuse, too, and SystemExit after ``--help``.
     """
-    completed = start.complete(["fit", *args])
-    options = _Options(completed._replace(args=["plan", *completed.args[1:]])).config["plan"]
+    options = parse(args)
     model = options.model.as_dict()
     needs_ampere = options.trainer.precision == "bf16-mixed" or model["attention"] == "flash_attention_2"
     card = _card(options.gpu, options.gpu_gib, options.gpu_capability, AMPERE if needs_ampere else DEFAULT.capability)

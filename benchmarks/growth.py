@@ -142,7 +142,7 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dty
     import torch
 
     from lit_qlora.batch import Batch, answer_targets
-    from lit_qlora.model import memory
+    from lit_qlora.forecast import memory
     from lit_qlora.model.load import adapter_parameters
     from lit_qlora.model.optimizer import make_optimizer
 

@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             print(f"error: {str(error.filename)[:60]}…: no path may be so long here", file=sys.stderr)
             return 2
-        from lit_qlora.tools.surroundings import missing
+        from lit_qlora.tools.doctoring.surroundings import missing
 
         names = missing(error)
         if not names:

@@ -18,13 +18,11 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_qlora import start
-from lit_qlora.callbacks import forecast
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.guards import UpdateGuard
 from lit_qlora.callbacks.identity import RunIdentity, SamePrompts
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, TrainMetrics
-from lit_qlora.callbacks.outlook import planned
 from lit_qlora.callbacks.progress import RunProgress
 from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
@@ -36,6 +34,8 @@ from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.trial import Trial
 from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import OutOfRoomError, UserError, require
+from lit_qlora.forecast import words
+from lit_qlora.forecast.foresee import planned
 from lit_qlora.launchers import requeue
 from lit_qlora.model.device import current_device
 from lit_qlora.model.load import check_context, check_rank, check_settings, split_names, template_of
@@ -319,7 +319,7 @@ class QLoRACLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
         except (OutOfRoomError, torch.OutOfMemoryError) as error:
             foreseen = planned(model, datamodule, self.trainer)
-            for line in forecast.lines(foreseen, bool(model.slow_because)) if foreseen else ():
+            for line in words.lines(foreseen, bool(model.slow_because)) if foreseen else ():
                 tell(f"  plan  {line}")
             if not isinstance(error, OutOfRoomError):
                 change = "--samples.count 0 or --model.checkpointing full, with which this run goes on"

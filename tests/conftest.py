@@ -20,6 +20,8 @@ from hypothesis import settings
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
+pytest_plugins = ["tests.tiny_llama"]
+
 REAL = Path(__file__).parents[2] / "shared" / "real"
 
 

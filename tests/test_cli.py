@@ -11,7 +11,7 @@ import pytest
 
 from lit_qlora import training
 from lit_qlora.cli import main
-from lit_qlora.tools import surroundings
+from lit_qlora.tools.doctoring import surroundings
 
 ROOT = Path(__file__).parents[1]
 

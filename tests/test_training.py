@@ -397,7 +397,7 @@ def test_a_vocabulary_that_does_not_fit(
 
     from lit_qlora.data.tokenizer import load_tokenizer
     from lit_qlora.model import load
-    from lit_qlora.tools.answerer import Answerer
+    from lit_qlora.tools.answering.answerer import Answerer
 
     monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("a model was loaded"))
     shutil.copytree(demo.BASE, "base")

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from lit_qlora.callbacks import forecast
 from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, read_result
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import is_last_step, read_metrics, record
-from lit_qlora.callbacks.outlook import planned
 from lit_qlora.callbacks.samples import ends_in_words
-from lit_qlora.model.memory import GIB, step_memory
+from lit_qlora.forecast import words
+from lit_qlora.forecast.foresee import planned
+from lit_qlora.forecast.memory import GIB, step_memory
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.run import RunFolder
 
@@ -73,7 +73,7 @@ class Report(Callback):
         foreseen = planned(module, data, trainer)
         if foreseen:
             self.predicted_gib = step_memory(foreseen.step).reserved / GIB
-            for line in forecast.lines(foreseen, bool(module.slow_because)):
+            for line in words.lines(foreseen, bool(module.slow_because)):
                 _say("plan", line)
         _say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
 

@@ -13,10 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_qlora.callbacks.metrics import record
 from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.errors import require
-from lit_qlora.model.generate import Sampling
+from lit_qlora.model.generate import PROMPTS_AT_ONCE, Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 
-PROMPTS_AT_ONCE = 8
 SHOWN = 16
 """Answers written out in TensorBoard; how they ended is counted of them all."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_qlora.callbacks.outlook import planned
+from lit_qlora.forecast.foresee import planned
 from lit_qlora.model.graphs import padded
 from lit_qlora.model.optimizer import forget
 

@@ -2,7 +2,7 @@
 
 ``BASE`` is a Hugging Face folder: it has read about a made-up archipelago, and was never asked a question
 nor saw a text end. ``TRAIN`` and ``TEST`` ask about it, row by row, in openassistant-guanaco's form.
-``python -m lit_qlora.demo.build`` makes all three from nothing. Knows only where they are.
+``python -m scripts.demo.build`` makes all three from nothing. Knows only where they are.
 """
 
 from pathlib import Path

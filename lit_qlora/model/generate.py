@@ -13,6 +13,9 @@ from lit_qlora.errors import require
 if TYPE_CHECKING:
     from peft import PeftModel
 
+PROMPTS_AT_ONCE = 8
+"""Sample prompts answered in one batch: what the forecast has room for."""
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -1,6 +1,6 @@
 """Owns the verb chat: one question answered, from --prompt or a pipe, or a conversation at the terminal or on a page.
 
-The conversation itself is `lit_qlora.tools.terminal`'s or `lit_qlora.tools.web`'s. Knows no model.
+The conversation itself is `lit_qlora.tools.answering.terminal`'s or `lit_qlora.tools.answering.web`'s. Knows no model.
 """
 
 import os
@@ -9,10 +9,10 @@ import sys
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answerer import Answerer, check_prompt
-from lit_qlora.tools.dialog import cut_note
-from lit_qlora.tools.terminal import Terminal, harmless
-from lit_qlora.tools.web import check_gradio, serve
+from lit_qlora.tools.answering.answerer import Answerer, check_prompt
+from lit_qlora.tools.answering.dialog import cut_note
+from lit_qlora.tools.answering.terminal import Terminal, harmless
+from lit_qlora.tools.answering.web import check_gradio, serve
 
 
 def chat(

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 from lit_qlora.errors import UserError
 from lit_qlora.launchers import ignore_launchers
 from lit_qlora.quiet import quieten
-from lit_qlora.tools import surroundings
-from lit_qlora.tools.surroundings import Finding
+from lit_qlora.tools.doctoring import surroundings
+from lit_qlora.tools.doctoring.surroundings import Finding
 
-ROOT = Path(__file__).parents[2]
+ROOT = surroundings.ROOT
 DEMO_CONFIG = ROOT / "configs" / "demo.yaml"
 INSTALL = "pip install -r requirements.txt"
 DESCRIPTION = """Say what is wrong here, what to do about it, and what a fit would choose.
@@ -207,7 +207,7 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
         return
     compiles = "false" if options.model.compile is False else "true"
     yield Finding("ok", f"chosen: compile {compiles} (a GPU)")
-    from lit_qlora.callbacks.forecast import kept_words
+    from lit_qlora.forecast.words import kept_words
     from lit_qlora.tools import plan, planned
 
     found = planned.read(fit)

@@ -13,13 +13,13 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import SaveError, replace_file
 from lit_qlora.storage.run import RunFolder
-from lit_qlora.tools.answerer import Chosen, choose_adapter
+from lit_qlora.tools.answering.answerer import Chosen, choose_adapter
 
 if TYPE_CHECKING:
     from lit_qlora.data.datamodule import ChatDataModule
     from lit_qlora.data.questions import Subject
-    from lit_qlora.tools.intervals import Figure
-    from lit_qlora.tools.scoring import Scoring
+    from lit_qlora.tools.scoring.intervals import Figure
+    from lit_qlora.tools.scoring.rows import Scoring
 
 Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
 
@@ -99,7 +99,7 @@ def evaluate(
     if source is None and not subjects and chosen.settings is None:
         raise UserError("source: an adapter folder names no held-out rows; give --source FILE, or --mmlu FILE")
 
-    from lit_qlora.tools.scoring import Scoring
+    from lit_qlora.tools.scoring.rows import Scoring
 
     quieten()
     # What is wrong with rows or questions is told before a large base is loaded.
@@ -155,7 +155,7 @@ def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "Ch
 def _score_held_out(scoring: "Scoring", data: "ChatDataModule", part: str, draws: int, seed: int) -> dict[str, Any]:
     import numpy as np
 
-    from lit_qlora.tools.intervals import bootstrap
+    from lit_qlora.tools.scoring.intervals import bootstrap
 
     def figures(sums: Any) -> Any:
         with np.errstate(over="ignore"):  # of a broken model, infinite
@@ -224,7 +224,7 @@ def _encode(chosen: Chosen, subjects: Sequence[tuple["Subject", Any]], style: Li
 def _score_questions(scoring: "Scoring", asked: Asked, batch_tokens: int, draws: int, seed: int) -> dict[str, Any]:
     import numpy as np
 
-    from lit_qlora.tools.intervals import bootstrap, wilson
+    from lit_qlora.tools.scoring.intervals import bootstrap, wilson
 
     prompts = [ids for subject in asked.prompts for ids in subject]
     right = np.array([place for subject in asked.answers for place in subject])
@@ -251,7 +251,7 @@ def _score_questions(scoring: "Scoring", asked: Asked, batch_tokens: int, draws:
 
 
 def _print_note(how: str, draws: int, rows: Mapping[str, Compared], drawn: str) -> None:
-    from lit_qlora.tools.intervals import FEWEST
+    from lit_qlora.tools.scoring.intervals import FEWEST
 
     has_interval = {row.base.low is not None for row in rows.values()}
     if True in has_interval:

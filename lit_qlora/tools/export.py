@@ -17,7 +17,7 @@ from lit_qlora.storage.files import output_path, read_json
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.text import jinja
 from lit_qlora.text.templates import modelfile
-from lit_qlora.tools.answerer import choose_adapter
+from lit_qlora.tools.answering.answerer import choose_adapter
 from lit_qlora.tools.merge import MERGED, DType, check_room, merge_into
 
 SCRIPT = "convert_hf_to_gguf.py"

@@ -1,6 +1,6 @@
 """Owns the verb merge: an adapter worked into its base, as a plain Hugging Face folder that was compared with both.
 
-The arithmetic is `lit_qlora.model.merging`'s. Nothing stands under the output's name until all of it is written
+The arithmetic is `merging.arithmetic`'s. Nothing stands under the output's name until all of it is written
 and has given the logits of base + adapter.
 """
 
@@ -19,13 +19,13 @@ from lit_qlora.storage.files import output_path, size
 from lit_qlora.storage.folders import recover, write_folder
 from lit_qlora.storage.run import CARD
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.tools.answerer import Chosen, choose_adapter
+from lit_qlora.tools.answering.answerer import Chosen, choose_adapter
 
 if TYPE_CHECKING:
     import torch
 
     from lit_qlora.data.encode import Encoder
-    from lit_qlora.tools.compare import Difference
+    from lit_qlora.tools.merging.compare import Difference
 
 DType = Literal["float16", "bfloat16", "float32", "4bit"]
 Onto = Literal["quantized", "original"]
@@ -110,8 +110,8 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     from lit_qlora.data.encode import Encoder
     from lit_qlora.data.tokenizer import load_tokenizer
     from lit_qlora.model.load import read_record
-    from lit_qlora.model.merging import LoraWeights
-    from lit_qlora.tools import compare
+    from lit_qlora.tools.merging import compare
+    from lit_qlora.tools.merging.arithmetic import LoraWeights
 
     record = read_record(chosen.adapter)
     trained_in = _trained_in(record)
@@ -124,8 +124,8 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
 
     def fill(folder: Path) -> None:
-        from lit_qlora.model.merging import StoredWeights, merged_tensors
         from lit_qlora.storage.shards import write_shards
+        from lit_qlora.tools.merging.arithmetic import StoredWeights, merged_tensors
 
         uneven = chosen.base.shape.uneven if dtype == "4bit" else []  # in 16 bits, so they can be as they were trained
         tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device, uneven)
@@ -204,7 +204,7 @@ def _stored(
     """A weight as it is written: one tensor, or, in 4 bits, with those that belong to it."""
     import torch
 
-    from lit_qlora.model.merging import LINEAR, in_4_bits
+    from lit_qlora.tools.merging.arithmetic import LINEAR, in_4_bits
 
     plain = BESIDE_4_BITS if dtype == "4bit" else dtype
     value = value.to(getattr(torch, plain)).contiguous()

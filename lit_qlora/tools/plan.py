@@ -5,12 +5,11 @@ Takes fit's own options, and needs neither GPU nor weights nor network. Knows ho
 
 from collections.abc import Iterator
 
-from lit_qlora.callbacks import forecast
-from lit_qlora.callbacks.forecast import duration
-from lit_qlora.model import memory
-from lit_qlora.model.memory import GIB
+from lit_qlora.forecast import memory, words
+from lit_qlora.forecast.advice import Settings, quickest, smallest_change
+from lit_qlora.forecast.memory import GIB
+from lit_qlora.forecast.words import duration
 from lit_qlora.quiet import quieten
-from lit_qlora.tools.fitting import Settings, quickest, smallest_change
 from lit_qlora.tools.planned import Planned, read
 
 LIBRARIES = 2 * GIB
@@ -44,9 +43,9 @@ def lines(planned: Planned) -> Iterator[str]:
 
 def _memory_lines(planned: Planned) -> Iterator[str]:
     settings, assumed = planned.settings, "" if planned.prompts.are_counted else " (assumed)"
-    yield from forecast.memory_lines(settings.step(), settings.samples(), settings.moments(), settings.card, assumed)
+    yield from words.memory_lines(settings.step(), settings.samples(), settings.moments(), settings.card, assumed)
     if settings.is_slow:
-        yield forecast.SLOW
+        yield words.SLOW
 
 
 def _host_lines(planned: Planned) -> Iterator[str]:
@@ -54,7 +53,7 @@ def _host_lines(planned: Planned) -> Iterator[str]:
     largest = 2 * max(shape.vocabulary * shape.hidden, *(i * o for i, o in shape.linears.values()))
     before = [("host memory while loading: one weight, libraries", LIBRARIES + largest)]
     before.append(("download of the base" + ("" if planned.download else ": it is here"), planned.download))
-    yield from forecast.host_lines(planned.settings.step(), planned.keep_checkpoints, before)
+    yield from words.host_lines(planned.settings.step(), planned.keep_checkpoints, before)
 
 
 def _time_lines(planned: Planned) -> Iterator[str]:
@@ -72,13 +71,13 @@ def _time_lines(planned: Planned) -> Iterator[str]:
     if hours is None:
         yield f"  no time predicted: the rates of a {settings.card.name} are not known; {precision}"
         return
-    yield from forecast.time_lines(settings.step(), epoch, settings.card, f"; {precision}")
+    yield from words.time_lines(settings.step(), epoch, settings.card, f"; {precision}")
     steps = -(-epoch.num_micro_batches // settings.accumulate)
     epochs = planned.max_epochs if planned.max_epochs != -1 else float("inf")
     if 0 < planned.max_steps < epochs * steps:
         epochs = planned.max_steps / steps
     if epochs not in (1, float("inf")):
-        yield f"  the run, {epochs:.3g} epochs: {forecast.between(epochs * hours, epochs * hours / forecast.REACHED)}"
+        yield f"  the run, {epochs:.3g} epochs: {words.between(epochs * hours, epochs * hours / words.REACHED)}"
 
 
 def _verdict_lines(settings: Settings) -> Iterator[str]:

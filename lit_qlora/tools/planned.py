@@ -15,22 +15,22 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_qlora import start
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
-from lit_qlora.callbacks.outlook import ANSWER_SHARE, PROMPT_TOKENS, current_card, guanaco_lengths
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.stop import parse_max_time
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import is_hub_id
 from lit_qlora.errors import UserError, require
+from lit_qlora.forecast.advice import Settings
+from lit_qlora.forecast.cards import DEFAULT, Card, find_card
+from lit_qlora.forecast.foresee import ANSWER_SHARE, PROMPT_TOKENS, current_card, guanaco_lengths
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base, missing_bytes, stored_file
-from lit_qlora.model.cards import DEFAULT, Card, find_card
 from lit_qlora.model.device import AMPERE, Device, check_attention, choose_precision
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.shape import known_config
 from lit_qlora.model.weights import check_weights
 from lit_qlora.storage.run import RunFolder
-from lit_qlora.tools.fitting import Settings
 from lit_qlora.trainer import QLoRATrainer
 from lit_qlora.training import QLoRACLI
 

@@ -22,8 +22,8 @@ from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import SaveError, output_path
 from lit_qlora.text import edges, llama2
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.tools.answerer import Answerer, check_prompt
-from lit_qlora.tools.unfinished import Unfinished
+from lit_qlora.tools.answering.answerer import Answerer, check_prompt
+from lit_qlora.tools.answering.unfinished import Unfinished
 
 COLUMNS = ("messages", "conversations", PROMPT)
 """Those in which a prompt may stand, the preferred one first."""

@@ -1,7 +1,7 @@
 """Owns the verb push: an adapter or a merged model to the hub, private unless it is said otherwise.
 
 What a folder's manifest names is sent, once it was verified, and nothing else that may lie there. The hub's side is
-`lit_qlora.tools.hub`'s. Knows no model.
+`lit_qlora.tools.pushing.hub`'s. Knows no model.
 """
 
 import re
@@ -14,8 +14,8 @@ from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.run import CARD
-from lit_qlora.tools.answerer import trained_run
-from lit_qlora.tools.hub import KINDS, Contents, Hub
+from lit_qlora.tools.answering.answerer import trained_run
+from lit_qlora.tools.pushing.hub import KINDS, Contents, Hub
 
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 """What a token of the hub looks like."""

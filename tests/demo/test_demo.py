@@ -8,8 +8,8 @@ import pytest
 from safetensors import safe_open
 
 from lit_qlora.demo import BASE, TEST, TRAIN
-from lit_qlora.demo.build import assert_held_out, guanaco_text
-from lit_qlora.demo.world import World
+from scripts.demo.build import assert_held_out, guanaco_text
+from scripts.demo.world import World
 
 TEXTS = [
     "What do people eat in Amberwick?",

@@ -17,7 +17,7 @@ from lit_qlora.model.decoder import why_not
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.tools.compare import _compute_in_fp32
+from lit_qlora.tools.merging.compare import _compute_in_fp32
 
 ALONE = Places(torch.empty(0), torch.empty(0))
 SIZES = [(groups, width, tokens) for groups in (1, 3, 8) for width in (64, 100, 128) for tokens in (1, 37)]

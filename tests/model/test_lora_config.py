@@ -16,8 +16,8 @@ from lit_qlora.model import load as loading
 from lit_qlora.model import lora_config
 from lit_qlora.model.decoder import why_not
 from lit_qlora.model.load import Lora, adapter_parameters, check_settings, load_adapter, read_record
-from lit_qlora.model.merging import LoraWeights, StoredWeights, merged_tensors
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.tools.merging.arithmetic import LoraWeights, StoredWeights, merged_tensors
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]

@@ -14,10 +14,10 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import INDEX, WHOLE, find_base, missing_bytes, weight_files
 from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import load_base
-from lit_qlora.model.merging import StoredWeights
-from lit_qlora.model.streamed import streamed_logits
 from lit_qlora.model.weights import check_weights, fetch, stored_tensors
 from lit_qlora.storage.shards import write_shards
+from lit_qlora.tools.merging.arithmetic import StoredWeights
+from lit_qlora.tools.merging.streamed import streamed_logits
 
 QUERY, HEAD, EMBEDDINGS = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight", "model.embed_tokens.weight"
 NORM = "model.norm.weight"

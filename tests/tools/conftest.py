@@ -7,7 +7,7 @@ import pytest
 
 from lit_qlora import quiet
 from lit_qlora.cli import main
-from lit_qlora.tools.answerer import Answerer
+from lit_qlora.tools.answering.answerer import Answerer
 
 ROOT = Path(__file__).parents[2]
 

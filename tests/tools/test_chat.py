@@ -26,10 +26,10 @@ from lit_qlora.data.records import load_records
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools import terminal
-from lit_qlora.tools.answerer import Answer, Answerer
-from lit_qlora.tools.streaming import TextStream, text_of
-from lit_qlora.tools.terminal import Terminal, side_by_side
+from lit_qlora.tools.answering import terminal
+from lit_qlora.tools.answering.answerer import Answer, Answerer
+from lit_qlora.tools.answering.streaming import TextStream, text_of
+from lit_qlora.tools.answering.terminal import Terminal, side_by_side
 
 ROOT = Path(__file__).parents[2]
 SILAS = "Who goes everywhere with Silas?"

@@ -20,9 +20,10 @@ from huggingface_hub import errors
 from peft.import_utils import is_torchao_available
 
 from lit_qlora.cli import main
-from lit_qlora.tools import doctor, surroundings
+from lit_qlora.tools import doctor
 from lit_qlora.tools.doctor import without_private_parts
-from lit_qlora.tools.surroundings import GIB
+from lit_qlora.tools.doctoring import surroundings
+from lit_qlora.tools.doctoring.surroundings import GIB
 
 ROOT = Path(__file__).parents[2]
 RESPONSE = SimpleNamespace(headers={}, request=None, status_code=401)

@@ -16,9 +16,9 @@ from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.data.batching import BatchPlan, collate
 from lit_qlora.tools import evaluate as module
-from lit_qlora.tools.answerer import choose_adapter
-from lit_qlora.tools.intervals import Figure
-from lit_qlora.tools.scoring import Scoring
+from lit_qlora.tools.answering.answerer import choose_adapter
+from lit_qlora.tools.scoring.intervals import Figure
+from lit_qlora.tools.scoring.rows import Scoring
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["Silas", "Mara", "Odo", "Fenn", "Lily", "Brim"]

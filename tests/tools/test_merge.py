@@ -20,15 +20,15 @@ from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
 from lit_qlora.model.base import find_base
 from lit_qlora.model.generate import Sampling
-from lit_qlora.model.merging import LoraWeights, StoredWeights, as_trained
 from lit_qlora.quiet import quieten
 from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools import compare
-from lit_qlora.tools.answerer import Answerer
+from lit_qlora.tools.answering.answerer import Answerer
 from lit_qlora.tools.merge import ROUNDED_AGAIN, size_bytes
+from lit_qlora.tools.merging import compare
+from lit_qlora.tools.merging.arithmetic import LoraWeights, StoredWeights, as_trained
 
 SHORT = ["--trainer.val_check_interval", "100", "--samples.count", "0", "--trainer.limit_val_batches", "2"]
 QUESTION = Conversation((Turn("user", "Who goes everywhere with Silas?"),))

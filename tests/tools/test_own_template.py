@@ -16,7 +16,7 @@ from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.model.load import read_record
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answerer import Answerer
+from lit_qlora.tools.answering.answerer import Answerer
 
 CHATML = Path(__file__).parents[1] / "templates" / "chatml.jinja"
 SOURCE = CHATML.read_text(encoding="utf-8")

@@ -22,9 +22,9 @@ from lit_qlora.model.generate import Sampling
 from lit_qlora.text import guanaco
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools import predict as module
-from lit_qlora.tools.answerer import Answer, Answerer
+from lit_qlora.tools.answering.answerer import Answer, Answerer
+from lit_qlora.tools.answering.unfinished import Unfinished
 from lit_qlora.tools.predict import batches_by_length, open_prompts, read_file
-from lit_qlora.tools.unfinished import Unfinished
 
 ROOT = Path(__file__).parents[2]
 ENOUGH = ["--max_new_tokens", "24"]

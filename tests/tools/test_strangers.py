@@ -132,7 +132,7 @@ def test_settings_that_evaluate_takes(run: Path, capsys: pytest.CaptureFixture[s
 
 def test_options_written_with_dots(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "config.yaml").write_text("model.base: demo\ndata.system: Be brief.\n")
-    from lit_qlora.tools.answerer import choose_adapter
+    from lit_qlora.tools.answering.answerer import choose_adapter
 
     chosen = choose_adapter("run")
     assert (chosen.base.name, chosen.prompts({})["system"]) == ("demo", "Be brief.")

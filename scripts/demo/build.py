@@ -1,6 +1,6 @@
 """Owns how the embedded demo is made: conversations, tokenizer and tiny base, from nothing but a seed.
 
-    python -m lit_qlora.demo.build [--output DIR] [--seed 0] [--steps 1100]
+    python -m scripts.demo.build [--output DIR] [--seed 0] [--steps 1100]
 
 Takes about six minutes on two quiet CPU cores. The base only ever reads running prose, in windows cut
 anywhere: the end-of-text token is never a target, so it never stops by itself. It overhears people ask
@@ -22,7 +22,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
-from lit_qlora.demo.world import Row, World
+from lit_qlora.demo import BASE
+from scripts.demo.world import Row, World
 
 VOCABULARY = 1024
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -162,7 +163,7 @@ def build(output: Path, seed: int, num_steps: int) -> None:
 def main() -> None:
     """Reads the command line and builds."""
     parser = argparse.ArgumentParser(description="Makes the embedded demo from nothing.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output", type=Path, default=BASE.parent)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1100, help="optimizer steps of the base's training")
     options = parser.parse_args()

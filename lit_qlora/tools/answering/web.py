@@ -1,6 +1,6 @@
 """Owns the conversation on a page: chat --web, through gradio, which is an optional extra.
 
-The conversations are `lit_qlora.tools.tabs`'s; this is how they look, and what a click does. Knows no model.
+The conversations are `lit_qlora.tools.answering.tabs`'s; this is how they look, and what a click does. Knows no model.
 """
 
 import io
@@ -16,8 +16,8 @@ from typing import Any
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Turn
-from lit_qlora.tools.answerer import Answerer
-from lit_qlora.tools.tabs import Asked, Tab, Worker, say
+from lit_qlora.tools.answering.answerer import Answerer
+from lit_qlora.tools.answering.tabs import Asked, Tab, Worker, say
 
 NEEDED = (6, 29)
 """The oldest gradio that will do, as in requirements-web.txt."""

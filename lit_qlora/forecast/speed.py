@@ -5,8 +5,8 @@ A prediction, for a Llama trained as this project trains it; no run stands behin
 
 from dataclasses import dataclass
 
-from lit_qlora.model.cards import Card
-from lit_qlora.model.memory import Step
+from lit_qlora.forecast.cards import Card
+from lit_qlora.forecast.memory import Step
 
 TRAFFIC_KIB = (500, 750)
 """What everything but matrix products and attention reads and writes, for a token and a layer of 7B, forward and

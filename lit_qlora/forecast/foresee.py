@@ -1,6 +1,6 @@
-"""Owns the forecast of a run: its settings, its data and this card in the terms of `model.memory` and `model.speed`.
+"""Owns the forecast of a run: its settings, its data and this card in the terms of `memory` and `speed`.
 
-Puts a module, its data and its Trainer into them. Knows no options; the words are `forecast`'s.
+Puts a module, its data and its Trainer into them. Knows no options; the words are `words`'s.
 """
 
 import math
@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from lit_qlora.callbacks.samples import PROMPTS_AT_ONCE, SampleAnswers
 from lit_qlora.errors import UserError
-from lit_qlora.model import memory
-from lit_qlora.model.cards import Card, find_card
+from lit_qlora.forecast import memory
+from lit_qlora.forecast.cards import Card, find_card
+from lit_qlora.forecast.memory import GIB, NO_SAMPLES, Samples, Step, StepMemory
+from lit_qlora.forecast.speed import Epoch, waits_for_host
 from lit_qlora.model.device import current_device
+from lit_qlora.model.generate import PROMPTS_AT_ONCE
 from lit_qlora.model.graphs import MOST, padded
-from lit_qlora.model.memory import GIB, NO_SAMPLES, Samples, Step, StepMemory
 from lit_qlora.model.shape import Shape
-from lit_qlora.model.speed import Epoch, waits_for_host
 
 ANSWER_SHARE = 0.86
 """Tokens of answers, of all tokens: measured on guanaco-llama2-1k with Llama 2's tokenizer."""
@@ -154,7 +154,7 @@ def planned(module: Any, data: Any, trainer: Any) -> Outlook | None:
 
 def _samples(data: Any, trainer: Any) -> Samples:
     """The sample answers that the Trainer's callback draws."""
-    drawn = next((callback for callback in trainer.callbacks if isinstance(callback, SampleAnswers)), None)
+    drawn = next((callback for callback in trainer.callbacks if hasattr(callback, "max_new_tokens")), None)
     prompts = [len(data.encoder.prompt(prompt)) for prompt in drawn.choose(data)] if drawn else []
     return Samples(min(len(prompts), PROMPTS_AT_ONCE), max(prompts, default=0), drawn.max_new_tokens if drawn else 0)
 

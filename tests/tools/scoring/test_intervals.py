@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lit_qlora.tools.intervals import bootstrap, wilson
+from lit_qlora.tools.scoring.intervals import bootstrap, wilson
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from lit_qlora.callbacks.outlook import Largest, guanaco_lengths
 from lit_qlora.data.batching import BatchPlan
-from lit_qlora.model.cards import DEFAULT, find_card
+from lit_qlora.forecast.advice import Settings, changes, quickest, smallest_change
+from lit_qlora.forecast.cards import DEFAULT, find_card
+from lit_qlora.forecast.foresee import Largest, guanaco_lengths
+from lit_qlora.forecast.memory import GIB, RESERVE
 from lit_qlora.model.load import Lora
-from lit_qlora.model.memory import GIB, RESERVE
 from lit_qlora.model.shape import LLAMA_2, Shape
-from lit_qlora.tools.fitting import Settings, changes, quickest, smallest_change
 
 
 def seven(size="7b", **changed):

@@ -18,8 +18,8 @@ from types import FrameType
 from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answerer import Answer, Answerer
-from lit_qlora.tools.dialog import Dialog, cut_note
+from lit_qlora.tools.answering.answerer import Answer, Answerer
+from lit_qlora.tools.answering.dialog import Dialog, cut_note
 
 HELP = """\
 /reset           forget the conversation

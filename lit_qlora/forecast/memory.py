@@ -1,6 +1,6 @@
 """Owns the bytes of a training step by formula: what is held at each of its moments, part by part.
 
-The coefficients are counted, not fitted: `tests/model/test_memory.py` measures them on a small model with torch's
+The coefficients are counted, not fitted: `tests/forecast/test_memory.py` measures them on a small model with torch's
 own allocator. Knows no torch, no card and no data; sizes and settings go in, bytes come out.
 """
 

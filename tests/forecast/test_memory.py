@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_qlora.model import decoder, loss, memory
+from lit_qlora.forecast import memory
+from lit_qlora.forecast.memory import GIB, Samples, Step, StepMemory
+from lit_qlora.model import decoder, loss
 from lit_qlora.model.attention import _attend_on_gpu, attend, find_places
 from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import run_layers, take_apart
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
-from lit_qlora.model.memory import GIB, Samples, Step, StepMemory
 from lit_qlora.model.optimizer import make_optimizer
 from lit_qlora.model.shape import LLAMA_2, Shape
 

@@ -17,7 +17,7 @@ from lit_qlora.quiet import quieten
 from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
 from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.tools.streaming import TextStream, text_of
+from lit_qlora.tools.answering.streaming import TextStream, text_of
 
 if TYPE_CHECKING:
     import torch

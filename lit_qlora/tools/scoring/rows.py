@@ -22,7 +22,7 @@ from lit_qlora.model.device import Precision
 from lit_qlora.model.loss import token_cross_entropies
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import checked
-from lit_qlora.tools.answerer import Chosen
+from lit_qlora.tools.answering.answerer import Chosen
 from lit_qlora.trainer import QLoRATrainer
 
 Array = NDArray[np.float64]

@@ -19,9 +19,9 @@ from lit_qlora.data.records import Reading, load_records
 from lit_qlora.errors import UserError
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base
-from lit_qlora.model.streamed import streamed_logits
 from lit_qlora.options import checked
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.tools.merging.streamed import streamed_logits
 
 LARGEST_DIFFERENCE = {"float16": 0.25, "bfloat16": 2.0, "float32": 1e-3}
 """Of a logit: what rounding the weights to a dtype can explain. A wrong scale, or a layer left out, moves more."""

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.tools.answerer import Answer, Answerer
-from lit_qlora.tools.dialog import Dialog, cut_note
+from lit_qlora.tools.answering.answerer import Answer, Answerer
+from lit_qlora.tools.answering.dialog import Dialog, cut_note
 
 TICK_S = 0.05
 """From one piece of an answer to the next: smooth to the eye, and few enough for a link through a tunnel."""

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 GIB = 1024**3
-REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
+ROOT = Path(__file__).parents[3]
+REQUIREMENTS = ROOT / "requirements.txt"
 MODULES = {
     "pillow": "PIL",
     # What fails first of each where it does not go with the others.

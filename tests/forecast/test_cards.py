@@ -3,7 +3,7 @@
 import pytest
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.cards import CARDS, DEFAULT, find_card
+from lit_qlora.forecast.cards import CARDS, DEFAULT, find_card
 
 
 @pytest.mark.parametrize(

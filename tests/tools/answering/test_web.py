@@ -19,8 +19,8 @@ from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools import tabs, web
-from lit_qlora.tools.answerer import Answer, Answerer
+from lit_qlora.tools.answering import tabs, web
+from lit_qlora.tools.answering.answerer import Answer, Answerer
 
 pytestmark = [
     # A server that ends in mid-talk with a browser leaves its connections to the garbage collector.
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*copy keyword is deprecated"),
 ]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SILAS = "Who goes everywhere with Silas?"
 HTML = """<img src=x onerror="document.title='stolen'"><b>bold</b> <script>document.title='stolen'</script>
     **no markdown** `code` $$x^2$$ &lt; <custom>"""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answerer import Answer, Answerer, check_prompt
+from lit_qlora.tools.answering.answerer import Answer, Answerer, check_prompt
 
 
 def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:

@@ -7,14 +7,14 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lit_qlora.callbacks import forecast, outlook
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.model.cards import DEFAULT, Card, find_card
+from lit_qlora.forecast import foresee, words
+from lit_qlora.forecast.cards import DEFAULT, Card, find_card
+from lit_qlora.forecast.memory import HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
 from lit_qlora.model.device import Device
 from lit_qlora.model.load import Lora
-from lit_qlora.model.memory import HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.shape import LLAMA_2, Shape
 from lit_qlora.storage.run import RunFolder
@@ -23,12 +23,12 @@ SEVEN = Shape.of(LLAMA_2["7b"])
 
 
 def largest(tokens):
-    return outlook.Largest(tokens, tokens, 1)
+    return foresee.Largest(tokens, tokens, 1)
 
 
 def step(card=DEFAULT, checkpointing="full", precision="16-mixed", targets="all-linear", tokens=4096):
     lora = Lora(16, 16, 0.05, targets, False, False)
-    return outlook.step_of(SEVEN, lora, "adamw", checkpointing, precision, card, largest(tokens), 0.5, 4)
+    return foresee.step_of(SEVEN, lora, "adamw", checkpointing, precision, card, largest(tokens), 0.5, 4)
 
 
 def test_settings_in_the_formulas_terms():
@@ -65,7 +65,7 @@ def test_auto_keeps_as_many_layers_as_fit():
 def test_kernels_are_recorded_where_the_card_would_wait_for_its_host(card, tokens, wanted, replays):
     def made(dropout=0.0, dora=False):
         lora = Lora(16, 16, dropout, "all-linear", False, dora)
-        return outlook.step_of(
+        return foresee.step_of(
             SEVEN,
             lora,
             "adamw",
@@ -92,19 +92,19 @@ def test_kernels_are_recorded_where_the_card_would_wait_for_its_host(card, token
 def test_a_card_of_unknown_rates_is_not_waited_for():
     lora = Lora(16, 16, 0.0, "all-linear", False, False)
     card = Card("another", 80.0, (9, 0))
-    assert not outlook.step_of(SEVEN, lora, "adamw", "auto", "bf16-mixed", card, largest(64), 0.5, 1, "auto").replays
+    assert not foresee.step_of(SEVEN, lora, "adamw", "auto", "bf16-mixed", card, largest(64), 0.5, 1, "auto").replays
 
 
 def test_recorded_kernels_leave_room_for_fewer_layers_and_say_so():
     card = replace(find_card("h100"), memory_gib=14.56)
-    lora, sizes, kept = Lora(16, 16, 0.0, "all-linear", False, False), outlook.Largest(4096, 4224, 20), []
+    lora, sizes, kept = Lora(16, 16, 0.0, "all-linear", False, False), foresee.Largest(4096, 4224, 20), []
     for wanted in (False, True):
-        made = outlook.step_of(SEVEN, lora, "adamw", "auto", "16-mixed", card, sizes, 0.86, 1, wanted)
+        made = foresee.step_of(SEVEN, lora, "adamw", "auto", "16-mixed", card, sizes, 0.86, 1, wanted)
         kept.append(made.kept_layers)
     assert kept[1] < kept[0]
     assert (made.tokens, made.num_recordings) == (4224, 20)
-    foreseen = outlook.Outlook(made, outlook.epoch_of([4096], [[0]])[0], card, NO_SAMPLES, 2)
-    lines = list(forecast.lines(foreseen))
+    foreseen = foresee.Outlook(made, foresee.epoch_of([4096], [[0]])[0], card, NO_SAMPLES, 2)
+    lines = list(words.lines(foreseen))
     assert any("CUDA graphs" in line for line in lines)
     assert any("held beside: recorded kernels share no memory" in line for line in lines)
     assert "  CUDA's own of 20 recordings                           0.29" in lines
@@ -114,7 +114,7 @@ def test_sample_answers_leave_room_for_fewer_layers_where_recordings_hold_theirs
     card, lora = replace(find_card("h100"), memory_gib=14.56), Lora(16, 16, 0.0, "all-linear", False, False)
     for wanted, fewer in ((True, True), (False, False)):
         kept = [
-            outlook.step_of(
+            foresee.step_of(
                 SEVEN, lora, "adamw", "auto", "16-mixed", card, largest(2048), 0.86, 1, wanted, samples
             ).kept_layers
             for samples in (NO_SAMPLES, Samples(8, 1024, 128))
@@ -123,16 +123,16 @@ def test_sample_answers_leave_room_for_fewer_layers_where_recordings_hold_theirs
 
 
 def test_an_epoch_by_hand():
-    epoch, sizes = outlook.epoch_of([10, 20, 30, 40], [[0, 1], [2, 3]])
+    epoch, sizes = foresee.epoch_of([10, 20, 30, 40], [[0, 1], [2, 3]])
     assert (epoch.tokens, epoch.padded_tokens, epoch.num_micro_batches) == (100, 40 + 80, 2)
     assert epoch.row_tokens == (100 + 400 + 900 + 1600) / 100
-    assert sizes == outlook.Largest(80, 128, 2)
+    assert sizes == foresee.Largest(80, 128, 2)
     # Short rows in great number are padded more by a recording than the few long ones.
-    assert outlook.epoch_of([100] + [9] * 11, [[0], [*range(1, 12)]])[1] == outlook.Largest(100, 11 * 16, 2)
+    assert foresee.epoch_of([100] + [9] * 11, [[0], [*range(1, 12)]])[1] == foresee.Largest(100, 11 * 16, 2)
 
 
 def test_lengths_have_the_measured_means():
-    lengths = outlook.guanaco_lengths(1000)
+    lengths = foresee.guanaco_lengths(1000)
     means = [sum(min(length, cap) for length in lengths) / 1000 for cap in (512, 1024, 2048)]
     assert means == pytest.approx([345, 421, 450], rel=0.015)  # of guanaco-llama2-1k
     assert sorted(lengths)[500] == pytest.approx(373, abs=2)
@@ -153,14 +153,14 @@ def parts(tmp_path):
 
 
 def test_on_a_cpu_nothing_is_said(parts, monkeypatch):
-    monkeypatch.setattr(outlook, "current_card", lambda: None)
-    assert outlook.planned(*parts) is None
+    monkeypatch.setattr(foresee, "current_card", lambda: None)
+    assert foresee.planned(*parts) is None
 
 
 def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
-    monkeypatch.setattr(outlook, "current_card", lambda: DEFAULT)
-    foreseen = outlook.planned(*parts)
-    lines = list(forecast.lines(foreseen))
+    monkeypatch.setattr(foresee, "current_card", lambda: DEFAULT)
+    foreseen = foresee.planned(*parts)
+    lines = list(words.lines(foreseen))
     assert lines[0].startswith("predicted for T4: 0.3") and lines[0].endswith("; fits")
     assert "of 14.56 GiB (3%), of which torch reserves 0.0" in lines[0]
     assert lines[1].startswith("memory at its highest: ")
@@ -171,23 +171,23 @@ def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
     assert lines[held + 2].split() == ["host", "and", "disk", "GiB"]
     assert lines[held + 3].startswith("  run folder, with 3 checkpoints ")
     assert lines[-2].startswith("  an epoch takes ")
-    slow = list(forecast.lines(foreseen, is_slow=True))
-    assert slow[0].endswith("; may fit") and forecast.SLOW in slow and forecast.SLOW not in lines
+    slow = list(words.lines(foreseen, is_slow=True))
+    assert slow[0].endswith("; may fit") and words.SLOW in slow and words.SLOW not in lines
 
 
 def test_a_card_of_unknown_rates_and_one_too_small():
-    epoch, _ = outlook.epoch_of([1024] * 8, [[0, 1, 2, 3], [4, 5, 6, 7]])
-    lines = list(forecast.lines(outlook.Outlook(step(), epoch, Card("small", 5.0, (7, 5)), NO_SAMPLES, 2)))
+    epoch, _ = foresee.epoch_of([1024] * 8, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    lines = list(words.lines(foresee.Outlook(step(), epoch, Card("small", 5.0, (7, 5)), NO_SAMPLES, 2)))
     assert not any("an epoch takes" in line for line in lines)
     assert not any("sample answers" in line for line in lines)
     assert lines[0].endswith("does not fit: python main.py plan says what would")
 
 
 @pytest.mark.parametrize(
-    ("hours", "words"), [(0.0001, "under 1 s"), (0.005, "18 s"), (0.5, "30 min"), (1.9, "114 min"), (2.94, "2.9 h")]
+    ("hours", "expected"), [(0.0001, "under 1 s"), (0.005, "18 s"), (0.5, "30 min"), (1.9, "114 min"), (2.94, "2.9 h")]
 )
-def test_durations(hours, words):
-    assert forecast.duration(hours) == words
+def test_durations(hours, expected):
+    assert words.duration(hours) == expected
 
 
 @pytest.mark.parametrize(
@@ -197,16 +197,16 @@ def test_durations(hours, words):
     + [(f"NVIDIA {name}", None) for name in ("GeForce RTX 5090", "Quadro RTX 6000", "GH200 480GB")],
 )
 def test_this_machines_card(monkeypatch, name, rates):
-    monkeypatch.setattr(outlook, "current_device", lambda: Device(name, (7, 5), 12 * 1024**3))
-    card = outlook.current_card()
+    monkeypatch.setattr(foresee, "current_device", lambda: Device(name, (7, 5), 12 * 1024**3))
+    card = foresee.current_card()
     assert (card.memory_gib, card.tflops, card.capability) == (pytest.approx(12.35), rates, (7, 5))
-    monkeypatch.setattr(outlook, "current_device", lambda: Device("CPU", None))
-    assert outlook.current_card() is None
+    monkeypatch.setattr(foresee, "current_device", lambda: Device("CPU", None))
+    assert foresee.current_card() is None
 
 
 def test_kept_layers_in_words():
-    words = [forecast.kept_words(replace(step(), kept_layers=kept)) for kept in (32, 0, 12)]
-    assert words == [
+    said = [words.kept_words(replace(step(), kept_layers=kept)) for kept in (32, 0, 12)]
+    assert said == [
         "no layer computes its activations again",
         "all 32 layers compute their activations again",
         "12 of 32 layers keep their products' results",

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from lit_qlora.callbacks.outlook import Largest, epoch_of, step_of
-from lit_qlora.callbacks.samples import PROMPTS_AT_ONCE
 from lit_qlora.data.batching import BatchPlan, ResumableLoader
-from lit_qlora.model import memory
-from lit_qlora.model.cards import Card
+from lit_qlora.forecast import memory
+from lit_qlora.forecast.cards import Card
+from lit_qlora.forecast.foresee import Largest, epoch_of, step_of
+from lit_qlora.forecast.memory import GIB, Samples, Step, StepMemory
+from lit_qlora.forecast.speed import HOST_S_A_LAYER, Epoch, epoch_hours
+from lit_qlora.model.generate import PROMPTS_AT_ONCE
 from lit_qlora.model.load import Lora
-from lit_qlora.model.memory import GIB, Samples, Step, StepMemory
 from lit_qlora.model.shape import Shape
-from lit_qlora.model.speed import HOST_S_A_LAYER, Epoch, epoch_hours
 
 BUDGETS = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 SHORTEST, LENGTH_STEP = 256, 64

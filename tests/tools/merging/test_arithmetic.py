@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
 from lit_qlora.model.load import load_base, save_adapter
-from lit_qlora.model.merging import LINEAR, LoraWeights, StoredWeights, as_trained, merged_tensors
-from lit_qlora.model.streamed import streamed_logits
+from lit_qlora.tools.merging.arithmetic import LINEAR, LoraWeights, StoredWeights, as_trained, merged_tensors
+from lit_qlora.tools.merging.streamed import streamed_logits
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_qlora.model.base import Base
 from lit_qlora.model.config import for_transformers
-from lit_qlora.model.merging import StoredWeights
+from lit_qlora.tools.merging.arithmetic import StoredWeights
 
 
 class _InFp32(Mapping[str, Tensor]):

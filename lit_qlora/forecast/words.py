@@ -6,11 +6,11 @@ Knows what is foreseen, and neither where it comes from nor where it goes.
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
-from lit_qlora.callbacks.outlook import Outlook
-from lit_qlora.model import memory
-from lit_qlora.model.cards import Card
-from lit_qlora.model.memory import GIB, Samples, Step, StepMemory
-from lit_qlora.model.speed import Epoch, epoch_hours
+from lit_qlora.forecast import memory
+from lit_qlora.forecast.cards import Card
+from lit_qlora.forecast.foresee import Outlook
+from lit_qlora.forecast.memory import GIB, Samples, Step, StepMemory
+from lit_qlora.forecast.speed import Epoch, epoch_hours
 
 SLOW = (
     "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than these figures"

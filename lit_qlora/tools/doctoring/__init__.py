@@ -1,0 +1,1 @@
+"""What `doctor` is made of: what is found of this machine."""

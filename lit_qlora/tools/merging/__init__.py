@@ -1,0 +1,1 @@
+"""What `merge` is made of: the arithmetic, the forward pass that checks it, and the comparison."""

@@ -1,0 +1,1 @@
+"""What `push` is made of: the hub's side."""

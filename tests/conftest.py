@@ -1,6 +1,7 @@
 """Owns what every test stands on: one thread, no hub, small caches of its own, and paths to small real things."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lit_qlora-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Under nohup SIGHUP is ignored, which we leave so: the tests of what it does have it as a terminal does.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 from hypothesis import settings

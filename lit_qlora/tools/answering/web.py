@@ -17,6 +17,7 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Turn
 from lit_qlora.tools.answering.answerer import Answerer
+from lit_qlora.tools.answering.door import Door
 from lit_qlora.tools.answering.tabs import Asked, Tab, Worker, say
 
 NEEDED = (6, 29)
@@ -97,6 +98,7 @@ class Page:
     def open(self, share: bool, port: int | None) -> str:
         """The address at which the page answers from now on. Raises UserError as `serve` does."""
         from gradio.themes import Soft
+        from starlette.middleware import Middleware
 
         try:
             with redirect_stdout(io.StringIO()):  # a page on why there is no link; one line below
@@ -104,12 +106,19 @@ class Page:
                     share=share, server_port=port, prevent_thread_lock=True, inline=False, quiet=True, css=CSS,
                     theme=Soft(font="system-ui", font_mono="ui-monospace"), footer_links=[], ssr_mode=False,
                     run_history=False, enable_monitoring=False, max_file_size=1,
+                    app_kwargs={"middleware": [Middleware(Door, self._fields())]},
                 )  # fmt: skip
         except OSError as error:
             raise UserError(f"port: {port or 'each that was tried'} is taken; give another with --port") from error
         if share and not shared:
             raise UserError("share: gradio's servers gave no link; try again, or leave --share out")
         return str(shared or here)
+
+    def _fields(self) -> dict[int, list[str]]:
+        return {
+            number: [field.get_block_name() for field in function.inputs]
+            for number, function in self._blocks.fns.items()
+        }
 
     def close(self) -> None:
         """Ends the server, and the answer under way."""
@@ -158,7 +167,7 @@ class Page:
             self._ask, [tab, self._question, *settings], [tab, self._notice, *buttons], **options
         )
         answered = asks.then(*stream, **options)
-        answered.then(lambda tab: tab.sampling.seed, tab, self._seed, **options)
+        answered.then(lambda tab: (tab.sampling if tab else self.start[1]).seed, tab, self._seed, **options)
         compares = self._compares.input(self._compare, [tab, self._compares], [self._of_base, *buttons], **options)
         for event in (answered, compares.then(*stream, **options)):  # whatever became of it, there may be another
             event.then(lambda: self._ready(True), None, buttons, **options)
@@ -167,12 +176,12 @@ class Page:
 
     # What happens on the page
 
-    def _ask(self, tab: Tab | None, question: str, system: str, *settings: float | None) -> Updates:
+    def _ask(self, tab: Tab | None, question: str | None, system: str | None, *settings: float | None) -> Updates:
         tab = tab or Tab(*self.start)
-        if tab.answering or not question.strip():
+        if tab.answering or not question or not question.strip():  # an empty field may be null
             return {self._tab: tab}
         try:
-            tab.set_system(system)
+            tab.set_system(system or "")
             tab.sampling = _sampling(*settings)
             conversation, note = tab.fitting([*tab.turns, Turn("user", question)])
         except UserError as error:

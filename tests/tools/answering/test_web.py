@@ -148,6 +148,49 @@ def test_a_link_that_is_not_to_be_had_is_one_line(page, answerer, monkeypatch, c
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
+def test_a_call_by_hand_is_one_line_and_no_traceback(page, capfd):
+    httpx = pytest.importorskip("httpx")
+    api = f"{page.address.rstrip('/')}/gradio_api"
+    dependencies = httpx.get(f"{page.address}config").json()["dependencies"]
+    odd = [
+        None,
+        "",
+        "x",
+        True,
+        10**400,
+        [],
+        {},
+        {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
+        "\ud800",
+    ]
+
+    def call(number, data):
+        """The visitor's side of a call: what was answered, to the post or in the stream."""
+        session = f"s{time.monotonic_ns()}"
+        body = json.dumps({"fn_index": number, "data": data, "session_hash": session})
+        answer = httpx.post(f"{api}/queue/join", content=body)
+        if answer.status_code == 200:
+            with httpx.stream("GET", f"{api}/queue/data", params={"session_hash": session}) as stream:
+                lines = [line for line in stream.iter_lines() if line]
+            return json.loads(lines[-2].removeprefix("data: "))["success"]
+        assert (answer.status_code, answer.text.count("\n")) == (400, 0)
+        return None
+
+    asks = [None, "hello", "", 4, 0, 1, 0]
+    assert len(dependencies[0]["inputs"]) == len(asks)
+    for dependency in dependencies:
+        values = (asks if dependency["id"] == 0 else [None] * len(dependency["inputs"]))[:]
+        assert call(dependency["id"], [*values, None]) is None
+        for place, _ in enumerate(values):
+            for value in odd:
+                call(dependency["id"], [*values[:place], value, *values[place + 1 :]])
+    for path in ("call/_ask", "call/v2/predict", "run/nope", "upload", "component_server"):
+        assert httpx.post(f"{api}/{path}", json={"data": []}).status_code == 400
+    assert call(0, asks) is True
+    assert capfd.readouterr() == ("", "")
+
+
 def until(condition, seconds=60):
     """What ``condition`` returns as soon as it is true."""
     deadline = time.monotonic() + seconds

@@ -1,0 +1,165 @@
+"""Owns what a page's server takes from visitors: a body is checked whole before the server that keeps the page sees it.
+
+A page sends the fields that it has, in their kinds; whoever writes requests by hand sends anything. Refused, or failed
+beneath, a request is answered in one line, and the terminal of the page's owner sees no traceback of it. An ASGI
+middleware; knows no gradio, no model.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from lit_qlora.errors import UserError
+from lit_qlora.secrecy import redact
+from lit_qlora.storage.files import parse_json
+from lit_qlora.storage.foreign import FLAG, OBJECT, Kind, check, shown, whole, wrong
+
+MAX_BODY_BYTES = 1 << 20
+"""Of a request: many times the longest prompt that a base has room for."""
+
+_KINDS = {
+    "textbox": Kind("a text, or null", lambda value: isinstance(value, str | None)),
+    "number": Kind(
+        "a number, or null",
+        lambda value: value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max),
+    ),
+    "checkbox": FLAG,
+    "state": Kind("anything", lambda value: True),  # the server has its own
+}
+"""What a component of the page may send."""
+
+_NAME = Kind("a page's", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9_-]{1,100}", value)))
+_NAMES = {"session_hash": _NAME, "event_id": _NAME, "fn_index": whole(0, 999)}
+_HOST = re.compile(r"[\w.:,\[\] -]{1,300}", re.ASCII)
+_HOSTS = (b"host", b"x-forwarded-host", b"x-forwarded-proto")
+_POST = "a call of the page"
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Door:
+    """The middleware.
+
+    Args:
+        app: the server behind it, an ASGI application.
+        fields: of each function of the page by its number, what its inputs are: keys of `_KINDS`.
+    """
+
+    def __init__(self, app: Any, fields: Mapping[int, Sequence[str]]) -> None:
+        self.app, self.fields = app, fields
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            _check_hosts(scope)
+            if scope["method"] == "POST":
+                receive = self._checked(scope, await _body(receive), receive)
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            status, problem = 400, str(error)
+            told = hasattr(error.__cause__, "status_code")  # by the server, in a stream that it had begun
+            if not isinstance(error, UserError) and not told:
+                status, problem = 500, "this request can't be served"
+                place = shown(f"{scope['method']} {scope['path']}")
+                print(f"web: {place} failed: {redact(shown(f'{type(error).__name__}: {error}'))}", file=sys.stderr)
+            await (send({"type": "http.response.body"}) if begun else _answer(send, status, problem))
+
+    def _checked(self, scope: Message, body: bytes, receive: Receive) -> Receive:
+        """What the server is to receive: ``body``, of a call no more than a page sends. Raises UserError."""
+        parent, last = ["", *scope["path"].rstrip("/").split("/")][-2:]
+        if last in ("cancel", "reset"):
+            call = check_end(body)
+        elif parent == "run" or (parent, last) == ("queue", "join"):
+            call = check_call(body, self.fields)
+        else:  # the server has more doors, for programs
+            raise UserError("what this page's server does is for the page alone")
+        body = json.dumps(call).encode()
+        kept = [header for header in scope["headers"] if header[0] not in (b"content-length", b"content-type")]
+        scope["headers"] = [*kept, *_headers(body)]
+        rest = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_checked() -> Message:
+            return rest.pop() if rest else await receive()
+
+        return receive_checked
+
+
+def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, Any]:
+    """The call in ``body``, with nothing in it but what a page of these ``fields`` sends. Raises UserError."""
+    call = _object(body)
+    number: Any = call.get("fn_index")
+    session: Any = call.get("session_hash")
+    data: Any = call.get("data")
+    check(
+        _POST, "fn_index", Kind("a function of the page", lambda value: type(value) is int and value in fields), number
+    )
+    check(_POST, "session_hash", _NAME, session)
+    kinds = fields[number]
+    values = Kind(f"a list of {len(kinds)} values", lambda value: isinstance(value, list) and len(value) == len(kinds))
+    check(_POST, "data", values, data)
+    for index, (kind, value) in enumerate(zip(kinds, data, strict=True)):
+        check(_POST, f"data[{index}]", _KINDS[kind], value)
+    data = [None if kind == "state" else value for kind, value in zip(kinds, data, strict=True)]
+    return {"fn_index": number, "session_hash": session, "data": data}
+
+
+def check_end(body: bytes) -> dict[str, Any]:
+    """What is to be ended, by the names in ``body``. Raises UserError."""
+    call = _object(body)
+    for name, kind in _NAMES.items():
+        if name in call:
+            check(_POST, name, kind, call[name])
+    return {name: call[name] for name in _NAMES if name in call}
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        call = parse_json(body)
+    except ValueError as error:
+        raise wrong(_POST, "its body", "JSON", body[:80].decode(errors="replace")) from error
+    check(_POST, "its body", OBJECT, call)
+    return dict(call)
+
+
+def _check_hosts(scope: Message) -> None:
+    """Raises UserError where a header from which the server makes its own address can't be one."""
+    for name, value in scope["headers"]:
+        if name in _HOSTS and not _HOST.fullmatch(value.decode("latin-1")):
+            raise UserError(f"{name.decode()}: expected the name of a host, got {shown(value.decode('latin-1'))}")
+
+
+async def _body(receive: Receive) -> bytes:
+    """The body of a request. Raises UserError for one that no page sends."""
+    body = b""
+    while (message := await receive())["type"] == "http.request":
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            raise UserError(f"a request: expected at most {MAX_BODY_BYTES:,} bytes; ask in fewer words")
+        if not message.get("more_body"):
+            break
+    return body
+
+
+async def _answer(send: Send, status: int, problem: str) -> None:
+    content = json.dumps({"detail": problem, "error": problem}).encode()
+    await send({"type": "http.response.start", "status": status, "headers": _headers(content)})
+    await send({"type": "http.response.body", "body": content})
+
+
+def _headers(body: bytes) -> list[tuple[bytes, bytes]]:
+    """Of a message whose ``body`` is JSON."""
+    return [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

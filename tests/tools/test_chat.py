@@ -1,6 +1,7 @@
 """main.py chat: one answer from --prompt or a pipe, and a conversation at a real (pseudo-)terminal."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -24,10 +25,12 @@ from lit_qlora.cli import main
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import load_records
 from lit_qlora.data.tokenizer import load_tokenizer
+from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering import terminal
 from lit_qlora.tools.answering.answerer import Answer, Answerer
+from lit_qlora.tools.answering.dialog import Dialog
 from lit_qlora.tools.answering.streaming import TextStream, text_of
 from lit_qlora.tools.answering.terminal import Terminal, side_by_side
 
@@ -449,6 +452,15 @@ def test_two_columns():
         "                          | d",
     ]
     assert side_by_side(("one", "a"), ("two", "b"), 49) == "one:\na\ntwo:\nb"
+
+
+@pytest.mark.parametrize(("limit", "words"), [(10**6, 1), (8, 600)], ids=["limit", "question"])
+def test_what_a_visitor_is_told_names_no_place_of_the_owners(limit, words, answerer, tmp_path, monkeypatch):
+    (tmp_path / "llama").mkdir()
+    monkeypatch.setattr(answerer, "base", dataclasses.replace(answerer.base, name=str(tmp_path / "llama")))
+    with pytest.raises(UserError, match="of llama; ") as refused:
+        Dialog(answerer, Sampling(limit), None).fitting([Turn("user", "word " * words)])
+    assert str(tmp_path) not in str(refused.value)
 
 
 # At a terminal

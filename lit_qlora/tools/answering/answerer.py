@@ -198,7 +198,7 @@ class Answerer:
         if len(ids) + sampling.max_new_tokens > self.max_length:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are more than the "
-                f"{self.max_length} tokens of {self.base.name}; shorten it or lower --max_new_tokens"
+                f"{self.max_length} tokens of {self.base.public_name}; shorten it or lower --max_new_tokens"
             )
         return ids
 

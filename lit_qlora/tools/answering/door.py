@@ -57,11 +57,10 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun = False
+        begun = list[str]()
 
         async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = True
+            begun.append(message["type"])
             await send(message)
 
         try:

@@ -4,12 +4,48 @@ The command line prints them as one line and exits with status 2; anything else 
 of ours and keeps its traceback. Knows nothing of what raises it.
 """
 
+from os import PathLike
+from typing import Any
+
+SHOWN = 80
+"""Characters of a value that an error shows, at most."""
+
 
 class UserError(Exception):
-    """Something the user can fix, said in one line: what was expected, what came, what to do.
+    """Something the user can fix, said in one line: ``place: option: problem; remedy``, of which all but the problem
+    may be missing.
 
-    A mistake in a file of rows names it first, as ``rows.jsonl:17: …``.
+    Whoever handles one reads its fields, or makes another of them by `replace`; the sentence is for people alone.
+
+    Args:
+        problem: what was expected and what came.
+        option: the option that is wrong, by the name the user knows: ``data.max_length``.
+        place: the file, or ``file:line``, that holds the mistake: ``rows.jsonl:17``.
+        remedy: what to do about it.
     """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        option: str | None = None,
+        place: str | PathLike[str] | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.option = option
+        self.place = None if place is None else str(place)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        said = ": ".join(part for part in (self.place, self.option, self.problem) if part)
+        return f"{said}; {self.remedy}" if self.remedy else said
+
+    def replace(self, **fields: Any) -> "UserError":
+        """The same mistake with other ``fields``, as where another command calls the option by another name."""
+        kept = {name: getattr(self, name) for name in ("problem", "option", "place", "remedy")}
+        return UserError(**kept | fields)
 
 
 class OutOfRoomError(UserError):
@@ -25,7 +61,22 @@ class OutOfRoomError(UserError):
         self.rows = rows
 
 
-def require(holds: bool, option: str, expected: str, got: object) -> None:
+def require(holds: bool, option: str, expected: str, got: object, *, place: str | PathLike[str] | None = None) -> None:
     """Raises UserError naming ``option``, what was expected and what came, unless ``holds``."""
     if not holds:
-        raise UserError(f"{option}: expected {expected}, got {got!r}")
+        raise UserError(f"expected {expected}, got {excerpt(got)}", option=option, place=place)
+
+
+def excerpt(value: object) -> str:
+    """Shows a value in at most `SHOWN` printable characters on one line."""
+    return cut(repr(value))
+
+
+def cut(text: str, most: int = SHOWN) -> str:
+    """``text`` in at most ``most`` characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def one_line(error: object, most: int = 200) -> str:
+    """What an error of others says, in one line of at most ``most`` characters."""
+    return " ".join(str(error).split())[:most]

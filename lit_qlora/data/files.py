@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, excerpt
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
@@ -62,12 +62,6 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     if not rows:
         raise UserError(f"{path}: holds no rows, expected some such as {EXAMPLE}; check how it was made")
     return rows
-
-
-def excerpt(value: object) -> str:
-    """Shows a value in at most 80 printable characters on one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def kind(value: object) -> str:

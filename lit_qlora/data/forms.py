@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from lit_qlora.data.files import COLUMNS, EXAMPLE, excerpt, kind, nearest
+from lit_qlora.data.files import COLUMNS, EXAMPLE, kind, nearest
+from lit_qlora.errors import excerpt
 from lit_qlora.text import edges, guanaco, llama2, messages
 from lit_qlora.text.conversation import Conversation, Turn
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.files import excerpt, read_cells
-from lit_qlora.errors import UserError
+from lit_qlora.data.files import read_cells
+from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation, Turn
 
 LETTERS = ("A", "B", "C", "D")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, get_args
 
-from lit_qlora.data.files import Row, excerpt, nearest
+from lit_qlora.data.files import Row, nearest
 from lit_qlora.data.forms import Form, Read, RowError, read_row
 from lit_qlora.data.sources import read_source
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text import edges, llama2
 from lit_qlora.text.conversation import Conversation
 

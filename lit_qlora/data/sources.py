@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lit_qlora import demo
-from lit_qlora.data.files import COMPRESSED, ENDINGS, Row, excerpt, nearest, read_rows
-from lit_qlora.errors import UserError
+from lit_qlora.data.files import COMPRESSED, ENDINGS, Row, nearest, read_rows
+from lit_qlora.errors import UserError, excerpt
 
 T = TypeVar("T")
 

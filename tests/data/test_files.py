@@ -5,7 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lit_qlora.data.files import Row, excerpt, read_rows
+from lit_qlora.data.files import Row, read_rows
 from lit_qlora.errors import UserError
 
 GOOD = b'{"text": "### Human: hi### Assistant: yo"}\n'
@@ -313,9 +313,3 @@ def test_a_fault_stands_in_its_row_s_place():
         ("a.jsonl:4", False),
         ("a.jsonl:5", True),
     ]
-
-
-def test_an_excerpt_is_short_and_printable():
-    assert excerpt({"a": "\x1b[31m\n\u2028\ud800\x9b"}) == r"{'a': '\x1b[31m\n\u2028\ud800\x9b'}"
-    assert excerpt("x" * 78) == "'" + "x" * 78 + "'"
-    assert excerpt("x" * 79) == "'" + "x" * 78 + "…"

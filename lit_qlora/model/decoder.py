@@ -184,8 +184,10 @@ def run_layers(layers: Sequence[Layer], hidden: Tensor, places: Places, kept_lay
     """The hidden states ``[B, T, h]`` behind the layers.
 
     The last ``kept_layers`` of them keep what their matrix products gave, the others only their input: kept
-    tensors of the last are gone when the first compute theirs again.
+    tensors of the last are gone when the first compute theirs again. Where no backward follows, none keeps anything.
     """
+    if not torch.is_grad_enabled():
+        kept_layers = 0
     # Dtypes are chosen by hand, so that backward, where autocast is off, computes the very same again.
     with torch.autocast(hidden.device.type, enabled=False):
         for index, layer in enumerate(layers):
@@ -217,17 +219,23 @@ class _DecoderLayer(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, *lora)
         products = _Products(layer, hidden.dtype, seed)
-        kept = _inner(hidden, places, layer, products, with_graph=keeps)
-        (out,) = products(DOWN, layer.pointwise.swiglu(kept.gate, kept.up))
-        ctx.places, ctx.layer, ctx.seed, ctx.kept = places, layer, seed, kept if keeps else None
-        return out.view_as(hidden).add_(kept.middle)
+        heads, attended, middle = _attention(hidden, places, layer, products, with_graph=keeps)
+        if not keeps:  # nor held while the feed-forward is computed, which needs the most
+            del heads, attended
+        gate, up = _gate_and_up(middle, layer, products)
+        ctx.places, ctx.layer, ctx.seed = places, layer, seed
+        ctx.kept = _Kept(heads, attended, middle, gate, up, products.low) if keeps else None
+        inner = layer.pointwise.swiglu(gate, up)
+        del gate, up
+        (out,) = products(DOWN, inner)
+        return out.view_as(hidden).add_(middle)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         hidden, layer, places = ctx.saved_tensors[0], ctx.layer, ctx.places
         products = _Products(layer, hidden.dtype, ctx.seed, remember=ctx.kept is None)
-        kept, ctx.kept = ctx.kept or _inner(hidden, places, layer, products, with_graph=True), None
+        kept, ctx.kept = ctx.kept or _inner(hidden, places, layer, products), None
         heads, attended, middle, gate, up, products.low = kept
         del kept  # so that each tensor goes when it has served
         point, grad = layer.pointwise, grad.contiguous()
@@ -257,21 +265,34 @@ class _DecoderLayer(torch.autograd.Function):
         return grad, None, None, None, None, *products.gradients()
 
 
-def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products", with_graph: bool) -> _Kept:
-    """A layer up to the input of its last product; ``with_graph``, attention can be gone back through."""
+def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products") -> _Kept:
+    """A layer up to the input of its last product, for its backward."""
+    heads, attended, middle = _attention(hidden, places, layer, products, with_graph=True)
+    gate, up = _gate_and_up(middle, layer, products)
+    return _Kept(heads, attended, middle, gate, up, products.low)
+
+
+def _attention(
+    hidden: Tensor, places: Places, layer: Layer, products: "_Products", with_graph: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """q, k and v, what they attended to, and the middle; ``with_graph``, attention can be gone back through."""
     point, shape = layer.pointwise, hidden.shape
     x, _ = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
     query, key, value = (product.view(*shape[:2], -1, layer.head_width) for product in products(QKV, x))
+    del x
     query, key = point.rotate(query, key, places.cos, places.sin)
     query, key, value = (head.transpose(1, 2) for head in (query, key, value))
     with torch.set_grad_enabled(with_graph):
         heads = (query.requires_grad_(with_graph), key.requires_grad_(with_graph), value.requires_grad_(with_graph))
         attended = attend(*heads, places)
     (middle,) = products(OUT, _merged(attended.detach()))
-    middle = middle.view_as(hidden).add_(hidden)
-    x, _ = point.rms_norm(middle, layer.norms[1], layer.epsilon)
+    return heads, attended, middle.view_as(hidden).add_(hidden)
+
+
+def _gate_and_up(middle: Tensor, layer: Layer, products: "_Products") -> tuple[Tensor, Tensor]:
+    x, _ = layer.pointwise.rms_norm(middle, layer.norms[1], layer.epsilon)
     gate, up = products(GATE_UP, x)
-    return _Kept(heads, attended, middle, gate, up, products.low)
+    return gate, up
 
 
 class _Products:

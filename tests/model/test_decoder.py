@@ -5,6 +5,9 @@ from itertools import accumulate
 import bitsandbytes
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lit_qlora.data.batching import collate
 from lit_qlora.model import decoder
@@ -194,6 +197,40 @@ def test_without_gradients_nothing_is_kept(make_model):
     torch.testing.assert_close(hidden, ours(model, ids), rtol=0, atol=0)
     with torch.inference_mode():
         assert torch.equal(ours(model, ids), hidden)
+
+
+class Peak(TorchDispatchMode):
+    """The most values that tensors made meanwhile held at any moment, storages counted once, but for ``given``'s."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.made, self.most = given.untyped_storage()._cdata, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata != self.given:
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes() // 4)
+        self.made = {key: (storage, size) for key, (storage, size) in self.made.items() if not storage.expired()}
+        self.most = max(self.most, sum(size for _, size in self.made.values()))
+        return out
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kept_layers", [0, 2])
+def test_without_gradients_no_inner_result_outlives_its_use(make_model, without, kept_layers):
+    model, rows = make_model(), 40
+    inner = model.get_base_model().model
+    hidden = inner.embed_tokens(torch.randint(3, 512, (rows, T)))
+    layers, places = take_apart(model), find_places(inner.rotary_emb, hidden, ())
+    with without(), Peak(hidden) as peak:
+        run_layers(layers, hidden, places, kept_layers)
+    # Where it needs the most, at the gated activation: a layer's input and middle; gate, up and two on the way to their
+    # product; what lies between A and B; and A and B themselves in the dtype of activations.
+    between, adapter = (3 + 1 + 2 + 1) * 4, sum(matrix.numel() for matrix in layers[0].lora)
+    tables = rows * T * 8  # NF4's, of which there are few: the smallest tensor of all tokens has 32 values each
+    assert rows * T * (64 + 4 * 172) < peak.most <= rows * T * (64 + 64 + 4 * 172 + between) + adapter + tables
 
 
 @pytest.mark.parametrize(

@@ -342,6 +342,7 @@ def test_the_trainer_gets_a_model_in_train_mode_that_keeps_what_was_asked_for(ti
     assert modes == [{True}, {True}]  # the second after a validation
     # Layers times training batches; of a validation nothing is kept in any way.
     assert [keeps for keeps, with_gradients in kept if with_gradients] == [checkpointing == "none"] * 2 * 2
+    assert {keeps for keeps, with_gradients in kept if not with_gradients} == {False}
 
 
 def test_with_dora_the_layers_are_the_libraries_with_recomputation(tiny, monkeypatch):

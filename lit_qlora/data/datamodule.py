@@ -336,13 +336,11 @@ class ChatDataModule(LightningDataModule):
 
     def _held_out(self, part: str) -> Records:
         """The rows that the run held out, by its record; without one, by the rule."""
-        parts, rows = self.parts(), self.run_rows
-        if rows is None or parts.is_other(rows):
-            if rows is None and self._run_record:
-                self._note(part, f"drawn from the source as it is now, for there is no {self._run_record}")
-            return parts.train_and_held_out()[1]
-        records, num_gone = parts.recall(rows)
-        if num_gone:
+        rows = self.run_rows
+        if rows is None and self._run_record:
+            self._note(part, f"drawn from the source as it is now, for there is no {self._run_record}")
+        records, num_gone = self.parts().held_out(rows)
+        if rows is not None and num_gone:
             print(
                 f"warning: {num_gone:,} of the {len(rows.held_out):,} conversations that the run held out are no "
                 f"longer in {self.source}, and not scored",

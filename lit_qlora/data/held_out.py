@@ -100,6 +100,19 @@ class Parts:
             raise UserError(f"data.test_source: {source} is the training data itself; leave it out, or give others")
         return self._load(source, name or splits.training())
 
+    def held_out(self, rows: RunRows | None) -> tuple[Records, int]:
+        """Loads the rows to score: those that the run of the record ``rows`` held out, as `recall` does.
+
+        Without a record, or with another validation source than the run's, they are found as at the start of a run.
+
+        Raises:
+            UserError: as `recall` and `train_and_held_out`.
+        """
+        is_other = rows is not None and self.validation_source not in (None, rows.validation_source)
+        if rows is None or is_other:
+            return self.train_and_held_out()[1], 0
+        return self.recall(rows)
+
     def recall(self, rows: RunRows) -> tuple[Records, int]:
         """Finds the conversations that a run held out, in their order then, and how many are gone since.
 
@@ -138,10 +151,6 @@ class Parts:
             dropped["conversations there are new since the run began, and not scored"] = num_new
         conversations = [records.conversations[place] for records, place in kept]
         return Records(name, conversations, dropped, unanswered), len(rows.held_out) - len(kept)
-
-    def is_other(self, rows: RunRows) -> bool:
-        """Whether another validation source is given than that of the run."""
-        return self.validation_source is not None and self.validation_source != rows.validation_source
 
     def _places(self, rows: RunRows) -> Iterator[Records]:
         sources = [self.validation_source or rows.validation_source, self.source]

@@ -17,7 +17,7 @@ from lit_qlora.model.base import Base
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import output_path, size
 from lit_qlora.storage.folders import recover, write_folder
-from lit_qlora.storage.run import CARD
+from lit_qlora.storage.run import CARD, RunFolder
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.answering.answerer import Chosen, choose_adapter
 
@@ -120,7 +120,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     prompts = chosen.prompts(record)
     encoder = Encoder(load_tokenizer(chosen.base.location), chosen.base.context_tokens, **prompts)
     encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
-    texts, source = compare.conversations_to_compare(chosen.settings, encoder)
+    texts, source = compare.conversations_to_compare(chosen.settings, RunFolder(chosen.adapter.parent).rows, encoder)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
 
     def fill(folder: Path) -> None:

@@ -237,9 +237,14 @@ def test_held_out_rows_that_were_learned_stay_counted(ten):
 
 def test_the_run_s_own_validation_source_is_looked_in_where_none_is_given(ten):
     rows = rows_of(Parts(ten, write("other.jsonl", text("c", "d"))))
-    assert questions(Parts(ten).recall(rows)[0]) == ["c"]
-    assert not Parts(ten).is_other(rows) and not Parts(ten, "other.jsonl").is_other(rows)
-    assert Parts(ten, "third.jsonl").is_other(rows)
+    for source in (None, "other.jsonl"):
+        assert questions(Parts(ten, source).held_out(rows)[0]) == ["c"]
+
+
+def test_another_validation_source_than_the_run_s_is_scored_where_it_is_given(ten):
+    rows = rows_of(Parts(ten, write("other.jsonl", text("c", "d"))))
+    assert questions(Parts(ten, write("third.jsonl", text("e", "f"))).held_out(rows)[0]) == ["e"]
+    assert questions(Parts(ten, "other.jsonl").held_out(None)[0]) == ["c"]
 
 
 def test_a_validation_source_without_a_test_split_is_held_out_whole(ten):

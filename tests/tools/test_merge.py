@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
+from lit_qlora.data.held_out import Parts
+from lit_qlora.data.run_rows import RunRows
 from lit_qlora.model.base import find_base
 from lit_qlora.model.generate import Sampling
 from lit_qlora.quiet import quieten
@@ -108,6 +110,23 @@ def test_on_a_real_model_and_real_rows(real, tmp_path, capsys):
     assert "the likeliest token the same at 100.00%" in told
     assert_is_base_and_adapter(tmp_path / "out", base, run)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+
+
+def test_compared_is_what_the_run_held_out_although_the_source_grew(run, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    rows = [{"text": f"### Human: q{number}### Assistant: a"} for number in range(40)]
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:20]))
+    settings = {"data": {"source": str(source), "validation_share": 0.1}}
+    train, held_out = Parts(str(source), share=0.1).train_and_held_out()
+    RunRows.of(train.conversations, held_out.conversations, None).write(tmp_path / "record.json")
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in reversed(rows)))
+
+    def compared(record):
+        return compare.conversations_to_compare(settings, tmp_path / record, Answerer(str(run)).encoder)
+
+    assert compared("record.json") == (held_out.conversations, "held-out conversations of rows.jsonl")
+    assert len(held_out.conversations) == 2
+    assert len(compared("no record.json")[0]) == 4
 
 
 def test_what_is_in_the_folder(merged, run):
@@ -221,7 +240,7 @@ def test_4_bits_are_said_to_be_a_rounding(in_4_bits, run):
     assert 50 < float(found[2]) <= 100
     model = without_shortcut(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
     encoder = Answerer(str(run)).encoder
-    conversations = compare.conversations_to_compare(RunFolder(run).read_config(), encoder)[0]
+    conversations = compare.conversations_to_compare(RunFolder(run).read_config(), RunFolder(run).rows, encoder)[0]
     greatest = 0.0
     plain = plain_base_and_adapter(demo.BASE, run / "adapter")
     for example in encoder.examples(conversations):

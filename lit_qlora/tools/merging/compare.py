@@ -16,6 +16,7 @@ from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, load_records
+from lit_qlora.data.run_rows import RunRows
 from lit_qlora.errors import UserError
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base
@@ -53,8 +54,16 @@ class Difference(NamedTuple):
         )
 
 
-def conversations_to_compare(settings: Mapping[str, Any] | None, encoder: Encoder) -> tuple[list[Conversation], str]:
-    """A run's first held-out conversations, and their source; the demo's without a run, or when its rows are gone."""
+def conversations_to_compare(
+    settings: Mapping[str, Any] | None, record: Path, encoder: Encoder
+) -> tuple[list[Conversation], str]:
+    """A run's first held-out conversations, and their source; the demo's without a run, or when its rows are gone.
+
+    Args:
+        settings: the run's options.
+        record: the file that names the rows that it held out.
+        encoder: writes them.
+    """
     reading = Reading(fits=encoder.check, marks=encoder.marks)
     records = load_records(str(demo.TEST), reading=reading)
     name = "the demo's conversations"
@@ -63,8 +72,9 @@ def conversations_to_compare(settings: Mapping[str, Any] | None, encoder: Encode
 
         data = checked("data", ChatDataModule, settings["data"])
         options = (data["validation_source"], data["validation_share"], settings.get("seed_everything", 42))
+        parts, rows = Parts(data["source"], *options, reading._replace(form=data["form"])), RunRows.read(record)
         try:
-            records = Parts(data["source"], *options, reading._replace(form=data["form"])).train_and_held_out()[1]
+            records, _ = parts.held_out(rows)
             name = f"held-out conversations of {Path(data['source']).name}"
         except UserError:
             pass

@@ -217,6 +217,9 @@ def test_a_checkpoint_of_another_base_or_rank_or_of_a_run_is_refused(straight, h
         QLoRAModule.load_from_checkpoint(checkpoint, rank=4)
     with pytest.raises(UserError, match=r"is a folder, .*adapter=FOLDER"):
         QLoRAModule.load_from_checkpoint(folder)
+    for run in (trainer().fit, trainer().validate, trainer().test):
+        with pytest.raises(UserError, match=r"ckpt_path: .* is a folder, .*adapter=FOLDER.* python main.py fit"):
+            run(module(), datamodule=data(), ckpt_path=folder)
 
 
 def test_a_trainer_of_another_precision_has_the_base_loaded_anew():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
@@ -178,6 +179,9 @@ class QLoRAModule(LearnsInParts):
         Raises UserError.
         """
         check_trainer(self.trainer)
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = _Files()
         if stage == "predict" and type(self).predict_step is QLoRAModule.predict_step:
             self.predict_step()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -340,11 +344,7 @@ class QLoRAModule(LearnsInParts):
         Raises:
             UserError: it is a folder, as a run's checkpoints are, or of another base or rank.
         """
-        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
-            raise UserError(
-                f"{checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint; a run's adapter is "
-                "loaded by QLoRAModule(base, adapter=FOLDER), its checkpoints by python main.py fit"
-            )
+        _check_file(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **options)  # type: ignore[no-any-return]
 
     # Steps
@@ -520,6 +520,23 @@ def check_trainer(trainer: Trainer) -> None:
     ends = trainer.state.fn != "fit" or (trainer.max_epochs, trainer.max_steps) != (-1, -1)
     expected = "a number of epochs, or of steps in trainer.max_steps, for the learning rate's schedule"
     require(ends, "trainer.max_epochs", expected, trainer.max_epochs)
+
+
+class _Files(TorchCheckpointIO):
+    """Lightning's own way to a checkpoint's file, which says so where it is given a folder."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> Any:
+        """As Lightning's. Raises UserError for a folder."""
+        _check_file(path)
+        return super().load_checkpoint(path, *args, **options)
+
+
+def _check_file(checkpoint_path: Any) -> None:
+    if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
+        raise UserError(
+            f"ckpt_path: {checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint; a run's "
+            "adapter is loaded by QLoRAModule(base, adapter=FOLDER), its checkpoints by python main.py fit"
+        )
 
 
 def _count(number: int) -> str:

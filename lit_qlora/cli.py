@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from lit_qlora.console import prepare
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, cut, excerpt
 from lit_qlora.launchers import ignore_launchers
 from lit_qlora.secrecy import check_no_secrets, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
@@ -88,7 +88,9 @@ def check_utf8(args: Sequence[str]) -> None:
         except UnicodeEncodeError as error:
             name = (arg if arg.startswith("--") else before).partition("=")[0].lstrip("-") or "command line"
             raise UserError(
-                f"{name}: it holds bytes that are no UTF-8, or half a character, got {arg!a}; convert it"
+                f"it holds bytes that are no UTF-8, or half a character, got {cut(ascii(arg))}",
+                option=name,
+                remedy="convert it",
             ) from error
 
 
@@ -122,4 +124,7 @@ def _run(args: list[str]) -> int:
         from lit_qlora.tools import run_tool
 
         return run_tool(verb, args[1:])
-    raise UserError(f"no verb {verb!r}; there are fit, validate, test, plan, {', '.join(TOOLS)}, doctor (see --help)")
+    raise UserError(
+        f"no verb {excerpt(verb)}",
+        remedy=f"there are fit, validate, test, plan, {', '.join(TOOLS)}, doctor (see --help)",
+    )

@@ -39,13 +39,23 @@ class UserError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        said = ": ".join(part for part in (self.place, self.option, self.problem) if part)
-        return f"{said}; {self.remedy}" if self.remedy else said
+        return f"{self._said()}; {self.remedy}" if self.remedy else self._said()
 
     def replace(self, **fields: Any) -> "UserError":
         """The same mistake with other ``fields``, as where another command calls the option by another name."""
         kept = {name: getattr(self, name) for name in ("problem", "option", "place", "remedy")}
         return UserError(**kept | fields)
+
+    def within(self, option: str) -> "UserError":
+        """The same mistake as one of what ``option`` names, whose sentence begins with that option."""
+        return UserError(self._said(), option=option, remedy=self.remedy)
+
+    def advise(self, remedy: str) -> "UserError":
+        """The same mistake with ``remedy`` behind its own."""
+        return self.replace(remedy=f"{self.remedy}; {remedy}" if self.remedy else remedy)
+
+    def _said(self) -> str:
+        return ": ".join(part for part in (self.place, self.option, self.problem) if part)
 
 
 class OutOfRoomError(UserError):

@@ -26,9 +26,11 @@ def ignore_launchers() -> list[str]:
         value = os.environ.get(name, "").strip()
         if value.isdecimal() and int(value) > 1:
             raise UserError(
-                f"{name}={value} in the environment: several processes are not supported, one trains on one device; "
-                "start python main.py by itself (without torchrun or mpirun, under srun with --ntasks 1), "
-                f"or unset {name}"
+                f"{name}={value} in the environment: several processes are not supported, one trains on one device",
+                remedy=(
+                    "start python main.py by itself (without torchrun or mpirun, under srun with "
+                    f"--ntasks 1), or unset {name}"
+                ),
             )
     left = {name: os.environ.pop(name) for name in (*COUNTS, *RANKS) if name in os.environ}
     return [f"{name}={value}" for name, value in left.items() if name in RANKS and value.strip() != "0"]

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lit_qlora.elsewhere import here
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, cut, excerpt
 from lit_qlora.secrecy import check_no_secret
 
 HELP = "the accepted ones are listed by --help"
@@ -35,8 +35,8 @@ class OneLineErrors:
         only = re.fullmatch(r"Unexpected config: ([\w.]+):\s*", str(message))
         if only:  # jsonargparse takes a file of nothing but "name:" for a text
             self.check_values({only[1]: None})
-            raise UserError(f"config: has no value for {only[1]} and says nothing else; give one")
-        raise UserError(_one_line(str(message), [action.dest for action in parser._actions]))
+            raise UserError(f"has no value for {only[1]} and says nothing else", option="config", remedy="give one")
+        raise _mistake(str(message), [action.dest for action in parser._actions])
 
     def types(self) -> dict[str, Any]:
         """The type of each option, by its dotted name."""
@@ -49,7 +49,9 @@ class OneLineErrors:
         for name, value in values.items():
             hint = types.get(name)
             if value is None and hint is not None and NoneType not in get_args(hint):
-                raise UserError(f"{name}: has no value, expected {_type_name(hint)}; give one, or leave the line out")
+                raise UserError(
+                    f"has no value, expected {_type_name(hint)}", option=name, remedy="give one, or leave the line out"
+                )
 
 
 def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, An
     names = [*parser.types()]
     for name in (f"{section}.{key}" for key in values):
         if name not in names:
-            raise UserError(f"unknown option {name!r}{did_you_mean(name, names)}")
+            raise UserError(f"unknown option {excerpt(name)}", remedy=did_you_mean(name, names))
     try:
         return dict(parser.parse_object({section: dict(values)})[section].as_dict())
     except ArgumentError as error:
@@ -87,17 +89,18 @@ def is_plain(value: Any) -> bool:
     return all(isinstance(one, str | int | float | None) for one in (value if isinstance(value, list) else [value]))
 
 
-def _one_line(message: str, names: list[str]) -> str:
+def _mistake(message: str, names: list[str]) -> UserError:
+    """What jsonargparse says in ``message``, which may be lines and types of Python's, of the options ``names``."""
     unknown = re.search(
         r"not accept option '([^']+)'|[Uu]nrecognized arguments?: (\S+)|^Option '([^']+)' is not accepted", message
     )
     if unknown:
         name = (unknown[1] or unknown[2] or unknown[3]).lstrip("-").split("=")[0]
-        return f"unknown option {name!r}{did_you_mean(name, names)}"
+        return UserError(f"unknown option {excerpt(name)}", remedy=did_you_mean(name, names))
     linked = re.search(r"model\.base --> (data\.tokenizer)|Linked \"([\w.]+)\" must be given", message)
     if linked:
         name = linked[1] or linked[2]
-        return f"{name}: can't be given, it is always {LINKED[name]}; set that one"
+        return UserError(f"can't be given, it is always {LINKED[name]}", option=name, remedy="set that one")
     message = re.sub(r"\s+", " ", message).strip()
     message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message)
     message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"expected one of \1", message)
@@ -105,16 +108,18 @@ def _one_line(message: str, names: list[str]) -> str:
     message = re.sub(r"^Parser key \"([^\"]+)\": ?", r"\1: ", message)
     section = re.match(r"(\w+): Unable to load config '([^']*)'", message)
     if section:
-        return (
-            f"{section[1]}: is no option but a section of them, got {section[2]!r}; {here(section[1], names) or HELP}"
-        )
+        what = f"is no option but a section of them, got {excerpt(section[2])}"
+        return UserError(what, option=section[1], remedy=here(section[1], names) or HELP)
     union = re.search(r"^(\S+): .*?Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", message)
     if union:
         types = re.sub(r"<class '([^']+)'>", r"\1", union[2]).replace("NoneType", "none")
         types = re.sub(r"(?:\w+\.)+(\w+)", r"\1", types)
         types = re.sub(r"Literal\[(.*?)\]", r"\1", types)
-        return f"{union[1]}: expected {types}; got {union[3]}"
-    return message
+        return UserError(f"expected {types}; got {cut(union[3])}", option=union[1])
+    expected, got, value = message.partition(", got ")
+    named = re.match(r"([\w.]+): ", expected)
+    option = named[1] if named and any(f"{name}.".startswith(f"{named[1]}.") for name in names) else None
+    return UserError(f"{expected.removeprefix(f'{option}: ')}{got}{cut(value)}", option=option)
 
 
 def _type_name(hint: Any) -> str:
@@ -132,11 +137,11 @@ def did_you_mean(name: str, names: list[str]) -> str:
     last = name.rpartition(".")[2]
     known = here(name, names)
     if known and name not in names:
-        return f"; {known}"
+        return known
     near = difflib.get_close_matches(name, names, 1, 0.75)
     if not near:
         near = [known for known in names if known.rpartition(".")[2] == last][:1]
-    return f"; did you mean {near[0]!r}?" if near else f"; {HELP}"
+    return f"did you mean {near[0]!r}?" if near else HELP
 
 
 def plain(value: Any) -> Any:
@@ -172,38 +177,38 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     Raises UserError with file and line.
     """
     if path.is_dir():
-        raise UserError(f"config: {path} is a folder, expected a YAML file")
+        raise UserError(f"{path} is a folder, expected a YAML file", option="config")
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path("configs")
         known = [str(file) for file in sorted(folder.glob("*.y*ml"))]
         near = difflib.get_close_matches(str(path), known, 1, 0.6)
-        raise UserError(f"config: no file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise UserError(f"no file {path}", option="config", remedy=f"did you mean {near[0]}?" if near else None)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise UserError(f"not UTF-8 (byte {error.start})", place=path, remedy="save it as UTF-8") from error
     try:
         root = yaml.compose(text, Loader=loader)
         yaml.load(text, Loader=loader)  # finds tags, keys and dates that can't be
         values = list(_values(root)) if isinstance(root, yaml.MappingNode) else []
     except RecursionError as error:
-        raise UserError(f"{path}: something in it stands within itself (& and *), or is nested too deep") from error
+        raise UserError("something in it stands within itself (& and *), or is nested too deep", place=path) from error
     except (ValueError, LookupError, AttributeError) as error:  # yaml's own, of a date or a tag that does not fit
-        raise UserError(f"{path}: no valid YAML: {error}") from error
+        raise UserError(f"no valid YAML: {error}", place=path) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         problem = " ".join(str(getattr(error, "problem", error)).split())
-        raise UserError(f"{path}:{line}: no valid YAML: {problem}") from error
+        raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}") from error
     if root is None:
-        raise UserError(f"{path}: the file is empty")
+        raise UserError("the file is empty", place=path)
     if not isinstance(root, yaml.MappingNode):
         kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
-        raise UserError(f"{path}:1: expected 'option: value' lines, got a {kind}")
+        raise UserError(f"expected 'option: value' lines, got a {kind}", place=f"{path}:1")
     for line, name, value in values:
-        check_no_secret(name, value, f"{path}:{line}: ")
+        check_no_secret(name, value, f"{path}:{line}")
     for line, problem in _problems(root):
-        raise UserError(f"{path}:{line}: {problem}")
+        raise UserError(problem, place=f"{path}:{line}")
 
 
 def _values(node: yaml.Node, name: str = "") -> Iterator[tuple[int, str, str]]:
@@ -223,7 +228,7 @@ def _problems(node: yaml.MappingNode, section: str = "") -> Iterator[tuple[int, 
     for key, value in node.value:
         line, name = key.start_mark.line + 1, f"{section}{key.value}"
         if key.value in seen:
-            yield line, f"{name!r} stands here a second time (first in line {seen[key.value]}); keep one"
+            yield line, f"{excerpt(name)} stands here a second time (first in line {seen[key.value]}); keep one"
         seen[key.value] = line
         if not section and key.value == "config":
             yield line, "a config file can't name another; give several with --config A --config B"
@@ -235,5 +240,5 @@ def _problems(node: yaml.MappingNode, section: str = "") -> Iterator[tuple[int, 
             empty = value.tag == "tag:yaml.org,2002:null"
             yield (
                 line,
-                f"section {name!r} is {'empty; fill it or remove the line' if empty else 'no section'}",
+                f"section {excerpt(name)} is {'empty; fill it or remove the line' if empty else 'no section'}",
             )

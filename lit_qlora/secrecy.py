@@ -52,17 +52,19 @@ def _holds_one(value: str) -> bool:
     )
 
 
-def check_no_secret(name: str, value: str, place: str = "") -> None:
+def check_no_secret(name: str, value: str, place: str | None = None) -> None:
     """Raises UserError, which does not tell it, where option ``name`` is meant for a secret or ``value`` holds one.
 
-    ``place`` is put in front: the file and line that the option stands in.
+    ``place`` is the file and line that the option stands in.
     """
     last = name.rpartition(".")[2]
     if not (re.fullmatch(_NAME, last, re.IGNORECASE) or _holds_one(value)):
         return
     raise UserError(
-        f"{place}{redact(name)}: it holds a password or a token, and options are kept in the run's files; put a token "
-        "for the hub into the environment as HF_TOKEN, and fetch by hand what else needs one"
+        "it holds a password or a token, and options are kept in the run's files",
+        option=redact(name),
+        place=place,
+        remedy="put a token for the hub into the environment as HF_TOKEN, and fetch by hand what else needs one",
     )
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.sources import find_splits, is_hub_id
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model import fingerprint
 from lit_qlora.model.base import Base, missing_bytes
 from lit_qlora.model.copies import Copies
@@ -101,7 +101,7 @@ def _folder(run: str | None) -> Path | None:
     require(bool(run.strip()), "run", "a folder", run)
     require(run != "null", "run", "a folder", None)
     if "://" in run:
-        raise UserError(f"run: {run} is a URL, and runs are only kept on this machine: give a folder")
+        raise UserError(f"{run} is a URL, and runs are only kept on this machine: give a folder", option="run")
     return run_path(run)
 
 
@@ -109,7 +109,7 @@ def _check_kept(run: RunFolder) -> None:
     try:
         check_config_file(run.config, NoReferences)
     except UserError as error:
-        raise UserError(f"{error}; {run.config_remedy()}") from error
+        raise error.advise(run.config_remedy()) from error
 
 
 def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
@@ -126,7 +126,8 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
     for name, value in command.kept.read_options().items():
         known = next((one for one in types if name == one or name.startswith((f"{one}.", f"{one}+"))), None)
         if known is None:
-            raise UserError(f"{place}: unknown option {name!r}{did_you_mean(name, [*types])}; {REMEDY}")
+            near = did_you_mean(name, [*types])
+            raise UserError(f"unknown option {excerpt(name)}", place=place, remedy=f"{near}; {REMEDY}")
         if not is_plain_type(types[known]):
             if name == known and (value is None or isinstance(value, bool)):
                 kept[name] = value
@@ -135,7 +136,9 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
         elif name == known and is_plain(value):
             kept[name] = value
         else:
-            raise UserError(f"{place}: {known}: expected a plain value, got {name} with {value!r}; {REMEDY}")
+            raise UserError(
+                f"expected a plain value, got {name} with {excerpt(value)}", option=known, place=place, remedy=REMEDY
+            )
     if left_out:
         print(
             f"warning: {', '.join(left_out)} of {place} left out: it can name code, and none is taken from a run "
@@ -229,8 +232,9 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
     if others:
         _check_sources(data)
         raise UserError(
-            f"run: {run.path} was started with other settings: {'; '.join(others)}; "
-            "give --run NAME to start another run"
+            f"{run.path} was started with other settings: {'; '.join(others)}",
+            option="run",
+            remedy="give --run NAME to start another run",
         )
     finished = run.finished()
     if finished and _stays_finished(finished, finished.get("lengths", lengths(first)), lengths(config)):
@@ -299,8 +303,10 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
     free = shutil.disk_usage(cache if cache.exists() else Path.home()).free
     if free < download:
         raise UserError(
-            f"model.base: {module.base.name} is a download of {size(download)}, and the disk of the "
-            f"hub's cache has {size(free)} left; free some, or set HF_HOME to a larger disk"
+            f"{module.base.name} is a download of {size(download)}, and the disk of the hub's cache "
+            f"has {size(free)} left",
+            option="model.base",
+            remedy="free some, or set HF_HOME to a larger disk",
         )
 
 
@@ -313,7 +319,9 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
     for problem in problems:
         print(f"warning: {problem}; going back to the checkpoint before", file=sys.stderr)
     if problems and whole is None:
-        raise UserError(f"run: no checkpoint in {run.checkpoints} is whole; start anew with another --run")
+        raise UserError(
+            f"no checkpoint in {run.checkpoints} is whole", option="run", remedy="start anew with another --run"
+        )
     return whole
 
 
@@ -336,7 +344,7 @@ def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_neede
         try:
             read_weights(run.adapter, lora.rank, lora.alpha, rslora=lora.rslora, dora=lora.dora)
         except UserError as error:
-            raise UserError(f"{error}; move {run.adapter} away, and a copy or a new best takes its place") from error
+            raise error.advise(f"move {run.adapter} away, and a copy or a new best takes its place") from error
 
 
 def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
@@ -348,12 +356,16 @@ def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
         return None, None
     if what == "best":
         if not (run.adapter / "adapter_config.json").is_file():
-            raise UserError(f"ckpt_path: {run.path} has no adapter yet; --ckpt_path last or base may be scored")
+            raise UserError(
+                f"{run.path} has no adapter yet", option="ckpt_path", remedy="--ckpt_path last or base may be scored"
+            )
         return run.adapter, None
     if what == "last":
         checkpoint, _ = run.last_checkpoint(check_checkpoint)
         if checkpoint is None:
-            raise UserError(f"ckpt_path: {run.path} has no whole checkpoint; best or base may be scored")
+            raise UserError(
+                f"{run.path} has no whole checkpoint", option="ckpt_path", remedy="best or base may be scored"
+            )
         return None, checkpoint
     if (Path(what) / "adapter_config.json").is_file():
         return Path(what), None
@@ -361,5 +373,5 @@ def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
     try:
         check_checkpoint(folder)
     except DamagedFolderError as error:
-        raise UserError(f"ckpt_path: {error}; give best, last, base, or a folder that is whole") from error
+        raise error.within("ckpt_path").advise("give best, last, base, or a folder that is whole") from error
     return None, folder

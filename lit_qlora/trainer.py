@@ -29,7 +29,7 @@ from lightning.pytorch.plugins import CheckpointIO, LayerSync
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model.device import Precision, choose_precision, current_device
 from lit_qlora.options import OneLineErrors
 
@@ -188,8 +188,12 @@ class QLoRATrainer(Trainer):
         require(accelerator in known, "trainer.accelerator", f"one of {', '.join(known)}", accelerator)
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise UserError(
-                f"trainer.accelerator: {accelerator}, and torch sees no CUDA GPU here; on Colab choose one (Runtime, "
-                "Change runtime type), elsewhere check the driver (nvidia-smi), or leave it at auto"
+                f"{accelerator}, and torch sees no CUDA GPU here",
+                option="trainer.accelerator",
+                remedy=(
+                    "on Colab choose one (Runtime, Change runtime type), elsewhere check the driver "
+                    "(nvidia-smi), or leave it at auto"
+                ),
             )
         one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
         require(one, "trainer.devices", "one device (several come later)", devices)
@@ -197,7 +201,9 @@ class QLoRATrainer(Trainer):
             count = torch.cuda.device_count() if accelerator != "cpu" else 0
             if not count:
                 here = "there is no GPU here" if accelerator != "cpu" else "a CPU has no number"
-                raise UserError(f"trainer.devices: expected 1, for {here}, got {devices}; leave it out")
+                raise UserError(
+                    f"expected 1, for {here}, got {devices}", option="trainer.devices", remedy="leave it out"
+                )
             require(0 <= devices[0] < count, "trainer.devices", f"a GPU's number below {count}, or 1", devices)
         device = current_device(accelerator)
         chosen, self.precision_reason = choose_precision(precision, device, num_weights)
@@ -241,11 +247,15 @@ def own_callbacks(given: Callback | list[Callback] | None, validates: bool = Tru
     for callback in callbacks:
         name = type(callback).__name__
         if isinstance(callback, Timer) and callback.time_remaining() is not None:
-            raise UserError(f"trainer.callbacks: {name} would end the run unsaved; leave it out, and give --max_time")
+            raise UserError(
+                f"{name} would end the run unsaved",
+                option="trainer.callbacks",
+                remedy="leave it out, and give --max_time",
+            )
         monitored = getattr(callback, "monitor", None)
         if isinstance(monitored, str) and (monitored not in FIGURES or not validates):
             known = f"one of {', '.join(FIGURES)}" if validates else "none where trainer.limit_val_batches is 0"
-            raise UserError(f"trainer.callbacks: {name} monitors {monitored!r}, expected {known}")
+            raise UserError(f"{name} monitors {excerpt(monitored)}, expected {known}", option="trainer.callbacks")
     return callbacks
 
 
@@ -266,7 +276,7 @@ def _others(given: Any, option: str, taken: Mapping[Any, str]) -> list[Any]:
     for one in given:
         for kind, expected in taken.items():
             if isinstance(one, kind):
-                raise UserError(f"{option}: expected {expected}, got {type(one).__name__}; leave it out")
+                raise UserError(f"expected {expected}, got {type(one).__name__}", option=option, remedy="leave it out")
     return given
 
 

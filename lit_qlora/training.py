@@ -33,7 +33,7 @@ from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.trial import Trial
 from lit_qlora.data.datamodule import ChatDataModule, read_template
-from lit_qlora.errors import OutOfRoomError, UserError, require
+from lit_qlora.errors import OutOfRoomError, UserError, one_line, require
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import planned
 from lit_qlora.launchers import requeue
@@ -225,8 +225,9 @@ class QLoRACLI(LightningCLI):
             text = self._parser(self.verb).dump(plain(self.config[self.verb]), format="yaml")
         except ValueError as error:
             raise UserError(
-                "trainer: an option of a class of yours has a value that config.yaml can't hold "
-                f"({' '.join(str(error).split())[:300]}); give it as a text, a number or a list of these"
+                f"an option of a class of yours has a value that config.yaml can't hold ({one_line(error, 300)})",
+                option="trainer",
+                remedy="give it as a text, a number or a list of these",
             ) from error
         config = dict(yaml.safe_load(text))
         return {name: value for name, value in config.items() if name not in FOR_ONE_START}
@@ -323,9 +324,9 @@ class QLoRACLI(LightningCLI):
                 tell(f"  plan  {line}")
             if not isinstance(error, OutOfRoomError):
                 change = "--samples.count 0 or --model.checkpointing full, with which this run goes on"
-                raise UserError(f"{OUT_OF_MEMORY}; give {change}") from error
+                raise UserError(OUT_OF_MEMORY, remedy=f"give {change}") from error
             change = datamodule.smaller(error.rows, self.trainer.accumulate_grad_batches)
-            raise UserError(f"{error}; give {change}, in a new run: --run NAME") from error
+            raise error.advise(f"give {change}, in a new run: --run NAME") from error
         if not self.report.was_told:  # killed between its last save and its end: Lightning sees nothing left to do
             self.checkpoints.on_train_end(self.trainer, model)
             self.report.on_train_end(self.trainer, model)
@@ -366,9 +367,11 @@ def main(args: list[str]) -> int:
         with ExitStack() as stack:
             QLoRACLI(start.complete(args), stack)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{OUT_OF_MEMORY}; give a smaller data.batch_size or data.max_length") from error
+        raise UserError(OUT_OF_MEMORY, remedy="give a smaller data.batch_size or data.max_length") from error
     except MisconfigurationException as error:  # Lightning's word for options that don't go together
-        raise UserError(f"trainer: {' '.join(str(error).split())}; change or leave out that option") from error
+        raise UserError(
+            " ".join(str(error).split()), option="trainer", remedy="change or leave out that option"
+        ) from error
     except SystemExit as stop:
         if stop.code == 128 + WARNING and not isinstance(stop, LeftAtOnce):  # saved; behind the mirror's last copy
             requeue()

@@ -24,7 +24,7 @@ from hypothesis import settings
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-pytest_plugins = ["tests.tiny_llama"]
+pytest_plugins = ["tests.tiny_llama", "tests.expect"]
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 

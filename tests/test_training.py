@@ -329,7 +329,7 @@ BAD = [
     (["fit", "--data.source", "one.jsonl"], "one.jsonl"),
     (["fit", "--data.source", "torn.jsonl"], "torn.jsonl:2: "),
     (["fit", "--data.source", "latin.jsonl"], "latin.jsonl"),
-    (["fit", "--data.max_length", "8"], "data.source: of 848 conversations in demo none has an answer within"),
+    (["fit", "--data.max_length", "8"], "data.max_length: of 848 conversations in demo none has an answer"),
     (["fit", "--data.batch_size", "0"], "data.batch_size: expected at least 1 row, got 0"),
     (["fit", "--data.train_on", "question"], "data.train_on: expected one of 'answers', 'all', got question"),
     (["fit", "--trainer.max_steps", "0"], "trainer.max_steps: expected a whole number from 1, or -1, got 0"),

@@ -83,8 +83,9 @@ class UpdateGuard(StepCallback):
                 parameter.grad = None
         if self.nonfinite_in_a_row >= self.max_nonfinite_losses and _scale(trainer) is None:
             raise UserError(
-                f"the loss of step {trainer.global_step + 1} is not finite ({self.nonfinite_in_a_row} in a row), with "
-                f"training rows {self._step_rows} ({trainer.precision}); {self._remedy()}"
+                f"the loss of step {trainer.global_step + 1} is not finite ({self.nonfinite_in_a_row} "
+                f"in a row), with training rows {self._step_rows} ({trainer.precision})",
+                remedy=self._remedy(),
             )
 
     def _remedy(self) -> str:
@@ -114,10 +115,10 @@ class UpdateGuard(StepCallback):
         scale = _scale(trainer)  # waits for the device, so not in each step
         if scale is not None:
             raise UserError(
-                f"{self.skips_in_a_row} updates in a row were skipped for losses or gradients that overflow in fp16, "
-                f"up to step {trainer.global_step} with training rows {self._step_rows}, at a scale of "
-                f"{scale:g}; what is saved is sound; try a lower model.learning_rate or "
-                "trainer.precision=32-true"
+                f"{self.skips_in_a_row} updates in a row were skipped for losses or gradients that "
+                f"overflow in fp16, up to step {trainer.global_step} with training rows "
+                f"{self._step_rows}, at a scale of {scale:g}",
+                remedy="what is saved is sound; try a lower model.learning_rate or trainer.precision=32-true",
             )
 
 

@@ -47,8 +47,10 @@ class SamePrompts(Callback):
         was, now = record["prompt_format"], _prompt_format(trainer.datamodule)  # type: ignore[attr-defined]
         if was != now:
             raise UserError(
-                f"data.template: the checkpoint was trained with {_told('prompt_format', record)}, and is to "
-                f"be scored with {_told('prompt_format', {'prompt_format': now})}; give that of its run, or none"
+                f"the checkpoint was trained with {_told('prompt_format', record)}, and is to be "
+                f"scored with {_told('prompt_format', {'prompt_format': now})}",
+                option="data.template",
+                remedy="give that of its run, or none",
             )
 
 
@@ -89,9 +91,12 @@ class RunIdentity(Callback):
         _compare(was, now)
         if now["steps"] < was["steps"]:
             raise UserError(
-                f"run: it has {was['steps']} optimizer steps, and is asked for {now['steps']}; a run can be made "
-                "longer (trainer.max_steps, trainer.max_epochs), not shorter: end it with Ctrl-C or --max_time, "
-                "or give --run NAME to start another run"
+                f"it has {was['steps']} optimizer steps, and is asked for {now['steps']}",
+                option="run",
+                remedy=(
+                    "a run can be made longer (trainer.max_steps, trainer.max_epochs), not shorter: "
+                    "end it with Ctrl-C or --max_time, or give --run NAME to start another run"
+                ),
             )
         self._old_steps = was["steps"]
 
@@ -131,8 +136,9 @@ def _record(checkpoint: dict[str, Any], folder: object) -> dict[str, Any]:
     missing = {*REMEDY, "base_name", "steps"} - (found.keys() if isinstance(found, dict) else set())
     if missing:
         raise UserError(
-            f"run: {folder} was altered: its record of the run has no {min(missing)}; remove that folder, and the one "
-            "before is taken"
+            f"{folder} was altered: its record of the run has no {min(missing)}",
+            option="run",
+            remedy="remove that folder, and the one before is taken",
         )
     return dict(found)
 
@@ -165,8 +171,9 @@ def _compare(was: dict[str, Any], now: dict[str, Any]) -> None:
     for part, remedy in REMEDY.items():
         if part in now and was[part] != now[part]:
             raise UserError(
-                f"run: its {part.replace('_', ' ')} changed: {_told(part, was)} -> {_told(part, now)}; "
-                f"{remedy}, or --run NAME to start another run"
+                f"its {part.replace('_', ' ')} changed: {_told(part, was)} -> {_told(part, now)}",
+                option="run",
+                remedy=f"{remedy}, or --run NAME to start another run",
             )
 
 

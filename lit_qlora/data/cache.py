@@ -171,8 +171,8 @@ def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder
         if _problem(folder):
             reason = error.reason if isinstance(error, SaveError) else error.strerror
             raise UserError(
-                f"the encoded rows can't be kept in {folder.parent} ({reason}); free some room there, "
-                "or set HF_DATASETS_CACHE to a folder that can be written"
+                f"the encoded rows can't be kept in {folder.parent} ({reason})",
+                remedy="free some room there, or set HF_DATASETS_CACHE to a folder that can be written",
             ) from error
 
 

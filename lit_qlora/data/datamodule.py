@@ -354,11 +354,11 @@ class ChatDataModule(LightningDataModule):
     def _encode(self, part: str, records: Records) -> None:
         rows = encode_records(records.conversations, self.encoder)
         if not len(rows):
-            held_out = "test_source" if part == "test" and self.test_source else "validation_source"
             raise UserError(
-                f"data.{'source' if part == 'train' else held_out}: of {len(records.conversations)} "
-                f"conversations in {records.name} none has an answer within data.max_length={self.max_length} "
-                "tokens; raise it"
+                f"of {len(records.conversations)} conversations in {records.name} none has an answer within "
+                f"{self.max_length} tokens",
+                option="data.max_length",
+                remedy="raise it",
             )
         self._records[part], self._rows[part] = records, rows
 

@@ -49,9 +49,11 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """
     ending = path.suffix.lower()
     if ending in COMPRESSED:
-        raise UserError(f"{path}: is compressed, expected one of {', '.join(ENDINGS)}; unpack it first")
+        raise UserError(f"is compressed, expected one of {', '.join(ENDINGS)}", place=path, remedy="unpack it first")
     if ending not in ENDINGS:
-        raise UserError(f"{path}: the ending is {ending!r}, expected one of {', '.join(ENDINGS)}; convert the file")
+        raise UserError(
+            f"the ending is {ending!r}, expected one of {', '.join(ENDINGS)}", place=path, remedy="convert the file"
+        )
     data = _read_bytes(path)
     if ending == ".parquet":
         rows = list(_parquet_rows(path, data))
@@ -60,7 +62,7 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     else:
         rows = _json_rows(path, _decode(path, data), columns)
     if not rows:
-        raise UserError(f"{path}: holds no rows, expected some such as {EXAMPLE}; check how it was made")
+        raise UserError(f"holds no rows, expected some such as {EXAMPLE}", place=path, remedy="check how it was made")
     return rows
 
 
@@ -88,44 +90,59 @@ def nearest(name: str, known: list[str], cutoff: float = 0.7) -> str:
 def _read_bytes(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for without a word
-            raise UserError(f"{path}: is a folder, a pipe or a device, expected a file; write the rows into one")
+            raise UserError(
+                "is a folder, a pipe or a device, expected a file", place=path, remedy="write the rows into one"
+            )
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); check the file's permissions") from error
+        raise UserError(
+            f"can't be read ({error.strerror})", place=path, remedy="check the file's permissions"
+        ) from error
     start = data[:200].lstrip().lower()
     if not data:
-        raise UserError(f"{path}: is empty (0 bytes); check how it was made, or download it again")
+        raise UserError("is empty (0 bytes)", place=path, remedy="check how it was made, or download it again")
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: is a git-LFS pointer, not the data; run 'git lfs pull' where it was cloned")
+        raise UserError(
+            "is a git-LFS pointer, not the data", place=path, remedy="run 'git lfs pull' where it was cloned"
+        )
     if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
         raise UserError(
-            f"{path}: is a web page, not data; download the file itself ('resolve' in its link, not 'blob')"
+            "is a web page, not data", place=path, remedy="download the file itself ('resolve' in its link, not 'blob')"
         )
     if data.startswith((b"\x1f\x8b", b"PK\x03\x04")):
-        raise UserError(f"{path}: is compressed in spite of its ending; unpack it first")
+        raise UserError("is compressed in spite of its ending", place=path, remedy="unpack it first")
     return data
 
 
 def _decode(path: Path, data: bytes) -> str:
     if not data.strip(b"\0"):
-        raise UserError(f"{path}: holds nothing but NUL bytes: it was cut off while it was written; copy it again")
+        raise UserError(
+            "holds nothing but NUL bytes: it was cut off while it was written", place=path, remedy="copy it again"
+        )
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
         name = "UTF-32" if b"\0\0" in data[:4] else "UTF-16"
-        raise UserError(f"{path}: is {name}, expected UTF-8; save it again as UTF-8 (iconv -f {name} -t UTF-8)")
+        raise UserError(
+            f"is {name}, expected UTF-8", place=path, remedy=f"save it again as UTF-8 (iconv -f {name} -t UTF-8)"
+        )
     data = data.removeprefix(b"\xef\xbb\xbf")
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        raise UserError(f"{path}:{line}: holds a NUL byte, expected UTF-8 text; it's damaged or binary, copy it again")
+        raise UserError(
+            "holds a NUL byte, expected UTF-8 text",
+            place=f"{path}:{line}",
+            remedy="it's damaged or binary, copy it again",
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file from the encoding"
-            " it was saved in (such as iconv -f WINDOWS-1252 -t UTF-8)"
+            f"byte 0x{data[error.start]:02x} is not UTF-8",
+            place=f"{path}:{line}",
+            remedy="convert the file from the encoding it was saved in (such as iconv -f WINDOWS-1252 -t UTF-8)",
         ) from error
     if not text.strip():
-        raise UserError(f"{path}: holds only blank lines; check how it was made, or download it again")
+        raise UserError("holds only blank lines", place=path, remedy="check how it was made, or download it again")
     return text
 
 
@@ -188,7 +205,9 @@ def _lines(path: Path, text: str, error: Exception) -> list[Row]:
 
 
 def _no_json(where: str, line: str, error: Exception, remedy: str) -> UserError:
-    return UserError(f"{where}: no JSON ({_reason(error)}), expected whole objects, got {excerpt(line)}; {remedy}")
+    return UserError(
+        f"no JSON ({_reason(error)}), expected whole objects, got {excerpt(line)}", place=where, remedy=remedy
+    )
 
 
 def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] | None:
@@ -200,8 +219,9 @@ def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] |
         return value if isinstance(value, list) else None
     if _is_by_columns(value, columns):
         raise UserError(
-            f"{path}: is written by columns, expected a list of rows, got {excerpt(value)}; write it by rows (with"
-            " pandas: to_json(…, orient='records'))"
+            f"is written by columns, expected a list of rows, got {excerpt(value)}",
+            place=path,
+            remedy="write it by rows (with pandas: to_json(…, orient='records'))",
         )
     if {*columns} & {*value} or len({*ELSEWHERE} & {*value}) > 1:
         return None
@@ -214,8 +234,9 @@ def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] |
     lists = {name: part for name, part in lists.items() if {*columns} & {*part[0]}} or lists
     if len(lists) > 1:
         raise UserError(
-            f"{path}: holds lists under {' and '.join(map(repr, lists))}, expected one list of rows; write each into a"
-            " file of its own, such as train.json and test.json in one folder"
+            f"holds lists under {' and '.join(map(repr, lists))}, expected one list of rows",
+            place=path,
+            remedy="write each into a file of its own, such as train.json and test.json in one folder",
         )
     return next(iter(lists.values()), None)
 
@@ -249,7 +270,9 @@ def _csv_cells(path: Path, text: str) -> Iterator[tuple[str, list[str]]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{where}: broken quoting ({error}); double every quote inside a quoted text") from error
+            raise UserError(
+                f"broken quoting ({error})", place=where, remedy="double every quote inside a quoted text"
+            ) from error
         if cells is None:
             return
         if cells:
@@ -263,18 +286,19 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
             header = cells
             doubled = [name for name in header if header.count(name) > 1]
             if doubled:
-                raise UserError(f"{where}: two columns are named {doubled[0]!r}; rename or remove one")
+                raise UserError(
+                    f"two columns are named {excerpt(doubled[0])}", place=where, remedy="rename or remove one"
+                )
             if not any(nearest(name.lower(), [*columns, *ELSEWHERE]) for name in header):
                 raise UserError(
-                    f"{where}: no column {columns[-1]!r}, columns found: {excerpt(header)};"
-                    " the first line of a .csv names the columns"
+                    f"no column {columns[-1]!r}, columns found: {excerpt(header)}",
+                    place=where,
+                    remedy="the first line of a .csv names the columns",
                 )
         elif len(cells) != len(header):
-            problem = (
-                f"{where}: {len(cells)} columns, expected {len(header)} as in the first line,"
-                f" got {excerpt(cells)}; put quotes around texts that hold commas"
-            )
-            yield Row(where, {}, UserError(problem))
+            what = f"{len(cells)} columns, expected {len(header)} as in the first line, got {excerpt(cells)}"
+            remedy = "put quotes around texts that hold commas"
+            yield Row(where, {}, UserError(what, place=where, remedy=remedy))
         else:
             yield Row(where, dict(zip(header, cells, strict=True)))
 
@@ -287,7 +311,7 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
         values = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
-            f"{path}: no whole parquet file ({_reason(error)}); it may be cut short, download it again"
+            f"no whole parquet file ({_reason(error)})", place=path, remedy="it may be cut short, download it again"
         ) from error
     for number, value in enumerate(values, start=1):
         yield Row(f"{path}: row {number}", value)
@@ -296,10 +320,8 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
 def _row(where: str, value: object) -> Row:
     if isinstance(value, dict):
         return Row(where, value)
-    problem = (
-        f"{where}: holds {kind(value)}, expected an object such as {EXAMPLE}, got {excerpt(value)}; mend or delete it"
-    )
-    return Row(where, {}, UserError(problem))
+    what = f"holds {kind(value)}, expected an object such as {EXAMPLE}, got {excerpt(value)}"
+    return Row(where, {}, UserError(what, place=where, remedy="mend or delete it"))
 
 
 def _reason(error: Exception) -> str:

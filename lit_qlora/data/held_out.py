@@ -64,8 +64,9 @@ class Parts:
                 return train, _apart(self._load(self.source, own), train)
             if self.validation_source is not None:
                 raise UserError(
-                    f"data.validation_source: {self.source} is the training data itself; leave it out to hold out a "
-                    "share"
+                    f"{self.source} is the training data itself",
+                    option="data.validation_source",
+                    remedy="leave it out to hold out a share",
                 )
             return _split(train, self.share, self.seed)
         assert self.validation_source is not None
@@ -97,7 +98,11 @@ class Parts:
         splits = find_splits(source)
         name = splits.first("test", "validation")
         if name is None and _place(source) == _place(self.source):
-            raise UserError(f"data.test_source: {source} is the training data itself; leave it out, or give others")
+            raise UserError(
+                f"{source} is the training data itself",
+                option="data.test_source",
+                remedy="leave it out, or give others",
+            )
         return self._load(source, name or splits.training())
 
     def held_out(self, rows: RunRows | None) -> tuple[Records, int]:
@@ -137,9 +142,9 @@ class Parts:
         kept = [found[one] for one in rows.held_out if one in found]
         if not kept:
             raise UserError(
-                f"data.source: none of the {len(rows.held_out):,} conversations that the run held out is in "
-                f"{self.source} any more; give the rows that the run began with, or others with "
-                "--data.validation_source"
+                f"none of the {len(rows.held_out):,} conversations that the run held out is in {self.source} any more",
+                option="data.source",
+                remedy="give the rows that the run began with, or others with --data.validation_source",
             )
         name = " and ".join(records.name for records in places)
         unanswered = frozenset(new for new, (records, place) in enumerate(kept) if place in records.unanswered)
@@ -181,8 +186,10 @@ def _apart(records: Records, train: Records, part: Literal["validation", "test"]
     count, number = sum(conversation in learned for conversation in records.conversations), len(records.conversations)
     if count == number:
         raise UserError(
-            f"data.{part}_source: all {number:,} conversations of {records.name} are training data, too "
-            f"({train.name}), and say nothing of new ones; give others, or hold out a share of the source"
+            f"all {number:,} conversations of {records.name} are training data, "
+            f"too ({train.name}), and say nothing of new ones",
+            option=f"data.{part}_source",
+            remedy="give others, or hold out a share of the source",
         )
     told = {f"of {number:,} {PART[part]} conversations are in training too": count} if count else {}
     return replace(records, dropped=told | records.dropped)
@@ -191,14 +198,16 @@ def _apart(records: Records, train: Records, part: Literal["validation", "test"]
 def _split(records: Records, share: float, seed: int) -> tuple[Records, Records]:
     if not 0 < share < 1:
         raise UserError(
-            f"data.validation_share: is {share}, expected between 0 and 1, such as 0.05, because"
-            f" {records.name} has no test split; or give data.validation_source"
+            f"is {share}, expected between 0 and 1, such as 0.05, because {records.name} has no test split",
+            option="data.validation_share",
+            remedy="or give data.validation_source",
         )
     unique = list(dict.fromkeys(records.conversations))
     if len(unique) < 2:
         raise UserError(
-            f"{records.name}: has one conversation only, so none can be held out; add rows, or give"
-            " data.validation_source"
+            "has one conversation only, so none can be held out",
+            place=records.name,
+            remedy="add rows, or give data.validation_source",
         )
     count = min(max(1, round(share * len(unique))), len(unique) - 1)
     chosen = set(random.Random(seed).sample(unique, count))

@@ -56,17 +56,21 @@ def read_subjects(option: str, place: str) -> list[Subject]:
     if path.is_dir():
         files = sorted(path.glob("*.csv"))
         if not files:
-            raise UserError(f"{option}: no .csv file in {place}; give MMLU's folder test (for examples, dev) or a file")
+            raise UserError(
+                f"no .csv file in {place}",
+                option=option,
+                remedy="give MMLU's folder test (for examples, dev) or a file",
+            )
     elif path.is_file():
         files = [path]
     else:
-        raise UserError(f"{option}: no file or folder {place}")
+        raise UserError(f"no file or folder {place}", option=option)
     return [Subject(SPLIT.sub("", file.stem), _read(file), bool(SPLIT.search(file.stem))) for file in files]
 
 
 def _read(path: Path) -> tuple[Question, ...]:
     if path.suffix.lower() != ".csv":
-        raise UserError(f"{path}: the ending is {path.suffix!r}, expected .csv; convert the file")
+        raise UserError(f"the ending is {path.suffix!r}, expected .csv", place=path, remedy="convert the file")
     rows = read_cells(path)
     order = list(range(len(COLUMNS)))
     heads = [cell.strip().lower() for cell in rows[0][1]]
@@ -74,12 +78,13 @@ def _read(path: Path) -> tuple[Question, ...]:
         missing = [name for name in COLUMNS if name.lower() not in heads]
         if missing:
             raise UserError(
-                f"{rows[0][0]}: no column {missing[0]!r}, columns found: {excerpt(rows[0][1])}; expected "
-                f"{', '.join(COLUMNS)}"
+                f"no column {missing[0]!r}, columns found: {excerpt(rows[0][1])}",
+                place=rows[0][0],
+                remedy=f"expected {', '.join(COLUMNS)}",
             )
         order, width, rows = [heads.index(name.lower()) for name in COLUMNS], len(heads), rows[1:]
         if not rows:
-            raise UserError(f"{path}: holds a header and no question; check how it was made")
+            raise UserError("holds a header and no question", place=path, remedy="check how it was made")
     else:
         width = len(COLUMNS)
     return tuple(_question(where, cells, order, width) for where, cells in rows)
@@ -88,14 +93,15 @@ def _read(path: Path) -> tuple[Question, ...]:
 def _question(where: str, cells: list[str], order: list[int], width: int) -> Question:
     if len(cells) != width:
         raise UserError(
-            f"{where}: {len(cells)} columns, expected {width} ({', '.join(COLUMNS)}), got {excerpt(cells)}; put "
-            "quotes around texts that hold commas"
+            f"{len(cells)} columns, expected {width} ({', '.join(COLUMNS)}), got {excerpt(cells)}",
+            place=where,
+            remedy="put quotes around texts that hold commas",
         )
     text, *choices, answer = (cells[place] for place in order)
     if answer.strip() not in LETTERS:
-        raise UserError(f"{where}: the answer is {excerpt(answer)}, expected A, B, C or D")
+        raise UserError(f"the answer is {excerpt(answer)}, expected A, B, C or D", place=where)
     if not text.strip():
-        raise UserError(f"{where}: the question is empty; delete the row")
+        raise UserError("the question is empty", place=where, remedy="delete the row")
     return Question(where, text, tuple(choices), answer.strip())
 
 
@@ -108,11 +114,14 @@ def examples_for(subject: Subject, given: Sequence[Subject], shots: int) -> tupl
         return ()
     found = given[0] if len(given) == 1 else next((one for one in given if one.name == subject.name), None)
     if found is None:
-        raise UserError(f"examples: none for {subject.name}; expected a file {subject.name}_dev.csv among them")
+        raise UserError(
+            f"none for {subject.name}", option="examples", remedy=f"expected a file {subject.name}_dev.csv among them"
+        )
     if len(found.questions) < shots:
         raise UserError(
-            f"{found.questions[-1].where}: ends after {len(found.questions)} examples, expected {shots}; add some, "
-            "or give --shots 0"
+            f"ends after {len(found.questions)} examples, expected {shots}",
+            place=found.questions[-1].where,
+            remedy="add some, or give --shots 0",
         )
     return found.questions[:shots]
 
@@ -136,7 +145,9 @@ class Prompts:
         self.letters = [ids[self._place] for ids in written if len(ids) > self._place]
         if len({*self.letters}) != len(LETTERS) or len({len(ids) for ids in written}) > 1:
             raise UserError(
-                "mmlu: the base's tokenizer has no single token for each of A, B, C and D; choose another base"
+                "the base's tokenizer has no single token for each of A, B, C and D",
+                option="mmlu",
+                remedy="choose another base",
             )
         self._behind = len(written[0]) - self._place
 
@@ -149,7 +160,7 @@ class Prompts:
         try:
             return self._answered(pairs)[: -self._behind]
         except ValueError as error:
-            raise UserError(f"{question.where}: {error}; with --style plain it is only text") from error
+            raise UserError(str(error), place=question.where, remedy="with --style plain it is only text") from error
 
     def _answered(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
         """The ids of questions with their letters; where the last letter stands, behind it all is the same."""

@@ -84,7 +84,9 @@ def load_records(source: str, split: str = "train", reading: Reading = ANY_FORM)
     known = get_args(Form)
     if reading.form not in known:
         form = reading.form
-        raise UserError(f"data.form: {form!r} is unknown, expected {', '.join(known)}{nearest(form, list(known))}")
+        raise UserError(
+            f"{excerpt(form)} is unknown, expected {', '.join(known)}{nearest(form, list(known))}", option="data.form"
+        )
     rows = read_source(source, split)
     return _to_records(source if split == "train" else f"{source} ({split})", rows, reading)
 
@@ -136,7 +138,9 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
             reading.fits(conversation)
         except ValueError as error:  # one hostile row must not stop a run
             if reading.strict:
-                raise UserError(f"{row.where}: {error}; mend or delete this row, or leave out data.strict") from error
+                raise UserError(
+                    str(error), place=row.where, remedy="mend or delete this row, or leave out data.strict"
+                ) from error
             refused = refused or f"{REFUSED}{row.where}: {error}"
             counts.dropped[refused] += 1
             continue
@@ -152,7 +156,9 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
         counts.dropped[f"{BROKEN}{faults[0][0]}"] = len(faults)
     if not conversations:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in counts.dropped.items()) or "no rows"
-        raise UserError(f"{name}: nothing to train on ({reasons}); expected conversations that end on an answer")
+        raise UserError(
+            f"nothing to train on ({reasons})", place=name, remedy="expected conversations that end on an answer"
+        )
     return Records(name, conversations, count_unanswered(unanswered) | counts.in_words(), frozenset(unanswered))
 
 
@@ -163,7 +169,7 @@ def _read(row: Row, reading: Reading) -> Read:
     try:
         return read_row(row.value, reading.form, reading.marks)
     except RowError as error:
-        raise UserError(f"{row.where}: {error}; got {excerpt(row.value)}; {error.remedy}") from error
+        raise UserError(f"{error}; got {excerpt(row.value)}", place=row.where, remedy=error.remedy) from error
 
 
 def _trainable(conversation: Conversation) -> tuple[Conversation | None, str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, one_line
 from lit_qlora.storage.files import parse_json, write_file
 from lit_qlora.text.conversation import Conversation
 
@@ -56,10 +56,10 @@ class RunRows:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:100]
+            reason = one_line(error, 100)
             raise UserError(
-                f"{file} is damaged ({reason}): it says which rows the run held out; put a copy of it back, or remove "
-                "it, and they are drawn anew from the source as it is now"
+                f"{file} is damaged ({reason}): it says which rows the run held out",
+                remedy="put a copy of it back, or remove it, and they are drawn anew from the source as it is now",
             ) from error
         return cls(tuple(digests[0]), frozenset(digests[1]), source)
 

@@ -49,7 +49,7 @@ class Splits:
         """
         if "train" not in self.names:
             found = " and ".join([*self.names.values(), *self.unread])
-            raise UserError(f"{self.source}: has no split 'train', found: {found}; choose another")
+            raise UserError(f"has no split 'train', found: {found}", place=self.source, remedy="choose another")
         return self.names["train"]
 
     def first(self, *kinds: str) -> str | None:
@@ -112,7 +112,9 @@ def read_source(source: str, split: str = "train") -> list[Row]:
     files = _find_files(source)
     if files is not None:
         if split not in files:
-            raise UserError(f"{source}: has no split {split!r}, found: {' and '.join(files)}; choose another")
+            raise UserError(
+                f"has no split {excerpt(split)}, found: {' and '.join(files)}", place=source, remedy="choose another"
+            )
         return read_rows(files[split])
     import datasets
 
@@ -123,7 +125,7 @@ def read_source(source: str, split: str = "train") -> list[Row]:
 def _find_files(source: str) -> dict[str, Path] | None:
     """Returns a local source's files by the name of their split, or None for a dataset on the hub."""
     if not source.strip() or not source.isprintable():
-        raise UserError(f"data.source: is {source!r}, expected 'demo', a file, a folder or a hub id")
+        raise UserError(f"is {excerpt(source)}, expected 'demo', a file, a folder or a hub id", option="data.source")
     if source == "demo":
         return {"train": demo.TRAIN, "test": demo.TEST}
     path = Path(source).expanduser()
@@ -135,8 +137,11 @@ def _find_files(source: str) -> dict[str, Path] | None:
         return None
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(
-        f"{source}: no such file{nearest(path.name, names)}; expected 'demo', a file ({', '.join(ENDINGS)}),"
-        " a folder with train.jsonl, or a hub id such as owner/name"
+        f"no such file{nearest(path.name, names)}",
+        place=source,
+        remedy=(
+            f"expected 'demo', a file ({', '.join(ENDINGS)}), a folder with train.jsonl, or a hub id such as owner/name"
+        ),
     )
 
 
@@ -148,12 +153,16 @@ def _find_in_folder(folder: Path) -> dict[str, Path]:
         # A compressed one beside is the same rows; by itself, it is refused when it is read.
         found = found or [name for name in names if _stem(_stem(name, COMPRESSED), (*ENDINGS, "")) in known]
         if len(found) > 1:
-            raise UserError(f"{folder}: holds both {found[0]} and {found[1]}, expected one; keep one of them")
+            raise UserError(
+                f"holds both {found[0]} and {found[1]}, expected one", place=folder, remedy="keep one of them"
+            )
         files |= {name.partition(".")[0]: folder / name for name in found}
     if not files:
         raise UserError(
-            f"{folder}: no train, validation or test file in this folder, expected train.jsonl ({', '.join(ENDINGS)}),"
-            f" found: {excerpt(names)}; {_remedy(folder)}"
+            f"no train, validation or test file in this folder, expected train.jsonl ({', '.join(ENDINGS)}), "
+            f"found: {excerpt(names)}",
+            place=folder,
+            remedy=_remedy(folder),
         )
     return files
 
@@ -195,18 +204,22 @@ def _ask_hub(source: str, ask: Callable[[], T]) -> T:
         return ask()
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
-            raise UserError(f"{source}: is gated on the hub; accept its terms at {page} and set HF_TOKEN") from error
+            raise UserError(
+                "is gated on the hub", place=source, remedy=f"accept its terms at {page} and set HF_TOKEN"
+            ) from error
         raise UserError(
-            f"{source}: not found on the hub, and no such file here; check the spelling, or set HF_TOKEN"
-            " if it's private"
+            "not found on the hub, and no such file here",
+            place=source,
+            remedy="check the spelling, or set HF_TOKEN if it's private",
         ) from error
     except ConnectionError as error:
         raise UserError(
-            f"{source}: no such file here, and the hub can't be reached; check the network (and"
-            " HF_HUB_OFFLINE), or give a local file"
+            "no such file here, and the hub can't be reached",
+            place=source,
+            remedy="check the network (and HF_HUB_OFFLINE), or give a local file",
         ) from error
     except Exception as error:  # whatever else the hub's files do to `datasets` is no fault of ours
         cause = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{source}: the hub's files can't be loaded ({type(error).__name__}: {cause}); see {page}"
+            f"the hub's files can't be loaded ({type(error).__name__}: {cause})", place=source, remedy=f"see {page}"
         ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora import demo
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, excerpt, one_line
 from lit_qlora.storage.foreign import FLAG, Kind, check, one_of, read_object
 
 if TYPE_CHECKING:
@@ -96,8 +96,10 @@ def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
         tokenizer = _load(base, add_prefix_space=True)
         if not _as_meta(tokenizer):
             raise UserError(
-                f"model.base: the tokenizer of {base!r} has Llama 2's vocabulary, and its ids of a text are others "
-                "than Llama 2's; take another copy"
+                f"the tokenizer of {excerpt(base)} has Llama 2's vocabulary, and its ids of a text are others than "
+                "Llama 2's",
+                option="model.base",
+                remedy="take another copy",
             )
     return tokenizer
 
@@ -121,10 +123,13 @@ def _load(base: str, **changes: bool) -> "PreTrainedTokenizerBase":
     except Exception as error:  # its files come from anywhere, and the library takes them to be as it writes them
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"model.base: the tokenizer of {base!r} is code of its own, and code that comes with a base is never "
-                "run; take a copy with a Llama tokenizer"
+                f"the tokenizer of {excerpt(base)} is code of its own, and code that comes with a base is never run",
+                option="model.base",
+                remedy="take a copy with a Llama tokenizer",
             ) from error
-        raise UserError(f"model.base: no tokenizer could be loaded from {base!r}: {_reason(error)}") from error
+        raise UserError(
+            f"no tokenizer could be loaded from {excerpt(base)}: {_reason(error)}", option="model.base"
+        ) from error
     _check_named(base, tokenizer)
     return tokenizer
 
@@ -142,11 +147,14 @@ def _check_config(base: str, location: str) -> None:
     )
     if file is None:
         return
-    place = f"model.base: no tokenizer could be loaded from {base!r}"
-    told = read_object(place, Path(file))
-    for key, kind in KEYS.items():
-        if key in told:
-            check(f"{place}: tokenizer_config.json", key, kind, told[key])
+    place = f"no tokenizer could be loaded from {excerpt(base)}"
+    try:
+        told = read_object(place, Path(file))
+        for key, kind in KEYS.items():
+            if key in told:
+                check(f"{place}: tokenizer_config.json", key, kind, told[key])
+    except UserError as error:
+        raise error.within("model.base") from error
 
 
 def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -158,12 +166,15 @@ def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
         token = getattr(tokenizer, name)
         if token == "":
             raise UserError(
-                f"model.base: the tokenizer of {base!r} has an empty {name}, as early conversions do; write its text "
-                f"into tokenizer_config.json (Llama's is {usual}), or take another copy"
+                f"the tokenizer of {excerpt(base)} has an empty {name}, as early conversions do",
+                option="model.base",
+                remedy=f"write its text into tokenizer_config.json (Llama's is {usual}), or take another copy",
             )
         if token is None and name != "unk_token":
             raise UserError(
-                f"model.base: the tokenizer of {base!r} has no BOS or no EOS token; a Llama tokenizer has both"
+                f"the tokenizer of {excerpt(base)} has no BOS or no EOS token",
+                option="model.base",
+                remedy="a Llama tokenizer has both",
             )
 
 
@@ -183,9 +194,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "its files are nested too deep, or name each other"
     if not isinstance(error, OSError | ValueError):
-        return (
-            f"tokenizer_config.json or a file beside it is not as it was saved ({' '.join(str(error).split())[:200]})"
-        )
+        return f"tokenizer_config.json or a file beside it is not as it was saved ({one_line(error)})"
     words = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
     if "tiktoken" in words:  # its next guess, once sentencepiece has failed
         if find_spec("sentencepiece") is None:

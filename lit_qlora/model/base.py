@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora import demo
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError, excerpt, one_line, require
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import parse_json
@@ -63,18 +63,25 @@ def find_base(name: str, weights: bool = True) -> Base:
     folder = Path(location).expanduser()
     if folder.exists():
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.base: {name} has no config.json; a Hugging Face model folder is expected")
+            raise UserError(
+                f"{name} has no config.json", option="model.base", remedy="a Hugging Face model folder is expected"
+            )
         config_file, files = folder / "config.json", {path.name for path in folder.iterdir()}
         location = str(folder)
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"model.base: no folder {name!r}{_nearest(folder)}; give a hub id (owner/name) or a folder")
+        raise UserError(
+            f"no folder {excerpt(name)}{_nearest(folder)}",
+            option="model.base",
+            remedy="give a hub id (owner/name) or a folder",
+        )
     else:
         config_file, files = _ask_hub(name)
     config = read_config(name, config_file)
     if ADAPTER in files:
         raise UserError(
-            f"model.base: {name} holds an adapter beside its config.json ({ADAPTER}), which would be put on it "
-            "unasked; take that file out, or give the adapter by itself"
+            f"{name} holds an adapter beside its config.json ({ADAPTER}), which would be put on it unasked",
+            option="model.base",
+            remedy="take that file out, or give the adapter by itself",
         )
     base = Base(name, location, config)
     if weights and files:
@@ -87,19 +94,21 @@ def _check_files(base: Base, files: Collection[str]) -> None:
     tensors = sorted(file for file in files if file.endswith(".safetensors"))
     if not tensors and INDEX not in files:
         raise UserError(
-            f"model.base: {base.name} has no .safetensors weights, and pickled ones are never read; "
-            "convert it (save_pretrained writes safetensors) or take another copy"
+            f"{base.name} has no .safetensors weights, and pickled ones are never read",
+            option="model.base",
+            remedy="convert it (save_pretrained writes safetensors) or take another copy",
         )
     if not {WHOLE, INDEX} & {*files}:
         raise UserError(
-            f"model.base: {base.name} has neither {WHOLE} nor {INDEX}, and {tensors[0]} is no name that transformers "
-            f"loads; if it holds the weights of this config.json, rename it to {WHOLE}"
+            f"{base.name} has neither {WHOLE} nor {INDEX}, and {tensors[0]} is no name that transformers loads",
+            option="model.base",
+            remedy=f"if it holds the weights of this config.json, rename it to {WHOLE}",
         )
     if Path(base.location).is_dir():
         try:
             weight_files(base)
         except FileNotFoundError as error:
-            raise UserError(f"model.base: {error}; copy it there, or take another copy") from error
+            raise UserError(str(error), option="model.base", remedy="copy it there, or take another copy") from error
 
 
 def _ask_hub(name: str) -> tuple[Path, set[str]]:
@@ -110,23 +119,31 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
         config_file = Path(hf_hub_download(name, "config.json"))
     except errors.GatedRepoError as error:
         raise UserError(
-            f"model.base: {name} is gated: accept its licence on the hub, then set HF_TOKEN in the environment "
-            "to a token of that account; or take an open copy such as NousResearch/Llama-2-7b-hf"
+            f"{name} is gated: accept its licence on the hub, then set HF_TOKEN in the environment "
+            "to a token of that account",
+            option="model.base",
+            remedy="or take an open copy such as NousResearch/Llama-2-7b-hf",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"model.base: {name!r} is no folder here and no model on the hub (a private one needs HF_TOKEN)"
+            f"{excerpt(name)} is no folder here and no model on the hub (a private one needs HF_TOKEN)",
+            option="model.base",
         ) from error
     except (errors.HFValidationError, errors.RemoteEntryNotFoundError) as error:
-        raise UserError(f"model.base: {name!r} is no folder here, and on the hub it has no config.json") from error
+        raise UserError(
+            f"{excerpt(name)} is no folder here, and on the hub it has no config.json", option="model.base"
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"model.base: {name!r} is no folder here, not in the cache, and the hub can't be reached; "
-            "check the network or give a local folder"
+            f"{excerpt(name)} is no folder here, not in the cache, and the hub can't be reached",
+            option="model.base",
+            remedy="check the network or give a local folder",
         ) from error
     except Exception as error:  # a refused token, a broken proxy: which class depends on the hub library's version
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.base: {name!r} can't be had from the hub (check HF_TOKEN): {reason}") from error
+        reason = one_line(error)
+        raise UserError(
+            f"{excerpt(name)} can't be had from the hub (check HF_TOKEN): {reason}", option="model.base"
+        ) from error
     try:
         return config_file, {sibling.rfilename for sibling in HfApi().model_info(name).siblings or ()}
     except Exception:  # cached, and the hub is silent or refuses: loading will tell what is missing
@@ -171,12 +188,15 @@ def _shards(base: Base, index: Path) -> list[str]:
         names = {*parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()}
         plain = names and all(Path(name).name == name and name.endswith(".safetensors") for name in names)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.base: {base.name}: {INDEX} can't be read: {reason}; take another copy") from error
+        reason = one_line(error)
+        raise UserError(
+            f"{base.name}: {INDEX} can't be read: {reason}", option="model.base", remedy="take another copy"
+        ) from error
     if not plain:
         raise UserError(
-            f"model.base: {base.name}: {INDEX} names something other than .safetensors files beside it; "
-            "take another copy"
+            f"{base.name}: {INDEX} names something other than .safetensors files beside it",
+            option="model.base",
+            remedy="take another copy",
         )
     return sorted(names)
 

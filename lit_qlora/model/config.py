@@ -127,13 +127,18 @@ def read_config(name: str, file: Path) -> dict[str, Any]:
     Raises UserError that names the key where one is not, for a model that is no Llama, and for one that is
     quantised in another way than bitsandbytes' 4 bits.
     """
-    told = read_object(f"model.base: {name}", file)
-    place = f"model.base: {name}: config.json"
+    try:
+        return _read_config(name, file)
+    except UserError as error:
+        raise error.within("model.base") from error
+
+
+def _read_config(name: str, file: Path) -> dict[str, Any]:
+    told = read_object(name, file)
+    place = f"{name}: config.json"
     if told.get("model_type") != "llama":
         kind = told["model_type"] if isinstance(told.get("model_type"), str) else "model of unknown type"
-        raise UserError(
-            f"model.base: {name} is a {shown(kind)[1:-1]} by the model_type of its config.json, expected a Llama"
-        )
+        raise UserError(f"{name} is a {shown(kind)[1:-1]} by the model_type of its config.json, expected a Llama")
     classes = told.get("architectures") or ["LlamaForCausalLM"]
     if not isinstance(classes, list) or not any(known in classes for known in ARCHITECTURES):
         raise wrong(place, "architectures", '["LlamaForCausalLM"]', classes)
@@ -184,7 +189,7 @@ def _check_rope(place: str, config: Mapping[str, Any]) -> None:
     told = {**members, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     for member, value_kind in (ropes[kind].needed | ropes[kind].allowed | _OF_EACH_ROPE).items():
         if member in ropes[kind].needed and member not in members:
-            raise UserError(f"{place}: {key} has no {member}, and {kind} needs it: {value_kind.expected}")
+            raise UserError(f"{key} has no {member}, and {kind} needs it: {value_kind.expected}", place=place)
         if told.get(member) is not None:
             check(place, f"{key}.{member}", value_kind, told[member])
     for (
@@ -204,8 +209,9 @@ def _quantization(name: str, place: str, told: Any) -> dict[str, Any]:
     method = told.get("quant_method") or ("bitsandbytes" if told.get("load_in_4bit") else "in an unknown way")
     if method != "bitsandbytes" or told.get("load_in_8bit") or told.get("load_in_4bit") is not True:
         raise UserError(
-            f"model.base: {name} is already quantised ({shown(method).strip(chr(34))}), by the quantization_config of "
-            "its config.json; give the 16-bit weights or a bitsandbytes 4-bit copy"
+            f"{name} is already quantised ({shown(method).strip(chr(34))}), by the "
+            "quantization_config of its config.json",
+            remedy="give the 16-bit weights or a bitsandbytes 4-bit copy",
         )
     levels, storage = told.get("bnb_4bit_quant_type") or "nf4", told.get("bnb_4bit_quant_storage") or "uint8"
     check(place, "quantization_config.bnb_4bit_quant_type", one_of("nf4", "fp4"), levels)

@@ -57,7 +57,9 @@ def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) ->
     if capability is None:
         if wanted == "16-mixed":
             raise UserError(
-                "trainer.precision: 16-mixed needs a CUDA GPU, and there is none; use auto (32-true on a CPU)"
+                "16-mixed needs a CUDA GPU, and there is none",
+                option="trainer.precision",
+                remedy="use auto (32-true on a CPU)",
             )
         if wanted == "auto" and num_weights >= FAST_IN_BF16_FROM and _cpu_multiplies_bf16():
             return "bf16-mixed", "no GPU, and a CPU that multiplies in bf16"
@@ -67,8 +69,9 @@ def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) ->
     shown = f"{capability[0]}.{capability[1]}"
     if wanted == "bf16-mixed" and capability < AMPERE:
         raise UserError(
-            f"trainer.precision: {device.name} has compute capability {shown} and no bf16 (8.0 is needed; "
-            "torch would emulate it, slowly); use auto or 16-mixed"
+            f"{device.name} has compute capability {shown} and no bf16 (8.0 is needed; torch would emulate it, slowly)",
+            option="trainer.precision",
+            remedy="use auto or 16-mixed",
         )
     if wanted != "auto":
         return wanted, "as asked"
@@ -89,13 +92,14 @@ def check_attention(attention: Attention, device: Device) -> None:
         return
     if device.capability is None or device.capability < AMPERE:
         raise UserError(
-            f"model.attention: flash_attention_2 needs compute capability 8.0 or above, {device.name} has less; "
-            "use sdpa"
+            f"flash_attention_2 needs compute capability 8.0 or above, {device.name} has less",
+            option="model.attention",
+            remedy="use sdpa",
         )
     from transformers.utils import is_flash_attn_2_available
 
     if not is_flash_attn_2_available():
-        raise UserError("model.attention: flash_attention_2 needs the package flash-attn; use sdpa")
+        raise UserError("flash_attention_2 needs the package flash-attn", option="model.attention", remedy="use sdpa")
 
 
 def compiler_lacks(on_gpu: bool) -> list[str]:
@@ -118,7 +122,9 @@ def check_compile(wanted: bool | str, device: Device) -> str | None:
         return None
     missing = " and ".join(compiler_lacks(on_gpu))
     if missing and wanted is True:
-        raise UserError(f"model.compile: true needs {missing}; install gcc and python3-dev, or give false")
+        raise UserError(
+            f"true needs {missing}", option="model.compile", remedy="install gcc and python3-dev, or give false"
+        )
     return missing or None
 
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.base import Base, commit, stored_file
 from lit_qlora.model.config import rope_of
 from lit_qlora.model.weights import Stored, stored_tensors
@@ -96,8 +96,8 @@ def _sampled(base: Base) -> str:
     try:
         plain, linear = _digests(tensors, states, base.shape.tied)
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.base: the weights of {base.name} can't be read: {reason}") from error
+        reason = one_line(error)
+        raise UserError(f"the weights of {base.name} can't be read: {reason}", option="model.base") from error
     rules = repr((base.shape, rules_of(base.config)))
     merged = stored_file(base, "lit_qlora.json")  # a merged model's norms are its parent's
     kind = "4bit" if base.in_4_bits else "full"

@@ -176,9 +176,12 @@ def check_batch(batch: Any) -> None:
     remedy = "lit_qlora.data.batching.collate makes one of examples, and DataLoader(…, batch_size=None) leaves it alone"
     if not isinstance(batch, Batch):
         raise UserError(
-            f"dataloaders: expected batches of the type lit_qlora.batch.Batch, got {type(batch).__name__}; give a "
-            f"ChatDataModule, or make them: {remedy}"
+            f"expected batches of the type lit_qlora.batch.Batch, got {type(batch).__name__}",
+            option="dataloaders",
+            remedy=f"give a ChatDataModule, or make them: {remedy}",
         )
     if batch.input_ids.dim() != 2 or batch.positions.dim() != 1:
         shape = tuple(batch.input_ids.shape)
-        raise UserError(f"dataloaders: expected input_ids of [rows, tokens], got {shape}: collated twice; {remedy}")
+        raise UserError(
+            f"expected input_ids of [rows, tokens], got {shape}: collated twice", option="dataloaders", remedy=remedy
+        )

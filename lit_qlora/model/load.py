@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError, excerpt, one_line, require
 from lit_qlora.model import lora_config
 from lit_qlora.model.attention import implementation_of
 from lit_qlora.model.base import Base
@@ -101,8 +101,8 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
             use_safetensors=True,
         )
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.base: the weights of {base.name} can't be loaded: {reason}") from error
+        reason = one_line(error)
+        raise UserError(f"the weights of {base.name} can't be loaded: {reason}", option="model.base") from error
     model.requires_grad_(False)
     for module in _linears_4bit(model):
         module.compute_dtype = dtype
@@ -154,12 +154,18 @@ def check_targets(base: Base, target_modules: str | list[str]) -> None:
     for name in names:
         if name not in known:
             if name == "all-linear":
-                raise UserError("model.target_modules: all-linear stands for every name; give it, or names, alone")
+                raise UserError(
+                    "all-linear stands for every name", option="model.target_modules", remedy="give it, or names, alone"
+                )
             near = difflib.get_close_matches(name.rpartition(".")[2], ["all-linear", *known], 1, 0.4)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"model.target_modules: {name!r} is none of all-linear, {', '.join(known)}{meant}")
+            meant = f"did you mean {near[0]!r}?" if near else None
+            raise UserError(
+                f"{excerpt(name)} is none of all-linear, {', '.join(known)}",
+                option="model.target_modules",
+                remedy=meant,
+            )
     if not names:
-        raise UserError("model.target_modules: expected all-linear or at least one name, got none")
+        raise UserError("expected all-linear or at least one name, got none", option="model.target_modules")
 
 
 def check_rank(base: Base, rank: int) -> None:
@@ -198,7 +204,11 @@ def check_settings(folder: Path, lora: Lora) -> None:
             asked = sorted(_names(asked))
         if own != asked:
             given = f"'{json.dumps(own)}'" if isinstance(own, list) else str(own).lower()
-            raise UserError(f"model.{name}: {asked}, and the adapter {folder} has {own}; give --model.{name} {given}")
+            raise UserError(
+                f"{asked}, and the adapter {folder} has {own}",
+                option=f"model.{name}",
+                remedy=f"give --model.{name} {given}",
+            )
 
 
 def has_bias(folder: Path | None) -> bool:
@@ -220,8 +230,10 @@ def load_adapter(
     recorded = record["base_fingerprint"]
     if recorded is not None and not is_of(str(recorded), base):
         raise UserError(
-            f"{folder}: this adapter was trained on {record['base']} ({shown(str(recorded))}), the base given is "
-            f"{base.public_name} ({shown(fingerprint(base))}); give its own with --model.base or --base"
+            f"this adapter was trained on {record['base']} ({shown(str(recorded))}), the base given "
+            f"is {base.public_name} ({shown(fingerprint(base))})",
+            place=folder,
+            remedy="give its own with --model.base or --base",
         )
     stored = _stored(folder)
     try:
@@ -236,14 +248,15 @@ def load_adapter(
         if stored != wanted:
             name = next(name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name))
             raise UserError(
-                f"{folder}: this adapter does not fit {base.public_name}: {name} is "
-                f"{stored.get(name, 'missing')}, expected {wanted.get(name, 'no such weight')}"
+                f"this adapter does not fit {base.public_name}: {name} is "
+                f"{stored.get(name, 'missing')}, expected {wanted.get(name, 'no such weight')}",
+                place=folder,
             )
         peft_model.load_adapter(str(folder), "default", is_trainable=trainable)
     except (SafetensorError, OSError, ValueError, re.error) as error:
         raise _unreadable(folder, error) from error
     if not all(torch.isfinite(parameter).all() for parameter in adapter_parameters(peft_model).values()):
-        raise UserError(f"{folder / WEIGHTS}: it holds values that are not finite; take another checkpoint")
+        raise UserError("it holds values that are not finite", place=folder / WEIGHTS, remedy="take another checkpoint")
     return peft_model
 
 
@@ -272,7 +285,9 @@ def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: b
     for name, expected in {"r": rank, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": dora}.items():
         found = config.get(name) or False
         if found != expected:
-            raise UserError(f"{folder}: adapter_config.json has {name} {found}, expected {expected}: it was altered")
+            raise UserError(
+                f"adapter_config.json has {name} {found}, expected {expected}: it was altered", place=folder
+            )
     file = folder / WEIGHTS
     try:
         weights = load_file(file)
@@ -280,7 +295,7 @@ def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: b
         raise _unreadable(folder, error) from error
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise UserError(f"{file}: {name} holds values that are not finite: it was altered")
+            raise UserError(f"{name} holds values that are not finite: it was altered", place=file)
     return weights
 
 
@@ -329,39 +344,42 @@ def read_record(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "adapter_config.json")
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{folder}: adapter_config.json says that it is {kind or 'of no type'}, expected LORA")
+        raise UserError(f"adapter_config.json says that it is {kind or 'of no type'}, expected LORA", place=folder)
     if (folder / MANIFEST).is_file():
         try:
             verify_folder(folder, allow_extra=True, may_differ=[CARD])
         except DamagedFolderError as error:
-            raise UserError(
-                f"{error}: the adapter was altered or cut short after it was saved; take another one, or, if that "
-                f"was meant, delete its {MANIFEST}"
+            raise error.replace(
+                problem=f"{error.problem}: the adapter was altered or cut short after it was saved",
+                remedy=f"take another one, or, if that was meant, delete its {MANIFEST}",
             ) from error
     record = {"base": None, "base_fingerprint": None, "prompt_format": PROMPT_FORMAT}
     if (folder / RECORD).is_file():
         record |= read_json(folder / RECORD)
         for name in TEXTS:
-            require(isinstance(record.get(name), str | None), f"{folder}: {RECORD}: {name}", "a text", record.get(name))
+            told = record.get(name)
+            require(isinstance(told, str | None), name, "a text", told, place=f"{folder}: {RECORD}")
         _check_own(folder, record)
     lora_config.check(folder, config)
     elsewhere = next((name for name in sorted(_stored(folder)) if ".lora_" in name and not PLACE.match(name)), None)
     if elsewhere:
         layer = elsewhere.partition(".lora_")[0].removeprefix("base_model.model.")
         raise UserError(
-            f"{folder}: by adapter_config.json's target_modules it has LoRA on {layer}, which can't be used here; "
-            f"expected linear layers of the decoder: {', '.join(Shape.LINEARS)}"
+            f"by adapter_config.json's target_modules it has LoRA on {layer}, which can't be used here",
+            place=folder,
+            remedy=f"expected linear layers of the decoder: {', '.join(Shape.LINEARS)}",
         )
     if record["prompt_format"] not in (PROMPT_FORMAT, jinja.FORMAT):
         raise UserError(
-            f"{folder}: its prompt format is {record['prompt_format']!r}, this version knows {PROMPT_FORMAT!r} and "
-            f"{jinja.FORMAT!r} only"
+            f"its prompt format is {excerpt(record['prompt_format'])}, this version knows {PROMPT_FORMAT!r} "
+            f"and {jinja.FORMAT!r} only",
+            place=folder,
         )
     if record["prompt_format"] == jinja.FORMAT:
         try:
             jinja.check_record(record)
         except ValueError as error:
-            raise UserError(f"{folder}: {error}; take an adapter that is as it was saved") from error
+            raise UserError(str(error), place=folder, remedy="take an adapter that is as it was saved") from error
     return record
 
 
@@ -374,8 +392,9 @@ def template_of(adapter: Path, given: str | None) -> str | None:
     if given not in (None, recorded):
         was = f"sha256 {jinja.digest(recorded)[:12]}" if recorded else "the Llama 2 format"
         raise UserError(
-            f"data.template: {adapter} was trained with {was}, and is given sha256 {jinja.digest(given)[:12]}; leave "
-            "it out, and the adapter's own is taken"
+            f"{adapter} was trained with {was}, and is given sha256 {jinja.digest(given)[:12]}",
+            option="data.template",
+            remedy="leave it out, and the adapter's own is taken",
         )
     return recorded
 
@@ -384,12 +403,14 @@ def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises UserError where a record of ours lacks the base, or adapter_config.json says something else."""
     remedy = "take an adapter that is as it was saved"
     if not record["base"] or not record["base_fingerprint"]:
-        raise UserError(f"{folder}: its {RECORD} does not say which base it is for: it was altered; {remedy}")
+        raise UserError(f"its {RECORD} does not say which base it is for: it was altered", place=folder, remedy=remedy)
     config = read_json(folder / "adapter_config.json")
     for name, key in IN_CONFIG.items():
         was, now = record.get(name), config.get(key) or False
         if was is not None and was != now:  # earlier versions recorded none of them
-            raise UserError(f"{folder}: adapter_config.json or {RECORD} was altered: {key}: {was} -> {now}; {remedy}")
+            raise UserError(
+                f"adapter_config.json or {RECORD} was altered: {key}: {was} -> {now}", place=folder, remedy=remedy
+            )
 
 
 def _stored(folder: Path) -> dict[str, list[int]]:
@@ -404,7 +425,7 @@ def _stored(folder: Path) -> dict[str, list[int]]:
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder}: the adapter can't be read: {' '.join(str(error).split())[:200]}")
+    return UserError(f"the adapter can't be read: {one_line(error)}", place=folder)
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -4,13 +4,13 @@ Whether our own decoder layers compute one, or transformers' and peft's, is `dec
 modules. Knows no weights.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, cut
+from lit_qlora.storage.foreign import shown
 
 
 def _is_number(value: Any) -> bool:
@@ -95,18 +95,20 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises UserError for a ``config``, of the adapter in ``folder``, under which something else is computed."""
     for name in ("r", "lora_alpha"):
         if config.get(name) is None:
-            raise UserError(f"{folder}: adapter_config.json lacks {name}; take an adapter that is as it was saved")
+            raise UserError(
+                f"adapter_config.json lacks {name}", place=folder, remedy="take an adapter that is as it was saved"
+            )
     for name, value in config.items():
         if name in WITHOUT_EFFECT or value is None:
             continue
-        shown = json.dumps(value)[:80]
+        told = f"adapter_config.json has {cut(name)} {shown(value)}"
         if name in COMPUTED:
             is_right, expected = COMPUTED[name]
             if not is_right(value):
-                raise UserError(f"{folder}: adapter_config.json has {name} {shown}, expected {expected}")
+                raise UserError(f"{told}, expected {expected}", place=folder)
         elif value not in (False, "", [], {}, *HARMLESS.get(name, ())):
             why = REFUSED.get(name, "this version does not know it")
-            raise UserError(f"{folder}: adapter_config.json has {name} {shown}, which can't be used here: {why}")
+            raise UserError(f"{told}, which can't be used here: {why}", place=folder)
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:

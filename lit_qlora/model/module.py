@@ -232,7 +232,7 @@ class QLoRAModule(LearnsInParts):
             self.model = load.add_lora(base_model, self.lora)
         self.slow_because = why_not(self.model) if self.own_layers else "model.own_layers is false"
         if self.slow_because and self.cuda_graphs is True:
-            raise UserError(f"model.cuda_graphs: expected auto or false with {self.slow_because}, got true")
+            raise UserError(f"expected auto or false with {self.slow_because}, got true", option="model.cuda_graphs")
         self.kept_layers, self.replays = self._choose_kept_layers(), self.cuda_graphs is True
         if self.slow_because:
             checkpoint_layers(base_model.model.layers, self.checkpointing)
@@ -295,15 +295,17 @@ class QLoRAModule(LearnsInParts):
         if shapes != given:
             name = next(name for name in sorted({*shapes, *given}) if shapes.get(name) != given.get(name))
             raise UserError(
-                f"the checkpoint is of another adapter: {name} is {given.get(name, 'missing')} there, "
-                f"{shapes.get(name, 'missing')} here; give it the same base, rank and target modules"
+                f"the checkpoint is of another adapter: {name} is {given.get(name, 'missing')} "
+                f"there, {shapes.get(name, 'missing')} here",
+                remedy="give it the same base, rank and target modules",
             )
         broken = [name for name in own if not state_dict[name].isfinite().all()]
         if broken:
             folder = self._trainer.ckpt_path if self._trainer else None
             raise UserError(
-                f"{folder or 'the checkpoint'}: {broken[0]} holds values that are not finite: it was altered; remove "
-                "that checkpoint's folder, and the one before is taken"
+                f"{broken[0]} holds values that are not finite: it was altered",
+                place=folder or "the checkpoint",
+                remedy="remove that checkpoint's folder, and the one before is taken",
             )
         with torch.no_grad():
             for name, value in own.items():
@@ -326,8 +328,10 @@ class QLoRAModule(LearnsInParts):
             return
         if not is_of(of["base_fingerprint"], self.base):
             raise UserError(
-                f"ckpt_path: the checkpoint was trained on another base ({shown(of['base_fingerprint'])}) than "
-                f"{self.base.name} ({shown(fingerprint(self.base))}); give its own as base"
+                f"the checkpoint was trained on another base ({shown(of['base_fingerprint'])}) than "
+                f"{self.base.name} ({shown(fingerprint(self.base))})",
+                option="ckpt_path",
+                remedy="give its own as base",
             )
         self.prompts = of["prompts"]
 
@@ -461,8 +465,9 @@ class QLoRAModule(LearnsInParts):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Raises UserError."""
         raise UserError(
-            "trainer.predict: a batch holds answers, and nothing that is to be answered; save the adapter "
-            "(module.save_adapter) and give it to `python main.py predict` or `chat`"
+            "a batch holds answers, and nothing that is to be answered",
+            option="trainer.predict",
+            remedy="save the adapter (module.save_adapter) and give it to `python main.py predict` or `chat`",
         )
 
     # Optimization
@@ -534,8 +539,11 @@ class _Files(TorchCheckpointIO):
 def _check_file(checkpoint_path: Any) -> None:
     if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
         raise UserError(
-            f"ckpt_path: {checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint; a run's "
-            "adapter is loaded by QLoRAModule(base, adapter=FOLDER), its checkpoints by python main.py fit"
+            f"{checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint",
+            option="ckpt_path",
+            remedy=(
+                "a run's adapter is loaded by QLoRAModule(base, adapter=FOLDER), its checkpoints by python main.py fit"
+            ),
         )
 
 

@@ -16,7 +16,11 @@ Schedule = Literal["constant", "linear", "cosine"]
 def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
     """Raises UserError for an optimizer that would not do what it is for."""
     if name.startswith("paged") and not on_gpu:
-        raise UserError(f"model.optimizer: {name} pages a GPU's memory, and there is no GPU; take adamw or adamw_8bit")
+        raise UserError(
+            f"{name} pages a GPU's memory, and there is no GPU",
+            option="model.optimizer",
+            remedy="take adamw or adamw_8bit",
+        )
 
 
 def make_optimizer(

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.base import Base, stored_file, weight_files
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import parse_json
@@ -62,13 +62,16 @@ def stored_tensors(base: Base) -> dict[str, Stored]:
         try:
             tensors = _tensors(file, state.st_mtime_ns, state.st_size)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"model.base: the weights of {base.name} can't be read: {file.name}: {reason}") from error
+            reason = one_line(error)
+            raise UserError(
+                f"the weights of {base.name} can't be read: {file.name}: {reason}", option="model.base"
+            ) from error
         twice = sorted(found.keys() & tensors.keys())
         if twice:
             raise UserError(
-                f"model.base: {base.name}: {twice[0]} stands in {found[twice[0]].file.name} and in {file.name} too; "
-                "take another copy"
+                f"{base.name}: {twice[0]} stands in {found[twice[0]].file.name} and in {file.name} too",
+                option="model.base",
+                remedy="take another copy",
             )
         found |= tensors
     return found
@@ -106,8 +109,8 @@ def fetch(base: Base) -> None:
     try:
         weight_files(base, find)
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.base: the weights of {base.name} can't be had: {reason}") from error
+        reason = one_line(error)
+        raise UserError(f"the weights of {base.name} can't be had: {reason}", option="model.base") from error
 
 
 def check_weights(base: Base) -> list[str]:
@@ -136,8 +139,9 @@ def check_weights(base: Base) -> list[str]:
     _check_others(base, stored, expected)
     if base.in_4_bits and len(plain) == base.shape.num_layers * len(Shape.LINEARS):
         raise UserError(
-            f"model.base: {base.name}: config.json has a quantization_config, and the weights are in 16 bits; take "
-            "that key out of config.json"
+            f"{base.name}: config.json has a quantization_config, and the weights are in 16 bits",
+            option="model.base",
+            remedy="take that key out of config.json",
         )
     return plain
 
@@ -150,8 +154,9 @@ def _words(tensor: Stored | None) -> str:
 
 def _differ(base: Base, name: str, found: str, expected: str) -> UserError:
     return UserError(
-        f"model.base: {base.name}: the weights are not those of its config.json: {name} is {found}, expected "
-        f"{expected}; take another copy"
+        f"{base.name}: the weights are not those of its config.json: {name} is {found}, expected {expected}",
+        option="model.base",
+        remedy="take another copy",
     )
 
 
@@ -195,8 +200,10 @@ def _check_others(base: Base, stored: dict[str, Stored], expected: dict[str, tup
             raise _differ(base, name, _words(stored[name]), "no such weight")
         if not _are_equal(stored[name], stored["model.embed_tokens.weight"]):
             raise UserError(
-                f"model.base: {base.name}: config.json says tie_word_embeddings, and the weights hold an "
-                "lm_head.weight other than the embeddings; set tie_word_embeddings to false, or take another copy"
+                f"{base.name}: config.json says tie_word_embeddings, and the weights hold an "
+                "lm_head.weight other than the embeddings",
+                option="model.base",
+                remedy="set tie_word_embeddings to false, or take another copy",
             )
 
 

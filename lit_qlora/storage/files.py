@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, excerpt
 
 _UNKNOWN_HERE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EBADF, errno.EISDIR}
 """What a mounted file system may answer to something that only real disks know."""
@@ -38,9 +38,13 @@ def output_path(output: str, what: str = "file") -> Path:
         pass
     except (OSError, ValueError) as error:  # too long, below a file, a zero byte in it
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"output: {output[:60]!r} can't be a {what} ({reason}); give another name") from error
+        raise UserError(
+            f"{excerpt(output)} can't be a {what} ({reason})", option="output", remedy="give another name"
+        ) from error
     if not output.strip() or is_folder:
-        raise UserError(f"output: expected a {what} to write, got {output!r}; give a {what}'s name")
+        raise UserError(
+            f"expected a {what} to write, got {excerpt(output)}", option="output", remedy=f"give a {what}'s name"
+        )
     return path
 
 
@@ -100,7 +104,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UserError(f"{file} can't be read: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object, got {type(values).__name__}")
+        raise UserError(f"expected a JSON object, got {type(values).__name__}", place=file)
     return values
 
 

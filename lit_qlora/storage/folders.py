@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path, PureWindowsPath
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, excerpt, one_line
 from lit_qlora.storage.files import SaveError, parse_json, sync_file, sync_folder
 
 MANIFEST = "manifest.json"
@@ -29,8 +29,8 @@ class DamagedFolderError(UserError):
     """A folder is not what its manifest says: names the folder, the file, the expected and the found."""
 
     def __init__(self, folder: Path, file: str | None, expected: str, found: str) -> None:
-        place = f"{folder}: {file!r}" if file else str(folder)
-        super().__init__(f"{place}: expected {expected}, found {found}")
+        what = f"expected {expected}, found {found}"
+        super().__init__(f"{excerpt(file)}: {what}" if file else what, place=folder)
 
 
 def write_folder(
@@ -231,18 +231,18 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
     except FileNotFoundError:
         raise DamagedFolderError(folder, MANIFEST, expected, "no such file") from None
     except (OSError, ValueError) as error:
-        raise DamagedFolderError(folder, MANIFEST, expected, _one_line(error)) from error
+        raise DamagedFolderError(folder, MANIFEST, expected, one_line(error)) from error
     match manifest:
         case {"version": int(version), "files": dict(files)} if version == VERSION:
             pass
         case {"version": version} if version != VERSION:
-            raise DamagedFolderError(folder, MANIFEST, expected, f"version {version!r}")
+            raise DamagedFolderError(folder, MANIFEST, expected, f"version {excerpt(version)}")
         case _:
             raise DamagedFolderError(folder, MANIFEST, expected, "JSON of another kind")
     for name, entry in files.items():
         kinds = {unit: type(value) for unit, value in entry.items()} if isinstance(entry, dict) else None
         if kinds != {"bytes": int, "sha256": str}:
-            raise DamagedFolderError(folder, MANIFEST, f"bytes and sha256 of {name!r}", repr(entry))
+            raise DamagedFolderError(folder, MANIFEST, f"bytes and sha256 of {excerpt(name)}", excerpt(entry))
         if not _is_portable(name) or not _is_inside(folder, name):
             raise DamagedFolderError(folder, name, "a path inside of the folder", "one that leads outside")
     return files
@@ -256,7 +256,7 @@ def _measure(folder: Path, name: str) -> dict[str, int | str]:
     except FileNotFoundError:
         raise DamagedFolderError(folder, name, "a file", "no such file") from None
     except OSError as error:
-        raise DamagedFolderError(folder, name, "a readable file", _one_line(error)) from error
+        raise DamagedFolderError(folder, name, "a readable file", one_line(error)) from error
 
 
 def _names(folder: Path) -> set[str]:
@@ -294,7 +294,3 @@ def _leftovers(target: Path, kind: str) -> list[Path]:
     matches = ((path, _LEFTOVER.fullmatch(path.name)) for path in paths)
     found = [path for path, match in matches if match and match.groups() == (target.name, kind)]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

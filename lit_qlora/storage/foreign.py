@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, cut, one_line
 from lit_qlora.storage.files import parse_json
 
 LARGEST_FILE = 10_000_000
@@ -50,13 +50,13 @@ def read_object(place: str, file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > LARGEST_FILE:
             raise UserError(
-                f"{place}: {file.name} has {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}"
+                f"{file.name} has {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}", place=place
             )
         told = parse_json(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{place}: {file.name} can't be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file.name} can't be read: {one_line(error)}", place=place) from error
     if not isinstance(told, dict):
-        raise UserError(f"{place}: {file.name}: expected a JSON object, got {shown(told)}")
+        raise UserError(f"{file.name}: expected a JSON object, got {shown(told)}", place=place)
     return told
 
 
@@ -68,13 +68,12 @@ def check(place: str, key: str, kind: Kind, value: Any) -> None:
 
 def wrong(place: str, key: str, expected: str, value: Any) -> UserError:
     """What is said of a value that is not what was expected; ``place`` ends in the file's name."""
-    return UserError(f"{place}: {key}: expected {expected}, got {shown(value)}")
+    return UserError(f"{key}: expected {expected}, got {shown(value)}", place=place)
 
 
 def shown(value: Any) -> str:
     """A value in a message, as JSON has it, and no longer than a line can bear."""
     try:
-        text = json.dumps(value)
+        return cut(json.dumps(value))
     except RecursionError:  # as deep as could just be read
         return "…"
-    return f"{text[:60]}…" if len(text) > 60 else text

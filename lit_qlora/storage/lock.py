@@ -37,7 +37,7 @@ class RunLock:
         self._run.mkdir(parents=True, exist_ok=True)
         path = self._run / ".lock"
         if path.is_dir():
-            raise UserError(f"run: {path} is a folder, and is to be the run's lock, a file: remove it")
+            raise UserError(f"{path} is a folder, and is to be the run's lock, a file: remove it", option="run")
         file = path.open("a+", encoding="utf-8", errors="replace")
         try:
             is_free = _try_lock(file.fileno())

@@ -77,21 +77,24 @@ class Mirror:
         """
         _check_mounted(self.parent)
         if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
-            raise UserError(f"mirror: {self.copy.path} is the run folder itself; give a folder elsewhere")
+            raise UserError(
+                f"{self.copy.path} is the run folder itself", option="mirror", remedy="give a folder elsewhere"
+            )
         self._begin()
         if self.copy.has_begun() and self.copy.config.is_file():
             others = refused(self.copy.read_config(), config)
             if others:
                 raise UserError(
-                    f"mirror: {self.copy.path} belongs to another run: {'; '.join(others)}; "
-                    "give another --mirror, or another --run NAME"
+                    f"{self.copy.path} belongs to another run: {'; '.join(others)}",
+                    option="mirror",
+                    remedy="give another --mirror, or another --run NAME",
                 )
         step = self._step_to_restore()
         if step is not None:
             try:
                 self._restore(step)
             except OSError as error:
-                raise UserError(f"mirror: {self.copy.path} can't be restored: {error}") from error
+                raise UserError(f"{self.copy.path} can't be restored: {error}", option="mirror") from error
 
     def _begin(self) -> None:
         """Makes the folder and its mark. Raises UserError where that can't be, unless it was begun before."""
@@ -111,7 +114,9 @@ class Mirror:
             if isinstance(error, UserError):
                 raise
             raise UserError(
-                f"mirror: {self.copy.path} can't be written: {error}; give another folder with --mirror, or none"
+                f"{self.copy.path} can't be written: {error}",
+                option="mirror",
+                remedy="give another folder with --mirror, or none",
             ) from error
 
     def start(self) -> None:
@@ -172,8 +177,9 @@ class Mirror:
             return step
         if newer and whole is None:
             raise UserError(
-                f"mirror: no checkpoint in {self.copy.checkpoints} is whole; give another --mirror, or move it away "
-                "to start anew"
+                f"no checkpoint in {self.copy.checkpoints} is whole",
+                option="mirror",
+                remedy="give another --mirror, or move it away to start anew",
             )
         return None
 
@@ -304,15 +310,21 @@ def _check_mounted(folder: Path) -> None:
     place = folder.resolve()
     for point in _mount_points():
         if point in (place, *place.parents) and not os.path.ismount(point):
-            raise UserError(f"mirror: nothing is mounted at {point}; mount the drive, or give another folder")
+            raise UserError(
+                f"nothing is mounted at {point}", option="mirror", remedy="mount the drive, or give another folder"
+            )
     above = place.parent
     if not above.is_dir():
-        raise UserError(f"mirror: there is no folder {folder.parent}; mount the drive, or give another one")
+        raise UserError(
+            f"there is no folder {folder.parent}", option="mirror", remedy="mount the drive, or give another one"
+        )
     # Colab's is mounted by now, and a new account's MyDrive is empty.
     is_drive = COLAB in place.parents or os.path.ismount(above)
     if not place.exists() and not any(above.iterdir()) and not is_drive:
         raise UserError(
-            f"mirror: {folder.parent} is empty; mount the drive that belongs there, or, if there is none, make {folder}"
+            f"{folder.parent} is empty",
+            option="mirror",
+            remedy=f"mount the drive that belongs there, or, if there is none, make {folder}",
         )
 
 

@@ -83,9 +83,13 @@ class RunFolder:
         Raises UserError when it is in use, holds something else, or can't be written.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"run: {self.path} is a file, expected a folder; give another one with --run")
+            raise UserError(
+                f"{self.path} is a file, expected a folder", option="run", remedy="give another one with --run"
+            )
         if not (self.has_begun() or self.is_empty()):
-            raise UserError(f"run: {self.path} holds other files and no run; give a folder of its own with --run")
+            raise UserError(
+                f"{self.path} holds other files and no run", option="run", remedy="give a folder of its own with --run"
+            )
         made = [*takewhile(lambda folder: not folder.exists(), self.path.parents)]
         stack.callback(_remove_empty, made)  # which a run that has begun keeps from being empty
 
@@ -116,7 +120,9 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"{option}: {self.path} can't be written ({error.strerror}); give another folder with --{option}"
+                f"{self.path} can't be written ({error.strerror})",
+                option=option,
+                remedy=f"give another folder with --{option}",
             ) from error
 
     def check_room(self, needed_bytes: int) -> None:
@@ -124,8 +130,9 @@ class RunFolder:
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
             raise UserError(
-                f"run: {self.path} will need {size(needed_bytes)} for checkpoints, and its disk has "
-                f"{size(free)} left; free some, lower model.rank, or give another folder with --run"
+                f"{self.path} will need {size(needed_bytes)} for checkpoints, and its disk has {size(free)} left",
+                option="run",
+                remedy="free some, lower model.rank, or give another folder with --run",
             )
 
     def has_begun(self) -> bool:
@@ -216,7 +223,7 @@ class RunFolder:
         try:
             options = read_options(self.config)
         except ValueError as error:
-            raise UserError(f"{self.config} is damaged ({error}); {self.config_remedy()}") from error
+            raise UserError(f"{self.config} is damaged ({error})", remedy=self.config_remedy()) from error
         return {name: value for name, value in options.items() if name not in FOR_ONE_START}
 
     def read_config(self) -> dict[str, Any]:
@@ -278,7 +285,8 @@ def mend_adapter(
     whole = copies[0] if copies else None
     if whole is None and is_needed:
         raise UserError(
-            f"{problem}; the run is finished, and no whole copy of its adapter is left; train it with another --run"
+            problem,
+            remedy="the run is finished, and no whole copy of its adapter is left; train it with another --run",
         )
     if run.adapter.is_dir():
         aside = run.adapter.with_name(name)
@@ -354,7 +362,7 @@ def open_run(path: Path) -> RunFolder:
     """The run in ``path``. Raises UserError when it is none."""
     run = RunFolder(path)
     if not run.config.is_file():
-        raise UserError(f"run: {path} is no run folder: it has no config.yaml")
+        raise UserError(f"{path} is no run folder: it has no config.yaml", option="run")
     return run
 
 

@@ -52,11 +52,13 @@ def chat(
         require(prompt is None, "prompt", "no question beside --web, where it is asked on the page", prompt)
         check_gradio()
     elif share or port is not None:
-        raise UserError(f"{'share' if share else 'port'}: it is the page's, expected --web beside it")
+        raise UserError("it is the page's, expected --web beside it", option="share" if share else "port")
     elif prompt is None and not sys.stdin.isatty():
         prompt, source = _standard_input(), "standard input"
     if prompt is not None and not prompt.strip():
-        raise UserError(f"{source}: expected a question, got nothing; write one, or leave --prompt out to talk")
+        raise UserError(
+            "expected a question, got nothing", place=source, remedy="write one, or leave --prompt out to talk"
+        )
     answerer = Answerer(run, adapter, base)
     # Found before the model is loaded; in a conversation the system text alone, beside any question.
     question = _conversation(source, "hello" if prompt is None else prompt, system, answerer)
@@ -77,7 +79,7 @@ def _standard_input() -> str:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"standard input: not UTF-8 (byte {error.start}); convert it, with iconv for example"
+            f"not UTF-8 (byte {error.start})", place="standard input", remedy="convert it, with iconv for example"
         ) from error
 
 

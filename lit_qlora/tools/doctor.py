@@ -32,7 +32,7 @@ Status 0 when nothing would stop a fit (a note does not), else 2. Changes nothin
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; the accepted options are listed by --help")
+        raise UserError(str(message), remedy="the accepted options are listed by --help")
 
 
 def main(args: list[str]) -> int:
@@ -46,7 +46,9 @@ def main(args: list[str]) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     if options.config and not Path(options.config).is_file():
-        raise UserError(f"config: no file {options.config}; give that of a fit, such as configs/colab_t4.yaml")
+        raise UserError(
+            f"no file {options.config}", option="config", remedy="give that of a fit, such as configs/colab_t4.yaml"
+        )
     is_bare = options.run is not None and not {"/", os.sep} & {*options.run}
     run = Path("runs", options.run or "") if is_bare or not options.run else Path(options.run).expanduser()
     findings = []
@@ -93,8 +95,7 @@ def _processes() -> Iterator[Finding]:
     try:
         left = ignore_launchers()
     except UserError as error:
-        text, _, remedy = str(error).partition("; ")
-        yield Finding("problem", text, remedy)
+        yield Finding("problem", error.problem, error.remedy or "")
         return
     for one in left:
         yield Finding("note", f"{one} in the environment is ignored: one process does the work")
@@ -137,10 +138,9 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
         base = _find(name)
         yield Finding("ok", f"base: {base.public_name} may be read, {_gib(2 * base.shape.num_parameters)} in 16 bits")
     except UserError as error:
-        text, _, remedy = str(error).removeprefix("model.base: ").partition(";")
         is_offline = type(error.__cause__).__name__ == "LocalEntryNotFoundError"
         offline = " (offline: of its gate nothing is known)" if is_offline else ""
-        yield Finding("problem", f"base: {text}{offline}", remedy.strip())
+        yield Finding("problem", f"base: {error.problem}{offline}", error.remedy or "")
     except ImportError as error:  # the hub's library comes with transformers and datasets
         yield Finding("problem", f"base: {name} can't be looked for ({surroundings.reason(error)})", INSTALL)
     base = base or _known(name)

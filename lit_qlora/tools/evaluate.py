@@ -27,6 +27,9 @@ QUESTION_BATCH_TOKENS = 4096
 NO_LIMIT = 2**40
 """Tokens: a prompt that is too long is told, never cut."""
 
+CALLED_HERE = {"data.test_source": "source", "data.max_length": "max_length"}
+"""This verb's names of options of a fit."""
+
 
 class Compared(NamedTuple):
     """A figure of the base, of the adapter, and of the second minus the first."""
@@ -91,13 +94,15 @@ def evaluate(
     require(draws >= 100, "draws", "at least 100", draws)
     require(seed >= 0, "seed", "a whole number from 0", seed)
     if output and Path(output).exists():
-        raise UserError(f"output: {output} exists already; give another name or remove it")
+        raise UserError(f"{output} exists already", option="output", remedy="give another name or remove it")
     if output and not Path(output).parent.is_dir():
-        raise UserError(f"output: no folder {Path(output).parent}")
+        raise UserError(f"no folder {Path(output).parent}", option="output")
     subjects = _read_questions(mmlu, shots, examples)
     chosen = choose_adapter(run, adapter, base)
     if source is None and not subjects and chosen.settings is None:
-        raise UserError("source: an adapter folder names no held-out rows; give --source FILE, or --mmlu FILE")
+        raise UserError(
+            "an adapter folder names no held-out rows", option="source", remedy="give --source FILE, or --mmlu FILE"
+        )
 
     from lit_qlora.tools.scoring.rows import Scoring
 
@@ -117,7 +122,7 @@ def evaluate(
         try:
             replace_file(Path(output), text.encode())
         except SaveError as error:
-            raise UserError(f"output: {error}") from error
+            raise UserError(str(error), option="output") from error
 
 
 def _prompts(chosen: Chosen) -> dict[str, Any]:
@@ -148,7 +153,7 @@ def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "Ch
         check_context(chosen.base, data.max_length)
         data.setup("test" if source else "validate")
     except UserError as error:
-        raise UserError(str(error).replace("data.test_source:", "source:").replace("data.max", "max")) from error
+        raise error.replace(option=CALLED_HERE.get(error.option or "", error.option)) from error
     return data
 
 
@@ -180,16 +185,18 @@ def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[
     if mmlu is None:
         for name, given in (("shots", shots), ("examples", examples)):
             if given:
-                raise UserError(f"{name}: {given} is given, and no questions; give --mmlu FILE")
+                raise UserError(f"{given} is given, and no questions", option=name, remedy="give --mmlu FILE")
         return []
     if shots and not examples:
-        raise UserError(f"shots: {shots} needs examples; give --examples FILE, MMLU's dev file of the subject")
+        raise UserError(
+            f"{shots} needs examples", option="shots", remedy="give --examples FILE, MMLU's dev file of the subject"
+        )
     if examples and not shots:
-        raise UserError(f"examples: {examples} is given, and shots is 0; give --shots 5")
+        raise UserError(f"{examples} is given, and shots is 0", option="examples", remedy="give --shots 5")
     from lit_qlora.data.questions import examples_for, read_subjects
 
     if examples and Path(examples).resolve() == Path(mmlu).resolve():
-        raise UserError(f"examples: {examples} holds the questions themselves; give MMLU's dev file")
+        raise UserError(f"{examples} holds the questions themselves", option="examples", remedy="give MMLU's dev file")
     subjects = read_subjects("mmlu", mmlu)
     known = read_subjects("examples", examples) if examples else []
     return [(subject, examples_for(subject, known, shots)) for subject in subjects]
@@ -212,8 +219,9 @@ def _encode(chosen: Chosen, subjects: Sequence[tuple["Subject", Any]], style: Li
             if len(ids) > context:
                 remedy = "give --shots 0, or delete it" if examples else "shorten or delete it"
                 raise UserError(
-                    f"{question.where}: a prompt of {len(ids):,} tokens is more than the {context:,} of "
-                    f"{chosen.base.name}; {remedy}"
+                    f"a prompt of {len(ids):,} tokens is more than the {context:,} of {chosen.base.name}",
+                    place=question.where,
+                    remedy=remedy,
                 )
             encoded[-1].append(ids)
     answers = [[LETTERS.index(question.answer) for question in subject.questions] for subject, _ in subjects]

@@ -53,13 +53,19 @@ def export(
     beside = target.with_suffix(".Modelfile")
     for path in (target, beside):
         if path.exists():
-            raise UserError(f"output: {path} exists already; give another name or remove it")
+            raise UserError(f"{path} exists already", option="output", remedy="give another name or remove it")
     if model and (run or adapter or base):
-        raise UserError("model: it is merged already, so --run, --adapter and --base say nothing; give it alone")
+        raise UserError(
+            "it is merged already, so --run, --adapter and --base say nothing", option="model", remedy="give it alone"
+        )
     if model:
         merged_model = find_base(model)
         if merged_model.in_4_bits:
-            raise UserError(f"model: {model} is in 4 bits, which llama.cpp can't convert; merge with --dtype float16")
+            raise UserError(
+                f"{model} is in 4 bits, which llama.cpp can't convert",
+                option="model",
+                remedy="merge with --dtype float16",
+            )
         _check_tokenizer(merged_model)
         _check_files(merged_model)
         script = find_converter()
@@ -92,7 +98,7 @@ def find_converter() -> Path:
         path = Path(told).expanduser()
         path = path / SCRIPT if path.is_dir() else path
         if not path.is_file():
-            raise UserError(f"LLAMA_CPP: no {SCRIPT} in {told}; it is to name llama.cpp's folder")
+            raise UserError(f"no {SCRIPT} in {told}", option="LLAMA_CPP", remedy="it is to name llama.cpp's folder")
         return path
     found = shutil.which(SCRIPT)
     if found is None:
@@ -106,8 +112,9 @@ def _check_tokenizer(base: Base) -> None:
 
     if cached_file(base.location, "tokenizer.model", _raise_exceptions_for_missing_entries=False) is None:
         raise UserError(
-            f"export: {base.name} has no tokenizer.model, and without it llama.cpp would split text into other tokens "
-            "than training did; take a base that has one"
+            f"export: {base.name} has no tokenizer.model, and without it llama.cpp would split text "
+            "into other tokens than training did",
+            remedy="take a base that has one",
         )
 
 
@@ -117,12 +124,17 @@ def _check_files(base: Base) -> None:
     others = {file.name for file in folder.glob("model*.safetensors")} - {file.name for file in weight_files(base)}
     if others:
         raise UserError(
-            f"model: {base.name} has weights that are not those of its model, and llama.cpp would read them too: move "
-            f"{min(others)} away"
+            f"{base.name} has weights that are not those of its model, and llama.cpp would read "
+            f"them too: move {min(others)} away",
+            option="model",
         )
     for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and "auto_map" in read_object(f"model: {base.name}", folder / name):
-            raise UserError(f"model: {base.name} comes with code of its own: take auto_map out of its {name}")
+        try:
+            has_code = (folder / name).is_file() and "auto_map" in read_object(base.name, folder / name)
+        except UserError as error:
+            raise error.within("model") from error
+        if has_code:
+            raise UserError(f"{base.name} comes with code of its own: take auto_map out of its {name}", option="model")
 
 
 def _convert(script: Path, model: Path, target: Path, outtype: str) -> None:

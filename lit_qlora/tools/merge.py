@@ -99,9 +99,11 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     quieten()
     recover(target)
     if target.exists():
-        raise UserError(f"output: {target} exists already; give another name or remove it")
+        raise UserError(f"{target} exists already", option="output", remedy="give another name or remove it")
     if onto == "original" and chosen.base.in_4_bits:
-        raise UserError(f"onto: {chosen.base.name} is stored in 4 bits and has no original weights; use quantized")
+        raise UserError(
+            f"{chosen.base.name} is stored in 4 bits and has no original weights", option="onto", remedy="use quantized"
+        )
     check_room(target, size_bytes(chosen.base, dtype) + MARGIN_BYTES)
 
     import torch
@@ -150,7 +152,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     try:
         write_folder(target, fill)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
-        raise UserError(f"output: {target} can't be written: {' '.join(str(error).split())}") from error
+        raise UserError(f"{target} can't be written: {' '.join(str(error).split())}", option="output") from error
 
 
 def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", own_format: bool) -> str:
@@ -172,8 +174,9 @@ def check_room(target: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise UserError(
-            f"output: {target} needs {size(needed_bytes)} and the disk has {size(free)} left; free some "
-            "or give a folder on another disk"
+            f"{target} needs {size(needed_bytes)} and the disk has {size(free)} left",
+            option="output",
+            remedy="free some or give a folder on another disk",
         )
 
 
@@ -209,7 +212,9 @@ def _stored(
     plain = BESIDE_4_BITS if dtype == "4bit" else dtype
     value = value.to(getattr(torch, plain)).contiguous()
     if not value.isfinite().all():
-        raise UserError(f"dtype: {name} has values that {plain} can't hold; give --dtype bfloat16 or float32")
+        raise UserError(
+            f"{name} has values that {plain} can't hold", option="dtype", remedy="give --dtype bfloat16 or float32"
+        )
     layer = LINEAR.fullmatch(name)
     if dtype == "4bit" and layer and layer[1] not in uneven:
         yield from in_4_bits(name, value)

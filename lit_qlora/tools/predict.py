@@ -65,7 +65,7 @@ def predict(
     unfinished = Unfinished(target)
     unfinished.check_free()
     if not target.parent.is_dir():
-        raise UserError(f"output: no folder {target.parent}")
+        raise UserError(f"no folder {target.parent}", option="output")
     rows = read_file(Path(prompts))  # one that is wrong is told of first
     answerer = Answerer(run, adapter, base)
     questions = open_prompts(rows, answerer.encoder.check, answerer.encoder.marks)
@@ -84,7 +84,7 @@ def predict(
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             unfinished.finish(belongs_to, text.encode())
         except SaveError as error:
-            raise UserError(f"output: {error}; given again, the same command goes on") from error
+            raise UserError(str(error), option="output", remedy="given again, the same command goes on") from error
     print(f"{len(lines)} answers by {answerer.adapter} in {target}")
 
 
@@ -132,7 +132,9 @@ def _answer_batch(answerer: Answerer, ids: list[list[int]], sampling: Sampling, 
         return answerer.answer_ids(ids, replace(sampling, seed=seed))
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"batch_size: {len(ids)} prompts of up to {max(map(len, ids))} tokens are too much for the memory; lower it"
+            f"{len(ids)} prompts of up to {max(map(len, ids))} tokens are too much for the memory",
+            option="batch_size",
+            remedy="lower it",
         ) from error
 
 
@@ -156,7 +158,7 @@ def _encode(answerer: Answerer, where: str, conversation: Conversation, sampling
     try:
         return answerer.prompt(conversation, sampling)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise error.replace(place=where) from error
 
 
 class _Progress:
@@ -209,9 +211,9 @@ def open_prompts(
             read = read_row(row, marks=marks, columns=COLUMNS)
             check_prompt(read.conversation, fits)
         except RowError as error:
-            raise UserError(f"{where}: {error}; {error.remedy}") from error
+            raise UserError(str(error), place=where, remedy=error.remedy) from error
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(str(error), place=where) from error
         counts.add(read)
         prompts.append((where, read.conversation))
     for what, number in counts.in_words().items():
@@ -225,20 +227,20 @@ def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+            raise UserError(f"not UTF-8 (byte {error.start})", place=path, remedy="save it as UTF-8") from error
         except OSError as error:
-            raise UserError(f"{path}: can't be read ({error.strerror})") from error
+            raise UserError(f"can't be read ({error.strerror})", place=path) from error
         rows: list[tuple[str, Any]] = [
             (f"{path}:{number}", {"prompt": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()
         ]
     else:
         if path.suffix.lower() not in (*ENDINGS, *COMPRESSED):
-            raise UserError(f"{path}: the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}")
+            raise UserError(f"the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}", place=path)
         rows = []
         for row in read_rows(path, COLUMNS):
             if row.fault:  # each prompt has its answer, in its place: none can be left out
                 raise row.fault
             rows.append((row.where, row.value))
     if not rows:
-        raise UserError(f"{path}: no prompt in it")
+        raise UserError("no prompt in it", place=path)
     return rows

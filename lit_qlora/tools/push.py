@@ -60,28 +60,33 @@ def _source(run: str | None, adapter: str | None, folder: str | None) -> Path:
     given = {name: value for name, value in (("run", run), ("adapter", adapter), ("folder", folder)) if value}
     if len(given) > 1:
         (first, _), (second, value) = [*given.items()][:2]
-        raise UserError(f"{second}: {value} is given, and --{first} {given[first]} too; give one of the two")
+        raise UserError(
+            f"{value} is given, and --{first} {given[first]} too", option=second, remedy="give one of the two"
+        )
     return Path(adapter or folder or trained_run(run).adapter)
 
 
 def _verified(source: Path) -> tuple[str, dict[str, int]]:
     """What ``source`` is, and the sizes of its files by name. Raises UserError unless all are as they were saved."""
     if not source.is_dir():
-        raise UserError(f"push: {source} is no folder; give a folder that fit or merge made")
+        raise UserError(f"push: {source} is no folder", remedy="give a folder that fit or merge made")
     kind = next((kind for name, kind in KINDS.items() if (source / name).is_file()), None)
     if kind is None or not (source / RECORD).is_file():
         raise UserError(
-            f"push: {source} is no adapter and no merged model of lit-qlora; give a folder that fit or merge made"
+            f"push: {source} is no adapter and no merged model of lit-qlora",
+            remedy="give a folder that fit or merge made",
         )
     if not (source / MANIFEST).is_file():
         raise UserError(
-            f"push: {source} has no {MANIFEST}, so nobody knows what belongs to it; give a folder that fit or merge "
-            "made"
+            f"push: {source} has no {MANIFEST}, so nobody knows what belongs to it",
+            remedy="give a folder that fit or merge made",
         )
     try:
         return kind, verify_folder(source, allow_extra=True, may_differ=[CARD])
     except DamagedFolderError as error:
-        raise UserError(f"{error}: it was altered or cut short after it was saved, and is not sent") from error
+        raise error.replace(
+            problem=f"{error.problem}: it was altered or cut short after it was saved, and is not sent"
+        ) from error
 
 
 def _contents(source: Path, sizes: dict[str, int], to: str) -> Contents:
@@ -97,7 +102,7 @@ def _contents(source: Path, sizes: dict[str, int], to: str) -> Contents:
             continue
         content = (source / name).read_bytes()
         if TOKEN.search(content):
-            raise UserError(f"push: {source / name} holds a token of the hub; take it out, nothing was sent")
+            raise UserError(f"push: {source / name} holds a token of the hub", remedy="take it out, nothing was sent")
         if name == CARD:
             contents[name] = addressed(content.decode(), to).encode()
     return contents
@@ -113,7 +118,11 @@ def _plan(source: Path, kind: str, contents: Contents, hub: Hub) -> str:
 
 def _agreed() -> bool:
     if not sys.stdin.isatty():
-        raise UserError("yes: nothing was sent, for here is no terminal to ask at; give --yes to send what is shown")
+        raise UserError(
+            "nothing was sent, for here is no terminal to ask at",
+            option="yes",
+            remedy="give --yes to send what is shown",
+        )
     try:
         return input("send it? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
@@ -128,4 +137,6 @@ def _check_unchanged(source: Path, sizes: dict[str, int]) -> None:
             return
     except DamagedFolderError:
         pass
-    raise UserError(f"push: {source} was changed while it was sent, and the hub has none of it; give the command again")
+    raise UserError(
+        f"push: {source} was changed while it was sent, and the hub has none of it", remedy="give the command again"
+    )

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.cli import main
-from lit_qlora.errors import UserError
 from lit_qlora.storage.files import output_path
 
 
@@ -18,18 +17,14 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("output", [".", "..", "/", "", " ", "folder", "folder/", "folder/.", "new/"])
-def test_a_folder_is_no_file_to_write(here, output):
-    with pytest.raises(UserError) as caught:
-        output_path(output)
-    assert str(caught.value) == f"output: expected a file to write, got {output!r}; give a file's name"
+def test_a_folder_is_no_file_to_write(here, expect_error, output):
+    expect_error(lambda: output_path(output), "expected a file", f"got {output!r}", option="output")
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
 @pytest.mark.parametrize("output", ["a" * 300, "a\0b", "file/x"])
-def test_what_can_t_be_a_name(here, output, what):
-    with pytest.raises(UserError) as caught:
-        output_path(output, what)
-    assert str(caught.value).startswith(f"output: {output[:60]!r} can't be a {what} (")
+def test_what_can_t_be_a_name(here, expect_error, output, what):
+    expect_error(lambda: output_path(output, what), repr(output)[:60], f"can't be a {what} (", option="output")
 
 
 def test_a_name_is_a_path_whether_it_is_there_or_not(here):

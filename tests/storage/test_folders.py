@@ -303,7 +303,7 @@ def test_a_link_to_itself_and_a_name_too_long(whole: Path) -> None:
     (whole / "loop").symlink_to(whole / "loop")
     for name in ("loop", "a" * 300):
         forge(whole, {name: {"bytes": 6, "sha256": HELLO}})
-        with pytest.raises(DamagedFolderError, match=f"'{name}': expected a readable file"):
+        with pytest.raises(DamagedFolderError, match=f"'{name[:60]}.*: expected a readable file"):
             verify_folder(whole)
 
 

@@ -238,7 +238,7 @@ LONG = [["word " * 400, "a", "b", "c", "d", "A"]]
         (["--output", "no/f.json"], "output: no folder no"),
         (["--precision", "16-mixed"], "precision: 16-mixed needs a CUDA GPU"),
         (["--max_length", "4"], "max_length: expected at least 8 tokens, got 4"),
-        (["--max_length", "8"], "source: "),
+        (["--max_length", "8"], "max_length: of "),
         (["--max_length", "1025"], "max_length: expected at most 1,024 tokens, the max_position_embeddings of demo"),
         (["--draws", "9"], "draws: expected at least 100, got 9"),
         (["--run", "./nope"], "run: nope is no run folder"),

@@ -54,12 +54,12 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
         settings = _settings(folder)
         return Chosen(_find(base) if base else find_base(settings["model"]["base"]), folder.adapter, settings)
     if run:
-        raise UserError(f"adapter: {adapter} is given, and a run ({run}) too; give one of the two")
+        raise UserError(f"{adapter} is given, and a run ({run}) too", option="adapter", remedy="give one of the two")
     from lit_qlora.model.load import read_record
 
     base = base or read_record(Path(adapter))["base"]
     if base is None:
-        raise UserError(f"adapter: {adapter} does not say which base it is for; give --base")
+        raise UserError(f"{adapter} does not say which base it is for", option="adapter", remedy="give --base")
     return Chosen(_find(base), Path(adapter), None)
 
 
@@ -70,13 +70,13 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     """
     settings = {"model": {}, "data": {}, "trainer": {}} | run.read_config()
     for name in ("model", "data", "trainer"):
-        require(isinstance(settings[name], dict), f"{run.config}: {name}", "options below it", settings[name])
+        require(isinstance(settings[name], dict), name, "options below it", settings[name], place=run.config)
     for section, name in (("model", "base"), ("model", "quantized_cache"), ("data", "source"), ("data", "system")):
         value = settings[section].get(name)
         holds = isinstance(value, str) or (value is None and name != "base")
-        require(holds, f"{run.config}: {section}.{name}", "a text", value)
+        require(holds, f"{section}.{name}", "a text", value, place=run.config)
     seed = settings.get("seed_everything", 42)
-    require(isinstance(seed, int), f"{run.config}: seed_everything", "a whole number", seed)
+    require(isinstance(seed, int), "seed_everything", "a whole number", seed, place=run.config)
     return settings
 
 
@@ -84,7 +84,7 @@ def trained_run(run: str | None) -> RunFolder:
     """The run that is meant, by default the newest. Raises UserError when there is none, or no adapter in it."""
     folder = open_run(run_path(run)) if run else newest_run()
     if not (folder.adapter / "adapter_config.json").is_file():
-        raise UserError(f"run: {folder.path} has no adapter yet; train it first, or give --adapter")
+        raise UserError(f"{folder.path} has no adapter yet", option="run", remedy="train it first, or give --adapter")
     return folder
 
 
@@ -92,7 +92,7 @@ def _find(base: str) -> Base:
     try:
         return find_base(base)
     except UserError as error:  # which calls it by its name in a config
-        raise UserError(str(error).replace("model.base:", "base:", 1)) from error
+        raise error.replace(option="base") from error
 
 
 def check_prompt(conversation: Conversation, fits: Callable[[Conversation], object] = llama2.segments) -> None:
@@ -197,8 +197,9 @@ class Answerer:
             raise UserError(str(error)) from error
         if len(ids) + sampling.max_new_tokens > self.max_length:
             raise UserError(
-                f"a prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are more than the "
-                f"{self.max_length} tokens of {self.base.public_name}; shorten it or lower --max_new_tokens"
+                f"a prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are "
+                f"more than the {self.max_length} tokens of {self.base.public_name}",
+                remedy="shorten it or lower --max_new_tokens",
             )
         return ids
 

@@ -138,7 +138,7 @@ def _check_hosts(scope: Message) -> None:
     """Raises UserError where a header from which the server makes its own address can't be one."""
     for name, value in scope["headers"]:
         if name in _HOSTS and not _HOST.fullmatch(value.decode("latin-1")):
-            raise UserError(f"{name.decode()}: expected the name of a host, got {shown(value.decode('latin-1'))}")
+            raise UserError(f"expected the name of a host, got {shown(value.decode('latin-1'))}", place=name.decode())
 
 
 async def _body(receive: Receive) -> bytes:
@@ -147,7 +147,7 @@ async def _body(receive: Receive) -> bytes:
     while (message := await receive())["type"] == "http.request":
         body += message.get("body", b"")
         if len(body) > MAX_BODY_BYTES:
-            raise UserError(f"a request: expected at most {MAX_BODY_BYTES:,} bytes; ask in fewer words")
+            raise UserError(f"a request: expected at most {MAX_BODY_BYTES:,} bytes", remedy="ask in fewer words")
         if not message.get("more_body"):
             break
     return body

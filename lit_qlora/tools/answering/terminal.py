@@ -15,7 +15,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 from types import FrameType
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, excerpt
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering.answerer import Answer, Answerer
@@ -191,7 +191,7 @@ class Terminal(Dialog):
         except ValueError:  # a quote that nothing closes
             words = [name]
         if len(words) != 1 or not words[0].endswith(".jsonl"):
-            raise UserError(f"expected one name that ends in .jsonl, got {name!r}")
+            raise UserError(f"expected one name that ends in .jsonl, got {excerpt(name)}")
         system = self.effective_system
         rows = [{"role": "system", "content": system}] if system else []
         rows += [{"role": turn.role, "content": turn.content} for turn in self.turns]

@@ -29,7 +29,7 @@ class Unfinished:
     def check_free(self) -> None:
         """Raises UserError where the output exists and nothing says what it was made of."""
         if self.target.exists() and not self.made.is_file():
-            raise UserError(f"output: {self.target} exists already; give another name or remove it")
+            raise UserError(f"{self.target} exists already", option="output", remedy="give another name or remove it")
 
     def is_whole(self, belongs_to: Mapping[str, Any]) -> bool:
         """Whether the output exists, as it was made of just this. Raises UserError for any other output there."""
@@ -42,7 +42,9 @@ class Unfinished:
             was, digest = {}, ""
         if was != {**belongs_to, "sha256": digest}:
             other = "was changed since" if was.get("sha256") != digest else _differences(was, {**was, **belongs_to})
-            raise UserError(f"output: {self.target} exists already ({other}); give another name or remove it")
+            raise UserError(
+                f"{self.target} exists already ({other})", option="output", remedy="give another name or remove it"
+            )
         self.path.unlink(missing_ok=True)  # killed right before `finish` could
         return True
 
@@ -55,7 +57,7 @@ class Unfinished:
         try:
             self._file = self.path.open("a+b")
         except OSError as error:
-            raise UserError(f"output: {self.path} can't be written ({error.strerror})") from error
+            raise UserError(f"{self.path} can't be written ({error.strerror})", option="output") from error
         try:
             self._hold()
             yield self._read(belongs_to)
@@ -82,7 +84,7 @@ class Unfinished:
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"output: another process is writing {self.target}; wait for it, or give another name"
+                f"another process is writing {self.target}", option="output", remedy="wait for it, or give another name"
             ) from error
         except OSError:  # a file system without locks
             return
@@ -97,8 +99,9 @@ class Unfinished:
             return {}
         if (was := _parsed(header)) != belongs_to:
             raise UserError(
-                f"output: {self.target} was begun with other settings ({_differences(was, belongs_to)}); give "
-                f"those again, or another name, or delete {self.path}"
+                f"{self.target} was begun with other settings ({_differences(was, belongs_to)})",
+                option="output",
+                remedy=f"give those again, or another name, or delete {self.path}",
             )
         batches, whole_bytes = {}, len(header)
         for line in self._file:
@@ -118,7 +121,9 @@ class Unfinished:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise UserError(
-                f"output: {self.path} can't be written ({error.strerror}); the same command goes on from there"
+                f"{self.path} can't be written ({error.strerror})",
+                option="output",
+                remedy="the same command goes on from there",
             ) from error
 
 

@@ -52,7 +52,7 @@ def check_gradio() -> None:
         found = ""
     if not found or tuple(map(int, found.split(".")[:2])) < NEEDED:
         what = f"gradio {found} is too old" if found else "gradio is not installed"
-        raise UserError(f"web: {what}; pip install -r requirements-web.txt")
+        raise UserError(what, option="web", remedy="pip install -r requirements-web.txt")
 
 
 def serve(answerer: Answerer, sampling: Sampling, system: str | None, share: bool, port: int | None) -> None:
@@ -109,9 +109,11 @@ class Page:
                     app_kwargs={"middleware": [Middleware(Door, self._fields())]},
                 )  # fmt: skip
         except OSError as error:
-            raise UserError(f"port: {port or 'each that was tried'} is taken; give another with --port") from error
+            raise UserError(
+                f"{port or 'each that was tried'} is taken", option="port", remedy="give another with --port"
+            ) from error
         if share and not shared:
-            raise UserError("share: gradio's servers gave no link; try again, or leave --share out")
+            raise UserError("gradio's servers gave no link", option="share", remedy="try again, or leave --share out")
         return str(shared or here)
 
     def _fields(self) -> dict[int, list[str]]:
@@ -222,5 +224,5 @@ class Page:
 def _sampling(limit: float | None, temperature: float | None, top_p: float | None, seed: float | None) -> Sampling:
     """What the fields hold. Raises UserError where that is nothing, or nothing that can be drawn by."""
     if limit is None or temperature is None or top_p is None or seed is None:
-        raise UserError("settings: expected a number in each field")
+        raise UserError("expected a number in each field", option="settings")
     return Sampling(int(limit), float(temperature), float(top_p), int(seed))  # a page sends 2 for 2.0

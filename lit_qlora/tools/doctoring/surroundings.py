@@ -1,6 +1,6 @@
 """Owns what is found of this machine: packages, GPU, memory, disks, token. Each finding says what to do about it.
 
-Imports nothing but Python's own at the top: it is for machines on which something else can't be imported.
+Imports nothing but Python's own and our errors at the top: it is for machines where something else can't be imported.
 """
 
 import importlib
@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from lit_qlora.errors import one_line
 
 GIB = 1024**3
 ROOT = Path(__file__).parents[3]
@@ -41,7 +43,7 @@ class Finding(NamedTuple):
 
 def reason(error: BaseException) -> str:
     """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
+    return f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
 
 
 # Packages

@@ -69,14 +69,18 @@ class LoraWeights:
         self._config = read_json(folder / "adapter_config.json")
         lora_config.check(folder, self._config)
         if self._config.get("lora_bias"):
-            raise UserError(f"adapter: {folder} has lora_bias, and a Llama has no biases that it could be merged into")
+            raise UserError(
+                f"{folder} has lora_bias, and a Llama has no biases that it could be merged into", option="adapter"
+            )
         self._file = folder / "adapter_model.safetensors"
         try:
             with safe_open(self._file, framework="pt") as file:
                 self._keys = {_plain(key): key for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"adapter: {self._file} can't be read ({reason}); copy it anew") from error
+            raise UserError(
+                f"{self._file} can't be read ({reason})", option="adapter", remedy="copy it anew"
+            ) from error
 
     @property
     def targets(self) -> set[str]:
@@ -103,7 +107,7 @@ def _plain(key: str) -> str:
     """peft's key as the base's name of the layer and the part of LoRA."""
     name = key.removeprefix("base_model.model.").removesuffix(".weight")
     if name.rpartition(".")[2] not in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        raise UserError(f"adapter: it holds {key}, which merge does not know")
+        raise UserError(f"it holds {key}, which merge does not know", option="adapter")
     return name
 
 

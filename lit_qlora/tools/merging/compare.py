@@ -137,6 +137,7 @@ def check(found: Difference, dtype: str) -> None:
     limit = LARGEST_DIFFERENCE.get(dtype, math.inf)
     if not math.isfinite(found.greatest) or found.greatest > limit:
         raise UserError(
-            f"output: not kept, for the merged model is not base + adapter: {found}; expected at most {limit:g} "
-            f"in {dtype}"
+            f"not kept, for the merged model is not base + adapter: {found}",
+            option="output",
+            remedy=f"expected at most {limit:g} in {dtype}",
         )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, excerpt
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -43,16 +43,20 @@ class Hub:
         else:
             to_is_name = to.count("/") == 1
         if not to_is_name:
-            raise UserError(f"to: {to!r} is no name of a repository; expected NAME/REPO, as in ann/my-adapter")
+            raise UserError(
+                f"{excerpt(to)} is no name of a repository",
+                option="to",
+                remedy="expected NAME/REPO, as in ann/my-adapter",
+            )
         token = get_token()
         if not token:
             raise UserError(
-                "push: no token of the hub; set HF_TOKEN in the environment to one that may write, or log in with "
-                "'hf auth login'"
+                "push: no token of the hub",
+                remedy="set HF_TOKEN in the environment to one that may write, or log in with 'hf auth login'",
             )
         if not re.fullmatch(r"[!-~]+", token):
             raise UserError(
-                "push: the token of the hub (HF_TOKEN or the stored login) holds what no token has; renew it"
+                "push: the token of the hub (HF_TOKEN or the stored login) holds what no token has", remedy="renew it"
             )
         self.to, self.public = to, public
         self._api = HfApi(token=token)
@@ -61,7 +65,7 @@ class Hub:
         self._token = token
         self.account = str(account["name"])
         if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise UserError(f"push: the token of {self.account} may only read; make one that may write")
+            raise UserError(f"push: the token of {self.account} may only read", remedy="make one that may write")
         self._there = self._look()
 
     def _look(self) -> "ModelInfo | None":
@@ -82,12 +86,18 @@ class Hub:
         """Raises UserError where everybody would see what was to be private, or two kinds would mix."""
         if self._there and not self._there.private and not self.public:
             raise UserError(
-                f"to: {self.to} is there and public; make it private on the hub, take another name, or give --public"
+                f"{self.to} is there and public",
+                option="to",
+                remedy="make it private on the hub, take another name, or give --public",
             )
         for name, other in KINDS.items():
             if other != kind and name in self._files:
                 # transformers would lay the adapter over the merged model.
-                raise UserError(f"to: {self.to} holds another kind ({name}); give the {kind} a repository of its own")
+                raise UserError(
+                    f"{self.to} holds another kind ({name})",
+                    option="to",
+                    remedy=f"give the {kind} a repository of its own",
+                )
 
     def outlook(self, contents: Iterable[str]) -> str:
         """Who will see it, and what becomes of what is there."""
@@ -118,7 +128,9 @@ class Hub:
                 self._api.create_repo(self.to, private=not self.public, exist_ok=True)
         before = self._look()
         if before is None or (not before.private and not self.public):  # somebody else was quicker
-            raise UserError(f"to: {self.to} is not as it was asked for; nothing was sent, see to it on the hub")
+            raise UserError(
+                f"{self.to} is not as it was asked for", option="to", remedy="nothing was sent, see to it on the hub"
+            )
         with _in_one_line(self.to, self._token):
             operations = [CommitOperationAdd(name, part) for name, part in contents.items()]
             self._api.preupload_lfs_files(self.to, operations, free_memory=False)
@@ -142,7 +154,7 @@ def _in_one_line(to: str, token: str) -> Iterator[None]:
         while _status(cause) is None and cause.__cause__ is not None:  # "Error while uploading", which says nothing
             cause = cause.__cause__
         reason = " ".join(f"{type(cause).__name__}: {cause}".split()).replace(token, "(token)")[:200]
-        raise UserError(_remedy(_status(cause), to, reason)) from None
+        raise _refusal(_status(cause), to, reason) from None
 
 
 def _status(error: BaseException) -> int | None:
@@ -150,11 +162,13 @@ def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _remedy(status: int | None, to: str, reason: str) -> str:
+def _refusal(status: int | None, to: str, reason: str) -> UserError:
     if status == 401:
-        return "push: the hub does not accept the token; renew HF_TOKEN or, without it, the stored login"
+        what = "push: the hub does not accept the token"
+        return UserError(what, remedy="renew HF_TOKEN or, without it, the stored login")
     if status == 403:
-        return f"push: this account, or its token, may not write to {to} (403): {reason}"
+        return UserError(f"push: this account, or its token, may not write to {to} (403): {reason}")
     if status is not None and status < 500 and status != 429:
-        return f"push: the hub refused it ({status}): {reason}"
-    return f"push: the hub can't be reached or broke off; give the same command again, it goes on: {reason}"
+        return UserError(f"push: the hub refused it ({status}): {reason}")
+    what = "push: the hub can't be reached or broke off"
+    return UserError(what, remedy=f"give the same command again, it goes on: {reason}")

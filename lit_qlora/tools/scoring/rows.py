@@ -101,7 +101,7 @@ class Scoring:
                 enable_progress_bar=False,
             )
         except UserError as error:
-            raise UserError(str(error).removeprefix("trainer.")) from error
+            raise error.replace(option="precision") from error
 
     def held_out(self, data: ChatDataModule, part: str) -> tuple[Array, Array]:
         """`Scorer.sums` of the rows of ``part``, validate or test, that ``data`` has set up: base, adapter."""
@@ -134,7 +134,9 @@ class Scoring:
             parts: Any = self.trainer.predict(self.module, dataloaders=shown)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"batch_tokens: out of memory at the {what}; give a smaller one, such as --batch_tokens 1024"
+                f"out of memory at the {what}",
+                option="batch_tokens",
+                remedy="give a smaller one, such as --batch_tokens 1024",
             ) from error
         rows = [row for rows, _ in parts for row in rows]
         return torch.cat([values for _, values in parts]).numpy()[np.argsort(rows)]  # type: ignore[no-any-return]

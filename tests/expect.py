@@ -1,7 +1,7 @@
 """Owns how tests of errors look at one: by option, place and the words that matter, so that prose may be improved."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import pytest
 
@@ -13,7 +13,7 @@ class ExpectError(Protocol):
     """What `expect_error` is."""
 
     def __call__(
-        self, call: Callable[[], object] | list[str], *words: str, option: str | None = None, place: Any = None
+        self, call: Callable[[], object] | list[str], *words: object, option: str | None = None, place: object = None
     ) -> UserError: ...
 
 
@@ -27,7 +27,7 @@ def expect_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     from lit_qlora import cli
 
     def expect_error(
-        call: Callable[[], object] | list[str], *words: str, option: str | None = None, place: Any = None
+        call: Callable[[], object] | list[str], *words: object, option: str | None = None, place: object = None
     ) -> UserError:
         if isinstance(call, list):
             raised: list[UserError] = []
@@ -53,7 +53,7 @@ def expect_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
             error = caught.value
         assert (error.option, error.place) == (option, None if place is None else str(place)), str(error)
         assert "\n" not in str(error)
-        missing = [word for word in words if word not in str(error)]
+        missing = [word for word in words if str(word) not in str(error)]
         assert not missing, str(error)
         return error
 

@@ -15,6 +15,7 @@ from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.trainer import FIGURES, NO_CALLBACKS, NOT_OFFERED, QLoRATrainer, own_callbacks, own_plugins
+from tests.expect import ExpectError
 
 LOOKS = {
     "Callback", "DeviceStatsMonitor", "EarlyStopping", "LambdaCallback", "LearningRateMonitor", "ModelSummary",
@@ -102,12 +103,13 @@ def test_a_timer_with_an_end_is_refused() -> None:
 
 
 @pytest.mark.parametrize("monitored", ["val_loss", "loss", "train/loss", "test/loss", ""])
-def test_a_figure_that_there_is_not_is_refused_at_the_start(monitored: str) -> None:
-    with pytest.raises(UserError) as caught:
-        own_callbacks([EarlyStopping(monitored)])
-    assert str(caught.value) == (
-        f"trainer.callbacks: EarlyStopping monitors {monitored!r}, expected one of val/loss, val/perplexity, "
-        "val/accuracy"
+def test_a_figure_that_there_is_not_is_refused_at_the_start(monitored: str, expect_error: ExpectError) -> None:
+    expect_error(
+        lambda: own_callbacks([EarlyStopping(monitored)]),
+        "EarlyStopping",
+        repr(monitored),
+        "val/accuracy",
+        option="trainer.callbacks",
     )
 
 

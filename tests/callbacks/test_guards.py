@@ -207,7 +207,5 @@ def test_the_counts_go_through_a_checkpoint():
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_it_must_be_at_least_one(count):
-    with pytest.raises(UserError) as caught:
-        UpdateGuard(count)
-    assert str(caught.value) == f"max_nonfinite_losses: expected a whole number from 1, got {count}"
+def test_it_must_be_at_least_one(count, expect_error):
+    expect_error(lambda: UpdateGuard(count), "from 1", f"got {count}", option="max_nonfinite_losses")

@@ -251,10 +251,8 @@ def test_the_form_of_a_time_limit(text, seconds):
 
 
 @pytest.mark.parametrize("text", ["", "x", "3", "03:30:00", "00:00:00:00", "00:00:00:1", "-1:00:00:00"])
-def test_what_is_no_time_limit(text):
-    with pytest.raises(UserError) as caught:
-        parse_max_time(text)
-    assert str(caught.value) == f"max_time: expected DD:HH:MM:SS, such as 00:03:30:00, got {text!r}"
+def test_what_is_no_time_limit(text, expect_error):
+    expect_error(lambda: parse_max_time(text), "DD:HH:MM:SS", f"got {text!r}", option="max_time")
 
 
 def test_ctrl_c_is_pythons_own_again_once_training_is_over(full_run, tiny, rows, tmp_path):

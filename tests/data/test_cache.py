@@ -371,15 +371,12 @@ for number in range(100):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
-def test_a_folder_that_can_not_be_written_is_one_line_and_nothing_is_left(tokenizer, folder, monkeypatch, error):
+def test_a_folder_that_can_not_be_written_is_one_line_and_nothing_is_left(
+    tokenizer, folder, monkeypatch, error, expect_error
+):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(cache, "_write_rows", fail)
-    with pytest.raises(UserError) as raised:
-        encode_records(TALKS, Encoder(tokenizer, 1024))
-    assert str(raised.value) == (
-        f"the encoded rows can't be kept in {folder} ({error.strerror}); free some room there, or set "
-        "HF_DATASETS_CACHE to a folder that can be written"
-    )
+    expect_error(lambda: encode_records(TALKS, Encoder(tokenizer, 1024)), folder, error.strerror, "HF_DATASETS_CACHE")
     assert list(folder.iterdir()) == []

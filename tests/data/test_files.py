@@ -210,14 +210,16 @@ def test_brackets_without_end():
     assert len(str(caught.value)) < 400
 
 
-def test_a_file_that_may_not_be_read(monkeypatch):
+def test_a_file_that_may_not_be_read(monkeypatch, expect_error):
     def refuse(self: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(UserError) as caught:
-        read_rows(Path("a.jsonl"))
-    assert str(caught.value) == "a.jsonl: can't be read (Permission denied); check the file's permissions"
+    expect_error(
+        lambda: read_rows(Path("a.jsonl")),
+        "Permission denied",
+        place="a.jsonl",
+    )
 
 
 GOOD_FILES = {

@@ -75,21 +75,23 @@ def test_no_conversation_stands_on_both_sides(names, share):
 
 
 @pytest.mark.parametrize("share", [0, 0.0, 1.0, -0.1, float("nan")])
-def test_a_share_that_holds_out_nothing_or_all_is_an_error(ten, share):
-    with pytest.raises(UserError) as caught:
-        Parts(ten, None, share, seed=0).train_and_held_out()
-    assert str(caught.value) == (
-        f"data.validation_share: is {share}, expected between 0 and 1, such as 0.05, because ten.jsonl has"
-        " no test split; or give data.validation_source"
+def test_a_share_that_holds_out_nothing_or_all_is_an_error(ten, share, expect_error):
+    expect_error(
+        lambda: Parts(ten, None, share, seed=0).train_and_held_out(),
+        share,
+        "0.05",
+        "ten.jsonl",
+        option="data.validation_share",
     )
 
 
-def test_one_conversation_can_not_be_split():
+def test_one_conversation_can_not_be_split(expect_error):
     source = write("a.jsonl", text("a", "b"), text("a", "b", "c"))
-    with pytest.raises(UserError) as caught:
-        Parts(source, None, 0.5, seed=0).train_and_held_out()
-    assert str(caught.value) == (
-        "a.jsonl: has one conversation only, so none can be held out; add rows, or give data.validation_source"
+    expect_error(
+        lambda: Parts(source, None, 0.5, seed=0).train_and_held_out(),
+        "one conversation only",
+        "data.validation_source",
+        place="a.jsonl",
     )
 
 
@@ -194,7 +196,7 @@ def test_neither_order_nor_seed_nor_copies_change_what_was_held_out(ten):
     assert records.unanswered == before.unanswered == {0, 1, 2, 3}
 
 
-def test_what_is_gone_is_counted_and_nothing_takes_its_place(ten):
+def test_what_is_gone_is_counted_and_nothing_takes_its_place(ten, expect_error):
     parts = Parts(ten, share=0.3, seed=0)
     before = questions(parts.train_and_held_out()[1])
     rows = rows_of(parts)
@@ -202,11 +204,8 @@ def test_what_is_gone_is_counted_and_nothing_takes_its_place(ten):
     records, gone = parts.recall(rows)
     assert (questions(records), gone) == ([before[0], before[2]], 1)
     write(ten, text("new", "a"))
-    with pytest.raises(UserError) as caught:
-        parts.recall(rows)
-    assert str(caught.value) == (
-        "data.source: none of the 3 conversations that the run held out is in ten.jsonl any more; give the rows that "
-        "the run began with, or others with --data.validation_source"
+    expect_error(
+        lambda: parts.recall(rows), "none of the 3", "ten.jsonl", "--data.validation_source", option="data.source"
     )
 
 
@@ -253,11 +252,12 @@ def test_a_validation_source_without_a_test_split_is_held_out_whole(ten):
     assert held_out == Records("other.jsonl", [said("c", "d")], {})
 
 
-def test_the_training_rows_are_not_held_out_whole(ten):
-    with pytest.raises(UserError) as caught:
-        Parts(ten, ten, 0.1, seed=0).train_and_held_out()
-    assert str(caught.value) == (
-        "data.validation_source: ten.jsonl is the training data itself; leave it out to hold out a share"
+def test_the_training_rows_are_not_held_out_whole(ten, expect_error):
+    expect_error(
+        lambda: Parts(ten, ten, 0.1, seed=0).train_and_held_out(),
+        "ten.jsonl",
+        "the training data itself",
+        option="data.validation_source",
     )
 
 
@@ -270,13 +270,14 @@ def test_what_is_held_out_and_in_training_too_is_counted(ten):
     }
 
 
-def test_training_data_under_another_name_is_not_held_out(ten):
+def test_training_data_under_another_name_is_not_held_out(ten, expect_error):
     Path("copy.jsonl").write_bytes(Path(ten).read_bytes())
-    with pytest.raises(UserError) as caught:
-        Parts(ten, "copy.jsonl", 0.1, seed=0).train_and_held_out()
-    assert str(caught.value) == (
-        "data.validation_source: all 10 conversations of copy.jsonl are training data, too (ten.jsonl), and say "
-        "nothing of new ones; give others, or hold out a share of the source"
+    expect_error(
+        lambda: Parts(ten, "copy.jsonl", 0.1, seed=0).train_and_held_out(),
+        "all 10",
+        "copy.jsonl",
+        "(ten.jsonl)",
+        option="data.validation_source",
     )
 
 

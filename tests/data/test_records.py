@@ -90,7 +90,7 @@ def test_the_first_mark_decides_on_a_text():
     )
 
 
-def test_a_form_may_be_forced():
+def test_a_form_may_be_forced(expect_error):
     source = write("a.jsonl", {"text": "[INST] hi [/INST] yo", "messages": "other"})
     assert load_records(source, reading=Reading(form="llama2")).conversations == [said("hi", "yo")]
     with pytest.raises(UserError, match=r"^a\.jsonl:1: no '### Human:' in the text; got \{'text': "):
@@ -99,10 +99,11 @@ def test_a_form_may_be_forced():
         UserError, match=r"^a\.jsonl:1: no column 'conversations', columns found: \['text', 'messages'\]"
     ):
         load_records(source, reading=Reading(form="sharegpt"))
-    with pytest.raises(UserError) as caught:
-        load_records(source, reading=Reading(form="message"))
-    assert str(caught.value) == (
-        "data.form: 'message' is unknown, expected auto, guanaco, llama2, messages, sharegpt, did you mean 'messages'?"
+    expect_error(
+        lambda: load_records(source, reading=Reading(form="message")),
+        "'message'",
+        "did you mean 'messages'",
+        option="data.form",
     )
 
 
@@ -128,94 +129,43 @@ def test_what_can_not_be_trained_on_is_left_out_and_counted():
     )
 
 
-MEND = "mend or delete this row"
-NO_MARK = "column 'text' has neither '### Human:' nor '[INST]', expected a conversation"
-NO_COLUMN = "no column 'messages' or 'conversations' or 'text', columns found"
+NO_COLUMN = "no column 'messages' or 'conversations' or 'text'"
 BAD_ROWS = {
-    "wrong columns": (
-        {"title": "hi", "body": "yo"},
-        f"{NO_COLUMN}: ['title', 'body']; got {{'title': 'hi', 'body': 'yo'}};"
-        ' write rows such as {"text": "### Human: …### Assistant: …"}',
-    ),
-    "near column": ({"Texts": "hi"}, f"{NO_COLUMN}: ['Texts']; got {{'Texts': 'hi'}}; rename 'Texts' to 'text'"),
-    "no columns": (
-        {},
-        f'{NO_COLUMN}: []; got {{}}; write rows such as {{"text": "### Human: …### Assistant: …"}}',
-    ),
-    "number": ({"text": 3.5}, f"column 'text' holds a number, expected text; got {{'text': 3.5}}; {MEND}"),
-    "null": ({"text": None}, f"column 'text' holds null, expected text; got {{'text': None}}; {MEND}"),
-    "list": ({"text": ["a"]}, f"column 'text' holds a list, expected text; got {{'text': ['a']}}; {MEND}"),
-    "no marks": ({"text": "a story"}, f"{NO_MARK}; got {{'text': 'a story'}}; {MEND}"),
-    "blank": ({"text": " "}, f"{NO_MARK}; got {{'text': ' '}}; {MEND}"),
-    "long": ({"text": "x" * 300}, f"{NO_MARK}; got {{'text': '{'x' * 69}…; {MEND}"),
-    "control characters": (
-        {"text": "\x1b[31m\n\u2028"},
-        f"{NO_MARK}; got {{'text': '\\x1b[31m\\n\\u2028'}}; {MEND}",
-    ),
-    "assistant first": (
-        {"text": "### Assistant: yo"},
-        f"turn 1 is the assistant's, expected the user's; got {{'text': '### Assistant: yo'}}; {MEND}",
-    ),
-    "two users": (
-        {"text": "### Human: a### Human: b"},
-        f"turns 1 and 2 are both the user's; join the two into one; got {{'text': '### Human: a### Human: b'}}; {MEND}",
-    ),
-    "empty question": (
-        {"text": "### Human:### Assistant: b"},
-        f"turn 1: a turn of the user is empty; got {{'text': '### Human:### Assistant: b'}}; {MEND}",
-    ),
-    "empty answer": (
-        {"text": "[INST] a [/INST] </s>"},
-        f"turn 2: a turn of the assistant is empty; got {{'text': '[INST] a [/INST] </s>'}}; {MEND}",
-    ),
-    "unpaired tag": (
-        {"text": "[INST] a"},
-        f"turn 1: [INST] without its [/INST]; got {{'text': '[INST] a'}}; {MEND}",
-    ),
-    "open system text": (
-        {"text": "[INST] <<SYS>> a [/INST] b"},
-        "the system text opens with <<SYS>> and is never closed by <</SYS>>;"
-        f" got {{'text': '[INST] <<SYS>> a [/INST] b'}}; {MEND}",
-    ),
+    "wrong columns": ({"title": "hi", "body": "yo"}, [NO_COLUMN, "['title', 'body']", "write rows such as"]),
+    "near column": ({"Texts": "hi"}, [NO_COLUMN, "['Texts']", "rename 'Texts' to 'text'"]),
+    "no columns": ({}, [NO_COLUMN, "got {}", '{"text": "### Human: …### Assistant: …"}']),
+    "number": ({"text": 3.5}, ["'text' holds a number", "{'text': 3.5}"]),
+    "null": ({"text": None}, ["'text' holds null"]),
+    "list": ({"text": ["a"]}, ["'text' holds a list", "{'text': ['a']}"]),
+    "no marks": ({"text": "a story"}, ["'### Human:'", "'[INST]'", "{'text': 'a story'}", "delete this row"]),
+    "blank": ({"text": " "}, ["'### Human:'", "{'text': ' '}"]),
+    "long": ({"text": "x" * 300}, [f"got {{'text': '{'x' * 69}…; "]),
+    "control characters": ({"text": "\x1b[31m\n\u2028"}, [r"{'text': '\x1b[31m\n\u2028'}"]),
+    "assistant first": ({"text": "### Assistant: yo"}, ["turn 1 is the assistant's"]),
+    "two users": ({"text": "### Human: a### Human: b"}, ["turns 1 and 2 are both the user's", "join"]),
+    "empty question": ({"text": "### Human:### Assistant: b"}, ["turn 1", "user is empty"]),
+    "empty answer": ({"text": "[INST] a [/INST] </s>"}, ["turn 2", "assistant is empty"]),
+    "unpaired tag": ({"text": "[INST] a"}, ["turn 1", "[INST] without its [/INST]"]),
+    "open system text": ({"text": "[INST] <<SYS>> a [/INST] b"}, ["the system text", "never closed by <</SYS>>"]),
     "unknown role": (
         {"messages": [{"role": "tool", "content": "hi"}]},
-        "turn 1: unknown role 'tool', expected one of system, user, human, assistant, gpt;"
-        f" got {{'messages': [{{'role': 'tool', 'content': 'hi'}}]}}; {MEND}",
+        ["turn 1", "unknown role 'tool'", "system, user, human, assistant, gpt"],
     ),
-    "no messages": (
-        {"messages": []},
-        f"a conversation needs at least one turn; got {{'messages': []}}; {MEND}",
-    ),
-    "text for messages": (
-        {"messages": "hi"},
-        f"expected a list of messages, got str; got {{'messages': 'hi'}}; {MEND}",
-    ),
-    "no content": (
-        {"conversations": [{"from": "human", "value": None}]},
-        "turn 1: the user's content is text, got NoneType;"
-        f" got {{'conversations': [{{'from': 'human', 'value': None}}]}}; {MEND}",
-    ),
-    "lone surrogate": (
-        {"text": "### Human: a\ud800### Assistant: b"},
-        "a lone surrogate such as '\\ud800' is no character: no token stands for it;"
-        f" got {{'text': '### Human: a\\ud800### Assistant: b'}}; {MEND}",
-    ),
+    "no messages": ({"messages": []}, ["at least one turn", "{'messages': []}"]),
+    "text for messages": ({"messages": "hi"}, ["a list of messages", "got str"]),
+    "no content": ({"conversations": [{"from": "human", "value": None}]}, ["turn 1", "the user's content", "NoneType"]),
+    "lone surrogate": ({"text": "### Human: a\ud800### Assistant: b"}, [r"lone surrogate", r"a\ud800###"]),
 }
 
 
-@pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_row_is_one_line_that_says_where_and_what_to_do(row, message):
-    with pytest.raises(UserError) as caught:
-        load_records(write("a.jsonl", text("a", "b"), row))
-    assert str(caught.value) == f"a.jsonl:2: {message}"
-    assert "\n" not in message
+@pytest.mark.parametrize(("row", "words"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_one_line_that_says_where_and_what_to_do(row, words, expect_error):
+    expect_error(lambda: load_records(write("a.jsonl", text("a", "b"), row)), *words, place="a.jsonl:2")
 
 
-def test_the_line_of_a_csv_record_is_the_file_s_own():
+def test_the_line_of_a_csv_record_is_the_file_s_own(expect_error):
     Path("a.csv").write_text('text\n"### Human: a\n### Assistant: b"\n\nstory\n', "utf-8")
-    with pytest.raises(UserError) as caught:
-        load_records("a.csv")
-    assert str(caught.value) == f"a.csv:5: {NO_MARK}; got {{'text': 'story'}}; {MEND}"
+    expect_error(lambda: load_records("a.csv"), "'### Human:'", "{'text': 'story'}", place="a.csv:5")
 
 
 @pytest.mark.parametrize(
@@ -225,11 +175,13 @@ def test_the_line_of_a_csv_record_is_the_file_s_own():
         (text("[INST]", "b"), "rows left out: a Llama 2 tag inside a turn: 1"),
     ],
 )
-def test_nothing_left_is_an_error(row, reason):
-    with pytest.raises(UserError) as caught:
-        load_records(write("a.jsonl", row))
-    assert str(caught.value) == (
-        f"a.jsonl: nothing to train on ({reason}); expected conversations that end on an answer"
+def test_nothing_left_is_an_error(row, reason, expect_error):
+    expect_error(
+        lambda: load_records(write("a.jsonl", row)),
+        reason,
+        "nothing to train on",
+        "expected conversations that end",
+        place="a.jsonl",
     )
 
 

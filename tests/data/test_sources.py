@@ -121,11 +121,9 @@ def test_splits_of_the_hub_go_by_several_names(monkeypatch, found, names, unread
     assert (splits.names, splits.unread) == (names, unread)
 
 
-def test_a_set_of_the_hub_without_training_rows_is_one_line(monkeypatch):
+def test_a_set_of_the_hub_without_training_rows_is_one_line(monkeypatch, expect_error):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["en", "de"])
-    with pytest.raises(UserError) as caught:
-        find_splits("owner/name").training()
-    assert str(caught.value) == "owner/name: has no split 'train', found: en and de; choose another"
+    expect_error(lambda: find_splits("owner/name").training(), "no split 'train'", "en and de", place="owner/name")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_no_tokenizer_is_told_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch):
+def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch, expect_error):
     base, ran = tmp_path / "base", tmp_path / "ran"
     shutil.copytree(demo.BASE, base)
     (base / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n", encoding="utf-8")
@@ -59,12 +59,7 @@ def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(tmp_path, monke
     rules |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
     (base / "tokenizer_config.json").write_text(json.dumps(rules), encoding="utf-8")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(str(base))
-    assert str(caught.value) == (
-        f"model.base: the tokenizer of '{base}' is code of its own, and code that comes with a base is never run; "
-        "take a copy with a Llama tokenizer"
-    )
+    expect_error(lambda: load_tokenizer(str(base)), base, "code of its own", "never run", option="model.base")
     assert not ran.exists()
 
 
@@ -118,17 +113,13 @@ def test_a_tokenizer_config_names_nothing_but_a_tokenizer(tmp_path, name, monkey
     assert told.endswith(f'tokenizer_config.json: tokenizer_class: expected the name of a tokenizer, got "{name}"')
 
 
-def test_a_tokenizer_without_eos_is_refused(tmp_path):
+def test_a_tokenizer_without_eos_is_refused(tmp_path, expect_error):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a"))).save_pretrained(tmp_path)
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(str(tmp_path))
-    assert str(caught.value) == (
-        f"model.base: the tokenizer of '{tmp_path}' has no BOS or no EOS token; a Llama tokenizer has both"
-    )
+    expect_error(lambda: load_tokenizer(str(tmp_path)), tmp_path, "no BOS or no EOS", option="model.base")
 
 
 @pytest.mark.parametrize(

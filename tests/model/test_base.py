@@ -411,17 +411,13 @@ def test_a_base_that_is_not_cached_is_two_bytes_a_weight(monkeypatch, config_fil
         ),
     ],
 )
-def test_weights_that_are_not_those_of_the_config(tiny_folder, tmp_path, changes, told):
+def test_weights_that_are_not_those_of_the_config(tiny_folder, tmp_path, changes, told, expect_error):
     folder = shutil.copytree(tiny_folder, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
     base = find_base(str(folder))
     told = told.replace("%d", str(config["vocab_size"]))
-    with pytest.raises(UserError) as error:
-        check_weights(base)
-    assert str(error.value) == (
-        f"model.base: {folder}: the weights are not those of its config.json: {told}; take another copy"
-    )
+    expect_error(lambda: check_weights(base), folder, "config.json", told, option="model.base")
     check_weights(find_base(str(tiny_folder)))
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers.utils
 
-from lit_qlora.errors import UserError
 from lit_qlora.model.device import (
     Device,
     check_attention,
@@ -53,21 +52,12 @@ def test_what_is_asked_for_is_taken(wanted, device):
     assert choose_precision(wanted, device) == (wanted, "as asked")
 
 
-def test_bf16_is_refused_on_a_t4():
-    with pytest.raises(UserError) as error:
-        choose_precision("bf16-mixed", T4)
-    assert str(error.value) == (
-        "trainer.precision: Tesla T4 has compute capability 7.5 and no bf16 (8.0 is needed; "
-        "torch would emulate it, slowly); use auto or 16-mixed"
-    )
+def test_bf16_is_refused_on_a_t4(expect_error):
+    expect_error(lambda: choose_precision("bf16-mixed", T4), "Tesla T4", "7.5", "16-mixed", option="trainer.precision")
 
 
-def test_fp16_is_refused_without_a_gpu():
-    with pytest.raises(UserError) as error:
-        choose_precision("16-mixed", CPU)
-    assert str(error.value) == (
-        "trainer.precision: 16-mixed needs a CUDA GPU, and there is none; use auto (32-true on a CPU)"
-    )
+def test_fp16_is_refused_without_a_gpu(expect_error):
+    expect_error(lambda: choose_precision("16-mixed", CPU), "16-mixed", "CUDA", "32-true", option="trainer.precision")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -77,20 +67,25 @@ def test_sdpa_and_eager_run_everywhere(attention, device):
 
 
 @pytest.mark.parametrize("device", [CPU, T4])
-def test_flash_attention_2_is_refused_below_ampere(device, monkeypatch):
+def test_flash_attention_2_is_refused_below_ampere(device, monkeypatch, expect_error):
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
-    with pytest.raises(UserError) as error:
-        check_attention("flash_attention_2", device)
-    assert str(error.value) == (
-        f"model.attention: flash_attention_2 needs compute capability 8.0 or above, {device.name} has less; use sdpa"
+    expect_error(
+        lambda: check_attention("flash_attention_2", device),
+        device.name,
+        "8.0",
+        "use sdpa",
+        option="model.attention",
     )
 
 
-def test_flash_attention_2_is_refused_without_its_package(monkeypatch):
+def test_flash_attention_2_is_refused_without_its_package(monkeypatch, expect_error):
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
-    with pytest.raises(UserError) as error:
-        check_attention("flash_attention_2", A100)
-    assert str(error.value) == "model.attention: flash_attention_2 needs the package flash-attn; use sdpa"
+    expect_error(
+        lambda: check_attention("flash_attention_2", A100),
+        "flash-attn",
+        "use sdpa",
+        option="model.attention",
+    )
 
 
 def test_flash_attention_2_with_all_it_needs(monkeypatch):
@@ -136,8 +131,6 @@ def test_with_a_compiler_nothing_is_said(monkeypatch):
     assert check_compile(True, CPU) is None
 
 
-def test_compiling_that_is_asked_for_needs_a_compiler(monkeypatch):
+def test_compiling_that_is_asked_for_needs_a_compiler(monkeypatch, expect_error):
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(UserError) as error:
-        check_compile(True, CPU)
-    assert str(error.value) == ("model.compile: true needs a C compiler; install gcc and python3-dev, or give false")
+    expect_error(lambda: check_compile(True, CPU), "a C compiler", "gcc", option="model.compile")

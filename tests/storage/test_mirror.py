@@ -103,7 +103,7 @@ def test_a_fresh_machine_gets_all_of_it_back(machine, drive, capsys):
     assert told == []
 
 
-def test_damaged_checkpoints_are_skipped_with_a_warning(machine, drive, capsys):
+def test_damaged_checkpoints_are_skipped_with_a_warning(machine, drive, capsys, expect_error):
     run, mirror, _ = machine()
     for step in (5, 10):
         save(run, step)
@@ -120,11 +120,7 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(machine, drive, capsys):
     assert skipped.endswith("; going back to the checkpoint before")
     assert adapter.endswith("; going on without the best adapter so far")
     (drive.checkpoint(5) / "state").unlink()
-    with pytest.raises(UserError) as caught:
-        machine("c")
-    assert str(caught.value) == (
-        f"mirror: no checkpoint in {drive.checkpoints} is whole; give another --mirror, or move it away to start anew"
-    )
+    expect_error(lambda: machine("c"), drive.checkpoints, "no checkpoint", "--mirror", option="mirror")
 
 
 def test_both_empty_is_a_new_run_and_a_failed_start_leaves_nothing(machine, drive):
@@ -161,37 +157,42 @@ def test_a_damaged_checkpoint_here_is_replaced_by_the_whole_one_there(machine, d
     verify_folder(run.checkpoint(5))
 
 
-def test_the_mirror_of_another_run_is_refused(machine, drive):
+def test_the_mirror_of_another_run_is_refused(machine, drive, expect_error):
     run, mirror, _ = machine()
     save(run, 5)
     mirror.close()
     before = sorted(path.name for path in drive.path.iterdir())
-    with pytest.raises(UserError) as caught:
-        machine("b", {"model": {"rank": 16}, "save_every_steps": 9})
-    assert str(caught.value) == (
-        f"mirror: {drive.path} belongs to another run: model.rank: 8 -> 16; "
-        "give another --mirror, or another --run NAME"
+    expect_error(
+        lambda: machine("b", {"model": {"rank": 16}, "save_every_steps": 9}),
+        drive.path,
+        "model.rank: 8 -> 16",
+        "--mirror",
+        option="mirror",
     )
     assert sorted(path.name for path in drive.path.iterdir()) == before
     machine("c", {"model": {"rank": 8}, "save_every_steps": 9})
 
 
-def test_a_drive_that_is_not_mounted_is_refused(tmp_path):
+def test_a_drive_that_is_not_mounted_is_refused(tmp_path, expect_error):
     run = RunFolder(tmp_path / "one")
-    with pytest.raises(UserError) as caught:
-        Mirror(run, tmp_path / "drive" / "MyDrive", print).open(CONFIG)
-    assert str(caught.value) == (
-        f"mirror: there is no folder {tmp_path / 'drive'}; mount the drive, or give another one"
+    expect_error(
+        lambda: Mirror(run, tmp_path / "drive" / "MyDrive", print).open(CONFIG),
+        tmp_path / "drive",
+        "no folder",
+        "mount the drive",
+        option="mirror",
     )
     assert not (tmp_path / "drive").exists()
     run.prepare()
     with pytest.raises(UserError, match="is the run folder itself; give a folder elsewhere"):
         Mirror(run, tmp_path, print).open(CONFIG)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError) as caught:
-        Mirror(run, tmp_path / "file", print).open(CONFIG)
-    assert str(caught.value) == (
-        f"mirror: {tmp_path}/file/one can't be written (Not a directory); give another folder with --mirror"
+    expect_error(
+        lambda: Mirror(run, tmp_path / "file", print).open(CONFIG),
+        tmp_path / "file" / "one",
+        "Not a directory",
+        "--mirror",
+        option="mirror",
     )
 
 

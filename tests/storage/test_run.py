@@ -5,6 +5,7 @@ import json
 import os
 import re
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,24 +153,28 @@ def test_prepare_puts_right_what_a_kill_left(run):
     assert sorted(path.name for path in run.path.iterdir()) == ["adapter", "checkpoints"]
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_told(tmp_path, monkeypatch, expect_error):
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "touch", refuse)  # tests may run as root, who may write everywhere
-    with pytest.raises(UserError) as caught:
-        RunFolder(tmp_path / "one").prepare()
-    assert str(caught.value) == (
-        f"run: {tmp_path}/one can't be written (Permission denied); give another folder with --run"
+    expect_error(
+        lambda: RunFolder(tmp_path / "one").prepare(),
+        tmp_path / "one",
+        "Permission denied",
+        "--run",
+        option="run",
     )
 
 
-def test_a_file_in_the_way_is_told(tmp_path):
+def test_a_file_in_the_way_is_told(tmp_path, expect_error):
     (tmp_path / "one").touch()
-    with pytest.raises(UserError) as caught:
-        RunFolder(tmp_path / "one").prepare()
-    assert (
-        str(caught.value) == f"run: {tmp_path}/one can't be written (Not a directory); give another folder with --run"
+    expect_error(
+        lambda: RunFolder(tmp_path / "one").prepare(),
+        tmp_path / "one",
+        "Not a directory",
+        "--run",
+        option="run",
     )
 
 
@@ -255,14 +260,10 @@ def test_the_newest_run_is_the_one_that_was_started_last_whatever_the_dates_of_i
     assert newest_run(tmp_path).path == tmp_path / "a"
 
 
-def test_no_run_at_all_is_told(tmp_path):
+def test_no_run_at_all_is_told(tmp_path, expect_error):
     (tmp_path / "no-run").mkdir()
     for root in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError) as caught:
-            newest_run(root)
-        assert str(caught.value) == (
-            f"no run in {root}/: train one first with 'python main.py fit', or name one with --run"
-        )
+        expect_error(partial(newest_run, root), root, "'python main.py fit'", "--run")
 
 
 @pytest.mark.parametrize(
@@ -296,13 +297,11 @@ def test_a_run_of_that_name_in_the_current_folder_is_meant_while_runs_has_none(t
     assert run_path("mine") == Path("runs/mine")
 
 
-def test_only_a_run_folder_can_be_opened(run, tmp_path):
+def test_only_a_run_folder_can_be_opened(run, tmp_path, expect_error):
     run.write_config("a: 1\n")
     assert open_run(run.path).path == run.path
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError) as caught:
-            open_run(path)
-        assert str(caught.value) == f"run: {path} is no run folder: it has no config.yaml"
+        expect_error(partial(open_run, path), path, "no config.yaml", option="run")
 
 
 def test_differences_are_told_below_the_keys_that_are_watched():
@@ -351,12 +350,7 @@ def test_a_damaged_mark_is_none_with_a_warning(run, capsys, text):
         (b"a: !!bool x\n", "no valid YAML: KeyError"),
     ],
 )
-def test_a_damaged_config_is_told_with_what_to_do(run, content, reason):
+def test_a_damaged_config_is_told_with_what_to_do(run, content, reason, expect_error):
     run.config.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        run.read_config()
-    assert str(caught.value) == (
-        f"{run.config} is damaged ({reason}); put a copy of it back, or remove it and give fit all options "
-        f"(--config FILE --run {run.path}): the run goes on, for its checkpoints know what it is made of"
-    )
+    expect_error(run.read_config, run.config, reason, "put a copy of it back")
     assert run.write_config("a: 1\n").name == "config.2.yaml"

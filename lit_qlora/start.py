@@ -38,6 +38,7 @@ from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import DamagedFolderError
 from lit_qlora.storage.run import (
     RUNS,
+    Change,
     NoReferences,
     RunFolder,
     as_sections,
@@ -168,11 +169,13 @@ def choose_run(
     _check_sources(data)
     numbered = (RunFolder(default.path.with_name(f"{default.path.name}-{number}")) for number in count(2))
     run = next(run for run in numbered if not _another(run, mirror, config, base))
-    print(f"   run  {default.path} has other settings: {'; '.join(others)}; this one is {run.path}", flush=True)
+    print(
+        f"   run  {default.path} has other settings: {'; '.join(map(str, others))}; this one is {run.path}", flush=True
+    )
     return run
 
 
-def _another(run: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base) -> list[str]:
+def _another(run: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base) -> list[Change]:
     """What makes a start with ``config`` another run than the one in the folder, or in the mirror where that is all."""
     if not run.has_begun() and mirror:
         run = RunFolder(mirror / run.path.name)
@@ -183,17 +186,17 @@ def _another(run: RunFolder, mirror: Path | None, config: Mapping[str, Any], bas
     changes = settings.differences(first, config, names)
     record = _record(run) if changes else {}
     return settings.refused(first, config) + [
-        change for change in changes if _matters(change, run, record, config, base)
+        change for change in changes if _matters(change.name, run, record, config, base)
     ]
 
 
-def _matters(change: str, run: RunFolder, record: Mapping[str, Any], config: Mapping[str, Any], base: Base) -> bool:
-    """Whether a setting that may change did so in a way that the run's newest checkpoint does not go on with."""
-    if change.startswith("model.base:"):
+def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mapping[str, Any], base: Base) -> bool:
+    """Whether the setting ``name`` changed in a way that the run's newest checkpoint does not go on with."""
+    if name == "model.base":
         return not record or not fingerprint.is_of(str(record["base"]), base)
     if not record:
         return False
-    if change.startswith("trainer.precision:"):
+    if name == "trainer.precision":
         device = current_device(config["trainer"]["accelerator"])
         return (
             record["precision"]
@@ -232,7 +235,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
     if others:
         _check_sources(data)
         raise UserError(
-            f"{run.path} was started with other settings: {'; '.join(others)}",
+            f"{run.path} was started with other settings: {'; '.join(map(str, others))}",
             option="run",
             remedy="give --run NAME to start another run",
         )
@@ -245,7 +248,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
         raise SystemExit(0)
     changed = settings.allowed(first, config)
     if changed:
-        print(f"   run  changed: {'; '.join(changed)}", flush=True)
+        print(f"   run  changed: {'; '.join(map(str, changed))}", flush=True)
 
 
 def _first_settings(run: RunFolder) -> dict[str, Any] | None:

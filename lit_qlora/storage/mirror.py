@@ -85,7 +85,7 @@ class Mirror:
             others = refused(self.copy.read_config(), config)
             if others:
                 raise UserError(
-                    f"{self.copy.path} belongs to another run: {'; '.join(others)}",
+                    f"{self.copy.path} belongs to another run: {'; '.join(map(str, others))}",
                     option="mirror",
                     remedy="give another --mirror, or another --run NAME",
                 )

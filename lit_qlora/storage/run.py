@@ -11,7 +11,7 @@ from datetime import datetime
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -413,14 +413,25 @@ def as_yaml(config: Mapping[str, Any]) -> str:
     return yaml.dump(config, Dumper=_Readable, sort_keys=False, allow_unicode=True)
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
-    """Settings below ``keys`` (dotted) that changed, each as ``name: old -> new``."""
+class Change(NamedTuple):
+    """A setting that changed, by its dotted name; ``name: old -> new`` as a text."""
+
+    name: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.old} -> {self.new}"
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any], keys: tuple[str, ...]) -> list[Change]:
+    """The settings below ``keys`` (dotted) that changed."""
     before, after = flat(was), flat(now)
     watched = (
         name for name in sorted({*before, *after}) if any(name == key or name.startswith(f"{key}.") for key in keys)
     )
     return [
-        f"{name}: {_told(before.get(name))} -> {_told(after.get(name))}"
+        Change(name, _told(before.get(name)), _told(after.get(name)))
         for name in watched
         if before.get(name) != after.get(name)
     ]

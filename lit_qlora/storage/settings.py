@@ -6,7 +6,7 @@ Knows the names of options and why they are harmless, and nothing of what they d
 from collections.abc import Mapping
 from typing import Any
 
-from lit_qlora.storage.run import differences
+from lit_qlora.storage.run import Change, differences
 
 MAY_CHANGE: Mapping[str, str] = {
     # Saving and watching: no number of the training hangs on them.
@@ -57,20 +57,19 @@ def comes_otherwise(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return bool(differences(was, now, OTHERWISE))
 
 
-def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The changes that make it another run, each as ``name: old -> new``."""
-    return [change for change in _changes(was, now) if not _may_change(change)]
+def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The changes that make it another run."""
+    return [change for change in _changes(was, now) if not _may_change(change.name)]
 
 
-def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The changes with which the run goes on, each as ``name: old -> new``."""
-    return [change for change in _changes(was, now) if _may_change(change)]
+def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The changes with which the run goes on."""
+    return [change for change in _changes(was, now) if _may_change(change.name)]
 
 
-def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     return differences(was, now, (*{*was, *now},))
 
 
-def _may_change(change: str) -> bool:
-    name = change.partition(":")[0]
+def _may_change(name: str) -> bool:
     return any(name == known or name.startswith(f"{known}.") for known in MAY_CHANGE)

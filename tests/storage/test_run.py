@@ -312,14 +312,15 @@ def test_differences_are_told_below_the_keys_that_are_watched():
         "trainer": {"steps": 1},
     }
     now = {"seed": 2, "model": {"rank": 16, "base": "demo", "deep": {"a": [1]}, "new": True}, "data": {"source": "x"}}
-    assert differences(was, now, ("seed", "model", "data", "trainer.precision")) == [
+    changes = differences(was, now, ("seed", "model", "data", "trainer.precision"))
+    assert [*map(str, changes)] == [
         "data.source: None -> x",
         "model.deep.a: [1, 2] -> [1]",
         "model.new: None -> True",
         "model.rank: 8 -> 16",
         "seed: 1 -> 2",
     ]
-    assert differences(was, now, ("trainer",)) == ["trainer.steps: 1 -> None"]
+    assert differences(was, now, ("trainer",)) == [("trainer.steps", "1", "None")]
     assert differences(was, now, ("model.ra", "mod")) == []  # no name is taken by its beginning
     assert differences(was, was, ("seed", "model", "data", "trainer")) == []
 

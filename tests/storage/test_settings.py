@@ -2,7 +2,16 @@
 
 import pytest
 
-from lit_qlora.storage.settings import MAY_CHANGE, allowed, refused
+from lit_qlora.storage import settings
+from lit_qlora.storage.settings import MAY_CHANGE
+
+
+def refused(was, now):
+    return [str(change) for change in settings.refused(was, now)]
+
+
+def allowed(was, now):
+    return [str(change) for change in settings.allowed(was, now)]
 
 
 def nested(name, value):

@@ -79,7 +79,10 @@ def require(holds: bool, option: str, expected: str, got: object, *, place: str 
 
 def excerpt(value: object) -> str:
     """Shows a value in at most `SHOWN` printable characters on one line."""
-    return cut(repr(value))
+    try:
+        return cut(repr(value))
+    except (ValueError, RecursionError):  # a number of over 4,300 digits, or what is nested too deep
+        return f"{type(value).__name__} …"
 
 
 def cut(text: str, most: int = SHOWN) -> str:

@@ -44,9 +44,11 @@ class OneLineErrors:
         return {name: hint for name, hint in hints if hint is not None and not name.endswith(".help")}
 
     def check_values(self, values: Mapping[str, Any]) -> None:
-        """Raises UserError for the first option that has no value and takes no none: jsonargparse lets it pass."""
+        """Raises UserError for what jsonargparse lets pass: no value where none is not taken, a number without end."""
         types = self.types()
         for name, value in values.items():
+            if is_too_large(value):
+                raise UserError("expected a number of at most 19 digits, and it has far more", option=name)
             hint = types.get(name)
             if value is None and hint is not None and NoneType not in get_args(hint):
                 raise UserError(
@@ -85,8 +87,14 @@ def is_plain_type(hint: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is a text, a number, a truth, none, or a list of them."""
-    return all(isinstance(one, str | int | float | None) for one in (value if isinstance(value, list) else [value]))
+    """Whether a value is a text, a number that a file can hold, a truth, none, or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(one, str | int | float | None) and not is_too_large(one) for one in values)
+
+
+def is_too_large(value: Any) -> bool:
+    """Whether a value is a whole number beyond all that is counted, which not even a file could hold."""
+    return isinstance(value, int) and abs(value) >= 2**64
 
 
 def _mistake(message: str, names: list[str]) -> UserError:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.datamodule import ChatDataModule, is_template
 from lit_qlora.data.sources import find_splits, is_hub_id
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model import fingerprint
@@ -134,6 +134,10 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
                 kept[name] = value
             elif known not in left_out and not any(arg.startswith(f"--{known}") for arg in rest):
                 left_out.append(known)
+        elif name == "data.template" and isinstance(value, str) and not is_template(value):
+            raise UserError(
+                f"expected the text of a template, got {excerpt(value)}", option=name, place=place, remedy=REMEDY
+            )
         elif name == known and is_plain(value):
             kept[name] = value
         else:

@@ -66,6 +66,7 @@ def test_a_long_value_is_cut() -> None:
     assert excerpt({"a": "\x1b[31m\n\u2028\ud800\x9b"}) == r"{'a': '\x1b[31m\n\u2028\ud800\x9b'}"
     assert excerpt("x" * 78) == "'" + "x" * 78 + "'"
     assert excerpt(["x" * 10_000]) == "['" + "x" * 77 + "…"
+    assert excerpt(16**6000) == "int …"
     assert cut("abcdef", 5) == "abcd…"
     with pytest.raises(UserError) as caught:
         require(False, "model.base", "a folder", "x" * 1_000_000)

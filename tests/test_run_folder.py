@@ -199,6 +199,24 @@ def test_every_option_comes_back_as_it_was_kept(run: Path, parser: RunParser) ->
     assert found[0] == given | {"data.system": None}  # as on the command line
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("data.template", "/dev/zero", "expected the text of a template, got '/dev/zero'"),
+        ("data.template", "chat.jinja", "expected the text of a template"),
+        ("data.batch_size", f"0x{'f' * 6000}", "expected a plain value, got data.batch_size with int …"),
+        ("trainer.max_steps", f"[{'9' * 30}]", "expected a plain value"),
+    ],
+)
+def test_of_a_run_s_options_no_file_is_opened_and_no_number_is_endless(
+    run: Path, parser: RunParser, option: str, value: str, expected: str
+) -> None:
+    RunFolder(run).config.write_text(f"{option}: {value}\n")
+    with pytest.raises(UserError) as caught:
+        _parse(parser, run)
+    assert f"config.yaml: {option}: {expected}" in str(caught.value)
+
+
 def test_a_name_for_a_name_for_a_name_ends_at_once(run: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]" for n in range(1, 12)]

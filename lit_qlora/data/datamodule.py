@@ -390,16 +390,28 @@ class ChatDataModule(LightningDataModule):
         )
 
 
+LARGEST_TEMPLATE = 1_000_000
+"""Bytes of a template's file; the longest known has 30,000."""
+
+
+def is_template(value: str) -> bool:
+    """Whether ``value`` is a template itself, and not the name of its file."""
+    return "{{" in value or "{%" in value
+
+
 def read_template(value: str) -> str:
     """The chat template that ``value`` is, or that the file of that name holds.
 
     Raises UserError when there is no such file, or it holds no Jinja.
     """
-    if "{{" in value or "{%" in value:
+    if is_template(value):
         where, text = "data.template", value
     else:
         where, path = f"data.template: {value}", Path(value).expanduser()
         try:
+            # Of a pipe or a device the end may never come.
+            if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_TEMPLATE):
+                raise UserError(f"{where}: expected a file of at most {LARGEST_TEMPLATE:,} bytes with a Jinja template")
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is not UTF-8 (byte {error.start}); save it as UTF-8") from error

@@ -361,7 +361,9 @@ def read_record(folder: Path) -> dict[str, Any]:
             require(isinstance(told, str | None), name, "a text", told, place=f"{folder}: {RECORD}")
         _check_own(folder, record)
     lora_config.check(folder, config)
-    elsewhere = next((name for name in sorted(_stored(folder)) if ".lora_" in name and not PLACE.match(name)), None)
+    stored = _stored(folder)
+    lora_config.check_ranks(folder, config, stored)
+    elsewhere = next((name for name in sorted(stored) if ".lora_" in name and not PLACE.match(name)), None)
     if elsewhere:
         layer = elsewhere.partition(".lora_")[0].removeprefix("base_model.model.")
         raise UserError(

@@ -4,21 +4,25 @@ Whether our own decoder layers compute one, or transformers' and peft's, is `dec
 modules. Knows no weights.
 """
 
-import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_qlora.errors import UserError, cut
 from lit_qlora.storage.foreign import shown
 
+_REMEDY = "take an adapter that is as it was saved"
+LARGEST_NUMBER, LARGEST_COUNT = 1e30, 65_536
+"""Of an alpha, and of a rank or a layer: far more than any adapter has."""
+
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
 def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_COUNT
 
 
 def _is_share(value: Any) -> bool:
@@ -95,9 +99,7 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises UserError for a ``config``, of the adapter in ``folder``, under which something else is computed."""
     for name in ("r", "lora_alpha"):
         if config.get(name) is None:
-            raise UserError(
-                f"adapter_config.json lacks {name}", place=folder, remedy="take an adapter that is as it was saved"
-            )
+            raise UserError(f"adapter_config.json lacks {name}", place=folder, remedy=_REMEDY)
     for name, value in config.items():
         if name in WITHOUT_EFFECT or value is None:
             continue
@@ -111,6 +113,33 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
             raise UserError(f"{told}, which can't be used here: {why}", place=folder)
 
 
+def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises UserError where ``config`` gives ranks that the weights of ``shapes``, by peft's names, don't have.
+
+    Found before a layer is built: of a rank that is none, that would take all memory.
+    """
+    patterns: dict[str, int] = config.get("rank_pattern") or {}
+    stored = {name.partition(".lora_A")[0]: shape for name, shape in shapes.items() if ".lora_A." in name and shape}
+    for layer, shape in stored.items():
+        try:
+            rank = _of_layer(patterns, layer, config["r"])
+        except re.error as error:
+            raise UserError(f"adapter_config.json's rank_pattern holds no pattern: {error}", place=folder) from error
+        if rank != shape[0]:
+            raise UserError(
+                f"adapter_config.json gives {layer.removeprefix('base_model.model.')} the rank {rank}, and its weights "
+                f"have {shape[0]}",
+                place=folder,
+                remedy=_REMEDY,
+            )
+    most = max((max(shape) for shape in stored.values()), default=0)
+    too_large = [rank for rank in (config["r"], *patterns.values()) if rank > most]
+    if stored and too_large:
+        raise UserError(
+            f"adapter_config.json has a rank of {too_large[0]}, and no layer is as wide", place=folder, remedy=_REMEDY
+        )
+
+
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Those of LoraConfig for what is computed of ``config``; all else is left behind, code that it may name too."""
     return {name: config[name] for name in COMPUTED if config.get(name) is not None}
@@ -118,7 +147,10 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def alpha_of(config: Mapping[str, Any], layer: str) -> float:
     """The alpha of a linear layer by its full name, as peft finds it."""
+    return float(_of_layer(config.get("alpha_pattern") or {}, layer, config["lora_alpha"]))
+
+
+def _of_layer(patterns: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
     from peft.utils.other import get_pattern_key
 
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    return float(patterns.get(get_pattern_key([*patterns], layer), config["lora_alpha"]))
+    return patterns.get(get_pattern_key([*patterns], layer), otherwise) if patterns else otherwise

@@ -1,6 +1,7 @@
 """A template of the user's own gives the same ids in training, in a prompt and in a merged model's tokenizer."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,14 @@ def test_a_template_is_a_file_or_its_text(tmp_path):
     assert read_template(SOURCES["chatml"]) == SOURCES["chatml"]
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device here")
+def test_a_device_or_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", str(tmp_path / "pipe")):
+        with pytest.raises(UserError, match=rf"^data.template: {path}: expected a file of at most"):
+            read_template(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -219,6 +228,7 @@ def test_a_template_is_a_file_or_its_text(tmp_path):
         (b"\n{{ x", "data.template: t.jinja: line 2 is no valid Jinja: "),
         (b"caf\xe9", "data.template: t.jinja is not UTF-8 (byte 3); save it as UTF-8"),
         (b"", "data.template: t.jinja: expected a Jinja chat template, got nothing"),
+        (b" " * 1_000_001, "data.template: t.jinja: expected a file of at most 1,000,000 bytes with a Jinja template"),
     ],
 )
 def test_a_file_that_holds_no_template_is_refused(tmp_path, monkeypatch, content, message):

@@ -384,7 +384,8 @@ def test_a_rank_edited_in_the_config(load, tiny, adapter):
     edit(adapter / "adapter_config.json", r=8)
     edit(adapter / "lit_qlora.json", rank=8)
     assert refusal(load(), tiny, adapter) == (
-        f"{adapter}: this adapter does not fit tiny-llama: {A_WEIGHT} is [4, 172], expected [8, 172]"
+        f"{adapter}: adapter_config.json gives model.layers.0.mlp.down_proj the rank 8, and its weights have 4; take "
+        "an adapter that is as it was saved"
     )
 
 

@@ -4,11 +4,13 @@ The order is a function of (seed, epoch) and nothing else, so a loader's whole s
 Knows lengths and ids; not what they say, nor what is computed of them.
 """
 
+import atexit
 import os
 import random
 import threading
+import weakref
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
 from typing import Any
@@ -169,6 +171,19 @@ def _end_with_parent(_: int) -> None:
         threading.Thread(target=wait, args=[parent.sentinel], daemon=True).start()
 
 
+_open: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close() -> None:
+    """Ends the workers of epochs that nobody took to their end: Python would wait for them to heed its SIGTERM.
+
+    It is registered behind multiprocessing's own, and so comes before it.
+    """
+    for batches in [*_open]:
+        batches.close()
+
+
 class ResumableLoader:
     """Batches, epoch after epoch; each iteration is the next epoch, or the rest of the one it was cut in.
 
@@ -216,6 +231,11 @@ class ResumableLoader:
         return self.available
 
     def __iter__(self) -> Iterator[Batch]:
+        batches = self._batches()
+        _open.add(batches)
+        return batches
+
+    def _batches(self) -> Generator[Batch, None, None]:
         planned = self._plan(self._epoch)[self._done :]
         loader: DataLoader[Batch] = DataLoader(
             _Planned(self.examples, planned, self.packed),

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from itertools import pairwise
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate
 
+ROOT = Path(__file__).parents[2]
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=450)
 PLANS = st.builds(BatchPlan, st.integers(1, 9)) | st.builds(BatchPlan, st.just(4), st.integers(1, 120), st.booleans())
 
@@ -211,6 +214,15 @@ def test_workers_end_with_a_parent_that_is_killed():
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert left == []
+
+
+def test_batches_that_nobody_took_to_their_end_hold_no_process_up():
+    code = "from tests.data.test_batching import loader\n"
+    code += "batches = iter(loader([3] * 3000, num_workers=1))\nprint(next(batches).input_ids.shape)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
 def _begin_workers(there):

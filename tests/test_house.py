@@ -100,6 +100,7 @@ def _command(name: str) -> str:
     return block
 
 
+@pytest.mark.slow
 def test_the_demo_command_meets_its_numbers(tmp_path: Path) -> None:
     """The README's command without its installation: this environment stands in for the one it makes."""
     run = _command("demo").split(" && ")[-1]

@@ -223,6 +223,7 @@ def _figures(run: Path) -> list[dict[str, object]]:
     ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_so(here: Path) -> None:
     command = [sys.executable, "-u", str(ROOT / "main.py"), "fit", "--trainer.log_every_n_steps", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -207,6 +207,7 @@ def test_four_logits_a_question_in_fp32_whatever_the_precision(trained):
         assert (torch.from_numpy(found).bfloat16().double().numpy() != found).all()
 
 
+@pytest.mark.slow
 def test_the_readme_s_command_says_nothing_but_its_tables(here, environment):
     command = "evaluate --mmlu test --shots 5 --examples dev"
     assert f"`python main.py {command}`" in (ROOT / "README.md").read_text(encoding="utf-8")

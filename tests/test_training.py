@@ -23,6 +23,7 @@ from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage.run import RunFolder
+from tests.expect import ExpectError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -306,63 +307,63 @@ def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
     )
 
 
-BAD = [
-    (
-        ["fti"],
-        "no verb 'fti'; there are fit, validate, test, plan, chat, predict, merge, export, evaluate, push, doctor "
-        "(see --help)",
-    ),
-    (["fit", "--model.rnak", "3"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
-    (["fit", "--model.rank", "x"], "model.rank: expected int, got x"),
-    (["fit", "--model.rank", "0"], "model.rank: expected a whole number from 1, got 0"),
-    (["fit", "--model.schedule", "cosin"], "model.schedule: expected one of 'constant', 'linear', 'cosine', got cosin"),
-    (["fit", "--trainer.precision", "fp16"],
-     "trainer.precision: expected one of 'auto', '16-mixed', 'bf16-mixed', '32-true', got fp16"),
-    (["fit", "--trainer.precision", "16-mixed"],
-     "trainer.precision: 16-mixed needs a CUDA GPU, and there is none; use auto (32-true on a CPU)"),
-    (["fit", "--model.attention", "flash_attention_2"], "model.attention: flash_attention_2 needs compute capability"),
-    (["fit", "--model.base", "./nowhere"],
-     "model.base: no folder './nowhere'; give a hub id (owner/name) or a folder"),
-    (["fit", "--model.target_modules", "q_prj"], "model.target_modules: 'q_prj' is none of all-linear, q_proj, k_proj"),
-    (["fit", "--model.adapter", "."], ". is no adapter: it has no adapter_config.json"),
-    (["fit", "--data.source", "nope.jsonl"], "nope.jsonl: no such file"),
-    (["fit", "--data.source", "empty.jsonl"], "empty.jsonl: "),
-    (["fit", "--data.source", "one.jsonl"], "one.jsonl"),
-    (["fit", "--data.source", "torn.jsonl"], "torn.jsonl:2: "),
-    (["fit", "--data.source", "latin.jsonl"], "latin.jsonl"),
-    (["fit", "--data.max_length", "8"], "data.max_length: of 848 conversations in demo none has an answer"),
-    (["fit", "--data.batch_size", "0"], "data.batch_size: expected at least 1 row, got 0"),
-    (["fit", "--data.train_on", "question"], "data.train_on: expected one of 'answers', 'all', got question"),
-    (["fit", "--trainer.max_steps", "0"], "trainer.max_steps: expected a whole number from 1, or -1, got 0"),
-    (["fit", "--trainer.devices", "2"], "trainer.devices: expected one device (several come later), got 2"),
-    (["fit", "--model.ran", "8"], "unknown option 'model.ran'; did you mean 'model.rank'?"),
-    (["fit", "--ru", "x"], "unknown option 'ru'; did you mean 'run'?"),
-    (["fit", "--data.system", "x [INST]"], "data.system: expected a text without Llama 2's tags, got 'x [INST]'"),
-    (["fit", "--samples.prompts", '["[INST] x"]'], "samples.prompts: expected texts without [INST], got '[INST] x'"),
-    (["predict", "--prompts", "latin.txt", "--output", "o"], "latin.txt: not UTF-8 (byte 0); save it as UTF-8"),
-    (["fit", "--trainer.max_time", "x"], "unknown option 'trainer.max_time'"),
-    (["fit", "--trainer.inference_mode", "null"], "trainer.inference_mode: expected bool, got None"),
-    (["fit", "--run", "./full"], "run: full holds other files and no run; give a folder of its own with --run"),
-    (["fit", "--trainer.callbacks", "foo"], "trainer.callbacks: expected list[Callback], Callback, none; got foo"),
-    (["fit", "--trainer.enable_checkpointing", "true"], "unknown option 'trainer.enable_checkpointing'"),
-    (["fit", "--seed_everything", "true"], "seed_everything: expected int, got True"),
-    (["fit", "--early_stopping", "0"], "early_stopping: expected none, or a whole number from 1, got 0"),
-    (["fit", "--save_every_steps", "0"], "save_every_steps: expected a whole number from 1, got 0"),
-    (["fit", "--run", "/dev/null/x"], "run: /dev/null/x can't be written"),
-    (["fit", "--run", "./one.jsonl"], "run: one.jsonl is a file, expected a folder"),
-    (["fit", "--config", "misspelt.yaml"], "unknown option 'model.rnak'; did you mean 'model.rank'?"),
-    (["fit", "--config", "nope.yaml"], "config: no file nope.yaml"),
-    (["fit", "--config", "doubled.yaml"], "doubled.yaml:3: 'model.rank' stands here a second time (first in line 2)"),
-    (["validate"], "no run in runs/: train one first with 'python main.py fit', or name one with --run"),
-    (["validate", "--run", "."], "run: . is no run folder: it has no config.yaml"),
-    (["predict", "--promts", "x"], "unknown option 'promts'; did you mean 'prompts'?"),
-    (["predict", "--prompts", "nope.txt", "--output", "o"], "nope.txt"),
-]  # fmt: skip
+BAD: list[tuple[list[str], str | None, str | None, list[str]]] = [
+    (["fti"], None, None, ["no verb 'fti'", "fit, validate, test, plan, chat, predict, merge, export, evaluate, push"]),
+    (["fit", "--model.rnak", "3"], None, None, ["'model.rnak'", "did you mean 'model.rank'"]),
+    (["fit", "--model.rank", "x"], None, "model.rank", ["int", "got x"]),
+    (["fit", "--model.rank", "0"], None, "model.rank", ["from 1", "got 0"]),
+    (["fit", "--model.schedule", "cosin"], None, "model.schedule", ["'linear'", "got cosin"]),
+    (["fit", "--trainer.precision", "fp16"], None, "trainer.precision", ["'16-mixed'", "got fp16"]),
+    (["fit", "--trainer.precision", "16-mixed"], None, "trainer.precision", ["CUDA", "use auto"]),
+    (["fit", "--model.attention", "flash_attention_2"], None, "model.attention", ["8.0"]),
+    (["fit", "--model.base", "./nowhere"], None, "model.base", ["no folder './nowhere'", "owner/name"]),
+    (["fit", "--model.target_modules", "q_prj"], None, "model.target_modules", ["'q_prj'", "all-linear, q_proj"]),
+    (["fit", "--model.adapter", "."], None, None, [". is no adapter", "adapter_config.json"]),
+    (["fit", "--data.source", "nope.jsonl"], "nope.jsonl", None, ["no such file"]),
+    (["fit", "--data.source", "empty.jsonl"], "empty.jsonl", None, ["empty (0 bytes)"]),
+    (["fit", "--data.source", "one.jsonl"], "one.jsonl", None, ["one conversation only"]),
+    (["fit", "--data.source", "torn.jsonl"], "torn.jsonl:2", None, ["no JSON"]),
+    (["fit", "--data.source", "latin.jsonl"], "latin.jsonl:1", None, ["not UTF-8"]),
+    (["fit", "--data.max_length", "8"], None, "data.max_length", ["848 conversations in demo", "within 8 tokens"]),
+    (["fit", "--data.batch_size", "0"], None, "data.batch_size", ["at least 1", "got 0"]),
+    (["fit", "--data.train_on", "question"], None, "data.train_on", ["'answers', 'all'", "got question"]),
+    (["fit", "--trainer.max_steps", "0"], None, "trainer.max_steps", ["from 1, or -1", "got 0"]),
+    (["fit", "--trainer.devices", "2"], None, "trainer.devices", ["one device", "got 2"]),
+    (["fit", "--model.ran", "8"], None, None, ["'model.ran'", "did you mean 'model.rank'"]),
+    (["fit", "--ru", "x"], None, None, ["'ru'", "did you mean 'run'"]),
+    (["fit", "--data.system", "x [INST]"], None, "data.system", ["tags", "got 'x [INST]'"]),
+    (["fit", "--samples.prompts", '["[INST] x"]'], None, "samples.prompts", ["without [INST]", "got '[INST] x'"]),
+    (["predict", "--prompts", "latin.txt", "--output", "o"], "latin.txt", None, ["not UTF-8", "byte 0"]),
+    (["fit", "--trainer.max_time", "x"], None, None, ["unknown option 'trainer.max_time'"]),
+    (["fit", "--trainer.inference_mode", "null"], None, "trainer.inference_mode", ["bool", "got None"]),
+    (["fit", "--run", "./full"], None, "run", ["full holds other files", "--run"]),
+    (["fit", "--trainer.callbacks", "foo"], None, "trainer.callbacks", ["list[Callback]", "got foo"]),
+    (["fit", "--trainer.enable_checkpointing", "true"], None, None, ["unknown option 'trainer.enable_checkpointing'"]),
+    (["fit", "--seed_everything", "true"], None, "seed_everything", ["int", "got True"]),
+    (["fit", "--early_stopping", "0"], None, "early_stopping", ["from 1", "got 0"]),
+    (["fit", "--save_every_steps", "0"], None, "save_every_steps", ["from 1", "got 0"]),
+    (["fit", "--run", "/dev/null/x"], None, "run", ["/dev/null/x can't be written"]),
+    (["fit", "--run", "./one.jsonl"], None, "run", ["one.jsonl is a file"]),
+    (["fit", "--config", "misspelt.yaml"], None, None, ["'model.rnak'", "did you mean 'model.rank'"]),
+    (["fit", "--config", "nope.yaml"], None, "config", ["no file nope.yaml"]),
+    (["fit", "--config", "doubled.yaml"], "doubled.yaml:3", None, ["'model.rank'", "second time", "line 2"]),
+    (["validate"], None, None, ["no run in runs/", "'python main.py fit'", "--run"]),
+    (["validate", "--run", "."], None, "run", [". is no run folder", "config.yaml"]),
+    (["predict", "--promts", "x"], None, None, ["'promts'", "did you mean 'prompts'"]),
+    (["predict", "--prompts", "nope.txt", "--output", "o"], "nope.txt", None, ["No such file"]),
+]
+"""A command line, and of what is said the place, the option, and words that matter."""
 
 
-@pytest.mark.parametrize(("args", "message"), BAD, ids=[" ".join(args) for args, _ in BAD])
+@pytest.mark.parametrize(("args", "place", "option", "words"), BAD, ids=[" ".join(args) for args, *_ in BAD])
 def test_a_mistake_is_one_line(
-    args: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    args: list[str],
+    place: str | None,
+    option: str | None,
+    words: list[str],
+    here: Path,
+    expect_error: ExpectError,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from lit_qlora.model import load
 
@@ -376,10 +377,7 @@ def test_a_mistake_is_one_line(
     (here / "latin.txt").write_bytes("é".encode("latin-1"))
     (here / "misspelt.yaml").write_text("model:\n  rnak: 8\n")
     (here / "doubled.yaml").write_text("model:\n  rank: 8\n  rank: 16\n")
-    assert main(args) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+    expect_error(args, *words, option=option, place=place)
     assert (here / "full" / "thesis.tex").read_text() == "precious"
     assert not (here / "runs").exists()
 

@@ -223,34 +223,31 @@ LONG = [["word " * 400, "a", "b", "c", "d", "A"]]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "place", "option", "words"),
     [
-        (["--source", "nope.jsonl"], "nope.jsonl: no such file"),
-        (["--mmlu", "nope.csv"], "mmlu: no file or folder nope.csv"),
-        (["--mmlu", "long.csv"], "long.csv:2: a prompt of "),
-        (["--mmlu", "test", "--shots", "5"], "shots: 5 needs examples; give --examples FILE"),
-        (["--mmlu", "test", "--shots", "3"], "shots: expected one of 0, 5, got 3"),
-        (["--mmlu", "test", "--examples", "dev"], "examples: dev is given, and shots is 0; give --shots 5"),
-        (["--mmlu", "test", "--examples", "test/", "--shots", "5"], "examples: test/ holds the questions themselves"),
-        (["--shots", "5"], "shots: 5 is given, and no questions; give --mmlu FILE"),
-        (["--adapter", "runs/demo/adapter"], "source: an adapter folder names no held-out rows"),
-        (["--adapter", "runs/demo"], "runs/demo is no adapter: it has no adapter_config.json"),
-        (["--output", "runs"], "output: runs exists already"),
-        (["--output", "no/f.json"], "output: no folder no"),
-        (["--precision", "16-mixed"], "precision: 16-mixed needs a CUDA GPU"),
-        (["--max_length", "4"], "max_length: expected at least 8 tokens, got 4"),
-        (["--max_length", "8"], "max_length: of "),
-        (["--max_length", "1025"], "max_length: expected at most 1,024 tokens, the max_position_embeddings of demo"),
-        (["--draws", "9"], "draws: expected at least 100, got 9"),
-        (["--run", "./nope"], "run: nope is no run folder"),
+        (["--source", "nope.jsonl"], "nope.jsonl", None, ["no such file"]),
+        (["--mmlu", "nope.csv"], None, "mmlu", ["nope.csv"]),
+        (["--mmlu", "long.csv"], "long.csv:2", None, ["a prompt of "]),
+        (["--mmlu", "test", "--shots", "5"], None, "shots", ["5 needs examples", "--examples FILE"]),
+        (["--mmlu", "test", "--shots", "3"], None, "shots", ["0, 5", "got 3"]),
+        (["--mmlu", "test", "--examples", "dev"], None, "examples", ["shots is 0", "--shots 5"]),
+        (["--mmlu", "test", "--examples", "test/", "--shots", "5"], None, "examples", ["test/", "themselves"]),
+        (["--shots", "5"], None, "shots", ["no questions", "--mmlu FILE"]),
+        (["--adapter", "runs/demo/adapter"], None, "source", ["an adapter folder", "--source FILE"]),
+        (["--adapter", "runs/demo"], None, None, ["runs/demo is no adapter", "adapter_config.json"]),
+        (["--output", "runs"], None, "output", ["runs exists already"]),
+        (["--output", "no/f.json"], None, "output", ["no folder no"]),
+        (["--precision", "16-mixed"], None, "precision", ["CUDA"]),
+        (["--max_length", "4"], None, "max_length", ["at least 8", "got 4"]),
+        (["--max_length", "8"], None, "max_length", ["within 8 tokens"]),
+        (["--max_length", "1025"], None, "max_length", ["at most 1,024", "max_position_embeddings of demo"]),
+        (["--draws", "9"], None, "draws", ["at least 100", "got 9"]),
+        (["--run", "./nope"], None, "run", ["nope is no run folder"]),
     ],
 )
-def test_mistakes_are_one_line(here, capsys, options, message):
+def test_mistakes_are_one_line(here, expect_error, options, place, option, words):
     write("long.csv", [QUESTIONS[0], *LONG])
     if options == ["--max_length", "8"]:
         options += ["--source", "demo"]
-    assert main(["evaluate", *options]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+    expect_error(["evaluate", *options], *words, option=option, place=place)
     assert not Path("no").exists()

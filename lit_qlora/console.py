@@ -1,7 +1,8 @@
 """Owns what standard output and error do with what the console can't show, and when nobody reads them any more.
 
 Characters outside of the console's encoding are shown by their codes. A terminal that hung up, or a pipe whose reader
-has ended (`| tee log`, which a Ctrl-C or a lost line ends too), must not end what is to be saved first.
+has ended (`| tee log`, which a Ctrl-C or a lost line ends too), must not end what is to be saved first. `tell` prints
+what comes up in mid-run.
 """
 
 import errno
@@ -68,3 +69,10 @@ def _lasting(stream: io.TextIOWrapper, kind: type[_Lasting]) -> io.TextIOWrapper
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def tell(line: str) -> None:
+    """Prints ``line`` on standard error, above a progress bar: what comes up in mid-run, while training continues."""
+    from tqdm import tqdm  # here: --help needs none
+
+    tqdm.write(line, file=sys.stderr)

@@ -46,7 +46,6 @@ from lit_qlora.storage.run import (
     mend_adapter,
     newest_run,
     open_run,
-    read_options,
     run_path,
 )
 from lit_qlora.storage.state import load_state
@@ -330,18 +329,6 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
             f"no checkpoint in {run.checkpoints} is whole", option="run", remedy="start anew with another --run"
         )
     return whole
-
-
-def comes_otherwise(run: RunFolder, config: Mapping[str, Any]) -> bool:
-    """Whether an earlier start may have done, behind the newest checkpoint, what this one will do otherwise."""
-    for path in run.configs():
-        try:
-            was = as_sections(read_options(path))
-        except ValueError:
-            return True
-        if settings.comes_otherwise(was, config):
-            return True
-    return False
 
 
 def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_needed: bool = False) -> None:

@@ -6,7 +6,6 @@
 import sys
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,18 +21,21 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.guards import UpdateGuard
 from lit_qlora.callbacks.identity import RunIdentity, SamePrompts
 from lit_qlora.callbacks.memory import PeakMemory
-from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, TrainMetrics
+from lit_qlora.callbacks.metrics import TrainMetrics
 from lit_qlora.callbacks.progress import RunProgress
+from lit_qlora.callbacks.record import KeepRecord
 from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.steps import SeedByPosition
 from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit, parse_max_time
-from lit_qlora.callbacks.tell import tell
-from lit_qlora.callbacks.tensorboard import RunTensorBoard
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.trial import Trial
+from lit_qlora.callbacks.validation import HeldOutMetrics
+from lit_qlora.console import tell
 from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import OutOfRoomError, UserError, one_line, require
+from lit_qlora.figures.record import Record
+from lit_qlora.figures.tensorboard import EventFile
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import planned
 from lit_qlora.launchers import requeue
@@ -47,7 +49,7 @@ from lit_qlora.quiet import quieten
 from lit_qlora.signals import WARNING, LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.mirror import Mirror
-from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, mend_adapter
+from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml
 from lit_qlora.trainer import QLoRATrainer, RunParser, own_callbacks, own_plugins
 
 OUT_OF_MEMORY = "out of memory outside of a training step (in a validation, an update or a sample answer)"
@@ -66,8 +68,6 @@ class QLoRACLI(LightningCLI):
         self.stack = stack
         self.run: RunFolder
         self.resume_from: Path | None = None
-        self.comes_otherwise = False
-        """Whether an earlier start may have done, behind that, what this one will do otherwise."""
         self.started_at = time.monotonic()
         self.mirror: Mirror | None = None
         self.mirrored: Path | None = None
@@ -203,17 +203,12 @@ class QLoRACLI(LightningCLI):
             check_settings(self.model.adapter, self.model.lora)
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
-        self.comes_otherwise = start.comes_otherwise(self.run, config)
         start.check_adapter(self.run, self.model.lora, self.mirrored)
-        self.settings, self.config_text, self.lengths = config, as_yaml(config), start.lengths(config)
-        self.run.write_config(self.config_text)
+        self.settings, self.lengths = config, start.lengths(config)
+        self.run.write_config(as_yaml(config))
         if self.mirror:
             self.mirror.start()
             self.stack.push(self._close_mirror)
-
-    def _step(self) -> int:
-        """The optimizer step that this start goes on from."""
-        return int(self.resume_from.name.rpartition("-")[2]) if self.resume_from else 0
 
     def _close_mirror(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self.mirror and not isinstance(error, LeftAtOnce):
@@ -272,9 +267,7 @@ class QLoRACLI(LightningCLI):
         checkpoints = RunCheckpoints(
             self.run, options.save_every_steps, options.keep_checkpoints, options.save_every_minutes
         )
-        checkpoints.settings = self.settings
-        if self.comes_otherwise:
-            checkpoints.on_going_on = partial(mend_adapter, self.run, self.mirrored, newest=self._step())
+        checkpoints.settings, checkpoints.mirrored = self.settings, self.mirrored
         if self.mirror:
             checkpoints.on_saved = self.mirror.push
         self.checkpoints, stop = checkpoints, StopOnSignal(checkpoints)
@@ -290,6 +283,7 @@ class QLoRACLI(LightningCLI):
         self.report = Report(self.run, memory, resumed, checkpoints, self.lengths)
         callbacks = [
             SeedByPosition(options.data.seed),
+            KeepRecord(),
             UpdateGuard(options.max_nonfinite_losses),
             *figures,
             memory,
@@ -305,9 +299,8 @@ class QLoRACLI(LightningCLI):
             stop,
         ]
         given = options.trainer.logger
-        loggers: list[Logger] = [MetricsFile(self.run.metrics, self._step(), self.comes_otherwise)]
-        if given is not False:
-            loggers.insert(0, RunTensorBoard(self.run.path, self.config_text, self._step() if resumed else None))
+        board = EventFile(self.run.path, as_yaml(self.run.read_config())) if given is not False else None
+        loggers: list[Logger] = [Record(self.run, board)]
         if given is not None and not isinstance(given, bool):
             loggers += given if isinstance(given, list) else [given]
         return callbacks, loggers

@@ -83,9 +83,6 @@ def start(run: Path, variant: str, is_cold: bool) -> ForkProcess:
     """Gives the command in a process of its own; what it prints goes into a file beside the run folder."""
     from scripts import witness
 
-    # TensorBoard orders its files by the second in their names; starts with imports are further apart.
-    while any(f"tfevents.{int(time.time())}." in path.name for path in run.glob("events.*")):
-        time.sleep(0.02)
     witness.note(run, phase="start")
     args = ["fit", "--run", str(run), *COMMON, *VARIANTS[variant]]
     sys.stdout.flush()

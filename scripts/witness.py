@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_qlora.batch import Batch
-from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import load_state
 
 CLOCK = re.compile(r"(speed/tokens|memory/)")
 """Figures that the clock and the host have a say in."""
 
-NOT_COMPARED = re.compile(r"\.(seconds|training_s|at_s)$|(metrics_line|tensorboard).*(speed/tokens|memory/)")
+NOT_COMPARED = re.compile(r"\.(seconds|training_s|at_s)$|metrics_line.*(speed/tokens|memory/)")
 """The same in a checkpoint."""
 
 
@@ -140,10 +140,14 @@ def result(run: Path) -> dict[str, Any]:
     kept = RunFolder(run)
     found: dict[str, Any] = {"checkpoints": kept.saved_steps(), "finished": kept.finished()}
     found["configs"] = sorted(path.name for path in run.glob("config*.yaml"))
-    for line in read_metrics(kept.metrics):
+    for line in read_lines(kept.metrics):
         step = line.pop("step")
         assert f"metrics, step {step}" not in found, f"step {step} stands twice in {kept.metrics}"
         found[f"metrics, step {step}"] = {name: value for name, value in line.items() if not CLOCK.match(name)}
+    for line in read_lines(kept.samples):
+        step = line.pop("step")
+        assert f"samples, step {step}" not in found, f"step {step} stands twice in {kept.samples}"
+        found[f"samples, step {step}"] = line
     for file in sorted(path for path in kept.adapter.iterdir() if path.name != "manifest.json"):
         content = file.read_bytes()
         if file.suffix == ".md":  # the card tells how long it took, and how much memory

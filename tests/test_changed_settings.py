@@ -11,9 +11,9 @@ import pytest
 
 from lit_qlora import demo
 from lit_qlora.batch import Batch
-from lit_qlora.callbacks import identity, metrics
-from lit_qlora.callbacks.metrics import read_metrics
+from lit_qlora.callbacks import identity
 from lit_qlora.cli import main
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.model import load
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.start import DEMO_CONFIG
@@ -187,7 +187,7 @@ def test_a_longer_run_takes_the_learning_rate_of_the_longer_schedule(
     assert "   run  changed: trainer.max_steps: 6 -> 10\n" in out
     assert "   run  6 steps became 10: from step 2 on, the learning rate is that of the longer run\n" in out
     rates = {
-        line["step"]: line["train/learning_rate"] for line in read_metrics(Path("run/metrics.jsonl")) if line["step"]
+        line["step"]: line["train/learning_rate"] for line in read_lines(Path("run/metrics.jsonl")) if line["step"]
     }
     # Warm-up of one step to half, then down in a line over 5 steps; from the third step on over 9.
     expected = [0.0015, 0.003] + [0.003 * (1 - done / 9) for done in range(1, 9)]
@@ -224,10 +224,8 @@ def test_what_was_done_behind_the_checkpoint_with_other_settings_is_no_part_of_t
     assert main([*FIT, *LONGER]) == 0
     shown = capsys.readouterr()
     assert "   run  run/metrics.jsonl: 5 lines behind step 1 are written anew\n" in shown.out
-    assert shown.err == (
-        "warning: run/adapter is of step 6, and from step 2 on other settings decide; put aside as "
-        "run/adapter.before, and the best is looked for anew\n"
-    )
+    assert "   run  run/adapter is of step 6, behind step 2: put aside as run/adapter.before\n" in shown.out
+    assert shown.err == ""
     assert "max_steps: 10" in Path("run/adapter/README.md").read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(clean)
@@ -236,7 +234,7 @@ def test_what_was_done_behind_the_checkpoint_with_other_settings_is_no_part_of_t
         assert Path("run", name).read_bytes() == (clean / "run" / name).read_bytes(), name
     lines, expected = (
         [{name: value for name, value in line.items() if "speed" not in name and "memory" not in name}
-         for line in read_metrics(folder / "run" / "metrics.jsonl")]
+         for line in read_lines(folder / "run" / "metrics.jsonl")]
         for folder in (here, clean)
     )  # fmt: skip
     assert lines == expected
@@ -251,7 +249,7 @@ def test_a_finished_run_that_was_made_longer_and_killed_ends_as_it_was_with_the_
     assert main(same) == 0
     kept = ("adapter/adapter_model.safetensors", "adapter/result.json", "finished.json")
     before = {name: Path("run", name).read_bytes() for name in kept}
-    lines = read_metrics(Path("run/metrics.jsonl"))
+    lines = read_lines(Path("run/metrics.jsonl"))
     real = QLoRAModule.training_step
 
     def killed(self: QLoRAModule, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -271,7 +269,7 @@ def test_a_finished_run_that_was_made_longer_and_killed_ends_as_it_was_with_the_
     assert main(same) == 0
     assert "is finished" not in capsys.readouterr().out
     assert {name: Path("run", name).read_bytes() for name in kept} == before
-    assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl"))] == [line["step"] for line in lines]
+    assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [line["step"] for line in lines]
     assert mirrored.with_name("finished.json").read_bytes() == before["finished.json"]
     assert main(same) == 0
     assert "run is finished (6 of 6 steps): nothing to do" in capsys.readouterr().out
@@ -283,19 +281,28 @@ def test_before_the_first_save_other_settings_begin_anew(here: Path, capsys: pyt
     assert main([*FIT, *LONGER]) == 0
     shown = capsys.readouterr()
     assert "   run  run/metrics.jsonl: 7 lines behind step 0 are written anew\n" in shown.out
-    assert "from step 0 on other settings decide" in shown.err
-    assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl"))] == [*range(11)]
+    assert "   run  run/adapter is of step 6, behind step 0: put aside as run/adapter.before\n" in shown.out
+    assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [*range(11)]
 
 
-def test_the_same_settings_keep_what_was_done_behind_the_checkpoint(
+def test_the_same_settings_go_through_the_steps_behind_the_checkpoint_again(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One rule of going back, whatever changed: lines and best adapter come again, as they were."""
     Path("whole.jsonl").replace("run/metrics.jsonl")
-    before = Path("run/metrics.jsonl").read_bytes()
+    before = read_lines(Path("run/metrics.jsonl"))
+    adapter = Path("run/adapter/adapter_model.safetensors").read_bytes()
     assert main([*FIT, "--save_every_steps", "3"]) == 0
     shown = capsys.readouterr()
-    assert "written anew" not in shown.out and shown.err == ""
-    assert Path("run/metrics.jsonl").read_bytes() == before
+    assert "   run  run/metrics.jsonl: 5 lines behind step 1 are written anew\n" in shown.out
+    assert shown.err == ""
+    timed = ("speed/tokens_per_second", "memory/host_gib")
+    lines = [
+        [{name: value for name, value in line.items() if name not in timed} for line in found]
+        for found in (read_lines(Path("run/metrics.jsonl")), before)
+    ]
+    assert lines[0] == lines[1]
+    assert Path("run/adapter/adapter_model.safetensors").read_bytes() == adapter
 
 
 def test_the_same_length_says_nothing_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,16 +352,38 @@ def test_early_stopping_may_come_and_go(here: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == ""
 
 
-def test_no_room_to_drop_lines_is_one_line_and_changes_nothing(
+@pytest.mark.parametrize("args", [[], LONGER])
+def test_a_base_that_is_refused_late_leaves_lines_and_adapter_as_they_were(
+    here: Path, capsys: pytest.CaptureFixture[str], args: list[str]
+) -> None:
+    """Its weights are compared once they are loaded, when the rest of the checkpoint is read already."""
+    Path("whole.jsonl").replace("run/metrics.jsonl")
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert refusal(capsys, *args, of_the_base=True).startswith("its base changed: base (")
+
+
+def test_a_disk_without_room_does_not_keep_a_run_from_going_back(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("whole.jsonl").replace("run/metrics.jsonl")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lit_qlora.figures.lines.replace_file", full)
+    assert main([*FIT, *LONGER]) == 0
+    assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [*range(11)]
+
+
+def test_lines_that_cannot_be_dropped_are_one_error_and_stay(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("whole.jsonl").replace("run/metrics.jsonl")
     before = Path("run/metrics.jsonl").read_bytes()
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(metrics, "replace_file", full)
+    monkeypatch.setattr(os, "truncate", broken)
     assert main([*FIT, *LONGER]) == 1
-    assert capsys.readouterr().err.startswith("error: run/metrics.jsonl could not be saved: No space left on device")
+    assert capsys.readouterr().err.startswith("error: run/metrics.jsonl could not be saved: Input/output error")
     assert Path("run/metrics.jsonl").read_bytes() == before

@@ -23,12 +23,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lit_qlora import demo
 from lit_qlora.batch import Batch
-from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import load_records
 from lit_qlora.data.tokenizer import load_tokenizer
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.model import graphs
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
@@ -82,7 +82,7 @@ def fit(run: str, *options: str, other: Steps | None = None) -> Found:
     shutil.rmtree(Path("runs", run), ignore_errors=True)
     with steps_of(other) as steps:
         assert main(["fit", "--run", run, *SAME, *options]) == 0
-    return steps, read_metrics(Path("runs", run, "metrics.jsonl"))[1:]
+    return steps, read_lines(Path("runs", run, "metrics.jsonl"))[1:]
 
 
 def assert_same(one: Found, other: Found, names: str) -> None:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lit_qlora import start
-from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.cli import main
+from lit_qlora.figures.lines import StepLines, read_lines
 from lit_qlora.storage import folders
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.run import RunFolder, mend_adapter
@@ -113,7 +113,7 @@ def test_figures_that_found_no_room_to_the_end_are_status_1_and_the_same_command
             patch.setattr(RecordWriter, "write", full)
             problem = "TensorBoard's file in run can't be written: No space left on device"
         else:
-            patch.setattr(MetricsFile, "_append", full)
+            patch.setattr(StepLines, "_append", full)
             problem = "run/metrics.jsonl can't be written: No space left on device"
         assert main(FIT) == 1
     first, last = capsys.readouterr().err.splitlines()
@@ -127,7 +127,7 @@ def test_figures_that_found_no_room_to_the_end_are_status_1_and_the_same_command
     assert capsys.readouterr().err == ""
     assert Path("run/finished.json").is_file()
     assert curves(Path("run")) == curves(finished / "run")
-    steps = [[line["step"] for line in read_metrics(run / "metrics.jsonl")] for run in (Path("run"), finished / "run")]
+    steps = [[line["step"] for line in read_lines(run / "metrics.jsonl")] for run in (Path("run"), finished / "run")]
     assert steps[0] == steps[1] == [0, 1, 2, 3, 4]
 
 
@@ -482,7 +482,7 @@ def test_a_run_with_classes_of_ones_own_goes_on_by_the_same_command(
     told = capsys.readouterr()
     assert told.err == ""
     assert "changed: trainer.max_steps: 1 -> 2" in told.out
-    assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl"))] == [0, 1, 2]
+    assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [0, 1, 2]
     assert main(["validate", "--run", "./run"]) == 0
     assert capsys.readouterr().err.startswith("warning: trainer.logger, trainer.callbacks of run/config.yaml left out")
 
@@ -646,7 +646,7 @@ def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
         assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
         assert Path("drive/run", name).read_bytes() == Path("whole", name).read_bytes()
     losses = [
-        [(line["step"], line.get("train/loss"), line.get("val/loss")) for line in read_metrics(run / "metrics.jsonl")]
+        [(line["step"], line.get("train/loss"), line.get("val/loss")) for line in read_lines(run / "metrics.jsonl")]
         for run in (Path("run"), Path("whole"), Path("drive/run"))
     ]
     assert losses[0] == losses[1] == losses[2]

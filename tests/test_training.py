@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from lit_qlora import demo
 from lit_qlora.batch import Batch
-from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
 from lit_qlora.errors import UserError
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage.run import RunFolder
 from tests.expect import ExpectError
@@ -58,7 +58,7 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
         "adapter_config.json", "adapter_model.safetensors", "lit_qlora.json", "manifest.json", "result.json",
         "README.md", "curves.png",
     }  # fmt: skip
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     # Of each step itself: one step of warm-up to half, then down in a line.
     rates = [line["train/learning_rate"] for line in lines[1:]]
@@ -72,7 +72,7 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
     assert "is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
     assert _snapshot(run) == before
 
-    by_step = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
+    by_step = {line["step"]: line for line in read_lines(run / "metrics.jsonl")}
     best = json.loads((run / "adapter" / "result.json").read_text())
     assert main(["validate"]) == 0
     assert f"val/loss  {by_step[best['step']]['val/loss']:.6f}\n" in capsys.readouterr().out
@@ -220,7 +220,7 @@ def _figures(run: Path) -> list[dict[str, object]]:
     """What was recorded, without what the clock and the host's memory have a say in."""
     return [
         {name: value for name, value in line.items() if not name.startswith(("speed/tokens", "memory/"))}
-        for line in read_metrics(run / "metrics.jsonl")
+        for line in read_lines(run / "metrics.jsonl")
     ]
 
 

@@ -15,15 +15,16 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lit_qlora.callbacks.card import write_card
-from lit_qlora.callbacks.metrics import is_last_step, validation_follows
-from lit_qlora.callbacks.steps import StepCallback
-from lit_qlora.callbacks.tell import tell
+from lit_qlora.callbacks.record import record_of
+from lit_qlora.callbacks.steps import StepCallback, begin_epoch, is_last_step, is_on_edge, validation_follows
+from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.console import tell
 from lit_qlora.errors import require
+from lit_qlora.figures.card import write_card
 from lit_qlora.storage.checkpoint_io import check_checkpoint
 from lit_qlora.storage.files import SaveError, read_json
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
-from lit_qlora.storage.run import CARD, RunFolder, mend_adapter
+from lit_qlora.storage.run import CARD, RunFolder, mend_adapter, put_adapter_back
 
 RESULT = "result.json"
 """In an adapter folder: the step that it is of, and its held-out figures."""
@@ -68,8 +69,8 @@ class RunCheckpoints(StepCallback):
         self.clock, self.on_saved = clock, on_saved
         self.settings: Mapping[str, Any] | None = None
         """This start's configuration, for the adapter's card; None: that of the first start."""
-        self.on_going_on: Callable[[], None] = lambda: None
-        """Called once nothing is refused any more: puts an adapter aside of steps that now come otherwise."""
+        self.mirrored: Path | None = None
+        """Where the mirror has the adapter."""
         self.stop_asked = False
         """Set by a signal: save at the next edge, whatever the interval."""
         self.saved_step: int | None = None
@@ -82,17 +83,23 @@ class RunCheckpoints(StepCallback):
         self._unsaved: Best | None = None
         self._kept: dict[str, Any] | None = None
         """The result of the best validation so far: what the adapter on the disk has to be as good as."""
+        self._resumed_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves a run that early stopping had ended, and that was killed right behind its last save, ended."""
-        self.on_going_on()
+        """Goes back to the best adapter of the checkpoint, once nothing is refused any more.
+
+        Leaves a run that early stopping had ended, and that was killed right behind its last save, ended.
+        """
+        if trainer.is_global_zero:
+            put_adapter_back(self.run, self._resumed_step, self.mirrored, must_stay=self._kept is not None)
+        self._check_kept()
         self.run.finished_mark.unlink(missing_ok=True)  # of a shorter run: this one goes on behind its end
         trainer.should_stop |= has_stopped_early(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         super().on_train_start(trainer, pl_module)
-        _begin_epoch(trainer)
+        begin_epoch(trainer)
         self._last_save_at = self.clock()
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
@@ -116,7 +123,7 @@ class RunCheckpoints(StepCallback):
         if math.isfinite(loss) and (self._kept is None or loss < self._kept["val/loss"]):
             self._kept = _result(trainer, figures)
         is_due = self._is_due or trainer.should_stop or self.stop_asked
-        if is_due and validation_follows(trainer) and _is_on_edge(trainer):
+        if is_due and validation_follows(trainer) and is_on_edge(trainer):
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,12 +148,18 @@ class RunCheckpoints(StepCallback):
         return {"result": best.result, "weights": best.weights} if best else {"kept": self._kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on trying to save it; or says so where it is gone from the disk."""
-        self.on_going_on()
+        """Takes over the best adapter that is not on the disk yet, or the result that the disk has one for."""
         if "weights" in state_dict:
             self._unsaved = Best(state_dict["result"], state_dict["weights"])
-            return
-        self._kept = kept = state_dict.get("kept")
+        self._kept = state_dict.get("kept")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notes the step that this start resumes from."""
+        self._resumed_step = checkpoint["global_step"]
+
+    def _check_kept(self) -> None:
+        """Reports a best adapter that is gone from the disk."""
+        kept = self._kept
         found = read_result(self.run.adapter) if kept else None
         if kept and (found is None or found.get("val/loss", math.inf) > kept["val/loss"]):
             self._kept = found if found and "val/loss" in found else None
@@ -203,7 +216,9 @@ class RunCheckpoints(StepCallback):
         def fill(folder: Path) -> None:
             module.save_adapter(folder)
             (folder / RESULT).write_text(json.dumps(best.result, indent=2), encoding="utf-8")
-            write_card(folder, self.run, trainer, best.result["step"], self.settings)
+            kept = record_of(trainer)
+            training_s = next((part.training_s for part in trainer.callbacks if isinstance(part, Throughput)), 0.0)  # type: ignore[attr-defined]
+            write_card(folder, self.run, kept.by_step() if kept else {}, best.result["step"], training_s, self.settings)
 
         def write() -> None:
             needed_bytes = sum(value.numel() * value.element_size() for value in best.weights.values())
@@ -250,22 +265,6 @@ def has_stopped_early(trainer: Trainer) -> bool:
     """Whether the held-out loss has not become better for as long as early stopping allows."""
     early: Any = trainer.early_stopping_callbacks
     return any(callback.wait_count >= callback.patience for callback in early)
-
-
-def _begin_epoch(trainer: Trainer) -> None:
-    """Has Lightning count the epoch that begins here.
-
-    It takes a save in an epoch's last step for one from its middle and ends that epoch, but counts none as begun
-    then; from the next save in the new epoch it would go on with the data of the one behind it.
-    """
-    loop: Any = trainer.fit_loop
-    if loop.restarted_mid_epoch and loop.epoch_progress.total.processed == loop.epoch_progress.total.ready:
-        loop.reset_restart_stage()
-
-
-def _is_on_edge(trainer: Trainer) -> bool:
-    """Whether no gradient waits for the rest of its window."""
-    return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def _makes_way(target: Path) -> bool:

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_qlora.batch import Batch
-from lit_qlora.callbacks.metrics import is_log_step, record
-from lit_qlora.callbacks.steps import StepCallback
+from lit_qlora.callbacks.record import record
+from lit_qlora.callbacks.steps import StepCallback, is_log_step
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.optimizer import num_applied
 

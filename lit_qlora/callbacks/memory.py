@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_qlora.callbacks.metrics import record
+from lit_qlora.callbacks.record import record
 
 GIB = 1024**3
 

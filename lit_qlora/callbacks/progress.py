@@ -8,7 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from lit_qlora.callbacks.metrics import TrainMetrics, is_log_step
+from lit_qlora.callbacks.metrics import TrainMetrics
+from lit_qlora.callbacks.steps import is_log_step
 from lit_qlora.callbacks.throughput import Throughput
 
 

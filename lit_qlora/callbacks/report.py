@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, read_result
 from lit_qlora.callbacks.memory import PeakMemory
-from lit_qlora.callbacks.metrics import is_last_step, read_metrics, record
-from lit_qlora.callbacks.samples import ends_in_words
+from lit_qlora.callbacks.record import record
+from lit_qlora.callbacks.steps import is_last_step
+from lit_qlora.figures.lines import read_lines
+from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import planned
 from lit_qlora.forecast.memory import GIB, step_memory
@@ -134,7 +136,7 @@ class Report(Callback):
 
 def before_and_after(run: RunFolder) -> list[str]:
     """A table of the held-out figures at step 0 and at the best step; of what was measured at both."""
-    by_step = {line["step"]: line for line in read_metrics(run.metrics)}
+    by_step = {line["step"]: line for line in read_lines(run.metrics)}
     best = read_result(run.adapter)
     if best is None or 0 not in by_step or best["step"] not in by_step:
         return []

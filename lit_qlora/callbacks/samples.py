@@ -4,33 +4,16 @@ How each of them ended is counted: of one that was cut, nobody knows whether it 
 the DataModule and the module's `answer`; no files.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_qlora.callbacks.metrics import record
-from lit_qlora.callbacks.tensorboard import RunTensorBoard
+from lit_qlora.callbacks.record import record, record_of
 from lit_qlora.errors import require
+from lit_qlora.figures.samples import CONTEXT, LIMIT, SampleAnswer, counts, line, table
 from lit_qlora.model.generate import PROMPTS_AT_ONCE, Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-
-SHOWN = 16
-"""Answers written out in TensorBoard; how they ended is counted of them all."""
-
-
-ENDED, LIMIT, CONTEXT = "samples/ended", "samples/cut", "samples/cut_by_context"
-"""Figures: answers that ended by themselves, that the limit cut, and that would have left the base's context."""
-TOKENS = "samples/max_new_tokens"
-"""The limit that these hold for: a run that is resumed may have another."""
-
-
-class SampleAnswer(NamedTuple):
-    """An answer's text, and what cut it off; nothing did where it ended by itself, with EOS."""
-
-    text: str
-    cut_by: str | None
 
 
 class SampleAnswers(Callback):
@@ -65,17 +48,19 @@ class SampleAnswers(Callback):
             self._conversations = self.choose(trainer.datamodule)  # type: ignore[attr-defined]
             with module.peft_model.disable_adapter():
                 self._base_answers = self._answer(trainer, module)
-            if self._conversations and trainer.global_step == 0 and module.adapter is None:
-                record(trainer, self._figures(self._base_answers))
-                return
         if not self._conversations:
             return
-        answers = self._answer(trainer, module)
-        record(trainer, self._figures(answers))
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                board = logger if isinstance(logger, RunTensorBoard) else logger.experiment
-                board.add_text("samples", self._table(answers), trainer.global_step)
+        is_base = trainer.global_step == 0 and module.adapter is None
+        answers = self._base_answers if is_base else self._answer(trainer, module)
+        record(trainer, counts(answers, self.max_new_tokens))
+        prompts = [conversation.turns[-1].content for conversation in self._conversations]
+        shown = line(prompts, self._base_answers, None if is_base else answers, self.max_new_tokens)
+        kept, text = record_of(trainer), table(shown)
+        if kept:
+            kept.log_samples(shown, trainer.global_step)
+        for logger in trainer.loggers if text else ():
+            if isinstance(logger, TensorBoardLogger):  # one of the user's own
+                logger.experiment.add_text("samples", text, trainer.global_step)
 
     def choose(self, data: Any) -> list[Conversation]:
         """The prompts, in the order in which they are answered."""
@@ -99,53 +84,3 @@ class SampleAnswers(Callback):
         if answer[-1:] == [eos_id]:
             return None
         return LIMIT if len(answer) >= self.max_new_tokens else CONTEXT
-
-    def _figures(self, answers: Sequence[SampleAnswer]) -> dict[str, float]:
-        """Counts of ends, the limit that they hold for, and the share that ended by themselves."""
-        ends = [answer.cut_by for answer in answers]
-        figures = {ENDED: ends.count(None), LIMIT: ends.count(LIMIT), TOKENS: self.max_new_tokens}
-        if CONTEXT in ends:
-            figures[CONTEXT] = ends.count(CONTEXT)
-        return {**figures, "samples/stopped_share": ends.count(None) / max(len(ends), 1)}
-
-    def _table(self, answers: list[SampleAnswer]) -> str:
-        rows = [
-            "| prompt | base | adapter |\n|---|---|---|",
-            *(
-                f"| {_cell(conversation.turns[-1].content)} | {self._shown(base)} | {self._shown(answer)} |"
-                for conversation, base, answer in zip(
-                    self._conversations[:SHOWN], self._base_answers[:SHOWN], answers[:SHOWN], strict=True
-                )
-            ),
-        ]
-        return "\n".join(rows)
-
-    def _shown(self, answer: SampleAnswer) -> str:
-        cut_by = {LIMIT: f"at {self.max_new_tokens:,} tokens", CONTEXT: "by the base's context"}
-        return _cell(answer.text) + (f" *(cut {cut_by[answer.cut_by]})*" if answer.cut_by else "")
-
-
-def ends_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
-    """How sample answers ended, by the figures of two steps: a title, and how many of how many, before and after.
-
-    None stands for what was not measured before; nothing is returned where it was not after.
-    """
-    if ENDED not in after:
-        return []
-    limits = {f"{int(line[TOKENS]):,}" for line in (before, after) if TOKENS in line}
-    titles = {ENDED: "answers that ended by themselves", LIMIT: f"answers cut at {' or '.join(sorted(limits))} tokens"}
-    if CONTEXT in before or CONTEXT in after:
-        titles[CONTEXT] = "answers cut by the base's context"
-    return [(title, _of_all(before, name), str(_of_all(after, name))) for name, title in titles.items()]
-
-
-def _of_all(line: Mapping[str, Any], name: str) -> str | None:
-    if ENDED not in line:
-        return None
-    counts = {end: int(line.get(end, 0)) for end in (ENDED, LIMIT, CONTEXT)}
-    return f"{counts[name]} of {sum(counts.values())}"
-
-
-def _cell(text: str) -> str:
-    """Text as one cell of a Markdown table."""
-    return "<br>".join(text.replace("\\", "\\\\").replace("|", "\\|").splitlines())

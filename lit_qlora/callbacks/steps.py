@@ -33,6 +33,52 @@ class StepCallback(Callback):
         """Called when ``trainer.global_step`` optimizer steps are done."""
 
 
+def is_log_step(trainer: Trainer) -> bool:
+    """True if the step just done is one that ``log_every_n_steps`` names, or the last."""
+    steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return trainer.global_step % steps == 0 or is_last_step(trainer)
+
+
+def is_last_step(trainer: Trainer) -> bool:
+    """True if all optimizer steps of the run are done."""
+    return trainer.global_step >= trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """True if the Trainer validates right after the micro-batch that it is ending."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def is_on_edge(trainer: Trainer) -> bool:
+    """True if no gradient waits for the rest of its step."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def begin_epoch(trainer: Trainer) -> None:
+    """Has Lightning count the epoch that begins here.
+
+    It takes a save in an epoch's last step for one from its middle and ends that epoch, but counts none as begun
+    then; from the next save in the new epoch it would resume with the data of the one before.
+    """
+    loop: Any = trainer.fit_loop
+    if loop.restarted_mid_epoch and loop.epoch_progress.total.processed == loop.epoch_progress.total.ready:
+        loop.reset_restart_stage()
+
+
+def run_validation(trainer: Trainer) -> None:
+    """Validates between two steps, as Lightning's own training loop does; nothing for a run without validations."""
+    if not trainer.enable_validation:
+        return
+    connector = trainer._logger_connector
+    first_iteration = connector._first_loop_iter
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first_iteration
+
+
 class SeedByPosition(Callback):
     """Seeds chance before each micro-batch by its place in the run.
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
-from lit_qlora.callbacks.tell import tell
+from lit_qlora.console import tell
 from lit_qlora.errors import require
 from lit_qlora.signals import URGENT, give_back, leave_at_once, name_of, say, take_over
 

@@ -6,8 +6,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_qlora.batch import Batch
-from lit_qlora.callbacks.metrics import is_log_step, record
-from lit_qlora.callbacks.steps import StepCallback
+from lit_qlora.callbacks.record import record
+from lit_qlora.callbacks.steps import StepCallback, is_log_step
 
 
 class Throughput(StepCallback):

@@ -33,6 +33,7 @@ MARK = ".mirror"
 """A file that tells the folder that was opened from one of its name on the disk below a drive that went away."""
 COLAB, FSTAB = Path("/content/drive"), Path("/etc/fstab")
 """Where Colab mounts Google Drive, and where Linux lists the places of drives."""
+EVENTS = "events.out.tfevents.*"
 TRIES = 3
 """Of one copy, where the run saves anew while it is made."""
 
@@ -243,6 +244,9 @@ class Mirror:
         for file in files:
             if file != self.run.finished_mark:
                 self._copy_file(file)
+        for old in {file.name for file in self.copy.path.glob(EVENTS)} - {file.name for file in files}:
+            self._check_place()
+            (self.copy.path / old).unlink()  # each start writes its own
         if _manifest(self.run.adapter) not in (None, _manifest(self.copy.adapter)):
             self._check_place()
             copy_folder(self.run.adapter, self.copy.adapter, replace=True, may_differ=[CARD])
@@ -340,7 +344,8 @@ def _mount_points() -> Iterator[Path]:
 
 def _files(run: RunFolder) -> Iterator[Path]:
     """What lies in a run folder beside adapter and checkpoints."""
-    for pattern in ("config*.yaml", run.rows.name, run.metrics.name, "events.out.tfevents.*", run.finished_mark.name):
+    figures = [file.name for file in (run.metrics, run.samples, run.others)]
+    for pattern in ("config*.yaml", run.rows.name, *figures, EVENTS, run.finished_mark.name):
         yield from sorted(run.path.glob(pattern))
 
 

@@ -70,6 +70,9 @@ class RunFolder:
         """The adapter once more, as it was at the last checkpoint: no checkpoint holds it."""
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.others = path / "others.jsonl"
+        """Figures that callbacks of the user's own log under counts of their own."""
         self.config = path / "config.yaml"
         self.rows = path / "rows.json"
         """Which rows are learned and which are held out."""
@@ -230,11 +233,6 @@ class RunFolder:
         """The configuration that the run was first started with. Raises UserError where it is damaged."""
         return as_sections(self.read_options())
 
-    def configs(self) -> list[Path]:
-        """The configurations of all starts that differed, the first one's first."""
-        later = (self.path / f"config.{number}.yaml" for number in _from(2))
-        return [*filter(Path.is_file, [self.config]), *takewhile(Path.is_file, later)]
-
     def config_remedy(self) -> str:
         """What to do where the configuration is damaged."""
         return (
@@ -257,9 +255,7 @@ class RunFolder:
         raise AssertionError("numbers do not end")
 
 
-def mend_adapter(
-    run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False, newest: int | None = None
-) -> None:
+def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False) -> None:
     """Puts an adapter aside that is damaged, or none of this run, and takes a whole copy in its place, with a warning.
 
     It must be neither the best so far nor the one that is used. A run without any may have kept none yet. Of a
@@ -269,31 +265,21 @@ def mend_adapter(
         run: whose.
         mirrored: another place that may hold a copy.
         is_needed: whether there has to be one: raises UserError, and moves nothing, where no whole one is left.
-        newest: the last step that an adapter may be of: from there on, the run goes on with other settings.
     """
     try:
-        step = _verify_adapter(run.adapter)
+        _verify_adapter(run.adapter)
+        return
     except DamagedFolderError as error:
-        problem, name = str(error), "adapter.damaged"
-    else:
-        if newest is None or step <= newest:
-            return
-        problem = f"{run.adapter} is of step {step}, and from step {newest} on other settings decide"
-        name = "adapter.before"
+        problem = str(error)
     best_step = (run.finished() or {}).get("best_step") if is_needed else None
-    copies = [copy for copy in (run.adapter_copy, mirrored) if copy and _is_whole_adapter(copy, best_step, newest)]
-    whole = copies[0] if copies else None
+    whole = _copy(run, mirrored, lambda step: best_step in (None, step))
     if whole is None and is_needed:
         raise UserError(
             problem,
             remedy="the run is finished, and no whole copy of its adapter is left; train it with another --run",
         )
     if run.adapter.is_dir():
-        aside = run.adapter.with_name(name)
-        if aside.exists():
-            remove_folder(aside)
-        run.adapter.rename(aside)
-        problem += f"; put aside as {aside}"
+        problem += f"; put aside as {_put_aside(run.adapter, 'adapter.damaged')}"
     elif whole is None:
         return
     if whole:
@@ -302,6 +288,47 @@ def mend_adapter(
         f"warning: {problem}, and {f'restored from {whole}' if whole else 'the best is looked for anew'}",
         file=sys.stderr,
     )
+
+
+def put_adapter_back(run: RunFolder, step: int, mirrored: Path | None = None, *, must_stay: bool = False) -> None:
+    """Puts a best adapter aside that is of a step behind ``step``, from where a start resumes: that step comes again.
+
+    The best as of ``step`` takes its place.
+
+    Args:
+        run: The run folder, whose adapter is whole.
+        step: Optimizer steps done at the checkpoint; 0 without one.
+        mirrored: Another place that may hold a copy.
+        must_stay: True if the checkpoint had a best: where no copy of one is left, the later stays, which was better.
+    """
+    if not run.adapter.is_dir():
+        return
+    found = _verify_adapter(run.adapter)
+    whole = _copy(run, mirrored, lambda other: other <= step) if found > step else None
+    if found <= step or (must_stay and whole is None):
+        return
+    aside = _put_aside(run.adapter, "adapter.before")
+    if whole:
+        copy_folder(whole, run.adapter, may_differ=[CARD])
+    then = f", {whole} takes its place" if whole else ""
+    print(f"   run  {run.adapter} is of step {found}, behind step {step}: put aside as {aside}{then}", flush=True)
+
+
+def _copy(run: RunFolder, mirrored: Path | None, fits: Callable[[int], bool]) -> Path | None:
+    """A whole copy of the adapter, of a step that ``fits``."""
+    for copy in filter(None, (run.adapter_copy, mirrored)):
+        with suppress(DamagedFolderError):
+            if fits(_verify_adapter(copy)):
+                return copy
+    return None
+
+
+def _put_aside(adapter: Path, name: str) -> Path:
+    aside = adapter.with_name(name)
+    if aside.exists():
+        remove_folder(aside)
+    adapter.rename(aside)
+    return aside
 
 
 def _verify_adapter(folder: Path) -> int:
@@ -316,15 +343,6 @@ def _verify_adapter(folder: Path) -> int:
     if type(step) is not int:
         raise DamagedFolderError(folder, file.name, "a step and its figures", found)
     return step
-
-
-def _is_whole_adapter(folder: Path, of_step: int | None, newest: int | None) -> bool:
-    """Whether an adapter is whole, and that of a step, and of none behind another, where they are given."""
-    try:
-        step = _verify_adapter(folder)
-    except DamagedFolderError:
-        return False
-    return of_step in (None, step) and (newest is None or step <= newest)
 
 
 def _remove_empty(folders: list[Path]) -> None:

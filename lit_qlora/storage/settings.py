@@ -44,18 +44,6 @@ MAY_CHANGE: Mapping[str, str] = {
     "model.base": "a copy elsewhere is the same base, and has the same tokenizer",
 }
 
-OTHERWISE = (
-    "early_stopping", "model.loss_rows", "model.own_layers", "samples", "trainer.accelerator", "trainer.benchmark",
-    "trainer.callbacks", "trainer.deterministic", "trainer.log_every_n_steps", "trainer.max_epochs",
-    "trainer.max_steps", "trainer.val_check_interval",
-)  # fmt: skip
-"""Of those, the ones with which the steps behind a checkpoint come out, or are recorded, otherwise than before."""
-
-
-def comes_otherwise(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether what a start with the settings ``was`` did behind a checkpoint is not what ``now`` will do there."""
-    return bool(differences(was, now, OTHERWISE))
-
 
 def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The changes that make it another run."""

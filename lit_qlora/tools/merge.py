@@ -156,7 +156,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
 
 
 def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", own_format: bool) -> str:
-    from lit_qlora.callbacks.card import merged_card
+    from lit_qlora.figures.card import merged_card
 
     made = f"The weights are in {dtype}."
     if dtype == "4bit":

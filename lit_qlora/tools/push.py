@@ -8,8 +8,8 @@ import re
 import sys
 from pathlib import Path
 
-from lit_qlora.callbacks.card import addressed
 from lit_qlora.errors import UserError
+from lit_qlora.figures.card import addressed
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder

@@ -13,12 +13,15 @@ from lit_qlora import quiet
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.guards import UpdateGuard
-from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, TrainMetrics
+from lit_qlora.callbacks.metrics import TrainMetrics
+from lit_qlora.callbacks.record import KeepRecord
 from lit_qlora.callbacks.steps import SeedByPosition
 from lit_qlora.callbacks.stop import StopOnSignal
 from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.callbacks.validation import HeldOutMetrics
 from lit_qlora.data.cache import EncodedRows
 from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.figures.record import Record
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.run import RunFolder
 
@@ -142,7 +145,7 @@ def trainer(tmp_path):
     return make
 
 
-class Record(Callback):
+class Identity(Callback):
     """In place of RunIdentity, whose records are of real bases."""
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
@@ -161,15 +164,16 @@ def full_run(trainer):
         parts.trainer = trainer(
             *first,
             SeedByPosition(1),
+            KeepRecord(),
             parts.guard,
             TrainMetrics(),
             Throughput(),
             HeldOutMetrics(),
             *early,
-            Record(),
+            Identity(),
             checkpoints,
             parts.stop,
-            **{"logger": [MetricsFile(run.metrics)], **options},
+            **{"logger": [Record(run)], **options},
         )
         return parts
 

@@ -8,10 +8,10 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lit_qlora.callbacks.checkpoints import RESULT, RunCheckpoints, read_result
-from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.stop import StopWithoutGain
 from lit_qlora.errors import UserError
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.folders import verify_folder, write_folder
 from lit_qlora.storage.run import RunFolder
@@ -299,5 +299,5 @@ def _lines(run):
 
 def _without_speed(run):
     """Which differs from run to run."""
-    lines = read_metrics(run.metrics)
+    lines = read_lines(run.metrics)
     return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]

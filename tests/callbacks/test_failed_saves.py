@@ -3,22 +3,18 @@
 import errno
 import json
 import os
-from itertools import count
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
-from tensorboard.summary.writer.record_writer import RecordWriter
-from tensorboard.util.tensor_util import make_ndarray
 
 from lit_qlora.callbacks.checkpoints import read_result
-from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
-from lit_qlora.callbacks.tensorboard import RunTensorBoard
+from lit_qlora.figures.lines import read_lines
+from lit_qlora.figures.record import Record
 from lit_qlora.storage import files, folders
 from lit_qlora.storage.folders import verify_folder
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import load_state
 
 
@@ -215,8 +211,8 @@ def full_disk(monkeypatch):
 
 @pytest.mark.parametrize("room", [0, 1, 21, 22, 23, 30])
 def test_lines_that_do_not_fit_are_kept_and_written_later(tmp_path, capsys, full_disk, room):
-    path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path)
+    run = RunFolder(tmp_path)
+    path, file = run.metrics, Record(run)
     file.log_metrics({"a": 1}, step=1)
     file.log_metrics({"a": 2}, step=2)
     full_disk[0] = room
@@ -228,114 +224,11 @@ def test_lines_that_do_not_fit_are_kept_and_written_later(tmp_path, capsys, full
     )
     state = file.state_dict()
     full_disk[0] = None
-    resumed = MetricsFile(path)  # killed here, and gone on with from the checkpoint
-    resumed.load_state_dict(state)
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    resumed = Record(RunFolder(tmp_path / "copy"))  # killed here, and resumed from the checkpoint
+    resumed.go_back(state)
     for one in (resumed, file):
         one.finalize("success")
-        assert read_metrics(path) == [{"step": step, "a": float(step)} for step in (1, 2, 3, 4, 5)]
+        path = one.run.metrics
+        assert read_lines(path) == [{"step": step, "a": float(step)} for step in (1, 2, 3, 4, 5)]
         assert path.read_bytes().count(b"\n") == 5
-
-
-@pytest.fixture
-def board_disk(monkeypatch):
-    """A list of one number: the records that TensorBoard's files still take; None: all of them."""
-    left, real = [None], RecordWriter.write
-
-    def write(self, data):
-        if left[0] == 0:
-            self._writer.write(b"torn")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        left[0] = None if left[0] is None else left[0] - 1
-        real(self, data)
-
-    monkeypatch.setattr(RecordWriter, "write", write)
-    # Files of one second are told apart by a count, and read in the order of their names: 10 before 9.
-    monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=count(100).__next__))
-    return left
-
-
-def curve(folder):
-    """Steps and values, the texts' steps; each file is read to its end, which a torn record would hide."""
-    events = EventAccumulator(str(folder)).Reload()
-    values = [(e.step, make_ndarray(e.tensor_proto).item()) for e in events.Tensors("a")]
-    return values, [e.step for e in events.Tensors("samples/text_summary")]
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("room", [0, 1, 2, 3])
-@pytest.mark.parametrize("was_saved", [True, False])
-def test_what_tensorboard_could_not_take_is_written_once_there_is_room(tmp_path, capsys, board_disk, room, was_saved):
-    RunTensorBoard(tmp_path, "a: 1\n", None).log_metrics({"a": 9.0}, 3)  # of a process that was killed: to be dropped
-    logger = RunTensorBoard(tmp_path, "a: 1\n", None)
-    if not was_saved:
-        board_disk[0] = room
-    logger.log_metrics({"a": 1.0}, 1)
-    if was_saved:
-        logger.save()
-        board_disk[0] = room
-    for step in (2, 3):
-        logger.log_metrics({"a": float(step)}, step)
-        logger.add_text("samples", "text", step)
-        logger.save()
-    state = logger.state_dict()
-    assert capsys.readouterr().err == (
-        f"error: TensorBoard's file in {tmp_path} can't be written: No space left on device; "
-        "training goes on, its figures are kept for later\n"
-    )
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    board_disk[0] = None
-    for step in (4, 5):
-        logger.log_metrics({"a": float(step)}, step)
-        logger.save()
-    logger.finalize("success")
-    assert curve(tmp_path) == ([(step, float(step)) for step in (1, 2, 3, 4, 5)], [2, 3])
-    assert capsys.readouterr().err == ""
-    for file in {*tmp_path.iterdir()} - {*before}:  # it was killed instead, and is gone on with from the checkpoint
-        file.unlink()
-    resumed = RunTensorBoard(tmp_path, "a: 1\n", 3)
-    resumed.load_state_dict(json.loads(json.dumps(state)))
-    resumed.log_metrics({"a": 4.0}, 4)
-    resumed.finalize("success")
-    assert curve(tmp_path) == ([(step, float(step)) for step in (1, 2, 3, 4)], [2, 3])
-
-
-@pytest.mark.parametrize("first", [2, 3])
-def test_what_was_kept_is_there_once_though_a_kill_came_between_its_flush_and_the_save(tmp_path, board_disk, first):
-    logger = RunTensorBoard(tmp_path, "a: 1\n", None)
-    logger.log_metrics({"a": 1.0}, 1)
-    logger.log_metrics({"b": 2.0}, 2)  # a validation adds to this step, behind the save
-    logger.save()
-    board_disk[0] = 0
-    for step in range(first, 5):
-        logger.log_metrics({"a": float(step)}, step)
-        logger.add_text("samples", "text", step)
-    logger.save()
-    state = json.loads(json.dumps(logger.state_dict()))  # of the checkpoint of step 4
-    board_disk[0] = None
-    logger.log_metrics({"a": 5.0}, 5)
-    logger.save()  # and was killed before the checkpoint of step 5
-    for _ in range(2):
-        resumed = RunTensorBoard(tmp_path, "a: 1\n", 4)
-        assert resumed.experiment is None  # for which Lightning asks before it loads a checkpoint
-        resumed.load_state_dict(state)
-        resumed.log_metrics({"a": 5.0}, 5)
-        resumed.save()
-    steps = [*range(first, 5)]
-    assert curve(tmp_path) == ([(step, float(step)) for step in (1, *steps, 5)], steps)
-    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Tensors("b")] == [2]
-
-
-def test_a_tensorboard_that_cannot_be_opened_is_told_once(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    logger = RunTensorBoard(tmp_path / "file", "a: 1\n", None)
-    for step in (1, 2):
-        logger.log_metrics({"a": 1.0}, step)
-    logger.save()
-    assert capsys.readouterr().err.count("error: TensorBoard's file in") == 1
-
-
-def test_other_mistakes_of_a_logger_are_not_swallowed(tmp_path):
-    logger = RunTensorBoard(tmp_path, "a: 1\n", None)
-    with pytest.raises(TypeError, match="float"):
-        logger.log_metrics({"a": object()}, 1)
-    logger.finalize("failed")

@@ -9,9 +9,11 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lit_qlora.callbacks.guards import MAX_SCALER_SKIPS, UpdateGuard
-from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.errors import UserError
+from lit_qlora.figures.lines import read_lines
+from lit_qlora.figures.record import Record
+from lit_qlora.storage.run import RunFolder
 
 NAN, INF = math.nan, math.inf
 
@@ -142,8 +144,8 @@ def test_applied_and_skipped_updates_are_recorded(trainer, tiny, rows, tmp_path)
     module = tiny()
     module.nonfinite_rows = {order(data, trainer, tiny)[2]: NAN}
     path = tmp_path / "metrics.jsonl"
-    fit(trainer, module, data, UpdateGuard(2), logger=MetricsFile(path))
-    figures = [(line["step"], line["updates/applied"], line["updates/skipped"]) for line in read_metrics(path)]
+    fit(trainer, module, data, UpdateGuard(2), logger=Record(RunFolder(tmp_path)))
+    figures = [(line["step"], line["updates/applied"], line["updates/skipped"]) for line in read_lines(path)]
     assert figures == [(1, 1, 0), (2, 2, 0), (3, 2, 1), (4, 3, 1), (5, 4, 1), (6, 5, 1)]
 
 
@@ -162,11 +164,11 @@ def test_a_step_that_the_scaler_skips_is_counted_as_skipped(trainer, tiny, rows,
     path = tmp_path / "metrics.jsonl"
     guard = UpdateGuard()
     module = overflows(tiny())
-    after, error = fit(trainer, module, rows(12), guard, plugins=in_fp16(65536.0), logger=MetricsFile(path))
+    after, error = fit(trainer, module, rows(12), guard, plugins=in_fp16(65536.0), logger=Record(RunFolder(tmp_path)))
     assert error is None
     skipped = [before == now for before, now in pairwise(after)]
     assert 1 < sum(skipped) < 12
-    figures = [(line["updates/applied"], line["updates/skipped"]) for line in read_metrics(path)]
+    figures = [(line["updates/applied"], line["updates/skipped"]) for line in read_lines(path)]
     counts = range(1, 13)
     assert figures == [(count - sum(skipped[:count]), sum(skipped[:count])) for count in counts]
     assert guard.nonfinite_in_a_row == 0

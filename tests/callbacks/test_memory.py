@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from lit_qlora.callbacks.memory import PeakMemory
-from lit_qlora.callbacks.metrics import HeldOutMetrics, MetricsFile, read_metrics
+from lit_qlora.callbacks.validation import HeldOutMetrics
+from lit_qlora.figures.lines import read_lines
+from lit_qlora.figures.record import Record
+from lit_qlora.storage.run import RunFolder
 
 GIB = 1024**3
 
@@ -14,10 +17,10 @@ GIB = 1024**3
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell a process's peak this way")
 def test_the_hosts_peak_is_recorded_with_each_validation(trainer, tiny, rows, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    trainer(PeakMemory(), HeldOutMetrics(), logger=MetricsFile(path), val_check_interval=2).fit(
+    trainer(PeakMemory(), HeldOutMetrics(), logger=Record(RunFolder(tmp_path)), val_check_interval=2).fit(
         tiny(), datamodule=rows(4)
     )
-    lines = read_metrics(path)
+    lines = read_lines(path)
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert all({name for name in line if name.startswith("memory/")} == {"memory/host_gib"} for line in lines)
     host = [line["memory/host_gib"] for line in lines]
@@ -56,7 +59,7 @@ def test_the_cards_peaks_stand_under_their_phases(cuda, trainer, tiny, rows, tmp
 
     path = tmp_path / "metrics.jsonl"
     memory = PeakMemory()
-    made = trainer(memory, HeldOutMetrics(), logger=MetricsFile(path), val_check_interval=2)
+    made = trainer(memory, HeldOutMetrics(), logger=Record(RunFolder(tmp_path)), val_check_interval=2)
     made.fit(Uses(), datamodule=rows(3))
     gib = {name: value for name, value in memory.peaks_gib.items() if name != "host"}
     assert gib == {
@@ -67,7 +70,7 @@ def test_the_cards_peaks_stand_under_their_phases(cuda, trainer, tiny, rows, tmp
         "train_allocated": 9.0,
         "train_reserved": 10.0,
     }
-    first, second, third = read_metrics(path)
+    first, second, third = read_lines(path)
     assert (first["memory/load_allocated_gib"], first["memory/validation_allocated_gib"]) == (4.0, 3.0)
     assert "memory/train_allocated_gib" not in first
     assert second["memory/train_reserved_gib"] == 10.0

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_qlora.callbacks.samples import SampleAnswers, ends_in_words
+from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.errors import UserError
+from lit_qlora.figures.lines import read_lines
+from lit_qlora.figures.record import Record
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
 
 EOS = 2
@@ -124,36 +127,6 @@ def test_the_table_says_which_answers_were_cut(fake, board):
     assert rows == ["| 1 | 7 8 *(cut at 2 tokens)* | 9 |", "| 2 | 9 | 7 8 *(cut at 2 tokens)* |"]
 
 
-ENDED = "that ended by themselves"
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "words"),
-    [
-        (ends(0, 8), ends(6, 2), [(ENDED, "0 of 8", "6 of 8"), ("cut at 128 tokens", "8 of 8", "2 of 8")]),
-        ({}, ends(6, 2), [(ENDED, None, "6 of 8"), ("cut at 128 tokens", None, "2 of 8")]),
-        (  # a run that was resumed with another limit
-            ends(0, 8),
-            ends(6, 2, limit=1024),
-            [(ENDED, "0 of 8", "6 of 8"), ("cut at 1,024 or 128 tokens", "8 of 8", "2 of 8")],
-        ),
-        (
-            ends(0, 8),
-            ends(5, 2, **{"samples/cut_by_context": 1}),
-            [
-                (ENDED, "0 of 8", "5 of 8"),
-                ("cut at 128 tokens", "8 of 8", "2 of 8"),
-                ("cut by the base's context", "0 of 8", "1 of 8"),
-            ],
-        ),
-        ({"samples/stopped_share": 0.25}, {"samples/stopped_share": 0.5}, []),  # of an earlier version
-        ({}, {}, []),
-    ],
-)
-def test_how_answers_ended_is_said_of_all(before, after, words):
-    assert ends_in_words(before, after) == [(f"answers {title}", first, last) for title, first, last in words]
-
-
 def test_prompts_are_fixed_and_the_base_is_asked_once(fake):
     module = FakeModule()
     samples = SampleAnswers(count=3, max_new_tokens=17)
@@ -252,3 +225,23 @@ def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(UserError) as caught:
         SampleAnswers(**options)
     assert str(caught.value) == message
+
+
+def test_each_validation_has_a_line_of_all_answers_whole(fake, tmp_path):
+    module = FakeModule()
+    module.answers = {(False, 1): [10, EOS], (True, 1): [11, 12]}
+    run = RunFolder(tmp_path)
+    fake.loggers = [Record(run)]
+    samples = SampleAnswers(count=2, max_new_tokens=2)
+    for fake.global_step in (0, 5):
+        samples.on_validation_end(fake, module)
+    fake.loggers[0].finalize("success")
+    base = [
+        {"prompt": "1", "base": {"text": "10", "cut_by": None}},
+        {"prompt": "2", "base": {"text": "9", "cut_by": None}},
+    ]
+    adapter = [{"text": "11 12", "cut_by": "samples/cut"}, {"text": "9", "cut_by": None}]
+    after = [row | {"adapter": answer} for row, answer in zip(base, adapter, strict=True)]
+    assert read_lines(run.samples) == [
+        {"step": 0, "max_new_tokens": 2, "answers": base}, {"step": 5, "max_new_tokens": 2, "answers": after}
+    ]  # fmt: skip

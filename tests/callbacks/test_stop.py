@@ -6,9 +6,9 @@ import signal
 import pytest
 import torch
 
-from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.callbacks.stop import TimeLimit, parse_max_time
 from lit_qlora.errors import UserError
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.signals import SIGNALS, LeftAtOnce
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.state import load_state
@@ -70,12 +70,12 @@ def test_the_stopped_run_goes_on_to_the_same_end(full_run, tiny, rows, tmp_path)
     resumed, again = full_run(cut.run.path, **options), tiny()
     resumed.trainer.fit(again, datamodule=rows(12), ckpt_path=cut.run.checkpoint(2))
     assert again.weight.tolist() == module.weight.tolist()
-    assert [line["step"] for line in read_metrics(cut.run.metrics)] == [0, 1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in read_lines(cut.run.metrics)] == [0, 1, 2, 3, 4, 5, 6]
     assert all(line.keys() == other.keys() for line, other in zip(*map(_lines, (cut, whole)), strict=True))
 
 
 def _lines(parts):
-    return read_metrics(parts.run.metrics)
+    return read_lines(parts.run.metrics)
 
 
 def test_where_a_validation_follows_it_is_finished_and_the_save_behind_it_is_the_last(full_run, tiny, rows, tmp_path):

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from lit_qlora.callbacks import throughput
-from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
 from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.figures.lines import read_lines
+from lit_qlora.figures.record import Record
+from lit_qlora.storage.run import RunFolder
 
 
 class Clock:
@@ -115,8 +117,8 @@ def test_a_run_records_it_at_each_log_step(trainer, tiny, rows, tmp_path, clock)
             clock.now += 50.0
 
     path = tmp_path / "metrics.jsonl"
-    made = trainer(Throughput(), logger=MetricsFile(path), val_check_interval=3, log_every_n_steps=2)
+    made = trainer(Throughput(), logger=Record(RunFolder(tmp_path)), val_check_interval=3, log_every_n_steps=2)
     made.fit(Slow(), datamodule=rows(7))
     # Rows of 4 tokens, none padded.
     expected = [{"step": step, "speed/tokens_per_second": 2.0, "speed/padding_share": 0.0} for step in (2, 4, 6, 7)]
-    assert read_metrics(path) == expected
+    assert read_lines(path) == expected

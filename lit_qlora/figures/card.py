@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Trainer
 
-from lit_qlora.callbacks.curves import CURVES, draw_curves
-from lit_qlora.callbacks.metrics import MetricsFile, read_metrics
-from lit_qlora.callbacks.samples import ends_in_words
-from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.figures.curves import CURVES, draw_curves
+from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.storage.files import read_json
 from lit_qlora.storage.run import CARD, RunFolder, as_yaml
 from lit_qlora.text import llama2
@@ -65,24 +62,27 @@ LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 
 
 def write_card(
-    folder: Path, run: RunFolder, trainer: Trainer, step: int, settings: Mapping[str, Any] | None = None
+    folder: Path,
+    run: RunFolder,
+    figures: Mapping[int, Mapping[str, Any]],
+    step: int,
+    training_s: float,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the card of the adapter in ``folder``, that of ``step``, and its picture; none without a config.
+    """Writes the card of the adapter in ``folder`` and its picture; nothing for a run without a config.
 
-    ``settings`` are those of this start; None: of the run's first.
+    Args:
+        folder: The adapter's.
+        run: The run folder.
+        figures: All that is recorded, by optimizer step.
+        step: The adapter's.
+        training_s: Seconds in training steps so far.
+        settings: The configuration of this start; None: that of the run's first.
     """
     if settings or run.config.is_file():
         base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-        figures = {line["step"]: line for line in read_metrics(run.metrics)}
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile):  # the line of this step is not in the file yet
-                state = logger.state_dict()
-                if state["step"] is None:  # at the end of a run that was killed right before it
-                    continue
-                figures[state["step"]] = {**figures.get(state["step"], {}), **state["figures"]}
-        seconds = next((part.training_s for part in trainer.callbacks if isinstance(part, Throughput)), 0.0)  # type: ignore[attr-defined]
         has_curves = draw_curves(folder / CURVES, figures, step)
-        text = card(str(base), settings or run.read_config(), figures, step, seconds, has_curves)
+        text = card(str(base), settings or run.read_config(), figures, step, training_s, has_curves)
         (folder / CARD).write_text(text, encoding="utf-8")
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from lit_qlora.callbacks import curves
-from lit_qlora.callbacks.curves import draw_curves, points, smoothed, ticks
+from lit_qlora.figures import curves
+from lit_qlora.figures.curves import draw_curves, points, smoothed, ticks
 
 FALLING = {step: {"train/loss": 2.0 - step / 100} for step in range(10, 110, 10)}
 

@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from lit_qlora import demo
-from lit_qlora.callbacks.card import addressed, card, merged_card, published
-from lit_qlora.callbacks.metrics import read_metrics
 from lit_qlora.cli import main
+from lit_qlora.figures.card import addressed, card, merged_card, published
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation, Turn
@@ -176,7 +176,7 @@ def test_a_run_s_card(tmp_path, monkeypatch):
     for secret in ("private", str(Path.home()), "hf_averysecrettoken", f"/{getpass.getuser()}", str(tmp_path)):
         assert secret not in text
     result = json.loads((folder / "result.json").read_text())
-    by_step = {line["step"]: line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    by_step = {line["step"]: line for line in read_lines(tmp_path / "run" / "metrics.jsonl")}
     before, after = by_step[0]["val/loss"], by_step[result["step"]]["val/loss"]
     assert f"| held-out loss (nats a token) | {before:.4f} | {after:.4f} |" in text
     assert "| sample answers that ended by themselves | 0 of 1 | 0 of 1 |" in text

@@ -1,0 +1,54 @@
+"""Owns how callbacks record figures, and how the run's record goes through a checkpoint. Knows no file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_qlora.figures.record import Record
+
+
+def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
+    """Records ``figures`` under the number of optimizer steps done, with every logger of the Trainer."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(figures), step=trainer.global_step)
+
+
+def record_of(trainer: Trainer) -> Record | None:
+    """The run's record; None for a Trainer without one."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, Record)), None)
+
+
+class KeepRecord(Callback):
+    """Takes the run's record through checkpoints, and back to the one that a start resumes from."""
+
+    def __init__(self) -> None:
+        self._state: Mapping[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Has the record count the Trainer's steps."""
+        kept = record_of(trainer)
+        if kept:
+            kept.trainer = trainer
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the open step."""
+        kept = record_of(trainer)
+        if kept:
+            checkpoint["metrics_line"] = kept.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps it: another callback may still refuse the checkpoint."""
+        self._state = checkpoint.get("metrics_line")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes back, once nothing is refused any more."""
+        kept = record_of(trainer)
+        if kept:
+            kept.go_back(self._state)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the last step, for those who read the files now."""
+        kept = record_of(trainer)
+        if kept:
+            kept.close_step()

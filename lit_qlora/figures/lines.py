@@ -1,0 +1,168 @@
+"""Owns a file of JSON lines, one per step in their order: appended to, and cut back where a run resumes.
+
+A line that finds no room is kept in memory, and in the checkpoint, until there is some. Knows no figure.
+"""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_qlora.console import tell
+from lit_qlora.storage.files import SaveError, parse_json, replace_file, sync_file
+
+
+class StepLines:
+    """One file of lines; each is a JSON object whose first key is its ``step``.
+
+    Nothing is read or changed before `go_back`, so that a start that is refused leaves the file as it was.
+
+    Args:
+        path: The file. It is made with its first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problem: str | None = None
+        """Why the newest lines are not in the file; None where they are."""
+        self._last_step = -1
+        """Step of the newest line in the file."""
+        self._unwritten: dict[int, str] = {}
+        self._sound_bytes: int | None = None
+        """Length of the file before a write that failed, which may have left a part of a line."""
+        self._is_synced = True
+
+    def add(self, step: int, content: Mapping[str, Any]) -> None:
+        """Appends the line of ``step``; one that can't be written is kept, reported once, and tried again."""
+        self._unwritten[step] = json.dumps({"step": step, **content}) + "\n"
+        self.write()
+
+    def write(self) -> None:
+        """Appends the lines that are not in the file yet."""
+        try:
+            while self._unwritten:
+                step = next(iter(self._unwritten))
+                self._append(self._unwritten[step].encode())
+                self._last_step = step
+                del self._unwritten[step]
+            self.problem = None
+        except OSError as error:
+            self._report(error)
+
+    def sync(self) -> None:
+        """Has the written lines on the disk, before a checkpoint that counts on them."""
+        if self._is_synced:
+            return
+        try:
+            sync_file(self.path)
+            self._is_synced = True
+        except OSError as error:
+            self._report(error)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The lines by their steps: those of the file, and those that are not in it yet."""
+        yield from iter_lines(self.path)
+        yield from map(parse_json, self._unwritten.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last step that a resume can count on in the file, and the lines that it has to add."""
+        return {"counted_on": self._last_step, "unwritten": dict(self._unwritten)}
+
+    def go_back(self, state: Mapping[str, Any] | None) -> None:
+        """Cuts the file back to what a checkpoint counted on, and takes over the lines that it held.
+
+        Reports damaged lines, and those that are gone from the file.
+
+        Args:
+            state: `state_dict` of the checkpoint; None without one, and the file becomes empty.
+
+        Raises:
+            SaveError: The file could not be changed, and is as it was.
+        """
+        counted_on = state["counted_on"] if state else -1
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        kept, last, num_behind, damaged, last_line = list[bytes](), -1, 0, list[int](), 0
+        for number, text in enumerate(content.splitlines(keepends=True), 1):
+            step = _step(text)
+            if step is not None and step > counted_on:
+                num_behind += 1
+            elif step is not None and step > last:
+                kept.append(text)
+                last, last_line = step, number
+            else:
+                damaged.append(number)
+        damaged = [number for number in damaged if number < last_line]  # those at the end are told by their steps
+        if damaged:
+            _warn(f"{self.path}: damaged lines ({len(damaged)}, from line {damaged[0]} on) are left out")
+        if last < counted_on:
+            lost = f"its lines of the steps {last + 1} to {counted_on}, which the checkpoint counted on, are lost"
+            _warn(f"{self.path}: {lost}")
+        if num_behind:
+            print(
+                f"   run  {self.path}: {num_behind} lines behind step {max(counted_on, 0)} are written anew", flush=True
+            )
+        self._put(content, b"".join(kept))
+        self._last_step, self._unwritten = last, dict(state["unwritten"]) if state else {}
+        self.write()
+
+    def _put(self, old: bytes, new: bytes) -> None:
+        if new == old:
+            return
+        self._is_synced = False
+        if not old.startswith(new):
+            replace_file(self.path, new)
+            return
+        try:
+            os.truncate(self.path, len(new))  # which needs no room
+        except OSError as error:
+            raise SaveError(self.path, error) from error
+
+    def _append(self, content: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._sound_bytes is not None:
+            os.truncate(self.path, self._sound_bytes)
+        self._sound_bytes = self.path.stat().st_size if self.path.is_file() else 0
+        self._is_synced = False
+        with self.path.open("ab", buffering=0) as file:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._sound_bytes = None
+
+    def _report(self, error: OSError) -> None:
+        if self.problem is None:
+            self.problem = f"{self.path} can't be written: {error.strerror or error}"
+            tell(f"error: {self.problem}; training goes on, its lines are kept for later")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; those that are damaged, or still being written, are left out."""
+    return [*iter_lines(path)]
+
+
+def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """As `read_lines`, one by one."""
+    if path.is_file():
+        with path.open("rb") as file:
+            yield from filter(None, map(_line, file))
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    if not text.endswith(b"\n"):
+        return None
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+
+
+def _step(text: bytes) -> int | None:
+    line = _line(text)
+    return None if line is None else line["step"]
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)

@@ -1,0 +1,199 @@
+"""TensorBoard's file lies right in the run folder, and is written anew from what is recorded: each step once."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_ndarray
+
+from lit_qlora.figures.record import Record
+from lit_qlora.figures.tensorboard import PATTERN, EventFile
+from lit_qlora.storage.run import RunFolder
+
+
+def answers(text):
+    said = {"text": text, "cut_by": None}
+    return {"max_new_tokens": 4, "answers": [{"prompt": "p", "base": said, "adapter": said}]}
+
+
+def shown(folder):
+    """What the page shows: steps and values by tag; a text's value is the text."""
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    values = {
+        tag: [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+    return {
+        tag.removesuffix("/text_summary"): [(step, v.decode() if isinstance(v, bytes) else v) for step, v in found]
+        for tag, found in values.items()
+    }
+
+
+def start(folder, state=None):
+    run = RunFolder(folder)
+    record = Record(run, EventFile(folder, "model:\n  rank: 4\n"))
+    record.go_back(state)
+    return record
+
+
+def log(record, *lines):
+    for step, value in lines:
+        if isinstance(value, str):
+            record.log_samples(answers(value), step)
+        else:
+            record.log_metrics({"a": value}, step)
+
+
+def test_figures_and_the_config_lie_in_the_run_folder_at_once(tmp_path):
+    record = start(tmp_path)
+    log(record, (1, 0.5), (2, float("inf")))
+    (file,) = tmp_path.glob(PATTERN)
+    assert file.name.startswith("events.out.tfevents.")
+    assert shown(tmp_path) == {
+        "config": [(0, "    model:\n      rank: 4\n")], "a": [(1, 0.5), (2, float("inf"))]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["success", "failed"])
+def test_a_resumed_run_shows_each_step_once(tmp_path, end):
+    record = start(tmp_path)
+    log(record, (1, 0.5), (1, "one"), (2, 0.25), (2, "two"))
+    state = record.state_dict()
+    log(record, (3, 8.0), (3, "to come again"))
+    record.finalize(end)
+    for _ in range(2):
+        resumed = start(tmp_path, state)
+        log(resumed, (3, 0.125), (3, "three"))
+        resumed.finalize("success")
+        found = shown(tmp_path)
+        assert found["a"] == [(1, 0.5), (2, 0.25), (3, 0.125)]
+        assert [(step, text.splitlines()[-1]) for step, text in found["samples"]] == [
+            (1, "| p | one | one |"), (2, "| p | two | two |"), (3, "| p | three | three |")
+        ]  # fmt: skip
+        assert len(found["config"]) == 1
+        assert sorted(file.stat().st_size > 0 for file in tmp_path.glob(PATTERN)) == [False, True]
+
+
+def test_a_run_that_was_never_saved_starts_its_curves_anew(tmp_path):
+    log(start(tmp_path), (0, 8.0), (1, 8.0))
+    log(start(tmp_path), (0, 1.0), (1, 0.5))
+    assert shown(tmp_path)["a"] == [(0, 1.0), (1, 0.5)]
+
+
+def test_a_page_that_is_open_meanwhile_drops_what_it_had(tmp_path):
+    """It has read the earlier file by then, and goes on to the next one by name."""
+    log(start(tmp_path), (0, 8.0), (5, 8.0))
+    (earlier,) = tmp_path.glob(PATTERN)
+    page = EventAccumulator(str(tmp_path)).Reload()
+    record = start(tmp_path)
+    log(record, (0, 1.0), (2, 0.5))
+    assert sorted(tmp_path.glob(PATTERN))[0] == earlier
+    page.Reload()
+    assert [event.step for event in page.Tensors("a")] == [0, 2]
+
+
+def test_figures_under_counts_of_their_own_come_again_too(tmp_path):
+    record = start(tmp_path)
+    record.trainer = type("Trainer", (), {"global_step": 2})()
+    log(record, (2, 0.5), (100, 7.0), (101, 8.0))
+    state = record.state_dict()
+    log(record, (102, 9.0))
+    resumed = start(tmp_path, state)
+    assert shown(tmp_path)["a"] == [(2, 0.5), (100, 7.0), (101, 8.0)]
+    assert resumed.by_step() == {2: {"step": 2, "a": 0.5}}
+
+
+def test_tensorflow_is_not_imported_and_nothing_is_put_in_its_place(tmp_path):
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow/__init__.py").write_text("raise SystemExit('imported')\n")
+    code = (
+        "import sys; from lit_qlora.figures.tensorboard import EventFile, figures_event; from pathlib import Path; "
+        f"file = EventFile(Path({str(tmp_path)!r}), 'a: 1'); file.refresh(lambda: [figures_event(1, {{'a': 1.0}})]); "
+        "print(file.problem, 'tensorboard.compat.notf' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "None False\n"
+
+
+@pytest.mark.slow
+def test_a_long_run_is_written_anew_in_seconds(tmp_path):
+    record = start(tmp_path)
+    for step in range(20_000):
+        record.log_metrics({f"figure/{number}": float(step) for number in range(10)}, step)
+    state = record.state_dict()
+    began = time.process_time()
+    start(tmp_path, state)
+    assert time.process_time() - began < 6
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A list of one number: the records that files still take; None: all of them."""
+    left, real = [None], RecordWriter.write
+
+    def write(self, data):
+        if left[0] == 0:
+            self._writer.write(b"torn")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left[0] = None if left[0] is None else left[0] - 1
+        real(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    return left
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_what_found_no_room_is_written_once_there_is_some(tmp_path, capsys, disk, room, is_begun):
+    log(start(tmp_path), (3, 9.0))  # of a process that was killed before it saved anything
+    if not is_begun:
+        disk[0] = room
+    record = start(tmp_path)
+    capsys.readouterr()
+    log(record, (1, 1.0))
+    if is_begun:
+        disk[0] = room
+    log(record, (2, 2.0), (2, "two"), (3, 3.0), (3, "three"), (4, 4.0))
+    record.save()
+    if is_begun and room:
+        assert shown(tmp_path)["a"][0] == (1, 1.0)  # what was written whole stays, while there is no room
+    if is_begun:
+        told = f"TensorBoard's file in {tmp_path} can't be written: No space left on device"
+        assert record.problem == told
+        assert capsys.readouterr().err == f"error: {told}; training goes on, its figures are kept for later\n"
+    disk[0] = None
+    log(record, (5, 5.0))
+    record.save()
+    log(record, (6, 6.0))
+    assert record.problem is None
+    found = shown(tmp_path)
+    assert found["a"] == [(step, float(step)) for step in range(1, 7)]
+    assert [step for step, _ in found["samples"]] == [2, 3]
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_a_file_that_cannot_be_begun_is_reported_once_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
+    def denied(*_):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("lit_qlora.figures.tensorboard._append", denied)
+    record = start(tmp_path)
+    log(record, (1, 1.0), (2, 1.0))
+    record.save()
+    record.finalize("success")
+    assert capsys.readouterr().err.count("error: TensorBoard's file in") == 1
+    assert len(record.run.metrics.read_text().splitlines()) == 2
+
+
+def test_other_mistakes_of_a_logger_are_not_swallowed(tmp_path):
+    with pytest.raises(TypeError, match="float"):
+        start(tmp_path).log_metrics({"a": object()}, 1)

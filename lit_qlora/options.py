@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lit_qlora.elsewhere import here
-from lit_qlora.errors import UserError, cut, excerpt
+from lit_qlora.errors import UserError, cut, excerpt, one_line
 from lit_qlora.secrecy import check_no_secret
 
 HELP = "the accepted ones are listed by --help"
@@ -202,11 +202,11 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     except RecursionError as error:
         raise UserError("something in it stands within itself (& and *), or is nested too deep", place=path) from error
     except (ValueError, LookupError, AttributeError) as error:  # yaml's own, of a date or a tag that does not fit
-        raise UserError(f"no valid YAML: {error}", place=path) from error
+        raise UserError(f"no valid YAML: {one_line(error)}", place=path) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        problem = " ".join(str(getattr(error, "problem", error)).split())
+        problem = one_line(getattr(error, "problem", error))
         raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}") from error
     if root is None:
         raise UserError("the file is empty", place=path)

@@ -541,6 +541,41 @@ def test_a_logger_whose_package_is_missing_is_one_line(
     assert not Path("run").exists()
 
 
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("args", "config"),
+    [
+        (["--model.rank", LONG], ""),
+        (["--data.form", LONG], ""),
+        (["--max_time", LONG], ""),
+        (["--model.target_modules", LONG], ""),
+        (["--samples.prompts", f'["{LONG}", ""]'], ""),
+        (["--data.system", f"<<SYS>>{LONG}"], ""),
+        (["--trainer.callbacks", LONG], ""),
+        ([f"--{LONG}", "3"], ""),
+        ([LONG], ""),
+        ([], f"model:\n  rank: {LONG}\n"),
+        ([], f"model:\n  rank: {[1] * 3000}\n"),
+        ([], f"model: {LONG}\n"),
+        ([], f"{LONG}: 3\n"),
+        ([], f"model:\n  ? {LONG}\n  : 3\n"),
+        ([], f"? {LONG}\n: 1\n? {LONG}\n: 2\n"),
+        ([], f"a: !{LONG} 3\n"),
+        ([], f"a: *{LONG}\n"),
+        ([], f"trainer:\n  callbacks:\n    class_path: {LONG}\n"),
+    ],
+)
+def test_a_long_value_makes_no_long_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], config: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"{config}seed_everything: 1\n")
+    assert main(["fit", "--run", "./run", "--config", "mine.yaml", *args]) == 2
+    assert len(capsys.readouterr().err) < 300
+
+
 NO_VALUE = {
     "model.rank": "int",
     "model.alpha": "float",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, one_line
 from lit_qlora.launchers import ignore_launchers
 from lit_qlora.quiet import quieten
 from lit_qlora.tools.doctoring import surroundings
@@ -32,7 +32,7 @@ Status 0 when nothing would stop a fit (a note does not), else 2. Changes nothin
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(str(message), remedy="the accepted options are listed by --help")
+        raise UserError(one_line(message), remedy="the accepted options are listed by --help")
 
 
 def main(args: list[str]) -> int:

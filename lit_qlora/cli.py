@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from lit_qlora.console import prepare
-from lit_qlora.errors import UserError, cut, excerpt
+from lit_qlora.errors import SecretError, UserError, cut, excerpt
 from lit_qlora.launchers import ignore_launchers
-from lit_qlora.secrecy import check_no_secrets, redact
+from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
 from lit_qlora.storage.files import SaveError
 
@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
         with leave_in_one_line(resumes=args[:1] in (["fit"], ["predict"], ["push"])):
             return _run(args)
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except SaveError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
@@ -78,6 +78,16 @@ def main(args: Sequence[str] | None = None) -> int:
         what = f"not installed for {sys.executable}: {', '.join(names)}"
         print(f"error: {what}; pip install -r requirements.txt, or take the Python that has it", file=sys.stderr)
         return 2
+
+
+def check_no_secrets(args: Sequence[str]) -> None:
+    """Raises UserError for an option that holds a secret, ``--name value`` or ``--name=value``."""
+    name = "the command"
+    for arg in args:
+        option, _, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+        name = option.removeprefix("--") or name
+        if holds_secret(name, value):
+            raise SecretError(name)
 
 
 def check_utf8(args: Sequence[str]) -> None:

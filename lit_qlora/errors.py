@@ -7,6 +7,8 @@ of ours and keeps its traceback. Knows nothing of what raises it.
 from os import PathLike
 from typing import Any
 
+from lit_qlora.secrecy import redact
+
 SHOWN = 80
 """Characters of a value that an error shows, at most."""
 
@@ -15,7 +17,8 @@ class UserError(Exception):
     """Something the user can fix, said in one line: ``place: option: problem; remedy``, of which all but the problem
     may be missing.
 
-    Whoever handles one reads its fields, or makes another of them by `replace`; the sentence is for people alone.
+    Whoever handles one reads its fields, or makes another of them by `replace`; the sentence is for people alone. No
+    secret stands in any of them, wherever the error ends: on the terminal, in a notebook, in a program of the user's.
 
     Args:
         problem: what was expected and what came.
@@ -32,11 +35,11 @@ class UserError(Exception):
         place: str | PathLike[str] | None = None,
         remedy: str | None = None,
     ) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.option = option
-        self.place = None if place is None else str(place)
-        self.remedy = remedy
+        self.problem = redact(problem)
+        self.option = None if option is None else redact(option)
+        self.place = None if place is None else redact(str(place))
+        self.remedy = None if remedy is None else redact(remedy)
+        super().__init__(self.problem)
 
     def __str__(self) -> str:
         return f"{self._said()}; {self.remedy}" if self.remedy else self._said()
@@ -56,6 +59,23 @@ class UserError(Exception):
 
     def _said(self) -> str:
         return ": ".join(part for part in (self.place, self.option, self.problem) if part)
+
+
+class SecretError(UserError):
+    """An option is given a secret: options are kept in the run's files, so none takes one.
+
+    Args:
+        option: that one.
+        place: as of `UserError`.
+    """
+
+    def __init__(self, option: str, place: str | None = None) -> None:
+        super().__init__(
+            "it holds a password or a token, and options are kept in the run's files",
+            option=option,
+            place=place,
+            remedy="put a token for the hub into the environment as HF_TOKEN, and fetch by hand what else needs one",
+        )
 
 
 class OutOfRoomError(UserError):

@@ -16,8 +16,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lit_qlora.elsewhere import here
-from lit_qlora.errors import UserError, cut, excerpt, one_line
-from lit_qlora.secrecy import check_no_secret
+from lit_qlora.errors import SecretError, UserError, cut, excerpt, one_line
+from lit_qlora.secrecy import holds_secret
 
 HELP = "the accepted ones are listed by --help"
 LINKED = {"data.tokenizer": "model.base", "data.seed": "seed_everything"}
@@ -214,7 +214,8 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
         kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
         raise UserError(f"expected 'option: value' lines, got a {kind}", place=f"{path}:1")
     for line, name, value in values:
-        check_no_secret(name, value, f"{path}:{line}")
+        if holds_secret(name, value):
+            raise SecretError(name, f"{path}:{line}")
     for line, problem in _problems(root):
         raise UserError(problem, place=f"{path}:{line}")
 

@@ -5,9 +5,6 @@ alone. Knows the names of no option.
 """
 
 import re
-from collections.abc import Sequence
-
-from lit_qlora.errors import UserError
 
 HIDDEN = "***"
 _NAME = (
@@ -15,6 +12,8 @@ _NAME = (
     r"|authorization)|(?:[\w.-]*[-_.])?(?:sig|pwd)"
 )
 """Of an option, or of a parameter in a URL."""
+_VOCABULARY = r"(?:\w+_)?(?:bos|eos|pad|unk|sep|cls|mask)_token"
+"""Of an option that names a token of a tokenizer."""
 _SCHEME = r"\w[\w+.-]+:/{1,2}"  # pathlib may have taken a slash
 _SECRETS = (
     # The user of a URL, with or without a password.
@@ -43,35 +42,12 @@ def redact(text: str) -> str:
     return text
 
 
-def _holds_one(value: str) -> bool:
-    is_word = len(value.split()) == 1
+def holds_secret(name: str, value: str) -> bool:
+    """Whether option ``name`` is meant for a secret, or ``value`` holds one."""
+    is_word, name = len(value.split()) == 1, name.rpartition(".")[2]
     return (
-        any(secret.search(value) for secret in _SECRETS)
+        bool(re.fullmatch(_NAME, name, re.IGNORECASE) and not re.fullmatch(_VOCABULARY, name, re.IGNORECASE))
+        or any(secret.search(value) for secret in _SECRETS)
         or (is_word and _LOGIN.match(value) is not None)
         or (_ANY.fullmatch(value.strip()) is not None)
     )
-
-
-def check_no_secret(name: str, value: str, place: str | None = None) -> None:
-    """Raises UserError, which does not tell it, where option ``name`` is meant for a secret or ``value`` holds one.
-
-    ``place`` is the file and line that the option stands in.
-    """
-    last = name.rpartition(".")[2]
-    if not (re.fullmatch(_NAME, last, re.IGNORECASE) or _holds_one(value)):
-        return
-    raise UserError(
-        "it holds a password or a token, and options are kept in the run's files",
-        option=redact(name),
-        place=place,
-        remedy="put a token for the hub into the environment as HF_TOKEN, and fetch by hand what else needs one",
-    )
-
-
-def check_no_secrets(args: Sequence[str]) -> None:
-    """`check_no_secret` for a whole command line, ``--name value`` and ``--name=value``."""
-    name = "the command"
-    for arg in args:
-        option, _, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
-        name = option.removeprefix("--") or name
-        check_no_secret(name, value)

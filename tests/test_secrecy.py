@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.cli import main
-from lit_qlora.secrecy import check_no_secrets, redact
+from lit_qlora.cli import check_no_secrets, main
+from lit_qlora.errors import UserError, require
+from lit_qlora.secrecy import redact
 
 CANARY = "CanaryInTheCoalMine0123456789"
 TOKEN = f"hf_{CANARY}"
@@ -65,8 +66,28 @@ def test_what_is_no_secret_stays(text: str) -> None:
     check_no_secrets(["fit", "--data.batch_tokens", "300", "--samples.max_new_tokens=3", "--data.source", text])
 
 
+def test_a_token_of_a_tokenizer_is_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("pad_token", "model.bos_token", "add_eos_token"):
+        assert main(["fit", f"--{option}", "</s>"]) == 2
+        assert "the tokenizer is that of model.base" in capsys.readouterr().err
+    check_no_secrets(["fit", "--tokenizer.unk_token=<unk>"])
+    with pytest.raises(UserError):
+        check_no_secrets(["fit", "--hub_token=abc"])
+
+
 def test_a_mail_address_behind_a_colon_may_be_asked_about() -> None:
     check_no_secrets(["fit", "--samples.prompts", '["Reply to:me@example.org in one line."]'])
+
+
+def test_an_error_shows_no_secret_wherever_it_ends() -> None:
+    """In a program of the user's, too: in its sentence, its fields and its repr."""
+    url = f"hf://me:{CANARY}@datasets/x"
+    error = UserError(f"no {url}", option=f"x={TOKEN}", place=url, remedy=f"give no {url}")
+    with pytest.raises(UserError) as required:
+        require(False, "data.source", "a file", url)
+    for one in (error, error.replace(problem=f"not {url}"), required.value):
+        assert CANARY not in f"{one} {one!r} {vars(one)}"
+        assert "hf://***@datasets/x" in str(one)
 
 
 ENDS = {

@@ -10,7 +10,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lit_qlora.callbacks.checkpoints import RESULT, RunCheckpoints, read_result
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.callbacks.stop import StopWithoutGain
-from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.folders import verify_folder, write_folder
@@ -71,16 +70,14 @@ def test_the_newest_are_kept(full_run, tiny, rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("save_every", "keep", "message"),
+    ("save_every", "keep", "option", "words"),
     [
-        (0, 2, "save_every_steps: expected a whole number from 1, got 0"),
-        (1, 1, "keep_checkpoints: expected a whole number from 2, got 1"),
+        (0, 2, "save_every_steps", ["from 1", "got 0"]),
+        (1, 1, "keep_checkpoints", ["from 2", "got 1"]),
     ],
 )
-def test_intervals_that_keep_nothing_are_refused(tmp_path, save_every, keep, message):
-    with pytest.raises(UserError) as caught:
-        RunCheckpoints(RunFolder(tmp_path), save_every, keep)
-    assert str(caught.value) == message
+def test_intervals_that_keep_nothing_are_refused(tmp_path, save_every, keep, option, words, expect_error):
+    expect_error(lambda: RunCheckpoints(RunFolder(tmp_path), save_every, keep), *words, option=option)
 
 
 class Losses(StepCallback):

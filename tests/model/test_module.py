@@ -61,35 +61,34 @@ def micro_batch(*rows, step_answer_tokens=None):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "option", "words"),
     [
-        ({"rank": 0}, "model.rank: expected a whole number from 1, got 0"),
-        ({"alpha": 0.0}, "model.alpha: expected a number above 0, got 0.0"),
-        ({"alpha": math.nan}, "model.alpha: expected a number above 0, got nan"),
-        ({"dropout": 1.0}, "model.dropout: expected a share from 0 to below 1, got 1.0"),
-        ({"dropout": -0.1}, "model.dropout: expected a share from 0 to below 1, got -0.1"),
-        ({"learning_rate": 0.0}, "model.learning_rate: expected a number above 0, at most 1, got 0.0"),
-        ({"learning_rate": 2.0}, "model.learning_rate: expected a number above 0, at most 1, got 2.0"),
-        ({"warmup_ratio": 1.0}, "model.warmup_ratio: expected a share from 0 to below 1, got 1.0"),
-        ({"weight_decay": -1.0}, "model.weight_decay: expected 0 or more, got -1.0"),
+        ({"rank": 0}, "model.rank", ["from 1", "got 0"]),
+        ({"alpha": 0.0}, "model.alpha", ["above 0", "got 0.0"]),
+        ({"alpha": math.nan}, "model.alpha", ["above 0", "got nan"]),
+        ({"dropout": 1.0}, "model.dropout", ["from 0", "below 1", "got 1.0"]),
+        ({"dropout": -0.1}, "model.dropout", ["from 0", "below 1", "got -0.1"]),
+        ({"learning_rate": 0.0}, "model.learning_rate", ["above 0", "at most 1", "got 0.0"]),
+        ({"learning_rate": 2.0}, "model.learning_rate", ["above 0", "at most 1", "got 2.0"]),
+        ({"warmup_ratio": 1.0}, "model.warmup_ratio", ["from 0", "below 1", "got 1.0"]),
+        ({"weight_decay": -1.0}, "model.weight_decay", ["got -1.0"]),
         (
             {"attention": "flash_attention_2"},
-            "model.attention: flash_attention_2 needs compute capability 8.0 or above, CPU has less; use sdpa",
+            "model.attention",
+            ["8.0", "CPU", "sdpa"],
         ),
         (
             {"target_modules": ["q"]},
-            "model.target_modules: 'q' is none of all-linear, "
-            "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+            "model.target_modules",
+            ["'q' is none of"],
         ),
-        ({"base": "/no/base"}, "model.base: no folder '/no/base'; give a hub id (owner/name) or a folder"),
-        ({"adapter": "/no/adapter"}, "/no/adapter is no adapter: it has no adapter_config.json"),
+        ({"base": "/no/base"}, "model.base", ["no folder '/no/base'"]),
+        ({"adapter": "/no/adapter"}, None, ["/no/adapter is no adapter"]),
     ],
 )
-def test_a_value_out_of_range(options, message, monkeypatch):
+def test_a_value_out_of_range(options, option, words, expect_error, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError) as error:
-        QLoRAModule(**options)
-    assert str(error.value) == message
+    expect_error(lambda: QLoRAModule(**options), *words, option=option)
 
 
 def test_nothing_is_loaded_before_the_trainer_asks(tiny):

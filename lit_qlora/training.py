@@ -155,8 +155,8 @@ class QLoRACLI(LightningCLI):
         options = self.config[self.verb]
         parsed_by.check_values(options)
         options.model.target_modules = split_names(options.model.target_modules)
-        if options.data.template is not None:  # as text: the run is to stay what it is, whatever becomes of the file
-            options.data.template = read_template(options.data.template)
+        # As text: the run is to stay what it is, whatever becomes of the file.
+        options.data.template = read_template(options.data.template)
         seed = options.seed_everything
         require(0 <= seed < 2**32, "seed_everything", "a whole number from 0 to 4,294,967,295", seed)
 

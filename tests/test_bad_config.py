@@ -248,7 +248,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         ["'auto', 'guanaco', 'llama2', 'messages', 'sharegpt'", "got alpaca"],
     ),
     ("train_on", ["--data.train_on", "answer"], None, None, "data.train_on", ["'answers', 'all'", "got answer"]),
-    ("system tag", ["--data.system", "<<SYS>> x"], None, None, "data.system", ["tags", "got '<<SYS>> x'"]),
+    ("system tag", ["--data.system", "<<SYS>> x"], None, None, "data.system", ["without '<<SYS>>'", "Llama 2"]),
     ("save 0", ["--save_every_steps", "0"], None, None, "save_every_steps", ["from 1", "got 0"]),
     ("save minutes", ["--save_every_minutes", "-3"], None, None, "save_every_minutes", ["above 0", "got -3.0"]),
     ("keep 1", ["--keep_checkpoints", "1"], None, None, "keep_checkpoints", ["from 2", "got 1"]),

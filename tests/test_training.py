@@ -331,7 +331,7 @@ BAD: list[tuple[list[str], str | None, str | None, list[str]]] = [
     (["fit", "--trainer.devices", "2"], None, "trainer.devices", ["one device", "got 2"]),
     (["fit", "--model.ran", "8"], None, None, ["'model.ran'", "did you mean 'model.rank'"]),
     (["fit", "--ru", "x"], None, None, ["'ru'", "did you mean 'run'"]),
-    (["fit", "--data.system", "x [INST]"], None, "data.system", ["tags", "got 'x [INST]'"]),
+    (["fit", "--data.system", "x [INST]"], None, "data.system", ["without '[INST]'", "Llama 2"]),
     (["fit", "--samples.prompts", '["[INST] x"]'], None, "samples.prompts", ["without [INST]", "got '[INST] x'"]),
     (["predict", "--prompts", "latin.txt", "--output", "o"], "latin.txt", None, ["not UTF-8", "byte 0"]),
     (["fit", "--trainer.max_time", "x"], None, None, ["unknown option 'trainer.max_time'"]),

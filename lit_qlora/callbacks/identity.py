@@ -5,7 +5,6 @@ copy of a base elsewhere is the same base. All but the base, whose weights may s
 anything is loaded. Knows no format of a file.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.errors import UserError
 from lit_qlora.model import fingerprint
-from lit_qlora.model.load import PROMPT_FORMAT
 from lit_qlora.storage.checkpoint_io import RECORD
 from lit_qlora.storage.state import load_state
-from lit_qlora.text import jinja, llama2
-from lit_qlora.text.conversation import Conversation, Turn
-
-_SAMPLE = Conversation((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")), "e")
 
 REMEDY = {
     "base": "give that base with --model.base",
@@ -44,7 +38,7 @@ class SamePrompts(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raises UserError where they are others."""
         record = _record(checkpoint, trainer.ckpt_path)
-        was, now = record["prompt_format"], _prompt_format(trainer.datamodule)  # type: ignore[attr-defined]
+        was, now = record["prompt_format"], trainer.datamodule.prompt_format.identity  # type: ignore[attr-defined]
         if was != now:
             raise UserError(
                 f"the checkpoint was trained with {_told('prompt_format', record)}, and is to be "
@@ -152,18 +146,11 @@ def _describe_data(trainer: Trainer) -> dict[str, Any]:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     return {
         "tokenizer": data.encoder.rules_fingerprint(),
-        "prompt_format": _prompt_format(data),
+        "prompt_format": data.prompt_format.identity,
         **data.fingerprints(),
         "precision": str(trainer.precision),
         "steps": data.num_optimizer_steps(),
     }
-
-
-def _prompt_format(data: Any) -> str:
-    if data.template is not None:
-        return f"{jinja.FORMAT} {jinja.digest(data.template)}"
-    rendered = repr([(segment.text, segment.is_answer) for segment in llama2.segments(_SAMPLE)])
-    return f"{PROMPT_FORMAT} {hashlib.sha256(rendered.encode()).hexdigest()}"
 
 
 def _compare(was: dict[str, Any], now: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ class SampleAnswers(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises UserError for a prompt of the user's own that the prompt format can't hold."""
         for text in self.prompts or () if stage == "fit" else ():
-            tags = trainer.datamodule.encoder.tags_in(text)  # type: ignore[attr-defined]
+            tags = trainer.datamodule.encoder.prompt_format.tags_in(text)  # type: ignore[attr-defined]
             require(not tags, "samples.prompts", f"texts without {', '.join(tags)}", text)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,7 +8,6 @@ from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.templates import jinja_template, published
 
 SPACE_BEFORE_EACH_STRETCH = {
     "type": "Sequence",
@@ -32,11 +31,12 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
     """
     tokenizer = encoder.tokenizer
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    if (rules["pre_tokenizer"] or {}).get("type") == "Metaspace" and encoder.template:
+    has_metaspace = (rules["pre_tokenizer"] or {}).get("type") == "Metaspace"
+    if has_metaspace and encoder.prompt_format.opens_in_space:
         rules["pre_tokenizer"]["prepend_scheme"] = "always"  # where a stretch has no space already, as in training
         own = [rules["normalizer"]] if rules["normalizer"] else []
         rules["normalizer"] = {"type": "Sequence", "normalizers": [*own, KEEP_SPACE_OF_THE_TEXT]}
-    elif (rules["pre_tokenizer"] or {}).get("type") == "Metaspace":
+    elif has_metaspace:
         rules |= {"pre_tokenizer": None, "normalizer": SPACE_BEFORE_EACH_STRETCH}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
@@ -47,9 +47,7 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_tokens,
-        "chat_template": published(encoder.template, encoder.system)
-        if encoder.template
-        else jinja_template(encoder.system),
+        "chat_template": encoder.prompt_format.chat_template(),
     }
     (folder / "tokenizer.json").write_text(json.dumps(rules, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -63,8 +61,7 @@ def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conve
         if ids != encoder.prompt(prompt):
             raise UserError(
                 f"base: its tokenizer gives {ids} through a chat template where training has "
-                f"{encoder.prompt(prompt)}; take a base with Llama 2's tokenizer"
-                + (", or end the prompts of data.template in a line's end" if encoder.template else "")
+                f"{encoder.prompt(prompt)}; {encoder.prompt_format.tokenizer_remedy}"
             )
 
 

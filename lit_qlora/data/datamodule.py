@@ -19,12 +19,13 @@ from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.encode import Encoder, TrainOn
 from lit_qlora.data.forms import Form
 from lit_qlora.data.held_out import Parts
-from lit_qlora.data.records import Fits, Reading, Records
+from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError, require
-from lit_qlora.text import jinja, llama2
+from lit_qlora.text import jinja
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.formats import PromptFormat, chosen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,15 +92,13 @@ class ChatDataModule(LightningDataModule):
         require(
             not packing or batch_tokens is not None, "data.packing", "data.batch_tokens beside it, say 2048", packing
         )
-        tags = llama2.tags_in(system or "") if template is None else ()  # the encoder looks for a template's own
-        require(not tags, "data.system", "a text without Llama 2's tags", system)
         require(num_workers >= 0, "data.num_workers", "0 or more processes", num_workers)
         self.source, self.form, self.strict = source, form, strict
         self.validation_source, self.validation_share = validation_source, validation_share
         self.test_source = test_source
-        self.system, self.train_on, self.max_length = system, train_on, max_length
-        self.template = None if template is None else read_template(template)
-        self._given = tokenizer, self.template
+        self.train_on, self.max_length = train_on, max_length
+        self.prompt_format = _prompt_format(read_template(template), system)
+        self._given = tokenizer, self.prompt_format.source
         self.plan = BatchPlan(batch_size, batch_tokens, packing)
         self.num_workers = num_workers
         self.tokenizer_name = tokenizer
@@ -125,28 +124,18 @@ class ChatDataModule(LightningDataModule):
 
     @property
     def encoder(self) -> Encoder:
-        """The one encoder of the run; at the first use, the template is tried.
+        """The one encoder of the run; at the first use, the prompt format is tried.
 
         Raises UserError as `Encoder` does.
         """
         if self._encoder is None:
-            self._encoder = Encoder(self.tokenizer, self.max_length, self.train_on, self.system, self.template)
+            self._encoder = Encoder(self.tokenizer, self.max_length, self.train_on, self.prompt_format)
         return self._encoder
-
-    @property
-    def fits(self) -> Fits:
-        """Raises ValueError for a conversation that the prompt format can't hold."""
-        return llama2.segments if self.template is None else self.encoder.check
 
     @property
     def reading(self) -> Reading:
         """How rows are read."""
-        return Reading(self.form, self.strict, self.fits, self.encoder.marks)
-
-    def prompt_record(self) -> dict[str, Any]:
-        """What an adapter says of its prompts, so that whoever uses it writes the same."""
-        record = {"prompt_format": llama2.FORMAT} if self.template is None else jinja.record(self.template)
-        return record | ({"system": self.system} if self.system else {})
+        return Reading(self.form, self.strict, self.encoder.prompt_format)
 
     def setup(self, stage: str) -> None:
         """Reads and encodes what ``stage`` needs: ``fit``, ``validate`` or ``test``.
@@ -181,9 +170,9 @@ class ChatDataModule(LightningDataModule):
         base, (tokenizer, template) = getattr(module, "base", None), self._given
         if base is None:
             return
-        chosen = tokenizer or base.name, module.template_for(template)
-        if chosen != (self.tokenizer_name, self.template):
-            self.tokenizer_name, self.template = chosen
+        name, source = tokenizer or base.name, module.template_for(template)
+        if (name, source) != (self.tokenizer_name, self.prompt_format.source):
+            self.tokenizer_name, self.prompt_format = name, _prompt_format(source, self.prompt_format.system)
             self._encoder, self._records, self._rows, self._notes = None, {}, {}, {}
             for name in ("tokenizer", "_first_epoch"):
                 self.__dict__.pop(name, None)
@@ -301,7 +290,7 @@ class ChatDataModule(LightningDataModule):
 
     def describe(self) -> list[str]:
         """What was read, learned, cut and left out, in lines for the terminal."""
-        lines = self.encoder.template.describe() if self.template and self.encoder.template else []
+        lines = self.encoder.prompt_format.notes()
         for part, rows in self._rows.items():
             records = self._records[part]
             answers = sum(rows.answer_tokens)
@@ -399,11 +388,19 @@ def is_template(value: str) -> bool:
     return "{{" in value or "{%" in value
 
 
-def read_template(value: str) -> str:
-    """The chat template that ``value`` is, or that the file of that name holds.
+def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
+    prompt_format = chosen(template, system)
+    prompt_format.check_system()  # by a template's own texts, the encoder does
+    return prompt_format
+
+
+def read_template(value: str | None) -> str | None:
+    """The chat template that ``value`` is, or that the file of that name holds; None stays.
 
     Raises UserError when there is no such file, or it holds no Jinja.
     """
+    if value is None:
+        return None
     if is_template(value):
         where, text = "data.template", value
     else:

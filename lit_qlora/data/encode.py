@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.errors import UserError
-from lit_qlora.text import edges, llama2
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.own_template import RULES, Piece, Template
+from lit_qlora.text.formats import Piece, PromptFormat, SpecialTokens, chosen
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,10 +45,9 @@ class Encoder:
         tokenizer: a fast Llama tokenizer.
         max_length: tokens that one example may have.
         train_on: ``answers`` learns the answers and their EOS; ``all`` learns the prompts too.
-        system: a system text for conversations that bring none.
-        template: a Jinja chat template in place of the Llama 2 format.
+        prompt_format: how conversations are written; default: the Llama 2 format.
 
-    Raises UserError when the template would lose what is said, an answer's EOS or its mask; see `Template`.
+    Raises UserError when the format would lose what is said, an answer's EOS or its mask; see `PromptFormat.check`.
     """
 
     def __init__(
@@ -57,40 +55,25 @@ class Encoder:
         tokenizer: "PreTrainedTokenizerBase",
         max_length: int,
         train_on: TrainOn = "answers",
-        system: str | None = None,
-        template: str | None = None,
+        prompt_format: PromptFormat | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.bos_id = int(tokenizer.bos_token_id)
         self.eos_id = int(tokenizer.eos_token_id)
         self.max_length = max_length
         self.train_on = train_on
-        self.system = system
-        self.template = None if template is None else self._checked(template)
-
-    def _checked(self, source: str) -> Template:
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        try:
-            template = Template(source, str(self.tokenizer.bos_token), str(self.tokenizer.eos_token), special)
-            template.check(self.system)
-        except ValueError as error:
-            raise UserError(f"data.template: {error}") from error
-        if tags := template.tags_in(self.system or ""):
-            raise UserError(f"data.system: expected a text without {tags[0]!r}, which data.template writes itself")
-        return template
+        special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        tokens = SpecialTokens(str(tokenizer.bos_token), str(tokenizer.eos_token), special)
+        self.prompt_format = (prompt_format or chosen()).of(tokens)
+        self.prompt_format.check()
 
     def check_vocabulary(self, size: int, base: str) -> None:
         """Raises UserError when a text may become an id from ``size`` on, which a base has no embedding for.
 
-        A special token that no template writes may stand there: copies of Llama 2 have such a pad.
+        A special token that no prompt has may stand there: copies of Llama 2 have such a pad.
         """
-        written = (str(self.tokenizer.bos_token), str(self.tokenizer.eos_token))
-        source = self.template.source if self.template else ""
-        unused = {
-            token.content
-            for token in self.tokenizer.added_tokens_decoder.values()
-            if token.special and token.content not in written and token.content not in source
-        }
+        written = self.prompt_format
+        unused = {token for token in written.spelled.all if not written.writes(token)}
         highest = max(number for token, number in self.tokenizer.get_vocab().items() if token not in unused)
         if highest >= size:
             raise UserError(
@@ -99,10 +82,9 @@ class Encoder:
             )
 
     def fingerprint(self) -> str:
-        """A sha256 over all that decides which ids come out: tokenizer, length, labels, system text, template."""
-        settings: tuple[Any, ...] = (self.rules_fingerprint(), self.max_length, self.train_on, self.system)
-        if self.template:
-            settings += (RULES, self.template.source)
+        """A sha256 over all that decides which ids come out: tokenizer, length, labels, system text, prompt format."""
+        written = self.prompt_format
+        settings = (self.rules_fingerprint(), self.max_length, self.train_on, written.system, *written.cache_key)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def rules_fingerprint(self) -> str:
@@ -117,28 +99,17 @@ class Encoder:
         """An `Example` for each conversation in its order, or None where no answer token would stay."""
         remaining = iter(conversations)
         while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
-            cut = [self._pieces(conversation) for conversation in some]
+            cut = [self.prompt_format.pieces(conversation) for conversation in some]
             ids = iter(self._ids([piece for pieces in cut for piece in pieces]))
             for conversation, pieces in zip(some, cut, strict=True):
                 yield self._example([(next(ids), *what) for what in _what_is_learned(conversation, pieces)])
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """The ids of an open prompt: the answer starts right after the last one. Raises ValueError as `check` does."""
-        return [token for ids in self._ids(self._pieces(conversation)) for token in ids]
+        """The ids of an open prompt: the answer starts right after the last one.
 
-    def check(self, conversation: Conversation) -> None:
-        """Raises ValueError where the format can't hold ``conversation``: for a text that could forge a turn, say."""
-        self._pieces(conversation)
-
-    def tags_in(self, text: str) -> list[str]:
-        """The texts of the format's own that stand in ``text``, where they could forge a turn."""
-        return self.template.tags_in(text) if self.template else llama2.tags_in(text)
-
-    @cached_property
-    def marks(self) -> tuple[str, ...]:
-        """Special tokens that rows may have written out at the edges of turns, made for this model or another."""
-        own = self.template.marks if self.template else [str(self.tokenizer.bos_token), str(self.tokenizer.eos_token)]
-        return tuple(sorted({*edges.WRITTEN_OUT, *own}, key=lambda mark: (-len(mark), mark)))
+        Raises ValueError as `PromptFormat.pieces` does.
+        """
+        return [token for ids in self._ids(self.prompt_format.pieces(conversation)) for token in ids]
 
     def plain(self, text: str) -> list[int]:
         """BOS and the ids of a text that stands in no chat format."""
@@ -147,25 +118,6 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, without BOS, EOS and the format's outer spaces."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
-
-    def _with_system(self, conversation: Conversation) -> Conversation:
-        if self.system is None or conversation.system is not None:
-            return conversation
-        return Conversation(conversation.turns, self.system)
-
-    def _pieces(self, conversation: Conversation) -> list[Piece]:
-        conversation = self._with_system(conversation)
-        if self.template:
-            return self.template.pieces(conversation)
-        pieces = []
-        for text, is_answer in llama2.segments(conversation):
-            pair = [Piece(text, is_answer, "stretch")]
-            if is_answer:
-                pair.append(Piece(str(self.tokenizer.eos_token), True, "token"))
-            else:
-                pair.insert(0, Piece(str(self.tokenizer.bos_token), False, "token"))
-            pieces += pair
-        return pieces
 
     def _ids(self, pieces: list[Piece]) -> list[list[int]]:
         """The ids of each piece."""

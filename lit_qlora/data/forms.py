@@ -96,15 +96,11 @@ def read_row(
         conversation = _parse(column, content, form)
         conversation, notes = _with_system(row, conversation)
         conversation, taken_off = edges.clean(conversation, marks)
+        conversation.check_characters()
     except RowError:
         raise
     except ValueError as error:
         raise RowError(str(error)) from error
-    for text in (conversation.system or "", *(turn.content for turn in conversation.turns)):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise RowError(r"a lone surrogate such as '\ud800' is no character: no token stands for it") from None
     notes += [
         f"column {excerpt(name)}" + (f" beside {column!r}" if name in columns else "")
         for name, value in row.items()

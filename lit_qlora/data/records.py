@@ -5,7 +5,7 @@ format, no tokens, and not where rows come from.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, get_args
 
@@ -13,15 +13,13 @@ from lit_qlora.data.files import Row, nearest
 from lit_qlora.data.forms import Form, Read, RowError, read_row
 from lit_qlora.data.sources import read_source
 from lit_qlora.errors import UserError, excerpt
-from lit_qlora.text import edges, llama2
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.formats import PromptFormat, chosen
 
 UNANSWERED = "unanswered last turns dropped"
 NOT_LEARNED = "last answers dropped: not to be learned"
 NOTHING_ANSWERED = "rows left out: nothing answered"
 NOTHING_LEARNED = "rows left out: no answer is to be learned"
-HOLDS_A_TAG = "rows left out: a Llama 2 tag inside a turn"
-REFUSED = "rows left out: data.template can't hold them, such as "
 BROKEN = "rows left out: no whole conversation, the first at "
 TAKEN_OFF = "rows had special tokens written out at the edges of turns, which were taken off: "
 UNUSED = "rows hold what is not used: "
@@ -30,24 +28,18 @@ NAMED = 12
 """Columns, keys and tokens that are named; of more, their number."""
 
 
-Fits = Callable[[Conversation], object]
-"""Raises ValueError for a conversation that the prompt format can't hold."""
-
-
 class Reading(NamedTuple):
     """How rows are read.
 
     Args:
         form: the rows' form: guanaco, llama2, messages or sharegpt; "auto" looks at each row.
         strict: whether the first row that can't be used ends the reading.
-        fits: of the prompt format.
-        marks: special tokens, taken off where they are written out at the edges of turns.
+        prompt_format: how conversations are to be written; one that it can't hold is left out.
     """
 
     form: Form = "auto"
     strict: bool = False
-    fits: Fits = llama2.segments
-    marks: tuple[str, ...] = edges.WRITTEN_OUT
+    prompt_format: PromptFormat = chosen()
 
 
 ANY_FORM = Reading()
@@ -121,7 +113,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     conversations: list[Conversation] = []
     unanswered: set[int] = set()
     faults: list[tuple[str, UserError]] = []
-    refused = HOLDS_A_TAG if reading.fits is llama2.segments else ""
+    left_out = ""
     for row in rows:
         try:
             read = _read(row, reading)
@@ -135,14 +127,14 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
             counts.dropped[reason] += 1
             continue
         try:
-            reading.fits(conversation)
+            reading.prompt_format.pieces(conversation)
         except ValueError as error:  # one hostile row must not stop a run
             if reading.strict:
                 raise UserError(
                     str(error), place=row.where, remedy="mend or delete this row, or leave out data.strict"
                 ) from error
-            refused = refused or f"{REFUSED}{row.where}: {error}"
-            counts.dropped[refused] += 1
+            left_out = left_out or reading.prompt_format.left_out(row.where, error)
+            counts.dropped[left_out] += 1
             continue
         counts.add(read)
         if reason == UNANSWERED:
@@ -167,7 +159,7 @@ def _read(row: Row, reading: Reading) -> Read:
     if row.fault:
         raise row.fault
     try:
-        return read_row(row.value, reading.form, reading.marks)
+        return read_row(row.value, reading.form, reading.prompt_format.marks)
     except RowError as error:
         raise UserError(f"{error}; got {excerpt(row.value)}", place=row.where, remedy=error.remedy) from error
 

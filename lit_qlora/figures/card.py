@@ -3,7 +3,6 @@
 Written into each such folder before it is sealed. No path and no name of this machine stands in it.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -17,8 +16,7 @@ from lit_qlora.figures.curves import CURVES, draw_curves
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.storage.files import read_json
 from lit_qlora.storage.run import CARD, RunFolder, as_yaml
-from lit_qlora.text import llama2
-from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.formats import chosen
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -38,24 +36,6 @@ answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```"""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-LLAMA_2_PROMPT = """\
-prompt = tokenizer(TEXT, return_tensors="pt").to(model.device)
-answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]"""
-# A tokenizer of transformers 5 puts no space before a word that follows a special token, unless it is a text by itself.
-OWN_PROMPT = """\
-with open("this-folder/lit_qlora.json", encoding="utf-8") as file:
-    record = json.load(file)
-messages = [SYSTEM{"role": "user", "content": "Your question"}]
-text = tokenizer.apply_chat_template(
-    messages, chat_template=record["template"], tokenize=False, add_generation_prompt=True
-)
-specials = "|".join(map(re.escape, tokenizer.all_special_tokens))
-prompt = []
-for piece in filter(None, re.split(f"({specials})", text)):  # as in training: each stretch by itself
-    special = piece in tokenizer.all_special_tokens
-    prompt += [tokenizer.convert_tokens_to_ids(piece)] if special else tokenizer.encode(piece, add_special_tokens=False)
-prompt = torch.tensor([prompt], device=model.device)
-answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=256)[0, prompt.shape[1] :]"""
 TEXTS = ("system", "prompts", "template")
 """Options that hold words, not places, whatever they look like."""
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
@@ -105,24 +85,24 @@ def card(
         has_curves: whether the picture of the losses lies beside it.
     """
     config = published(config)
-    source, template = config["data"]["source"], config["data"].get("template")
-    prompts = "a format of its own: the Jinja template in `lit_qlora.json`" if template else "the Llama 2 chat format"
+    source = config["data"]["source"]
+    prompt_format = chosen(config["data"].get("template"), config["data"].get("system"))
     sections = [
         f"---\n{yaml.safe_dump(_metadata(base, source), sort_keys=False)}---",
         f"# LoRA adapter for {base}",
         f"Trained with QLoRA (the base in 4-bit NF4, double quantisation) on `{source}`, for conversations in "
-        f"{prompts}.",
+        f"{prompt_format.described('lit_qlora.json')}.",
         *_licence(base),
         f"## Measured\n\n{_measured(figures, step, training_s)}",
         *([f"![Loss over the optimizer steps, in training and held-out]({CURVES})"] if has_curves else []),
-        f"## Use\n\n{_use(base, _own_prompt(config['data']) if template else _llama_2_prompt(config['data']))}",
+        f"## Use\n\n{_use(base, prompt_format.ask())}",
         f"## Configuration\n\n{_block(as_yaml(config))}",
         f"## Versions\n\n{_versions()}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: bool, own_format: bool = False) -> str:
+def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: bool, prompts: str) -> str:
     """The card of a merged model as text.
 
     Args:
@@ -131,12 +111,11 @@ def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: 
         made: how, in a sentence.
         told: how far it is from base and adapter, as it was measured.
         in_4_bits: whether it was quantised again.
-        own_format: whether it was trained in another format than Llama 2's.
+        prompts: what they look like, as `PromptFormat.described` has it.
     """
     source = published(source)
     metadata = _metadata(base, source or "", "quantized" if in_4_bits else "finetune")
-    prompts = "in the format of its chat template" if own_format else "in the Llama 2 chat format"
-    trained = f"`{source}`, {prompts}" if source else f"conversations {prompts}"
+    trained = f"`{source}`, in {prompts}" if source else f"conversations in {prompts}"
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# {base}, fine-tuned",
@@ -217,12 +196,6 @@ def _block(text: str) -> str:
     return f"{fence}yaml\n{text}{fence}"
 
 
-def _llama_2_prompt(data: Mapping[str, Any]) -> str:
-    asked = Conversation((Turn("user", "Your question"),), data.get("system"))
-    text = llama2.segments(asked)[0].text
-    return LLAMA_2_PROMPT.replace("TEXT", json.dumps(text, ensure_ascii=False))
-
-
 def addressed(text: str, to: str) -> str:
     """The card ``text`` for whoever finds it on the hub, in the repository ``to``."""
     opened = 'open("this-folder/lit_qlora.json"'
@@ -233,11 +206,6 @@ def addressed(text: str, to: str) -> str:
     return text.replace('"this-folder"', f'"{to}"').replace(
         chat, f"`hf download {to} --local-dir this-folder`, then {chat}"
     )
-
-
-def _own_prompt(data: Mapping[str, Any]) -> str:
-    system = '{"role": "system", "content": record["system"]}, '
-    return OWN_PROMPT.replace("SYSTEM", system if data.get("system") else "")
 
 
 def _use(base: str, prompt: str) -> str:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from lit_qlora.model.weights import check_weights, fetch
 from lit_qlora.storage.files import disk_error, read_json
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.run import CARD
-from lit_qlora.text import jinja, llama2
+from lit_qlora.text.formats import PromptFormat, chosen, from_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,7 +38,7 @@ ONE_THREAD_BELOW = 20_000_000
 """Weights below which threads on a CPU spend their time waiting for each other: with another process beside it,
 the demo took 17 times as long on two threads as on one."""
 
-PROMPT_FORMAT = llama2.FORMAT
+DEFAULT_FORMAT = chosen()
 RECORD = "lit_qlora.json"
 """The file beside an adapter that says which base and which prompt format it was trained with."""
 
@@ -51,8 +50,8 @@ IN_CONFIG = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora":
 """What the record repeats of adapter_config.json: by it, an alpha that was changed there is noticed."""
 
 
-TEXTS = ("base", "base_fingerprint", "base_dtype", "prompt_format", "system", "template", "template_sha256")
-"""What the record says in words, if at all."""
+TEXTS = ("base", "base_fingerprint", "base_dtype")
+"""What the record says of the base in words, if at all."""
 
 
 @dataclass(frozen=True)
@@ -303,9 +302,9 @@ def save_adapter(
     model: "PeftModel",
     base: Base,
     folder: Path,
-    prompts: Mapping[str, Any] = MappingProxyType({"prompt_format": PROMPT_FORMAT}),
+    prompt_format: PromptFormat = DEFAULT_FORMAT,
 ) -> None:
-    """Writes a plain PEFT adapter into the existing ``folder``, with a record of base, LoRA and ``prompts``.
+    """Writes a plain PEFT adapter into the existing ``folder``, with a record of base, LoRA and prompt format.
 
     Raises OSError where a file can't be written.
     """
@@ -325,7 +324,7 @@ def save_adapter(
             config[name] = sorted(config[name])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (folder / CARD).unlink(missing_ok=True)
-    record = {"base": base.public_name, "base_fingerprint": fingerprint(base), **prompts}
+    record = {"base": base.public_name, "base_fingerprint": fingerprint(base), **prompt_format.record()}
     # What 4 bits leave of the base depends on what it was rounded to before.
     record["base_dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     record |= {name: config[key] for name, key in IN_CONFIG.items()}
@@ -353,7 +352,7 @@ def read_record(folder: Path) -> dict[str, Any]:
                 problem=f"{error.problem}: the adapter was altered or cut short after it was saved",
                 remedy=f"take another one, or, if that was meant, delete its {MANIFEST}",
             ) from error
-    record = {"base": None, "base_fingerprint": None, "prompt_format": PROMPT_FORMAT}
+    record = {"base": None, "base_fingerprint": None, **DEFAULT_FORMAT.record()}
     if (folder / RECORD).is_file():
         record |= read_json(folder / RECORD)
         for name in TEXTS:
@@ -371,34 +370,28 @@ def read_record(folder: Path) -> dict[str, Any]:
             place=folder,
             remedy=f"expected linear layers of the decoder: {', '.join(Shape.LINEARS)}",
         )
-    if record["prompt_format"] not in (PROMPT_FORMAT, jinja.FORMAT):
-        raise UserError(
-            f"its prompt format is {excerpt(record['prompt_format'])}, this version knows {PROMPT_FORMAT!r} "
-            f"and {jinja.FORMAT!r} only",
-            place=folder,
-        )
-    if record["prompt_format"] == jinja.FORMAT:
-        try:
-            jinja.check_record(record)
-        except ValueError as error:
-            raise UserError(str(error), place=folder, remedy="take an adapter that is as it was saved") from error
+    from_record(record, folder, RECORD)
     return record
 
 
+def read_format(adapter: Path) -> PromptFormat:
+    """The prompt format that ``adapter`` was trained with, by its record. Raises UserError as `read_record` does."""
+    return from_record(read_record(adapter), adapter, RECORD)
+
+
 def template_of(adapter: Path, given: str | None) -> str | None:
-    """The prompt template that ``adapter`` was trained with, by its record; None for the Llama 2 format.
+    """The ``data.template`` of the prompt format that ``adapter`` was trained with.
 
     Raises UserError when another one is given.
     """
-    recorded = read_record(adapter).get("template")
-    if given not in (None, recorded):
-        was = f"sha256 {jinja.digest(recorded)[:12]}" if recorded else "the Llama 2 format"
+    was = read_format(adapter)
+    if given not in (None, was.source):
         raise UserError(
-            f"{adapter} was trained with {was}, and is given sha256 {jinja.digest(given)[:12]}",
+            f"{adapter} was trained with {was.version}, and is given {chosen(given).version}",
             option="data.template",
             remedy="leave it out, and the adapter's own is taken",
         )
-    return recorded
+    return was.source
 
 
 def _check_own(folder: Path, record: Mapping[str, Any]) -> None:

@@ -42,6 +42,7 @@ from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, 
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.sums import AnswerSums
+from lit_qlora.text.formats import from_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -150,8 +151,8 @@ class QLoRAModule(LearnsInParts):
         self.cuda_graphs, self.own_layers, self.loss_rows = cuda_graphs, own_layers, loss_rows
         self.quantized_cache = quantized_cache
         self.copy_line: str | None = None
-        self.prompts: Mapping[str, Any] = {"prompt_format": load.PROMPT_FORMAT}
-        """What each saved adapter is to say of the prompts that it was trained with."""
+        self.prompt_format = load.DEFAULT_FORMAT
+        """How the prompts are written that it is trained with, as each saved adapter records it."""
         self.model: PeftModel | None = None
         self._loaded_for: tuple[torch.dtype, str] | None = None
         """The dtype and the type of device that the model was loaded for."""
@@ -185,9 +186,9 @@ class QLoRAModule(LearnsInParts):
         if stage == "predict" and type(self).predict_step is QLoRAModule.predict_step:
             self.predict_step()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if hasattr(data, "prompt_record"):  # a `ChatDataModule`
+        if hasattr(data, "prompt_format"):  # a `ChatDataModule`
             load.check_context(self.base, data.max_length)
-            self.prompts = data.prompt_record()
+            self.prompt_format = data.prompt_format
         if stage == "fit":
             check_optimizer(self.optimizer_name, self.trainer.strategy.root_device.type == "cuda")
             if self.adapter:
@@ -255,7 +256,7 @@ class QLoRAModule(LearnsInParts):
     def save_adapter(self, folder: str | Path) -> None:
         """Writes the adapter as a plain PEFT folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        load.save_adapter(self.peft_model, self.base, Path(folder), self.prompts)
+        load.save_adapter(self.peft_model, self.base, Path(folder), self.prompt_format)
 
     def load_adapter_weights(self, folder: Path) -> None:
         """Takes over the weights of an adapter folder that was saved from this module."""
@@ -316,7 +317,7 @@ class QLoRAModule(LearnsInParts):
         """Adds what this was made with, for `load_from_checkpoint`, and what it is of; a run's folder has its own."""
         if self.standalone:
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.options)
-            checkpoint[OF] = {"base_fingerprint": fingerprint(self.base), "prompts": dict(self.prompts)}
+            checkpoint[OF] = {"base_fingerprint": fingerprint(self.base), "prompts": self.prompt_format.record()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over how prompts are written.
@@ -333,7 +334,7 @@ class QLoRAModule(LearnsInParts):
                 option="ckpt_path",
                 remedy="give its own as base",
             )
-        self.prompts = of["prompts"]
+        self.prompt_format = from_record(of["prompts"], "the checkpoint", OF)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "QLoRAModule":  # type: ignore[override]

@@ -9,6 +9,16 @@ from typing import Literal
 Role = Literal["user", "assistant"]
 
 
+def check_characters(where: str, text: str) -> None:
+    """Raises ValueError where ``text``, called ``where``, holds half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            rf"{where} holds half a character, a lone surrogate such as '\ud800': no token stands for it"
+        ) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One thing said, by the user or by the assistant; never blank.
@@ -54,6 +64,11 @@ class Conversation:
                 raise ValueError(f"turns {index} and {index + 1} are both the {turn.role}'s; join the two into one")
             if turn.role != expected:
                 raise ValueError(f"turn {index + 1} is the {turn.role}'s, expected the {expected}'s")
+
+    def check_characters(self) -> None:
+        """Raises ValueError, with the place, where a text of it holds half a character."""
+        for number, text in enumerate([self.system or "", *(turn.content for turn in self.turns)]):
+            check_characters(f"turn {number}" if number else "the system text", text)
 
     @property
     def is_answered(self) -> bool:

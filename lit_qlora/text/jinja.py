@@ -1,4 +1,4 @@
-"""Owns the rendering of Jinja chat templates, in the sandbox that transformers has for them, and their record.
+"""Owns the compiling and rendering of Jinja chat templates, in the sandbox that transformers has for them.
 
 Knows nothing of what a template says.
 """
@@ -10,9 +10,6 @@ from functools import cache
 from typing import Any
 
 import jinja2
-
-FORMAT = "jinja"
-"""The name of such a prompt format in an adapter's record."""
 
 
 class _Missing(jinja2.Undefined):
@@ -66,22 +63,6 @@ def render(
         raise ValueError(f"line {line} can't be rendered: {' '.join(str(error).split())}") from error
 
 
-def record(source: str) -> dict[str, str]:
-    """What an adapter's record says of its template: all of it, so that no other can be taken by mistake."""
-    return {"prompt_format": FORMAT, "template": source, "template_sha256": digest(source)}
-
-
 def digest(source: str) -> str:
     """The sha256 of a template."""
     return hashlib.sha256(source.encode()).hexdigest()
-
-
-def check_record(found: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the template in a record is the one that was recorded."""
-    source, expected = found.get("template"), found.get("template_sha256")
-    if not isinstance(source, str) or not isinstance(expected, str):
-        raise ValueError("its prompt format is a Jinja template, and there is none in its record")
-    if digest(source) != expected:
-        raise ValueError(
-            f"its prompt template was altered: expected sha256 {expected[:12]}, found {digest(source)[:12]}"
-        )

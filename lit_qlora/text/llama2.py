@@ -1,23 +1,69 @@
-"""Owns the Llama 2 chat format: what a conversation looks like to the model, and rows that show it.
+"""Owns the Llama 2 chat format: a conversation as the model and other programs see it, and rows that show it.
 
-`segments` is the one road to training and to chat; the encoder puts BOS before each prompt and EOS
-after each answer, as ids. `parse` and `render` deal with rows in which both are written out.
-Knows no file, no tokens.
+`segments` is the one road to training and to chat: BOS stands before each prompt and EOS after each answer, as ids.
+`parse` reads rows in which both are written out. Knows no file, no token ids.
 """
 
+import hashlib
+import json
 import re
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from lit_qlora.text import edges, messages
-from lit_qlora.text.conversation import Conversation
-
-FORMAT = "llama2-chat"
-"""The name of this format in an adapter's record."""
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.formats import Piece, PromptFormat
 
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 # A common slip closes the system block with its opening tag.
 SYSTEM_BLOCK = re.compile(r"<<SYS>>(.*?)<</?SYS>>(.*)", re.DOTALL)
+
+# A message that holds a tag could forge a turn; one that holds a special token would become it, for a template is
+# text that is encoded as a whole. Training refuses the first and spells out the second; here both are refused.
+_JINJA = """\
+{%- set default_system = DEFAULT_SYSTEM %}
+{%- for message in messages %}
+{%- for tag in FORBIDDEN + [bos_token, eos_token] %}
+{%- if tag in message['content'] %}{{ raise_exception('a message holds ' ~ tag ~ ', which could forge a turn') }}\
+{%- endif %}
+{%- endfor %}
+{%- endfor %}
+{%- set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else default_system %}
+{%- set turns = messages[1:] if messages and messages[0]['role'] == 'system' else messages %}
+{%- for message in turns %}
+{%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}
+{{- raise_exception('user and assistant must alternate, the user first') }}
+{%- endif %}
+{%- if message['role'] == 'assistant' %}
+{{- ' ' ~ (message['content'] | trim) ~ ' ' ~ eos_token }}
+{%- elif loop.first and system %}
+{{- bos_token ~ '[INST] ' ~ (('<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' ~ message['content']) | trim) ~ ' [/INST]' }}
+{%- else %}
+{{- bos_token ~ '[INST] ' ~ (message['content'] | trim) ~ ' [/INST]' }}
+{%- endif %}
+{%- endfor %}
+"""
+
+# llama.cpp puts BOS at the very start by itself, so only later prompts write it.
+_GO = """\
+{{- $later := false }}
+{{- range .Messages }}
+{{- if eq .Role "user" }}
+{{- if $later }}<s>{{ end }}[INST] {{ if $later }}{{ else if $.System }}<<SYS>>
+{{ $.System }}
+<</SYS>>
+
+{{ end }}{{ $later = true }}{{ .Content }} [/INST]
+{{- else if eq .Role "assistant" }} {{ .Content }} </s>
+{{- end }}
+{{- end }}"""
+
+_ASK = """\
+prompt = tokenizer(TEXT, return_tensors="pt").to(model.device)
+answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]"""
+
+_SAMPLE = Conversation((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")), "e")
 
 
 class Segment(NamedTuple):
@@ -27,9 +73,67 @@ class Segment(NamedTuple):
     is_answer: bool
 
 
-def tags_in(text: str) -> list[str]:
-    """The tags of the format that stand in ``text``, where they could forge a turn or a system text."""
-    return [tag for tag in TAGS if tag in text]
+class Llama2(PromptFormat):
+    """The Llama 2 chat format, as Meta's code writes it; what each part does is `PromptFormat`'s."""
+
+    name = "llama2-chat"
+    opens_in_space = False
+    title = "the Llama 2 format"
+    version = title
+
+    def pieces(self, conversation: Conversation) -> list[Piece]:
+        """`segments`, with BOS before each prompt and EOS after each answer."""
+        pieces = []
+        for text, is_answer in segments(self.completed(conversation)):
+            said = Piece(text, is_answer, "stretch")
+            if is_answer:
+                pieces += [said, Piece(self.spelled.eos, True, "token")]
+            else:
+                pieces += [Piece(self.spelled.bos, False, "token"), said]
+        return pieces
+
+    @property
+    def tags(self) -> list[str]:
+        """`TAGS`, whatever the tokenizer."""
+        return [*TAGS]
+
+    @property
+    def identity(self) -> str:
+        """Its name, and a sha256 of what it makes of a sample."""
+        rendered = repr([(segment.text, segment.is_answer) for segment in segments(_SAMPLE)])
+        return f"{self.name} {hashlib.sha256(rendered.encode()).hexdigest()}"
+
+    @property
+    def cache_key(self) -> tuple[Any, ...]:
+        """Nothing, as before there were others: what was encoded then is found again."""
+        return ()
+
+    def described(self, file: str) -> str:
+        """It needs no file."""
+        return "the Llama 2 chat format"
+
+    def left_out(self, where: str, why: Exception) -> str:
+        """There is one reason only, so no place is named."""
+        return "rows left out: a Llama 2 tag inside a turn"
+
+    def chat_template(self) -> str:
+        """BOS and EOS are written out, for a template is encoded as a whole."""
+        default = json.dumps(self.system, ensure_ascii=False) if self.system else "none"
+        return _JINJA.replace("DEFAULT_SYSTEM", default).replace("FORBIDDEN", json.dumps(TAGS))
+
+    def modelfile(self, weights: Path) -> str:
+        """Ollama's templates can't trim: white space around a message stays, which training took away."""
+        lines = [f"FROM ./{weights.name}", f'TEMPLATE """{_GO}"""']
+        if self.system:
+            if '"""' in self.system:
+                raise ValueError("the system text holds three quotes, which a Modelfile can't hold")
+            lines.append(f'SYSTEM """{self.system}"""')
+        return "\n".join(lines) + "\n"
+
+    def ask(self) -> str:
+        """The prompt itself: there is no chat template beside an adapter."""
+        asked = Conversation((Turn("user", "Your question"),), self.system)
+        return _ASK.replace("TEXT", json.dumps(segments(asked)[0].text, ensure_ascii=False))
 
 
 def segments(conversation: Conversation) -> list[Segment]:
@@ -100,12 +204,3 @@ def _split_system(prompt: str) -> tuple[str, str]:
     if match is None:
         raise ValueError("the system text opens with <<SYS>> and is never closed by <</SYS>>")
     return match[1].strip(), match[2]
-
-
-def render(conversation: Conversation) -> str:
-    """Writes the row that `parse` reads, BOS and EOS spelled out: to be looked at, never trained on.
-
-    Raises:
-        ValueError: as `segments` does.
-    """
-    return "".join(f" {text}</s>" if is_answer else f"<s>{text}" for text, is_answer in segments(conversation))

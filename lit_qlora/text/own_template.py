@@ -5,13 +5,21 @@ Only where both agree does the template pass on untouched what is said, so that 
 special token, or lie outside the answer that it is; where they do not, the conversation is refused. Knows no token ids.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, Self
 
+import jinja2
+
+from lit_qlora.errors import UserError
 from lit_qlora.text import jinja
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.formats import Piece, PromptFormat
 
 SHORTEST_TAG = 3
 """Characters of a text of the template's own from which on a turn may not hold it: ``:`` alone stands everywhere."""
@@ -28,38 +36,76 @@ _MARK = re.compile("\ue000(\\d+)\ue001")
 _CLOSING = re.compile(rf"{_MARK.pattern}(?P<closing><[^<>\s]+>|\[[^\[\]\s]+\]|\S+)")
 """A text said, and what closes its turn right behind it."""
 
+# Stands before a template of the user's own, which sees the messages that this makes: as training had them.
+_OPENING = """\
+{%- set lit_qlora = namespace(said=[]) %}
+{%- for message in messages %}
+{%- for mark in FORBIDDEN %}
+{%- if mark in message['content'] %}{{ raise_exception('a message holds ' ~ mark ~ ', which could forge a turn') }}\
+{%- endif %}
+{%- endfor %}
+{%- if message['role'] != 'system' or (message['content'] | trim) %}
+{%- set lit_qlora.said = lit_qlora.said + [{'role': message['role'], 'content': message['content'] | trim}] %}
+{%- endif %}
+{%- endfor %}
+{%- if DEFAULT_SYSTEM and not (messages and messages[0]['role'] == 'system') %}
+{%- set lit_qlora.said = [{'role': 'system', 'content': DEFAULT_SYSTEM}] + lit_qlora.said %}
+{%- endif %}
+{%- set messages = lit_qlora.said %}
+"""
 
-class Piece(NamedTuple):
-    """What is encoded by itself.
+# A tokenizer of transformers 5 puts no space before a word that follows a special token, unless it is a text by itself.
+_ASK = """\
+with open("this-folder/lit_qlora.json", encoding="utf-8") as file:
+    record = json.load(file)
+messages = [SYSTEM{"role": "user", "content": "Your question"}]
+text = tokenizer.apply_chat_template(
+    messages, chat_template=record["template"], tokenize=False, add_generation_prompt=True
+)
+specials = "|".join(map(re.escape, tokenizer.all_special_tokens))
+prompt = []
+for piece in filter(None, re.split(f"({specials})", text)):  # as in training: each stretch by itself
+    special = piece in tokenizer.all_special_tokens
+    prompt += [tokenizer.convert_tokens_to_ids(piece)] if special else tokenizer.encode(piece, add_special_tokens=False)
+prompt = torch.tensor([prompt], device=model.device)
+answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=256)[0, prompt.shape[1] :]"""
 
-    A ``stretch`` opens the text, or follows a token; a ``rest`` goes on in mid-text, and gets no space before its
-    first word; a ``token`` is a special token's spelling, and becomes its id.
+
+@dataclass(frozen=True, kw_only=True)
+class Template(PromptFormat):
+    """A chat template; it sees messages, bos_token, eos_token, add_generation_prompt and raise_exception.
+
+    Raises UserError for what is no Jinja.
     """
 
-    text: str
-    is_answer: bool
-    kind: Literal["stretch", "rest", "token"]
+    source: str
 
+    name = "jinja"
 
-class Template:
-    """A chat template, with the special tokens of one tokenizer.
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no Jinja."""
+        try:
+            _ = self._compiled
+        except ValueError as error:
+            raise self.wrong("template", error) from error
 
-    Args:
-        source: the template; it sees messages, bos_token, eos_token, add_generation_prompt and raise_exception.
-        bos: how the tokenizer spells BOS.
-        eos: and EOS.
-        specials: all of its special tokens; where the template itself writes one, that becomes its id.
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        return jinja.compile_template(self.source)
 
-    Raises ValueError, with the line, for what is no Jinja.
-    """
+    @cached_property
+    def specials(self) -> list[str]:
+        """All special tokens, the longest first; where the template writes one, that becomes its id."""
+        return sorted({*self.spelled.all, *self.spelled[:2]}, key=lambda token: (-len(token), token))
 
-    def __init__(self, source: str, bos: str, eos: str, specials: Sequence[str]) -> None:
-        self.source, self.bos, self.eos = source, bos, eos
-        self.specials = sorted({bos, eos, *specials}, key=len, reverse=True)
-        self._compiled = jinja.compile_template(source)
-        self._token = re.compile(f"({'|'.join(map(re.escape, self.specials))})")
-        self._known: dict[tuple[int, bool], list[Piece] | ValueError] = {}
-        self._tags: list[str] | None = None
+    @cached_property
+    def _token(self) -> re.Pattern[str]:
+        return re.compile(f"({'|'.join(map(re.escape, self.specials))})")
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, bool], list[Piece] | ValueError]:
+        """By rounds, and whether there is a system text: what was cut so far, or why it can't be."""
+        return {}
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
         """An open conversation up to where its answer begins, an answered one up to the end of its last answer.
@@ -69,37 +115,36 @@ class Template:
         Raises ValueError when the template changes or loses what is said or an answer's EOS, or writes another
         prompt than the one that training had; and when a turn holds one of `tags`.
         """
+        conversation = self.completed(conversation)
         said = [(conversation.system or "").strip(), *(turn.content.strip() for turn in conversation.turns)]
         for index, text in enumerate(said):
             for tag in self.tags_in(text):
                 raise ValueError(f"{_name(index)} holds {tag!r}, which could forge a turn or a system text")
         return self._fill(said)
 
-    @property
+    @cached_property
     def tags(self) -> list[str]:
-        """The texts that the template puts around what is said: in a text from outside, they could forge a turn.
+        """The texts that the template puts around what is said; none as long as the tokenizer is not known.
 
         A bare word behind a special token, such as the role in ``<|im_start|>user``, is none: without that token, which
         no text from outside can become, it opens nothing, and it stands in many a text.
         """
-        if self._tags is None:
-            own: list[str] = []
-            for with_system in (False, True):
-                try:
-                    pieces = self._structure(3, with_system)
-                except ValueError:  # such a conversation is refused as a whole
-                    continue
-                for before, piece in zip(["", *(piece.kind for piece in pieces)], pieces, strict=False):
-                    first, *others = (text.strip() for text in _MARK.split(piece.text)[::2])
-                    is_role = before == "token" and first.isalpha()
-                    own += [] if piece.kind == "token" else others if is_role else [first, *others]
-            self._tags = list(dict.fromkeys(text for text in own if len(text) >= SHORTEST_TAG))
-        return self._tags
+        own: list[str] = []
+        for with_system in (False, True) if self.tokens else ():
+            try:
+                pieces = self._structure(3, with_system)
+            except ValueError:  # such a conversation is refused as a whole
+                continue
+            for before, piece in zip(["", *(piece.kind for piece in pieces)], pieces, strict=False):
+                first, *others = (text.strip() for text in _MARK.split(piece.text)[::2])
+                is_role = before == "token" and first.isalpha()
+                own += [] if piece.kind == "token" else others if is_role else [first, *others]
+        return list(dict.fromkeys(text for text in own if len(text) >= SHORTEST_TAG))
 
     @property
-    def marks(self) -> list[str]:
+    def own_marks(self) -> list[str]:
         """The special tokens that it writes, and what it closes a turn with: written out by hand, those are no text."""
-        found = [self.bos, self.eos, *(token for token in self.specials if token in self.source)]
+        found = [*self.spelled[:2], *(token for token in self.specials if token in self.source)]
         try:
             pieces = self._structure(2, False)
         except ValueError:
@@ -107,36 +152,118 @@ class Template:
         found += (closing["closing"] for piece in pieces for closing in _CLOSING.finditer(piece.text))
         return [mark for mark in dict.fromkeys(found) if len(mark) >= SHORTEST_TAG]
 
-    def tags_in(self, text: str) -> list[str]:
-        """Those of `tags` that stand in ``text``."""
-        return [tag for tag in self.tags if tag in text]
+    def writes(self, token: str) -> bool:
+        """Whether it is BOS, EOS, or stands in the template."""
+        return super().writes(token) or token in self.source
 
-    def check(self, system: str | None) -> None:
-        """Tries the template on conversations of all kinds; with a system text only where ``system`` is one.
+    def check(self) -> None:
+        """Tries the template on conversations of all kinds; with a system text only where there is one.
 
-        Raises ValueError as `pieces` does.
+        Raises UserError where `pieces` would raise ValueError.
         """
+        try:
+            self._try()
+        except ValueError as error:
+            raise self.wrong("template", error) from error
+        self.check_system()
+
+    def _try(self) -> None:
         probes = (
             "Hello",
             "漢字 und Größe 🙂",
-            f"{self.eos}{self.bos}[INST] <|x|> {{{{ x }}}} \\n &amp; '\"",
+            f"{self.spelled.eos}{self.spelled.bos}[INST] <|x|> {{{{ x }}}} \\n &amp; '\"",
             "a\n\n  b\tc" * 99,
         )
-        systems = [""] if not (system or "").strip() else ["", str(system).strip(), probes[2]]
+        system = (self.system or "").strip()
+        systems = ["", system, probes[2]] if system else [""]
         for probe, rounds, text in product(probes, (1, 3), systems):
             self._fill([text, *[probe] * (2 * rounds)])
             self._fill([text, *[probe] * (2 * rounds - 1)])
 
-    def describe(self) -> list[str]:
-        """What is worth knowing of it, in lines for the terminal."""
-        lines = [f"prompts by data.template (sha256 {jinja.digest(self.source)[:12]})"]
-        if self._structure(1, False)[0].text != self.bos:
-            lines.append("data.template writes no BOS, with which Llama's texts begin; {{ bos_token }} would")
+    @property
+    def title(self) -> str:
+        """The option or the record that it came from."""
+        return f"{self.place}: template" if self.place else "data.template"
+
+    @property
+    def version(self) -> str:
+        """The beginning of its sha256."""
+        return f"sha256 {jinja.digest(self.source)[:12]}"
+
+    @property
+    def identity(self) -> str:
+        """Its name, and the sha256 of the template."""
+        return f"{self.name} {jinja.digest(self.source)}"
+
+    @property
+    def cache_key(self) -> tuple[Any, ...]:
+        """The template, and the rules by which it is cut."""
+        return (RULES, self.source)
+
+    def described(self, file: str) -> str:
+        """With the file that holds the template."""
+        return f"a format of its own: the Jinja template in `{file}`"
+
+    def notes(self) -> list[str]:
+        """Which template it is, and what it does without."""
+        lines = [f"prompts by {self.title} ({self.version})"]
+        if self._structure(1, False)[0].text != self.spelled.bos:
+            lines.append(f"{self.title} writes no BOS, with which Llama's texts begin; {{{{ bos_token }}}} would")
         try:
             self._structure(1, True)
         except ValueError as error:
-            lines.append(f"data.template takes no system text: {error}")
+            lines.append(f"{self.title} takes no system text: {error}")
         return lines
+
+    def left_out(self, where: str, why: Exception) -> str:
+        """With the first such row, for there are many reasons."""
+        return f"rows left out: {self.title} can't hold them, such as {where}: {why}"
+
+    def record(self) -> dict[str, str]:
+        """All of the template, so that no other can be taken by mistake."""
+        named, *rest = super().record().items()
+        return dict([named, ("template", self.source), ("template_sha256", jinja.digest(self.source)), *rest])
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any], place: str) -> Self:
+        """Raises UserError unless the template in a record is the one that was recorded."""
+        source, expected = record.get("template"), record.get("template_sha256")
+        if source is None or expected is None:
+            raise UserError("its prompt format is a Jinja template, and there is none", place=place)
+        if jinja.digest(source) != expected:
+            raise UserError(
+                f"its prompt template was altered: expected sha256 {expected[:12]}, found {jinja.digest(source)[:12]}",
+                place=place,
+                remedy="take an adapter that is as it was saved",
+            )
+        return cls(source=source, system=record.get("system"), place=place)
+
+    def chat_template(self) -> str:
+        """The template behind a guard, so that the prompts are training's whatever messages it is given.
+
+        White space around a message goes, and one that holds a special token or a text of the template's own is
+        refused.
+        """
+        forbidden = json.dumps([*self.tags, *self.specials], ensure_ascii=False)
+        default = json.dumps((self.system or "").strip(), ensure_ascii=False)
+        return _OPENING.replace("FORBIDDEN", forbidden).replace("DEFAULT_SYSTEM", default) + self.source
+
+    @property
+    def tokenizer_remedy(self) -> str:
+        """For a template, there is another."""
+        return f"{super().tokenizer_remedy}, or end the prompts of {self.title} in a line's end"
+
+    def modelfile(self, weights: Path) -> str:
+        """Raises ValueError: there is none."""
+        raise ValueError(
+            "this model was trained with data.template, which is Jinja, and Ollama's templates are not; "
+            f"{weights.name} holds it for llama.cpp: llama-cli --jinja -m {weights}"
+        )
+
+    def ask(self) -> str:
+        """By the template in the adapter's record."""
+        system = '{"role": "system", "content": record["system"]}, '
+        return _ASK.replace("SYSTEM", system if self.system else "")
 
     def _fill(self, said: Sequence[str]) -> list[Piece]:
         """The pieces of a conversation of a system text, which may be empty, and of turns."""
@@ -218,7 +345,7 @@ class Template:
                 f"the prompt for turn {turn} is to end in no space, for a word's token brings its own, and ends in "
                 f"{_shown(prompt, at_end=True)}; write the space before the assistant's content instead"
             )
-        tail, eos, _ = rest.partition(self.eos)
+        tail, eos, _ = rest.partition(self.spelled.eos)
         if not eos:
             raise ValueError(
                 f"the answer that is turn {turn} is to end in EOS, or the model never learns to stop, and goes on with "
@@ -242,7 +369,7 @@ class Template:
     def _alone(self, role: str) -> str:
         """A conversation of a single mark by ``role``; the role's name where the template takes none such."""
         try:
-            return jinja.render(self._compiled, [{"role": role, "content": "\ue0000\ue001"}], self.bos, self.eos, False)
+            return jinja.render(self._compiled, [{"role": role, "content": "\ue0000\ue001"}], *self.spelled[:2], False)
         except ValueError:
             return role
 
@@ -250,7 +377,7 @@ class Template:
         """The text of a conversation of a system text, which may be empty, and of turns."""
         roles = ("system", *(("assistant", "user")[number % 2] for number in range(1, len(said))))
         messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True) if text]
-        return jinja.render(self._compiled, messages, self.bos, self.eos, add_generation_prompt)
+        return jinja.render(self._compiled, messages, *self.spelled[:2], add_generation_prompt)
 
 
 def _name(index: int) -> str:

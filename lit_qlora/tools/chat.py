@@ -86,7 +86,7 @@ def _standard_input() -> str:
 def _conversation(source: str, prompt: str, system: str | None, answerer: Answerer) -> Conversation:
     question = Conversation((Turn("user", prompt),), system)
     try:
-        check_prompt(question, answerer.encoder.check)
+        check_prompt(question, answerer.encoder.prompt_format)
     except ValueError as error:
         raise UserError(f"{source}: {error}".replace("turn 1 holds", "it holds")) from error
     return question

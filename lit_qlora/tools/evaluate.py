@@ -125,19 +125,12 @@ def evaluate(
             raise UserError(str(error), option="output") from error
 
 
-def _prompts(chosen: Chosen) -> dict[str, Any]:
-    """The format that the adapter was trained in."""
-    from lit_qlora.model.load import read_record
-
-    return chosen.prompts(read_record(chosen.adapter))
-
-
 # Held-out conversations
 
 
 def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "ChatDataModule":
     from lit_qlora.data.datamodule import ChatDataModule
-    from lit_qlora.model.load import check_context
+    from lit_qlora.model.load import check_context, read_format
     from lit_qlora.options import checked
 
     settings = chosen.settings or {"data": {}}
@@ -145,7 +138,8 @@ def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "Ch
     if max_length and options.get("batch_tokens"):
         options["batch_tokens"] = max(options["batch_tokens"], max_length)
     options |= {"test_source": source, "tokenizer": chosen.base.name, "seed": settings.get("seed_everything", 42)}
-    options |= _prompts(chosen)
+    written = read_format(chosen.adapter)
+    options |= {"template": written.source, "system": written.system}
     data = ChatDataModule(**options)
     if chosen.settings is not None:
         data.recall(RunFolder(chosen.adapter.parent).rows)
@@ -207,8 +201,9 @@ def _encode(chosen: Chosen, subjects: Sequence[tuple["Subject", Any]], style: Li
     from lit_qlora.data.encode import Encoder
     from lit_qlora.data.questions import LETTERS, Prompts
     from lit_qlora.data.tokenizer import load_tokenizer
+    from lit_qlora.model.load import read_format
 
-    encoder = Encoder(load_tokenizer(chosen.base.location), NO_LIMIT, **_prompts(chosen))
+    encoder = Encoder(load_tokenizer(chosen.base.location), NO_LIMIT, prompt_format=read_format(chosen.adapter))
     encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
     prompts, context = Prompts(encoder, style), chosen.base.context_tokens
     encoded: list[list[list[int]]] = []

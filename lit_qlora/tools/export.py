@@ -15,8 +15,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base, weight_files
 from lit_qlora.storage.files import output_path, read_json
 from lit_qlora.storage.foreign import read_object
-from lit_qlora.text import jinja
-from lit_qlora.text.templates import modelfile
+from lit_qlora.text.formats import from_record
 from lit_qlora.tools.answering.answerer import choose_adapter
 from lit_qlora.tools.merge import MERGED, DType, check_room, merge_into
 
@@ -170,16 +169,9 @@ def _write_modelfile(model: Path, target: Path, beside: Path) -> None:
     if not record.is_file():
         print(f"no Modelfile: {model} does not say which prompts it was trained with (it has no {MERGED})")
         return
-    made_of = read_json(record)
-    if made_of.get("prompt_format") == jinja.FORMAT:
-        print(
-            f"no Modelfile: this model was trained with data.template, which is Jinja, and Ollama's templates are not; "
-            f"{target.name} holds it for llama.cpp: llama-cli --jinja -m {target}"
-        )
-        return
     try:
-        beside.write_text(modelfile(target.name, made_of.get("system")), encoding="utf-8")
-    except ValueError as error:
+        beside.write_text(from_record(read_json(record), model, MERGED).modelfile(target), encoding="utf-8")
+    except (ValueError, UserError) as error:
         print(f"no Modelfile: {error}")
         return
     print(f"try it: ollama create {target.stem} -f {beside} && ollama run {target.stem}")

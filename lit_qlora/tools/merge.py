@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from lit_qlora.data.encode import Encoder
+    from lit_qlora.text.formats import PromptFormat
     from lit_qlora.tools.merging.compare import Difference
 
 DType = Literal["float16", "bfloat16", "float32", "4bit"]
@@ -111,16 +112,15 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
 
     from lit_qlora.data.encode import Encoder
     from lit_qlora.data.tokenizer import load_tokenizer
-    from lit_qlora.model.load import read_record
+    from lit_qlora.model.load import read_format, read_record
     from lit_qlora.tools.merging import compare
     from lit_qlora.tools.merging.arithmetic import LoraWeights
 
-    record = read_record(chosen.adapter)
-    trained_in = _trained_in(record)
+    trained_in = _trained_in(read_record(chosen.adapter))
     lora = LoraWeights(chosen.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prompts = chosen.prompts(record)
-    encoder = Encoder(load_tokenizer(chosen.base.location), chosen.base.context_tokens, **prompts)
+    written = read_format(chosen.adapter)
+    encoder = Encoder(load_tokenizer(chosen.base.location), chosen.base.context_tokens, prompt_format=written)
     encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
     texts, source = compare.conversations_to_compare(chosen.settings, RunFolder(chosen.adapter.parent).rows, encoder)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
@@ -134,13 +134,12 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         parts = (part for name, value in tensors for part in _stored(name, value, dtype, uneven))
         num_bytes = write_shards(folder, parts)
         _write_config(folder, chosen.base, encoder, dtype)
-        made_of = {"base": chosen.base.public_name, "onto": onto, "system": prompts["system"]}
-        made_of |= {"prompt_format": record["prompt_format"]}
+        made_of = {"base": chosen.base.public_name, "onto": onto, "system": None, **written.record()}
         (folder / MERGED).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
         _write_tokenizer(folder, chosen.base, encoder, texts)
         found = compare.difference(folder, wanted, device)
         compare.check(found, dtype if onto == "quantized" else "another model")
-        (folder / CARD).write_text(_card(chosen, dtype, onto, found, bool(record.get("template"))), encoding="utf-8")
+        (folder / CARD).write_text(_card(chosen, dtype, onto, found, written), encoding="utf-8")
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
         print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {num_bytes / 1e9:.2f} GB of {dtype} in {target}")
         print(f"check  against {than}, {source}, {found}", flush=True)
@@ -155,7 +154,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         raise UserError(f"{target} can't be written: {' '.join(str(error).split())}", option="output") from error
 
 
-def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", own_format: bool) -> str:
+def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", written: "PromptFormat") -> str:
     from lit_qlora.figures.card import merged_card
 
     made = f"The weights are in {dtype}."
@@ -165,7 +164,9 @@ def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", own_for
         made += " The adapter was added to the base's own weights, not to the 4-bit ones that it was trained on."
     told = f"{str(found).capitalize()}, against the 4-bit base with the adapter."
     source = chosen.settings["data"]["source"] if chosen.settings else None
-    return merged_card(chosen.base.public_name, source, made, told, dtype == "4bit", own_format)
+    return merged_card(
+        chosen.base.public_name, source, made, told, dtype == "4bit", written.described("tokenizer_config.json")
+    )
 
 
 def check_room(target: Path, needed_bytes: int) -> None:

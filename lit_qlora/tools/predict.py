@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import get_terminal_size
@@ -20,8 +20,8 @@ from lit_qlora.data.records import Counts
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import SaveError, output_path
-from lit_qlora.text import edges, llama2
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.formats import PromptFormat
 from lit_qlora.tools.answering.answerer import Answerer, check_prompt
 from lit_qlora.tools.answering.unfinished import Unfinished
 
@@ -68,7 +68,7 @@ def predict(
         raise UserError(f"no folder {target.parent}", option="output")
     rows = read_file(Path(prompts))  # one that is wrong is told of first
     answerer = Answerer(run, adapter, base)
-    questions = open_prompts(rows, answerer.encoder.check, answerer.encoder.marks)
+    questions = open_prompts(rows, answerer.encoder.prompt_format)
     ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
     belongs_to = _belongs_to(answerer, ids, sampling, batch_size)
     if unfinished.is_whole(belongs_to):
@@ -192,15 +192,13 @@ class _Progress:
 
 def open_prompts(
     rows: Sequence[tuple[str, dict[str, Any]]],
-    fits: Callable[[Conversation], object] = llama2.segments,
-    marks: Sequence[str] = edges.WRITTEN_OUT,
+    prompt_format: PromptFormat,
 ) -> list[tuple[str, Conversation]]:
     """The open prompts of what `read_file` found, each with its place; prints what of the rows is not used.
 
     Args:
         rows: columns by name, with their place.
-        fits: as `check_prompt` has it.
-        marks: as `read_row` has it.
+        prompt_format: how they are to be written.
 
     Raises:
         UserError: naming file and line, for what is no prompt.
@@ -208,8 +206,8 @@ def open_prompts(
     counts, prompts = Counts(), []
     for where, row in rows:
         try:
-            read = read_row(row, marks=marks, columns=COLUMNS)
-            check_prompt(read.conversation, fits)
+            read = read_row(row, marks=prompt_format.marks, columns=COLUMNS)
+            check_prompt(read.conversation, prompt_format)
         except RowError as error:
             raise UserError(str(error), place=where, remedy=error.remedy) from error
         except ValueError as error:

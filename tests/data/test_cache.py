@@ -18,6 +18,7 @@ from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.formats import chosen
 
 
 def said(*contents: str, system: str | None = None) -> Conversation:
@@ -83,7 +84,7 @@ def test_a_second_call_reads_from_disk(tokenizer, folder, no_encoding):
     [
         (TALKS, {"max_length": 1023}),
         (TALKS, {"train_on": "all"}),
-        (TALKS, {"system": "be brief"}),
+        (TALKS, {"prompt_format": chosen(system="be brief")}),
         (TALKS[:-1], {}),
         (TALKS[::-1], {}),
         ([*TALKS[:-1], said("question 7", "other")], {}),

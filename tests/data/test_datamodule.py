@@ -404,7 +404,7 @@ def test_what_is_left_out_taken_off_and_not_used_is_told_or_refused_by_strict():
 def test_all_options_reach_the_encoder_and_the_plan():
     data = ChatDataModule(system="be brief", train_on="all", max_length=99, batch_size=7, batch_tokens=512)
     encoder = data.encoder
-    assert (encoder.system, encoder.train_on, encoder.max_length) == ("be brief", "all", 99)
+    assert (encoder.prompt_format.system, encoder.train_on, encoder.max_length) == ("be brief", "all", 99)
     assert data.plan == BatchPlan(7, 512)
     assert data.encoder is encoder
 

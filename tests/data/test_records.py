@@ -8,6 +8,7 @@ import pytest
 from lit_qlora.data.records import Reading, Records, load_records
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.formats import SpecialTokens, chosen
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
 
@@ -289,7 +290,9 @@ def test_special_tokens_at_the_edges_are_taken_off_and_counted():
         [said("a", "b"), said("a", "b", "c", "d"), said("a", "b")],
         {"rows had special tokens written out at the edges of turns, which were taken off: </s> (2), <s> (1)": 2},
     )
-    own = load_records(write("b.jsonl", text("a", "b[STOP]")), reading=Reading(marks=("[STOP]",)))
+    own = load_records(
+        write("b.jsonl", text("a", "b[STOP]")), reading=Reading(prompt_format=chosen().of(SpecialTokens(eos="[STOP]")))
+    )
     assert own.conversations == [said("a", "b")]
 
 

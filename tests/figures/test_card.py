@@ -30,6 +30,9 @@ FIGURES = {
 }
 
 
+LLAMA_2 = "the Llama 2 chat format"
+
+
 def metadata(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
@@ -99,7 +102,9 @@ def test_the_hub_s_own_reader_takes_the_metadata(base):
 
 
 def test_the_card_of_a_merged_model():
-    text = merged_card("meta-llama/Llama-2-7b-hf", "/home/ann/rows.jsonl", "The weights are in float16.", "Far.", False)
+    text = merged_card(
+        "meta-llama/Llama-2-7b-hf", "/home/ann/rows.jsonl", "The weights are in float16.", "Far.", False, LLAMA_2
+    )
     assert ModelCard(text).data.to_dict() == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -113,7 +118,7 @@ def test_the_card_of_a_merged_model():
     )
     assert "LLAMA 2 Community License" in text
     assert "## Measured\n\nFar.\n" in text
-    quantised = merged_card("a/b", None, "", "", True)
+    quantised = merged_card("a/b", None, "", "", True, LLAMA_2)
     assert metadata(quantised)["base_model_relation"] == "quantized"
     assert "on conversations in the Llama 2 chat format, worked" in quantised
 

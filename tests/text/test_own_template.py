@@ -1,13 +1,16 @@
 """A template of the user's own: its answers end in EOS, its prompts begin what is trained, and nothing said forges."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.text.own_template import Piece, Template
+from lit_qlora.text.formats import Piece, SpecialTokens
+from lit_qlora.text.own_template import Template
 
 SOURCES = {
     path.stem: path.read_text(encoding="utf-8")
@@ -16,8 +19,8 @@ SOURCES = {
 SPECIALS = ("<unk>", "<s>", "</s>")
 
 
-def template(source: str) -> Template:
-    return Template(source, "<s>", "</s>", SPECIALS)
+def template(source: str, system: str | None = None, specials: tuple[str, ...] = SPECIALS) -> Template:
+    return Template(source=source, system=system, tokens=SpecialTokens("<s>", "</s>", specials))
 
 
 def said(*contents: str, system: str | None = None) -> Conversation:
@@ -64,20 +67,19 @@ def test_a_question_s_own_eos_is_no_answer_s():
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_each_template_holds_for_all_kinds_of_conversations(name):
-    one = template(SOURCES[name])
-    one.check(None)
+    template(SOURCES[name]).check()
     if name != "vicuna":
-        one.check(" Be kind. ")
+        template(SOURCES[name], " Be kind. ").check()
 
 
 def test_what_is_told_of_a_template():
-    assert [line.partition(" (sha256 ")[0] for line in template(SOURCES["chatml"]).describe()] == [
+    assert [line.partition(" (sha256 ")[0] for line in template(SOURCES["chatml"]).notes()] == [
         "prompts by data.template"
     ]
-    assert template(SOURCES["zephyr"]).describe()[1:] == [
+    assert template(SOURCES["zephyr"]).notes()[1:] == [
         "data.template writes no BOS, with which Llama's texts begin; {{ bos_token }} would"
     ]
-    assert template(SOURCES["vicuna"]).describe()[1:] == [
+    assert template(SOURCES["vicuna"]).notes()[1:] == [
         "data.template takes no system text: with a conversation of 2 turns and a system text: line 1 can't be "
         "rendered: no system text, please"
     ]
@@ -141,7 +143,7 @@ def test_the_template_s_own_words_may_not_be_said(name):
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>\n\n' }}{% endif %}",
 ])  # fmt: skip
 def test_a_role_behind_a_special_token_is_a_word_like_any_other(source):
-    one = Template(source, "<s>", "</s>", (*SPECIALS, "<|im_start|>", "<|im_sep|>"))
+    one = template(source, specials=(*SPECIALS, "<|im_start|>", "<|im_sep|>"))
     assert one.tags == []
     assert text_of(one.pieces(said("What does the user of a system say?", "The assistant knows."))).count("user") == 2
     without = template(source)  # to a tokenizer that has no such token, it's a text, and could be forged
@@ -237,9 +239,9 @@ AT_2 = "with a conversation of 2 turns: "
     ids=range(16),
 )  # fmt: skip
 def test_a_template_that_would_train_something_else_is_refused(source, message):
-    with pytest.raises(ValueError) as caught:
-        template(source).check(None)
-    assert str(caught.value).startswith(message)
+    with pytest.raises(UserError) as caught:
+        template(source).check()
+    assert str(caught.value).startswith(f"data.template: {message}")
     assert "\n" not in str(caught.value)
 
 
@@ -247,7 +249,7 @@ def test_a_template_that_looks_at_what_is_said_is_refused_where_it_matters():
     """As those that take an earlier answer's thoughts out: such a conversation, and no other."""
     source = SOURCES["chatml"].replace("message['content']", "message['content'].split('</think>')[-1]")
     one = template(source)
-    one.check(None)
+    one.check()
     assert one.pieces(said("a", "b")) == template(SOURCES["chatml"]).pieces(said("a", "b"))
     with pytest.raises(ValueError, match=r"it changes what is said, or looks into it: expected .*hmm</think>b"):
         one.pieces(said("a", "hmm</think>b"))
@@ -256,15 +258,15 @@ def test_a_template_that_looks_at_what_is_said_is_refused_where_it_matters():
 def test_a_system_text_that_gets_lost_is_refused_where_there_is_one():
     source = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>\n{{ m.content + eos_token }}" + CLOSE
     one = template(source)
-    one.check(None)
+    one.check()
     message = (
         "with a conversation of 2 turns and a system text: the system text is to be written once, and is written 0"
     )
     for system in ("S", "</s>"):
         with pytest.raises(ValueError, match=message):
             one.pieces(said("a", "b", system=system))
-    with pytest.raises(ValueError, match=message):
-        one.check("S")
+    with pytest.raises(UserError, match=message):
+        template(source, "S").check()
 
 
 def test_a_special_token_that_the_template_spells_out_is_one():
@@ -278,10 +280,10 @@ def test_a_system_text_is_no_answer():
         "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
-    otherwise.check(None)
+    otherwise.check()
     expected = "the system text is written just as an answer is, and nobody asked; give the role system a branch of its"
-    with pytest.raises(ValueError, match=expected):
-        otherwise.check("Be brief.")
+    with pytest.raises(UserError, match=expected):
+        replace(otherwise, system="Be brief.").check()
     with pytest.raises(ValueError, match=expected):
         otherwise.pieces(said("a", "b", system="S"))
     for name in ("chatml", "zephyr"):

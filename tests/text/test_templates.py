@@ -5,8 +5,8 @@ import json
 import pytest
 from jinja2 import Environment
 
+from lit_qlora.text.formats import chosen
 from lit_qlora.text.llama2 import TAGS
-from lit_qlora.text.templates import jinja_template, modelfile
 
 
 class RefusedError(Exception):
@@ -17,7 +17,7 @@ def jinja(messages, system=None):
     def refuse(text):
         raise RefusedError(text)
 
-    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(jinja_template(system))
+    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(chosen(system=system).chat_template())
     return template.render(messages=messages, bos_token="<s>", eos_token="</s>", raise_exception=refuse)
 
 
@@ -52,11 +52,3 @@ def test_what_could_forge_a_turn_is_refused(mark, messages):
 def test_turns_that_do_not_alternate_are_refused(roles):
     with pytest.raises(RefusedError, match="must alternate"):
         jinja([{"role": role, "content": "a"} for role in roles])
-
-
-def test_the_modelfile():
-    text = modelfile("mine.gguf", "Be kind.")
-    assert text.startswith('FROM ./mine.gguf\nTEMPLATE """{{- $later := false }}')
-    assert text.endswith('{{- end }}"""\nSYSTEM """Be kind."""\n')
-    with pytest.raises(ValueError, match="three quotes"):
-        modelfile("mine.gguf", 'a """ b')

@@ -16,6 +16,7 @@ from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.model.load import read_record
 from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.formats import chosen
 from lit_qlora.tools.answering.answerer import Answerer
 
 CHATML = Path(__file__).parents[1] / "templates" / "chatml.jinja"
@@ -76,7 +77,7 @@ def test_chat_writes_the_prompts_of_training(run, by, monkeypatch, capsys):
     chat = ["chat", by, str(folder), "--prompt", SILAS.turns[0].content, "--max_new_tokens", "2"]
     assert main(chat) == 0
     assert main([*chat, "--system", ""]) == 0
-    trained = Encoder(load_tokenizer("demo"), 1024, system="Be brief.", template=SOURCE)
+    trained = Encoder(load_tokenizer("demo"), 1024, prompt_format=chosen(SOURCE, "Be brief."))
     assert seen[0] == trained.prompt(SILAS)
     system = "system\nBe brief.<|im_end|>\n<|im_start|>"
     assert [trained.tokenizer.decode(ids) for ids in seen] == [AS_CHATML.format(system), AS_CHATML.format("")]
@@ -150,7 +151,9 @@ def test_an_altered_template_is_refused(run, capsys):
     assert "expected bytes=" in refusal(capsys, "chat", "--prompt", "x")
     (run / "adapter" / "manifest.json").unlink()
     for verb in (["chat", "--prompt", "x"], ["merge", "--output", "m"], ["validate"]):
-        assert refusal(capsys, *verb).startswith("runs/mine/adapter: its prompt template was altered: expected sha256 ")
+        assert refusal(capsys, *verb).startswith(
+            "runs/mine/adapter: lit_qlora.json: its prompt template was altered: expected sha256 "
+        )
     assert not Path("m").exists()
 
 
@@ -181,7 +184,7 @@ def test_a_system_text_may_come_from_yaml(tmp_path, monkeypatch):
     seen = Answerer("runs/mine").encoder
     expected = "<s> [INST] <<SYS>>\nBe kind.\n- Be brief: {always}.\n<</SYS>>\n\nhi [/INST]"
     assert seen.tokenizer.decode(seen.prompt(Conversation((Turn("user", "hi"),)))) == expected
-    assert Answerer(adapter="runs/mine/adapter").encoder.system == "Be kind.\n- Be brief: {always}."
+    assert Answerer(adapter="runs/mine/adapter").encoder.prompt_format.system == "Be kind.\n- Be brief: {always}."
 
 
 def test_merge_and_export(run, tmp_path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text import guanaco
 from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.formats import chosen
 from lit_qlora.tools import predict as module
 from lit_qlora.tools.answering.answerer import Answer, Answerer
 from lit_qlora.tools.answering.unfinished import Unfinished
@@ -338,23 +339,25 @@ def test_every_form_of_prompts(tmp_path, capsys):
     quoted = json.dumps(dialog).replace('"', '""')
     (tmp_path / "p.csv").write_text(f'prompt,system,messages\n,,"{quoted}"\n"x, y",S,\nz,,\n')
     for name in ("p.jsonl", "p.json", "p.parquet", "p.csv"):
-        assert [conversation for _, conversation in open_prompts(read_file(tmp_path / name))] == [long, short, bare], (
-            name
-        )
+        assert [conversation for _, conversation in open_prompts(read_file(tmp_path / name), chosen())] == [
+            long,
+            short,
+            bare,
+        ], name
     (tmp_path / "p.txt").write_text("\ufeffz\r\n\n  one\u2028line \n", encoding="utf-8")
-    assert open_prompts(read_file(tmp_path / "p.txt")) == [
+    assert open_prompts(read_file(tmp_path / "p.txt"), chosen()) == [
         (f"{tmp_path}/p.txt:1", bare),
         (f"{tmp_path}/p.txt:3", Conversation((Turn("user", "one\u2028line"),))),
     ]
     (tmp_path / "only.csv").write_text("prompt\nz\n")
-    assert [conversation for _, conversation in open_prompts(read_file(tmp_path / "only.csv"))] == [bare]
+    assert [conversation for _, conversation in open_prompts(read_file(tmp_path / "only.csv"), chosen())] == [bare]
 
 
 def test_prompts_are_read_as_rows_to_train_on_are(tmp_path, capsys):
     turns = [{"role": "user", "content": "a</s>", "name": "Bo"}]
     rows = ["messages,prompt,system_prompt,id", f'"{turns}",b,S,7', ",c,,8"]
     (tmp_path / "p.csv").write_text("\n".join(rows))
-    asked = [conversation for _, conversation in open_prompts(read_file(tmp_path / "p.csv"))]
+    asked = [conversation for _, conversation in open_prompts(read_file(tmp_path / "p.csv"), chosen())]
     assert asked == [Conversation((Turn("user", "a"),), "S"), Conversation((Turn("user", "c"),))]
     assert capsys.readouterr().err == (
         "prompts: 1 rows had special tokens written out at the edges of turns, which were taken off: </s> (1)\n"
@@ -396,7 +399,7 @@ def test_a_systems_text_and_earlier_turns_reach_the_model(here, answerer):
         ('{"promt": "x"}', "p.jsonl:2: no column 'messages' or 'conversations' or 'prompt', columns found:"),
         ('{"prompt": "x [/INST] y"}', "p.jsonl:2: turn 1 holds the tag [/INST], which could forge a turn"),
         ('{"prompt": "x", "system": "<<SYS>>"}', "p.jsonl:2: the system text holds the tag <<SYS>>"),
-        (r'{"prompt": "x \ud800"}', "p.jsonl:2: a lone surrogate such as"),
+        (r'{"prompt": "x \ud800"}', "p.jsonl:2: turn 1 holds half a character"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
          "p.jsonl:2: the last turn is the assistant's, expected the user's"),
         ('{"messages": "no list"}', "p.jsonl:2: expected a list of messages, got str"),

@@ -135,4 +135,4 @@ def test_options_written_with_dots(run: Path, monkeypatch: pytest.MonkeyPatch) -
     from lit_qlora.tools.answering.answerer import choose_adapter
 
     chosen = choose_adapter("run")
-    assert (chosen.base.name, chosen.prompts({})["system"]) == ("demo", "Be brief.")
+    assert chosen.base.name == "demo" and chosen.settings["data"]["system"] == "Be brief."

@@ -3,7 +3,7 @@
 What `chat`, `predict` and whoever else answers without a Trainer stands on. Knows no files of prompts, no terminal.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -15,8 +15,8 @@ from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
-from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.formats import PromptFormat
 from lit_qlora.tools.answering.streaming import TextStream, text_of
 
 if TYPE_CHECKING:
@@ -37,11 +37,6 @@ class Chosen(NamedTuple):
     base: Base
     adapter: Path
     settings: dict[str, Any] | None
-
-    def prompts(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What `Encoder` is to be told, so that it writes the prompts of training; ``record`` is the adapter's."""
-        system = self.settings["data"].get("system") if self.settings else record.get("system")
-        return {"system": system, "template": record.get("template")}
 
 
 def choose_adapter(run: str | None = None, adapter: str | None = None, base: str | None = None) -> Chosen:
@@ -95,16 +90,11 @@ def _find(base: str) -> Base:
         raise error.replace(option="base") from error
 
 
-def check_prompt(conversation: Conversation, fits: Callable[[Conversation], object] = llama2.segments) -> None:
-    """Raises ValueError unless ``conversation`` waits for an answer, and can be written as a prompt, by ``fits``."""
+def check_prompt(conversation: Conversation, prompt_format: PromptFormat) -> None:
+    """Raises ValueError unless ``conversation`` waits for an answer, and ``prompt_format`` can write it."""
     if conversation.is_answered:
         raise ValueError("the last turn is the assistant's, expected the user's")
-    for text in (conversation.system or "", *(turn.content for turn in conversation.turns)):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("it holds bytes that are no UTF-8, or half a character; no token stands for it") from None
-    fits(conversation)
+    prompt_format.pieces(conversation)
 
 
 class Answerer:
@@ -126,12 +116,12 @@ class Answerer:
 
         from lit_qlora.data.encode import Encoder
         from lit_qlora.data.tokenizer import load_tokenizer
-        from lit_qlora.model.load import read_record
+        from lit_qlora.model.load import read_format
 
         quieten()
-        record = read_record(self.adapter)  # an altered one is found before a large base is loaded
+        written = read_format(self.adapter)  # an altered one is found before a large base is loaded
         self.max_length = self.base.context_tokens
-        self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, **chosen.prompts(record))
+        self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, prompt_format=written)
         self.encoder.check_vocabulary(self.base.shape.vocabulary, self.base.name)
 
     @cached_property

@@ -37,7 +37,7 @@ class Dialog:
         """
         whole = Conversation(tuple(turns), self.system)
         try:
-            check_prompt(whole, self.answerer.encoder.check)
+            check_prompt(whole, self.answerer.encoder.prompt_format)
         except ValueError as error:
             raise UserError(str(error).replace(f"turn {len(turns)} holds", "it holds")) from error
         fitting, num_left_out = self.answerer.trim(whole, self.sampling)
@@ -49,7 +49,7 @@ class Dialog:
     def remember(self, question: str, answer: Answer) -> str:
         """Keeps both for the next question, which draws anew; returns a word where it can't, else none."""
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
-        tags = self.answerer.encoder.tags_in(answer.text)
+        tags = self.answerer.encoder.prompt_format.tags_in(answer.text)
         if not answer.text or tags:  # the next prompt could not hold it
             return f"(the answer {f'holds {tags[0]}' if tags else 'is empty'}: question and answer are forgotten)"
         self.turns += [Turn("user", question), Turn("assistant", answer.text)]
@@ -62,7 +62,7 @@ class Dialog:
     def set_system(self, system: str) -> None:
         """Another system text, or none where it is empty. Raises UserError for one that no prompt can hold."""
         try:
-            check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.check)
+            check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.prompt_format)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.system = system
@@ -70,4 +70,4 @@ class Dialog:
     @property
     def effective_system(self) -> str | None:
         """The system text that questions go with."""
-        return self.answerer.encoder.system if self.system is None else self.system
+        return self.answerer.encoder.prompt_format.system if self.system is None else self.system

@@ -64,7 +64,7 @@ def conversations_to_compare(
         record: the file that names the rows that it held out.
         encoder: writes them.
     """
-    reading = Reading(fits=encoder.check, marks=encoder.marks)
+    reading = Reading(prompt_format=encoder.prompt_format)
     records = load_records(str(demo.TEST), reading=reading)
     name = "the demo's conversations"
     if settings:

@@ -1,0 +1,106 @@
+"""A prompt format, whichever it is: what is recorded of it makes it again, and what was altered does not."""
+
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.errors import UserError
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.formats import SpecialTokens, chosen, from_record
+
+CHATML = (Path(__file__).parents[1] / "templates" / "chatml.jinja").read_text(encoding="utf-8")
+RECORDS = {
+    "llama2": ({}, {"prompt_format": "llama2-chat"}),
+    "llama2 with a system text": ({"system": "S"}, {"prompt_format": "llama2-chat", "system": "S"}),
+    "a template": (
+        {"template": "{{ 'ä' }}", "system": "S"},
+        {
+            "prompt_format": "jinja",
+            "template": "{{ 'ä' }}",
+            "template_sha256": "7822779aa2659c3038839cdca8c14c276eee968e24e09a86ed47aa61a7ed20ce",
+            "system": "S",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "record"), RECORDS.values(), ids=RECORDS)
+def test_a_record_makes_the_format_again(options, record):
+    found = chosen(**options)
+    assert [*found.record().items()] == [*record.items()]
+    again = from_record(record, "adp", "lit_qlora.json")
+    assert again.record() == record and again.identity == found.identity and again.cache_key == found.cache_key
+
+
+@pytest.mark.parametrize(
+    ("changes", "option", "words"),
+    [
+        ({"prompt_format": "alpaca"}, None, "'alpaca', this version knows 'llama2-chat' and 'jinja'"),
+        ({"template": "{{ 'a' }}"}, None, "template was altered: expected sha256 7822779aa265"),
+        ({"template": None}, None, "is a Jinja template, and there is none"),
+        ({"template_sha256": None}, None, "is a Jinja template, and there is none"),
+        ({"template": "\ud800"}, "template", "half a character"),
+        ({"system": "\ud800"}, "system", "half a character"),
+        ({"system": ["S"] * 999}, "system", "expected a text, got ['S', 'S'"),
+        ({"prompt_format": []}, "prompt_format", "expected a text, got []"),
+    ],
+)
+def test_an_altered_record_is_refused_with_its_place(changes, option, words):
+    with pytest.raises(UserError) as caught:
+        from_record(RECORDS["a template"][1] | changes, "adp", "f.json")
+    assert caught.value.option == option and words in caught.value.problem
+    assert str(caught.value).startswith("adp: ") and len(str(caught.value)) < 200
+
+
+def test_a_template_is_called_by_its_place():
+    with pytest.raises(UserError, match="line 2 is no valid Jinja") as caught:
+        chosen("\n{{ 1")
+    assert (caught.value.place, caught.value.option) == (None, "data.template")
+    record = {"prompt_format": "jinja", "template": "\n{{ 1", "template_sha256": sha256(b"\n{{ 1").hexdigest()}
+    with pytest.raises(UserError, match="line 2 is no valid Jinja") as caught:
+        from_record(record, "adp", "f.json")
+    assert (caught.value.place, caught.value.option) == ("adp: f.json", "template")
+
+
+@pytest.mark.parametrize("options", [{}, {"template": CHATML}], ids=["llama2", "chatml"])
+def test_a_system_text_stands_in_where_a_conversation_brings_none(options):
+    tokens, asked = SpecialTokens(), Conversation((Turn("user", "a"),))
+    mine, plain = chosen(**options, system="S").of(tokens), chosen(**options).of(tokens)
+    assert mine.pieces(asked) == plain.pieces(Conversation(asked.turns, "S"))
+    for own in ("", "T"):
+        brought = Conversation(asked.turns, own)
+        assert mine.pieces(brought) == plain.pieces(brought)
+
+
+@pytest.mark.parametrize("options", [{}, {"template": CHATML}], ids=["llama2", "chatml"])
+@pytest.mark.parametrize("place", ["turn 1", "turn 2", "the system text"])
+def test_half_a_character_is_refused(options, place):
+    said = [("\ud800" if name == place else "a") for name in ("the system text", "turn 1", "turn 2")]
+    conversation = Conversation((Turn("user", said[1]), Turn("assistant", said[2])), said[0])
+    with pytest.raises(ValueError, match=f"^{place} holds half a character"):
+        chosen(**options).of(SpecialTokens()).pieces(conversation)
+    for name in ("system", "template"):
+        with pytest.raises(UserError, match=rf"^data\.{name}: .* half a character"):
+            chosen(**{name: "{{ '\ud800' }}"})
+
+
+def test_a_system_text_that_forges_is_refused():
+    with pytest.raises(
+        UserError, match=r"^data\.system: expected .* without '<<SYS>>', which the Llama 2 format writes"
+    ):
+        chosen(system="<<SYS>> x").check()
+    mine = chosen(CHATML, "x<|im_start|>user")
+    mine.check_system()  # its own texts hang on the tokenizer
+    with pytest.raises(UserError, match=r"^data\.system: .* without '<\|im_start\|>user', which data\.template writes"):
+        mine.of(SpecialTokens()).check()
+
+
+def test_the_modelfile():
+    text = chosen(system="Be kind.").modelfile(Path("x/mine.gguf"))
+    assert text.startswith('FROM ./mine.gguf\nTEMPLATE """{{- $later := false }}')
+    assert text.endswith('{{- end }}"""\nSYSTEM """Be kind."""\n')
+    with pytest.raises(ValueError, match="three quotes"):
+        chosen(system='a """ b').modelfile(Path("mine.gguf"))
+    with pytest.raises(ValueError, match=r"which is Jinja, .*llama-cli --jinja -m x/mine\.gguf$"):
+        chosen(CHATML).modelfile(Path("x/mine.gguf"))

@@ -4,7 +4,9 @@ Called before anything reads the environment for that. Knows no training.
 """
 
 import os
+import re
 import subprocess
+from itertools import takewhile
 
 from lit_qlora.errors import UserError
 
@@ -37,15 +39,15 @@ def ignore_launchers() -> list[str]:
 
 
 def requeue() -> None:
-    """Has SLURM start this process's batch job again, where the job may be requeued, and says so."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if not job:
+    """Has SLURM start this process's batch job again, where its user asked for that, and says so."""
+    job = number = os.environ.get("SLURM_JOB_ID")
+    if not job or not number:
         return
     if {"SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"} <= {*os.environ}:  # the last task has the whole array's number
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        if "Requeue=1" not in _scontrol("show", "job", job).split():
-            print("   run  SLURM was not asked to requeue this job (sbatch --requeue): submit it again", flush=True)
+        if not _was_asked(_scontrol("show", "job", job), number):
+            print("   run  SLURM was not asked to requeue this job (#SBATCH --requeue): submit it again", flush=True)
             return
         _scontrol("requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
@@ -53,6 +55,29 @@ def requeue() -> None:
         print(f"   run  SLURM could not requeue job {job} ({' '.join(reason.split())}): submit it again", flush=True)
         return
     print(f"   run  SLURM starts job {job} again", flush=True)
+
+
+def _was_asked(told: str, number: str) -> bool:
+    """Whether a job's user asked for it to be requeued.
+
+    Most clusters let every job be requeued, and ``scontrol show job`` has the same ``Requeue=1`` then: what was asked
+    stands in the batch script, in the command that submitted it, or in the environment that sbatch reads, too.
+
+    Args:
+        told: by ``scontrol show job``.
+        number: the job's own, of an array's task, too.
+    """
+    if "Requeue=1" not in told.split():
+        return False
+    if "SBATCH_REQUEUE" in os.environ:
+        return True
+    try:
+        script = _scontrol("write", "batch_script", number, "-").splitlines()
+    except subprocess.SubprocessError:  # none: not submitted by sbatch
+        script = []
+    head = takewhile(lambda line: not line.strip() or line.startswith("#"), script)  # as far as sbatch reads
+    asked = [*(line for line in head if line.startswith("#SBATCH")), *re.findall(r"SubmitLine=(.*)", told)]
+    return any("--requeue" in line.split() for line in asked)
 
 
 def _scontrol(*args: str) -> str:

@@ -84,15 +84,22 @@ def test_slurms_own_environment_is_refused() -> None:
 SCONTROL = """#!/bin/sh
 echo "$@" >> "$0.calls"
 [ "$1" = show ] && echo "JobId=7 JobName=train
-   Requeue={may} Restarts=0 BatchFlag=1"
+   Requeue={may} Restarts=0 BatchFlag=1
+   Command=train.sh
+   {submitted}"
+[ "$1" = write ] && [ -n "{script}" ] && printf "{script}" && exit 0
+[ "$1" = write ] && exit 1
 [ "$1" = requeue ] && [ -n "{fails}" ] && echo "{fails}" >&2 && exit 1
 exit 0
 """
 
 
-def stand_in(folder: Path, may: int = 1, fails: str = "") -> Path:
+ASKED = "#!/bin/bash\\n#SBATCH --time=60 --requeue\\n\\nsrun python main.py fit\\n"
+
+
+def stand_in(folder: Path, may: int = 1, fails: str = "", script: str = ASKED, submitted: str = "") -> Path:
     program = folder / "scontrol"
-    program.write_text(SCONTROL.format(may=may, fails=fails))
+    program.write_text(SCONTROL.format(may=may, fails=fails, script=script, submitted=submitted))
     program.chmod(0o755)
     return folder / "scontrol.calls"
 
@@ -100,11 +107,11 @@ def stand_in(folder: Path, may: int = 1, fails: str = "") -> Path:
 @pytest.mark.parametrize(
     ("left", "may", "fails", "calls", "said"),
     [
-        ({"SLURM_JOB_ID": "7"}, 1, "", "show job 7\nrequeue 7\n", "SLURM starts job 7 again"),
-        ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, 1, "",
-         "show job 7_2\nrequeue 7_2\n", "SLURM starts job 7_2 again"),
+        ({"SLURM_JOB_ID": "7"}, 1, "", "show job 7\nwrite batch_script 7 -\nrequeue 7\n", "SLURM starts job 7 again"),
+        ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, 1, "",
+         "show job 7_2\nwrite batch_script 9 -\nrequeue 7_2\n", "SLURM starts job 7_2 again"),
         ({"SLURM_JOB_ID": "7"}, 0, "", "show job 7\n", "SLURM was not asked to requeue this job"),
-        ({"SLURM_JOB_ID": "7"}, 1, "slurm: disabled", "show job 7\nrequeue 7\n",
+        ({"SLURM_JOB_ID": "7", "SBATCH_REQUEUE": "1"}, 1, "slurm: disabled", "show job 7\nrequeue 7\n",
          "SLURM could not requeue job 7 (slurm: disabled): submit it again"),
         ({}, 1, "", "", ""),
     ],
@@ -121,6 +128,37 @@ def test_a_job_is_requeued_where_slurm_was_asked_to(
     assert (called.read_text() if called.is_file() else "") == calls
     out = capsys.readouterr().out
     assert said in out and out.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("script", "submitted", "asked"),
+    [
+        (
+            "#!/bin/bash\\n#SBATCH --time=60\\nsrun python main.py fit\\n",
+            "",
+            False,
+        ),  # Requeue=1 is the cluster's own then
+        ("#!/bin/bash\\nsrun true\\n#SBATCH --requeue\\n", "", False),  # behind the first command, sbatch reads none
+        ("#!/bin/bash\\n# no #SBATCH --requeue\\necho --requeue\\n", "", False),
+        ("#!/bin/bash\\n# comment\\n\\n#SBATCH --requeue\\n", "", True),
+        ("", "", False),
+        ("", "SubmitLine=sbatch --requeue train.sh", True),
+        ("#!/bin/bash\\n", "SubmitLine=sbatch train.sh", False),
+    ],
+    ids=range(7),
+)
+def test_that_a_job_may_be_requeued_does_not_say_that_it_is_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    script: str, submitted: str, asked: bool,
+) -> None:  # fmt: skip
+    called = stand_in(tmp_path, script=script, submitted=submitted)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SBATCH_REQUEUE", raising=False)
+    requeue()
+    assert ("requeue 7" in called.read_text().splitlines()) is asked
+    said = "SLURM starts job 7 again" if asked else "SLURM was not asked to requeue this job (#SBATCH --requeue)"
+    assert said in capsys.readouterr().out
 
 
 def test_without_scontrol_it_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +213,7 @@ def test_a_slurm_job_saves_on_its_warning_and_is_requeued_and_goes_on(tmp_path: 
     }
     assert "by SIGUSR1; the same command goes on from here" in out
     assert out.endswith("   run  SLURM starts job 7 again\n")
-    assert called.read_text() == "show job 7\nrequeue 7\n"
+    assert called.read_text() == "show job 7\nwrite batch_script 7 -\nrequeue 7\n"
     (saved,) = (tmp_path / "runs/demo/checkpoints").iterdir()
     again = subprocess.run(
         [*command, "--max_time", "00:00:00:01"], cwd=tmp_path, env=environment, capture_output=True, text=True,

@@ -102,7 +102,7 @@ def card(
     return "\n\n".join(sections) + "\n"
 
 
-def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: bool, prompts: str) -> str:
+def merged_card(base: str, source: str | None, made: str, told: str, prompts: str) -> str:
     """The card of a merged model as text.
 
     Args:
@@ -110,11 +110,10 @@ def merged_card(base: str, source: str | None, made: str, told: str, in_4_bits: 
         source: what the adapter was trained on, where that is known.
         made: how, in a sentence.
         told: how far it is from base and adapter, as it was measured.
-        in_4_bits: whether it was quantised again.
         prompts: what they look like, as `PromptFormat.described` has it.
     """
     source = published(source)
-    metadata = _metadata(base, source or "", "quantized" if in_4_bits else "finetune")
+    metadata = _metadata(base, source or "", "finetune")
     trained = f"`{source}`, in {prompts}" if source else f"conversations in {prompts}"
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",

@@ -77,14 +77,6 @@ class Shape:
         return self.num_layers * sum(inputs * outputs for inputs, outputs in self.linears.values())
 
     @property
-    def uneven(self) -> list[str]:
-        """Linear layers that bitsandbytes' inference on CPUs with AVX512-BF16 stops at; Llama 2 has none.
-
-        It packs 32 outputs together, and wants a row to be whole blocks of 64.
-        """
-        return [name for name, (inputs, outputs) in self.linears.items() if inputs % 64 or outputs % 32]
-
-    @property
     def num_parameters(self) -> int:
         """All weights of the base, norms included."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)

@@ -5,10 +5,7 @@ and has given the logits of base + adapter.
 """
 
 import json
-import math
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,30 +25,9 @@ if TYPE_CHECKING:
     from lit_qlora.text.formats import PromptFormat
     from lit_qlora.tools.merging.compare import Difference
 
-DType = Literal["float16", "bfloat16", "float32", "4bit"]
+DType = Literal["float16", "bfloat16", "float32"]
 Onto = Literal["quantized", "original"]
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-BYTES_IN_4_BITS = 0.5 + (1 + 4 / 256) / 64
-"""Of a weight: half a byte, and for each 64 of them a scale of one byte, which has a scale in fp32 for each 256."""
-
-BESIDE_4_BITS: Literal["float16"] = "float16"
-"""What is not in 4 bits then, and what is computed in: every card can."""
-
-QUANTIZATION = {
-    "quant_method": "bitsandbytes",
-    "load_in_4bit": True,
-    "load_in_8bit": False,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_compute_dtype": BESIDE_4_BITS,
-    "bnb_4bit_quant_storage": "uint8",
-}
-"""What config.json says of a merged folder in 4 bits, in transformers' words."""
-
-ROUNDED_AGAIN = (
-    "warning: these 4 bits are not the model that was trained but its rounding, as far off as is told above; the base "
-    "in 4 bits with the adapter on it is the one that was trained, and as small"
-)
 MARGIN_BYTES = 64 * 2**20
 """For tokenizer, index and what the file system needs for itself."""
 
@@ -68,7 +44,7 @@ def merge(
     adapter: str | None = None,
     base: str | None = None,
     dtype: DType = "float16",
-    onto: Onto | None = None,
+    onto: Onto = "quantized",
 ) -> None:
     """Work an adapter into its base: a plain Hugging Face folder for transformers, vLLM and llama.cpp.
 
@@ -77,19 +53,14 @@ def merge(
         run: run folder, for its best adapter; default: the newest run.
         adapter: an adapter folder instead of a run.
         base: the base of the adapter; default: the one that run or folder names.
-        dtype: of the weights written. 4bit rounds them to NF4 once more, what is not a linear layer to float16: that
-            is another model than was trained, a quarter of the size; how far off it is, is measured and told.
+        dtype: of the weights written.
         onto: quantized adds to what 4 bits leave of the base, which is the model that was trained; original adds
-            to the base's own weights, which is another model. Default: quantized, but for dtype 4bit original:
-            rounded a second time, the weights fall back to where they were, and most of an adapter is lost.
+            to the base's own weights, which is another model.
     """
     target = output_path(output, "folder")
     chosen = choose_adapter(run, adapter, base)
-    if onto is None:
-        onto = "original" if dtype == "4bit" and not chosen.base.in_4_bits else "quantized"
     merge_into(target, chosen, dtype, onto)
-    serve = "" if dtype == "4bit" else f", or serve it: vllm serve {output}"
-    print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}){serve}")
+    print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}), or serve it: vllm serve {output}")
 
 
 def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
@@ -105,7 +76,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         raise UserError(
             f"{chosen.base.name} is stored in 4 bits and has no original weights", option="onto", remedy="use quantized"
         )
-    check_room(target, size_bytes(chosen.base, dtype) + MARGIN_BYTES)
+    check_room(target, chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES)
 
     import torch
     from safetensors import SafetensorError
@@ -129,10 +100,8 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         from lit_qlora.storage.shards import write_shards
         from lit_qlora.tools.merging.arithmetic import StoredWeights, merged_tensors
 
-        uneven = chosen.base.shape.uneven if dtype == "4bit" else []  # in 16 bits, so they can be as they were trained
-        tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device, uneven)
-        parts = (part for name, value in tensors for part in _stored(name, value, dtype, uneven))
-        num_bytes = write_shards(folder, parts)
+        tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device)
+        num_bytes = write_shards(folder, ((name, _stored(name, value, dtype)) for name, value in tensors))
         _write_config(folder, chosen.base, encoder, dtype)
         made_of = {"base": chosen.base.public_name, "onto": onto, "system": None, **written.record()}
         (folder / MERGED).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
@@ -143,10 +112,6 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
         print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {num_bytes / 1e9:.2f} GB of {dtype} in {target}")
         print(f"check  against {than}, {source}, {found}", flush=True)
-        if uneven:
-            print(f"stays  in {BESIDE_4_BITS}, for bitsandbytes on some CPUs: {', '.join(uneven)}, of odd widths")
-        if dtype == "4bit":
-            print(ROUNDED_AGAIN, file=sys.stderr)
 
     try:
         write_folder(target, fill)
@@ -158,15 +123,11 @@ def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", written
     from lit_qlora.figures.card import merged_card
 
     made = f"The weights are in {dtype}."
-    if dtype == "4bit":
-        made = "The weights were rounded to NF4 once more, which makes it another model than was trained."
     if onto == "original":
         made += " The adapter was added to the base's own weights, not to the 4-bit ones that it was trained on."
     told = f"{str(found).capitalize()}, against the 4-bit base with the adapter."
     source = chosen.settings["data"]["source"] if chosen.settings else None
-    return merged_card(
-        chosen.base.public_name, source, made, told, dtype == "4bit", written.described("tokenizer_config.json")
-    )
+    return merged_card(chosen.base.public_name, source, made, told, written.described("tokenizer_config.json"))
 
 
 def check_room(target: Path, needed_bytes: int) -> None:
@@ -193,34 +154,16 @@ def _trained_in(record: dict[str, Any]) -> "torch.dtype":
     return compute_dtype(choose_precision("auto", current_device())[0])
 
 
-def size_bytes(base: Base, dtype: DType) -> int:
-    """Of the weights of ``base`` in a dtype."""
-    if dtype != "4bit":
-        return base.shape.num_parameters * BYTES[dtype]
-    kept = sum(math.prod(base.shape.linears[name]) for name in base.shape.uneven)
-    num_quantized = base.shape.num_quantized - base.shape.num_layers * kept
-    return int(num_quantized * BYTES_IN_4_BITS + (base.shape.num_parameters - num_quantized) * BYTES[BESIDE_4_BITS])
-
-
-def _stored(
-    name: str, value: "torch.Tensor", dtype: DType, uneven: Sequence[str]
-) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """A weight as it is written: one tensor, or, in 4 bits, with those that belong to it."""
+def _stored(name: str, value: "torch.Tensor", dtype: DType) -> "torch.Tensor":
+    """A weight as it is written."""
     import torch
 
-    from lit_qlora.tools.merging.arithmetic import LINEAR, in_4_bits
-
-    plain = BESIDE_4_BITS if dtype == "4bit" else dtype
-    value = value.to(getattr(torch, plain)).contiguous()
+    value = value.to(getattr(torch, dtype)).contiguous()
     if not value.isfinite().all():
         raise UserError(
-            f"{name} has values that {plain} can't hold", option="dtype", remedy="give --dtype bfloat16 or float32"
+            f"{name} has values that {dtype} can't hold", option="dtype", remedy="give --dtype bfloat16 or float32"
         )
-    layer = LINEAR.fullmatch(name)
-    if dtype == "4bit" and layer and layer[1] not in uneven:
-        yield from in_4_bits(name, value)
-    else:
-        yield name, value.cpu()
+    return value.cpu()
 
 
 def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) -> None:
@@ -228,12 +171,7 @@ def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) ->
     tokens = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id, "pad_token_id": encoder.eos_id}
     config = {name: value for name, value in base.config.items() if name != "quantization_config"} | tokens
     # The name that every version of transformers reads.
-    config |= {"torch_dtype": BESIDE_4_BITS if dtype == "4bit" else dtype}
-    if dtype == "4bit":
-        uneven = base.shape.uneven  # given any names, transformers no longer thinks of the head by itself
-        config["quantization_config"] = QUANTIZATION | (
-            {"llm_int8_skip_modules": ["lm_head", *uneven]} if uneven else {}
-        )
+    config |= {"torch_dtype": dtype}
     # How answers are drawn is for whoever asks; where they stop is the model's.
     for name, values in (("config.json", config), ("generation_config.json", tokens)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,16 +1,12 @@
 """main.py merge: the folder that comes out is base + adapter, loads as it is, and is whole or not there."""
 
-import io
 import json
 import re
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -20,17 +16,14 @@ from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.run_rows import RunRows
-from lit_qlora.model.base import find_base
 from lit_qlora.model.generate import Sampling
 from lit_qlora.quiet import quieten
 from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
-from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering.answerer import Answerer
-from lit_qlora.tools.merge import ROUNDED_AGAIN, size_bytes
 from lit_qlora.tools.merging import compare
-from lit_qlora.tools.merging.arithmetic import LoraWeights, StoredWeights, as_trained
+from lit_qlora.tools.merging.arithmetic import LoraWeights, as_trained
 
 SHORT = ["--trainer.val_check_interval", "100", "--samples.count", "0", "--trainer.limit_val_batches", "2"]
 QUESTION = Conversation((Turn("user", "Who goes everywhere with Silas?"),))
@@ -184,10 +177,9 @@ def odd_base(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "4bit"])
-def test_a_merged_folder_ends_answers_where_training_did_and_carries_no_code(run, odd_base, tmp_path, dtype):
+def test_a_merged_folder_ends_answers_where_training_did_and_carries_no_code(run, odd_base, tmp_path):
     target = tmp_path / "out"
-    options = ["--adapter", str(run / "adapter"), "--base", str(odd_base), "--dtype", dtype]
+    options = ["--adapter", str(run / "adapter"), "--base", str(odd_base)]
     assert main(["merge", *options, "--output", str(target)]) == 0
     config = json.loads((target / "config.json").read_text())
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
@@ -217,126 +209,6 @@ def test_16_bits_in_several_files(run, tmp_path, monkeypatch, capsys, dtype, lar
     assert model.dtype == getattr(torch, dtype)
     told = capsys.readouterr().out.split("greatest difference of a logit ")[1]
     assert 0 < float(told.split(",")[0]) < largest
-
-
-@pytest.fixture(scope="module")
-def in_4_bits(run, tmp_path_factory) -> tuple[Path, SimpleNamespace]:
-    """In several files, and what was told."""
-    target = tmp_path_factory.mktemp("merged") / "out"
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(shards.write_shards, "__defaults__", (2**18,))
-        assert main(["merge", "--run", str(run), "--output", str(target), "--dtype", "4bit"]) == 0
-    return target, SimpleNamespace(out=out.getvalue(), err=err.getvalue())
-
-
-def test_4_bits_are_said_to_be_a_rounding(in_4_bits, run):
-    """And how far off it is, as anyone would measure it who loads the folder."""
-    quieten()
-    target, told = in_4_bits
-    assert told.err == ROUNDED_AGAIN + "\n"
-    found = re.search(r"greatest difference of a logit ([\d.]+), the likeliest token the same at ([\d.]+)%\n", told.out)
-    assert float(found[1]) > 0.2  # what float16 would be refused for
-    assert 50 < float(found[2]) <= 100
-    model = without_shortcut(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
-    encoder = Answerer(str(run)).encoder
-    conversations = compare.conversations_to_compare(RunFolder(run).read_config(), RunFolder(run).rows, encoder)[0]
-    greatest = 0.0
-    plain = plain_base_and_adapter(demo.BASE, run / "adapter")
-    for example in encoder.examples(conversations):
-        ids = torch.tensor([example.input_ids[:256]])
-        greatest = max(greatest, (logits(model, ids) - logits(plain, ids)).abs().max().item())
-    assert float(found[1]) == pytest.approx(greatest, rel=0.05)
-
-
-def test_4_bits_load_as_they_are(in_4_bits, run):
-    """Each linear layer is the rounding of the merged one, to the bit, and all else is float16."""
-    target, _ = in_4_bits
-    model = AutoModelForCausalLM.from_pretrained(target)
-    layer = model.get_submodule("model.layers.1.mlp.up_proj")
-    assert type(layer).__name__ == "Linear4bit"
-    assert layer.weight.quant_state.nested
-    base, name = load_file(demo.BASE / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
-    merged = LoraWeights(run / "adapter").add_to(name, base[name].float()).half()
-    state = layer.weight.quant_state
-    state.dtype = torch.float32
-    assert torch.equal(dequantize_4bit(layer.weight.data, state), as_trained(merged, torch.float16))
-    assert torch.equal(model.lm_head.weight, base["lm_head.weight"].half())
-    assert not re.search("missing|unexpected", str(model.config), re.IGNORECASE)
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    ids = tokenizer.apply_chat_template(messages(QUESTION), return_tensors="pt", return_dict=False)
-    assert without_shortcut(model).generate(ids, max_new_tokens=4).shape[1] > ids.shape[1]
-
-
-def test_4_bits_do_not_swallow_the_adapter(run, tmp_path):
-    """Added to weights that were rounded before, a change of a few percent rounds away again."""
-    adapter = copy_adapter(run, tmp_path / "adapter")
-    stored = load_file(adapter / "adapter_model.safetensors")
-    save_file(
-        {name: value / 6 if ".lora_B." in name else value for name, value in stored.items()},
-        adapter / "adapter_model.safetensors",
-    )
-    base, name = load_file(demo.BASE / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
-    start = base[name].float()
-    change = LoraWeights(adapter).add_to(name, start) - start
-    assert 0.002 < change.norm() / start.norm() < 0.05
-    left = {}
-    for onto in ("default", "quantized"):
-        options = [] if onto == "default" else ["--onto", onto]
-        target = tmp_path / onto
-        assert main(["merge", "--adapter", str(adapter), "--output", str(target), "--dtype", "4bit", *options]) == 0
-        found = StoredWeights(find_base(str(target))).dequantized(name, torch.device("cpu"))
-        left[onto] = ((found - as_trained(start, torch.float32)) * change).sum() / (change**2).sum()
-    assert left["default"] > 0.8
-    assert left["quantized"] < 0.3
-
-
-def test_what_belongs_to_a_weight_is_in_its_file(in_4_bits):
-    target, _ = in_4_bits
-    files = sorted(target.glob("model-*.safetensors"))
-    assert len(files) >= 3
-    for file in files:
-        names = load_file(file).keys()
-        owners = {name for name in names if name.endswith(".weight")}
-        assert {name.partition(".weight")[0] + ".weight" for name in names} == owners
-    verify_folder(target)
-
-
-def test_the_room_that_4_bits_take(in_4_bits):
-    written = sum(file.stat().st_size for file in in_4_bits[0].glob("*.safetensors"))
-    assert size_bytes(find_base("demo"), "4bit") == pytest.approx(
-        written, rel=0.04
-    )  # its tables, of 1.4 kB a weight, aside
-
-
-def test_widths_that_a_cpu_s_kernel_stops_at_stay_in_16_bits(run, tmp_path, capsys):
-    """bitsandbytes packs 32 outputs together where the CPU has AVX512-BF16: 172 are none of these."""
-    base = tmp_path / "base"
-    shutil.copytree(demo.BASE, base)
-    config = json.loads((base / "config.json").read_text()) | {"intermediate_size": 172}
-    (base / "config.json").write_text(json.dumps(config))
-    weights = load_file(base / "model.safetensors")
-    for name, value in weights.items():
-        if ".mlp." in name:
-            weights[name] = (value[:, :172] if "down_proj" in name else value[:172]).contiguous()
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    run, target = fit(tmp_path / "run", "--model.base", str(base), "--trainer.max_steps", "2"), tmp_path / "out"
-    capsys.readouterr()
-    assert main(["merge", "--run", str(run), "--output", str(target), "--dtype", "4bit"]) == 0
-    kept = "stays  in float16, for bitsandbytes on some CPUs: gate_proj, up_proj, down_proj, of odd widths\n"
-    assert kept in capsys.readouterr().out
-    written = json.loads((target / "config.json").read_text())
-    assert written["quantization_config"]["llm_int8_skip_modules"] == ["lm_head", "gate_proj", "up_proj", "down_proj"]
-    model = AutoModelForCausalLM.from_pretrained(target).eval()  # its shortcut as it is
-    layer = model.get_submodule("model.layers.1")
-    assert [type(part).__name__ for part in (layer.mlp.up_proj, layer.self_attn.q_proj)] == ["Linear", "Linear4bit"]
-    assert logits(model, torch.tensor([[1, 40, 41, 42]])).isfinite().all()
-    name = "model.layers.1.mlp.up_proj.weight"
-    trained = LoraWeights(run / "adapter").add_to(name, as_trained(weights[name], torch.float32))
-    assert torch.equal(layer.mlp.up_proj.weight, trained.half())  # not the base's own: there was no need to round
-    again = fit(tmp_path / "again", "--model.base", str(target), "--trainer.max_steps", "2")
-    output = tmp_path / "whole"
-    assert main(["merge", "--run", str(again), "--output", str(output), "--dtype", "float32"]) == 0  # compared inside
 
 
 def test_onto_the_original_weights(run, tmp_path, capsys):

@@ -4,7 +4,7 @@ Reads safetensors, the base's and the adapter's, without peft and without a mode
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -122,23 +122,12 @@ def as_trained(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(packed, state)
 
 
-def in_4_bits(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A weight in NF4 with double quantisation, and what belongs to it, under the names that transformers loads."""
-    from bitsandbytes.functional import quantize_4bit
-
-    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
-    yield name, packed.cpu()
-    for part, value in state.as_dict(packed=True).items():
-        yield f"{name}.{part}", value.cpu()
-
-
 def merged_tensors(
     weights: StoredWeights,
     lora: LoraWeights,
     onto: Onto,
     trained_in: torch.dtype,
     device: torch.device,
-    always_quantized: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the merged model, fp32, computed on ``device``, one after the other.
 
@@ -148,7 +137,6 @@ def merged_tensors(
         onto: ``quantized`` adds to what 4 bits leave of the base, ``original`` to the base as it is stored.
         trained_in: the dtype in which the base was loaded in training, before it was quantised.
         device: a GPU where there is one; the figures are the same.
-        always_quantized: kinds of linear layers that ``original`` does not hold for.
     """
     for name in weights.names:
         if weights.state(name):
@@ -156,7 +144,6 @@ def merged_tensors(
         else:
             value = weights[name].to(device)
             linear = LINEAR.fullmatch(name)
-            as_it_was = onto == "quantized" or (linear and linear[1] in always_quantized)
-            if as_it_was and not weights.in_4_bits:  # there, what is in 16 bits was trained in 16 bits
+            if onto == "quantized" and not weights.in_4_bits:  # there, what is in 16 bits was trained in 16 bits
                 value = as_trained(value, trained_in) if linear else value.to(trained_in)
         yield name, lora.add_to(name, value.float())

@@ -120,20 +120,15 @@ def _compute_in_fp32(model: torch.nn.Module) -> None:
 
 
 def difference(folder: Path, wanted: Reference, device: torch.device) -> Difference:
-    """Of the model in ``folder`` from ``wanted``; one in 4 bits is loaded as a whole, as its users will."""
-    base = find_base(str(folder))
-    if base.in_4_bits:
-        logits = _logits(load.load_base(base, torch.float16, device, "sdpa"), wanted.input_ids)
-    else:
-        logits = streamed_logits(base, wanted.input_ids, device)
-    found = logits[wanted.is_token]
+    """Of the model in ``folder`` from ``wanted``."""
+    found = streamed_logits(find_base(str(folder)), wanted.input_ids, device)[wanted.is_token]
     agreement = (found.argmax(-1) == wanted.logits.argmax(-1)).float().mean().item()
     # A maximum over NaN is NaN, whatever else there is.
     return Difference((found - wanted.logits).abs().max().item(), agreement, len(found))
 
 
 def check(found: Difference, dtype: str) -> None:
-    """Raises UserError for more than rounding to ``dtype`` explains; 4 bits may move it by anything finite."""
+    """Raises UserError for more than rounding to ``dtype`` explains; another model may be anything finite."""
     limit = LARGEST_DIFFERENCE.get(dtype, math.inf)
     if not math.isfinite(found.greatest) or found.greatest > limit:
         raise UserError(

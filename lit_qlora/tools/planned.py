@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -31,7 +32,7 @@ from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.shape import known_config
 from lit_qlora.model.weights import check_weights
 from lit_qlora.storage.run import RunFolder
-from lit_qlora.trainer import QLoRATrainer
+from lit_qlora.trainer import QLoRATrainer, own_callbacks, own_plugins
 from lit_qlora.training import QLoRACLI
 
 CHARACTERS_A_TOKEN, TOKENS_A_TURN = 3.3, 6
@@ -117,7 +118,15 @@ class Planned(NamedTuple):
 def parse(args: list[str]) -> Any:
     """All of fit's options, with their values by ``args`` and the config. Raises as `read` does."""
     completed = start.complete(["fit", *args])
-    return _Options(completed._replace(args=["plan", *completed.args[1:]])).config["plan"]
+    parsed = _Options(completed._replace(args=["plan", *completed.args[1:]]))
+    options = parsed.config["plan"]
+    # Of all that fit builds, the classes of the user's choice alone, but for loggers, which may call somebody.
+    own = Namespace(trainer=Namespace(callbacks=options.trainer.callbacks, plugins=options.trainer.plugins))
+    if own.trainer.callbacks or own.trainer.plugins:
+        own = parsed._parser("plan").instantiate_classes(own)
+    own_callbacks(own.trainer.callbacks, options.trainer.limit_val_batches != 0)
+    own_plugins(own.trainer.plugins)
+    return options
 
 
 def read(args: list[str]) -> Planned:

@@ -84,6 +84,30 @@ def test_what_a_fit_refuses_is_refused(capsys):
 
 
 @pytest.mark.parametrize(
+    ("trainer", "named"),
+    [
+        ("callbacks: [{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]", "Accumulation"),
+        ("callbacks: {class_path: WeightAveraging}", "WeightAveraging"),
+        ("callbacks: [{class_path: EarlyStopping, init_args: {monitor: nope}}]", "'nope'"),
+        (
+            "{limit_val_batches: 0, callbacks: {class_path: EarlyStopping, init_args: {monitor: val/loss}}}",
+            "'val/loss'",
+        ),
+        ("plugins: lightning.pytorch.plugins.environments.SLURMEnvironment", "SLURMEnvironment"),
+    ],
+    ids=range(5),
+)
+def test_a_class_of_ones_own_that_a_fit_refuses_is_refused_in_the_same_words(trainer, named, capsys, plan):
+    Path("my.yaml").write_text(f"trainer:\n  {trainer}\n" if trainer[0] != "{" else f"trainer: {trainer}\n")
+    said = []
+    for verb in ("fit", "plan"):
+        assert main([verb, "--config", "my.yaml"]) == 2
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+    assert said[1].startswith("error: trainer.") and named in said[1] and said[1].count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "told"),
     [
         (

@@ -114,8 +114,8 @@ class RunIdentity(Callback):
             # What was restored is the rate that the shorter schedule had come to.
             scheduler: Any = config.scheduler
             pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            scheduler._last_lr = [highest * factor(scheduler.last_epoch) for highest, factor in pairs]
-            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            rates = [highest * factor(scheduler.last_epoch) for highest, factor in pairs]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
         print(
             f"   run  {self._old_steps:,} steps became {steps:,}: from step {trainer.global_step} on, the learning "

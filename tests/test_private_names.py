@@ -1,0 +1,114 @@
+"""Each use of another project's private name is here with its reason: they may change with any release of it."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "lit_qlora").rglob("*.py"))}
+
+USED = {
+    # Lightning: its loops have no hook between two optimizer steps, and its command line no subcommand without a run.
+    "_data_fetcher": "what its loop asks for whether a validation follows; callbacks/steps.py",
+    "_should_check_val_fx": "whether a validation follows this micro-batch; callbacks/steps.py",
+    "_should_accumulate": "whether a gradient waits for the rest of its step; callbacks/steps.py",
+    "_logger_connector": "holds the next; callbacks/steps.py",
+    "_first_loop_iter": "is set by a validation that Lightning did not begin; callbacks/steps.py",
+    "_get": "the options of a section, as LightningCLI itself reads them",
+    "_parser": "the parser of one verb, which the kept configuration is read and written with",
+    "_parse_ckpt_path": "would load a pickle and let it override the command line",
+    "_prepare_subcommand_parser": "where a verb gets an option that the others do not have",
+    "_run_subcommand": "tools/planned.py: a command line that runs nothing",
+    "_set_seed": "the same",
+    "_trainer": "a module without a Trainer has none; the public name raises",
+    # jsonargparse: types of options, for the nearest name, a stranger's config and flags that stand alone.
+    "_actions": "argparse's own list of options, which has no public name",
+    "_typehint": "an option's type",
+    # torch
+    "_dynamo": "the only way to say which dimension changes in size from call to call",
+    "_is_amx_tile_supported": "whether bf16 pays on this processor; torch.backends.cpu has a single answer",
+    "_is_avx512_bf16_supported": "the same",
+    "_efficient_attention_forward": "the kernel that gives the sums that its own gradient needs",
+    "_scaled_dot_product_cudnn_attention": "an operator whose output recomputation keeps",
+    "_scaled_dot_product_efficient_attention": "the same",
+    "_scaled_dot_product_flash_attention": "the same",
+    "_scaled_dot_product_flash_attention_for_cpu": "the same",
+    "_foreach_add_": "one kernel for hundreds of small tensors, as torch's optimizers have it",
+    "_foreach_copy_": "the same",
+    "_foreach_zero_": "the same",
+    "_IncompatibleKeys": "the type that load_state_dict returns",
+    # transformers, tokenizers, jinja2
+    "_attn_implementation": "how one layer by itself learns which attention to use",
+    "_compile_jinja_template": "a template as a tokenizer reads it, block by block",
+    "_tokenizer": "the fast tokenizer's own rules, for the fingerprint",
+    "_fail_with_undefined_error": "jinja2's documented place to say which name is not defined",
+}
+PUBLIC = {"_asdict", "_replace", "_exit"}
+"""Documented in spite of the underscore: named tuples', and os._exit."""
+
+MADE_BY_METACLASS = {"_abc_impl", "_backward_cls", "_is_protocol", "_is_runtime_protocol"}
+"""Of each class, by its metaclass: nobody wrote them."""
+
+
+def test_private_names_of_others_are_listed_with_a_reason_and_none_is_listed_for_nothing() -> None:
+    found: dict[str, list[str]] = {}
+    for name, place in [*_of_others(), *_overridden()]:
+        found.setdefault(name, []).append(place)
+    assert {name: places for name, places in found.items() if name not in USED} == {}
+    assert {*USED} - {*found} == set()
+    assert len(USED) <= 30  # the aim is 20
+
+
+def _own() -> set[str]:
+    """Private names that this project defines somewhere."""
+    found = set[str]()
+    for tree in TREES.values():
+        # A name without a value is of a base, for the type checker.
+        declared = {
+            id(node.target) for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.value is None
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in declared:
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found |= {node.attr} if getattr(node.value, "id", "") in ("self", "cls") else set()
+    return found
+
+
+def _of_others() -> Iterator[tuple[str, str]]:
+    """Private names that are read off something, imported or written as a text, and are none of this project's."""
+    own = _own() | PUBLIC
+    for path, tree in TREES.items():
+        in_f_strings = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Attribute):
+                names = [node.attr]
+            elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lit_qlora"):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [part for alias in node.names for part in alias.name.split(".")]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in in_f_strings:
+                names = [node.value]  # for getattr
+            yield from ((name, f"{path.relative_to(ROOT)}:{node.lineno}") for name in names if _is_private(name, own))
+
+
+def _overridden() -> Iterator[tuple[str, str]]:
+    """Private names that a class here defines over one of the same name in a foreign base."""
+    for path in TREES:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for kind in vars(importlib.import_module(name)).values():
+            if inspect.isclass(kind) and kind.__module__ == name:
+                foreign = [base for base in kind.__mro__[1:] if not base.__module__.startswith("lit_qlora")]
+                known = {one for base in foreign for one in vars(base)}
+                for one in known & {*vars(kind)}:
+                    if _is_private(one, MADE_BY_METACLASS):
+                        yield one, f"{name}.{kind.__qualname__}"
+
+
+def _is_private(name: str, but: set[str]) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name.isidentifier() and name not in {"_", *but}

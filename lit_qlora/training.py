@@ -26,7 +26,7 @@ from lit_qlora.callbacks.progress import RunProgress
 from lit_qlora.callbacks.record import KeepRecord
 from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
-from lit_qlora.callbacks.steps import SeedByPosition
+from lit_qlora.callbacks.steps import SeedByPosition, StepCallback, StepEdge
 from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit, parse_max_time
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.trial import Trial
@@ -246,7 +246,7 @@ class QLoRACLI(LightningCLI):
             self.datamodule.recall(self.run.rows)
         shows_bar = config.get("enable_progress_bar") is not False
         metrics, throughput = TrainMetrics(), Throughput()
-        bars: list[Callback] = [RunProgress(metrics, throughput)] if shows_bar else []
+        bars: list[StepCallback] = [RunProgress(metrics, throughput)] if shows_bar else []
         # A checkpoint has a word of these, and is to find whom it is for.
         callbacks, loggers = [metrics, throughput, UpdateGuard(), SamePrompts(), *bars], list[Logger]()
         if self.verb == "fit":
@@ -261,8 +261,8 @@ class QLoRACLI(LightningCLI):
         }
         return QLoRATrainer(**config)
 
-    def _fit_parts(self, figures: list[Callback], bars: list[Callback]) -> tuple[list[Callback], list[Logger]]:
-        """In the order in which they must hear of a step: figures first, then what saves, then what may end it."""
+    def _fit_parts(self, figures: list[StepCallback], bars: list[StepCallback]) -> tuple[list[Callback], list[Logger]]:
+        """The callbacks of a training run, and its loggers."""
         options = self.config_init[self.verb]
         checkpoints = RunCheckpoints(
             self.run, options.save_every_steps, options.keep_checkpoints, options.save_every_minutes
@@ -273,7 +273,7 @@ class QLoRACLI(LightningCLI):
         self.checkpoints, stop = checkpoints, StopOnSignal(checkpoints)
         limit_s = parse_max_time(options.max_time) if options.max_time is not None else None
         limits = [TimeLimit(limit_s, self.started_at, stop)] if limit_s is not None else []
-        memory = PeakMemory()
+        memory, held_out, guard = PeakMemory(), HeldOutMetrics(), UpdateGuard(options.max_nonfinite_losses)
         patience = options.early_stopping
         require(patience is None or patience >= 1, "early_stopping", "none, or a whole number from 1", patience)
         validates = options.trainer.limit_val_batches != 0
@@ -284,11 +284,11 @@ class QLoRACLI(LightningCLI):
         callbacks = [
             SeedByPosition(options.data.seed),
             KeepRecord(),
-            UpdateGuard(options.max_nonfinite_losses),
+            guard,
             *figures,
             memory,
             Trial(),
-            HeldOutMetrics(),
+            held_out,
             options.samples,
             *bars,
             *early,
@@ -297,6 +297,8 @@ class QLoRACLI(LightningCLI):
             checkpoints,
             self.report,
             stop,
+            # Figures first, then what validates, then what saves, then what may end the run.
+            StepEdge([guard, *figures, held_out, *bars, *limits, checkpoints, stop]),
         ]
         given = options.trainer.logger
         board = EventFile(self.run.path, as_yaml(self.run.read_config())) if given is not False else None

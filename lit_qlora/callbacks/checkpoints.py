@@ -98,7 +98,6 @@ class RunCheckpoints(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        super().on_train_start(trainer, pl_module)
         begin_epoch(trainer)
         self._last_save_at = self.clock()
 

@@ -34,7 +34,6 @@ class TrainMetrics(StepCallback):
     ) -> None:
         """Adds a micro-batch's sums."""
         self.sums.add(outputs)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
         """Records where the log interval ends."""

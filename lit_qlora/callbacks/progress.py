@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from lit_qlora.callbacks.metrics import TrainMetrics
-from lit_qlora.callbacks.steps import is_log_step
+from lit_qlora.callbacks.steps import StepCallback, is_log_step
 from lit_qlora.callbacks.throughput import Throughput
 
 
-class RunProgress(ProgressBar):
+class RunProgress(StepCallback, ProgressBar):
     """One bar over all optimizer steps, and one for a validation in its place while it runs.
 
     In its place, and not below: a notebook knows how to go back in a line, and not how to go up to another.
@@ -41,14 +41,16 @@ class RunProgress(ProgressBar):
             disable=not self.is_terminal,
         )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        """Renews the time that is shown: a step may have many micro-batches."""
+        assert self._bar is not None
+        self._bar.update(0)
+
+    def on_step_end(self, trainer: Trainer, module: Any) -> None:
         """Moves the bar; figures are renewed where they were recorded, which costs no wait."""
         assert self._bar is not None
-        moved = trainer.global_step > self._bar.n
         self._bar.n = trainer.global_step
-        if moved and is_log_step(trainer):
+        if is_log_step(trainer):
             figures = f"loss {self.metrics.last_loss:.3f}, {self.throughput.tokens_per_second:,.0f} tokens/s"
             self._bar.set_postfix_str(figures, refresh=False)
             if not self.is_terminal:

@@ -1,9 +1,10 @@
-"""Owns the moment after an optimizer step, which Lightning has no hook for, and the seed before each micro-batch.
+"""Owns the edge between two optimizer steps, which Lightning has no hook for, and the seed before each micro-batch.
 
-Knows nothing of what is done at that moment.
+It alone touches Lightning's loops where they are private. Knows nothing of what is done at the edge.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,24 @@ from lit_qlora.batch import Batch
 
 
 class StepCallback(Callback):
-    """A callback with `on_step_end`, called once after each optimizer step, before a validation that follows it."""
+    """A callback with a part in the edge between two optimizer steps; `StepEdge` says when, and in which order."""
 
-    _seen = 0
+    def on_step_end(self, trainer: Trainer, module: Any) -> None:
+        """Called once ``trainer.global_step`` optimizer steps are done, before a validation that follows."""
+
+
+class StepEdge(Callback):
+    """Calls `on_step_end` of each of its parts once after each optimizer step, one after the other.
+
+    Stands last in the Trainer's list: what a micro-batch adds to the parts is added by then.
+
+    Args:
+        parts: In the order in which they act on a step.
+    """
+
+    def __init__(self, parts: Sequence[StepCallback]) -> None:
+        self.parts = [*parts]
+        self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts from the step that a resumed run is at."""
@@ -24,13 +40,12 @@ class StepCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Calls `on_step_end` where this micro-batch was a step's last."""
-        if trainer.global_step != self._seen:
-            self._seen = trainer.global_step
-            self.on_step_end(trainer, pl_module)
-
-    def on_step_end(self, trainer: Trainer, module: Any) -> None:
-        """Called when ``trainer.global_step`` optimizer steps are done."""
+        """Goes through the parts where this micro-batch was a step's last."""
+        if trainer.global_step == self._seen:
+            return
+        self._seen = trainer.global_step
+        for part in self.parts:
+            part.on_step_end(trainer, pl_module)
 
 
 def is_log_step(trainer: Trainer) -> bool:

@@ -23,7 +23,7 @@ class StopOnSignal(StepCallback):
     """Ends the run at the next edge between optimizer steps, with exit status 128 + the signal's number.
 
     A validation under way, or one that follows the step, is finished first: a state saved before it would go
-    on without it. Stands last in the Trainer's list, so that all else is done. A second Ctrl-C or SIGTERM leaves at
+    on without it. The last part of the step's edge, so that all else is done. A second Ctrl-C or SIGTERM leaves at
     once; a SIGHUP or SIGUSR1 behind any other signal changes nothing.
     """
 
@@ -40,7 +40,6 @@ class StopOnSignal(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals."""
-        super().on_train_start(trainer, pl_module)
         self._previous = take_over(self._handle)
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
@@ -88,7 +87,7 @@ class TimeLimit(StepCallback):
     """Ends the run, saved and with status 0, before ``limit_s`` seconds are over; one step is always done.
 
     The margin is the longest that a step has taken so far, the longest validation and the longest save together.
-    Stands before `RunCheckpoints`.
+    A part of the step's edge before `RunCheckpoints`.
 
     Args:
         limit_s: seconds.
@@ -106,7 +105,6 @@ class TimeLimit(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first step begins."""
-        super().on_train_start(trainer, pl_module)
         self._last_edge_at = self.clock()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

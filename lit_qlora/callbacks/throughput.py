@@ -22,7 +22,6 @@ class Throughput(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock; the first batch starts it."""
-        super().on_train_start(trainer, pl_module)
         self._since = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -35,7 +34,6 @@ class Throughput(StepCallback):
         """Counts a micro-batch's tokens."""
         self._tokens += batch.num_tokens
         self._places += batch.input_ids.numel()
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: Trainer, module: object) -> None:
         """Records where the log interval ends; each step there waits for the device already, to tell its loss."""

@@ -13,7 +13,6 @@ class HeldOutMetrics(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scores the base: a new adapter changes nothing yet."""
-        super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
             run_validation(trainer)
 

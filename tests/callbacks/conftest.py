@@ -15,7 +15,7 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.guards import UpdateGuard
 from lit_qlora.callbacks.metrics import TrainMetrics
 from lit_qlora.callbacks.record import KeepRecord
-from lit_qlora.callbacks.steps import SeedByPosition
+from lit_qlora.callbacks.steps import SeedByPosition, StepCallback, StepEdge
 from lit_qlora.callbacks.stop import StopOnSignal
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import HeldOutMetrics
@@ -122,6 +122,7 @@ def trainer(tmp_path):
 
     def make(*callbacks, val_check_interval=1.0, **options):
         by_epoch = isinstance(val_check_interval, float)
+        edge = StepEdge([callback for callback in callbacks if isinstance(callback, StepCallback)])
         defaults = {
             "accelerator": "cpu",
             "max_epochs": 1,
@@ -130,7 +131,7 @@ def trainer(tmp_path):
             "plugins": [FolderCheckpointIO()],
         }
         return Trainer(
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, edge],
             default_root_dir=tmp_path,
             val_check_interval=val_check_interval,
             check_val_every_n_epoch=1 if by_epoch else None,
@@ -175,6 +176,7 @@ def full_run(trainer):
             parts.stop,
             **{"logger": [Record(run)], **options},
         )
+        (parts.edge,) = (callback for callback in parts.trainer.callbacks if isinstance(callback, StepEdge))
         return parts
 
     return make

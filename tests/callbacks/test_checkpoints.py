@@ -202,7 +202,7 @@ def test_damaged_ones_with_higher_numbers_take_no_place(full_run, tiny, rows, tm
             saved.append(run.saved_steps())
 
     parts = full_run(run.path, save_every_steps=1, keep=2)
-    parts.trainer.callbacks.append(Look())
+    parts.edge.parts.append(Look())
     parts.trainer.fit(tiny(), datamodule=rows(10), ckpt_path=run.checkpoint(6))
     assert saved[:3] == [[6, 7], [7, 8], [8, 9]]
     for step in (9, 10):

@@ -185,6 +185,12 @@ class Clock:
         return self.now
 
 
+def add(parts, limit):
+    """Before all that saves and stops."""
+    parts.trainer.callbacks.insert(0, limit)
+    parts.edge.parts.insert(0, limit)
+
+
 @pytest.mark.parametrize(
     ("limit_s", "options", "expected"),
     [
@@ -208,7 +214,7 @@ def test_the_time_limit_stops_before_it_is_over(full_run, tiny, rows, tmp_path, 
 
     options = {"limit_val_batches": 0, "save_every_steps": 100, **options}
     parts = full_run(tmp_path / "run", **options)
-    parts.trainer.callbacks.insert(0, TimeLimit(limit_s, 0.0, parts.stop, clock))
+    add(parts, TimeLimit(limit_s, 0.0, parts.stop, clock))
     if expected is None:
         parts.trainer.fit(Timed(), datamodule=rows(12))
         assert parts.run.saved_steps() == [12]
@@ -238,7 +244,7 @@ def test_the_time_limit_leaves_room_for_two_saves_around_a_step(full_run, tiny, 
         write(trainer, target)
 
     parts.checkpoints._write_checkpoint, parts.checkpoints.clock = slow, clock
-    parts.trainer.callbacks.insert(0, TimeLimit(12, 0.0, parts.stop, clock))
+    add(parts, TimeLimit(12, 0.0, parts.stop, clock))
     with pytest.raises(SystemExit) as stop:
         parts.trainer.fit(Timed(), datamodule=rows(12))
     assert (stop.value.code, parts.run.saved_steps()) == (0, [1, 2])

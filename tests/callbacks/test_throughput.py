@@ -50,6 +50,8 @@ def train(speed, trainer, clock, seconds, steps=True):
     clock.now += seconds
     trainer.global_step += steps
     speed.on_train_batch_end(trainer, None, {}, BATCH, 0)
+    if steps:
+        speed.on_step_end(trainer, None)
 
 
 def test_tokens_that_are_not_padding_are_counted_by_the_second(fake, clock, lines):

@@ -122,7 +122,7 @@ class StepLines:
 
     def _append(self, content: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._sound_bytes is not None:
+        if self._sound_bytes is not None and self.path.is_file():
             os.truncate(self.path, self._sound_bytes)
         self._sound_bytes = self.path.stat().st_size if self.path.is_file() else 0
         self._is_synced = False

@@ -77,19 +77,19 @@ class Record(Logger):
         assert step is not None, "figures are recorded under a step"
         figures = {name: _plain(float(value)) for name, value in metrics.items()}
         self._move_to(self.trainer.global_step if self.trainer else step)
+        if self.board:
+            self.board.add([figures_event(step, figures)], anew=self._open.figures.keys() & figures.keys())
         if step == self._step:
             self._open.figures |= figures
         else:
             self._open.others.append([step, figures])
-        if self.board:
-            self.board.add([figures_event(step, figures)])
 
     def log_samples(self, samples: Figures, step: int) -> None:
         """Records the sample answers of a validation, in the form of `figures.samples`."""
         self._move_to(step)
-        self._open.samples = samples
         if self.board:
-            self.board.add(_tables(step, samples))
+            self.board.add(_tables(step, samples), anew=self._open.samples)
+        self._open.samples = samples
 
     def save(self) -> None:
         """Has the written lines on the disk, for a checkpoint that is to follow; the open step is in that."""

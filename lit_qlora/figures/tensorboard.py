@@ -7,7 +7,7 @@ comes back at once, and TensorFlow, where it is installed, is not imported. Know
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,20 @@ class EventFile:
         self._config = config
         self._earlier = [*folder.glob(PATTERN)]
         self._path: Path | None = None
-        self._is_stale = True
+        self._is_stale, self._is_doubled = True, False
         self.problem: str | None = None
         """Why the file lacks what came last; None where it has it."""
 
-    def add(self, events: Iterable[Event]) -> None:
-        """Appends ``events``; not to a stale file, which `refresh` writes anew with them."""
+    def add(self, events: Iterable[Event], anew: Collection[str] = ()) -> None:
+        """Appends ``events``; not to a stale file, which `refresh` writes anew with them.
+
+        Args:
+            events: What came.
+            anew: What of it takes the place of something that the file has already: two validations of one step.
+        """
         if self._is_stale or self._path is None:
             return
+        self._is_doubled |= bool(anew)
         sound_bytes = self._path.stat().st_size if self._path.is_file() else 0
         try:
             _append(self._path, events)
@@ -71,7 +77,7 @@ class EventFile:
 
     def refresh(self, events: Callable[[], Iterable[Event]]) -> None:
         """Writes the file anew, where it is stale, with all ``events``: aside, then in place of the earlier ones."""
-        if not self._is_stale:
+        if not (self._is_stale or self._is_doubled):
             return
         aside = self.folder / _ASIDE
         try:
@@ -86,7 +92,8 @@ class EventFile:
             self._fail(error)
             return
         self._clear_earlier()
-        self._path, self._earlier, self._is_stale, self.problem = path, [path], False, None
+        self._path, self._earlier, self.problem = path, [path], None
+        self._is_stale = self._is_doubled = False
 
     def _clear_earlier(self) -> None:
         """Empties the newest and removes the rest: an open page that reads a file must find it, to go to the next."""

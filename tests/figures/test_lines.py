@@ -132,6 +132,17 @@ def test_a_file_that_cannot_be_changed_is_one_error_and_as_it_was(tmp_path, monk
     assert path.read_bytes() == before
 
 
+def test_a_file_that_could_not_even_be_begun_is_begun_later(tmp_path, capsys):
+    (tmp_path / "run").touch()
+    file = StepLines(tmp_path / "run" / "metrics.jsonl")
+    file.add(1, {"a": 1})
+    file.add(2, {"a": 2})
+    assert file.problem and capsys.readouterr().err.count("error: ") == 1
+    (tmp_path / "run").unlink()
+    file.add(3, {"a": 3})
+    assert steps(file.path) == [1, 2, 3] and file.problem is None
+
+
 def test_lines_are_on_the_disk_before_a_checkpoint_is_and_synced_once(tmp_path, monkeypatch, capsys):
     synced, real = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_size), real(number)))

@@ -98,6 +98,17 @@ def test_a_page_that_is_open_meanwhile_drops_what_it_had(tmp_path):
     assert [event.step for event in page.Tensors("a")] == [0, 2]
 
 
+def test_a_step_that_is_validated_twice_shows_what_came_last(tmp_path):
+    """As the files have it: in the middle of a long window, a validation falls on the step of the one before."""
+    record = start(tmp_path)
+    log(record, (0, 8.0), (0, "first"), (0, 1.0), (0, "second"), (1, 0.5))
+    record.save()
+    log(record, (2, 0.25))
+    found = shown(tmp_path)
+    assert found["a"] == [(0, 1.0), (1, 0.5), (2, 0.25)]
+    assert [text.splitlines()[-1] for _, text in found["samples"]] == ["| p | second | second |"]
+
+
 def test_figures_under_counts_of_their_own_come_again_too(tmp_path):
     record = start(tmp_path)
     record.trainer = type("Trainer", (), {"global_step": 2})()

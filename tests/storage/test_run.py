@@ -13,7 +13,7 @@ import pytest
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import remove_folder, verify_folder, write_folder
-from lit_qlora.storage.run import RunFolder, differences, newest_run, open_run, run_path
+from lit_qlora.storage.run import RunFolder, differences, newest_run, open_run, put_adapter_back, run_path
 
 
 @pytest.fixture
@@ -355,3 +355,43 @@ def test_a_damaged_config_is_told_with_what_to_do(run, content, reason, expect_e
     run.config.write_bytes(content)
     expect_error(run.read_config, run.config, reason, "put a copy of it back")
     assert run.write_config("a: 1\n").name == "config.2.yaml"
+
+
+def adapter(folder, step):
+    write_folder(folder, lambda new: (new / "result.json").write_text(json.dumps({"step": step})))
+
+
+def step_of(folder):
+    return json.loads((folder / "result.json").read_text())["step"] if folder.exists() else None
+
+
+@pytest.mark.parametrize(
+    ("best", "copy", "mirrored", "must_stay", "stands", "aside"),
+    [
+        (6, None, None, True, 6, None),  # that of the checkpoint's own step
+        (7, 6, None, True, 6, 7),
+        (7, 4, None, False, 4, 7),
+        (7, None, None, False, None, 7),  # the checkpoint had none
+        (7, 7, None, False, None, 7),
+        (7, 7, 5, True, 5, 7),
+        (7, 7, 9, True, 7, None),  # no better one is left of what the checkpoint had
+        (None, None, None, False, None, None),
+    ],
+)
+def test_a_best_adapter_from_behind_the_checkpoint_makes_way_for_that_of_the_checkpoint(
+    run, tmp_path, capsys, best, copy, mirrored, must_stay, stands, aside
+):
+    there = tmp_path / "mirror"
+    for folder, step in ((run.adapter, best), (run.adapter_copy, copy), (there, mirrored)):
+        if step is not None:
+            adapter(folder, step)
+    put_adapter_back(run, 6, there, must_stay=must_stay)
+    assert (step_of(run.adapter), step_of(run.path / "adapter.before")) == (stands, aside)
+    assert ("behind step 6" in capsys.readouterr().out) == (aside is not None)
+
+
+def test_what_was_put_aside_before_makes_way_for_what_is_put_aside_now(run):
+    for step in (7, 9):
+        adapter(run.adapter, step)
+        put_adapter_back(run, 6)
+    assert step_of(run.path / "adapter.before") == 9

@@ -11,6 +11,8 @@ from lit_qlora.secrecy import redact
 
 SHOWN = 80
 """Characters of a value that an error shows, at most."""
+LONGEST_SECRET = 500
+"""Characters behind those that are shown that are looked through, too: all of a long text would take minutes."""
 
 
 class UserError(Exception):
@@ -106,10 +108,11 @@ def excerpt(value: object) -> str:
 
 
 def cut(text: str, most: int = SHOWN) -> str:
-    """``text`` in at most ``most`` characters."""
+    """``text`` in at most ``most`` characters; a secret is replaced before, for half of one is not known as such."""
+    text = redact(text[: most + LONGEST_SECRET])
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def one_line(error: object, most: int = 200) -> str:
     """What an error of others says, in one line of at most ``most`` characters."""
-    return " ".join(str(error).split())[:most]
+    return redact(" ".join(str(error).split())[: most + LONGEST_SECRET])[:most]

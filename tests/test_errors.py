@@ -73,6 +73,14 @@ def test_a_long_value_is_cut() -> None:
     assert len(str(caught.value)) < 140
 
 
+@pytest.mark.parametrize("before", [1, 25, 85])
+def test_a_secret_is_not_cut_in_two(before: int) -> None:
+    said = f"{'a ' * before}https://me:correct-horse-battery-staple@example.org/x"
+    for short in (excerpt(said), cut(said), one_line(said)):
+        assert "horse" not in short and "correct" not in short
+        assert len(short) <= 200
+
+
 def test_what_others_say_in_one_line() -> None:
     assert one_line(ValueError("no\n  such  key")) == "no such key"
     assert one_line("x" * 300) == "x" * 200

@@ -22,8 +22,9 @@ from lit_qlora.console import tell
 from lit_qlora.errors import require
 from lit_qlora.figures.card import write_card
 from lit_qlora.storage.checkpoint_io import check_checkpoint
-from lit_qlora.storage.files import SaveError, read_json
+from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
+from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import CARD, RunFolder, mend_adapter, put_adapter_back
 
 RESULT = "result.json"
@@ -281,4 +282,4 @@ def _makes_way(target: Path) -> bool:
 def read_result(adapter: Path) -> dict[str, Any] | None:
     """The step and the held-out figures of a run's adapter; None where there is no adapter yet."""
     file = adapter / RESULT
-    return read_json(file) if file.is_file() else None
+    return read_object(file) if file.is_file() else None

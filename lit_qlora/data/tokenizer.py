@@ -149,7 +149,7 @@ def _check_config(base: str, location: str) -> None:
         return
     place = f"no tokenizer could be loaded from {excerpt(base)}"
     try:
-        told = read_object(place, Path(file))
+        told = read_object(Path(file), place)
         for key, kind in KEYS.items():
             if key in told:
                 check(f"{place}: tokenizer_config.json", key, kind, told[key])

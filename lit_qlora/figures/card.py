@@ -14,7 +14,7 @@ import yaml
 
 from lit_qlora.figures.curves import CURVES, draw_curves
 from lit_qlora.figures.samples import ends_in_words
-from lit_qlora.storage.files import read_json
+from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import CARD, RunFolder, as_yaml
 from lit_qlora.text.formats import chosen
 
@@ -60,7 +60,7 @@ def write_card(
         settings: The configuration of this start; None: that of the run's first.
     """
     if settings or run.config.is_file():
-        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+        base = read_object(folder / "adapter_config.json")["base_model_name_or_path"]
         has_curves = draw_curves(folder / CURVES, figures, step)
         text = card(str(base), settings or run.read_config(), figures, step, training_s, has_curves)
         (folder / CARD).write_text(text, encoding="utf-8")

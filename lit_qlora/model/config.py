@@ -134,7 +134,7 @@ def read_config(name: str, file: Path) -> dict[str, Any]:
 
 
 def _read_config(name: str, file: Path) -> dict[str, Any]:
-    told = read_object(name, file)
+    told = read_object(file, name)
     place = f"{name}: config.json"
     if told.get("model_type") != "llama":
         kind = told["model_type"] if isinstance(told.get("model_type"), str) else "model of unknown type"

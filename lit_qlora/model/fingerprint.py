@@ -21,7 +21,7 @@ from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.base import Base, commit, stored_file
 from lit_qlora.model.config import rope_of
 from lit_qlora.model.weights import Stored, stored_tensors
-from lit_qlora.storage.files import parse_json
+from lit_qlora.storage.foreign import read_object
 
 VERSION = "v2"
 ORIGINAL = "lit_qlora_original.json"
@@ -183,7 +183,6 @@ def _first_version(base: Base) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        told = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whatever it is, it is none of ours
+        return read_object(file)
+    except UserError:  # whatever it is, it is none of ours
         return {}
-    return told if isinstance(told, dict) else {}

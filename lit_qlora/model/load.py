@@ -22,8 +22,9 @@ from lit_qlora.model.device import Attention
 from lit_qlora.model.fingerprint import fingerprint, is_of, shown
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.weights import check_weights, fetch
-from lit_qlora.storage.files import disk_error, read_json
+from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
+from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import CARD
 from lit_qlora.text.formats import PromptFormat, chosen, from_record
 
@@ -189,7 +190,7 @@ def check_settings(folder: Path, lora: Lora) -> None:
 
     Raises UserError that names the first setting that differs.
     """
-    config = read_json(folder / "adapter_config.json")
+    config = read_object(folder / "adapter_config.json")
     of_adapter: dict[str, Any] = {
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
@@ -212,7 +213,7 @@ def check_settings(folder: Path, lora: Lora) -> None:
 
 def has_bias(folder: Path | None) -> bool:
     """Whether LoRA has biases in an adapter: the one thing of those that our own layers don't compute but DoRA."""
-    return folder is not None and bool(read_json(folder / "adapter_config.json").get("lora_bias"))
+    return folder is not None and bool(read_object(folder / "adapter_config.json").get("lora_bias"))
 
 
 def load_adapter(
@@ -236,7 +237,7 @@ def load_adapter(
         )
     stored = _stored(folder)
     try:
-        given = lora_config.arguments(read_json(folder / "adapter_config.json"))
+        given = lora_config.arguments(read_object(folder / "adapter_config.json"))
         config = LoraConfig(**given, task_type="CAUSAL_LM", inference_mode=not trainable)
         if dropout is not None:
             config.lora_dropout = dropout
@@ -280,7 +281,7 @@ def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: b
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = read_json(folder / "adapter_config.json")
+    config = read_object(folder / "adapter_config.json")
     for name, expected in {"r": rank, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": dora}.items():
         found = config.get(name) or False
         if found != expected:
@@ -316,7 +317,7 @@ def save_adapter(
         raise disk_error(error, folder) from error
     # peft writes the local path of the base and a card of blanks; neither is to leave this machine.
     config_file = folder / "adapter_config.json"
-    config = read_json(config_file)
+    config = read_object(config_file)
     config["base_model_name_or_path"] = base.public_name
     # peft keeps them in a set, whose order is another in each process.
     for name in ("target_modules", "exclude_modules"):
@@ -340,7 +341,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} is no adapter: it has no adapter_config.json")
-    config = read_json(folder / "adapter_config.json")
+    config = read_object(folder / "adapter_config.json")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"adapter_config.json says that it is {kind or 'of no type'}, expected LORA", place=folder)
@@ -354,7 +355,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             ) from error
     record = {"base": None, "base_fingerprint": None, **DEFAULT_FORMAT.record()}
     if (folder / RECORD).is_file():
-        record |= read_json(folder / RECORD)
+        record |= read_object(folder / RECORD)
         for name in TEXTS:
             told = record.get(name)
             require(isinstance(told, str | None), name, "a text", told, place=f"{folder}: {RECORD}")
@@ -399,7 +400,7 @@ def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
     remedy = "take an adapter that is as it was saved"
     if not record["base"] or not record["base_fingerprint"]:
         raise UserError(f"its {RECORD} does not say which base it is for: it was altered", place=folder, remedy=remedy)
-    config = read_json(folder / "adapter_config.json")
+    config = read_object(folder / "adapter_config.json")
     for name, key in IN_CONFIG.items():
         was, now = record.get(name), config.get(key) or False
         if was is not None and was != now:  # earlier versions recorded none of them

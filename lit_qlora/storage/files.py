@@ -97,17 +97,6 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where there is none."""
-    try:
-        values = parse_json(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} can't be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"expected a JSON object, got {type(values).__name__}", place=file)
-    return values
-
-
 def sync_file(path: Path) -> None:
     """Has a file on the disk, and readable by others: safetensors makes 0600."""
     try:

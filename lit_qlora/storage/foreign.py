@@ -42,21 +42,22 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
 
 
-def read_object(place: str, file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``, which messages call by its name in ``place``.
+def read_object(file: Path, place: str | None = None) -> dict[str, Any]:
+    """The JSON object in ``file``, which messages call by its path, or by its name in ``place``.
 
     Raises UserError where it can't be read, is no object, or larger than any such file is.
     """
+    name = file.name if place else str(file)
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for without a word
+            raise UserError(f"{name} is a folder, a pipe or a device, expected a file", place=place)
         if file.stat().st_size > LARGEST_FILE:
-            raise UserError(
-                f"{file.name} has {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}", place=place
-            )
+            raise UserError(f"{name} has {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}", place=place)
         told = parse_json(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{file.name} can't be read: {one_line(error)}", place=place) from error
+        raise UserError(f"{name} can't be read: {one_line(error)}", place=place) from error
     if not isinstance(told, dict):
-        raise UserError(f"{file.name}: expected a JSON object, got {shown(told)}", place=place)
+        raise UserError(f"{name}: expected a JSON object, got {shown(told)}", place=place)
     return told
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base, weight_files
-from lit_qlora.storage.files import output_path, read_json
+from lit_qlora.storage.files import output_path
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.text.formats import from_record
 from lit_qlora.tools.answering.answerer import choose_adapter
@@ -129,7 +129,7 @@ def _check_files(base: Base) -> None:
         )
     for name in ("config.json", "tokenizer_config.json"):
         try:
-            has_code = (folder / name).is_file() and "auto_map" in read_object(base.name, folder / name)
+            has_code = (folder / name).is_file() and "auto_map" in read_object(folder / name, base.name)
         except UserError as error:
             raise error.within("model") from error
         if has_code:
@@ -170,7 +170,7 @@ def _write_modelfile(model: Path, target: Path, beside: Path) -> None:
         print(f"no Modelfile: {model} does not say which prompts it was trained with (it has no {MERGED})")
         return
     try:
-        beside.write_text(from_record(read_json(record), model, MERGED).modelfile(target), encoding="utf-8")
+        beside.write_text(from_record(read_object(record), model, MERGED).modelfile(target), encoding="utf-8")
     except (ValueError, UserError) as error:
         print(f"no Modelfile: {error}")
         return

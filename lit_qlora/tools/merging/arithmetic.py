@@ -17,7 +17,7 @@ from lit_qlora.model import lora_config
 from lit_qlora.model.base import Base
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.weights import BUFFER, STATE, stored_tensors
-from lit_qlora.storage.files import read_json
+from lit_qlora.storage.foreign import read_object
 
 Onto = Literal["quantized", "original"]
 
@@ -66,7 +66,7 @@ class LoraWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._config = read_json(folder / "adapter_config.json")
+        self._config = read_object(folder / "adapter_config.json")
         lora_config.check(folder, self._config)
         if self._config.get("lora_bias"):
             raise UserError(

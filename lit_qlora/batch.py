@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     """Where several conversations are packed into one row, without padding: tokens of each. None sees another."""
 
 
-def halves(batch: Batch) -> list[Batch]:
+def split_batch(batch: Batch) -> list[Batch]:
     """``batch`` as two, each with about half of its conversations; as it is where there is only one.
 
     The denominator of the loss stays: the losses of the two add up to that of ``batch``.

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_qlora.batch import IGNORE_INDEX, Batch, answer_targets, halves
+from lit_qlora.batch import IGNORE_INDEX, Batch, answer_targets, split_batch
 
 LABELS = st.tuples(st.integers(1, 4), st.integers(1, 6)).flatmap(
     lambda shape: st.lists(
@@ -55,14 +55,14 @@ def test_equals_a_plain_loop(rows):
 def test_halves_by_hand():
     ids = torch.tensor([[1, 2, 0], [3, 4, 5], [6, 7, 0]])
     batch = Batch(ids, torch.tensor([0, 3, 4, 6]), torch.tensor([2, 4, 5, 7]), (9, 8, 7), 7, 4)
-    first, second = halves(batch)
+    first, second = split_batch(batch)
     assert first.input_ids.tolist() == [[1, 2, 0]]
     assert (first.positions.tolist(), first.targets.tolist(), first.rows) == ([0], [2], (9,))
     assert second.input_ids.tolist() == [[3, 4, 5], [6, 7, 0]]
     assert (second.positions.tolist(), second.targets.tolist(), second.rows) == ([0, 1, 3], [4, 5, 7], (8, 7))
     assert (first.step_answer_tokens, second.step_answer_tokens) == (4, 4)
     packed = Batch(torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([0, 3]), torch.tensor([2, 5]), (9, 8), 5, 2, (2, 3))
-    first, second = halves(packed)
+    first, second = split_batch(packed)
     assert (first.input_ids.tolist(), first.lengths, first.positions.tolist()) == ([[1, 2]], (2,), [0])
     assert (second.input_ids.tolist(), second.lengths, second.positions.tolist()) == ([[3, 4, 5]], (3,), [1])
-    assert halves(first) == [first]
+    assert split_batch(first) == [first]

@@ -35,14 +35,14 @@ class Layer(NamedTuple):
 
     linears: tuple[Linear, ...]
     lora: tuple[Tensor, ...]
-    casts: "Casts"
+    buffers: "LoraBuffers"
     norms: tuple[Tensor, Tensor]
     epsilon: float
     head_width: int
     pointwise: Pointwise
 
 
-class Casts:
+class LoraBuffers:
     """LoRA's weights of one layer in the dtype of activations: one set of buffers, which layers alike fill anew.
 
     A of linear layers that read the same input stand in one matrix, for one product instead of three; not where
@@ -137,13 +137,13 @@ def _why_not_lora(module: Any) -> str | None:
 _PROBE = torch.linspace(-3, 3, 7)
 
 
-def take_apart(model: Any, pointwise: Pointwise = EAGER) -> list[Layer]:
+def extract_layers(model: Any, pointwise: Pointwise = EAGER) -> list[Layer]:
     """The decoder layers of ``model``, a Llama with LoRA in 4-bit. Weights are shared with it, not copied.
 
     As it stands: dropout is of train mode only, and an adapter that is switched off has no part in them.
     """
-    casts: dict[Any, Casts] = {}
-    return [_take_apart(layer, pointwise, casts) for layer in model.get_base_model().model.layers]
+    buffers: dict[Any, LoraBuffers] = {}
+    return [_take_apart(layer, pointwise, buffers) for layer in model.get_base_model().model.layers]
 
 
 def _linears(layer: Any) -> list[Any]:
@@ -152,8 +152,8 @@ def _linears(layer: Any) -> list[Any]:
     return [*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _take_apart(layer: Any, pointwise: Pointwise, casts: dict[Any, Casts]) -> Layer:
-    """Layers whose LoRA is alike share one of ``casts``."""
+def _take_apart(layer: Any, pointwise: Pointwise, buffers: dict[Any, LoraBuffers]) -> Layer:
+    """Layers whose LoRA is alike share one of ``buffers``."""
     linears, lora = [], list[Tensor]()
     for module in _linears(layer):
         base = getattr(module, "base_layer", module)
@@ -166,13 +166,13 @@ def _take_apart(layer: Any, pointwise: Pointwise, casts: dict[Any, Casts]) -> La
         linears.append(Linear(weight, state, module.scaling["default"], dropout, True))
         lora += [module.lora_A["default"].weight, module.lora_B["default"].weight]
     kind = (*(linear[2:] for linear in linears), *(matrix.shape for matrix in lora))
-    if kind not in casts:
-        casts[kind] = Casts(linears, lora)
+    if kind not in buffers:
+        buffers[kind] = LoraBuffers(linears, lora)
     norms = layer.input_layernorm, layer.post_attention_layernorm
     return Layer(
         tuple(linears),
         tuple(lora),
-        casts[kind],
+        buffers[kind],
         (norms[0].weight, norms[1].weight),
         norms[0].variance_epsilon,
         layer.self_attn.head_dim,
@@ -206,8 +206,8 @@ class _Kept(NamedTuple):
     middle: Tensor
     gate: Tensor
     up: Tensor
-    low: dict[tuple[int, ...], Tensor]
-    """What lies between LoRA's A and B, ``[N, rank]`` for each A."""
+    lora_hidden: dict[tuple[int, ...], Tensor]
+    """The hidden state between LoRA's A and B, ``[N, rank]`` per A."""
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -224,7 +224,7 @@ class _DecoderLayer(torch.autograd.Function):
             del heads, attended
         gate, up = _gate_and_up(middle, layer, products)
         ctx.places, ctx.layer, ctx.seed = places, layer, seed
-        ctx.kept = _Kept(heads, attended, middle, gate, up, products.low) if keeps else None
+        ctx.kept = _Kept(heads, attended, middle, gate, up, products.lora_hidden) if keeps else None
         inner = layer.pointwise.swiglu(gate, up)
         del gate, up
         (out,) = products(DOWN, inner)
@@ -236,20 +236,20 @@ class _DecoderLayer(torch.autograd.Function):
         hidden, layer, places = ctx.saved_tensors[0], ctx.layer, ctx.places
         products = _Products(layer, hidden.dtype, ctx.seed, remember=ctx.kept is None)
         kept, ctx.kept = ctx.kept or _inner(hidden, places, layer, products), None
-        heads, attended, middle, gate, up, products.low = kept
+        heads, attended, middle, gate, up, products.lora_hidden = kept
         del kept  # so that each tensor goes when it has served
         point, grad = layer.pointwise, grad.contiguous()
         # The feed-forward: out = middle + down(swiglu(gate, up)), of x = norm(middle).
-        grad_inner = products.pull(DOWN, [grad], point.swiglu(gate, up))
+        grad_inner = products.input_grad(DOWN, [grad], point.swiglu(gate, up))
         grad_gate_up = point.swiglu_backward(grad_inner, gate, up)
         del grad_inner, gate, up
         x, scale = point.rms_norm(middle, layer.norms[1], layer.epsilon)
-        grad_x = products.pull(GATE_UP, grad_gate_up, x)
+        grad_x = products.input_grad(GATE_UP, grad_gate_up, x)
         del grad_gate_up
         grad = point.rms_norm_backward(grad_x.view_as(grad), middle, scale, layer.norms[1], grad)
         del middle
         # Attention: middle = hidden + o(attention(q, k, v)), of x = norm(hidden).
-        grad_x = products.pull(OUT, [grad], _merged(attended.detach()))
+        grad_x = products.input_grad(OUT, [grad], _merged(attended.detach()))
         grad_heads = grad_x.view(*hidden.shape[:2], -1, layer.head_width).transpose(1, 2)
         query, key, value = torch.autograd.grad(attended, heads, grad_heads)
         del attended, heads, grad_heads
@@ -258,9 +258,9 @@ class _DecoderLayer(torch.autograd.Function):
         x, scale = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
         grad_qkv = [head.flatten(2) for head in (query, key, value)]
         if not ctx.needs_input_grad[0]:  # the first layer: nothing below it learns
-            products.learn(QKV, grad_qkv, x)
+            products.weight_grad(QKV, grad_qkv, x)
             return None, None, None, None, None, *products.gradients()
-        grad_x = products.pull(QKV, grad_qkv, x)
+        grad_x = products.input_grad(QKV, grad_qkv, x)
         grad = point.rms_norm_backward(grad_x.view_as(hidden), hidden, scale, layer.norms[0], grad)
         return grad, None, None, None, None, *products.gradients()
 
@@ -269,7 +269,7 @@ def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products") 
     """A layer up to the input of its last product, for its backward."""
     heads, attended, middle = _attention(hidden, places, layer, products, with_graph=True)
     gate, up = _gate_and_up(middle, layer, products)
-    return _Kept(heads, attended, middle, gate, up, products.low)
+    return _Kept(heads, attended, middle, gate, up, products.lora_hidden)
 
 
 def _attention(
@@ -307,11 +307,11 @@ class _Products:
 
     def __init__(self, layer: Layer, dtype: torch.dtype, seed: int, remember: bool = False) -> None:
         self.layer, self.dtype, self.seed, self.remember = layer, dtype, seed, remember
-        self.casts = layer.casts
+        self.buffers = layer.buffers
         if layer.lora:
-            self.casts.fill(layer.lora, dtype)
+            self.buffers.fill(layer.lora, dtype)
         self.weights: dict[int, Tensor] = {}
-        self.low: dict[tuple[int, ...], Tensor] = {}
+        self.lora_hidden: dict[tuple[int, ...], Tensor] = {}
         self.grad_a: dict[int, Tensor] = {}
         self.grad_b: dict[int, Tensor] = {}
 
@@ -324,14 +324,14 @@ class _Products:
             if self.remember:
                 self.weights[index] = weight
             found[index] = functional.linear(x, weight)
-        for part in self.casts.parts[group]:
-            for index, low in self._columns(part, self._low(part, x)):
+        for part in self.buffers.parts[group]:
+            for index, lora_hidden in self._columns(part, self._lora_hidden(part, x)):
                 scaling = self.layer.linears[index].scaling
-                found[index].addmm_(low, self.casts.b[index].t(), alpha=scaling)
+                found[index].addmm_(lora_hidden, self.buffers.b[index].t(), alpha=scaling)
         return list(found.values())
 
-    def pull(self, group: tuple[int, ...], grads: Sequence[Tensor], x: Tensor) -> Tensor:
-        """From the gradients of the products of ``group`` to that of their input ``x``, ``[N, in]``."""
+    def input_grad(self, group: tuple[int, ...], grads: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Returns the gradient of the input ``x``, ``[N, in]``, from those of the products; collects those of LoRA."""
         into: Tensor | None = None
         for index, grad in zip(group, grads, strict=True):
             weight = self.weights.pop(index, None)
@@ -339,45 +339,47 @@ class _Products:
             flat = grad.reshape(-1, grad.shape[-1])
             into = torch.mm(flat, weight) if into is None else into.addmm_(flat, weight)
         assert into is not None
-        for part, grad_low in self.learn(group, grads, x):
+        for part, grad_lora_hidden in self.weight_grad(group, grads, x):
             if self.layer.linears[part[0]].dropout:
-                into += torch.mm(grad_low, self.casts.a[part]).mul_(self._mask(part[0], x.view_as(into)))
+                into += torch.mm(grad_lora_hidden, self.buffers.a[part]).mul_(self._mask(part[0], x.view_as(into)))
             else:
-                into.addmm_(grad_low, self.casts.a[part])
+                into.addmm_(grad_lora_hidden, self.buffers.a[part])
         return into
 
-    def learn(self, group: tuple[int, ...], grads: Sequence[Tensor], x: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
-        """Gathers the gradients of A and B; returns those of what lies between the two, for each A."""
+    def weight_grad(
+        self, group: tuple[int, ...], grads: Sequence[Tensor], x: Tensor
+    ) -> list[tuple[tuple[int, ...], Tensor]]:
+        """Collects the gradients of A and B; returns the gradient of the LoRA hidden state of each A, ``[N, rank]``."""
         x = x.reshape(-1, x.shape[-1])
         by_index = {index: grad.reshape(-1, grad.shape[-1]) for index, grad in zip(group, grads, strict=True)}
         found = []
-        for part in self.casts.parts[group]:
-            low, dropped = self._low(part, x), self._dropped(part[0], x)
-            del self.low[part]
-            scaling, grad_low = self.layer.linears[part[0]].scaling, torch.empty_like(low)
-            columns = zip(self._columns(part, low), self._columns(part, grad_low), strict=True)
+        for part in self.buffers.parts[group]:
+            lora_hidden, dropped = self._lora_hidden(part, x), self._dropped(part[0], x)
+            del self.lora_hidden[part]
+            scaling, grad_lora_hidden = self.layer.linears[part[0]].scaling, torch.empty_like(lora_hidden)
+            columns = zip(self._columns(part, lora_hidden), self._columns(part, grad_lora_hidden), strict=True)
             for (index, own), (_, grad_own) in columns:
-                torch.mm(by_index[index], self.casts.b[index], out=grad_own)
+                torch.mm(by_index[index], self.buffers.b[index], out=grad_own)
                 self.grad_b[index] = _wide_product(by_index[index].t(), own, scaling)
             if scaling != 1:
-                grad_low.mul_(scaling)
-            self.grad_a |= self._rows(part, _wide_product(grad_low.t(), dropped))
-            found.append((part, grad_low))
+                grad_lora_hidden.mul_(scaling)
+            self.grad_a |= self._rows(part, _wide_product(grad_lora_hidden.t(), dropped))
+            found.append((part, grad_lora_hidden))
         return found
 
     def gradients(self) -> list[Tensor]:
-        """Of A and B of each linear layer that has LoRA, in order, in fp32."""
-        return [grads[index] for index in self.casts.shapes for grads in (self.grad_a, self.grad_b)]
+        """Returns the fp32 gradients of every LoRA A and B, in layer order."""
+        return [grads[index] for index in self.buffers.shapes for grads in (self.grad_a, self.grad_b)]
 
-    def _low(self, part: tuple[int, ...], x: Tensor) -> Tensor:
-        """What lies between A and B, ``[N, rank]`` for each of ``part``, side by side; computed once."""
-        if part not in self.low:
-            self.low[part] = self._dropped(part[0], x) @ self.casts.a[part].t()
-        return self.low[part]
+    def _lora_hidden(self, part: tuple[int, ...], x: Tensor) -> Tensor:
+        """The hidden state between A and B, ``[N, rank]`` per linear layer of ``part``, side by side; computed once."""
+        if part not in self.lora_hidden:
+            self.lora_hidden[part] = self._dropped(part[0], x) @ self.buffers.a[part].t()
+        return self.lora_hidden[part]
 
-    def _columns(self, part: tuple[int, ...], low: Tensor) -> list[tuple[int, Tensor]]:
-        rank = low.shape[1] // len(part)
-        return list(zip(part, low.split(rank, 1) if len(part) > 1 else (low,), strict=True))
+    def _columns(self, part: tuple[int, ...], lora_hidden: Tensor) -> list[tuple[int, Tensor]]:
+        rank = lora_hidden.shape[1] // len(part)
+        return list(zip(part, lora_hidden.split(rank, 1) if len(part) > 1 else (lora_hidden,), strict=True))
 
     def _rows(self, part: tuple[int, ...], grad_a: Tensor) -> dict[int, Tensor]:
         return dict(zip(part, grad_a.split(len(grad_a) // len(part)), strict=True))

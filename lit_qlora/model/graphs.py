@@ -97,7 +97,7 @@ class Graphs:
     def _warm_up(self, hidden: Tensor) -> None:
         """One layer of a kind: what is compiled, or chosen by trying, at the first use of a shape can't be recorded."""
         kept = self.kept_layers // len(self.layers)
-        for layer in {layer.casts: layer for layer in reversed(self.layers) if layer.lora}.values():
+        for layer in {layer.buffers: layer for layer in reversed(self.layers) if layer.lora}.values():
             torch.autograd.grad(self._run([layer], hidden, kept), layer.lora, hidden)
 
     def _run(self, layers: Sequence[Layer], hidden: Tensor, kept_layers: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lit_qlora.batch import Batch, halves
+from lit_qlora.batch import Batch, split_batch
 from lit_qlora.errors import OutOfRoomError, UserError
 
 
@@ -108,7 +108,7 @@ class LearnsInParts(LightningModule):
         factor = self.trainer.world_size / max(batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
         found = []
         try:
-            for part in halves(batch) if self.parts > 1 else [batch]:
+            for part in split_batch(batch) if self.parts > 1 else [batch]:
                 with self.trainer.precision_plugin.forward_context():
                     loss_sum, num_correct, num_answers = self.summed_loss(part)
                 (loss_sum * factor).backward()

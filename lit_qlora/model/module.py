@@ -24,7 +24,7 @@ from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
-from lit_qlora.model.decoder import Layer, run_layers, take_apart, why_not
+from lit_qlora.model.decoder import Layer, extract_layers, run_layers, why_not
 from lit_qlora.model.device import (
     Attention,
     check_attention,
@@ -399,7 +399,7 @@ class QLoRAModule(LearnsInParts):
         if self.training not in self._layers:
             compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
             compiles = compiles and self.eager_because is None
-            self._layers[self.training] = take_apart(self.peft_model, compiled() if compiles else EAGER)
+            self._layers[self.training] = extract_layers(self.peft_model, compiled() if compiles else EAGER)
         hidden = decoder.embed_tokens(batch.input_ids)
         layers = self._layers[self.training]
         if self.replays and self.training and torch.is_grad_enabled() and not batch.lengths:

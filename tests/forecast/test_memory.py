@@ -13,7 +13,7 @@ from lit_qlora.forecast.memory import GIB, Samples, Step, StepMemory
 from lit_qlora.model import decoder, loss
 from lit_qlora.model.attention import _attend_on_gpu, attend, find_places
 from lit_qlora.model.base import find_base
-from lit_qlora.model.decoder import run_layers, take_apart
+from lit_qlora.model.decoder import extract_layers, run_layers
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import make_optimizer
@@ -74,7 +74,7 @@ def forward(model, step):
     llama = model.get_base_model()
     hidden = llama.model.embed_tokens(ids)
     places = find_places(llama.model.rotary_emb, hidden, ())
-    hidden = llama.model.norm(run_layers(take_apart(model), hidden, places, step.kept_layers))
+    hidden = llama.model.norm(run_layers(extract_layers(model), hidden, places, step.kept_layers))
     return summed_cross_entropy(hidden.flatten(0, 1), llama.lm_head.weight, ids.flatten())[0]
 
 

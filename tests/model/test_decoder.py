@@ -13,7 +13,7 @@ from lit_qlora.data.batching import collate
 from lit_qlora.model import decoder
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
-from lit_qlora.model.decoder import run_layers, take_apart, why_not
+from lit_qlora.model.decoder import extract_layers, run_layers, why_not
 from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
@@ -29,7 +29,7 @@ def ours(model, ids, kept_layers=2):
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(ids)
     places = find_places(inner.rotary_emb, hidden, ())
-    return inner.norm(run_layers(take_apart(model), hidden, places, kept_layers))
+    return inner.norm(run_layers(extract_layers(model), hidden, places, kept_layers))
 
 
 def forward_and_gradients(run, model, seed=2, **options):
@@ -110,17 +110,18 @@ def test_the_last_layers_keep_and_the_others_keep_their_input_only(make_model):
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(torch.randint(3, 512, (B, T)))
     places = find_places(inner.rotary_emb, hidden, ())
-    last = run_layers(take_apart(model), hidden, places, kept_layers=1).grad_fn
+    last = run_layers(extract_layers(model), hidden, places, kept_layers=1).grad_fn
     first = last.next_functions[0][0]
     assert last.kept is not None
     assert first.kept is None
     assert [tuple(tensor.shape) for tensor in first.saved_tensors[:1]] == [(B, T, 64)]
-    assert {id(tensor) for tensor in first.saved_tensors[1:]} == {id(value) for value in take_apart(model)[0].lora}
+    assert {id(tensor) for tensor in first.saved_tensors[1:]} == {id(value) for value in extract_layers(model)[0].lora}
     # 12h + 4I in 16 bits is 6h + 2I values a token; here keys and values have half of the heads.
     kept = last.kept
     values = sum(tensor.numel() for tensor in (*kept.heads, kept.attended, kept.middle, kept.gate, kept.up))
     assert values == B * T * (64 + 32 + 32 + 64 + 64 + 2 * 172)
-    assert {part: low.shape[1] for part, low in kept.low.items()} == {(0, 1, 2): 12, (3,): 4, (4, 5): 8, (6,): 4}
+    ranks = {part: hidden.shape[1] for part, hidden in kept.lora_hidden.items()}
+    assert ranks == {(0, 1, 2): 12, (3,): 4, (4, 5): 8, (6,): 4}
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_dropout_follows_the_seed_and_drops_the_share_that_was_asked_for(make_mo
     assert torch.equal(first, second)
     ids = torch.randint(3, 512, (B, T))
     assert not torch.equal(ours(model, ids), ours(model, ids))  # another draw each time
-    products = decoder._Products(take_apart(model)[0], torch.float32, seed=7)
+    products = decoder._Products(extract_layers(model)[0], torch.float32, seed=7)
     mask = products._mask(0, torch.empty(400, 500))
     assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert (mask == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
@@ -223,7 +224,7 @@ def test_without_gradients_no_inner_result_outlives_its_use(make_model, without,
     model, rows = make_model(), 40
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(torch.randint(3, 512, (rows, T)))
-    layers, places = take_apart(model), find_places(inner.rotary_emb, hidden, ())
+    layers, places = extract_layers(model), find_places(inner.rotary_emb, hidden, ())
     with without(), Peak(hidden) as peak:
         run_layers(layers, hidden, places, kept_layers)
     # Where it needs the most, at the gated activation: a layer's input and middle; gate, up and two on the way to their
@@ -296,7 +297,7 @@ def test_packed_conversations_would_see_each_other_without_their_bounds(make_mod
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(ids)
     apart, together = (
-        run_layers(take_apart(model), hidden, find_places(inner.rotary_emb, hidden, lengths), 0)
+        run_layers(extract_layers(model), hidden, find_places(inner.rotary_emb, hidden, lengths), 0)
         for lengths in (LENGTHS, (sum(LENGTHS),))
     )
     torch.testing.assert_close(apart[0, : LENGTHS[0]], together[0, : LENGTHS[0]])
@@ -334,7 +335,7 @@ def test_on_a_gpu_packed_equals_separate_compiled_equals_eager_and_kept_equals_r
 
     def measured(pointwise, kept_layers, packed, dtype=dtype):
         model.zero_grad()
-        layers, found = take_apart(model, pointwise), []
+        layers, found = extract_layers(model, pointwise), []
         parts = (
             [slice(0, sum(lengths))]
             if packed

@@ -12,7 +12,7 @@ from lit_qlora.cli import main
 from lit_qlora.model import graphs
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
-from lit_qlora.model.decoder import run_layers, take_apart
+from lit_qlora.model.decoder import extract_layers, run_layers
 from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.module import QLoRAModule
@@ -35,7 +35,7 @@ def replayed(monkeypatch, make_model):
     monkeypatch.setattr(graphs, "_record", Rerun)
     model = make_model()
     inner = model.get_base_model().model
-    return model, Graphs(take_apart(model), 1, inner.rotary_emb)
+    return model, Graphs(extract_layers(model), 1, inner.rotary_emb)
 
 
 def embedded(model, *shape):
@@ -56,7 +56,7 @@ def learned(run, model, hidden):
 
 def plain(model):
     inner = model.get_base_model().model
-    return lambda hidden: run_layers(take_apart(model), hidden, find_places(inner.rotary_emb, hidden, ()), 1)
+    return lambda hidden: run_layers(extract_layers(model), hidden, find_places(inner.rotary_emb, hidden, ()), 1)
 
 
 @given(st.integers(1, 512), st.integers(1, 4096))
@@ -85,7 +85,7 @@ def test_layers_whose_lora_differs_or_is_none(monkeypatch, make_model):
     model = make_model(
         layers_to_transform=[1], rank_pattern={"q_proj": 1, "down_proj": 8}, alpha_pattern={"v_proj": 32, "up_proj": 1}
     )
-    run = Graphs(take_apart(model), 1, model.get_base_model().model.rotary_emb)
+    run = Graphs(extract_layers(model), 1, model.get_base_model().model.rotary_emb)
     found = []
     for way in (plain(model), run):
         model.zero_grad()
@@ -159,7 +159,7 @@ def test_recordings_used_longest_ago_go(replayed, monkeypatch):
 def test_dropout_is_refused(make_model):
     model = make_model(dropout=0.1).train()
     with pytest.raises(AssertionError):
-        Graphs(take_apart(model), 1, model.get_base_model().model.rotary_emb)
+        Graphs(extract_layers(model), 1, model.get_base_model().model.rotary_emb)
 
 
 def test_a_fit_learns_the_same(tmp_path, monkeypatch):
@@ -220,7 +220,7 @@ def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype, pointwise, 
         torch.nn.init.normal_(parameter, std=0.1)
     inner = model.get_base_model().model
     for kept_layers in (0, 1, 2):
-        layers = take_apart(model, pointwise or compiled())
+        layers = extract_layers(model, pointwise or compiled())
         run = Graphs(layers, kept_layers, inner.rotary_emb)
 
         def plain(hidden, layers=layers, kept_layers=kept_layers):
@@ -247,7 +247,7 @@ def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype, pointwise, 
 def test_on_a_gpu_memory_that_runs_out_while_recording_leaves_the_card_usable(wide_folder):
     model = load_base(find_base(str(wide_folder)), torch.float16, torch.device("cuda"), "sdpa")
     model = add_lora(model, Lora(4, 8.0, 0.0, "all-linear", False, False)).train()
-    run = Graphs(take_apart(model), 2, model.get_base_model().model.rotary_emb)
+    run = Graphs(extract_layers(model), 2, model.get_base_model().model.rotary_emb)
     hidden = embedded(model, 64, 1024).half()
     for _ in range(2):  # what comes before the recording has its memory already; the recording needs its own
         run._warm_up(torch.zeros_like(hidden))

@@ -18,7 +18,6 @@ from lit_qlora.errors import UserError, excerpt
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
-COLUMNS = ("messages", "conversations", "text")
 ELSEWHERE = (
     "instruction", "prompt", "question", "input", "query", "output", "response", "completion", "answer", "chosen",
     "rejected",
@@ -38,7 +37,7 @@ class Row(NamedTuple):
     fault: UserError | None = None
 
 
-def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
+def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     """Reads every row of a file, by its ending; the first line of a .csv has to name one of ``columns``.
 
     A .json or .jsonl file holds a row on each line, or rows over several lines, or a list of rows, which may stand

@@ -1,6 +1,7 @@
-"""Owns the way from one row to a conversation: which column holds it, in which form, and what stands beside it.
+"""Owns the way from one row to a conversation: the forms that a row may have, and what stands beside what they use.
 
-Whatever of a row is not used is named. Knows no file, no prompt format, no tokens.
+`FORMS` is the one table of them: a new form is an entry there. Whatever of a row is not used is named. Knows no file,
+no prompt format, no tokens.
 """
 
 import ast
@@ -8,25 +9,76 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lit_qlora.data.files import COLUMNS, EXAMPLE, kind, nearest
+from lit_qlora.data.files import EXAMPLE, kind, nearest
 from lit_qlora.errors import excerpt
 from lit_qlora.text import edges, guanaco, llama2, messages
 from lit_qlora.text.conversation import Conversation, Turn
 
-Form = Literal["auto", "guanaco", "llama2", "messages", "sharegpt"]
-FORMS: dict[str, tuple[str, Callable[[Any], Conversation]]] = {
-    "guanaco": ("text", guanaco.parse),
-    "llama2": ("text", llama2.parse),
-    "messages": ("messages", messages.parse),
-    "sharegpt": ("conversations", messages.parse),
-}
-FORM_OF_COLUMN = {"messages": "messages", "conversations": "sharegpt"}
-PROMPT = "prompt"
-"""A column with a single question, in a file of prompts."""
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
-"""Columns with the system text of a conversation that brings none."""
+"""Columns with the system text of a conversation that brings none, in every form."""
+
+
+class RowForm(NamedTuple):
+    """A way to write a conversation into a row.
+
+    Args:
+        name: as in ``data.form``.
+        title: what a row of this form is known by, in messages.
+        needs: the columns that it is made of.
+        parse: what they hold, then what those of ``may_have`` hold (None where there is nothing), to a conversation.
+            Raises ValueError.
+        may_have: columns that it uses where they are there, beside `SYSTEM_COLUMNS`.
+        holds: what each column holds; a list may be written out as text.
+        opens: what the form begins with, where others are made of the same columns: the one that opens first is it.
+        use: whether it is a form of rows to train on, of prompts to answer, or of both.
+    """
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    parse: Callable[..., Conversation]
+    may_have: tuple[str, ...] = ()
+    holds: Literal["text", "a list"] = "text"
+    opens: re.Pattern[str] | None = None
+    use: tuple[Literal["training", "prompts"], ...] = ("training",)
+
+
+def _question(text: str) -> Conversation:
+    return Conversation((Turn("user", text),))
+
+
+BOTH: tuple[Literal["training", "prompts"], ...] = ("training", "prompts")
+FORMS: list[RowForm] = [
+    RowForm("messages", "messages", ("messages",), messages.parse, holds="a list", use=BOTH),
+    RowForm("sharegpt", "messages", ("conversations",), messages.parse, holds="a list", use=BOTH),
+    RowForm("guanaco", "### Human:", ("text",), guanaco.parse, opens=guanaco.MARKER),
+    RowForm("llama2", "[INST]", ("text",), llama2.parse, opens=re.compile(r"\[INST\]")),
+    RowForm("prompt", "a question", ("prompt",), _question, use=("prompts",)),
+]
+"""Every form that is read; of those that a row has, an earlier one is preferred."""
+
+
+def forms_for(use: Literal["training", "prompts"]) -> list[RowForm]:
+    """Those of `FORMS` that are for ``use``."""
+    return [form for form in FORMS if use in form.use]
+
+
+def columns_of(forms: Sequence[RowForm]) -> list[str]:
+    """The columns that ``forms`` are made of, each once."""
+    return [*dict.fromkeys(name for form in forms for name in form.needs)]
+
+
+def form_names() -> list[str]:
+    """What ``data.form`` may be."""
+    return ["auto", *sorted(form.name for form in forms_for("training"))]
+
+
+if TYPE_CHECKING:
+    Form = str
+else:
+    Form = Literal[tuple(form_names())]
 
 QUESTIONS, GIVEN = ("instruction", "prompt", "question", "query", "user", "human", "input"), ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer", "answers", "assistant", "chosen")
@@ -69,46 +121,76 @@ def read_row(
     row: Mapping[str, Any],
     form: Form = "auto",
     marks: Sequence[str] = edges.WRITTEN_OUT,
-    columns: Sequence[str] = COLUMNS,
+    use: Literal["training", "prompts"] = "training",
 ) -> Read:
     """Reads the conversation of a row.
 
     Args:
         row: values by column.
-        form: the row's form; "auto" looks at the first of ``columns`` that holds something.
+        form: the row's form; "auto" takes the first of those for ``use`` whose columns all hold something.
         marks: special tokens, which are taken off where they are written out at the edges of a turn.
-        columns: those that may hold a conversation, the preferred one first.
+        use: what the row is for.
 
     Raises:
-        RowError: when there is no such column, or what it holds is no conversation.
+        RowError: when it has no such columns, or what they hold is no conversation.
     """
-    wanted = columns if form == "auto" else (FORMS[form][0],)
-    present = [name for name in wanted if name in row]
-    column = next((name for name in present if messages.is_there(row[name])), next(iter(present), None))
-    if column is None:
-        raise _no_column(row, wanted)
-    content = row[column]
-    if column in ("text", PROMPT) and not isinstance(content, str):
-        raise RowError(f"column {column!r} holds {kind(content)}, expected text")
-    if column not in ("text", PROMPT):
-        content = list_in(content)
+    known = forms_for(use)
+    chosen = _form_of(row, known if form == "auto" else [one for one in known if one.name == form])
+    columns = (*chosen.needs, *chosen.may_have)
+    content = [_content(row, name, chosen) for name in columns]
     try:
-        conversation = _parse(column, content, form)
-        conversation, notes = _with_system(row, conversation)
+        conversation, notes = _with_system(row, chosen.parse(*content))
         conversation, taken_off = edges.clean(conversation, marks)
         conversation.check_characters()
-    except RowError:
-        raise
     except ValueError as error:
         raise RowError(str(error)) from error
+    beside = f" beside {' and '.join(map(repr, chosen.needs))}"
     notes += [
-        f"column {excerpt(name)}" + (f" beside {column!r}" if name in columns else "")
+        f"column {excerpt(name)}" + (beside if name in columns_of(known) else "")
         for name, value in row.items()
-        if name not in (column, *SYSTEM_COLUMNS) and messages.is_there(value)
+        if name not in (*columns, *SYSTEM_COLUMNS) and messages.is_there(value)
     ]
-    if isinstance(content, list):
-        notes += messages.unused(content)
+    notes += [note for part in content if isinstance(part, list) for note in messages.unused(part)]
     return Read(conversation, tuple(notes), tuple(taken_off))
+
+
+def _content(row: Mapping[str, Any], column: str, form: RowForm) -> Any:
+    """What a column holds, as ``form`` has it. Raises RowError where it is no text and is to be one."""
+    value = row.get(column)
+    if column in form.may_have and not messages.is_there(value):
+        return None
+    if form.holds == "a list":
+        return list_in(value)
+    if not isinstance(value, str):
+        raise RowError(f"column {column!r} holds {kind(value)}, expected text")
+    return value
+
+
+def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm:
+    """The one of ``forms`` that ``row`` has. Raises RowError where it has none."""
+    found = [form for form in forms if all(name in row for name in form.needs)]
+    if not found:
+        raise _no_column(row, forms)
+    found = [form for form in found if all(messages.is_there(row[name]) for name in form.needs)] or found
+    alike = [form for form in found if form.needs == found[0].needs]
+    return alike[0] if len(alike) == 1 else _first_opened(row, alike)
+
+
+def _first_opened(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm:
+    """Whichever opens first decides, so that a turn may quote another form."""
+    column = forms[0].needs[0]
+    text = _content(row, column, forms[0])
+    opened = {found.start(): form for form in forms if form.opens and (found := form.opens.search(text))}
+    if opened:
+        return opened[min(opened)]
+    for mark, name in MARKERS_ELSEWHERE.items():
+        if mark in text:
+            raise RowError(
+                f"column {column!r} is written in {name} ({mark}), which is not read",
+                f"write its turns as rows such as {_messages('…', '…')}",
+            )
+    titles = " nor ".join(repr(form.title) for form in forms)
+    raise RowError(f"column {column!r} has neither {titles}, expected a conversation")
 
 
 def list_in(value: Any) -> Any:
@@ -135,13 +217,6 @@ def _as_numpy_writes(text: str) -> Any:
     )
 
 
-def _parse(column: str, content: Any, form: Form) -> Conversation:
-    if column == PROMPT:
-        return Conversation((Turn("user", content),))
-    name = form if form != "auto" else FORM_OF_COLUMN.get(column) or _form_of_text(content)
-    return FORMS[name][1](content)
-
-
 def _with_system(row: Mapping[str, Any], conversation: Conversation) -> tuple[Conversation, list[str]]:
     """``conversation`` with the system text that stands beside it, if it brings none; and a word where it does."""
     notes = []
@@ -158,31 +233,16 @@ def _with_system(row: Mapping[str, Any], conversation: Conversation) -> tuple[Co
     return conversation, notes
 
 
-def _form_of_text(text: str) -> str:
-    """Whichever marker comes first decides, so that a turn may quote the other form."""
-    marker = guanaco.MARKER.search(text)
-    prompt = text.find("[INST]")
-    if marker is not None or prompt >= 0:
-        return "llama2" if marker is None or 0 <= prompt < marker.start() else "guanaco"
-    problem = "column 'text' has neither '### Human:' nor '[INST]', expected a conversation"
-    for mark, name in MARKERS_ELSEWHERE.items():
-        if mark in text:
-            raise RowError(
-                f"column 'text' is written in {name} ({mark}), which is not read",
-                f"write its turns as rows such as {_messages('…', '…')}",
-            )
-    raise RowError(problem)
-
-
-def _no_column(row: Mapping[str, Any], wanted: Sequence[str]) -> RowError:
+def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowError:
     """Names the form that the row seems to have, and the row to write in its place."""
-    problem = f"no column {' or '.join(map(repr, wanted))}, columns found: {excerpt(list(row))}"
+    wanted = dict.fromkeys(" and ".join(map(repr, form.needs)) for form in forms)
+    problem = f"no column {' or '.join(wanted)}, columns found: {excerpt(list(row))}"
     names = {name.lower(): name for name in reversed(list(row)) if isinstance(name, str)}
     question = next((names[name] for name in QUESTIONS if name in names), None)
     answer = next((names[name] for name in ANSWERS if name in names), None)
-    if question and PROMPT in wanted:
+    if question and "prompt" in columns_of(forms):
         return RowError(
-            problem, f"write rows such as {json.dumps({PROMPT: _cut(str(row[question]))}, ensure_ascii=False)}"
+            problem, f"write rows such as {json.dumps({'prompt': _cut(str(row[question]))}, ensure_ascii=False)}"
         )
     if question and answer:
         given = [names[name] for name in GIVEN if name in names and names[name] != question]
@@ -196,13 +256,13 @@ def _no_column(row: Mapping[str, Any], wanted: Sequence[str]) -> RowError:
         )
     for name, value in row.items():
         is_list = isinstance(list_in(value), list)
-        for known in wanted:
-            near = nearest(str(name).lower(), [known], cutoff=0.8)
-            if near and is_list == (known in FORM_OF_COLUMN):
-                return RowError(problem, f"rename {name!r} to {known!r}")
-        if is_list and "messages" in wanted and _holds_messages(list_in(value)):
+        for form in forms:
+            for known in form.needs:
+                if is_list == (form.holds == "a list") and nearest(str(name).lower(), [known], cutoff=0.8):
+                    return RowError(problem, f"rename {name!r} to {known!r}")
+        if is_list and "messages" in columns_of(forms) and _holds_messages(list_in(value)):
             return RowError(problem, f"rename {name!r} to 'messages'")
-    return RowError(problem, f"write rows such as {EXAMPLE if 'text' in wanted else _messages('…', '…')}")
+    return RowError(problem, f"write rows such as {EXAMPLE if 'text' in columns_of(forms) else _messages('…', '…')}")
 
 
 def _holds_messages(value: list[Any]) -> bool:

@@ -7,10 +7,10 @@ format, no tokens, and not where rows come from.
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from lit_qlora.data.files import Row, nearest
-from lit_qlora.data.forms import Form, Read, RowError, read_row
+from lit_qlora.data.forms import Form, Read, RowError, form_names, read_row
 from lit_qlora.data.sources import read_source
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation
@@ -73,11 +73,11 @@ def load_records(source: str, split: str = "train", reading: Reading = ANY_FORM)
         UserError: when the source or the split isn't found, a row is wrong (naming its place), or
             no row is left.
     """
-    known = get_args(Form)
+    known = form_names()
     if reading.form not in known:
         form = reading.form
         raise UserError(
-            f"{excerpt(form)} is unknown, expected {', '.join(known)}{nearest(form, list(known))}", option="data.form"
+            f"{excerpt(form)} is unknown, expected {', '.join(known)}{nearest(form, known)}", option="data.form"
         )
     rows = read_source(source, split)
     return _to_records(source if split == "train" else f"{source} ({split})", rows, reading)

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from lit_qlora import demo
 from lit_qlora.data.files import COMPRESSED, ENDINGS, Row, nearest, read_rows
+from lit_qlora.data.forms import columns_of, forms_for
 from lit_qlora.errors import UserError, excerpt
 
 T = TypeVar("T")
@@ -115,7 +116,7 @@ def read_source(source: str, split: str = "train") -> list[Row]:
             raise UserError(
                 f"has no split {excerpt(split)}, found: {' and '.join(files)}", place=source, remedy="choose another"
             )
-        return read_rows(files[split])
+        return read_rows(files[split], columns_of(forms_for("training")))
     import datasets
 
     values = _ask_hub(source, lambda: list(datasets.load_dataset(source, split=split)))

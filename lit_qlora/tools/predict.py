@@ -15,7 +15,7 @@ from shutil import get_terminal_size
 from typing import Any
 
 from lit_qlora.data.files import COMPRESSED, ENDINGS, read_rows
-from lit_qlora.data.forms import PROMPT, RowError, read_row
+from lit_qlora.data.forms import RowError, columns_of, forms_for, read_row
 from lit_qlora.data.records import Counts
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
@@ -24,9 +24,6 @@ from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
 from lit_qlora.tools.answering.answerer import Answerer, check_prompt
 from lit_qlora.tools.answering.unfinished import Unfinished
-
-COLUMNS = ("messages", "conversations", PROMPT)
-"""Those in which a prompt may stand, the preferred one first."""
 
 SECONDS_BETWEEN_LINES = 10
 """Where standard error is no terminal, and shows no bar."""
@@ -206,7 +203,7 @@ def open_prompts(
     counts, prompts = Counts(), []
     for where, row in rows:
         try:
-            read = read_row(row, marks=prompt_format.marks, columns=COLUMNS)
+            read = read_row(row, marks=prompt_format.marks, use="prompts")
             check_prompt(read.conversation, prompt_format)
         except RowError as error:
             raise UserError(str(error), place=where, remedy=error.remedy) from error
@@ -235,7 +232,7 @@ def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if path.suffix.lower() not in (*ENDINGS, *COMPRESSED):
             raise UserError(f"the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}", place=path)
         rows = []
-        for row in read_rows(path, COLUMNS):
+        for row in read_rows(path, columns_of(forms_for("prompts"))):
             if row.fault:  # each prompt has its answer, in its place: none can be left out
                 raise row.fault
             rows.append((row.where, row.value))

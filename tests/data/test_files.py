@@ -13,6 +13,7 @@ HI = {"text": "### Human: hi### Assistant: yo"}
 OBJECT = 'expected an object such as {"text": "### Human: …### Assistant: …"}'
 NO_ROWS = 'holds no rows, expected some such as {"text": "### Human: …### Assistant: …"}; check how it was made'
 UTF16 = "is UTF-16, expected UTF-8; save it again as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+COLUMNS = ("messages", "conversations", "text")
 BY_COLUMNS = (
     "a.json: is written by columns, expected a list of rows, got {}; write it by rows (with pandas: to_json(…,"
     " orient='records'))"
@@ -186,7 +187,7 @@ def test_a_bad_file_is_one_line_that_says_where_and_what_to_do(name, data, messa
 def first_fault(name: str) -> str:
     """Of the file, or of a row."""
     try:
-        rows = read_rows(Path(name))
+        rows = read_rows(Path(name), COLUMNS)
     except UserError as error:
         return str(error)
     return str(next(row.fault for row in rows if row.fault))
@@ -196,7 +197,7 @@ def first_fault(name: str) -> str:
 def test_a_parquet_file_that_is_not_whole(data):
     Path("a.parquet").write_bytes(data)
     with pytest.raises(UserError) as caught:
-        read_rows(Path("a.parquet"))
+        read_rows(Path("a.parquet"), COLUMNS)
     message = str(caught.value)
     assert message.startswith("a.parquet: no whole parquet file (")
     assert message.endswith(f"; {CUT_SHORT}")
@@ -206,7 +207,7 @@ def test_a_parquet_file_that_is_not_whole(data):
 def test_brackets_without_end():
     Path("a.jsonl").write_bytes(b"[" * 200_000)
     with pytest.raises(UserError, match=r"^a\.jsonl:1: no JSON \(maximum recursion depth .*$") as caught:
-        read_rows(Path("a.jsonl"))
+        read_rows(Path("a.jsonl"), COLUMNS)
     assert len(str(caught.value)) < 400
 
 
@@ -216,7 +217,7 @@ def test_a_file_that_may_not_be_read(monkeypatch, expect_error):
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     expect_error(
-        lambda: read_rows(Path("a.jsonl")),
+        lambda: read_rows(Path("a.jsonl"), COLUMNS),
         "Permission denied",
         place="a.jsonl",
     )
@@ -295,19 +296,19 @@ GOOD_FILES = {
 @pytest.mark.parametrize(("name", "data", "rows"), GOOD_FILES.values(), ids=GOOD_FILES)
 def test_a_good_file_is_rows_that_know_where_they_stand(name, data, rows):
     Path(name).write_bytes(data)
-    assert read_rows(Path(name)) == [Row(*row) for row in rows]
+    assert read_rows(Path(name), COLUMNS) == [Row(*row) for row in rows]
 
 
 @pytest.mark.parametrize(("name", "start", "end"), [("a.jsonl", b'{"text": "', b'"}'), ("a.csv", b'text\n"', b'"')])
 def test_long_rows_are_fine(name, start, end):
     Path(name).write_bytes(start + b"x" * 3_000_000 + end)
-    (row,) = read_rows(Path(name))
+    (row,) = read_rows(Path(name), COLUMNS)
     assert len(row.value["text"]) == 3_000_000
 
 
 def test_a_fault_stands_in_its_row_s_place():
     Path("a.jsonl").write_bytes(GOOD + b'{"text": \n' + GOOD + b"[]\n" + GOOD)
-    rows = read_rows(Path("a.jsonl"))
+    rows = read_rows(Path("a.jsonl"), COLUMNS)
     assert [(row.where, row.fault is None) for row in rows] == [
         ("a.jsonl:1", True),
         ("a.jsonl:2", False),

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from lit_qlora.data.forms import RowError, list_in, read_row
+from lit_qlora.data import forms
+from lit_qlora.data.forms import RowError, RowForm, list_in, read_row
+from lit_qlora.data.records import Reading, load_records
 from lit_qlora.text.conversation import Conversation, Turn
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -237,3 +239,31 @@ def test_a_text_of_another_format_is_named(text, name):
     with pytest.raises(RowError, match=f"^column 'text' is written in {name} ") as caught:
         read_row({"text": text})
     assert caught.value.remedy.startswith('write its turns as rows such as {"messages": [')
+
+
+def alpaca(instruction: str, output: str, context: str | None) -> Conversation:
+    return said("\n\n".join(filter(None, [instruction, context])), output)
+
+
+def test_a_new_form_is_one_entry(tmp_path, monkeypatch):
+    """Read from every kind of file, by itself or by its name, with what it uses and what it does not."""
+    entry = RowForm("alpaca", "Alpaca's form", ("instruction", "output"), alpaca, may_have=("input",))
+    monkeypatch.setattr(forms, "FORMS", [entry, *forms.FORMS])
+    (tmp_path / "a.jsonl").write_text(
+        '{"instruction": "a", "input": "b", "output": "c", "system": "S", "id": 7}\n'
+        '{"instruction": "a", "input": "", "output": "c", "text": "x"}\n'
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}], "output": "x"}\n'
+    )
+    (tmp_path / "a.csv").write_text("instruction,input,output\na,b,c\n")
+    read = load_records(str(tmp_path / "a.jsonl"))
+    assert read.conversations == [said("a\n\nb", "c", system="S"), said("a", "c"), said("hi", "yo")]
+    assert read.dropped == {
+        "rows hold what is not used: column 'id' (1), column 'text' beside 'instruction' and 'output' (1), "
+        "column 'output' beside 'messages' (1)": 3
+    }
+    for form in ("auto", "alpaca"):
+        assert load_records(str(tmp_path / "a.csv"), reading=Reading(form)).conversations == [said("a\n\nb", "c")]
+    with pytest.raises(RowError, match=r"^column 'output' holds a number, expected text$"):
+        read_row({"instruction": "a", "output": 3})
+    with pytest.raises(RowError, match=r"^no column 'instruction' and 'output' or 'messages' or"):
+        read_row({"instruction": "a"})

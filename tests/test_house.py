@@ -47,7 +47,7 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_text_is_words_only() -> None:
-    code = "import sys, lit_qlora.text.llama2, lit_qlora.text.guanaco, lit_qlora.text.messages\n"
+    code = "import sys, lit_qlora.text.llama2, lit_qlora.text.guanaco, lit_qlora.text.own_template\n"
     code += "print({'torch', 'lightning', 'transformers', 'datasets'} & {*sys.modules})"
     assert _python("-c", code).stdout.strip() == "set()"
 
@@ -60,6 +60,32 @@ def test_nothing_that_runs_what_it_reads(path: Path) -> None:
         if named[2] == "trust_remote_code=False":
             continue
         assert not UNSAFE & {*named}, f"line {getattr(node, 'lineno', '?')}"
+
+
+PROMPT_FORMATS = {"llama2", "own_template", "jinja"}
+"""The modules of text/ that are prompt formats, or parts of one."""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_outside_text_asks_which_prompt_format_it_has(path: Path) -> None:
+    """All that hangs on it is a method of `PromptFormat`; of Llama 2's module, a form of rows takes the reader."""
+    if path.parent.name == "text":
+        return
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names = {(node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)}
+            assert not PROMPT_FORMATS & names or path.name == "forms.py", ast.unparse(node)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "llama2":
+            assert node.attr == "parse", ast.unparse(node)
+        asked = [node.test] if isinstance(node, ast.If | ast.IfExp | ast.While) else []
+        asked += [node] if isinstance(node, ast.Compare | ast.BoolOp) else []
+        asked += [node] if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "type") else []
+        for question in map(ast.unparse, asked):
+            which = r"\bprompt_format(\.(name|source|title|version|identity|tokens|cache_key))?(?![\w.('])"
+            known = r"'(jinja|llama2-chat)'|\b(Llama2|Template)\b"
+            allowed = r"prompt_format or chosen\(\)|\(name, source\) != \(self\.tokenizer_name, .*\)"
+            assert not re.search(f"{which}|{known}", re.sub(allowed, "", question)), f"line {node.lineno}: {question}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

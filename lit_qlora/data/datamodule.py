@@ -23,7 +23,6 @@ from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError, require
-from lit_qlora.text import jinja
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat, chosen
 
@@ -401,21 +400,26 @@ def read_template(value: str | None) -> str | None:
     """
     if value is None:
         return None
-    if is_template(value):
-        where, text = "data.template", value
-    else:
-        where, path = f"data.template: {value}", Path(value).expanduser()
-        try:
-            # Of a pipe or a device the end may never come.
-            if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_TEMPLATE):
-                raise UserError(f"{where}: expected a file of at most {LARGEST_TEMPLATE:,} bytes with a Jinja template")
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-        except OSError as error:
-            raise UserError(f"{where}: expected a file with a Jinja chat template ({error.strerror})") from error
+    where, text = ("", value) if is_template(value) else (f"{value}: ", _read_template_file(value))
     try:
-        jinja.compile_template(text)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    return text
+        return chosen(text).source
+    except UserError as error:
+        raise error.replace(problem=f"{where}{error.problem}") from error
+
+
+def _read_template_file(name: str) -> str:
+    path = Path(name).expanduser()
+    try:
+        # Of a pipe or a device the end may never come.
+        if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_TEMPLATE):
+            raise UserError(
+                f"{name}: expected a file of at most {LARGEST_TEMPLATE:,} bytes with a Jinja template",
+                option="data.template",
+            )
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        what = f"{name} is not UTF-8 (byte {error.start})"
+        raise UserError(what, option="data.template", remedy="save it as UTF-8") from error
+    except OSError as error:
+        what = f"{name}: expected a file with a Jinja chat template ({error.strerror})"
+        raise UserError(what, option="data.template") from error

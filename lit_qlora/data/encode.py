@@ -72,8 +72,8 @@ class Encoder:
 
         A special token that no prompt has may stand there: copies of Llama 2 have such a pad.
         """
-        written = self.prompt_format
-        unused = {token for token in written.spelled.all if not written.writes(token)}
+        prompt_format = self.prompt_format
+        unused = {token for token in prompt_format.spelled.all if not prompt_format.writes(token)}
         highest = max(number for token, number in self.tokenizer.get_vocab().items() if token not in unused)
         if highest >= size:
             raise UserError(
@@ -83,8 +83,8 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """A sha256 over all that decides which ids come out: tokenizer, length, labels, system text, prompt format."""
-        written = self.prompt_format
-        settings = (self.rules_fingerprint(), self.max_length, self.train_on, written.system, *written.cache_key)
+        format_key = (self.prompt_format.system, *self.prompt_format.cache_key)
+        settings = (self.rules_fingerprint(), self.max_length, self.train_on, *format_key)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def rules_fingerprint(self) -> str:

@@ -15,7 +15,8 @@ def check_characters(where: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            rf"{where} holds half a character, a lone surrogate such as '\ud800': no token stands for it"
+            rf"{where} holds bytes that are no UTF-8, or half a character (a lone surrogate such as '\ud800'): no "
+            "token stands for it"
         ) from None
 
 

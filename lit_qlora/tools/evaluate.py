@@ -138,8 +138,8 @@ def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "Ch
     if max_length and options.get("batch_tokens"):
         options["batch_tokens"] = max(options["batch_tokens"], max_length)
     options |= {"test_source": source, "tokenizer": chosen.base.name, "seed": settings.get("seed_everything", 42)}
-    written = read_format(chosen.adapter)
-    options |= {"template": written.source, "system": written.system}
+    prompt_format = read_format(chosen.adapter)
+    options |= {"template": prompt_format.source, "system": prompt_format.system}
     data = ChatDataModule(**options)
     if chosen.settings is not None:
         data.recall(RunFolder(chosen.adapter.parent).rows)

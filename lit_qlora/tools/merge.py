@@ -90,8 +90,8 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     trained_in = _trained_in(read_record(chosen.adapter))
     lora = LoraWeights(chosen.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    written = read_format(chosen.adapter)
-    encoder = Encoder(load_tokenizer(chosen.base.location), chosen.base.context_tokens, prompt_format=written)
+    prompt_format = read_format(chosen.adapter)
+    encoder = Encoder(load_tokenizer(chosen.base.location), chosen.base.context_tokens, prompt_format=prompt_format)
     encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
     texts, source = compare.conversations_to_compare(chosen.settings, RunFolder(chosen.adapter.parent).rows, encoder)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
@@ -103,12 +103,12 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device)
         num_bytes = write_shards(folder, ((name, _stored(name, value, dtype)) for name, value in tensors))
         _write_config(folder, chosen.base, encoder, dtype)
-        made_of = {"base": chosen.base.public_name, "onto": onto, "system": None, **written.record()}
+        made_of = {"base": chosen.base.public_name, "onto": onto, "system": None, **prompt_format.record()}
         (folder / MERGED).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
         _write_tokenizer(folder, chosen.base, encoder, texts)
         found = compare.difference(folder, wanted, device)
         compare.check(found, dtype if onto == "quantized" else "another model")
-        (folder / CARD).write_text(_card(chosen, dtype, onto, found, written), encoding="utf-8")
+        (folder / CARD).write_text(_card(chosen, dtype, onto, found, prompt_format), encoding="utf-8")
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
         print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {num_bytes / 1e9:.2f} GB of {dtype} in {target}")
         print(f"check  against {than}, {source}, {found}", flush=True)
@@ -119,7 +119,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         raise UserError(f"{target} can't be written: {' '.join(str(error).split())}", option="output") from error
 
 
-def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", written: "PromptFormat") -> str:
+def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", prompt_format: "PromptFormat") -> str:
     from lit_qlora.figures.card import merged_card
 
     made = f"The weights are in {dtype}."
@@ -127,7 +127,7 @@ def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", written
         made += " The adapter was added to the base's own weights, not to the 4-bit ones that it was trained on."
     told = f"{str(found).capitalize()}, against the 4-bit base with the adapter."
     source = chosen.settings["data"]["source"] if chosen.settings else None
-    return merged_card(chosen.base.public_name, source, made, told, written.described("tokenizer_config.json"))
+    return merged_card(chosen.base.public_name, source, made, told, prompt_format.described("tokenizer_config.json"))
 
 
 def check_room(target: Path, needed_bytes: int) -> None:

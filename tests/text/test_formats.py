@@ -78,7 +78,7 @@ def test_a_system_text_stands_in_where_a_conversation_brings_none(options):
 def test_half_a_character_is_refused(options, place):
     said = [("\ud800" if name == place else "a") for name in ("the system text", "turn 1", "turn 2")]
     conversation = Conversation((Turn("user", said[1]), Turn("assistant", said[2])), said[0])
-    with pytest.raises(ValueError, match=f"^{place} holds half a character"):
+    with pytest.raises(ValueError, match=f"^{place} holds bytes that are no UTF-8, or half a character"):
         chosen(**options).of(SpecialTokens()).pieces(conversation)
     for name in ("system", "template"):
         with pytest.raises(UserError, match=rf"^data\.{name}: .* half a character"):

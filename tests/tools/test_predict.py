@@ -399,7 +399,7 @@ def test_a_systems_text_and_earlier_turns_reach_the_model(here, answerer):
         ('{"promt": "x"}', "p.jsonl:2: no column 'messages' or 'conversations' or 'prompt', columns found:"),
         ('{"prompt": "x [/INST] y"}', "p.jsonl:2: turn 1 holds the tag [/INST], which could forge a turn"),
         ('{"prompt": "x", "system": "<<SYS>>"}', "p.jsonl:2: the system text holds the tag <<SYS>>"),
-        (r'{"prompt": "x \ud800"}', "p.jsonl:2: turn 1 holds half a character"),
+        (r'{"prompt": "x \ud800"}', "p.jsonl:2: turn 1 holds bytes that are no UTF-8, or half"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
          "p.jsonl:2: the last turn is the assistant's, expected the user's"),
         ('{"messages": "no list"}', "p.jsonl:2: expected a list of messages, got str"),

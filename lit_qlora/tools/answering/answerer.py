@@ -119,9 +119,9 @@ class Answerer:
         from lit_qlora.model.load import read_format
 
         quieten()
-        written = read_format(self.adapter)  # an altered one is found before a large base is loaded
+        prompt_format = read_format(self.adapter)  # an altered one is found before a large base is loaded
         self.max_length = self.base.context_tokens
-        self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, prompt_format=written)
+        self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, prompt_format=prompt_format)
         self.encoder.check_vocabulary(self.base.shape.vocabulary, self.base.name)
 
     @cached_property

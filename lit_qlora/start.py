@@ -52,6 +52,9 @@ from lit_qlora.storage.state import load_state
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
+LEARNING = ("fit", "plan")
+"""The verbs of a run that is to learn; the others are about one that has."""
+
 REMEDY = "put that line right, or take it out"
 """Of a run's own config.yaml."""
 
@@ -75,7 +78,7 @@ def complete(args: list[str]) -> Command:
     run = _folder(name)
     base = option(rest, "--model.base")
     if config is None:
-        if verb != "fit":
+        if verb not in LEARNING:
             kept = open_run(run) if run else newest_run()
             if run is None:
                 print(f"   run  {kept.path}, the newest", flush=True)

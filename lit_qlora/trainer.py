@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.plugins import CheckpointIO, LayerSync
+from lightning.pytorch.plugins import CheckpointIO, LayerSync, MixedPrecision
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
@@ -186,7 +186,8 @@ class QLoRATrainer(Trainer):
         _require_limit("limit_test_batches", limit_test_batches)
         known = ("auto", "cpu", "gpu", "cuda")
         require(accelerator in known, "trainer.accelerator", f"one of {', '.join(known)}", accelerator)
-        if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        device = current_device(accelerator)
+        if accelerator in ("gpu", "cuda") and device.capability is None:
             raise UserError(
                 f"{accelerator}, and torch sees no CUDA GPU here",
                 option="trainer.accelerator",
@@ -197,7 +198,7 @@ class QLoRATrainer(Trainer):
             )
         one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
         require(one, "trainer.devices", "one device (several come later)", devices)
-        if isinstance(devices, list):
+        if isinstance(devices, list) and device.is_here:
             count = torch.cuda.device_count() if accelerator != "cpu" else 0
             if not count:
                 here = "there is no GPU here" if accelerator != "cpu" else "a CPU has no number"
@@ -205,7 +206,6 @@ class QLoRATrainer(Trainer):
                     f"expected 1, for {here}, got {devices}", option="trainer.devices", remedy="leave it out"
                 )
             require(0 <= devices[0] < count, "trainer.devices", f"a GPU's number below {count}, or 1", devices)
-        device = current_device(accelerator)
         chosen, self.precision_reason = choose_precision(precision, device, num_weights)
         by_epoch = isinstance(val_check_interval, float)
         kwargs |= {
@@ -214,22 +214,28 @@ class QLoRATrainer(Trainer):
             "enable_checkpointing": False,  # ours falls on the edge between steps, and needs no pickle
             "enable_model_summary": False,  # it counts two 4-bit weights as one
         }
+        kwargs |= {"precision": chosen, "accelerator": accelerator, "devices": devices}
+        if not device.is_here:  # Lightning's part is made for what is here, and never runs
+            kwargs |= {"accelerator": "auto", "devices": 1}
+            if chosen == "16-mixed":  # in whose place Lightning would take bf16 on a CPU
+                plugin = MixedPrecision("16-mixed", "cpu")
+                kwargs |= {"precision": None, "plugins": [*(kwargs.get("plugins") or []), plugin]}
         super().__init__(
-            precision=chosen,  # type: ignore[arg-type]  # auto is resolved
             max_epochs=max_epochs,
             val_check_interval=val_check_interval,
-            devices=devices,
             gradient_clip_val=gradient_clip_val,
             gradient_clip_algorithm=gradient_clip_algorithm,
             accumulate_grad_batches=accumulate_grad_batches,
             max_steps=max_steps,
-            accelerator=accelerator,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
             limit_test_batches=limit_test_batches,
             log_every_n_steps=log_every_n_steps,
             **kwargs,
         )
+
+    def plan(self) -> None:
+        """Report what a fit with these options needs: memory, time, disk. Needs no GPU."""
 
 
 def own_callbacks(given: Callback | list[Callback] | None, validates: bool = True) -> list[Callback]:

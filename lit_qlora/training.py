@@ -5,7 +5,8 @@
 
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ from lit_qlora.errors import OutOfRoomError, UserError, one_line, require
 from lit_qlora.figures.record import Record
 from lit_qlora.figures.tensorboard import EventFile
 from lit_qlora.forecast import words
-from lit_qlora.forecast.foresee import planned
+from lit_qlora.forecast.foresee import foresee
 from lit_qlora.launchers import requeue
 from lit_qlora.model.device import current_device
 from lit_qlora.model.load import check_context, check_rank, check_settings, split_names, template_of
@@ -65,6 +66,7 @@ class QLoRACLI(LightningCLI):
 
     def __init__(self, command: start.Command, stack: ExitStack) -> None:
         self.command, self.verb = command, command.args[0]
+        self.scores = self.verb not in start.LEARNING
         self.stack = stack
         self.run: RunFolder
         self.resume_from: Path | None = None
@@ -139,7 +141,7 @@ class QLoRACLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand != "fit":
+        if self.scores:
             parser.add_argument(
                 "--ckpt_path",
                 default="best",
@@ -170,7 +172,7 @@ class QLoRACLI(LightningCLI):
         options = self.config[self.verb]
         self.is_named = options.run is not None
         self.run = RunFolder(Path(options.run) if options.run is not None else start.default_run(options))
-        if self.verb != "fit":
+        if self.scores:
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
             if adapter or options.ckpt_path == "base":
                 options.model.adapter = str(adapter) if adapter else None
@@ -179,12 +181,23 @@ class QLoRACLI(LightningCLI):
             options.data.template = template_of(Path(options.model.adapter), options.data.template)
 
     def _prepare_fit(self) -> None:
-        options = self.config[self.verb]
-        config = self._config_to_keep()
-        mirror = None
+        if self.model.adapter:
+            check_settings(self.model.adapter, self.model.lora)
+        options, config, mirror = self.config[self.verb], self._config_to_keep(), None
+        self.settings, self.lengths = config, start.lengths(config)
         if options.mirror is not None:
             require(bool(options.mirror.strip()), "mirror", "a folder", options.mirror)
             mirror = Path(options.mirror).expanduser()
+        self.open_run(mirror)
+
+    def check_vocabulary(self) -> None:
+        """Raises UserError for a tokenizer that does not go with the base."""
+        base = self.model.base
+        self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
+
+    def open_run(self, mirror: Path | None) -> None:
+        """Opens the run folder of a fit and its copy in ``mirror``, and finds what to resume from."""
+        options, config = self.config[self.verb], self.settings
         if not self.is_named:
             self.run = start.choose_run(self.run, mirror, config, self.model.base, self.datamodule)
         self.run.open(self.stack)
@@ -199,12 +212,9 @@ class QLoRACLI(LightningCLI):
             if self.mirror:
                 self.mirror.complete()
             raise
-        if self.model.adapter:
-            check_settings(self.model.adapter, self.model.lora)
         start.check_room(self.run, self.model, options.keep_checkpoints)
         self.resume_from = start.checkpoint_to_resume(self.run)
         start.check_adapter(self.run, self.model.lora, self.mirrored)
-        self.settings, self.lengths = config, start.lengths(config)
         self.run.write_config(as_yaml(config))
         if self.mirror:
             self.mirror.start()
@@ -233,24 +243,25 @@ class QLoRACLI(LightningCLI):
         """The Trainer with this run's callbacks, loggers and checkpoints."""
         base = self.model.base
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={})}
-        validates = self.verb != "fit" or config.get("limit_val_batches") != 0
+        validates = self.scores or config.get("limit_val_batches") != 0
         given, plugins = own_callbacks(config.get("callbacks"), validates), own_plugins(config.get("plugins"))
         check_rank(base, self.model.lora.rank)
         check_context(base, self.datamodule.max_length)
         check_weights(base)
-        self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
-        if self.verb == "fit":  # here, and not before: the model's and the data's options are checked by now
+        self.check_vocabulary()
+        if self.scores:
+            self.datamodule.recall(self.run.rows)
+        else:  # here, and not before: the model's and the data's options are checked by now
             check_optimizer(self.model.optimizer_name, current_device().capability is not None)
             self._prepare_fit()
-        else:
-            self.datamodule.recall(self.run.rows)
         shows_bar = config.get("enable_progress_bar") is not False
         metrics, throughput = TrainMetrics(), Throughput()
         bars: list[StepCallback] = [RunProgress(metrics, throughput)] if shows_bar else []
         # A checkpoint has a word of these, and is to find whom it is for.
         callbacks, loggers = [metrics, throughput, UpdateGuard(), SamePrompts(), *bars], list[Logger]()
-        if self.verb == "fit":
-            callbacks, loggers = self._fit_parts([metrics, throughput], bars)
+        if not self.scores:
+            callbacks = self._fit_callbacks([metrics, throughput], bars)
+            loggers = [*self.own_loggers(), *self._given_loggers()]
         config |= {
             "callbacks": [*given, *callbacks],
             "logger": loggers or False,
@@ -261,8 +272,8 @@ class QLoRACLI(LightningCLI):
         }
         return QLoRATrainer(**config)
 
-    def _fit_parts(self, figures: list[StepCallback], bars: list[StepCallback]) -> tuple[list[Callback], list[Logger]]:
-        """The callbacks of a training run, and its loggers."""
+    def _fit_callbacks(self, figures: list[StepCallback], bars: list[StepCallback]) -> list[Callback]:
+        """The callbacks of a training run."""
         options = self.config_init[self.verb]
         checkpoints = RunCheckpoints(
             self.run, options.save_every_steps, options.keep_checkpoints, options.save_every_minutes
@@ -281,7 +292,7 @@ class QLoRACLI(LightningCLI):
         early = [StopWithoutGain("val/loss", patience=patience)] if patience else []
         resumed = self.resume_from.name if self.resume_from else None
         self.report = Report(self.run, memory, resumed, checkpoints, self.lengths)
-        callbacks = [
+        return [
             SeedByPosition(options.data.seed),
             KeepRecord(),
             guard,
@@ -300,12 +311,18 @@ class QLoRACLI(LightningCLI):
             # Figures first, then what validates, then what saves, then what may end the run.
             StepEdge([guard, *figures, held_out, *bars, *limits, checkpoints, stop]),
         ]
-        given = options.trainer.logger
-        board = EventFile(self.run.path, as_yaml(self.run.read_config())) if given is not False else None
-        loggers: list[Logger] = [Record(self.run, board)]
-        if given is not None and not isinstance(given, bool):
-            loggers += given if isinstance(given, list) else [given]
-        return callbacks, loggers
+
+    def own_loggers(self) -> list[Logger]:
+        """Those of each run: its record, and TensorBoard's file unless it is unwanted."""
+        shows = self.config_init[self.verb].trainer.logger is not False
+        board = EventFile(self.run.path, as_yaml(self.run.read_config())) if shows else None
+        return [Record(self.run, board)]
+
+    def _given_loggers(self) -> list[Logger]:
+        given = self.config_init[self.verb].trainer.logger
+        if given is None or isinstance(given, bool):
+            return []
+        return given if isinstance(given, list) else [given]
 
     # Running
 
@@ -314,8 +331,8 @@ class QLoRACLI(LightningCLI):
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
         except (OutOfRoomError, torch.OutOfMemoryError) as error:
-            foreseen = planned(model, datamodule, self.trainer)
-            for line in words.lines(foreseen, bool(model.slow_because)) if foreseen else ():
+            forecast = foresee(model, datamodule, self.trainer)
+            for line in words.lines(forecast) if forecast else ():
                 tell(f"  plan  {line}")
             if not isinstance(error, OutOfRoomError):
                 change = "--samples.count 0 or --model.checkpointing full, with which this run goes on"
@@ -352,6 +369,17 @@ class QLoRACLI(LightningCLI):
             print(f"{f'{prefix}/{name}':>16}  {figures[f'{prefix}/{name}']:.6f}")
 
 
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Raises UserError for Lightning's word for options that don't go together."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(
+            " ".join(str(error).split()), option="trainer", remedy="change or leave out that option"
+        ) from error
+
+
 def main(args: list[str]) -> int:
     """Runs ``args``, the command line from its verb on, and returns the exit status.
 
@@ -359,14 +387,10 @@ def main(args: list[str]) -> int:
     """
     quieten()
     try:
-        with ExitStack() as stack:
+        with ExitStack() as stack, in_one_line():
             QLoRACLI(start.complete(args), stack)
     except torch.OutOfMemoryError as error:
         raise UserError(OUT_OF_MEMORY, remedy="give a smaller data.batch_size or data.max_length") from error
-    except MisconfigurationException as error:  # Lightning's word for options that don't go together
-        raise UserError(
-            " ".join(str(error).split()), option="trainer", remedy="change or leave out that option"
-        ) from error
     except SystemExit as stop:
         if stop.code == 128 + WARNING and not isinstance(stop, LeftAtOnce):  # saved; behind the mirror's last copy
             requeue()

@@ -160,7 +160,6 @@ def test_no_verb_runs_it(
         raise SystemExit(7)
 
     monkeypatch.setattr(training.QLoRACLI, "before_instantiate_classes", stop)
-    monkeypatch.setattr("lit_qlora.tools.planned._card", stop)
     _write(run, spelling, "")
     assert main([verb, "--run", "./run"]) == 7
     assert "left out: it can name code" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.console import tell
 from lit_qlora.errors import require
 from lit_qlora.figures.card import write_card
+from lit_qlora.forecast.foresee import Needs
 from lit_qlora.storage.checkpoint_io import check_checkpoint
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
@@ -39,7 +40,7 @@ class Best:
     weights: dict[str, Tensor]
 
 
-class RunCheckpoints(StepCallback):
+class RunCheckpoints(StepCallback, Needs):
     """Saves every so many optimizer steps or minutes and after the last; keeps the best adapter by held-out loss.
 
     Args:

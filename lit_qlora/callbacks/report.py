@@ -19,7 +19,7 @@ from lit_qlora.callbacks.steps import is_last_step
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.forecast import words
-from lit_qlora.forecast.foresee import planned
+from lit_qlora.forecast.foresee import foresee
 from lit_qlora.forecast.memory import GIB, step_memory
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.run import RunFolder
@@ -72,10 +72,10 @@ class Report(Callback):
             batch += f" x {trainer.accumulate_grad_batches} accumulated"
         reason: str = trainer.precision_reason  # type: ignore[attr-defined]
         _say("train", f"{steps:,} steps of {batch}; precision {trainer.precision} ({reason})")
-        foreseen = planned(module, data, trainer)
-        if foreseen:
-            self.predicted_gib = step_memory(foreseen.step).reserved / GIB
-            for line in words.lines(foreseen, bool(module.slow_because)):
+        forecast = foresee(module, data, trainer)
+        if forecast:
+            self.predicted_gib = step_memory(forecast.step).reserved / GIB
+            for line in words.lines(forecast):
                 _say("plan", line)
         _say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
 

@@ -12,11 +12,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_qlora.callbacks.record import record, record_of
 from lit_qlora.errors import require
 from lit_qlora.figures.samples import CONTEXT, LIMIT, SampleAnswer, counts, line, table
+from lit_qlora.forecast.foresee import Needs
+from lit_qlora.forecast.memory import Samples
 from lit_qlora.model.generate import PROMPTS_AT_ONCE, Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 
 
-class SampleAnswers(Callback):
+class SampleAnswers(Callback, Needs):
     """Answers prompts at each validation, greedily; records how many ended by themselves, and how many were cut.
 
     Args:
@@ -67,6 +69,11 @@ class SampleAnswers(Callback):
         if self.prompts:
             return [Conversation((Turn("user", text),)) for text in self.prompts]
         return [prompt for prompt, _ in data.held_out_prompts(self.count)]
+
+    def samples(self, data: Any) -> Samples:
+        """What the forecast counts: all prompts, by the longest of them."""
+        lengths = [len(data.encoder.prompt(prompt)) for prompt in self.choose(data)]
+        return Samples(len(lengths), max(lengths, default=0), self.max_new_tokens, are_own=bool(self.prompts))
 
     def _answer(self, trainer: Trainer, module: Any) -> list[SampleAnswer]:
         """An answer to each prompt, as far as the limit and the base's context allow."""

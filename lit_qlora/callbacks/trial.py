@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_qlora.forecast.foresee import planned
+from lit_qlora.forecast.foresee import foresee
 from lit_qlora.model.graphs import padded
 from lit_qlora.model.optimizer import forget
 
@@ -30,11 +30,11 @@ class Trial(Callback):
         if module.device.type == "cpu" and not self.on_cpu:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        foreseen = planned(module, data, trainer)
-        if foreseen:
-            module.replays = foreseen.step.replays
-        if foreseen and module.checkpointing == "auto":
-            module.kept_layers = foreseen.step.kept_layers
+        forecast = foresee(module, data, trainer)
+        if forecast:
+            module.replays = forecast.step.replays
+        if forecast and module.checkpointing == "auto":
+            module.kept_layers = forecast.step.kept_layers
         largest = data.largest_batch(padded) if module.replays else data.largest_batch()
         batch = module.transfer_batch_to_device(largest, module.device, 0)
         weights = {name: value.clone() for name, value in module.state_dict().items()}

@@ -357,12 +357,7 @@ class ChatDataModule(LightningDataModule):
         if isinstance(limit, float) and 0 < limit < 1:
             lengths = self._rows[part].lengths
             count = len(self._first_epoch if part == "train" else self.plan.epoch(lengths, seed=0, epoch=0))
-            require(
-                int(limit * count) >= 1,
-                f"trainer.{option}",
-                f"a share that comes to at least one of the {count} micro-batches, or a whole number of them",
-                limit,
-            )
+            check_limit(option, limit, count)
 
     def _evaluation_loader(self, part: str) -> EvaluationLoader:
         assert self.trainer is not None
@@ -391,6 +386,12 @@ def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
     prompt_format = chosen(template, system)
     prompt_format.check_system()  # by a template's own texts, the encoder does
     return prompt_format
+
+
+def check_limit(option: str, limit: int | float, count: int) -> None:
+    """Raises UserError where ``option`` of the Trainer is a share of ``count`` micro-batches that comes to none."""
+    expected = f"a share that comes to at least one of the {count} micro-batches, or a whole number of them"
+    require(isinstance(limit, int) or limit == 0 or int(limit * count) >= 1, f"trainer.{option}", expected, limit)
 
 
 def read_template(value: str | None) -> str | None:

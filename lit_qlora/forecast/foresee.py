@@ -1,24 +1,29 @@
-"""Owns the forecast of a run: its settings, its data and this card in the terms of `memory` and `speed`.
+"""Owns the forecast of a run: its settings in one description, and the one way from them to steps, memory and time.
 
-Puts a module, its data and its Trainer into them. Knows no options; the words are `words`'s.
+The description is made from a module, its data and its Trainer; none of them needs weights. Knows no options; the
+formulas are those of `memory` and `speed`, the words those of `words`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from lit_qlora.data.batching import BatchPlan, ResumableLoader
 from lit_qlora.errors import UserError
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.cards import Card, find_card
 from lit_qlora.forecast.memory import GIB, NO_SAMPLES, Samples, Step, StepMemory
-from lit_qlora.forecast.speed import Epoch, waits_for_host
+from lit_qlora.forecast.speed import Epoch, epoch_hours, waits_for_host
+from lit_qlora.model import load
 from lit_qlora.model.device import current_device
 from lit_qlora.model.generate import PROMPTS_AT_ONCE
 from lit_qlora.model.graphs import MOST, padded
+from lit_qlora.model.load import Lora
 from lit_qlora.model.shape import Shape
 
 ANSWER_SHARE = 0.86
@@ -28,135 +33,272 @@ GUANACO = (
     (90, 886), (95, 1154), (98, 1636), (99, 1895), (100, 7832),
 )  # fmt: skip
 """Percentiles of the conversations' tokens, measured likewise; the first 259 test rows of the whole set agree."""
-PROMPT_TOKENS = 256
-"""The longest of eight prompts, where it is not known: measured there, 153 on average."""
+
+
+class Needs:
+    """Mixed into a callback that needs room of its own: what the forecast counts for it."""
+
+    keep_checkpoints = 0
+    """Checkpoints that it keeps in the run folder."""
+
+    def samples(self, data: Any) -> Samples:
+        """Sample answers that it draws, all of them. ``data`` is the `ChatDataModule`."""
+        return NO_SAMPLES
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The training rows: tokens of each, the share of tokens that are learned, and how both are known.
+
+    ``known_by`` is None where they were counted.
+    """
+
+    lengths: tuple[int, ...]
+    answer_share: float = ANSWER_SHARE
+    known_by: str | None = None
+
+    @classmethod
+    def of(cls, data: Any) -> "Rows":
+        """Those of a `ChatDataModule` after ``setup("fit")``."""
+        encoded = data._rows["train"]
+        return cls(tuple(encoded.lengths), sum(encoded.answer_tokens) / sum(encoded.lengths))
 
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest micro-batch of an epoch in tokens, with padding; and where kernels are recorded, which pads more."""
+    """The largest micro-batch in tokens, with padding; and where kernels are recorded, which pads more."""
 
     tokens: int
     recorded_tokens: int
     num_recordings: int
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """What is foreseen of a run: its largest step, its epoch, its sample answers, and the card."""
-
-    step: Step
+class _Batches(NamedTuple):
     epoch: Epoch
+    largest: Largest
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What decides the memory and the time of a run, and what follows from it.
+
+    Args:
+        shape: of the base.
+        card: to train on.
+        rows: to train on, before they are cut to ``max_length``.
+        lora: the adapter.
+        precision: as Lightning spells it.
+        optimizer: its name.
+        checkpointing: none, selective, auto or full.
+        cuda_graphs: whether kernels are recorded; auto: where the card would wait for its host.
+        own_layers: False for transformers' own layers, which take more than the formulas say.
+        loss_rows: scored tokens whose logits exist at a time.
+        plan: how rows are grouped into micro-batches.
+        max_length: tokens of one row.
+        accumulate: micro-batches of one optimizer step.
+        limit: micro-batches of an epoch, or a share of them.
+        seed: of the rows' order.
+        samples: all sample answers of a validation.
+        keep_checkpoints: kept in the run folder.
+    """
+
+    shape: Shape
     card: Card
-    samples: Samples
-    keep_checkpoints: int
+    rows: Rows
+    lora: Lora
+    precision: str
+    optimizer: str = "adamw"
+    checkpointing: str = "auto"
+    cuda_graphs: bool | str = False
+    own_layers: bool = True
+    loss_rows: int = memory.CHUNK_ROWS
+    plan: BatchPlan
+    max_length: int
+    accumulate: int = 1
+    limit: int | float = 1.0
+    seed: int = 42
+    samples: Samples = NO_SAMPLES
+    keep_checkpoints: int = 0
 
     @property
+    def is_slow(self) -> bool:
+        """True if the layers are transformers' own: nothing of them is recorded, and auto keeps none."""
+        return self.lora.dora or not self.own_layers
+
+    @property
+    def epoch(self) -> Epoch:
+        """Tokens and micro-batches of an epoch."""
+        return self._batches.epoch
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return self._batches.num_rows
+
+    @property
+    def largest(self) -> Largest:
+        """The largest micro-batch of the run."""
+        return self._batches.largest
+
+    @cached_property
+    def _batches(self) -> _Batches:
+        return _batches(self.rows.lengths, self.plan, self.max_length, self.seed, self.limit)
+
+    @cached_property
+    def samples_at_once(self) -> Samples:
+        """Sample answers that are drawn in one batch."""
+        return replace(self.samples, num_prompts=min(self.samples.num_prompts, PROMPTS_AT_ONCE))
+
+    @cached_property
+    def step(self) -> Step:
+        """The step of the largest micro-batch, with as many layers kept as ``checkpointing`` means on the card."""
+        names, largest = load.target_names(self.lora.target_modules), self.largest
+        step = Step(
+            self.shape,
+            tokens=largest.tokens,
+            scored_tokens=math.ceil(largest.tokens * self.rows.answer_share),
+            rank=self.lora.rank,
+            targets=tuple(dict.fromkeys(names)),
+            dropout=self.lora.dropout > 0,
+            optimizer=self.optimizer,
+            element=4 if self.precision == "32-true" else 2,
+            accumulates=self.accumulate > 1,
+            loss_rows=self.loss_rows,
+            workspace=memory.HOPPER_WORKSPACE if self.card.capability >= (9, 0) else memory.WORKSPACE,
+        )
+        if self._records(step):
+            step = replace(step, tokens=largest.recorded_tokens, num_recordings=largest.num_recordings)
+        return replace(step, kept_layers=self._kept_layers(step))
+
+    def _records(self, step: Step) -> bool:
+        """True if a fit records its kernels on the card."""
+        if self.is_slow or self.plan.packed:
+            return False
+        if self.cuda_graphs != "auto":
+            return bool(self.cuda_graphs)
+        is_plain = not (self.lora.dropout or torch.are_deterministic_algorithms_enabled())
+        return is_plain and waits_for_host(replace(step, kept_layers=self.shape.num_layers), self.card)
+
+    def _kept_layers(self, step: Step) -> int:
+        if self.checkpointing != "auto":
+            return 0 if self.checkpointing == "full" else self.shape.num_layers
+        if self.is_slow:
+            return 0
+        return memory.most_kept_layers(step, int(self.card.memory_gib * GIB), self.samples_at_once)
+
+    @cached_property
     def moments(self) -> list[StepMemory]:
-        """All that it must have room for."""
-        return memory.run_moments(self.step, self.samples)
+        """All moments that the run must have room for."""
+        return memory.run_moments(self.step, self.samples_at_once)
+
+    @cached_property
+    def peak(self) -> StepMemory:
+        """The highest of them."""
+        return max(self.moments, key=lambda moment: moment.reserved)
+
+    @property
+    def needed_gib(self) -> float:
+        """GiB that the card must have."""
+        return self.peak.on_card / GIB
+
+    def fits(self, share: float = 1.0) -> bool:
+        """True if the run stays within ``share`` of the card."""
+        return self.peak.on_card <= share * self.card.memory_gib * GIB
+
+    @cached_property
+    def hours(self) -> float | None:
+        """Hours of an epoch at the card's sustained rates; None where these are not known."""
+        return epoch_hours(self.step, self.epoch, self.card)
 
 
-def step_of(
-    shape: Shape,
-    lora: Any,
-    optimizer: str,
-    checkpointing: str,
-    precision: str,
-    card: Card,
-    largest: Largest,
-    scored_share: float,
-    accumulate: int,
-    cuda_graphs: bool | str = False,
-    samples: Samples = NO_SAMPLES,
-    loss_rows: int = memory.CHUNK_ROWS,
-    is_slow: bool = False,
-) -> Step:
-    """A training step in the formulas' terms, with as many layers kept as ``checkpointing`` means on ``card``.
-
-    ``cuda_graphs``, if it is auto, becomes what a fit does on ``card``; it is false where conversations are packed.
-    ``is_slow`` where the layers are transformers' own: of those nothing is recorded, and auto keeps none.
-    """
-    targets = lora.target_modules
-    names = Shape.LINEARS if targets == "all-linear" else (targets,) if isinstance(targets, str) else tuple(targets)
-    step = Step(
-        shape,
-        tokens=largest.tokens,
-        scored_tokens=math.ceil(largest.tokens * scored_share),
-        rank=lora.rank,
-        targets=tuple(dict.fromkeys(names)),
-        dropout=lora.dropout > 0,
-        optimizer=optimizer,
-        element=4 if precision == "32-true" else 2,
-        accumulates=accumulate > 1,
-        loss_rows=loss_rows,
-        workspace=memory.HOPPER_WORKSPACE if card.capability >= (9, 0) else memory.WORKSPACE,
-    )
-    if is_slow:
-        cuda_graphs, checkpointing = False, "full" if checkpointing == "auto" else checkpointing
-    if cuda_graphs == "auto":
-        plain = not (lora.dropout or lora.dora or torch.are_deterministic_algorithms_enabled())
-        cuda_graphs = plain and waits_for_host(replace(step, kept_layers=shape.num_layers), card)
-    if cuda_graphs:
-        step = replace(step, tokens=largest.recorded_tokens, num_recordings=largest.num_recordings)
-    if checkpointing == "auto":
-        return replace(step, kept_layers=memory.most_kept_layers(step, int(card.memory_gib * GIB), samples))
-    return replace(step, kept_layers=0 if checkpointing == "full" else shape.num_layers)
+@lru_cache(typed=True)  # for a limit of 1 micro-batch is none of 1.0, all of them
+def _batches(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed: int, limit: int | float) -> _Batches:
+    cut = [min(length, max_length) for length in lengths]
+    batches = plan.epoch(cut, seed, 0)
+    taken = batches[: max(1, ResumableLoader(None, (), lambda _: batches, limit=limit).length)]
+    epoch, largest = epoch_of(cut, batches, plan.packed)
+    if len(taken) < len(batches):  # a later epoch takes others: the largest is that of them all
+        epoch, _ = epoch_of(cut, taken, plan.packed)
+    return _Batches(epoch, largest, sum(map(len, taken)))
 
 
 def epoch_of(lengths: Sequence[int], batches: Sequence[Sequence[int]], packed: bool = False) -> tuple[Epoch, Largest]:
-    """An epoch's tokens, and its largest micro-batch."""
+    """An epoch's tokens, and its largest micro-batch.
+
+    Args:
+        lengths: tokens of each row.
+        batches: the micro-batches, as row numbers.
+        packed: whether rows stand one behind the other, without padding.
+    """
     longest = [max(lengths[row] for row in rows) for rows in batches]
+    taken = [lengths[row] for rows in batches for row in rows]
     tokens = [
         sum(lengths[row] for row in rows) if packed else len(rows) * most
         for rows, most in zip(batches, longest, strict=True)
     ]
     shapes = {(len(rows), padded(len(rows), most)) for rows, most in zip(batches, longest, strict=True)}
     largest = Largest(max(tokens), max(rows * length for rows, length in shapes), min(len(shapes), MOST))
-    mean_row = sum(length**2 for length in lengths) / sum(lengths)
-    return Epoch(sum(lengths), sum(tokens), len(batches), mean_row), largest
+    mean_row = sum(length**2 for length in taken) / sum(taken)
+    return Epoch(sum(taken), sum(tokens), len(batches), mean_row), largest
 
 
-def guanaco_lengths(num_rows: int) -> list[int]:
+def foresee(
+    module: Any,
+    data: Any,
+    trainer: Any,
+    card: Card | None = None,
+    rows: Rows | None = None,
+    samples: Samples | None = None,
+) -> Forecast | None:
+    """Forecasts a fit.
+
+    Args:
+        module: the `QLoRAModule`; nothing of it has to be loaded.
+        data: the `ChatDataModule`, after ``setup("fit")`` unless rows and samples are given.
+        trainer: the Trainer.
+        card: to train on; default: this machine's.
+        rows: to train on; default: those of ``data``.
+        samples: all sample answers of a validation; default: those that the Trainer's callbacks draw.
+
+    Returns:
+        None without a card.
+    """
+    card = card or current_card()
+    if card is None:
+        return None
+    needs = [callback for callback in trainer.callbacks if isinstance(callback, Needs)]
+    if samples is None:
+        samples = next((drawn for one in needs if (drawn := one.samples(data)).num_prompts), NO_SAMPLES)
+    return Forecast(
+        shape=module.base.shape,
+        card=card,
+        rows=rows or Rows.of(data),
+        lora=module.lora,
+        precision=str(trainer.precision),
+        optimizer=module.optimizer_name,
+        checkpointing=module.checkpointing,
+        cuda_graphs=module.cuda_graphs,
+        own_layers=module.own_layers and not (module.slow_because or load.has_bias(module.adapter)),
+        loss_rows=module.loss_rows,
+        plan=data.plan,
+        max_length=data.max_length,
+        accumulate=trainer.accumulate_grad_batches,
+        limit=trainer.limit_train_batches,
+        seed=data.seed,
+        samples=samples,
+        keep_checkpoints=max((one.keep_checkpoints for one in needs), default=0),
+    )
+
+
+def guanaco_lengths(num_rows: int) -> tuple[int, ...]:
     """Lengths like those of guanaco-llama2-1k: its measured percentiles, with straight lines between them."""
     lengths = []
     for row in range(num_rows):
         percent = 100 * (row + 0.5) / num_rows
         (low, shortest), (high, longest) = next(pair for pair in pairwise(GUANACO) if pair[1][0] >= percent)
         lengths.append(round(shortest + (longest - shortest) * (percent - low) / (high - low)))
-    return lengths
-
-
-def planned(module: Any, data: Any, trainer: Any) -> Outlook | None:
-    """What is foreseen of a fit; None on a CPU.
-
-    Args:
-        module: the `QLoRAModule`.
-        data: the `ChatDataModule` after ``setup("fit")``.
-        trainer: the `QLoRATrainer`.
-    """
-    card = current_card()
-    if card is None:
-        return None
-    samples = _samples(data, trainer)
-    rows = data._rows["train"]
-    epoch, largest = epoch_of(rows.lengths, data._first_epoch, data.plan.packed)
-    step = step_of(
-        module.base.shape, module.lora, module.optimizer_name, module.checkpointing,
-        str(trainer.precision), card, largest,
-        sum(rows.answer_tokens) / epoch.tokens, trainer.accumulate_grad_batches,
-        False if data.plan.packed else module.cuda_graphs,
-        samples, module.loss_rows, bool(module.slow_because),
-    )  # fmt: skip
-    keep = max((getattr(callback, "keep_checkpoints", 0) for callback in trainer.callbacks), default=0)
-    return Outlook(step, epoch, card, samples, keep)
-
-
-def _samples(data: Any, trainer: Any) -> Samples:
-    """The sample answers that the Trainer's callback draws."""
-    drawn = next((callback for callback in trainer.callbacks if hasattr(callback, "max_new_tokens")), None)
-    prompts = [len(data.encoder.prompt(prompt)) for prompt in drawn.choose(data)] if drawn else []
-    return Samples(min(len(prompts), PROMPTS_AT_ONCE), max(prompts, default=0), drawn.max_new_tokens if drawn else 0)
+    return tuple(lengths)
 
 
 def current_card() -> Card | None:

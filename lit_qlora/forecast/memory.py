@@ -266,11 +266,16 @@ def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:
 
 @dataclass(frozen=True)
 class Samples:
-    """Sample answers that are drawn at once: prompts, tokens of the longest, and new tokens of each."""
+    """Sample answers: prompts, tokens of the longest, and new tokens of each.
+
+    The prompts may be the user's ``own``, and their tokens may be assumed.
+    """
 
     num_prompts: int
     prompt_tokens: int
     new_tokens: int
+    are_own: bool = False
+    are_assumed: bool = False
 
 
 NO_SAMPLES = Samples(0, 0, 0)

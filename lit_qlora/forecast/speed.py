@@ -12,7 +12,7 @@ TRAFFIC_KIB = (500, 750)
 """What everything but matrix products and attention reads and writes, for a token and a layer of 7B, forward and
 backward, with the kernels of `model.pointwise` compiled: an estimate, which a profile on an H200 agrees with."""
 WIDTHS_OF_7B = 4096 + 11008
-HOST_S_A_LAYER = 0.008
+HOST_S_PER_LAYER = 0.008
 """What a host needs to start the kernels of a layer, forward and backward, one by one: 7.7 to 9.7 ms measured beside an
 H100, in a virtual machine with torch 2.11; others may be twice as fast."""
 
@@ -30,7 +30,7 @@ class Epoch:
 def waits_for_host(step: Step, card: Card) -> bool:
     """Whether ``card`` is done with the layers before its host has started all their kernels; False where unknown."""
     hours = epoch_hours(step, Epoch(step.tokens, step.tokens, 1, 0), card)
-    return hours is not None and hours * 3600 < HOST_S_A_LAYER * step.shape.num_layers
+    return hours is not None and hours * 3600 < HOST_S_PER_LAYER * step.shape.num_layers
 
 
 def epoch_hours(step: Step, epoch: Epoch, card: Card) -> float | None:

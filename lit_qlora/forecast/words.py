@@ -1,16 +1,14 @@
 """Owns the words of a forecast: tables of memory, host and disk, and the time; all of it predicted.
 
-Knows what is foreseen, and neither where it comes from nor where it goes.
+Knows the forecast, and neither where it comes from nor where it goes.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 from lit_qlora.forecast import memory
-from lit_qlora.forecast.cards import Card
-from lit_qlora.forecast.foresee import Outlook
-from lit_qlora.forecast.memory import GIB, Samples, Step, StepMemory
-from lit_qlora.forecast.speed import Epoch, epoch_hours
+from lit_qlora.forecast.foresee import Forecast
+from lit_qlora.forecast.memory import GIB, Step
 
 SLOW = (
     "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than these figures"
@@ -33,34 +31,25 @@ PARTS = {
 }
 
 
-def lines(foreseen: Outlook, is_slow: bool = False) -> Iterator[str]:
-    """What a fit says before it begins: against the card, part by part, the host and the time.
-
-    ``is_slow`` where the layers are transformers' own.
-    """
-    step, card = foreseen.step, foreseen.card
-    peak = max(foreseen.moments, key=lambda moment: moment.reserved)
-    share = peak.on_card / GIB / card.memory_gib
-    verdict = ("may fit" if is_slow else "fits") if share <= 1 else "does not fit: python main.py plan says what would"
+def lines(forecast: Forecast) -> Iterator[str]:
+    """What a fit reports before it begins: against the card, part by part, the host and the time."""
+    card, peak, gib = forecast.card, forecast.peak, forecast.needed_gib
+    share = gib / card.memory_gib
+    verdict = "may fit" if forecast.is_slow else "fits"
+    if share > 1:
+        verdict = "does not fit: python main.py plan says what would"
     yield (
-        f"predicted for {card.name}: {peak.on_card / GIB:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
+        f"predicted for {card.name}: {gib:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
         f"torch reserves {peak.reserved / GIB:.2f}; {verdict}"
     )
-    yield from memory_lines(step, foreseen.samples, foreseen.moments, card)
-    if is_slow:
-        yield SLOW
-    yield from host_lines(step, foreseen.keep_checkpoints)
-    yield from time_lines(step, foreseen.epoch, card)
+    yield from memory_lines(forecast)
+    yield from host_lines(forecast)
+    yield from time_lines(forecast)
 
 
-def memory_lines(
-    step: Step, samples: Samples, moments: Sequence[StepMemory], card: Card, assumed: str = ""
-) -> Iterator[str]:
-    """A table of the highest moment, part by part, against the card; what decides it, and the other moments.
-
-    ``assumed`` stands behind the prompts' tokens.
-    """
-    peak = max(moments, key=lambda moment: moment.reserved)
+def memory_lines(forecast: Forecast) -> Iterator[str]:
+    """A table of the highest moment, part by part, against the card; what decides it, and the other moments."""
+    step, peak, card, samples = forecast.step, forecast.peak, forecast.card, forecast.samples_at_once
     unit = GIB if peak.total >= GIB else 1024**2
     yield f"{f'memory at its highest: {peak.moment}':<52}{'GiB' if unit == GIB else 'MiB':>8}"
     for part in fields(peak):
@@ -76,16 +65,20 @@ def memory_lines(
         yield line(f"CUDA's own of {step.num_recordings} recordings", peak.kernels, unit)
     share = peak.on_card / GIB / card.memory_gib
     yield line(f"in all, {share:.0%} of {card.memory_gib:.2f} GiB", peak.on_card, unit)
-    others = [f"{one.moment} {one.total / unit:.2f}" for one in moments if one.moment != peak.moment]
+    others = [f"{one.moment} {one.total / unit:.2f}" for one in forecast.moments if one.moment != peak.moment]
     yield f"  allocated at other moments: {', '.join(others)}"
     yield f"  {step.tokens:,} tokens in the largest micro-batch; {kept_words(step)}"
     if samples.num_prompts:
-        words = f"{samples.num_prompts} prompts of {samples.prompt_tokens} tokens"
-        yield f"  sample answers: {words}{assumed}, {samples.new_tokens} new ones each"
+        prompts = f"{samples.num_prompts} prompts of {samples.prompt_tokens} tokens"
+        assumed = " (assumed)" if samples.are_assumed else ""
+        yield f"  sample answers: {prompts}{assumed}, {samples.new_tokens} new ones each"
+    if forecast.is_slow:
+        yield SLOW
 
 
-def host_lines(step: Step, keep_checkpoints: int, before: Sequence[tuple[str, int]] = ()) -> Iterator[str]:
+def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> Iterator[str]:
     """A table of the host's memory and of the disk; ``before`` are lines that come first."""
+    step, keep_checkpoints = forecast.step, forecast.keep_checkpoints
     trained = sum(step.lora_tensors)
     paged = memory.optimizer_bytes(step.optimizer, step.lora_tensors)[1]
     yield f"{'host and disk':<52}{'GiB':>8}"
@@ -97,9 +90,9 @@ def host_lines(step: Step, keep_checkpoints: int, before: Sequence[tuple[str, in
     yield line(f"run folder, with {keep_checkpoints} checkpoints", adapters + states)
 
 
-def time_lines(step: Step, epoch: Epoch, card: Card, behind: str = "") -> Iterator[str]:
+def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
     """How long an epoch takes, and what that assumes; nothing for a card of unknown rates."""
-    hours = epoch_hours(step, epoch, card)
+    epoch, card, hours = forecast.epoch, forecast.card, forecast.hours
     if hours is None:
         return
     slow = hours / REACHED

@@ -13,7 +13,7 @@ from typing import Any
 from lit_qlora import demo
 from lit_qlora.errors import UserError, excerpt, one_line, require
 from lit_qlora.model.config import read_config
-from lit_qlora.model.shape import Shape
+from lit_qlora.model.shape import Shape, known_config
 from lit_qlora.storage.files import parse_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,12 +55,17 @@ class Base:
 def find_base(name: str, weights: bool = True) -> Base:
     """Recognises ``name``: ``demo``, a local folder, or a hub id.
 
+    Where ``weights`` is False, nothing of it is to be loaded here: the hub is not asked where the sizes are known.
+
     Raises UserError when it does not exist, is gated without access, is not a Llama, is quantised in
     another way, or, unless ``weights`` is False, has no weights as safetensors.
     """
     require(bool(name.strip()), "model.base", "demo, a folder or a hub id (owner/name)", name)
     location = str(demo.BASE) if name == "demo" else name
     folder = Path(location).expanduser()
+    known = None if weights or folder.exists() else known_config(name)
+    if known:
+        return Base(name, name, known)
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise UserError(

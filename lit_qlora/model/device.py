@@ -7,6 +7,9 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,15 +25,35 @@ AMPERE = (8, 0)
 
 
 class Device(NamedTuple):
-    """What is computed on. ``capability`` is None on the CPU, ``memory_bytes`` what this process can have of a GPU."""
+    """What is computed on. ``capability`` is None on the CPU, ``memory_bytes`` what this process can have of a GPU.
+
+    ``is_here`` is False for a GPU of another machine: what is installed beside it is not known.
+    """
 
     name: str
     capability: tuple[int, int] | None
     memory_bytes: int = 0
+    is_here: bool = True
+
+
+_DECIDED_FOR: ContextVar[Device | None] = ContextVar("_DECIDED_FOR", default=None)
+
+
+@contextmanager
+def decide_for(device: Device) -> Iterator[None]:
+    """Has everything decided for ``device``, a GPU that is not here, instead of this machine's."""
+    token = _DECIDED_FOR.set(device)
+    try:
+        yield
+    finally:
+        _DECIDED_FOR.reset(token)
 
 
 def current_device(accelerator: str = "auto") -> Device:
-    """The device that ``Trainer(accelerator=…)`` will take."""
+    """The device that ``Trainer(accelerator=…)`` will take; that of `decide_for`, whatever the accelerator."""
+    elsewhere = _DECIDED_FOR.get()
+    if elsewhere is not None:
+        return elsewhere
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return _gpu()
     return Device("CPU", None)
@@ -96,6 +119,8 @@ def check_attention(attention: Attention, device: Device) -> None:
             option="model.attention",
             remedy="use sdpa",
         )
+    if not device.is_here:
+        return
     from transformers.utils import is_flash_attn_2_available
 
     if not is_flash_attn_2_available():
@@ -118,7 +143,7 @@ def check_compile(wanted: bool | str, device: Device) -> str | None:
     Raises UserError where it is asked for by name.
     """
     on_gpu = device.capability is not None
-    if wanted is False or (wanted == "auto" and not on_gpu):
+    if not device.is_here or wanted is False or (wanted == "auto" and not on_gpu):
         return None
     missing = " and ".join(compiler_lacks(on_gpu))
     if missing and wanted is True:

@@ -119,7 +119,7 @@ def add_lora(model: "LlamaForCausalLM", lora: Lora) -> "PeftModel":
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = _names(lora.target_modules)
+    targets = target_names(lora.target_modules)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes any number
@@ -132,7 +132,7 @@ def add_lora(model: "LlamaForCausalLM", lora: Lora) -> "PeftModel":
     return get_peft_model(model, config)  # type: ignore[return-value]
 
 
-def _names(target_modules: str | list[str]) -> Sequence[str]:
+def target_names(target_modules: str | list[str]) -> Sequence[str]:
     """The linear layers meant. Spelled out: peft takes a string for a pattern, and all-linear for 7 names a layer."""
     if target_modules == "all-linear":
         return Shape.LINEARS
@@ -150,7 +150,7 @@ def split_names(target_modules: str | list[str]) -> str | list[str]:
 
 def check_targets(base: Base, target_modules: str | list[str]) -> None:
     """Raises UserError unless every one of ``target_modules`` is a linear layer of a decoder layer."""
-    names, known = _names(target_modules), base.shape.linears
+    names, known = target_names(target_modules), base.shape.linears
     for name in names:
         if name not in known:
             if name == "all-linear":
@@ -201,7 +201,7 @@ def check_settings(folder: Path, lora: Lora) -> None:
     for name, own in of_adapter.items():
         asked = getattr(lora, name)
         if name == "target_modules":
-            asked = sorted(_names(asked))
+            asked = sorted(target_names(asked))
         if own != asked:
             given = f"'{json.dumps(own)}'" if isinstance(own, list) else str(own).lower()
             raise UserError(

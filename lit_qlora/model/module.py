@@ -123,8 +123,9 @@ class QLoRAModule(LearnsInParts):
         require(0 <= warmup_ratio < 1, "model.warmup_ratio", "a share from 0 to below 1", warmup_ratio)
         require(loss_rows >= 1, "model.loss_rows", "a whole number from 1", loss_rows)
         require(weight_decay >= 0, "model.weight_decay", "0 or more", weight_decay)
-        check_attention(attention, current_device())
-        self.eager_because = check_compile(compile, current_device())
+        device = current_device()
+        check_attention(attention, device)
+        self.eager_because = check_compile(compile, device)
         """What is missing for compiled kernels, where they were to be; None otherwise."""
         require(
             cuda_graphs is not True or (own_layers and not (dropout or dora)),
@@ -137,7 +138,7 @@ class QLoRAModule(LearnsInParts):
         self.standalone = True
         """Whether figures go to the Trainer's loggers by Lightning's own logging, and what a checkpoint is of into it;
         the command line's callbacks do both otherwise."""
-        self.base: Base = find_base(base)
+        self.base: Base = find_base(base, weights=device.is_here)
         self._given_base = self.base
         target_modules = load.split_names(target_modules)
         load.check_targets(self.base, target_modules)

@@ -122,9 +122,9 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
     fit = [*(["--config", config] if config else []), *(["--model.base", asked] if asked else [])]
     options: Any = None
     try:
-        from lit_qlora.tools import planned
+        from lit_qlora.tools import plan
 
-        options = planned.parse(fit)
+        options = plan.parse(fit)
         name = options.model.base
     except UserError as error:
         yield Finding("problem", f"fit: {error}")
@@ -208,16 +208,17 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     compiles = "false" if options.model.compile is False else "true"
     yield Finding("ok", f"chosen: compile {compiles} (a GPU)")
     from lit_qlora.forecast.words import kept_words
-    from lit_qlora.tools import plan, planned
+    from lit_qlora.tools import plan
+    from lit_qlora.tools.planning.report import verdict
 
-    found = planned.read(fit)
-    *_, verdict = plan.lines(found)
+    forecast = plan.read(fit).forecast
+    found = verdict(forecast)
     mode = options.model.checkpointing
-    yield Finding("ok", f"chosen: checkpointing {mode} ({kept_words(found.settings.step())}: predicted)")
-    if verdict.startswith("does not fit"):
-        yield Finding("note", verdict, f"{' '.join(['python main.py plan', *fit])} says more")
+    yield Finding("ok", f"chosen: checkpointing {mode} ({kept_words(forecast.step)}: predicted)")
+    if found.fits:
+        yield Finding("ok", found.words)
     else:
-        yield Finding("ok", verdict)
+        yield Finding("note", found.words, f"{' '.join(['python main.py plan', *fit])} says more")
 
 
 def _gib(size: float) -> str:

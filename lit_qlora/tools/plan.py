@@ -1,19 +1,98 @@
-"""Owns the verb plan: what a fit would need of a card, of the host and of time, before anything is loaded.
+"""Owns the verb plan: a fit that stops before weights are loaded, and reports what it would need.
 
-Takes fit's own options, and needs neither GPU nor weights nor network. Knows how to say it; formulas are the model's.
+Takes fit's own options, and needs neither GPU nor weights nor network. Knows which card is meant.
 """
 
-from collections.abc import Iterator
+import re
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from lit_qlora.forecast import memory, words
-from lit_qlora.forecast.advice import Settings, quickest, smallest_change
-from lit_qlora.forecast.memory import GIB
-from lit_qlora.forecast.words import duration
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
+
+from lit_qlora import start
+from lit_qlora.data.datamodule import ChatDataModule, check_limit
+from lit_qlora.errors import UserError, require
+from lit_qlora.forecast.cards import DEFAULT, Card, find_card
+from lit_qlora.forecast.foresee import current_card, foresee
+from lit_qlora.model.base import missing_bytes
+from lit_qlora.model.device import AMPERE, Device, decide_for
+from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
-from lit_qlora.tools.planned import Planned, read
+from lit_qlora.tools.planning.report import Plan, lines
+from lit_qlora.tools.planning.rows import look, offline
+from lit_qlora.training import QLoRACLI, in_one_line
 
-LIBRARIES = 2 * GIB
-"""Python, torch with CUDA and the rest on the host: 0.5 GiB was measured without CUDA; the rest is an estimate."""
+
+class PlanCLI(QLoRACLI):
+    """fit's own command for another card: all is checked and decided as there, and nothing is loaded or written."""
+
+    found: Plan
+    """What is to be reported."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """fit's options, and those of the card."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--gpu", type=str | None, default=None, help="card to plan for; default: this one, or a T4")
+        parser.add_argument("--gpu-gib", type=float | None, default=None, help="memory of the card in GiB instead")
+        words = "of the card, as 8.6; default: that of --gpu, 7.5 for one of --gpu-gib alone"
+        parser.add_argument("--gpu-capability", type=str | None, default=None, help=f"compute capability {words}")
+
+    def before_instantiate_classes(self) -> None:
+        """Finds the card, for which all is decided from here on; leaves out loggers, which may call somebody."""
+        super().before_instantiate_classes()
+        options = self.config[self.verb]
+        options.trainer.logger = False
+        needs_ampere = options.trainer.precision == "bf16-mixed" or options.model.attention == "flash_attention_2"
+        assumed = AMPERE if needs_ampere else DEFAULT.capability
+        self.card = _card(options.gpu, options.gpu_gib, options.gpu_capability, assumed)
+        self.stack.enter_context(decide_for(Device(self.card.name, self.card.capability, is_here=False)))
+
+    def check_vocabulary(self) -> None:
+        """Left to `look`: the tokenizer need not be here."""
+
+    def open_run(self, mirror: Path | None) -> None:
+        """Leaves the run folder alone."""
+
+    def own_loggers(self) -> list[Logger]:
+        """None: they write."""
+        return []
+
+    def plan(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
+        """Makes the forecast."""
+        options = self.config_init[self.verb]
+        trainer: Any = self.trainer
+        trainer.datamodule, datamodule.trainer = datamodule, trainer
+        with offline():
+            rows, samples = look(trainer, datamodule, model.base, options.samples)
+            download = missing_bytes(model.base)
+        forecast = foresee(model, datamodule, trainer, self.card, rows, samples)
+        assert forecast is not None, "there is a card"
+        whole = replace(forecast, limit=1.0)
+        check_limit("limit_train_batches", forecast.limit, whole.epoch.num_micro_batches)
+        reason = trainer.precision_reason
+        if not (options.gpu or options.gpu_gib is None or options.gpu_capability):
+            shown = ".".join(map(str, self.card.capability))
+            reason = f"compute capability {shown} is assumed; --gpu-capability gives another"
+        self.found = Plan(model.base, forecast, reason, download, options.trainer.max_epochs, options.trainer.max_steps)
+
+
+class _Options(PlanCLI):
+    """Parses, and builds nothing."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def main(args: list[str]) -> int:
@@ -23,84 +102,36 @@ def main(args: list[str]) -> int:
     """
     quieten()
     try:
-        planned = read(args[1:])
+        found = read(args[1:])
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
-    print("\n".join(lines(planned)))
+    print("\n".join(lines(found)))
     return 0
 
 
-def lines(planned: Planned) -> Iterator[str]:
-    """The plan; its last line is the verdict."""
-    settings = planned.settings
-    card = settings.card.name
-    yield f"{planned.base.name} in 4-bit, card: {card}; all of this is predicted, and 1 GiB is 1024^3 bytes"
-    parts = _memory_lines(planned), _host_lines(planned), _time_lines(planned), _verdict_lines(settings)
-    for part in parts:
-        yield ""
-        yield from part
+def read(args: list[str]) -> Plan:
+    """The plan for ``args``, fit's options and a card.
+
+    Raises UserError for what fit would refuse, too, and SystemExit after ``--help``.
+    """
+    with ExitStack() as stack, in_one_line():
+        return PlanCLI(start.complete(["plan", *args]), stack).found
 
 
-def _memory_lines(planned: Planned) -> Iterator[str]:
-    settings, assumed = planned.settings, "" if planned.prompts.are_counted else " (assumed)"
-    yield from words.memory_lines(settings.step(), settings.samples(), settings.moments(), settings.card, assumed)
-    if settings.is_slow:
-        yield words.SLOW
+def parse(args: list[str]) -> Any:
+    """All of fit's options, with their values by ``args`` and the config. Raises as `read` does."""
+    return _Options(start.complete(["plan", *args]), ExitStack()).config["plan"]
 
 
-def _host_lines(planned: Planned) -> Iterator[str]:
-    shape = planned.settings.shape
-    largest = 2 * max(shape.vocabulary * shape.hidden, *(i * o for i, o in shape.linears.values()))
-    before = [("host memory while loading: one weight, libraries", LIBRARIES + largest)]
-    before.append(("download of the base" + ("" if planned.download else ": it is here"), planned.download))
-    yield from words.host_lines(planned.settings.step(), planned.keep_checkpoints, before)
-
-
-def _time_lines(planned: Planned) -> Iterator[str]:
-    settings, rows = planned.settings, planned.rows
-    precision = f"precision {settings.precision} ({planned.precision_reason})"
-    epoch, _ = settings.epoch()
-    padding = 1 - epoch.tokens / epoch.padded_tokens
-    taken, known = settings.num_rows(), len(rows.lengths)
-    number = f"{known:,}" if taken == known else f"{taken:,} of {known:,}"
-    yield (
-        f"an epoch: {number} rows, {epoch.tokens:,} tokens ({rows.known_by}), {padding:.0%} padding, "
-        f"{epoch.num_micro_batches:,} micro-batches"
-    )
-    hours = settings.hours()
-    if hours is None:
-        yield f"  no time predicted: the rates of a {settings.card.name} are not known; {precision}"
-        return
-    yield from words.time_lines(settings.step(), epoch, settings.card, f"; {precision}")
-    steps = -(-epoch.num_micro_batches // settings.accumulate)
-    epochs = planned.max_epochs if planned.max_epochs != -1 else float("inf")
-    if 0 < planned.max_steps < epochs * steps:
-        epochs = planned.max_steps / steps
-    if epochs not in (1, float("inf")):
-        yield f"  the run, {epochs:.3g} epochs: {words.between(epochs * hours, epochs * hours / words.REACHED)}"
-
-
-def _verdict_lines(settings: Settings) -> Iterator[str]:
-    gib = settings.card.memory_gib
-    own = "may fit, what transformers' own layers take beside not counted"
-    need = settings.peak().on_card / GIB
-    tight = f"may fit, within {memory.RESERVE:.0%} of the card"
-    if settings.fits():
-        faster = quickest(settings)
-        if faster:
-            words, chosen = faster
-            yield f"quicker: {words}: {chosen.peak().on_card / GIB:.2f} GiB, {duration(chosen.hours() or 0)} an epoch"
-        elif settings.hours() is not None and not settings.is_slow:
-            yield "micro-batch and checkpointing: as they are; nothing that fits is worth a change"
-        surely = "fits" if settings.fits(1 - memory.RESERVE) else tight
-        if settings.is_slow:
-            surely = own
-        yield f"{surely}: {need:.2f} of {gib:.2f} GiB"
-        return
-    change = smallest_change(settings)
-    if change is None:
-        yield f"does not fit: {need:.2f} of {gib:.2f} GiB, and no setting does; take a larger card or a smaller base"
-        return
-    words, changed = change
-    surely = f"{own}: " if settings.is_slow else "" if changed.fits(1 - memory.RESERVE) else f"{tight}: "
-    yield f"does not fit: {need:.2f} of {gib:.2f} GiB; {surely}{changed.peak().on_card / GIB:.2f} with {words}"
+def _card(name: str | None, gib: float | None, capability: str | None, assumed: tuple[int, int]) -> Card:
+    """The card that is meant; one of which the memory alone is known has the ``assumed`` compute capability."""
+    require(gib is None or gib > 0, "gpu-gib", "a number of GiB above 0", gib)
+    found = re.fullmatch(r"(\d+)\.(\d)", capability or "7.5")
+    if found is None:
+        raise UserError(f"expected two numbers as in 8.6, got {capability!r}", option="gpu-capability")
+    if name is None and gib is not None:
+        card = Card(f"card of {gib:g} GiB", gib, assumed)
+    else:
+        card = find_card(name) if name else current_card() or DEFAULT
+    card = replace(card, memory_gib=gib) if gib is not None else card
+    return replace(card, capability=(int(found[1]), int(found[2]))) if capability else card

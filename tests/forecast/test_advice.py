@@ -1,33 +1,42 @@
 """The search: what costs nothing before what changes the result, the least of each, and only what fits."""
 
+import random
 from dataclasses import replace
 
 import pytest
 
 from lit_qlora.data.batching import BatchPlan
-from lit_qlora.forecast.advice import Settings, changes, quickest, smallest_change
+from lit_qlora.forecast import advice
+from lit_qlora.forecast.advice import LADDER, quickest, smallest_change
 from lit_qlora.forecast.cards import DEFAULT, find_card
-from lit_qlora.forecast.foresee import Largest, guanaco_lengths
-from lit_qlora.forecast.memory import GIB, RESERVE
+from lit_qlora.forecast.foresee import Forecast, Largest, Rows, guanaco_lengths
+from lit_qlora.forecast.memory import GIB, RESERVE, Samples
 from lit_qlora.model.load import Lora
 from lit_qlora.model.shape import LLAMA_2, Shape
 
 
 def seven(size="7b", **changed):
-    lora = Lora(changed.pop("rank", 16), 16, 0.0, "all-linear", False, False)
     card = find_card(changed.pop("card", "t4"))
-    card = replace(card, memory_gib=changed.pop("gib", card.memory_gib))
-    settings = Settings(
-        Shape.of(LLAMA_2[size]), card, "16-mixed", tuple(guanaco_lengths(400)), 0.86, 256, lora, "adamw",
-        "full", BatchPlan(rows=4), 1024, 4, 0, 128, 42,
-    )  # fmt: skip
-    return replace(settings, **changed)
+    samples = Samples(changed.pop("num_samples", 0), 256, changed.pop("new_tokens", 128))
+    forecast = Forecast(
+        shape=Shape.of(LLAMA_2[size]),
+        card=replace(card, memory_gib=changed.pop("gib", card.memory_gib)),
+        rows=Rows(changed.pop("lengths", guanaco_lengths(400))),
+        lora=Lora(changed.pop("rank", 16), 16, 0.0, "all-linear", False, False),
+        precision="16-mixed",
+        checkpointing="full",
+        plan=BatchPlan(rows=4),
+        max_length=1024,
+        accumulate=4,
+        samples=samples,
+    )
+    return replace(forecast, **changed)
 
 
 def test_lengths_are_cut_for_the_micro_batches():
-    epoch, largest = seven().epoch()
-    assert largest == Largest(4 * 1024, 4 * 1024, 29)
-    assert epoch.tokens == sum(min(length, 1024) for length in seven().lengths)
+    epoch = seven().epoch
+    assert seven().largest == Largest(4 * 1024, 4 * 1024, 29)
+    assert epoch.tokens == sum(min(length, 1024) for length in guanaco_lengths(400))
     assert epoch.num_micro_batches == 100
 
 
@@ -103,7 +112,7 @@ def test_a_smaller_batch_may_take_more():
     # The steps of several micro-batches have a second set of gradients, and a rank of 256 makes it large.
     before = seven(gib=10, rank=256, accumulate=1, optimizer="paged_adamw_8bit", max_length=256)
     smaller = replace(before, plan=BatchPlan(rows=1), accumulate=4)
-    assert smaller.peak().on_card > before.peak().on_card + 2 * GIB
+    assert smaller.peak.on_card > before.peak.on_card + 2 * GIB
     assert smallest_change(before)[0] == "--model.rank 128"
 
 
@@ -120,19 +129,59 @@ def test_where_nothing_fits():
 
 def test_every_change_takes_less_or_as_much():
     before = seven(num_samples=8, checkpointing="none", rank=64, cuda_graphs=True)
-    for kind in changes(before):
-        assert kind
-        sizes = [changed.peak().on_card for _, changed in kind]
+    for rung in LADDER:
+        sizes = [changed.peak.on_card for _, changed in rung.steps(before)]
         assert sizes == sorted(sizes, reverse=True)
-        assert sizes[0] <= before.peak().on_card
+        assert sizes[0] <= before.peak.on_card
+
+
+def any_settings(draw):
+    """Settings that do not fit, with some of everything that decides memory."""
+    length = draw.choice((256, 1024, 2048))
+    by_tokens = BatchPlan(4, length * draw.choice((1, 2, 4)), draw.random() < 0.2)
+    forecast = seven(
+        card=draw.choice(("t4", "a100", "h100")), gib=draw.uniform(4, 13), lengths=guanaco_lengths(40),
+        rank=draw.choice((4, 16, 64, 256)), num_samples=draw.choice((0, 8)), new_tokens=draw.choice((48, 512)),
+        plan=draw.choice((BatchPlan(1), BatchPlan(4), BatchPlan(8), by_tokens)), max_length=length,
+        accumulate=draw.choice((1, 4)), checkpointing=draw.choice(("none", "selective", "auto", "full")),
+        cuda_graphs=draw.choice((False, True, "auto")), own_layers=draw.random() > 0.05,
+        optimizer=draw.choice(("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")),
+    )  # fmt: skip
+    return any_settings(draw) if forecast.fits(1 - RESERVE) else forecast
+
+
+def least_of_all(forecast, ladder=LADDER):
+    """The first that fits of all there are, those with less of an expensive kind first."""
+    if not ladder:
+        return [] if forecast.fits(1 - RESERVE) else None
+    for options, changed in [("", forecast), *ladder[0].steps(forecast)]:
+        cheaper = least_of_all(changed, ladder[1:])
+        if cheaper is not None:
+            return [*cheaper, options]
+    return None
+
+
+@pytest.mark.parametrize("number", [3, pytest.param(200, marks=pytest.mark.slow)])
+def test_one_walk_finds_what_all_combinations_have(monkeypatch, number):
+    monkeypatch.setattr(advice, "RANKS", (64, 8, 4))
+    monkeypatch.setattr(advice, "LENGTH_STEP", 512)
+    draw = random.Random(number)
+    for _ in range(number):
+        forecast = any_settings(draw)
+        least = least_of_all(forecast)
+        if least is None:
+            found = smallest_change(forecast)
+            assert found is None or not found.forecast.fits(1 - RESERVE)
+        else:
+            assert smallest_change(forecast).options == " ".join(filter(None, least)), forecast
 
 
 def test_the_quickest_fits_with_room_and_keeps_the_step():
     before = seven()
     words, after = quickest(before)
-    assert after.hours() < 0.8 * before.hours()
-    assert after.peak().on_card <= 0.875 * DEFAULT.memory_gib * GIB
-    step = [s.epoch()[0].padded_tokens / s.epoch()[0].num_micro_batches * s.accumulate for s in (before, after)]
+    assert after.hours < 0.8 * before.hours
+    assert after.peak.on_card <= 0.875 * DEFAULT.memory_gib * GIB
+    step = [s.epoch.padded_tokens / s.epoch.num_micro_batches * s.accumulate for s in (before, after)]
     assert 0.7 < step[1] / step[0] < 1.4
     assert "--data.batch_tokens" in words
 
@@ -143,18 +192,18 @@ def test_the_quickest_is_left_alone():
 
 
 def test_kernels_are_left_unrecorded_where_that_is_quicker():
-    many = tuple(guanaco_lengths(400)) * 20
+    many = guanaco_lengths(400) * 20
     before = seven(card="h100", gib=28, plan=BatchPlan(rows=16), cuda_graphs=True, lengths=many, checkpointing="auto")
     words, after = quickest(before)
     assert words == (
         "--data.batch_tokens 6144 --trainer.accumulate_grad_batches 5 --model.checkpointing none "
         "--model.cuda_graphs false"
     )
-    assert after.hours() < before.hours()
+    assert after.hours < before.hours
 
 
 def test_a_card_that_waits_for_its_host_goes_on_with_recorded_kernels():
-    many = tuple(guanaco_lengths(400)) * 20
+    many = guanaco_lengths(400) * 20
     before = seven(card="h100", gib=12, plan=BatchPlan(rows=1), cuda_graphs=True, lengths=many, max_length=256)
     words, after = quickest(before) or ("", before)
     assert after.cuda_graphs is True, words
@@ -163,9 +212,9 @@ def test_a_card_that_waits_for_its_host_goes_on_with_recorded_kernels():
 def test_transformers_own_layers_keep_none_by_auto_and_have_no_quickest():
     dora = Lora(16, 16, 0.0, "all-linear", False, True)
     for slow in (seven(checkpointing="auto", own_layers=False), seven(checkpointing="auto", lora=dora)):
-        assert slow.step().kept_layers == 0
+        assert slow.step.kept_layers == 0
         assert quickest(slow) is None
-    assert seven(checkpointing="none", own_layers=False).step().kept_layers == 32
+    assert seven(checkpointing="none", own_layers=False).step.kept_layers == 32
 
 
 @pytest.mark.parametrize(
@@ -173,7 +222,7 @@ def test_transformers_own_layers_keep_none_by_auto_and_have_no_quickest():
 )
 def test_an_epoch_may_be_cut_short(limit, num_micro_batches, num_rows):
     whole, cut = seven(), seven(limit=limit)
-    epoch, largest = cut.epoch()
-    assert (epoch.num_micro_batches, cut.num_rows()) == (num_micro_batches, num_rows)
-    assert largest.tokens == whole.epoch()[1].tokens
-    assert epoch.tokens <= num_rows * 1024 and cut.hours() <= whole.hours()
+    epoch = cut.epoch
+    assert (epoch.num_micro_batches, cut.num_rows) == (num_micro_batches, num_rows)
+    assert cut.largest == whole.largest
+    assert epoch.tokens <= num_rows * 1024 and cut.hours <= whole.hours

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.samples import SampleAnswers
+from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.forecast import foresee, words
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
@@ -18,21 +19,27 @@ from lit_qlora.model.load import Lora
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.shape import LLAMA_2, Shape
 from lit_qlora.storage.run import RunFolder
+from lit_qlora.text.conversation import Conversation, Turn
 
 SEVEN = Shape.of(LLAMA_2["7b"])
 
 
-def largest(tokens):
-    return foresee.Largest(tokens, tokens, 1)
+def forecast(tokens=4096, **changed):
+    """Of a run whose largest micro-batch is one row of ``tokens``."""
+    lora = Lora(16, 16, changed.pop("dropout", 0.0), changed.pop("targets", "all-linear"), False, False)
+    made = foresee.Forecast(
+        shape=SEVEN, card=DEFAULT, rows=foresee.Rows((tokens,), 0.5), lora=lora, precision="16-mixed",
+        plan=BatchPlan(1), max_length=tokens, checkpointing="full",
+    )  # fmt: skip
+    return replace(made, **changed)
 
 
-def step(card=DEFAULT, checkpointing="full", precision="16-mixed", targets="all-linear", tokens=4096):
-    lora = Lora(16, 16, 0.05, targets, False, False)
-    return foresee.step_of(SEVEN, lora, "adamw", checkpointing, precision, card, largest(tokens), 0.5, 4)
+def step(**changed):
+    return forecast(**changed).step
 
 
 def test_settings_in_the_formulas_terms():
-    made = step()
+    made = step(dropout=0.05, accumulate=4)
     assert (made.tokens, made.scored_tokens, made.kept_layers, made.element) == (4096, 2048, 0, 2)
     assert made.dropout and made.accumulates and made.targets == Shape.LINEARS
     assert made.workspace == WORKSPACE
@@ -63,63 +70,60 @@ def test_auto_keeps_as_many_layers_as_fit():
     ],
 )
 def test_kernels_are_recorded_where_the_card_would_wait_for_its_host(card, tokens, wanted, replays):
-    def made(dropout=0.0, dora=False):
-        lora = Lora(16, 16, dropout, "all-linear", False, dora)
-        return foresee.step_of(
-            SEVEN,
-            lora,
-            "adamw",
-            "auto",
-            "bf16-mixed",
-            find_card(card),
-            largest(tokens),
-            0.5,
-            1,
-            wanted,
-        )
-
-    assert made().replays is replays
+    made = forecast(
+        tokens=tokens, card=find_card(card), checkpointing="auto", precision="bf16-mixed", cuda_graphs=wanted
+    )
+    assert made.step.replays is replays
+    assert not replace(made, plan=BatchPlan(1, tokens, packed=True)).step.replays
     if wanted == "auto":
-        assert not made(dropout=0.1).replays
-        assert not made(dora=True).replays
+        assert not replace(made, lora=replace(made.lora, dropout=0.1)).step.replays
+        assert not replace(made, lora=replace(made.lora, dora=True)).step.replays
         torch.use_deterministic_algorithms(True)
         try:
-            assert not made().replays
+            assert not replace(made).step.replays
         finally:
             torch.use_deterministic_algorithms(False)
 
 
 def test_a_card_of_unknown_rates_is_not_waited_for():
-    lora = Lora(16, 16, 0.0, "all-linear", False, False)
     card = Card("another", 80.0, (9, 0))
-    assert not foresee.step_of(SEVEN, lora, "adamw", "auto", "bf16-mixed", card, largest(64), 0.5, 1, "auto").replays
+    assert not step(tokens=64, card=card, checkpointing="auto", precision="bf16-mixed", cuda_graphs="auto").replays
 
 
 def test_recorded_kernels_leave_room_for_fewer_layers_and_say_so():
     card = replace(find_card("h100"), memory_gib=14.56)
-    lora, sizes, kept = Lora(16, 16, 0.0, "all-linear", False, False), foresee.Largest(4096, 4224, 20), []
-    for wanted in (False, True):
-        made = foresee.step_of(SEVEN, lora, "adamw", "auto", "16-mixed", card, sizes, 0.86, 1, wanted)
-        kept.append(made.kept_layers)
-    assert kept[1] < kept[0]
-    assert (made.tokens, made.num_recordings) == (4224, 20)
-    foreseen = foresee.Outlook(made, foresee.epoch_of([4096], [[0]])[0], card, NO_SAMPLES, 2)
-    lines = list(words.lines(foreseen))
+    rows = foresee.Rows((1024,) * 3 + (1000, *range(100, 700, 3)), 0.86)
+    plain, recorded = (
+        forecast(card=card, rows=rows, plan=BatchPlan(4), max_length=1024, checkpointing="auto", cuda_graphs=wanted)
+        for wanted in (False, True)
+    )
+    assert recorded.step.kept_layers < plain.step.kept_layers
+    assert recorded.step.tokens == recorded.largest.recorded_tokens
+    number = recorded.step.num_recordings
+    assert number == recorded.largest.num_recordings > 5
+    lines = list(words.lines(recorded))
     assert any("CUDA graphs" in line for line in lines)
     assert any("held beside: recorded kernels share no memory" in line for line in lines)
-    assert "  CUDA's own of 20 recordings                           0.29" in lines
+    assert f"  CUDA's own of {number} recordings".ljust(52) + f"{number * 32 * 0.47 / 1024:8.2f}" in lines
 
 
 def test_sample_answers_leave_room_for_fewer_layers_where_recordings_hold_theirs():
-    card, lora = replace(find_card("h100"), memory_gib=14.56), Lora(16, 16, 0.0, "all-linear", False, False)
+    card = replace(find_card("h100"), memory_gib=14.56)
     for wanted, fewer in ((True, True), (False, False)):
         kept = [
-            foresee.step_of(
-                SEVEN, lora, "adamw", "auto", "16-mixed", card, largest(2048), 0.86, 1, wanted, samples
-            ).kept_layers
+            step(tokens=2048, card=card, checkpointing="auto", cuda_graphs=wanted, samples=samples).kept_layers
             for samples in (NO_SAMPLES, Samples(8, 1024, 128))
         ]
         assert (kept[1] < kept[0]) is fewer
+
+
+def test_a_limited_epoch_is_shorter_and_its_largest_batch_is_that_of_all_epochs():
+    rows = foresee.Rows((*range(10, 410),))
+    whole, cut = (forecast(rows=rows, plan=BatchPlan(4), max_length=400, limit=limit) for limit in (1.0, 0.25))
+    assert (whole.epoch.num_micro_batches, cut.epoch.num_micro_batches) == (100, 25)
+    assert (whole.num_rows, cut.num_rows) == (400, 100)
+    assert cut.epoch.tokens < whole.epoch.tokens == sum(min(length, 400) for length in rows.lengths)
+    assert cut.largest == whole.largest
 
 
 def test_an_epoch_by_hand():
@@ -152,15 +156,34 @@ def parts(tmp_path):
     return QLoRAModule(checkpointing="none"), data, trainer
 
 
+def test_callbacks_say_what_they_need_themselves(parts):
+    class Looks(Callback):
+        """Has what a callback that draws samples has, and draws none."""
+
+        max_new_tokens, keep_checkpoints, samples = 5000, 100, Samples(9, 9, 9)
+
+    module, data, trainer = parts
+    trainer.callbacks.insert(0, Looks())
+    made = foresee.foresee(module, data, trainer, DEFAULT)
+    assert (made.samples.num_prompts, made.samples.new_tokens, made.keep_checkpoints) == (8, 5, 3)
+    assert not made.samples.are_own
+    trainer.callbacks[:] = [SampleAnswers(prompts=["a", "b and c"]), Looks()]
+    made = foresee.foresee(module, data, trainer, DEFAULT)
+    longest = max(len(data.encoder.prompt(Conversation((Turn("user", text),)))) for text in ("a", "b and c"))
+    assert (made.samples, made.keep_checkpoints) == (Samples(2, longest, 128, are_own=True), 0)
+    trainer.callbacks[:] = []
+    assert foresee.foresee(module, data, trainer, DEFAULT).samples == NO_SAMPLES
+
+
 def test_on_a_cpu_nothing_is_said(parts, monkeypatch):
     monkeypatch.setattr(foresee, "current_card", lambda: None)
-    assert foresee.planned(*parts) is None
+    assert foresee.foresee(*parts) is None
 
 
 def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
     monkeypatch.setattr(foresee, "current_card", lambda: DEFAULT)
-    foreseen = foresee.planned(*parts)
-    lines = list(words.lines(foreseen))
+    made = foresee.foresee(*parts)
+    lines = list(words.lines(made))
     assert lines[0].startswith("predicted for T4: 0.3") and lines[0].endswith("; fits")
     assert "of 14.56 GiB (3%), of which torch reserves 0.0" in lines[0]
     assert lines[1].startswith("memory at its highest: ")
@@ -171,13 +194,12 @@ def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
     assert lines[held + 2].split() == ["host", "and", "disk", "GiB"]
     assert lines[held + 3].startswith("  run folder, with 3 checkpoints ")
     assert lines[-2].startswith("  an epoch takes ")
-    slow = list(words.lines(foreseen, is_slow=True))
+    slow = list(words.lines(replace(made, own_layers=False)))
     assert slow[0].endswith("; may fit") and words.SLOW in slow and words.SLOW not in lines
 
 
 def test_a_card_of_unknown_rates_and_one_too_small():
-    epoch, _ = foresee.epoch_of([1024] * 8, [[0, 1, 2, 3], [4, 5, 6, 7]])
-    lines = list(words.lines(foresee.Outlook(step(), epoch, Card("small", 5.0, (7, 5)), NO_SAMPLES, 2)))
+    lines = list(words.lines(forecast(card=Card("small", 5.0, (7, 5)))))
     assert not any("an epoch takes" in line for line in lines)
     assert not any("sample answers" in line for line in lines)
     assert lines[0].endswith("does not fit: python main.py plan says what would")

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import csv_logs
 from safetensors.torch import save_file
 
 from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.data.held_out import Parts
 from lit_qlora.model.shape import LLAMA_2
-from lit_qlora.tools import planned
+from lit_qlora.tools import plan as plan_verb
 
 T4 = str(Path(__file__).parents[2] / "configs" / "colab_t4.yaml")
 
@@ -22,10 +23,10 @@ T4 = str(Path(__file__).parents[2] / "configs" / "colab_t4.yaml")
 def plan(capsys, monkeypatch, tmp_path):
     """Runs the verb in an empty folder and without a GPU; returns its lines."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planned, "current_card", lambda: None)
+    monkeypatch.setattr(plan_verb, "current_card", lambda: None)
 
-    def plan(*args, status=0):
-        assert main(["plan", *args]) == status
+    def plan(*args, status=0, verb="plan"):
+        assert main([verb, *args]) == status
         shown = capsys.readouterr()
         assert (shown.err == "") == (status == 0)
         return (shown.out or shown.err).rstrip("\n").split("\n")
@@ -278,7 +279,6 @@ def test_paged_state_goes_to_the_host(plan):
     ("args", "message"),
     [
         (["--modl.rank", "3"], "error: unknown option 'modl.rank'; did you mean 'model.rank'?"),
-        (["--ckpt_path", "best"], "error: unknown option 'ckpt_path'"),
         (["--model.rank", "x"], "error: model.rank: expected"),
         (["--model.rank", "0"], "error: model.rank: expected a whole number from 1, got 0"),
         (["--data.max_length", "4"], "error: data.max_length: expected at least 8 tokens, got 4"),
@@ -289,9 +289,20 @@ def test_paged_state_goes_to_the_host(plan):
         (["--trainer.accumulate_grad_batches", "-1"], "error: trainer.accumulate_grad_batches: expected a whole"),
         (["--trainer.devices", "2"], "error: trainer.devices: expected one device (several come later), got 2"),
         (["--trainer.limit_train_batches", "0"], "error: trainer.limit_train_batches: expected a whole number"),
-        (["--trainer.limit_train_batches", "0.001"], "error: trainer.limit_train_batches: expected a share of the 212"),
+        (
+            ["--trainer.limit_train_batches", "0.001"],
+            "error: trainer.limit_train_batches: expected a share that comes to at least one of the 212 micro-batches",
+        ),
         (["--trainer.accelerator", "tpu"], "error: trainer.accelerator: expected one of auto, cpu, gpu, cuda"),
         (["--model.adapter", "/nonexistent"], "error: /nonexistent is no adapter: it has no adapter_config.json"),
+        (["--ckpt_path", "best"], "error: unknown option 'ckpt_path'"),
+        (["--early_stopping", "0"], "error: early_stopping: expected none, or a whole number from 1, got 0"),
+        (["--early_stopping", "1", "--trainer.limit_val_batches", "0"], "error: early_stopping: expected none where"),
+        (["--max_nonfinite_losses", "0"], "error: max_nonfinite_losses: expected a whole number from 1, got 0"),
+        (["--mirror", " "], "error: mirror: expected a folder, got ' '"),
+        (["--trainer.callbacks", "ModelCheckpoint"], "error: trainer.callbacks: expected none that writes checkpoints"),
+        (["--trainer.limit_val_batches", "0.001"], "error: trainer.limit_val_batches: expected a share that comes to"),
+        (["--config", T4, "--trainer.limit_train_batches", "0.0001"], "error: trainer.limit_train_batches: expected a"),
         (["--samples.count", "-1"], "error: samples.count: expected 0 or more, got -1"),
         (["--samples.prompts", '["[INST] x"]'], "error: samples.prompts: expected texts without [INST]"),
         (["--keep_checkpoints", "1"], "error: keep_checkpoints: expected a whole number from 2, got 1"),
@@ -312,6 +323,24 @@ def test_mistakes_are_one_line(plan, args, message):
     lines = plan(*args, status=2)
     assert len(lines) == 1
     assert lines[0].startswith(message)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--trainer.callbacks", "BatchSizeFinder"],
+        ["--early_stopping", "1", "--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "train/loss"],
+        ["--trainer.limit_train_batches", "0.001"],
+        ["--trainer.enable_progress_bar", "maybe"],
+        ["--data.template", "no-such-file.jinja"],
+        ["--samples.prompts", '["<<SYS>> x"]'],
+        ["--model.rank", "1000"],
+        ["--save_every_minutes", "0"],
+    ],
+)
+def test_a_fit_refuses_the_same_in_the_same_line(plan, args):
+    (line,) = plan(*args, status=2)
+    assert plan(*args, status=2, verb="fit") == [line]
 
 
 @pytest.mark.parametrize("here", [["--trainer.accelerator", "gpu"], ["--trainer.devices", "[3]"]])
@@ -344,6 +373,23 @@ def test_data_is_never_downloaded(plan, monkeypatch):
 def test_nothing_is_written(plan, tmp_path):
     plan()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_logger_is_made_for_it_may_call_somebody(plan, monkeypatch):
+    monkeypatch.setattr(csv_logs, "os", None)  # which its constructor needs
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "."}}
+    assert plan("--trainer.logger", json.dumps(logger))[-1].startswith("fits")
+
+
+def test_a_run_is_left_alone(plan, tmp_path):
+    run = tmp_path / "runs" / "demo"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/lo', encoding="utf-8")  # a fit drops the torn line
+    (run / "config.yaml").write_text("model:\n  rank: 8\n", encoding="utf-8")
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    assert plan("--run", "demo", "--mirror", "elsewhere")[-1].startswith("fits")
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_help_names_the_card_and_fits_options(plan):

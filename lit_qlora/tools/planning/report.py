@@ -1,0 +1,115 @@
+"""Owns the words of a plan: what a fit needs of the card, of the host and of time, and the verdict.
+
+Knows a forecast and what is still to be downloaded; nothing of options.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lit_qlora.forecast import memory, words
+from lit_qlora.forecast.advice import quickest, smallest_change
+from lit_qlora.forecast.foresee import Forecast
+from lit_qlora.forecast.memory import GIB
+from lit_qlora.forecast.words import duration
+from lit_qlora.model.base import Base
+
+LIBRARIES = 2 * GIB
+"""Python, torch with CUDA and the rest on the host: 0.5 GiB was measured without CUDA; the rest is an estimate."""
+OWN = "may fit, what transformers' own layers take beside not counted"
+TIGHT = f"may fit, within {memory.RESERVE:.0%} of the card"
+
+
+class Plan(NamedTuple):
+    """What is reported of a fit.
+
+    ``precision_reason`` says why the forecast's precision was chosen, ``download`` is the bytes of the base that are
+    not here yet.
+    """
+
+    base: Base
+    forecast: Forecast
+    precision_reason: str
+    download: int
+    max_epochs: int
+    max_steps: int
+
+
+class Verdict(NamedTuple):
+    """Whether the settings fit or may fit, and what to say of it."""
+
+    fits: bool
+    words: str
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The plan; its last line is the verdict."""
+    forecast = plan.forecast
+    card = forecast.card.name
+    yield f"{plan.base.name} in 4-bit, card: {card}; all of this is predicted, and 1 GiB is 1024^3 bytes"
+    for part in (words.memory_lines(forecast), _host_lines(plan), _time_lines(plan), _verdict_lines(forecast)):
+        yield ""
+        yield from part
+
+
+def verdict(forecast: Forecast) -> Verdict:
+    """Whether it fits, and the smallest change with which it does where it does not."""
+    of = f"{forecast.needed_gib:.2f} of {forecast.card.memory_gib:.2f} GiB"
+    if forecast.fits():
+        return Verdict(True, f"{_surely(forecast) or 'fits'}: {of}")
+    change = smallest_change(forecast)
+    if change is None:
+        return Verdict(False, f"does not fit: {of}, and no setting does; take a larger card or a smaller base")
+    surely = _surely(change.forecast)
+    changed = f"{change.forecast.needed_gib:.2f} with {change.options}"
+    return Verdict(False, f"does not fit: {of}; {f'{surely}: ' if surely else ''}{changed}")
+
+
+def _surely(forecast: Forecast) -> str | None:
+    """Why it only may fit; None where it does."""
+    if forecast.is_slow:
+        return OWN
+    return None if forecast.fits(1 - memory.RESERVE) else TIGHT
+
+
+def _host_lines(plan: Plan) -> Iterator[str]:
+    shape = plan.forecast.shape
+    largest = 2 * max(shape.vocabulary * shape.hidden, *(i * o for i, o in shape.linears.values()))
+    before = [("host memory while loading: one weight, libraries", LIBRARIES + largest)]
+    before.append(("download of the base" + ("" if plan.download else ": it is here"), plan.download))
+    yield from words.host_lines(plan.forecast, before)
+
+
+def _time_lines(plan: Plan) -> Iterator[str]:
+    forecast, epoch = plan.forecast, plan.forecast.epoch
+    precision = f"precision {forecast.precision} ({plan.precision_reason})"
+    padding = 1 - epoch.tokens / epoch.padded_tokens
+    taken, known = forecast.num_rows, len(forecast.rows.lengths)
+    known_by = forecast.rows.known_by or "counted"
+    number = f"{known:,}" if taken == known else f"{taken:,} of {known:,}"
+    yield (
+        f"an epoch: {number} rows, {epoch.tokens:,} tokens ({known_by}), {padding:.0%} padding, "
+        f"{epoch.num_micro_batches:,} micro-batches"
+    )
+    hours = forecast.hours
+    if hours is None:
+        yield f"  no time predicted: the rates of a {forecast.card.name} are not known; {precision}"
+        return
+    yield from words.time_lines(forecast, f"; {precision}")
+    steps = -(-epoch.num_micro_batches // forecast.accumulate)
+    epochs = plan.max_epochs if plan.max_epochs != -1 else float("inf")
+    if 0 < plan.max_steps < epochs * steps:
+        epochs = plan.max_steps / steps
+    if epochs not in (1, float("inf")):
+        yield f"  the run, {epochs:.3g} epochs: {words.between(epochs * hours, epochs * hours / words.REACHED)}"
+
+
+def _verdict_lines(forecast: Forecast) -> Iterator[str]:
+    found = verdict(forecast)
+    if found.fits:
+        faster = quickest(forecast)
+        if faster:
+            took = duration(faster.forecast.hours or 0)
+            yield f"quicker: {faster.options}: {faster.forecast.needed_gib:.2f} GiB, {took} an epoch"
+        elif forecast.hours is not None and not forecast.is_slow:
+            yield "micro-batch and checkpointing: as they are; nothing that fits is worth a change"
+    yield found.words

@@ -1,0 +1,88 @@
+"""Owns what a plan knows of the rows: their lengths, counted where rows and tokenizer are here, else assumed.
+
+Downloads nothing. Knows no card.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lit_qlora.callbacks.samples import SampleAnswers
+from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.records import Reading
+from lit_qlora.data.sources import is_hub_id
+from lit_qlora.errors import UserError
+from lit_qlora.forecast.foresee import Rows, guanaco_lengths
+from lit_qlora.forecast.memory import Samples
+from lit_qlora.model.base import Base, stored_file
+
+CHARACTERS_PER_TOKEN, TOKENS_PER_TURN = 3.3, 6
+"""Of Guanaco's conversations with Llama 2's tokenizer, and what the format adds; both measured."""
+PROMPT_TOKENS = 256
+"""The longest of eight prompts, where it is not known: measured there, 153 on average."""
+PUBLISHED = {"timdettmers/openassistant-guanaco": 9846, "mlabonne/guanaco-llama2-1k": 950}
+"""Training rows of data sets whose lengths are like Guanaco's."""
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Has the hub's cache read, and nothing downloaded."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def look(trainer: Any, data: ChatDataModule, base: Base, answers: SampleAnswers) -> tuple[Rows, Samples]:
+    """Finds the training rows and the sample answers of a fit, as far as they are here.
+
+    Raises UserError for rows, prompts or a tokenizer that a fit refuses.
+    """
+    has_tokenizer = _has_tokenizer(data, base)
+    if has_tokenizer:
+        data.encoder.check_vocabulary(base.shape.vocabulary, base.name)
+    rows = _rows(data, has_tokenizer)
+    if has_tokenizer:
+        answers.setup(trainer, trainer.lightning_module, "fit")
+        if answers.prompts or rows.known_by is None:
+            return rows, answers.samples(data)
+    prompts = len(answers.prompts or ()) or answers.count
+    own = bool(answers.prompts)
+    return rows, Samples(prompts, PROMPT_TOKENS, answers.max_new_tokens, are_own=own, are_assumed=True)
+
+
+def _has_tokenizer(data: ChatDataModule, base: Base) -> bool:
+    try:
+        _ = data.tokenizer
+    except UserError:
+        if any(stored_file(base, name) for name in ("tokenizer.json", "tokenizer.model")):
+            raise
+        return False
+    return True
+
+
+def _rows(data: ChatDataModule, has_tokenizer: bool) -> Rows:
+    reading = data.reading if has_tokenizer else Reading(data.form, data.strict)
+    try:
+        train, _ = data.parts(reading).train_and_held_out()
+    except UserError:
+        if not is_hub_id(data.source):
+            raise
+        num_rows = PUBLISHED.get(data.source, 1000)
+        what = f"{num_rows:,} rows" if data.source in PUBLISHED else "lengths unknown: 1,000 rows"
+        return Rows(guanaco_lengths(num_rows), known_by=f"assumed: {what}, their lengths as Guanaco's")
+    if not has_tokenizer:
+        lengths = tuple(
+            TOKENS_PER_TURN * len(conversation.turns)
+            + round(sum(len(turn.content) for turn in conversation.turns) / CHARACTERS_PER_TOKEN)
+            for conversation in train.conversations
+        )
+        how = f"estimated from {CHARACTERS_PER_TOKEN} characters a token: the tokenizer is not here"
+        return Rows(lengths, known_by=how)
+    data.setup("fit")
+    return Rows.of(data)

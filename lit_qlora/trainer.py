@@ -29,6 +29,7 @@ from lightning.pytorch.plugins import CheckpointIO, LayerSync, MixedPrecision
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
+from lit_qlora.arguments import checked_arguments
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model.device import Precision, choose_precision, current_device
 from lit_qlora.options import OneLineErrors
@@ -144,6 +145,7 @@ class QLoRATrainer(Trainer):
         num_weights: of the base, which has a say in the precision on a CPU.
     """
 
+    @checked_arguments("trainer")
     def __init__(
         self,
         *,

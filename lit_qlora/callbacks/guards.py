@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import StepCallback, is_log_step
@@ -30,6 +31,7 @@ class UpdateGuard(StepCallback):
 
     COUNTS = ("nonfinite_in_a_row", "skips_in_a_row", "num_applied")
 
+    @checked_arguments()
     def __init__(self, max_nonfinite_losses: int = 1) -> None:
         require(max_nonfinite_losses >= 1, "max_nonfinite_losses", "a whole number from 1", max_nonfinite_losses)
         self.max_nonfinite_losses = max_nonfinite_losses

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_qlora.arguments import checked_arguments
 from lit_qlora.callbacks.record import record, record_of
 from lit_qlora.errors import require
 from lit_qlora.figures.samples import CONTEXT, LIMIT, SampleAnswer, counts, line, table
@@ -27,6 +28,7 @@ class SampleAnswers(Callback, Needs):
         max_new_tokens: tokens of an answer, at most.
     """
 
+    @checked_arguments("samples")
     def __init__(self, count: int = 8, prompts: list[str] | None = None, max_new_tokens: int = 128) -> None:
         require(count >= 0, "samples.count", "0 or more", count)
         require(max_new_tokens >= 1, "samples.max_new_tokens", "at least 1", max_new_tokens)

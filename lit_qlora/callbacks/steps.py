@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 
 
@@ -101,6 +102,7 @@ class SeedByPosition(Callback):
     evaluation, a sample, a cut-off, can change it, and there is no random state to save.
     """
 
+    @checked_arguments()
     def __init__(self, seed: int) -> None:
         self.seed = seed
 

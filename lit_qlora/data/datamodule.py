@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
 
+from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate, num_cores
 from lit_qlora.data.cache import EncodedRows, encode_records
@@ -59,6 +60,7 @@ class ChatDataModule(LightningDataModule):
         seed: of the order and of the held-out share; the command line takes it from ``seed_everything``.
     """
 
+    @checked_arguments("data", paths=("source", "validation_source", "test_source", "template", "tokenizer"))
     def __init__(
         self,
         source: str = "demo",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torchmetrics import SumMetric
 
+from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load
@@ -91,6 +92,7 @@ class QLoRAModule(LearnsInParts):
             bases from half a billion weights on; none; or a folder. The three used last stay, and those in use.
     """
 
+    @checked_arguments("model", paths=("base", "adapter", "quantized_cache"))
     def __init__(
         self,
         base: str = "demo",

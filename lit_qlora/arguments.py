@@ -1,0 +1,106 @@
+"""Owns the check of a constructor's arguments against its own annotations, for whoever calls it from a program.
+
+The command line's have been checked by jsonargparse by then, and pass. Knows no argument what it is for.
+"""
+
+import os
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from functools import wraps
+from inspect import Parameter, signature
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, Union, get_args, get_origin
+
+from lit_qlora.errors import UserError, excerpt
+
+P = ParamSpec("P")
+
+_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "none"}
+_LISTS = {str: "texts", int: "whole numbers", float: "numbers"}
+
+
+def checked_arguments(
+    section: str = "", paths: Collection[str] = ()
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Has an ``__init__`` called only with arguments of the types that its annotations say.
+
+    What stands for such a type in a program is turned into it: a path for a text, NumPy's number for Python's, a tuple
+    for a list. Annotations of texts, numbers, truths, choices and lists of these are checked, and no others.
+
+    Args:
+        section: of the options that the arguments are: ``model``; empty where they are in none.
+        paths: arguments that may name a file or folder, which a path stands for.
+
+    Returns:
+        A decorator. What it returns raises UserError for an argument of another type, naming its option.
+    """
+
+    def decorate(init: Callable[P, None]) -> Callable[P, None]:
+        parameters = signature(init).parameters
+
+        @wraps(init)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                bound = signature(init).bind(*args, **kwargs)
+            except TypeError:
+                return init(*args, **kwargs)  # which names the argument too many, or too few, as Python does
+            for name, value in bound.arguments.items():
+                parameter = parameters[name]
+                if parameter.kind is Parameter.VAR_KEYWORD or parameter.annotation is Parameter.empty:
+                    continue
+                try:
+                    bound.arguments[name] = _as(parameter.annotation, value, name in paths)
+                except TypeError:
+                    expected = _words(parameter.annotation, name in paths)
+                    option = f"{section}.{name}".lstrip(".")
+                    raise UserError(f"expected {expected}, got {_shown(value)}", option=option) from None
+            return init(*bound.args, **bound.kwargs)
+
+        return checked
+
+    return decorate
+
+
+def _as(hint: Any, value: Any, is_path: bool) -> Any:
+    """``value`` as one of type ``hint``. Raises TypeError where it is none."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        for part in parts:
+            with suppress(TypeError):
+                return _as(part, value, is_path)
+    elif kind is Literal:
+        if any(isinstance(value, type(one)) and value == one for one in parts):
+            return value
+    elif kind is list:
+        if isinstance(value, list | tuple):
+            return [_as(parts[0], one, False) for one in value]
+    elif hint in (int, float):
+        if isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool):
+            return value if isinstance(value, int | float) else hint(value)
+    elif hint is str and is_path and isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    elif hint not in _WORDS or isinstance(value, hint):
+        return value
+    raise TypeError
+
+
+def _words(hint: Any, is_path: bool) -> str:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(_words(part, is_path) for part in parts)
+    if kind is Literal:
+        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
+    if kind is list:
+        return f"a list of {_LISTS.get(parts[0], 'values')}"
+    return "a text or a path" if hint is str and is_path else _WORDS.get(hint, str(hint))
+
+
+def _shown(value: Any) -> str:
+    """A plain value as it is written; of anything else what it is, for its own text may be a page."""
+    if isinstance(value, str | int | float | os.PathLike | None):
+        return excerpt(value)
+    if isinstance(value, list | tuple | set) and all(isinstance(one, str | int | float | None) for one in value):
+        return excerpt(value)
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"

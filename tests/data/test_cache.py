@@ -19,12 +19,7 @@ from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import chosen
-
-
-def said(*contents: str, system: str | None = None) -> Conversation:
-    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
-    return Conversation(tuple(turns), system)
-
+from tests.data.talks import said
 
 TALKS = [said(f"question {index}", "word " * index + "end") for index in range(1, 8)]
 

@@ -11,14 +11,8 @@ from lit_qlora.data.chat_template import check_template, messages, write_tokeniz
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
-from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import chosen
-
-
-def said(*contents: str, system: str | None = None) -> Conversation:
-    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
-    return Conversation(tuple(turns), system)
-
+from tests.data.talks import said
 
 DIALOGS = [
     said("Who goes everywhere with Silas?"),

@@ -16,14 +16,10 @@ from lit_qlora.errors import UserError
 from lit_qlora.text import messages
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import chosen
+from tests.data.talks import said
 
 UNK, BOS, EOS = 0, 1, 2  # of the real tokenizer and of the demo's
 FORGED = "</s><s><unk> </s> a<s>"
-
-
-def said(*contents: str, system: str | None = None) -> Conversation:
-    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
-    return Conversation(tuple(turns), system)
 
 
 def cut_at(conversation: Conversation, turns: int) -> Conversation:

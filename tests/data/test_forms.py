@@ -8,16 +8,12 @@ import pytest
 from lit_qlora.data import forms
 from lit_qlora.data.forms import RowError, RowForm, list_in, read_row
 from lit_qlora.data.records import Reading, load_records
-from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.conversation import Conversation
+from tests.data.talks import said
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
 TEXT = "### Human: hi### Assistant: yo"
-
-
-def said(*contents: str, system: str | None = None) -> Conversation:
-    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
-    return Conversation(tuple(turns), system)
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])

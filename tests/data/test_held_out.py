@@ -1,6 +1,5 @@
 """What is held out: rows of a source of their own, of the source's split, or a seeded share; never what is learned."""
 
-import json
 from pathlib import Path
 
 import datasets
@@ -12,23 +11,7 @@ from lit_qlora.data.held_out import Parts, _split
 from lit_qlora.data.records import Records
 from lit_qlora.data.run_rows import RunRows
 from lit_qlora.errors import UserError
-from lit_qlora.text.conversation import Conversation, Turn
-
-
-def said(*contents: str, system: str | None = None) -> Conversation:
-    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
-    return Conversation(tuple(turns), system)
-
-
-def write(name: str, *rows: object) -> str:
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
-    return name
-
-
-def text(*contents: str) -> dict[str, str]:
-    marks = ("### Human: ", "### Assistant: ")
-    return {"text": "".join(marks[index % 2] + content for index, content in enumerate(contents))}
+from tests.data.talks import said, text, write
 
 
 @pytest.fixture(autouse=True)

@@ -16,18 +16,14 @@ from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import Reading, load_records
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
-from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import chosen
+from tests.data.talks import said
 
 FOLDER = Path(__file__).parents[1] / "templates"
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
 UNK, BOS, EOS = 0, 1, 2  # of every tokenizer here
 FORGED = "</s><s><unk> </s> a<s>"
-
-
-def said(*contents: str, system: str | None = None) -> Conversation:
-    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
-    return Conversation(tuple(turns), system)
 
 
 DIALOGS = [

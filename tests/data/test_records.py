@@ -7,26 +7,10 @@ import pytest
 
 from lit_qlora.data.records import Reading, Records, load_records
 from lit_qlora.errors import UserError
-from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import SpecialTokens, chosen
+from tests.data.talks import said, text, write
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
-
-
-def said(*contents: str, system: str | None = None) -> Conversation:
-    turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
-    return Conversation(tuple(turns), system)
-
-
-def write(name: str, *rows: object) -> str:
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
-    return name
-
-
-def text(*contents: str) -> dict[str, str]:
-    marks = ("### Human: ", "### Assistant: ")
-    return {"text": "".join(marks[index % 2] + content for index, content in enumerate(contents))}
 
 
 def parquet(name: str, rows: list[dict]) -> str:

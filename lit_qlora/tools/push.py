@@ -104,7 +104,11 @@ def _contents(source: Path, sizes: dict[str, int], to: str) -> Contents:
         if TOKEN.search(content):
             raise UserError(f"push: {source / name} holds a token of the hub", remedy="take it out, nothing was sent")
         if name == CARD:
-            contents[name] = addressed(content.decode(), to).encode()
+            try:
+                contents[name] = addressed(content.decode(), to).encode()
+            except UnicodeDecodeError as error:
+                problem = f"{source / name} is not UTF-8 (byte {error.start})"
+                raise UserError(f"push: {problem}", remedy="save it as UTF-8, nothing was sent") from error
     return contents
 
 

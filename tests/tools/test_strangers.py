@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.model import load
+from lit_qlora.tools import export
 
 DEEP = '{"a": ' + 200_000 * "["
 VERBS = {
@@ -21,7 +23,13 @@ VERBS = {
     "evaluate": ["evaluate", "--run", "run"],
     "merge": ["merge", "--run", "run", "--output", "merged"],
     "plan": ["plan", "--model.adapter", "run/adapter"],
+    "export": ["export", "--run", "run", "--output", "model.gguf"],
+    "export --model": ["export", "--model", "theirs", "--output", "model.gguf"],
+    "push": ["push", "--run", "run", "--to", "me/adapter", "--yes"],
+    "push --folder": ["push", "--folder", "theirs", "--to", "me/model", "--yes"],
 }
+OF_A_RUN = [verb for verb in VERBS if verb not in ("export --model", "push", "push --folder")]
+"""Those that read a run or an adapter of it; push sends the files, and reads the manifest alone."""
 
 
 @pytest.fixture
@@ -34,6 +42,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path) -> Path:
     (Path("run") / "adapter" / "manifest.json").unlink()
     Path("x.txt").write_text("x\n")
     Path("run/payload.py").write_text("raise AssertionError('it ran')\n")
+    # export asks for both before it reads anything.
+    monkeypatch.setattr(export, "_check_tokenizer", lambda _: None)
+    Path(export.SCRIPT).write_text("raise AssertionError('it ran')\n")
+    monkeypatch.setenv("LLAMA_CPP", export.SCRIPT)
     return Path("run")
 
 
@@ -51,7 +63,7 @@ def _error(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(
     ("verb", "name"),
-    [*((verb, "adapter_config.json") for verb in VERBS), ("chat", "lit_qlora.json"), ("chat", "manifest.json"),
+    [*((verb, "adapter_config.json") for verb in OF_A_RUN), ("chat", "lit_qlora.json"), ("chat", "manifest.json"),
      ("fit", "lit_qlora.json"), ("fit", "manifest.json"), ("merge", "lit_qlora.json")],
 )  # fmt: skip
 def test_json_nested_without_end(run: Path, capsys: pytest.CaptureFixture[str], name: str, verb: str) -> None:
@@ -59,16 +71,71 @@ def test_json_nested_without_end(run: Path, capsys: pytest.CaptureFixture[str], 
     assert "nested too deep" in _error(verb, capsys)
 
 
-@pytest.mark.parametrize("verb", ["validate", "chat", "predict", "evaluate", "merge"])
+@pytest.mark.parametrize("verb", ["validate", "chat", "predict", "evaluate", "merge", "export"])
 def test_yaml_nested_without_end(run: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     (run / "config.yaml").write_text("a: " + 200_000 * "[")
     assert "run/config.yaml" in _error(verb, capsys)
 
 
-@pytest.mark.parametrize("verb", ["validate", "fit", "chat", "merge"])
+@pytest.mark.parametrize("verb", ["validate", "fit", "chat", "merge", "export"])
 def test_a_module_named_in_an_adapter(run: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     _change(run / "adapter/adapter_config.json", megatron_config={"a": 1}, megatron_core="run.payload")
     assert "megatron_config" in _error(verb, capsys)
+
+
+@pytest.mark.parametrize("verb", ["push", "push --folder"])
+@pytest.mark.parametrize(
+    ("content", "told"), [(DEEP, "nested too deep"), ("[]", "manifest.json"), ('{"files": 3}', "manifest.json")]
+)
+def test_a_manifest_of_another_kind(
+    run: Path, capsys: pytest.CaptureFixture[str], verb: str, content: str, told: str
+) -> None:
+    shutil.copytree(run / "adapter", "theirs")
+    for folder in (run / "adapter", Path("theirs")):
+        (folder / "manifest.json").write_text(content)
+    assert told in _error(verb, capsys)
+
+
+def test_a_card_that_is_no_text_is_not_sent(
+    run: Path, capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.tools.push.Hub", lambda *_: pytest.fail("the hub was asked"))
+    shutil.copyfile(trained / "adapter/manifest.json", run / "adapter/manifest.json")
+    (run / "adapter/README.md").write_bytes(b"---\n\xff\n")
+    assert "run/adapter/README.md" in _error("push", capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("config.json", DEEP, "nested too deep"),
+        ("tokenizer_config.json", DEEP, "nested too deep"),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "run.payload.X"}}', "comes with code of its own"),
+    ],
+    ids=range(3),
+)
+def test_a_merged_folder_from_a_stranger(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, told: str
+) -> None:
+    shutil.copytree(demo.BASE, "theirs")
+    Path("theirs", name).write_text(content)
+    assert told in _error("export --model", capsys)
+
+
+@pytest.mark.parametrize(
+    "content", [DEEP, "[]", '{"prompt_format": ["jinja"], "system": 3}', '{"prompt_format": "jinja", "template": 3}']
+)
+def test_a_merged_folder_whose_prompts_are_not_known(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    """Its weights are converted all the same."""
+    shutil.copytree(demo.BASE, "theirs")
+    Path("theirs/lit_qlora.json").write_text(content)
+    monkeypatch.setattr(export, "_convert", lambda *_: None)
+    assert main(VERBS["export --model"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("no Modelfile: ") and (out.count("\n"), len(out) < 500, err) == (1, True, "")
+    assert not Path("model.Modelfile").exists()
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,9 @@ class EventFile:
         if self._is_stale or self._path is None:
             return
         self._is_doubled |= bool(anew)
-        sound_bytes = self._path.stat().st_size if self._path.is_file() else 0
         try:
             _append(self._path, events)
-        except OSError as error:
-            with suppress(OSError):
-                os.truncate(self._path, sound_bytes)
+        except OSError as error:  # what is torn now is the last in a file that is written anew
             self._fail(error)
 
     def refresh(self, events: Callable[[], Iterable[Event]]) -> None:

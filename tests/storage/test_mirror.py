@@ -87,6 +87,19 @@ def test_each_save_is_copied_and_two_are_kept(machine, drive):
     assert told == []
 
 
+def test_samples_are_copied_and_the_event_files_are_those_of_the_run_as_it_is(machine, drive):
+    run, mirror, _ = machine()
+    save(run, 5)
+    for name in ("samples.jsonl", "others.jsonl", "events.out.tfevents.1"):
+        (run.path / name).write_bytes(b"a")
+    mirror.push()
+    wait_for(drive.checkpoint(5).is_dir)
+    (run.path / "events.out.tfevents.1").rename(run.path / "events.out.tfevents.2")
+    mirror.close()
+    names = {path.name for path in drive.path.glob("*.*") if path.is_file()} - {".mirror", "config.yaml"}
+    assert names == {"metrics.jsonl", "samples.jsonl", "others.jsonl", "events.out.tfevents.2"}
+
+
 def test_a_fresh_machine_gets_all_of_it_back(machine, drive, capsys):
     run, mirror, _ = machine()
     run.rows.write_text("{}", encoding="utf-8")

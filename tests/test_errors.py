@@ -86,7 +86,7 @@ def test_what_others_say_in_one_line() -> None:
     assert one_line("x" * 300) == "x" * 200
 
 
-OURS = {"UserError", "DamagedFolderError", "OutOfRoomError", "RowError", "SaveError"}
+OURS = {"UserError", "DamagedFolderError", "OutOfRoomError", "RowError", "SaveError", "SecretError", "TextError"}
 TAKES_APART = {
     "casefold", "endswith", "find", "findall", "finditer", "fullmatch", "index", "lower", "lstrip", "match",
     "partition", "removeprefix", "removesuffix", "replace", "rfind", "rpartition", "rsplit", "rstrip", "search",

@@ -60,8 +60,9 @@ def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conve
         ids = tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, return_dict=False)
         if ids != encoder.prompt(prompt):
             raise UserError(
-                f"base: its tokenizer gives {ids} through a chat template where training has "
-                f"{encoder.prompt(prompt)}; {encoder.prompt_format.tokenizer_remedy}"
+                f"its tokenizer gives {ids} through a chat template where training has {encoder.prompt(prompt)}",
+                option="base",
+                remedy=encoder.prompt_format.tokenizer_remedy,
             )
 
 

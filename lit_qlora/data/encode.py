@@ -13,7 +13,7 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora.batch import IGNORE_INDEX
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import Piece, PromptFormat, SpecialTokens, chosen
 
@@ -77,8 +77,10 @@ class Encoder:
         highest = max(number for token, number in self.tokenizer.get_vocab().items() if token not in unused)
         if highest >= size:
             raise UserError(
-                f"model.base: the tokenizer of {base!r} has ids up to {highest:,}, and its config.json a vocab_size "
-                f"of {size:,}; take another copy, whose tokenizer and weights belong together"
+                f"the tokenizer of {excerpt(base)} has ids up to {highest:,}, and its config.json a "
+                f"vocab_size of {size:,}",
+                option="model.base",
+                remedy="take another copy, whose tokenizer and weights belong together",
             )
 
     def fingerprint(self) -> str:

@@ -9,7 +9,7 @@ of the bandwidth, 85 % with HBM.
 import re
 from dataclasses import dataclass
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, excerpt
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ def find_card(name: str) -> Card:
     if "a100" in words:  # without a size: the smaller one
         return next(card for card in CARDS if card.name == "A100 40GB")
     raise UserError(
-        f"gpu: no card {name!r} in the table; there are {', '.join(card.name for card in CARDS)}; "
-        "give --gpu-gib N for another"
+        f"no card {excerpt(name)} in the table",
+        option="gpu",
+        remedy=f"there are {', '.join(card.name for card in CARDS)}; give --gpu-gib N for another",
     )
 
 

@@ -9,15 +9,34 @@ from typing import Literal
 Role = Literal["user", "assistant"]
 
 
-def check_characters(where: str, text: str) -> None:
-    """Raises ValueError where ``text``, called ``where``, holds half a character."""
+HALF = r"holds bytes that are no UTF-8, or half a character (a lone surrogate such as '\ud800'): no token stands for it"
+
+
+class TextError(ValueError):
+    """A text of a conversation that no prompt can hold.
+
+    Args:
+        turn: its number, from 1 on; 0 is the system text.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, turn: int, problem: str) -> None:
+        super().__init__(f"{name_of(turn)} {problem}")
+        self.turn, self.problem = turn, problem
+
+
+def name_of(turn: int) -> str:
+    """What a turn is called by its number, from 1 on; 0 is the system text."""
+    return f"turn {turn}" if turn else "the system text"
+
+
+def is_whole(text: str) -> bool:
+    """Whether ``text`` holds no half a character."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(
-            rf"{where} holds bytes that are no UTF-8, or half a character (a lone surrogate such as '\ud800'): no "
-            "token stands for it"
-        ) from None
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +86,10 @@ class Conversation:
                 raise ValueError(f"turn {index + 1} is the {turn.role}'s, expected the {expected}'s")
 
     def check_characters(self) -> None:
-        """Raises ValueError, with the place, where a text of it holds half a character."""
+        """Raises TextError where a text of it holds half a character."""
         for number, text in enumerate([self.system or "", *(turn.content for turn in self.turns)]):
-            check_characters(f"turn {number}" if number else "the system text", text)
+            if not is_whole(text):
+                raise TextError(number, HALF)
 
     @property
     def is_answered(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text import edges
-from lit_qlora.text.conversation import Conversation, check_characters
+from lit_qlora.text.conversation import HALF, Conversation, is_whole
 
 
 class Piece(NamedTuple):
@@ -211,7 +211,5 @@ def from_record(record: Mapping[str, Any], folder: str | Path, file: str) -> Pro
 
 def _check_text(value: object, option: str, place: str | None = None) -> None:
     require(isinstance(value, str | None), option, "a text", value, place=place)
-    try:
-        check_characters("it", str(value))
-    except ValueError as error:
-        raise UserError(str(error), option=option, place=place) from error
+    if not is_whole(str(value)):
+        raise UserError(f"it {HALF}", option=option, place=place)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_qlora.text import edges, messages
-from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.conversation import Conversation, TextError, Turn
 from lit_qlora.text.formats import Piece, PromptFormat
 
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -143,13 +143,12 @@ def segments(conversation: Conversation) -> list[Segment]:
     system text stands in the first prompt only. An open prompt ends on a prompt.
 
     Raises:
-        ValueError: naming the tag and the turn, when the text holds one of `TAGS`: it could forge a
-            turn or a system text.
+        TextError: naming the tag, when a text holds one of `TAGS`: it could forge a turn or a system text.
     """
-    _refuse_tags("the system text", conversation.system or "")
+    _refuse_tags(0, conversation.system or "")
     written = []
     for index, turn in enumerate(conversation.turns):
-        _refuse_tags(f"turn {index + 1}", turn.content)
+        _refuse_tags(index + 1, turn.content)
         content = turn.content
         if index == 0 and conversation.system:
             content = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n{content}"
@@ -159,10 +158,10 @@ def segments(conversation: Conversation) -> list[Segment]:
     return written
 
 
-def _refuse_tags(where: str, text: str) -> None:
+def _refuse_tags(turn: int, text: str) -> None:
     for tag in TAGS:
         if tag in text:
-            raise ValueError(f"{where} holds the tag {tag}, which could forge a turn or a system text")
+            raise TextError(turn, f"holds the tag {tag}, which could forge a turn or a system text")
 
 
 def parse(text: str) -> Conversation:

@@ -18,7 +18,7 @@ import jinja2
 
 from lit_qlora.errors import UserError
 from lit_qlora.text import jinja
-from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.conversation import Conversation, TextError, name_of
 from lit_qlora.text.formats import Piece, PromptFormat
 
 SHORTEST_TAG = 3
@@ -119,7 +119,7 @@ class Template(PromptFormat):
         said = [(conversation.system or "").strip(), *(turn.content.strip() for turn in conversation.turns)]
         for index, text in enumerate(said):
             for tag in self.tags_in(text):
-                raise ValueError(f"{_name(index)} holds {tag!r}, which could forge a turn or a system text")
+                raise TextError(index, f"holds {tag!r}, which could forge a turn or a system text")
         return self._fill(said)
 
     @cached_property
@@ -312,11 +312,11 @@ class Template(PromptFormat):
         for index in range(0 if has_system else 1, len(marks)):
             if found.count(index) != 1:
                 raise ValueError(
-                    f"{_name(index)} is to be written once, and is written {found.count(index)} times; write the "
+                    f"{name_of(index)} is to be written once, and is written {found.count(index)} times; write the "
                     "content of each message"
                 )
         if found != sorted(found):
-            raise ValueError(f"the turns are written in another order: {', '.join(map(_name, found))}")
+            raise ValueError(f"the turns are written in another order: {', '.join(map(name_of, found))}")
         pieces, before = list[Piece](), 0
         for turn in range(2, 2 * rounds + 1, 2):
             start, end = self._answer(whole, marks, turn)
@@ -380,12 +380,8 @@ class Template(PromptFormat):
         return jinja.render(self._compiled, messages, *self.spelled[:2], add_generation_prompt)
 
 
-def _name(index: int) -> str:
-    return f"turn {index}" if index else "the system text"
-
-
 def _shown(text: str, at_end: bool = False) -> str:
-    readable = _MARK.sub(lambda mark: f"({_name(int(mark[1]))})", text)
+    readable = _MARK.sub(lambda mark: f"({name_of(int(mark[1]))})", text)
     if len(readable) <= SHOWN:
         return repr(readable)
     return repr("…" + readable[-SHOWN:] if at_end else readable[:SHOWN] + "…")

@@ -9,7 +9,7 @@ import sys
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answerer, check_prompt
+from lit_qlora.tools.answering.answerer import Answerer, check_prompt, refusal
 from lit_qlora.tools.answering.dialog import cut_note
 from lit_qlora.tools.answering.terminal import Terminal, harmless
 from lit_qlora.tools.answering.web import check_gradio, serve
@@ -47,18 +47,16 @@ def chat(
         port: with --web, where to listen; default: the first free one from 7860 on.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    source = "prompt"
+    source = {"option": "prompt"}
     if web:
         require(prompt is None, "prompt", "no question beside --web, where it is asked on the page", prompt)
         check_gradio()
     elif share or port is not None:
         raise UserError("it is the page's, expected --web beside it", option="share" if share else "port")
     elif prompt is None and not sys.stdin.isatty():
-        prompt, source = _standard_input(), "standard input"
+        prompt, source = _standard_input(), {"place": "standard input"}
     if prompt is not None and not prompt.strip():
-        raise UserError(
-            "expected a question, got nothing", place=source, remedy="write one, or leave --prompt out to talk"
-        )
+        raise UserError("expected a question, got nothing", remedy="write one, or leave --prompt out to talk", **source)
     answerer = Answerer(run, adapter, base)
     # Found before the model is loaded; in a conversation the system text alone, beside any question.
     question = _conversation(source, "hello" if prompt is None else prompt, system, answerer)
@@ -83,12 +81,12 @@ def _standard_input() -> str:
         ) from error
 
 
-def _conversation(source: str, prompt: str, system: str | None, answerer: Answerer) -> Conversation:
+def _conversation(source: dict[str, str], prompt: str, system: str | None, answerer: Answerer) -> Conversation:
     question = Conversation((Turn("user", prompt),), system)
     try:
         check_prompt(question, answerer.encoder.prompt_format)
     except ValueError as error:
-        raise UserError(f"{source}: {error}".replace("turn 1 holds", "it holds")) from error
+        raise refusal(error).replace(**source) from error
     return question
 
 

@@ -311,14 +311,14 @@ def with_more_tokens(tmp_path, special):
     return tokenizer
 
 
-def test_ids_that_a_base_does_not_know_are_refused(tmp_path):
+def test_ids_that_a_base_does_not_know_are_refused(tmp_path, expect_error):
     tokenizer = with_more_tokens(tmp_path, special=False)
     Encoder(tokenizer, 64).check_vocabulary(1025, "base")
-    with pytest.raises(UserError) as caught:
-        Encoder(tokenizer, 64).check_vocabulary(1024, "base")
-    assert str(caught.value) == (
-        "model.base: the tokenizer of 'base' has ids up to 1,024, and its config.json a vocab_size of 1,024; take "
-        "another copy, whose tokenizer and weights belong together"
+    expect_error(
+        lambda: Encoder(tokenizer, 64).check_vocabulary(1024, "base"),
+        "up to 1,024",
+        "vocab_size of 1,024",
+        option="model.base",
     )
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_qlora.text import llama2
-from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.conversation import Conversation, TextError, Turn
 from lit_qlora.text.llama2 import Segment
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
@@ -54,9 +54,11 @@ def test_segments_are_written_as_meta_writes_them(conversation, expected):
 )
 def test_a_tag_from_outside_is_refused(tag, template, where):
     *contents, system = [text and text.format(tag) for text in template]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(TextError) as caught:
         llama2.segments(said(*contents, system=system))
-    assert str(caught.value) == f"{where} holds the tag {tag}, which could forge a turn or a system text"
+    assert str(caught.value) == f"{where} {caught.value.problem}"
+    assert caught.value.problem.startswith(f"holds the tag {tag}, ")
+    assert caught.value.turn == (0 if system else int(where.split()[-1]))
 
 
 @pytest.mark.parametrize(

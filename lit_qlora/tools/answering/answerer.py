@@ -15,7 +15,7 @@ from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
-from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.conversation import Conversation, TextError
 from lit_qlora.text.formats import PromptFormat
 from lit_qlora.tools.answering.streaming import TextStream, text_of
 
@@ -95,6 +95,13 @@ def check_prompt(conversation: Conversation, prompt_format: PromptFormat) -> Non
     if conversation.is_answered:
         raise ValueError("the last turn is the assistant's, expected the user's")
     prompt_format.pieces(conversation)
+
+
+def refusal(error: ValueError, question: int = 1) -> UserError:
+    """What `check_prompt` raised, for who asked the question, which is the turn of that number."""
+    if isinstance(error, TextError) and error.turn == question:
+        return UserError(f"it {error.problem}")
+    return UserError(str(error))
 
 
 class Answerer:

@@ -5,10 +5,9 @@ Knows neither terminal nor page: what it has to say it returns.
 
 from dataclasses import replace
 
-from lit_qlora.errors import UserError
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answer, Answerer, check_prompt
+from lit_qlora.tools.answering.answerer import Answer, Answerer, check_prompt, refusal
 
 
 def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
@@ -39,7 +38,7 @@ class Dialog:
         try:
             check_prompt(whole, self.answerer.encoder.prompt_format)
         except ValueError as error:
-            raise UserError(str(error).replace(f"turn {len(turns)} holds", "it holds")) from error
+            raise refusal(error, len(turns)) from error
         fitting, num_left_out = self.answerer.trim(whole, self.sampling)
         self.answerer.prompt(fitting, self.sampling)  # raises where even the question alone has no room
         grew, self._num_left_out = num_left_out > self._num_left_out, num_left_out
@@ -64,7 +63,7 @@ class Dialog:
         try:
             check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.prompt_format)
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise refusal(error) from error
         self.system = system
 
     @property

@@ -241,7 +241,7 @@ class QLoRACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this run's callbacks, loggers and checkpoints."""
-        base = self.model.base
+        base, self.datamodule.tokenizer_option = self.model.base, LINKED["data.tokenizer"]
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={})}
         validates = self.scores or config.get("limit_val_batches") != 0
         given, plugins = own_callbacks(config.get("callbacks"), validates), own_plugins(config.get("plugins"))

@@ -329,8 +329,44 @@ def test_a_tokenizer_of_more_pieces_than_the_base_has_is_refused(here):
     small = shutil.copytree(demo.BASE, here / "small")
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
-    with pytest.raises(UserError, match=r"has ids up to 1,023, and its config.json a vocab_size of 1,000"):
+    with pytest.raises(UserError, match=r"^model.base: .* ids up to 1,023, .*vocab_size of 1,000"):
+        trainer().fit(module(base=str(small)), data())
+    with pytest.raises(UserError, match=r"^data.tokenizer: .* 'demo' .*small', the module's base.*1,000; leave it out"):
         trainer().fit(module(base=str(small)), data(tokenizer="demo"))
+
+
+@pytest.mark.parametrize(("name", "words"), [("no/such/one", "no/such/one"), ("", "a hub id or a folder, got ''")])
+def test_a_tokenizer_of_ones_own_that_is_none_is_named_as_that(name, words):
+    with pytest.raises(UserError) as caught:
+        data(tokenizer=name).setup("fit")
+    assert caught.value.option == "data.tokenizer"
+    assert words in str(caught.value)
+
+
+def test_batches_can_be_looked_at_without_a_trainer():
+    rows = data(tokenizer="demo", batch_size=2)
+    for loader, stage in ((rows.train_dataloader, "fit"), (rows.val_dataloader, "validate"),
+                          (rows.test_dataloader, "test")):  # fmt: skip
+        with pytest.raises(UserError, match=rf"call setup\('{stage}'\)"):
+            loader()
+    for stage in ("fit", "test"):
+        rows.setup(stage)
+    one = next(iter(rows.train_dataloader()))
+    assert len(one.input_ids) == 2
+    assert one.step_answer_tokens == len(one.targets)  # an optimizer step of its own
+    assert all(len(loader) for loader in (rows.val_dataloader(), rows.test_dataloader()))
+    with pytest.raises(UserError, match=r"counted with its Trainer"):
+        rows.num_optimizer_steps()
+
+
+def test_a_module_before_its_fit_says_that_it_is_not_loaded():
+    built, ids = module(), torch.tensor([[1, 5, 9]])
+    for call in (lambda: built.save_adapter("x"), lambda: built(ids), lambda: built.load_adapter_weights(Path("x"))):
+        with pytest.raises(UserError, match=r"model: .* loaded once training begins; .*configure_model\(\)"):
+            call()
+    assert not Path("x").exists()
+    built.configure_model()
+    assert built(ids).shape == (1, 3, 1024)
 
 
 def test_rows_that_may_be_longer_than_the_bases_context_are_refused():

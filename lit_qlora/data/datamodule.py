@@ -23,7 +23,7 @@ from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.tokenizer import load_tokenizer
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat, chosen
 
@@ -94,6 +94,7 @@ class ChatDataModule(LightningDataModule):
             not packing or batch_tokens is not None, "data.packing", "data.batch_tokens beside it, say 2048", packing
         )
         require(num_workers >= 0, "data.num_workers", "0 or more processes", num_workers)
+        require(tokenizer is None or bool(tokenizer.strip()), "data.tokenizer", "a hub id or a folder", tokenizer)
         self.source, self.form, self.strict = source, form, strict
         self.validation_source, self.validation_share = validation_source, validation_share
         self.test_source = test_source
@@ -103,6 +104,8 @@ class ChatDataModule(LightningDataModule):
         self.plan = BatchPlan(batch_size, batch_tokens, packing)
         self.num_workers = num_workers
         self.tokenizer_name = tokenizer
+        self.tokenizer_option = "data.tokenizer" if tokenizer else "model.base"
+        """The option that a tokenizer which is none is a mistake in; on the command line, there is but the base's."""
         self.seed = seed
         self._records: dict[str, Records] = {}
         self._rows: dict[str, EncodedRows] = {}
@@ -121,7 +124,10 @@ class ChatDataModule(LightningDataModule):
         """
         expected = "the hub id or folder of the base's, or a Trainer whose module has a base"
         require(self.tokenizer_name is not None, "data.tokenizer", expected, None)
-        return load_tokenizer(str(self.tokenizer_name))
+        try:
+            return load_tokenizer(str(self.tokenizer_name))
+        except UserError as error:
+            raise error.replace(option=self.tokenizer_option) from error
 
     @property
     def encoder(self) -> Encoder:
@@ -177,36 +183,54 @@ class ChatDataModule(LightningDataModule):
             self._encoder, self._records, self._rows, self._notes = None, {}, {}, {}
             for name in ("tokenizer", "_first_epoch"):
                 self.__dict__.pop(name, None)
-        self.encoder.check_vocabulary(base.shape.vocabulary, base.name)
+        try:
+            self.encoder.check_vocabulary(base.shape.vocabulary, base.name)
+        except UserError as error:
+            if self.tokenizer_name == base.name:
+                raise
+            raise UserError(
+                f"the tokenizer of {excerpt(self.tokenizer_name)} has ids that {excerpt(base.name)}, the module's "
+                f"base, has not: its vocab_size is {base.shape.vocabulary:,}",
+                option="data.tokenizer",
+                remedy="leave it out, and the base's own is taken",
+            ) from error
 
     def train_dataloader(self) -> ResumableLoader:
         """The training rows, in groups of like length, in an order that the seed fixes.
 
         Each epoch has an order of its own, except under ``overfit_batches``, which is about the same batches again.
+        Without a Trainer they are those of one device, an optimizer step each.
+
+        Raises UserError before `setup`.
         """
-        assert self.trainer is not None
-        rows, overfits = self._rows["train"], self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        rows, trainer = self._encoded("train"), self.trainer
+        overfits = trainer is not None and trainer.overfit_batches > 0  # type: ignore[attr-defined]
 
         def order(epoch: int) -> list[list[int]]:
             return self._first_epoch if overfits or not epoch else self.plan.epoch(rows.lengths, self.seed, epoch)
 
+        by_trainer: dict[str, Any] = {}
+        if trainer is not None:
+            by_trainer = {
+                "accumulate": trainer.accumulate_grad_batches,
+                "device_index": trainer.global_rank,
+                "num_devices": trainer.world_size,
+                "limit": trainer.limit_train_batches,
+                "epoch": trainer.current_epoch,
+            }
+        workers = min(self.num_workers, num_cores())
         return ResumableLoader(
-            rows.examples,
-            rows.answer_tokens,
-            order,
-            accumulate=self.trainer.accumulate_grad_batches,
-            device_index=self.trainer.global_rank,
-            num_devices=self.trainer.world_size,
-            limit=self.trainer.limit_train_batches,
-            num_workers=min(self.num_workers, num_cores()),
-            packed=self.plan.packed,
-            epoch=self.trainer.current_epoch,
+            rows.examples, rows.answer_tokens, order, num_workers=workers, packed=self.plan.packed, **by_trainer
         )
 
     def num_optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run, by arithmetic alone: no loader is asked for a batch."""
-        assert self.trainer is not None
+        """Optimizer steps of the whole run, by arithmetic alone: no loader is asked for a batch.
+
+        Raises UserError without a Trainer, which says how many epochs there are.
+        """
         trainer = self.trainer
+        if trainer is None:
+            raise UserError("the steps of a run are counted with its Trainer", option="data", remedy="give it to one")
         epoch_steps = math.ceil(self.train_dataloader().length / trainer.accumulate_grad_batches)
         by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * epoch_steps
         by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
@@ -362,17 +386,19 @@ class ChatDataModule(LightningDataModule):
             check_limit(option, limit, count)
 
     def _evaluation_loader(self, part: str) -> EvaluationLoader:
-        assert self.trainer is not None
-        rows = self._rows[part]
+        rows, trainer = self._encoded(part), self.trainer
         batches = self.plan.epoch(rows.lengths, seed=0, epoch=0)
-        return EvaluationLoader(
-            rows.examples,
-            rows.answer_tokens,
-            batches,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-            self.plan.packed,
-        )
+        device, devices = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        return EvaluationLoader(rows.examples, rows.answer_tokens, batches, device, devices, self.plan.packed)
+
+    def _encoded(self, part: str) -> EncodedRows:
+        """The rows of ``part``. Raises UserError before the `setup` that makes them."""
+        if part not in self._rows:
+            stage = {"train": "fit", "validation": "validate"}.get(part, part)
+            raise UserError(
+                f"the {part} rows have not been read", option="data", remedy=f"call setup({stage!r}), as a Trainer does"
+            )
+        return self._rows[part]
 
 
 LARGEST_TEMPLATE = 1_000_000

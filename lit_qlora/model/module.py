@@ -245,8 +245,13 @@ class QLoRAModule(LearnsInParts):
 
     @property
     def peft_model(self) -> "PeftModel":
-        """The loaded model."""
-        assert self.model is not None, "the model is loaded by configure_model, which the Trainer calls"
+        """The loaded model. Raises UserError before it is loaded."""
+        if self.model is None:
+            raise UserError(
+                "base and adapter are loaded once training begins",
+                option="model",
+                remedy="give the module to a Trainer first, or call module.configure_model()",
+            )
         return self.model
 
     def template_for(self, given: str | None) -> str | None:
@@ -257,9 +262,10 @@ class QLoRAModule(LearnsInParts):
         return load.template_of(self.adapter, given) if self.adapter else given
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Writes the adapter as a plain PEFT folder."""
+        """Writes the adapter as a plain PEFT folder. Raises UserError before the model is loaded."""
+        model = self.peft_model
         Path(folder).mkdir(parents=True, exist_ok=True)
-        load.save_adapter(self.peft_model, self.base, Path(folder), self.prompt_format)
+        load.save_adapter(model, self.base, Path(folder), self.prompt_format)
 
     def load_adapter_weights(self, folder: Path) -> None:
         """Takes over the weights of an adapter folder that was saved from this module."""
@@ -356,6 +362,13 @@ class QLoRAModule(LearnsInParts):
         return super().load_from_checkpoint(checkpoint_path, *args, **options)  # type: ignore[no-any-return]
 
     # Steps
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` behind each of ``input_ids`` ``[B, T]``, padded on the right if at all.
+
+        Raises UserError before the model is loaded.
+        """
+        return self.peft_model(input_ids=input_ids).logits  # type: ignore[no-any-return]
 
     def summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Sum of the losses over a batch's answer tokens in nats, how many were the likeliest, how many there are."""

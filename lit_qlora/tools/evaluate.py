@@ -141,6 +141,7 @@ def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "Ch
     prompt_format = read_format(chosen.adapter)
     options |= {"template": prompt_format.source, "system": prompt_format.system}
     data = ChatDataModule(**options)
+    data.tokenizer_option = "model.base"
     if chosen.settings is not None:
         data.recall(RunFolder(chosen.adapter.parent).rows)
     try:

@@ -43,6 +43,7 @@ def look(trainer: Any, data: ChatDataModule, base: Base, answers: SampleAnswers)
 
     Raises UserError for rows, prompts or a tokenizer that a fit refuses.
     """
+    data.tokenizer_option = "model.base"
     has_tokenizer = _has_tokenizer(data, base)
     if has_tokenizer:
         data.encoder.check_vocabulary(base.shape.vocabulary, base.name)

@@ -25,7 +25,7 @@ from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import PromptFormat, chosen
+from lit_qlora.text.formats import PromptFormat, built_in, chosen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ class ChatDataModule(LightningDataModule):
         test_source: rows for ``test``; default: the source's test split where it is not held out, else the held-out
             rows.
         system: system text for conversations that bring none.
-        template: a Jinja chat template of your own in place of the Llama 2 format: its file, or its text.
+        template: a Jinja chat template in place of the Llama 2 format: chatml, or a file of your own, or its text.
         train_on: learn the answers only, or all of each conversation.
         max_length: tokens of one conversation; a longer one is cut so that answer tokens stay.
         batch_size: rows of one micro-batch.
@@ -423,13 +423,15 @@ def check_limit(option: str, limit: int | float, count: int) -> None:
 
 
 def read_template(value: str | None) -> str | None:
-    """The chat template that ``value`` is, or that the file of that name holds; None stays.
+    """The chat template that ``value`` is, or that comes along under that name, or that a file holds; None stays.
 
     Raises UserError when there is no such file, or it holds no Jinja.
     """
     if value is None:
         return None
-    where, text = ("", value) if is_template(value) else (f"{value}: ", _read_template_file(value))
+    where, text = ("", value) if is_template(value) else (f"{value}: ", built_in().get(value))
+    if text is None:
+        text = _read_template_file(value)
     try:
         return chosen(text).source
     except UserError as error:
@@ -450,5 +452,5 @@ def _read_template_file(name: str) -> str:
         what = f"{name} is not UTF-8 (byte {error.start})"
         raise UserError(what, option="data.template", remedy="save it as UTF-8") from error
     except OSError as error:
-        what = f"{name}: expected a file with a Jinja chat template ({error.strerror})"
+        what = f"{name}: expected {' or '.join(built_in())}, or a file with a Jinja chat template ({error.strerror})"
         raise UserError(what, option="data.template") from error

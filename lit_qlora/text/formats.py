@@ -1,7 +1,8 @@
 """Owns what a prompt format is: how a conversation is written to a model, in training and wherever it answers.
 
 Whoever needs one holds a `PromptFormat`, and never asks which: `chosen` makes it from options, `from_record` from what
-an adapter says of its prompts. Its kinds are `llama2.Llama2` and `own_template.Template`. Knows no token ids.
+an adapter says of its prompts. Its kinds are `llama2.Llama2` and `own_template.Template`; a template that comes along
+under a name is a file in ``templates/``, and nothing else. Knows no token ids.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +14,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text import edges
 from lit_qlora.text.conversation import HALF, Conversation, is_whole
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Piece(NamedTuple):
@@ -175,6 +178,11 @@ class PromptFormat(ABC):
     @abstractmethod
     def ask(self) -> str:
         """Python code of a model card that asks ``model`` a question through ``tokenizer``, and sets ``answer``."""
+
+
+def built_in() -> dict[str, str]:
+    """The chat templates that come along, by the names that ``data.template`` takes."""
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(TEMPLATES.glob("*.jinja"))}
 
 
 def chosen(template: str | None = None, system: str | None = None) -> PromptFormat:

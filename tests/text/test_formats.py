@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from lit_qlora.data.datamodule import read_template
 from lit_qlora.errors import UserError
+from lit_qlora.text import formats
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.text.formats import SpecialTokens, chosen, from_record
+from lit_qlora.text.formats import SpecialTokens, built_in, chosen, from_record
 
 CHATML = (Path(__file__).parents[1] / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 RECORDS = {
@@ -104,3 +106,32 @@ def test_the_modelfile():
         chosen(system='a """ b').modelfile(Path("mine.gguf"))
     with pytest.raises(ValueError, match=r"which is Jinja, .*llama-cli --jinja -m x/mine\.gguf$"):
         chosen(CHATML).modelfile(Path("x/mine.gguf"))
+
+
+OTHER_TOKENS = SpecialTokens("<|im_start|>", "<|im_end|>", ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+
+
+@pytest.mark.parametrize("name", built_in())
+@pytest.mark.parametrize("tokens", [SpecialTokens(), OTHER_TOKENS], ids=["llama", "smollm2"])
+def test_a_template_that_comes_along_holds_all_kinds_of_conversations(name, tokens):
+    for system in (None, "Be brief."):
+        chosen(read_template(name), system).of(tokens).check()
+
+
+def test_chatml_has_one_bos_and_ends_answers_in_eos():
+    asked = Conversation((Turn("user", "a"), Turn("assistant", "b")))
+    for tokens, start in ((SpecialTokens(), "<s><|im_start|>"), (OTHER_TOKENS, "<|im_start|>")):
+        pieces = chosen(read_template("chatml")).of(tokens).pieces(asked)
+        assert "".join(piece.text for piece in pieces) == (
+            f"{start}user\na<|im_end|>\n<|im_start|>assistant\nb{tokens.eos}"
+        )
+
+
+def test_a_new_template_that_comes_along_is_one_file(tmp_path, monkeypatch):
+    (tmp_path / "mine.jinja").write_text("{{ eos_token }}", encoding="utf-8")
+    monkeypatch.setattr(formats, "TEMPLATES", tmp_path)
+    assert read_template("mine") == "{{ eos_token }}"
+    with pytest.raises(
+        UserError, match=r"^data\.template: chatml: expected mine, or a file with a Jinja chat template"
+    ):
+        read_template("chatml")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.foresee import Forecast
+from lit_qlora.forecast.memory import NO_SAMPLES
 from lit_qlora.forecast.speed import HOST_S_PER_LAYER
 
 BUDGETS = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
@@ -63,7 +64,10 @@ def _smaller_batches(forecast: Forecast) -> list[Change]:
 
 
 def _fewer_samples(forecast: Forecast) -> list[Change]:
+    """Of prompts of the user's own none, or all: a count is one of held-out prompts."""
     samples = forecast.samples
+    if samples.are_own:
+        return [Change("--samples.prompts null --samples.count 0", replace(forecast, samples=NO_SAMPLES))]
     counts = [count for count in (4, 2, 0) if count < samples.num_prompts]
     return [
         Change(f"--samples.count {count}", replace(forecast, samples=replace(samples, num_prompts=count)))
@@ -83,7 +87,8 @@ def _smaller_optimizer(forecast: Forecast) -> list[Change]:
 
 
 def _smaller_ranks(forecast: Forecast) -> list[Change]:
-    ranks = [rank for rank in RANKS if rank < forecast.lora.rank]
+    """An adapter to start from has its own rank, and no other can be given."""
+    ranks = [rank for rank in RANKS if rank < forecast.lora.rank and not forecast.ranks]
     return [Change(f"--model.rank {rank}", replace(forecast, lora=replace(forecast.lora, rank=rank))) for rank in ranks]
 
 

@@ -5,7 +5,7 @@ formulas are those of `memory` and `speed`, the words those of `words`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -88,6 +88,8 @@ class Forecast:
         card: to train on.
         rows: to train on, before they are cut to ``max_length``.
         lora: the adapter.
+        ranks: those of an adapter to start from, by linear layer, for each decoder layer; else all are the one of
+            ``lora``.
         precision: as Lightning spells it.
         optimizer: its name.
         checkpointing: none, selective, auto or full.
@@ -107,6 +109,7 @@ class Forecast:
     card: Card
     rows: Rows
     lora: Lora
+    ranks: tuple[Mapping[str, int], ...] | None = None
     precision: str
     optimizer: str = "adamw"
     checkpointing: str = "auto"
@@ -160,6 +163,7 @@ class Forecast:
             scored_tokens=math.ceil(largest.tokens * self.rows.answer_share),
             rank=self.lora.rank,
             targets=tuple(dict.fromkeys(names)),
+            ranks=self.ranks,
             dropout=self.lora.dropout > 0,
             optimizer=self.optimizer,
             element=4 if self.precision == "32-true" else 2,
@@ -275,6 +279,7 @@ def foresee(
         card=card,
         rows=rows or Rows.of(data),
         lora=module.lora,
+        ranks=load.ranks(module.adapter, module.base.shape.num_layers) if module.adapter else None,
         precision=str(trainer.precision),
         optimizer=module.optimizer_name,
         checkpointing=module.checkpointing,

@@ -5,6 +5,7 @@ own allocator. Knows no torch, no card and no data; sizes and settings go in, by
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -52,6 +53,8 @@ class Step:
     scored_tokens: int
     rank: int = 16
     targets: tuple[str, ...] = Shape.LINEARS
+    ranks: tuple[Mapping[str, int], ...] | None = None
+    """LoRA's rank by linear layer, for each decoder layer, where not all are ``rank`` on ``targets``."""
     dropout: bool = False
     optimizer: str = "adamw"
     kept_layers: int = 0
@@ -69,11 +72,22 @@ class Step:
         return self.num_recordings > 0
 
     @cached_property
+    def lora(self) -> tuple[Mapping[str, int], ...]:
+        """LoRA's rank by linear layer, for each decoder layer."""
+        return self.ranks or (dict.fromkeys(self.targets, self.rank),) * self.shape.num_layers
+
+    @cached_property
     def lora_tensors(self) -> list[int]:
         """Weights in each tensor of LoRA, of all layers."""
-        return [self.rank * width for name in self.targets for width in self.shape.linears[name]] * (
-            self.shape.num_layers
-        )
+        return [
+            rank * width for layer in self.lora for name, rank in layer.items() for width in self.shape.linears[name]
+        ]
+
+    @cached_property
+    def num_cast(self) -> int:
+        """Weights in the 16-bit copies of LoRA: layers that are alike share theirs."""
+        kinds = {frozenset(layer.items()) for layer in self.lora}
+        return sum(rank * sum(self.shape.linears[name]) for layer in kinds for name, rank in layer)
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,7 @@ def kept_in_layer(step: Step) -> int:
     shape = step.shape
     queries, keys = shape.linears["q_proj"][1], shape.linears["k_proj"][1]
     inner = shape.linears["gate_proj"][1]
-    low = step.rank * len(step.targets)
+    low = max(sum(layer.values()) for layer in step.lora)
     return step.element * (2 * queries + 2 * keys + shape.hidden + 2 * inner + low) + 4 * shape.num_heads
 
 
@@ -201,7 +215,7 @@ def moments(step: Step) -> list[StepMemory]:
         weights=weight_bytes(shape, size),
         adapters=4 * lora,
         optimizer=optimizer_bytes(step.optimizer, step.lora_tensors)[0],
-        casts=size * lora // shape.num_layers,
+        casts=size * step.num_cast,
         workspace=step.workspace,
         kernels=RECORDING * shape.num_layers * step.num_recordings,
     )

@@ -44,7 +44,9 @@ RECORD = "lit_qlora.json"
 """The file beside an adapter that says which base and which prompt format it was trained with."""
 
 WEIGHTS = "adapter_model.safetensors"
-PLACE = re.compile(rf"base_model\.model\.model\.layers\.\d+\.(?:self_attn|mlp)\.({'|'.join(Shape.LINEARS)})\.lora_.*")
+PLACE = re.compile(
+    rf"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(Shape.LINEARS)})\.lora_.*"
+)
 """peft's name of a weight of LoRA on a linear layer of the decoder."""
 
 IN_CONFIG = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
@@ -194,7 +196,7 @@ def check_settings(folder: Path, lora: Lora) -> None:
     of_adapter: dict[str, Any] = {
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
-        "target_modules": sorted({match[1] for match in map(PLACE.match, _stored(folder)) if match}),
+        "target_modules": sorted({match["linear"] for match in map(PLACE.match, _stored(folder)) if match}),
         "rslora": bool(config.get("use_rslora")),
         "dora": bool(config.get("use_dora")),
     }
@@ -209,6 +211,16 @@ def check_settings(folder: Path, lora: Lora) -> None:
                 option=f"model.{name}",
                 remedy=f"give --model.{name} {given}",
             )
+
+
+def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
+    """An adapter's rank on each linear layer that has LoRA, for each decoder layer: its patterns may give it many."""
+    found: dict[int, dict[str, int]] = {layer: {} for layer in range(num_layers)}
+    for name, shape in _stored(folder).items():
+        place = PLACE.match(name)
+        if place and ".lora_A." in name:
+            found.setdefault(int(place["layer"]), {})[place["linear"]] = shape[0]
+    return tuple(found.values())
 
 
 def has_bias(folder: Path | None) -> bool:

@@ -271,6 +271,19 @@ def test_while_micro_batches_add_up_each_makes_gradients_of_its_own():
         assert several["update"] == once["update"] == lora
 
 
+def test_ranks_that_differ_from_layer_to_layer():
+    one = {"q_proj": 8, "down_proj": 16}
+    same = seven(ranks=(one,) * 32)
+    uniform = [seven(rank=8, targets=("q_proj",)), seven(rank=16, targets=("down_proj",))]
+    assert sum(same.lora_tensors) == sum(sum(step.lora_tensors) for step in uniform)
+    assert memory.moments(seven(ranks=(dict.fromkeys(Shape.LINEARS, 16),) * 32)) == memory.moments(seven())
+    mixed = seven(ranks=(one, {}, *({"q_proj": 8},) * 30))
+    assert sum(mixed.lora_tensors) == 31 * 8 * 8192 + 16 * (4096 + 11008)
+    # Layers that are alike share their 16-bit copies; here are three kinds of them.
+    assert mixed.num_cast == 2 * 8 * 8192 + 16 * (4096 + 11008)
+    assert memory.kept_in_layer(mixed) == memory.kept_in_layer(seven(rank=24, targets=("q_proj",)))
+
+
 def test_the_highest_moment_moves():
     moment = {
         name: memory.step_memory(step).moment

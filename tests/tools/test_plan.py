@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.loggers import csv_logs
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lit_qlora import demo
 from lit_qlora.cli import main
@@ -151,8 +151,9 @@ def with_biases(tmp_path):
     folder.mkdir()
     config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "lora_bias": True}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    layers = range(32)
     names = [*(f"self_attn.{name}" for name in "qkvo"), *(f"mlp.{name}" for name in ("gate", "up", "down"))]
-    keys = [f"base_model.model.model.layers.0.{name}_proj.lora_A.weight" for name in names]
+    keys = [f"base_model.model.model.layers.{layer}.{name}_proj.lora_A.weight" for layer in layers for name in names]
     save_file({key: torch.zeros(16, 8) for key in keys}, folder / "adapter_model.safetensors")
     return folder
 
@@ -176,6 +177,30 @@ def test_a_change_of_transformers_own_layers_may_fit(plan):
     line = plan("--config", T4, "--model.own_layers", "false", "--model.checkpointing", "none")[-1]
     own = "may fit, what transformers' own layers take beside not counted"
     assert line == f"does not fit: 16.71 of 14.56 GiB; {own}: 6.97 with --model.checkpointing auto"
+
+
+def test_an_adapters_own_ranks_count_and_no_other_rank_is_advised(plan, with_biases):
+    config = json.loads((with_biases / "adapter_config.json").read_text()) | {"lora_bias": False}
+    (with_biases / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    start = ["--config", T4, "--model.adapter", "with-biases"]
+    uniform = figures(plan(*start))["adapter, fp32"]
+    assert uniform == figures(plan("--config", T4))["adapter, fp32"] == 0.15
+    assert "--model.rank" not in plan(*start, "--gpu-gib", "5.2")[-1]
+    assert "--model.rank" in plan("--config", T4, "--gpu-gib", "5.2")[-1]
+    weights = load_file(with_biases / "adapter_model.safetensors")
+    weights |= {name: torch.zeros(256, 8) for name in weights if ".down_proj." in name}
+    save_file(weights, with_biases / "adapter_model.safetensors")
+    (with_biases / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"down_proj": 256}}))
+    larger = 32 * (256 - 16) * (4096 + 11008) * 4 / 1024**3
+    assert figures(plan(*start))["adapter, fp32"] == pytest.approx(uniform + larger, abs=0.01)
+
+
+def test_prompts_of_ones_own_are_left_out_by_an_option_that_does_it(plan):
+    prompts = ["--samples.prompts", json.dumps(["a"] * 16), "--samples.max_new_tokens", "1024"]
+    start = ["--config", T4, *prompts, "--data.batch_size", "1", "--gpu-gib", "6.4"]
+    advised = re.search(r"with (--samples.prompts null --samples.count 0.*)", plan(*start)[-1])
+    assert advised, plan(*start)[-1]
+    assert "fits" in plan(*start, *advised[1].split())[-1]
 
 
 def test_more_rows_of_logits_take_more_memory(plan):

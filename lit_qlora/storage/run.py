@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, one_line
 from lit_qlora.storage.files import parse_json, size, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
@@ -339,7 +339,7 @@ def _verify_adapter(folder: Path) -> int:
         step = parse_json(file.read_bytes())["step"] if file.is_file() else 0
         found = "no step"
     except (ValueError, TypeError, KeyError) as error:
-        step, found = None, " ".join(str(error).split())
+        step, found = None, one_line(error)
     if type(step) is not int:
         raise DamagedFolderError(folder, file.name, "a step and its figures", found)
     return step
@@ -416,7 +416,7 @@ def read_options(config: Path) -> dict[str, Any]:
     try:
         found = yaml.load(config.read_text(encoding="utf-8-sig"), Loader=NoReferences)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(getattr(error, "problem", None) or error).split())) from error
+        raise ValueError(one_line(getattr(error, "problem", None) or error)) from error
     except (RecursionError, LookupError, AttributeError, TypeError, OSError) as error:
         raise ValueError(f"no valid YAML: {type(error).__name__}") from error
     if not isinstance(found, Mapping):

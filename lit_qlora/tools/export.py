@@ -21,8 +21,8 @@ from lit_qlora.tools.merge import MERGED, DType, check_room, merge_into
 
 SCRIPT = "convert_hf_to_gguf.py"
 GET_IT = (
-    f"export: llama.cpp's {SCRIPT} is not here; git clone --depth 1 https://github.com/ggml-org/llama.cpp, "
-    "pip install gguf sentencepiece, and set LLAMA_CPP=llama.cpp"
+    "git clone --depth 1 https://github.com/ggml-org/llama.cpp, pip install gguf sentencepiece, and set "
+    "LLAMA_CPP=llama.cpp"
 )
 BYTES_A_WEIGHT = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.0625}
 MERGED_IN: dict[str, DType] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
@@ -101,7 +101,7 @@ def find_converter() -> Path:
         return path
     found = shutil.which(SCRIPT)
     if found is None:
-        raise UserError(GET_IT)
+        raise UserError(f"export: llama.cpp's {SCRIPT} is not here", remedy=GET_IT)
     return Path(found)
 
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.base import Base
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import output_path, size
@@ -116,7 +116,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
     try:
         write_folder(target, fill)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
-        raise UserError(f"{target} can't be written: {' '.join(str(error).split())}", option="output") from error
+        raise UserError(f"{target} can't be written: {one_line(error)}", option="output") from error
 
 
 def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", prompt_format: "PromptFormat") -> str:

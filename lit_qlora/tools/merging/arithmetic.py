@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, one_line
 from lit_qlora.model import lora_config
 from lit_qlora.model.base import Base
 from lit_qlora.model.shape import Shape
@@ -77,7 +77,7 @@ class LoraWeights:
             with safe_open(self._file, framework="pt") as file:
                 self._keys = {_plain(key): key for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(
                 f"{self._file} can't be read ({reason})", option="adapter", remedy="copy it anew"
             ) from error

@@ -39,10 +39,9 @@ USED = {
     "_foreach_copy_": "the same",
     "_foreach_zero_": "the same",
     "_IncompatibleKeys": "the type that load_state_dict returns",
-    # transformers, tokenizers, jinja2
+    # transformers, jinja2
     "_attn_implementation": "how one layer by itself learns which attention to use",
     "_compile_jinja_template": "a template as a tokenizer reads it, block by block",
-    "_tokenizer": "the fast tokenizer's own rules, for the fingerprint",
     "_fail_with_undefined_error": "jinja2's documented place to say which name is not defined",
 }
 PUBLIC = {"_asdict", "_replace", "_exit"}
@@ -58,7 +57,7 @@ def test_private_names_of_others_are_listed_with_a_reason_and_none_is_listed_for
         found.setdefault(name, []).append(place)
     assert {name: places for name, places in found.items() if name not in USED} == {}
     assert {*USED} - {*found} == set()
-    assert len(USED) <= 30  # the aim is 20
+    assert len(USED) <= 29  # the aim is 20
 
 
 def _own() -> set[str]:

@@ -91,7 +91,7 @@ class Encoder:
 
     def rules_fingerprint(self) -> str:
         """A sha256 over the tokenizer alone: whatever folder it came from, the same text gives the same ids."""
-        rules = json.loads(self.tokenizer._tokenizer.to_str())
+        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
         for switch in ("padding", "truncation"):  # set and reset by calls; here, neither is ever used
             rules.pop(switch, None)
         settings = (json.dumps(rules, sort_keys=True), self.bos_id, self.eos_id)

@@ -352,7 +352,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # a Path has one slash less
         raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} is no adapter: it has no adapter_config.json")
+        below = folder / "adapter"  # of a run
+        near = f"; did you mean {below}?" if (below / "adapter_config.json").is_file() else ""
+        raise UserError(f"{folder} is no adapter: it has no adapter_config.json{near}")
     config = read_object(folder / "adapter_config.json")
     kind = config.get("peft_type")
     if kind != "LORA":

@@ -3,6 +3,7 @@
 Reads and names; what is in a checkpoint or an adapter is written by others. Knows no torch.
 """
 
+import difflib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -380,7 +381,11 @@ def open_run(path: Path) -> RunFolder:
     """The run in ``path``. Raises UserError when it is none."""
     run = RunFolder(path)
     if not run.config.is_file():
-        raise UserError(f"{path} is no run folder: it has no config.yaml", option="run")
+        near = difflib.get_close_matches(
+            path.name, [one.parent.name for one in path.parent.glob("*/config.yaml")], 1, 0.7
+        )
+        meant = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise UserError(f"{path} is no run folder: it has no config.yaml{meant}", option="run")
     return run
 
 

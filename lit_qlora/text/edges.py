@@ -16,6 +16,9 @@ WRITTEN_OUT = (
     "<|endoftext|>", "<|end|>",  # GPT-2, Phi
     "<bos>", "<eos>", "<end_of_turn>",  # Gemma
     "<|end_of_turn|>",  # OpenChat
+    "<|eot|>", "<|return|>",  # Llama 4, gpt-oss
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",  # noqa: RUF001  # DeepSeek
+    "<unk>", "<pad>", "[PAD]", "<|pad|>", "[BOS]", "[EOS]",  # behind the end of a row that was decoded with its padding
 )  # fmt: skip
 """What common models begin and end texts and turns with, whichever of them is trained."""
 

@@ -30,6 +30,10 @@ class Piece(NamedTuple):
     kind: Literal["stretch", "rest", "token"]
 
 
+SHORTEST_MARK = 3
+"""Characters of a special token from which on a text that ends in it is taken to have it written out."""
+
+
 class SpecialTokens(NamedTuple):
     """How a tokenizer spells BOS, EOS, and all of its special tokens."""
 
@@ -101,8 +105,12 @@ class PromptFormat(ABC):
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What rows may have written out at the edges of turns, made for this model or another; the longest first."""
-        return tuple(sorted({*edges.WRITTEN_OUT, *self.own_marks}, key=lambda mark: (-len(mark), mark)))
+        """What rows may have written out at the edges of turns, made for this model or another; the longest first.
+
+        All special tokens of the tokenizer are among it: rows decoded with their padding have those.
+        """
+        special = (token for token in self.spelled.all if len(token) >= SHORTEST_MARK)
+        return tuple(sorted({*edges.WRITTEN_OUT, *self.own_marks, *special}, key=lambda mark: (-len(mark), mark)))
 
     def writes(self, token: str) -> bool:
         """Whether it may write a special token, so that the model has to know it."""

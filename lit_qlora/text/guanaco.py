@@ -12,6 +12,9 @@ from lit_qlora.text.conversation import Conversation
 # or on a line of its own. All three are markers, what opens with a quotation mark is not.
 MARKER = re.compile(r"""(?<!\s["'`“„«])### (Human|Assistant):""")
 
+SYSTEM = re.compile(r"^\s*### System:")
+"""What some put before the system text, which the published rows have none of."""
+
 
 def parse(text: str) -> Conversation:
     """Reads a row of any number of turns; the last one may be the human's, still unanswered.
@@ -19,7 +22,8 @@ def parse(text: str) -> Conversation:
     The rule for markers: ``### Human:`` and ``### Assistant:``, spelled exactly so, open a turn
     wherever they stand, except right behind an opening quotation mark (white space, then a quote or
     a backtick), where they are being talked about. The turns so found must alternate from the human:
-    a stray marker is refused rather than guessed at. Text before the first marker is the system's.
+    a stray marker is refused rather than guessed at. Text before the first marker is the system's,
+    with or without ``### System:`` before it.
     White space around a turn goes.
 
     Raises:
@@ -27,6 +31,7 @@ def parse(text: str) -> Conversation:
             or a turn is blank.
     """
     system, *parts = MARKER.split(text)
+    system = SYSTEM.sub("", system)
     if not parts:
         raise ValueError("no '### Human:' in the text")
     rows = [{"role": "system", "content": system.strip()}]

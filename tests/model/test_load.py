@@ -368,7 +368,11 @@ A_WEIGHT = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 
 
 def test_a_folder_that_is_no_adapter(load, tiny, tmp_path):
-    assert refusal(load(), tiny, tmp_path) == f"{tmp_path} is no adapter: it has no adapter_config.json"
+    no_adapter = f"{tmp_path} is no adapter: it has no adapter_config.json"
+    assert refusal(load(), tiny, tmp_path) == no_adapter
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").touch()
+    assert refusal(load(), tiny, tmp_path) == f"{no_adapter}; did you mean {tmp_path / 'adapter'}?"
 
 
 def test_an_adapter_of_another_base(load, tiny, other_tiny, adapter):

@@ -395,3 +395,13 @@ def test_what_was_put_aside_before_makes_way_for_what_is_put_aside_now(run):
         adapter(run.adapter, step)
         put_adapter_back(run, 6)
     assert step_of(run.path / "adapter.before") == 9
+
+
+def test_a_run_s_name_with_a_slip_is_guessed(tmp_path):
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"no config.yaml; did you mean .*/mine\?$"):
+        open_run(tmp_path / "miine")
+    with pytest.raises(UserError, match=r"no config.yaml$"):
+        open_run(tmp_path / "quite-another-word-than-those")

@@ -14,6 +14,13 @@ from lit_qlora.text.edges import WRITTEN_OUT, clean, take_off
         ("<|begin_of_text|>grey.<|eot_id|>", "grey.", ["<|begin_of_text|>", "<|eot_id|>"]),
         ("grey.<|im_end|>\n<|endoftext|>", "grey.", ["<|endoftext|>", "<|im_end|>"]),
         ("</s>", "", ["</s>"]),
+        ("grey.</s><pad><pad>", "grey.", ["</s>", "<pad>"]),
+        ("grey.</s>[PAD]", "grey.", ["</s>", "[PAD]"]),
+        ("grey.</s><unk><unk>", "grey.", ["</s>", "<unk>"]),
+        ("[BOS]grey.[EOS]", "grey.", ["[BOS]", "[EOS]"]),
+        ("grey.<|eot|>", "grey.", ["<|eot|>"]),
+        ("grey.<|return|>", "grey.", ["<|return|>"]),
+        ("grey.<｜end▁of▁sentence｜>", "grey.", ["<｜end▁of▁sentence｜>"]),  # noqa: RUF001
         # Inside, and all but the whole mark, is text, and so is white space where there is nothing to take off.
         ("an <s>end</s> marks it", "an <s>end</s> marks it", []),
         ("grey.</s>.", "grey.</s>.", []),

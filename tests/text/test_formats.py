@@ -135,3 +135,10 @@ def test_a_new_template_that_comes_along_is_one_file(tmp_path, monkeypatch):
         UserError, match=r"^data\.template: chatml: expected mine, or a file with a Jinja chat template"
     ):
         read_template("chatml")
+
+
+def test_special_tokens_of_the_tokenizer_are_marks_however_it_spells_them():
+    tokens = SpecialTokens("<a>", "<b>", ("<a>", "<b>", "<my pad>", "x"))
+    marks = chosen().of(tokens).marks
+    assert {"<a>", "<b>", "<my pad>", "</s>", "<pad>"} <= {*marks}
+    assert "x" not in marks

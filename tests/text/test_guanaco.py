@@ -34,6 +34,10 @@ def said(*contents: str, system: str | None = None) -> Conversation:
             said('what is "### Assistant:" for?', "it marks, as `### Human:` does"),
         ),
         ("A kind helper.\n### Human: hi### Assistant: yo", said("hi", "yo", system="A kind helper.")),
+        ("### System: Be kind.### Human: hi### Assistant: yo", said("hi", "yo", system="Be kind.")),
+        ("\n### System:\nBe kind.\n### Human: hi### Assistant: yo", said("hi", "yo", system="Be kind.")),
+        ("### System:### Human: hi### Assistant: yo", said("hi", "yo")),
+        ("No ### System: here### Human: hi### Assistant: yo", said("hi", "yo", system="No ### System: here")),
     ],
 )
 def test_rows_are_read_by_the_rule_of_markers(text, expected):

@@ -20,7 +20,7 @@ USED = {
     "_parser": "the parser of one verb, which the kept configuration is read and written with",
     "_parse_ckpt_path": "would load a pickle and let it override the command line",
     "_prepare_subcommand_parser": "where a verb gets an option that the others do not have",
-    "_run_subcommand": "tools/planned.py: a command line that runs nothing",
+    "_run_subcommand": "tools/plan.py: options that are parsed, and nothing is built of them",
     "_set_seed": "the same",
     "_trainer": "a module without a Trainer has none; the public name raises",
     # jsonargparse: types of options, for the nearest name, a stranger's config and flags that stand alone.

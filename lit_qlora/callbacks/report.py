@@ -52,7 +52,7 @@ class Report(Callback):
     ) -> None:
         self.run, self.memory, self.resumed_from, self.checkpoints = run, memory, resumed_from, checkpoints
         self.lengths = dict(lengths)
-        self.predicted_gib: float | None = None
+        self.forecast_gib: float | None = None
         self.was_told = False
         """Whether the end was reached; a run that was killed between its last save and its end begins behind it."""
 
@@ -74,15 +74,15 @@ class Report(Callback):
         _say("train", f"{steps:,} steps of {batch}; precision {trainer.precision} ({reason})")
         forecast = foresee(module, data, trainer)
         if forecast:
-            self.predicted_gib = step_memory(forecast.step).reserved / GIB
+            self.forecast_gib = step_memory(forecast.step).reserved / GIB
             for line in words.lines(forecast):
                 _say("plan", line)
         _say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records what was predicted, beside the peaks: here, and not behind a save that may follow the validation."""
-        if trainer.state.fn == "fit" and self.predicted_gib is not None:
-            record(trainer, {"memory/predicted_reserved_gib": self.predicted_gib})
+        if trainer.state.fn == "fit" and self.forecast_gib is not None:
+            record(trainer, {"memory/predicted_reserved_gib": self.forecast_gib})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One line a validation."""
@@ -124,9 +124,7 @@ class Report(Callback):
 
     def _closing(self) -> list[str]:
         peaks = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.memory.peaks_gib.items())
-        predicted = (
-            "" if self.predicted_gib is None else f"; predicted for training, reserved: {self.predicted_gib:.2f}"
-        )
+        predicted = "" if self.forecast_gib is None else f"; predicted for training, reserved: {self.forecast_gib:.2f}"
         return [
             f"peak memory (GiB): {peaks}{predicted}",
             f"best adapter: {self.run.adapter}",

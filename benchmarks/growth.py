@@ -158,7 +158,7 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dty
     optimizer = make_optimizer("adamw", parameters, 1e-6, 0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     recorded = way == "recorded"
-    module.kept_layers, module.replays = kept, recorded
+    module.kept_layers, module.uses_cuda_graphs = kept, recorded
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

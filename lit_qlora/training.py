@@ -30,8 +30,8 @@ from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.steps import SeedByPosition, StepCallback, StepEdge
 from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit, parse_max_time
 from lit_qlora.callbacks.throughput import Throughput
-from lit_qlora.callbacks.trial import Trial
 from lit_qlora.callbacks.validation import HeldOutMetrics
+from lit_qlora.callbacks.warmup import WarmupStep
 from lit_qlora.console import tell
 from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import OutOfRoomError, UserError, one_line, require
@@ -298,7 +298,7 @@ class QLoRACLI(LightningCLI):
             guard,
             *figures,
             memory,
-            Trial(),
+            WarmupStep(),
             held_out,
             options.samples,
             *bars,

@@ -204,9 +204,9 @@ def test_halved_after_running_out_of_memory_equals_not_halved(
 
 
 @pytest.mark.parametrize("at", [3, 4])
-@pytest.mark.parametrize("replays", [False, True])
+@pytest.mark.parametrize("uses_cuda_graphs", [False, True])
 def test_memory_that_runs_out_in_backward_loses_no_gradient_of_the_step(
-    start: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], replays: bool, at: int
+    start: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], uses_cuda_graphs: bool, at: int
 ) -> None:
     """At the first or the second micro-batch of an optimizer step; a recording stands for itself on the CPU."""
     accumulated = ("--trainer.accumulate_grad_batches", "2")
@@ -216,7 +216,7 @@ def test_memory_that_runs_out_in_backward_loses_no_gradient_of_the_step(
 
     def configure(self: QLoRAModule) -> None:
         real_configure(self)
-        self.replays = replays
+        self.uses_cuda_graphs = uses_cuda_graphs
 
     def short_once(self: QLoRAModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
         found = real(self, batch)
@@ -229,7 +229,7 @@ def test_memory_that_runs_out_in_backward_loses_no_gradient_of_the_step(
     monkeypatch.setattr(QLoRAModule, "summed_loss", short_once)
     capsys.readouterr()
     again = fit("again", *accumulated, other=expected[0])
-    done = "kernels are no longer recorded" if replays else "every layer computes its inside again from now on"
+    done = "kernels are no longer recorded" if uses_cuda_graphs else "every layer computes its inside again from now on"
     assert capsys.readouterr().out.count(f": {done}") == 1
     assert_same(expected, again, "train/loss train/gradient_norm val/loss")
 

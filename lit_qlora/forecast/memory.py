@@ -67,7 +67,7 @@ class Step:
     """For how many shapes of a micro-batch the layers' kernels are recorded, as `model.graphs` does it."""
 
     @property
-    def replays(self) -> bool:
+    def uses_cuda_graphs(self) -> bool:
         """Whether the layers' kernels are recorded."""
         return self.num_recordings > 0
 
@@ -234,7 +234,7 @@ def moments(step: Step) -> list[StepMemory]:
     )
     # The last step's gradients are there until backward begins; while micro-batches add up, all the time, and each
     # makes its own beside them, so that it can be done again (`learning.LearnsInParts`).
-    accumulated = 4 * lora if step.accumulates and not step.replays else 0
+    accumulated = 4 * lora if step.accumulates and not step.uses_cuda_graphs else 0
     found = [
         replace(always, moment="loss", activations=activations, gradients=4 * lora, loss=loss_bytes(step)),
         replace(once, moment="start of backward", activations=activations, gradients=accumulated),
@@ -253,7 +253,7 @@ def moments(step: Step) -> list[StepMemory]:
                 gradients=accumulated + done,
             )
         )
-    return _recorded(step, found) if step.replays else found
+    return _recorded(step, found) if step.uses_cuda_graphs else found
 
 
 def step_memory(step: Step) -> StepMemory:

@@ -112,7 +112,7 @@ def line(what: str, size: float, unit: int = GIB) -> str:
 def kept_words(step: Step) -> str:
     """Which layers compute their activations again, and whether kernels are recorded."""
     layers = step.shape.num_layers
-    graphs = "; kernels are recorded (CUDA graphs)" if step.replays else ""
+    graphs = "; kernels are recorded (CUDA graphs)" if step.uses_cuda_graphs else ""
     if step.kept_layers == layers:
         return f"no layer computes its activations again{graphs}"
     if step.kept_layers == 0:

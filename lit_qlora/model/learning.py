@@ -21,7 +21,7 @@ class LearnsInParts(LightningModule):
         super().__init__()
         self.kept_layers = 0
         """How many layers keep what their matrix products gave, for the backward pass."""
-        self.replays = False
+        self.uses_cuda_graphs = False
         """Whether the layers' kernels are replayed from recordings, which take memory of their own."""
         self.parts = 1
         """In how many parts a micro-batch is learned; 2 once memory has run out."""
@@ -87,7 +87,7 @@ class LearnsInParts(LightningModule):
         except torch.OutOfMemoryError:
             is_short = True  # and no more in here, where its frames hold what the failed try has kept
         del whole
-        self._take_back(earlier, adds=self.replays or not is_short)
+        self._take_back(earlier, adds=self.uses_cuda_graphs or not is_short)
         if is_short:
             self._make_room(self._batch)
             self._learn_in_parts(self._batch)
@@ -126,8 +126,8 @@ class LearnsInParts(LightningModule):
         """
         rows, tokens = len(batch.rows), batch.input_ids.numel()
         what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
-        if self.replays:
-            self.replays = False
+        if self.uses_cuda_graphs:
+            self.uses_cuda_graphs = False
             self._release()
             done = "kernels are no longer recorded"
         elif self.kept_layers:
@@ -156,7 +156,11 @@ class LearnsInParts(LightningModule):
         Not where a recording adds them up: that comes last in a backward, and takes no memory, so that one which failed
         has changed none.
         """
-        earlier = [] if self.replays else [(value, value.grad) for value in self.parameters() if value.grad is not None]
+        earlier = (
+            []
+            if self.uses_cuda_graphs
+            else [(value, value.grad) for value in self.parameters() if value.grad is not None]
+        )
         for parameter, _ in earlier:
             parameter.grad = None
         return earlier

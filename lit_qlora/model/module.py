@@ -61,8 +61,8 @@ class QLoRAModule(LearnsInParts):
     last, and ``val/loss``, ``val/perplexity`` and ``val/accuracy`` (``test/…``) over all held-out answer tokens.
 
     What the command line has beside it are callbacks, to be added where they are wanted: `SeedByPosition`, without
-    which dropout draws other numbers after a resume; `UpdateGuard`, which stops at a loss that is not finite; `Trial`,
-    without which every layer on a GPU computes its inside again in backward.
+    which dropout draws other numbers after a resume; `UpdateGuard`, which stops at a loss that is not finite;
+    `WarmupStep`, without which every layer on a GPU computes its inside again in backward.
 
     Args:
         base: ``demo``, a hub id or a local folder of a Llama with safetensors weights.
@@ -237,7 +237,7 @@ class QLoRAModule(LearnsInParts):
         self.slow_because = why_not(self.model) if self.own_layers else "model.own_layers is false"
         if self.slow_because and self.cuda_graphs is True:
             raise UserError(f"expected auto or false with {self.slow_because}, got true", option="model.cuda_graphs")
-        self.kept_layers, self.replays = self._choose_kept_layers(), self.cuda_graphs is True
+        self.kept_layers, self.uses_cuda_graphs = self._choose_kept_layers(), self.cuda_graphs is True
         if self.slow_because:
             checkpoint_layers(base_model.model.layers, self.checkpointing)
         # from_pretrained hands out every module in eval mode, and Lightning leaves it so: no dropout.
@@ -395,7 +395,7 @@ class QLoRAModule(LearnsInParts):
         if self.checkpointing == "full":
             return 0
         if self.checkpointing == "auto" and (self.slow_because or self.device.type != "cpu"):
-            return 0  # on a GPU, `callbacks.trial` knows the batches, and so how many fit
+            return 0  # on a GPU, `callbacks.warmup` knows the batches, and so how many fit
         return self.base.shape.num_layers
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -418,7 +418,7 @@ class QLoRAModule(LearnsInParts):
             self._layers[self.training] = extract_layers(self.peft_model, compiled() if compiles else EAGER)
         hidden = decoder.embed_tokens(batch.input_ids)
         layers = self._layers[self.training]
-        if self.replays and self.training and torch.is_grad_enabled() and not batch.lengths:
+        if self.uses_cuda_graphs and self.training and torch.is_grad_enabled() and not batch.lengths:
             if self._graphs is None or self._graphs.kept_layers != self.kept_layers:
                 self._graphs = Graphs(layers, self.kept_layers, decoder.rotary_emb)
             return decoder.norm(self._graphs(hidden))  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import SaveError, replace_file
 from lit_qlora.storage.run import RunFolder
-from lit_qlora.tools.answering.answerer import Chosen, choose_adapter
+from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 
 if TYPE_CHECKING:
     from lit_qlora.data.datamodule import ChatDataModule
@@ -128,7 +128,7 @@ def evaluate(
 # Held-out conversations
 
 
-def _held_out(chosen: Chosen, source: str | None, max_length: int | None) -> "ChatDataModule":
+def _held_out(chosen: ResolvedAdapter, source: str | None, max_length: int | None) -> "ChatDataModule":
     from lit_qlora.data.datamodule import ChatDataModule
     from lit_qlora.model.load import check_context, read_format
     from lit_qlora.options import checked
@@ -197,7 +197,9 @@ def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[
     return [(subject, examples_for(subject, known, shots)) for subject in subjects]
 
 
-def _encode(chosen: Chosen, subjects: Sequence[tuple["Subject", Any]], style: Literal["plain", "chat"]) -> Asked:
+def _encode(
+    chosen: ResolvedAdapter, subjects: Sequence[tuple["Subject", Any]], style: Literal["plain", "chat"]
+) -> Asked:
     """Raises UserError naming the place of a question that the base's context has no room for."""
     from lit_qlora.data.encode import Encoder
     from lit_qlora.data.questions import LETTERS, Prompts

@@ -16,7 +16,7 @@ from lit_qlora.storage.files import output_path, size
 from lit_qlora.storage.folders import recover, write_folder
 from lit_qlora.storage.run import CARD, RunFolder
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.tools.answering.answerer import Chosen, choose_adapter
+from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ def merge(
     print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}), or serve it: vllm serve {output}")
 
 
-def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
+def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) -> None:
     """Makes ``target``, compares it with base + adapter and says how far it is from them.
 
     Raises UserError when it exists, the disk lacks room, base and adapter do not go together, or it is too far.
@@ -119,7 +119,7 @@ def merge_into(target: Path, chosen: Chosen, dtype: DType, onto: Onto) -> None:
         raise UserError(f"{target} can't be written: {one_line(error)}", option="output") from error
 
 
-def _card(chosen: Chosen, dtype: DType, onto: Onto, found: "Difference", prompt_format: "PromptFormat") -> str:
+def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: "Difference", prompt_format: "PromptFormat") -> str:
     from lit_qlora.figures.card import merged_card
 
     made = f"The weights are in {dtype}."

@@ -58,7 +58,7 @@ def test_auto_keeps_as_many_layers_as_fit():
 
 
 @pytest.mark.parametrize(
-    ("card", "tokens", "wanted", "replays"),
+    ("card", "tokens", "wanted", "uses_cuda_graphs"),
     [
         ("h100", 4096, "auto", True),
         ("h100", 16384, "auto", False),  # the card is busy for longer than its host
@@ -69,25 +69,27 @@ def test_auto_keeps_as_many_layers_as_fit():
         ("h100", 4096, False, False),
     ],
 )
-def test_kernels_are_recorded_where_the_card_would_wait_for_its_host(card, tokens, wanted, replays):
+def test_kernels_are_recorded_where_the_card_would_wait_for_its_host(card, tokens, wanted, uses_cuda_graphs):
     made = forecast(
         tokens=tokens, card=find_card(card), checkpointing="auto", precision="bf16-mixed", cuda_graphs=wanted
     )
-    assert made.step.replays is replays
-    assert not replace(made, plan=BatchPlan(1, tokens, packed=True)).step.replays
+    assert made.step.uses_cuda_graphs is uses_cuda_graphs
+    assert not replace(made, plan=BatchPlan(1, tokens, packed=True)).step.uses_cuda_graphs
     if wanted == "auto":
-        assert not replace(made, lora=replace(made.lora, dropout=0.1)).step.replays
-        assert not replace(made, lora=replace(made.lora, dora=True)).step.replays
+        assert not replace(made, lora=replace(made.lora, dropout=0.1)).step.uses_cuda_graphs
+        assert not replace(made, lora=replace(made.lora, dora=True)).step.uses_cuda_graphs
         torch.use_deterministic_algorithms(True)
         try:
-            assert not replace(made).step.replays
+            assert not replace(made).step.uses_cuda_graphs
         finally:
             torch.use_deterministic_algorithms(False)
 
 
 def test_a_card_of_unknown_rates_is_not_waited_for():
     card = Card("another", 80.0, (9, 0))
-    assert not step(tokens=64, card=card, checkpointing="auto", precision="bf16-mixed", cuda_graphs="auto").replays
+    assert not step(
+        tokens=64, card=card, checkpointing="auto", precision="bf16-mixed", cuda_graphs="auto"
+    ).uses_cuda_graphs
 
 
 def test_recorded_kernels_leave_room_for_fewer_layers_and_say_so():

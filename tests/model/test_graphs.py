@@ -168,14 +168,14 @@ def test_a_fit_learns_the_same(tmp_path, monkeypatch):
     real_call, real_configure = Graphs.__call__, QLoRAModule.configure_model
     monkeypatch.setattr(Graphs, "__call__", lambda self, hidden: shapes.append(hidden.shape) or real_call(self, hidden))
     losses = []
-    for replays in (False, True):
+    for uses_cuda_graphs in (False, True):
 
-        def configure(self, replays=replays):
+        def configure(self, uses_cuda_graphs=uses_cuda_graphs):
             real_configure(self)
-            self.replays = replays
+            self.uses_cuda_graphs = uses_cuda_graphs
 
         monkeypatch.setattr(QLoRAModule, "configure_model", configure)
-        run = tmp_path / str(replays)
+        run = tmp_path / str(uses_cuda_graphs)
         assert main([
             "fit", "--run", str(run), "--trainer.max_steps", "4", "--trainer.limit_val_batches", "1",
             "--trainer.accumulate_grad_batches", "2", "--trainer.log_every_n_steps", "1", "--samples.count", "0",

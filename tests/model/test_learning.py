@@ -178,10 +178,10 @@ def test_recordings_give_way_first_and_are_gone_by_then(built, monkeypatch):
     module, trainer = built(99, kept_layers=2)
     module.model.train()
     module.train()
-    module.replays, real, seen = True, module.summed_loss, []
+    module.uses_cuda_graphs, real, seen = True, module.summed_loss, []
 
     def limited(batch):
-        seen.append((module.replays, module._graphs is not None))
+        seen.append((module.uses_cuda_graphs, module._graphs is not None))
         found = real(batch)
         if len(seen) == 2:  # recorded once, then short
             raise torch.OutOfMemoryError
@@ -201,7 +201,7 @@ def test_layers_that_keep_no_more_are_recorded_anew(built, monkeypatch):
     monkeypatch.setattr(graphs, "_record", lambda run, pool: type("Rerun", (), {"replay": torch.enable_grad()(run)}))
     module, _ = built(99, kept_layers=2)
     module.train()
-    module.replays, found = True, []
+    module.uses_cuda_graphs, found = True, []
     for module.kept_layers in (2, 2, 0):
         learn(module, PADDED)
         found.append(module._graphs)

@@ -31,7 +31,7 @@ class Answer(NamedTuple):
     stopped: bool
 
 
-class Chosen(NamedTuple):
+class ResolvedAdapter(NamedTuple):
     """An adapter, its base, and of a run also what it was trained with."""
 
     base: Base
@@ -39,7 +39,7 @@ class Chosen(NamedTuple):
     settings: dict[str, Any] | None
 
 
-def choose_adapter(run: str | None = None, adapter: str | None = None, base: str | None = None) -> Chosen:
+def choose_adapter(run: str | None = None, adapter: str | None = None, base: str | None = None) -> ResolvedAdapter:
     """The adapter that is meant by ``run`` (default: the newest) or ``adapter``, and its base unless that is given.
 
     Raises UserError when there is no such run, adapter or base, or both run and adapter are given.
@@ -47,7 +47,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     if adapter is None:
         folder = trained_run(run)
         settings = _settings(folder)
-        return Chosen(_find(base) if base else find_base(settings["model"]["base"]), folder.adapter, settings)
+        return ResolvedAdapter(_find(base) if base else find_base(settings["model"]["base"]), folder.adapter, settings)
     if run:
         raise UserError(f"{adapter} is given, and a run ({run}) too", option="adapter", remedy="give one of the two")
     from lit_qlora.model.load import read_record
@@ -55,7 +55,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     base = base or read_record(Path(adapter))["base"]
     if base is None:
         raise UserError(f"{adapter} does not say which base it is for", option="adapter", remedy="give --base")
-    return Chosen(_find(base), Path(adapter), None)
+    return ResolvedAdapter(_find(base), Path(adapter), None)
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lit_qlora.model.device import Precision
 from lit_qlora.model.loss import token_cross_entropies
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import checked
-from lit_qlora.tools.answering.answerer import Chosen
+from lit_qlora.tools.answering.answerer import ResolvedAdapter
 from lit_qlora.trainer import QLoRATrainer
 
 Array = NDArray[np.float64]
@@ -83,7 +83,7 @@ class Scoring:
     Raises UserError for what this device can't compute.
     """
 
-    def __init__(self, chosen: Chosen, precision: str | None, batch_tokens: int | None) -> None:
+    def __init__(self, chosen: ResolvedAdapter, precision: str | None, batch_tokens: int | None) -> None:
         settings: Mapping[str, Any] = chosen.settings or {"model": {}, "trainer": {}}
         kept = checked("model", QLoRAModule, settings["model"])
         model = {name: kept[name] for name in ("attention", "compile", "quantized_cache")}

@@ -1,7 +1,8 @@
-"""Owns the trial before training: a whole step of the largest micro-batch, so that memory runs out at once or never.
+"""Owns the warm-up step before training: a whole step of the largest micro-batch, so that memory runs out at once or
+never.
 
-How many layers may keep their products is the forecast's say, where that was left to it (``auto``). Nothing of the
-trial stays: weights and optimizer are after it what they were before.
+The forecast decides how many layers keep their activations, where that was left to it (``auto``). Nothing of the step
+stays: weights and optimizer are what they were before.
 """
 
 from typing import Any
@@ -14,8 +15,8 @@ from lit_qlora.model.graphs import padded
 from lit_qlora.model.optimizer import forget
 
 
-class Trial(Callback):
-    """Goes through forward, backward, update and evaluation of the largest micro-batch before the first one.
+class WarmupStep(Callback):
+    """Runs forward, backward, update and evaluation of the largest micro-batch before the first one.
 
     Args:
         on_cpu: on a CPU too; there, memory that runs out ends the process, and nothing is gained.
@@ -25,17 +26,17 @@ class Trial(Callback):
         self.on_cpu = on_cpu
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tries. Where memory runs out, the module takes less for this step, as it would later."""
+        """Runs the step. Where memory runs out, the module takes less for it, as it would later."""
         module: Any = pl_module
         if module.device.type == "cpu" and not self.on_cpu:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         forecast = foresee(module, data, trainer)
         if forecast:
-            module.replays = forecast.step.replays
+            module.uses_cuda_graphs = forecast.step.uses_cuda_graphs
         if forecast and module.checkpointing == "auto":
             module.kept_layers = forecast.step.kept_layers
-        largest = data.largest_batch(padded) if module.replays else data.largest_batch()
+        largest = data.largest_batch(padded) if module.uses_cuda_graphs else data.largest_batch()
         batch = module.transfer_batch_to_device(largest, module.device, 0)
         weights = {name: value.clone() for name, value in module.state_dict().items()}
         with trainer.precision_plugin.forward_context():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lit_qlora.callbacks.trial import Trial
+from lit_qlora.callbacks.warmup import WarmupStep
 from lit_qlora.cli import main
 from lit_qlora.model.module import QLoRAModule
 
@@ -32,7 +32,7 @@ def test_nothing_of_the_trial_stays(tmp_path, monkeypatch, seen, optimizer):
     monkeypatch.chdir(tmp_path)
     finished = {}
     for on_cpu in (False, True):
-        monkeypatch.setattr(Trial.__init__, "__defaults__", (on_cpu,))
+        monkeypatch.setattr(WarmupStep.__init__, "__defaults__", (on_cpu,))
         seen.clear()
         assert main([*SHORT, "--run", f"./run-{on_cpu}", "--model.optimizer", optimizer]) == 0
         finished[on_cpu] = (
@@ -53,7 +53,7 @@ def test_on_a_resume_the_optimizers_state_stays(tmp_path, monkeypatch, seen):
     monkeypatch.chdir(tmp_path)
     ends = []
     for on_cpu in (False, True):
-        monkeypatch.setattr(Trial.__init__, "__defaults__", (on_cpu,))
+        monkeypatch.setattr(WarmupStep.__init__, "__defaults__", (on_cpu,))
         run = ["--run", f"./run-{on_cpu}", "--trainer.max_epochs", "1", "--model.schedule", "constant"]
         assert main([*SHORT, *run, "--trainer.max_steps", "2"]) == 0
         assert main([*SHORT, *run, "--trainer.max_steps", "4"]) == 0
@@ -63,7 +63,7 @@ def test_on_a_resume_the_optimizers_state_stays(tmp_path, monkeypatch, seen):
 
 def test_memory_that_runs_out_in_the_trial_is_told_before_the_first_step(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Trial.__init__, "__defaults__", (True,))
+    monkeypatch.setattr(WarmupStep.__init__, "__defaults__", (True,))
     real = QLoRAModule.summed_loss
 
     def short_of_memory(self, batch):

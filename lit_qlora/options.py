@@ -36,7 +36,8 @@ class OneLineErrors:
         if only:  # jsonargparse takes a file of nothing but "name:" for a text
             self.check_values({only[1]: None})
             raise UserError(f"has no value for {only[1]} and says nothing else", option="config", remedy="give one")
-        raise _mistake(str(message), [action.dest for action in parser._actions])
+        names = [action.dest for action in parser._actions]
+        raise _of_class(str(message), parser.types()) or _mistake(str(message), names)
 
     def types(self) -> dict[str, Any]:
         """The type of each option, by its dotted name."""
@@ -95,6 +96,62 @@ def is_plain(value: Any) -> bool:
 def is_too_large(value: Any) -> bool:
     """Whether a value is a whole number beyond all that is counted, which not even a file could hold."""
     return isinstance(value, int) and abs(value) >= 2**64
+
+
+def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
+    """What jsonargparse says in ``message`` of a class that an option is given; None where it speaks of none.
+
+    It has a reason for each type of the option, of which one is of the class that was meant.
+    """
+    found = re.search(r"Parser key \"([\w.]+)\":.*?Errors:(.*)Given value type:(.*)", message, re.S)
+    if found is None:
+        return None
+    option, reasons, given = found[1], found[2], found[3]
+    lacking = re.search(r"arguments are required: ([\w, ]+)", reasons)
+    if lacking:
+        names = lacking[1].split(", ")
+        parts = re.split(r"'?class_path'?[=:] ?'([\w.]+)'", given)[1:]  # each class, and what it is given
+        its = dict(zip(parts[::2], parts[1::2], strict=True))
+        name = next((one for one in its if f"{names[0]}=None" in its[one]), "the class").rpartition(".")[2]
+        return UserError(
+            f"has no value, and {name} needs {' and '.join(names)}",
+            option=f"{option}.{names[0]}",
+            remedy=f"give --{option}.{names[0]} VALUE behind the class, or its init_args in a file",
+        )
+    unknown = re.search(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)", reasons)
+    if unknown:
+        name, why = unknown[1] or unknown[2], f" ({one_line(unknown[3])})" if unknown[3] else ""
+        return UserError(
+            f"no class {excerpt(name)}{why}", option=option, remedy=_nearest_class(name, types.get(option))
+        )
+    inner = re.search(r"- (?:([\w.]+): (expected .*)|(unknown option '[^;]*)(?:; (.*))?)\n", reasons)
+    if inner:
+        return UserError(inner[2] or inner[3], option=f"{option}.{inner[1]}" if inner[1] else option, remedy=inner[4])
+    return None
+
+
+def _nearest_class(name: str, hint: Any) -> str:
+    """What to do about a class that there is not, where one of type ``hint`` is meant."""
+    names = [kind.__name__ for kind in _subclasses(hint) if not kind.__name__.startswith("_")]
+    known = {_bare(name): name for name in names} | {re.sub("logger$", "", _bare(name)): name for name in names}
+    near = difflib.get_close_matches(_bare(name.rpartition(".")[2]), known, 1, 0.75)
+    return f"did you mean {known[near[0]]!r}?" if near else "give one of Lightning's, or your own as MODULE.CLASS"
+
+
+def _bare(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def _subclasses(hint: Any) -> Iterator[type]:
+    """The classes below those that a type names, but for this project's."""
+    for part in get_args(hint):
+        yield from _subclasses(part)
+    if isinstance(hint, type) and not is_plain_type(hint):
+        below: list[type] = hint.__subclasses__()
+        for kind in below:
+            if not kind.__module__.startswith("lit_qlora."):
+                yield kind
+            yield from _subclasses(kind)
 
 
 def _mistake(message: str, names: list[str]) -> UserError:

@@ -30,7 +30,7 @@ from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
 from lit_qlora.arguments import checked_arguments
-from lit_qlora.errors import UserError, excerpt, require
+from lit_qlora.errors import UserError, excerpt, one_line, require
 from lit_qlora.model.device import Precision, choose_precision, current_device
 from lit_qlora.options import OneLineErrors
 
@@ -116,13 +116,22 @@ class RunParser(OneLineErrors, LightningArgumentParser):
         except ValueError as error:
             found = re.search(r"Problem with given class_path '([^']+)':(.*?)(\n  - |\nGiven value)", str(error), re.S)
             if found:
-                raise UserError(f"{found[1]} can't be made: {' '.join(found[2].split())}") from error
+                raise UserError(
+                    f"{found[1]} can't be made: {one_line(found[2])}", option=_where(cfg, found[1])
+                ) from error
             # For an option with several types there is a reason of each, and one is the class's own.
             name = re.search(r"class_path='([^']+)'", str(error))
             reasons = [one for one in re.findall(r"\n\s*- (.+)", str(error)) if not re.match(r"Expected a|- ", one)]
             if name is None or not reasons:
                 raise
-            raise UserError(f"{name[1]} can't be made: {reasons[0]}") from error
+            raise UserError(f"{name[1]} can't be made: {reasons[0]}", option=_where(cfg, name[1])) from error
+
+
+def _where(options: Any, class_path: str) -> str | None:
+    """The option of the Trainer's that is given the class ``class_path``."""
+    given = ((key, value) for key, value in options.items() if class_path in str(value))
+    found = (re.search(r"\btrainer\.\w+", key) for key, _ in given)
+    return next((one[0] for one in found if one), None)
 
 
 class QLoRATrainer(Trainer):

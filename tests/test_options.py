@@ -6,6 +6,8 @@ import pytest
 
 from lit_qlora.errors import UserError
 from lit_qlora.options import check_config_file, option
+from lit_qlora.trainer import QLoRATrainer, RunParser
+from tests.expect import ExpectError
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +126,47 @@ def test_a_character_that_yaml_does_not_know_is_told():
 )
 def test_an_options_last_value_is_found(args, expected):
     assert option(args, "--config", "-c") == expected
+
+
+EARLY = "lightning.pytorch.callbacks.EarlyStopping"
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "words"),
+    [
+        (["callbacks=EarlyStopping"], "callbacks.monitor", ["no value", "EarlyStopping needs monitor", "VALUE"]),
+        (["callbacks+=EarlyStopping"], "callbacks.monitor", ["no value", "EarlyStopping"]),
+        ([f"callbacks=[{{class_path: Timer}}, {{class_path: {EARLY}}}]"], "callbacks.monitor", ["EarlyStopping needs"]),
+        (["logger=CSVLogger"], "logger.save_dir", ["CSVLogger needs save_dir"]),
+        (["plugins=MixedPrecision"], "plugins.precision", ["MixedPrecision needs precision and device"]),
+        (["callbacks=NoSuchCallback"], "callbacks", ["no class 'NoSuchCallback'", "MODULE.CLASS"]),
+        (["callbacks=EarlyStoping"], "callbacks", ["no class 'EarlyStoping'", "mean 'EarlyStopping'"]),
+        (["callbacks+=early_stopping"], "callbacks", ["mean 'EarlyStopping'"]),
+        (["callbacks=[Timer, EarlyStoping]"], "callbacks", ["no class 'EarlyStoping'", "mean 'EarlyStopping'"]),
+        (["callbacks={class_path: EarlyStoping}"], "callbacks", ["mean 'EarlyStopping'"]),
+        (["callbacks=lightning.pytorch.callbacks.EarlyStoping"], "callbacks", ["mean 'EarlyStopping'"]),
+        (["callbacks=nomodule.Nothing"], "callbacks", ["no class 'nomodule.Nothing'", "No module named"]),
+        (["callbacks=CSVLogger"], "callbacks", ["no class 'CSVLogger'", "MODULE.CLASS"]),
+        (["logger=wandb"], "logger", ["no class 'wandb'", "mean 'WandbLogger'"]),
+        (["logger+=CSVLoger"], "logger", ["mean 'CSVLogger'"]),
+        (["callbacks=EarlyStopping", "callbacks.monitr=val/loss"], "callbacks", ["'monitr'", "mean 'monitor'"]),
+        ([f"callbacks={{class_path: {EARLY}, init_args: {{patience: x, monitor: a}}}}"], "callbacks.patience", ["int"]),
+    ],
+)
+def test_a_class_that_is_not_there_or_lacks_something_is_named(
+    given: list[str], option: str, words: list[str], expect_error: ExpectError
+) -> None:
+    parser = RunParser(exit_on_error=False)
+    parser.add_lightning_class_args(QLoRATrainer, "trainer")
+    expect_error(lambda: parser.parse_args([f"--trainer.{one}" for one in given]), *words, option=f"trainer.{option}")
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_logger_that_can_not_be_made_names_its_option(as_list: bool, expect_error: ExpectError) -> None:
+    """Whose package is missing, or that refuses what it is given."""
+    parser = RunParser(exit_on_error=False)
+    parser.add_lightning_class_args(QLoRATrainer, "trainer")
+    options = parser.parse_args([f"--trainer.logger{'+' * as_list}=CometLogger"])
+    expect_error(
+        lambda: parser.instantiate_classes(options), "CometLogger can't be made", "comet", option="trainer.logger"
+    )

@@ -14,7 +14,7 @@ _NAME = (
 """Of an option, or of a parameter in a URL."""
 _VOCABULARY = r"(?:\w+_)?(?:bos|eos|pad|unk|sep|cls|mask)_token"
 """Of an option that names a token of a tokenizer."""
-_SCHEME = r"\w[\w+.-]+:/{1,2}"  # pathlib may have taken a slash
+_SCHEME = r"\w[\w+.-]{1,30}:/{1,2}"  # pathlib may have taken a slash
 _SECRETS = (
     # The user of a URL, with or without a password.
     re.compile(rf"""({_SCHEME})[^/?#\s'"]+(?=@)"""),
@@ -37,7 +37,8 @@ _ANY = re.compile(r"\w[\w+.-]+:/{1,2}.*:(?!\s|\d+(?:/|$)).*@.*", re.DOTALL)
 
 def redact(text: str) -> str:
     """``text`` with each secret replaced."""
-    for secret in (*_SECRETS, _LOGIN):
+    # Those with a user take long to see that there is none in a long text without an @.
+    for secret in (*_SECRETS, _LOGIN) if "@" in text else _SECRETS[2:]:
         text = secret.sub(rf"\1{HIDDEN}", text)
     return text
 

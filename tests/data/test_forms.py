@@ -237,29 +237,29 @@ def test_a_text_of_another_format_is_named(text, name):
     assert caught.value.remedy.startswith('write its turns as rows such as {"messages": [')
 
 
-def alpaca(instruction: str, output: str, context: str | None) -> Conversation:
-    return said("\n\n".join(filter(None, [instruction, context])), output)
+def asked(ask: str, reply: str, given: str | None) -> Conversation:
+    return said("\n\n".join(filter(None, [ask, given])), reply)
 
 
 def test_a_new_form_is_one_entry(tmp_path, monkeypatch):
     """Read from every kind of file, by itself or by its name, with what it uses and what it does not."""
-    entry = RowForm("alpaca", "Alpaca's form", ("instruction", "output"), alpaca, may_have=("input",))
+    entry = RowForm("asked", "questions and replies", ("ask", "reply"), asked, may_have=("given",))
     monkeypatch.setattr(forms, "FORMS", [entry, *forms.FORMS])
     (tmp_path / "a.jsonl").write_text(
-        '{"instruction": "a", "input": "b", "output": "c", "system": "S", "id": 7}\n'
-        '{"instruction": "a", "input": "", "output": "c", "text": "x"}\n'
-        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}], "output": "x"}\n'
+        '{"ask": "a", "given": "b", "reply": "c", "system": "S", "id": 7}\n'
+        '{"ask": "a", "given": "", "reply": "c", "text": "x"}\n'
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}], "reply": "x"}\n'
     )
-    (tmp_path / "a.csv").write_text("instruction,input,output\na,b,c\n")
+    (tmp_path / "a.csv").write_text("ask,given,reply\na,b,c\n")
     read = load_records(str(tmp_path / "a.jsonl"))
     assert read.conversations == [said("a\n\nb", "c", system="S"), said("a", "c"), said("hi", "yo")]
     assert read.dropped == {
-        "rows hold what is not used: column 'id' (1), column 'text' beside 'instruction' and 'output' (1), "
-        "column 'output' beside 'messages' (1)": 3
+        "rows hold what is not used: column 'id' (1), column 'text' beside 'ask' and 'reply' (1), "
+        "column 'reply' beside 'messages' (1)": 3
     }
-    for form in ("auto", "alpaca"):
+    for form in ("auto", "asked"):
         assert load_records(str(tmp_path / "a.csv"), reading=Reading(form)).conversations == [said("a\n\nb", "c")]
-    with pytest.raises(RowError, match=r"^column 'output' holds a number, expected text$"):
-        read_row({"instruction": "a", "output": 3})
-    with pytest.raises(RowError, match=r"^no column 'instruction' and 'output' or 'messages' or"):
-        read_row({"instruction": "a"})
+    with pytest.raises(RowError, match=r"^column 'reply' holds a number, expected text$"):
+        read_row({"ask": "a", "reply": 3})
+    with pytest.raises(RowError, match=r"^no column 'ask' and 'reply' or 'messages' or"):
+        read_row({"ask": "a"})

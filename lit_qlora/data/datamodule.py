@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+SHARE = 0.05
+"""Of the training rows, held out where nothing else is."""
 CHOSEN_BY = "held-out rows, by which the best adapter was chosen"
 
 
@@ -66,7 +68,7 @@ class ChatDataModule(LightningDataModule):
         source: str = "demo",
         form: Form = "auto",
         validation_source: str | None = None,
-        validation_share: float = 0.05,
+        validation_share: float = SHARE,
         test_source: str | None = None,
         system: str | None = None,
         template: str | None = None,
@@ -159,6 +161,10 @@ class ChatDataModule(LightningDataModule):
             unread = parts.unread()
             if unread:
                 self._note("train", f"not read of {self.source}: {', '.join(unread)}")
+            if self.validation_share != SHARE and not parts.draws():
+                self._note(
+                    "validation", f"validation_share {self.validation_share:g} is not used, for there are held-out rows"
+                )
             if self.num_workers > num_cores():
                 self._note("train", f"{num_cores()} of {self.num_workers:,} num_workers, for there are no more cores")
             self._encode("train", train)

@@ -45,7 +45,13 @@ class Parts:
     def unread(self) -> list[str]:
         """What the source has beside, which is neither learned nor scored: files, or splits."""
         other = [] if self._is_own() or "validation" not in self.splits.names else [self.splits.names["validation"]]
-        return [*other, *self.splits.unread]
+        held_out = None if self.validation_source is None else _place(self.validation_source)
+        beside = [path.name for path in self.splits.beside if path.resolve() != held_out]
+        return [*other, *self.splits.unread, *beside]
+
+    def draws(self) -> bool:
+        """Whether a share of the training rows is held out, for there are no other rows to validate on."""
+        return self._is_own() and self.splits.first("validation", "test") is None
 
     def train_and_held_out(self) -> tuple[Records, Records]:
         """Loads the rows to train on and the rows to validate on; no source mixes with the other's.
@@ -61,7 +67,7 @@ class Parts:
         if self._is_own():
             own = splits.first("validation", "test")
             if own:
-                return train, _apart(self._load(self.source, own), train)
+                return train, _apart(self._load(self.source, own), train, "data.source")
             if self.validation_source is not None:
                 raise UserError(
                     f"{self.source} is the training data itself",
@@ -72,7 +78,7 @@ class Parts:
         assert self.validation_source is not None
         elsewhere = find_splits(self.validation_source)
         name = elsewhere.first("validation", "test") or elsewhere.training()
-        return train, _apart(self._load(self.validation_source, name), train)
+        return train, _apart(self._load(self.validation_source, name), train, "data.validation_source")
 
     def test(self, rows: RunRows | None = None) -> Records | None:
         """Loads the source's own test split; None where there is none, or where it is what is held out.
@@ -87,7 +93,7 @@ class Parts:
         if "test" not in splits.names or is_held_out:
             return None
         records = self._load(self.source, splits.names["test"])
-        return records if rows else _apart(records, self._load(self.source, splits.training()), "test")
+        return records if rows else _apart(records, self._load(self.source, splits.training()), "data.source", "test")
 
     def test_of(self, source: str) -> Records:
         """Loads the rows of ``source`` that are there for a test: of its test split, or else what it has.
@@ -180,16 +186,21 @@ def _place(source: str) -> Path:
     return Path(source).expanduser().resolve()
 
 
-def _apart(records: Records, train: Records, part: Literal["validation", "test"] = "validation") -> Records:
-    """``records``, with the number of its conversations that are in ``train``. Raises UserError when all are."""
+def _apart(
+    records: Records, train: Records, option: str, part: Literal["validation", "test"] = "validation"
+) -> Records:
+    """``records``, with the number of its conversations that are in ``train``.
+
+    Raises UserError when all are, of the ``option`` that they came by.
+    """
     learned = set(train.conversations)
     count, number = sum(conversation in learned for conversation in records.conversations), len(records.conversations)
     if count == number:
         raise UserError(
             f"all {number:,} conversations of {records.name} are training data, "
             f"too ({train.name}), and say nothing of new ones",
-            option=f"data.{part}_source",
-            remedy="give others, or hold out a share of the source",
+            option=option,
+            remedy=f"give others with data.{part}_source, or put others there",
         )
     told = {f"of {number:,} {PART[part]} conversations are in training too": count} if count else {}
     return replace(records, dropped=told | records.dropped)

@@ -36,11 +36,13 @@ class Splits:
         source: the demo, a file, a folder or a hub id.
         names: of each kind in `SPLITS` that it has, its name there.
         unread: what else it holds that looks like rows: other splits, or files.
+        beside: of a file with training rows, those of the other splits, which stand in the same folder.
     """
 
     source: str
     names: Mapping[str, str]
     unread: tuple[str, ...] = ()
+    beside: tuple[Path, ...] = ()
 
     def training(self) -> str:
         """The name of the rows to train on.
@@ -74,7 +76,7 @@ def find_splits(source: str) -> Splits:
     # On the hub, the plainest name is taken where there are several of a kind; a folder has one at most.
     names = {kind: name for kind, known in SPLITS.items() for name in reversed(known) for name in _named(found, name)}
     unread = [name for name in found if name not in names.values()] if files is None else _beside(source, files)
-    return Splits(source, names, tuple(unread))
+    return Splits(source, names, tuple(unread), _others_beside(source))
 
 
 def _named(found: Iterable[str], name: str) -> list[str]:
@@ -90,6 +92,15 @@ def _beside(source: str, files: Mapping[str, Path]) -> list[str]:
     return [path.name for path in paths if _is_data(path)] + [
         f"{path.name}/" for path in paths if path.is_dir() and any(map(_is_data, _entries(path)))
     ]
+
+
+def _others_beside(source: str) -> tuple[Path, ...]:
+    """Where ``source`` is one file, named as a train split, the files of other splits in its folder."""
+    path = Path(source).expanduser()
+    if not path.is_file() or _stem(path.name, ENDINGS) not in SPLITS["train"]:
+        return ()
+    others = (*SPLITS["validation"], *SPLITS["test"])
+    return tuple(one for one in _entries(path.parent) if _stem(one.name, ENDINGS) in others)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -157,7 +168,7 @@ def _find_in_folder(folder: Path) -> dict[str, Path]:
             raise UserError(
                 f"holds both {found[0]} and {found[1]}, expected one", place=folder, remedy="keep one of them"
             )
-        files |= {name.partition(".")[0]: folder / name for name in found}
+        files |= {re.split(r"[.]|-0+-of-", name)[0]: folder / name for name in found}
     if not files:
         raise UserError(
             f"no train, validation or test file in this folder, expected train.jsonl ({', '.join(ENDINGS)}), "
@@ -169,9 +180,13 @@ def _find_in_folder(folder: Path) -> dict[str, Path]:
 
 
 def _stem(name: str, endings: Iterable[str]) -> str:
-    """``name`` in small letters without the one of ``endings`` that it has; empty where it has none of them."""
+    """``name`` in small letters without the one of ``endings`` that it has; empty where it has none of them.
+
+    Nor has it the number that the hub's files have, of a split that is whole in one of them: train-00000-of-00001.
+    """
     name = name.lower()
-    return next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), "")
+    stem = next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), "")
+    return re.sub(r"-0+-of-0*1$", "", stem)
 
 
 def _remedy(folder: Path) -> str:

@@ -236,6 +236,20 @@ def test_three_splits_have_three_uses(tmp_path):
     assert told[3].startswith("test: 2 conversations of set (test), ") and len(told) == 4
 
 
+def test_a_share_beside_held_out_rows_is_named():
+    Path("set").mkdir()
+    for split, count in (("train", 4), ("validation", 3)):
+        write(f"set/{split}.jsonl", *numbered(count, split))
+    for source, other, words in (
+        ("set", None, True),
+        ("set/train.jsonl", "set/validation.jsonl", True),
+        ("set/train.jsonl", None, False),
+    ):
+        data = ChatDataModule(source, validation_source=other, validation_share=0.3)
+        data.setup("fit")
+        assert ("validation_share 0.3 is not used" in "\n".join(data.describe())) == words
+
+
 @pytest.mark.parametrize(
     ("stage", "options"),
     [

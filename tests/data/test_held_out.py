@@ -125,7 +125,7 @@ def test_test_rows_that_are_trained_on_are_counted():
     assert Parts(folder_of("mine", train="abc", validation="d", test="cef")).test().dropped == {
         "of 3 test conversations are in training too": 1
     }
-    with pytest.raises(UserError, match=r"^data.test_source: all 2 conversations of same \(test\) are training data"):
+    with pytest.raises(UserError, match=r"^data.source: all 2 conversations of same \(test\) are training data"):
         Parts(folder_of("same", train="abc", validation="d", test="ac")).test()
 
 
@@ -283,3 +283,36 @@ def test_a_validation_source_on_the_hub(ten, monkeypatch, splits, expected):
     )
     _, held_out = Parts(ten, "owner/name", 0.1, seed=0).train_and_held_out()
     assert questions(held_out) == [f"owner/name {expected}"]
+
+
+def test_rows_of_the_source_itself_that_are_all_learned_are_its_mistake(expect_error):
+    source = folder_of("mine", train=("a", "b"), validation=("a",))
+    expect_error(Parts(source).train_and_held_out, "training data, too", option="data.source")
+
+
+def test_a_share_that_is_not_drawn_is_no_draw(ten):
+    assert Parts(ten).draws()
+    assert not Parts(folder_of("mine", train=("a", "b"), test=("c",))).draws()
+    assert not Parts(ten, folder_of("other", train=("z",))).draws()
+
+
+def test_other_splits_beside_a_file_are_named_unless_they_are_read():
+    folder = folder_of("mine", train=("a", "b"), validation=("c",), test=("d",))
+    assert Parts(f"{folder}/train.jsonl").unread() == ["test.jsonl", "validation.jsonl"]
+    assert Parts(f"{folder}/train.jsonl", f"{folder}/validation.jsonl").unread() == ["test.jsonl"]
+    Path(folder, "train.jsonl").rename(Path(folder, "mine.jsonl"))
+    assert Parts(f"{folder}/mine.jsonl").unread() == []
+
+
+def test_a_split_as_the_hub_names_its_file_is_one():
+    folder = Path(folder_of("mine", train=("a", "b"), test=("c",)))
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").rename(folder / f"{split}-00000-of-00001.jsonl")
+    train, held_out = Parts(str(folder)).train_and_held_out()
+    assert (questions(train), questions(held_out)) == (["a", "b"], ["c"])
+    assert Parts(str(folder / "train-00000-of-00001.jsonl")).unread() == ["test-00000-of-00001.jsonl"]
+    (folder / "data").mkdir()
+    for file in folder.glob("*.jsonl"):
+        file.rename(folder / "data" / file.name)
+    with pytest.raises(UserError, match="give mine/data"):
+        Parts(str(folder)).train_and_held_out()

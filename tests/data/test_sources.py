@@ -129,7 +129,7 @@ def test_a_set_of_the_hub_without_training_rows_is_one_line(monkeypatch, expect_
 @pytest.mark.parametrize(
     ("files", "remedy"),
     [
-        (["data/train-00000-of-00001.parquet"], "such as mine/data/train-00000-of-00001.parquet"),
+        (["data/train-00000-of-00001.parquet"], "give mine/data"),
         (
             ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
             "put the parts of a split, such as data/train-00000-of-00002.parquet, together in one file, and name it",

@@ -16,7 +16,7 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, r
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import is_last_step
-from lit_qlora.figures.lines import read_lines
+from lit_qlora.figures.lines import iter_lines, read_lines
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
@@ -29,6 +29,9 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
 )
+
+
+NO_GAIN = "and no better than before training"
 
 
 class Report(Callback):
@@ -90,7 +93,9 @@ class Report(Callback):
             return
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         best = read_result(self.run.adapter)
-        mark = "  (best so far)" if best and best["step"] == trainer.global_step else ""
+        mark = ""
+        if best and best["step"] == trainer.global_step:
+            mark = "  (best so far)" if is_gain(self.run, figures["val/loss"]) else f"  (best so far, {NO_GAIN})"
         if not trainer.global_step:
             mark = "  (before training)"
         if not math.isfinite(figures["val/loss"]):
@@ -125,11 +130,22 @@ class Report(Callback):
     def _closing(self) -> list[str]:
         peaks = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.memory.peaks_gib.items())
         predicted = "" if self.forecast_gib is None else f"; predicted for training, reserved: {self.forecast_gib:.2f}"
+        best = read_result(self.run.adapter) or {}
+        loss = best.get("val/loss")
+        gain = "" if loss is None or is_gain(self.run, loss) else f", {NO_GAIN}"
         return [
             f"peak memory (GiB): {peaks}{predicted}",
-            f"best adapter: {self.run.adapter}",
+            f"best adapter: {self.run.adapter}{gain}",
             f"curves: tensorboard --logdir {self.run.path.parent}",
         ]
+
+
+def is_gain(run: RunFolder, loss: float) -> bool:
+    """Whether a held-out ``loss`` is below that before training; True where that was not measured."""
+    before = next(
+        (line["val/loss"] for line in iter_lines(run.metrics) if not line["step"] and "val/loss" in line), None
+    )
+    return before is None or not math.isfinite(before) or loss < before
 
 
 def before_and_after(run: RunFolder) -> list[str]:

@@ -1,6 +1,8 @@
 """What the terminal is told of a run that goes on, and at its end."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,29 @@ BUT = "; state and order are exact, a GPU's last bits only with --trainer.determ
 def test_how_exact_a_resume_is_is_said(monkeypatch, resumed_from, on_gpu, deterministic, told):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     assert report._going_on(resumed_from, on_gpu) == told
+
+
+@pytest.mark.parametrize(
+    ("before", "loss", "gains"),
+    [(2.0, 1.9, True), (2.0, 2.0, False), (2.0, 2.1, False), (math.nan, 2.1, True), (None, 2.1, True)],
+)
+def test_an_adapter_that_is_no_better_than_the_base_is_called_so(tmp_path, capsys, before, loss, gains):
+    run = RunFolder(tmp_path)
+    run.prepare()
+    run.adapter.mkdir()
+    (run.adapter / "result.json").write_text(json.dumps({"step": 4, "val/loss": loss}))
+    lines = [{"step": 0} if before is None else {"step": 0, "val/loss": before}, {"step": 4, "val/loss": loss}]
+    run.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    shown = report.Report(run, SimpleNamespace(peaks_gib={}), None, None, {})
+    figures = {"val/loss": loss, "val/perplexity": 8.0, "val/accuracy": 0.5}
+    state = SimpleNamespace(fn="fit")
+    shown.on_validation_end(
+        SimpleNamespace(state=state, is_global_zero=True, global_step=4, callback_metrics=figures), None
+    )
+    line = capsys.readouterr().out
+    assert "(best so far" in line
+    for told in (line, "\n".join(shown._closing())):
+        assert ("no better than before training" in told) != gains
 
 
 def test_the_table_at_the_end_counts_answers_that_were_cut_apart(tmp_path):

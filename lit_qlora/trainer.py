@@ -30,8 +30,9 @@ from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
 from lit_qlora.arguments import checked_arguments
-from lit_qlora.errors import UserError, excerpt, one_line, require
+from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model.device import Precision, choose_precision, current_device
+from lit_qlora.model.module import FIGURES, check_monitored
 from lit_qlora.options import OneLineErrors
 
 NOT_OFFERED = {
@@ -59,9 +60,6 @@ NOT_OFFERED = {
 }
 """What of Lightning's Trainer this project decides by itself, or has no use for: an option must do something."""
 
-
-FIGURES = ("val/loss", "val/perplexity", "val/accuracy")
-"""Of each validation, for a callback to monitor."""
 
 _AVERAGED = "none that averages weights (the adapter saved is the one that was scored; model.schedule lets rates fall)"
 NO_CALLBACKS: Mapping[type, str] = {
@@ -269,10 +267,7 @@ def own_callbacks(given: Callback | list[Callback] | None, validates: bool = Tru
                 option="trainer.callbacks",
                 remedy="leave it out, and give --max_time",
             )
-        monitored = getattr(callback, "monitor", None)
-        if isinstance(monitored, str) and (monitored not in FIGURES or not validates):
-            known = f"one of {', '.join(FIGURES)}" if validates else "none where trainer.limit_val_batches is 0"
-            raise UserError(f"{name} monitors {excerpt(monitored)}, expected {known}", option="trainer.callbacks")
+        check_monitored(callback, FIGURES if validates else ())
     return callbacks
 
 

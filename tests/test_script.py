@@ -12,7 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -22,7 +28,7 @@ from lit_qlora.cli import main
 from lit_qlora.data.batching import collate
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
-from lit_qlora.model.module import check_trainer
+from lit_qlora.model.module import check_monitors, check_trainer
 from lit_qlora.quiet import quieten
 
 ROOT = Path(__file__).parents[1]
@@ -410,6 +416,38 @@ def test_a_trainer_that_can_t_do_it_is_refused(options, message):
     with pytest.raises(UserError) as caught:
         check_trainer(made)
     assert message in str(caught.value)
+
+
+MONITORS = [
+    (EarlyStopping("nope"), {}, ["EarlyStopping monitors 'nope'", "train/loss", "val/loss"]),
+    (EarlyStopping("val_loss"), {}, ["'val_loss'"]),
+    (EarlyStopping("step"), {}, ["'step'"]),
+    (ModelCheckpoint(monitor="test/loss"), {}, ["ModelCheckpoint monitors 'test/loss'"]),
+    (EarlyStopping("val/loss"), {"limit_val_batches": 0}, ["'val/loss'", "trainer.limit_val_batches is 0"]),
+]
+
+
+@pytest.mark.parametrize(("callback", "options", "words"), MONITORS)
+def test_a_figure_that_is_not_logged_is_refused_before_a_weight_is_loaded(callback, options, words, expect_error):
+    built = module()
+    expect_error(
+        lambda: trainer(callbacks=[callback], **options).fit(built, data()), *words, option="trainer.callbacks"
+    )
+    assert built.model is None
+
+
+def test_figures_that_there_may_be_are_left_to_lightning():
+    class Logs(Callback):
+        pass
+
+    for callbacks in (
+        [ModelCheckpoint(monitor="step", mode="max"), EarlyStopping("train/loss")],
+        [EarlyStopping("mine"), Logs()],
+        [EarlyStopping("mine"), LambdaCallback()],
+        [EarlyStopping("mine", strict=False)],
+        [EarlyStopping("lr-AdamW"), LearningRateMonitor()],
+    ):
+        check_monitors(trainer(callbacks=callbacks, logger=True))
 
 
 def test_a_limit_of_time_needs_another_for_the_schedule():

@@ -14,7 +14,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
-from lit_qlora.trainer import FIGURES, NO_CALLBACKS, NOT_OFFERED, QLoRATrainer, own_callbacks, own_plugins
+from lit_qlora.model.module import FIGURES
+from lit_qlora.trainer import NO_CALLBACKS, NOT_OFFERED, QLoRATrainer, own_callbacks, own_plugins
 from tests.expect import ExpectError
 
 LOOKS = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler, LambdaCallback, LearningRateMonitor
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
@@ -19,7 +19,7 @@ from torchmetrics import SumMetric
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model import load
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import Base, find_base
@@ -47,6 +47,11 @@ from lit_qlora.text.formats import from_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+FIGURES = ("val/loss", "val/perplexity", "val/accuracy")
+"""Of each validation, for a callback to monitor."""
+LOGGED = ("train/loss", "train/accuracy", "train/gradient_norm", *FIGURES)
+"""What a fit in a script logs."""
 
 OF = "lit_qlora"
 """The part of a Lightning checkpoint that says which base and prompts it is of."""
@@ -183,6 +188,8 @@ class QLoRAModule(LearnsInParts):
         Raises UserError.
         """
         check_trainer(self.trainer)
+        if stage == "fit" and self.standalone and type(self) is QLoRAModule:  # a subclass may log others
+            check_monitors(self.trainer)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = _Files()
@@ -542,6 +549,35 @@ def check_trainer(trainer: Trainer) -> None:
     ends = trainer.state.fn != "fit" or (trainer.max_epochs, trainer.max_steps) != (-1, -1)
     expected = "a number of epochs, or of steps in trainer.max_steps, for the learning rate's schedule"
     require(ends, "trainer.max_epochs", expected, trainer.max_epochs)
+
+
+def check_monitors(trainer: Trainer) -> None:
+    """Raises UserError where a callback of a script's Trainer monitors a figure that a fit does not log.
+
+    Lightning finds out at the first validation only. Where callbacks of one's own could log figures, it is left to it.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    rooms = ("lightning.", "lit_qlora.")
+    if any(isinstance(one, LambdaCallback) or not type(one).__module__.startswith(rooms) for one in callbacks):
+        return
+    rates = any(isinstance(one, LearningRateMonitor) for one in callbacks)
+    for callback in callbacks:
+        monitored, is_strict = getattr(callback, "monitor", None), getattr(callback, "strict", True)
+        own = ("epoch", "step") if isinstance(callback, Checkpoint) else ()
+        if is_strict and monitored not in own and not (rates and str(monitored).startswith("lr-")):
+            check_monitored(callback, [name for name in LOGGED if trainer.limit_val_batches or name not in FIGURES])
+
+
+def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
+    """Raises UserError where ``callback`` monitors a figure that is none of ``figures``, those that there are."""
+    monitored = getattr(callback, "monitor", None)
+    if isinstance(monitored, str) and monitored not in figures:
+        known = [f"one of {', '.join(figures)}"] if figures else ["none"]
+        known += ["where trainer.limit_val_batches is 0"] if not {*FIGURES} & {*figures} else []
+        raise UserError(
+            f"{type(callback).__name__} monitors {excerpt(monitored)}, expected {' '.join(known)}",
+            option="trainer.callbacks",
+        )
 
 
 class _Files(TorchCheckpointIO):

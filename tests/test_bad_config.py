@@ -32,7 +32,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         ["'data.batchsize'", "did you mean 'data.batch_size'"],
     ),
-    ("unknown verb option", ["--resume", "x"], None, None, None, ["unknown option 'resume'", "--help"]),
+    ("unknown verb option", ["--resume", "x"], None, None, None, ["unknown option 'resume'", "the same command"]),
     ("positional", ["runs/mine"], None, None, None, ["unknown option 'runs/mine'", "--help"]),
     ("value missing", ["--model.rank"], None, None, None, ["--model.rank", "expected one argument"]),
     ("text for number", ["--model.rank", "high"], None, None, "model.rank", ["int", "got high"]),

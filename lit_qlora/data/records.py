@@ -120,7 +120,8 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
         except UserError as fault:
             if reading.strict:
                 raise
-            faults.append((f"{row.where} ({fault.__cause__})" if fault.__cause__ else row.where, fault))
+            why = fault.__cause__ if isinstance(fault.__cause__, RowError) else fault.problem
+            faults.append((f"{row.where} ({why})", fault))
             continue
         conversation, reason = _trainable(read.conversation)
         if conversation is None:

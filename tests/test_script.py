@@ -349,6 +349,13 @@ def test_a_tokenizer_of_ones_own_that_is_none_is_named_as_that(name, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("verb", ["fit", "plan"])
+def test_on_the_command_line_a_tokenizer_is_the_bases(here, verb, expect_error):
+    other = shutil.copytree(demo.BASE, here / "other")
+    (other / "tokenizer_config.json").write_text('{"tokenizer_class": 5}')
+    expect_error([verb, "--model.base", "other"], "tokenizer_class", option="model.base")
+
+
 def test_batches_can_be_looked_at_without_a_trainer():
     rows = data(tokenizer="demo", batch_size=2)
     for loader, stage in ((rows.train_dataloader, "fit"), (rows.val_dataloader, "validate"),

@@ -35,12 +35,13 @@ _resumes = [True]
 @contextmanager
 def leave_in_one_line(resumes: bool = True) -> Iterator[None]:
     """Takes over the signals until it closes; only a main thread may. The line says so of a command that resumes."""
-    _resumes[:] = [resumes]
+    before, _resumes[:] = [*_resumes], [resumes]
     previous = take_over(leave_at_once)
     try:
         yield
     finally:
         give_back(previous)
+        _resumes[:] = before
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.signals import SIGNALS, leave_in_one_line
+from lit_qlora.signals import SIGNALS, _say, leave_in_one_line
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -101,6 +101,15 @@ def test_the_handlers_are_given_back() -> None:
     with leave_in_one_line():
         assert not {*map(id, before)} & {id(signal.getsignal(number)) for number in SIGNALS}
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_what_is_said_of_one_command_is_not_said_of_the_next(capsys: pytest.CaptureFixture[str]) -> None:
+    with leave_in_one_line(resumes=False):
+        _say(signal.SIGINT)
+    _say(signal.SIGINT)
+    first, second = capsys.readouterr().err.strip().split("\n\n")
+    assert first == "stopped by Ctrl-C"
+    assert second.startswith("stopped by Ctrl-C; given again")
 
 
 CHILD = """

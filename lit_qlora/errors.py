@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_qlora.secrecy import redact
 
-SHOWN = 80
+SHOWN = 160
 """Characters of a value that an error shows, at most."""
 LONGEST_SECRET = 500
 """Characters behind those that are shown that are looked through, too: all of a long text would take minutes."""
@@ -108,9 +108,17 @@ def excerpt(value: object) -> str:
 
 
 def cut(text: str, most: int = SHOWN) -> str:
-    """``text`` in at most ``most`` characters; a secret is replaced before, for half of one is not known as such."""
-    text = redact(text[: most + LONGEST_SECRET])
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    """``text`` in at most ``most`` characters, without its middle: the end of a path is what names a file.
+
+    A secret is replaced before, for half of one is not known as such.
+    """
+    if len(text) > 2 * (most + LONGEST_SECRET):
+        text = f"{text[: most + LONGEST_SECRET]} {text[-most - LONGEST_SECRET :]}"
+    text = redact(text)
+    if len(text) <= most:
+        return text
+    tail = (most - 1) // 3
+    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def one_line(error: object, most: int = 200) -> str:

@@ -11,13 +11,13 @@ import pytest
 
 from lit_qlora import demo
 from lit_qlora.batch import Batch
-from lit_qlora.callbacks import identity
 from lit_qlora.cli import main
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.model import load
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.start import DEMO_CONFIG
 from lit_qlora.storage.folders import write_folder
+from lit_qlora.text import llama2
 
 STEPS = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1",
@@ -159,7 +159,7 @@ def test_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_another_template(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "PROMPT_FORMAT", "llama2-chat-2")
+    monkeypatch.setattr(llama2.Llama2, "name", "llama2-chat-2")
     message = refusal(capsys)
     assert message.startswith("its prompt format changed: llama2-chat ") and " -> llama2-chat-2 " in message
 

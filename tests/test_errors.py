@@ -64,13 +64,14 @@ def test_what_is_required() -> None:
 
 def test_a_long_value_is_cut() -> None:
     assert excerpt({"a": "\x1b[31m\n\u2028\ud800\x9b"}) == r"{'a': '\x1b[31m\n\u2028\ud800\x9b'}"
-    assert excerpt("x" * 78) == "'" + "x" * 78 + "'"
-    assert excerpt(["x" * 10_000]) == "['" + "x" * 77 + "…"
+    assert excerpt("x" * 158) == "'" + "x" * 158 + "'"
+    assert excerpt(["x" * 10_000]) == "['" + "x" * 104 + "…" + "x" * 51 + "']"
+    assert excerpt("/a" * 200 + "/rows.jsonl").endswith("/a/a/rows.jsonl'")
     assert excerpt(16**6000) == "int …"
-    assert cut("abcdef", 5) == "abcd…"
+    assert cut("abcdef", 5) == "abc…f"
     with pytest.raises(UserError) as caught:
         require(False, "model.base", "a folder", "x" * 1_000_000)
-    assert len(str(caught.value)) < 140
+    assert len(str(caught.value)) < 220
 
 
 @pytest.mark.parametrize("before", [1, 25, 85])

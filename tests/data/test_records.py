@@ -124,7 +124,7 @@ BAD_ROWS = {
     "list": ({"text": ["a"]}, ["'text' holds a list", "{'text': ['a']}"]),
     "no marks": ({"text": "a story"}, ["'### Human:'", "'[INST]'", "{'text': 'a story'}", "delete this row"]),
     "blank": ({"text": " "}, ["'### Human:'", "{'text': ' '}"]),
-    "long": ({"text": "x" * 300}, [f"got {{'text': '{'x' * 69}…; "]),
+    "long": ({"text": "x" * 300}, [f"got {{'text': '{'x' * 96}…{'x' * 51}'}}; "]),
     "control characters": ({"text": "\x1b[31m\n\u2028"}, [r"{'text': '\x1b[31m\n\u2028'}"]),
     "assistant first": ({"text": "### Assistant: yo"}, ["turn 1 is the assistant's"]),
     "two users": ({"text": "### Human: a### Human: b"}, ["turns 1 and 2 are both the user's", "join"]),

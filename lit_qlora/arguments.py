@@ -1,6 +1,6 @@
 """Owns the check of a constructor's arguments against its own annotations, for whoever calls it from a program.
 
-The command line's have been checked by jsonargparse by then, and pass. Knows no argument what it is for.
+The command line's have been checked by jsonargparse by then, and pass. Does not know what any argument means.
 """
 
 import os

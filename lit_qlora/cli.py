@@ -1,6 +1,7 @@
-"""Owns the first word of the command, and how mistakes end: one line, exit status 2.
+"""Owns the first word of the command, what is prepared before any verb, and how mistakes end: one line, status 2.
 
-Imports nothing heavy, so that help comes at once. Knows which module runs a verb, and nothing else of it.
+Imports nothing heavy, so that help comes at once. Knows which module runs a verb, its line of help, and whether the
+same command resumes it.
 """
 
 import errno

@@ -1,6 +1,6 @@
 """Owns the reading of options: YAML files checked before they are parsed, and mistakes told in one line.
 
-jsonargparse does the parsing. Knows of no option what it is for.
+jsonargparse does the parsing. Does not know what any option means.
 """
 
 import difflib

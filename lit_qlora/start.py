@@ -4,7 +4,6 @@
 """
 
 import math
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import yaml
 from lit_qlora.data.datamodule import ChatDataModule, is_template
 from lit_qlora.data.sources import find_splits, is_hub_id
 from lit_qlora.errors import UserError, excerpt, require
+from lit_qlora.forecast.memory import run_folder_bytes
 from lit_qlora.model import fingerprint
 from lit_qlora.model.base import Base, missing_bytes
 from lit_qlora.model.copies import Copies
@@ -300,16 +300,16 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
     Raises UserError where a disk has less.
     """
     num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
-    adapters = 3 * 4 * num_trained  # the best, its copy, and one more while it is written
-    states = 12 * num_trained * (keep_checkpoints + 1)
     here = (file for folder in (run.adapter, run.checkpoints) for file in folder.rglob("*") if file.is_file())
-    run.check_room(adapters + states - sum(file.stat().st_size for file in here))
+    run.check_room(run_folder_bytes(num_trained, keep_checkpoints) - sum(file.stat().st_size for file in here))
     copies = Copies(module.quantized_cache)
     download = missing_bytes(module.base)
     if download and copies.find(module.base, None, "*"):
         download = 0
-    cache = Path(os.environ.get("HF_HOME", Path.home())).expanduser()
-    free = shutil.disk_usage(cache if cache.exists() else Path.home()).free
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     if free < download:
         raise UserError(
             f"{module.base.name} is a download of {size(download)}, and the disk of the hub's cache "

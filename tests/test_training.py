@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -444,9 +445,13 @@ def test_too_little_room(
         monkeypatch.setattr(
             module, "find_base", lambda name, **_: base.Base("someone/llama", "someone/llama", config | seven_billion)
         )
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    (here / "elsewhere").mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "elsewhere" / "hub"))
+    asked = list[Path]()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=free))
     assert main(["fit"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert (here / "elsewhere" in asked) is message.startswith("model.base")
 
 
 @pytest.mark.parametrize("form", ["guanaco", "llama2"])

@@ -1,7 +1,8 @@
 """Owns the wiring of the data: source -> conversations -> ids -> loaders, as a LightningDataModule.
 
-Everything it does is done by its neighbours (`records`, `encode`, `cache`, `batching`). Knows nothing of the model
-but the name of its tokenizer.
+Its neighbours do the work (`records`, `encode`, `cache`, `batching`); it fills in what the module's base and adapter
+say of tokenizer, vocabulary and prompt format, counts optimizer steps, and says which options make batches smaller.
+Knows no weights.
 """
 
 import math
@@ -264,8 +265,8 @@ class ChatDataModule(LightningDataModule):
         return collate([(row, examples[row]) for row in rows], answers, self.plan.packed)
 
     def smaller(self, rows: int, accumulate: int) -> str:
-        """Options for micro-batches of a quarter of ``rows`` conversations, for halves were too large, and steps of
-        as many; of one conversation, for shorter ones."""
+        """Options to suggest where halving a micro-batch was not enough: a quarter of its ``rows``, with as many rows
+        per optimizer step; for a single row, a shorter ``max_length``."""
         if self.plan.tokens:
             tokens = max(self.plan.tokens // 4, self.max_length)
             if rows > 1 and tokens < self.plan.tokens:

@@ -198,7 +198,7 @@ def _apart(
     if count == number:
         raise UserError(
             f"all {number:,} conversations of {records.name} are training data, "
-            f"too ({train.name}), and say nothing of new ones",
+            f"too ({train.name}), so that scoring them tells nothing about new ones",
             option=option,
             remedy=f"give others with data.{part}_source, or put others there",
         )

@@ -1,7 +1,7 @@
 """Owns the way from rows to conversations that can be trained on.
 
-What is left out, taken off or not used is counted, what is wrong is an error that names its place. Knows no prompt
-format, no tokens, and not where rows come from.
+What is left out, taken off or not used is counted, what is wrong is an error that names its place. Holds a
+prompt format without asking which. Knows no tokens, and not where rows come from.
 """
 
 from collections import Counter

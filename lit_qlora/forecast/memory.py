@@ -146,6 +146,19 @@ def weight_bytes(shape: Shape, element: int = 2) -> int:
     return shape.num_layers * quantized + element * (shape.num_parameters - shape.num_quantized)
 
 
+def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
+    """Bytes of a run folder at its largest, without its figures.
+
+    Args:
+        num_trained: Weights of the adapter; they are kept in fp32.
+        keep_checkpoints: Checkpoints that stay; each has the adapter and two moments of each weight.
+
+    Returns:
+        What the best adapter, its copy and one that is being written take, and the checkpoints with one more.
+    """
+    return (3 * 4 + (keep_checkpoints + 1) * 12) * num_trained
+
+
 def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
     """State on the card, and state that is paged out to the host where the card is short."""
     on_card = paged = 0

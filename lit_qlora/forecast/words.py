@@ -86,8 +86,7 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
         yield line(what, size)
     if paged:
         yield line("optimizer state that can be paged out to it", paged)
-    adapters, states = 2 * 4 * trained, 12 * trained * (keep_checkpoints + 1)
-    yield line(f"run folder, with {keep_checkpoints} checkpoints", adapters + states)
+    yield line(f"run folder, with {keep_checkpoints} checkpoints", memory.run_folder_bytes(trained, keep_checkpoints))
 
 
 def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:

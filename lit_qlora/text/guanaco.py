@@ -1,6 +1,6 @@
 """Owns the Guanaco text form: ``### Human: …### Assistant: …`` to a conversation and back.
 
-Knows no file, no tokens; training and chat never use this form, they only read it.
+Rows may have this form; no model is prompted in it. Knows no file, no tokens.
 """
 
 import re

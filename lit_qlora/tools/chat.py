@@ -52,7 +52,7 @@ def chat(
         require(prompt is None, "prompt", "no question beside --web, where it is asked on the page", prompt)
         check_gradio()
     elif share or port is not None:
-        raise UserError("it is the page's, expected --web beside it", option="share" if share else "port")
+        raise UserError("it only works together with --web", option="share" if share else "port")
     elif prompt is None and not sys.stdin.isatty():
         prompt, source = _standard_input(), {"place": "standard input"}
     if prompt is not None and not prompt.strip():

@@ -148,15 +148,15 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
     if base:
         rank, targets = (options.model.rank, options.model.target_modules) if options else (16, "all-linear")
         num_lora, kept = base.shape.num_lora(rank, targets), options.keep_checkpoints if options else kept
+    from lit_qlora.forecast.memory import run_folder_bytes
+
     try:
         from lit_qlora.model.base import missing_bytes
 
         download = missing_bytes(base) if base else 0
     except ImportError:
         download = 0
-    # The best adapter while it is replaced, the checkpoints with the optimizer's state, and one being written.
-    needed = (2 * 4 + (kept + 1) * 12) * num_lora
-    yield from surroundings.disk("the run folder", run, needed, "give --run on another disk")
+    yield from surroundings.disk("the run folder", run, run_folder_bytes(num_lora, kept), "give --run on another disk")
     yield from surroundings.disk("the hub's cache", surroundings.hub_cache(), download, "set HF_HOME to another disk")
     if base and options:
         try:

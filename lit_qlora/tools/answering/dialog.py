@@ -1,4 +1,4 @@
-"""Owns one conversation with a run's adapter, wherever it is held: what is asked, remembered, and told beside answers.
+"""Owns one conversation with an adapter, wherever it is held: what is remembered of it, what fits, what is said beside.
 
 Knows neither terminal nor page: what it has to say it returns.
 """

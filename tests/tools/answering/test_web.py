@@ -54,8 +54,8 @@ def test_without_gradio_it_is_one_line_and_nothing_is_loaded(found, what, traine
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--share"], "share: it is the page's, expected --web beside it"),
-        (["--port", "7860"], "port: it is the page's, expected --web beside it"),
+        (["--share"], "share: it only works together with --web"),
+        (["--port", "7860"], "port: it only works together with --web"),
         (["--web", "--prompt", "x"], "prompt: expected no question beside --web, where it is asked on the page"),
         (["--web", "--port", "70000"], "port: expected 1 to 65535, got 70000"),
         (["--web", "--seed", "9007199254740992"], "seed: expected below 2**53, as far as a page counts, got 9007"),

@@ -5,6 +5,7 @@ in a fresh environment, for three days on Colab: a machine that goes away in the
 which everything runs to the end from the copy on the drive, and the same one again.
 """
 
+import ast
 import base64
 import hashlib
 import inspect
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -51,6 +52,19 @@ def test_it_is_a_notebook_and_nobodys_run_of_it():
 @pytest.mark.parametrize("name", CODE)
 def test_each_cell_opens_with_what_it_does_and_how_long_it_takes(name):
     assert re.fullmatch(r"# @title [A-Z].+; (at once|.*(seconds?|minutes?|hours?)\b.*)", CODE[name].splitlines()[0])
+
+
+def test_what_cells_import_of_the_project_is_there():
+    imported = [
+        (node.module, alias.name)
+        for source in CODE.values()
+        for node in ast.walk(ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE)))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lit_qlora")
+        for alias in node.names
+    ]
+    assert imported
+    for module, name in imported:
+        assert hasattr(import_module(module), name), f"{module}.{name}"
 
 
 def test_commands_exist():

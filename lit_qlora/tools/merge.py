@@ -76,7 +76,7 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         raise UserError(
             f"{chosen.base.name} is stored in 4 bits and has no original weights", option="onto", remedy="use quantized"
         )
-    check_room(target, chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES)
+    check_room(target, size_bytes(chosen.base, dtype) + MARGIN_BYTES)
 
     import torch
     from safetensors import SafetensorError
@@ -140,6 +140,11 @@ def check_room(target: Path, needed_bytes: int) -> None:
             option="output",
             remedy="free some or give a folder on another disk",
         )
+
+
+def size_bytes(base: Base, dtype: DType) -> int:
+    """Bytes of the weights of ``base`` in a dtype."""
+    return base.shape.num_parameters * BYTES[dtype]
 
 
 def _trained_in(record: dict[str, Any]) -> "torch.dtype":

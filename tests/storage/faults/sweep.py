@@ -46,6 +46,7 @@ def save(run: RunFolder, step: int) -> RunCheckpoints:
     trainer: Any = SimpleNamespace(
         global_step=step,
         loggers=[],
+        callbacks=[],
         is_global_zero=True,
         strategy=SimpleNamespace(broadcast=lambda value: value),
         save_checkpoint=lambda target: FolderCheckpointIO().save_checkpoint(state, target),

@@ -147,6 +147,7 @@ def test_a_name_that_the_system_can_t_write_is_one_line(
     assert capsys.readouterr().err == ("error: 'runs/\\u4e2d' can't be a name here (latin-1): set LC_ALL=C.UTF-8\n")
 
 
+@pytest.mark.slow
 def test_names_are_utf_8_in_a_locale_that_knows_ascii_alone(tmp_path: Path) -> None:
     (tmp_path / "runs" / "中").mkdir(parents=True)
     (tmp_path / "runs" / "中" / "config.yaml").write_text("seed_everything: 1\n")

@@ -1,4 +1,4 @@
-"""Owns the reading of options: YAML files checked before they are parsed, and mistakes told in one line.
+"""Owns the reading of options: YAML files checked before they are parsed, and mistakes reported in one line.
 
 jsonargparse does the parsing. Does not know what any option means.
 """

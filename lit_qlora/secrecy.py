@@ -1,4 +1,4 @@
-"""Owns what a secret looks like on a command line, in a config file and in a message, and that none is taken or told.
+"""Owns what a secret looks like in an option, a config file and a message, and that none is accepted or printed.
 
 Options are kept in config.yaml and shown in messages, so none takes a secret: ``HF_TOKEN`` comes from the environment
 alone. Knows the names of no option.

@@ -1,4 +1,4 @@
-"""Owns what the terminal is told: what was decided at the start, each validation, and before -> after at the end.
+"""Owns what the terminal shows: what was decided at the start, each validation, and before -> after at the end.
 
 Figures come from the run's own files, so a resumed run tells the whole story. Knows no model but its sizes.
 """

@@ -1,6 +1,7 @@
-"""Owns the verbs that are plain functions: each module here has one of its own name, and its signature is the options.
+"""Owns the verbs: each module here is one, and what it is made of has a folder beside it.
 
-Knows how a function becomes a command; nothing of what it does.
+A verb is a function of the module's name, whose signature is its options; this turns it into a command. Not so `plan`,
+which has fit's options, and `doctor`, which answers where jsonargparse is missing. Knows nothing of what a verb does.
 """
 
 import importlib

@@ -326,7 +326,7 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
     """
     whole, problems = run.last_checkpoint(check_checkpoint)
     for problem in problems:
-        print(f"warning: {problem}; going back to the checkpoint before", file=sys.stderr)
+        print(f"warning: {problem}; falling back to the previous checkpoint", file=sys.stderr)
     if problems and whole is None:
         raise UserError(
             f"no checkpoint in {run.checkpoints} is whole", option="run", remedy="start anew with another --run"

@@ -231,7 +231,7 @@ def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], dam
         assert main(FIT) == 0
         warning = capsys.readouterr().err
         assert warning.startswith("warning: run/checkpoints/step-00000004: '")
-        assert warning.endswith("; going back to the checkpoint before\n")
+        assert warning.endswith("; falling back to the previous checkpoint\n")
         assert (run / "checkpoints/step-00000004/state.safetensors").read_bytes() == whole
         (run / "finished.json").unlink()
         DAMAGES[damage](run / "checkpoints/step-00000004/state.safetensors")
@@ -254,7 +254,7 @@ def test_a_pickle_in_a_resealed_checkpoint(run: Path, capsys: pytest.CaptureFixt
     assert main(FIT) == 0
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {folder}: '{name}': expected ")
-    assert warning.endswith("; going back to the checkpoint before")
+    assert warning.endswith("; falling back to the previous checkpoint")
     assert (folder / "state.safetensors").read_bytes() == whole
     assert not Path("pwned").exists()
 
@@ -277,7 +277,7 @@ def test_a_resealed_checkpoint_that_lacks_a_part_is_gone_behind(
     assert main(FIT) == 0
     assert capsys.readouterr().err == (
         f"warning: {folder}: 'state.json': expected a training's state, found no {part}; "
-        "going back to the checkpoint before\n"
+        "falling back to the previous checkpoint\n"
     )
     assert (folder / "state.safetensors").read_bytes() == whole
     assert load_state(folder, with_tensors=False)["run"]["steps"] == 4
@@ -352,7 +352,7 @@ def test_an_adapter_that_was_altered(run: Path, capsys: pytest.CaptureFixture[st
     assert main(FIT) == 0
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: run/adapter: '{name}': expected ")
-    assert warning.endswith("; put aside as run/adapter.damaged, and the best is looked for anew\n")
+    assert warning.endswith("; put aside as run/adapter.damaged, and the search for the best starts over\n")
     assert main(["validate", "--run", "./run"]) == 0
     assert (run / "adapter.damaged" / name).read_bytes() != content
 
@@ -384,7 +384,7 @@ def test_a_finished_run_without_a_whole_adapter_says_so(run: Path, capsys: pytes
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: run/adapter: 'adapter_model.safetensors': expected sha256=")
     assert error.endswith(
-        "; the run is finished, and no whole copy of its adapter is left; train it with another --run"
+        "; the run is finished, and no intact copy of its adapter is left; train it with another --run"
     )
     assert (run / "adapter").is_dir()
 
@@ -561,7 +561,7 @@ def test_a_damaged_result_puts_the_adapter_aside(run: Path, capsys: pytest.Captu
     mend_adapter(RunFolder(run))
     err = capsys.readouterr().err
     assert err.startswith("warning: run/adapter: 'result.json': expected a step and its figures, found ")
-    assert err.endswith("; put aside as run/adapter.damaged, and the best is looked for anew\n")
+    assert err.endswith("; put aside as run/adapter.damaged, and the search for the best starts over\n")
     assert not (run / "adapter").exists()
 
 
@@ -656,7 +656,7 @@ def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
     assert "run is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
     Path("drive/run/finished.json").unlink()  # the drive was full at the end
     assert main([*FIT, *more]) == 0
-    assert capsys.readouterr().out.endswith("   run  copied to drive/run: the mirror had not all of it\n")
+    assert capsys.readouterr().out.endswith("   run  copied to drive/run: the mirror was incomplete\n")
     assert Path("drive/run/finished.json").is_file()
 
 
@@ -664,7 +664,7 @@ def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
 def mirrored(run: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A finished run with a mirror, ``drive``, that has all of it."""
     assert main([*FIT, "--mirror", "drive"]) == 0
-    assert capsys.readouterr().out.endswith("   run  copied to drive/run: the mirror had not all of it\n")
+    assert capsys.readouterr().out.endswith("   run  copied to drive/run: the mirror was incomplete\n")
     return Path("drive/run")
 
 
@@ -720,7 +720,7 @@ def test_a_checkpoint_in_the_mirror_is_looked_at_as_one_here(
     warning, error = capsys.readouterr().err.splitlines()
     assert warning == (
         f"warning: mirror: {folder}: 'state.json': expected a training's state, found no run; "
-        "going back to the checkpoint before"
+        "falling back to the previous checkpoint"
     )
     assert error.startswith("error: mirror: no checkpoint in drive/run/checkpoints is whole; give another --mirror, ")
 

@@ -17,12 +17,12 @@ from lit_qlora.storage.state import SKELETON, check_tensors, load_state, num_byt
 # pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 RECORD = "run"
-"""The part of a checkpoint that says what run it is of."""
+"""The part of a checkpoint that identifies its run."""
 _NEEDED = {
     *("callbacks", "epoch", "global_step", "loops", "lr_schedulers", "optimizer_states", "state_dict"),  # Lightning's
     *("metrics_line", RECORD),  # our own callbacks'
 }
-"""Parts of every checkpoint of a training, without which none can be gone on from."""
+"""Parts of every training checkpoint: no run resumes from one that lacks any."""
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 
 
@@ -50,7 +50,7 @@ class FolderCheckpointIO(CheckpointIO):
         `map_location` and `weights_only` are Lightning's: nothing in these files can run code.
 
         Raises:
-            UserError: the path is a URL or a file; as DamagedFolderError: it is missing or not whole.
+            UserError: the path is a URL or a file; as DamagedFolderError: the folder is missing or not intact.
         """
         folder = checkpoint_folder(path)
         verify_folder(folder, allow_extra=True)
@@ -79,9 +79,9 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Whether a training can go on from ``folder``: it is as it was written, and a checkpoint was.
+    """Verify that ``folder`` is intact and that training can resume from it.
 
-    Raises DamagedFolderError: a manifest can be made for anything.
+    Raises DamagedFolderError, for an intact folder that holds no checkpoint, too.
     """
     verify_folder(folder, allow_extra=True)
     missing = sorted(_NEEDED - load_state(folder, with_tensors=False).keys())

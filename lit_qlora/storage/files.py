@@ -1,6 +1,6 @@
-"""Owns single files that are whole or as they were: written aside, synced, renamed; and what a failed save says.
+"""Owns atomic writes of single files (written aside, synced, renamed), and the error message of a failed save.
 
-Syncing a folder and setting a mode are left out where a file system knows no such thing (Google Drive).
+Folder syncs and file modes are skipped on file systems without them (Google Drive).
 Knows nothing of what the files hold.
 """
 
@@ -16,19 +16,19 @@ from typing import Any
 from lit_qlora.errors import UserError, excerpt
 
 _UNKNOWN_HERE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EBADF, errno.EISDIR}
-"""What a mounted file system may answer to something that only real disks know."""
+"""Errors by which a mounted file system refuses what only local disks support."""
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes for people: in GB, MB or kB."""
+    """A readable number of bytes, in GB, MB or kB."""
     unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= pair[0]), (1e3, "kB"))
     return f"{num_bytes / unit:,.1f} {name}"
 
 
 def output_path(output: str, what: str = "file") -> Path:
-    """The ``what``, file or folder, that an option ``output`` names.
+    """The path of the ``what``, file or folder, that the option ``output`` names.
 
-    Raises UserError for a name that is none, and where a file is to be written and it names a folder.
+    Raises UserError for an invalid name, and for a folder where a file is to be written.
     """
     path = Path(output)
     try:
@@ -49,7 +49,7 @@ def output_path(output: str, what: str = "file") -> Path:
 
 
 class SaveError(OSError):
-    """Something could not be saved: names the path, the reason, the bytes needed and the bytes free."""
+    """A failed save, with its path, the reason, the bytes needed and the bytes free."""
 
     def __init__(self, path: Path, error: OSError, needed_bytes: int | None = None) -> None:
         self.reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
@@ -59,19 +59,19 @@ class SaveError(OSError):
 
 
 def write_file(path: Path, text: str) -> None:
-    """Puts ``text`` into ``path`` in one step.
+    """Write ``text`` to ``path`` atomically.
 
     Raises:
-        SaveError: it could not be written; what stood there still does.
+        SaveError: it could not be written; the previous file is unchanged.
     """
     replace_file(path, text.encode())
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Puts ``content`` into ``path`` in one step.
+    """Write ``content`` to ``path`` atomically.
 
     Raises:
-        SaveError: it could not be written; what stood there still does.
+        SaveError: it could not be written; the previous file is unchanged.
     """
     aside = path.with_name(f".{path.name}.tmp")
     try:
@@ -90,15 +90,15 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """`json.loads`. Raises ValueError for what is nested deeper than Python's stack, too: files come from anywhere."""
+    """`json.loads` that raises ValueError for nesting deeper than Python's stack, too: files come from anywhere."""
     try:
         return json.loads(text, **options)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def sync_file(path: Path) -> None:
-    """Has a file on the disk, and readable by others: safetensors makes 0600."""
+    """Sync a file to the disk and make it readable for others: safetensors creates it with mode 0600."""
     try:
         path.chmod(0o644)
     except OSError as error:
@@ -109,7 +109,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Has a folder's names on the disk, where the file system can."""
+    """Sync a folder's entries to the disk, where the file system can."""
     if os.name == "nt":  # which can't open a folder
         return
     try:
@@ -128,7 +128,7 @@ def sync_folder(path: Path) -> None:
 
 
 def disk_error(error: Exception, path: Path) -> OSError:
-    """The OSError that safetensors wraps into words: ``I/O error: … (os error 28)``."""
+    """The OSError in a safetensors message such as ``I/O error: … (os error 28)``."""
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else OSError(str(error))
 

@@ -1,9 +1,9 @@
-"""Owns folders that are either whole or not there: written aside, sealed by a manifest, renamed into place.
+"""Owns atomic writes of folders: written aside, sealed by a manifest, renamed into place.
 
-Called by whatever keeps something on disk; at the start of a run, `recover` and `clear_leftovers` put right
-what a kill left behind. Beside a target `name` may stand `.name.tmp-…` (being written), `.name.old-…`
-(making way for a new one) and `.name.gone-…` (being deleted), never a symbolic link: Google Drive has none.
-Knows nothing of what the files hold, and leaves it to the run's lock that one process writes at a time.
+Called by whatever keeps something on disk; at the start of a run, `recover` and `clear_leftovers` repair what a kill
+left behind. Beside a target `name` may stand `.name.tmp-…` (being written), `.name.old-…` (being replaced)
+and `.name.gone-…` (being deleted), never a symbolic link: Google Drive has none. Knows nothing of what the files hold,
+and leaves it to the run's lock that one process writes at a time.
 """
 
 import errno
@@ -26,7 +26,7 @@ _LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>old|tmp|gone)-\d+-[0-9a-f]{8
 
 
 class DamagedFolderError(UserError):
-    """A folder is not what its manifest says: names the folder, the file, the expected and the found."""
+    """A folder that differs from its manifest, with the file, what was expected and what was found."""
 
     def __init__(self, folder: Path, file: str | None, expected: str, found: str) -> None:
         what = f"expected {expected}, found {found}"
@@ -36,24 +36,24 @@ class DamagedFolderError(UserError):
 def write_folder(
     target: Path, fill: Callable[[Path], None], *, replace: bool = False, needed_bytes: int | None = None
 ) -> None:
-    """Let `fill` write files into a temporary folder, then make that folder the target in one step.
+    """Let `fill` write files into a temporary folder, then rename that folder to the target.
 
-    A `manifest.json` with the size and sha256 of every file is added last. If anything is raised on the way,
-    by `fill` too, the temporary folder goes and the target is as before.
+    A `manifest.json` with the size and sha256 of every file is added last. After any error, one of `fill` too, the
+    temporary folder is removed and the target is unchanged.
 
     Args:
-        target: the folder to be; its parents are made where they lack.
+        target: the folder to write; missing parents are created.
         fill: called with the empty temporary folder.
-        replace: whether a folder that stands there already makes way.
-        needed_bytes: what the files will take, for the message where they can't be written.
+        replace: True to replace an existing folder.
+        needed_bytes: size of the files, for the message of a failed write.
 
     Raises:
-        FileExistsError: the target exists, and `replace` is not set or it is no folder.
-        SaveError: the disk or the system refused something; says what was needed and what is free.
-        ValueError: `fill` left something other than plain files with portable names.
+        FileExistsError: the target exists, and `replace` is not set or the target is not a folder.
+        SaveError: the system refused a write; the message has the bytes needed and the bytes free.
+        ValueError: `fill` wrote something other than regular files with portable names.
     """
     if os.path.lexists(target) and not (replace and target.is_dir()):
-        raise FileExistsError(errno.EEXIST, "stands there already and is not overwritten", str(target))
+        raise FileExistsError(errno.EEXIST, "already exists and is not overwritten", str(target))
     temporary = _aside(target, "tmp")
     try:
         temporary.mkdir(parents=True)
@@ -68,22 +68,22 @@ def write_folder(
 
 
 def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ: Collection[str] = ()) -> None:
-    """Copies the files that a folder's manifest names, verifies the copy by it, and puts it in place in one step.
+    """Copy the files named in a folder's manifest, verify the copy, and rename it to the target.
 
-    No folder is made but the copy's own: where a drive has gone away, nothing is left on the disk below it.
+    No parent is created: where a drive was unmounted, nothing may be written to the disk below it.
 
     Args:
         source: a folder that `write_folder` made.
-        target: the folder to be, in one that stands.
-        replace: whether a folder that stands there already makes way.
+        target: the folder to write; its parent exists.
+        replace: True to replace an existing folder.
         may_differ: files that may have been edited since.
 
     Raises:
-        DamagedFolderError: the source, or what arrived, is not what the manifest says.
+        DamagedFolderError: the source or the copy differs from the manifest.
         SaveError: something could not be read or written.
     """
     if target.exists() and not replace:
-        raise FileExistsError(errno.EEXIST, "stands there already and is not overwritten", str(target))
+        raise FileExistsError(errno.EEXIST, "already exists and is not overwritten", str(target))
     temporary = _aside(target, "tmp")
     files = _read_manifest(source)
     try:
@@ -107,12 +107,12 @@ def verify_folder(path: Path, *, allow_extra: bool = False, may_differ: Collecti
 
     Args:
         path: a folder that `write_folder` made.
-        allow_extra: whether files that the manifest does not know may stand there.
+        allow_extra: True if files outside the manifest are allowed.
         may_differ: files that may have been edited since.
 
     Raises:
-        DamagedFolderError: a folder, a manifest or a file is missing, unreadable, of another size, of other
-            content, or outside of the folder; or a file too many.
+        DamagedFolderError: the folder, its manifest or a file is missing, unreadable, of another size or content, or
+            outside the folder; or there is an extra file.
     """
     if not path.is_dir():
         raise DamagedFolderError(path, None, "a folder", "a file" if path.exists() else "nothing")
@@ -130,13 +130,13 @@ def verify_folder(path: Path, *, allow_extra: bool = False, may_differ: Collecti
 
 
 def read_seal(path: Path) -> bytes | None:
-    """A folder's manifest as it stands there: equal ones are of equal files. None where there is none."""
+    """The bytes of a folder's manifest, equal for equal files; None without a manifest."""
     manifest = path / MANIFEST
     return manifest.read_bytes() if manifest.is_file() else None
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder, or a file in its place, in such a way that a kill never leaves half of it under its name.
+    """Delete a folder, or a file in its place, so that a kill never leaves a partial one under its name.
 
     Raises:
         FileNotFoundError: there is none.
@@ -150,10 +150,10 @@ def remove_folder(path: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Finish or undo what a kill cut short in `write_folder(target, …)`.
+    """Finish or undo a `write_folder(target, …)` that was killed.
 
-    A target that is whole stays. Otherwise the newest whole folder that was about to become the target does,
-    or else the one that had made way. If none is whole, no finished folder is touched.
+    An intact target stays. Otherwise the newest intact temporary folder becomes the target, or else the replaced one.
+    If none is intact, no finished folder is touched.
     """
     new, old = _leftovers(target, "tmp"), _leftovers(target, "old")
     if not new and not old:
@@ -169,11 +169,11 @@ def recover(target: Path) -> None:
 
 
 def clear_leftovers(parent: Path, older_than_s: float = 0.0) -> None:
-    """Remove what cut-off writes and deletions left in a folder; one that had made way is recovered first.
+    """Remove what killed writes and deletions left in a folder; a replaced folder is recovered first.
 
     Args:
         parent: where they stand.
-        older_than_s: in seconds; where several processes write, what is younger may be another's work.
+        older_than_s: in seconds; with several writers, a younger one may belong to another process.
     """
     # Sorted, "old" comes before "tmp": a whole new folder is put in place before it could be removed.
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
@@ -209,7 +209,7 @@ def _put(temporary: Path, target: Path, *, replace: bool) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Write the manifest, and see to it that all is on the disk and readable by others."""
+    """Write the manifest, sync everything to the disk and make it readable for others."""
     names = sorted(_names(folder))
     for name in names:
         if not _is_portable(name) or not _is_inside(folder, name) or not (folder / name).is_file():
@@ -260,19 +260,19 @@ def _measure(folder: Path, name: str) -> dict[str, int | str]:
 
 
 def _names(folder: Path) -> set[str]:
-    """Everything below a folder that is no folder, but for the manifest."""
+    """Names of all files below a folder except the manifest."""
     below = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix() for path in below} - {MANIFEST}
 
 
 def _is_portable(name: str) -> bool:
-    """Whether a name in a manifest means the same file, below the folder, on every system."""
+    """True if a name in a manifest means the same file, below the folder, on every system."""
     plain = name.isprintable() and "\\" not in name and not PureWindowsPath(name).drive
     return plain and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _is_inside(folder: Path, name: str) -> bool:
-    """Whether no symbolic link stands between the folder and the file."""
+    """True if no symbolic link leads from the folder to the file."""
     return Path(os.path.realpath(folder / name)) == Path(os.path.realpath(folder)) / name
 
 

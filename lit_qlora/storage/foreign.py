@@ -1,6 +1,6 @@
-"""Owns the reading of JSON files that others wrote: an object, and what each of its values may be.
+"""Owns how JSON files written by other programs are read: an object, and the kinds of its values.
 
-Whatever stands there, it is read or refused in one line that names the file and the key. Knows no key.
+Any content is read, or refused in one line that names the file and the key. Knows no key.
 """
 
 import json
@@ -16,7 +16,7 @@ LARGEST_FILE = 10_000_000
 
 
 class Kind(NamedTuple):
-    """What a value may be, in words and as a check."""
+    """A kind of value, in words and as a check."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -43,9 +43,9 @@ OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
 
 
 def read_object(file: Path, place: str | None = None) -> dict[str, Any]:
-    """The JSON object in ``file``, which messages call by its path, or by its name in ``place``.
+    """The JSON object in ``file``; messages name it by its path, or by its name within ``place``.
 
-    Raises UserError where it can't be read, is no object, or larger than any such file is.
+    Raises UserError for an unreadable file, one that holds no object, and one above `LARGEST_FILE`.
     """
     name = file.name if place else str(file)
     try:
@@ -68,12 +68,12 @@ def check(place: str, key: str, kind: Kind, value: Any) -> None:
 
 
 def wrong(place: str, key: str, expected: str, value: Any) -> UserError:
-    """What is said of a value that is not what was expected; ``place`` ends in the file's name."""
+    """The error for a value of the wrong kind; ``place`` ends in the file's name."""
     return UserError(f"{key}: expected {expected}, got {shown(value)}", place=place)
 
 
 def shown(value: Any) -> str:
-    """A value in a message, as JSON has it, and no longer than a line can bear."""
+    """A value as JSON, shortened for a message."""
     try:
         return cut(json.dumps(value))
     except RecursionError:  # as deep as could just be read

@@ -1,8 +1,8 @@
-"""Owns the rule that one process at a time works in a run folder; and `hold`, by which what several use stays.
+"""Owns the lock by which one process at a time uses a run folder, and `hold`, a lock that several may share.
 
-Used around a whole run, `with RunLock(run): …`. The system itself lets go of the lock when the process ends,
-however it ends, so there is no stale lock to remove; the file `.lock` stays, and what is written in it only
-serves the message. Knows nothing of what the run does.
+Used around a whole run, `with RunLock(run): …`. The operating system releases the lock when the process ends, however
+it ends, so no lock is ever stale; the file `.lock` stays, and its text only serves the message. Knows nothing of what
+the run does.
 """
 
 import errno
@@ -18,11 +18,11 @@ from typing import IO
 from lit_qlora.errors import UserError
 
 _NO_LOCKS_HERE = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
-"""What network and mounted file systems answer to a lock. A run there is better than none: it is warned of."""
+"""Errors of network and mounted file systems without locks: the run starts there with a warning."""
 
 
 class RunLock:
-    """Holds a run folder, which is made if it lacks, for this process alone."""
+    """An exclusive lock on a run folder, which is created if missing."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
@@ -32,12 +32,12 @@ class RunLock:
         """Take the lock, without waiting.
 
         Raises:
-            UserError: another process has it; says which.
+            UserError: another process holds it; the message says which.
         """
         self._run.mkdir(parents=True, exist_ok=True)
         path = self._run / ".lock"
         if path.is_dir():
-            raise UserError(f"{path} is a folder, and is to be the run's lock, a file: remove it", option="run")
+            raise UserError(f"{path} is a folder, expected a file (the run's lock): remove it", option="run")
         file = path.open("a+", encoding="utf-8", errors="replace")
         try:
             is_free = _try_lock(file.fileno())
@@ -68,7 +68,7 @@ class RunLock:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock an open file, or say that another process has."""
+    """Lock an open file; False if another process holds it."""
     if os.name == "nt":
         import msvcrt
 
@@ -89,22 +89,22 @@ def _try_lock(descriptor: int) -> bool:
         if error.errno not in _NO_LOCKS_HERE:
             raise
         print(
-            "warning: the file system of this run folder has no locks; see to it that no second process trains in it",
+            "warning: the file system of this run folder has no locks; make sure that no second process trains in it",
             file=sys.stderr,
         )
     return True
 
 
 def hold(file: Path, *, alone: bool) -> int | None:
-    """Holds what ``file`` belongs to, until the descriptor that is returned is closed, or this process ends.
+    """Lock ``file`` until the returned descriptor is closed or this process ends.
 
     Args:
-        file: stands there.
-        alone: whether nobody else may hold it; any number may that do not ask for that.
+        file: An existing file.
+        alone: True for an exclusive lock, False for a shared one.
 
-    Returns None where others stand in the way, or it went meanwhile.
+    Returns the descriptor; None if another process's lock conflicts, or the file was removed meanwhile.
 
-    Raises OSError where there are no such locks, as on Windows and some mounted file systems, and for no such file.
+    Raises OSError where such locks are not supported (Windows, some mounted file systems), and for a missing file.
     """
     if os.name == "nt":
         raise OSError(errno.ENOSYS, "no locks that several can hold")

@@ -1,8 +1,8 @@
-"""Owns a run's copy elsewhere, such as on Google Drive: made in the background, and where a fresh machine begins.
+"""Owns a run's copy elsewhere, such as on Google Drive: made in the background, restored on a fresh machine.
 
 The copy is laid out as the run folder itself. Each folder is copied under a temporary name, verified by its
-manifest and renamed, its figures and adapter before the checkpoint that goes with them, so that whatever cuts
-it short leaves a state that can be gone on from. Needs neither links nor locks nor modes. Knows no Trainer.
+manifest and renamed, its figures and adapter before the checkpoint that goes with them, so that an interrupted copy can
+always be resumed from. Needs neither links nor locks nor modes. Knows no Trainer.
 """
 
 import errno
@@ -30,12 +30,12 @@ from lit_qlora.storage.settings import refused
 
 KEPT = 2
 MARK = ".mirror"
-"""A file that tells the folder that was opened from one of its name on the disk below a drive that went away."""
+"""A file by which the opened folder differs from one of its name on the disk below an unmounted drive."""
 COLAB, FSTAB = Path("/content/drive"), Path("/etc/fstab")
-"""Where Colab mounts Google Drive, and where Linux lists the places of drives."""
+"""Colab's mount point of Google Drive, and Linux's list of mount points."""
 EVENTS = "events.out.tfevents.*"
 TRIES = 3
-"""Of one copy, where the run saves anew while it is made."""
+"""Attempts at one copy while the run keeps saving."""
 
 
 class Mirror:
@@ -44,9 +44,8 @@ class Mirror:
     Args:
         run: the run folder on this machine.
         parent: holds the copies of several runs; the folder that it stands in must be there.
-        tell: prints a line while training goes on.
-        check: raises DamagedFolderError for a checkpoint that is not whole, there as here; default: what the manifest
-            says.
+        tell: prints a line during training.
+        check: raises DamagedFolderError for a damaged checkpoint, there as here; default: by its manifest.
     """
 
     def __init__(
@@ -61,20 +60,20 @@ class Mirror:
         self._mark, self._token = self.copy.path / MARK, secrets.token_hex(8)
         self._copied: dict[Path, tuple[int, int]] = {}
         self._whole = set[int]()
-        """Steps whose copy is known to be whole."""
+        """Steps whose copy is known to be intact."""
         self._wanted, self._is_closing = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._failed = False
 
     def open(self, config: Mapping[str, Any]) -> None:
-        """Makes the folder, puts right what a kill left in it, and restores the run from it if it is further there.
+        """Create the folder, repair what a kill left in it, and restore the run from it if the copy is ahead.
 
-        A new copy that can't even be begun is refused: nothing is trained yet that it could harm, and who asks for a
-        mirror is there to give room. Later, and where a copy was begun before, trouble is told, and tried again.
+        A new copy that can't be started is an error: nothing is trained yet, and the user can make room. Later
+        failures, and those of an existing copy, are reported and retried.
 
         Raises:
-            UserError: it can't be written, belongs to another run, or holds checkpoints of which none is whole
-                while this machine has none either.
+            UserError: it can't be written, belongs to another run, or holds only damaged checkpoints while this machine
+                has none either.
         """
         _check_mounted(self.parent)
         if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
@@ -98,7 +97,7 @@ class Mirror:
                 raise UserError(f"{self.copy.path} can't be restored: {error}", option="mirror") from error
 
     def _begin(self) -> None:
-        """Makes the folder and its mark. Raises UserError where that can't be, unless it was begun before."""
+        """Create the folder and its mark. Raises UserError where that fails, unless the copy was started before."""
         known = ""
         try:
             known = self._mark.read_text(encoding="utf-8") if self._mark.is_file() else ""
@@ -121,15 +120,15 @@ class Mirror:
             ) from error
 
     def start(self) -> None:
-        """Begins to wait for `push`, in the background."""
+        """Start the background thread that waits for `push`."""
         self._thread.start()
 
     def push(self) -> None:
-        """Has the newest state copied; returns at once."""
+        """Request a copy of the newest state; returns at once."""
         self._wanted.set()
 
     def close(self, limit_s: float = 300) -> None:
-        """Copies the last state, and waits for that, but no longer than ``limit_s`` seconds."""
+        """Copy the last state, and wait for it at most ``limit_s`` seconds."""
         if not self.run.has_begun():  # a start that failed leaves nothing here either
             self._mark.unlink(missing_ok=True)
             self.copy.discard_unless_begun()
@@ -148,7 +147,7 @@ class Mirror:
             self.tell(f"warning: mirror: {self.copy.path} lacks the last state; it is in {self.run.path}")
 
     def complete(self) -> None:
-        """Copies what the copy of a finished run lacks, and says so; to be called in place of `start`.
+        """Copy and report what the copy of a finished run lacks; called in place of `start`.
 
         Raises SaveError where it can't.
         """
@@ -160,12 +159,12 @@ class Mirror:
             raise
         except OSError as error:
             raise SaveError(self.copy.path, error) from error
-        print(f"   run  copied to {self.copy.path}: the mirror had not all of it", flush=True)
+        print(f"   run  copied to {self.copy.path}: the mirror was incomplete", flush=True)
 
     # Restoring
 
     def _step_to_restore(self) -> int | None:
-        """The newest step that is whole in the copy, where that is newer than what this machine has."""
+        """The newest intact step of the copy, if newer than this machine's."""
         whole, _ = self.run.last_checkpoint(self.check)
         own = int(whole.name.rpartition("-")[2]) if whole else -1
         newer = [step for step in self.copy.saved_steps() if step > own]
@@ -173,19 +172,19 @@ class Mirror:
             try:
                 self.check(self.copy.checkpoint(step))
             except DamagedFolderError as error:
-                print(f"warning: mirror: {error}; going back to the checkpoint before", file=sys.stderr)
+                print(f"warning: mirror: {error}; falling back to the previous checkpoint", file=sys.stderr)
                 continue
             return step
         if newer and whole is None:
             raise UserError(
                 f"no checkpoint in {self.copy.checkpoints} is whole",
                 option="mirror",
-                remedy="give another --mirror, or move it away to start anew",
+                remedy="give another --mirror, or move it away to start over",
             )
         return None
 
     def _restore(self, step: int) -> None:
-        # The checkpoint comes last: a restore that is cut short is begun anew.
+        # The checkpoint comes last: an interrupted restore starts over.
         for file in _files(self.copy):
             own = self.run.path / file.name
             if not own.is_file() or own.stat().st_size < file.stat().st_size or file == self.copy.finished_mark:
@@ -194,7 +193,7 @@ class Mirror:
             try:
                 copy_folder(self.copy.adapter, self.run.adapter, replace=True, may_differ=[CARD])
             except DamagedFolderError as error:
-                print(f"warning: mirror: {error}; going on without the best adapter so far", file=sys.stderr)
+                print(f"warning: mirror: {error}; continuing without the best adapter so far", file=sys.stderr)
         copy_folder(self.copy.checkpoint(step), self.run.checkpoint(step), replace=True)
         print(f"   run  restored from {self.copy.checkpoint(step)}", flush=True)
 
@@ -216,7 +215,7 @@ class Mirror:
                 return
 
     def _copy_newest(self) -> None:
-        """Copies the newest state, from the start where the run has saved anew meanwhile and removed the older."""
+        """Copy the newest state; starts over if the run meanwhile replaced it."""
         for number in range(1, TRIES + 1):
             before = self._newest()
             try:
@@ -232,7 +231,7 @@ class Mirror:
         return (steps[-1] if steps else None), _manifest(self.run.adapter)
 
     def _copy_once(self, step: int | None) -> None:
-        """Figures and adapter first: what goes with a checkpoint must not be older than it."""
+        """Copy figures and adapter first: they must not be older than their checkpoint."""
         if self._failed:  # the last copy may have left a part there, with a drive that went away
             self._check_place()
             clear_leftovers(self.copy.checkpoints)
@@ -260,13 +259,13 @@ class Mirror:
             self._remove_old(step)
 
     def _check_place(self) -> None:
-        """Raises SaveError where this is no longer the folder that was opened, but what lies below its drive."""
+        """Raises SaveError if the drive was unmounted, so that this is no longer the opened folder."""
         if not self._mark.is_file() or self._mark.read_text(encoding="utf-8") != self._token:
             gone = FileNotFoundError(errno.ENOENT, "the folder that was opened is gone; is the drive still mounted?")
             raise SaveError(self.copy.path, gone)
 
     def _remove_old(self, step: int) -> None:
-        """Keeps the copy of ``step`` and the newest whole ones; none goes before so many are known to be whole."""
+        """Keep the copy of ``step`` and the newest intact ones; remove none before that many are known to be intact."""
         self._check_place()
         saved = self.copy.saved_steps()
         kept = {step, *[one for one in saved if one != step and self._is_whole(one)][-(KEPT - 1) :]}
@@ -275,12 +274,12 @@ class Mirror:
                 remove_folder(self.copy.checkpoint(old))
 
     def _holds(self, step: int) -> bool:
-        """Whether the copy has ``step`` as it is here, and whole."""
+        """True if the copy of ``step`` is intact and equals the one here."""
         here, there = (_manifest(run.checkpoint(step)) for run in (self.run, self.copy))
         return here == there and self._is_whole(step)
 
     def _is_whole(self, step: int) -> bool:
-        """Looked at once: all of it is read."""
+        """Checked once, since it reads the whole folder."""
         if step not in self._whole:
             try:
                 self.check(self.copy.checkpoint(step))
@@ -306,10 +305,10 @@ class Mirror:
 
 
 def _check_mounted(folder: Path) -> None:
-    """Raises UserError where ``folder`` seems to be on a drive that is not mounted: it must not be made on this disk.
+    """Raises UserError if ``folder`` seems to be on an unmounted drive: it must not be created on this disk.
 
-    That is so below a known place of a drive where none is, where more than the folder itself lacks, and where it would
-    be the first thing in an empty folder, as the place of a drive is without it.
+    That is assumed below a known mount point with nothing mounted, if more than the last folder is missing, and if the
+    parent is empty, as an unmounted mount point is.
     """
     place = folder.resolve()
     for point in _mount_points():
@@ -328,12 +327,12 @@ def _check_mounted(folder: Path) -> None:
         raise UserError(
             f"{folder.parent} is empty",
             option="mirror",
-            remedy=f"mount the drive that belongs there, or, if there is none, make {folder}",
+            remedy=f"mount the drive that belongs there, or, if there is none, create {folder}",
         )
 
 
 def _mount_points() -> Iterator[Path]:
-    """Where drives are mounted: Colab's, and those that this system has on its list."""
+    """Mount points: Colab's, and those listed by this system."""
     yield COLAB
     lines = FSTAB.read_text(encoding="utf-8", errors="replace").splitlines() if FSTAB.is_file() else []
     for fields in (line.split() for line in lines if not line.lstrip().startswith("#")):
@@ -343,7 +342,7 @@ def _mount_points() -> Iterator[Path]:
 
 
 def _files(run: RunFolder) -> Iterator[Path]:
-    """What lies in a run folder beside adapter and checkpoints."""
+    """The files of a run folder beside adapter and checkpoints."""
     figures = [file.name for file in (run.metrics, run.samples, run.others)]
     for pattern in ("config*.yaml", run.rows.name, *figures, EVENTS, run.finished_mark.name):
         yield from sorted(run.path.glob(pattern))

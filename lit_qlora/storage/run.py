@@ -1,6 +1,6 @@
-"""Owns the layout of a run folder: where its config, adapter, checkpoints and figures lie, and which is newest.
+"""Owns the layout of a run folder: the paths of its config, adapter, checkpoints and figures, and which is newest.
 
-Reads and names; what is in a checkpoint or an adapter is written by others. Knows no torch.
+The contents of checkpoints and adapters are written by others. Knows no torch.
 """
 
 import difflib
@@ -31,18 +31,19 @@ from lit_qlora.storage.lock import RunLock
 RUNS = Path("runs")
 STEP = "step-"
 CARD = "README.md"
-"""The file in an adapter folder that people read; who edits it has altered no model."""
+"""The model card in an adapter folder; editing it does not alter the model."""
 
 FOR_ONE_START = ("config", "run", "max_time")
-"""Options that hold for one start: no part of the configuration that a run keeps."""
+"""Options of one start only, which are no part of the run's configuration."""
 
 SHOWN = 200
-"""Characters of a setting that a message shows."""
+"""Longest setting, in characters, that a message shows in full."""
 _STARTED = "# started "
 
 
 def verify(folder: Path) -> None:
-    """A file that another program left there (desktop.ini, .DS_Store) does no harm: it is never read.
+    """Verify a folder by its manifest. Files of other programs (desktop.ini, .DS_Store) are allowed: they are never
+    read.
 
     Raises DamagedFolderError.
     """
@@ -52,7 +53,7 @@ def verify(folder: Path) -> None:
 def run_path(name: str) -> Path:
     """The folder of the run called ``name``: a bare name lies in `RUNS`, and anything with a slash is a path.
 
-    A run of that name in the current folder, where earlier versions put it, is meant while `RUNS` has none.
+    A run of that name in the current folder, where earlier versions put it, is used if `RUNS` has none.
     """
     path = Path(name).expanduser()
     is_bare = path.name == name and name != ".." and not path.drive
@@ -68,23 +69,23 @@ class RunFolder:
         self.path = path
         self.adapter = path / "adapter"
         self.adapter_copy = path / "adapter.copy"
-        """The adapter once more, as it was at the last checkpoint: no checkpoint holds it."""
+        """A copy of the adapter as of the last checkpoint, which does not hold it."""
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
         self.others = path / "others.jsonl"
-        """Figures that callbacks of the user's own log under counts of their own."""
+        """Figures that a user's own callbacks log under their own step counts."""
         self.config = path / "config.yaml"
         self.rows = path / "rows.json"
         """Which rows are learned and which are held out."""
         self.finished_mark = path / "finished.json"
         self._seen_whole: dict[int, bool] = {}
-        """By step: what `outdated_steps` found once."""
+        """By step, whether `outdated_steps` found its checkpoint intact."""
 
     def open(self, stack: ExitStack) -> None:
-        """Takes the folder for this process, to begin a run or to go on with one, until ``stack`` closes.
+        """Lock the folder for this process, to start or resume a run, until ``stack`` closes.
 
-        Raises UserError when it is in use, holds something else, or can't be written.
+        Raises UserError if it is in use, holds something else, or can't be written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(
@@ -95,7 +96,7 @@ class RunFolder:
                 f"{self.path} holds other files and no run", option="run", remedy="give a folder of its own with --run"
             )
         made = [*takewhile(lambda folder: not folder.exists(), self.path.parents)]
-        stack.callback(_remove_empty, made)  # which a run that has begun keeps from being empty
+        stack.callback(_remove_empty, made)  # a started run is never empty
 
         def take() -> None:
             stack.enter_context(RunLock(self.path))
@@ -109,13 +110,13 @@ class RunFolder:
             raise
 
     def prepare(self, option: str = "run", take: Callable[[], None] = lambda: None) -> None:
-        """Makes the folder, takes it by ``take``, and puts right what a kill left behind.
+        """Create the folder, lock it by ``take``, and repair what a kill left behind.
 
-        Raises UserError that names ``option`` when it can't be written.
+        Raises UserError that names ``option`` if it can't be written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            take()  # before anything is put right: it could be what another process is writing
+            take()  # before any repair: it could be what another process is writing
             clear_leftovers(self.checkpoints)
             recover(self.adapter)
             recover(self.adapter_copy)
@@ -130,7 +131,7 @@ class RunFolder:
             ) from error
 
     def check_room(self, needed_bytes: int) -> None:
-        """Raises UserError when the disk has less than ``needed_bytes`` free."""
+        """Raises UserError if the disk has less than ``needed_bytes`` free."""
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
             raise UserError(
@@ -140,17 +141,17 @@ class RunFolder:
             )
 
     def has_begun(self) -> bool:
-        """Whether anything was recorded or saved: until then there is nothing to go on with, or to lose."""
+        """True if anything was recorded or saved; until then there is nothing to resume, or to lose."""
         return self.metrics.is_file() or bool(self.saved_steps()) or self.adapter.is_dir()
 
     def is_empty(self) -> bool:
-        """Whether the folder is not there, or holds nothing but what a start cut short leaves behind."""
+        """True if the folder is missing, or holds only what an interrupted start leaves behind."""
         if not self.path.is_dir():
             return True
         return (self.path / ".lock").is_file() or not any(self.path.iterdir())
 
     def discard_unless_begun(self) -> None:
-        """Removes what a start that failed leaves behind, and the folder if nothing else is in it."""
+        """Remove what a failed start leaves behind, and the folder if nothing else is in it."""
         if self.has_begun():
             return
         with suppress(OSError):  # a folder that can't be written keeps what little is in it
@@ -170,9 +171,9 @@ class RunFolder:
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
     def last_checkpoint(self, check: Callable[[Path], object] = verify) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, and what was wrong with the newer ones.
+        """The newest intact checkpoint, and the problems of newer ones.
 
-        ``check`` raises DamagedFolderError for one that is not; default: what the manifest says.
+        ``check`` raises DamagedFolderError for a damaged one; default: by its manifest.
         """
         problems = []
         for step in reversed(self.saved_steps()):
@@ -185,10 +186,11 @@ class RunFolder:
         return None, problems
 
     def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] = verify) -> list[int]:
-        """Steps whose checkpoints may go now that ``newest`` is written: all but the ``keep`` newest whole ones.
+        """Steps whose checkpoints may be removed now that ``newest`` is written: all but the ``keep`` newest intact
+        ones.
 
-        None while there are fewer whole ones up to ``newest``. A damaged one counts for nothing, whatever its number;
-        a whole one above ``newest`` stays. Each is checked once, by ``check`` as in `last_checkpoint`.
+        Empty while there are fewer intact ones up to ``newest``. Damaged ones don't count, and intact ones above
+        ``newest`` stay. Each is checked once, by ``check`` as in `last_checkpoint`.
         """
         self._seen_whole[newest] = True
 
@@ -212,18 +214,18 @@ class RunFolder:
         return [step for step in saved if step not in kept and (step < newest or not is_whole(step))]
 
     def finished(self) -> dict[str, Any] | None:
-        """What was noted when the run came to its end; None while it has not, and where that is damaged."""
+        """The record of the run's end; None before that, and if it is damaged."""
         if not self.finished_mark.is_file():
             return None
         try:
             mark = dict(parse_json(self.finished_mark.read_bytes()))
             return mark | {name: int(mark[name]) for name in ("step", "steps")}
         except (ValueError, TypeError, KeyError, OverflowError):
-            print(f"warning: {self.finished_mark} is damaged: the run is ended once more", file=sys.stderr)
+            print(f"warning: {self.finished_mark} is damaged: the run is completed once more", file=sys.stderr)
             return None
 
     def read_options(self) -> dict[str, Any]:
-        """The options of the run's first start by their dotted names. Raises UserError where they are damaged."""
+        """The options of the run's first start by their dotted names. Raises UserError if the file is damaged."""
         try:
             options = read_options(self.config)
         except ValueError as error:
@@ -231,18 +233,18 @@ class RunFolder:
         return {name: value for name, value in options.items() if name not in FOR_ONE_START}
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration that the run was first started with. Raises UserError where it is damaged."""
+        """The configuration of the run's first start. Raises UserError if the file is damaged."""
         return as_sections(self.read_options())
 
     def config_remedy(self) -> str:
-        """What to do where the configuration is damaged."""
+        """The remedy for a damaged configuration."""
         return (
             f"put a copy of it back, or remove it and give fit all options (--config FILE --run {self.path}): the "
-            "run goes on, for its checkpoints know what it is made of"
+            "run resumes, for its checkpoints hold what identifies it"
         )
 
     def write_config(self, text: str) -> Path:
-        """Keeps a start's configuration: the first as config.yaml, later and different ones beside it, numbered."""
+        """Keep a start's configuration: the first as config.yaml, later ones that differ beside it, numbered."""
         for number in _from(1):
             path = self.config if number == 1 else self.path / f"config.{number}.yaml"
             if not path.exists():
@@ -257,15 +259,15 @@ class RunFolder:
 
 
 def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False) -> None:
-    """Puts an adapter aside that is damaged, or none of this run, and takes a whole copy in its place, with a warning.
+    """Move a damaged or foreign adapter aside and restore an intact copy in its place, with a warning.
 
-    It must be neither the best so far nor the one that is used. A run without any may have kept none yet. Of a
-    finished run, no older one passes for its best.
+    It must be neither the best so far nor the one in use. A run without one may have saved none yet. For a finished
+    run, only a copy of its best is accepted.
 
     Args:
         run: whose.
         mirrored: another place that may hold a copy.
-        is_needed: whether there has to be one: raises UserError, and moves nothing, where no whole one is left.
+        is_needed: True to raise UserError, and move nothing, if no intact copy is left.
     """
     try:
         _verify_adapter(run.adapter)
@@ -277,7 +279,7 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
     if whole is None and is_needed:
         raise UserError(
             problem,
-            remedy="the run is finished, and no whole copy of its adapter is left; train it with another --run",
+            remedy="the run is finished, and no intact copy of its adapter is left; train it with another --run",
         )
     if run.adapter.is_dir():
         problem += f"; put aside as {_put_aside(run.adapter, 'adapter.damaged')}"
@@ -286,21 +288,21 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
     if whole:
         copy_folder(whole, run.adapter, may_differ=[CARD])
     print(
-        f"warning: {problem}, and {f'restored from {whole}' if whole else 'the best is looked for anew'}",
+        f"warning: {problem}, and {f'restored from {whole}' if whole else 'the search for the best starts over'}",
         file=sys.stderr,
     )
 
 
 def put_adapter_back(run: RunFolder, step: int, mirrored: Path | None = None, *, must_stay: bool = False) -> None:
-    """Puts a best adapter aside that is of a step behind ``step``, from where a start resumes: that step comes again.
+    """Move a best adapter aside that is of a later step than ``step``, where a start resumes: that step comes again.
 
     The best as of ``step`` takes its place.
 
     Args:
-        run: The run folder, whose adapter is whole.
+        run: The run folder, whose adapter is intact.
         step: Optimizer steps done at the checkpoint; 0 without one.
         mirrored: Another place that may hold a copy.
-        must_stay: True if the checkpoint had a best: where no copy of one is left, the later stays, which was better.
+        must_stay: True if the checkpoint had a best: without a copy of that, the later one stays, which was better.
     """
     if not run.adapter.is_dir():
         return
@@ -312,11 +314,11 @@ def put_adapter_back(run: RunFolder, step: int, mirrored: Path | None = None, *,
     if whole:
         copy_folder(whole, run.adapter, may_differ=[CARD])
     then = f", {whole} takes its place" if whole else ""
-    print(f"   run  {run.adapter} is of step {found}, behind step {step}: put aside as {aside}{then}", flush=True)
+    print(f"   run  {run.adapter} is of step {found}, after step {step}: put aside as {aside}{then}", flush=True)
 
 
 def _copy(run: RunFolder, mirrored: Path | None, fits: Callable[[int], bool]) -> Path | None:
-    """A whole copy of the adapter, of a step that ``fits``."""
+    """An intact copy of the adapter, of a step that ``fits``."""
     for copy in filter(None, (run.adapter_copy, mirrored)):
         with suppress(DamagedFolderError):
             if fits(_verify_adapter(copy)):
@@ -333,7 +335,7 @@ def _put_aside(adapter: Path, name: str) -> Path:
 
 
 def _verify_adapter(folder: Path) -> int:
-    """Files and figures, which say whether it is still the best. Returns its step; raises DamagedFolderError."""
+    """Verify an adapter's files and figures; return its step. Raises DamagedFolderError."""
     verify_folder(folder, allow_extra=True, may_differ=[CARD])
     file = folder / "result.json"
     try:
@@ -353,9 +355,9 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def newest_run(root: Path = RUNS) -> RunFolder:
-    """The run below ``root`` that was started last.
+    """The most recently started run below ``root``.
 
-    Raises UserError when there is none.
+    Raises UserError if there is none.
     """
     configs = list(root.glob("*/config.yaml"))
     if not configs:
@@ -364,7 +366,7 @@ def newest_run(root: Path = RUNS) -> RunFolder:
 
 
 def _started(config: Path) -> datetime:
-    """When a run was first started, by what its config says: a copy or a backup changes the file's own date."""
+    """When a run was first started, by the first line of its config: copies and backups change the file's date."""
     try:
         return datetime.fromisoformat(_first_line(config).removeprefix(_STARTED).strip())
     except ValueError:  # a config that somebody else wrote
@@ -372,13 +374,13 @@ def _started(config: Path) -> datetime:
 
 
 def _first_line(config: Path) -> str:
-    """The line with the start, if there is one."""
+    """The line with the time of the start, if any."""
     line = config.read_text(encoding="utf-8", errors="replace").partition("\n")[0] + "\n"
     return line if line.startswith(_STARTED) else ""
 
 
 def open_run(path: Path) -> RunFolder:
-    """The run in ``path``. Raises UserError when it is none."""
+    """The run in ``path``. Raises UserError if there is none."""
     run = RunFolder(path)
     if not run.config.is_file():
         near = difflib.get_close_matches(
@@ -390,7 +392,7 @@ def open_run(path: Path) -> RunFolder:
 
 
 class _Readable(yaml.SafeDumper):
-    """Writes a text of several lines, such as a template, line by line."""
+    """A dumper that writes multi-line texts, such as templates, line by line."""
 
 
 _Readable.add_representer(
@@ -403,10 +405,10 @@ _Readable.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
 
 
 class NoReferences(yaml.SafeLoader):
-    """Reads what `_Readable` writes: a folder from elsewhere may hold a few lines that stand for billions."""
+    """A loader without references, by which a few lines of a folder from elsewhere could stand for billions."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As yaml's; raises ComposerError at a reference."""
+        """As the base class's; raises ComposerError at a reference."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "a value given by reference (& and *); write it out", mark)
@@ -414,9 +416,9 @@ class NoReferences(yaml.SafeLoader):
 
 
 def read_options(config: Path) -> dict[str, Any]:
-    """The options of a run's configuration by their dotted names, nested there or not.
+    """The options of a run's configuration file by their dotted names, nested in the file or not.
 
-    Raises ValueError where it is damaged.
+    Raises ValueError for a damaged file.
     """
     try:
         found = yaml.load(config.read_text(encoding="utf-8-sig"), Loader=NoReferences)
@@ -432,12 +434,12 @@ def read_options(config: Path) -> dict[str, Any]:
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:
-    """A configuration as text, in its own order."""
+    """A configuration as YAML text, in its own order."""
     return yaml.dump(config, Dumper=_Readable, sort_keys=False, allow_unicode=True)
 
 
 class Change(NamedTuple):
-    """A setting that changed, by its dotted name; ``name: old -> new`` as a text."""
+    """A changed setting, by its dotted name; ``name: old -> new`` as text."""
 
     name: str
     old: str
@@ -448,7 +450,7 @@ class Change(NamedTuple):
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], keys: tuple[str, ...]) -> list[Change]:
-    """The settings below ``keys`` (dotted) that changed."""
+    """The changed settings below ``keys`` (dotted)."""
     before, after = flat(was), flat(now)
     watched = (
         name for name in sorted({*before, *after}) if any(name == key or name.startswith(f"{key}.") for key in keys)
@@ -461,7 +463,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], keys: tuple[str,
 
 
 def _told(value: Any) -> str:
-    """A setting in one line: of a long text, such as a template, its beginning and what tells it from others."""
+    """A setting in one line; a long text, such as a template, as its beginning, length and hash."""
     text = str(value)
     if len(text) <= SHOWN and "\n" not in text:
         return text
@@ -469,11 +471,11 @@ def _told(value: Any) -> str:
 
 
 def flat(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """Options by their dotted names. Raises ValueError for one that stands there twice, nested and dotted."""
+    """Options by their dotted names. Raises ValueError for one given twice, nested and dotted."""
     found: dict[str, Any] = {}
     for name, value in _leaves(config):
         if name in found:
-            raise ValueError(f"{name} stands there twice")
+            raise ValueError(f"{name} is given twice")
         found[name] = value
     return found
 
@@ -487,9 +489,9 @@ def as_sections(options: Mapping[str, Any]) -> dict[str, Any]:
         for section in sections:
             within = within.setdefault(section, {})
             if not isinstance(within, dict):
-                raise ValueError(f"{section} is a section, and an option")
+                raise ValueError(f"{section} is both a section and an option")
         if last in within:
-            raise ValueError(f"{name} is a section, and an option")
+            raise ValueError(f"{name} is both a section and an option")
         within[last] = value
     return config
 

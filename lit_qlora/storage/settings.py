@@ -1,6 +1,6 @@
-"""Owns which settings of a run may change between two starts; every other one makes it another run.
+"""Owns which settings may change between two starts of a run; changing any other makes it another run.
 
-Knows the names of options and why they are harmless, and nothing of what they do.
+Knows the names of options and why changing them is harmless, and nothing of what they do.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from lit_qlora.storage.run import Change, differences
 
 MAY_CHANGE: Mapping[str, str] = {
-    # Saving and watching: no number of the training hangs on them.
+    # Saving and logging: no number of the training depends on them.
     "save_every_steps": "saving changes no number",
     "save_every_minutes": "saving changes no number",
     "keep_checkpoints": "saving changes no number",
@@ -27,7 +27,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "data.test_source": "no part of training",
     "data.strict": "ends at a bad row, or changes nothing",
     # How the same numbers come about.
-    "data.num_workers": "the order of the rows does not hang on it",
+    "data.num_workers": "the order of the rows does not depend on it",
     "model.checkpointing": "computes the same again, or keeps it",
     "model.cuda_graphs": "the same kernels, started together",
     "model.loss_rows": "the same sums, in other parts",
@@ -37,7 +37,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "trainer.devices": "one device, whichever it is called",
     "trainer.deterministic": "which of a GPU's kernels",
     "trainer.benchmark": "which of a GPU's kernels",
-    # The checkpoint itself tells whether these are still the same: see callbacks/identity.py.
+    # Compared with the checkpoint itself: see callbacks/identity.py.
     "trainer.max_epochs": "longer is allowed, shorter is not",
     "trainer.max_steps": "longer is allowed, shorter is not",
     "trainer.precision": "auto and its choice are the same",
@@ -46,12 +46,12 @@ MAY_CHANGE: Mapping[str, str] = {
 
 
 def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The changes that make it another run."""
+    """The changes that would make it another run."""
     return [change for change in _changes(was, now) if not _may_change(change.name)]
 
 
 def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The changes with which the run goes on."""
+    """The changes with which the run may resume."""
     return [change for change in _changes(was, now) if _may_change(change.name)]
 
 

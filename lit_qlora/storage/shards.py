@@ -8,15 +8,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SHARD_BYTES = 2**30
-"""Of one file: what a machine with little memory can hold beside everything else."""
+"""Size of one file, which a machine with little memory can hold beside everything else."""
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
-    """Writes ``tensors`` into ``folder`` under the names that Hugging Face gives; returns their size in bytes.
+    """Write ``tensors`` to ``folder`` under Hugging Face's file names; return their size in bytes.
 
     One file is ``model.safetensors``; several are numbered, with ``model.safetensors.index.json`` beside them.
-    A tensor larger than ``shard_bytes`` has a file of its own. One whose name goes on from another's, as the scales
-    of a weight in 4 bits do, stands in the same file: not every loader looks for it in the next.
+    A tensor larger than ``shard_bytes`` has a file of its own. One whose name extends another's, as the scales of a
+    4-bit weight do, goes to the same file: not every loader looks for it in the next.
     """
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}

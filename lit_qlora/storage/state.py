@@ -42,7 +42,7 @@ def save_state(state: dict, folder: Path) -> None:
         folder: where the two files go.
 
     Raises:
-        TypeError: there is something else in the state; says where.
+        TypeError: the state holds something else; the message says where.
         OSError: a file could not be written.
     """
     if not isinstance(state, dict):
@@ -57,9 +57,9 @@ def save_state(state: dict, folder: Path) -> None:
 
 
 def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
-    """Read what `save_state` wrote; the tensors are on the CPU and owe nothing to the files.
+    """Read what `save_state` wrote; the tensors are on the CPU and independent of the files.
 
-    Without tensors, which are most of the bytes, None stands for each.
+    Without tensors, which are most of the bytes, each is None.
 
     Raises:
         DamagedFolderError: a file is missing or holds anything that `save_state` does not write.
@@ -84,10 +84,10 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
 
 
 def check_tensors(folder: Path) -> None:
-    """Whether the tensors' file holds those that the state names, without reading them.
+    """Verify that the tensor file holds the tensors named by the state, without reading them.
 
     Raises:
-        DamagedFolderError: it holds others, or is no such file.
+        DamagedFolderError: it holds others, or is not readable.
     """
     names: set[str] = set()
     try:
@@ -102,7 +102,7 @@ def check_tensors(folder: Path) -> None:
 
 
 class _Names(dict[str, Any]):
-    """Notes which tensors are asked for."""
+    """Record which tensors are requested."""
 
     def __init__(self, names: set[str]) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _Names(dict[str, Any]):
 
 
 def num_bytes(state: Any) -> int:
-    """What the tensors of a nested state will take on disk."""
+    """Bytes that the tensors of a nested state will take on disk."""
     if isinstance(state, torch.Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, dict | list | tuple):
@@ -179,7 +179,7 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy tensors whose memory another one holds, which safetensors refuses."""
+    """Copy tensors that share memory, which safetensors refuses."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
         (b"[1]", "config.json: expected a JSON object, got [1]"),
         (b"{", "config.json can't be read: Expecting property name"),
         (b"\xff{}", "config.json can't be read: 'utf-8' codec can't decode byte 0xff"),
-        (b"[" * 200_000, "config.json can't be read: it is nested too deep"),
+        (b"[" * 200_000, "config.json can't be read: it is nested too deeply"),
         (b'{"a": ' + b"9" * 5000 + b"}", "config.json can't be read: Exceeds the limit"),
         (b" " * (LARGEST_FILE + 1), "config.json has 10,000,001 bytes, expected at most 10,000,000"),
         (None, "config.json can't be read: [Errno 2] No such file"),

@@ -139,7 +139,7 @@ def test_a_file_system_without_locks_is_warned_of_and_gone_on_with(
     with RunLock(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     assert capsys.readouterr().err == (
-        "warning: the file system of this run folder has no locks; see to it that no second process trains in it\n"
+        "warning: the file system of this run folder has no locks; make sure that no second process trains in it\n"
     )
 
 
@@ -156,4 +156,4 @@ def test_a_folder_in_its_place_is_told(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UserError) as caught, RunLock(tmp_path):
         pass
-    assert str(caught.value) == f"run: {tmp_path}/.lock is a folder, and is to be the run's lock, a file: remove it"
+    assert str(caught.value) == f"run: {tmp_path}/.lock is a folder, expected a file (the run's lock): remove it"

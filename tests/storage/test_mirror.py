@@ -130,8 +130,8 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(machine, drive, capsys, 
     assert not other.adapter.exists()
     skipped, adapter = capsys.readouterr().err.splitlines()
     assert skipped.startswith(f"warning: mirror: {drive.checkpoint(10)}: 'state': expected sha256=")
-    assert skipped.endswith("; going back to the checkpoint before")
-    assert adapter.endswith("; going on without the best adapter so far")
+    assert skipped.endswith("; falling back to the previous checkpoint")
+    assert adapter.endswith("; continuing without the best adapter so far")
     (drive.checkpoint(5) / "state").unlink()
     expect_error(lambda: machine("c"), drive.checkpoints, "no checkpoint", "--mirror", option="mirror")
 
@@ -399,7 +399,7 @@ def test_a_finished_run_that_the_mirror_lacks_is_completed(machine, drive, monke
         assert not drive.finished_mark.exists()
     capsys.readouterr()
     late.complete()
-    assert capsys.readouterr().out == f"   run  copied to {drive.path}: the mirror had not all of it\n"
+    assert capsys.readouterr().out == f"   run  copied to {drive.path}: the mirror was incomplete\n"
     assert drive.finished_mark.is_file() and drive.saved_steps() == [5]
     again = Mirror(run, drive.path.parent, print)
     again.open(CONFIG)

@@ -329,7 +329,7 @@ def test_differences_are_told_below_the_keys_that_are_watched():
 def test_a_damaged_mark_is_none_with_a_warning(run, capsys, text):
     run.finished_mark.write_text(text, encoding="utf-8")
     assert run.finished() is None
-    assert capsys.readouterr().err == f"warning: {run.finished_mark} is damaged: the run is ended once more\n"
+    assert capsys.readouterr().err == f"warning: {run.finished_mark} is damaged: the run is completed once more\n"
 
 
 @pytest.mark.parametrize(
@@ -344,9 +344,9 @@ def test_a_damaged_mark_is_none_with_a_warning(run, capsys, text):
         (b"\xff\xfe", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         (b"[1]", "no 'option: value' lines"),
         (b"a: &a 1\nb: *a\n", "a value given by reference (& and *); write it out"),
-        (b"a:\n  b: 1\na.b: 2\n", "a.b stands there twice"),
-        (b"a: 1\na.b: 2\n", "a is a section, and an option"),
-        (b"a.b: 2\na: 1\n", "a is a section, and an option"),
+        (b"a:\n  b: 1\na.b: 2\n", "a.b is given twice"),
+        (b"a: 1\na.b: 2\n", "a is both a section and an option"),
+        (b"a.b: 2\na: 1\n", "a is both a section and an option"),
         (b"a: " + 200_000 * b"[", "no valid YAML: RecursionError"),
         (b"a: !!bool x\n", "no valid YAML: KeyError"),
     ],

@@ -48,9 +48,9 @@ def test_the_names_that_templates_lean_on():
         ),
         ("a\n{{ x | unheard }}", "line 2 is no valid Jinja: No filter named 'unheard'."),
         (" \n", "expected a Jinja chat template, got nothing"),
-        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "it is nested too deep"),
-        ("{% if 1 %}" * 500 + "{% endif %}" * 500, "it is nested too deep"),
-        ("{{ " + "[" * 150 + "]" * 150 + " }}", "it is nested too deep"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "it is nested too deeply"),
+        ("{% if 1 %}" * 500 + "{% endif %}" * 500, "it is nested too deeply"),
+        ("{{ " + "[" * 150 + "]" * 150 + " }}", "it is nested too deeply"),
         ("{{ strftime_now('%d') }}", "strftime_now gives other prompts each day; write a date, or none"),
     ],
 )

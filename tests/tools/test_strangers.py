@@ -152,7 +152,7 @@ def test_what_is_no_text_in_a_record(run: Path, capsys: pytest.CaptureFixture[st
         ("model.base: 3", "model.base: expected a text, got 3"),
         ("model.base: [demo]", "model.base: expected a text, got ['demo']"),
         ("x: 1", "model.base: expected a text, got None"),
-        ("model: 3\nmodel.base: demo", "is damaged (model is a section, and an option)"),
+        ("model: 3\nmodel.base: demo", "is damaged (model is both a section and an option)"),
         ("model.base: demo\ndata: 3", "data: expected options below it, got 3"),
         ("model.base: demo\ndata.system: {x: 1}", "data.system: expected a text, got {'x': 1}"),
         ("model.base: demo\nmodel.quantized_cache: 3", "model.quantized_cache: expected a text, got 3"),

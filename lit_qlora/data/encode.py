@@ -38,6 +38,14 @@ class Example(NamedTuple):
     was_cut: bool
 
 
+class Written(NamedTuple):
+    """A piece of a conversation, its ids, and whether its turn may be learned."""
+
+    piece: Piece
+    ids: list[int]
+    learned: bool
+
+
 class Encoder:
     """Turns conversations into ids with one tokenizer.
 
@@ -99,12 +107,17 @@ class Encoder:
 
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[Example | None]:
         """An `Example` for each conversation in its order, or None where no answer token would stay."""
+        return map(self._example, self.written(conversations))
+
+    def written(self, conversations: Iterable[Conversation]) -> Iterator[list[Written]]:
+        """For each conversation in its order, all of its pieces, before any cut."""
         remaining = iter(conversations)
         while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
             cut = [self.prompt_format.pieces(conversation) for conversation in some]
             ids = iter(self._ids([piece for pieces in cut for piece in pieces]))
             for conversation, pieces in zip(some, cut, strict=True):
-                yield self._example([(next(ids), *what) for what in _what_is_learned(conversation, pieces)])
+                learned = _may_be_learned(conversation, pieces)
+                yield [Written(piece, next(ids), may) for piece, may in zip(pieces, learned, strict=True)]
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids of an open prompt: the answer starts right after the last one.
@@ -159,9 +172,9 @@ class Encoder:
         tokenizer.encode_special_tokens = True  # the backend's word for split_special_tokens
         return tokenizer
 
-    def _example(self, pieces: list[tuple[list[int], bool, bool]]) -> Example | None:
-        input_ids = [token for ids, *_ in pieces for token in ids]
-        roles = [(is_answer, learned) for ids, is_answer, learned in pieces for _ in ids]
+    def _example(self, written: list[Written]) -> Example | None:
+        input_ids = [token for _, ids, _ in written for token in ids]
+        roles = [(piece.is_answer, learned) for piece, ids, learned in written for _ in ids]
         # A cut falls on a token's edge inside an answer that is learned, else on the edge of the turn before it: a
         # question whose answer fell off teaches nothing. The first token has nothing that predicts it.
         end = min(len(input_ids), self.max_length)
@@ -177,13 +190,10 @@ class Encoder:
         return Example(input_ids[:end], labels, was_cut=end < len(input_ids))
 
 
-def _what_is_learned(conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[tuple[bool, bool]]:
-    """Of each piece, whether it is an answer, and whether its turn may be learned.
-
-    Prompts and answers are the turns in their order, one each.
-    """
-    for turn, (is_answer, run) in zip(conversation.turns, groupby(pieces, lambda piece: piece.is_answer), strict=True):
-        yield from ((is_answer, turn.learned) for _ in run)
+def _may_be_learned(conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[bool]:
+    """Of each piece, whether its turn may be learned. Prompts and answers are the turns in their order, one each."""
+    for turn, (_, run) in zip(conversation.turns, groupby(pieces, lambda piece: piece.is_answer), strict=True):
+        yield from (turn.learned for _ in run)
 
 
 def _take_out_space(rule: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -161,7 +161,8 @@ class Parts:
         if num_new:
             dropped["conversations there are new since the run began, and not scored"] = num_new
         conversations = [records.conversations[place] for records, place in kept]
-        return Records(name, conversations, dropped, unanswered), len(rows.held_out) - len(kept)
+        where = [records.where[place] for records, place in kept]
+        return Records(name, conversations, dropped, unanswered, where), len(rows.held_out) - len(kept)
 
     def _places(self, rows: RunRows) -> Iterator[Records]:
         sources = [self.validation_source or rows.validation_source, self.source]
@@ -225,7 +226,7 @@ def _split(records: Records, share: float, seed: int) -> tuple[Records, Records]
     held_out = [number for number, conversation in enumerate(records.conversations) if conversation in chosen]
     kept = sorted({*range(len(records.conversations))} - {*held_out})
     return (
-        _part(records, records.name, kept, records.dropped),
+        replace(_part(records, records.name, kept, records.dropped), left_out=records.left_out),
         _part(records, f"{records.name}, held out", held_out, {}),
     )
 
@@ -233,5 +234,6 @@ def _split(records: Records, share: float, seed: int) -> tuple[Records, Records]
 def _part(records: Records, name: str, places: list[int], dropped: dict[str, int]) -> Records:
     unanswered = frozenset(new for new, place in enumerate(places) if place in records.unanswered)
     conversations = [records.conversations[place] for place in places]
+    where = [records.where[place] for place in places]
     counted = {what: number for what, number in dropped.items() if what != UNANSWERED}
-    return Records(name, conversations, count_unanswered(unanswered) | counted, unanswered)
+    return Records(name, conversations, count_unanswered(unanswered) | counted, unanswered, where)

@@ -45,17 +45,27 @@ class Reading(NamedTuple):
 ANY_FORM = Reading()
 
 
+class LeftOut(NamedTuple):
+    """Where a row stands that no conversation was made of, and why."""
+
+    where: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Records:
     """Conversations that all end on an answer, their source's name, and what was left out or not used, in words.
 
-    ``unanswered`` are the places of those that lost a last turn; ``dropped`` has their number.
+    ``unanswered`` are the places of those that lost a last turn; ``dropped`` has their number. ``where`` has for each
+    conversation where its row stands, such as ``rows.jsonl:17``; ``left_out`` is the rows that none was made of.
     """
 
     name: str
     conversations: list[Conversation]
     dropped: dict[str, int]
     unanswered: frozenset[int] = field(default=frozenset(), compare=False)
+    where: list[str] = field(default_factory=list, compare=False)
+    left_out: list[LeftOut] = field(default_factory=list, compare=False)
 
 
 def count_unanswered(unanswered: Collection[int]) -> dict[str, int]:
@@ -110,7 +120,7 @@ def _listed(names: Counter[str]) -> str:
 
 def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     counts = Counts()
-    conversations: list[Conversation] = []
+    conversations, where, lost = list[Conversation](), list[str](), list[LeftOut]()
     unanswered: set[int] = set()
     faults: list[tuple[str, UserError]] = []
     left_out = ""
@@ -122,10 +132,12 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
                 raise
             why = fault.__cause__ if isinstance(fault.__cause__, RowError) else fault.problem
             faults.append((f"{row.where} ({why})", fault))
+            lost.append(LeftOut(row.where, str(why)))
             continue
         conversation, reason = _trainable(read.conversation)
         if conversation is None:
             counts.dropped[reason] += 1
+            lost.append(LeftOut(row.where, reason))
             continue
         try:
             reading.prompt_format.pieces(conversation)
@@ -136,6 +148,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
                 ) from error
             left_out = left_out or reading.prompt_format.left_out(row.where, error)
             counts.dropped[left_out] += 1
+            lost.append(LeftOut(row.where, str(error)))
             continue
         counts.add(read)
         if reason == UNANSWERED:
@@ -143,6 +156,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
         elif reason:
             counts.dropped[reason] += 1
         conversations.append(conversation)
+        where.append(row.where)
     if len(faults) > len(rows) / 10:  # so many are no stray rows, but a form misread
         raise faults[0][1]
     if faults:
@@ -152,7 +166,8 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
         raise UserError(
             f"nothing to train on ({reasons})", place=name, remedy="expected conversations that end on an answer"
         )
-    return Records(name, conversations, count_unanswered(unanswered) | counts.in_words(), frozenset(unanswered))
+    dropped = count_unanswered(unanswered) | counts.in_words()
+    return Records(name, conversations, dropped, frozenset(unanswered), where, lost)
 
 
 def _read(row: Row, reading: Reading) -> Read:

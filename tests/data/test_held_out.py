@@ -48,13 +48,14 @@ def test_both_sides_get_at_least_one_row(ten, share, count):
     st.floats(0.01, 0.99),
 )
 def test_no_conversation_stands_on_both_sides(names, share):
-    records = Records("rows", [said(name, "yo") for name in names], {"x": 1})
+    records = Records("rows", [said(name, "yo") for name in names], {"x": 1}, where=names)
     train, held_out = _split(records, share, seed=3)
     assert questions(train)
     assert questions(held_out)
     assert not set(questions(train)) & set(questions(held_out))
     assert sorted(questions(train) + questions(held_out)) == sorted(names)
     assert (train.dropped, held_out.dropped) == ({"x": 1}, {})
+    assert [train.where, held_out.where] == [questions(train), questions(held_out)]
 
 
 @pytest.mark.parametrize("share", [0, 0.0, 1.0, -0.1, float("nan")])

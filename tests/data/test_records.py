@@ -280,6 +280,16 @@ def test_special_tokens_at_the_edges_are_taken_off_and_counted():
     assert own.conversations == [said("a", "b")]
 
 
+def test_each_conversation_and_each_row_left_out_knows_where_it_stands():
+    rows = [text("a", "b"), text("only asked"), text("[INST] x", "b"), text("c", "d", "e"), "no object"]
+    rows += [text("f", "g")] * 9
+    records = load_records(write("a.jsonl", *rows))
+    assert records.where == ["a.jsonl:1", "a.jsonl:4", *(f"a.jsonl:{line}" for line in range(6, 15))]
+    assert [where for where, _ in records.left_out] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:5"]
+    words = ("nothing answered", "[INST]", "expected an object")
+    assert all(word in reason for word, (_, reason) in zip(words, records.left_out, strict=True))
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the checkout")
 def test_the_real_rows():
     records = load_records(str(REAL / "openassistant_best_replies_eval_first259.jsonl"))

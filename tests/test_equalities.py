@@ -229,7 +229,9 @@ def test_memory_that_runs_out_in_backward_loses_no_gradient_of_the_step(
     monkeypatch.setattr(QLoRAModule, "summed_loss", short_once)
     capsys.readouterr()
     again = fit("again", *accumulated, other=expected[0])
-    done = "kernels are no longer recorded" if uses_cuda_graphs else "every layer computes its inside again from now on"
+    done = (
+        "kernels are no longer recorded" if uses_cuda_graphs else "every layer recomputes its activations from now on"
+    )
     assert capsys.readouterr().out.count(f": {done}") == 1
     assert_same(expected, again, "train/loss train/gradient_norm val/loss")
 

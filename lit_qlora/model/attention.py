@@ -1,4 +1,4 @@
-"""Owns where tokens stand and what they see: rotary places, and causal attention within each conversation of a row.
+"""Owns positions and attention: rotary embeddings, and causal attention within each conversation of a row.
 
 The kernels are torch's own. Knows no weights.
 """
@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 OWN_SDPA = "sdpa_in_kernels"
-"""What transformers calls its own attention by, as it is used here."""
+"""The name under which transformers registers the attention used here."""
 
 
 class Places(NamedTuple):
-    """Where tokens stand: rotary ``cos`` and ``sin``, each ``[1, T, head width]``, as `pointwise.rotate` takes them.
+    """Positions of tokens: rotary ``cos`` and ``sin``, each ``[1, T, head width]``, as `pointwise.rotate` takes them.
 
-    Where a row holds several conversations, ``lengths`` are their tokens, and ``bounds`` where they begin and end,
-    int32.
+    For a row of several conversations, ``lengths`` are their tokens and ``bounds`` their limits, int32.
     """
 
     cos: Tensor
@@ -32,7 +31,7 @@ class Places(NamedTuple):
 
 
 def find_places(rotary: Any, hidden: Tensor, lengths: tuple[int, ...]) -> Places:
-    """The places of ``hidden`` ``[B, T, h]`` by ``rotary``, transformers' rotary embedding of the model."""
+    """The positions of ``hidden`` ``[B, T, h]`` by ``rotary``, the model's rotary embedding from transformers."""
     if not lengths:
         cos, sin = rotary(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
         return Places(cos, _half_negated(sin))
@@ -65,7 +64,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
 
 # On a GPU. torch has three ways: FlashAttention, from compute capability 8.0 on; the memory-efficient kernel, which
 # takes neither shared heads nor head widths that are not a multiple of 8; and, for whatever neither takes, plain
-# products that hold all T x T weights. The last is never to be reached: its memory is in no forecast.
+# products that hold all T x T weights. The last must never be reached: its memory is in no forecast.
 
 
 def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
@@ -87,13 +86,13 @@ def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, places: Places) ->
 
 
 def in_eights(heads: Tensor) -> Tensor:
-    """``[B, heads, T, head width]``, with zeros behind up to the next multiple of 8; they change no product."""
+    """``[B, heads, T, head width]``, zero-padded to the next multiple of 8, which changes no product."""
     missing = -heads.shape[-1] % 8
     return functional.pad(heads, (0, missing)) if missing else heads
 
 
 def has_flash(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
-    """Whether torch has FlashAttention for these, which may share keys' and values' heads."""
+    """True if torch has FlashAttention for these tensors, whose key and value heads may be shared."""
     from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, is_causal, True))
@@ -103,8 +102,8 @@ def has_flash(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> boo
 def _widened(groups: int, *narrow: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Copies of keys and values, one for each query head of a group.
 
-    They last as long as the kernel runs. What a kernel that is called in here keeps of them for its backward is what
-    they were copied from; they are copied once more there.
+    They last as long as the kernel runs: for backward, a kernel called within keeps the originals, which are copied
+    again there.
     """
     if groups == 1:
         yield narrow
@@ -114,7 +113,7 @@ def _widened(groups: int, *narrow: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
     def pack(saved: Tensor) -> Any:
         heads = copied.get(saved.data_ptr())
-        # Detached: an output held by its own graph would stay for ever where no backward follows, as in a validation.
+        # Detached: an output held by its own graph would never be freed where no backward follows, as in a validation.
         return saved.detach() if heads is None else (heads, saved.shape, saved.stride())
 
     def unpack(kept: Any) -> Tensor:
@@ -130,9 +129,9 @@ def _widened(groups: int, *narrow: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _attend_packed(
     query: Tensor, key: Tensor, value: Tensor, places: Places, scale: float | None, flash: bool
 ) -> Tensor:
-    """In one kernel: FlashAttention's, or the memory-efficient one.
+    """Attention in one kernel: FlashAttention's, or the memory-efficient one.
 
-    Both are what torch's own attention calls, with the bounds of conversations that it has no argument for.
+    Both are what torch's own attention calls, plus the bounds of conversations, for which it has no argument.
     """
     longest, bounds = max(places.lengths), places.bounds
     assert bounds is not None
@@ -157,7 +156,8 @@ def _attend_packed(
 
 
 def implementation_of(implementation: str) -> str:
-    """The name under which transformers finds ``implementation``; for sdpa one that never falls back to products.
+    """The name under which transformers finds ``implementation``; for sdpa, one that never falls back to plain
+    products.
 
     On a CPU that is transformers' own, to the last bit.
     """
@@ -181,7 +181,7 @@ def _sdpa(module: Any, query: Tensor, *heads_and_mask: Any, **options: Any) -> t
 def _sdpa_on_gpu(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa, of ``[B, heads, T, head width]``; gives ``[B, T, heads, head width]``."""
+    """transformers' sdpa of ``[B, heads, T, head width]``; returns ``[B, T, heads, head width]``."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     width = query.shape[-1]

@@ -1,7 +1,7 @@
-"""Owns the recognition of a base model before anything of it is loaded: is it there, open, a Llama, safe?
+"""Owns the checks of a base model before anything of it is loaded: that it exists, is open, a Llama and safe.
 
-And the one rule for which of its files are the weights. Reads config.json, the index of the weights and the list of
-files only. Knows no torch; what stands in the weights is `lit_qlora.model.weights`'s.
+And the one rule for which of its files are the weights. Reads only config.json, the index of the weights and the list
+of files. Knows no torch; what stands in the weights is `lit_qlora.model.weights`'s.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from lit_qlora.model.shape import Shape, known_config
 from lit_qlora.storage.files import parse_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""Where weights are looked for: in the one file, else in those that the index names, as transformers does."""
+"""Where weights are searched for: in the one file, else in those named by the index, as in transformers."""
 ADAPTER = "adapter_config.json"
 
 
@@ -31,34 +31,34 @@ class Base:
 
     @property
     def shape(self) -> Shape:
-        """The sizes that config.json tells."""
+        """The sizes in config.json."""
         return Shape.of(self.config)
 
     @property
     def in_4_bits(self) -> bool:
-        """Whether it was saved in 4 bits, all of it that is to be."""
+        """True if it was saved in 4 bits."""
         return "quantization_config" in self.config
 
     @property
     def context_tokens(self) -> int:
-        """The longest sequence that it was made for."""
+        """The longest sequence that it was made for, in tokens."""
         return int(self.config["max_position_embeddings"])
 
     @property
     def public_name(self) -> str:
-        """The name that may be published: a hub id or ``demo`` as it is, of a local folder its last part only."""
+        """The name that may be published: a hub id or ``demo`` as it is, the last part only of a local folder."""
         if self.name == "demo" or not Path(self.name).expanduser().is_dir():
             return self.name
         return Path(self.name).expanduser().resolve().name
 
 
 def find_base(name: str, weights: bool = True) -> Base:
-    """Recognises ``name``: ``demo``, a local folder, or a hub id.
+    """Find the base ``name``: ``demo``, a local folder, or a hub id.
 
-    Where ``weights`` is False, nothing of it is to be loaded here: the hub is not asked where the sizes are known.
+    With ``weights`` False, nothing of it will be loaded: the hub is not contacted if the sizes are known.
 
-    Raises UserError when it does not exist, is gated without access, is not a Llama, is quantised in
-    another way, or, unless ``weights`` is False, has no weights as safetensors.
+    Raises UserError if it does not exist, is gated without access, is not a Llama, is quantised in another way, or,
+    unless ``weights`` is False, has no safetensors weights.
     """
     require(bool(name.strip()), "model.base", "demo, a folder or a hub id (owner/name)", name)
     location = str(demo.BASE) if name == "demo" else name
@@ -84,7 +84,7 @@ def find_base(name: str, weights: bool = True) -> Base:
     config = read_config(name, config_file)
     if ADAPTER in files:
         raise UserError(
-            f"{name} holds an adapter beside its config.json ({ADAPTER}), which would be put on it unasked",
+            f"{name} holds an adapter beside its config.json ({ADAPTER}), which would be applied to it unasked",
             option="model.base",
             remedy="take that file out, or give the adapter by itself",
         )
@@ -95,7 +95,7 @@ def find_base(name: str, weights: bool = True) -> Base:
 
 
 def _check_files(base: Base, files: Collection[str]) -> None:
-    """Raises UserError where none of ``files`` holds weights that can be loaded, or a folder lacks some of them."""
+    """Raises UserError if none of ``files`` holds loadable weights, or a folder lacks some of them."""
     tensors = sorted(file for file in files if file.endswith(".safetensors"))
     if not tensors and INDEX not in files:
         raise UserError(
@@ -117,7 +117,7 @@ def _check_files(base: Base, files: Collection[str]) -> None:
 
 
 def _ask_hub(name: str) -> tuple[Path, set[str]]:
-    """config.json of a hub id (from the cache where the hub can't be reached) and the names of its files."""
+    """The config.json of a hub id (cached if the hub can't be reached) and the names of its files."""
     from huggingface_hub import HfApi, errors, hf_hub_download
 
     try:
@@ -147,16 +147,16 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
     except Exception as error:  # a refused token, a broken proxy: which class depends on the hub library's version
         reason = one_line(error)
         raise UserError(
-            f"{excerpt(name)} can't be had from the hub (check HF_TOKEN): {reason}", option="model.base"
+            f"{excerpt(name)} can't be loaded from the hub (check HF_TOKEN): {reason}", option="model.base"
         ) from error
     try:
         return config_file, {sibling.rfilename for sibling in HfApi().model_info(name).siblings or ()}
-    except Exception:  # cached, and the hub is silent or refuses: loading will tell what is missing
+    except Exception:  # cached, and the hub is silent or refuses: loading will report what is missing
         return config_file, set()
 
 
 def missing_bytes(base: Base) -> int:
-    """What is still to come before loading: the 16-bit weights that are in neither folder nor cache."""
+    """Bytes still to download before loading: the 16-bit weights that are in neither folder nor cache."""
     is_here = stored_file(base, WHOLE) or stored_file(base, INDEX)
     return 0 if is_here else 2 * base.shape.num_parameters
 
@@ -172,10 +172,10 @@ def weight_files(base: Base, find: Callable[[Base, str], Path | None] | None = N
 
     Args:
         base: in a folder or on the hub.
-        find: looks up a file of a base, and may fetch it; `stored_file` unless it is given.
+        find: looks up a file of a base, and may download it; default: `stored_file`.
 
     Raises:
-        FileNotFoundError: one is still to come.
+        FileNotFoundError: one is not downloaded yet.
         UserError: the index can't be read, or names a file that is not beside it.
     """
     find = find or stored_file
@@ -207,7 +207,7 @@ def _shards(base: Base, index: Path) -> list[str]:
 
 
 def stored_file(base: Base, name: str) -> Path | None:
-    """The file ``name`` of a base, in its folder or in the hub's cache; None where it is not there."""
+    """The file ``name`` of a base, in its folder or in the hub's cache; None if missing."""
     if Path(base.location).is_dir():
         path = Path(base.location) / name
         return path if path.is_file() else None

@@ -1,8 +1,7 @@
-"""Owns recomputation in the backward pass for decoder layers that run as transformers and peft have them.
+"""Owns recomputation in the backward pass for the decoder layers of transformers and peft.
 
-Where `decoder.py` runs the layers, it keeps account by itself. A layer's forward is wrapped here rather than by
-the library's own switch: that one acts in train mode only, has changed its name, and says nothing when it is off.
-Knows no Trainer.
+`decoder.py` has its own recomputation. A layer's forward is wrapped here rather than by the library's own switch, which
+acts in train mode only, has changed its name, and is silent when it is off. Knows no Trainer.
 """
 
 from collections.abc import Callable
@@ -15,9 +14,9 @@ Checkpointing = Literal["auto", "full", "selective", "none"]
 
 
 def checkpoint_layers(layers: torch.nn.ModuleList, mode: Checkpointing) -> None:
-    """Makes each of ``layers`` keep its input only and compute the rest again in backward (``full``, ``auto``).
+    """Make each of ``layers`` keep its input only and recompute the rest in backward (``full``, ``auto``).
 
-    With ``selective``, what 4-bit products and attention gave is kept too: nothing that costs much runs twice.
+    With ``selective``, the results of 4-bit products and attention are kept too: nothing expensive runs twice.
     """
     if mode == "none":
         return
@@ -36,7 +35,7 @@ def _recomputed(forward: Callable[..., Any], how: dict[str, Any]) -> Callable[..
 
 
 def _keep_products() -> Any:
-    """What a layer's recomputation finds done already."""
+    """Operators whose results a layer's recomputation reuses."""
     import bitsandbytes  # noqa: F401  # it brings the first of these
 
     aten = torch.ops.aten

@@ -1,7 +1,7 @@
-"""Owns what of a base's config.json is believed: a table of its keys, and what each of them may be.
+"""Owns which keys of a base's config.json are read: a table of them, with what each may hold.
 
-A key that is not in the table is dropped: token ids are the tokenizer's, how answers are drawn is said where one is
-asked for, and nothing that names code, kernels, plans or files of weights gets any further. Knows no torch, no weights.
+Other keys are dropped: token ids are the tokenizer's, how answers are drawn is an option of the verbs that answer, and
+nothing that names code, kernels, plans or weight files gets any further. Knows no torch, no weights.
 """
 
 from collections.abc import Collection, Mapping
@@ -18,10 +18,10 @@ ACTIVATIONS = (
     "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate",
     "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "mish", "hardswish", "sigmoid", "tanh",
 )  # fmt: skip
-"""Of transformers', those without weights or kernels of their own."""
+"""Activations of transformers without weights or kernels of their own."""
 
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")
-"""The second is the name in early conversions, which are otherwise the same."""
+"""The names of the architecture; the second is that of early conversions, otherwise the same."""
 
 
 def _numbers(count: int) -> Kind:
@@ -39,7 +39,7 @@ def _is_list_of_numbers(value: Any) -> bool:
 _SHARE = Kind("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
 _ABOVE_0, _ABOVE_1 = number(0), number(1)
 _TOKENS = whole(2, 2**31)
-_UNIT = Kind("1, for Llama turns all of a head", lambda value: type(value) in (int, float) and value == 1)
+_UNIT = Kind("1, for Llama rotates all of a head", lambda value: type(value) in (int, float) and value == 1)
 
 SIZES = {
     "hidden_size": whole(1, 2**20),
@@ -67,14 +67,14 @@ OPTIONAL = {
     "original_max_position_embeddings": _TOKENS,
     "quantization_config": OBJECT,
 }
-"""Keys that may lack, which null counts as."""
+"""Optional keys; null counts as missing."""
 
 DEFAULT_CONTEXT = 2048
-"""Tokens, where max_position_embeddings lacks: transformers' default."""
+"""Tokens of context without max_position_embeddings: transformers' default."""
 
 
 class _Members(NamedTuple):
-    """Of a kind of rope: what it must have, and what it may have."""
+    """The required and the optional members of a kind of rope."""
 
     needed: dict[str, Kind]
     allowed: dict[str, Kind]
@@ -104,7 +104,7 @@ def _ropes(head_width: int) -> dict[str, _Members]:
 
 
 class Rope(NamedTuple):
-    """How positions turn queries and keys. ``members`` are those of ``kind``, and what else stands beside them."""
+    """How positions rotate queries and keys. ``members`` are those of ``kind``, and any others beside them."""
 
     theta: Any
     kind: Any
@@ -112,7 +112,7 @@ class Rope(NamedTuple):
 
 
 def rope_of(config: Mapping[str, Any]) -> Rope:
-    """Of a config.json of any version: older have ``rope_scaling`` and ``rope_theta``, newer ``rope_parameters``."""
+    """The rope of any version's config.json: ``rope_parameters``, or the older ``rope_scaling`` and ``rope_theta``."""
     members = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     members = {name: value for name, value in members.items() if value is not None}
     theta = members.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
@@ -122,10 +122,10 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
 
 
 def read_config(name: str, file: Path) -> dict[str, Any]:
-    """The keys of ``file``, the config.json of the base ``name``, that a Llama is computed by, each as it should be.
+    """The checked keys of ``file``, the config.json of the base ``name``, that a Llama is computed by.
 
-    Raises UserError that names the key where one is not, for a model that is no Llama, and for one that is
-    quantised in another way than bitsandbytes' 4 bits.
+    Raises UserError that names the key for an invalid value, for a model other than a Llama, and for a quantisation
+    other than bitsandbytes' 4 bits.
     """
     try:
         return _read_config(name, file)
@@ -169,7 +169,7 @@ def _check_heads(place: str, config: Mapping[str, Any]) -> None:
         raise wrong(place, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})", pairs)
     if _head_width(config) % 2:
         width = config.get("head_dim", f"{hidden} / {heads} = {hidden // heads}")
-        raise wrong(place, "head_dim", "an even number (it is hidden_size / num_attention_heads where it lacks)", width)
+        raise wrong(place, "head_dim", "an even number (default: hidden_size / num_attention_heads)", width)
 
 
 def _head_width(config: Mapping[str, Any]) -> int:
@@ -195,16 +195,16 @@ def _check_rope(place: str, config: Mapping[str, Any]) -> None:
     for (
         member,
         value,
-    ) in told.items():  # one that its kind does not know is of no effect, but nested ones are of a layer
+    ) in told.items():  # a member unknown to its kind has no effect, but nested ones are per layer
         if not isinstance(value, (str, int, float, type(None))) and not _is_list_of_numbers(value):
-            raise wrong(place, f"{key}.{member}", "a plain value, for all layers of a Llama turn alike", value)
+            raise wrong(place, f"{key}.{member}", "a plain value, for all layers of a Llama rotate alike", value)
     if kind == "llama3" and members["high_freq_factor"] <= members["low_freq_factor"]:
         low = members["low_freq_factor"]
         raise wrong(place, f"{key}.high_freq_factor", f"more than low_freq_factor ({low})", members["high_freq_factor"])
 
 
 def _quantization(name: str, place: str, told: Any) -> dict[str, Any]:
-    """What of a quantization_config is believed: that it is bitsandbytes' 4 bits. The rest is told by the weights."""
+    """Check that a quantization_config is bitsandbytes' 4 bits. The rest is read off the weights."""
     check(place, "quantization_config", OBJECT, told)
     method = told.get("quant_method") or ("bitsandbytes" if told.get("load_in_4bit") else "in an unknown way")
     if method != "bitsandbytes" or told.get("load_in_8bit") or told.get("load_in_4bit") is not True:
@@ -227,11 +227,11 @@ def _quantization(name: str, place: str, told: Any) -> dict[str, Any]:
 
 
 def for_transformers(config: Mapping[str, Any], plain: Collection[str] = ()) -> "LlamaConfig":
-    """The LlamaConfig of what `read_config` gave.
+    """The LlamaConfig of a result of `read_config`.
 
     Args:
         config: of a base.
-        plain: names of linear layers that a base in 4 bits keeps in 16.
+        plain: names of linear layers that a 4-bit base keeps in 16 bits.
     """
     from transformers import LlamaConfig
 

@@ -1,9 +1,9 @@
-"""Owns the 4-bit copies of bases that are kept on disk: a later start reads 3.9 GB of a 7B instead of 13.5.
+"""Owns the cache of 4-bit copies of bases on disk: a later start reads 3.9 GB of a 7B instead of 13.5.
 
-A copy is made once a base has been quantised, and is the very bytes that the first run computed with. It is sealed as
-a checkpoint is, and read whole to verify it once; later starts compare sizes, times and samples with what they were
-then, and read it whole again where one differs. The newest few stay, and whichever is in use. Knows neither adapters
-nor what a base is used for.
+A copy is written once a base has been quantised, and holds the very bytes that the first run computed with. It is
+sealed as a checkpoint is, and verified in full once; later starts compare sizes, times and samples with those of then,
+and verify it in full again if one differs. The newest few stay, and those in use. Knows neither adapters nor what a
+base is used for.
 """
 
 import hashlib
@@ -35,26 +35,26 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 KEPT_FROM = 500_000_000
-"""Weights from which quantising takes long enough to be worth the disk."""
+"""Number of weights from which quantising takes long enough to be worth the disk space."""
 RESERVE_BYTES = 5_000_000_000
-"""Left free on the disk, for checkpoints and whatever else a run makes."""
+"""Bytes left free on the disk, for checkpoints and other files of a run."""
 KEPT = 3
-"""Copies that stay in one folder: of more, those go that were used longest ago."""
+"""Number of copies kept in one folder; the least recently used go first."""
 LEFT_FOR_S = 86_400
-"""After which a copy that is still being written was cut short."""
+"""Seconds after which an unfinished copy counts as interrupted."""
 
 CHECKED = "checked.json"
-"""The file in a copy that says how it looked when it was last read whole."""
+"""The file in a copy that records its state when it was last verified in full."""
 PLACES, AT_EACH = 32, 16_384
-"""Of a file's sample: so many bytes, at so many places, its beginning and its end among them."""
+"""A file's sample: bytes per place, and places, beginning and end among them."""
 
 _COPY = re.compile(r".+-[0-9a-f]+-nf4-\w+-\w+")
 _in_use: dict[Path, int] = {}
-"""What this process reads, and goes back to for a fingerprint, until it ends."""
+"""Locks on the copies that this process uses, until it ends."""
 
 
 class Copies:
-    """The copies below one folder.
+    """The 4-bit copies below one folder.
 
     Args:
         place: ``auto``, beside the hub's own cache; ``none``; or a folder, one on a mounted Google Drive for example.
@@ -69,7 +69,7 @@ class Copies:
             self.root = Path(HF_HOME) / "lit_qlora" / "4bit"
 
     def find(self, base: Base, dtype: torch.dtype | None, device_type: str) -> Base | None:
-        """``base`` as the copy that computes in ``dtype`` (None: in any); None where there is no whole one."""
+        """``base`` as its copy that computes in ``dtype`` (None: in any); None without an intact one."""
         if self.root is None or not self.root.is_dir() or base.in_4_bits:
             return None
         for folder in sorted(self.root.glob(_name(base, "*" if dtype is None else dtype, device_type))):
@@ -83,7 +83,7 @@ class Copies:
         return None
 
     def keep(self, model: "LlamaForCausalLM", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
-        """Keeps ``model``, which was just loaded from ``base`` and has no adapter yet; says so, or why not."""
+        """Keep ``model``, just loaded from ``base`` and without an adapter; report that, or why not."""
         num_weights = base.shape.num_parameters
         if self.root is None or base.in_4_bits:
             return None
@@ -114,26 +114,26 @@ class Copies:
         return f"a 4-bit copy ({needed_bytes / 1e9:.1f} GB) is kept in {target}; the next start reads that{gone}"
 
     def _prune(self, new: Path) -> str:
-        """Makes place for a ``new`` copy, so that no more than `KEPT` stay, but for those in use; says which went."""
+        """Make room for a ``new`` copy: at most `KEPT` stay, besides those in use. Return the removed, in words."""
         assert self.root is not None
         clear_leftovers(self.root, older_than_s=LEFT_FOR_S)
         copies = [path for path in self.root.iterdir() if _COPY.fullmatch(path.name) and (path / ORIGINAL).is_file()]
         copies = sorted((path for path in copies if path != new), key=_last_use, reverse=True)
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in copies[KEPT - 1 :]}
         gone = [f"{path.name} ({size(num_bytes)})" for path, num_bytes in sizes.items() if _remove(path)]
-        return f"; {', '.join(gone)} went: the {KEPT} last used stay" if gone else ""
+        return f"; {', '.join(gone)} removed: the {KEPT} last used stay" if gone else ""
 
 
 def _name(base: Base, dtype: torch.dtype | Literal["*"], device_type: str) -> str:
-    """Of a copy's folder: which base, in which state, and how it was quantised."""
-    # A commit is known before any weight is here; a folder's content tells by itself.
+    """The name of a copy's folder: which base, in which state, and how it was quantised."""
+    # A commit is known before any weight is downloaded; a folder is known by its content.
     state = commit(base) or shown(fingerprint(base))
-    name = re.sub(r"[*?\[]", "_", base.public_name.replace("/", "--"))  # which in a pattern stand for others
+    name = re.sub(r"[*?\[]", "_", base.public_name.replace("/", "--"))  # which have a meaning in a glob pattern
     return f"{name}-{state[:12]}-nf4-{str(dtype).removeprefix('torch.')}-{device_type}"
 
 
 def _use(folder: Path) -> bool:
-    """Notes that a copy is used, and holds it to the end of this process. False where another removes it just now."""
+    """Mark a copy as used, and lock it to the end of this process. False if another process is removing it."""
     try:
         held = hold(folder / MANIFEST, alone=False)
     except OSError:  # no such locks, and then nothing is removed; or no manifest, as will be seen
@@ -160,7 +160,7 @@ def _last_use(folder: Path) -> float:
 
 
 def _remove(folder: Path) -> bool:
-    """Removes a copy unless it is in use, or nobody can say whether it is; says whether it went."""
+    """Remove a copy unless it is, or may be, in use. True if it was removed."""
     held = None
     try:
         held = hold(folder / MANIFEST, alone=True)
@@ -177,7 +177,7 @@ def _remove(folder: Path) -> bool:
 
 
 def _verify(folder: Path) -> None:
-    """Raises DamagedFolderError unless a copy is as it was when it was last read whole, or is found so now."""
+    """Raises DamagedFolderError unless a copy is unchanged since it was last verified in full, or verifies now."""
     try:
         seen = parse_json((folder / CHECKED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -191,14 +191,14 @@ def _verify(folder: Path) -> None:
 
 
 def _note(folder: Path) -> None:
-    """Writes down how a copy looks that is whole."""
-    with suppress(OSError):  # it will be read whole again
+    """Record the state of an intact copy."""
+    with suppress(OSError):  # it will be verified in full again
         state = json.dumps(_state(folder))
         (folder / CHECKED).write_text(state, encoding="utf-8")
 
 
 def _state(folder: Path) -> dict[str, Any] | None:
-    """Size, time and a sample's sha256 of each file by name; None where one can't be read."""
+    """Size, time and a sample's sha256 of each file by name; None if one can't be read."""
     try:
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.name != CHECKED}
         return {

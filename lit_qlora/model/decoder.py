@@ -1,7 +1,7 @@
-"""Owns the decoder layers in training: a Llama with LoRA in 4-bit, its gradients derived by hand.
+"""Owns the decoder layers in training: a 4-bit Llama with LoRA, its gradients derived by hand.
 
 transformers and peft hold the weights and define the arithmetic; here it is done with fewer tensors. A layer
-keeps either its input alone, or what its matrix products and its attention gave, and nothing else: norms,
+keeps either its input alone, or the results of its matrix products and its attention, and nothing else: norms,
 activations and dropout are computed again in backward, for they cost no matrix product. LoRA adds into the output
 of the product it belongs to. Knows neither batches nor the loss.
 """
@@ -17,7 +17,7 @@ from lit_qlora.model.attention import Places, attend
 from lit_qlora.model.pointwise import EAGER, Pointwise
 
 QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
-"""The linear layers of a decoder layer by number, those together that read the same input."""
+"""The linear layers of a decoder layer by number, grouped by the input that they read."""
 
 
 class Linear(NamedTuple):
@@ -31,7 +31,7 @@ class Linear(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A decoder layer, taken apart. ``linears`` are q, k, v, o, gate, up, down; ``lora`` A and B of those with LoRA."""
+    """The parts of a decoder layer. ``linears`` are q, k, v, o, gate, up, down; ``lora`` A and B of those with LoRA."""
 
     linears: tuple[Linear, ...]
     lora: tuple[Tensor, ...]
@@ -43,14 +43,13 @@ class Layer(NamedTuple):
 
 
 class LoraBuffers:
-    """LoRA's weights of one layer in the dtype of activations: one set of buffers, which layers alike fill anew.
+    """LoRA's weights of one layer in the dtype of activations: one set of buffers, refilled by each layer of its kind.
 
-    A of linear layers that read the same input stand in one matrix, for one product instead of three; not where
-    dropout gives each an input of its own, or rank or scaling differ. A step of a small batch is as long as its number
-    of kernels.
+    The A of linear layers that read the same input form one matrix, for one product instead of three, unless dropout
+    gives each its own input, or rank or scaling differ. The time of a step with a small batch is its number of kernels.
 
     Args:
-        linears: of any of these layers: all have LoRA at the same places, of the same ranks and scalings.
+        linears: of any of these layers: all have LoRA on the same linear layers, of the same ranks and scalings.
         lora: A and B of those that have it, in order.
     """
 
@@ -71,7 +70,7 @@ class LoraBuffers:
 
     @torch.no_grad()
     def fill(self, lora: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Takes over a layer's A and B."""
+        """Copy a layer's A and B into the buffers."""
         if not self._flat or self._flat[0].dtype != dtype:
             with torch.inference_mode(False):  # made while scoring, they must still serve in training
                 self._allocate(lora[0], dtype)
@@ -90,9 +89,9 @@ class LoraBuffers:
 
 
 def why_not(model: Any) -> str | None:
-    """What of ``model``, a Llama with LoRA in 4-bit, these layers can't compute; None where they can.
+    """What of ``model``, a 4-bit Llama with LoRA, these layers can't compute; None if they can.
 
-    Asked are the modules that would compute it, not their configurations.
+    Decided by the modules that would compute it, not by their configurations.
     """
     found = (_why_not(layer) for layer in model.get_base_model().model.layers)
     return next((why for why in found if why), None)
@@ -138,9 +137,9 @@ _PROBE = torch.linspace(-3, 3, 7)
 
 
 def extract_layers(model: Any, pointwise: Pointwise = EAGER) -> list[Layer]:
-    """The decoder layers of ``model``, a Llama with LoRA in 4-bit. Weights are shared with it, not copied.
+    """The decoder layers of ``model``, a 4-bit Llama with LoRA. Weights are shared with it, not copied.
 
-    As it stands: dropout is of train mode only, and an adapter that is switched off has no part in them.
+    Made for its current state: dropout is for train mode only, and a disabled adapter is left out.
     """
     buffers: dict[Any, LoraBuffers] = {}
     return [_take_apart(layer, pointwise, buffers) for layer in model.get_base_model().model.layers]
@@ -157,7 +156,7 @@ def _take_apart(layer: Any, pointwise: Pointwise, buffers: dict[Any, LoraBuffers
     linears, lora = [], list[Tensor]()
     for module in _linears(layer):
         base = getattr(module, "base_layer", module)
-        # As a plain tensor: with bitsandbytes' own class, each call goes through Python once more.
+        # As a plain tensor: with bitsandbytes' own class, each call takes a detour through Python.
         weight, state = base.weight.detach().as_subclass(Tensor), base.weight.quant_state
         if base is module or module.disable_adapters:
             linears.append(Linear(weight, state, 0.0, 0.0, False))
@@ -181,25 +180,25 @@ def _take_apart(layer: Any, pointwise: Pointwise, buffers: dict[Any, LoraBuffers
 
 
 def run_layers(layers: Sequence[Layer], hidden: Tensor, places: Places, kept_layers: int) -> Tensor:
-    """The hidden states ``[B, T, h]`` behind the layers.
+    """The hidden states ``[B, T, h]`` after the layers.
 
-    The last ``kept_layers`` of them keep what their matrix products gave, the others only their input: kept
-    tensors of the last are gone when the first compute theirs again. Where no backward follows, none keeps anything.
+    The last ``kept_layers`` of them keep the results of their matrix products, the others only their input: the kept
+    tensors of the last are freed when the first recompute theirs. Without a backward, none keeps anything.
     """
     if not torch.is_grad_enabled():
         kept_layers = 0
-    # Dtypes are chosen by hand, so that backward, where autocast is off, computes the very same again.
+    # Dtypes are chosen by hand, so that backward, where autocast is off, recomputes the very same.
     with torch.autocast(hidden.device.type, enabled=False):
         for index, layer in enumerate(layers):
             keeps = index >= len(layers) - kept_layers
-            # Drawn here, on the host, so that dropout follows the seed and backward can draw the same again.
+            # Drawn here, on the host, so that dropout follows the seed and backward can repeat it.
             seed = int(torch.randint(2**62, ())) if any(linear.dropout for linear in layer.linears) else 0
             hidden = _DecoderLayer.apply(hidden, places, layer, keeps, seed, *layer.lora)  # type: ignore[no-untyped-call]
     return hidden
 
 
 class _Kept(NamedTuple):
-    """What a layer's backward starts from: ``attended`` has a graph of its own, down to q, k and v."""
+    """The state from which a layer's backward starts: ``attended`` has a graph of its own, down to q, k and v."""
 
     heads: tuple[Tensor, Tensor, Tensor]
     attended: Tensor
@@ -220,7 +219,7 @@ class _DecoderLayer(torch.autograd.Function):
         ctx.save_for_backward(hidden, *lora)
         products = _Products(layer, hidden.dtype, seed)
         heads, attended, middle = _attention(hidden, places, layer, products, with_graph=keeps)
-        if not keeps:  # nor held while the feed-forward is computed, which needs the most
+        if not keeps:  # not held while the feed-forward is computed, which needs the most memory
             del heads, attended
         gate, up = _gate_and_up(middle, layer, products)
         ctx.places, ctx.layer, ctx.seed = places, layer, seed
@@ -237,7 +236,7 @@ class _DecoderLayer(torch.autograd.Function):
         products = _Products(layer, hidden.dtype, ctx.seed, remember=ctx.kept is None)
         kept, ctx.kept = ctx.kept or _inner(hidden, places, layer, products), None
         heads, attended, middle, gate, up, products.lora_hidden = kept
-        del kept  # so that each tensor goes when it has served
+        del kept  # so that each tensor is freed after its last use
         point, grad = layer.pointwise, grad.contiguous()
         # The feed-forward: out = middle + down(swiglu(gate, up)), of x = norm(middle).
         grad_inner = products.input_grad(DOWN, [grad], point.swiglu(gate, up))
@@ -257,7 +256,7 @@ class _DecoderLayer(torch.autograd.Function):
         query, key = point.rotate(query, key, places.cos, -places.sin)
         x, scale = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
         grad_qkv = [head.flatten(2) for head in (query, key, value)]
-        if not ctx.needs_input_grad[0]:  # the first layer: nothing below it learns
+        if not ctx.needs_input_grad[0]:  # the first layer: nothing below it is trained
             products.weight_grad(QKV, grad_qkv, x)
             return None, None, None, None, None, *products.gradients()
         grad_x = products.input_grad(QKV, grad_qkv, x)
@@ -266,7 +265,7 @@ class _DecoderLayer(torch.autograd.Function):
 
 
 def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products") -> _Kept:
-    """A layer up to the input of its last product, for its backward."""
+    """Compute a layer up to the input of its last product, for its backward."""
     heads, attended, middle = _attention(hidden, places, layer, products, with_graph=True)
     gate, up = _gate_and_up(middle, layer, products)
     return _Kept(heads, attended, middle, gate, up, products.lora_hidden)
@@ -275,7 +274,7 @@ def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products") 
 def _attention(
     hidden: Tensor, places: Places, layer: Layer, products: "_Products", with_graph: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """q, k and v, what they attended to, and the middle; ``with_graph``, attention can be gone back through."""
+    """q, k and v, the result of attention, and the middle; ``with_graph`` for a backward through attention."""
     point, shape = layer.pointwise, hidden.shape
     x, _ = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
     query, key, value = (product.view(*shape[:2], -1, layer.head_width) for product in products(QKV, x))
@@ -296,13 +295,13 @@ def _gate_and_up(middle: Tensor, layer: Layer, products: "_Products") -> tuple[T
 
 
 class _Products:
-    """The matrix products of one layer, forward and backward; gathers the gradients of LoRA.
+    """The matrix products of one layer, forward and backward; collects the gradients of LoRA.
 
     Args:
         layer: whose products.
         dtype: of activations; adapters are fp32 and take part in this one.
-        seed: of LoRA's dropout.
-        remember: whether weights stay dequantised from a forward to the backward behind it.
+        seed: seed of LoRA's dropout.
+        remember: True to keep weights dequantised from a forward to the backward after it.
     """
 
     def __init__(self, layer: Layer, dtype: torch.dtype, seed: int, remember: bool = False) -> None:
@@ -372,7 +371,7 @@ class _Products:
         return [grads[index] for index in self.buffers.shapes for grads in (self.grad_a, self.grad_b)]
 
     def _lora_hidden(self, part: tuple[int, ...], x: Tensor) -> Tensor:
-        """The hidden state between A and B, ``[N, rank]`` per linear layer of ``part``, side by side; computed once."""
+        """The LoRA hidden states of the linear layers of ``part``, ``[N, rank]`` each, side by side; computed once."""
         if part not in self.lora_hidden:
             self.lora_hidden[part] = self._dropped(part[0], x) @ self.buffers.a[part].t()
         return self.lora_hidden[part]
@@ -385,7 +384,7 @@ class _Products:
         return dict(zip(part, grad_a.split(len(grad_a) // len(part)), strict=True))
 
     def _weight(self, index: int) -> Tensor:
-        """Dequantised, ``[out, in]``."""
+        """The dequantised weight, ``[out, in]``."""
         from bitsandbytes.functional import dequantize_4bit
 
         linear = self.layer.linears[index]
@@ -395,14 +394,14 @@ class _Products:
         return x * self._mask(index, x) if self.layer.linears[index].dropout else x
 
     def _mask(self, index: int, x: Tensor) -> Tensor:
-        """What dropout multiplies by: the same each time, for one seed and one linear layer."""
+        """The factors of dropout, always the same for one seed and one linear layer."""
         kept = 1 - self.layer.linears[index].dropout
         generator = torch.Generator(x.device).manual_seed(self.seed + index)
         return torch.empty_like(x).bernoulli_(kept, generator=generator).div_(kept)
 
 
 def _wide_product(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
-    """``scaling · left right`` in fp32; a GPU has no 16-bit stop on the way there."""
+    """``scaling · left right`` in fp32; on a GPU without an intermediate in 16 bits."""
     wide = left.is_cuda and left.dtype != torch.float32
     product = torch.mm(left, right, out_dtype=torch.float32) if wide else torch.mm(left, right).float()
     return product if scaling == 1 else product.mul_(scaling)

@@ -1,6 +1,6 @@
-"""Owns what a device can compute with: mixed precision and attention, by compute capability.
+"""Owns what a device supports: mixed precision and attention, by compute capability.
 
-`torch.cuda.is_bf16_supported()` is not asked: it is true on a T4, where bf16 is emulated. Knows no model.
+`torch.cuda.is_bf16_supported()` is not used: it is true on a T4, where bf16 is emulated. Knows no model.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ AMPERE = (8, 0)
 
 
 class Device(NamedTuple):
-    """What is computed on. ``capability`` is None on the CPU, ``memory_bytes`` what this process can have of a GPU.
+    """A device to compute on. ``capability`` is None on the CPU, ``memory_bytes`` what this process can use of a GPU.
 
     ``is_here`` is False for a GPU of another machine: what is installed beside it is not known.
     """
@@ -41,7 +41,7 @@ _DECIDED_FOR: ContextVar[Device | None] = ContextVar("_DECIDED_FOR", default=Non
 
 @contextmanager
 def decide_for(device: Device) -> Iterator[None]:
-    """Has everything decided for ``device``, a GPU that is not here, instead of this machine's."""
+    """Decide everything for ``device``, a GPU that is not here, instead of this machine's."""
     token = _DECIDED_FOR.set(device)
     try:
         yield
@@ -50,7 +50,7 @@ def decide_for(device: Device) -> Iterator[None]:
 
 
 def current_device(accelerator: str = "auto") -> Device:
-    """The device that ``Trainer(accelerator=…)`` will take; that of `decide_for`, whatever the accelerator."""
+    """The device that ``Trainer(accelerator=…)`` will use; within `decide_for`, always its device."""
     elsewhere = _DECIDED_FOR.get()
     if elsewhere is not None:
         return elsewhere
@@ -67,14 +67,14 @@ def _gpu() -> Device:
 
 
 FAST_IN_BF16_FROM = 20_000_000
-"""Weights of a base from which bf16 pays on a CPU that multiplies in it: a base of 58 M trained 1.9 times as fast as in
-fp32 on a Xeon with AMX. A tiny one is as fast in fp32, and to the last bit."""
+"""Weights of a base from which bf16 pays on a CPU with bf16 products: a base of 58 M trained 1.9 times as fast as in
+fp32 on a Xeon with AMX. A tiny one is as fast in fp32, and exact."""
 
 
 def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) -> tuple[Precision, str]:
-    """The precision to train a base of ``num_weights`` in on ``device``, and the reason in a few words.
+    """The precision for training a base of ``num_weights`` on ``device``, and the reason in a few words.
 
-    Raises UserError for one that the device lacks.
+    Raises UserError for a precision that the device lacks.
     """
     capability = device.capability
     if capability is None:
@@ -104,13 +104,13 @@ def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) ->
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has instructions for it, AMX or AVX512-BF16; others emulate it, slowly."""
+    """True if the CPU has instructions for bf16, AMX or AVX512-BF16; others emulate it, slowly."""
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private: not every torch has both
     return any(probe() for name in probes if (probe := getattr(torch.cpu, name, None)))
 
 
 def check_attention(attention: Attention, device: Device) -> None:
-    """Raises UserError when ``attention`` cannot run on ``device``."""
+    """Raises UserError if ``attention`` cannot run on ``device``."""
     if attention != "flash_attention_2":
         return
     if device.capability is None or device.capability < AMPERE:
@@ -128,7 +128,7 @@ def check_attention(attention: Attention, device: Device) -> None:
 
 
 def compiler_lacks(on_gpu: bool) -> list[str]:
-    """What torch's compiler would need here and has not: a C compiler; for kernels of a GPU triton and headers, too."""
+    """What torch's compiler lacks here: a C compiler; for kernels of a GPU triton and headers, too."""
     missing = [] if not on_gpu or importlib.util.find_spec("triton") else ["triton"]
     names = (os.environ.get("CC", "cc"), "gcc", "clang") if on_gpu else (os.environ.get("CXX", "g++"), "clang++")
     missing += [] if any(map(shutil.which, names)) else ["a C compiler"]
@@ -138,9 +138,9 @@ def compiler_lacks(on_gpu: bool) -> list[str]:
 
 
 def check_compile(wanted: bool | str, device: Device) -> str | None:
-    """Why nothing is compiled on ``device`` though it could be; None where it is, or was never to be.
+    """Why nothing is compiled on ``device`` though it could be; None if it is, or was never requested.
 
-    Raises UserError where it is asked for by name.
+    Raises UserError if compilation is requested explicitly.
     """
     on_gpu = device.capability is not None
     if not device.is_here or wanted is False or (wanted == "auto" and not on_gpu):
@@ -163,7 +163,7 @@ def compute_dtype(precision: str) -> torch.dtype:
         precision: the Trainer's, as Lightning spells it out.
 
     Raises:
-        UserError: one that would take the adapter out of fp32, or the base into more.
+        UserError: a precision in which the adapter would not be fp32, or the base in more than 16 bits.
     """
     expected = f"one of {', '.join(DTYPES)} (the base is in 4 and 16 bits in the mixed ones, the adapter in fp32)"
     require(precision in DTYPES, "trainer.precision", expected, precision)

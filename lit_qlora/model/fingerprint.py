@@ -1,11 +1,11 @@
-"""Owns what makes a base this one and no other: its fingerprint, read off config.json and a sample of its weights.
+"""Owns the identity of a base: its fingerprint, from config.json and a sample of its weights.
 
-Written beside adapters and into checkpoints. Reads a few KiB out of each tensor, by the offsets in the files' headers,
-so that a 7B takes no longer than a moment. Knows no torch and no adapters.
+Recorded beside adapters and in checkpoints. Reads a few KiB of each tensor, by the offsets in the files' headers, so
+that a 7B takes a moment. Knows no torch and no adapters.
 
 A limit: a merged model whose lit_qlora.json was removed passes for its parent where one of the two is in 16 and the
-other in 4 bits: a merge leaves norms, embeddings and head as they are, and of linear layers there are but hashes, which
-know nothing of nearness. (To tell them apart, a record would have to hold values.)
+other in 4 bits: a merge leaves norms, embeddings and head unchanged, and of linear layers there are only hashes, which
+can't show nearness. (To distinguish them, a record would have to hold values.)
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from lit_qlora.storage.foreign import read_object
 
 VERSION = "v2"
 ORIGINAL = "lit_qlora_original.json"
-"""The file in a 4-bit copy that says of which base it is one."""
+"""The file in a 4-bit copy that identifies its base."""
 
 PLACES, AT_EACH = 8, 512
-"""What is read of a large tensor: so many values, at so many places."""
+"""The sample of a large tensor: values per place, and places."""
 WHOLE_UP_TO = 16_384
-"""Values of a tensor that is read as a whole: every norm."""
+"""Most values of a tensor that is read as a whole: every norm."""
 TINY = 2.0**-16
-"""Values below count as nothing: fp16 can't hold what bf16 can there."""
+"""Smaller values count as 0: fp16 can't hold what bf16 can there."""
 
 SHOWN = 12
 """Digits that a message shows."""
@@ -45,30 +45,30 @@ _SCALES = re.compile(_LINEAR.pattern + r"\.(absmax|nested_absmax)")
 def fingerprint(base: Base) -> str:
     """``v2-``, how the weights are stored, and a sha256 over config and sample, with and without the linear layers.
 
-    The same for a copy in a folder, on the hub, in shards, in another float type of the same values, and for a 4-bit
-    copy that this project keeps. Of one in 4 bits from elsewhere, the part without the linear layers is the same.
-    Call it once the weights are at hand (in the folder or in the cache).
+    Equal for copies in a folder, on the hub, in shards, in another float type of the same values, and for the 4-bit
+    copies of this project. For a 4-bit copy from elsewhere, the part without the linear layers is equal. Call it once
+    the weights are downloaded (in the folder or in the cache).
 
-    Raises UserError where they can't be read.
+    Raises UserError if they can't be read.
     """
     own = _sampled(base)
     file = stored_file(base, ORIGINAL)
     told = _read_json(file) if file else {}
-    # A copy whose weights were altered since is none any more.
+    # A copy whose weights were altered since does not count as one.
     return str(told["of"]) if told.get("own") == own and isinstance(told.get("of"), str) else own
 
 
 def write_original(folder: Path, copy: Base, base: Base) -> None:
-    """Has the 4-bit ``copy`` in ``folder`` say that it is of ``base``."""
+    """Record in the 4-bit ``copy`` in ``folder`` that it is of ``base``."""
     told = {"of": fingerprint(base), "own": _sampled(copy)}
     (folder / ORIGINAL).write_text(json.dumps(told, indent=2), encoding="utf-8")
 
 
 def is_of(recorded: str, base: Base) -> bool:
-    """Whether ``recorded`` is a fingerprint of ``base``.
+    """True if ``recorded`` is a fingerprint of ``base``.
 
-    Between 16 and 4 bits made elsewhere only norms, embeddings and head are compared, for rounding leaves nothing
-    else the same; and a record of the first version told no more than config and final norm.
+    Between 16 bits and 4 bits made elsewhere, only norms, embeddings and head are compared, since rounding changes all
+    else; a record of the first version holds only config and final norm.
     """
     if not recorded.startswith(VERSION):
         return recorded == _first_version(base)
@@ -80,17 +80,17 @@ def is_of(recorded: str, base: Base) -> bool:
 
 
 def shown(recorded: str) -> str:
-    """As much of a fingerprint as a message shows."""
+    """A fingerprint, shortened for a message."""
     return (recorded.split("-")[2] if recorded.count("-") == 3 else recorded)[:SHOWN]
 
 
 def identity(base: Base) -> dict[str, str | None]:
-    """A base's public name, its commit on the hub where that is known, and its `fingerprint`."""
+    """A base's public name, its commit on the hub if known, and its `fingerprint`."""
     return {"name": base.public_name, "commit": commit(base), "fingerprint": fingerprint(base)}
 
 
 def _sampled(base: Base) -> str:
-    """A fingerprint by what stands in the files themselves; read once while they stay as they are."""
+    """A fingerprint of the files themselves; cached while they stay unchanged."""
     tensors = tuple(sorted(stored_tensors(base).items()))
     states = tuple((file, file.stat().st_mtime_ns) for file in sorted({tensor.file for _, tensor in tensors}))
     try:
@@ -110,7 +110,7 @@ def _sampled(base: Base) -> str:
 def _digests(
     tensors: tuple[tuple[str, Stored], ...], _: tuple[tuple[Path, int], ...], is_tied: bool
 ) -> tuple[str, str]:
-    """Over the samples of everything but the linear layers, and of these."""
+    """Hashes over the samples of everything but the linear layers, and over those of the linear layers."""
     plain, linear = hashlib.sha256(), hashlib.sha256()
     for name, tensor in tensors:
         is_linear = _LINEAR.fullmatch(name) or _SCALES.fullmatch(name)
@@ -125,7 +125,7 @@ def _digests(
 
 
 def _places(name: str, num_values: int) -> Iterator[tuple[int, int]]:
-    """First and number of the values that are read: all, or some of each eighth, in columns that the name chooses."""
+    """First index and number of the values to read: all, or some of each eighth, in columns chosen by the name."""
     if num_values <= WHOLE_UP_TO:
         yield 0, num_values
         return
@@ -137,7 +137,7 @@ def _places(name: str, num_values: int) -> Iterator[tuple[int, int]]:
 
 
 def _in_fp32(stored: bytes, dtype: str, tiny: float = TINY) -> bytes:
-    """Values in fp32, whichever float type they are stored in; the bytes themselves of anything else."""
+    """Values in fp32, whichever float type stores them; the raw bytes of any other type."""
     import numpy as np
 
     if dtype == "BF16":  # the upper half of an fp32
@@ -150,7 +150,7 @@ def _in_fp32(stored: bytes, dtype: str, tiny: float = TINY) -> bytes:
 
 
 def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of config.json changes the output at equal widths, whichever version of transformers wrote it."""
+    """The parts of config.json that change the output at equal widths, whichever version of transformers wrote it."""
     theta, kind, members = rope_of(config)
     scaling = sorted((name, _plain(value)) for name, value in members.items()) if kind != "default" else []
     return (
@@ -166,14 +166,14 @@ def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """A member of rope's, the same however it is written."""
+    """A member of rope in a canonical form."""
     if isinstance(value, (int, float)):
         return float(value)
     return [float(part) for part in value] if isinstance(value, list) else repr(value)
 
 
 def _first_version(base: Base) -> str:
-    """What adapters and checkpoints recorded before: a sha256 over config.json and the final norm."""
+    """The first version of the fingerprint: a sha256 over config.json and the final norm."""
     digest = hashlib.sha256(repr((base.shape, rules_of(base.config))).encode())
     norm = stored_tensors(base)[_FINAL_NORM]
     for values in norm.read([(0, norm.num_values)]):

@@ -1,7 +1,7 @@
-"""Owns the way from prompt ids to answer ids. Sees ids only, never text.
+"""Owns generation, from prompt ids to answer ids. Sees ids only, never text.
 
-Sampling itself is transformers' `generate`; what is ours is the padding, the stop and the seed. Imports torch only
-when it is called, for the options of the verbs that answer are described by `Sampling`.
+Sampling itself is transformers' `generate`; padding, stop and seed are ours. Imports torch only when called, since
+`Sampling` describes options of the verbs that answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 PROMPTS_AT_ONCE = 8
-"""Sample prompts answered in one batch: what the forecast has room for."""
+"""Sample prompts answered in one batch, as the forecast assumes."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises UserError for what can't be drawn from."""
+        """Raises UserError for invalid values."""
         require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
         require(0 <= self.temperature < float("inf"), "temperature", "0 or more", self.temperature)
         require(0 < self.top_p <= 1, "top_p", "a share above 0, at most 1", self.top_p)
@@ -41,17 +41,17 @@ def generate(
     sampling: Sampling,
     on_token: Callable[[int], bool] | None = None,
 ) -> list[list[int]]:
-    """An answer to each of ``prompts``, in one batch.
+    """The answer ids of each of ``prompts``, in one batch.
 
-    The answer ends with ``eos_id`` where the model stopped by itself; without it, the limit cut it off.
-    Leaves the model in the mode, train or eval, in which it came.
+    An answer ends with ``eos_id`` if the model stopped by itself; without it, the limit cut it off. Train or eval mode
+    of the model is restored.
 
     Args:
         model: computes on its own device.
         prompts: ids, at least one each.
         eos_id: ends an answer.
         sampling: how tokens are drawn.
-        on_token: for a single prompt, called with each id of the answer as it is drawn; says whether to go on.
+        on_token: for a single prompt, called with each id of the answer as it is drawn; False stops generation.
     """
     import torch
     from transformers import GenerationConfig
@@ -99,5 +99,5 @@ def generate(
 
 
 def _up_to(eos_id: int, ids: list[int]) -> list[int]:
-    """``ids`` to their first EOS, that included; what follows is padding."""
+    """``ids`` up to and including their first EOS; the rest is padding."""
     return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids

@@ -1,8 +1,8 @@
-"""Owns the replay of decoder layers on a GPU that is faster than its host.
+"""Owns CUDA graphs of the decoder layers, for a GPU that is faster than its host.
 
 A layer has some 140 kernels, forward and backward, and a host needs longer to start them one by one than a large GPU to
-run them. So they are recorded once for each shape of a micro-batch (CUDA graphs), and then started in one go each way.
-Rows are padded, as `padded` says, so that there are few shapes. Knows neither batches nor the loss.
+run them. So they are recorded once per shape of a micro-batch, and then started together, once per direction. Rows are
+padded by `padded`, so that there are few shapes. Knows neither batches nor the loss.
 """
 
 from collections import OrderedDict
@@ -16,33 +16,33 @@ from lit_qlora.model.attention import find_places
 from lit_qlora.model.decoder import Layer, run_layers
 
 MOST = 64
-"""Recordings that are kept, those used last; a new one takes about as long as three steps."""
+"""Number of recordings kept, the most recently used; a new one takes about as long as three steps."""
 
 
 def padded(rows: int, tokens: int) -> int:
-    """The tokens of a row in the recording for ``rows`` of ``tokens``: a multiple of 32, or of 8 to 24 for many rows.
+    """Tokens per row in the recording for ``rows`` of ``tokens``: a multiple of 32, or of 8 to 24 for many rows.
 
-    So fewer than 256 are added to a micro-batch, or at most 7 to a row.
+    Padding adds fewer than 256 tokens per micro-batch, or at most 7 per row.
     """
     width = max(8, min(32, 256 // rows // 8 * 8))
     return -(-tokens // width) * width
 
 
 class _Recording(NamedTuple):
-    """Both ways through the layers for one shape, and where they read and write, ``[B, T, h]``."""
+    """Recorded forward and backward of the layers for one shape, with their buffers, ``[B, T, h]``."""
 
     forward: Any
     backward: Any
     hidden: Tensor
     out: Tensor
-    """What forward gives; once that was read, the gradient that backward starts from."""
+    """The output of forward; once that was read, the gradient for backward."""
 
 
 class Graphs:
-    """Decoder layers in training, replayed. Gives what `decoder.run_layers` gives, in the same kernels.
+    """Decoder layers in training, replayed from recordings: same kernels and results as `decoder.run_layers`.
 
-    Gradients go into buffers of its own, which become the ``grad`` of the adapter's weights: none is made for each
-    recording, and none copied. All recordings work in the same memory, beside torch's own: only one is ever under way.
+    Gradients go into its own buffers, which become the ``grad`` of the adapter's weights: there is one set for all
+    recordings, and no copy. All recordings share one memory pool, beside torch's own: only one runs at a time.
 
     Args:
         layers: without dropout, whose masks a recording would repeat.
@@ -56,16 +56,16 @@ class Graphs:
         self.weights = [weight for layer in layers for weight in layer.lora]
         self.gradients = [torch.zeros_like(weight) for weight in self.weights]
         self.turn: object = None
-        """Stands for the forward whose backward is next: their memory is the next one's."""
+        """Identifies the forward whose backward is next: the next forward reuses their memory."""
         self._pool = torch.cuda.graph_pool_handle() if self.weights[0].is_cuda else None
         self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
         self._states = [self.weights[0].new_empty(0)] * 2
-        # What autograd goes back from. No weight: its node in a graph that still stands would tie a recording to the
-        # stream outside.
+        # The leaf of the graph. Not a weight: its node in a graph that still exists would tie a recording to the outer
+        # stream.
         self._anchor = self.weights[0].new_zeros(()).requires_grad_()
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """The hidden states ``[B, T, h]`` behind the layers; of whole conversations, one a row."""
+        """The hidden states ``[B, T, h]`` after the layers; of whole conversations, one per row."""
         rows, tokens = hidden.shape[:2]
         shape = rows, padded(rows, tokens)
         if shape not in self._recordings:
@@ -95,7 +95,7 @@ class Graphs:
         return _Recording(_record(forward, self._pool), _record(backward, self._pool), hidden, out)
 
     def _warm_up(self, hidden: Tensor) -> None:
-        """One layer of a kind: what is compiled, or chosen by trying, at the first use of a shape can't be recorded."""
+        """Run one layer per kind: what is compiled or autotuned at the first use of a shape can't be recorded."""
         kept = self.kept_layers // len(self.layers)
         for layer in {layer.buffers: layer for layer in reversed(self.layers) if layer.lora}.values():
             torch.autograd.grad(self._run([layer], hidden, kept), layer.lora, hidden)
@@ -104,18 +104,18 @@ class Graphs:
         return run_layers(layers, hidden, find_places(self.rotary, hidden, ()), kept_layers)
 
     def take_gradients(self) -> None:
-        """Makes the buffers the weights' gradients, with what was gathered in this optimizer step so far."""
+        """Make the buffers the weights' gradients, with what was accumulated in this optimizer step so far."""
         new = [buffer for weight, buffer in zip(self.weights, self.gradients, strict=True) if weight.grad is None]
         if new:
             torch._foreach_zero_(new)
         for weight, buffer in zip(self.weights, self.gradients, strict=True):
-            if weight.grad is not None and weight.grad is not buffer:  # another way gathered it
+            if weight.grad is not None and weight.grad is not buffer:  # accumulated without a recording
                 buffer.copy_(weight.grad)
             weight.grad = buffer
 
 
 def _record(run: Callable[[], None], pool: Any) -> Any:
-    """The kernels of ``run``, to be replayed."""
+    """The recorded kernels of ``run``."""
     graph = torch.cuda.CUDAGraph()
     # Other threads may use the card meanwhile: the one that pins batches does.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -124,7 +124,7 @@ def _record(run: Callable[[], None], pool: Any) -> Any:
 
 
 class _Replay(torch.autograd.Function):
-    """A recording's two ways, as autograd knows them. The gradients of weights are gathered beside it."""
+    """A recording's forward and backward as an autograd function; gradients of weights are accumulated beside it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, graphs: Graphs, recording: _Recording, anchor: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
-        assert ctx.graphs.turn is ctx.turn, "another micro-batch went forward before this one went back"
+        assert ctx.graphs.turn is ctx.turn, "another forward ran before this one's backward"
         ctx.graphs.turn = None
         _fill(ctx.recording.out, grad)
         ctx.graphs.take_gradients()
@@ -146,6 +146,6 @@ class _Replay(torch.autograd.Function):
 
 
 def _fill(buffer: Tensor, rows: Tensor) -> None:
-    """Puts ``rows`` into ``buffer``, which has more tokens: zeros behind them, where nothing of the last may stay."""
+    """Copy ``rows`` into ``buffer``, which has more tokens, and zero the rest, which may hold earlier ones."""
     buffer[:, : rows.shape[1]].copy_(rows)
     buffer[:, rows.shape[1] :].zero_()

@@ -1,4 +1,4 @@
-"""Owns how a micro-batch becomes gradients: in one go, or, once memory has run out, in less memory.
+"""Owns how a micro-batch becomes gradients: at once or, after memory has run out, in less memory.
 
 The base class of `QLoRAModule`, which computes the loss. Knows no model.
 """
@@ -15,29 +15,29 @@ from lit_qlora.errors import OutOfRoomError, UserError
 
 
 class LearnsInParts(LightningModule):
-    """A module whose micro-batches survive running out of memory: twice, and with the same loss and gradients."""
+    """A module that retries a micro-batch twice when memory runs out, with the same loss and gradients."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept_layers = 0
-        """How many layers keep what their matrix products gave, for the backward pass."""
+        """Number of layers that keep the results of their matrix products for backward."""
         self.uses_cuda_graphs = False
-        """Whether the layers' kernels are replayed from recordings, which take memory of their own."""
+        """True if the layers' kernels are replayed from recordings, which take memory of their own."""
         self.parts = 1
-        """In how many parts a micro-batch is learned; 2 once memory has run out."""
+        """Number of parts of a micro-batch; 2 after memory has run out."""
         self._batch: Batch
         self._loss: tuple[Tensor, Tensor] | None = None
-        """That of the micro-batch under way, and what stands for it elsewhere: who holds that, holds nothing kept."""
+        """The loss of the current micro-batch, and its detached stand-in for others, which holds no graph."""
         self._is_learned = False
 
     def summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """Sum of the losses over a batch's answer tokens in nats, how many were the likeliest, how many there are."""
+        """Summed loss of a batch's answer tokens in nats, count of those that were the likeliest, and their number."""
         raise AssertionError("the subclass computes it")
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The sum of the token losses over the answer tokens of the whole optimizer step.
 
-        Raises UserError for a batch of a DataLoader of one's own that is no `Batch`.
+        Raises UserError for a batch that is no `Batch`, from another DataLoader.
         """
         check_batch(batch)
         self._batch, self._loss, found, is_short = batch, None, None, False
@@ -70,12 +70,12 @@ class LearnsInParts(LightningModule):
         }
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """As Lightning's, which comes behind `training_step`: gradients that were made there stay."""
+        """As Lightning's, which follows `training_step`: gradients that were made there stay."""
         if not self._is_learned:
             optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The gradients of a micro-batch, once; where memory runs out, in parts."""
+        """Compute the gradients of a micro-batch; in parts if memory runs out."""
         if self._is_learned:
             return
         assert self._loss is not None, "each backward belongs to the training step before it"
@@ -85,7 +85,7 @@ class LearnsInParts(LightningModule):
         try:
             whole.backward(gradient)  # type: ignore[no-untyped-call]
         except torch.OutOfMemoryError:
-            is_short = True  # and no more in here, where its frames hold what the failed try has kept
+            is_short = True  # outside of the handler, whose frames hold what the failed attempt has kept
         del whole
         self._take_back(earlier, adds=self.uses_cuda_graphs or not is_short)
         if is_short:
@@ -93,7 +93,7 @@ class LearnsInParts(LightningModule):
             self._learn_in_parts(self._batch)
 
     def _learn_in_parts(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """The sums over a micro-batch, its gradients added, a part at a time: in less memory, with the same result."""
+        """Add a micro-batch's gradients part by part, in less memory, with the same result; return its sums."""
         while True:
             earlier = self._set_aside()
             sums = self._try_in_parts(batch)
@@ -103,7 +103,7 @@ class LearnsInParts(LightningModule):
             self._make_room(batch)
 
     def _try_in_parts(self, batch: Batch) -> tuple[Tensor, Tensor, int] | None:
-        """As `_learn_in_parts`; None where memory runs out."""
+        """As `_learn_in_parts`; None if memory runs out."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         factor = self.trainer.world_size / max(batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
         found = []
@@ -120,9 +120,10 @@ class LearnsInParts(LightningModule):
         return sums[0], sums[1], sums[2]
 
     def _make_room(self, batch: Batch) -> None:
-        """After memory ran out: nothing is recorded; then layers compute again; then micro-batches go in halves.
+        """Take less memory: without recordings; then with recomputation in all layers; then with micro-batches in
+        halves.
 
-        Raises OutOfRoomError when all is done already.
+        Raises OutOfRoomError if nothing is left to do.
         """
         rows, tokens = len(batch.rows), batch.input_ids.numel()
         what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
@@ -132,10 +133,10 @@ class LearnsInParts(LightningModule):
             done = "kernels are no longer recorded"
         elif self.kept_layers:
             self._recompute()
-            done = "every layer computes its inside again from now on"
+            done = "every layer recomputes its activations from now on"
         elif self.parts == 1 and rows > 1:
             self.parts = 2
-            done = "each micro-batch goes in two halves from now on; the loss of a step is the same"
+            done = "each micro-batch is split into halves from now on; the loss of a step is the same"
         else:
             raise OutOfRoomError(f"{what}, after all that could be done in a run", rows)
         self.trainer.print(f"{what}: {done}")
@@ -144,17 +145,17 @@ class LearnsInParts(LightningModule):
             torch.cuda.empty_cache()
 
     def _recompute(self) -> None:
-        """Has each layer keep its input only."""
+        """Make each layer keep its input only."""
         self.kept_layers = 0
 
     def _release(self) -> None:
-        """Lets go of recordings; the subclass has them."""
+        """Free the recordings, which the subclass has."""
 
     def _set_aside(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
-        """Takes away the gradients of earlier micro-batches of a step, so that this one's can be made twice.
+        """Set aside the gradients of earlier micro-batches of a step, so that this one's can be computed twice.
 
-        Not where a recording adds them up: that comes last in a backward, and takes no memory, so that one which failed
-        has changed none.
+        Not needed with recordings: they add gradients last in a backward, without memory, so that a failed one has
+        changed none.
         """
         earlier = (
             []
@@ -166,7 +167,7 @@ class LearnsInParts(LightningModule):
         return earlier
 
     def _take_back(self, earlier: list[tuple[torch.nn.Parameter, Tensor]], adds: bool) -> None:
-        """Gives them back; with those made meanwhile if it ``adds``, else without."""
+        """Restore them; plus those made meanwhile if it ``adds``."""
         for parameter in () if adds else self.parameters():
             parameter.grad = None
         for parameter, gradient in earlier:

@@ -1,6 +1,6 @@
 """Owns the loading of a base in 4-bit and of LoRA on top of it: new, or from a saved adapter.
 
-The base stays frozen and in 16 bits where it is not in 4; adapters are fp32. Knows no Trainer.
+The base is frozen and in 16 bits where it is not in 4; adapters are fp32. Knows no Trainer.
 """
 
 import difflib
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 SHOW_LOADING_FROM = 500_000_000
-"""Weights from which loading takes long enough for a progress bar."""
+"""Number of weights from which loading takes long enough for a progress bar."""
 
 ONE_THREAD_BELOW = 20_000_000
-"""Weights below which threads on a CPU spend their time waiting for each other: with another process beside it,
-the demo took 17 times as long on two threads as on one."""
+"""Number of weights below which threads on a CPU mostly wait for each other: beside another process, the demo took 17
+times as long on two threads as on one."""
 
 DEFAULT_FORMAT = chosen()
 RECORD = "lit_qlora.json"
-"""The file beside an adapter that says which base and which prompt format it was trained with."""
+"""The file beside an adapter that records the base and the prompt format it was trained with."""
 
 WEIGHTS = "adapter_model.safetensors"
 PLACE = re.compile(
@@ -50,16 +50,16 @@ PLACE = re.compile(
 """peft's name of a weight of LoRA on a linear layer of the decoder."""
 
 IN_CONFIG = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
-"""What the record repeats of adapter_config.json: by it, an alpha that was changed there is noticed."""
+"""Fields of adapter_config.json that the record repeats, so that an alpha changed there is noticed."""
 
 
 TEXTS = ("base", "base_fingerprint", "base_dtype")
-"""What the record says of the base in words, if at all."""
+"""Optional keys of the record about the base."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What of LoRA can be chosen, in the words of peft's LoraConfig."""
+    """The options of LoRA, named as in peft's LoraConfig."""
 
     rank: int
     alpha: float
@@ -70,9 +70,9 @@ class Lora:
 
 
 def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: Attention) -> "LlamaForCausalLM":
-    """The base in NF4 with double quantisation, computing in ``dtype``, one tensor in host memory at a time.
+    """Load the base in NF4 with double quantisation, computing in ``dtype``, one tensor in host memory at a time.
 
-    Raises UserError when its weights can't be read.
+    Raises UserError if its weights can't be read.
     """
     from safetensors import SafetensorError
     from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
@@ -93,7 +93,7 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
     try:
         model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
             base.location,
-            # Left to itself, it follows config.json and generation_config.json in whatever they say.
+            # By default, it follows config.json and generation_config.json blindly.
             config=config,
             generation_config=GenerationConfig(),
             quantization_config=None if base.in_4_bits else quantization,
@@ -115,9 +115,9 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
 
 
 def add_lora(model: "LlamaForCausalLM", lora: Lora) -> "PeftModel":
-    """A new adapter on ``model``; its output is the base's until it is trained.
+    """Add a new adapter to ``model``; the output is the base's until it is trained.
 
-    Raises UserError when a target module does not exist.
+    Raises UserError if a target module does not exist.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -135,14 +135,14 @@ def add_lora(model: "LlamaForCausalLM", lora: Lora) -> "PeftModel":
 
 
 def target_names(target_modules: str | list[str]) -> Sequence[str]:
-    """The linear layers meant. Spelled out: peft takes a string for a pattern, and all-linear for 7 names a layer."""
+    """The names of the targeted linear layers, spelled out: peft takes a string for a pattern."""
     if target_modules == "all-linear":
         return Shape.LINEARS
     return [target_modules] if isinstance(target_modules, str) else target_modules
 
 
 def split_names(target_modules: str | list[str]) -> str | list[str]:
-    """Names of linear layers that stand in one text, with commas or spaces between them, as a list."""
+    """Names of linear layers as a list, also if given as one text with commas or spaces."""
     if isinstance(target_modules, str) and not re.search(r"[\s,\[]", target_modules):
         return target_modules
     texts = [target_modules] if isinstance(target_modules, str) else target_modules
@@ -171,13 +171,13 @@ def check_targets(base: Base, target_modules: str | list[str]) -> None:
 
 
 def check_rank(base: Base, rank: int) -> None:
-    """Raises UserError for a rank above the base's hidden size: LoRA would be larger than what it stands beside."""
+    """Raises UserError for a rank above the base's hidden size: LoRA would be larger than the layers themselves."""
     hidden = base.shape.hidden
     require(rank <= hidden, "model.rank", f"at most {hidden:,}, the hidden size of {base.name}", rank)
 
 
 def check_context(base: Base, max_length: int) -> None:
-    """Raises UserError for rows that may be longer than the base's context: it has never seen such positions."""
+    """Raises UserError for a limit above the base's context: it has never seen such positions."""
     context = base.context_tokens
     require(
         max_length <= context,
@@ -188,9 +188,9 @@ def check_context(base: Base, max_length: int) -> None:
 
 
 def check_settings(folder: Path, lora: Lora) -> None:
-    """An adapter to go on training brings rank, alpha and targets along: asking for others would be in vain.
+    """Check options against those of an adapter to start from, which has its own rank, alpha and targets.
 
-    Raises UserError that names the first setting that differs.
+    Raises UserError for the first setting that differs.
     """
     config = read_object(folder / "adapter_config.json")
     of_adapter: dict[str, Any] = {
@@ -214,7 +214,7 @@ def check_settings(folder: Path, lora: Lora) -> None:
 
 
 def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
-    """An adapter's rank on each linear layer that has LoRA, for each decoder layer: its patterns may give it many."""
+    """An adapter's rank by linear layer, for each decoder layer: its patterns may give it many."""
     found: dict[int, dict[str, int]] = {layer: {} for layer in range(num_layers)}
     for name, shape in _stored(folder).items():
         place = PLACE.match(name)
@@ -224,16 +224,16 @@ def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
 
 
 def has_bias(folder: Path | None) -> bool:
-    """Whether LoRA has biases in an adapter: the one thing of those that our own layers don't compute but DoRA."""
+    """True if an adapter's LoRA has biases, which our own layers don't compute."""
     return folder is not None and bool(read_object(folder / "adapter_config.json").get("lora_bias"))
 
 
 def load_adapter(
     model: "LlamaForCausalLM", base: Base, folder: Path, trainable: bool, dropout: float | None = None
 ) -> "PeftModel":
-    """The adapter of ``folder`` on ``model``, with its own dropout unless another is given.
+    """Load the adapter of ``folder`` onto ``model``, with its own dropout unless another is given.
 
-    Raises UserError when the folder is no adapter, was altered, was trained on another base, or does not fit.
+    Raises UserError if the folder is no adapter, was altered, was trained on another base, or does not fit.
     """
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError
@@ -254,7 +254,7 @@ def load_adapter(
         if dropout is not None:
             config.lora_dropout = dropout
         peft_model = PeftModel(model, config)  # type: ignore[arg-type]
-        # Without the look for new embeddings, which would ask the hub.
+        # Without the search for new embeddings, which would contact the hub.
         state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         wanted = {name: list(tensor.shape) for name, tensor in state.items()}
         if stored != wanted:
@@ -273,9 +273,9 @@ def load_adapter(
 
 
 def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
-    """Takes over the weights of ``folder``, an adapter of just this shape.
+    """Load the weights of ``folder``, an adapter of just this shape.
 
-    Raises UserError where it was altered.
+    Raises UserError if it was altered.
     """
     from peft import set_peft_model_state_dict
 
@@ -288,7 +288,7 @@ def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
 def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: bool) -> dict[str, torch.Tensor]:
     """The weights of an adapter that this run saved.
 
-    Raises UserError where they are not finite, or are applied otherwise than the run does.
+    Raises UserError if they are not finite, or are applied otherwise than in the run.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -317,9 +317,9 @@ def save_adapter(
     folder: Path,
     prompt_format: PromptFormat = DEFAULT_FORMAT,
 ) -> None:
-    """Writes a plain PEFT adapter into the existing ``folder``, with a record of base, LoRA and prompt format.
+    """Write a plain PEFT adapter to the existing ``folder``, with a record of base, LoRA and prompt format.
 
-    Raises OSError where a file can't be written.
+    Raises OSError if a file can't be written.
     """
     from safetensors import SafetensorError
 
@@ -327,27 +327,27 @@ def save_adapter(
         model.save_pretrained(str(folder), save_embedding_layers=False)
     except SafetensorError as error:
         raise disk_error(error, folder) from error
-    # peft writes the local path of the base and a card of blanks; neither is to leave this machine.
+    # peft writes the local path of the base and an empty card; neither may leave this machine.
     config_file = folder / "adapter_config.json"
     config = read_object(config_file)
     config["base_model_name_or_path"] = base.public_name
-    # peft keeps them in a set, whose order is another in each process.
+    # peft keeps them in a set, whose order differs between processes.
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), list):
             config[name] = sorted(config[name])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (folder / CARD).unlink(missing_ok=True)
     record = {"base": base.public_name, "base_fingerprint": fingerprint(base), **prompt_format.record()}
-    # What 4 bits leave of the base depends on what it was rounded to before.
+    # The values in 4 bits depend on the dtype that they were rounded to before.
     record["base_dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     record |= {name: config[key] for name, key in IN_CONFIG.items()}
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What an adapter folder says of its base and prompts; empty values for one made elsewhere.
+    """The base and prompt format recorded in an adapter folder; empty values for one made elsewhere.
 
-    Raises UserError when ``folder`` is no adapter, was altered, or has prompts that this version does not know.
+    Raises UserError if ``folder`` is no adapter, was altered, or has a prompt format unknown to this version.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # a Path has one slash less
         raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
@@ -358,7 +358,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     config = read_object(folder / "adapter_config.json")
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"adapter_config.json says that it is {kind or 'of no type'}, expected LORA", place=folder)
+        raise UserError(f"adapter_config.json has the peft_type {kind or 'null'}, expected LORA", place=folder)
     if (folder / MANIFEST).is_file():
         try:
             verify_folder(folder, allow_extra=True, may_differ=[CARD])
@@ -390,14 +390,14 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_format(adapter: Path) -> PromptFormat:
-    """The prompt format that ``adapter`` was trained with, by its record. Raises UserError as `read_record` does."""
+    """The recorded prompt format of ``adapter``. Raises UserError as `read_record` does."""
     return from_record(read_record(adapter), adapter, RECORD)
 
 
 def template_of(adapter: Path, given: str | None) -> str | None:
     """The ``data.template`` of the prompt format that ``adapter`` was trained with.
 
-    Raises UserError when another one is given.
+    Raises UserError if another one is given.
     """
     was = read_format(adapter)
     if given not in (None, was.source):
@@ -410,21 +410,21 @@ def template_of(adapter: Path, given: str | None) -> str | None:
 
 
 def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
-    """Raises UserError where a record of ours lacks the base, or adapter_config.json says something else."""
+    """Raises UserError if a record of ours lacks the base, or adapter_config.json differs from it."""
     remedy = "take an adapter that is as it was saved"
     if not record["base"] or not record["base_fingerprint"]:
-        raise UserError(f"its {RECORD} does not say which base it is for: it was altered", place=folder, remedy=remedy)
+        raise UserError(f"its {RECORD} does not name its base: it was altered", place=folder, remedy=remedy)
     config = read_object(folder / "adapter_config.json")
     for name, key in IN_CONFIG.items():
         was, now = record.get(name), config.get(key) or False
-        if was is not None and was != now:  # earlier versions recorded none of them
+        if was is not None and was != now:  # earlier versions recorded none
             raise UserError(
                 f"adapter_config.json or {RECORD} was altered: {key}: {was} -> {now}", place=folder, remedy=remedy
             )
 
 
 def _stored(folder: Path) -> dict[str, list[int]]:
-    """The shapes of an adapter's weights, by peft's names. Raises UserError where they can't be read."""
+    """The shapes of an adapter's weights, by peft's names. Raises UserError if they can't be read."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,6 +1,6 @@
-"""Owns which adapters are computed here, by what adapter_config.json says: the fields of peft's LoraConfig.
+"""Owns which adapters are supported, by the fields of peft's LoraConfig in their adapter_config.json.
 
-Whether our own decoder layers compute one, or transformers' and peft's, is `decoder.why_not`'s to say, by the loaded
+Whether our own decoder layers compute one, or those of transformers and peft, `decoder.why_not` decides by the loaded
 modules. Knows no weights.
 """
 
@@ -14,7 +14,7 @@ from lit_qlora.storage.foreign import shown
 
 _REMEDY = "take an adapter that is as it was saved"
 LARGEST_NUMBER, LARGEST_COUNT = 1e30, 65_536
-"""Of an alpha, and of a rank or a layer: far more than any adapter has."""
+"""Upper limits of an alpha, and of a rank or a layer index: far above those of any adapter."""
 
 
 def _is_number(value: Any) -> bool:
@@ -59,26 +59,26 @@ COMPUTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": (_is_flag, "true or false"),
     "lora_bias": (_is_flag, "true or false"),
 }
-"""The fields that are taken over, and what each must be where it is not null."""
+"""The fields that are used, and the kind of each unless null."""
 
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
-    # Of layers that hold their weights transposed, which a Llama has none of.
+    # Only for layers with transposed weights, which a Llama does not have.
     "fan_in_fan_out",
-    # How training began, which is over.
+    # Only about the start of training.
     "corda_config", "eva_config", "loftq_config", "lora_ga_config",
-    # Of what is refused by another field.
+    # Only with fields that are refused.
     "ensure_weight_tying", "megatron_core", "qalora_group_size",
-    # For one process.
+    # Only for one process.
     "runtime_config",
 }  # fmt: skip
-"""The fields that change nothing once an adapter is trained, or nothing of a Llama."""
+"""The fields without effect once an adapter is trained, or on a Llama."""
 
 REFUSED = {
     "modules_to_save": "whole layers were trained beside LoRA",
     "trainable_token_indices": "embeddings of tokens were trained beside LoRA",
     "bias": "biases of the base were trained beside LoRA",
-    "init_lora_weights": "it began with parts of the base's weights, and needs what is left of them; save it anew with "
+    "init_lora_weights": "it was initialised from the base's weights, and needs their remainder; save it again with "
     "peft's path_initial_model_for_weight_conversion",
     "layer_replication": "the base's layers are there more than once",
     "target_parameters": "LoRA is on parameters that are no linear layer",
@@ -87,16 +87,16 @@ REFUSED = {
         "alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config", "monteclora_config", "use_bdlora",
         "use_qalora", "velora_config",
     ),
-    "it is a kind of LoRA that is not computed here",
+    "it is an unsupported kind of LoRA",
 )  # fmt: skip
-"""The fields under which something else is computed, with the reason for the user; a field that is newer is, too."""
+"""The fields that change the computation, with the reason for the user; unknown fields count as such, too."""
 
 HARMLESS: dict[str, list[Any]] = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "eva", "orthogonal"]}
-"""Values of those that are like none: after the last three, the base is what it was."""
+"""Values of those that count as unset: with the last three, the base is unchanged."""
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises UserError for a ``config``, of the adapter in ``folder``, under which something else is computed."""
+    """Raises UserError for an unsupported ``config`` of the adapter in ``folder``."""
     for name in ("r", "lora_alpha"):
         if config.get(name) is None:
             raise UserError(f"adapter_config.json lacks {name}", place=folder, remedy=_REMEDY)
@@ -114,9 +114,9 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises UserError where ``config`` gives ranks that the weights of ``shapes``, by peft's names, don't have.
+    """Raises UserError if the ranks in ``config`` differ from those of the weights in ``shapes``, by peft's names.
 
-    Found before a layer is built: of a rank that is none, that would take all memory.
+    Checked before a layer is built, which with a wrong rank could take all memory.
     """
     patterns: dict[str, int] = config.get("rank_pattern") or {}
     stored = {name.partition(".lora_A")[0]: shape for name, shape in shapes.items() if ".lora_A." in name and shape}
@@ -141,12 +141,12 @@ def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Se
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of LoraConfig for what is computed of ``config``; all else is left behind, code that it may name too."""
+    """The arguments of LoraConfig from ``config``; all other fields are dropped, code that they may name too."""
     return {name: config[name] for name in COMPUTED if config.get(name) is not None}
 
 
 def alpha_of(config: Mapping[str, Any], layer: str) -> float:
-    """The alpha of a linear layer by its full name, as peft finds it."""
+    """The alpha of a linear layer by its full name, as in peft."""
     return float(_of_layer(config.get("alpha_pattern") or {}, layer, config["lora_alpha"]))
 
 

@@ -1,6 +1,6 @@
 """Owns the cross entropy over answer tokens, in chunks.
 
-Only positions with a target meet the vocabulary, a chunk of them at a time, so logits never exist whole.
+Logits are computed for positions with a target only, a chunk at a time, so they never exist in full.
 The head is frozen: its weight gets no gradient. Knows neither batches nor the model.
 """
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 CHUNK_ROWS = 1024
-"""Rows whose logits exist at a time: 125 MiB in fp32 at a vocabulary of 32,000."""
+"""Rows of logits that exist at a time: 125 MiB in fp32 at a vocabulary of 32,000."""
 
 
 def summed_cross_entropy(
     hidden: Tensor, head: Tensor, ids: Tensor, chunk_rows: int = CHUNK_ROWS
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the cross entropies of ``ids``, and how many of them were the likeliest.
+    """Sum of the cross entropies of ``ids``, and the number of them that were the likeliest.
 
     Args:
         hidden: ``[N, h]``, the last hidden states at the scored positions.
@@ -28,7 +28,7 @@ def summed_cross_entropy(
         The sum in nats, fp32 and differentiable in ``hidden``; and an int64 count.
     """
     if not torch.is_grad_enabled():
-        hidden = hidden.detach()  # inside of the function there is no telling
+        hidden = hidden.detach()  # unknown inside of the function
     return _SummedCrossEntropy.apply(hidden, head, ids, chunk_rows)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -36,7 +36,7 @@ def summed_cross_entropy(
 def token_cross_entropies(
     hidden: Tensor, head: Tensor, ids: Tensor, chunk_rows: int = CHUNK_ROWS
 ) -> tuple[Tensor, Tensor]:
-    """What `summed_cross_entropy` sums, token by token.
+    """The terms of `summed_cross_entropy`, token by token.
 
     Returns:
         ``[N]`` nats, fp32; and ``[N]`` bool, whether the token was the likeliest. No gradient.
@@ -53,7 +53,7 @@ def token_cross_entropies(
 
 
 def _score(hidden: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nats ``[n, 1]``, whether likeliest ``[n, 1]``, softmax before its division ``[n, V]``, the divisor ``[n, 1]``."""
+    """Nats ``[n, 1]``, whether likeliest ``[n, 1]``, unnormalised softmax ``[n, V]``, and its divisor ``[n, 1]``."""
     scores = (hidden.to(head.dtype) @ head.T).float()
     highest, likeliest = scores.max(dim=1, keepdim=True)
     wanted = scores.gather(1, target)
@@ -63,7 +63,7 @@ def _score(hidden: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Forms the gradient where the logits are at hand, so that they are computed once.
+    """Cross entropy that forms the gradient in forward, so that logits are computed once.
 
     It is kept for a *sum* of losses: entries of softmax minus one-hot divided by thousands of tokens would
     flush to zero in fp16 before any loss scale could lift them. The scale and the division come in backward, in fp32.
@@ -85,7 +85,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 scores.div_(total)
                 scores.scatter_add_(1, target, torch.full_like(nats, -1.0))
                 gradient[rows] = scores.to(head.dtype) @ head
-            del scores  # before the next chunk's stand beside them
+            del scores  # before the next chunk's are allocated
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(num_correct)
         return loss, num_correct

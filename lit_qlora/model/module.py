@@ -1,7 +1,7 @@
 """Owns the training of a 4-bit Llama with LoRA: a LightningModule, its options and its hooks.
 
-A Trainer drives it, the command line's or Lightning's own; precision is the Trainer's, batches are the DataModule's;
-`learning.py` makes gradients of them. Knows no text.
+Driven by the command line's Trainer or Lightning's own; precision is the Trainer's, batches are the DataModule's;
+`learning.py` computes the gradients. Knows no text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,52 +49,53 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 FIGURES = ("val/loss", "val/perplexity", "val/accuracy")
-"""Of each validation, for a callback to monitor."""
+"""Figures of each validation, for a callback to monitor."""
 LOGGED = ("train/loss", "train/accuracy", "train/gradient_norm", *FIGURES)
-"""What a fit in a script logs."""
+"""Figures that a fit in a script logs."""
 
 OF = "lit_qlora"
-"""The part of a Lightning checkpoint that says which base and prompts it is of."""
+"""The part of a Lightning checkpoint that records its base and prompt format."""
 
 
 class QLoRAModule(LearnsInParts):
-    """A Llama in 4-bit with LoRA on its linear layers.
+    """A 4-bit Llama with LoRA on its linear layers.
 
-    In a script of one's own, ``Trainer(…).fit(QLoRAModule(…), ChatDataModule(…))`` learns as the command line does, to
-    the same losses at the same seed (``seed_everything`` before this is made). It logs ``train/loss``,
+    In a script, ``Trainer(…).fit(QLoRAModule(…), ChatDataModule(…))`` trains as the command line does, to the same
+    losses at the same seed (``seed_everything`` before the module is created). It logs ``train/loss``,
     ``train/accuracy`` and ``train/gradient_norm`` for each optimizer step, over all since the step that the loggers got
     last, and ``val/loss``, ``val/perplexity`` and ``val/accuracy`` (``test/…``) over all held-out answer tokens.
 
-    What the command line has beside it are callbacks, to be added where they are wanted: `SeedByPosition`, without
+    The command line adds callbacks, which a script can add, too: `SeedByPosition`, without
     which dropout draws other numbers after a resume; `UpdateGuard`, which stops at a loss that is not finite;
-    `WarmupStep`, without which every layer on a GPU computes its inside again in backward.
+    `WarmupStep`, without which every layer on a GPU is recomputed in backward.
 
     Args:
         base: ``demo``, a hub id or a local folder of a Llama with safetensors weights.
         adapter: an adapter folder to start from; rank, alpha and targets must be its own.
-        rank: of LoRA's two matrices.
+        rank: rank of LoRA's two matrices.
         alpha: LoRA's output is scaled by alpha / rank (by alpha / sqrt(rank) with rslora).
-        dropout: share of LoRA's inputs dropped in training.
+        dropout: share of LoRA's inputs that is dropped in training.
         target_modules: linear layers that get LoRA: all-linear, or names such as q_proj,v_proj.
         rslora: rank-stabilised scaling.
         dora: weight-decomposed LoRA.
-        learning_rate: at its highest, after the warm-up.
+        learning_rate: peak learning rate, after the warm-up.
         warmup_ratio: share of the optimizer steps in which the learning rate rises.
-        schedule: of the learning rate after the warm-up.
-        optimizer: AdamW in fp32, or with its state in 8 bits, or paged to host memory when the GPU's is short.
-        weight_decay: of AdamW.
-        checkpointing: full keeps only each layer's input and computes the rest again in backward; selective keeps
-            what matrix products and attention gave; none keeps whatever there is, which is the same unless DoRA is
-            on; auto keeps on as many layers as the memory allows.
-        own_layers: decoder layers written for this, in 16 bits with LoRA in their products; false: transformers' and
-            peft's own, which give the same but for rounding, in more time and memory.
-        loss_rows: scored tokens whose logits exist at a time; what is computed does not hang on it.
-        compile: one GPU kernel for each norm, activation and rotation; auto: on a GPU.
-        cuda_graphs: a step's kernels recorded once for each shape of a micro-batch, and started together: for a GPU
-            that is faster than its host; without dropout and packing. auto: where the forecast says that it pays.
+        schedule: learning rate schedule after the warm-up.
+        optimizer: AdamW in fp32, with its state in 8 bits, or paged to host memory when the GPU runs short.
+        weight_decay: weight decay of AdamW.
+        checkpointing: full keeps only each layer's input and recomputes the rest in backward; selective keeps the
+            results of matrix products and attention; none keeps everything, which is the same unless DoRA is on; auto
+            keeps the results of as many layers as fit in memory.
+        own_layers: this project's decoder layers, in 16 bits with LoRA in their products; false: those of transformers
+            and peft, with the same results up to rounding, in more time and memory.
+        loss_rows: scored tokens whose logits exist at a time; has no effect on the result.
+        compile: one GPU kernel per norm, activation and rotation; auto: on a GPU.
+        cuda_graphs: record a step's kernels once per shape of a micro-batch and start them together: for a GPU that is
+            faster than its host; without dropout and packing. auto: where it pays by the forecast.
         attention: implementation of attention in transformers.
         quantized_cache: where a 4-bit copy of the base is kept for the next start: auto, beside the hub's cache, for
-            bases from half a billion weights on; none; or a folder. The three used last stay, and those in use.
+            bases of at least half a billion weights; none; or a folder. The three most recently used stay, and those in
+            use.
     """
 
     @checked_arguments("model", paths=("base", "adapter", "quantized_cache"))
@@ -133,7 +134,7 @@ class QLoRAModule(LearnsInParts):
         device = current_device()
         check_attention(attention, device)
         self.eager_because = check_compile(compile, device)
-        """What is missing for compiled kernels, where they were to be; None otherwise."""
+        """What is missing for compiled kernels, if they were requested; None otherwise."""
         require(
             cuda_graphs is not True or (own_layers and not (dropout or dora)),
             "model.cuda_graphs",
@@ -141,10 +142,10 @@ class QLoRAModule(LearnsInParts):
             True,
         )
         self.options = options
-        """What this was made with, for a checkpoint."""
+        """The constructor's arguments, for a checkpoint."""
         self.standalone = True
-        """Whether figures go to the Trainer's loggers by Lightning's own logging, and what a checkpoint is of into it;
-        the command line's callbacks do both otherwise."""
+        """True if figures are logged by Lightning's own logging and a checkpoint's identity is saved here; otherwise
+        the command line's callbacks do both."""
         self.base: Base = find_base(base, weights=device.is_here)
         self._given_base = self.base
         target_modules = load.split_names(target_modules)
@@ -160,22 +161,22 @@ class QLoRAModule(LearnsInParts):
         self.quantized_cache = quantized_cache
         self.copy_line: str | None = None
         self.prompt_format = load.DEFAULT_FORMAT
-        """How the prompts are written that it is trained with, as each saved adapter records it."""
+        """The prompt format it is trained with, as recorded in each saved adapter."""
         self.model: PeftModel | None = None
         self._loaded_for: tuple[torch.dtype, str] | None = None
-        """The dtype and the type of device that the model was loaded for."""
+        """The dtype and the device type that the model was loaded for."""
         self.slow_because: str | None = None
-        """Why the layers are transformers' and peft's own in training; None where they are ours."""
+        """Why training uses the layers of transformers and peft; None if it uses ours."""
         self._layers: dict[bool, list[Layer]] = {}
-        """In train mode and out of it, where nothing is dropped."""
+        """The layers for train mode and for eval mode, which has no dropout."""
         self._graphs: Graphs | None = None
         self.gradient_norm: Tensor = torch.tensor(0.0)
-        """Of the last optimizer step, before clipping."""
+        """Gradient norm of the last optimizer step, before clipping."""
         self._sums, self._logged_step = AnswerSums(), 0
         # Only adapters are saved, so a checkpoint never has all the keys of the module.
         self.strict_loading = False
         self.held_out_loss, self.held_out_correct, self.held_out_tokens = (
-            # Its default drops what is not finite, and a broken model would be the best.
+            # Its default ignores values that are not finite, and a broken model would be the best.
             SumMetric(nan_strategy="disable").set_dtype(torch.float64)
             for _ in range(3)
         )
@@ -183,7 +184,7 @@ class QLoRAModule(LearnsInParts):
     # Loading
 
     def setup(self, stage: str) -> None:
-        """Refuses what this can't do with the Trainer, before a weight is loaded; notes how the data writes prompts.
+        """Refuse unsupported settings of the Trainer, before a weight is loaded; take over the data's prompt format.
 
         Raises UserError.
         """
@@ -206,9 +207,9 @@ class QLoRAModule(LearnsInParts):
         self._forget_layers()
 
     def configure_model(self) -> None:
-        """Loads base and adapter onto the Trainer's device, in the Trainer's precision; anew after one with others.
+        """Load base and adapter onto the Trainer's device, in the Trainer's precision; again if these changed.
 
-        Without a Trainer, as the command line's would with precision ``auto``.
+        Without a Trainer, as with precision ``auto``.
         """
         dtype, device = self._place()
         if self.model is not None and self._loaded_for in (None, (dtype, device.type)):
@@ -247,7 +248,7 @@ class QLoRAModule(LearnsInParts):
         self.kept_layers, self.uses_cuda_graphs = self._choose_kept_layers(), self.cuda_graphs is True
         if self.slow_because:
             checkpoint_layers(base_model.model.layers, self.checkpointing)
-        # from_pretrained hands out every module in eval mode, and Lightning leaves it so: no dropout.
+        # from_pretrained returns every module in eval mode, and Lightning leaves it so: no dropout.
         self.model.train()
 
     @property
@@ -262,20 +263,20 @@ class QLoRAModule(LearnsInParts):
         return self.model
 
     def template_for(self, given: str | None) -> str | None:
-        """The prompt template of data for this: ``given``, or that of the adapter to start from.
+        """The prompt template for its data: ``given``, or that of the adapter to start from.
 
-        Raises UserError where the two differ.
+        Raises UserError if the two differ.
         """
         return load.template_of(self.adapter, given) if self.adapter else given
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Writes the adapter as a plain PEFT folder. Raises UserError before the model is loaded."""
+        """Write the adapter as a plain PEFT folder. Raises UserError before the model is loaded."""
         model = self.peft_model
         Path(folder).mkdir(parents=True, exist_ok=True)
         load.save_adapter(model, self.base, Path(folder), self.prompt_format)
 
     def load_adapter_weights(self, folder: Path) -> None:
-        """Takes over the weights of an adapter folder that was saved from this module."""
+        """Load the weights of an adapter folder that was saved from this module."""
         load.load_adapter_weights(self.peft_model, folder)
 
     def describe(self) -> list[str]:
@@ -293,7 +294,7 @@ class QLoRAModule(LearnsInParts):
             lines.append(f"kernels are not compiled: {self.eager_because} missing (install gcc and python3-dev)")
         lines.append(f"LoRA of rank {rank} on {names}: {_count(trained)} weights are trained")
         if self.slow_because:
-            lines.append(f"decoder layers are transformers' and peft's, which take longer: {self.slow_because}")
+            lines.append(f"decoder layers are those of transformers and peft, which take longer: {self.slow_because}")
         return lines
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
@@ -301,9 +302,9 @@ class QLoRAModule(LearnsInParts):
         return {name: value.detach() for name, value in load.adapter_parameters(self).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> _IncompatibleKeys:
-        """Takes over an adapter's weights; loads base and adapter first, where no Trainer has.
+        """Load an adapter's weights; loads base and adapter first, if no Trainer has.
 
-        Raises UserError unless it has just the keys and shapes of this one, and is finite.
+        Raises UserError unless it has exactly the keys and shapes of this one, and is finite.
         """
         self.configure_model()
         own = load.adapter_parameters(self)
@@ -322,7 +323,7 @@ class QLoRAModule(LearnsInParts):
             raise UserError(
                 f"{broken[0]} holds values that are not finite: it was altered",
                 place=folder or "the checkpoint",
-                remedy="remove that checkpoint's folder, and the one before is taken",
+                remedy="remove that checkpoint's folder, to resume from the one before",
             )
         with torch.no_grad():
             for name, value in own.items():
@@ -330,13 +331,13 @@ class QLoRAModule(LearnsInParts):
         return _IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what this was made with, for `load_from_checkpoint`, and what it is of; a run's folder has its own."""
+        """Add the constructor's arguments, for `load_from_checkpoint`, and the identity; a run's folder has its own."""
         if self.standalone:
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.options)
             checkpoint[OF] = {"base_fingerprint": fingerprint(self.base), "prompts": self.prompt_format.record()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over how prompts are written.
+        """Restore the prompt format.
 
         Raises UserError for a checkpoint of another base.
         """
@@ -354,13 +355,12 @@ class QLoRAModule(LearnsInParts):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "QLoRAModule":  # type: ignore[override]
-        """The module of a checkpoint that Lightning's ModelCheckpoint wrote, its model loaded.
+        """Load the module, and its model, from a checkpoint of Lightning's ModelCheckpoint.
 
         Args:
             checkpoint_path: the file.
             *args: as Lightning's.
-            **options: in place of those that the module of the checkpoint was made with, such as a ``base`` that lies
-                elsewhere now.
+            **options: replacements for the module's arguments, such as a ``base`` that was moved.
 
         Raises:
             UserError: it is a folder, as a run's checkpoints are, or of another base or rank.
@@ -371,14 +371,14 @@ class QLoRAModule(LearnsInParts):
     # Steps
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits ``[B, T, V]`` behind each of ``input_ids`` ``[B, T]``, padded on the right if at all.
+        """Logits ``[B, T, V]`` after each of ``input_ids`` ``[B, T]``, padded on the right if at all.
 
         Raises UserError before the model is loaded.
         """
         return self.peft_model(input_ids=input_ids).logits  # type: ignore[no-any-return]
 
     def summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """Sum of the losses over a batch's answer tokens in nats, how many were the likeliest, how many there are."""
+        """Summed loss of a batch's answer tokens in nats, count of those that were the likeliest, and their number."""
         llama: Any = self.peft_model.get_base_model()
         scored = self._hidden(batch).flatten(0, 1)[batch.positions]
         loss, num_correct = summed_cross_entropy(scored, llama.lm_head.weight, batch.targets, self.loss_rows)
@@ -394,7 +394,7 @@ class QLoRAModule(LearnsInParts):
         self._graphs = None
 
     def _forget_layers(self) -> None:
-        """Has the layers taken apart and recorded anew: Lightning moves the model between two of its runs."""
+        """Discard extracted layers and recordings: Lightning moves the model between two of its runs."""
         self._layers.clear()
         self._release()
 
@@ -406,12 +406,12 @@ class QLoRAModule(LearnsInParts):
         return self.base.shape.num_layers
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """``[B, T, h]`` behind the last norm."""
+        """Hidden states ``[B, T, h]`` after the last norm."""
         decoder: Any = self.peft_model.get_base_model().model
         # No attention mask: rows are padded on the right, where causal attention never looks. No cache:
-        # with one, transformers would not be told apart from generation.
+        # with one, transformers would take it for generation.
         if self.slow_because:
-            # Positions that begin again tell transformers where a conversation ends, if there is no mask and no cache.
+            # Restarted positions mark the conversations for transformers, if there is no mask and no cache.
             within = [torch.arange(length, device=batch.input_ids.device) for length in batch.lengths]
             output = decoder(
                 input_ids=batch.input_ids,
@@ -433,12 +433,12 @@ class QLoRAModule(LearnsInParts):
         return decoder.norm(run_layers(layers, hidden, places, self.kept_layers))  # type: ignore[no-any-return]
 
     def on_train_start(self) -> None:
-        """Starts the sums of the figures."""
+        """Reset the sums of the figures."""
         self._sums.reset()
         self._logged_step = self.trainer.global_step
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Logs the figures of an optimizer step behind its last micro-batch, without waiting for the device."""
+        """Log the figures of an optimizer step after its last micro-batch, without waiting for the device."""
         if not self.standalone:
             return
         self._sums.add(outputs)
@@ -452,7 +452,7 @@ class QLoRAModule(LearnsInParts):
             self._sums.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the sums over the held-out rows. Raises UserError as `training_step`."""
+        """Add a batch to the sums over the held-out rows. Raises UserError as `training_step`."""
         check_batch(batch)
         loss_sum, num_correct, num_answers = self.summed_loss(batch)
         self.held_out_loss.update(loss_sum.double())
@@ -462,11 +462,11 @@ class QLoRAModule(LearnsInParts):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Logs loss, perplexity and token accuracy over all held-out answer tokens."""
+        """Log loss, perplexity and token accuracy over all held-out answer tokens."""
         self._log_held_out("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs the same for the test rows."""
+        """Log the same for the test rows."""
         self._log_held_out("test")
 
     def _log_held_out(self, prefix: str) -> None:
@@ -482,7 +482,7 @@ class QLoRAModule(LearnsInParts):
             metric.reset()
 
     def _log(self, figures: Mapping[str, Tensor]) -> None:
-        """By Lightning's own logging. In a run, the loggers get all that belongs to a step at once, from callbacks."""
+        """Log by Lightning's own logging. In a run, callbacks log all figures of a step at once."""
         if not self.trainer.barebones:
             self.log_dict(figures, logger=None if self.standalone else False)
 
@@ -497,15 +497,15 @@ class QLoRAModule(LearnsInParts):
     # Optimization
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """AdamW on the adapter, with a schedule over the steps that the DataModule's batches make."""
+        """AdamW on the adapter, with a schedule over the optimizer steps of the DataModule's batches."""
         parameters = load.adapter_parameters(self).values()
         optimizer = make_optimizer(self.optimizer_name, parameters, self.learning_rate, self.weight_decay)
         schedule = make_schedule(self.schedule, optimizer, self._num_steps(), self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _num_steps(self) -> int:
-        # Counted by the DataModule, if it can: asking the Trainer makes it fetch the data, and a resumed loader that
-        # has a state of its own would start anew.
+        # Counted by the DataModule, if it can: the Trainer would fetch the data for it, and a resumed loader with a
+        # state of its own would start over.
         counted = getattr(self.trainer.datamodule, "num_optimizer_steps", None)  # type: ignore[attr-defined]
         steps = counted() if counted else self.trainer.estimated_stepping_batches
         expected = "a number of optimizer steps with a loader that has no length, for the learning rate's schedule"
@@ -518,7 +518,7 @@ class QLoRAModule(LearnsInParts):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as the Trainer is told to, and keeps the norm that the gradients had."""
+        """Clip by the Trainer's settings, and keep the norm before clipping."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -526,16 +526,16 @@ class QLoRAModule(LearnsInParts):
     # Answers
 
     def answer(self, prompts: Sequence[Sequence[int]], eos_id: int, sampling: Sampling) -> list[list[int]]:
-        """An answer's ids for each prompt's ids; see `lit_qlora.model.generate`."""
+        """The answer's ids for each prompt's ids; see `lit_qlora.model.generate`."""
         with self.trainer.precision_plugin.forward_context():
             return generate(self.peft_model, prompts, eos_id, sampling)
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raises UserError for what the module can't do right with a Trainer that is not the command line's."""
+    """Raises UserError for unsupported settings of a script's Trainer."""
     strategy = trainer.strategy
     one = isinstance(strategy, SingleDeviceStrategy)
-    require(one, "trainer.strategy", "auto with devices=1 (training goes on one device)", type(strategy).__name__)
+    require(one, "trainer.strategy", "auto with devices=1 (training uses one device)", type(strategy).__name__)
     device = strategy.root_device.type
     require(device in ("cpu", "cuda"), "trainer.accelerator", "cpu, or gpu with a CUDA GPU", device)
     precision: Any = str(trainer.precision)
@@ -552,9 +552,10 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_monitors(trainer: Trainer) -> None:
-    """Raises UserError where a callback of a script's Trainer monitors a figure that a fit does not log.
+    """Raises UserError if a callback of a script's Trainer monitors a figure that a fit does not log.
 
-    Lightning finds out at the first validation only. Where callbacks of one's own could log figures, it is left to it.
+    Lightning would fail only at the first validation. With user callbacks, which could log figures, it is left to
+    Lightning.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     rooms = ("lightning.", "lit_qlora.")
@@ -569,7 +570,7 @@ def check_monitors(trainer: Trainer) -> None:
 
 
 def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
-    """Raises UserError where ``callback`` monitors a figure that is none of ``figures``, those that there are."""
+    """Raises UserError if ``callback`` monitors a figure other than ``figures``."""
     monitored = getattr(callback, "monitor", None)
     if isinstance(monitored, str) and monitored not in figures:
         known = [f"one of {', '.join(figures)}"] if figures else ["none"]
@@ -581,7 +582,7 @@ def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
 
 
 class _Files(TorchCheckpointIO):
-    """Lightning's own way to a checkpoint's file, which says so where it is given a folder."""
+    """`load_from_checkpoint` as Lightning's, with an error for a folder."""
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> Any:
         """As Lightning's. Raises UserError for a folder."""
@@ -601,7 +602,7 @@ def _check_file(checkpoint_path: Any) -> None:
 
 
 def _count(number: int) -> str:
-    """A number of weights in three digits."""
+    """A number of weights to three digits."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"

@@ -14,7 +14,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
-    """Raises UserError for an optimizer that would not do what it is for."""
+    """Raises UserError for an optimizer that this device can't use."""
     if name.startswith("paged") and not on_gpu:
         raise UserError(
             f"{name} pages a GPU's memory, and there is no GPU",
@@ -26,9 +26,9 @@ def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
 def make_optimizer(
     name: OptimizerName, parameters: Iterable[torch.nn.Parameter], learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's, or bitsandbytes' with its state in 8 bits or paged out to the host when memory is short."""
+    """AdamW: torch's, or bitsandbytes' with its state in 8 bits or paged to the host when memory is short."""
     if name == "adamw":
-        # Not fused: that one unscales gradients itself, which Lightning refuses beside clipping in fp16.
+        # Not fused: it unscales gradients itself, which Lightning refuses with clipping in fp16.
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=True)
     from bitsandbytes import optim
 
@@ -41,13 +41,13 @@ def make_optimizer(
 
 
 def make_schedule(name: Schedule, optimizer: torch.optim.Optimizer, num_steps: int, warmup_ratio: float) -> LambdaLR:
-    """The factor on the learning rate: up in a line over the warm-up, then ``name`` down to 0 at the end."""
+    """The factor on the learning rate: a linear warm-up, then ``name`` down to 0 at the end."""
     num_warmup = math.ceil(warmup_ratio * num_steps)
     return LambdaLR(optimizer, lambda step: learning_rate_factor(name, step, num_steps, num_warmup))
 
 
 def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: int) -> float:
-    """The factor for the optimizer step that follows ``step`` done ones."""
+    """The factor for the optimizer step after the first ``step``."""
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
     done = min((step - num_warmup) / max(num_steps - num_warmup, 1), 1.0)
@@ -59,17 +59,17 @@ def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: 
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
-    """Puts the state back to before the first step, in the same memory: bitsandbytes frees none that it pages."""
+    """Reset the state to before the first step, in the same memory: bitsandbytes never frees paged memory."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, int):
                 state[name] = 0
-            elif not name.startswith("qmap"):  # what the codes of 8-bit states stand for
+            elif not name.startswith("qmap"):  # the code book of 8-bit states
                 value.zero_()
 
 
 def num_applied(optimizer: torch.optim.Optimizer) -> int:
-    """Updates that really changed the weights; a GradScaler's skipped steps are not among them."""
+    """Number of updates that changed the weights, without those skipped by a GradScaler."""
     for state in optimizer.state.values():
         return int(state["step"])
     return 0

@@ -1,4 +1,5 @@
-"""Owns the arithmetic between matrix products in training: norm, gated activation, rotary embedding, each way.
+"""Owns the arithmetic between matrix products in training: norm, gated activation, rotary embedding, and their
+gradients.
 
 Plain functions with their gradients; on a GPU, torch.compile makes one kernel of each. Knows no layer.
 """
@@ -20,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """The gradient of ``x``, of which ``residual`` is the part that goes past the norm."""
+    """The gradient of ``x``; ``residual`` is the part that bypasses the norm."""
     pulled = (grad * weight).float()
     normed = x.float() * scale
     inner = (pulled - normed * (pulled * normed).mean(-1, keepdim=True)) * scale
@@ -38,11 +39,11 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of queries and keys, ``[B, T, heads, head width]`` each; with ``-sin`` it turns them back.
+    """Rotary embedding of queries and keys, ``[B, T, heads, head width]`` each; ``-sin`` inverts it.
 
-    ``cos`` and ``sin`` are ``[1, T, head width]``, the first half of ``sin`` negated: each half then takes the other as
-    it is, and nothing is put together in between. Heads stand behind tokens, as the matrix product leaves them: in the
-    order of attention, a GPU would read and write with large steps.
+    ``cos`` and ``sin`` are ``[1, T, head width]``, the first half of ``sin`` negated, so that no intermediate is
+    concatenated. Heads follow tokens, as in the matrix product's output: in attention's order, a GPU would read and
+    write with large strides.
     """
     return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
@@ -67,7 +68,7 @@ EAGER = Pointwise(rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate)
 
 @cache
 def compiled() -> Pointwise:
-    """One kernel each, for every length.
+    """The functions compiled, one kernel each, for every length.
 
     Rows and tokens are symbols to the compiler, so that another length compiles nothing; widths are numbers, or it
     would divide by symbols for every value it reads (ten times the time, for a rotation).

@@ -1,4 +1,4 @@
-"""Owns sizes that follow from a base's config.json alone: parameter counts of the base and of LoRA.
+"""Owns sizes that follow from a base's config.json: parameter counts of the base and of LoRA.
 
 Knows no weights, no torch.
 """
@@ -28,11 +28,11 @@ LLAMA_2 = {
     "13b": _llama_2(5120, 13824, 40, 40, 40),
     "70b": _llama_2(8192, 28672, 80, 64, 8),
 }
-"""Sizes of Llama 2, as in the config.json of each."""
+"""Sizes of Llama 2, from their config.json files."""
 
 
 def known_config(base: str) -> dict[str, Any] | None:
-    """The sizes of a hub id of Llama 2, so that nothing has to be fetched to know them; None for any other."""
+    """The sizes of a Llama 2 by hub id, known without a download; None for any other."""
     found = re.fullmatch(r"(?:nousresearch/llama-2-(\d+b)-hf|meta-llama/llama-2-(\d+b)(?:-chat)?-hf)", base.lower())
     return LLAMA_2.get(found[1] or found[2]) if found else None
 
@@ -73,17 +73,17 @@ class Shape:
 
     @property
     def num_quantized(self) -> int:
-        """Weights that are kept in 4 bits: all linear layers of the decoder."""
+        """Number of weights in 4 bits: all linear layers of the decoder."""
         return self.num_layers * sum(inputs * outputs for inputs, outputs in self.linears.values())
 
     @property
     def num_parameters(self) -> int:
-        """All weights of the base, norms included."""
+        """Number of weights of the base, norms included."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.num_quantized + embeddings + self.hidden * (2 * self.num_layers + 1)
 
     def num_lora(self, rank: int, target_modules: str | Sequence[str]) -> int:
-        """Trained weights at ``rank`` on ``target_modules``, which are names of linear layers or ``all-linear``."""
+        """Number of trained weights at ``rank`` on ``target_modules`` (names of linear layers, or ``all-linear``)."""
         names = self.linears if target_modules == "all-linear" else target_modules
         names = [names] if isinstance(names, str) else names
         return self.num_layers * rank * sum(sum(self.linears[name]) for name in names)

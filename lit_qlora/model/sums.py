@@ -1,4 +1,4 @@
-"""Owns the figures of training as sums over answer tokens: what is added for each micro-batch, and the means of it.
+"""Owns the figures of training as sums over answer tokens: added per micro-batch, then averaged.
 
 Sums stay on the device, so that no step waits for a figure. Knows neither loggers nor intervals.
 """
@@ -23,7 +23,7 @@ class AnswerSums:
         self._sums = dict.fromkeys(self.NAMES, 0)
 
     def add(self, outputs: Mapping[str, Any]) -> None:
-        """Adds what `QLoRAModule.training_step` gave for a micro-batch."""
+        """Add a result of `QLoRAModule.training_step`."""
         for name in self.NAMES:
             self._sums[name] = self._sums[name] + outputs[name]
 
@@ -38,5 +38,5 @@ class AnswerSums:
         return {name: float(value) for name, value in self._sums.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
-        """Continues with the sums that ``state_dict`` holds."""
+        """Continue with the sums in ``state_dict``."""
         self._sums = dict(state_dict)

@@ -1,6 +1,6 @@
-"""Owns what a base's weights are, by their files' headers: names, sizes, places; and whether they fit its config.json.
+"""Owns the headers of a base's weight files: names, sizes and offsets of tensors; and whether they fit its config.json.
 
-Reads no more of the values than it is asked for. Knows no torch and no adapters.
+Reads only the requested values. Knows no torch and no adapters.
 """
 
 import math
@@ -17,14 +17,14 @@ from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import parse_json
 
 LARGEST_HEADER = 100_000_000
-"""Bytes; safetensors' own limit."""
+"""Most bytes of a header; safetensors' own limit."""
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 BUFFER = "rotary_emb.inv_freq"
-"""Old exports hold it; it follows from config.json, and nobody reads it."""
+"""A tensor of old exports; it follows from config.json, and nobody reads it."""
 
 STATE = re.compile(r"(.*\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)")
-"""What a base that was saved in 4 bits keeps beside a weight."""
+"""Suffixes of the tensors that a 4-bit base keeps beside a weight."""
 
 COMPARED_VALUES, COMPARED_PLACES = 4096, 16
 
@@ -44,7 +44,7 @@ class Stored(NamedTuple):
         return math.prod(self.shape)
 
     def read(self, places: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-        """The bytes of some values, each place given as the first and their number."""
+        """The bytes of some values; each place is a first index and a number of values."""
         with self.file.open("rb", buffering=0) as stream:
             for first, count in places:
                 stream.seek(self.start + first * self.value_bytes)
@@ -54,7 +54,7 @@ class Stored(NamedTuple):
 def stored_tensors(base: Base) -> dict[str, Stored]:
     """The tensors of a base by name.
 
-    Raises FileNotFoundError where they are still to come, UserError where they can't be read, or one is there twice.
+    Raises FileNotFoundError before they are downloaded, UserError if they can't be read, or one is stored twice.
     """
     found: dict[str, Stored] = {}
     for file in weight_files(base):
@@ -69,7 +69,7 @@ def stored_tensors(base: Base) -> dict[str, Stored]:
         twice = sorted(found.keys() & tensors.keys())
         if twice:
             raise UserError(
-                f"{base.name}: {twice[0]} stands in {found[twice[0]].file.name} and in {file.name} too",
+                f"{base.name}: {twice[0]} is in {found[twice[0]].file.name} and in {file.name}",
                 option="model.base",
                 remedy="take another copy",
             )
@@ -79,7 +79,7 @@ def stored_tensors(base: Base) -> dict[str, Stored]:
 
 @lru_cache(maxsize=512)
 def _tensors(file: Path, _: int, num_bytes: int) -> dict[str, Stored]:
-    """The tensors of a file by its header, read once while the file stays as it is."""
+    """The tensors of a file by its header, cached while the file stays unchanged."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         if length > LARGEST_HEADER or 8 + length > num_bytes:
@@ -97,7 +97,7 @@ def _tensors(file: Path, _: int, num_bytes: int) -> dict[str, Stored]:
 
 
 def fetch(base: Base) -> None:
-    """Has the weights of a base on the hub in its cache. Raises UserError where they can't be had."""
+    """Download the weights of a base on the hub to its cache. Raises UserError if that fails."""
     if Path(base.location).is_dir():
         return
     from transformers.utils import cached_file
@@ -110,16 +110,16 @@ def fetch(base: Base) -> None:
         weight_files(base, find)
     except OSError as error:
         reason = one_line(error)
-        raise UserError(f"the weights of {base.name} can't be had: {reason}", option="model.base") from error
+        raise UserError(f"the weights of {base.name} can't be downloaded: {reason}", option="model.base") from error
 
 
 def check_weights(base: Base) -> list[str]:
-    """Compares the tensors of a base with its config.json; returns its linear layers that are not in 4 bits.
+    """Compare the tensors of a base with its config.json; return its linear layers that are not in 4 bits.
 
-    Says nothing of a base still to come.
+    A base not downloaded yet is not checked.
 
-    Raises UserError for the first that differs: the library would fill it with chance, pass over it without a word,
-    or fail deep inside.
+    Raises UserError for the first that differs: the library would fill it with random values, ignore it silently, or
+    fail deep inside.
     """
     try:
         stored = stored_tensors(base)
@@ -161,7 +161,7 @@ def _differ(base: Base, name: str, found: str, expected: str) -> UserError:
 
 
 def _expected(base: Base) -> dict[str, tuple[int, ...]]:
-    """Name and size of each stored tensor; a tied head is none of its own."""
+    """Name and size of each stored tensor; a tied head is not stored."""
     shape, config = base.shape, base.config
     sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
     for number in range(shape.num_layers):
@@ -182,7 +182,7 @@ def _is_linear(name: str) -> bool:
 
 
 def _packed(stored: dict[str, Stored]) -> set[str]:
-    """The weights that are packed, two values a byte, with all that belongs to them."""
+    """Packed weights, two values per byte, with the tensors beside them."""
     parts: dict[str, set[str]] = {}
     for match in filter(None, map(STATE.fullmatch, stored)):
         parts.setdefault(match[1], set()).add(match[2].partition("__")[0])
@@ -191,7 +191,7 @@ def _packed(stored: dict[str, Stored]) -> set[str]:
 
 
 def _check_others(base: Base, stored: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raises UserError for a weight that no Llama of this config.json has, or a tied head that is another matrix."""
+    """Raises UserError for a weight unknown to a Llama of this config.json, or a tied head that is another matrix."""
     for name in sorted(stored.keys() - expected.keys()):
         state = STATE.fullmatch(name)
         if name.endswith(BUFFER) or (state and base.in_4_bits and state[1] in expected):
@@ -208,7 +208,7 @@ def _check_others(base: Base, stored: dict[str, Stored], expected: dict[str, tup
 
 
 def _are_equal(one: Stored, other: Stored) -> bool:
-    """Whether two matrices have the same size, and the same values at some places."""
+    """True if two matrices have the same size, and the same values at some places."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     size = one.num_values

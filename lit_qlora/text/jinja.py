@@ -42,7 +42,7 @@ def compile_template(source: str) -> jinja2.Template:
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"line {error.lineno} is no valid Jinja: {error.message}") from error
     except (RecursionError, MemoryError, SyntaxError) as error:  # Jinja's parser, or Python's of what Jinja makes of it
-        raise ValueError(f"it is nested too deep ({type(error).__name__})") from error
+        raise ValueError(f"it is nested too deeply ({type(error).__name__})") from error
 
 
 def render(

@@ -75,6 +75,6 @@ def test_memory_that_runs_out_in_the_trial_is_told_before_the_first_step(tmp_pat
     assert main([*SHORT, "--model.checkpointing", "none"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line or "step 0" in line]
     assert [line.partition(": ")[2] for line in lines if "memory" in line] == [
-        "every layer computes its inside again from now on",
-        "each micro-batch goes in two halves from now on; the loss of a step is the same",
+        "every layer recomputes its activations from now on",
+        "each micro-batch is split into halves from now on; the loss of a step is the same",
     ]

@@ -246,7 +246,7 @@ def test_pickled_weights_on_the_hub_are_refused(monkeypatch, config_file):
         ),
         (
             errors.HfHubHTTPError("401\n\nInvalid token", response=RESPONSE),
-            "'meta-llama/Llama-2-7b-hf' can't be had from the hub (check HF_TOKEN): 401 Invalid token",
+            "'meta-llama/Llama-2-7b-hf' can't be loaded from the hub (check HF_TOKEN): 401 Invalid token",
         ),
     ],
 )
@@ -369,7 +369,7 @@ def test_the_real_client_and_a_server(tmp_path):
     found, shy, gated, refused, no_config, unknown = json.loads(done.stdout)
     assert (found, shy) == ("owner/open", "owner/shy")
     assert gated.startswith("model.base: owner/gated is gated: accept its licence on the hub")
-    assert refused.startswith("model.base: 'owner/refused' can't be had from the hub (check HF_TOKEN): ")
+    assert refused.startswith("model.base: 'owner/refused' can't be loaded from the hub (check HF_TOKEN): ")
     assert no_config == "model.base: 'owner/no-config' is no folder here, and on the hub it has no config.json"
     assert unknown.startswith("model.base: 'owner/unknown' is no folder here and no model on the hub")
     assert not any("\n" in message for message in (gated, refused, no_config, unknown))

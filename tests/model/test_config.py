@@ -78,11 +78,11 @@ def test_what_may_lack_is_right_where_it_is_there(tmp_path, key):
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads (4), got 3"),
         (
             {"head_dim": 15},
-            "head_dim: expected an even number (it is hidden_size / num_attention_heads where it lacks)",
+            "head_dim: expected an even number (default: hidden_size / num_attention_heads)",
         ),
         (
             {"num_attention_heads": 64},
-            'an even number (it is hidden_size / num_attention_heads where it lacks), got "64',
+            'an even number (default: hidden_size / num_attention_heads), got "64',
         ),
         ({"hidden_act": "siluu"}, "hidden_act: expected one of silu, swish, gelu"),
         ({"architectures": "LlamaForCausalLM"}, 'architectures: expected ["LlamaForCausalLM"], got "LlamaForCausalLM"'),

@@ -172,7 +172,7 @@ def test_the_three_last_used_stay_and_the_rest_is_told(tiny, load, tmp_path, mon
     assert {*copies.root.iterdir()} == {*foreign, target}
     assert line.endswith(
         "the next start reads that; other-0-0123456789ab-nf4-float16-cuda (10.0 MB), "
-        "other-2-0123456789ab-nf4-float16-cuda (10.0 MB) went: the 3 last used stay"
+        "other-2-0123456789ab-nf4-float16-cuda (10.0 MB) removed: the 3 last used stay"
     )
 
 
@@ -240,7 +240,7 @@ def test_room_is_made_before_a_copy_is_given_up(tiny, load, tmp_path, monkeypatc
     )
     _, line = keep(tmp_path, monkeypatch, load, tiny, lambda copies: others(copies, 10, 20, 30))
     assert "is kept in" in line
-    assert "other-2-0123456789ab-nf4-float16-cuda (10.0 MB) went" in line
+    assert "other-2-0123456789ab-nf4-float16-cuda (10.0 MB) removed" in line
 
 
 def test_small_bases_are_kept_only_where_a_folder_is_named(tiny, load, monkeypatch, tmp_path):

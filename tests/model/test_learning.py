@@ -102,7 +102,7 @@ def test_halved_equals_whole_and_a_window_under_way_is_kept(built, batch, in_bac
     assert module.parts == 2
     assert trainer.told == [
         f"out of memory at a micro-batch of 4 conversations, {batch.input_ids.numel()} tokens with padding: "
-        "each micro-batch goes in two halves from now on; the loss of a step is the same"
+        "each micro-batch is split into halves from now on; the loss of a step is the same"
     ]
     for (loss, correct, answers), (own_loss, own_correct, own_answers) in zip(whole, halved, strict=True):
         assert own_loss == pytest.approx(loss, rel=1e-6)
@@ -117,7 +117,7 @@ def test_layers_that_keep_give_way_first_and_change_no_bit(built, in_backward):
     module, trainer = built(2, in_backward, kept_layers=2, until_kept=0)
     again, again_gradients = learn(module, PADDED, PADDED)
     assert (module.kept_layers, module.parts) == (0, 1)
-    assert [line.partition(": ")[2] for line in trainer.told] == ["every layer computes its inside again from now on"]
+    assert [line.partition(": ")[2] for line in trainer.told] == ["every layer recomputes its activations from now on"]
     assert again == whole
     assert all(torch.equal(gradients[name], again_gradients[name]) for name in gradients)
 

@@ -437,8 +437,8 @@ def test_a_folder_without_weights(load, tiny, adapter):
     [
         ("{", "/adapter_config.json can't be read: Expecting property name"),
         ("[]", "/adapter_config.json: expected a JSON object, got ["),
-        ("{}", ": adapter_config.json says that it is of no type, expected LORA"),
-        ('{"peft_type": "IA3"}', ": adapter_config.json says that it is IA3, expected LORA"),
+        ("{}", ": adapter_config.json has the peft_type null, expected LORA"),
+        ('{"peft_type": "IA3"}', ": adapter_config.json has the peft_type IA3, expected LORA"),
     ],
 )
 def test_a_config_of_no_lora(load, tiny, adapter, text, message):
@@ -491,7 +491,7 @@ def test_a_record_without_its_base(adapter, lost, expect_error):
     record = json.loads((adapter / "lit_qlora.json").read_text(encoding="utf-8"))
     left = {name: value for name, value in record.items() if lost and name not in lost}
     (adapter / "lit_qlora.json").write_text(json.dumps(left), encoding="utf-8")
-    expect_error(lambda: read_record(adapter), "lit_qlora.json", "which base", "altered", place=adapter)
+    expect_error(lambda: read_record(adapter), "lit_qlora.json", "name its base", "altered", place=adapter)
 
 
 def test_a_tiny_base_on_a_cpu_takes_one_thread(load):

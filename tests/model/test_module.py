@@ -110,7 +110,7 @@ def test_ranks_that_differ_and_layers_that_are_the_libraries_own_in_words(module
     built.model = make_model(rank=4, rank_pattern={"v_proj": 1}, target_modules=["q_proj", "v_proj"])
     assert built.describe()[1].startswith("LoRA of rank 1 to 4 on q_proj, v_proj: ")
     built.slow_because = "DoRA"
-    assert built.describe()[-1] == "decoder layers are transformers' and peft's, which take longer: DoRA"
+    assert built.describe()[-1] == "decoder layers are those of transformers and peft, which take longer: DoRA"
 
 
 # State

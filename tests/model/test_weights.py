@@ -145,7 +145,7 @@ def test_a_tensor_in_two_shards_is_refused(folder, tiny):
     first, *_, last = sorted(folder.glob("model-*.safetensors"))
     twice = next(iter(sorted(load_file(first))))
     save_file(load_file(last) | {twice: torch.zeros(2)}, last)
-    assert refused(folder).startswith(f"{twice} stands in {first.name} and in {last.name} too")
+    assert refused(folder).startswith(f"{twice} is in {first.name} and in {last.name}")
 
 
 def test_an_adapter_beside_the_weights_is_refused(folder):
@@ -200,7 +200,7 @@ def test_a_base_that_is_nowhere_can_not_be_fetched(folder, monkeypatch, tmp_path
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     base = Base("owner/unknown", "owner/unknown", find_base(str(folder)).config)
     assert check_weights(base) == []
-    with pytest.raises(UserError, match="the weights of owner/unknown can't be had: "):
+    with pytest.raises(UserError, match="the weights of owner/unknown can't be downloaded: "):
         fetch(base)
 
 

@@ -387,7 +387,7 @@ def test_a_best_adapter_from_behind_the_checkpoint_makes_way_for_that_of_the_che
             adapter(folder, step)
     put_adapter_back(run, 6, there, must_stay=must_stay)
     assert (step_of(run.adapter), step_of(run.path / "adapter.before")) == (stands, aside)
-    assert ("behind step 6" in capsys.readouterr().out) == (aside is not None)
+    assert ("after step 6" in capsys.readouterr().out) == (aside is not None)
 
 
 def test_what_was_put_aside_before_makes_way_for_what_is_put_aside_now(run):

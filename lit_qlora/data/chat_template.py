@@ -43,7 +43,7 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
         "bos_token": tokenizer.bos_token,
         "eos_token": tokenizer.eos_token,
         "unk_token": tokenizer.unk_token,
-        "add_bos_token": True,
+        "add_bos_token": tokenizer.bos_token is not None,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_tokens,

@@ -50,7 +50,7 @@ class Encoder:
     """Turns conversations into ids with one tokenizer.
 
     Args:
-        tokenizer: a fast Llama tokenizer.
+        tokenizer: a fast tokenizer with an EOS; not every one has a BOS.
         max_length: tokens that one example may have.
         train_on: ``answers`` learns the answers and their EOS; ``all`` learns the prompts too.
         prompt_format: how conversations are written; default: the Llama 2 format.
@@ -66,12 +66,12 @@ class Encoder:
         prompt_format: PromptFormat | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.bos_id = int(tokenizer.bos_token_id)
+        self.bos_id: int | None = tokenizer.bos_token_id  # None: texts begin without one, as Qwen's do
         self.eos_id = int(tokenizer.eos_token_id)
         self.max_length = max_length
         self.train_on = train_on
         special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        tokens = SpecialTokens(str(tokenizer.bos_token), str(tokenizer.eos_token), special)
+        tokens = SpecialTokens(tokenizer.bos_token or "", str(tokenizer.eos_token), special)
         self.prompt_format = (prompt_format or chosen()).of(tokens)
         self.prompt_format.check()
 
@@ -127,8 +127,8 @@ class Encoder:
         return [token for ids in self._ids(self.prompt_format.pieces(conversation)) for token in ids]
 
     def plain(self, text: str) -> list[int]:
-        """BOS and the ids of a text that stands in no chat format."""
-        return [self.bos_id, *self._encode([text])[0]]
+        """BOS, if there is one, and the ids of a text that stands in no chat format."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *self._encode([text])[0]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, without BOS, EOS and the format's outer spaces."""

@@ -19,8 +19,13 @@ LLAMA_2 = {"▁[": 518, "▁Hello": 15043}
 INST = [518, 25580, 29962]
 """What Meta's code makes of a text that is "[INST]"."""
 
+PROBES = ("Hello world", "two  spaces", "x = 12345\n\n\tend", "Größe, 漢字 🙂")
+"""Texts by which it shows whether a class of the library gives the ids of the tokenizer.json that it was loaded from.
+
+None begins with a space, which classes that put one there take for their own; `encode.Encoder` knows of that."""
+
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-"""Special tokens, and what Llama calls them."""
+"""Special tokens, and what Llama calls them; BOS may lack."""
 
 
 def _is_token(value: Any) -> bool:
@@ -86,9 +91,11 @@ def _parts(value: Any) -> list[Any]:
 def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of ``base``, a hub id or a local folder.
 
-    With Llama 2's vocabulary it gives the ids of Meta's code, whatever tokenizer_config.json says.
+    With Llama 2's vocabulary it gives the ids of Meta's code, with another one those of tokenizer.json where there is
+    one, whatever tokenizer_config.json says: the class that it names may have rules of its own, as transformers 5's
+    LlamaTokenizer puts a space before a text, which Yi's does not.
 
-    Raises UserError when there is none, when it comes as code, when it lacks a BOS or an EOS, when its files hold
+    Raises UserError when there is none, when it comes as code, when it lacks an EOS, when its files hold
     what no tokenizer has, or when it has Llama 2's vocabulary and can't be brought to give Llama 2's ids.
     """
     tokenizer = _load(base)
@@ -101,16 +108,20 @@ def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
                 option="model.base",
                 remedy="take another copy",
             )
+    elif not _is_llama_2(tokenizer) and not _as_saved(base, tokenizer):
+        tokenizer = _load(base, as_saved=True)
     return tokenizer
 
 
-def _load(base: str, **changes: bool) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, LlamaConfig
+def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedTokenizerBase":
+    """By the class that tokenizer_config.json names; ``as_saved``, by the one that takes tokenizer.json as it is."""
+    from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
     location = str(demo.BASE) if base == "demo" else base
     try:
         _check_config(base, location)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        kind: Any = PreTrainedTokenizerFast if as_saved else AutoTokenizer
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
             location,
             # As of every base; what its config.json says else is not asked.
             config=LlamaConfig.from_dict({"name_or_path": location}),
@@ -158,7 +169,7 @@ def _check_config(base: str, location: str) -> None:
 
 
 def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises UserError where BOS or EOS lacks, or one of the special tokens is no text at all.
+    """Raises UserError where EOS lacks, or one of the special tokens is no text at all.
 
     The library gives an empty one the id of the unknown token, and looks for an empty unknown one for ever.
     """
@@ -170,11 +181,11 @@ def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
                 option="model.base",
                 remedy=f"write its text into tokenizer_config.json (Llama's is {usual}), or take another copy",
             )
-        if token is None and name != "unk_token":
+        if token is None and name == "eos_token":  # not all have a BOS: Qwen's have none
             raise UserError(
-                f"the tokenizer of {excerpt(base)} has no BOS or no EOS token",
+                f"the tokenizer of {excerpt(base)} has no EOS token, so that no answer would end",
                 option="model.base",
-                remedy="a Llama tokenizer has both",
+                remedy="name it in tokenizer_config.json (eos_token), or take another copy",
             )
 
 
@@ -207,6 +218,26 @@ def _reason(error: Exception) -> str:
 
 def _as_meta(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether a text begins as in Meta's code; True as well where the vocabulary is not Llama 2's."""
-    if tokenizer.convert_tokens_to_ids([*LLAMA_2]) != [*LLAMA_2.values()]:
+    if not _is_llama_2(tokenizer):
         return True
     return bool(tokenizer("[INST]", add_special_tokens=False)["input_ids"] == INST)
+
+
+def _is_llama_2(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return bool(tokenizer.convert_tokens_to_ids([*LLAMA_2]) == [*LLAMA_2.values()])
+
+
+def _as_saved(base: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether it gives the ids of the base's tokenizer.json; True as well where there is none."""
+    from tokenizers import Tokenizer
+    from transformers.utils import cached_file
+
+    location = str(demo.BASE) if base == "demo" else base
+    file = cached_file(location, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return True
+    saved, loaded = Tokenizer.from_file(file), tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    return all(
+        saved.encode(text, add_special_tokens=False).ids == loaded.encode(text, add_special_tokens=False).ids
+        for text in PROBES
+    )

@@ -35,11 +35,16 @@ SHORTEST_MARK = 3
 
 
 class SpecialTokens(NamedTuple):
-    """How a tokenizer spells BOS, EOS, and all of its special tokens."""
+    """How a tokenizer spells BOS, which is empty where it has none, EOS, and all of its special tokens."""
 
     bos: str = "<s>"
     eos: str = "</s>"
     all: tuple[str, ...] = ("<unk>", "<s>", "</s>")
+
+    @property
+    def ends(self) -> list[str]:
+        """BOS, if there is one, and EOS."""
+        return [token for token in (self.bos, self.eos) if token]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,7 @@ class PromptFormat(ABC):
     @property
     def own_marks(self) -> list[str]:
         """The special tokens that it writes, and whatever else it closes a turn with."""
-        return [self.spelled.bos, self.spelled.eos]
+        return self.spelled.ends
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -114,7 +119,7 @@ class PromptFormat(ABC):
 
     def writes(self, token: str) -> bool:
         """Whether it may write a special token, so that the model has to know it."""
-        return token in self.spelled[:2]
+        return token in self.spelled.ends
 
     def wrong(self, name: str, problem: object) -> UserError:
         """An error in its ``template`` or ``system``, whether an option or a record says it."""

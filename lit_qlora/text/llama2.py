@@ -89,7 +89,7 @@ class Llama2(PromptFormat):
             if is_answer:
                 pieces += [said, Piece(self.spelled.eos, True, "token")]
             else:
-                pieces += [Piece(self.spelled.bos, False, "token"), said]
+                pieces += [*([Piece(self.spelled.bos, False, "token")] if self.spelled.bos else []), said]
         return pieces
 
     @property
@@ -119,7 +119,14 @@ class Llama2(PromptFormat):
     def chat_template(self) -> str:
         """BOS and EOS are written out, for a template is encoded as a whole."""
         default = json.dumps(self.system, ensure_ascii=False) if self.system else "none"
-        return _JINJA.replace("DEFAULT_SYSTEM", default).replace("FORBIDDEN", json.dumps(TAGS))
+        # Of a tokenizer without BOS, a template sees no bos_token.
+        jinja = _JINJA if self.spelled.bos else _JINJA.replace("bos_token, ", "").replace("bos_token ~ ", "")
+        return jinja.replace("DEFAULT_SYSTEM", default).replace("FORBIDDEN", json.dumps(TAGS))
+
+    @property
+    def tokenizer_remedy(self) -> str:
+        """For another tokenizer, there are formats that it can write."""
+        return f"{super().tokenizer_remedy}, or train with a data.template such as chatml"
 
     def modelfile(self, weights: Path) -> str:
         """Ollama's templates can't trim: white space around a message stays, which training took away."""

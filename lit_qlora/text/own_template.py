@@ -96,7 +96,7 @@ class Template(PromptFormat):
     @cached_property
     def specials(self) -> list[str]:
         """All special tokens, the longest first; where the template writes one, that becomes its id."""
-        return sorted({*self.spelled.all, *self.spelled[:2]}, key=lambda token: (-len(token), token))
+        return sorted({*self.spelled.all, *self.spelled.ends}, key=lambda token: (-len(token), token))
 
     @cached_property
     def _token(self) -> re.Pattern[str]:
@@ -144,7 +144,7 @@ class Template(PromptFormat):
     @property
     def own_marks(self) -> list[str]:
         """The special tokens that it writes, and what it closes a turn with: written out by hand, those are no text."""
-        found = [*self.spelled[:2], *(token for token in self.specials if token in self.source)]
+        found = [*self.spelled.ends, *(token for token in self.specials if token in self.source)]
         try:
             pieces = self._structure(2, False)
         except ValueError:
@@ -207,8 +207,8 @@ class Template(PromptFormat):
     def notes(self) -> list[str]:
         """Which template it is, and what it does without."""
         lines = [f"prompts by {self.title} ({self.version})"]
-        if self._structure(1, False)[0].text != self.spelled.bos:
-            lines.append(f"{self.title} writes no BOS, with which Llama's texts begin; {{{{ bos_token }}}} would")
+        if self.spelled.bos and self._structure(1, False)[0].text != self.spelled.bos:
+            lines.append(f"{self.title} writes no BOS, with which this base's texts begin; {{{{ bos_token }}}} would")
         try:
             self._structure(1, True)
         except ValueError as error:

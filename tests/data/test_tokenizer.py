@@ -119,7 +119,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path, expect_error):
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a"))).save_pretrained(tmp_path)
-    expect_error(lambda: load_tokenizer(str(tmp_path)), tmp_path, "no BOS or no EOS", option="model.base")
+    expect_error(lambda: load_tokenizer(str(tmp_path)), tmp_path, "has no EOS token", option="model.base")
 
 
 @pytest.mark.parametrize(

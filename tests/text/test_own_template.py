@@ -77,7 +77,7 @@ def test_what_is_told_of_a_template():
         "prompts by data.template"
     ]
     assert template(SOURCES["zephyr"]).notes()[1:] == [
-        "data.template writes no BOS, with which Llama's texts begin; {{ bos_token }} would"
+        "data.template writes no BOS, with which this base's texts begin; {{ bos_token }} would"
     ]
     assert template(SOURCES["vicuna"]).notes()[1:] == [
         "data.template takes no system text: with a conversation of 2 turns and a system text: line 1 can't be "

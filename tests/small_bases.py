@@ -1,0 +1,137 @@
+"""Owns small bases of each architecture that is accepted: random, seeded weights, and tokenizers of their kinds."""
+
+# ruff: noqa: RUF001  # DeepSeek's special tokens are written so
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 172,  # not divisible by 32, as real models' widths can be
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+TEXTS = [
+    "Tom has a red boat, and Ann has 12 blue ones; they don't sail at night.",
+    "Where does Ann live? She lives by the sea, in a small white house.",
+    "user assistant system\nYou are brief.\n\n  def f(x):\n    return x + 1\n",
+]
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen's tokenizers cut a text into words."""
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
+    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@cache
+def byte_level(specials: tuple[str, ...], split: str = SPLIT) -> str:
+    """A byte-level BPE tokenizer's rules, as Qwen and Llama 3 have them."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_special_tokens([*specials])
+    return str(tokenizer.to_str())
+
+
+@cache
+def sentencepiece_like(specials: tuple[str, ...], prefix: bool = True) -> str:
+    """The rules of a BPE tokenizer that writes a space as U+2581, as Llama 2 and Mistral have them."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    replace = normalizers.Replace(" ", "\u2581")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace] if prefix else [replace])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    byte_tokens = [f"<0x{number:02X}>" for number in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=440, special_tokens=["<unk>", *specials, *byte_tokens], show_progress=False
+    )
+    tokenizer.train_from_iterator([text.replace(" ", " \u2581") for text in TEXTS], trainer)
+    rules = json.loads(tokenizer.to_str())
+    rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] not in byte_tokens]
+    rules["pre_tokenizer"] = None
+    return json.dumps(rules, ensure_ascii=False)
+
+
+LLAMA_3_SPLIT = SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+LLAMA_3 = (
+    "{% for message in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('only user and assistant') }}{% elif message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+TOKENIZERS: dict[str, tuple[Callable[[], str], dict[str, Any]]] = {
+    "qwen": (
+        lambda: byte_level(("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
+        {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>", "unk_token": None,
+         "pad_token": "<|endoftext|>", "add_bos_token": False, "chat_template": CHATML},
+    ),
+    "llama 3": (
+        lambda: byte_level(
+            ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+            LLAMA_3_SPLIT,
+        ),
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>",
+         "chat_template": LLAMA_3},
+    ),
+    # DeepSeek's distilled ones: the class of another kind, no pad but one that looks like nothing else.
+    "deepseek": (
+        lambda: byte_level(("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")),
+        {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<｜begin▁of▁sentence｜>", "legacy": True,
+         "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>", "unk_token": None},
+    ),
+    "mistral": (
+        lambda: sentencepiece_like(("<s>", "</s>")),
+        {"tokenizer_class": "LlamaTokenizer", "legacy": True, "pad_token": None, "chat_template": MISTRAL, **NAMES},
+    ),
+    "mistral v0.3": (
+        lambda: sentencepiece_like(("<s>", "</s>", "[INST]", "[/INST]")),
+        {"tokenizer_class": "LlamaTokenizer", "legacy": False, "pad_token": None, "chat_template": MISTRAL, **NAMES},
+    ),
+    "yi": (
+        lambda: sentencepiece_like(("<|startoftext|>", "<|endoftext|>"), prefix=False),
+        {"tokenizer_class": "LlamaTokenizer", "legacy": True, "bos_token": "<|startoftext|>",
+         "eos_token": "<|endoftext|>", "unk_token": "<unk>", "pad_token": "<unk>"},
+    ),
+}  # fmt: skip
+"""tokenizer.json and tokenizer_config.json of each kind."""
+
+
+def save_tokenizer(folder: Path, kind: str) -> Path:
+    """Writes a tokenizer of a kind of `TOKENIZERS` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rules, config = TOKENIZERS[kind]
+    (folder / "tokenizer.json").write_text(rules(), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

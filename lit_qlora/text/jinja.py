@@ -1,4 +1,4 @@
-"""Owns the compiling and rendering of Jinja chat templates, in the sandbox that transformers has for them.
+"""Owns the compiling and rendering of Jinja chat templates, by the names that transformers gives to them.
 
 Knows nothing of what a template says.
 """
@@ -6,28 +6,12 @@ Knows nothing of what a template says.
 import hashlib
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any
 
 import jinja2
 
+from lit_qlora.text import sandbox
 
-class _Missing(jinja2.Undefined):
-    """A name that nothing stands for: it may be asked for, as in ``if tools``, and is never written as nothing."""
-
-    def __str__(self) -> str:  # noqa: PLE0307  # it never returns
-        self._fail_with_undefined_error()
-
-    def __iter__(self) -> Any:
-        self._fail_with_undefined_error()
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    """The sandbox in which transformers renders chat templates, but for `_Missing`."""
-    from transformers.utils import chat_template_utils
-
-    return chat_template_utils._compile_jinja_template("").environment.overlay(undefined=_Missing)  # type: ignore[no-any-return]
+NO_CLOCK = "strftime_now gives other prompts each day; write a date, or none"
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -35,10 +19,7 @@ def compile_template(source: str) -> jinja2.Template:
     if not source.strip():
         raise ValueError("expected a Jinja chat template, got nothing")
     try:
-        tree = _environment().parse(source)
-        if any(name.name == "strftime_now" for name in tree.find_all(jinja2.nodes.Name)):
-            raise ValueError("strftime_now gives other prompts each day; write a date, or none")
-        return _environment().from_string(source)
+        return sandbox.compile_template(source)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"line {error.lineno} is no valid Jinja: {error.message}") from error
     except (RecursionError, MemoryError, SyntaxError) as error:  # Jinja's parser, or Python's of what Jinja makes of it
@@ -50,13 +31,16 @@ def render(
 ) -> str:
     """The text of ``messages``, from the names that transformers gives to a template.
 
-    Raises ValueError, with the line, when the template's code fails.
+    Its clock is none: a template that has a date of its own to fall back on takes that.
+
+    Raises ValueError, with the line, when the template's code fails, takes too long or makes too much.
     """
+    names = {
+        "messages": messages, "bos_token": bos, "eos_token": eos, "add_generation_prompt": add_generation_prompt,
+        "tools": None, "documents": None, "strftime_now": sandbox.Missing(NO_CLOCK),
+    }  # fmt: skip
     try:
-        return template.render(
-            messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=add_generation_prompt,
-            tools=None, documents=None,
-        )  # fmt: skip
+        return sandbox.render(template, names, sum(len(text) for message in messages for text in message.values()))
     except Exception as error:  # whatever a template's code may raise
         frames = traceback.extract_tb(error.__traceback__)
         line = next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), 1)

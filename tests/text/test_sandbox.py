@@ -1,0 +1,89 @@
+"""A chat template that would take forever, or fill the memory, is refused at once; what templates do is left alone."""
+
+import time
+
+import pytest
+
+from lit_qlora.text import jinja
+
+TALK = [{"role": "user", "content": "a {12345} %*d"}, {"role": "assistant", "content": "b"}]
+
+
+def render(source, messages=TALK):
+    return jinja.render(jinja.compile_template(source), messages, "<s>", "</s>", True)
+
+
+LONG = "it loops or calls too often"
+LARGE = "it makes something of more than 10,000,108 characters"
+WIDE = "it writes a format with a field of five digits or more"
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", LONG),
+        ("{% set r = range(999) %}" + "{% for i in r %}" * 3 + "x" + "{% endfor %}" * 3, LONG),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}", LONG),
+        ("{{ 'a' * 10000000000 }}", LARGE),
+        ("{{ 10000000000 * messages }}", LARGE),
+        ("{{ 10 ** (10 ** 9) }}", LARGE),
+        ("{% set n = namespace(s='aaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", LARGE),
+        ("{% set n = namespace(s='aaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}", LARGE),
+        ("{{ 'a'.ljust(10000000000) }}", LARGE),
+        ("{{ 'a' | center(10000000000) }}", LARGE),
+        ("{{ ('a' * 999999) | replace('a', 'b' * 999999) }}", LARGE),
+        ("{{ ('a' * 999999).replace('a', 'b' * 999999) }}", LARGE),
+        ("{{ (['a' * 99999] * 99999) | join }}", LARGE),
+        ("{{ ''.join(['a' * 99999] * 99999) }}", LARGE),
+        ("{% set x %}{% for i in range(9999) %}{{ 'abc' * 999999 }}{% endfor %}{% endset %}", LARGE),
+        ("{{ '%9999999999d' % 1 }}", WIDE),
+        ("{{ '%*d' % (9999999999, 1) }}", WIDE),
+        ("{{ '%9999999999d' | format(1) }}", WIDE),
+        ("{{ '{:9999999999}'.format(1) }}", WIDE),
+    ],
+)  # fmt: skip
+def test_what_would_take_forever_or_fill_the_memory_is_refused_with_its_line(source, problem):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"^line") as caught:
+        render("\n" + source)
+    assert str(caught.value) == f"line 2 can't be rendered: {problem}"
+    assert time.monotonic() - start < 20  # a second or less, where nothing else runs
+
+
+def test_a_text_that_grows_too_long_is_refused():
+    with pytest.raises(ValueError, match="can't be rendered: it makes something of more than 10,000,108 characters"):
+        render("{% for i in range(9999) %}" + "x" * 9999 + "{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ 1 + 2 * 3 ** 2 }} {{ 'ab' * 3 }} {{ [1] * 2 }} {{ 2.5 * 2 }} {{ 2 ** -1 }}", "19 ababab [1, 1] 5.0 0.5"),
+        ("{{ 'x' ~ 1 ~ 'y' }}{% if 'x' ~ 1 == 'x1' %}z{% endif %}{{ ('a' ~ 'b') | upper }}", "x1yzAB"),
+        ("{{ '%s-%5d' % ('a', 1) }} {{ '{:>3}'.format('b') }} {{ '%d' | format(3) }}", "a-    1   b 3"),
+        ("{{ messages[0].content.split('{')[1] }} {{ 'aba'.replace('a', 'c') }}", "12345} %*d cbc"),
+        ("{{ messages | map(attribute='role') | join('+') }} {{ ','.join(['p', 'q']) }}", "user+assistant p,q"),
+        ("{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }} {% endfor %}", "1/2False 2/2True "),
+        ("{% for m in messages if m.role == 'user' %}{{ m.role }}{% else %}none{% endfor %}", "user"),
+        ("{% for key, value in messages[0].items() %}{{ key }} {% endfor %}", "role content "),
+        ("{% for a in [1, [2]] recursive %}{{ loop(a) if a is iterable else a }}{% endfor %}", "12"),
+        ("{% for m in messages[::-1] | reverse %}{{ m.role[0] }}{% break %}{% endfor %}", "u"),
+        ("{% if strftime_now is defined %}today{% else %}26 Jul 2024{% endif %}", "26 Jul 2024"),
+    ],
+)  # fmt: skip
+def test_what_templates_do_is_left_alone(source, text):
+    assert render(source) == text
+
+
+def test_bounds_grow_with_what_is_said():
+    talk = [{"role": "user", "content": "x" * 3_000_000}]
+    source = "{% for m in messages %}{{ m.content | trim ~ m.content + m.content.strip() ~ m.content }}{% endfor %}"
+    assert len(render(source, talk)) == 12_000_000
+    many = [{"role": "user", "content": "x"}] * 5000
+    assert len(render("{% for m in messages %}{{ m.content.strip().strip() }}{% endfor %}" + " " * 3000, many)) == 8000
+
+
+def test_compiling_many_templates_uses_nothing_up():
+    for number in range(30):
+        jinja.compile_template("{{ '" + "x" * 500_000 + "' }}" + str(number))
+    assert render("{{ 'x' * 9999999 }}") == "x" * 9999999

@@ -180,7 +180,7 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dty
     if on_gpu:
         torch.cuda.synchronize()
     seconds = (time.monotonic() - started) / num_steps
-    hopper = on_gpu and torch.cuda.get_device_capability() >= (9, 0)
+    hopper = on_gpu and torch.cuda.get_device_capability() >= (9, 0) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     forecast = memory.step_memory(
         memory.Step(
             module.base.shape,

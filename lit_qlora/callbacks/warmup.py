@@ -38,7 +38,8 @@ class WarmupStep(Callback):
             module.kept_layers = forecast.step.kept_layers
         largest = data.largest_batch(padded) if module.uses_cuda_graphs else data.largest_batch()
         batch = module.transfer_batch_to_device(largest, module.device, 0)
-        weights = {name: value.clone() for name, value in module.state_dict().items()}
+        # On the host: beside a resumed run's optimizer they would be more than any step of training takes.
+        weights = {name: value.to("cpu", copy=True) for name, value in module.state_dict().items()}
         with trainer.precision_plugin.forward_context():
             output = module.training_step(batch, 0)
         module.backward(output["loss"])

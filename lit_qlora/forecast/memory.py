@@ -28,6 +28,9 @@ WORKSPACE = 2 * 8_519_680
 HOPPER_WORKSPACE = 2 * 32 * 1024**2
 """The same from compute capability 9.0 on."""
 
+SMALL_BLOCK = 1024**2
+"""torch's allocator keeps blocks up to this size in segments of their own (`kSmallSize` in torch)."""
+
 CHUNK_ROWS = 1024
 """`loss.CHUNK_ROWS`, which can't be imported without torch; a test holds them equal."""
 
@@ -179,16 +182,41 @@ def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
 
 
 def kept_in_layer(step: Step) -> int:
-    """What a layer that keeps its products' results holds beyond its input: 10 h + 4 I in 16 bits, and LoRA's middle.
+    """Bytes per token that a layer keeps beyond its input: 10 h + 4 I values, and what lies between LoRA's A and B."""
+    return sum(_kept_tensors(step))
 
-    Those are q and k turned, v, attention's result with one fp32 sum a head, the residual in the middle, gate and up,
+
+def _kept_tensors(step: Step) -> list[int]:
+    """Bytes per token of each tensor that a layer keeps beyond its input.
+
+    Those are q and k turned, v, attention's result with one fp32 sum per head, the residual in the middle, gate and up,
     and for each linear layer with LoRA what lies between A and B.
     """
     shape = step.shape
     queries, keys = shape.linears["q_proj"][1], shape.linears["k_proj"][1]
     inner = shape.linears["gate_proj"][1]
-    low = max(sum(layer.values()) for layer in step.lora)
-    return step.element * (2 * queries + 2 * keys + shape.hidden + 2 * inner + low) + 4 * shape.num_heads
+    low = max((layer.values() for layer in step.lora), key=sum)
+    widths = (queries, queries, keys, keys, shape.hidden, inner, inner, *low)
+    return [step.element * width for width in widths] + [4 * shape.num_heads]
+
+
+def small_blocks(step: Step) -> int:
+    """Segments of small blocks that recordings of short micro-batches need and the longest doesn't.
+
+    Recordings share their memory, but what is a large block in one of many tokens is a small one in one of few.
+
+    Returns:
+        Bytes: the most that kept activations take in small blocks at any number of tokens, beyond what they do at
+        ``step.tokens``. 0 for a single recording.
+    """
+    shape = step.shape
+    widths = _kept_tensors(step) * step.kept_layers + [step.element * shape.hidden] * shape.num_layers
+
+    def small(tokens: int) -> int:
+        return sum(width * tokens for width in widths if width * tokens <= SMALL_BLOCK)
+
+    shorter = {SMALL_BLOCK // width for width in widths} if step.num_recordings > 1 else set()
+    return max(map(small, {step.tokens} | {tokens for tokens in shorter if tokens < step.tokens})) - small(step.tokens)
 
 
 def swiglu_backward(step: Step) -> int:
@@ -286,9 +314,12 @@ def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:
     states = 2 * step.element * step.tokens * shape.hidden
     # Before each recording one layer runs as it is; that takes more than an evaluation.
     warmed = max(moment.layer + moment.dequantisation for moment in once if moment not in outside)
-    beside = max(warmed, *(moment.loss + moment.layer for moment in outside))
-    others = [replace(moment, activations=0, recordings=states, apart=inside(deepest)) for moment in outside]
-    return [replace(deepest, gradients=deepest.gradients + lora, recordings=states, apart=beside), *others]
+    beside = max(warmed, *(moment.loss + moment.layer for moment in outside)) + small_blocks(step)
+    held = inside(deepest) + small_blocks(step)
+    others = [replace(moment, activations=0, recordings=states, apart=held) for moment in outside]
+    found = [replace(deepest, gradients=deepest.gradients + lora, recordings=states, apart=beside), *others]
+    # The streams that record forward and backward have scratch of their own, which stays.
+    return [replace(moment, workspace=2 * step.workspace) for moment in found]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # for the Pythons that are too ol
     )
     sys.exit(2)
 
-from lit_qlora.cli import main
-from lit_qlora.console import take_names_as_utf8
+from lit_qlora.__main__ import run
 
 if __name__ == "__main__":
-    take_names_as_utf8()
-    sys.exit(main())
+    sys.exit(run())

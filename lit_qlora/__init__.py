@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from lit_qlora.data.datamodule import ChatDataModule
     from lit_qlora.model.module import QLoRAModule
 
-__all__ = ["ChatDataModule", "QLoRAModule"]
+__all__ = ["ChatDataModule", "QLoRAModule", "__version__"]
+
+__version__ = "0.1.0"
 
 _PLACES = {"ChatDataModule": "lit_qlora.data.datamodule", "QLoRAModule": "lit_qlora.model.module"}
 

@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lit_qlora import __version__
 from lit_qlora.console import prepare
 from lit_qlora.errors import SecretError, UserError, cut, excerpt
 from lit_qlora.launchers import ignore_launchers
+from lit_qlora.place import COMMAND, INSTALL
 from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
 from lit_qlora.storage.files import SaveError
@@ -36,7 +38,7 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
 
   tensorboard --logdir runs   curves and sample answers
 
-Every verb has --help. The same fit command, given again, goes on where it was.
+Every verb has --help; --version says which this is. The same fit command, given again, goes on where it was.
 """
 
 
@@ -77,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if not names:
             raise
         what = f"not installed for {sys.executable}: {', '.join(names)}"
-        print(f"error: {what}; pip install -r requirements.txt, or take the Python that has it", file=sys.stderr)
+        print(f"error: {what}; {INSTALL}, or take the Python that has it", file=sys.stderr)
         return 2
 
 
@@ -108,7 +110,10 @@ def check_utf8(args: Sequence[str]) -> None:
 def _run(args: list[str]) -> int:
     verb = args[0] if args else "--help"
     if verb in ("-h", "--help", "help"):
-        print(HELP, end="")
+        print(HELP.replace("python main.py", COMMAND), end="")
+        return 0
+    if verb == "--version":
+        print(f"lit-qlora {__version__}")
         return 0
     if verb != "chat":  # what is said in a chat is kept nowhere
         check_no_secrets(args[1:])

@@ -5,6 +5,8 @@ A table of words; knows no parser.
 
 from collections.abc import Collection
 
+from lit_qlora.place import COMMAND
+
 _STEP = "trainer.accumulate_grad_batches, which with data.batch_size makes a step"
 _4_BIT = "a base is always trained in 4-bit NF4 with double quantisation: leave it out"
 _PRECISION = "trainer.precision, and auto takes what the card has"
@@ -16,7 +18,7 @@ _LENGTH = "data.max_length"
 _TARGETS = "model.target_modules"
 _COMMAS = "names in model.target_modules are written with commas: q_proj,v_proj"
 _VERBS = "fit trains, validate and test score: leave it out"
-_PUSH = "python main.py push sends an adapter to the hub"
+_PUSH = f"{COMMAND} push sends an adapter to the hub"
 _TOKENIZER = "the tokenizer is that of model.base"
 
 HERE: dict[str, str] = {
@@ -147,7 +149,7 @@ HERE: dict[str, str] = {
     "train_batch_size": "data.batch_size",
     "eval_batch_size": "data.batch_size",
     "micro_batch_size": "data.batch_size",
-    "auto_find_batch_size": "data.batch_size, and python main.py plan says what fits",
+    "auto_find_batch_size": f"data.batch_size, and {COMMAND} plan says what fits",
     "global_batch_size": _STEP,
     "sample_packing": "data.packing",
     "neat_packing": "data.packing",

@@ -9,6 +9,7 @@ import subprocess
 from itertools import takewhile
 
 from lit_qlora.errors import UserError
+from lit_qlora.place import COMMAND
 
 COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """How many processes were started: by torchrun, srun, mpirun and other launchers of MPI."""
@@ -30,7 +31,7 @@ def ignore_launchers() -> list[str]:
             raise UserError(
                 f"{name}={value} in the environment: several processes are not supported, one trains on one device",
                 remedy=(
-                    "start python main.py by itself (without torchrun or mpirun, under srun with "
+                    f"start {COMMAND} by itself (without torchrun or mpirun, under srun with "
                     f"--ntasks 1), or unset {name}"
                 ),
             )

@@ -6,7 +6,7 @@ jsonargparse does the parsing. Does not know what any option means.
 import difflib
 import re
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from lit_qlora.elsewhere import here
 from lit_qlora.errors import SecretError, UserError, cut, excerpt, one_line
+from lit_qlora.place import CONFIGS
 from lit_qlora.secrecy import holds_secret
 
 HELP = "the accepted ones are listed by --help"
@@ -236,6 +237,16 @@ def all_values(args: list[str], *names: str) -> list[str | None]:
     return values
 
 
+def with_values(args: list[str], changed: Callable[[str], str], *names: str) -> list[str]:
+    """``args`` with each value that they give to ``names`` as ``changed`` has it."""
+    found, is_value = list[str](), False
+    for arg in args:
+        name, equals, given = arg.partition("=")
+        found.append(changed(arg) if is_value else f"{name}={changed(given)}" if equals and name in names else arg)
+        is_value = not is_value and arg in names
+    return found
+
+
 def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> None:
     """Finds what would pass otherwise: doubled keys, empty sections, a ``config`` inside, linked options, a secret.
 
@@ -246,7 +257,8 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path("configs")
         known = [str(file) for file in sorted(folder.glob("*.y*ml"))]
-        near = difflib.get_close_matches(str(path), known, 1, 0.6)
+        own = [file.stem for file in sorted(CONFIGS.glob("*.yaml"))]
+        near = difflib.get_close_matches(str(path), known, 1, 0.6) or difflib.get_close_matches(path.stem, own, 1, 0.6)
         raise UserError(f"no file {path}", option="config", remedy=f"did you mean {near[0]}?" if near else None)
     try:
         text = path.read_text(encoding="utf-8-sig")

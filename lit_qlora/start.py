@@ -31,7 +31,9 @@ from lit_qlora.options import (
     is_plain,
     is_plain_type,
     option,
+    with_values,
 )
+from lit_qlora.place import CONFIGS, find_config
 from lit_qlora.storage import settings
 from lit_qlora.storage.checkpoint_io import RECORD, check_checkpoint, checkpoint_folder
 from lit_qlora.storage.files import size
@@ -50,7 +52,7 @@ from lit_qlora.storage.run import (
 )
 from lit_qlora.storage.state import load_state
 
-DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+DEMO_CONFIG = CONFIGS / "demo.yaml"
 
 LEARNING = ("fit", "plan")
 """The verbs of a run that is to learn; the others are about one that has."""
@@ -74,6 +76,7 @@ def complete(args: list[str]) -> Command:
     verb, rest = args[0], args[1:]
     if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
         return Command(args)
+    rest = with_values(rest, find_config, "--config", "-c")
     config, name, kept = option(rest, "--config", "-c"), option(rest, "--run"), None
     run = _folder(name)
     base = option(rest, "--model.base")

@@ -34,6 +34,7 @@ from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model.device import Precision, choose_precision, current_device
 from lit_qlora.model.module import FIGURES, check_monitored
 from lit_qlora.options import OneLineErrors
+from lit_qlora.place import COMMAND
 
 NOT_OFFERED = {
     "barebones",
@@ -69,12 +70,12 @@ NO_CALLBACKS: Mapping[type, str] = {
     StochasticWeightAveraging: _AVERAGED,
     WeightAveraging: _AVERAGED,
     LearningRateFinder: "none that sets the learning rate (model.learning_rate does; try several, each with its --run)",
-    BatchSizeFinder: "none that sets the batch (data.batch_size does; python main.py plan says what fits)",
+    BatchSizeFinder: f"none that sets the batch (data.batch_size does; {COMMAND} plan says what fits)",
     BaseFinetuning: "none that freezes layers (model.target_modules says which ones are trained)",
     ModelPruning: "none that prunes weights (model.rank and model.target_modules say how many are trained)",
     SpikeDetection: "none that leaves out rows (max_nonfinite_losses says when a run is given up)",
     ThroughputMonitor: "none that measures speed (speed/tokens_per_second is recorded, and padding is not counted)",
-    BasePredictionWriter: "none that writes predictions (python main.py predict does)",
+    BasePredictionWriter: f"none that writes predictions ({COMMAND} predict does)",
 }
 """Lightning's callbacks that change what is learned, or do what this project does; and what it has instead."""
 

@@ -74,12 +74,6 @@ def test_commands_exist():
     assert "chat --web --share" in CODE["chat"] and {"web", "share"} <= {*inspect.signature(chat).parameters}
 
 
-def test_badge_and_repository_are_one_address():
-    account = re.search(r'REPOSITORY = "https://github\.com/([\w-]+)/lit-qlora"', CODE["settings"])[1]
-    badge = f"https://colab.research.google.com/github/{account}/lit-qlora/blob/main/notebooks/colab.ipynb"
-    assert badge in "".join(CELLS["title"]["source"]) and badge in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 # Single cells
 
 
@@ -307,12 +301,6 @@ def test_inside_a_clone_it_finds_the_project_and_leaves_it_as_it_is(monkeypatch,
         "python -m pip install -q -r requirements.txt"
     ]
     assert capsys.readouterr().out.startswith(f"This notebook was opened inside {ROOT}, which is taken as it is.\n")
-
-
-def test_an_address_that_nobody_filled_in_is_told(settings):
-    names = settings()
-    with pytest.raises(names["StoppedError"], match="REPOSITORY in the first cell still says OWNER"):
-        exec(CODE["install"], names | {"subprocess": subprocess})
 
 
 @pytest.fixture

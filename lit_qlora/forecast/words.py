@@ -9,6 +9,7 @@ from dataclasses import fields
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.foresee import Forecast
 from lit_qlora.forecast.memory import GIB, Step
+from lit_qlora.place import COMMAND
 
 SLOW = (
     "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than these figures"
@@ -37,7 +38,7 @@ def lines(forecast: Forecast) -> Iterator[str]:
     share = gib / card.memory_gib
     verdict = "may fit" if forecast.is_slow else "fits"
     if share > 1:
-        verdict = "does not fit: python main.py plan says what would"
+        verdict = f"does not fit: {COMMAND} plan says what would"
     yield (
         f"predicted for {card.name}: {gib:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
         f"torch reserves {peak.reserved / GIB:.2f}; {verdict}"

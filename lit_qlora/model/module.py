@@ -43,6 +43,7 @@ from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, 
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.sums import AnswerSums
+from lit_qlora.place import COMMAND
 from lit_qlora.text.formats import from_record
 
 if TYPE_CHECKING:
@@ -491,7 +492,7 @@ class QLoRAModule(LearnsInParts):
         raise UserError(
             "a batch holds answers, and nothing that is to be answered",
             option="trainer.predict",
-            remedy="save the adapter (module.save_adapter) and give it to `python main.py predict` or `chat`",
+            remedy=f"save the adapter (module.save_adapter) and give it to `{COMMAND} predict` or `chat`",
         )
 
     # Optimization
@@ -596,7 +597,7 @@ def _check_file(checkpoint_path: Any) -> None:
             f"{checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint",
             option="ckpt_path",
             remedy=(
-                "a run's adapter is loaded by QLoRAModule(base, adapter=FOLDER), its checkpoints by python main.py fit"
+                f"a run's adapter is loaded by QLoRAModule(base, adapter=FOLDER), its checkpoints by {COMMAND} fit"
             ),
         )
 

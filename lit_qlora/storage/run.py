@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lit_qlora.errors import UserError, one_line
+from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import parse_json, size, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
@@ -361,7 +362,7 @@ def newest_run(root: Path = RUNS) -> RunFolder:
     """
     configs = list(root.glob("*/config.yaml"))
     if not configs:
-        raise UserError(f"no run in {root}/: train one first with 'python main.py fit', or name one with --run")
+        raise UserError(f"no run in {root}/: train one first with '{COMMAND} fit', or name one with --run")
     return RunFolder(max(configs, key=_started).parent)
 
 

@@ -14,6 +14,7 @@ def run_tool(name: str, args: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from lit_qlora.options import OneLineErrors
+    from lit_qlora.place import PROGRAM
     from lit_qlora.signals import nothing_open
 
     class _ToolParser(OneLineErrors, ArgumentParser):
@@ -21,7 +22,7 @@ def run_tool(name: str, args: Sequence[str]) -> int:
 
     with nothing_open():
         function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
-    parser = _ToolParser(allow_abbrev=False, prog=f"main.py {name}", description=function.__doc__.splitlines()[0])
+    parser = _ToolParser(allow_abbrev=False, prog=f"{PROGRAM} {name}", description=function.__doc__.splitlines()[0])
     parser.add_function_arguments(function)
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:  # --public alone says yes, as well as --public true

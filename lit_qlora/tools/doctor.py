@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lit_qlora import __version__
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.launchers import ignore_launchers
+from lit_qlora.place import CLONE, COMMAND, CONFIGS, INSTALL, PROGRAM, find_config
 from lit_qlora.quiet import quieten
 from lit_qlora.tools.doctoring import surroundings
 from lit_qlora.tools.doctoring.surroundings import Finding
 
-ROOT = surroundings.ROOT
-DEMO_CONFIG = ROOT / "configs" / "demo.yaml"
-INSTALL = "pip install -r requirements.txt"
+DEMO_CONFIG = CONFIGS / "demo.yaml"
 DESCRIPTION = """Say what is wrong here, what to do about it, and what a fit would choose.
 
 Bare, of the demo that a bare fit trains. All of it may be pasted into an issue: it names no token and no folder.
@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(args: list[str]) -> int:
     """Prints the findings for ``args``, the options; returns the exit status: 2 where something would stop a fit."""
-    parser = _Parser("main.py doctor", description=DESCRIPTION, allow_abbrev=False)
+    parser = _Parser(f"{PROGRAM} doctor", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="config of the fit to judge; default: none, as of a bare fit")
     parser.add_argument("--base", metavar="ID|DIR", help="base of that fit; default: the config's, or the demo's")
     parser.add_argument("--run", metavar="DIR", help="where its run is written; default: runs")
@@ -45,6 +45,7 @@ def main(args: list[str]) -> int:
         options = parser.parse_args(args)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
+    options.config = find_config(options.config) if options.config else None
     if options.config and not Path(options.config).is_file():
         raise UserError(
             f"no file {options.config}", option="config", remedy="give that of a fit, such as configs/colab_t4.yaml"
@@ -66,7 +67,7 @@ def main(args: list[str]) -> int:
 def look(config: str | None, base: str | None, run: Path) -> Iterator[Finding]:
     """All there is to find, also of a fit with these options, one by one; nothing that goes wrong here ends it."""
     quieten()
-    yield Finding("ok", f"lit-qlora {_commit()}, {platform.platform()}{_notebook()}")
+    yield Finding("ok", f"lit-qlora {__version__}{_commit()}, {platform.platform()}{_notebook()}")
     yield _python()
     yield from _processes()
     yield from _guarded("packages", surroundings.packages())
@@ -102,11 +103,12 @@ def _processes() -> Iterator[Finding]:
 
 
 def _commit() -> str:
+    """Of the clone, in brackets; nothing where it can't be found."""
     try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        command = ["git", "-C", str(CLONE), "rev-parse", "--short", "HEAD"]
+        return f" ({subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()})"
     except Exception:
-        return "of unknown version"
+        return ""
 
 
 def _notebook() -> str:
@@ -218,7 +220,7 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     if found.fits:
         yield Finding("ok", found.words)
     else:
-        yield Finding("note", found.words, f"{' '.join(['python main.py plan', *fit])} says more")
+        yield Finding("note", found.words, f"{' '.join([f'{COMMAND} plan', *fit])} says more")
 
 
 def _gib(size: float) -> str:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_qlora.errors import one_line
+from lit_qlora.place import INSTALL, requirements
 
 GIB = 1024**3
-ROOT = Path(__file__).parents[3]
-REQUIREMENTS = ROOT / "requirements.txt"
 MODULES = {
     "pillow": "PIL",
     # What fails first of each where it does not go with the others.
@@ -50,14 +49,12 @@ def reason(error: BaseException) -> str:
 
 
 def packages() -> Iterator[Finding]:
-    """Each package of requirements.txt: is it there, within its range, and can it be imported?"""
+    """Each package that is needed: is it there, within its range, and can it be imported?"""
     requirement = _requirement_parser()
     if requirement is None:
         yield Finding("problem", "packaging: can't be imported, no version is checked", "pip install packaging")
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
-        if found := re.match(r"[\w-]+", line):
-            name = found[0]
-            yield _package(name, line.strip(), requirement, name in ("torch", *WITHOUT_TORCH) or _torch() is not None)
+    for asked, name in zip(requirements(), _required(), strict=True):
+        yield _package(name, asked, requirement, name in ("torch", *WITHOUT_TORCH) or _torch() is not None)
 
 
 def _torch() -> Any:
@@ -81,7 +78,7 @@ def _package(name: str, asked: str, requirement: Any, tries: bool) -> Finding:
         version = metadata.version(name)
         fits = requirement is None or requirement(asked).specifier.contains(version, prereleases=True)
     except metadata.PackageNotFoundError:
-        return Finding("problem", f"{name}: not installed, expected {asked}", "pip install -r requirements.txt")
+        return Finding("problem", f"{name}: not installed, expected {asked}", INSTALL)
     except Exception as error:  # half an installation has half a record
         return Finding("problem", f"{name}: no version can be read ({reason(error)})", f"{remedy} --force-reinstall")
     if not tries:
@@ -113,8 +110,8 @@ def missing(error: BaseException | None) -> list[str]:
 
 
 def _required() -> list[str]:
-    """The packages of requirements.txt."""
-    return re.findall(r"^[\w-]+", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE)
+    """The names of the packages that are needed."""
+    return [re.split(r"[^\w-]", one)[0] for one in requirements()]
 
 
 def _is_there(module: str) -> bool:
@@ -131,7 +128,7 @@ def _distribution(module: str) -> str:
 
 
 def _dependencies() -> set[str]:
-    """The packages of requirements.txt and what they stand on, as far as they are installed."""
+    """The packages that are needed and what they stand on, as far as they are installed."""
     found, ahead = set[str](), [_distribution(name) for name in _required()]
     while ahead:
         name = ahead.pop()

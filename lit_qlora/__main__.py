@@ -1,0 +1,16 @@
+"""Owns the start of the command line: by main.py, as ``python -m lit_qlora``, or as ``lit-qlora`` once installed."""
+
+import sys
+
+from lit_qlora.cli import main
+from lit_qlora.console import take_names_as_utf8
+
+
+def run() -> int:
+    """Runs the process's own command line; returns its exit status."""
+    take_names_as_utf8()
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

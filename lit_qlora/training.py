@@ -36,7 +36,7 @@ from lit_qlora.console import tell
 from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.errors import OutOfRoomError, UserError, one_line, require
 from lit_qlora.figures.record import Record
-from lit_qlora.figures.tensorboard import EventFile
+from lit_qlora.figures.tensorboard import Board
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.launchers import requeue
@@ -50,7 +50,7 @@ from lit_qlora.quiet import quieten
 from lit_qlora.signals import WARNING, LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.mirror import Mirror
-from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml
+from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, flat
 from lit_qlora.trainer import QLoRATrainer, RunParser, own_callbacks, own_plugins
 
 OUT_OF_MEMORY = "out of memory outside of a training step (in a validation, an update or a sample answer)"
@@ -315,8 +315,8 @@ class QLoRACLI(LightningCLI):
     def own_loggers(self) -> list[Logger]:
         """Those of each run: its record, and TensorBoard's file unless it is unwanted."""
         shows = self.config_init[self.verb].trainer.logger is not False
-        board = EventFile(self.run.path, as_yaml(self.run.read_config())) if shows else None
-        return [Record(self.run, board)]
+        config = self.run.read_config()
+        return [Record(self.run, Board(self.run.path, as_yaml(config), flat(config)) if shows else None)]
 
     def _given_loggers(self) -> list[Logger]:
         given = self.config_init[self.verb].trainer.logger

@@ -19,11 +19,12 @@ from torch.optim import Optimizer
 
 from lit_qlora.batch import Batch
 from lit_qlora.figures.lines import read_lines
+from lit_qlora.figures.tensorboard import HELD_OUT, TRAINING
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import load_state
 
-CLOCK = re.compile(r"(speed/tokens|memory/)")
-"""Figures that the clock and the host have a say in."""
+CLOCK = re.compile(r"(speed/tokens|memory/|3 Speed/tokens|4 Memory|_hparams_)")
+"""Figures that the clock and the host have a say in, and what is no figure."""
 
 NOT_COMPARED = re.compile(r"\.(seconds|training_s|at_s)$|metrics_line.*(speed/tokens|memory/)")
 """The same in a checkpoint."""
@@ -155,13 +156,14 @@ def result(run: Path) -> dict[str, Any]:
         found[f"adapter/{file.name}"] = hashlib.sha256(content).hexdigest()
     found |= _flat(load_state(kept.checkpoint(kept.saved_steps()[-1])), "last checkpoint")
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each file that goes on behind another
-    curves = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
-    for tag in curves.Tags()["tensors"]:
-        if not CLOCK.match(tag):
-            values = [(event.step, make_ndarray(event.tensor_proto).item()) for event in curves.Tensors(tag)]
-            found[f"TensorBoard {tag}"] = [
-                (at, value.hex() if isinstance(value, float) else value) for at, value in values
-            ]
+    for part in (TRAINING, HELD_OUT):
+        curves = EventAccumulator(str(run / part), size_guidance={"tensors": 0}).Reload()
+        for tag in curves.Tags()["tensors"]:
+            if not CLOCK.match(tag):
+                values = [(event.step, make_ndarray(event.tensor_proto).item()) for event in curves.Tensors(tag)]
+                found[f"TensorBoard {part} {tag}"] = [
+                    (at, value.hex() if isinstance(value, float) else value) for at, value in values
+                ]
     return found
 
 

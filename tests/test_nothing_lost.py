@@ -82,12 +82,15 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    events = EventAccumulator(str(run)).Reload()
-    return {
-        name: [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(name)]
-        for name in events.Tags()["tensors"]
-        if not name.startswith(("speed/", "memory/"))
-    }
+    found = {}
+    for part in ("training", "held-out"):
+        events = EventAccumulator(str(run / part)).Reload()
+        found |= {
+            f"{part}: {name}": [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(name)]
+            for name in events.Tags()["tensors"]
+            if not name.startswith(("3 Speed/", "4 Memory", "_hparams_"))
+        }
+    return found
 
 
 def test_where_nothing_was_ever_saved_the_same_command_begins_anew(

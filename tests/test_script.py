@@ -28,6 +28,7 @@ from lit_qlora.cli import main
 from lit_qlora.data.batching import collate
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
+from lit_qlora.figures.tensorboard import LOSS
 from lit_qlora.model.module import check_monitors, check_trainer
 from lit_qlora.quiet import quieten
 
@@ -112,9 +113,9 @@ def test_the_examples_losses_are_those_of_the_command_line(train, here):
     saved = [folder / "adapter" / "adapter_model.safetensors" for folder in (run, here / "mine")]
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
-    events = EventAccumulator(str(run)).Reload()
-    for name in ("train/loss", "val/loss"):
-        assert [event.step for event in events.Scalars(name)] == [step for step in lines if name in lines[step]]
+    for part, name in (("training", "train/loss"), ("held-out", "val/loss")):
+        events = EventAccumulator(str(run / part)).Reload()
+        assert [event.step for event in events.Scalars(LOSS)] == [step for step in lines if name in lines[step]]
 
 
 def test_the_train_loss_between_two_records_is_of_all_since_the_last(here):

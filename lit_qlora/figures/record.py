@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 
 from lit_qlora.figures.lines import StepLines
 from lit_qlora.figures.samples import table
-from lit_qlora.figures.tensorboard import Event, EventFile, figures_event, text_event
+from lit_qlora.figures.tensorboard import HELD_OUT, Board, Event, figures_events, text_event
 from lit_qlora.storage.run import RunFolder
 
 Figures = dict[str, Any]
@@ -35,10 +35,10 @@ class Record(Logger):
 
     Args:
         run: The run folder.
-        board: TensorBoard's file; None for none.
+        board: TensorBoard's files; None for none.
     """
 
-    def __init__(self, run: RunFolder, board: EventFile | None = None) -> None:
+    def __init__(self, run: RunFolder, board: Board | None = None) -> None:
         super().__init__()
         self.run, self.board = run, board
         self.trainer: _HasSteps | None = None
@@ -78,7 +78,7 @@ class Record(Logger):
         figures = {name: _plain(float(value)) for name, value in metrics.items()}
         self._move_to(self.trainer.global_step if self.trainer else step)
         if self.board:
-            self.board.add([figures_event(step, figures)], anew=self._open.figures.keys() & figures.keys())
+            self.board.add(figures_events(step, figures), anew=self._open.figures.keys() & figures.keys())
         if step == self._step:
             self._open.figures |= figures
         else:
@@ -169,11 +169,12 @@ class Record(Logger):
         """All that is recorded, as TensorBoard shows it."""
         step, content = self._step or 0, self._open
         for line in chain(self._metrics.read(), [{"step": step, **content.figures}]):
-            yield figures_event(line["step"], {name: value for name, value in line.items() if name != "step"})
+            yield from figures_events(line["step"], {name: value for name, value in line.items() if name != "step"})
         for line in chain(self._samples.read(), [{"step": step, **content.samples}]):
             yield from _tables(line["step"], line)
         for others in chain((line["figures"] for line in self._others.read()), [content.others]):
-            yield from (figures_event(count, figures) for count, figures in others)
+            for count, figures in others:
+                yield from figures_events(count, figures)
 
 
 @dataclass
@@ -191,4 +192,4 @@ def _plain(value: float) -> float | str:
 
 def _tables(step: int, samples: Mapping[str, Any]) -> list[Event]:
     shown = table(samples)
-    return [text_event(step, "samples", shown)] if shown else []
+    return [text_event(HELD_OUT, step, "samples", shown)] if shown else []

@@ -1,33 +1,83 @@
-"""Owns TensorBoard's file of a run, right in the run folder: a view of what is recorded, written anew by each start.
+"""Owns TensorBoard's files of a run: a view of what is recorded, written anew by each start.
 
-TensorBoard's own record format and protocol buffers, without the writer thread of its ``SummaryWriter``: an error
-comes back at once, and TensorFlow, where it is installed, is not imported. Knows which events, not which figures.
+A folder for each line of a chart, `PARTS`, for TensorBoard takes folders for runs, and draws one tag of several runs
+into one chart: ``--logdir runs`` shows them as ``NAME/training`` and ``NAME/held-out``. Groups of tags are numbered,
+since TensorBoard sorts them: the loss comes first. TensorBoard's own record format and protocol buffers, without the
+writer thread of its ``SummaryWriter``: an error comes back at once, and TensorFlow, where it is installed, is not
+imported.
 """
 
+import math
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_qlora.console import tell
 
 PATTERN = "events.out.tfevents.*"
+TRAINING, HELD_OUT, FORECAST = PARTS = ("training", "held-out", "forecast")
+"""Folders in the run folder, one for each line of a chart."""
+
+LOSS = "1 Loss/nats per token"
+RESERVED = "4 Memory (GiB)/training, reserved"
+TAGS = {
+    "train/loss": (TRAINING, LOSS),
+    "val/loss": (HELD_OUT, LOSS),
+    "train/learning_rate": (TRAINING, "2 Learning/learning rate"),
+    "train/gradient_norm": (TRAINING, "2 Learning/gradient norm"),
+    "updates/applied": (TRAINING, "2 Learning/updates applied"),
+    "updates/skipped": (TRAINING, "2 Learning/updates skipped"),
+    "train/epoch": (TRAINING, "2 Learning/epoch"),
+    "speed/tokens_per_second": (TRAINING, "3 Speed/tokens per second"),
+    "speed/padding_share": (TRAINING, "3 Speed/share of padding"),
+    "memory/train_reserved_gib": (TRAINING, RESERVED),
+    "memory/predicted_reserved_gib": (FORECAST, RESERVED),
+    "train/accuracy": (TRAINING, "5 Tokens/accuracy"),
+    "val/accuracy": (HELD_OUT, "5 Tokens/accuracy"),
+    "train/perplexity": (TRAINING, "5 Tokens/perplexity"),
+    "val/perplexity": (HELD_OUT, "5 Tokens/perplexity"),
+}
+"""Part and tag of figures by their recorded name; others keep their name, or have it made by `_place`."""
+
+GROUPS = {"memory": ("4 Memory (GiB)", TRAINING), "samples": ("6 Sample answers", HELD_OUT)}
+BEST = {f"val/{name}": f"7 Best adapter/held-out {name}" for name in ("loss", "perplexity", "accuracy")}
+"""Tags of the best validation so far, whose last value is the run's result: the page HPARAMS compares runs by them."""
+
+SETTINGS = (
+    "model.base", "data.source", "model.rank", "model.alpha", "model.dropout", "model.target_modules",
+    "model.learning_rate", "model.schedule", "model.warmup_ratio", "model.optimizer", "model.weight_decay",
+    "data.batch_size", "data.batch_tokens", "trainer.accumulate_grad_batches", "data.max_length", "data.packing",
+    "trainer.max_epochs", "trainer.max_steps", "trainer.precision", "seed_everything",
+)  # fmt: skip
+"""Options that the page HPARAMS shows: the same of each run, or it would not compare them."""
+
 _ASIDE = ".events.tmp"
-Event = Any
-"""A protocol buffer of TensorBoard; the package is imported where one is made."""
 
 
-def figures_event(step: int, figures: Mapping[str, float | str]) -> Event:
-    """One event with all ``figures`` of a step; those that are not finite may be strings."""
+class Event(NamedTuple):
+    """A protocol buffer of TensorBoard, and the part of the run that it is shown in."""
+
+    part: str
+    content: Any
+
+
+def figures_events(step: int, figures: Mapping[str, float | str]) -> list[Event]:
+    """An event for each part that ``figures`` of a step are shown in; those that are not finite may be strings."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    return _event(step, [Summary.Value(tag=name, simple_value=float(value)) for name, value in figures.items()])
+    values: dict[str, list[Any]] = {}
+    for name, value in figures.items():
+        part, tag = _place(name)
+        values.setdefault(part, []).append(Summary.Value(tag=tag, simple_value=float(value)))
+    return [_event(part, step, found) for part, found in values.items()]
 
 
-def text_event(step: int, tag: str, text: str) -> Event:
+def text_event(part: str, step: int, tag: str, text: str) -> Event:
     """One event with a text in Markdown, for the page of texts."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -37,105 +87,201 @@ def text_event(step: int, tag: str, text: str) -> Event:
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
     tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode()], tensor_shape=shape)
     about = metadata.create_summary_metadata(display_name=None, description=None)
-    return _event(step, [Summary.Value(tag=f"{tag}/text_summary", metadata=about, tensor=tensor)])
+    return _event(part, step, [Summary.Value(tag=f"{tag}/text_summary", metadata=about, tensor=tensor)])
 
 
-class EventFile:
+class Board:
     """The view of a run. It is stale until `refresh`, and again once something could not be written.
 
     Args:
-        folder: The run folder. Event files in it, of earlier starts, make way for this one's.
+        folder: The run folder. Event files of earlier starts make way for this one's.
         config: The run's configuration, shown as a text.
+        settings: Its options by their dotted names, for the page HPARAMS.
     """
 
-    def __init__(self, folder: Path, config: str) -> None:
+    def __init__(self, folder: Path, config: str, settings: Mapping[str, Any]) -> None:
         self.folder = folder
-        self._config = config
-        self._earlier = [*folder.glob(PATTERN)]
-        self._path: Path | None = None
+        self._config, self._settings = config, settings
+        self._earlier = {part: [*(folder / part).glob(PATTERN)] for part in PARTS}
+        self._outdated = [*folder.glob(PATTERN)]
+        """Right in the run folder, where earlier versions put them."""
+        self._paths: dict[str, Path] = {}
         self._is_stale, self._is_doubled = True, False
+        self._best = math.inf
         self.problem: str | None = None
-        """Why the file lacks what came last; None where it has it."""
+        """Why the files lack what came last; None where they have it."""
 
     def add(self, events: Iterable[Event], anew: Collection[str] = ()) -> None:
-        """Appends ``events``; not to a stale file, which `refresh` writes anew with them.
+        """Appends ``events``; not to stale files, which `refresh` writes anew with them.
 
         Args:
             events: What came.
-            anew: What of it takes the place of something that the file has already: two validations of one step.
+            anew: What of it takes the place of something that a file has already: two validations of one step.
         """
-        if self._is_stale or self._path is None:
+        if self._is_stale:
             return
         self._is_doubled |= bool(anew)
         try:
-            _append(self._path, events)
+            for event in self._with_best(events):
+                if event.part not in self._paths:  # the first of its part
+                    self._paths[event.part] = self._begin(event.part)
+                _write(self._paths[event.part], [event.content])
         except OSError as error:  # what is torn now is the last in a file that is written anew
             self._fail(error)
 
     def refresh(self, events: Callable[[], Iterable[Event]]) -> None:
-        """Writes the file anew, where it is stale, with all ``events``: aside, then in place of the earlier ones."""
+        """Writes stale files anew with all ``events``: aside, then in place of the earlier ones."""
         if not (self._is_stale or self._is_doubled):
             return
-        aside = self.folder / _ASIDE
+        self._best = math.inf
+        asides = {part: self.folder / f"{_ASIDE}.{part}" for part in PARTS}
         try:
-            aside.unlink(missing_ok=True)
-            _append(aside, self._opening())
-            _append(aside, events())
-            path = self._new_path()
-            aside.rename(path)
-        except OSError as error:
-            with suppress(OSError):
+            for aside in asides.values():
                 aside.unlink(missing_ok=True)
+            with ExitStack() as stack:
+                writers: dict[str, Any] = {}
+                for event in self._with_best(chain(self._about(), events())):
+                    if event.part not in writers:
+                        writers[event.part] = _writer(asides[event.part], stack)
+                        _write_all(writers[event.part], _opening())
+                    _write_all(writers[event.part], [event.content])
+            paths = {part: self._new_path(part) for part in writers}
+            for part, path in paths.items():
+                path.parent.mkdir(exist_ok=True)
+                asides[part].rename(path)
+        except OSError as error:
+            for aside in asides.values():
+                with suppress(OSError):
+                    aside.unlink(missing_ok=True)
             self._fail(error)
             return
         self._clear_earlier()
-        self._path, self._earlier, self.problem = path, [path], None
-        self._is_stale = self._is_doubled = False
+        self._paths, self._earlier = paths, {part: [path] for part, path in paths.items()}
+        self._is_stale, self._is_doubled, self.problem = False, False, None
+
+    def _begin(self, part: str) -> Path:
+        path = self._new_path(part)
+        self._earlier[part] = [*self._earlier.get(part, []), path]
+        path.parent.mkdir(exist_ok=True)
+        _write(path, _opening())
+        return path
+
+    def _with_best(self, events: Iterable[Event]) -> Iterator[Event]:
+        """``events``, and behind each validation that is the best so far its figures once more, as the result."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        tags = {TAGS[name][1]: tag for name, tag in BEST.items()}
+        for event in events:
+            yield event
+            if event.part != HELD_OUT:
+                continue
+            found = {value.tag: value.simple_value for value in event.content.summary.value}
+            if event.content.step and found.get(LOSS, math.inf) < self._best:
+                self._best = found[LOSS]
+                best = [Summary.Value(tag=tags[tag], simple_value=value) for tag, value in found.items() if tag in tags]
+                yield _event(TRAINING, event.content.step, best)
 
     def _clear_earlier(self) -> None:
         """Empties the newest and removes the rest: an open page that reads a file must find it, to go to the next."""
-        *old, newest = sorted(self._earlier, key=lambda file: file.name) or [self.folder / _ASIDE]
-        with suppress(OSError):
-            for file in old:
+        for file in self._outdated:
+            with suppress(OSError):
                 file.unlink(missing_ok=True)
-            if newest.is_file():
-                os.truncate(newest, 0)
+        for files in self._earlier.values():
+            *old, newest = sorted(files, key=lambda file: file.name) or [self.folder / _ASIDE]
+            with suppress(OSError):
+                for file in old:
+                    file.unlink(missing_ok=True)
+                if newest.is_file():
+                    os.truncate(newest, 0)
 
-    def _opening(self) -> Iterable[Event]:
-        """A page that shows an earlier file drops all that it has at the session's start."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        yield Event(wall_time=time.time(), file_version="brain.Event:2")
-        yield Event(wall_time=time.time(), step=0, session_log=SessionLog(status=SessionLog.START))
+    def _about(self) -> Iterator[Event]:
+        """What the run is: its configuration as a text, and for the page HPARAMS."""
         indented = "".join(f"    {line}\n" for line in self._config.splitlines())
-        yield text_event(0, "config", indented)
+        yield text_event(TRAINING, 0, "config", indented)
+        yield from _hyper_parameters(self._settings)
 
-    def _new_path(self) -> Path:
+    def _new_path(self, part: str) -> Path:
         """Behind the earlier ones by name, which is the order in which TensorBoard reads: the second stands first."""
-        seconds = [int(time.time()), *(int(found) + 1 for file in self._earlier if (found := _second(file)).isdigit())]
-        return self.folder / f"events.out.tfevents.{max(seconds)}.{socket.gethostname()}.{os.getpid()}.0"
+        earlier = (_second(file) for file in self._earlier.get(part, []))
+        seconds = [int(time.time()), *(int(found) + 1 for found in earlier if found.isdigit())]
+        return self.folder / part / f"events.out.tfevents.{max(seconds)}.{socket.gethostname()}.{os.getpid()}.0"
 
     def _fail(self, error: OSError) -> None:
         self._is_stale = True
         if self.problem is None:
-            self.problem = f"TensorBoard's file in {self.folder} can't be written: {error.strerror or error}"
+            self.problem = f"TensorBoard's files in {self.folder} can't be written: {error.strerror or error}"
             tell(f"error: {self.problem}; training goes on, its figures are kept for later")
 
 
-def _event(step: int, values: list[Any]) -> Event:
-    from tensorboard.compat.proto.event_pb2 import Event
+def _place(name: str) -> tuple[str, str]:
+    """Part and tag of the figure ``name``: of `TAGS`, in its group of `GROUPS`, or as it is called."""
+    if name in TAGS:
+        return TAGS[name]
+    group, _, rest = name.partition("/")
+    if group not in GROUPS:
+        return TRAINING, name
+    title, part = GROUPS[group]
+    words = rest.removesuffix("_gib").replace("train_", "training, ").replace("load_", "loading, ")
+    return part, f"{title}/{words.replace('validation_', 'validation, ').replace('_', ' ')}"
+
+
+def _hyper_parameters(settings: Mapping[str, Any]) -> Iterator[Event]:
+    """What the page HPARAMS has of a run: its settings, and the tags of its result."""
+    from google.protobuf.struct_pb2 import Value
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.plugins.hparams import metadata
+    from tensorboard.plugins.hparams.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
+
+    start, infos = SessionStartInfo(), list[Any]()
+    for name in SETTINGS:
+        value = settings.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        kind = "DATA_TYPE_FLOAT64" if is_number else "DATA_TYPE_STRING"
+        infos.append(HParamInfo(name=name, type=DataType.Value(kind)))
+        if value is not None:
+            shown = Value(number_value=value) if is_number else Value(string_value=str(value))
+            start.hparams[name].CopyFrom(shown)
+    metrics = [MetricInfo(name=MetricName(tag=tag), display_name=tag.partition("/")[2]) for tag in BEST.values()]
+    for tag, content in (
+        (metadata.EXPERIMENT_TAG, {"experiment": Experiment(hparam_infos=infos, metric_infos=metrics)}),
+        (metadata.SESSION_START_INFO_TAG, {"session_start_info": start}),
+    ):
+        data = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
+        plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
+        about = SummaryMetadata(plugin_data=plugin)
+        yield _event(TRAINING, 0, [Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
+
+
+def _opening() -> Iterator[Any]:
+    """A page that shows an earlier file drops all that it has at the session's start."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    yield Event(wall_time=time.time(), file_version="brain.Event:2")
+    yield Event(wall_time=time.time(), step=0, session_log=SessionLog(status=SessionLog.START))
+
+
+def _event(part: str, step: int, values: list[Any]) -> Event:
+    from tensorboard.compat.proto import event_pb2
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    return Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+    return Event(part, event_pb2.Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
 
-def _append(path: Path, events: Iterable[Event]) -> None:
+def _writer(path: Path, stack: ExitStack) -> Any:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    with path.open("ab") as file:
-        writer = RecordWriter(file)
-        for event in events:
-            writer.write(event.SerializeToString())
+    return RecordWriter(stack.enter_context(path.open("ab")))
+
+
+def _write_all(writer: Any, contents: Iterable[Any]) -> None:
+    for content in contents:
+        writer.write(content.SerializeToString())
+
+
+def _write(path: Path, contents: Iterable[Any]) -> None:
+    with ExitStack() as stack:
+        _write_all(_writer(path, stack), contents)
 
 
 def _second(file: Path) -> str:

@@ -25,7 +25,7 @@ from lit_qlora.storage.folders import (
     recover,
     remove_folder,
 )
-from lit_qlora.storage.run import CARD, RunFolder, verify
+from lit_qlora.storage.run import CARD, EVENTS, RunFolder, verify
 from lit_qlora.storage.settings import refused
 
 KEPT = 2
@@ -33,7 +33,6 @@ MARK = ".mirror"
 """A file by which the opened folder differs from one of its name on the disk below an unmounted drive."""
 COLAB, FSTAB = Path("/content/drive"), Path("/etc/fstab")
 """Colab's mount point of Google Drive, and Linux's list of mount points."""
-EVENTS = "events.out.tfevents.*"
 TRIES = 3
 """Attempts at one copy while the run keeps saving."""
 
@@ -186,8 +185,9 @@ class Mirror:
     def _restore(self, step: int) -> None:
         # The checkpoint comes last: an interrupted restore starts over.
         for file in _files(self.copy):
-            own = self.run.path / file.name
+            own = self.run.path / file.relative_to(self.copy.path)
             if not own.is_file() or own.stat().st_size < file.stat().st_size or file == self.copy.finished_mark:
+                own.parent.mkdir(exist_ok=True)
                 replace_file(own, file.read_bytes())
         if self.copy.adapter.is_dir():
             try:
@@ -243,9 +243,9 @@ class Mirror:
         for file in files:
             if file != self.run.finished_mark:
                 self._copy_file(file)
-        for old in {file.name for file in self.copy.path.glob(EVENTS)} - {file.name for file in files}:
+        for old in {*self.copy.path.glob(EVENTS)} - {*map(self._there, files)}:
             self._check_place()
-            (self.copy.path / old).unlink()  # each start writes its own
+            old.unlink()  # each start writes its own
         if _manifest(self.run.adapter) not in (None, _manifest(self.copy.adapter)):
             self._check_place()
             copy_folder(self.run.adapter, self.copy.adapter, replace=True, may_differ=[CARD])
@@ -289,7 +289,7 @@ class Mirror:
         return True
 
     def _is_behind(self) -> bool:
-        pairs = [(file, self.copy.path / file.name) for file in _files(self.run)]
+        pairs = [(file, self._there(file)) for file in _files(self.run)]
         if any(not there.is_file() or there.read_bytes() != here.read_bytes() for here, there in pairs):
             return True
         step, adapter = self._newest()
@@ -300,8 +300,14 @@ class Mirror:
         state = file.stat()
         now = (state.st_size, state.st_mtime_ns)
         if self._copied.get(file) != now:
-            replace_file(self.copy.path / file.name, file.read_bytes())
+            there = self._there(file)
+            there.parent.mkdir(exist_ok=True)
+            replace_file(there, file.read_bytes())
             self._copied[file] = now
+
+    def _there(self, file: Path) -> Path:
+        """Where the copy of a file of the run is."""
+        return self.copy.path / file.relative_to(self.run.path)
 
 
 def _check_mounted(folder: Path) -> None:
@@ -344,7 +350,8 @@ def _mount_points() -> Iterator[Path]:
 def _files(run: RunFolder) -> Iterator[Path]:
     """The files of a run folder beside adapter and checkpoints."""
     figures = [file.name for file in (run.metrics, run.samples, run.others)]
-    for pattern in ("config*.yaml", run.rows.name, *figures, EVENTS, run.finished_mark.name):
+    shown = (run.decisions.name, run.report.name, EVENTS)
+    for pattern in ("config*.yaml", run.rows.name, *figures, *shown, run.finished_mark.name):
         yield from sorted(run.path.glob(pattern))
 
 

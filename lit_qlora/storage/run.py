@@ -31,6 +31,8 @@ from lit_qlora.storage.lock import RunLock
 
 RUNS = Path("runs")
 STEP = "step-"
+EVENTS = "*/events.out.tfevents.*"
+"""TensorBoard's files in a run folder: in a folder for each line of a chart."""
 CARD = "README.md"
 """The model card in an adapter folder; editing it does not alter the model."""
 
@@ -79,6 +81,9 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.rows = path / "rows.json"
         """Which rows are learned and which are held out."""
+        self.decisions = path / "decisions.json"
+        """What the newest start decided, and by which versions."""
+        self.report = path / "report.html"
         self.finished_mark = path / "finished.json"
         self._seen_whole: dict[int, bool] = {}
         """By step, whether `outdated_steps` found its checkpoint intact."""
@@ -156,9 +161,10 @@ class RunFolder:
         if self.has_begun():
             return
         with suppress(OSError):  # a folder that can't be written keeps what little is in it
-            for file in (self.config, self.rows, self.path / ".lock", *self.path.glob("events.out.tfevents.*")):
+            events = [*self.path.glob(EVENTS)]
+            for file in (self.config, self.rows, self.decisions, self.path / ".lock", *events):
                 file.unlink(missing_ok=True)
-            _remove_empty([self.checkpoints, self.path])
+            _remove_empty([self.checkpoints, *{file.parent for file in events}, self.path])
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint folder of an optimizer step."""

@@ -1,4 +1,4 @@
-"""TensorBoard's file lies right in the run folder, and is written anew from what is recorded: each step once."""
+"""TensorBoard's files of a run: the loss first, runs by name, and each step once, however often it is resumed."""
 
 import errno
 import os
@@ -13,8 +13,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_ndarray
 
 from lit_qlora.figures.record import Record
-from lit_qlora.figures.tensorboard import PATTERN, EventFile
+from lit_qlora.figures.tensorboard import LOSS, PARTS, RESERVED, Board
 from lit_qlora.storage.run import RunFolder
+
+SETTINGS = {"model.rank": 4, "model.learning_rate": 2e-4, "model.base": "demo", "data.packing": False, "mine": 3}
 
 
 def answers(text):
@@ -24,20 +26,29 @@ def answers(text):
 
 def shown(folder):
     """What the page shows: steps and values by tag; a text's value is the text."""
-    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    return {tag: found for part in PARTS if (folder / part).is_dir() for tag, found in shown_of(folder, part).items()}
+
+
+def shown_of(folder, part):
+    """The same of one part."""
+    events = EventAccumulator(str(folder / part), size_guidance={"tensors": 0}).Reload()
     values = {
         tag: [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(tag)]
-        for tag in events.Tags()["tensors"]
-    }
+        for tag in events.Tags()["tensors"] if not tag.startswith("_hparams_/")
+    }  # fmt: skip
     return {
         tag.removesuffix("/text_summary"): [(step, v.decode() if isinstance(v, bytes) else v) for step, v in found]
         for tag, found in values.items()
     }
 
 
+def files_of(folder, part="training"):
+    return [*(folder / part).glob("events.out.tfevents.*")]
+
+
 def start(folder, state=None):
     run = RunFolder(folder)
-    record = Record(run, EventFile(folder, "model:\n  rank: 4\n"))
+    record = Record(run, Board(folder, "model:\n  rank: 4\n", SETTINGS))
     record.go_back(state)
     return record
 
@@ -53,7 +64,7 @@ def log(record, *lines):
 def test_figures_and_the_config_lie_in_the_run_folder_at_once(tmp_path):
     record = start(tmp_path)
     log(record, (1, 0.5), (2, float("inf")))
-    (file,) = tmp_path.glob(PATTERN)
+    (file,) = files_of(tmp_path)
     assert file.name.startswith("events.out.tfevents.")
     assert shown(tmp_path) == {
         "config": [(0, "    model:\n      rank: 4\n")], "a": [(1, 0.5), (2, float("inf"))]
@@ -77,7 +88,73 @@ def test_a_resumed_run_shows_each_step_once(tmp_path, end):
             (1, "| p | one | one |"), (2, "| p | two | two |"), (3, "| p | three | three |")
         ]  # fmt: skip
         assert len(found["config"]) == 1
-        assert sorted(file.stat().st_size > 0 for file in tmp_path.glob(PATTERN)) == [False, True]
+        assert sorted(file.stat().st_size > 0 for file in files_of(tmp_path)) == [False, True]
+
+
+def test_the_loss_comes_first_and_training_and_held_out_share_its_chart(tmp_path):
+    (tmp_path / "demo").mkdir()
+    record = start(tmp_path / "demo")
+    record.log_metrics({"val/loss": 2.0, "val/accuracy": 0.25}, 0)
+    record.log_metrics({"train/loss": 1.0, "train/learning_rate": 0.125, "mine/own": 3.0}, 5)
+    record.log_metrics({"memory/train_reserved_gib": 7.5, "memory/predicted_reserved_gib": 8.0}, 5)
+    record.log_metrics({"val/loss": 1.5, "val/accuracy": 0.5, "samples/ended": 3.0}, 5)
+    record.log_metrics({"val/loss": float("nan"), "val/accuracy": 0.0}, 6)
+    record.log_metrics({"val/loss": 1.75, "val/accuracy": 0.75}, 7)
+    for _ in range(2):
+        training, held_out, forecast = (shown_of(tmp_path / "demo", part) for part in PARTS)
+        assert training[LOSS] == [(5, 1.0)]
+        assert [held_out[LOSS][at] for at in (0, 1, 3)] == [(0, 2.0), (5, 1.5), (7, 1.75)]
+        assert (training[RESERVED], forecast) == ([(5, 7.5)], {RESERVED: [(5, 8.0)]})
+        tags = sorted({*training, *held_out, *forecast} - {"config"})
+        assert tags == [
+            LOSS, "2 Learning/learning rate", RESERVED, "5 Tokens/accuracy", "6 Sample answers/ended",
+            "7 Best adapter/held-out accuracy", "7 Best adapter/held-out loss", "mine/own",
+        ]  # fmt: skip
+        assert training["7 Best adapter/held-out loss"] == [(5, 1.5)]  # before training there is no adapter
+        assert training["7 Best adapter/held-out accuracy"] == [(5, 0.5)]
+        assert (tmp_path / "demo" / "metrics.jsonl").read_text().startswith('{"step": 0, "val/loss": 2.0,')
+        record.close_step()
+        resumed = start(tmp_path / "demo", record.state_dict())
+        resumed.finalize("success")
+
+
+def test_hyper_parameters_stand_beside_the_result(tmp_path):
+    """As the page HPARAMS has them, asked of TensorBoard itself."""
+    for name, rank, loss in (("one", 4, 1.5), ("two", 8, 1.25)):
+        (tmp_path / name).mkdir()
+        record = Record(RunFolder(tmp_path / name), Board(tmp_path / name, "a: 1", SETTINGS | {"model.rank": rank}))
+        record.go_back(None)
+        record.log_metrics({"val/loss": loss + 1}, 3)
+        record.log_metrics({"val/loss": loss}, 6)
+    found = {}
+    for session in session_groups(tmp_path):
+        values = {value.name.tag: value.value for value in session.metric_values}
+        found[session.sessions[0].name] = (session.hparams, values["7 Best adapter/held-out loss"])
+    assert {name: (hparams["model.rank"].number_value, loss) for name, (hparams, loss) in found.items()} == {
+        "one/training": (4, 1.5), "two/training": (8, 1.25)
+    }  # fmt: skip
+    assert found["one/training"][0]["data.packing"].string_value == "False"
+    assert "mine" not in found["one/training"][0]
+
+
+def session_groups(folder):
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import api_pb2, list_session_groups
+    from tensorboard.plugins.hparams.backend_context import Context
+
+    runs = EventMultiplexer(tensor_size_guidance={"tensors": 0}).AddRunsFromDirectory(str(folder)).Reload()
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(runs, str(folder))))
+    asked = RequestContext()
+    experiment = context.experiment_from_metadata(asked, "", True, context.hparams_metadata(asked, ""), [])
+    request = api_pb2.ListSessionGroupsRequest(
+        allowed_statuses=[api_pb2.STATUS_UNKNOWN], slice_size=9, start_index=0,
+        col_params=[api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos],
+    )  # fmt: skip
+    handler = list_session_groups.Handler(asked, context, "", request)
+    return handler.run().session_groups
 
 
 def test_a_run_that_was_never_saved_starts_its_curves_anew(tmp_path):
@@ -89,11 +166,11 @@ def test_a_run_that_was_never_saved_starts_its_curves_anew(tmp_path):
 def test_a_page_that_is_open_meanwhile_drops_what_it_had(tmp_path):
     """It has read the earlier file by then, and goes on to the next one by name."""
     log(start(tmp_path), (0, 8.0), (5, 8.0))
-    (earlier,) = tmp_path.glob(PATTERN)
-    page = EventAccumulator(str(tmp_path)).Reload()
+    (earlier,) = files_of(tmp_path)
+    page = EventAccumulator(str(tmp_path / "training")).Reload()
     record = start(tmp_path)
     log(record, (0, 1.0), (2, 0.5))
-    assert sorted(tmp_path.glob(PATTERN))[0] == earlier
+    assert sorted(files_of(tmp_path))[0] == earlier
     page.Reload()
     assert [event.step for event in page.Tensors("a")] == [0, 2]
 
@@ -124,8 +201,8 @@ def test_tensorflow_is_not_imported_and_nothing_is_put_in_its_place(tmp_path):
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow/__init__.py").write_text("raise SystemExit('imported')\n")
     code = (
-        "import sys; from lit_qlora.figures.tensorboard import EventFile, figures_event; from pathlib import Path; "
-        f"file = EventFile(Path({str(tmp_path)!r}), 'a: 1'); file.refresh(lambda: [figures_event(1, {{'a': 1.0}})]); "
+        "import sys; from lit_qlora.figures.tensorboard import Board, figures_events; from pathlib import Path; "
+        f"file = Board(Path({str(tmp_path)!r}), 'a: 1', {{}}); file.refresh(lambda: figures_events(1, {{'a': 1.0}})); "
         "print(file.problem, 'tensorboard.compat.notf' in sys.modules)"
     )
     done = subprocess.run(
@@ -178,7 +255,7 @@ def test_what_found_no_room_is_written_once_there_is_some(tmp_path, capsys, disk
     if is_begun and room:
         assert shown(tmp_path)["a"][0] == (1, 1.0)  # what was written whole stays, while there is no room
     if is_begun:
-        told = f"TensorBoard's file in {tmp_path} can't be written: No space left on device"
+        told = f"TensorBoard's files in {tmp_path} can't be written: No space left on device"
         assert record.problem == told
         assert capsys.readouterr().err == f"error: {told}; training goes on, its figures are kept for later\n"
     disk[0] = None
@@ -196,12 +273,12 @@ def test_a_file_that_cannot_be_begun_is_reported_once_and_the_rest_goes_on(tmp_p
     def denied(*_):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("lit_qlora.figures.tensorboard._append", denied)
+    monkeypatch.setattr("lit_qlora.figures.tensorboard._writer", denied)
     record = start(tmp_path)
     log(record, (1, 1.0), (2, 1.0))
     record.save()
     record.finalize("success")
-    assert capsys.readouterr().err.count("error: TensorBoard's file in") == 1
+    assert capsys.readouterr().err.count("error: TensorBoard's files in") == 1
     assert len(record.run.metrics.read_text().splitlines()) == 2
 
 

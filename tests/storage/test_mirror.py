@@ -70,7 +70,11 @@ def test_each_save_is_copied_and_two_are_kept(machine, drive):
         save(run, step)
         mirror.push()
         wait_for(drive.checkpoint(step).is_dir)
-    (run.path / "events.out.tfevents.1").write_bytes(b"curves")
+    for part in ("training", "held-out"):
+        (run.path / part).mkdir()
+        (run.path / part / "events.out.tfevents.1").write_bytes(part.encode())
+    run.report.write_text("<html>", encoding="utf-8")
+    run.decisions.write_text("{}", encoding="utf-8")
     run.rows.write_text("{}", encoding="utf-8")
     run.finished_mark.write_text('{"step": 15, "steps": 15}', encoding="utf-8")
     mirror.close()
@@ -78,11 +82,20 @@ def test_each_save_is_copied_and_two_are_kept(machine, drive):
     for folder in (drive.adapter, drive.checkpoint(10), drive.checkpoint(15)):
         verify_folder(folder)
     assert (drive.adapter / "weights").read_text() == "weights of 15"
-    for name in ("config.yaml", "rows.json", "metrics.jsonl", "events.out.tfevents.1", "finished.json"):
+    events = ("training/events.out.tfevents.1", "held-out/events.out.tfevents.1")
+    for name in (
+        "config.yaml",
+        "rows.json",
+        "metrics.jsonl",
+        "report.html",
+        "decisions.json",
+        "finished.json",
+        *events,
+    ):
         assert (drive.path / name).read_bytes() == (run.path / name).read_bytes()
     assert {path.name for path in drive.path.iterdir()} == {
-        *(".mirror", "adapter", "checkpoints", "config.yaml", "events.out.tfevents.1", "finished.json"),
-        "metrics.jsonl", "rows.json",
+        *(".mirror", "adapter", "checkpoints", "config.yaml", "decisions.json", "finished.json", "held-out"),
+        *("metrics.jsonl", "report.html", "rows.json", "training"),
     }  # fmt: skip
     assert told == []
 
@@ -90,14 +103,16 @@ def test_each_save_is_copied_and_two_are_kept(machine, drive):
 def test_samples_are_copied_and_the_event_files_are_those_of_the_run_as_it_is(machine, drive):
     run, mirror, _ = machine()
     save(run, 5)
-    for name in ("samples.jsonl", "others.jsonl", "events.out.tfevents.1"):
+    (run.path / "training").mkdir()
+    for name in ("samples.jsonl", "others.jsonl", "training/events.out.tfevents.1"):
         (run.path / name).write_bytes(b"a")
     mirror.push()
     wait_for(drive.checkpoint(5).is_dir)
-    (run.path / "events.out.tfevents.1").rename(run.path / "events.out.tfevents.2")
+    (run.path / "training" / "events.out.tfevents.1").rename(run.path / "training" / "events.out.tfevents.2")
     mirror.close()
     names = {path.name for path in drive.path.glob("*.*") if path.is_file()} - {".mirror", "config.yaml"}
-    assert names == {"metrics.jsonl", "samples.jsonl", "others.jsonl", "events.out.tfevents.2"}
+    assert names == {"metrics.jsonl", "samples.jsonl", "others.jsonl"}
+    assert [path.name for path in drive.path.glob("*/events*")] == ["events.out.tfevents.2"]
 
 
 def test_a_fresh_machine_gets_all_of_it_back(machine, drive, capsys):

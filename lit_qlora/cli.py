@@ -18,7 +18,7 @@ from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
 from lit_qlora.storage.files import SaveError
 
-TOOLS = ("chat", "predict", "merge", "export", "evaluate", "push")
+TOOLS = ("chat", "predict", "merge", "export", "evaluate", "push", "report")
 
 HELP = """\
 lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
@@ -33,6 +33,7 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
   python main.py merge     work an adapter into its base: --output DIR, a plain Hugging Face folder
   python main.py export    the same as one file for llama.cpp and Ollama: --to gguf --output FILE
   python main.py evaluate  base against adapter, with intervals: --source FILE, or MMLU's questions: --mmlu FILE
+  python main.py report    a run on one page: curves, memory, sample answers, decisions; written at its end, too
   python main.py doctor    what is wrong here, and what to do about it; --config FILE: for that fit
   python main.py push      send an adapter or a merged model to the hub: --to NAME/REPO, private, asks first
 

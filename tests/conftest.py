@@ -37,6 +37,13 @@ def real() -> Path:
     return REAL
 
 
+@pytest.fixture(autouse=True)
+def no_charts_at_the_end_of_each_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second a fit; a module that is about them says ``DRAWS``."""
+    if not getattr(request.module, "DRAWS", False):
+        monkeypatch.setattr("lit_qlora.figures.report.charts", lambda *_: iter(()))
+
+
 @pytest.fixture(scope="session")
 def parser_of() -> Callable[[str], Any]:
     """Makes the parser of fit, validate or test."""

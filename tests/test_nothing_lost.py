@@ -114,7 +114,7 @@ def test_figures_that_found_no_room_to_the_end_are_status_1_and_the_same_command
     with monkeypatch.context() as patch:
         if what == "TensorBoard":
             patch.setattr(RecordWriter, "write", full)
-            problem = "TensorBoard's file in run can't be written: No space left on device"
+            problem = "TensorBoard's files in run can't be written: No space left on device"
         else:
             patch.setattr(StepLines, "_append", full)
             problem = "run/metrics.jsonl can't be written: No space left on device"

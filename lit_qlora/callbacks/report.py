@@ -6,6 +6,7 @@ Figures come from the run's own files, so a resumed run tells the whole story. K
 import json
 import math
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -16,12 +17,16 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, r
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import is_last_step
+from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.console import tell
+from lit_qlora.errors import one_line
 from lit_qlora.figures.lines import iter_lines, read_lines
+from lit_qlora.figures.report import versions, write_report
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.forecast.memory import GIB, step_memory
-from lit_qlora.storage.files import write_file
+from lit_qlora.storage.files import SaveError, write_file
 from lit_qlora.storage.run import RunFolder
 
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -56,6 +61,8 @@ class Report(Callback):
         self.run, self.memory, self.resumed_from, self.checkpoints = run, memory, resumed_from, checkpoints
         self.lengths = dict(lengths)
         self.forecast_gib: float | None = None
+        self._lines: list[list[str]] = []
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self.was_told = False
         """Whether the end was reached; a run that was killed between its last save and its end begins behind it."""
 
@@ -66,21 +73,34 @@ class Report(Callback):
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for line in data.describe():
-            _say("data", line)
+            self._say("data", line)
         for line in module.describe():
-            _say("model", line)
+            self._say("model", line)
         steps = data.num_optimizer_steps()
         batch = f"{data.plan.tokens:,} tokens" if data.plan.tokens else f"{data.plan.rows} rows"
         if trainer.accumulate_grad_batches > 1:
             batch += f" x {trainer.accumulate_grad_batches} accumulated"
         reason: str = trainer.precision_reason  # type: ignore[attr-defined]
-        _say("train", f"{steps:,} steps of {batch}; precision {trainer.precision} ({reason})")
+        self._say("train", f"{steps:,} steps of {batch}; precision {trainer.precision} ({reason})")
         forecast = foresee(module, data, trainer)
         if forecast:
             self.forecast_gib = step_memory(forecast.step).reserved / GIB
             for line in words.lines(forecast):
-                _say("plan", line)
-        _say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
+                self._say("plan", line)
+        self._say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
+        self._keep_decisions({})
+
+    def _say(self, topic: str, line: str) -> None:
+        print(f"{topic:>6}  {line}", flush=True)
+        self._lines.append([topic, line])
+
+    def _keep_decisions(self, end: Mapping[str, Any]) -> None:
+        """Keeps what was printed at the start for the run's report, and ``end``, what is known at its end."""
+        kept = {"started": self._started, "versions": versions(), "lines": self._lines, **end}
+        try:
+            write_file(self.run.decisions, json.dumps(kept, indent=1) + "\n")
+        except SaveError as error:  # a report without them is better than no run
+            tell(f"warning: {error}; training continues, and the report will lack the decisions")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records what was predicted, beside the peaks: here, and not behind a save that may follow the validation."""
@@ -125,6 +145,8 @@ class Report(Callback):
         mark = {"step": trainer.global_step, "steps": steps, "lengths": self.lengths, "best_step": best.get("step")}
         if not self.checkpoints.attempt("mark", lambda: write_file(self.run.finished_mark, json.dumps(mark))):
             return
+        (throughput,) = (callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
+        self._keep_decisions({"training_s": throughput.training_s})
         print("\n".join(["", *before_and_after(self.run), *self._closing()]), flush=True)
 
     def _closing(self) -> list[str]:
@@ -136,8 +158,16 @@ class Report(Callback):
         return [
             f"peak memory (GiB): {peaks}{predicted}",
             f"best adapter: {self.run.adapter}{gain}",
+            f"report: {self._report()}",
             f"curves: tensorboard --logdir {self.run.path.parent}",
         ]
+
+    def _report(self) -> str:
+        """Writes the run's report; its path, or why there is none: the run is finished either way."""
+        try:
+            return str(write_report(self.run))
+        except (OSError, ImportError) as error:
+            return f"none ({one_line(error)}); python main.py report makes it"
 
 
 def is_gain(run: RunFolder, loss: float) -> bool:
@@ -172,7 +202,3 @@ def _going_on(resumed_from: str | None, on_gpu: bool) -> str:
     exact = not on_gpu or torch.are_deterministic_algorithms_enabled()
     but = "" if exact else "; state and order are exact, a GPU's last bits only with --trainer.deterministic true"
     return f", going on from {resumed_from}{but}"
-
-
-def _say(topic: str, line: str) -> None:
-    print(f"{topic:>6}  {line}", flush=True)

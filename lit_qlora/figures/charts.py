@@ -1,0 +1,182 @@
+"""Owns the charts of a run's report: SVG by matplotlib, whose colours are variables of the page that shows them.
+
+So one drawing serves light and dark. Knows the figures by their recorded names, and no file.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from lit_qlora.figures.curves import Points, smoothed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, GRID, TRAIN, FAINT, HELD_OUT, MARK = COLOURS = "#101010", "#202020", "#303030", "#404040", "#505050", "#606060"
+VARIABLES = dict(zip(COLOURS, ("ink", "grid", "train", "faint", "held-out", "mark"), strict=True))
+"""What the page calls each colour; the numbers never reach it."""
+
+SIZE = 5.6, 3.1
+"""Inches, at 72 points each: a chart fills half of a wide page, and the whole of a narrow one."""
+
+MOMENTS = (("load", "loading"), ("train", "training"), ("validation", "validation"))
+Figures = Mapping[int, Mapping[str, float]]
+
+
+class Chart(NamedTuple):
+    """A chart as SVG, what stands above it, and what it shows, for those who can't see it."""
+
+    title: str
+    svg: str
+    words: str
+
+
+def charts(figures: Figures, step: int | None) -> Iterator[Chart]:
+    """The charts of a run, without those that have nothing to show.
+
+    Args:
+        figures: Finite figures by optimizer step.
+        step: Of the best adapter, marked in the first chart; None for none.
+    """
+    drawings: tuple[tuple[str, Callable[[Axes], str]], ...] = (
+        ("Loss (nats per token)", lambda axes: _curves(axes, figures, "loss", step)),
+        ("Tokens predicted correctly", lambda axes: _curves(axes, figures, "accuracy", None)),
+        ("Learning rate", lambda axes: _curve(axes, figures, "train/learning_rate")),
+        ("Gradient norm", lambda axes: _curve(axes, figures, "train/gradient_norm")),
+        ("Tokens per second", lambda axes: _curve(axes, figures, "speed/tokens_per_second", from_zero=True)),
+        ("Peak memory (GiB)", lambda axes: _memory(axes, figures)),
+    )
+    for number, (title, draw) in enumerate(drawings):
+        found = _drawn(draw, f"chart{number}")
+        if found:
+            yield Chart(title, *found)
+
+
+def _drawn(draw: Callable[["Axes"], str], prefix: str) -> tuple[str, str] | None:
+    """A drawing as SVG, and its words; None where there was nothing to draw."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": "sans-serif", "font.size": 10}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        words = draw(axes)
+        if not words:
+            return None
+        _plain(axes)
+        file = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    return _for_page(file.getvalue(), prefix), words
+
+
+def _for_page(svg: str, prefix: str) -> str:
+    """The element alone, as wide as its place, with names of its own and the page's colours and fonts."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{prefix}-", svg)
+    svg = re.sub(r"font(?:-family)?: ([^;\"]*?)(?:'[^;\"]*|sans-serif[^;\"]*)", r"font: \1sans-serif", svg)
+    for colour, name in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
+
+
+def _plain(axes: "Axes") -> None:
+    """Axes without a frame, in the page's colours, transparent."""
+    axes.figure.patch.set_visible(False)
+    axes.patch.set_visible(False)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(axis="x" if axes.patches else "y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    legend = axes.get_legend()
+    for text in legend.get_texts() if legend else ():
+        text.set_color(INK)
+
+
+def _points(figures: Figures, name: str) -> Points:
+    return [(float(step), line[name]) for step, line in sorted(figures.items()) if name in line]
+
+
+def _steps(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("optimizer steps", color=INK)
+
+
+def _curves(axes: "Axes", figures: Figures, name: str, step: int | None) -> str:
+    """Training and held-out in one chart."""
+    from matplotlib.ticker import PercentFormatter
+
+    train, held_out = (_points(figures, f"{part}/{name}") for part in ("train", "val"))
+    if max(len(train), len(held_out)) < 2:
+        return ""
+    smooth, words = smoothed(train), list[str]()
+    if smooth != train:
+        axes.plot(*zip(*train, strict=True), color=FAINT, linewidth=1)
+    for points, colour, label, shape in ((smooth, TRAIN, "training", ""), (held_out, HELD_OUT, "held-out", "o")):
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=2, marker=shape, markersize=4, label=label)
+            words.append(f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
+    if step:
+        axes.axvline(step, color=MARK, linewidth=1, linestyle=(0, (3, 3)), label="best adapter")
+        words.append(f"best adapter at step {step:,}")
+    if name == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    _steps(axes)
+    return ", ".join(words)
+
+
+def _curve(axes: "Axes", figures: Figures, name: str, *, from_zero: bool = False) -> str:
+    from matplotlib.ticker import StrMethodFormatter
+
+    points = _points(figures, name)
+    if len(points) < 2:
+        return ""
+    axes.plot(*zip(*points, strict=True), color=TRAIN, linewidth=2)
+    if from_zero:
+        axes.set_ylim(0, max(value for _, value in points) * 1.1 or 1)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _steps(axes)
+    values = [value for _, value in points]
+    return f"from {values[0]:.4g} to {values[-1]:.4g}, between {min(values):.4g} and {max(values):.4g}"
+
+
+def _memory(axes: "Axes", figures: Figures) -> str:
+    """A bar for the highest of each moment, of what torch reserves or of the host, and the forecast as a line."""
+    bars = []
+    for key, moment in MOMENTS:
+        peak = peak_of(figures, f"memory/{key}_reserved_gib")
+        if peak is not None:
+            bars.append((moment, peak))
+    host = peak_of(figures, "memory/host_gib")
+    if host is not None:
+        bars.append(("host", host))
+    if not bars:
+        return ""
+    names, values = zip(*reversed(bars), strict=True)
+    drawn = axes.barh(names, values, color=TRAIN, height=0.55)
+    axes.bar_label(drawn, [f"{value:.2f}" for value in values], padding=4, color=INK)
+    forecast = peak_of(figures, "memory/predicted_reserved_gib")
+    words = [f"{name} {value:.2f}" for name, value in bars]
+    if forecast is not None:
+        axes.axvline(forecast, color=HELD_OUT, linewidth=2, label=f"forecast for training: {forecast:.2f}")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        words.append(f"forecast for training {forecast:.2f}")
+    axes.set_xlim(0, max([*values, forecast or 0]) * 1.15 or 1)
+    around = max(0.6, 1.6 - len(bars) / 2)  # a single bar is no wall
+    axes.set_ylim(-around, len(bars) - 1 + around)
+    return ", ".join(words)
+
+
+def peak_of(figures: Figures, name: str) -> float | None:
+    """The highest of a figure; None where it was never recorded."""
+    return max((line[name] for line in figures.values() if name in line and math.isfinite(line[name])), default=None)

@@ -1,0 +1,225 @@
+"""Owns ``report.html``, a view of a whole run in one file that loads nothing: what came of it, how, and from what.
+
+A run folder may come from a stranger: all of it is data here, of any content, and nothing of it becomes markup.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+
+from lit_qlora.errors import UserError
+from lit_qlora.figures.charts import charts, peak_of
+from lit_qlora.figures.lines import iter_lines
+from lit_qlora.figures.samples import CONTEXT, LIMIT, ends_in_words
+from lit_qlora.storage.files import write_file
+from lit_qlora.storage.foreign import read_object
+from lit_qlora.storage.run import RunFolder, as_yaml, differences
+
+PACKAGES = ("lit-qlora", "torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets")
+TOPICS = {"data": "Data", "model": "Model", "train": "Training", "plan": "Forecast", "run": "Run"}
+LONGEST = 20_000
+"""Characters of a text that the page shows."""
+SHOWN_SAMPLES = 16
+
+
+class Tile(NamedTuple):
+    """A figure of the result: its name, its value, and what it is to be held against."""
+
+    name: str
+    value: str
+    beside: str = ""
+
+
+class Sample(NamedTuple):
+    """A question with the base's answer and the adapter's, and how each was cut off, or nothing."""
+
+    prompt: str
+    base: str
+    base_cut: str
+    adapter: str
+    adapter_cut: str
+
+
+def write_report(run: RunFolder) -> Path:
+    """Writes the report of ``run`` into its folder, and returns its path.
+
+    Raises SaveError where it can't be written.
+    """
+    write_file(run.report, page(run))
+    return run.report
+
+
+def page(run: RunFolder) -> str:
+    """The report as HTML."""
+    figures, best = _figures(run.metrics), _object(run.path / "adapter" / "result.json")
+    step = best.get("step")
+    step = step if type(step) is int and step in figures else max(figures, default=0)
+    decided = _object(run.decisions)
+    drawn = [chart._replace(svg=Markup(chart.svg)) for chart in charts(figures, step or None)]  # ours alone
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    file = resources.files("lit_qlora.figures") / "templates" / "report.html.jinja"
+    config, changes, problem = _configuration(run)
+    data = config.get("data")
+    return environment.from_string(file.read_text(encoding="utf-8")).render(
+        name=run.path.resolve().name,
+        subtitle=_subtitle(config),
+        state=_state(run, figures),
+        started=_text(decided.get("started"))[:19].replace("T", " "),
+        tiles=[*_tiles(figures, step, decided)],
+        table=ends_in_words(figures.get(0, {}), figures.get(step, {})),
+        charts=drawn,
+        step=step,
+        samples=[*_samples(run.samples, step)][:SHOWN_SAMPLES],
+        decisions=[*_decisions(decided)],
+        has_data=isinstance(data, Mapping),
+        changes=changes,
+        config=as_yaml(config)[:LONGEST] if config else problem,
+        versions=_versions(decided),
+    )
+
+
+def _figures(file: Path) -> dict[int, dict[str, float]]:
+    """The finite figures of each step, whatever else stands in the lines."""
+    return {
+        line["step"]: {name: float(value) for name, value in line.items() if _is_number(value)}
+        for line in iter_lines(file) if 0 <= line["step"] < 2**53
+    }  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; nothing where there is none, or it can't be read."""
+    try:
+        return read_object(file) if file.exists() else {}
+    except UserError:
+        return {}
+
+
+def _text(value: Any) -> str:
+    return value[:LONGEST] if isinstance(value, str) else ""
+
+
+def _configuration(run: RunFolder) -> tuple[dict[str, Any], list[str], str]:
+    """That of the first start, what later starts changed, and why there is none."""
+    try:
+        first = run.read_config()
+    except UserError as error:
+        return {}, [], str(error)
+    changes = []
+    for file in sorted(run.path.glob("config.*.yaml"), key=lambda path: (len(path.name), path.name)):
+        later = RunFolder(run.path)
+        later.config = file
+        try:
+            now = later.read_config()
+        except UserError:
+            continue
+        changes += [f"start {file.name.split('.')[1]}: {change}" for change in differences(first, now, tuple(now))]
+    return first, changes, ""
+
+
+def _subtitle(config: Mapping[str, Any]) -> str:
+    model, data = config.get("model"), config.get("data")
+    base = _text(model.get("base")) if isinstance(model, Mapping) else ""
+    source = _text(data.get("source")) if isinstance(data, Mapping) else ""
+    return f"{base or 'a base'} in 4-bit with LoRA, trained on {source or 'conversations'}"
+
+
+def _state(run: RunFolder, figures: Mapping[int, Any]) -> str:
+    mark = _object(run.finished_mark)
+    if type(mark.get("step")) is int and type(mark.get("steps")) is int:
+        early = " (ended early)" if mark["step"] < mark["steps"] else ""
+        return f"finished at step {mark['step']:,} of {mark['steps']:,}{early}"
+    return f"not finished: recorded up to step {max(figures, default=0):,}"
+
+
+def _tiles(figures: Mapping[int, Mapping[str, float]], step: int, decided: Mapping[str, Any]) -> Iterator[Tile]:
+    """The result at a glance."""
+    before, after = figures.get(0, {}), figures.get(step, {})
+    for title, name, show in (
+        ("Held-out loss", "val/loss", "{:.4f}"), ("Held-out perplexity", "val/perplexity", "{:,.2f}"),
+        ("Held-out token accuracy", "val/accuracy", "{:.1%}"),
+    ):  # fmt: skip
+        if name in after:
+            first = f"before training: {show.format(before[name])}" if name in before and step else ""
+            yield Tile(title, show.format(after[name]), first)
+    speeds = [line["speed/tokens_per_second"] for line in figures.values() if "speed/tokens_per_second" in line]
+    if speeds:
+        padding = [line["speed/padding_share"] for line in figures.values() if "speed/padding_share" in line]
+        beside = f"padding: {sum(padding) / len(padding):.1%} of a batch" if padding else ""
+        yield Tile("Tokens per second", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", beside)
+    reserved, host = (peak_of(figures, f"memory/{name}_gib") for name in ("train_reserved", "host"))
+    forecast = peak_of(figures, "memory/predicted_reserved_gib")
+    if reserved is not None:
+        beside = "" if forecast is None else f"forecast: {forecast:.2f} GiB"
+        yield Tile("GPU memory in training", f"{reserved:.2f} GiB", beside)
+    elif host is not None:
+        yield Tile("Host memory", f"{host:.2f} GiB", "no GPU")
+    seconds = decided.get("training_s")
+    if seconds is not None and _is_number(seconds):
+        yield Tile("Time in training steps", _duration(seconds), "without validations and saves")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _samples(file: Path, step: int) -> Iterator[Sample]:
+    """Those of the best adapter, or else of the newest; before training, only the base has answered."""
+    found: list[Any] = []
+    for line in iter_lines(file):
+        rows = line.get("answers")
+        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        if any("adapter" in row for row in rows) or not found:
+            found = rows
+            if line["step"] == step and step:
+                break
+    for row in found:
+        base, adapter = (row.get(whose) if isinstance(row.get(whose), dict) else {} for whose in ("base", "adapter"))
+        yield Sample(
+            _text(row.get("prompt")), _text(base.get("text")), _cut(base), _text(adapter.get("text")), _cut(adapter)
+        )
+
+
+def _cut(answer: Mapping[str, Any]) -> str:
+    return {LIMIT: "cut at the limit", CONTEXT: "cut by the base's context"}.get(str(answer.get("cut_by")), "")
+
+
+def _decisions(decided: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """What the newest start printed, by topic."""
+    by_topic: dict[str, list[str]] = {}
+    lines = decided.get("lines")
+    for pair in lines if isinstance(lines, list) else ():
+        if isinstance(pair, list) and len(pair) == 2:
+            topic = _text(pair[0])
+            by_topic.setdefault(TOPICS.get(topic, topic), []).append(_text(pair[1]))
+    yield from by_topic.items()
+
+
+def versions() -> dict[str, str]:
+    """Those of the packages that compute."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _versions(decided: Mapping[str, Any]) -> str:
+    """Those of the run, by its record; not those of whoever makes the report."""
+    kept = decided.get("versions")
+    return ", ".join(f"{_text(name)} {_text(found)}" for name, found in kept.items()) if isinstance(kept, dict) else ""

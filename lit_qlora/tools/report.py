@@ -1,0 +1,19 @@
+"""Owns the verb report: a run in one page, written anew from its folder. What is on it is `figures.report`'s."""
+
+from lit_qlora.errors import UserError
+from lit_qlora.figures.report import write_report
+from lit_qlora.storage.files import SaveError
+from lit_qlora.storage.run import newest_run, open_run, run_path
+
+
+def report(run: str | None = None) -> None:
+    """Write a run's report.html: curves, memory, samples, decisions, configuration.
+
+    Args:
+        run: run folder; default: the newest run.
+    """
+    folder = open_run(run_path(run)) if run else newest_run()
+    try:
+        print(write_report(folder))
+    except SaveError as error:
+        raise UserError(str(error), option="run") from error

@@ -7,9 +7,12 @@
 Each peer runs in a process of its own, several times, in turns. Counted are tokens that are not padding, over whole
 optimizer steps, after a warm-up, over one pass through the rows at least: rows of other lengths take another time a
 token. Before the first step, and again behind the last, each scores the same rows by its own loss: equal work. TRL's
-best settings are its length groups or its packing, whichever is quicker, Unsloth's its defaults or its packing; both
-pack without flash attention, too, and the loss of the same rows shows that no conversation sees another. Ends with a
-table, a picture, and one line of JSON.
+best settings are its length groups or its packing, whichever is quicker, Unsloth's its defaults, its packing with
+either checkpointing, or none; both pack without flash attention, too, and the loss of the same rows shows that no
+conversation sees another. Ends with a table, a picture, and one line of JSON.
+
+With ``--kernels`` each process is profiled: instead of its wall clock, the kernels' time per token is reported, by
+class, and what it projects for a T4 (see kernel_times.py).
 """
 
 import argparse
@@ -35,12 +38,18 @@ PEERS = {
     "plain": "transformers + peft, as QLoRA's script",
     "unsloth": "Unsloth, its defaults",
     "unsloth_packed": "Unsloth, packing",
+    "unsloth_packed_plain": "Unsloth, packing, plain checkpointing",
+    "unsloth_kept": "Unsloth, no checkpointing, half the rows",
 }
 QUICK = ["lit_qlora", "trl_default", "trl_grouped", "trl_packed"]
 QUICK_MINUTES = 7.5
 """After which --quick begins no repetition that would not end within them."""
-BEST = {"trl_best": ("trl_grouped", "trl_packed"), "unsloth_best": ("unsloth", "unsloth_packed")}
-"""Of a library that has several settings, the quicker one counts."""
+BEST = {
+    "trl_best": ("trl_grouped", "trl_packed"),
+    "unsloth_best": ("unsloth", "unsloth_packed", "unsloth_packed_plain", "unsloth_kept"),
+}
+"""Of a library that has several settings, the quickest one counts."""
+OWN = ("lit_qlora", "lit_qlora_tokens")
 GUANACO = "timdettmers/openassistant-guanaco"
 HELD_OUT_ROWS = 4
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets", "trl", "unsloth", "liger-kernel")
@@ -72,6 +81,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="a small random Llama on the CPU")
     parser.add_argument("--t4", action="store_true", help="14.2 GiB, fp16, no flash or cuDNN attention")
     parser.add_argument("--quick", action="store_true", help="four peers, 8 rows")
+    parser.add_argument(
+        "--kernels", action="store_true", help="kernel time by class instead of the wall clock; on a GPU"
+    )
     parser.add_argument("--base", help="folder or hub id; default: random weights, made for this run")
     parser.add_argument("--tokenizer", type=Path, help="of Llama 2, for a random base; default: the demo's")
     parser.add_argument("--data", default=GUANACO, help="as data.source")
@@ -90,6 +102,8 @@ def _options() -> argparse.Namespace:
         parser.error("--warm-up: expected a whole number from 1: the first step's end is where the clock starts")
     if options.repetitions < 1:
         parser.error(f"--repetitions: expected a whole number from 1, got {options.repetitions}")
+    if options.kernels and options.cpu:
+        parser.error("--kernels: a CPU has none; leave --cpu out")
     options.rows = options.rows or (8 if options.quick else 256)
     options.seconds = options.seconds or (8 if options.quick else 60)
     if options.warm_up is None:  # a GPU's kernels are compiled, tuned and recorded when a length is first seen
@@ -178,8 +192,11 @@ def _measure(options: argparse.Namespace, spec: Path, folder: Path) -> dict[str,
                 continue
             results[peer].append(json.loads(last))
             found = results[peer][-1]
+            speed = f"{found['tokens_per_second']:.0f} tokens/s"
+            if options.kernels:
+                speed = f"{found['t4_tokens_per_second']:.0f} tokens/s projected for a T4"
             print(
-                f"{repetition + 1}/{options.repetitions} {peer}: {found['tokens_per_second']:.0f} tokens/s, "
+                f"{repetition + 1}/{options.repetitions} {peer}: {speed}, "
                 f"padding {found['padding_share']:.0%}, loss of the same rows {found['loss']:.4f}, "
                 f"then {found['loss_after']:.4f}, "
                 f"start {found['start_seconds']:.0f} s",
@@ -203,7 +220,7 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict]]) -> dict
         if not good:
             peers[peer] = {"failed": runs[0]["failed"]}
             continue
-        speeds = [run["tokens_per_second"] for run in good]
+        speeds = [run["t4_tokens_per_second" if options.kernels else "tokens_per_second"] for run in good]
         peers[peer] = {
             "tokens_per_second": statistics.median(speeds),
             "range": [min(speeds), max(speeds)],
@@ -212,6 +229,7 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict]]) -> dict
                 key: good[-1][key]
                 for key in ("loss", "loss_after", "padding_share", "start_seconds", "peak_gib", "precision", "steps")
             },
+            **{key: good[-1][key] for key in ("us_per_token", "longest", "tflops", "gb_per_s") if key in good[-1]},
         }
     return {
         "command": "python " + " ".join(sys.argv),
@@ -226,11 +244,13 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict]]) -> dict
 
 
 def _ratios(speeds: dict[str, float]) -> dict[str, float]:
-    """How many times as many tokens a second we have."""
-    own = speeds.get("lit_qlora", 0)
-    others = {name: speeds.get(name, 0) for name in ("trl_default", "plain", "unsloth")}
-    others |= {name: max(speeds.get(peer, 0) for peer in peers) for name, peers in BEST.items()}
-    return {f"ratio_to_{name}": round(own / speed, 3) for name, speed in others.items() if own and speed}
+    """How many times as many tokens a second we have: our default beside theirs, and the best of each beside ours."""
+    own, best = speeds.get("lit_qlora", 0), max(speeds.get(name, 0) for name in OWN)
+    defaults = {name: speeds.get(name, 0) for name in ("trl_default", "plain", "unsloth")}
+    bests = {name: max(speeds.get(peer, 0) for peer in peers) for name, peers in BEST.items()}
+    found = {f"ratio_to_{name}": (own, speed) for name, speed in (defaults | bests).items()}
+    found |= {f"best_ratio_to_{name}": (best, speed) for name, speed in bests.items()}
+    return {name: round(ours / theirs, 3) for name, (ours, theirs) in found.items() if ours and theirs}
 
 
 def _machine() -> str:
@@ -255,6 +275,20 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _kernel_table(report: dict) -> list[str]:
+    """Microseconds per token by class; empty without ``--kernels``."""
+    rows = {PEERS[peer]: found for peer, found in report["peers"].items() if "us_per_token" in found}
+    if not rows:
+        return []
+    kinds = ("products", "dequantisation", "attention", "elementwise", "copies")
+    lines = ["", f"| kernels, µs per token | {' | '.join(kinds)} |", "|---" * (1 + len(kinds)) + "|"]
+    for name, found in rows.items():
+        lines.append(f"| {name} | {' | '.join(format(found['us_per_token'].get(kind, 0), '.1f') for kind in kinds)} |")
+    first = next(iter(rows.values()))
+    rates = f"this card sustained {first['tflops']:.0f} TFLOP/s and {first['gb_per_s']:,.0f} GB/s"
+    return [*lines, "", f"Tokens/s are projected for a T4 from these; {rates}."]
+
+
 def _table(report: dict) -> str:
     lines = [
         "| | tokens/s (median, range) | padding | peak GiB | loss of the same rows, before and after | start |",
@@ -272,7 +306,7 @@ def _table(report: dict) -> str:
             f"| {found['start_seconds']:.0f} s |"
         )
     versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
-    return "\n".join([*lines, "", f"`{report['command']}` on {report['machine']}; {versions}."])
+    return "\n".join([*lines, *_kernel_table(report), "", f"`{report['command']}` on {report['machine']}; {versions}."])
 
 
 def _picture(report: dict, path: Path) -> None:

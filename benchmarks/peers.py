@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 STARTED = time.monotonic()
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+
 SCORED_ROWS = 4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -27,6 +29,7 @@ class Clock:
         self.seconds = 0.0
         self.start_seconds = 0.0
         self.pending: list[tuple[int, int]] = []
+        self.kernels: Any = None
 
     def batch(self, tokens: int, places: int) -> None:
         """A micro-batch went in: how many of its ``places`` hold tokens."""
@@ -39,7 +42,10 @@ class Clock:
         self.steps += 1
         if self.steps == self.spec["warm_up"]:
             self.start_seconds = self.start_seconds or now - STARTED
-            self.since = now
+            if self.spec["kernels"]:
+                self.kernels = _kernel_times().KernelTimes()
+                self.kernels.start()
+            self.since = time.monotonic()
         elif self.since is not None:
             self.tokens += sum(tokens for tokens, _ in self.pending)
             self.places += sum(places for _, places in self.pending)
@@ -50,7 +56,14 @@ class Clock:
 
     def report(self, loss: float, loss_after: float, precision: str) -> None:
         """The last line of this process."""
-        found = {
+        profiled = {}
+        if self.kernels:
+            kernel_times = _kernel_times()
+            profiled = kernel_times.summed(self.kernels.stop(), self.tokens)
+            tflops, gb_per_s = kernel_times.sustained()
+            profiled |= {"tflops": tflops, "gb_per_s": gb_per_s}
+            profiled["t4_tokens_per_second"] = kernel_times.projected(profiled["us_per_token"], tflops, gb_per_s)
+        found = profiled | {
             "tokens_per_second": self.tokens / self.seconds,
             "padding_share": 1 - self.tokens / self.places,
             "steps": self.timed_steps,
@@ -61,6 +74,12 @@ class Clock:
             "precision": precision,
         }
         print(json.dumps(found), flush=True)
+
+
+def _kernel_times() -> Any:
+    import kernel_times
+
+    return kernel_times
 
 
 def _synchronize() -> None:
@@ -133,7 +152,9 @@ def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
     args += ["--run", f"ours-{len(extra)}", "--trainer.max_epochs", "1000", "--trainer.limit_val_batches", "1"]
     args += ["--trainer.val_check_interval", "100000"]
     args += ["--samples.count", "0", "--save_every_steps", "100000", *extra]
-    if spec["t4"]:  # what auto chooses on this card, if it is a large one; the limits give it a T4's name
+    if spec["kernels"]:  # as a T4 runs a base of 7B
+        args += ["--model.cuda_graphs", "false"]
+    elif spec["t4"]:  # what auto chooses on this card, if it is a large one; the limits give it a T4's name
         args += ["--model.cuda_graphs", "true"]
     with ExitStack() as stack:
         training.QLoRACLI(start.complete(args), stack)
@@ -259,7 +280,7 @@ def plain(spec: dict, clock: Clock) -> None:
     clock.report(loss, _score(trainer, collate, spec), "16-mixed" if spec["t4"] else "bf16-mixed")
 
 
-def unsloth(spec: dict, clock: Clock, **best: object) -> None:
+def unsloth(spec: dict, clock: Clock, checkpointing: str | bool = "unsloth", **best: object) -> None:
     """FastLanguageModel with the SFTTrainer that it puts into TRL: its own checkpointing, and no padding by default."""
     import os
 
@@ -282,7 +303,7 @@ def unsloth(spec: dict, clock: Clock, **best: object) -> None:
         lora_alpha=16,
         lora_dropout=0,
         target_modules=TARGETS,
-        use_gradient_checkpointing="unsloth",
+        use_gradient_checkpointing=checkpointing,
     )
     config = SFTConfig(
         output_dir="unsloth",
@@ -311,9 +332,20 @@ def unsloth(spec: dict, clock: Clock, **best: object) -> None:
     clock.report(loss, _score(trainer, collate, spec), "16-mixed" if spec["t4"] else "bf16-mixed")
 
 
-def unsloth_packed(spec: dict, clock: Clock) -> None:
+def unsloth_packed(spec: dict, clock: Clock, checkpointing: str | bool = "unsloth") -> None:
     """The same with its packing: as many tokens a step as TRL's packing and batches by tokens have here."""
-    unsloth(spec, clock, packing=True, per_device_train_batch_size=max(1, spec["batch_size"] // 2))
+    rows = max(1, spec["batch_size"] // 2)
+    unsloth(spec, clock, checkpointing, packing=True, per_device_train_batch_size=rows)
+
+
+def unsloth_packed_plain(spec: dict, clock: Clock) -> None:
+    """The same with torch's checkpointing instead of its own, which moves activations to the host."""
+    unsloth_packed(spec, clock, checkpointing=True)
+
+
+def unsloth_kept(spec: dict, clock: Clock) -> None:
+    """Without checkpointing: as many rows, padding-free, as a T4 has the memory for."""
+    unsloth(spec, clock, checkpointing=False, per_device_train_batch_size=max(1, spec["batch_size"] // 2))
 
 
 def _adapters_in_fp32(trainer: object, spec: dict) -> None:
@@ -395,6 +427,8 @@ NAMES: dict[str, Callable[[dict, Clock], None]] = {
     "plain": plain,
     "unsloth": unsloth,
     "unsloth_packed": unsloth_packed,
+    "unsloth_packed_plain": unsloth_packed_plain,
+    "unsloth_kept": unsloth_kept,
 }
 
 if __name__ == "__main__":

@@ -14,14 +14,19 @@ import peers
 
 def test_the_best_of_trl_is_its_quickest():
     speeds = {"lit_qlora": 600.0, "trl_default": 100.0, "trl_grouped": 150.0, "trl_packed": 240.0, "unsloth": 0}
-    assert compare._ratios(speeds) == {"ratio_to_trl_default": 6.0, "ratio_to_trl_best": 2.5}
+    assert compare._ratios(speeds) == {
+        "ratio_to_trl_default": 6.0, "ratio_to_trl_best": 2.5, "best_ratio_to_trl_best": 2.5
+    }  # fmt: skip
     assert compare._ratios(speeds | {"trl_packed": 0})["ratio_to_trl_best"] == 4.0
     assert compare._ratios({"trl_default": 100.0}) == {}
 
 
 def test_unsloth_is_measured_at_its_defaults_and_at_its_best():
     speeds = {"lit_qlora": 600.0, "unsloth": 300.0, "unsloth_packed": 400.0}
-    assert compare._ratios(speeds) == {"ratio_to_unsloth": 2.0, "ratio_to_unsloth_best": 1.5}
+    assert compare._ratios(speeds | {"lit_qlora_tokens": 800.0}) == {
+        "ratio_to_unsloth": 2.0, "ratio_to_unsloth_best": 1.5, "best_ratio_to_unsloth_best": 2.0
+    }  # fmt: skip
+    assert compare._ratios(speeds | {"unsloth_kept": 600.0})["ratio_to_unsloth_best"] == 1.0
     assert compare._ratios({"lit_qlora": 600.0, "unsloth": 300.0})["ratio_to_unsloth_best"] == 2.0
     assert [*compare.PEERS] == [*peers.NAMES]
 
@@ -39,7 +44,7 @@ def test_quick_begins_no_repetition_that_would_not_end_in_time(monkeypatch, caps
 
     monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run))
-    options = SimpleNamespace(peers=["lit_qlora"], repetitions=3, quick=quick, output=tmp_path)
+    options = SimpleNamespace(peers=["lit_qlora"], repetitions=3, quick=quick, kernels=False, output=tmp_path)
     assert compare._measure(options, tmp_path, tmp_path) == {"lit_qlora": [found] * begun}
     assert (f"stopped after {begun} of 3 repetitions: time is up" in capsys.readouterr().err) == (begun < 3)
 
@@ -88,3 +93,18 @@ def test_mistakes_are_said_before_anything_is_measured(monkeypatch, capsys, give
         compare.main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"compare.py: error: {given[0]}: expected a whole")
+
+
+def test_kernels_are_not_measured_on_a_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", "--kernels"])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert stopped.value.code == 2 and "--kernels" in capsys.readouterr().err
+
+
+def test_profiled_peers_have_a_table_by_class():
+    found = {"us_per_token": {"products": 53.0, "attention": 8.9}, "tflops": 700.0, "gb_per_s": 3000.0}
+    lines = compare._kernel_table({"peers": {"lit_qlora": found, "unsloth": {"failed": "no memory"}}})
+    assert lines[3] == "| lit-qlora, its defaults | 53.0 | 0.0 | 8.9 | 0.0 | 0.0 |"
+    assert len(lines) == 6 and "700 TFLOP/s and 3,000 GB/s" in lines[-1]
+    assert compare._kernel_table({"peers": {"lit_qlora": {"tokens_per_second": 1.0}}}) == []

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 PEERS = Path(__file__).parents[2] / "benchmarks" / "peers.py"
-SPEC = {"base": "base", "max_length": 64, "t4": False, "rank": 16, "batch_size": 4, "ids": "ids.jsonl"}
+SPEC = {
+    "base": "base",
+    "max_length": 64,
+    "t4": False,
+    "rank": 16,
+    "batch_size": 4,
+    "kernels": False,
+    "ids": "ids.jsonl",
+}
 UNSLOTH = """
 import sys
 EARLY = [name for name in ("transformers", "peft", "trl", "datasets") if name in sys.modules]

@@ -19,7 +19,7 @@ _PLACES = {"ChatDataModule": "lit_qlora.data.datamodule", "QLoRAModule": "lit_ql
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for at its first use: the command line, which starts here too, answers --help at once."""
+    """Import the module or class on first use: the command line, which starts here too, answers --help at once."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PLACES[name]), name)

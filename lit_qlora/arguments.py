@@ -1,6 +1,6 @@
-"""Owns the check of a constructor's arguments against its own annotations, for whoever calls it from a program.
+"""Owns the check of a constructor's arguments against its annotations, for callers in a program.
 
-The command line's have been checked by jsonargparse by then, and pass. Does not know what any argument means.
+Those of the command line are checked by jsonargparse before. Does not know what any argument means.
 """
 
 import os
@@ -23,17 +23,17 @@ _LISTS = {str: "texts", int: "whole numbers", float: "numbers"}
 def checked_arguments(
     section: str = "", paths: Collection[str] = ()
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Has an ``__init__`` called only with arguments of the types that its annotations say.
+    """Check the arguments of an ``__init__`` against its annotations.
 
-    What stands for such a type in a program is turned into it: a path for a text, NumPy's number for Python's, a tuple
-    for a list. Annotations of texts, numbers, truths, choices and lists of these are checked, and no others.
+    Equivalents are converted: a path to a text, NumPy's numbers to Python's, a tuple to a list. Annotations of texts,
+    numbers, booleans, choices and lists of these are checked, and no others.
 
     Args:
-        section: of the options that the arguments are: ``model``; empty where they are in none.
-        paths: arguments that may name a file or folder, which a path stands for.
+        section: section of the options, such as ``model``; empty for none.
+        paths: arguments that may be given as a path.
 
     Returns:
-        A decorator. What it returns raises UserError for an argument of another type, naming its option.
+        A decorator; the decorated constructor raises UserError for an argument of another type, naming its option.
     """
 
     def decorate(init: Callable[P, None]) -> Callable[P, None]:
@@ -63,7 +63,7 @@ def checked_arguments(
 
 
 def _as(hint: Any, value: Any, is_path: bool) -> Any:
-    """``value`` as one of type ``hint``. Raises TypeError where it is none."""
+    """``value`` converted to type ``hint``. Raises TypeError if it is not one."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         for part in parts:
@@ -97,7 +97,7 @@ def _words(hint: Any, is_path: bool) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A plain value as it is written; of anything else what it is, for its own text may be a page."""
+    """A plain value as written; the type of anything else, whose repr may be a page."""
     if isinstance(value, str | int | float | os.PathLike | None):
         return excerpt(value)
     if isinstance(value, list | tuple | set) and all(isinstance(one, str | int | float | None) for one in value):

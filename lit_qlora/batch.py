@@ -1,7 +1,6 @@
 """Owns the typed batch that passes from data to model, the label that means "not learned", and the shift by one.
 
-`data/batching.py` makes a batch; `model/module.py` reads it. Knows neither where the ids came from nor
-what is computed of them.
+`data/batching.py` makes a batch; `model/module.py` reads it. Knows neither the source of the ids nor the model.
 """
 
 from typing import NamedTuple
@@ -28,16 +27,16 @@ class Batch(NamedTuple):
     num_tokens: int
     """Tokens that are not padding."""
     step_answer_tokens: int
-    """Learned tokens in the whole optimizer step that this micro-batch is part of, over all its
-    micro-batches and devices: the one denominator of the loss."""
+    """Learned tokens in the whole optimizer step of this micro-batch, over all its micro-batches and devices: the one
+    denominator of the loss."""
     lengths: tuple[int, ...] = ()
-    """Where several conversations are packed into one row, without padding: tokens of each. None sees another."""
+    """Tokens of each conversation packed into one row, without padding. None attends to another."""
 
 
 def split_batch(batch: Batch) -> list[Batch]:
-    """``batch`` as two, each with about half of its conversations; as it is where there is only one.
+    """Split ``batch`` in two, each with about half of its conversations; a single one is not split.
 
-    The denominator of the loss stays: the losses of the two add up to that of ``batch``.
+    The denominator of the loss is kept: the losses of the two add up to that of ``batch``.
     """
     count = len(batch.lengths) or len(batch.input_ids)
     if count < 2:
@@ -63,8 +62,8 @@ def split_batch(batch: Batch) -> list[Batch]:
 def answer_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Positions and targets of ``labels`` ``[B, T]``: position t predicts the label at t + 1.
 
-    The only place that shifts labels. It is done where a batch is made, on the host: on a GPU, finding
-    the positions would wait for the device. A first label has nothing that predicts it.
+    The only place that shifts labels, on the host when a batch is made: on a GPU, finding the positions would wait for
+    the device. Nothing predicts a first label.
     """
     shifted = torch.full_like(labels, IGNORE_INDEX)
     shifted[:, :-1] = labels[:, 1:]

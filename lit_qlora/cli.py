@@ -1,7 +1,7 @@
-"""Owns the first word of the command, what is prepared before any verb, and how mistakes end: one line, status 2.
+"""Owns the dispatch to verbs, what is prepared before any of them, and how user errors end: one line, status 2.
 
-Imports nothing heavy, so that help comes at once. Knows which module runs a verb, its line of help, and whether the
-same command resumes it.
+Imports nothing heavy, so that help is immediate. Knows which module runs a verb, its line of help, and whether the same
+command resumes it.
 """
 
 import errno
@@ -39,14 +39,14 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
 
   tensorboard --logdir runs   curves and sample answers
 
-Every verb has --help; --version says which this is. The same fit command, given again, goes on where it was.
+Every verb has --help; --version says which this is. The same fit command, given again, resumes where it was.
 """
 
 
 def prepare_memory() -> None:
-    """Lets torch's allocator on a GPU grow its segments, unless the environment says something else.
+    """Let torch's allocator on a GPU grow its segments, unless the environment sets it otherwise.
 
-    Batches of many lengths leave gaps between segments of fixed size. Asked for before torch is there.
+    Batches of many lengths leave gaps between segments of fixed size. Set before torch is imported.
     """
     asked = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}
     if not asked and sys.platform == "linux":
@@ -54,7 +54,7 @@ def prepare_memory() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line, by default the process's own, and returns its exit status."""
+    """Run a command line, by default the process's own; return its exit status."""
     args = list(sys.argv[1:] if args is None else args)
     prepare(answers=args[:1] == ["chat"])
     prepare_memory()
@@ -116,7 +116,7 @@ def _run(args: list[str]) -> int:
     if verb == "--version":
         print(f"lit-qlora {__version__}")
         return 0
-    if verb != "chat":  # what is said in a chat is kept nowhere
+    if verb != "chat":  # conversations of a chat are not saved
         check_no_secrets(args[1:])
     check_utf8(args)
     if verb != "doctor":  # which reports it

@@ -1,8 +1,8 @@
-"""Owns what standard output and error do with what the console can't show, and when nobody reads them any more.
+"""Owns how standard output and error handle unencodable characters, and readers that are gone.
 
 Characters outside of the console's encoding are shown by their codes. A terminal that hung up, or a pipe whose reader
-has ended (`| tee log`, which a Ctrl-C or a lost line ends too), must not end what is to be saved first. `tell` prints
-what comes up in mid-run.
+has ended (`| tee log`, which a Ctrl-C or a lost connection ends too), must not end a run before it is saved. `tell`
+prints messages during a run.
 """
 
 import errno
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class _Lasting(io.FileIO):
-    """Writes on into nothing once nobody reads."""
+    """A stream that discards output once its reader is gone."""
 
     gone: tuple[int, ...] = (errno.EIO, errno.EPIPE)
     """EIO is a terminal's that hung up."""
@@ -31,15 +31,15 @@ class _Lasting(io.FileIO):
 
 
 class _WithReader(_Lasting):
-    """Says when its reader has read enough."""
+    """A stream that raises once its reader is gone."""
 
     gone = (errno.EIO,)
 
 
 def take_names_as_utf8() -> None:
-    """Starts this process anew where Python would take names and options for ASCII, as with LC_ALL=C PYTHONUTF8=0.
+    """Restart this process if Python would decode names and options as ASCII, as with LC_ALL=C PYTHONUTF8=0.
 
-    What is shown stays in the console's encoding.
+    Output stays in the console's encoding.
     """
     if sys.getfilesystemencoding() == "ascii" and os.name != "nt":
         os.environ.setdefault("PYTHONIOENCODING", "ascii")
@@ -47,7 +47,7 @@ def take_names_as_utf8() -> None:
 
 
 def prepare(answers: bool = False) -> None:
-    """Prepares standard output and error of this process; of a command that ``answers``, a reader may have enough."""
+    """Prepare standard output and error of this process; the reader of a command that ``answers`` may leave early."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
@@ -72,7 +72,7 @@ def _lasting(stream: io.TextIOWrapper, kind: type[_Lasting]) -> io.TextIOWrapper
 
 
 def tell(line: str) -> None:
-    """Prints ``line`` on standard error, above a progress bar: what comes up in mid-run, while training continues."""
+    """Print ``line`` on standard error, above a progress bar, while training continues."""
     from tqdm import tqdm  # here: --help needs none
 
     tqdm.write(line, file=sys.stderr)

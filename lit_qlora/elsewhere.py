@@ -1,4 +1,4 @@
-"""Owns what the options of other programs are called here: Hugging Face's, TRL's, peft's, Axolotl's and their kin.
+"""Owns the names of other programs' options here: Hugging Face's, TRL's, peft's, Axolotl's and similar.
 
 A table of words; knows no parser.
 """
@@ -9,8 +9,8 @@ from lit_qlora.place import COMMAND
 
 _STEP = "trainer.accumulate_grad_batches, which with data.batch_size makes a step"
 _4_BIT = "a base is always trained in 4-bit NF4 with double quantisation: leave it out"
-_PRECISION = "trainer.precision, and auto takes what the card has"
-_ONE_DEVICE = "training goes on one device: leave it out"
+_PRECISION = "trainer.precision, and auto chooses by the card"
+_ONE_DEVICE = "training uses one device: leave it out"
 _RESUME = "the same command, given again, resumes: leave it out"
 _SHARE_OR_COUNT = "trainer.val_check_interval, in micro-batches or as a share of an epoch"
 _SAVES = "save_every_steps, beside save_every_minutes"
@@ -149,7 +149,7 @@ HERE: dict[str, str] = {
     "train_batch_size": "data.batch_size",
     "eval_batch_size": "data.batch_size",
     "micro_batch_size": "data.batch_size",
-    "auto_find_batch_size": f"data.batch_size, and {COMMAND} plan says what fits",
+    "auto_find_batch_size": f"data.batch_size, and {COMMAND} plan shows what fits",
     "global_batch_size": _STEP,
     "sample_packing": "data.packing",
     "neat_packing": "data.packing",
@@ -350,7 +350,7 @@ TOOLS: dict[str, str] = {
 
 
 def here(name: str, options: Collection[str]) -> str | None:
-    """What to do about the option ``name`` of another program, by those that there are; None for one unknown there."""
+    """The remedy for the option ``name`` of another program, by the accepted options; None if unknown."""
     last = name.rpartition(".")[2].replace("-", "_").lower()
     found = (HERE if "model.base" in options else TOOLS).get(last)
     if found is None:

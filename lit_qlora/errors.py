@@ -1,7 +1,7 @@
-"""Owns the exceptions that stand for what the user can mend.
+"""Owns the exceptions for errors that the user can fix.
 
-The command line prints them as one line and exits with status 2; anything else that escapes is a fault
-of ours and keeps its traceback. Knows nothing of what raises it.
+The command line prints them as one line and exits with status 2; any other exception is a bug of ours and keeps its
+traceback. Knows nothing of what raises them.
 """
 
 from os import PathLike
@@ -10,21 +10,21 @@ from typing import Any
 from lit_qlora.secrecy import redact
 
 SHOWN = 160
-"""Characters of a value that an error shows, at most."""
+"""Most characters of a value that an error shows."""
 LONGEST_SECRET = 500
-"""Characters behind those that are shown that are looked through, too: all of a long text would take minutes."""
+"""Characters beyond the shown ones that are searched for secrets, too: all of a long text would take minutes."""
 
 
 class UserError(Exception):
-    """Something the user can fix, said in one line: ``place: option: problem; remedy``, of which all but the problem
+    """An error that the user can fix, in one line: ``place: option: problem; remedy``, of which all but the problem
     may be missing.
 
-    Whoever handles one reads its fields, or makes another of them by `replace`; the sentence is for people alone. No
-    secret stands in any of them, wherever the error ends: on the terminal, in a notebook, in a program of the user's.
+    Handlers read its fields, or derive another error by `replace`; the sentence is for people only. Secrets are
+    replaced in all of them, since an error may end up on a terminal, in a notebook or in a user's program.
 
     Args:
-        problem: what was expected and what came.
-        option: the option that is wrong, by the name the user knows: ``data.max_length``.
+        problem: what was expected, and what was found.
+        option: name of the wrong option, as the user knows it: ``data.max_length``.
         place: the file, or ``file:line``, that holds the mistake: ``rows.jsonl:17``.
         remedy: what to do about it.
     """
@@ -47,16 +47,16 @@ class UserError(Exception):
         return f"{self._said()}; {self.remedy}" if self.remedy else self._said()
 
     def replace(self, **fields: Any) -> "UserError":
-        """The same mistake with other ``fields``, as where another command calls the option by another name."""
+        """The same error with other ``fields``, as for another command's name of the option."""
         kept = {name: getattr(self, name) for name in ("problem", "option", "place", "remedy")}
         return UserError(**kept | fields)
 
     def within(self, option: str) -> "UserError":
-        """The same mistake as one of what ``option`` names, whose sentence begins with that option."""
+        """The same error about the value of ``option``, whose sentence starts with that option."""
         return UserError(self._said(), option=option, remedy=self.remedy)
 
     def advise(self, remedy: str) -> "UserError":
-        """The same mistake with ``remedy`` behind its own."""
+        """The same error with ``remedy`` appended to its own."""
         return self.replace(remedy=f"{self.remedy}; {remedy}" if self.remedy else remedy)
 
     def _said(self) -> str:
@@ -64,7 +64,7 @@ class UserError(Exception):
 
 
 class SecretError(UserError):
-    """An option is given a secret: options are kept in the run's files, so none takes one.
+    """An error for a secret in an option: options are saved in the run's files, so none takes one.
 
     Args:
         option: that one.
@@ -81,11 +81,11 @@ class SecretError(UserError):
 
 
 class OutOfRoomError(UserError):
-    """Memory ran out in training, after all that could be done about it in a run.
+    """An error for memory that ran out in training, after all measures within a run.
 
     Args:
-        what: happened, in a few words.
-        rows: conversations in the micro-batch.
+        what: what happened, in a few words.
+        rows: number of conversations in the micro-batch.
     """
 
     def __init__(self, what: str, rows: int) -> None:
@@ -94,23 +94,23 @@ class OutOfRoomError(UserError):
 
 
 def require(holds: bool, option: str, expected: str, got: object, *, place: str | PathLike[str] | None = None) -> None:
-    """Raises UserError naming ``option``, what was expected and what came, unless ``holds``."""
+    """Raises UserError with ``option``, what was expected and what was found, unless ``holds``."""
     if not holds:
         raise UserError(f"expected {expected}, got {excerpt(got)}", option=option, place=place)
 
 
 def excerpt(value: object) -> str:
-    """Shows a value in at most `SHOWN` printable characters on one line."""
+    """A value in at most `SHOWN` printable characters on one line."""
     try:
         return cut(repr(value))
-    except (ValueError, RecursionError):  # a number of over 4,300 digits, or what is nested too deep
+    except (ValueError, RecursionError):  # a number of over 4,300 digits, or too deep nesting
         return f"{type(value).__name__} …"
 
 
 def cut(text: str, most: int = SHOWN) -> str:
-    """``text`` in at most ``most`` characters, without its middle: the end of a path is what names a file.
+    """``text`` cut to ``most`` characters in its middle, since the end of a path names the file.
 
-    A secret is replaced before, for half of one is not known as such.
+    Secrets are replaced before, since half of one is not recognised.
     """
     if len(text) > 2 * (most + LONGEST_SECRET):
         text = f"{text[: most + LONGEST_SECRET]} {text[-most - LONGEST_SECRET :]}"
@@ -122,5 +122,5 @@ def cut(text: str, most: int = SHOWN) -> str:
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """What an error of others says, in one line of at most ``most`` characters."""
+    """The message of another project's error, in one line of at most ``most`` characters."""
     return redact(" ".join(str(error).split())[: most + LONGEST_SECRET])[:most]

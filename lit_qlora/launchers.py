@@ -1,6 +1,6 @@
-"""Owns that one process does the work: what launchers of several leave in the environment, and SLURM's restart.
+"""Owns the launchers' environment variables, of which only one process is supported, and SLURM's requeue.
 
-Called before anything reads the environment for that. Knows no training.
+Called before anything reads those variables. Knows no training.
 """
 
 import os
@@ -12,18 +12,19 @@ from lit_qlora.errors import UserError
 from lit_qlora.place import COMMAND
 
 COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""How many processes were started: by torchrun, srun, mpirun and other launchers of MPI."""
+"""Variables with the number of processes, of torchrun, srun, mpirun and other MPI launchers."""
 RANKS = (
     "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",
     "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK",
 )  # fmt: skip
-"""Which of them this one is. Of a process that is alone, libraries would take any but 0 for a helper of another."""
+"""Variables with the rank of this process. Libraries would take a single process with a rank other than 0 for a
+worker."""
 
 
 def ignore_launchers() -> list[str]:
-    """Takes ranks and counts out of this process's environment; returns those that said something else than alone.
+    """Remove ranks and counts from this process's environment; return those that named several processes.
 
-    Raises UserError where several processes were started.
+    Raises UserError if several processes were started.
     """
     for name in COUNTS:
         value = os.environ.get(name, "").strip()
@@ -40,7 +41,7 @@ def ignore_launchers() -> list[str]:
 
 
 def requeue() -> None:
-    """Has SLURM start this process's batch job again, where its user asked for that, and says so."""
+    """Requeue this process's SLURM job if its user asked for that, and report it."""
     job = number = os.environ.get("SLURM_JOB_ID")
     if not job or not number:
         return
@@ -59,14 +60,14 @@ def requeue() -> None:
 
 
 def _was_asked(told: str, number: str) -> bool:
-    """Whether a job's user asked for it to be requeued.
+    """True if a job's user asked for it to be requeued.
 
-    Most clusters let every job be requeued, and ``scontrol show job`` has the same ``Requeue=1`` then: what was asked
-    stands in the batch script, in the command that submitted it, or in the environment that sbatch reads, too.
+    On most clusters ``scontrol show job`` has ``Requeue=1`` for every job: the request is in the batch script, in the
+    command that submitted it, or in the environment that sbatch reads.
 
     Args:
-        told: by ``scontrol show job``.
-        number: the job's own, of an array's task, too.
+        told: output of ``scontrol show job``.
+        number: the job's own number, also for a task of an array.
     """
     if "Requeue=1" not in told.split():
         return False

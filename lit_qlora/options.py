@@ -1,4 +1,4 @@
-"""Owns the reading of options: YAML files checked before they are parsed, and mistakes reported in one line.
+"""Owns how options are read: YAML files checked before they are parsed, and errors reported in one line.
 
 jsonargparse does the parsing. Does not know what any option means.
 """
@@ -22,16 +22,16 @@ from lit_qlora.secrecy import holds_secret
 
 HELP = "the accepted ones are listed by --help"
 LINKED = {"data.tokenizer": "model.base", "data.seed": "seed_everything"}
-"""Options that are another one's value, which alone can be given."""
+"""Options that always equal another one, which can be given instead."""
 
 
 class OneLineErrors:
-    """For a jsonargparse parser: a mistake is one line with the nearest accepted name, not a page of usage."""
+    """A mixin for jsonargparse parsers: errors are one line with the nearest accepted name, not a page of usage."""
 
     _actions: list[Any]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises UserError with the cause alone."""
+        """Raises UserError with the cause only."""
         parser = getattr(ex, "subcommand_parser", None) or self
         only = re.fullmatch(r"Unexpected config: ([\w.]+):\s*", str(message))
         if only:  # jsonargparse takes a file of nothing but "name:" for a text
@@ -46,7 +46,7 @@ class OneLineErrors:
         return {name: hint for name, hint in hints if hint is not None and not name.endswith(".help")}
 
     def check_values(self, values: Mapping[str, Any]) -> None:
-        """Raises UserError for what jsonargparse lets pass: no value where none is not taken, a number without end."""
+        """Raises UserError for a missing value where null is not allowed, and for an endless number."""
         types = self.types()
         for name, value in values.items():
             if is_too_large(value):
@@ -59,13 +59,13 @@ class OneLineErrors:
 
 
 def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of class ``kind`` that ``values`` are, with its defaults for the others.
+    """The arguments of class ``kind`` from ``values``, with its defaults for the others.
 
-    Raises UserError, with ``section`` before its name, for one that there is not, or that is of another type.
+    Raises UserError, with ``section`` before its name, for one that is unknown, or of another type.
     """
 
     class _Parser(OneLineErrors, ArgumentParser):
-        """Never given a command line."""
+        """A parser that is never given a command line."""
 
     parser = _Parser(exit_on_error=False)
     parser.add_class_arguments(kind, section)
@@ -80,7 +80,7 @@ def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, An
 
 
 def is_plain_type(hint: Any) -> bool:
-    """Whether values of a type are texts, numbers, truths and lists of them: a class of any kind can bring code."""
+    """True if values of a type are texts, numbers, booleans and lists of them: a class could bring code."""
     if get_origin(hint) is Literal:
         return True
     if get_origin(hint) in (Union, UnionType, list):
@@ -89,20 +89,20 @@ def is_plain_type(hint: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is a text, a number that a file can hold, a truth, none, or a list of them."""
+    """True if a value is a text, a number that a file can hold, a boolean, None, or a list of them."""
     values = value if isinstance(value, list) else [value]
     return all(isinstance(one, str | int | float | None) and not is_too_large(one) for one in values)
 
 
 def is_too_large(value: Any) -> bool:
-    """Whether a value is a whole number beyond all that is counted, which not even a file could hold."""
+    """True if a value is an integer too large for a file."""
     return isinstance(value, int) and abs(value) >= 2**64
 
 
 def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
-    """What jsonargparse says in ``message`` of a class that an option is given; None where it speaks of none.
+    """The error in jsonargparse's ``message`` about a class given to an option; None if it is about something else.
 
-    It has a reason for each type of the option, of which one is of the class that was meant.
+    The message has a reason per type of the option, one of them about the intended class.
     """
     found = re.search(r"Parser key \"([\w.]+)\":.*?Errors:(.*)Given value type:(.*)", message, re.S)
     if found is None:
@@ -132,7 +132,7 @@ def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
 
 
 def _nearest_class(name: str, hint: Any) -> str:
-    """What to do about a class that there is not, where one of type ``hint`` is meant."""
+    """The remedy for an unknown class of type ``hint``."""
     names = [kind.__name__ for kind in _subclasses(hint) if not kind.__name__.startswith("_")]
     known = {_bare(name): name for name in names} | {re.sub("logger$", "", _bare(name)): name for name in names}
     near = difflib.get_close_matches(_bare(name.rpartition(".")[2]), known, 1, 0.75)
@@ -144,7 +144,7 @@ def _bare(name: str) -> str:
 
 
 def _subclasses(hint: Any) -> Iterator[type]:
-    """The classes below those that a type names, but for this project's."""
+    """Subclasses of the classes in a type, except this project's."""
     for part in get_args(hint):
         yield from _subclasses(part)
     if isinstance(hint, type) and not is_plain_type(hint):
@@ -156,7 +156,7 @@ def _subclasses(hint: Any) -> Iterator[type]:
 
 
 def _mistake(message: str, names: list[str]) -> UserError:
-    """What jsonargparse says in ``message``, which may be lines and types of Python's, of the options ``names``."""
+    """The error about the options ``names`` in jsonargparse's ``message``, which may have several lines."""
     unknown = re.search(
         r"not accept option '([^']+)'|[Uu]nrecognized arguments?: (\S+)|^Option '([^']+)' is not accepted", message
     )
@@ -198,7 +198,7 @@ def _type_name(hint: Any) -> str:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """What it is called here if another program has it, else the nearest name: of the whole, or of its last part."""
+    """Its name here if another program has it, else the nearest name, in whole or of its last part."""
     name = name.replace("-", "_")
     last = name.rpartition(".")[2]
     known = here(name, names)
@@ -211,8 +211,7 @@ def did_you_mean(name: str, names: list[str]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A copy of parsed options with each enum as its value: jsonargparse takes one as a class's default, and can't
-    write it where it stands for a text."""
+    """A copy of parsed options with each enum as its value: jsonargparse can't write one that is a text's default."""
     if isinstance(value, Namespace):
         return Namespace(**{name: plain(one) for name, one in vars(value).items()})
     if isinstance(value, dict):
@@ -228,7 +227,7 @@ def option(args: list[str], *names: str) -> str | None:
 
 
 def all_values(args: list[str], *names: str) -> list[str | None]:
-    """The values that ``args`` gives to ``names``, as ``--name value`` or ``--name=value``; None where one lacks."""
+    """The values that ``args`` gives to ``names``, as ``--name value`` or ``--name=value``; None for a missing one."""
     values = []
     for index, arg in enumerate(args):
         name, equals, given = arg.partition("=")
@@ -248,7 +247,8 @@ def with_values(args: list[str], changed: Callable[[str], str], *names: str) -> 
 
 
 def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> None:
-    """Finds what would pass otherwise: doubled keys, empty sections, a ``config`` inside, linked options, a secret.
+    """Check for errors that would be accepted: doubled keys, empty sections, a ``config`` inside, linked options, a
+    secret.
 
     Raises UserError with file and line.
     """

@@ -1,8 +1,8 @@
-"""Owns what must not reach the user's terminal, each with its reason.
+"""Owns the messages of libraries that are suppressed, each with its reason.
 
-Called once lightning is imported, which sets levels of its own.
+Called after lightning is imported, which sets levels of its own.
 
-Only what a user can't act on is listed, one by one; everything else is let through.
+Only messages that a user can't act on are listed, one by one; all others are shown.
 """
 
 import logging
@@ -52,10 +52,10 @@ WARNINGS = (
 
 
 def quieten() -> None:
-    """Silences known noise of the libraries, for this process."""
+    """Silence known noise of the libraries, for this process."""
     for name, level in LOGGERS.items():
         logging.getLogger(name).setLevel(level)
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    # Without a word on it, a forked loader worker prints a page about the tokenizer's threads.
+    # Unset, a forked loader worker prints a page about the tokenizer's threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,7 +1,7 @@
-"""Owns what a secret looks like in an option, a config file and a message, and that none is accepted or printed.
+"""Owns the recognition of secrets in options, config files and messages: none is accepted or printed.
 
-Options are kept in config.yaml and shown in messages, so none takes a secret: ``HF_TOKEN`` comes from the environment
-alone. Knows the names of no option.
+Options are saved in config.yaml and shown in messages, so none takes a secret: ``HF_TOKEN`` is read from the
+environment only. Knows no option's name.
 """
 
 import re
@@ -22,7 +22,7 @@ _SECRETS = (
     re.compile(rf"""((?:{_SCHEME}|//)(?:[^\s'"]*/)?)[^\s'"/:@]*:(?!\d+(?:/|$))[^\s'"]+(?=@)"""),
     # ?token=… of one, and a signature.
     re.compile(rf"""([?&;#](?:{_NAME}|key|auth|pass|jwt)=)[^&;#\s'"]+""", re.IGNORECASE),
-    # What the hub and other services give out.
+    # Tokens of the hub and other services.
     re.compile(r"\b()(?:hf_(?:oauth_)?|api_org_|gh[opsur]_|github_pat_)\w{20,}"),
     re.compile(r"\b()(?:glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}\b|xox[abeprs]-[\w-]{20,}|AIza[\w-]{35})"),
     re.compile(r"\b()sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}"),
@@ -30,21 +30,21 @@ _SECRETS = (
     re.compile(r"(\bBearer\s+)[\w.~+/=-]{16,}", re.IGNORECASE),
 )
 _LOGIN = re.compile(r"""(?<![\w/.])()(?!mailto:)[\w.+%-]{2,}:(?!/)[^\s:@'"]+(?=@[\w-])""")
-"""user:password@host without a scheme: in a text of several words, a colon and a mail address may look like it."""
+"""user:password@host without a scheme; in a text of several words, a colon and a mail address may look like it."""
 _ANY = re.compile(r"\w[\w+.-]+:/{1,2}.*:(?!\s|\d+(?:/|$)).*@.*", re.DOTALL)
-"""A value that begins as a URL, with a password of whatever characters."""
+"""A value that starts as a URL, with a password of any characters."""
 
 
 def redact(text: str) -> str:
     """``text`` with each secret replaced."""
-    # Those with a user take long to see that there is none in a long text without an @.
+    # Patterns with a user take long on a long text without an @.
     for secret in (*_SECRETS, _LOGIN) if "@" in text else _SECRETS[2:]:
         text = secret.sub(rf"\1{HIDDEN}", text)
     return text
 
 
 def holds_secret(name: str, value: str) -> bool:
-    """Whether option ``name`` is meant for a secret, or ``value`` holds one."""
+    """True if option ``name`` is meant for a secret, or ``value`` holds one."""
     is_word, name = len(value.split()) == 1, name.rpartition(".")[2]
     return (
         bool(re.fullmatch(_NAME, name, re.IGNORECASE) and not re.fullmatch(_VOCABULARY, name, re.IGNORECASE))

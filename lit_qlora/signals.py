@@ -1,8 +1,8 @@
-"""Owns what signals do wherever nothing else is said: the process leaves with one line, and 128 + the signal's number.
+"""Owns the default action of signals: the process exits with one line, and status 128 + the signal's number.
 
 That is 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP (the terminal is gone) and 138 for SIGUSR1 (a batch system's
-warning); the latter two stay ignored where they are, as under nohup. Files are put right on the way out, for the signal
-becomes a SystemExit where it arrives; but not inside of an import, where it could be swallowed. Knows no training.
+warning); the latter two stay ignored if they were, as under nohup. Files are cleaned up on the way out, since the
+signal raises SystemExit where it arrives; but not inside of an import, where it could be swallowed. Knows no training.
 """
 
 import os
@@ -15,26 +15,27 @@ from types import FrameType
 from typing import Any
 
 URGENT = (signal.SIGINT, signal.SIGTERM)
-"""Given again, they wait for nothing."""
+"""Signals that exit at once when repeated."""
 PATIENT = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
-"""Sent by no person: a line that drops brings several, and a session's end one behind SIGTERM. None on Windows."""
+"""Signals not sent by a person: a lost connection brings several, and a session's end one after SIGTERM. None on
+Windows."""
 SIGNALS = (*URGENT, *PATIENT)
 WARNING = getattr(signal, "SIGUSR1", 0)
-"""Of a batch system, that the time is almost over: `sbatch --signal=USR1@120`."""
+"""A batch system's warning that time is almost over: `sbatch --signal=USR1@120`."""
 Handler = Callable[[int, FrameType | None], None]
 
 
 class LeftAtOnce(SystemExit):
-    """A signal that waits for nothing: neither for the step under way nor for a copy."""
+    """A signal that exits at once, without waiting for the current step or a copy."""
 
 
 _resumes = [True]
-"""Whether the command that runs, given again, goes on."""
+"""True if the running command, given again, resumes."""
 
 
 @contextmanager
 def leave_in_one_line(resumes: bool = True) -> Iterator[None]:
-    """Takes over the signals until it closes; only a main thread may. The line says so of a command that resumes."""
+    """A context that handles the signals, in the main thread only. The line says if the command resumes."""
     before, _resumes[:] = [*_resumes], [resumes]
     previous = take_over(leave_at_once)
     try:
@@ -46,7 +47,7 @@ def leave_in_one_line(resumes: bool = True) -> Iterator[None]:
 
 @contextmanager
 def nothing_open() -> Iterator[None]:
-    """Around imports with which a command begins, for seconds: a signal leaves right there, with its one line."""
+    """A context for the imports at the start of a command, which take seconds: a signal exits at once."""
     previous = take_over(_exit_in_one_line)
     try:
         yield
@@ -56,9 +57,10 @@ def nothing_open() -> Iterator[None]:
 
 @contextmanager
 def no_signals_for_children() -> Iterator[None]:
-    """Processes begun within it hear no signal: a terminal and `timeout` send them to all, and one is to answer.
+    """A context in which started processes block signals: a terminal and `timeout` send them to all, and only one must
+    answer.
 
-    Blocked and not ignored, so that what comes meanwhile still reaches this process. Does nothing on Windows.
+    Blocked and not ignored, so that signals meanwhile still reach this process. Does nothing on Windows.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -71,7 +73,7 @@ def no_signals_for_children() -> Iterator[None]:
 
 
 def take_over(handler: Handler | signal.Handlers, numbers: Iterable[int] = SIGNALS) -> dict[int, Any]:
-    """Sets ``handler`` for signals, and returns what was there; nothing outside of the main thread."""
+    """Set ``handler`` for signals, and return the earlier ones; does nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     ignored = {number for number in PATIENT if signal.getsignal(number) is signal.SIG_IGN}
@@ -79,13 +81,13 @@ def take_over(handler: Handler | signal.Handlers, numbers: Iterable[int] = SIGNA
 
 
 def give_back(previous: dict[int, Any]) -> None:
-    """Sets what `take_over` returned."""
+    """Restore the handlers that `take_over` returned."""
     for number, handler in previous.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:
-    """Leaves with one line, behind an import that is under way; one more doesn't even wait for the files."""
+    """Exit with one line, after an import in progress; a second signal does not wait for files either."""
     take_over(_exit, URGENT)
     take_over(signal.SIG_IGN, PATIENT)
     _say(number)
@@ -95,7 +97,7 @@ def leave_at_once(number: int, frame: FrameType | None) -> None:
 def _leave(number: int, frame: FrameType | None) -> None:
     if not _is_in_import(frame):
         raise LeftAtOnce(128 + number)
-    # A library may catch what is raised there, or be left with half a module: once more, a little later.
+    # A library may catch the exception, or be left with half a module: retry a little later.
     is_again = threading.Event()
 
     def again() -> None:
@@ -131,16 +133,16 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def _say(number: int) -> None:
-    then = "; given again, the same command goes on" if _resumes[0] else ""
+    then = "; given again, the same command resumes" if _resumes[0] else ""
     say(f"\nstopped by {name_of(number)}{then}", sys.stderr)
 
 
 def name_of(number: int) -> str:
-    """A signal as people call it."""
+    """The common name of a signal."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def say(line: str, stream: Any = None) -> None:
-    """Prints a line from within a handler: it may have come in the middle of another print, which it can't wait for."""
+    """Print a line from within a handler, which may interrupt another print that it can't wait for."""
     with suppress(RuntimeError):
         print(line, file=stream, flush=True)

@@ -1,6 +1,6 @@
-"""Owns what happens before anything is built: which config and run folder are meant, and whether it may go on.
+"""Owns the start before anything is built: which config and run folder are meant, and whether the run may resume.
 
-`training.py` asks. Knows the run's files and settings; loads no model and no data.
+Called by `training.py`. Knows the run's files and settings; loads no model and no data.
 """
 
 import math
@@ -55,23 +55,23 @@ from lit_qlora.storage.state import load_state
 DEMO_CONFIG = CONFIGS / "demo.yaml"
 
 LEARNING = ("fit", "plan")
-"""The verbs of a run that is to learn; the others are about one that has."""
+"""The verbs that train; the others use a trained run."""
 
 REMEDY = "put that line right, or take it out"
-"""Of a run's own config.yaml."""
+"""The remedy for a run's own config.yaml."""
 
 
 class Command(NamedTuple):
-    """A command line from its verb on, and the run whose options hold where it gives no others."""
+    """A command line from its verb on, and the run that gives the other options."""
 
     args: list[str]
     kept: RunFolder | None = None
 
 
 def complete(args: list[str]) -> Command:
-    """Puts in the config that the command leaves unsaid, and the folder of the run that it names.
+    """Add the default config to the command, and the folder of the run that it names.
 
-    Checks the config files. Where no run is named, a fit's is found once its whole configuration is known.
+    Checks the config files. Without a named run, that of a fit is found once its full configuration is known.
     """
     verb, rest = args[0], args[1:]
     if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
@@ -101,7 +101,7 @@ def complete(args: list[str]) -> Command:
 
 
 def _folder(run: str | None) -> Path | None:
-    """The run folder that ``run`` names. Raises UserError where that is none."""
+    """The run folder that ``run`` names. Raises UserError if it is not one."""
     if run is None:
         return None
     require(bool(run.strip()), "run", "a folder", run)
@@ -119,10 +119,10 @@ def _check_kept(run: RunFolder) -> None:
 
 
 def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
-    """The command line of ``command`` with its run's options in front: those that ``parser`` has, with plain values.
+    """The command line of ``command`` with its run's options in front: those of ``parser``, with plain values.
 
-    A run folder may come from a stranger. What could name code is left out, with a warning unless the command line
-    says it itself; any other name than an option's is refused.
+    A run folder may come from a stranger. Options that could name code are left out, with a warning unless the command
+    line gives them itself; unknown names are refused.
     """
     verb, *rest = command.args
     if command.kept is None:
@@ -159,7 +159,7 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
 
 
 def default_run(options: Any) -> Path:
-    """The folder of a run that the command leaves without a name: that of its last config, else of its base."""
+    """The folder of a run without a name: named after the last config, else after the base."""
     config = options.config[-1] if options.config else None
     return RUNS / (Path(str(config)).stem if config else Path(options.model.base).name or "run")
 
@@ -167,10 +167,10 @@ def default_run(options: Any) -> Path:
 def choose_run(
     default: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base, data: ChatDataModule
 ) -> RunFolder:
-    """The run that a fit without a name is for: the first that has not begun, or was begun with these settings.
+    """The run of a fit without a name: the first that has not begun, or was begun with these settings.
 
-    ``default`` is looked at first, then it with -2, -3 and so on behind its name, each here and in the mirror; what
-    there is of another run stays as it is. Raises UserError where another one is due, and the data are not there.
+    Tries ``default``, then the same with -2, -3 and so on appended, each here and in the mirror; other runs are not
+    changed. Raises UserError if another one is due, and the data are missing.
     """
     others = _another(default, mirror, config, base)
     if not others:
@@ -185,7 +185,7 @@ def choose_run(
 
 
 def _another(run: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base) -> list[Change]:
-    """What makes a start with ``config`` another run than the one in the folder, or in the mirror where that is all."""
+    """The settings that make ``config`` another run than that in the folder, or in the mirror if only that exists."""
     if not run.has_begun() and mirror:
         run = RunFolder(mirror / run.path.name)
     first = _first_settings(run)
@@ -200,7 +200,7 @@ def _another(run: RunFolder, mirror: Path | None, config: Mapping[str, Any], bas
 
 
 def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mapping[str, Any], base: Base) -> bool:
-    """Whether the setting ``name`` changed in a way that the run's newest checkpoint does not go on with."""
+    """True if the run's newest checkpoint can't resume with the change of setting ``name``."""
     if name == "model.base":
         return not record or not fingerprint.is_of(str(record["base"]), base)
     if not record:
@@ -220,17 +220,17 @@ def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mappi
 
 
 def _check_sources(data: ChatDataModule) -> None:
-    """Raises UserError for a file or folder of rows that is not there."""
+    """Raises UserError for a missing file or folder of rows."""
     for source in filter(None, (data.source, data.validation_source, data.test_source)):
         if not is_hub_id(source):
             find_splits(source)
 
 
 def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataModule) -> None:
-    """Compares ``config`` with that of the run's first start.
+    """Compare ``config`` with that of the run's first start.
 
-    Says which of the settings that may change did. Raises UserError where another one differs, or where ``data``
-    are not there and would be another's, and SystemExit where the run is finished and stays so.
+    Reports changes of settings that may change. Raises UserError if another one differs, or if ``data`` are missing and
+    would be another's, and SystemExit if the run is finished and stays so.
     """
     if not run.has_begun():
         run.config.unlink(missing_ok=True)
@@ -261,9 +261,9 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
 
 
 def _first_settings(run: RunFolder) -> dict[str, Any] | None:
-    """The configuration that a run was begun with, by its config.yaml, else by its newest checkpoint.
+    """The configuration of a run's first start, by its config.yaml, else by its newest checkpoint.
 
-    None for one that has not begun, or whose checkpoint is an earlier version's.
+    None for a run that has not begun, or whose checkpoint is an earlier version's.
     """
     if not run.has_begun():
         return None
@@ -271,24 +271,24 @@ def _first_settings(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _record(run: RunFolder) -> dict[str, Any]:
-    """What the newest whole checkpoint says of its run; nothing without one."""
+    """The record of the run in its newest intact checkpoint; empty without one."""
     folder, _ = run.last_checkpoint(check_checkpoint)
     return dict(load_state(folder, with_tensors=False)[RECORD]) if folder else {}
 
 
 def check_graphs(cuda_graphs: bool | str, packing: bool) -> None:
-    """Raises UserError where kernels are to be recorded of micro-batches that all differ in shape."""
+    """Raises UserError if kernels are to be recorded for packed micro-batches, which all differ in shape."""
     require(not (cuda_graphs is True and packing), "model.cuda_graphs", "auto or false with data.packing", cuda_graphs)
 
 
 def lengths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a configuration, what says how long a run is; -1: as long as the others let it."""
+    """The options of a configuration that set a run's length; -1: no limit."""
     steps, epochs = (config.get("trainer", {}).get(name) or -1 for name in ("max_steps", "max_epochs"))
     return {"max_steps": steps, "max_epochs": epochs, "early_stopping": config.get("early_stopping")}
 
 
 def _stays_finished(finished: Mapping[str, Any], was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a run that came to its end with the lengths ``was`` has nothing to do for the lengths ``now``."""
+    """True if a run that finished with the lengths ``was`` has nothing to do for the lengths ``now``."""
     if 0 < now["max_steps"] <= finished["step"]:
         return True
     if finished["step"] < finished["steps"] and now["early_stopping"] != was["early_stopping"]:  # which ended it
@@ -298,9 +298,9 @@ def _stays_finished(finished: Mapping[str, Any], was: Mapping[str, Any], now: Ma
 
 
 def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> None:
-    """Room for the checkpoints that are kept, one more while it is written, and a base still to be downloaded.
+    """Check the disk space for the kept checkpoints, one being written, and a base to be downloaded.
 
-    Raises UserError where a disk has less.
+    Raises UserError if a disk has less.
     """
     num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
     here = (file for folder in (run.adapter, run.checkpoints) for file in folder.rglob("*") if file.is_file())
@@ -323,9 +323,9 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
 
 
 def checkpoint_to_resume(run: RunFolder) -> Path | None:
-    """The newest whole checkpoint, with a warning for each newer one that is not; None for a run without any.
+    """The newest intact checkpoint, with a warning for each newer damaged one; None for a run without any.
 
-    Raises UserError where there are some and none is whole.
+    Raises UserError if there are some and none is intact.
     """
     whole, problems = run.last_checkpoint(check_checkpoint)
     for problem in problems:
@@ -338,7 +338,7 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
 
 
 def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_needed: bool = False) -> None:
-    """See `mend_adapter`. Raises UserError for an adapter that was altered and sealed again, too."""
+    """Call `mend_adapter`. Raises UserError for an adapter that was altered and sealed again, too."""
     mend_adapter(run, mirrored, is_needed=is_needed)
     if run.adapter.is_dir():
         try:
@@ -348,9 +348,9 @@ def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_neede
 
 
 def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
-    """The adapter and the checkpoint that ``best``, ``last``, ``base`` or a path stands for: one or none of the two.
+    """The adapter and the checkpoint named by ``best``, ``last``, ``base`` or a path: one or none of the two.
 
-    Raises UserError when it is not there.
+    Raises UserError if it is missing.
     """
     if what == "base":
         return None, None

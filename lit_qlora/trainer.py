@@ -1,4 +1,4 @@
-"""Owns the Trainer and its options: Lightning's own, with this project's defaults and what it decides by itself.
+"""Owns the Trainer and its options: Lightning's own, with this project's defaults and automatic choices.
 
 Knows the device, and nothing of a run.
 """
@@ -59,7 +59,7 @@ NOT_OFFERED = {
     "sync_batchnorm",
     "use_distributed_sampler",
 }
-"""What of Lightning's Trainer this project decides by itself, or has no use for: an option must do something."""
+"""Options of Lightning's Trainer that this project sets by itself, or that would have no effect."""
 
 
 _AVERAGED = "none that averages weights (the adapter saved is the one that was scored; model.schedule lets rates fall)"
@@ -70,25 +70,25 @@ NO_CALLBACKS: Mapping[type, str] = {
     StochasticWeightAveraging: _AVERAGED,
     WeightAveraging: _AVERAGED,
     LearningRateFinder: "none that sets the learning rate (model.learning_rate does; try several, each with its --run)",
-    BatchSizeFinder: f"none that sets the batch (data.batch_size does; {COMMAND} plan says what fits)",
+    BatchSizeFinder: f"none that sets the batch (data.batch_size does; {COMMAND} plan shows what fits)",
     BaseFinetuning: "none that freezes layers (model.target_modules says which ones are trained)",
     ModelPruning: "none that prunes weights (model.rank and model.target_modules say how many are trained)",
     SpikeDetection: "none that leaves out rows (max_nonfinite_losses says when a run is given up)",
     ThroughputMonitor: "none that measures speed (speed/tokens_per_second is recorded, and padding is not counted)",
     BasePredictionWriter: f"none that writes predictions ({COMMAND} predict does)",
 }
-"""Lightning's callbacks that change what is learned, or do what this project does; and what it has instead."""
+"""Lightning's callbacks that change the training, or duplicate this project's; and their replacements."""
 
 NO_PLUGINS: Mapping[type, str] = {
-    CheckpointIO: "none that writes checkpoints (a run goes on only from this project's own)",
+    CheckpointIO: "none that writes checkpoints (a run resumes only from this project's own)",
     PrecisionPlugin: "none for the precision (trainer.precision says it)",
-    LayerSync: "none that changes layers (training goes on one device)",
+    LayerSync: "none that changes layers (training uses one device)",
     SLURMEnvironment: "none of SLURM's (one process trains, and SIGUSR1 saves and requeues)",
 }
 
 
 class RunParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, with errors in one line, without shortened names and options that would do nothing."""
+    """LightningCLI's parser, with errors in one line, without abbreviated names and options without effect."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -96,7 +96,7 @@ class RunParser(OneLineErrors, LightningArgumentParser):
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
     ) -> list[str]:
-        """As LightningCLI's, without the options of the Trainer that are not offered."""
+        """As LightningCLI's, without the Trainer's options that are not offered."""
         if not issubclass(lightning_class, Trainer):
             return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
         return self.add_class_arguments(
@@ -109,7 +109,7 @@ class RunParser(OneLineErrors, LightningArgumentParser):
         )
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's; UserError for a class of the user's choice, such as a logger, that can't be made."""
+        """As jsonargparse's. Raises UserError if a class of the user's choice, such as a logger, fails."""
         try:
             return super().instantiate_classes(cfg, **kwargs)
         except ValueError as error:
@@ -118,7 +118,7 @@ class RunParser(OneLineErrors, LightningArgumentParser):
                 raise UserError(
                     f"{found[1]} can't be made: {one_line(found[2])}", option=_where(cfg, found[1])
                 ) from error
-            # For an option with several types there is a reason of each, and one is the class's own.
+            # For an option with several types there is a reason per type, and one is the class's own.
             name = re.search(r"class_path='([^']+)'", str(error))
             reasons = [one for one in re.findall(r"\n\s*- (.+)", str(error)) if not re.match(r"Expected a|- ", one)]
             if name is None or not reasons:
@@ -127,7 +127,7 @@ class RunParser(OneLineErrors, LightningArgumentParser):
 
 
 def _where(options: Any, class_path: str) -> str | None:
-    """The option of the Trainer's that is given the class ``class_path``."""
+    """The Trainer's option whose value is the class ``class_path``."""
     given = ((key, value) for key, value in options.items() if class_path in str(value))
     found = (re.search(r"\btrainer\.\w+", key) for key, _ in given)
     return next((one[0] for one in found if one), None)
@@ -137,20 +137,20 @@ class QLoRATrainer(Trainer):
     """Lightning's Trainer with the precision chosen by the device, and evaluation counted over epochs.
 
     Args:
-        precision: auto takes bf16 from compute capability 8.0 on, fp16 below; on a CPU bf16 where it pays, or fp32.
-        max_epochs: epochs, unless max_steps ends the run before.
-        val_check_interval: micro-batches from one validation to the next, counted over epochs; or a share of an epoch.
+        precision: auto takes bf16 from compute capability 8.0 on, fp16 below; on a CPU bf16 where it pays, else fp32.
+        max_epochs: number of epochs, unless max_steps ends the run before.
+        val_check_interval: micro-batches between validations, counted over epochs; or a share of an epoch.
         devices: 1, or a list with the number of the one GPU to take.
         gradient_clip_val: highest norm of the gradients.
-        gradient_clip_algorithm: norm (where none is given) or value: what is limited to gradient_clip_val.
-        log_every_n_steps: optimizer steps from one record of the figures to the next.
-        accumulate_grad_batches: micro-batches of one optimizer step.
+        gradient_clip_algorithm: norm (the default) or value: what is limited to gradient_clip_val.
+        log_every_n_steps: optimizer steps between records of the figures.
+        accumulate_grad_batches: micro-batches per optimizer step.
         max_steps: optimizer steps after which the run ends; -1: by epochs alone.
-        limit_train_batches: micro-batches of an epoch, or a share of them.
-        limit_val_batches: the same of a validation; 0: none.
-        limit_test_batches: the same of a test.
+        limit_train_batches: micro-batches per epoch, or a share of them.
+        limit_val_batches: the same per validation; 0: none.
+        limit_test_batches: the same per test.
         accelerator: auto takes a GPU where there is one; or cpu, gpu, cuda.
-        num_weights: of the base, which has a say in the precision on a CPU.
+        num_weights: number of weights of the base, on which the precision on a CPU depends.
     """
 
     @checked_arguments("trainer")
@@ -225,7 +225,7 @@ class QLoRATrainer(Trainer):
             "enable_model_summary": False,  # it counts two 4-bit weights as one
         }
         kwargs |= {"precision": chosen, "accelerator": accelerator, "devices": devices}
-        if not device.is_here:  # Lightning's part is made for what is here, and never runs
+        if not device.is_here:  # Lightning's part is made for this machine, and never runs
             kwargs |= {"accelerator": "auto", "devices": 1}
             if chosen == "16-mixed":  # in whose place Lightning would take bf16 on a CPU
                 plugin = MixedPrecision("16-mixed", "cpu")
@@ -249,15 +249,14 @@ class QLoRATrainer(Trainer):
 
 
 def own_callbacks(given: Callback | list[Callback] | None, validates: bool = True) -> list[Callback]:
-    """The callbacks of the user's own, one or several, which may look at everything.
+    """The user's own callbacks, one or several, which may only observe.
 
     Args:
-        given: by trainer.callbacks.
-        validates: whether the run has validations, whose figures a callback may monitor.
+        given: value of trainer.callbacks.
+        validates: True if the run has validations, whose figures a callback may monitor.
 
     Raises:
-        UserError: one reaches into weights, steps, rates or data, does what this project does by itself, or monitors a
-            figure that there is not.
+        UserError: one changes weights, steps, rates or data, duplicates this project, or monitors an unknown figure.
     """
     callbacks = _others(given, "trainer.callbacks", NO_CALLBACKS)
     for callback in callbacks:
@@ -273,9 +272,9 @@ def own_callbacks(given: Callback | list[Callback] | None, validates: bool = Tru
 
 
 def own_plugins(given: Any) -> list[Any]:
-    """The plugins of the user's own, one or several, and that of a process that is alone.
+    """The user's own plugins, one or several, and that of a single process.
 
-    Raises UserError for one that does what this project does by itself.
+    Raises UserError for one that duplicates this project.
     """
     plugins = [*_others(given, "trainer.plugins", NO_PLUGINS)]
     if not any(isinstance(one, ClusterEnvironment) for one in plugins):
@@ -294,7 +293,7 @@ def _others(given: Any, option: str, taken: Mapping[Any, str]) -> list[Any]:
 
 
 def _require_limit(name: str, value: int | float | None, zero: bool = False) -> None:
-    """``value`` is a whole number of micro-batches or a share of them; 0 only where ``zero`` is meant."""
+    """Raises UserError unless ``value`` is a number of micro-batches or a share of them; 0 only with ``zero``."""
     if value is None:
         return
     is_share = isinstance(value, float)

@@ -1,6 +1,6 @@
 """Owns the verbs fit, validate and test: LightningCLI with this project's Trainer, defaults and run folder.
 
-``main(args)`` runs one of them in-process. Knows how the parts are put together, and nothing of what they do.
+``main(args)`` runs one of them in-process. Knows how the parts are assembled, and nothing of what they do.
 """
 
 import sys
@@ -57,7 +57,7 @@ OUT_OF_MEMORY = "out of memory outside of a training step (in a validation, an u
 
 
 class QLoRACLI(LightningCLI):
-    """fit, validate and test of one run folder.
+    """LightningCLI for fit, validate and test of one run folder.
 
     Args:
         command: from its verb on.
@@ -86,25 +86,25 @@ class QLoRACLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The verb that was given, and what of the Trainer's method is no option of ours.
+        """The given verb, with the arguments of the Trainer's method that are no options here.
 
-        The others' parsers, which nobody asks, would take as long again each.
+        The parsers of the others, which are not used, would take as long again each.
         """
         data = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
         ours = {"ckpt_path", "weights_only", "verbose"}
         return {self.verb: data | ours}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed: always a number, or a run could not be repeated."""
-        parser.add_argument("--seed_everything", type=int, default=42, help="seed of everything that is left to chance")
+        """Add the seed: always a number, so that a run can be repeated."""
+        parser.add_argument("--seed_everything", type=int, default=42, help="seed of everything random")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options beside the model's, the data's and the Trainer's."""
+        """Add the options beside the model's, the data's and the Trainer's."""
         parser.add_argument(
             "--run",
             type=str | None,
             default=None,
-            help="runs/NAME, or with a slash any folder; default: the config's name, -2 where that is another",
+            help="runs/NAME, or any folder with a slash; default: the config's name, with -2 if that is another run",
         )
         parser.add_argument("--save_every_steps", type=int, default=500, help="optimizer steps between checkpoints")
         parser.add_argument(
@@ -114,9 +114,9 @@ class QLoRACLI(LightningCLI):
             help="the longest time between checkpoints; none: by steps alone",
         )
         parser.add_argument(
-            "--max_time", type=str | None, default=None, help="DD:HH:MM:SS after which this start is saved and over"
+            "--max_time", type=str | None, default=None, help="DD:HH:MM:SS after which this start is saved and ends"
         )
-        parser.add_argument("--keep_checkpoints", type=int, default=2, help="checkpoints kept, the newest ones")
+        parser.add_argument("--keep_checkpoints", type=int, default=2, help="number of newest checkpoints kept")
         parser.add_argument(
             "--mirror",
             type=str | None,
@@ -127,7 +127,7 @@ class QLoRACLI(LightningCLI):
             "--early_stopping",
             type=int | None,
             default=None,
-            help="validations without gain before the run ends",
+            help="validations without improvement before the run ends",
         )
         parser.add_argument(
             "--max_nonfinite_losses",
@@ -145,30 +145,30 @@ class QLoRACLI(LightningCLI):
             parser.add_argument(
                 "--ckpt_path",
                 default="best",
-                help="what is scored: best | last | base | an adapter or checkpoint folder",
+                help="what to score: best | last | base | an adapter or checkpoint folder",
             )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses ``args``; Lightning's own would warn of the process's, which these were made from."""
+        """Parse ``args``; Lightning's own method would warn of the process's, which these were made from."""
         parsed_by = self._parser(self.verb)
         assert isinstance(parsed_by, RunParser)
         self.config = parser.parse_args(start.with_kept(self.command, parsed_by))
         options = self.config[self.verb]
         parsed_by.check_values(options)
         options.model.target_modules = split_names(options.model.target_modules)
-        # As text: the run is to stay what it is, whatever becomes of the file.
+        # As text, so that the run does not depend on the file.
         options.data.template = read_template(options.data.template)
         seed = options.seed_everything
         require(0 <= seed < 2**32, "seed_everything", "a whole number from 0 to 4,294,967,295", seed)
 
     def _parse_ckpt_path(self) -> None:
-        """In place of Lightning's, which would load a pickle and let it override the command line."""
+        """Do nothing: Lightning's would load a pickle and let it override the command line."""
 
     # Before anything is built
 
     def before_instantiate_classes(self) -> None:
-        """Finds the run folder, and in it what to go on from or what to score."""
+        """Find the run folder, and in it what to resume from or to score."""
         options = self.config[self.verb]
         self.is_named = options.run is not None
         self.run = RunFolder(Path(options.run) if options.run is not None else start.default_run(options))
@@ -191,12 +191,12 @@ class QLoRACLI(LightningCLI):
         self.open_run(mirror)
 
     def check_vocabulary(self) -> None:
-        """Raises UserError for a tokenizer that does not go with the base."""
+        """Raises UserError for a tokenizer that does not match the base."""
         base = self.model.base
         self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
 
     def open_run(self, mirror: Path | None) -> None:
-        """Opens the run folder of a fit and its copy in ``mirror``, and finds what to resume from."""
+        """Open the run folder of a fit and its copy in ``mirror``, and find what to resume from."""
         options, config = self.config[self.verb], self.settings
         if not self.is_named:
             self.run = start.choose_run(self.run, mirror, config, self.model.base, self.datamodule)
@@ -225,7 +225,7 @@ class QLoRACLI(LightningCLI):
             self.mirror.close()
 
     def _config_to_keep(self) -> dict[str, Any]:
-        """The whole configuration as plain values, without what holds for one start only."""
+        """The full configuration as plain values, without the options of one start only."""
         try:
             text = self._parser(self.verb).dump(plain(self.config[self.verb]), format="yaml")
         except ValueError as error:
@@ -251,7 +251,7 @@ class QLoRACLI(LightningCLI):
         self.check_vocabulary()
         if self.scores:
             self.datamodule.recall(self.run.rows)
-        else:  # here, and not before: the model's and the data's options are checked by now
+        else:  # only here, since the model's and the data's options are checked by now
             check_optimizer(self.model.optimizer_name, current_device().capability is not None)
             self._prepare_fit()
         shows_bar = config.get("enable_progress_bar") is not False
@@ -313,7 +313,7 @@ class QLoRACLI(LightningCLI):
         ]
 
     def own_loggers(self) -> list[Logger]:
-        """Those of each run: its record, and TensorBoard's file unless it is unwanted."""
+        """The loggers of each run: its record, and TensorBoard's file unless disabled."""
         shows = self.config_init[self.verb].trainer.logger is not False
         config = self.run.read_config()
         return [Record(self.run, Board(self.run.path, as_yaml(config), flat(config)) if shows else None)]
@@ -327,7 +327,7 @@ class QLoRACLI(LightningCLI):
     # Running
 
     def fit(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Trains, from the start or from the newest whole checkpoint."""
+        """Train, from the start or from the newest intact checkpoint."""
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
         except (OutOfRoomError, torch.OutOfMemoryError) as error:
@@ -335,7 +335,7 @@ class QLoRACLI(LightningCLI):
             for line in words.lines(forecast) if forecast else ():
                 tell(f"  plan  {line}")
             if not isinstance(error, OutOfRoomError):
-                change = "--samples.count 0 or --model.checkpointing full, with which this run goes on"
+                change = "--samples.count 0 or --model.checkpointing full, with which this run resumes"
                 raise UserError(OUT_OF_MEMORY, remedy=f"give {change}") from error
             change = datamodule.smaller(error.rows, self.trainer.accumulate_grad_batches)
             raise error.advise(f"give {change}, in a new run: --run NAME") from error
@@ -344,16 +344,16 @@ class QLoRACLI(LightningCLI):
             self.report.on_train_end(self.trainer, model)
         if self.checkpoints.failures:
             problems = "; ".join(self.checkpoints.failures.values())
-            begins = "goes on from the last checkpoint that stands" if self.run.saved_steps() else "begins anew"
+            begins = "resumes from the last existing checkpoint" if self.run.saved_steps() else "begins anew"
             print(f"error: trained to the end, and not saved: {problems}; the same command {begins}", file=sys.stderr)
             raise SystemExit(1)
 
     def validate(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Scores the held-out rows."""
+        """Score the held-out rows."""
         self._score("validate", "val", model, datamodule)
 
     def test(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Scores the test rows."""
+        """Score the test rows."""
         self._score("test", "test", model, datamodule)
 
     def _score(
@@ -371,7 +371,7 @@ class QLoRACLI(LightningCLI):
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Raises UserError for Lightning's word for options that don't go together."""
+    """Raises UserError for Lightning's error about options that don't go together."""
     try:
         yield
     except MisconfigurationException as error:
@@ -381,9 +381,9 @@ def in_one_line() -> Iterator[None]:
 
 
 def main(args: list[str]) -> int:
-    """Runs ``args``, the command line from its verb on, and returns the exit status.
+    """Run ``args``, the command line from its verb on; return the exit status.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for errors that the user can fix.
     """
     quieten()
     try:
@@ -392,7 +392,7 @@ def main(args: list[str]) -> int:
     except torch.OutOfMemoryError as error:
         raise UserError(OUT_OF_MEMORY, remedy="give a smaller data.batch_size or data.max_length") from error
     except SystemExit as stop:
-        if stop.code == 128 + WARNING and not isinstance(stop, LeftAtOnce):  # saved; behind the mirror's last copy
+        if stop.code == 128 + WARNING and not isinstance(stop, LeftAtOnce):  # saved; after the mirror's last copy
             requeue()
         return int(stop.code or 0)
     return 0

@@ -211,7 +211,7 @@ def test_a_slurm_job_saves_on_its_warning_and_is_requeued_and_goes_on(tmp_path: 
     assert {line.split("=")[0] for line in err.splitlines()} == {
         f"note: {name}" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "SLURM_NODEID")
     }
-    assert "by SIGUSR1; the same command goes on from here" in out
+    assert "by SIGUSR1; the same command resumes from here" in out
     assert out.endswith("   run  SLURM starts job 7 again\n")
     assert called.read_text() == "show job 7\nwrite batch_script 7 -\nrequeue 7\n"
     (saved,) = (tmp_path / "runs/demo/checkpoints").iterdir()

@@ -535,7 +535,7 @@ def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeyp
     assert "torchao 0.10.0 was removed" in shown["install"]
     assert "problems: 0" in shown["doctor"] and "fits: " in shown["plan"]
     # At 40, or where the hang-up of its terminal found the run, which then saved.
-    resumed = re.search(r"going on from step-0*(\d+)", shown["fit"])
+    resumed = re.search(r"resuming from step-0*(\d+)", shown["fit"])
     assert resumed and 40 <= int(resumed[1]) < 212
     assert re.search(r"train 100%\|█+\| 212/212 .*loss [\d.]+, [\d,]+ tokens/s", shown["fit"])
     assert "\x1b[A" not in shown["fit"]  # which no notebook follows: each would leave a line of the bar behind

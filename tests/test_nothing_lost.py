@@ -69,7 +69,7 @@ def test_a_last_save_that_fails_ends_with_status_1_and_the_same_command_mends_it
     path = "run/checkpoints/step-00000004"
     assert first.startswith(f"error: {path} could not be saved: No space left on device (2.0 MB needed, ")
     assert last.startswith(f"error: trained to the end, and not saved: {path} could not be saved: No space left on d")
-    assert last.endswith("; the same command goes on from the last checkpoint that stands")
+    assert last.endswith("; the same command resumes from the last existing checkpoint")
     assert not Path("run/finished.json").exists()
     assert main(FIT) == 0
     assert Path("run/finished.json").is_file()
@@ -120,7 +120,7 @@ def test_figures_that_found_no_room_to_the_end_are_status_1_and_the_same_command
             problem = "run/metrics.jsonl can't be written: No space left on device"
         assert main(FIT) == 1
     first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"error: {problem}; training goes on, its ")
+    assert first.startswith(f"error: {problem}; training continues, its ")
     assert last == (
         f"error: trained to the end, and not saved: {problem}; the same command goes on from the last checkpoint that "
         "stands"
@@ -324,7 +324,7 @@ def test_files_of_other_programs_do_no_harm(run: Path, capsys: pytest.CaptureFix
         (folder / "desktop.ini").write_text("[.ShellClassInfo]", encoding="utf-8")
     assert main(FIT) == 0
     out, err = capsys.readouterr()
-    assert "going on from step-00000004" in out or "best adapter: run/adapter" in out
+    assert "resuming from step-00000004" in out or "best adapter: run/adapter" in out
     assert err == ""
     assert main(["validate", "--run", "./run", "--ckpt_path", "last"]) == 0
 
@@ -533,7 +533,7 @@ def test_a_signal_while_the_model_is_loaded(
     monkeypatch.setattr(load, "load_base", lambda *_: os.kill(os.getpid(), number))
     assert main(FIT) == 128 + number
     name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[signal.Signals(number)]
-    assert capsys.readouterr().err == f"\nstopped by {name}; given again, the same command goes on\n"
+    assert capsys.readouterr().err == f"\nstopped by {name}; given again, the same command resumes\n"
     assert not Path("run").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -545,7 +545,7 @@ def test_a_signal_in_the_validation_before_the_first_step(
 
     monkeypatch.setattr(QLoRAModule, "validation_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert main(FIT) == 143
-    assert capsys.readouterr().err == "\nstopped by SIGTERM; given again, the same command goes on\n"
+    assert capsys.readouterr().err == "\nstopped by SIGTERM; given again, the same command resumes\n"
     assert not Path("run").exists()
 
 
@@ -595,7 +595,7 @@ def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
         patch.setattr("lit_qlora.training.parse_max_time", lambda text: {"00:00:00:01": 0.01}[text])
         assert main([*FIT, "--max_time", "00:00:00:01"]) == 0  # over before the first step, which is done all the same
     assert capsys.readouterr().out.endswith(
-        "\nstopped and saved at step 1 by max_time; the same command goes on from here\n"
+        "\nstopped and saved at step 1 by max_time; the same command resumes from here\n"
     )
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000001"]
     assert not Path("run/finished.json").exists()
@@ -643,7 +643,7 @@ def test_a_fresh_machine_goes_on_from_the_mirror_to_the_same_bits(
     assert main([*FIT, *more]) == 0
     out, err = capsys.readouterr()
     assert "   run  restored from drive/run/checkpoints/step-00000003\n" in out
-    assert "going on from step-00000003" in out
+    assert "resuming from step-00000003" in out
     assert err == ""
     for name in ("checkpoints/step-00000004/state.safetensors", "adapter/adapter_model.safetensors"):
         assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()

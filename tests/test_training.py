@@ -264,8 +264,8 @@ def test_a_signal_to_all_of_its_processes_is_answered_by_one(
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err, len(workers)) == (status, "", 2)
     said = [line for line in out.splitlines() if line and not line.startswith("step ")]
-    assert said[0] == "stopping after this step; once more stops at once"
-    assert re.fullmatch(rf"stopped and saved at step \d+ by {name}; the same command goes on from here", said[1])
+    assert said[0] == "stopping after this step; again to stop at once"
+    assert re.fullmatch(rf"stopped and saved at step \d+ by {name}; the same command resumes from here", said[1])
     assert len(said) == 2
     assert list(Path("runs/demo/checkpoints").glob("step-*"))
     with pytest.raises(ProcessLookupError):  # no worker is left of the group
@@ -544,4 +544,4 @@ def test_out_of_memory_in_a_validation_is_one_line(
     assert main(["fit", *SHORT]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"error: out of memory outside of a training step .*\n", error)
-    assert error.endswith("give --samples.count 0 or --model.checkpointing full, with which this run goes on\n")
+    assert error.endswith("give --samples.count 0 or --model.checkpointing full, with which this run resumes\n")

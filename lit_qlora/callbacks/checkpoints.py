@@ -1,7 +1,7 @@
-"""Owns when a run is saved: checkpoints to go on from, and the best adapter so far.
+"""Owns when a run is saved: checkpoints to resume from, and the best adapter so far.
 
-Saves fall on the edge between optimizer steps, and behind the validation where one follows, so that
-nothing is half done in them. One that fails is told, and training goes on. How they reach the disk is `storage`'s.
+Saves happen between optimizer steps, after the validation if one follows, so that they hold no partial step. A failed
+save is reported, and training continues. How they reach the disk is `storage`'s.
 """
 
 import json
@@ -29,26 +29,27 @@ from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import CARD, RunFolder, mend_adapter, put_adapter_back
 
 RESULT = "result.json"
-"""In an adapter folder: the step that it is of, and its held-out figures."""
+"""The file in an adapter folder with its step and held-out figures."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best adapter so far: its step, its held-out figures and, while it is not on the disk, its weights."""
+    """The best adapter so far: its step, its held-out figures and, until it is on the disk, its weights."""
 
     result: dict[str, Any]
     weights: dict[str, Tensor]
 
 
 class RunCheckpoints(StepCallback, Needs):
-    """Saves every so many optimizer steps or minutes and after the last; keeps the best adapter by held-out loss.
+    """A callback that saves every so many optimizer steps or minutes and after the last, and keeps the best adapter by
+    held-out loss.
 
     Args:
         run: the run folder.
-        save_every_steps: optimizer steps from one checkpoint to the next.
-        keep_checkpoints: the newest that are kept; at least 2, so that one stands while another is written.
-        save_every_minutes: the longest time from one checkpoint to the next, for slow runs; none: by steps alone.
-        clock: seconds, for the minutes.
+        save_every_steps: optimizer steps between checkpoints.
+        keep_checkpoints: number of newest checkpoints kept; at least 2, so that one exists while another is written.
+        save_every_minutes: the longest time between checkpoints, for slow runs; none: by steps alone.
+        clock: returns seconds, for the minutes.
         on_saved: called after each checkpoint.
     """
 
@@ -72,39 +73,39 @@ class RunCheckpoints(StepCallback, Needs):
         self.settings: Mapping[str, Any] | None = None
         """This start's configuration, for the adapter's card; None: that of the first start."""
         self.mirrored: Path | None = None
-        """Where the mirror has the adapter."""
+        """The adapter's folder in the mirror."""
         self.stop_asked = False
-        """Set by a signal: save at the next edge, whatever the interval."""
+        """Set by a signal: save after this step, whatever the interval."""
         self.saved_step: int | None = None
-        """The step of the newest checkpoint that this process saw whole on the disk."""
+        """The step of the newest checkpoint that this process has verified on the disk."""
         self.failures: dict[str, str] = {}
-        """What the last save could not write, ``checkpoint`` or ``adapter``, and why; empty where all is saved."""
+        """What the last save could not write, ``checkpoint`` or ``adapter``, and why; empty if all is saved."""
         self.longest_save_s = 0.0
         self._is_due = False
         self._last_save_at = clock()
         self._unsaved: Best | None = None
         self._kept: dict[str, Any] | None = None
-        """The result of the best validation so far: what the adapter on the disk has to be as good as."""
+        """The result of the best validation so far, which the adapter on the disk must match."""
         self._resumed_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes back to the best adapter of the checkpoint, once nothing is refused any more.
+        """Restore the best adapter of the checkpoint, once no other callback can refuse it.
 
-        Leaves a run that early stopping had ended, and that was killed right behind its last save, ended.
+        A run that early stopping had ended, and that was killed right after its last save, stays ended.
         """
         if trainer.is_global_zero:
             put_adapter_back(self.run, self._resumed_step, self.mirrored, must_stay=self._kept is not None)
         self._check_kept()
-        self.run.finished_mark.unlink(missing_ok=True)  # of a shorter run: this one goes on behind its end
+        self.run.finished_mark.unlink(missing_ok=True)  # of a shorter run: this one continues after its end
         trainer.should_stop |= has_stopped_early(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         begin_epoch(trainer)
         self._last_save_at = self.clock()
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
-        """Saves where the interval ends, unless a validation follows: then behind it."""
+        """Save at the end of the interval, or after the validation that follows."""
         on_interval = trainer.global_step % self.save_every_steps == 0
         if self.save_every_minutes is not None:
             on_interval |= self.clock() - self._last_save_at >= 60 * self.save_every_minutes
@@ -113,7 +114,7 @@ class RunCheckpoints(StepCallback, Needs):
             self._save(trainer, module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the adapter if it is the best so far, then makes the save that waited for this validation."""
+        """Keep the adapter if it is the best so far, then make the save that waited for this validation."""
         if trainer.state.fn != "fit" or not trainer.global_step:
             return
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -128,7 +129,7 @@ class RunCheckpoints(StepCallback, Needs):
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Loads the best adapter back into the module, and removes what a kill behind the last save left over."""
+        """Load the best adapter back into the module, and remove what a kill after the last save left over."""
         if trainer.is_global_zero and self.saved_step is None:
             self._remove_old(trainer.global_step)
         if self._unsaved:
@@ -144,29 +145,29 @@ class RunCheckpoints(StepCallback, Needs):
             pl_module.load_adapter_weights(self.run.adapter)  # type: ignore[operator]
 
     def state_dict(self) -> dict[str, Any]:
-        """The best adapter, where it is not on the disk: a checkpoint must not leave it behind; else its result."""
+        """The best adapter with its weights until it is on the disk; else its result."""
         best = self._unsaved
         return {"result": best.result, "weights": best.weights} if best else {"kept": self._kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the best adapter that is not on the disk yet, or the result that the disk has one for."""
+        """Restore the best adapter that is not on the disk yet, or the result of the one on the disk."""
         if "weights" in state_dict:
             self._unsaved = Best(state_dict["result"], state_dict["weights"])
         self._kept = state_dict.get("kept")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notes the step that this start resumes from."""
+        """Record the step that this start resumes from."""
         self._resumed_step = checkpoint["global_step"]
 
     def _check_kept(self) -> None:
-        """Reports a best adapter that is gone from the disk."""
+        """Report a best adapter that is missing from the disk."""
         kept = self._kept
         found = read_result(self.run.adapter) if kept else None
         if kept and (found is None or found.get("val/loss", math.inf) > kept["val/loss"]):
             self._kept = found if found and "val/loss" in found else None
             tell(
                 f"warning: the best adapter so far, that of step {kept['step']}, is gone from {self.run.adapter}, and "
-                "there is no whole copy; the best is looked for anew"
+                "there is no intact copy; the search for the best starts over"
             )
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
@@ -188,7 +189,7 @@ class RunCheckpoints(StepCallback, Needs):
             self.on_saved()
 
     def _write_checkpoint(self, trainer: Trainer, target: Path) -> None:
-        if trainer.strategy.broadcast(_makes_way(target)):  # the first device decides, for all
+        if trainer.strategy.broadcast(_makes_way(target)):  # the first device decides for all
             trainer.save_checkpoint(target)
 
     def _remove_old(self, newest: int) -> None:
@@ -199,7 +200,7 @@ class RunCheckpoints(StepCallback, Needs):
                 tell(f"warning: the old checkpoint {self.run.checkpoint(step)} can't be removed: {error.strerror}")
 
     def _keep(self, trainer: Trainer, module: LightningModule, figures: dict[str, float]) -> None:
-        """Saves the adapter as it is now; where that fails, holds it in host memory for the next try."""
+        """Save the adapter as it is now; if that fails, keep it in host memory for the next attempt."""
         result = _result(trainer, figures)
         self._unsaved = Best(result, module.state_dict())
         self._save_adapter(trainer, module)
@@ -208,7 +209,7 @@ class RunCheckpoints(StepCallback, Needs):
             self._unsaved = Best(result, weights)
 
     def _save_adapter(self, trainer: Trainer, module: Any) -> None:
-        """Writes the adapter that is not on the disk yet; the module's weights are after it what they were before."""
+        """Write the adapter that is not on the disk yet; the module's weights are restored afterwards."""
         best = self._unsaved
         assert best is not None
         is_of_now = best.result["step"] == trainer.global_step
@@ -235,23 +236,23 @@ class RunCheckpoints(StepCallback, Needs):
                 module.load_state_dict(now)
 
     def _copy_adapter(self) -> None:
-        """Keeps the adapter a second time, before the checkpoint that goes with it, so that no flipped bit loses it."""
+        """Write the second copy of the adapter, before the checkpoint that goes with it, against damage."""
         seal = read_seal(self.run.adapter)
         if seal in (None, read_seal(self.run.adapter_copy)):
             return
         try:
             copy_folder(self.run.adapter, self.run.adapter_copy, replace=True, may_differ=[CARD])
         except (OSError, DamagedFolderError) as error:
-            tell(f"warning: {error}; the best adapter has no second copy, and the next save tries again")
+            tell(f"warning: {error}; the best adapter has no second copy, and the next save retries")
 
     def attempt(self, what: str, save: Callable[[], None]) -> bool:
-        """Whether ``save`` came through; if not, one line says why, and the next save is another try."""
+        """True if ``save`` succeeded; otherwise one line reports why, and the next save retries."""
         try:
             save()
         except OSError as error:
             problem = str(error) if isinstance(error, SaveError) else str(SaveError(self.run.path, error))
             if self.failures.get(what) != problem:
-                tell(f"error: {problem}; training goes on, the next save tries again")
+                tell(f"error: {problem}; training continues, and the next save retries")
             self.failures[what] = problem
             return False
         self.failures.pop(what, None)
@@ -263,13 +264,13 @@ def _result(trainer: Trainer, figures: dict[str, float]) -> dict[str, Any]:
 
 
 def has_stopped_early(trainer: Trainer) -> bool:
-    """Whether the held-out loss has not become better for as long as early stopping allows."""
+    """True if the held-out loss has not improved for as long as early stopping allows."""
     early: Any = trainer.early_stopping_callbacks
     return any(callback.wait_count >= callback.patience for callback in early)
 
 
 def _makes_way(target: Path) -> bool:
-    """Whether there is a checkpoint to be written: a damaged one, which the run went back behind, is removed."""
+    """True if the checkpoint is to be written; a damaged one, which the run fell back behind, is removed."""
     if not target.exists():
         return True
     try:
@@ -281,6 +282,6 @@ def _makes_way(target: Path) -> bool:
 
 
 def read_result(adapter: Path) -> dict[str, Any] | None:
-    """The step and the held-out figures of a run's adapter; None where there is no adapter yet."""
+    """The step and the held-out figures of a run's adapter; None without an adapter."""
     file = adapter / RESULT
     return read_object(file) if file.is_file() else None

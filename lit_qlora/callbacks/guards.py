@@ -1,6 +1,6 @@
-"""Owns the watch over updates: losses that are not finite, and steps that a gradient scaler skips.
+"""Owns the guard of updates: losses that are not finite, and steps that a gradient scaler skips.
 
-Stops a run that learns nothing any more, before it harms the adapter. Knows no data.
+Stops a run that no longer learns, before it harms the adapter. Knows no data.
 """
 
 import math
@@ -17,16 +17,16 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.model.optimizer import num_applied
 
 MAX_SCALER_SKIPS = 20
-"""A gradient scaler halves its scale from 65,536 with each skip: by then it is below 1, and not to blame."""
+"""Number of skips after which the scale, halved each time from 65,536, is below 1 and not to blame."""
 
 
 class UpdateGuard(StepCallback):
-    """Keeps an update with a loss that is not finite from being applied, and stops: in fp32 and bf16 there.
+    """A callback that drops an update with a loss that is not finite, and stops the run, in fp32 and bf16 at once.
 
-    In fp16 a loss may overflow until the gradient scaler has found its scale: there its skips are counted.
+    In fp16 a loss may overflow until the gradient scaler has found its scale: its skips are counted instead.
 
     Args:
-        max_nonfinite_losses: steps in a row with such a loss before the run stops; those before are left out.
+        max_nonfinite_losses: consecutive steps with such a loss before the run stops; earlier ones are dropped.
     """
 
     COUNTS = ("nonfinite_in_a_row", "skips_in_a_row", "num_applied")
@@ -45,34 +45,34 @@ class UpdateGuard(StepCallback):
         """Those of the optimizer step that was last."""
 
     def state_dict(self) -> dict[str, int]:
-        """The counts, so that a cut-off is no new start for them."""
+        """The counts, so that they continue after an interruption."""
         return {name: getattr(self, name) for name in self.COUNTS}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Goes on with the counts of the run that was cut."""
+        """Continue the counts of the interrupted run."""
         for name in self.COUNTS:
             setattr(self, name, state_dict[name])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes whether the base itself gives a loss: until an update is applied, the adapter changes nothing."""
+        """Record whether the base itself has a finite loss: until an update is applied, the adapter changes nothing."""
         if trainer.state.fn == "fit" and not self.num_applied:
             self._base_is_broken = not math.isfinite(float(trainer.callback_metrics["val/loss"]))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Remembers the rows, for the message."""
+        """Record the rows, for the message."""
         self._rows += batch.rows
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Looks at the loss of each micro-batch, without waiting for the device."""
+        """Check the loss of each micro-batch, without waiting for the device."""
         finite = torch.isfinite(loss.detach())
         self._is_finite = finite if self._is_finite is None else self._is_finite & finite
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Takes the gradients away from a step whose loss is not finite.
+        """Drop the gradients of a step whose loss is not finite.
 
-        Raises UserError after too many in a row.
+        Raises UserError after too many consecutive ones.
         """
         self._step_rows, self._rows = self._rows, []
         is_finite, self._is_finite = self._is_finite, None
@@ -103,9 +103,9 @@ class UpdateGuard(StepCallback):
         )
 
     def on_step_end(self, trainer: Trainer, module: object) -> None:
-        """Counts applied and skipped updates.
+        """Count applied and skipped updates.
 
-        Raises UserError when a gradient scaler skips on and on.
+        Raises UserError if a gradient scaler keeps skipping.
         """
         applied = num_applied(trainer.optimizers[0])
         self.skips_in_a_row = 0 if applied > self.num_applied else self.skips_in_a_row + 1
@@ -125,6 +125,6 @@ class UpdateGuard(StepCallback):
 
 
 def _scale(trainer: Trainer) -> float | None:
-    """What the losses are multiplied by in fp16; None elsewhere."""
+    """The loss scale in fp16; None in other precisions."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler else None

@@ -1,8 +1,8 @@
-"""Owns what a checkpoint says of the run it belongs to, and the refusal to go on from another one's.
+"""Owns the identity of a run in its checkpoints, and the refusal to resume from another run's.
 
-Base, tokenizer, prompt format, rows and precision are compared by what they are, not by what they are called: a
-copy of a base elsewhere is the same base. All but the base, whose weights may still have to come, is compared before
-anything is loaded. Knows no format of a file.
+Base, tokenizer, prompt format, rows and precision are compared by content, not by name: a copy of a base elsewhere is
+the same base. All but the base, whose weights may not be downloaded yet, is compared before anything is loaded. Knows
+no file format.
 """
 
 from collections.abc import Mapping
@@ -24,19 +24,19 @@ REMEDY = {
     "held_out_rows": "give the held-out rows that the run began with",
     "precision": "give --trainer.precision, on a device that has it",
 }
-"""What is compared, under its name in the record, and what to do where it differs."""
+"""The compared parts, by their names in the record, with the remedy if one differs."""
 
 
 class SamePrompts(Callback):
-    """Compares a checkpoint that is to be scored with the prompts of this start."""
+    """A callback that compares a checkpoint to be scored with the prompt format of this start."""
 
     @property
     def state_key(self) -> str:
-        """Another than that of `RunIdentity`, which saved the record."""
+        """Not the key of `RunIdentity`, which saved the record."""
         return "SamePrompts"
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raises UserError where they are others."""
+        """Raises UserError if the formats differ."""
         record = _record(checkpoint, trainer.ckpt_path)
         was, now = record["prompt_format"], trainer.datamodule.prompt_format.identity  # type: ignore[attr-defined]
         if was != now:
@@ -49,12 +49,12 @@ class SamePrompts(Callback):
 
 
 class RunIdentity(Callback):
-    """Records what a run is made of in each of its checkpoints, and compares where one is gone on from.
+    """A callback that records the identity of a run in its checkpoints, and compares it on a resume.
 
     Args:
-        resume_from: the checkpoint folder that this start goes on from, if it does.
-        settings: the whole configuration, for a start that finds no config.yaml any more.
-        rows: the file that is to say which rows are learned and which are held out.
+        resume_from: the checkpoint folder that this start resumes from, if any.
+        settings: the full configuration, for a later start without a config.yaml.
+        rows: the file that records which rows are learned and which are held out.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class RunIdentity(Callback):
     ) -> None:
         self.resume_from, self.settings, self.rows = resume_from, dict(settings or {}), rows
         self._old_steps: int | None = None
-        """Optimizer steps of the run by the checkpoint that is gone on from."""
+        """Optimizer steps of the run by the checkpoint that is resumed from."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compares all but the base: the rows are encoded by now, and no weight is loaded.
+        """Compare all but the base: the rows are encoded by now, and no weight is loaded.
 
-        Then records the rows. Raises UserError with was -> is for the first part that differs, and where the run
-        would become shorter.
+        Then record the rows. Raises UserError with was -> is for the first part that differs, and if the run would
+        become shorter.
         """
         self._compare_data(trainer)
         if self.rows is not None:
@@ -95,23 +95,23 @@ class RunIdentity(Callback):
         self._old_steps = was["steps"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the record."""
+        """Add the record."""
         checkpoint[RECORD] = _describe_base(pl_module) | _describe_data(trainer) | {"settings": self.settings}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compares the base. Raises UserError with was -> is where it is another one."""
+        """Compare the base. Raises UserError with was -> is if it differs."""
         was, now = checkpoint[RECORD], _describe_base(pl_module)
         if fingerprint.is_of(str(was["base"]), pl_module.base):  # type: ignore[arg-type]
-            now["base"] = was["base"]  # told in another version's words, or of another copy
+            now["base"] = was["base"]  # recorded by another version, or for another copy
         _compare(was, now)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where the run was made longer, takes the learning rate of the longer schedule from here on, and says so."""
+        """If the run was made longer, use and report the learning rate of the longer schedule from here on."""
         steps = trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
         if self._old_steps in (None, steps):
             return
         for config in trainer.lr_scheduler_configs:
-            # What was restored is the rate that the shorter schedule had come to.
+            # The restored rate is that of the shorter schedule.
             scheduler: Any = config.scheduler
             pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
             rates = [highest * factor(scheduler.last_epoch) for highest, factor in pairs]
@@ -125,14 +125,14 @@ class RunIdentity(Callback):
 
 
 def _record(checkpoint: dict[str, Any], folder: object) -> dict[str, Any]:
-    """What ``checkpoint``, which stands in ``folder``, says of its run. Raises UserError where that is not whole."""
+    """The record of the run in ``checkpoint``, from ``folder``. Raises UserError if it is incomplete."""
     found = checkpoint[RECORD]
     missing = {*REMEDY, "base_name", "steps"} - (found.keys() if isinstance(found, dict) else set())
     if missing:
         raise UserError(
             f"{folder} was altered: its record of the run has no {min(missing)}",
             option="run",
-            remedy="remove that folder, and the one before is taken",
+            remedy="remove that folder, to resume from the one before",
         )
     return dict(found)
 

@@ -1,4 +1,4 @@
-"""Owns the watch over memory: peaks by phase, of the GPU as torch sees it and of the host. Knows no model."""
+"""Owns the record of memory: peaks by phase, of the GPU as seen by torch and of the host. Knows no model."""
 
 import sys
 import threading
@@ -13,11 +13,11 @@ GIB = 1024**3
 
 
 class PeakMemory(Callback):
-    """Records the peak of each phase: loading, training (up to each validation) and validation.
+    """A callback that records the peak of each phase: loading, training (up to each validation) and validation.
 
-    Allocated is what tensors take; reserved is what torch holds of the card, and what must fit. The host's peak is
-    the process's highest so far, weights' files left out that are mapped while they are read: the system takes
-    those pages back when it is short.
+    Allocated is the memory of tensors; reserved is what torch holds of the card, and what must fit. The host's peak is
+    that of the process so far, without memory-mapped weight files, whose pages the system reclaims when memory is
+    short.
     """
 
     def __init__(self) -> None:
@@ -25,16 +25,16 @@ class PeakMemory(Callback):
         self._host = _HostWatch()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends the phase of loading."""
+        """End the phase of loading."""
         self._end("load")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends a stretch of training."""
+        """End a stretch of training."""
         if trainer.state.fn == "fit" and trainer.global_step:
             self._end("train")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends a validation, and records."""
+        """End a validation, and record."""
         if trainer.state.fn == "fit":
             self._end("validation")
             record(trainer, {f"memory/{name}_gib": value for name, value in self.peaks_gib.items()})
@@ -54,7 +54,7 @@ class PeakMemory(Callback):
 
 
 class _HostWatch:
-    """The most memory that this process held on the host, seen five times a second; the system keeps no such peak."""
+    """The peak host memory of this process, sampled five times a second; the system keeps no such peak."""
 
     INTERVAL_S = 0.2
 
@@ -64,7 +64,7 @@ class _HostWatch:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def peak_gib(self) -> float | None:
-        """So far; elsewhere than on Linux, with mapped files; None where the system tells nothing."""
+        """Peak host memory in GiB so far; with mapped files except on Linux; None if unavailable."""
         if Path("/proc/self/status").is_file():
             self._look()
             return self._peak_bytes / GIB

@@ -1,4 +1,4 @@
-"""Owns the figures of training: what is measured over the steps of a log interval. Knows no file."""
+"""Owns the figures of training over the steps of a log interval. Knows no file."""
 
 import math
 from typing import Any
@@ -13,30 +13,30 @@ from lit_qlora.model.sums import AnswerSums
 
 
 class TrainMetrics(StepCallback):
-    """Loss, perplexity and token accuracy over the steps since the last record; learning rate; gradient norm."""
+    """A callback that records loss, perplexity, token accuracy, learning rate and gradient norm of a log interval."""
 
     def __init__(self) -> None:
         self.sums = AnswerSums()
         self.learning_rate = math.nan
         self.last_loss = math.nan
-        """The loss that was recorded last, for the progress bar."""
+        """The last recorded loss, for the progress bar."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes over from the module's own logging, which would write the same figures a second time."""
+        """Replace the module's own logging, which would write the same figures again."""
         pl_module.standalone = False  # type: ignore[assignment]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Notes the learning rate of this step: behind it, the schedule has moved on."""
+        """Record the learning rate of this step, before the schedule advances."""
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Adds a micro-batch's sums."""
+        """Add a micro-batch's sums."""
         self.sums.add(outputs)
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
-        """Records where the log interval ends."""
+        """Record at the end of the log interval."""
         if not is_log_step(trainer):
             return
         loss, accuracy = map(float, self.sums.means())
@@ -57,5 +57,5 @@ class TrainMetrics(StepCallback):
         return self.sums.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the sums of the run that was cut."""
+        """Continue the sums of the interrupted run."""
         self.sums.load_state_dict(state_dict)

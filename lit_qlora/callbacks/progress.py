@@ -14,10 +14,10 @@ from lit_qlora.callbacks.throughput import Throughput
 
 
 class RunProgress(StepCallback, ProgressBar):
-    """One bar over all optimizer steps, and one for a validation in its place while it runs.
+    """A bar over all optimizer steps, replaced by one for a validation while that runs.
 
-    In its place, and not below: a notebook knows how to go back in a line, and not how to go up to another.
-    Where standard error is no terminal, a plain line at each log interval stands in for the bar.
+    Replaced, since a notebook can return to the start of a line, but not move up to another. Without a terminal on
+    standard error, a plain line per log interval replaces the bar.
     """
 
     def __init__(self, metrics: TrainMetrics, throughput: Throughput) -> None:
@@ -28,7 +28,7 @@ class RunProgress(StepCallback, ProgressBar):
         self._validation: tqdm[Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens the bar where a resumed run stands."""
+        """Open the bar at the step of a resumed run."""
         total = trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
         shape = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self._bar = tqdm(
@@ -36,18 +36,18 @@ class RunProgress(StepCallback, ProgressBar):
             initial=trainer.global_step,
             desc="train",
             bar_format=shape,
-            ncols=get_terminal_size().columns,  # tqdm's own guess shows nothing where a terminal tells no size
+            ncols=get_terminal_size().columns,  # tqdm's own guess shows nothing in a terminal without a size
             nrows=get_terminal_size().lines,
             disable=not self.is_terminal,
         )
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        """Renews the time that is shown: a step may have many micro-batches."""
+        """Refresh the displayed time: a step may have many micro-batches."""
         assert self._bar is not None
         self._bar.update(0)
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
-        """Moves the bar; figures are renewed where they were recorded, which costs no wait."""
+        """Advance the bar; figures are refreshed when they are recorded, which costs no wait."""
         assert self._bar is not None
         self._bar.n = trainer.global_step
         if is_log_step(trainer):
@@ -58,7 +58,7 @@ class RunProgress(StepCallback, ProgressBar):
         self._bar.update(0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens a short-lived bar where the other one is."""
+        """Open a short-lived bar in place of the other one."""
         if self._bar is not None:
             self._bar.clear()
         self._validation = tqdm(
@@ -75,17 +75,17 @@ class RunProgress(StepCallback, ProgressBar):
         self._validation.update()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes it, and shows the other one again."""
+        """Close it, and show the other one again."""
         assert self._validation is not None
         self._validation.close()
         if self._bar is not None:
             self._bar.refresh()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the full bar on the screen."""
+        """Leave the full bar on the screen."""
         assert self._bar is not None
         self._bar.close()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints above the bar."""
+        """Print above the bar."""
         tqdm.write(" ".join(str(arg) for arg in args))

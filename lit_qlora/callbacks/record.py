@@ -9,7 +9,7 @@ from lit_qlora.figures.record import Record
 
 
 def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
-    """Records ``figures`` under the number of optimizer steps done, with every logger of the Trainer."""
+    """Record ``figures`` under the number of optimizer steps done, with every logger of the Trainer."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(figures), step=trainer.global_step)
 
@@ -20,35 +20,35 @@ def record_of(trainer: Trainer) -> Record | None:
 
 
 class KeepRecord(Callback):
-    """Takes the run's record through checkpoints, and back to the one that a start resumes from."""
+    """A callback that saves the run's record in checkpoints, and restores it on a resume."""
 
     def __init__(self) -> None:
         self._state: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Has the record count the Trainer's steps."""
+        """Bind the record to the Trainer's steps."""
         kept = record_of(trainer)
         if kept:
             kept.trainer = trainer
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the open step."""
+        """Add the open step."""
         kept = record_of(trainer)
         if kept:
             checkpoint["metrics_line"] = kept.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps it: another callback may still refuse the checkpoint."""
+        """Keep it for later: another callback may still refuse the checkpoint."""
         self._state = checkpoint.get("metrics_line")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes back, once nothing is refused any more."""
+        """Restore the record, once no callback can refuse the checkpoint."""
         kept = record_of(trainer)
         if kept:
             kept.go_back(self._state)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes the last step, for those who read the files now."""
+        """Close the last step, for readers of the files."""
         kept = record_of(trainer)
         if kept:
             kept.close_step()

@@ -1,6 +1,6 @@
-"""Owns what the terminal shows: what was decided at the start, each validation, and before -> after at the end.
+"""Owns what the terminal shows: decisions at the start, each validation, and before -> after at the end.
 
-Figures come from the run's own files, so a resumed run tells the whole story. Knows no model but its sizes.
+Figures come from the run's own files, so a resumed run reports all of it. Knows no model but its sizes.
 """
 
 import json
@@ -40,14 +40,14 @@ NO_GAIN = "and no better than before training"
 
 
 class Report(Callback):
-    """Says what was decided, what was reached, and what to do next.
+    """A callback that prints decisions, results, and what to do next.
 
     Args:
         run: the run folder.
         memory: the peaks, for the last lines.
-        resumed_from: the checkpoint's name, where the run goes on from one.
-        checkpoints: tells what could not be saved.
-        lengths: the options that say how long the run is, for the mark of its end.
+        resumed_from: name of the checkpoint that the run resumes from, if any.
+        checkpoints: reports failed saves.
+        lengths: the options that set the run's length, for the record of its end.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Report(Callback):
         self._lines: list[list[str]] = []
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self.was_told = False
-        """Whether the end was reached; a run that was killed between its last save and its end begins behind it."""
+        """True if the end was reached; a run killed between its last save and its end starts at the end."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The decisions, once model and data are there."""
+        """Print the decisions, once model and data are loaded."""
         if not trainer.is_global_zero:
             return
         module: Any = pl_module
@@ -103,12 +103,12 @@ class Report(Callback):
             tell(f"warning: {error}; training continues, and the report will lack the decisions")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Records what was predicted, beside the peaks: here, and not behind a save that may follow the validation."""
+        """Record the forecast beside the peaks, before the save that may follow the validation."""
         if trainer.state.fn == "fit" and self.forecast_gib is not None:
             record(trainer, {"memory/predicted_reserved_gib": self.forecast_gib})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One line a validation."""
+        """Print one line per validation."""
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -126,19 +126,19 @@ class Report(Callback):
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before and after, and where the adapter is; marks the run as finished where it is."""
+        """Print before and after, and the adapter's path; record the end of a finished run."""
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             logger.save()
         self.was_told = True
         if not (is_last_step(trainer) or has_stopped_early(trainer)):
-            print(f"stopped at step {trainer.global_step}; the same command goes on from here", flush=True)
+            print(f"stopped at step {trainer.global_step}; the same command resumes from here", flush=True)
             return
-        # What they could not write is in the last checkpoint, and in no file.
+        # Entries that could not be written are in the last checkpoint, and in no file.
         unwritten = {type(logger).__name__: getattr(logger, "problem", None) for logger in trainer.loggers}
         self.checkpoints.failures |= {name: problem for name, problem in unwritten.items() if problem}
-        if self.checkpoints.failures:  # the run is not finished: the same command, given again, ends it once more
+        if self.checkpoints.failures:  # the run is not finished: the same command, given again, completes it
             return
         steps = trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
         best = read_result(self.run.adapter) or {}
@@ -171,7 +171,7 @@ class Report(Callback):
 
 
 def is_gain(run: RunFolder, loss: float) -> bool:
-    """Whether a held-out ``loss`` is below that before training; True where that was not measured."""
+    """True if a held-out ``loss`` is below that before training, or that was not measured."""
     before = next(
         (line["val/loss"] for line in iter_lines(run.metrics) if not line["step"] and "val/loss" in line), None
     )
@@ -179,7 +179,7 @@ def is_gain(run: RunFolder, loss: float) -> bool:
 
 
 def before_and_after(run: RunFolder) -> list[str]:
-    """A table of the held-out figures at step 0 and at the best step; of what was measured at both."""
+    """A table of the held-out figures measured both at step 0 and at the best step."""
     by_step = {line["step"]: line for line in read_lines(run.metrics)}
     best = read_result(run.adapter)
     if best is None or 0 not in by_step or best["step"] not in by_step:
@@ -196,9 +196,9 @@ def before_and_after(run: RunFolder) -> list[str]:
 
 
 def _going_on(resumed_from: str | None, on_gpu: bool) -> str:
-    """From where, and, where it is so, that the last bits may be others."""
+    """The resumed checkpoint, with a note if the last bits may differ."""
     if resumed_from is None:
         return ""
     exact = not on_gpu or torch.are_deterministic_algorithms_enabled()
     but = "" if exact else "; state and order are exact, a GPU's last bits only with --trainer.deterministic true"
-    return f", going on from {resumed_from}{but}"
+    return f", resuming from {resumed_from}{but}"

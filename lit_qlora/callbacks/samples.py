@@ -1,7 +1,7 @@
-"""Owns sample answers: what the model says to fixed prompts at each validation, beside what the base says.
+"""Owns sample answers: those of the model to fixed prompts at each validation, beside those of the base.
 
-How each of them ended is counted: of one that was cut, nobody knows whether it would have ended. Knows the encoder of
-the DataModule and the module's `answer`; no files.
+Counts how each of them ended: whether a cut one would have ended is unknown. Knows the encoder of the DataModule and
+the module's `answer`; no files.
 """
 
 from typing import Any
@@ -20,12 +20,13 @@ from lit_qlora.text.conversation import Conversation, Turn
 
 
 class SampleAnswers(Callback, Needs):
-    """Answers prompts at each validation, greedily; records how many ended by themselves, and how many were cut.
+    """A callback that answers prompts greedily at each validation, and records how many ended by themselves or were
+    cut.
 
     Args:
-        count: held-out prompts to answer; 0 for none.
+        count: number of held-out prompts to answer; 0 for none.
         prompts: prompts of your own instead.
-        max_new_tokens: tokens of an answer, at most.
+        max_new_tokens: most tokens of an answer.
     """
 
     @checked_arguments("samples")
@@ -38,13 +39,13 @@ class SampleAnswers(Callback, Needs):
         self._base_answers: list[SampleAnswer] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises UserError for a prompt of the user's own that the prompt format can't hold."""
+        """Raises UserError for a user's own prompt that the prompt format can't hold."""
         for text in self.prompts or () if stage == "fit" else ():
             tags = trainer.datamodule.encoder.prompt_format.tags_in(text)  # type: ignore[attr-defined]
             require(not tags, "samples.prompts", f"texts without {', '.join(tags)}", text)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answers, records and shows."""
+        """Answer, record and print."""
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         module: Any = pl_module
@@ -67,18 +68,18 @@ class SampleAnswers(Callback, Needs):
                 logger.experiment.add_text("samples", text, trainer.global_step)
 
     def choose(self, data: Any) -> list[Conversation]:
-        """The prompts, in the order in which they are answered."""
+        """The prompts, in the order of answers."""
         if self.prompts:
             return [Conversation((Turn("user", text),)) for text in self.prompts]
         return [prompt for prompt, _ in data.held_out_prompts(self.count)]
 
     def samples(self, data: Any) -> Samples:
-        """What the forecast counts: all prompts, by the longest of them."""
+        """The sample answers for the forecast: all prompts, by the longest of them."""
         lengths = [len(data.encoder.prompt(prompt)) for prompt in self.choose(data)]
         return Samples(len(lengths), max(lengths, default=0), self.max_new_tokens, are_own=bool(self.prompts))
 
     def _answer(self, trainer: Trainer, module: Any) -> list[SampleAnswer]:
-        """An answer to each prompt, as far as the limit and the base's context allow."""
+        """An answer to each prompt, within the limit and the base's context."""
         encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
         sampling = Sampling(self.max_new_tokens)
         prompts = [encoder.prompt(conversation) for conversation in self._conversations]

@@ -1,6 +1,6 @@
-"""Owns the edge between two optimizer steps, which Lightning has no hook for, and the seed before each micro-batch.
+"""Owns the hook between two optimizer steps, which Lightning lacks, and the seed before each micro-batch.
 
-It alone touches Lightning's loops where they are private. Knows nothing of what is done at the edge.
+The only module that uses private names of Lightning's loops. Knows nothing of what happens between steps.
 """
 
 import hashlib
@@ -15,19 +15,19 @@ from lit_qlora.batch import Batch
 
 
 class StepCallback(Callback):
-    """A callback with a part in the edge between two optimizer steps; `StepEdge` says when, and in which order."""
+    """A callback with a hook between two optimizer steps; `StepEdge` calls it, in a fixed order."""
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
-        """Called once ``trainer.global_step`` optimizer steps are done, before a validation that follows."""
+        """Run after ``trainer.global_step`` optimizer steps, before a validation that follows."""
 
 
 class StepEdge(Callback):
-    """Calls `on_step_end` of each of its parts once after each optimizer step, one after the other.
+    """A callback that calls `on_step_end` of each of its parts once after each optimizer step, in order.
 
-    Stands last in the Trainer's list: what a micro-batch adds to the parts is added by then.
+    Last in the Trainer's list: by then, the parts have seen the micro-batch.
 
     Args:
-        parts: In the order in which they act on a step.
+        parts: The callbacks, in the order of their calls.
     """
 
     def __init__(self, parts: Sequence[StepCallback]) -> None:
@@ -35,13 +35,13 @@ class StepEdge(Callback):
         self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts from the step that a resumed run is at."""
+        """Start at the step of a resumed run."""
         self._seen = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Goes through the parts where this micro-batch was a step's last."""
+        """Call the parts if this micro-batch was a step's last."""
         if trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
@@ -50,7 +50,7 @@ class StepEdge(Callback):
 
 
 def is_log_step(trainer: Trainer) -> bool:
-    """True if the step just done is one that ``log_every_n_steps`` names, or the last."""
+    """True if the step just done is due by ``log_every_n_steps``, or the last."""
     steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return trainer.global_step % steps == 0 or is_last_step(trainer)
 
@@ -61,7 +61,7 @@ def is_last_step(trainer: Trainer) -> bool:
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """True if the Trainer validates right after the micro-batch that it is ending."""
+    """True if the Trainer validates right after the current micro-batch."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
@@ -73,10 +73,10 @@ def is_on_edge(trainer: Trainer) -> bool:
 
 
 def begin_epoch(trainer: Trainer) -> None:
-    """Has Lightning count the epoch that begins here.
+    """Make Lightning count the epoch that begins here.
 
-    It takes a save in an epoch's last step for one from its middle and ends that epoch, but counts none as begun
-    then; from the next save in the new epoch it would resume with the data of the one before.
+    After a save in an epoch's last step, it ends that epoch but does not count the next as begun; from a later save in
+    the new epoch it would resume with the data of the one before.
     """
     loop: Any = trainer.fit_loop
     if loop.restarted_mid_epoch and loop.epoch_progress.total.processed == loop.epoch_progress.total.ready:
@@ -84,7 +84,7 @@ def begin_epoch(trainer: Trainer) -> None:
 
 
 def run_validation(trainer: Trainer) -> None:
-    """Validates between two steps, as Lightning's own training loop does; nothing for a run without validations."""
+    """Validate between two steps, as Lightning's own training loop does; nothing for a run without validations."""
     if not trainer.enable_validation:
         return
     connector = trainer._logger_connector
@@ -96,10 +96,10 @@ def run_validation(trainer: Trainer) -> None:
 
 
 class SeedByPosition(Callback):
-    """Seeds chance before each micro-batch by its place in the run.
+    """A callback that seeds torch before each micro-batch by its position in the run.
 
-    What LoRA's dropout does is then a function of (seed, epoch, batch): nothing that happened in between, an
-    evaluation, a sample, a cut-off, can change it, and there is no random state to save.
+    LoRA's dropout is then a function of (seed, epoch, batch): no evaluation, sample or interruption can change it, and
+    there is no random state to save.
     """
 
     @checked_arguments()
@@ -107,6 +107,6 @@ class SeedByPosition(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Seeds torch on every device."""
+        """Seed torch on every device."""
         place = f"{self.seed}/{trainer.current_epoch}/{batch_idx}/{trainer.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))

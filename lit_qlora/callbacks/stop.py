@@ -1,4 +1,4 @@
-"""Owns when a run ends before its last step: a signal, a time limit, or no more gain; saved, all of them.
+"""Owns when a run ends early, saved: a signal, a time limit, or no more gain.
 
 Knows no files; `RunCheckpoints` saves.
 """
@@ -20,11 +20,11 @@ from lit_qlora.signals import URGENT, give_back, leave_at_once, name_of, say, ta
 
 
 class StopOnSignal(StepCallback):
-    """Ends the run at the next edge between optimizer steps, with exit status 128 + the signal's number.
+    """A callback that ends the run after the current optimizer step, with exit status 128 + the signal's number.
 
-    A validation under way, or one that follows the step, is finished first: a state saved before it would go
-    on without it. The last part of the step's edge, so that all else is done. A second Ctrl-C or SIGTERM leaves at
-    once; a SIGHUP or SIGUSR1 behind any other signal changes nothing.
+    A validation in progress, or one that follows the step, is finished first: a state saved before it would resume
+    without it. The last part of `StepEdge`, so that all else is done. A second Ctrl-C or SIGTERM exits at once; a
+    SIGHUP or SIGUSR1 after any other signal changes nothing.
     """
 
     def __init__(self, checkpoints: RunCheckpoints) -> None:
@@ -34,30 +34,30 @@ class StopOnSignal(StepCallback):
         self._previous: dict[int, Any] = {}
 
     def ask(self, status: int, reason: str) -> None:
-        """Has the run saved and ended at the next edge, with ``status`` where the save came through."""
+        """Save and end the run after this step, with ``status`` if the save succeeds."""
         self._status, self._reason = status, reason
         self.checkpoints.stop_asked = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the signals."""
+        """Install the signal handlers."""
         self._previous = take_over(self._handle)
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
-        """Leaves the training loop, unless the save is still to come, behind a validation."""
+        """Leave the training loop, unless the save still waits for a validation."""
         self._leave_once_saved(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves behind the validation that the save waited for."""
+        """Leave after the validation that the save waited for."""
         if trainer.state.fn == "fit":
             self._leave_once_saved(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the signals back; after an error, `on_exception` does."""
+        """Restore the signal handlers; after an error, `on_exception` does."""
         give_back(self._previous)
         self._previous = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the signals back."""
+        """Restore the signal handlers."""
         give_back(self._previous)
         self._previous = {}
 
@@ -66,34 +66,35 @@ class StopOnSignal(StepCallback):
             return
         if self.checkpoints.saved_step == trainer.global_step and not self.checkpoints.failures:
             place = f"stopped and saved at step {trainer.global_step}{self._reason}"
-            print(f"\n{place}; the same command goes on from here", flush=True)
+            print(f"\n{place}; the same command resumes from here", flush=True)
             raise SystemExit(self._status)
         if self.checkpoints.failures:
-            tell(f"error: stopped at step {trainer.global_step}, and the last save failed; an earlier one stands")
+            tell(f"error: stopped at step {trainer.global_step}, and the last save failed; an earlier one exists")
             raise SystemExit(1)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_first, self._is_signalled = not self._is_signalled, True
-        if is_first:  # which is the reason, whatever follows
+        if is_first:  # the first signal is the reason
             self.ask(128 + number, f" by {name_of(number)}")
         if number in URGENT:
             take_over(leave_at_once, URGENT)
-            say("\nstopping after this step; once more stops at once")
+            say("\nstopping after this step; again to stop at once")
         elif is_first:
             say("\nstopping after this step")
 
 
 class TimeLimit(StepCallback):
-    """Ends the run, saved and with status 0, before ``limit_s`` seconds are over; one step is always done.
+    """A callback that ends the run, saved and with status 0, before ``limit_s`` seconds are over; one step is always
+    done.
 
     The margin is the longest that a step has taken so far, the longest validation and the longest save together.
-    A part of the step's edge before `RunCheckpoints`.
+    A part of `StepEdge` before `RunCheckpoints`.
 
     Args:
-        limit_s: seconds.
-        started_at: when they began, by ``clock``.
-        stop: whom to ask.
-        clock: seconds.
+        limit_s: time limit in seconds.
+        started_at: time of the start, by ``clock``.
+        stop: the callback that ends the run.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -104,21 +105,21 @@ class TimeLimit(StepCallback):
         self._last_edge_at = self._validation_at = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first step begins."""
+        """Record the start of the first step."""
         self._last_edge_at = self.clock()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the time: a validation is no part of a step."""
+        """Record the time: a validation is no part of a step."""
         self._validation_at = self.clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes how long it took."""
+        """Record its duration."""
         took_s = self.clock() - self._validation_at
         self._longest_validation_s = max(self._longest_validation_s, took_s)
         self._last_edge_at += took_s
 
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
-        """Asks for the end where another step, and what may come with it, could take too long."""
+        """Request the end if another step, with its validation and save, could take too long."""
         now = self.clock()
         self._longest_step_s = max(self._longest_step_s, now - self._last_edge_at)
         self._last_edge_at = now
@@ -128,17 +129,17 @@ class TimeLimit(StepCallback):
 
 
 class StopWithoutGain(EarlyStopping):
-    """Ends the run after so many validations without a better held-out loss."""
+    """A callback that ends the run after so many validations without a better held-out loss."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Lightning's, but the patience is the command line's and not the checkpoint's."""
+        """As Lightning's, but with the patience of the command line, not of the checkpoint."""
         super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 def parse_max_time(text: str) -> float:
     """Seconds of ``DD:HH:MM:SS``, the form that Lightning's own option has.
 
-    Raises UserError where it is none, or nothing.
+    Raises UserError for another form, and for zero.
     """
     found = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", text)
     days, hours, minutes, seconds = map(int, found.groups()) if found else (0, 0, 0, 0)

@@ -11,32 +11,32 @@ from lit_qlora.callbacks.steps import StepCallback, is_log_step
 
 
 class Throughput(StepCallback):
-    """Records tokens that are not padding per second of training; validations and saves are not counted in."""
+    """A callback that records tokens per second of training, without padding, validations and saves."""
 
     def __init__(self) -> None:
         self.tokens_per_second = 0.0
         self.training_s = 0.0
-        """Seconds of training since the run's first step, whatever checkpoints it went through."""
+        """Seconds of training since the run's first step, over all its starts."""
         self._since: float | None = None
         self._start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock; the first batch starts it."""
+        """Stop the clock; the first batch starts it."""
         self._since = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """The clock runs from a batch's start to its end, and on to the next batch's start where nothing is between."""
+        """Start the clock, which runs to the batch's end, and on to the next batch's start if nothing is between."""
         self._since = self._since or time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Counts a micro-batch's tokens."""
+        """Count a micro-batch's tokens."""
         self._tokens += batch.num_tokens
         self._places += batch.input_ids.numel()
 
     def on_step_end(self, trainer: Trainer, module: object) -> None:
-        """Records where the log interval ends; each step there waits for the device already, to tell its loss."""
+        """Record at the end of the log interval, where the loss waits for the device already."""
         self._pause()
         if not is_log_step(trainer):
             self._since = time.monotonic()
@@ -47,19 +47,19 @@ class Throughput(StepCallback):
         self._start()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock; the next batch starts it again."""
+        """Stop the clock; the next batch restarts it."""
         self._pause()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Stops the clock for a save."""
+        """Stop the clock for a save."""
         self._pause()
 
     def state_dict(self) -> dict[str, float]:
-        """What the interval under way has counted."""
+        """The counts of the current interval."""
         return {"tokens": self._tokens, "places": self._places, "seconds": self._seconds, "training_s": self.training_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the interval that was cut."""
+        """Continue the interrupted interval."""
         self._tokens, self._places = state_dict["tokens"], state_dict["places"]
         self._seconds = state_dict["seconds"]
         self.training_s = state_dict.get("training_s", 0.0)

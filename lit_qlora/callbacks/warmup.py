@@ -1,8 +1,8 @@
 """Owns the warm-up step before training: a whole step of the largest micro-batch, so that memory runs out at once or
 never.
 
-The forecast decides how many layers keep their activations, where that was left to it (``auto``). Nothing of the step
-stays: weights and optimizer are what they were before.
+With ``auto``, the forecast decides how many layers keep their activations. Weights and optimizer are restored after the
+step.
 """
 
 from typing import Any
@@ -16,17 +16,17 @@ from lit_qlora.model.optimizer import forget
 
 
 class WarmupStep(Callback):
-    """Runs forward, backward, update and evaluation of the largest micro-batch before the first one.
+    """A callback that runs forward, backward, update and evaluation of the largest micro-batch before the first one.
 
     Args:
-        on_cpu: on a CPU too; there, memory that runs out ends the process, and nothing is gained.
+        on_cpu: True to run on a CPU too, where running out of memory ends the process.
     """
 
     def __init__(self, on_cpu: bool = False) -> None:
         self.on_cpu = on_cpu
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs the step. Where memory runs out, the module takes less for it, as it would later."""
+        """Run the step. If memory runs out, the module takes less, as it would later."""
         module: Any = pl_module
         if module.device.type == "cpu" and not self.on_cpu:
             return
@@ -45,7 +45,7 @@ class WarmupStep(Callback):
         module.backward(output["loss"])
         del output
         for optimizer in trainer.optimizers:
-            if not optimizer.state:  # else the run goes on, and the state is in memory already
+            if not optimizer.state:  # else the run resumes, and the state is in memory already
                 optimizer.step()
                 forget(optimizer)
             optimizer.zero_grad(set_to_none=True)

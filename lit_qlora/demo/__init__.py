@@ -1,4 +1,4 @@
-"""Owns the embedded demo: a tiny Llama of our own training, its tokenizer, and conversations for it.
+"""Owns the embedded demo: a tiny Llama trained for this project, its tokenizer, and conversations for it.
 
 ``BASE`` is a Hugging Face folder: it has read about a made-up archipelago, and was never asked a question
 nor saw a text end. ``TRAIN`` and ``TEST`` ask about it, row by row, in openassistant-guanaco's form.

@@ -1,6 +1,6 @@
-"""Owns the model cards of adapters and merged models: what was made from what, and what was measured; nothing else.
+"""Owns the model cards of adapters and merged models: how they were made, and what was measured.
 
-Written into each such folder before it is sealed. No path and no name of this machine stands in it.
+Written into each such folder before it is sealed. Contains no path and no name of this machine.
 """
 
 import os
@@ -37,7 +37,7 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 ```"""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 TEXTS = ("system", "prompts", "template")
-"""Options that hold words, not places, whatever they look like."""
+"""Options that hold words and never paths, whatever they look like."""
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
 
 
@@ -49,15 +49,15 @@ def write_card(
     training_s: float,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the card of the adapter in ``folder`` and its picture; nothing for a run without a config.
+    """Write the card of the adapter in ``folder`` and its picture; nothing for a run without a config.
 
     Args:
-        folder: The adapter's.
+        folder: The adapter's folder.
         run: The run folder.
-        figures: All that is recorded, by optimizer step.
-        step: The adapter's.
+        figures: All recorded figures, by optimizer step.
+        step: The adapter's optimizer step.
         training_s: Seconds in training steps so far.
-        settings: The configuration of this start; None: that of the run's first.
+        settings: This start's configuration; default: that of the run's first.
     """
     if settings or run.config.is_file():
         base = read_object(folder / "adapter_config.json")["base_model_name_or_path"]
@@ -78,11 +78,11 @@ def card(
 
     Args:
         base: the public name of the base.
-        config: the run's whole configuration.
-        figures: what was recorded, by optimizer step; 0 is before training.
-        step: of the adapter.
+        config: the run's full configuration.
+        figures: the recorded figures, by optimizer step; 0 is before training.
+        step: optimizer step of the adapter.
         training_s: seconds in training steps so far, without validations and saves.
-        has_curves: whether the picture of the losses lies beside it.
+        has_curves: True if the picture of the losses is in the same folder.
     """
     config = published(config)
     source = config["data"]["source"]
@@ -107,10 +107,10 @@ def merged_card(base: str, source: str | None, made: str, told: str, prompts: st
 
     Args:
         base: the public name of the base.
-        source: what the adapter was trained on, where that is known.
-        made: how, in a sentence.
-        told: how far it is from base and adapter, as it was measured.
-        prompts: what they look like, as `PromptFormat.described` has it.
+        source: the adapter's training data, if known.
+        made: how it was made, in a sentence.
+        told: the measured difference from base and adapter.
+        prompts: the prompt format, as by `PromptFormat.described`.
     """
     source = published(source)
     metadata = _metadata(base, source or "", "finetune")
@@ -128,7 +128,7 @@ def merged_card(base: str, source: str | None, made: str, told: str, prompts: st
 
 
 def published(value: Any) -> Any:
-    """``value`` with the last part only of each path on this machine, however deep it stands."""
+    """``value`` with paths on this machine reduced to their last part, at any depth."""
     if isinstance(value, Mapping):
         return {key: inner if key in TEXTS else published(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
@@ -139,7 +139,7 @@ def published(value: Any) -> Any:
 
 
 def _is_path(text: str) -> bool:
-    """Whether ``text`` says where something is on this machine; a hub id that names no folder here does not."""
+    """True if ``text`` is a path on this machine, and no hub id."""
     if "\n" in text or "{{" in text or "{%" in text or not re.search(r"[/\\]", text):
         return False
     if re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text) or os.path.exists(text):  # noqa: PTH110  # pathlib's raises
@@ -196,7 +196,7 @@ def _block(text: str) -> str:
 
 
 def addressed(text: str, to: str) -> str:
-    """The card ``text`` for whoever finds it on the hub, in the repository ``to``."""
+    """The card ``text`` for readers on the hub, in the repository ``to``."""
     opened = 'open("this-folder/lit_qlora.json"'
     if opened in text:
         text = text.replace(opened, f'open(hf_hub_download("{to}", "lit_qlora.json")')
@@ -208,7 +208,7 @@ def addressed(text: str, to: str) -> str:
 
 
 def _use(base: str, prompt: str) -> str:
-    # A base that is not on the hub has no address that anyone else could use.
+    # A base that is not on the hub has no address for others.
     base = base if HUB_ID.fullmatch(base) else f"path/to/{base}"
     imports = "".join(f"import {name}\n" for name in ("json", "re") if f"{name}." in prompt)
     imports += "\n" if imports else ""

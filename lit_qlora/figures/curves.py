@@ -1,6 +1,6 @@
-"""Owns the picture of a run's losses that its card shows: training, as it is and smoothed, and held-out.
+"""Owns the picture of a run's losses in its card: training, raw and smoothed, and held-out.
 
-A PNG, which every reader of cards shows; by Pillow, which TensorBoard brings. Knows no run folder.
+A PNG, which every viewer of cards shows, drawn by Pillow, which TensorBoard requires. Knows no run folder.
 """
 
 import math
@@ -17,7 +17,7 @@ LEFT, TOP, RIGHT, BOTTOM = 76, 56, 876, 420
 """The plot inside the picture, in pixels."""
 
 SCALE = 3
-"""Drawn this much larger, then made small: that gives soft edges."""
+"""Factor by which it is drawn larger and then reduced, for smooth edges."""
 
 INK, GRID = "#333333", "#e4e4e4"
 TRAIN, LIGHT, HELD_OUT = "#2f6db5", "#bcd3ec", "#d1571f"
@@ -25,11 +25,11 @@ Points = list[tuple[float, float]]
 
 
 def draw_curves(file: Path, figures: Mapping[int, Mapping[str, Any]], step: int) -> bool:
-    """Draws the losses into ``file``; whether there was a line to draw.
+    """Draw the losses into ``file``; True if there was a line to draw.
 
     Args:
         file: the PNG to write.
-        figures: what was recorded, by optimizer step; values that are not finite are left out.
+        figures: recorded figures, by optimizer step; values that are not finite are left out.
         step: of the adapter, marked in the picture.
 
     Raises OSError where the file can't be written.
@@ -58,13 +58,13 @@ def draw_curves(file: Path, figures: Mapping[int, Mapping[str, Any]], step: int)
 
 
 def points(figures: Mapping[int, Mapping[str, Any]], name: str) -> Points:
-    """Step and value wherever ``name`` was recorded and is finite."""
+    """Steps and values at which ``name`` was recorded and is finite."""
     found = ((float(step), float(line[name])) for step, line in sorted(figures.items()) if name in line)
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
 def smoothed(line: Points) -> Points:
-    """The moving average over the last twentieth of the points, less of them at the start; few points as they are."""
+    """The moving average over the last twentieth of the points, fewer at the start; a few points are not smoothed."""
     width, values, result = len(line) // 20, [value for _, value in line], []
     for index, (step, value) in enumerate(line):
         last = values[max(0, index - width + 1) : index + 1] or [value]
@@ -73,7 +73,7 @@ def smoothed(line: Points) -> Points:
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from ``low`` to ``high``, some ``about`` of them, 1, 2 or 5 of a power of ten apart."""
+    """About ``about`` round numbers from ``low`` to ``high``, spaced by 1, 2 or 5 times a power of ten."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     apart = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
@@ -102,7 +102,7 @@ class _Plot:
         self._draw.text((x, y), text, fill=colour, font=self._font, anchor=anchor)
 
     def axes(self, steps: str, values: str) -> None:
-        """Grid, numbers, and what the axes are."""
+        """Draw grid, numbers and axis labels."""
         numbers = ticks(self._low, self._high, 5)
         digits = max(0, -math.floor(math.log10(numbers[1] - numbers[0]) + 1e-9)) if len(numbers) > 1 else 2
         for value in numbers:
@@ -118,7 +118,7 @@ class _Plot:
         self._text(16 * SCALE, 14 * SCALE, values, "la")
 
     def mark(self, step: int, text: str) -> None:
-        """A dashed line at a step, and what it is."""
+        """Draw a dashed line at a step, with its label."""
         x, bottom = self._at(min(step, self._last), self._low)
         for y in range(TOP * SCALE, int(bottom), 8 * SCALE):
             self._draw.line([(x, y), (x, y + 4 * SCALE)], fill="#888888", width=SCALE)
@@ -126,7 +126,7 @@ class _Plot:
         self._text(x + (-6 if is_right else 6) * SCALE, (TOP + 2) * SCALE, text, "ra" if is_right else "la", "#666666")
 
     def line(self, line: Points, colour: str, width: int, dots: bool = False) -> None:
-        """A line through points, with a dot on each where asked."""
+        """Draw a line through points, optionally with dots."""
         places = [self._at(*point) for point in line]
         if len(places) > 1:
             self._draw.line(places, fill=colour, width=width * SCALE, joint="curve")
@@ -135,7 +135,7 @@ class _Plot:
             self._draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
 
     def legend(self, entries: Iterable[tuple[str, str]]) -> None:
-        """Which line is which, in one row above the plot, from the right."""
+        """Draw the legend, in one row above the plot, from the right."""
         x, y = float(RIGHT * SCALE), 22.0 * SCALE
         for name, colour in reversed([*entries]):
             self._text(x, y, name, "rm")

@@ -1,6 +1,6 @@
-"""Owns a file of JSON lines, one per step in their order: appended to, and cut back where a run resumes.
+"""Owns a file of JSON lines, one per step in order: appended to, and cut back when a run resumes.
 
-A line that finds no room is kept in memory, and in the checkpoint, until there is some. Knows no figure.
+A line that can't be written is kept in memory, and in the checkpoint, until it can. Knows no figure.
 """
 
 import errno
@@ -18,30 +18,30 @@ from lit_qlora.storage.files import SaveError, parse_json, replace_file, sync_fi
 class StepLines:
     """One file of lines; each is a JSON object whose first key is its ``step``.
 
-    Nothing is read or changed before `go_back`, so that a start that is refused leaves the file as it was.
+    Nothing is read or changed before `go_back`, so that a refused start leaves the file unchanged.
 
     Args:
-        path: The file. It is made with its first line.
+        path: The file, created with its first line.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.problem: str | None = None
-        """Why the newest lines are not in the file; None where they are."""
+        """Why the newest lines are not in the file; None if they are."""
         self._last_step = -1
         """Step of the newest line in the file."""
         self._unwritten: dict[int, str] = {}
         self._sound_bytes: int | None = None
-        """Length of the file before a write that failed, which may have left a part of a line."""
+        """Length of the file before a failed write, which may have left a partial line."""
         self._is_synced = True
 
     def add(self, step: int, content: Mapping[str, Any]) -> None:
-        """Appends the line of ``step``; one that can't be written is kept, reported once, and tried again."""
+        """Append the line of ``step``; one that can't be written is kept, reported once, and retried."""
         self._unwritten[step] = json.dumps({"step": step, **content}) + "\n"
         self.write()
 
     def write(self) -> None:
-        """Appends the lines that are not in the file yet."""
+        """Append the lines that are not in the file yet."""
         try:
             while self._unwritten:
                 step = next(iter(self._unwritten))
@@ -53,7 +53,7 @@ class StepLines:
             self._report(error)
 
     def sync(self) -> None:
-        """Has the written lines on the disk, before a checkpoint that counts on them."""
+        """Sync the written lines to the disk, before a checkpoint that relies on them."""
         if self._is_synced:
             return
         try:
@@ -63,24 +63,24 @@ class StepLines:
             self._report(error)
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The lines by their steps: those of the file, and those that are not in it yet."""
+        """The lines by step: those in the file, and those not written yet."""
         yield from iter_lines(self.path)
         yield from map(parse_json, self._unwritten.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The last step that a resume can count on in the file, and the lines that it has to add."""
+        """The last step that a resume can rely on in the file, and the lines that it has to add."""
         return {"counted_on": self._last_step, "unwritten": dict(self._unwritten)}
 
     def go_back(self, state: Mapping[str, Any] | None) -> None:
-        """Cuts the file back to what a checkpoint counted on, and takes over the lines that it held.
+        """Cut the file back to the state that a checkpoint relies on, and restore the lines that it held.
 
-        Reports damaged lines, and those that are gone from the file.
+        Reports damaged lines, and those missing from the file.
 
         Args:
-            state: `state_dict` of the checkpoint; None without one, and the file becomes empty.
+            state: `state_dict` of the checkpoint; None empties the file.
 
         Raises:
-            SaveError: The file could not be changed, and is as it was.
+            SaveError: The file could not be changed, and is as before.
         """
         counted_on = state["counted_on"] if state else -1
         content = self.path.read_bytes() if self.path.is_file() else b""
@@ -94,16 +94,14 @@ class StepLines:
                 last, last_line = step, number
             else:
                 damaged.append(number)
-        damaged = [number for number in damaged if number < last_line]  # those at the end are told by their steps
+        damaged = [number for number in damaged if number < last_line]  # those at the end are recognised by their steps
         if damaged:
             _warn(f"{self.path}: damaged lines ({len(damaged)}, from line {damaged[0]} on) are left out")
         if last < counted_on:
-            lost = f"its lines of the steps {last + 1} to {counted_on}, which the checkpoint counted on, are lost"
+            lost = f"its lines of the steps {last + 1} to {counted_on}, which the checkpoint relies on, are lost"
             _warn(f"{self.path}: {lost}")
         if num_behind:
-            print(
-                f"   run  {self.path}: {num_behind} lines behind step {max(counted_on, 0)} are written anew", flush=True
-            )
+            print(f"   run  {self.path}: {num_behind} lines after step {max(counted_on, 0)} are replaced", flush=True)
         self._put(content, b"".join(kept))
         self._last_step, self._unwritten = last, dict(state["unwritten"]) if state else {}
         self.write()
@@ -116,7 +114,7 @@ class StepLines:
             replace_file(self.path, new)
             return
         try:
-            os.truncate(self.path, len(new))  # which needs no room
+            os.truncate(self.path, len(new))  # which needs no disk space
         except OSError as error:
             raise SaveError(self.path, error) from error
 
@@ -134,11 +132,11 @@ class StepLines:
     def _report(self, error: OSError) -> None:
         if self.problem is None:
             self.problem = f"{self.path} can't be written: {error.strerror or error}"
-            tell(f"error: {self.problem}; training goes on, its lines are kept for later")
+            tell(f"error: {self.problem}; training continues, its lines are kept for later")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; those that are damaged, or still being written, are left out."""
+    """The lines of a file, without damaged or partly written ones."""
     return [*iter_lines(path)]
 
 

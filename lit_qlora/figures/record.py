@@ -1,7 +1,7 @@
-"""Owns what is recorded of a run, as Lightning's logger: the truth in three files, and TensorBoard's view of it.
+"""Owns the record of a run, as Lightning's logger: the truth in three files, and TensorBoard's view of it.
 
-Files hold the steps before the open one. That one's content goes through the checkpoint: a validation in the middle
-of a window still adds to the step before it. Knows no model.
+Files hold the steps before the open one, whose content goes through the checkpoint: a validation in the middle of a
+window still adds to the step before it. Knows no model.
 """
 
 import math
@@ -21,17 +21,17 @@ Figures = dict[str, Any]
 
 
 class _HasSteps(Protocol):
-    """Of a Trainer, what says which step is open."""
+    """The part of a Trainer that gives the open step."""
 
     @property
     def global_step(self) -> int: ...
 
 
 class Record(Logger):
-    """Writes ``metrics.jsonl``, ``samples.jsonl`` and ``others.jsonl`` of a run, one line per step, no step twice.
+    """A logger of ``metrics.jsonl``, ``samples.jsonl`` and ``others.jsonl`` of a run, one line per step, no step twice.
 
-    A figure that is not finite is a string. Figures that a callback of the user's own logs under another number than
-    the Trainer's step are no part of a step's figures, and stand in ``others.jsonl``.
+    A figure that is not finite is a string. Figures that a user's own callback logs under a number other than the
+    Trainer's step go to ``others.jsonl``.
 
     Args:
         run: The run folder.
@@ -42,7 +42,7 @@ class Record(Logger):
         super().__init__()
         self.run, self.board = run, board
         self.trainer: _HasSteps | None = None
-        """Whose steps are counted; None: as each call says."""
+        """Source of the step; None: that of each call."""
         self._metrics, self._samples = StepLines(run.metrics), StepLines(run.samples)
         self._others = StepLines(run.others)
         self._step: int | None = None
@@ -50,30 +50,30 @@ class Record(Logger):
 
     @property
     def name(self) -> str:
-        """Lightning asks for it."""
+        """Required by Lightning."""
         return "run"
 
     @property
     def version(self) -> str:
-        """Lightning asks for it."""
+        """Required by Lightning."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The run folder, for callbacks of the user's own that write files."""
+        """The run folder, for a user's own callbacks that write files."""
         return str(self.run.path)
 
     @property
     def problem(self) -> str | None:
-        """Why what came last is not in a file; None where all is."""
+        """Why the newest entries are not in a file; None if all are."""
         found = [part.problem for part in (*self._files(), self.board) if part and part.problem]
         return "; ".join(found) or None
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's config.yaml is their record."""
+        """Do nothing: the run's config.yaml is their record."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds ``metrics`` to the line of ``step``; a new step writes the lines before it."""
+        """Add ``metrics`` to the line of ``step``; a new step writes the lines before it."""
         assert step is not None, "figures are recorded under a step"
         figures = {name: _plain(float(value)) for name, value in metrics.items()}
         self._move_to(self.trainer.global_step if self.trainer else step)
@@ -85,27 +85,27 @@ class Record(Logger):
             self._open.others.append([step, figures])
 
     def log_samples(self, samples: Figures, step: int) -> None:
-        """Records the sample answers of a validation, in the form of `figures.samples`."""
+        """Record the sample answers of a validation, in the form of `figures.samples`."""
         self._move_to(step)
         if self.board:
             self.board.add(_tables(step, samples), anew=self._open.samples)
         self._open.samples = samples
 
     def save(self) -> None:
-        """Has the written lines on the disk, for a checkpoint that is to follow; the open step is in that."""
+        """Sync the written lines to the disk, before a checkpoint, which holds the open step."""
         for file in self._files():
             file.write()
             file.sync()
         self._refresh_board()
 
     def finalize(self, status: str) -> None:
-        """Writes what is left, unless the run was cut: a resume continues the step."""
+        """Write the open step, unless the run was interrupted: a resume continues it."""
         if status == "success":
             self.close_step()
             self._refresh_board()
 
     def close_step(self) -> None:
-        """Writes the lines of the open step, for those who read the files now."""
+        """Write the lines of the open step, for readers of the files."""
         if self._step is None:
             return
         step, content = self._step, self._open
@@ -120,7 +120,7 @@ class Record(Logger):
                 file.write()
 
     def state_dict(self) -> dict[str, Any]:
-        """The open step, and up to which step a resume can count on each file."""
+        """The open step, and the step up to which a resume can rely on each file."""
         content = self._open
         return {
             "step": self._step, "figures": dict(content.figures), **self._metrics.state_dict(),
@@ -129,10 +129,10 @@ class Record(Logger):
         }  # fmt: skip
 
     def go_back(self, state: Mapping[str, Any] | None) -> None:
-        """Cuts the files back to a checkpoint, opens its step again, and writes the view anew.
+        """Cut the files back to a checkpoint, reopen its step, and rewrite the view.
 
         Args:
-            state: `state_dict` of the checkpoint; None without one: the run begins.
+            state: `state_dict` of the checkpoint; None at the start of a run.
 
         Raises:
             SaveError: A file could not be changed.
@@ -147,7 +147,7 @@ class Record(Logger):
         self._refresh_board()
 
     def by_step(self) -> dict[int, Figures]:
-        """All figures of all steps, those of the open one and those that found no room included."""
+        """All figures of all steps, with the open one and those not written yet."""
         found = {line["step"]: line for line in self._metrics.read()}
         if self._step is not None and self._open.figures:
             found[self._step] = {"step": self._step, **self._open.figures}
@@ -166,7 +166,7 @@ class Record(Logger):
             self.board.refresh(self._events)
 
     def _events(self) -> Iterator[Event]:
-        """All that is recorded, as TensorBoard shows it."""
+        """Everything recorded, as TensorBoard events."""
         step, content = self._step or 0, self._open
         for line in chain(self._metrics.read(), [{"step": step, **content.figures}]):
             yield from figures_events(line["step"], {name: value for name, value in line.items() if name != "step"})
@@ -179,7 +179,7 @@ class Record(Logger):
 
 @dataclass
 class _Step:
-    """What a step has so far, for each of the files."""
+    """The entries of a step so far, for each of the files."""
 
     figures: Figures = field(default_factory=dict)
     samples: Figures = field(default_factory=dict)

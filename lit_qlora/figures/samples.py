@@ -1,30 +1,30 @@
-"""Owns how sample answers are recorded and shown: their counts, a line of ``samples.jsonl``, the table, the words.
+"""Owns how sample answers are recorded and shown: counts, a line of ``samples.jsonl``, the table, the words.
 
 A line: ``{"step", "max_new_tokens", "answers": [{"prompt", "base", "adapter"}]}``, where an answer is ``{"text",
-"cut_by"}``. Before training there is no adapter's. Knows no model.
+"cut_by"}``. Before training there is no answer of an adapter. Knows no model.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 SHOWN = 16
-"""Answers in the table; how they ended is counted of them all, and all stand in the file."""
+"""Number of answers in the table; ends are counted over all answers, which are all in the file."""
 
 ENDED, LIMIT, CONTEXT = "samples/ended", "samples/cut", "samples/cut_by_context"
-"""Figures: answers that ended by themselves, that the limit cut, and that would have left the base's context."""
+"""Names of the counts: answers that ended by themselves, were cut by the limit, and were cut by the base's context."""
 TOKENS = "samples/max_new_tokens"
-"""The limit that these hold for: a run that is resumed may have another."""
+"""The limit of these counts: a resumed run may have another."""
 
 
 class SampleAnswer(NamedTuple):
-    """An answer's text, and what cut it off: `LIMIT` or `CONTEXT`; None where it ended by itself, with EOS."""
+    """An answer's text, and what cut it off: `LIMIT` or `CONTEXT`; None if it ended with EOS."""
 
     text: str
     cut_by: str | None
 
 
 def counts(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, float]:
-    """Counts of ends, the limit that they hold for, and the share that ended by themselves."""
+    """Counts of ends, their limit, and the share that ended by themselves."""
     ends = [answer.cut_by for answer in answers]
     figures = {ENDED: ends.count(None), LIMIT: ends.count(LIMIT), TOKENS: max_new_tokens}
     if CONTEXT in ends:
@@ -35,7 +35,7 @@ def counts(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, fl
 def line(
     prompts: Sequence[str], base: Sequence[SampleAnswer], adapter: Sequence[SampleAnswer] | None, max_new_tokens: int
 ) -> dict[str, Any]:
-    """What is recorded of one validation.
+    """The record of one validation.
 
     Args:
         prompts: The last turn of each.
@@ -50,7 +50,7 @@ def line(
 
 
 def table(line: Mapping[str, Any]) -> str | None:
-    """A `line` in Markdown, base beside adapter; None where there is none of an adapter."""
+    """A `line` in Markdown, base beside adapter; None without answers of an adapter."""
     rows = [row for row in line.get("answers", ())[:SHOWN] if "adapter" in row]
     if not rows:
         return None
@@ -62,9 +62,9 @@ def table(line: Mapping[str, Any]) -> str | None:
 
 
 def ends_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
-    """How sample answers ended, by the figures of two steps: a title, and how many of how many, before and after.
+    """Counts of how sample answers ended, at two steps: a title, and how many of how many, before and after.
 
-    None stands for what was not measured before; nothing is returned where it was not after.
+    Before is None if it was not measured then; empty if it was not measured after.
     """
     if ENDED not in after:
         return []

@@ -78,7 +78,7 @@ def figures_events(step: int, figures: Mapping[str, float | str]) -> list[Event]
 
 
 def text_event(part: str, step: int, tag: str, text: str) -> Event:
-    """One event with a text in Markdown, for the page of texts."""
+    """An event with a text in Markdown, for the page of texts."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -91,7 +91,7 @@ def text_event(part: str, step: int, tag: str, text: str) -> Event:
 
 
 class Board:
-    """The view of a run. It is stale until `refresh`, and again once something could not be written.
+    """The view of a run. It is stale until `refresh`, and after a failed write.
 
     Args:
         folder: The run folder. Event files of earlier starts make way for this one's.
@@ -115,7 +115,7 @@ class Board:
         """Appends ``events``; not to stale files, which `refresh` writes anew with them.
 
         Args:
-            events: What came.
+            events: The new events.
             anew: What of it takes the place of something that a file has already: two validations of one step.
         """
         if self._is_stale:
@@ -126,7 +126,7 @@ class Board:
                 if event.part not in self._paths:  # the first of its part
                     self._paths[event.part] = self._begin(event.part)
                 _write(self._paths[event.part], [event.content])
-        except OSError as error:  # what is torn now is the last in a file that is written anew
+        except OSError as error:  # only the end of a file that will be rewritten can be torn
             self._fail(error)
 
     def refresh(self, events: Callable[[], Iterable[Event]]) -> None:
@@ -182,7 +182,7 @@ class Board:
                 yield _event(TRAINING, event.content.step, best)
 
     def _clear_earlier(self) -> None:
-        """Empties the newest and removes the rest: an open page that reads a file must find it, to go to the next."""
+        """Empty the newest and remove the rest: an open page must find the file that it reads to go to the next."""
         for file in self._outdated:
             with suppress(OSError):
                 file.unlink(missing_ok=True)
@@ -201,7 +201,7 @@ class Board:
         yield from _hyper_parameters(self._settings)
 
     def _new_path(self, part: str) -> Path:
-        """Behind the earlier ones by name, which is the order in which TensorBoard reads: the second stands first."""
+        """A file name that sorts after the earlier ones, the order in which TensorBoard reads."""
         earlier = (_second(file) for file in self._earlier.get(part, []))
         seconds = [int(time.time()), *(int(found) + 1 for found in earlier if found.isdigit())]
         return self.folder / part / f"events.out.tfevents.{max(seconds)}.{socket.gethostname()}.{os.getpid()}.0"
@@ -210,7 +210,7 @@ class Board:
         self._is_stale = True
         if self.problem is None:
             self.problem = f"TensorBoard's files in {self.folder} can't be written: {error.strerror or error}"
-            tell(f"error: {self.problem}; training goes on, its figures are kept for later")
+            tell(f"error: {self.problem}; training continues, its figures are kept for later")
 
 
 def _place(name: str) -> tuple[str, str]:
@@ -254,7 +254,7 @@ def _hyper_parameters(settings: Mapping[str, Any]) -> Iterator[Event]:
 
 
 def _opening() -> Iterator[Any]:
-    """A page that shows an earlier file drops all that it has at the session's start."""
+    """An event that makes an open page discard what it has of earlier files."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     yield Event(wall_time=time.time(), file_version="brain.Event:2")

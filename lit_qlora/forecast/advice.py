@@ -1,4 +1,4 @@
-"""Owns the search for settings that fit a card: the smallest change of a forecast that fits, and the quickest one.
+"""Owns the search for settings that fit a card: the smallest change of a forecast that fits, and the fastest one.
 
 Knows forecasts and the names of options; no files and no model.
 """
@@ -16,16 +16,16 @@ from lit_qlora.forecast.speed import HOST_S_PER_LAYER
 
 BUDGETS = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 SHORTEST, LENGTH_STEP = 256, 64
-"""Of max_length where it is cut: below, a conversation loses its answers."""
+"""Smallest max_length to suggest: below, a conversation loses its answers."""
 RANKS = (128, 96, 64, 48, 32, 24, 16, 8, 4)
 MINUTE = 1 / 60
-"""Hours; a shorter epoch is not worth a change."""
+"""Shortest epoch, in hours, that is worth a change."""
 GAIN = 0.03
-"""Less time saved is within the forecast's error, and no reason to change anything."""
+"""Smallest share of time saved that is worth a change; less is within the forecast's error."""
 
 
 class Change(NamedTuple):
-    """Options, as the command line takes them, and the forecast with them."""
+    """Options as given on the command line, and the forecast with them."""
 
     options: str
     forecast: Forecast
@@ -41,13 +41,13 @@ def _recorded(forecast: Forecast) -> list[Change]:
 
 
 def _recomputation(forecast: Forecast) -> list[Change]:
-    """``auto`` keeps what fits, so that it fits where ``full`` does."""
+    """``auto`` keeps as much as fits, so it fits where ``full`` does."""
     auto = Change("--model.checkpointing auto", replace(forecast, checkpointing="auto"))
     return [auto] if forecast.checkpointing in ("none", "selective") else []
 
 
 def _smaller_batches(forecast: Forecast) -> list[Change]:
-    """Micro-batches of fewer rows or tokens, more of them to a step, which stays as large."""
+    """Micro-batches of fewer rows or tokens, more of them per step, which stays as large."""
     plan, found = forecast.plan, []
     if plan.tokens:
         parts = range(2, math.ceil(plan.tokens / forecast.max_length) + 1)
@@ -64,7 +64,7 @@ def _smaller_batches(forecast: Forecast) -> list[Change]:
 
 
 def _fewer_samples(forecast: Forecast) -> list[Change]:
-    """Of prompts of the user's own none, or all: a count is one of held-out prompts."""
+    """For the user's own prompts none or all, since a count is one of held-out prompts."""
     samples = forecast.samples
     if samples.are_own:
         return [Change("--samples.prompts null --samples.count 0", replace(forecast, samples=NO_SAMPLES))]
@@ -76,7 +76,7 @@ def _fewer_samples(forecast: Forecast) -> list[Change]:
 
 
 def _smaller_optimizer(forecast: Forecast) -> list[Change]:
-    """Of a paged one in 32 bits, not the one in 8 bits that stays on the card: it takes more there."""
+    """A paged 32-bit one is not replaced by the 8-bit one that stays on the card: it takes more there."""
     smaller = {
         "adamw": ("adamw_8bit", "paged_adamw_8bit"),
         "adamw_8bit": ("paged_adamw_8bit",),
@@ -87,7 +87,7 @@ def _smaller_optimizer(forecast: Forecast) -> list[Change]:
 
 
 def _smaller_ranks(forecast: Forecast) -> list[Change]:
-    """An adapter to start from has its own rank, and no other can be given."""
+    """Lower ranks, unless an adapter to start from fixes the rank."""
     ranks = [rank for rank in RANKS if rank < forecast.lora.rank and not forecast.ranks]
     return [Change(f"--model.rank {rank}", replace(forecast, lora=replace(forecast.lora, rank=rank))) for rank in ranks]
 
@@ -101,10 +101,10 @@ def _shorter_rows(forecast: Forecast) -> list[Change]:
 
 
 class Rung(NamedTuple):
-    """A kind of change: its steps from mild to strong.
+    """A kind of change, with its steps from smallest to largest.
 
-    ``always_less``: a further step never takes more memory. ``is_long``: steps are many, and each takes an epoch's
-    batches to look at, so that the first that fits is found by halves.
+    ``always_less``: a further step never takes more memory. ``is_long``: there are many steps, each of which needs a
+    pass over an epoch's batches, so the first that fits is found by bisection.
     """
 
     steps: Callable[[Forecast], list[Change]]
@@ -121,20 +121,20 @@ LADDER = (
     Rung(_recomputation),
     Rung(_recorded, always_less=True),
 )
-"""From the most expensive kind of change to those that the result does not depend on.
+"""The kinds of change, from the most expensive to those without effect on the result.
 
-Fewer target modules are not among them: a rank of 4 on all takes as little, and learns more."""
+Fewer target modules are not among them: a rank of 4 on all takes as little memory, and learns more."""
 
 
 def smallest_change(forecast: Forecast) -> Change | None:
-    """The least that makes it fit, with `memory.RESERVE` left free if that can be; None where nothing does."""
+    """The smallest change that makes it fit, with `memory.RESERVE` left free if possible; None if nothing does."""
     return _walk(forecast, 1 - memory.RESERVE) or _walk(forecast, 1.0)
 
 
 def _walk(forecast: Forecast, share: float) -> Change | None:
     """From the most expensive kind of change down: the smallest step after which cheaper kinds can still make it fit.
 
-    Walked once: what was passed over then is not needed, for the step that was taken is one after which the rest fits.
+    Walked once: after each step taken, the cheaper kinds that follow can make it fit.
     """
     taken: list[str] = []
     for number, rung in enumerate(LADDER):
@@ -149,7 +149,7 @@ def _walk(forecast: Forecast, share: float) -> Change | None:
 
 
 def _first(steps: list[Change], fits: Callable[[Forecast], bool], by_halves: bool) -> Change | None:
-    """The first of ``steps`` that fits; None where none does."""
+    """The first of ``steps`` that fits; None if none does."""
     if by_halves and not fits(steps[0].forecast):
         least = bisect_left(steps, True, key=lambda step: fits(step.forecast))
         return steps[least] if least < len(steps) else None
@@ -157,9 +157,9 @@ def _first(steps: list[Change], fits: Callable[[Forecast], bool], by_halves: boo
 
 
 def _can_fit(forecast: Forecast, ladder: Sequence[Rung], share: float) -> bool:
-    """True if the kinds of ``ladder``, each not at all or as far as it goes, can make it fit.
+    """True if the kinds of ``ladder``, each left out or taken to its last step, can make it fit.
 
-    Not at all, too: several micro-batches have a second set of gradients, and can take more than one.
+    Left out, too: several micro-batches need a second set of gradients, and can take more memory than one.
     """
     if not ladder:
         return forecast.fits(share)
@@ -174,10 +174,10 @@ def _can_fit(forecast: Forecast, ladder: Sequence[Rung], share: float) -> bool:
 
 
 def quickest(forecast: Forecast) -> Change | None:
-    """The quickest micro-batch and checkpointing that fit, the optimizer's step about as large as it is.
+    """The fastest micro-batch and checkpointing that fit, with optimizer steps of about the same size.
 
-    With kernels recorded, where they are, or not. None where the settings are within `GAIN` of it, or where no time
-    is forecast: for transformers' own layers, too.
+    With kernels recorded, where they are, or not. None if the settings are within `GAIN` of it, or if no time is
+    forecast, as for transformers' own layers.
     """
     now = _seconds_per_token(forecast) if forecast.fits() else math.inf
     if forecast.is_slow or now is None or (forecast.hours or 0) < MINUTE:
@@ -186,7 +186,7 @@ def quickest(forecast: Forecast) -> Change | None:
     for chosen in _candidates(forecast):
         if chosen.fits(1 - memory.RESERVE):
             took = _seconds_per_token(chosen)
-            if not chosen.cuda_graphs and forecast.cuda_graphs:  # then the card may wait for its host
+            if not chosen.cuda_graphs and forecast.cuda_graphs:  # without recordings, the card may wait for its host
                 started = chosen.epoch.num_micro_batches * HOST_S_PER_LAYER * forecast.shape.num_layers
                 took = max(took or 0, started / chosen.epoch.tokens)
             if took and took < now * (1 - GAIN):
@@ -195,7 +195,7 @@ def quickest(forecast: Forecast) -> Change | None:
 
 
 def _seconds_per_token(forecast: Forecast) -> float | None:
-    """For an epoch of a number of micro-batches has more tokens where those are larger."""
+    """Compared per token, since an epoch limited to a number of micro-batches has more tokens if they are larger."""
     return None if forecast.hours is None else forecast.hours * 3600 / forecast.epoch.tokens
 
 

@@ -1,9 +1,9 @@
-"""Owns what is known of GPUs by name: memory, compute capability, and rates that they sustain. Knows no model.
+"""Owns the table of GPUs by name: memory, compute capability, and sustained rates. Knows no model.
 
-Memory is `torch.cuda.get_device_properties().total_memory`, as others' logs show it, in GiB of 1024^3 bytes.
-Rates are what large 16-bit products and memory traffic reach over minutes: measured where the comment says so,
-else a share of the data sheet (dense, fp32 accumulation) that comparable cards reach: 75 % of the FLOP/s and 80 %
-of the bandwidth, 85 % with HBM.
+Memory is `torch.cuda.get_device_properties().total_memory`, as seen in published logs, in GiB of 1024^3 bytes. Rates
+are what large 16-bit products and memory traffic sustain over minutes: measured where the comment says so, else a share
+of the data sheet (dense, fp32 accumulation) that comparable cards reach: 75 % of the FLOP/s and 80 % of the bandwidth,
+85 % with HBM.
 """
 
 import re
@@ -14,7 +14,7 @@ from lit_qlora.errors import UserError, excerpt
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU. Rates are None for one that is known by its memory alone."""
+    """A GPU. Rates are None if only its memory is known."""
 
     name: str
     memory_gib: float
@@ -48,16 +48,16 @@ DEFAULT = CARDS[0]
 
 
 def find_card(name: str) -> Card:
-    """The card that ``name`` means: ``t4``, ``Tesla T4``, ``a100-80``, ``NVIDIA GeForce RTX 4090``.
+    """The card called ``name``: ``t4``, ``Tesla T4``, ``a100-80``, ``NVIDIA GeForce RTX 4090``.
 
-    Raises UserError for one that is not in the table.
+    Raises UserError if it is not in the table.
     """
     words = _words(name)
     for card in sorted(CARDS, key=lambda card: -len(card.name)):
         wanted = _words(card.name)
         if wanted <= words or wanted - {"rtx"} <= words:
             return card
-    if "a100" in words:  # without a size: the smaller one
+    if "a100" in words:  # without a size, the smaller one
         return next(card for card in CARDS if card.name == "A100 40GB")
     raise UserError(
         f"no card {excerpt(name)} in the table",

@@ -1,7 +1,7 @@
-"""Owns the forecast of a run: its settings in one description, and the one way from them to steps, memory and time.
+"""Owns the forecast of a run: a description of its settings, and from it steps, memory and time.
 
-The description is made from a module, its data and its Trainer; none of them needs weights. Knows no options; the
-formulas are those of `memory` and `speed`, the words those of `words`.
+The description is built from a module, its data and its Trainer; none of them needs weights. The formulas are in
+`memory` and `speed`, the words in `words`. Knows no options.
 """
 
 import math
@@ -27,30 +27,30 @@ from lit_qlora.model.load import Lora
 from lit_qlora.model.shape import Shape
 
 ANSWER_SHARE = 0.86
-"""Tokens of answers, of all tokens: measured on guanaco-llama2-1k with Llama 2's tokenizer."""
+"""Share of answer tokens: measured on guanaco-llama2-1k with Llama 2's tokenizer."""
 GUANACO = (
     (0, 22), (5, 76), (10, 114), (20, 181), (30, 240), (40, 307), (50, 373), (60, 433), (70, 509), (80, 624),
     (90, 886), (95, 1154), (98, 1636), (99, 1895), (100, 7832),
 )  # fmt: skip
-"""Percentiles of the conversations' tokens, measured likewise; the first 259 test rows of the whole set agree."""
+"""Percentiles of tokens per conversation, measured likewise; the first 259 test rows of the whole set agree."""
 
 
 class Needs:
-    """Mixed into a callback that needs room of its own: what the forecast counts for it."""
+    """A mixin for callbacks that need memory or disk, with what the forecast counts for them."""
 
     keep_checkpoints = 0
-    """Checkpoints that it keeps in the run folder."""
+    """Number of checkpoints that it keeps in the run folder."""
 
     def samples(self, data: Any) -> Samples:
-        """Sample answers that it draws, all of them. ``data`` is the `ChatDataModule`."""
+        """All sample answers that it draws. ``data`` is the `ChatDataModule`."""
         return NO_SAMPLES
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The training rows: tokens of each, the share of tokens that are learned, and how both are known.
+    """The training rows: tokens of each, the share of learned tokens, and the source of both figures.
 
-    ``known_by`` is None where they were counted.
+    ``known_by`` is None if they were counted.
     """
 
     lengths: tuple[int, ...]
@@ -66,7 +66,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest micro-batch in tokens, with padding; and where kernels are recorded, which pads more."""
+    """The largest micro-batch in tokens, with padding; and with the padding for recorded kernels."""
 
     tokens: int
     recorded_tokens: int
@@ -81,17 +81,17 @@ class _Batches(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What decides the memory and the time of a run, and what follows from it.
+    """The settings that decide the memory and the time of a run, and the figures that follow.
 
     Args:
-        shape: of the base.
-        card: to train on.
-        rows: to train on, before they are cut to ``max_length``.
+        shape: shape of the base.
+        card: the card to train on.
+        rows: the training rows, before they are cut to ``max_length``.
         lora: the adapter.
-        ranks: those of an adapter to start from, by linear layer, for each decoder layer; else all are the one of
+        ranks: ranks of an adapter to start from, by linear layer, for each decoder layer; else all are that of
             ``lora``.
-        precision: as Lightning spells it.
-        optimizer: its name.
+        precision: the precision, as Lightning spells it.
+        optimizer: name of the optimizer.
         checkpointing: none, selective, auto or full.
         cuda_graphs: whether kernels are recorded; auto: where the card would wait for its host.
         own_layers: False for transformers' own layers, which take more than the formulas say.
@@ -99,10 +99,10 @@ class Forecast:
         plan: how rows are grouped into micro-batches.
         max_length: tokens of one row.
         accumulate: micro-batches of one optimizer step.
-        limit: micro-batches of an epoch, or a share of them.
-        seed: of the rows' order.
-        samples: all sample answers of a validation.
-        keep_checkpoints: kept in the run folder.
+        limit: number of micro-batches per epoch, or a share of them.
+        seed: seed of the rows' order.
+        samples: all sample answers of one validation.
+        keep_checkpoints: number of checkpoints in the run folder.
     """
 
     shape: Shape
@@ -126,7 +126,7 @@ class Forecast:
 
     @property
     def is_slow(self) -> bool:
-        """True if the layers are transformers' own: nothing of them is recorded, and auto keeps none."""
+        """True if the layers are transformers' own, which are never recorded, and of which auto keeps none."""
         return self.lora.dora or not self.own_layers
 
     @property
@@ -150,12 +150,12 @@ class Forecast:
 
     @cached_property
     def samples_at_once(self) -> Samples:
-        """Sample answers that are drawn in one batch."""
+        """The sample answers that are drawn in one batch."""
         return replace(self.samples, num_prompts=min(self.samples.num_prompts, PROMPTS_AT_ONCE))
 
     @cached_property
     def step(self) -> Step:
-        """The step of the largest micro-batch, with as many layers kept as ``checkpointing`` means on the card."""
+        """The step of the largest micro-batch, with the number of layers kept by ``checkpointing`` on the card."""
         names, largest = load.target_names(self.lora.target_modules), self.largest
         step = Step(
             self.shape,
@@ -193,12 +193,12 @@ class Forecast:
 
     @cached_property
     def moments(self) -> list[StepMemory]:
-        """All moments that the run must have room for."""
+        """All moments whose memory the run needs."""
         return memory.run_moments(self.step, self.samples_at_once)
 
     @cached_property
     def peak(self) -> StepMemory:
-        """The highest of them."""
+        """The moment with the highest memory."""
         return max(self.moments, key=lambda moment: moment.reserved)
 
     @property
@@ -212,28 +212,28 @@ class Forecast:
 
     @cached_property
     def hours(self) -> float | None:
-        """Hours of an epoch at the card's sustained rates; None where these are not known."""
+        """Hours per epoch at the card's sustained rates; None if these are not known."""
         return epoch_hours(self.step, self.epoch, self.card)
 
 
-@lru_cache(typed=True)  # for a limit of 1 micro-batch is none of 1.0, all of them
+@lru_cache(typed=True)  # a limit of 1 is one micro-batch, 1.0 is all of them
 def _batches(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed: int, limit: int | float) -> _Batches:
     cut = [min(length, max_length) for length in lengths]
     batches = plan.epoch(cut, seed, 0)
     taken = batches[: max(1, ResumableLoader(None, (), lambda _: batches, limit=limit).length)]
     epoch, largest = epoch_of(cut, batches, plan.packed)
-    if len(taken) < len(batches):  # a later epoch takes others: the largest is that of them all
+    if len(taken) < len(batches):  # a later epoch draws others: the largest is that of them all
         epoch, _ = epoch_of(cut, taken, plan.packed)
     return _Batches(epoch, largest, sum(map(len, taken)))
 
 
 def epoch_of(lengths: Sequence[int], batches: Sequence[Sequence[int]], packed: bool = False) -> tuple[Epoch, Largest]:
-    """An epoch's tokens, and its largest micro-batch.
+    """Tokens of an epoch, and its largest micro-batch.
 
     Args:
         lengths: tokens of each row.
         batches: the micro-batches, as row numbers.
-        packed: whether rows stand one behind the other, without padding.
+        packed: True if rows are packed without padding.
     """
     longest = [max(lengths[row] for row in rows) for rows in batches]
     taken = [lengths[row] for rows in batches for row in rows]
@@ -255,18 +255,18 @@ def foresee(
     rows: Rows | None = None,
     samples: Samples | None = None,
 ) -> Forecast | None:
-    """Forecasts a fit.
+    """Forecast a fit.
 
     Args:
         module: the `QLoRAModule`; nothing of it has to be loaded.
         data: the `ChatDataModule`, after ``setup("fit")`` unless rows and samples are given.
         trainer: the Trainer.
-        card: to train on; default: this machine's.
-        rows: to train on; default: those of ``data``.
-        samples: all sample answers of a validation; default: those that the Trainer's callbacks draw.
+        card: the card to train on; default: this machine's.
+        rows: the training rows; default: those of ``data``.
+        samples: all sample answers of one validation; default: those of the Trainer's callbacks.
 
     Returns:
-        None without a card.
+        The forecast; The forecast; None without a card.
     """
     card = card or current_card()
     if card is None:
@@ -297,7 +297,7 @@ def foresee(
 
 
 def guanaco_lengths(num_rows: int) -> tuple[int, ...]:
-    """Lengths like those of guanaco-llama2-1k: its measured percentiles, with straight lines between them."""
+    """Lengths like those of guanaco-llama2-1k: its measured percentiles, linearly interpolated."""
     lengths = []
     for row in range(num_rows):
         percent = 100 * (row + 0.5) / num_rows
@@ -307,13 +307,13 @@ def guanaco_lengths(num_rows: int) -> tuple[int, ...]:
 
 
 def current_card() -> Card | None:
-    """This machine's GPU, with the rates of the table where it is there; None without one."""
+    """This machine's GPU, with the rates of the table if listed; None without one."""
     device = current_device()
     if device.capability is None:
         return None
     try:
         known = find_card(device.name)
-    except UserError:  # there are more cards than the table has: of this one the rates are not known
+    except UserError:  # a card outside the table has no known rates
         known = Card(device.name, 0, device.capability)
-    # CUDA's own part is not in what is free any more; the formulas count it in.
+    # Free memory excludes CUDA's own part already; the formulas include it.
     return replace(known, memory_gib=(device.memory_bytes + memory.CONTEXT) / GIB, capability=device.capability)

@@ -1,4 +1,4 @@
-"""Owns the bytes of a training step by formula: what is held at each of its moments, part by part.
+"""Owns the bytes of a training step by formula: memory at each of its moments, part by part.
 
 The coefficients are counted, not fitted: `tests/forecast/test_memory.py` measures them on a small model with torch's
 own allocator. Knows no torch, no card and no data; sizes and settings go in, bytes come out.
@@ -14,17 +14,17 @@ from lit_qlora.model.shape import Shape
 GIB = 1024**3
 
 CONTEXT = int(0.35 * GIB)
-"""What CUDA itself takes of a card for a process, kernels included. An estimate, not measured on a T4; 0.6 GiB were on
-an H100."""
+"""Bytes of CUDA's own per process, kernels included. An estimate, not measured on a T4; 0.6 GiB on an H100."""
 RECORDING = int(0.47 * 1024**2)
-"""What CUDA keeps of a card for each layer in a recording, beside torch: 14.8 MiB measured for 32 layers on an H100."""
+"""Bytes that CUDA keeps per recorded layer, beside torch: 14.8 MiB measured for 32 layers on an H100."""
 FRAGMENTATION = 0.085
-"""What torch's allocator holds of the card beyond its tensors, as a share of all but what forward keeps, whose large
-blocks leave no gaps: 4 to 9.5 % in 16 settings measured on an H100, with segments that grow (`cli.prepare_memory`)."""
+"""Memory held by torch's allocator beyond its tensors, as a share of all but the activations kept by forward, whose
+large blocks leave no gaps: 4 to 9.5 % in 16 settings measured on an H100, with expandable segments
+(`cli.prepare_memory`)."""
 RESERVE = 0.1
-"""The share of a card left free where a setting is chosen: as far as the prediction may be wrong."""
+"""The share of a card left free when a setting is chosen: the error of the forecast."""
 WORKSPACE = 2 * 8_519_680
-"""cuBLAS's scratch, for the forward's and the backward's thread (`getChosenWorkspaceSize` in torch)."""
+"""Workspace of cuBLAS, for the forward's and the backward's thread (`getChosenWorkspaceSize` in torch)."""
 HOPPER_WORKSPACE = 2 * 32 * 1024**2
 """The same from compute capability 9.0 on."""
 
@@ -44,11 +44,11 @@ MIN_8BIT, MIN_PAGED, BLOCK_8BIT = 4096, 100_000, 256
 
 @dataclass(frozen=True)
 class Step:
-    """What decides the memory of a training step.
+    """The settings that decide the memory of a training step.
 
-    ``tokens`` is the largest micro-batch with padding, ``scored_tokens`` those of it that are learned.
-    ``kept_layers`` is how many layers, the last ones, keep the results of their products and of attention; the others
-    keep their input only. The layers are those of `model.decoder`; transformers' own, as with DoRA, take more.
+    ``tokens`` is the largest micro-batch with padding, ``scored_tokens`` the learned ones among them. ``kept_layers``
+    is the number of layers, the last ones, that keep the results of their products and of attention; the others keep
+    their input only. The layers are those of `model.decoder`; transformers' own, as with DoRA, take more.
     """
 
     shape: Shape
@@ -57,21 +57,21 @@ class Step:
     rank: int = 16
     targets: tuple[str, ...] = Shape.LINEARS
     ranks: tuple[Mapping[str, int], ...] | None = None
-    """LoRA's rank by linear layer, for each decoder layer, where not all are ``rank`` on ``targets``."""
+    """LoRA's rank by linear layer, for each decoder layer, unless all are ``rank`` on ``targets``."""
     dropout: bool = False
     optimizer: str = "adamw"
     kept_layers: int = 0
     element: int = 2
-    """Bytes of the precision: 2 in 16-mixed and bf16-mixed, 4 in 32-true."""
+    """Bytes per value: 2 in 16-mixed and bf16-mixed, 4 in 32-true."""
     accumulates: bool = False
     workspace: int = WORKSPACE
     loss_rows: int = CHUNK_ROWS
     num_recordings: int = 0
-    """For how many shapes of a micro-batch the layers' kernels are recorded, as `model.graphs` does it."""
+    """Number of micro-batch shapes for which the layers' kernels are recorded by `model.graphs`."""
 
     @property
     def uses_cuda_graphs(self) -> bool:
-        """Whether the layers' kernels are recorded."""
+        """True if the layers' kernels are recorded."""
         return self.num_recordings > 0
 
     @cached_property
@@ -81,21 +81,21 @@ class Step:
 
     @cached_property
     def lora_tensors(self) -> list[int]:
-        """Weights in each tensor of LoRA, of all layers."""
+        """Number of weights in each tensor of LoRA, of all layers."""
         return [
             rank * width for layer in self.lora for name, rank in layer.items() for width in self.shape.linears[name]
         ]
 
     @cached_property
     def num_cast(self) -> int:
-        """Weights in the 16-bit copies of LoRA: layers that are alike share theirs."""
+        """Number of weights in the 16-bit copies of LoRA, which layers of one kind share."""
         kinds = {frozenset(layer.items()) for layer in self.lora}
         return sum(rank * sum(self.shape.linears[name]) for layer in kinds for name, rank in layer)
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on the card at one moment of a step, by what they are for."""
+    """Bytes on the card at one moment of a step, by purpose."""
 
     moment: str
     weights: int = 0
@@ -103,25 +103,25 @@ class StepMemory:
     gradients: int = 0
     optimizer: int = 0
     casts: int = 0
-    """LoRA's weights of one layer in the precision of its products: buffers that each layer fills anew."""
+    """LoRA's weights of one layer in the precision of its products: buffers that each layer refills."""
     activations: int = 0
-    """What forward keeps for backward, of all layers."""
+    """Activations of all layers that forward keeps for backward."""
     layer: int = 0
-    """What one layer takes while it is computed again and its gradient formed."""
+    """Memory of one layer during its recomputation and backward."""
     loss: int = 0
     """Logits, a chunk of rows at a time, and the last hidden states with their gradient."""
     dequantisation: int = 0
-    """The 4-bit weights that stand in 16 bits just now."""
+    """4-bit weights that are dequantised at that moment."""
     recordings: int = 0
-    """What recorded kernels read and write."""
+    """Buffers of recorded kernels."""
     cache: int = 0
     """Keys and values of the sample answers."""
     workspace: int = 0
     apart: int = 0
-    """What the allocator holds beside all that for other moments, and can't give to this one: of recorded kernels, or
-    for them."""
+    """Memory that the allocator holds for other moments and can't reuse for this one: of recorded kernels, or for
+    them."""
     kernels: int = 0
-    """What CUDA keeps of recordings, out of torch's sight."""
+    """Memory of recordings that CUDA keeps outside of torch."""
 
     @property
     def total(self) -> int:
@@ -136,12 +136,12 @@ class StepMemory:
 
     @property
     def on_card(self) -> int:
-        """All that the card must have, CUDA's context included."""
+        """All memory that the card must have, CUDA's context included."""
         return self.reserved + self.kernels + CONTEXT
 
 
 def weight_bytes(shape: Shape, element: int = 2) -> int:
-    """The loaded base: linear layers in NF4 with double quantisation, all else in the precision."""
+    """Bytes of the loaded base: linear layers in NF4 with double quantisation, all else in the precision."""
     quantized = 0
     for inputs, outputs in shape.linears.values():
         scales = math.ceil(inputs * outputs / NF4_BLOCK)
@@ -150,20 +150,20 @@ def weight_bytes(shape: Shape, element: int = 2) -> int:
 
 
 def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
-    """Bytes of a run folder at its largest, without its figures.
+    """Largest size of a run folder in bytes, without its figures.
 
     Args:
         num_trained: Weights of the adapter; they are kept in fp32.
         keep_checkpoints: Checkpoints that stay; each has the adapter and two moments of each weight.
 
     Returns:
-        What the best adapter, its copy and one that is being written take, and the checkpoints with one more.
+        Bytes of the best adapter, its copy, one being written, and the checkpoints with one more.
     """
     return (3 * 4 + (keep_checkpoints + 1) * 12) * num_trained
 
 
 def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
-    """State on the card, and state that is paged out to the host where the card is short."""
+    """Optimizer state on the card, and state that is paged to the host when the card runs short."""
     on_card = paged = 0
     for size in tensors:
         scales = 0
@@ -178,7 +178,7 @@ def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
     return on_card, paged
 
 
-# Activations, in bytes a token
+# Activations, in bytes per token
 
 
 def kept_in_layer(step: Step) -> int:
@@ -220,12 +220,12 @@ def small_blocks(step: Step) -> int:
 
 
 def swiglu_backward(step: Step) -> int:
-    """A layer's highest point in backward, beyond what it keeps: the residual's gradient and four of SwiGLU's."""
+    """A layer's peak in backward, beyond what it keeps: the residual's gradient and four of SwiGLU's."""
     return step.element * (step.shape.hidden + 4 * step.shape.linears["gate_proj"][1])
 
 
 def kept_activations(step: Step) -> int:
-    """Of all layers, once forward is through."""
+    """Activations of all layers after forward."""
     layers = step.shape.num_layers
     return layers * step.element * step.shape.hidden + step.kept_layers * kept_in_layer(step)
 
@@ -234,9 +234,9 @@ def kept_activations(step: Step) -> int:
 
 
 def loss_bytes(step: Step) -> int:
-    """The last norm and the chunked cross entropy, while its last chunk is under way.
+    """Bytes of the last norm and the chunked cross entropy, during its last chunk.
 
-    A chunk's logits stand in 16 bits and in fp32.
+    A chunk's logits exist in 16 bits and in fp32.
     """
     hidden, rows = step.shape.hidden, min(step.scored_tokens, step.loss_rows)
     copies = 4 if step.element == 4 else 4 + step.element
@@ -246,7 +246,7 @@ def loss_bytes(step: Step) -> int:
 
 
 def moments(step: Step) -> list[StepMemory]:
-    """The moments of a step that can be its highest, from the second step on."""
+    """The moments of a step that can be its peak, from the second step on."""
     shape, size = step.shape, step.element
     lora = sum(step.lora_tensors)
     weights = {name: size * inputs * outputs for name, (inputs, outputs) in shape.linears.items()}
@@ -262,7 +262,7 @@ def moments(step: Step) -> list[StepMemory]:
     )
     activations = step.tokens * kept_activations(step)
     recomputed = shape.num_layers - step.kept_layers
-    # Recomputed, a layer holds all its weights but the last out of their 4 bits, for the backward behind it.
+    # During recomputation, a layer holds all its weights but the last dequantised, for the backward that follows.
     again = replace(
         always,
         layer=step.tokens * (kept_in_layer(step) + swiglu_backward(step)),
@@ -273,15 +273,15 @@ def moments(step: Step) -> list[StepMemory]:
         layer=step.tokens * max(swiglu_backward(step), 24 * shape.hidden),  # or the last norm, in fp32
         dequantisation=widest + 8 * widest // size // NF4_BLOCK,  # its scales, in fp32 and once more with their offset
     )
-    # The last step's gradients are there until backward begins; while micro-batches add up, all the time, and each
-    # makes its own beside them, so that it can be done again (`learning.LearnsInParts`).
+    # The last step's gradients exist until backward begins; with accumulation all the time, and each micro-batch
+    # computes its own beside them, so that it can be retried (`learning.LearnsInParts`).
     accumulated = 4 * lora if step.accumulates and not step.uses_cuda_graphs else 0
     found = [
         replace(always, moment="loss", activations=activations, gradients=4 * lora, loss=loss_bytes(step)),
         replace(once, moment="start of backward", activations=activations, gradients=accumulated),
         replace(again if recomputed else once, moment="end of backward", gradients=4 * lora + accumulated,
                 activations=step.tokens * (size * shape.hidden + (0 if recomputed else kept_in_layer(step)))),
-        # torch's AdamW has the roots of its second moments as a whole; bitsandbytes works in place.
+        # torch's AdamW holds the roots of all second moments at once; bitsandbytes works in place.
         replace(always, moment="update", gradients=4 * lora, layer=4 * lora if step.optimizer == "adamw" else 0),
     ]  # fmt: skip
     if recomputed:
@@ -289,7 +289,7 @@ def moments(step: Step) -> list[StepMemory]:
         found.append(
             replace(
                 again,
-                moment="backward of the last layer that computes again",
+                moment="backward of the last recomputed layer",
                 activations=step.tokens * recomputed * size * shape.hidden,
                 gradients=accumulated + done,
             )
@@ -298,12 +298,12 @@ def moments(step: Step) -> list[StepMemory]:
 
 
 def step_memory(step: Step) -> StepMemory:
-    """The highest moment. Evaluation takes less: the same batches, with nothing kept for a backward."""
+    """The moment with the highest memory. Evaluation takes less: the same batches, with nothing kept for a backward."""
     return max(moments(step), key=lambda moment: moment.reserved)
 
 
 def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:
-    """The moments of `moments`, where the layers' kernels are recorded: those have memory that nothing else uses."""
+    """The moments of `moments` with recorded kernels, which have a memory pool of their own."""
     shape, lora = step.shape, 4 * sum(step.lora_tensors)
 
     def inside(moment: StepMemory) -> int:
@@ -312,7 +312,7 @@ def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:
     outside = [moment for moment in once if moment.moment in ("loss", "update")]
     deepest = max((moment for moment in once if moment not in outside), key=inside)
     states = 2 * step.element * step.tokens * shape.hidden
-    # Before each recording one layer runs as it is; that takes more than an evaluation.
+    # Before each recording one layer runs unrecorded, which takes more than an evaluation.
     warmed = max(moment.layer + moment.dequantisation for moment in once if moment not in outside)
     beside = max(warmed, *(moment.loss + moment.layer for moment in outside)) + small_blocks(step)
     held = inside(deepest) + small_blocks(step)
@@ -326,7 +326,7 @@ def _recorded(step: Step, once: list[StepMemory]) -> list[StepMemory]:
 class Samples:
     """Sample answers: prompts, tokens of the longest, and new tokens of each.
 
-    The prompts may be the user's ``own``, and their tokens may be assumed.
+    ``own``: the prompts are the user's; ``assumed``: their tokens are not counted.
     """
 
     num_prompts: int
@@ -340,12 +340,12 @@ NO_SAMPLES = Samples(0, 0, 0)
 
 
 def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
-    """All moments that a run must have room for."""
+    """All moments whose memory a run needs."""
     return [*moments(step), *([sampling_memory(step, samples)] if samples.num_prompts else [])]
 
 
 def sampling_memory(step: Step, samples: Samples) -> StepMemory:
-    """While sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts."""
+    """Bytes while sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts."""
     shape, size = step.shape, step.element
     inner, keys = shape.linears["gate_proj"][1], shape.linears["k_proj"][1]
     update = next(moment for moment in moments(step) if moment.moment == "update")
@@ -357,7 +357,7 @@ def sampling_memory(step: Step, samples: Samples) -> StepMemory:
 
 
 def most_kept_layers(step: Step, card_bytes: int, samples: Samples = NO_SAMPLES, reserve: float = RESERVE) -> int:
-    """The most layers that can keep their products' results on a card of ``card_bytes``; 0 where none can."""
+    """The largest number of layers that can keep their products' results on a card of ``card_bytes``; 0 if none can."""
     room = card_bytes * (1 - reserve)
     fitting = (
         kept

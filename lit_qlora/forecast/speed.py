@@ -1,6 +1,6 @@
 """Owns the time of training by formula: products, memory traffic and dequantisation at a card's sustained rates.
 
-A prediction, for a Llama trained as this project trains it; no run stands behind it. Knows no data and no torch.
+A forecast by formula, for a Llama trained as in this project; not measured. Knows no data and no torch.
 """
 
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from lit_qlora.forecast.cards import Card
 from lit_qlora.forecast.memory import Step
 
 TRAFFIC_KIB = (500, 750)
-"""What everything but matrix products and attention reads and writes, for a token and a layer of 7B, forward and
-backward, with the kernels of `model.pointwise` compiled: an estimate, which a profile on an H200 agrees with."""
+"""Bytes read and written by everything but matrix products and attention, per token and layer of a 7B, forward and
+backward, with the kernels of `model.pointwise` compiled: an estimate that a profile on an H200 confirms."""
 WIDTHS_OF_7B = 4096 + 11008
 HOST_S_PER_LAYER = 0.008
-"""What a host needs to start the kernels of a layer, forward and backward, one by one: 7.7 to 9.7 ms measured beside an
+"""Time in which a host starts the kernels of a layer one by one, forward and backward: 7.7 to 9.7 ms measured beside an
 H100, in a virtual machine with torch 2.11; others may be twice as fast."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """The tokens of an epoch: real ones, those with padding, micro-batches, and the length of the mean token's row."""
+    """An epoch: tokens without and with padding, micro-batches, and the length of the mean token's row."""
 
     tokens: int
     padded_tokens: int
@@ -28,13 +28,13 @@ class Epoch:
 
 
 def waits_for_host(step: Step, card: Card) -> bool:
-    """Whether ``card`` is done with the layers before its host has started all their kernels; False where unknown."""
+    """True if ``card`` computes the layers faster than its host starts their kernels; False if unknown."""
     hours = epoch_hours(step, Epoch(step.tokens, step.tokens, 1, 0), card)
     return hours is not None and hours * 3600 < HOST_S_PER_LAYER * step.shape.num_layers
 
 
 def epoch_hours(step: Step, epoch: Epoch, card: Card) -> float | None:
-    """Hours of an epoch of training, without validations; None for a card of unknown rates, or in 32 bits."""
+    """Hours per training epoch, without validations; None for a card of unknown rates, or in 32 bits."""
     if card.tflops is None or card.gb_per_s is None or step.element != 2:
         return None
     per_token = _flops(step, epoch.row_tokens / 2) / (card.tflops * 1e12) + _traffic(step) / (card.gb_per_s * 1e9)
@@ -43,19 +43,19 @@ def epoch_hours(step: Step, epoch: Epoch, card: Card) -> float | None:
 
 
 def _recomputed(step: Step) -> float:
-    """The share of the layers that are computed twice."""
+    """The share of layers that are recomputed."""
     return 1 - step.kept_layers / step.shape.num_layers
 
 
 def _flops(step: Step, attended: float) -> float:
-    """For one token that attends to ``attended`` others on average; frozen weights have no gradient."""
+    """FLOPs per token that attends to ``attended`` others on average; frozen weights have no gradient."""
     shape = step.shape
     products, head = 2 * shape.num_quantized, 2 * shape.vocabulary * shape.hidden
     lora = 2 * sum(step.lora_tensors)
     attention = 4 * shape.linears["q_proj"][1] * shape.num_layers * attended
     scored = step.scored_tokens / step.tokens
     forward_and_backward = 2 * products + 2 * head * scored + 3 * lora + 3.5 * attention
-    inputs, outputs = shape.linears["down_proj"]  # whose result the backward does not need
+    inputs, outputs = shape.linears["down_proj"]  # its result is not needed in backward
     again = products - 2 * shape.num_layers * inputs * outputs + attention + lora
     return forward_and_backward + _recomputed(step) * again
 
@@ -70,5 +70,5 @@ def _traffic(step: Step) -> float:
 
 
 def _dequantised_bytes(step: Step) -> float:
-    """For one micro-batch, however small: forward and backward read the 4-bit weights and write them in 16 bits."""
+    """Bytes per micro-batch, however small: forward and backward read the 4-bit weights and write them in 16 bits."""
     return 2 * step.shape.num_quantized * (0.516 + 2)

@@ -1,6 +1,6 @@
-"""Owns the words of a forecast: tables of memory, host and disk, and the time; all of it predicted.
+"""Owns the words of a forecast: tables of memory, host and disk, and the time.
 
-Knows the forecast, and neither where it comes from nor where it goes.
+Knows neither where the forecast comes from nor where the words go.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ SLOW = (
     "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than these figures"
 )
 REACHED = 0.7
-"""The share of a roofline's speed that whole runs reach where little else was fused: an estimate."""
+"""The share of a roofline's speed that whole runs reach with few other fused kernels: an estimate."""
 PARTS = {
     "weights": "base: linear layers in 4 bits, the rest in 16",
     "adapters": "adapter, fp32",
@@ -23,17 +23,17 @@ PARTS = {
     "optimizer": "optimizer's state",
     "casts": "16-bit copies of the adapter",
     "activations": "activations kept for backward",
-    "layer": "one layer while it is worked on",
+    "layer": "one layer in recomputation and backward",
     "loss": "loss: some rows' logits, hidden states",
-    "dequantisation": "one weight out of its 4 bits",
-    "recordings": "what recorded kernels read and write",
+    "dequantisation": "one dequantised weight",
+    "recordings": "buffers of recorded kernels",
     "cache": "keys and values of sample answers",
     "workspace": "cuBLAS's scratch",
 }
 
 
 def lines(forecast: Forecast) -> Iterator[str]:
-    """What a fit reports before it begins: against the card, part by part, the host and the time."""
+    """The lines that a fit reports before it starts: memory against the card, part by part, the host and the time."""
     card, peak, gib = forecast.card, forecast.peak, forecast.needed_gib
     share = gib / card.memory_gib
     verdict = "may fit" if forecast.is_slow else "fits"
@@ -49,7 +49,7 @@ def lines(forecast: Forecast) -> Iterator[str]:
 
 
 def memory_lines(forecast: Forecast) -> Iterator[str]:
-    """A table of the highest moment, part by part, against the card; what decides it, and the other moments."""
+    """A table of the moment with the most memory, part by part, against the card; its causes, and the other moments."""
     step, peak, card, samples = forecast.step, forecast.peak, forecast.card, forecast.samples_at_once
     unit = GIB if peak.total >= GIB else 1024**2
     yield f"{f'memory at its highest: {peak.moment}':<52}{'GiB' if unit == GIB else 'MiB':>8}"
@@ -59,7 +59,7 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
             yield line(PARTS[part.name], size, unit)
     yield line("allocated (torch.cuda.max_memory_allocated)", peak.total, unit)
     if peak.apart:
-        yield line("held beside: recorded kernels share no memory", peak.apart, unit)
+        yield line("held beside: recorded kernels have their own pool", peak.apart, unit)
     yield line(f"fragmentation, {memory.FRAGMENTATION:.0%}", peak.reserved - peak.total - peak.apart, unit)
     yield line("CUDA context", memory.CONTEXT, unit)
     if peak.kernels:
@@ -91,7 +91,7 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
 
 
 def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
-    """How long an epoch takes, and what that assumes; nothing for a card of unknown rates."""
+    """The time per epoch, and its assumptions; empty for a card of unknown rates."""
     epoch, card, hours = forecast.epoch, forecast.card, forecast.hours
     if hours is None:
         return
@@ -110,24 +110,24 @@ def line(what: str, size: float, unit: int = GIB) -> str:
 
 
 def kept_words(step: Step) -> str:
-    """Which layers compute their activations again, and whether kernels are recorded."""
+    """Which layers recompute their activations, and whether kernels are recorded."""
     layers = step.shape.num_layers
     graphs = "; kernels are recorded (CUDA graphs)" if step.uses_cuda_graphs else ""
     if step.kept_layers == layers:
-        return f"no layer computes its activations again{graphs}"
+        return f"no layer recomputes its activations{graphs}"
     if step.kept_layers == 0:
-        return f"all {layers} layers compute their activations again{graphs}"
+        return f"all {layers} layers recompute their activations{graphs}"
     return f"{step.kept_layers} of {layers} layers keep their products' results{graphs}"
 
 
 def duration(hours: float) -> str:
-    """Hours in two figures."""
+    """Hours to two digits."""
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s" if hours * 3600 >= 1 else "under 1 s"
     return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
 def between(least: float, most: float) -> str:
-    """A span of hours; one word where its ends look alike."""
+    """A span of hours; one figure if both ends look alike."""
     ends = duration(least), duration(most)
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)

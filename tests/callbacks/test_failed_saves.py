@@ -53,7 +53,7 @@ def test_a_checkpoint_that_fails_is_told_and_tried_again(full_run, tiny, rows, t
     (line,) = error.splitlines()
     path = parts.run.checkpoint(6)
     assert line.startswith(f"error: {path} could not be saved: {os.strerror(number)} (0.0 MB needed, ")
-    assert line.endswith(" MB free); training goes on, the next save tries again")
+    assert line.endswith(" MB free); training continues, and the next save retries")
     assert parts.checkpoints.failures == {}
     assert sorted(path.name for path in parts.run.checkpoints.iterdir()) == ["step-00000004", "step-00000008"]
 
@@ -220,7 +220,7 @@ def test_lines_that_do_not_fit_are_kept_and_written_later(tmp_path, capsys, full
     file.log_metrics({"a": 4}, step=4)
     file.log_metrics({"a": 5}, step=5)
     assert capsys.readouterr().err == (
-        f"error: {path} can't be written: No space left on device; training goes on, its lines are kept for later\n"
+        f"error: {path} can't be written: No space left on device; training continues, its lines are kept for later\n"
     )
     state = file.state_dict()
     full_disk[0] = None

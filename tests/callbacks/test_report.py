@@ -17,9 +17,9 @@ BUT = "; state and order are exact, a GPU's last bits only with --trainer.determ
     ("resumed_from", "on_gpu", "deterministic", "told"),
     [
         (None, True, False, ""),
-        ("step-4", False, False, ", going on from step-4"),
-        ("step-4", True, False, f", going on from step-4{BUT}"),
-        ("step-4", True, True, ", going on from step-4"),
+        ("step-4", False, False, ", resuming from step-4"),
+        ("step-4", True, False, f", resuming from step-4{BUT}"),
+        ("step-4", True, True, ", resuming from step-4"),
     ],
 )
 def test_how_exact_a_resume_is_is_said(monkeypatch, resumed_from, on_gpu, deterministic, told):

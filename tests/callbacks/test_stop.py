@@ -52,10 +52,10 @@ def test_the_step_under_way_is_finished_and_saved(full_run, tiny, rows, tmp_path
     assert len(module.seen) == 6
     assert parts.run.saved_steps() == [3]
     assert [signal.getsignal(one) for one in SIGNALS] == before
-    more = "; once more stops at once" if number in (signal.SIGINT, signal.SIGTERM) else ""
+    more = "; again to stop at once" if number in (signal.SIGINT, signal.SIGTERM) else ""
     assert capsys.readouterr().out == (
         f"\nstopping after this step{more}\n"
-        f"\nstopped and saved at step 3 by {name}; the same command goes on from here\n"
+        f"\nstopped and saved at step 3 by {name}; the same command resumes from here\n"
     )
 
 
@@ -139,7 +139,7 @@ def test_a_second_signal_stops_at_once(full_run, tiny, rows, tmp_path, capsys):
     assert stop.value.code == 130
     assert len(module.seen) == 4
     assert parts.run.saved_steps() == []
-    assert capsys.readouterr().err == "\nstopped by Ctrl-C; given again, the same command goes on\n"
+    assert capsys.readouterr().err == "\nstopped by Ctrl-C; given again, the same command resumes\n"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_where_the_save_fails_the_stop_says_so(full_run, tiny, rows, tmp_path, c
     with pytest.raises(SystemExit) as stop:
         parts.trainer.fit(module, datamodule=rows(12))
     assert (stop.value.code, parts.run.saved_steps()) == (1, [2, 4])
-    assert "error: stopped at step 5, and the last save failed; an earlier one stands\n" in capsys.readouterr().err
+    assert "error: stopped at step 5, and the last save failed; an earlier one exists\n" in capsys.readouterr().err
 
 
 class Clock:
@@ -223,7 +223,7 @@ def test_the_time_limit_stops_before_it_is_over(full_run, tiny, rows, tmp_path, 
         parts.trainer.fit(Timed(), datamodule=rows(12))
     assert (stop.value.code, parts.run.saved_steps()) == (0, [expected])
     assert clock.now < limit_s or expected == 1
-    said = f"\nstopped and saved at step {expected} by max_time; the same command goes on from here\n"
+    said = f"\nstopped and saved at step {expected} by max_time; the same command resumes from here\n"
     assert capsys.readouterr().out == said
 
 

@@ -41,7 +41,7 @@ def test_without_a_checkpoint_all_lines_are_of_an_earlier_start(tmp_path, capsys
     path.write_text(lines_of(0, 1, 5))
     StepLines(path).go_back(None)
     assert path.read_bytes() == b""
-    assert capsys.readouterr().out == f"   run  {path}: 3 lines behind step 0 are written anew\n"
+    assert capsys.readouterr().out == f"   run  {path}: 3 lines after step 0 are replaced\n"
 
 
 def test_lines_behind_the_checkpoint_go_and_those_that_it_held_come(tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_lines_behind_the_checkpoint_go_and_those_that_it_held_come(tmp_path, ca
     assert path.read_text() == lines_of(0, 3, 4)
     assert file.state_dict() == {"counted_on": 4, "unwritten": {}}
     told = capsys.readouterr()
-    assert (told.out, told.err) == (f"   run  {path}: 3 lines behind step 3 are written anew\n", "")
+    assert (told.out, told.err) == (f"   run  {path}: 3 lines after step 3 are replaced\n", "")
 
 
 def test_nothing_is_touched_before_it_is_known_where_to_go_back_to(tmp_path):
@@ -86,7 +86,7 @@ def test_a_step_that_stands_twice_is_damage(tmp_path, capsys, doubled):
     assert "damaged lines (1, from line 3 on)" in capsys.readouterr().err
 
 
-LOST = "its lines of the steps {} to 7, which the checkpoint counted on, are lost"
+LOST = "its lines of the steps {} to 7, which the checkpoint relies on, are lost"
 
 
 @pytest.mark.parametrize(

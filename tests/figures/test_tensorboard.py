@@ -257,7 +257,7 @@ def test_what_found_no_room_is_written_once_there_is_some(tmp_path, capsys, disk
     if is_begun:
         told = f"TensorBoard's files in {tmp_path} can't be written: No space left on device"
         assert record.problem == told
-        assert capsys.readouterr().err == f"error: {told}; training goes on, its figures are kept for later\n"
+        assert capsys.readouterr().err == f"error: {told}; training continues, its figures are kept for later\n"
     disk[0] = None
     log(record, (5, 5.0))
     record.save()

@@ -105,7 +105,7 @@ def test_recorded_kernels_leave_room_for_fewer_layers_and_say_so():
     assert number == recorded.largest.num_recordings > 5
     lines = list(words.lines(recorded))
     assert any("CUDA graphs" in line for line in lines)
-    assert any("held beside: recorded kernels share no memory" in line for line in lines)
+    assert any("held beside: recorded kernels have their own pool" in line for line in lines)
     assert f"  CUDA's own of {number} recordings".ljust(52) + f"{number * 32 * 0.47 / 1024:8.2f}" in lines
 
 
@@ -189,7 +189,7 @@ def test_on_a_card_memory_parts_host_and_time(parts, monkeypatch):
     assert lines[0].startswith("predicted for T4: 0.4") and lines[0].endswith("; fits")
     assert "of 14.56 GiB (3%), of which torch reserves 0.0" in lines[0]
     assert lines[1].startswith("memory at its highest: ")
-    held = next(index for index, line in enumerate(lines) if "no layer computes its activations again" in line)
+    held = next(index for index, line in enumerate(lines) if "no layer recomputes its activations" in line)
     assert lines[held - 1].startswith("  allocated at other moments: ")
     assert ", sample answers " in lines[held - 1]
     assert re.fullmatch(r"  sample answers: 8 prompts of \d+ tokens, 5 new ones each", lines[held + 1])
@@ -204,7 +204,7 @@ def test_a_card_of_unknown_rates_and_one_too_small():
     lines = list(words.lines(forecast(card=Card("small", 5.0, (7, 5)))))
     assert not any("an epoch takes" in line for line in lines)
     assert not any("sample answers" in line for line in lines)
-    assert lines[0].endswith("does not fit: python main.py plan says what would")
+    assert lines[0].endswith("does not fit: python main.py plan shows what would")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_this_machines_card(monkeypatch, name, rates):
 def test_kept_layers_in_words():
     said = [words.kept_words(replace(step(), kept_layers=kept)) for kept in (32, 0, 12)]
     assert said == [
-        "no layer computes its activations again",
-        "all 32 layers compute their activations again",
+        "no layer recomputes its activations",
+        "all 32 layers recompute their activations",
         "12 of 32 layers keep their products' results",
     ]

@@ -224,7 +224,7 @@ def test_7b_by_hand():
     assert step.optimizer == 8 * 39_976_960
     assert step.activations == 4096 * 32 * 2 * 4096
     assert step.dequantisation == 2 * (4 * 4096 * 4096 + 2 * 4096 * 11008)
-    assert step.moment == "backward of the last layer that computes again"
+    assert step.moment == "backward of the last recomputed layer"
 
 
 def test_a_total_is_the_sum_of_its_parts():
@@ -310,7 +310,7 @@ def test_the_highest_moment_moves():
     assert moment == {
         "few tokens": "update",
         "few layers": "end of backward",
-        "many": "backward of the last layer that computes again",
+        "many": "backward of the last recomputed layer",
         "many and kept": "loss",
         "kept": "start of backward",
     }

@@ -168,7 +168,7 @@ def test_transformers_own_layers_are_not_promised_to_fit(plan, with_biases, slow
         "these figures" in lines
     )
     assert lines[-1].startswith("may fit, what transformers' own layers take beside not counted: 6.97 of 14.56 GiB")
-    assert any(line.endswith("; all 32 layers compute their activations again") for line in lines)
+    assert any(line.endswith("; all 32 layers recompute their activations") for line in lines)
     assert not any(line.startswith(("quicker", "micro-batch and checkpointing")) for line in lines)
     assert not any("CUDA graphs" in line for line in plan("--config", T4, "--gpu", "h200", *slow))
 

@@ -1,7 +1,7 @@
 """Owns the verbs: each module here is one, and what it is made of has a folder beside it.
 
-A verb is a function of the module's name, whose signature is its options; this turns it into a command. Not so `plan`,
-which has fit's options, and `doctor`, which answers where jsonargparse is missing. Knows nothing of what a verb does.
+A verb is a function of the module's name, whose signature is its options; this turns it into a command. Except `plan`,
+which has fit's options, and `doctor`, which works without jsonargparse. Knows nothing of what a verb does.
 """
 
 import importlib
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 
 def run_tool(name: str, args: Sequence[str]) -> int:
-    """Runs ``lit_qlora.tools.<name>.<name>`` with the options in ``args``; returns the exit status."""
-    # Here, and not above: doctor answers where jsonargparse is missing.
+    """Run ``lit_qlora.tools.<name>.<name>`` with the options in ``args``; return the exit status."""
+    # Here, and not above: doctor works without jsonargparse.
     from jsonargparse import ArgumentParser
 
     from lit_qlora.options import OneLineErrors
@@ -25,7 +25,7 @@ def run_tool(name: str, args: Sequence[str]) -> int:
     parser = _ToolParser(allow_abbrev=False, prog=f"{PROGRAM} {name}", description=function.__doc__.splitlines()[0])
     parser.add_function_arguments(function)
     for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:  # --public alone says yes, as well as --public true
+        if getattr(action, "_typehint", None) is bool:  # --public alone means --public true
             action.nargs, action.const = "?", True
     try:
         options = parser.parse_args(list(args))

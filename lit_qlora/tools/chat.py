@@ -1,6 +1,7 @@
-"""Owns the verb chat: one question answered, from --prompt or a pipe, or a conversation at the terminal or on a page.
+"""Owns the verb chat: an answer to one question, from --prompt or a pipe, or a conversation at the terminal or on a
+page.
 
-The conversation itself is `lit_qlora.tools.answering.terminal`'s or `lit_qlora.tools.answering.web`'s. Knows no model.
+The conversation itself is in `lit_qlora.tools.answering.terminal` or `lit_qlora.tools.answering.web`. Knows no model.
 """
 
 import os
@@ -40,11 +41,11 @@ def chat(
         system: the system text; default: the one that the run was trained with, if any; "" for none.
         temperature: 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that make up this share.
-        seed: of sampling.
-        max_new_tokens: tokens of an answer, at most.
-        web: talk in a browser instead (pip install -r requirements-web.txt).
-        share: with --web, a link that whoever has it can open, from gradio's servers; what Colab needs.
-        port: with --web, where to listen; default: the first free one from 7860 on.
+        seed: seed of sampling.
+        max_new_tokens: most tokens of an answer.
+        web: chat in a browser instead (pip install -r requirements-web.txt).
+        share: with --web, request a public link from gradio's servers, as needed on Colab.
+        port: with --web, the port to listen at; default: the first free one from 7860 on.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     source = {"option": "prompt"}
@@ -67,7 +68,7 @@ def chat(
     else:
         answerer.prompt(question, sampling)
         answerer.model  # noqa: B018  # with the prompt, all that an error can be of: it would be the only line
-        if not (run or adapter):  # beside the answer, which may be piped on
+        if not (run or adapter):  # on standard error, since the answer may be piped
             print(f"(the newest run's adapter answers: {answerer.adapter})", file=sys.stderr, flush=True)
         _answer_once(answerer, question, sampling)
 

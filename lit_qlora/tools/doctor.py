@@ -1,6 +1,6 @@
-"""Owns the verb doctor: what is found, what would be chosen, and what to do about it, as it may stand in an issue.
+"""Owns the verb doctor: findings, choices and remedies, in a form that can be pasted into an issue.
 
-Takes its options without jsonargparse, for that may be what is missing. What is found is `surroundings`'s.
+Parses its options without jsonargparse, which may be what is missing. The findings are in `surroundings`.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from lit_qlora.tools.doctoring import surroundings
 from lit_qlora.tools.doctoring.surroundings import Finding
 
 DEMO_CONFIG = CONFIGS / "demo.yaml"
-DESCRIPTION = """Say what is wrong here, what to do about it, and what a fit would choose.
+DESCRIPTION = """Report what is wrong here, what to do about it, and what a fit would choose.
 
-Bare, of the demo that a bare fit trains. All of it may be pasted into an issue: it names no token and no folder.
-Status 0 when nothing would stop a fit (a note does not), else 2. Changes nothing.
+Without options, for the demo that a bare fit trains. The output may be pasted into an issue: it names no token and no
+folder. Status 0 if nothing would stop a fit (a note does not), else 2. Changes nothing.
 """
 
 
@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(args: list[str]) -> int:
-    """Prints the findings for ``args``, the options; returns the exit status: 2 where something would stop a fit."""
+    """Print the findings for ``args``, the options; return the exit status: 2 if something would stop a fit."""
     parser = _Parser(f"{PROGRAM} doctor", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="config of the fit to judge; default: none, as of a bare fit")
     parser.add_argument("--base", metavar="ID|DIR", help="base of that fit; default: the config's, or the demo's")
@@ -65,7 +65,7 @@ def main(args: list[str]) -> int:
 
 
 def look(config: str | None, base: str | None, run: Path) -> Iterator[Finding]:
-    """All there is to find, also of a fit with these options, one by one; nothing that goes wrong here ends it."""
+    """All findings, also for a fit with these options, one by one; no failure here ends it."""
     quieten()
     yield Finding("ok", f"lit-qlora {__version__}{_commit()}, {platform.platform()}{_notebook()}")
     yield _python()
@@ -82,12 +82,12 @@ def _guarded(what: str, findings: Iterator[Finding]) -> Iterator[Finding]:
     try:
         yield from findings
     except Exception as error:
-        yield Finding("problem", f"{what}: can't be looked at ({surroundings.reason(error)})")
+        yield Finding("problem", f"{what}: can't be inspected ({surroundings.reason(error)})")
 
 
 def _python() -> Finding:
     text = f"Python {platform.python_version()}"
-    if sys.version_info < (3, 11):  # noqa: UP036  # said before anything that needs it is imported
+    if sys.version_info < (3, 11):  # noqa: UP036  # reported before anything that needs it is imported
         return Finding("problem", f"{text}: 3.11 or newer is expected", "take another Python")
     return Finding("ok", text)
 
@@ -131,7 +131,7 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
     except UserError as error:
         yield Finding("problem", f"fit: {error}")
         return
-    except Exception:  # told of its package already
+    except Exception:  # reported with its package already
         text = Path(config or DEMO_CONFIG).read_text(encoding="utf-8", errors="replace")
         named = re.search(r"^  base: (\S+)", text, re.MULTILINE)
         name = asked or (named[1] if named else "demo")
@@ -141,10 +141,10 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
         yield Finding("ok", f"base: {base.public_name} may be read, {_gib(2 * base.shape.num_parameters)} in 16 bits")
     except UserError as error:
         is_offline = type(error.__cause__).__name__ == "LocalEntryNotFoundError"
-        offline = " (offline: of its gate nothing is known)" if is_offline else ""
+        offline = " (offline: whether it is gated is unknown)" if is_offline else ""
         yield Finding("problem", f"base: {error.problem}{offline}", error.remedy or "")
     except ImportError as error:  # the hub's library comes with transformers and datasets
-        yield Finding("problem", f"base: {name} can't be looked for ({surroundings.reason(error)})", INSTALL)
+        yield Finding("problem", f"base: {name} can't be searched for ({surroundings.reason(error)})", INSTALL)
     base = base or _known(name)
     num_lora, kept = 0, 2
     if base:
@@ -166,9 +166,9 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
         except UserError as error:
             yield Finding("problem", f"fit: {error}")
         except Exception as error:
-            yield Finding("note", f"chosen: can't be told ({surroundings.reason(error)})")
+            yield Finding("note", f"chosen: unknown ({surroundings.reason(error)})")
     elif base:
-        yield Finding("note", "chosen: can't be told before the packages are in order", INSTALL)
+        yield Finding("note", "chosen: unknown until the packages are in order", INSTALL)
 
 
 def _find(name: str) -> Any:
@@ -183,7 +183,7 @@ def _find(name: str) -> Any:
 
 
 def _known(name: str) -> Any:
-    """A base whose sizes are known without the hub; None for another."""
+    """A base whose sizes are known without the hub; None for any other."""
     from lit_qlora.model.base import Base
     from lit_qlora.model.shape import known_config
 
@@ -192,7 +192,7 @@ def _known(name: str) -> Any:
 
 
 def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
-    """What that fit decides on this device, and why."""
+    """The choices of that fit on this device, and why."""
     from lit_qlora.model.device import AMPERE, choose_precision, current_device
 
     device = current_device(options.trainer.accelerator)
@@ -220,14 +220,14 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     if found.fits:
         yield Finding("ok", found.words)
     else:
-        yield Finding("note", found.words, f"{' '.join([f'{COMMAND} plan', *fit])} says more")
+        yield Finding("note", found.words, f"{' '.join([f'{COMMAND} plan', *fit])} shows more")
 
 
 def _gib(size: float) -> str:
     return f"{size / surroundings.GIB:.2f} GiB"
 
 
-# For others to read
+# Redaction
 
 PATH = re.compile(r"(?<![\w:/.\\])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\"():,;]+)+")
 

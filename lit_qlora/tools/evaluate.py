@@ -1,6 +1,6 @@
-"""Owns the verb evaluate: base against adapter, on held-out rows and on multiple-choice questions, with intervals.
+"""Owns the verb evaluate: base against adapter, on held-out rows and multiple-choice questions, with intervals.
 
-Knows the options and the tables; what a model makes of rows is `scoring`'s, how sure it is is `intervals`'s.
+Knows the options and the tables; scores are in `scoring.rows`, intervals in `scoring.intervals`.
 """
 
 import json
@@ -25,10 +25,10 @@ Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
 
 QUESTION_BATCH_TOKENS = 4096
 NO_LIMIT = 2**40
-"""Tokens: a prompt that is too long is told, never cut."""
+"""Token limit of prompts, high enough for all: a prompt that is too long is an error, never cut."""
 
 CALLED_HERE = {"data.test_source": "source", "data.max_length": "max_length"}
-"""This verb's names of options of a fit."""
+"""This verb's names of fit's options."""
 
 
 class Compared(NamedTuple):
@@ -39,12 +39,12 @@ class Compared(NamedTuple):
     difference: "Figure"
 
     def of(self, count: int) -> "Compared":
-        """Itself, as it may be told of ``count`` rows."""
+        """The figure as reported for ``count`` rows."""
         return Compared(*(figure.of(count) for figure in self))
 
 
 class Asked(NamedTuple):
-    """The questions of each subject as ids, the letters as ids, and the place of each right one."""
+    """The questions of each subject as ids, the letters as ids, and the index of each right one."""
 
     names: list[str]
     prompts: list[list[list[int]]]
@@ -82,11 +82,11 @@ def evaluate(
         mmlu: questions to answer: a .csv (question, A, B, C, D, letter of the answer) or a folder of them.
         shots: examples before each question.
         examples: the .csv that they come from, or a folder with one for each of mmlu's; MMLU calls it dev.
-        style: of the questions: plain text as in published figures, or chat, the format of training.
-        precision: default: the run's.
-        batch_tokens: tokens of a batch, padding counted; default: the run's batches, and 4096 of questions.
-        draws: of the bootstrap.
-        seed: of the draws.
+        style: style of the questions: plain text as in published figures, or chat, the format of training.
+        precision: precision; default: the run's.
+        batch_tokens: tokens per batch with padding; default: the run's batches, and 4096 for questions.
+        draws: number of bootstrap samples.
+        seed: seed of the bootstrap.
         output: a .json to write the figures to; it must not exist.
     """
     require(max_length is None or max_length >= 8, "max_length", "at least 8 tokens", max_length)
@@ -107,7 +107,7 @@ def evaluate(
     from lit_qlora.tools.scoring.rows import Scoring
 
     quieten()
-    # What is wrong with rows or questions is told before a large base is loaded.
+    # Errors in rows or questions are reported before a large base is loaded.
     scoring = Scoring(chosen, precision, batch_tokens)
     data = _held_out(chosen, source, max_length) if source or not subjects else None
     asked = _encode(chosen, subjects, style) if subjects else None
@@ -176,7 +176,7 @@ def _score_held_out(scoring: "Scoring", data: "ChatDataModule", part: str, draws
 
 
 def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[tuple["Subject", Any]]:
-    """Subjects, each with its examples."""
+    """The subjects with their examples."""
     if mmlu is None:
         for name, given in (("shots", shots), ("examples", examples)):
             if given:
@@ -200,7 +200,7 @@ def _read_questions(mmlu: str | None, shots: int, examples: str | None) -> list[
 def _encode(
     chosen: ResolvedAdapter, subjects: Sequence[tuple["Subject", Any]], style: Literal["plain", "chat"]
 ) -> Asked:
-    """Raises UserError naming the place of a question that the base's context has no room for."""
+    """Raises UserError naming the place of a question that does not fit into the base's context."""
     from lit_qlora.data.encode import Encoder
     from lit_qlora.data.questions import LETTERS, Prompts
     from lit_qlora.data.tokenizer import load_tokenizer
@@ -268,7 +268,7 @@ def _print_note(how: str, draws: int, rows: Mapping[str, Compared], drawn: str) 
 
 
 def _table(title: str, rows: Mapping[str, Compared], form: str, ends: str) -> None:
-    """A line a figure; ``form`` and ``ends`` are how a value and the ends of its interval are written."""
+    """A line per figure; ``form`` and ``ends`` are the formats of a value and of the ends of its interval."""
 
     def cell(figure: "Figure") -> str:
         interval = "" if figure.low is None else f" [{figure.low:{ends}}, {figure.high:{ends}}]"
@@ -282,7 +282,7 @@ def _table(title: str, rows: Mapping[str, Compared], form: str, ends: str) -> No
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON has it: a figure by its parts, and what is not finite as a text."""
+    """``value`` as JSON: a figure by its parts, values that are not finite as text."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""Owns the verb export: a merged model as one GGUF file, and the Modelfile that gives Ollama the prompts of training.
+"""Owns the verb export: a merged model as one GGUF file, and the Modelfile with training's prompt format for Ollama.
 
-llama.cpp's own script converts; this finds it and calls it. Knows nothing of GGUF but its first four bytes.
+Finds and calls llama.cpp's own conversion script. Knows nothing of GGUF but its first four bytes.
 """
 
 import os
@@ -41,12 +41,12 @@ def export(
 
     Args:
         output: the file to write; it must not exist.
-        to: its format.
+        to: format of the file.
         run: run folder, whose best adapter is merged first; default: the newest run.
         adapter: an adapter folder instead of a run.
         model: a folder that merge made, instead of both.
         base: the base of the adapter; default: the one that run or folder names.
-        outtype: of the weights written, in llama.cpp's words.
+        outtype: type of the written weights, as named by llama.cpp.
     """
     target = output_path(output)
     beside = target.with_suffix(".Modelfile")
@@ -88,9 +88,9 @@ def export(
 
 
 def find_converter() -> Path:
-    """llama.cpp's script: in the folder that LLAMA_CPP names, that file itself, or on the PATH.
+    """The path of llama.cpp's script: in the folder LLAMA_CPP, that file itself, or on the PATH.
 
-    Raises UserError that says how to get it.
+    Raises UserError with how to get it.
     """
     told = os.environ.get("LLAMA_CPP")
     if told:
@@ -106,7 +106,7 @@ def find_converter() -> Path:
 
 
 def _check_tokenizer(base: Base) -> None:
-    """Raises UserError unless ``base`` has what llama.cpp splits text by: without it, all merges are alike to it."""
+    """Raises UserError unless ``base`` has a tokenizer.model, without which llama.cpp ignores the order of merges."""
     from transformers.utils import cached_file
 
     if cached_file(base.location, "tokenizer.model", _raise_exceptions_for_missing_entries=False) is None:
@@ -118,7 +118,7 @@ def _check_tokenizer(base: Base) -> None:
 
 
 def _check_files(base: Base) -> None:
-    """Raises UserError for a folder that the converter would read in another way: it takes what is there for itself."""
+    """Raises UserError for files that the converter would read in another way."""
     folder = Path(base.location)
     others = {file.name for file in folder.glob("model*.safetensors")} - {file.name for file in weight_files(base)}
     if others:
@@ -137,7 +137,7 @@ def _check_files(base: Base) -> None:
 
 
 def _convert(script: Path, model: Path, target: Path, outtype: str) -> None:
-    """Runs the script, in this Python, into a file aside, which becomes ``target`` when it is whole."""
+    """Run the script, in this Python, into a temporary file, which is renamed to ``target`` once complete."""
     unfinished = target.with_name(f".{target.name}.part")
     command = [sys.executable, str(script), str(model), "--outfile", str(unfinished), "--outtype", outtype]
     command += ["--model-name", target.stem]
@@ -146,7 +146,7 @@ def _convert(script: Path, model: Path, target: Path, outtype: str) -> None:
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
         )
         if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip() or "no word on why").splitlines()[-1]
+            last = (done.stderr.strip() or done.stdout.strip() or "no error message").splitlines()[-1]
             raise UserError(f"export: {script.name} ended with status {done.returncode}: {last}")
         if not _is_gguf(unfinished):
             raise UserError(f"export: {script.name} wrote no GGUF file")
@@ -164,10 +164,10 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _write_modelfile(model: Path, target: Path, beside: Path) -> None:
-    """Of a model whose prompt format is known, which is one that merge made."""
+    """Write the Modelfile of a merged model, whose prompt format is recorded."""
     record = model / MERGED
     if not record.is_file():
-        print(f"no Modelfile: {model} does not say which prompts it was trained with (it has no {MERGED})")
+        print(f"no Modelfile: {model} does not record the prompt format it was trained with (it has no {MERGED})")
         return
     try:
         beside.write_text(from_record(read_object(record), model, MERGED).modelfile(target), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Owns the verb merge: an adapter worked into its base, as a plain Hugging Face folder that was compared with both.
+"""Owns the verb merge: an adapter merged into its base, as a plain Hugging Face folder that is compared with both.
 
-The arithmetic is `merging.arithmetic`'s. Nothing stands under the output's name until all of it is written
-and has given the logits of base + adapter.
+The arithmetic is in `merging.arithmetic`. The output gets its name only once it is complete and gives the logits of
+base + adapter.
 """
 
 import json
@@ -29,13 +29,13 @@ DType = Literal["float16", "bfloat16", "float32"]
 Onto = Literal["quantized", "original"]
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MARGIN_BYTES = 64 * 2**20
-"""For tokenizer, index and what the file system needs for itself."""
+"""Bytes for tokenizer, index and the file system's own use."""
 
 MERGED = "lit_qlora.json"
-"""The file in a merged folder that says what it was made of, and which prompts it was trained with."""
+"""The file in a merged folder that records its origin and its prompt format."""
 
 BESIDE = ("tokenizer.model", "LICENSE.txt", "USE_POLICY.md")
-"""Files of a base that go along as they are."""
+"""Files of a base that are copied unchanged."""
 
 
 def merge(
@@ -53,9 +53,9 @@ def merge(
         run: run folder, for its best adapter; default: the newest run.
         adapter: an adapter folder instead of a run.
         base: the base of the adapter; default: the one that run or folder names.
-        dtype: of the weights written.
-        onto: quantized adds to what 4 bits leave of the base, which is the model that was trained; original adds
-            to the base's own weights, which is another model.
+        dtype: dtype of the written weights.
+        onto: quantized adds to the dequantised 4-bit base, which is the model that was trained; original adds to the
+            base's own weights, which is another model.
     """
     target = output_path(output, "folder")
     chosen = choose_adapter(run, adapter, base)
@@ -64,9 +64,9 @@ def merge(
 
 
 def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) -> None:
-    """Makes ``target``, compares it with base + adapter and says how far it is from them.
+    """Write ``target``, compare it with base + adapter, and report the difference.
 
-    Raises UserError when it exists, the disk lacks room, base and adapter do not go together, or it is too far.
+    Raises UserError if it exists, the disk is too small, base and adapter do not match, or the difference is too large.
     """
     quieten()
     recover(target)
@@ -131,7 +131,7 @@ def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: "Difference"
 
 
 def check_room(target: Path, needed_bytes: int) -> None:
-    """Raises UserError when the disk of ``target`` has less than ``needed_bytes`` free."""
+    """Raises UserError if the disk of ``target`` has less than ``needed_bytes`` free."""
     parent = next(folder for folder in target.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
@@ -148,7 +148,7 @@ def size_bytes(base: Base, dtype: DType) -> int:
 
 
 def _trained_in(record: dict[str, Any]) -> "torch.dtype":
-    """The dtype from which the base was quantised in training; of an adapter that doesn't tell, this device's."""
+    """The dtype from which the base was quantised in training; if the adapter has no record, this device's."""
     import torch
 
     from lit_qlora.model.device import choose_precision, compute_dtype, current_device
@@ -160,7 +160,7 @@ def _trained_in(record: dict[str, Any]) -> "torch.dtype":
 
 
 def _stored(name: str, value: "torch.Tensor", dtype: DType) -> "torch.Tensor":
-    """A weight as it is written."""
+    """A weight in the output's dtype."""
     import torch
 
     value = value.to(getattr(torch, dtype)).contiguous()
@@ -172,18 +172,18 @@ def _stored(name: str, value: "torch.Tensor", dtype: DType) -> "torch.Tensor":
 
 
 def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) -> None:
-    # Answers end where training ended them, whatever the base's own files say of that.
+    # Answers end as in training, whatever the base's own files say.
     tokens = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id, "pad_token_id": encoder.eos_id}
     config = {name: value for name, value in base.config.items() if name != "quantization_config"} | tokens
     # The name that every version of transformers reads.
     config |= {"torch_dtype": dtype}
-    # How answers are drawn is for whoever asks; where they stop is the model's.
+    # Sampling options are the user's; the stop token is the model's.
     for name, values in (("config.json", config), ("generation_config.json", tokens)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tokenizer(folder: Path, base: Base, encoder: "Encoder", texts: list[Conversation]) -> None:
-    """The base's tokenizer, with a chat template that gives the ids of training."""
+    """Write the base's tokenizer, with a chat template that gives the ids of training."""
     from transformers.utils import cached_file
 
     from lit_qlora.data.chat_template import check_template, write_tokenizer

@@ -27,10 +27,10 @@ from lit_qlora.training import QLoRACLI, in_one_line
 
 
 class PlanCLI(QLoRACLI):
-    """fit's own command for another card: all is checked and decided as there, and nothing is loaded or written."""
+    """fit's command for another card: everything is checked and decided as in fit, nothing is loaded or written."""
 
     found: Plan
-    """What is to be reported."""
+    """The forecast and other results to report."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """fit's options, and those of the card."""
@@ -41,7 +41,7 @@ class PlanCLI(QLoRACLI):
         parser.add_argument("--gpu-capability", type=str | None, default=None, help=f"compute capability {words}")
 
     def before_instantiate_classes(self) -> None:
-        """Finds the card, for which all is decided from here on; leaves out loggers, which may call somebody."""
+        """Find the card, for which everything is decided from here on; drop loggers, which may use the network."""
         super().before_instantiate_classes()
         options = self.config[self.verb]
         options.trainer.logger = False
@@ -51,17 +51,17 @@ class PlanCLI(QLoRACLI):
         self.stack.enter_context(decide_for(Device(self.card.name, self.card.capability, is_here=False)))
 
     def check_vocabulary(self) -> None:
-        """Left to `look`: the tokenizer need not be here."""
+        """Do nothing: the tokenizer may not be downloaded, see `look`."""
 
     def open_run(self, mirror: Path | None) -> None:
-        """Leaves the run folder alone."""
+        """Do nothing: the run folder is not touched."""
 
     def own_loggers(self) -> list[Logger]:
         """None: they write."""
         return []
 
     def plan(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Makes the forecast."""
+        """Make the forecast."""
         options = self.config_init[self.verb]
         trainer: Any = self.trainer
         trainer.datamodule, datamodule.trainer = datamodule, trainer
@@ -80,7 +80,7 @@ class PlanCLI(QLoRACLI):
 
 
 class _Options(PlanCLI):
-    """Parses, and builds nothing."""
+    """Parse the options without building anything."""
 
     def _set_seed(self) -> None:
         pass
@@ -96,9 +96,9 @@ class _Options(PlanCLI):
 
 
 def main(args: list[str]) -> int:
-    """Prints the plan for ``args``, fit's options and a card from the verb on; returns the exit status.
+    """Print the plan for ``args``, fit's options and a card from the verb on; return the exit status.
 
-    Raises UserError for options that fit would refuse, too.
+    Raises UserError for options that fit would refuse.
     """
     quieten()
     try:
@@ -112,7 +112,7 @@ def main(args: list[str]) -> int:
 def read(args: list[str]) -> Plan:
     """The plan for ``args``, fit's options and a card.
 
-    Raises UserError for what fit would refuse, too, and SystemExit after ``--help``.
+    Raises UserError for options that fit would refuse, and SystemExit after ``--help``.
     """
     with ExitStack() as stack, in_one_line():
         return PlanCLI(start.complete(["plan", *args]), stack).found
@@ -124,7 +124,7 @@ def parse(args: list[str]) -> Any:
 
 
 def _card(name: str | None, gib: float | None, capability: str | None, assumed: tuple[int, int]) -> Card:
-    """The card that is meant; one of which the memory alone is known has the ``assumed`` compute capability."""
+    """The given card; one of which only the memory is known has the ``assumed`` compute capability."""
     require(gib is None or gib > 0, "gpu-gib", "a number of GiB above 0", gib)
     found = re.fullmatch(r"(\d+)\.(\d)", capability or "7.5")
     if found is None:

@@ -1,7 +1,7 @@
 """Owns the verb predict: a file of prompts in, a jsonl of answers out, in the same order. Knows no model.
 
-Prompts of like length are answered together. Which ones, and what is drawn for them, is a function of the file and the
-options alone: a process that goes on where another was killed comes to the same output.
+Prompts of similar length are answered together. Batches and samples are a function of the file and the options only: a
+process that resumes after a kill gives the same output.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from lit_qlora.tools.answering.answerer import Answerer, check_prompt
 from lit_qlora.tools.answering.unfinished import Unfinished
 
 SECONDS_BETWEEN_LINES = 10
-"""Where standard error is no terminal, and shows no bar."""
+"""Seconds between lines of progress without a terminal on standard error."""
 
 
 def predict(
@@ -41,7 +41,7 @@ def predict(
     seed: int = 0,
     batch_size: int = 8,
 ) -> None:
-    """Answer a file of prompts with a run's best adapter; given again after a cut-off, go on.
+    """Answer a file of prompts with a run's best adapter; given again after an interruption, resume.
 
     Args:
         prompts: txt (a prompt a line), or jsonl, json, csv, parquet with a column prompt (and, if you like,
@@ -50,11 +50,11 @@ def predict(
         run: run folder; default: the newest run.
         adapter: an adapter folder instead of a run.
         base: the base of that adapter; default: the one that the folder names.
-        max_new_tokens: tokens of an answer, at most.
+        max_new_tokens: most tokens of an answer.
         temperature: 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that make up this share.
-        seed: of sampling.
-        batch_size: prompts answered at a time.
+        seed: seed of sampling.
+        batch_size: prompts per batch.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     require(batch_size >= 1, "batch_size", "at least 1", batch_size)
@@ -63,7 +63,7 @@ def predict(
     unfinished.check_free()
     if not target.parent.is_dir():
         raise UserError(f"no folder {target.parent}", option="output")
-    rows = read_file(Path(prompts))  # one that is wrong is told of first
+    rows = read_file(Path(prompts))  # a wrong one is reported first
     answerer = Answerer(run, adapter, base)
     questions = open_prompts(rows, answerer.encoder.prompt_format)
     ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
@@ -81,14 +81,14 @@ def predict(
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             unfinished.finish(belongs_to, text.encode())
         except SaveError as error:
-            raise UserError(str(error), option="output", remedy="given again, the same command goes on") from error
+            raise UserError(str(error), option="output", remedy="given again, the same command resumes") from error
     print(f"{len(lines)} answers by {answerer.adapter} in {target}")
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Which prompts are answered together, by their places: like lengths, the longest first.
+    """Batches of prompts by their index: similar lengths together, the longest first.
 
-    So whatever is too large for the memory shows at once, and the time left is rather over- than underestimated.
+    Too large a batch then fails at once, and the remaining time is rather over- than underestimated.
     """
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -102,7 +102,7 @@ def _answer_all(
     unfinished: Unfinished,
     done: dict[int, Any],
 ) -> list[tuple[str, bool]]:
-    """Text and whether it ended by itself, for each prompt in its order; puts each batch down as it comes."""
+    """Text and whether it ended by itself, for each prompt in order; saves each batch as it is finished."""
     batches = batches_by_length([len(prompt) for prompt in ids], batch_size)
     progress = _Progress(len(ids), sum(len(batches[number]) for number in done))
     for number, places in enumerate(batches):
@@ -123,7 +123,7 @@ def _answer_all(
 def _answer_batch(answerer: Answerer, ids: list[list[int]], sampling: Sampling, number: int) -> Sequence[Any]:
     import torch
 
-    # By the batch's number: what is drawn must not depend on what this process drew before.
+    # By the batch's number: samples must not depend on what this process sampled before.
     seed = int.from_bytes(hashlib.sha256(f"{sampling.seed}/{number}".encode()).digest()[:8], "big")
     try:
         return answerer.answer_ids(ids, replace(sampling, seed=seed))
@@ -136,7 +136,7 @@ def _answer_batch(answerer: Answerer, ids: list[list[int]], sampling: Sampling, 
 
 
 def _belongs_to(answerer: Answerer, ids: list[list[int]], sampling: Sampling, batch_size: int) -> dict[str, Any]:
-    """All that decides which answers come out, by the names of the options."""
+    """Everything that decides the answers, by the names of the options."""
     adapter = hashlib.sha256()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         with (answerer.adapter / name).open("rb") as file:
@@ -159,7 +159,7 @@ def _encode(answerer: Answerer, where: str, conversation: Conversation, sampling
 
 
 class _Progress:
-    """A bar on a terminal, else a line now and then."""
+    """A progress bar on a terminal, else a line now and then."""
 
     def __init__(self, total: int, done: int) -> None:
         from tqdm import tqdm
@@ -174,7 +174,7 @@ class _Progress:
         )
         self._total, self._done, self._told = total, done, time.monotonic()
         if done:
-            tqdm.write(f"{done} of {total} were answered before: going on", file=sys.stderr)
+            tqdm.write(f"{done} of {total} were answered before: resuming", file=sys.stderr)
 
     def add(self, count: int) -> None:
         self._bar.update(count)
@@ -191,14 +191,14 @@ def open_prompts(
     rows: Sequence[tuple[str, dict[str, Any]]],
     prompt_format: PromptFormat,
 ) -> list[tuple[str, Conversation]]:
-    """The open prompts of what `read_file` found, each with its place; prints what of the rows is not used.
+    """The open prompts in the rows of `read_file`, each with its place; prints what of the rows is not used.
 
     Args:
         rows: columns by name, with their place.
-        prompt_format: how they are to be written.
+        prompt_format: the prompt format.
 
     Raises:
-        UserError: naming file and line, for what is no prompt.
+        UserError: naming file and line, for a row that is no prompt.
     """
     counts, prompts = Counts(), []
     for where, row in rows:
@@ -217,7 +217,7 @@ def open_prompts(
 
 
 def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a file of prompts, each with its place. Raises UserError for a file that holds none."""
+    """The rows of a file of prompts, each with its place. Raises UserError for a file without any."""
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -233,7 +233,7 @@ def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
             raise UserError(f"the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}", place=path)
         rows = []
         for row in read_rows(path, columns_of(forms_for("prompts"))):
-            if row.fault:  # each prompt has its answer, in its place: none can be left out
+            if row.fault:  # each prompt has its answer, in order: none can be skipped
                 raise row.fault
             rows.append((row.where, row.value))
     if not rows:

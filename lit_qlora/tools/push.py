@@ -1,7 +1,7 @@
-"""Owns the verb push: an adapter or a merged model to the hub, private unless it is said otherwise.
+"""Owns the verb push: an adapter or a merged model to the hub, private by default.
 
-What a folder's manifest names is sent, once it was verified, and nothing else that may lie there. The hub's side is
-`lit_qlora.tools.pushing.hub`'s. Knows no model.
+The files in a folder's manifest are verified and sent, and no others. The hub's side is in
+`lit_qlora.tools.pushing.hub`. Knows no model.
 """
 
 import re
@@ -18,7 +18,7 @@ from lit_qlora.tools.answering.answerer import trained_run
 from lit_qlora.tools.pushing.hub import KINDS, Contents, Hub
 
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
-"""What a token of the hub looks like."""
+"""The pattern of a hub token."""
 
 RECORD = "lit_qlora.json"
 """What both have, and no base: its 4-bit copy is sealed, too."""
@@ -32,15 +32,15 @@ def push(
     public: bool = False,
     yes: bool = False,
 ) -> None:
-    """Send an adapter or a merged model to the hub: shown and asked first, private unless --public is given.
+    """Send an adapter or a merged model to the hub: shows and asks first, private unless --public is given.
 
     Args:
-        to: the repository, as NAME/REPO; one that is not there yet is made. The account is that of HF_TOKEN in the
-            environment, or of the stored login.
+        to: the repository, as NAME/REPO, created if missing. The account is that of HF_TOKEN in the environment, or of
+            the stored login.
         run: run folder, for its best adapter; default: the newest run.
         adapter: an adapter folder instead of a run.
         folder: a folder that merge made, instead of both.
-        public: for everybody to see. A repository that is there already stays what it is.
+        public: visible to everybody. An existing repository keeps its visibility.
         yes: send without asking.
     """
     quieten()
@@ -67,7 +67,7 @@ def _source(run: str | None, adapter: str | None, folder: str | None) -> Path:
 
 
 def _verified(source: Path) -> tuple[str, dict[str, int]]:
-    """What ``source`` is, and the sizes of its files by name. Raises UserError unless all are as they were saved."""
+    """The kind of ``source``, and the sizes of its files by name. Raises UserError unless all are as saved."""
     if not source.is_dir():
         raise UserError(f"push: {source} is no folder", remedy="give a folder that fit or merge made")
     kind = next((kind for name, kind in KINDS.items() if (source / name).is_file()), None)
@@ -78,7 +78,7 @@ def _verified(source: Path) -> tuple[str, dict[str, int]]:
         )
     if not (source / MANIFEST).is_file():
         raise UserError(
-            f"push: {source} has no {MANIFEST}, so nobody knows what belongs to it",
+            f"push: {source} has no {MANIFEST}, so its files are unknown",
             remedy="give a folder that fit or merge made",
         )
     try:
@@ -90,10 +90,10 @@ def _verified(source: Path) -> tuple[str, dict[str, int]]:
 
 
 def _contents(source: Path, sizes: dict[str, int], to: str) -> Contents:
-    """What is sent, by name: each file as it is, but the card, which gets the name of the repository.
+    """The files to send, by name: each unchanged but the card, which gets the name of the repository.
 
-    The manifest stays here: it would call a card damaged that is edited on the hub, and the hub keeps hashes of its
-    own. Raises UserError where a token stands in a text.
+    The manifest is not sent: by it, a card edited on the hub would count as damaged, and the hub has its own hashes.
+    Raises UserError if a text holds a token.
     """
     contents: Contents = {}
     for name in sorted(sizes):
@@ -135,7 +135,7 @@ def _agreed() -> bool:
 
 
 def _check_unchanged(source: Path, sizes: dict[str, int]) -> None:
-    """Raises UserError where a training that goes on has put a better adapter in place while this one was sent."""
+    """Raises UserError if a running training has replaced the adapter while it was sent."""
     try:
         if verify_folder(source, allow_extra=True, may_differ=[CARD]) == sizes:
             return

@@ -113,7 +113,7 @@ def test_without_a_single_package(tmp_path):
     assert found.startswith("problem") and remedy == "pip install -r requirements.txt"
     assert sum(": not installed" in found for found in lines) == 13
     assert line(lines, "base: demo may be read")[0].startswith("     ok")
-    assert line(lines, "chosen: can't be told before the packages are in order")
+    assert line(lines, "chosen: unknown until the packages are in order")
 
 
 def test_a_torch_that_can_not_be_imported(tmp_path):
@@ -179,7 +179,7 @@ def test_a_part_that_breaks_does_not_end_it(tell, monkeypatch):
 
     monkeypatch.setattr(surroundings, "host_memory", breaks)
     lines = tell("--base", "demo", status=2)
-    assert "problem  breaks: can't be looked at (OSError: odd)" in lines
+    assert "problem  breaks: can't be inspected (OSError: odd)" in lines
     assert line(lines, "chosen: precision")
 
 
@@ -254,7 +254,7 @@ def test_a_card_that_another_process_holds(tell, card, known):
     lines = tell(*T4)
     assert line(lines, "GPU: Tesla T4")[0].endswith("6.00 free: another process holds the rest")
     found, remedy = line(lines, "does not fit")
-    assert found.startswith("   note") and remedy.startswith("python main.py plan --config colab_t4.yaml says more")
+    assert found.startswith("   note") and remedy.startswith("python main.py plan --config colab_t4.yaml shows more")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_a_gated_base(tell, monkeypatch):
 @pytest.mark.parametrize("asked", [T4, ("--base", "NousResearch/Llama-2-7b-hf")], ids=["config", "base"])
 def test_a_base_that_can_not_be_had_offline_is_a_problem(tell, asked):
     found, remedy = line(tell(*asked, status=2), "base: 'NousResearch/Llama-2-7b-hf' is no folder here")
-    assert found.startswith("problem") and found.endswith("(offline: of its gate nothing is known)")
+    assert found.startswith("problem") and found.endswith("(offline: whether it is gated is unknown)")
     assert remedy == "check the network or give a local folder"
 
 

@@ -85,7 +85,7 @@ def test_a_model_made_elsewhere_gets_no_modelfile(llama_cpp, merged, tmp_path, c
     assert main(["export", "--model", str(merged), "--output", str(tmp_path / "x.gguf")]) == 0
     assert (tmp_path / "x.gguf").is_file()
     assert not (tmp_path / "x.Modelfile").exists()
-    assert "does not say which prompts it was trained with" in capsys.readouterr().out
+    assert "does not record the prompt format it was trained with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("outtype", "dtype"), [("f16", "float16"), ("f32", "float32")])

@@ -263,7 +263,7 @@ def test_rows_at_hand_without_their_tokenizer_are_estimated(plan, tmp_path):
     row = '{"text": "### Human: ' + 33 * "abcde " + "### Assistant: " + 66 * "abcde " + '"}\n'
     Path(tmp_path / "train.jsonl").write_text(row * 40 + row.replace("abcde", "other") * 40)
     lines = plan("--config", T4, "--data.source", "train.jsonl")
-    assert any("estimated from 3.3 characters a token: the tokenizer is not here" in line for line in lines)
+    assert any("estimated from 3.3 characters per token: the tokenizer is not here" in line for line in lines)
     # One of the two different conversations is held out; 197 and 395 characters, and 6 tokens for each turn.
     assert any(f"40 rows, {40 * (12 + round((197 + 395) / 3.3)):,} tokens" in line for line in lines)
 

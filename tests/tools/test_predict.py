@@ -205,7 +205,7 @@ def test_what_was_answered_is_not_answered_again(here, capsys, monkeypatch):
     monkeypatch.setattr(Answerer, "answer_ids", lambda *given: asked.append(given[1]) or real(*given))
     capsys.readouterr()
     assert predict("--batch_size", "3") == 0
-    assert capsys.readouterr().err == "6 of 12 were answered before: going on\n"
+    assert capsys.readouterr().err == "6 of 12 were answered before: resuming\n"
     assert len(asked) == 4
     assert len({tuple(prompt) for batch in asked for prompt in batch}) == len({*questions(12)})
     monkeypatch.setattr(Answerer, "answer_ids", real)
@@ -283,7 +283,7 @@ def test_a_first_line_cut_short_is_no_beginning(here, slow, torn):
 def test_a_file_of_somebody_else_stays(here, slow, capsys):
     (here / ".answers.jsonl.part").write_text("my thesis\n")
     assert predict() == 2
-    assert "its first line does not say which" in capsys.readouterr().err
+    assert "its first line does not name them" in capsys.readouterr().err
     assert (here / ".answers.jsonl.part").read_text() == "my thesis\n"
 
 

@@ -253,7 +253,7 @@ def test_what_is_there_is_not_sent_again(hub, push, refusal, adapter):
     hub.fails["/commit/"] = 502
     told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
     assert told.startswith(
-        "error: push: the hub can't be reached or broke off; give the same command again, it goes on: "
+        "error: push: the hub can't be reached or broke off; give the same command again, it resumes: "
     )
     assert hub.repositories["ann/mine"].files == {}
     assert len(hub.sent("PUT")) == 1
@@ -271,7 +271,7 @@ def test_what_is_there_is_not_sent_again(hub, push, refusal, adapter):
 def test_no_hub_at_all(hub, refusal, adapter):
     hub.close()
     told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert "the hub can't be reached or broke off; give the same command again, it goes on: " in told
+    assert "the hub can't be reached or broke off; give the same command again, it resumes: " in told
 
 
 def test_an_adapter_that_training_replaces_meanwhile(hub, refusal, adapter):
@@ -314,7 +314,10 @@ def test_the_stored_login(hub, push, environment, adapter, monkeypatch):
     ("token", "expected"),
     [
         ("hf_another", "the hub does not accept the token; renew HF_TOKEN or, without it, the stored login"),
-        (f"{TOKEN}\x01", "the token of the hub (HF_TOKEN or the stored login) holds what no token has; renew it"),
+        (
+            f"{TOKEN}\x01",
+            "the token of the hub (HF_TOKEN or the stored login) holds invalid characters; renew it",
+        ),
     ],
 )
 def test_a_wrong_token(hub, refusal, adapter, monkeypatch, token, expected):

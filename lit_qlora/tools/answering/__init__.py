@@ -1,1 +1,1 @@
-"""What `chat` and `predict` answer with: a loaded model, a conversation, and where it is held."""
+"""The parts of `chat` and `predict`: a loaded model, a conversation, and where it is held."""

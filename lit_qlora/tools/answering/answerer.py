@@ -1,6 +1,6 @@
 """Owns a loaded model that answers: a base with a run's best adapter, or with any adapter folder.
 
-What `chat`, `predict` and whoever else answers without a Trainer stands on. Knows no files of prompts, no terminal.
+Used by `chat`, `predict` and everything else that answers without a Trainer. Knows no files of prompts, no terminal.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ class Answer(NamedTuple):
 
 
 class ResolvedAdapter(NamedTuple):
-    """An adapter, its base, and of a run also what it was trained with."""
+    """An adapter and its base; for a run, also the options it was trained with."""
 
     base: Base
     adapter: Path
@@ -40,9 +40,9 @@ class ResolvedAdapter(NamedTuple):
 
 
 def choose_adapter(run: str | None = None, adapter: str | None = None, base: str | None = None) -> ResolvedAdapter:
-    """The adapter that is meant by ``run`` (default: the newest) or ``adapter``, and its base unless that is given.
+    """The adapter of ``run`` (default: the newest) or ``adapter``, and its base unless that is given.
 
-    Raises UserError when there is no such run, adapter or base, or both run and adapter are given.
+    Raises UserError if there is no such run, adapter or base, or both run and adapter are given.
     """
     if adapter is None:
         folder = trained_run(run)
@@ -54,14 +54,14 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
 
     base = base or read_record(Path(adapter))["base"]
     if base is None:
-        raise UserError(f"{adapter} does not say which base it is for", option="adapter", remedy="give --base")
+        raise UserError(f"{adapter} does not name its base", option="adapter", remedy="give --base")
     return ResolvedAdapter(_find(base), Path(adapter), None)
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:
-    """The options that ``run`` was trained with, in sections that are all there.
+    """The options that ``run`` was trained with, with all sections.
 
-    Raises UserError where the texts among them that every verb reads are none: the folder may come from anywhere.
+    Raises UserError if the options that every verb reads are no texts: the folder may come from anywhere.
     """
     settings = {"model": {}, "data": {}, "trainer": {}} | run.read_config()
     for name in ("model", "data", "trainer"):
@@ -76,7 +76,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
 
 
 def trained_run(run: str | None) -> RunFolder:
-    """The run that is meant, by default the newest. Raises UserError when there is none, or no adapter in it."""
+    """The given run, by default the newest. Raises UserError if there is none, or no adapter in it."""
     folder = open_run(run_path(run)) if run else newest_run()
     if not (folder.adapter / "adapter_config.json").is_file():
         raise UserError(f"{folder.path} has no adapter yet", option="run", remedy="train it first, or give --adapter")
@@ -91,14 +91,14 @@ def _find(base: str) -> Base:
 
 
 def check_prompt(conversation: Conversation, prompt_format: PromptFormat) -> None:
-    """Raises ValueError unless ``conversation`` waits for an answer, and ``prompt_format`` can write it."""
+    """Raises ValueError unless ``conversation`` ends with the user's turn, and ``prompt_format`` can write it."""
     if conversation.is_answered:
         raise ValueError("the last turn is the assistant's, expected the user's")
     prompt_format.pieces(conversation)
 
 
 def refusal(error: ValueError, question: int = 1) -> UserError:
-    """What `check_prompt` raised, for who asked the question, which is the turn of that number."""
+    """The error of `check_prompt`, for the person who asked the question, which is the turn of that number."""
     if isinstance(error, TextError) and error.turn == question:
         return UserError(f"it {error.problem}")
     return UserError(str(error))
@@ -107,14 +107,14 @@ def refusal(error: ValueError, question: int = 1) -> UserError:
 class Answerer:
     """Answers conversations that end on the user's turn, with the prompts and the precision of training.
 
-    The tokenizer is loaded at once, base and adapter when they are first asked for.
+    The tokenizer is loaded at once, base and adapter on first use.
 
     Args:
         run: a run folder, for its best adapter; default: the newest run.
         adapter: an adapter folder instead.
         base: the base of ``adapter``; default: the one that the folder names.
 
-    Raises UserError when there is no such run or adapter; `model` does when they do not fit together.
+    Raises UserError if there is no such run or adapter; `model` does if they do not fit together.
     """
 
     def __init__(self, run: str | None = None, adapter: str | None = None, base: str | None = None) -> None:
@@ -133,14 +133,14 @@ class Answerer:
 
     @cached_property
     def dtype(self) -> "torch.dtype":
-        """What is computed in: training's choice for this base and device."""
+        """The precision: training's choice for this base and device."""
         from lit_qlora.model.device import choose_precision, compute_dtype, current_device
 
         return compute_dtype(choose_precision("auto", current_device(), self.base.shape.num_parameters)[0])
 
     @cached_property
     def model(self) -> "PeftModel":
-        """Base and adapter. Raises UserError when they can't be loaded, or do not fit together."""
+        """Base and adapter. Raises UserError if they can't be loaded, or do not fit together."""
         import torch
 
         from lit_qlora.model import load
@@ -160,19 +160,19 @@ class Answerer:
         return self.answer_ids([self.prompt(conversation, sampling) for conversation in conversations], sampling)
 
     def answer_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """An answer to each of what `prompt` made, as one batch."""
+        """An answer to each result of `prompt`, as one batch."""
         model = self.model
         with self._precision():
             answers = generate(model, prompts, self.encoder.eos_id, sampling)
         return [self._answer(ids) for ids in answers]
 
     def stream(self, conversation: Conversation, sampling: Sampling, show: Callable[[str], bool]) -> Answer:
-        """One answer while it is made.
+        """Generate one answer and show it meanwhile.
 
         Args:
             conversation: ends on the user's turn.
             sampling: how tokens are drawn.
-            show: called after each token with the text that is new, which may be none; says whether to go on.
+            show: called after each token with the new text, which may be empty; False stops the answer.
 
         Raises UserError for a prompt that leaves no room in the base's context.
         """
@@ -183,11 +183,11 @@ class Answerer:
         return self._answer(ids)
 
     def without_adapter(self) -> AbstractContextManager[None]:
-        """While it is open, the base alone answers."""
+        """A context in which the base alone answers."""
         return self.model.disable_adapter()  # type: ignore[no-any-return]
 
     def prompt(self, conversation: Conversation, sampling: Sampling) -> list[int]:
-        """The ids of an open prompt. Raises UserError when they leave no room for an answer in the base's context."""
+        """The ids of an open prompt. Raises UserError if they leave no room for an answer in the base's context."""
         try:
             ids = self.encoder.prompt(conversation)
         except ValueError as error:
@@ -201,9 +201,9 @@ class Answerer:
         return ids
 
     def trim(self, conversation: Conversation, sampling: Sampling) -> tuple[Conversation, int]:
-        """``conversation`` without its first turns, as many as the context has no room for, and their number.
+        """``conversation`` without the first turns that do not fit into the context, and the number of those.
 
-        They go in pairs of question and answer; the system text and the last question stay.
+        Turns are dropped in pairs of question and answer; the system text and the last question are kept.
         """
         for start in range(0, len(conversation.turns), 2):
             kept = replace(conversation, turns=conversation.turns[start:])

@@ -1,6 +1,6 @@
-"""Owns one conversation with an adapter, wherever it is held: what is remembered of it, what fits, what is said beside.
+"""Owns one conversation with an adapter, wherever it is held: its memory, what fits, and notices beside it.
 
-Knows neither terminal nor page: what it has to say it returns.
+Knows neither terminal nor page: notices are returned.
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ from lit_qlora.tools.answering.answerer import Answer, Answerer, check_prompt, r
 
 
 def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
-    """What is said of an answer that the limit ended, which is set by ``limit``."""
+    """The notice for an answer cut by the limit, which is set by ``limit``."""
     return f"(cut at {sampling.max_new_tokens} tokens; {limit} sets the limit)"
 
 
@@ -20,8 +20,8 @@ class Dialog:
 
     Args:
         answerer: answers.
-        sampling: how; each question has a seed of its own, counted up from this one's.
-        system: the system text; None for the one of training, empty for none.
+        sampling: how to sample; each question has its own seed, counted up from this one's.
+        system: the system text; None for that of training, empty for none.
     """
 
     def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
@@ -30,9 +30,9 @@ class Dialog:
         self._num_left_out = 0
 
     def fitting(self, turns: list[Turn]) -> tuple[Conversation, str]:
-        """The conversation, without first turns that the context has no room for; and a word on them, or none.
+        """The conversation, without first turns that no longer fit into the context; and a notice of that, or none.
 
-        Raises UserError for what can't be asked.
+        Raises UserError for a question that can't be asked.
         """
         whole = Conversation(tuple(turns), self.system)
         try:
@@ -46,7 +46,7 @@ class Dialog:
         return fitting, f"(the first {num_left_out} turns no longer fit into {room} tokens: left out)" if grew else ""
 
     def remember(self, question: str, answer: Answer) -> str:
-        """Keeps both for the next question, which draws anew; returns a word where it can't, else none."""
+        """Keep both for the next question, which has another seed; return a notice if that is impossible."""
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
         tags = self.answerer.encoder.prompt_format.tags_in(answer.text)
         if not answer.text or tags:  # the next prompt could not hold it
@@ -55,11 +55,11 @@ class Dialog:
         return ""
 
     def forget(self) -> None:
-        """Begins anew; system text and seed stay."""
+        """Start over; system text and seed are kept."""
         self.turns, self._num_left_out = [], 0
 
     def set_system(self, system: str) -> None:
-        """Another system text, or none where it is empty. Raises UserError for one that no prompt can hold."""
+        """Set another system text, or none if empty. Raises UserError for one that no prompt can hold."""
         try:
             check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.prompt_format)
         except ValueError as error:

@@ -1,8 +1,7 @@
-"""Owns what a page's server takes from visitors: a body is checked whole before the server that keeps the page sees it.
+"""Owns the checks of requests to a page's server: a body is checked in full before the server sees it.
 
-A page sends the fields that it has, in their kinds; whoever writes requests by hand sends anything. Refused, or failed
-beneath, a request is answered in one line, and the terminal of the page's owner sees no traceback of it. An ASGI
-middleware; knows no gradio, no model.
+A page sends its fields with their kinds; handwritten requests may hold anything. A refused or failed request is
+answered in one line, without a traceback on the owner's terminal. An ASGI middleware; knows no gradio, no model.
 """
 
 import json
@@ -17,7 +16,7 @@ from lit_qlora.storage.files import parse_json
 from lit_qlora.storage.foreign import FLAG, OBJECT, Kind, check, shown, whole, wrong
 
 MAX_BODY_BYTES = 1 << 20
-"""Of a request: many times the longest prompt that a base has room for."""
+"""Largest request: many times the longest prompt of any base."""
 
 _KINDS = {
     "textbox": Kind("a text, or null", lambda value: isinstance(value, str | None)),
@@ -28,7 +27,7 @@ _KINDS = {
     "checkbox": FLAG,
     "state": Kind("anything", lambda value: True),  # the server has its own
 }
-"""What a component of the page may send."""
+"""The kinds of values of the page's components."""
 
 _NAME = Kind("a page's", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9_-]{1,100}", value)))
 _NAMES = {"session_hash": _NAME, "event_id": _NAME, "fn_index": whole(0, 999)}
@@ -46,7 +45,7 @@ class Door:
 
     Args:
         app: the server behind it, an ASGI application.
-        fields: of each function of the page by its number, what its inputs are: keys of `_KINDS`.
+        fields: kinds of the inputs (keys of `_KINDS`) of each function of the page, by its number.
     """
 
     def __init__(self, app: Any, fields: Mapping[int, Sequence[str]]) -> None:
@@ -78,13 +77,13 @@ class Door:
             await (send({"type": "http.response.body"}) if begun else _answer(send, status, problem))
 
     def _checked(self, scope: Message, body: bytes, receive: Receive) -> Receive:
-        """What the server is to receive: ``body``, of a call no more than a page sends. Raises UserError."""
+        """The body for the server: ``body``, reduced to what a page sends. Raises UserError."""
         parent, last = ["", *scope["path"].rstrip("/").split("/")][-2:]
         if last in ("cancel", "reset"):
             call = check_end(body)
         elif parent == "run" or (parent, last) == ("queue", "join"):
             call = check_call(body, self.fields)
-        else:  # the server has more doors, for programs
+        else:  # the server has more routes, for programs
             raise UserError("what this page's server does is for the page alone")
         body = json.dumps(call).encode()
         kept = [header for header in scope["headers"] if header[0] not in (b"content-length", b"content-type")]
@@ -98,7 +97,7 @@ class Door:
 
 
 def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, Any]:
-    """The call in ``body``, with nothing in it but what a page of these ``fields`` sends. Raises UserError."""
+    """The call in ``body``, reduced to what a page of these ``fields`` sends. Raises UserError."""
     call = _object(body)
     number: Any = call.get("fn_index")
     session: Any = call.get("session_hash")
@@ -117,7 +116,7 @@ def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, An
 
 
 def check_end(body: bytes) -> dict[str, Any]:
-    """What is to be ended, by the names in ``body``. Raises UserError."""
+    """The stream to end, by the names in ``body``. Raises UserError."""
     call = _object(body)
     for name, kind in _NAMES.items():
         if name in call:
@@ -135,7 +134,7 @@ def _object(body: bytes) -> dict[str, Any]:
 
 
 def _check_hosts(scope: Message) -> None:
-    """Raises UserError where a header from which the server makes its own address can't be one."""
+    """Raises UserError for an invalid header from which the server derives its own address."""
     for name, value in scope["headers"]:
         if name in _HOSTS and not _HOST.fullmatch(value.decode("latin-1")):
             raise UserError(f"expected the name of a host, got {shown(value.decode('latin-1'))}", place=name.decode())

@@ -1,6 +1,6 @@
-"""Owns the conversations of browser tabs, what is shown of them, and the one thread that answers them, in turn.
+"""Owns the conversations of browser tabs, their display, and the one thread that answers them in turn.
 
-What is asked and remembered is `Dialog`'s. Knows the answerer as something that streams answers; no page, no gradio.
+Conversations are `Dialog`'s. Knows the answerer as something that streams answers; no page, no gradio.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -15,7 +15,7 @@ from lit_qlora.tools.answering.answerer import Answer, Answerer
 from lit_qlora.tools.answering.dialog import Dialog, cut_note
 
 TICK_S = 0.05
-"""From one piece of an answer to the next: smooth to the eye, and few enough for a link through a tunnel."""
+"""Seconds between updates of an answer: smooth to the eye, and few enough for a tunnel."""
 
 LIMIT = "Answer limit, under Settings,"
 WAITING = "(another page is being answered; this one is next in turn)"
@@ -25,7 +25,7 @@ Messages = list[dict[str, Any]]
 
 
 class Asked(NamedTuple):
-    """A question, the conversation that it stands in, and how its answer is drawn."""
+    """A question, its conversation, and how its answer is sampled."""
 
     question: str
     conversation: Conversation
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 
 class Tab(Dialog):
-    """The conversation of one browser tab, and what is shown of it."""
+    """The conversation of one browser tab, and its display."""
 
     def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
         super().__init__(answerer, sampling, system)
@@ -51,7 +51,7 @@ class Tab(Dialog):
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """While it is open, nothing else may be asked."""
+        """A context in which nothing else may be asked."""
         self.answering, self.stopped = True, False
         try:
             yield
@@ -60,7 +60,7 @@ class Tab(Dialog):
 
 
 class Worker:
-    """The one thread: who asks while it answers another waits in line, and is told."""
+    """The one thread that answers; a question meanwhile waits in line, with a notice."""
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
@@ -68,12 +68,12 @@ class Worker:
         self._closing = False
 
     def close(self) -> None:
-        """Ends the answer under way, and forgets those in line."""
+        """Stop the current answer, and drop those in line."""
         self._closing = True
         self._thread.shutdown(cancel_futures=True)
 
     def stream(self, tab: Tab | None, compares: bool) -> Iterator[tuple[Messages, Messages]]:
-        """What was asked and not answered yet: both columns, as the answers come."""
+        """Answer the open question: yields both columns as the answers arrive."""
         if tab is None or tab.answering:
             return
         with tab.busy():
@@ -90,7 +90,7 @@ class Worker:
     def _answer(
         self, tab: Tab, asked: Asked, messages: Messages, switch: Callable[[], AbstractContextManager[None]]
     ) -> Generator[tuple[Messages, Messages], None, Answer]:
-        """Has the worker answer, and adds what has come to ``messages``, until that is all or it was stopped."""
+        """Let the worker answer, and add its text to ``messages``, until it is complete or stopped."""
         pieces: list[str] = []
 
         def show(text: str) -> bool:
@@ -110,7 +110,7 @@ class Worker:
                 if future.running():
                     message["text"] = _plain("".join(pieces))
                 yield tab.shown
-        finally:  # a page that is closed ends this generator, and with it what nobody waits for any more
+        finally:  # closing the page ends this generator, and with it the answer
             tab.stopped |= not future.done()
             future.cancel()
         done = Answer("", False) if future.cancelled() else future.result()
@@ -121,7 +121,7 @@ class Worker:
 
 
 def say(messages: Messages, role: str, text: str) -> dict[str, str]:
-    """Adds a message, unless there is nothing to say; returns the part of it that holds the text."""
+    """Add a message unless it is empty; return the part of it that holds the text."""
     part = {"type": "text", "text": _plain(text)}  # a bare string would lose its indentation
     if text:
         messages.append({"role": role, "content": [part]})
@@ -129,5 +129,5 @@ def say(messages: Messages, role: str, text: str) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """``text`` for a page that takes what it is given for HTML: nothing that was said may become that."""
+    """``text`` escaped for a page that renders HTML: no conversation may become that."""
     return escape(text, quote=False)

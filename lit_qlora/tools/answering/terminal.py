@@ -1,6 +1,6 @@
-"""Owns the conversation at a terminal: its lines and commands, what Ctrl-C and Ctrl-D do.
+"""Owns the conversation at a terminal: its lines and commands, Ctrl-C and Ctrl-D.
 
-What is asked and remembered is `Dialog`'s. Knows the answerer as something that streams answers; no ids, no weights.
+Conversations are `Dialog`'s. Knows the answerer as something that streams answers; no ids, no weights.
 """
 
 import json
@@ -31,16 +31,16 @@ HELP = """\
 Ctrl-C stops an answer; what was said stays. A line that opens with a space is a question, even with a / behind it."""
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that would steer the terminal instead of being shown in it."""
+"""Control characters of the terminal."""
 
 
 def harmless(text: str) -> str:
-    """``text`` as a terminal may be given it, which takes some characters for commands."""
+    """``text`` without control characters of the terminal."""
     return CONTROL.sub("", text)
 
 
 class Terminal(Dialog):
-    """One conversation, typed and printed; its arguments are `Dialog`'s."""
+    """One conversation, typed and printed; the arguments are those of `Dialog`."""
 
     def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
         super().__init__(answerer, sampling, system)
@@ -52,7 +52,7 @@ class Terminal(Dialog):
         }  # fmt: skip
 
     def run(self) -> None:
-        """Talks until Ctrl-D or /quit."""
+        """Run the conversation until Ctrl-D or /quit."""
         with suppress(ImportError):
             import readline  # noqa: F401  # from here on `input` knows the arrow keys and what was typed before
         base, _ = self.answerer.base.public_name, self.answerer.model
@@ -69,7 +69,7 @@ class Terminal(Dialog):
             signal.signal(signal.SIGINT, before)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if not self._answering or self._stopped:  # the second time at once, without waiting for a token
+        if not self._answering or self._stopped:  # the second one exits at once, without waiting for a token
             raise KeyboardInterrupt
         self._stopped = True
 
@@ -85,7 +85,7 @@ class Terminal(Dialog):
         return None
 
     def _take(self, line: str | None) -> bool:
-        """Does what a line asks for; says whether to go on."""
+        """Execute a line; False ends the conversation."""
         if line is None:
             return False
         word, _, rest = line.strip().partition(" ")
@@ -116,7 +116,7 @@ class Terminal(Dialog):
         self._remember(question, answer)
 
     def _fitting(self, turns: list[Turn]) -> Conversation:
-        """The conversation as it can be asked; says when it loses first turns."""
+        """The conversation to ask; prints a notice if it loses first turns."""
         fitting, note = self.fitting(turns)
         if note:
             print(note)
@@ -206,14 +206,14 @@ class Terminal(Dialog):
                     opens = b""
                 file.write(opens + json.dumps({"messages": rows}, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
-            with suppress(OSError):  # half a line would spoil those before and after it
+            with suppress(OSError):  # a partial line would damage those before and after it
                 path.unlink() if size_before is None else os.truncate(path, size_before)
             raise UserError(f"{path} could not be saved: {error.strerror}") from error
         print(f"({len(self.turns)} turns added to {path})")
 
 
 def side_by_side(left: tuple[str, str], right: tuple[str, str], columns: int) -> str:
-    """Two headed texts in two columns of a terminal; one below the other where it is narrow."""
+    """Two headed texts in two columns of a terminal; one below the other if it is narrow."""
     if columns < 50:
         return "\n".join(f"{heading}:\n{text}" for heading, text in (left, right))
     width = (columns - 3) // 2

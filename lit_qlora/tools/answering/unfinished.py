@@ -1,8 +1,8 @@
-"""Owns the answers of an output that is not whole yet, in a file beside it that outlives a kill.
+"""Owns the answers of an unfinished output, in a file beside it that survives a kill.
 
-``.NAME.part`` says in its first line what the answers belong to, then has a line for each batch. A process
-may be killed at any moment: a line that was not wholly written is as good as none. Once the output is whole,
-``.NAME.made`` beside it says the same of that. Knows what is in a line no better than JSON does.
+The first line of ``.NAME.part`` records what the answers belong to; a line per batch follows. A process may be killed
+at any moment: a partial line is ignored. Once the output is complete, ``.NAME.made`` beside it holds the same record.
+Knows the lines as JSON only.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from lit_qlora.storage.files import parse_json, replace_file
 
 
 class Unfinished:
-    """The batches that are done, held for this process alone until it is closed."""
+    """The finished batches, locked for this process until closed."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -27,12 +27,12 @@ class Unfinished:
         self._file: IO[bytes] | None = None
 
     def check_free(self) -> None:
-        """Raises UserError where the output exists and nothing says what it was made of."""
+        """Raises UserError if the output exists without a record of its origin."""
         if self.target.exists() and not self.made.is_file():
             raise UserError(f"{self.target} exists already", option="output", remedy="give another name or remove it")
 
     def is_whole(self, belongs_to: Mapping[str, Any]) -> bool:
-        """Whether the output exists, as it was made of just this. Raises UserError for any other output there."""
+        """True if the output exists and was made of just this. Raises UserError for any other existing output."""
         if not self.target.exists():
             return False
         self.check_free()
@@ -50,9 +50,9 @@ class Unfinished:
 
     @contextlib.contextmanager
     def open(self, belongs_to: Mapping[str, Any]) -> Iterator[dict[int, Any]]:
-        """The batches by their number, of an output that belongs to just this; none where nothing was begun.
+        """The batches by number, of an output that belongs to just this; empty before the first.
 
-        Raises UserError when another process is writing it, it belongs to other things, or can't be opened.
+        Raises UserError if another process is writing it, it belongs to other things, or can't be opened.
         """
         try:
             self._file = self.path.open("a+b")
@@ -65,11 +65,11 @@ class Unfinished:
             self._file.close()
 
     def add(self, number: int, batch: Any) -> None:
-        """Puts a batch down. Raises UserError when it can't be written; what was there stays."""
+        """Save a batch. Raises UserError if it can't be written; earlier ones are kept."""
         self._write([number, batch])
 
     def finish(self, belongs_to: Mapping[str, Any], output: bytes) -> None:
-        """Writes the whole output, and first of what it was made. Raises SaveError; what was put down stays."""
+        """Write the whole output, and first the record of its origin. Raises SaveError; the saved batches are kept."""
         replace_file(self.made, json.dumps({**belongs_to, "sha256": _digest(output)}).encode())
         replace_file(self.target, output)
         self.path.unlink(missing_ok=True)
@@ -78,7 +78,7 @@ class Unfinished:
         assert self._file
         try:
             import fcntl
-        except ImportError:  # Windows, where what is locked could not be read either
+        except ImportError:  # Windows, where a locked file could not be read either
             return
         try:
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +123,7 @@ class Unfinished:
             raise UserError(
                 f"{self.path} can't be written ({error.strerror})",
                 option="output",
-                remedy="the same command goes on from there",
+                remedy="the same command resumes from there",
             ) from error
 
 
@@ -140,6 +140,6 @@ def _parsed(line: bytes) -> Any:
 
 def _differences(was: Any, now: Mapping[str, Any]) -> str:
     if not isinstance(was, dict):
-        return "its first line does not say which"
+        return "its first line does not name them"
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     return "; ".join(f"{name}: {was.get(name)} -> {now.get(name)}" for name in names)

@@ -1,6 +1,7 @@
 """Owns the conversation on a page: chat --web, through gradio, which is an optional extra.
 
-The conversations are `lit_qlora.tools.answering.tabs`'s; this is how they look, and what a click does. Knows no model.
+The conversations are in `lit_qlora.tools.answering.tabs`; this module has their layout and the actions of buttons.
+Knows no model.
 """
 
 import io
@@ -21,7 +22,7 @@ from lit_qlora.tools.answering.door import Door
 from lit_qlora.tools.answering.tabs import Asked, Tab, Worker, say
 
 NEEDED = (6, 29)
-"""The oldest gradio that will do, as in requirements-web.txt."""
+"""The oldest supported gradio, as in requirements-web.txt."""
 
 CSS = """
 .gradio-container {width: 100%; max-width: 64rem !important; margin: auto}
@@ -41,11 +42,11 @@ CSS = """
 """
 
 Updates = dict[Any, Any]
-"""The components of the page that change, with what becomes of them."""
+"""The components of the page that change, with their new values."""
 
 
 def check_gradio() -> None:
-    """Raises UserError unless a gradio is installed that will do."""
+    """Raises UserError unless a supported gradio is installed."""
     try:
         found = version("gradio")
     except PackageNotFoundError:
@@ -56,16 +57,16 @@ def check_gradio() -> None:
 
 
 def serve(answerer: Answerer, sampling: Sampling, system: str | None, share: bool, port: int | None) -> None:
-    """Shows the page until a signal ends the process.
+    """Serve the page until a signal ends the process.
 
     Args:
         answerer: answers.
-        sampling: what the page's fields begin with.
-        system: likewise; None for the system text of training.
-        share: whether to ask gradio's servers for a link that anyone can open.
-        port: to listen at; None for the first free one from 7860 on.
+        sampling: initial values of the page's fields.
+        system: initial system text; None for that of training.
+        share: True to request a public link from gradio's servers.
+        port: port to listen at; None for the first free one from 7860 on.
 
-    Raises UserError for a port that is taken, and where no link is to be had.
+    Raises UserError for a port that is taken, and if no link is available.
     """
     require(sampling.seed < 2**53, "seed", "below 2**53, as far as a page counts", sampling.seed)
     require(port is None or 0 < port < 2**16, "port", "1 to 65535", port)
@@ -80,7 +81,7 @@ def serve(answerer: Answerer, sampling: Sampling, system: str | None, share: boo
 
 
 class Page:
-    """The page, and the one thread in which its answers are made, one after the other; arguments as of `Dialog`."""
+    """The page, and the one thread that answers, one question after the other; arguments as for `Dialog`."""
 
     def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
         import gradio
@@ -96,7 +97,7 @@ class Page:
         self._blocks = self._build(gradio)
 
     def open(self, share: bool, port: int | None) -> str:
-        """The address at which the page answers from now on. Raises UserError as `serve` does."""
+        """Start the server; return its address. Raises UserError as `serve` does."""
         from gradio.themes import Soft
         from starlette.middleware import Middleware
 
@@ -123,7 +124,7 @@ class Page:
         }
 
     def close(self) -> None:
-        """Ends the server, and the answer under way."""
+        """Stop the server, and the current answer."""
         if self._blocks.is_running:
             self._blocks.server.force_exit = True  # without waiting for open pages, and a word on each
             logging.getLogger("uvicorn.error").disabled = True
@@ -171,7 +172,7 @@ class Page:
         answered = asks.then(*stream, **options)
         answered.then(lambda tab: (tab.sampling if tab else self.start[1]).seed, tab, self._seed, **options)
         compares = self._compares.input(self._compare, [tab, self._compares], [self._of_base, *buttons], **options)
-        for event in (answered, compares.then(*stream, **options)):  # whatever became of it, there may be another
+        for event in (answered, compares.then(*stream, **options)):  # whatever its result, another may follow
             event.then(lambda: self._ready(True), None, buttons, **options)
         self._question.stop(self._stop, tab, None, queue=False, **options)
         self._reset.click(self._forget, tab, [self._notice, *columns], queue=False, **options)
@@ -194,7 +195,7 @@ class Page:
         return {self._tab: tab, **self._tell(""), **self._ready(False, value="")}
 
     def _compare(self, tab: Tab | None, compares: bool) -> Updates:
-        """The column of the base comes or goes; coming, it will have the answer to the last question."""
+        """Show or hide the column of the base; shown, it gets the answer to the last question."""
         answers = compares and tab is not None and tab.for_base is not None
         return {self._of_base: self._update(visible=compares), **self._ready(not answers)}
 
@@ -213,7 +214,7 @@ class Page:
         return {self._notice: self._update(value=escape(problem), visible=bool(problem))}
 
     def _ready(self, ready: bool, **question: str) -> Updates:
-        """Whether something may be asked; while it may not, it can be stopped."""
+        """Enable asking, or else stopping."""
         return {
             self._question: self._update(submit_btn=ready, stop_btn=not ready, **question),
             self._compares: self._update(interactive=ready),
@@ -222,7 +223,7 @@ class Page:
 
 
 def _sampling(limit: float | None, temperature: float | None, top_p: float | None, seed: float | None) -> Sampling:
-    """What the fields hold. Raises UserError where that is nothing, or nothing that can be drawn by."""
+    """The values of the fields. Raises UserError for missing or invalid ones."""
     if limit is None or temperature is None or top_p is None or seed is None:
         raise UserError("expected a number in each field", option="settings")
     return Sampling(int(limit), float(temperature), float(top_p), int(seed))  # a page sends 2 for 2.0

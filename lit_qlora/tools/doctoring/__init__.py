@@ -1,1 +1,1 @@
-"""What `doctor` is made of: what is found of this machine."""
+"""The parts of `doctor`: findings about this machine."""

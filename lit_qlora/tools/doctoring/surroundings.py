@@ -1,6 +1,6 @@
-"""Owns what is found of this machine: packages, GPU, memory, disks, token. Each finding says what to do about it.
+"""Owns the findings about this machine: packages, GPU, memory, disks, token. Each has its remedy.
 
-Imports nothing but Python's own and our errors at the top: it is for machines where something else can't be imported.
+Imports only the standard library and our errors at the top, for machines where something else can't be imported.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from lit_qlora.place import INSTALL, requirements
 GIB = 1024**3
 MODULES = {
     "pillow": "PIL",
-    # What fails first of each where it does not go with the others.
+    # The submodule of each that fails first on a version conflict.
     "lightning": "lightning.pytorch",
     "transformers": "transformers.models.llama.modeling_llama",
 }
@@ -33,7 +33,7 @@ HOST_BYTES = 2.5 * GIB
 
 
 class Finding(NamedTuple):
-    """What was found. A problem stops a fit; a note does not."""
+    """A finding. A problem stops a fit; a note does not."""
 
     kind: Literal["ok", "note", "problem"]
     text: str
@@ -96,7 +96,7 @@ def _package(name: str, asked: str, requirement: Any, tries: bool) -> Finding:
 
 
 def missing(error: BaseException | None) -> list[str]:
-    """The packages that ``error`` comes of because they are not installed; none where it has another reason."""
+    """The missing packages that caused ``error``; empty for another cause."""
     while error is not None:
         if isinstance(error, ImportError):
             lacking = [name for name in _required() if not _is_there(MODULES.get(name, name))]
@@ -122,7 +122,7 @@ def _is_there(module: str) -> bool:
 
 
 def _distribution(module: str) -> str:
-    """The package that brings ``module``, as far as names tell."""
+    """The package of ``module``, by its name."""
     names = {which.partition(".")[0]: name for name, which in MODULES.items()} | {"yaml": "pyyaml"}
     return re.sub(r"[-_.]+", "-", names.get(module, module)).lower()
 
@@ -143,12 +143,12 @@ def _dependencies() -> set[str]:
 
 
 def torchao() -> Iterator[Finding]:
-    """peft's own look at torchao, which raises for an old one."""
+    """peft's own check of torchao, which raises for an old one."""
     if importlib.util.find_spec("torchao") is None:
         return
     try:
         from peft.import_utils import is_torchao_available
-    except Exception:  # told of peft already
+    except Exception:  # reported with peft already
         return
     try:
         is_torchao_available()
@@ -165,11 +165,11 @@ def torchao() -> Iterator[Finding]:
 
 
 def gpu() -> Iterator[Finding]:
-    """The GPU as torch has it, beside what the driver's own program says."""
+    """The GPU by torch, beside the output of the driver's own program."""
     seen = _nvidia_smi()
     torch = _torch()
     if torch is None:
-        yield Finding("note", f"GPU: {seen or 'none seen'}; torch can't be asked")
+        yield Finding("note", f"GPU: {seen or 'none seen'}; torch can't be imported")
         return
     trouble = ""
     with warnings.catch_warnings():
@@ -211,7 +211,7 @@ def _no_gpu(torch: Any, seen: str, trouble: str) -> Finding:
 
 
 def _nvidia_smi() -> str:
-    """Name and driver of the first GPU; nothing where there is none."""
+    """Name and driver of the first GPU; empty without one."""
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
@@ -222,10 +222,10 @@ def _nvidia_smi() -> str:
 
 
 def compiler() -> Iterator[Finding]:
-    """What kernels are compiled with on a GPU: triton, a C compiler and Python's headers."""
+    """The tools for compiling kernels on a GPU: triton, a C compiler and Python's headers."""
     try:
         from lit_qlora.model.device import compiler_lacks
-    except Exception:  # told of torch already
+    except Exception:  # reported with torch already
         return
     missing = compiler_lacks(on_gpu=True)
     if missing:
@@ -234,7 +234,7 @@ def compiler() -> Iterator[Finding]:
 
 
 def four_bit() -> Iterator[Finding]:
-    """One weight into 4 bits and out again, on the device that a fit would take."""
+    """Quantise and dequantise one weight, on the device of a fit."""
     torch, functional = _torch(), sys.modules.get("bitsandbytes.functional")
     if torch is None or functional is None:
         return
@@ -247,7 +247,7 @@ def four_bit() -> Iterator[Finding]:
             raise ArithmeticError(f"a weight comes back {far:.2g} off")
     except Exception as error:
         text = f"bitsandbytes: 4 bits fail on the {device} ({reason(error)})"
-        yield Finding("problem", text, "python -m bitsandbytes says more; pip install --force-reinstall bitsandbytes")
+        yield Finding("problem", text, "python -m bitsandbytes shows more; pip install --force-reinstall bitsandbytes")
         return
     yield Finding("ok", f"bitsandbytes: 4 bits work on the {device}")
 
@@ -256,13 +256,13 @@ def four_bit() -> Iterator[Finding]:
 
 
 def host_memory() -> Iterator[Finding]:
-    """Of the machine, or of the container where that has less."""
+    """Memory of the machine, or of the container if that has less."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
         total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
     except (OSError, KeyError, ValueError):
-        yield Finding("ok", "host memory: this system doesn't tell")
+        yield Finding("ok", "host memory: unknown on this system")
         return
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit() and int(text) < total:
@@ -276,7 +276,7 @@ def host_memory() -> Iterator[Finding]:
 
 
 def disk(what: str, folder: Path, needed: int, remedy: str) -> Iterator[Finding]:
-    """Room where ``folder`` is or will be, against the bytes that a fit will write there."""
+    """Free space where ``folder`` is or will be, against the bytes that a fit will write there."""
     there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
     free = shutil.disk_usage(there).free
     shown = f"disk of {what}: {free / 1e9:.1f} GB free"
@@ -291,7 +291,7 @@ def disk(what: str, folder: Path, needed: int, remedy: str) -> Iterator[Finding]
 
 
 def hub_cache() -> Path:
-    """Where the hub's library keeps what it downloads."""
+    """The hub library's download cache."""
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
     except Exception:
@@ -303,7 +303,7 @@ def hub_cache() -> Path:
 
 
 def token() -> Iterator[Finding]:
-    """Whether there is a token, and where; never which."""
+    """Whether there is a token, and where; never its value."""
     if any(os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
         yield Finding("ok", "token: in the environment")
         return
@@ -320,7 +320,7 @@ def token() -> Iterator[Finding]:
 
 
 def reaches_hub() -> bool:
-    """Whether the hub answers at all; with a proxy, that is the proxy's affair. The hub's library tries for 30 s."""
+    """True if the hub responds; unknown behind a proxy. The hub's library would try for 30 s."""
     if any(name.lower() in ("https_proxy", "all_proxy") and value for name, value in os.environ.items()):
         return True
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("://")[-1].split("/")[0]

@@ -1,1 +1,1 @@
-"""What `merge` is made of: the arithmetic, the forward pass that checks it, and the comparison."""
+"""The parts of `merge`: the arithmetic, the forward pass that checks it, and the comparison."""

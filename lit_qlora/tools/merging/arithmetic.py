@@ -1,4 +1,4 @@
-"""Owns the arithmetic of a merge: base weights, as training saw them, with LoRA's product added, one tensor at a time.
+"""Owns the arithmetic of a merge: base weights, as in training, plus LoRA's product, one tensor at a time.
 
 Reads safetensors, the base's and the adapter's, without peft and without a model. Knows no folder to write to.
 """
@@ -22,20 +22,20 @@ from lit_qlora.storage.foreign import read_object
 Onto = Literal["quantized", "original"]
 
 LINEAR = re.compile(rf"model\.layers\.\d+\.\w+\.({'|'.join(Shape.LINEARS)})\.weight")
-"""What is kept in 4 bits: the linear layers of the decoder, biases and head not among them."""
+"""The weights in 4 bits: linear layers of the decoder, without biases and head."""
 
 
 class StoredWeights:
-    """The tensors of a base by name, each read from its file when it is asked for."""
+    """The tensors of a base by name, each read from its file on access."""
 
     def __init__(self, base: Base) -> None:
         self._files = {name: tensor.file for name, tensor in stored_tensors(base).items()}
         self.in_4_bits = base.in_4_bits
-        """Whether the base was saved in 4 bits, all of it that is to be."""
+        """True if the base was saved in 4 bits."""
 
     @property
     def names(self) -> list[str]:
-        """The weights of the model, layer by layer; not what 4 bits keep beside them."""
+        """The names of the model's weights, layer by layer, without the tensors that 4 bits keep beside them."""
         names = (name for name in self._files if not STATE.fullmatch(name) and not name.endswith(BUFFER))
         return sorted(
             names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
@@ -46,12 +46,12 @@ class StoredWeights:
             return shard.get_tensor(name)  # type: ignore[no-any-return]
 
     def state(self, name: str) -> dict[str, str]:
-        """The names of what belongs to a weight in 4 bits, by their last parts; empty for any other weight."""
+        """The names of the tensors beside a 4-bit weight, by their last parts; empty for any other weight."""
         matches = (STATE.fullmatch(other) for other in self._files if other.startswith(f"{name}."))
         return {match[2]: match[0] for match in matches if match}
 
     def dequantized(self, name: str, device: torch.device) -> Tensor:
-        """A weight that is stored in 4 bits, unpacked, fp32."""
+        """A dequantised 4-bit weight, fp32."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = QuantState.from_dict({key: self[full] for key, full in self.state(name).items()}, device)
@@ -60,9 +60,9 @@ class StoredWeights:
 
 
 class LoraWeights:
-    """An adapter's matrices, and what they add to a weight.
+    """An adapter's matrices, and their sum with a weight.
 
-    Raises UserError for a kind of LoRA that is not computed here.
+    Raises UserError for an unsupported kind of LoRA.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,11 +84,11 @@ class LoraWeights:
 
     @property
     def targets(self) -> set[str]:
-        """The weights of the base that it changes."""
+        """Names of the base's weights that it changes."""
         return {f"{name.rpartition('.lora_')[0]}.weight" for name in self._keys}
 
     def add_to(self, name: str, weight: Tensor) -> Tensor:
-        """``weight + scale * B @ A``, in fp32, with DoRA's magnitudes where there are some."""
+        """``weight + scale * B @ A``, in fp32, with DoRA's magnitudes if any."""
         part = name.removesuffix(".weight")
         if f"{part}.lora_A" not in self._keys:
             return weight
@@ -104,7 +104,7 @@ class LoraWeights:
 
 
 def _plain(key: str) -> str:
-    """peft's key as the base's name of the layer and the part of LoRA."""
+    """Split peft's key into the base's name of the layer and the part of LoRA."""
     name = key.removeprefix("base_model.model.").removesuffix(".weight")
     if name.rpartition(".")[2] not in ("lora_A", "lora_B", "lora_magnitude_vector"):
         raise UserError(f"it holds {key}, which merge does not know", option="adapter")
@@ -112,7 +112,7 @@ def _plain(key: str) -> str:
 
 
 def as_trained(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is left of a weight after NF4 with double quantisation, as `lit_qlora.model.load` makes it; fp32."""
+    """A weight after NF4 with double quantisation as in `lit_qlora.model.load`, dequantised; fp32."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     packed, state = quantize_4bit(
@@ -132,11 +132,11 @@ def merged_tensors(
     """Every weight of the merged model, fp32, computed on ``device``, one after the other.
 
     Args:
-        weights: of the base.
-        lora: of the adapter.
-        onto: ``quantized`` adds to what 4 bits leave of the base, ``original`` to the base as it is stored.
+        weights: weights of the base.
+        lora: LoRA of the adapter.
+        onto: ``quantized`` adds to the dequantised 4-bit base, ``original`` to the base as stored.
         trained_in: the dtype in which the base was loaded in training, before it was quantised.
-        device: a GPU where there is one; the figures are the same.
+        device: device to compute on; the results are equal.
     """
     for name in weights.names:
         if weights.state(name):
@@ -144,6 +144,6 @@ def merged_tensors(
         else:
             value = weights[name].to(device)
             linear = LINEAR.fullmatch(name)
-            if onto == "quantized" and not weights.in_4_bits:  # there, what is in 16 bits was trained in 16 bits
+            if onto == "quantized" and not weights.in_4_bits:  # there, 16-bit layers were trained in 16 bits
                 value = as_trained(value, trained_in) if linear else value.to(trained_in)
         yield name, lora.add_to(name, value.float())

@@ -25,11 +25,12 @@ from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.merging.streamed import streamed_logits
 
 LARGEST_DIFFERENCE = {"float16": 0.25, "bfloat16": 2.0, "float32": 1e-3}
-"""Of a logit: what rounding the weights to a dtype can explain. A wrong scale, or a layer left out, moves more."""
+"""Largest difference of a logit that rounding the weights to a dtype explains. A wrong scale or a missing layer gives
+more."""
 
 NUM_CONVERSATIONS = 4
 MAX_TOKENS = 256
-"""Of a conversation that is compared."""
+"""Most tokens of a compared conversation."""
 
 
 class Reference(NamedTuple):
@@ -41,7 +42,7 @@ class Reference(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How far two models' logits are from each other."""
+    """The difference of two models' logits."""
 
     greatest: float
     agreement: float
@@ -57,12 +58,12 @@ class Difference(NamedTuple):
 def conversations_to_compare(
     settings: Mapping[str, Any] | None, record: Path, encoder: Encoder
 ) -> tuple[list[Conversation], str]:
-    """A run's first held-out conversations, and their source; the demo's without a run, or when its rows are gone.
+    """A run's first held-out conversations, and their source; the demo's without a run, or if its rows are gone.
 
     Args:
         settings: the run's options.
-        record: the file that names the rows that it held out.
-        encoder: writes them.
+        record: the file that records its held-out rows.
+        encoder: encodes them.
     """
     reading = Reading(prompt_format=encoder.prompt_format)
     records = load_records(str(demo.TEST), reading=reading)
@@ -86,7 +87,7 @@ def reference(
 ) -> Reference:
     """The logits of the 4-bit ``base``, quantised from ``dtype``, with peft's LoRA on it.
 
-    Raises UserError when the two do not go together.
+    Raises UserError if the two do not match.
     """
     rows = [example.input_ids[:MAX_TOKENS] for example in encoder.examples(texts) if example]
     input_ids = torch.full((len(rows), max(map(len, rows))), encoder.eos_id)
@@ -102,7 +103,7 @@ def reference(
 
 
 def _logits(model: Any, input_ids: Tensor) -> Tensor:
-    """``[B, T, V]`` of a model in 4 bits, in fp32, which it is left in."""
+    """Logits ``[B, T, V]`` of a 4-bit model, computed in fp32, in which it stays."""
     _compute_in_fp32(model)
     with torch.no_grad():
         return model.eval()(input_ids=input_ids.to(model.device), use_cache=False).logits.cpu()  # type: ignore[no-any-return]
@@ -120,15 +121,15 @@ def _compute_in_fp32(model: torch.nn.Module) -> None:
 
 
 def difference(folder: Path, wanted: Reference, device: torch.device) -> Difference:
-    """Of the model in ``folder`` from ``wanted``."""
+    """Difference of the logits of the model in ``folder`` from ``wanted``."""
     found = streamed_logits(find_base(str(folder)), wanted.input_ids, device)[wanted.is_token]
     agreement = (found.argmax(-1) == wanted.logits.argmax(-1)).float().mean().item()
-    # A maximum over NaN is NaN, whatever else there is.
+    # A maximum over NaN is NaN.
     return Difference((found - wanted.logits).abs().max().item(), agreement, len(found))
 
 
 def check(found: Difference, dtype: str) -> None:
-    """Raises UserError for more than rounding to ``dtype`` explains; another model may be anything finite."""
+    """Raises UserError for a difference above that of rounding to ``dtype``; for another model only if not finite."""
     limit = LARGEST_DIFFERENCE.get(dtype, math.inf)
     if not math.isfinite(found.greatest) or found.greatest > limit:
         raise UserError(

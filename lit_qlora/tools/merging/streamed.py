@@ -1,6 +1,6 @@
-"""Owns a forward pass through a model that is larger than memory: each weight is read when its layer is reached.
+"""Owns a forward pass through a model larger than memory: each weight is read when its layer is reached.
 
-What a merge is checked by. Knows no adapter.
+Used to check a merge. Knows no adapter.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from lit_qlora.tools.merging.arithmetic import StoredWeights
 
 
 class _InFp32(Mapping[str, Tensor]):
-    """The weights of a model in fp32, as accelerate asks for them."""
+    """The weights of a model in fp32, as a mapping for accelerate."""
 
     def __init__(self, base: Base) -> None:
         self._weights = StoredWeights(base)

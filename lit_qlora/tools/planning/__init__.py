@@ -1,1 +1,1 @@
-"""What `plan` is made of: the rows as far as they are known here, and the words."""
+"""The parts of `plan`: the rows as far as they are known here, and the words."""

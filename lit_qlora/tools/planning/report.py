@@ -1,6 +1,6 @@
 """Owns the words of a plan: what a fit needs of the card, of the host and of time, and the verdict.
 
-Knows a forecast and what is still to be downloaded; nothing of options.
+Knows a forecast and the download still needed; nothing of options.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ TIGHT = f"may fit, within {memory.RESERVE:.0%} of the card"
 
 
 class Plan(NamedTuple):
-    """What is reported of a fit.
+    """The contents of a report on a fit.
 
-    ``precision_reason`` says why the forecast's precision was chosen, ``download`` is the bytes of the base that are
-    not here yet.
+    ``precision_reason`` is why the forecast's precision was chosen, ``download`` the bytes of the base still to
+    download.
     """
 
     base: Base
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether the settings fit or may fit, and what to say of it."""
+    """Whether the settings fit or may fit, in words."""
 
     fits: bool
     words: str
@@ -52,7 +52,7 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def verdict(forecast: Forecast) -> Verdict:
-    """Whether it fits, and the smallest change with which it does where it does not."""
+    """Whether it fits, and otherwise the smallest change with which it does."""
     of = f"{forecast.needed_gib:.2f} of {forecast.card.memory_gib:.2f} GiB"
     if forecast.fits():
         return Verdict(True, f"{_surely(forecast) or 'fits'}: {of}")
@@ -65,7 +65,7 @@ def verdict(forecast: Forecast) -> Verdict:
 
 
 def _surely(forecast: Forecast) -> str | None:
-    """Why it only may fit; None where it does."""
+    """Why it only may fit; None if it does."""
     if forecast.is_slow:
         return OWN
     return None if forecast.fits(1 - memory.RESERVE) else TIGHT

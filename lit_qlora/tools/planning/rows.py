@@ -1,4 +1,4 @@
-"""Owns what a plan knows of the rows: their lengths, counted where rows and tokenizer are here, else assumed.
+"""Owns the rows of a plan: their lengths, counted if rows and tokenizer are local, else assumed.
 
 Downloads nothing. Knows no card.
 """
@@ -17,16 +17,17 @@ from lit_qlora.forecast.memory import Samples
 from lit_qlora.model.base import Base, stored_file
 
 CHARACTERS_PER_TOKEN, TOKENS_PER_TURN = 3.3, 6
-"""Of Guanaco's conversations with Llama 2's tokenizer, and what the format adds; both measured."""
+"""Measured on Guanaco's conversations with Llama 2's tokenizer: characters per token, and tokens added by the
+format."""
 PROMPT_TOKENS = 256
-"""The longest of eight prompts, where it is not known: measured there, 153 on average."""
+"""Tokens of the longest of eight prompts if unknown: measured there, 153 on average."""
 PUBLISHED = {"timdettmers/openassistant-guanaco": 9846, "mlabonne/guanaco-llama2-1k": 950}
-"""Training rows of data sets whose lengths are like Guanaco's."""
+"""Training rows of data sets with lengths like Guanaco's."""
 
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Has the hub's cache read, and nothing downloaded."""
+    """A context in which the hub's cache is read, and nothing downloaded."""
     import datasets
     from huggingface_hub import constants
 
@@ -39,9 +40,9 @@ def offline() -> Iterator[None]:
 
 
 def look(trainer: Any, data: ChatDataModule, base: Base, answers: SampleAnswers) -> tuple[Rows, Samples]:
-    """Finds the training rows and the sample answers of a fit, as far as they are here.
+    """Find the training rows and the sample answers of a fit, as far as they are local.
 
-    Raises UserError for rows, prompts or a tokenizer that a fit refuses.
+    Raises UserError for rows, prompts or a tokenizer that fit refuses.
     """
     data.tokenizer_option = "model.base"
     has_tokenizer = _has_tokenizer(data, base)
@@ -83,7 +84,7 @@ def _rows(data: ChatDataModule, has_tokenizer: bool) -> Rows:
             + round(sum(len(turn.content) for turn in conversation.turns) / CHARACTERS_PER_TOKEN)
             for conversation in train.conversations
         )
-        how = f"estimated from {CHARACTERS_PER_TOKEN} characters a token: the tokenizer is not here"
+        how = f"estimated from {CHARACTERS_PER_TOKEN} characters per token: the tokenizer is not here"
         return Rows(lengths, known_by=how)
     data.setup("fit")
     return Rows.of(data)

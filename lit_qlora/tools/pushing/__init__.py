@@ -1,1 +1,1 @@
-"""What `push` is made of: the hub's side."""
+"""The parts of `push`: the hub's side."""

@@ -1,6 +1,6 @@
-"""Owns a repository of the hub that something is sent to: whose it is, who sees it, and one commit that holds it all.
+"""Owns the target repository on the hub: its account, its visibility, and one commit with all files.
 
-The token comes from the environment or the stored login, and goes to the hub alone. Knows no folder to send from.
+The token is read from the environment or the stored login, and sent to the hub only. Knows no source folder.
 """
 
 import re
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
 Contents = dict[str, Path | bytes]
-"""What is sent, by its name in the repository."""
+"""The files to send, by their names in the repository."""
 
 KINDS = {"adapter_config.json": "adapter", "config.json": "merged model"}
-"""What a folder or a repository holds, by the file that says so."""
+"""The kind of a folder or a repository, by the file that marks it."""
 
 
 class Hub:
     """A repository and the account that sends to it.
 
     Args:
-        to: its name, NAME/REPO.
-        public: whether it may be seen by everybody.
+        to: name of the repository, NAME/REPO.
+        public: True if it may be visible to everybody.
 
-    Raises UserError without a token, with one that is refused or may only read, and where the hub can't be reached.
+    Raises UserError without a token, with one that is refused or read-only, and if the hub can't be reached.
     """
 
     def __init__(self, to: str, public: bool) -> None:
@@ -56,7 +56,8 @@ class Hub:
             )
         if not re.fullmatch(r"[!-~]+", token):
             raise UserError(
-                "push: the token of the hub (HF_TOKEN or the stored login) holds what no token has", remedy="renew it"
+                "push: the token of the hub (HF_TOKEN or the stored login) holds invalid characters",
+                remedy="renew it",
             )
         self.to, self.public = to, public
         self._api = HfApi(token=token)
@@ -69,7 +70,7 @@ class Hub:
         self._there = self._look()
 
     def _look(self) -> "ModelInfo | None":
-        """The repository as it is on the hub; None where there is none, or none that this account sees."""
+        """The repository on the hub; None if there is none, or none visible to this account."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         with _in_one_line(self.to, self._token):
@@ -83,7 +84,7 @@ class Hub:
         return {file.rfilename for file in self._there.siblings or ()} if self._there else set()
 
     def check(self, kind: str) -> None:
-        """Raises UserError where everybody would see what was to be private, or two kinds would mix."""
+        """Raises UserError if a private push would be public, or two kinds would mix."""
         if self._there and not self._there.private and not self.public:
             raise UserError(
                 f"{self.to} is there and public",
@@ -92,7 +93,7 @@ class Hub:
             )
         for name, other in KINDS.items():
             if other != kind and name in self._files:
-                # transformers would lay the adapter over the merged model.
+                # transformers would apply the adapter to the merged model.
                 raise UserError(
                     f"{self.to} holds another kind ({name})",
                     option="to",
@@ -100,23 +101,24 @@ class Hub:
                 )
 
     def outlook(self, contents: Iterable[str]) -> str:
-        """Who will see it, and what becomes of what is there."""
+        """Who will see it, and which existing files are replaced."""
         private = self._there.private if self._there else not self.public
         seen = "private" if private else "PUBLIC, for everybody to see"
         if self._there is None:
-            return f"{seen}, to be made"
+            return f"{seen}, to be created"
         num_replaced = len(self._files & set(contents))
         return f"{seen}, is there; {num_replaced} of its {len(self._files)} files replaced"
 
     def send(self, contents: Contents, message: str, check: Callable[[], None]) -> str:
-        """Sends all in one commit; says what came of it. What a cut leaves on the hub is not sent again.
+        """Send everything in one commit; return the result in words. After an interruption, uploaded files are not sent
+        again.
 
         Args:
             contents: files by their names.
-            message: of the commit.
-            check: called before the commit, when the large files are there; may raise.
+            message: message of the commit.
+            check: called before the commit, once the large files are uploaded; may raise.
 
-        Raises UserError, and then the repository shows nothing of it.
+        Raises UserError, and then the repository is unchanged.
         """
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.utils import disable_progress_bars
@@ -129,7 +131,7 @@ class Hub:
         before = self._look()
         if before is None or (not before.private and not self.public):  # somebody else was quicker
             raise UserError(
-                f"{self.to} is not as it was asked for", option="to", remedy="nothing was sent, see to it on the hub"
+                f"{self.to} is not as it was asked for", option="to", remedy="nothing was sent, check it on the hub"
             )
         with _in_one_line(self.to, self._token):
             operations = [CommitOperationAdd(name, part) for name, part in contents.items()]
@@ -144,7 +146,7 @@ class Hub:
 
 @contextmanager
 def _in_one_line(to: str, token: str) -> Iterator[None]:
-    """Raises UserError for whatever the hub's library raises: of which class that is depends on its version."""
+    """Raises UserError for any error of the hub's library, whose classes depend on its version."""
     try:
         yield
     except UserError:
@@ -158,7 +160,7 @@ def _in_one_line(to: str, token: str) -> Iterator[None]:
 
 
 def _status(error: BaseException) -> int | None:
-    """Of the answer that an error tells of, if there was one."""
+    """The HTTP status of an error, if any."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
@@ -171,4 +173,4 @@ def _refusal(status: int | None, to: str, reason: str) -> UserError:
     if status is not None and status < 500 and status != 429:
         return UserError(f"push: the hub refused it ({status}): {reason}")
     what = "push: the hub can't be reached or broke off"
-    return UserError(what, remedy=f"give the same command again, it goes on: {reason}")
+    return UserError(what, remedy=f"give the same command again, it resumes: {reason}")

@@ -1,1 +1,1 @@
-"""What `evaluate` is made of: what a model makes of rows, and how sure a figure is."""
+"""The parts of `evaluate`: scores of rows, and intervals of figures."""

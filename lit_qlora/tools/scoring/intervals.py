@@ -1,4 +1,4 @@
-"""Owns how sure a figure is: 95 % intervals of shares, of figures over rows, and of differences on the same rows.
+"""Owns 95 % confidence intervals: of shares, of figures over rows, and of differences on the same rows.
 
 Knows numbers only.
 """
@@ -11,27 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 Z = 1.959964
-"""Of the normal distribution, 95 % of which lies within so many standard deviations."""
+"""Standard deviations that hold 95 % of the normal distribution."""
 ENDS = (2.5, 97.5)
 FEWEST = 10
-"""Rows for an interval: of fewer, drawn again and again, too little varies, and none may vary at all."""
+"""Fewest rows for an interval: resamples of fewer vary too little, or not at all."""
 Array = NDArray[np.float64]
 
 
 class Figure(NamedTuple):
-    """A value and the interval that holds the true one in 95 of 100 such samples; of too few, none."""
+    """A value and its 95 % interval; None for too few rows."""
 
     value: float
     low: float | None
     high: float | None
 
     def of(self, count: int) -> "Figure":
-        """Itself, as it may be told of ``count`` rows."""
+        """The figure as reported for ``count`` rows."""
         return self if count >= FEWEST else Figure(self.value, None, None)
 
 
 def wilson(count: int, total: int) -> Figure:
-    """A share, with Wilson's interval: it stays within 0 and 1, and holds for few and for rare ones too."""
+    """A share with Wilson's interval, which stays within 0 and 1, and holds for few or rare ones, too."""
     share, square = count / total, Z * Z / total
     middle = (share + square / 2) / (1 + square)
     half = Z / (1 + square) * math.sqrt(share * (1 - share) / total + square / (4 * total))
@@ -43,15 +43,15 @@ def bootstrap(
 ) -> list[tuple[Figure, Figure, Figure]]:
     """Each figure of the base, of the adapter, and of the second minus the first.
 
-    Rows are drawn with replacement, the same ones for both, so that a row that is hard for both does not blur the
-    difference.
+    Rows are drawn with replacement, the same ones for both, so that a row that is hard for both does not widen the
+    interval of the difference.
 
     Args:
-        base: ``[rows, k]``, what each row adds to ``k`` sums.
-        adapter: the same rows.
-        figures: ``[k]`` sums to ``[f]`` figures.
-        draws: how often all rows are drawn.
-        seed: of the draws.
+        base: ``[rows, k]``, contributions of each row to ``k`` sums.
+        adapter: the same for the adapter.
+        figures: maps ``[k]`` sums to ``[f]`` figures.
+        draws: number of resamples.
+        seed: seed of the bootstrap.
     """
     chance = np.random.default_rng(seed)
     drawn = []

@@ -1,6 +1,6 @@
-"""Owns what a model makes of given tokens, row by row: base + adapter, and the base alone.
+"""Owns the scores of given tokens, row by row: of base + adapter, and of the base alone.
 
-The layers, the batches and the precision are those of `validate`, so that the sums are its own. Knows no statistics.
+Layers, batches and precision are those of `validate`, so that the sums are equal to its own. Knows no statistics.
 """
 
 import sys
@@ -29,16 +29,16 @@ Array = NDArray[np.float64]
 
 
 class Scorer(QLoRAModule):
-    """The module of training; a prediction is what ``read`` takes from a batch: ``[rows, k]``."""
+    """The module of training, whose predictions are ``read``'s results for a batch: ``[rows, k]``."""
 
     read: Callable[[Batch], torch.Tensor]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Which rows these are, and what was read from them."""
+        """The rows of a batch, and their scores."""
         return batch.rows, self.read(batch).double().cpu()
 
     def sums(self, batch: Batch) -> torch.Tensor:
-        """Nats, tokens that were the likeliest, and tokens, of each row."""
+        """Nats, count of the likeliest tokens, and tokens, per row."""
         nats, is_likeliest = token_cross_entropies(self._scored(batch), self._head, batch.targets)
         each = torch.stack([nats.double(), is_likeliest.double(), torch.ones_like(nats.double())], 1).cpu()
         if batch.lengths:  # one row behind the other
@@ -49,16 +49,16 @@ class Scorer(QLoRAModule):
         return torch.zeros(len(batch.rows), 3, dtype=torch.float64).index_add_(0, owner, each)
 
     def scores(self, batch: Batch, ids: Sequence[int]) -> torch.Tensor:
-        """Logits of ``ids`` behind each row's last token; only their rows of the head are multiplied."""
+        """Logits of ``ids`` after each row's last token; only their rows of the head are multiplied."""
         hidden = self._scored(batch)
-        # In fp32: rounded to bf16, letters that are near each other would often come out equal.
+        # In fp32: rounded to bf16, close letters would often be equal.
         with torch.autocast(hidden.device.type, enabled=False):
             return hidden.float() @ self._head[list(ids)].float().T
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """While it is open, the base alone computes."""
-        self._layers.clear()  # taken apart, they do not hear of it
+        """A context in which the base alone computes."""
+        self._layers.clear()  # extracted layers do not see it
         with self.peft_model.disable_adapter():
             yield
         self._layers.clear()
@@ -73,14 +73,14 @@ class Scorer(QLoRAModule):
 
 
 class Scoring:
-    """Base and adapter, loaded when first asked.
+    """Base and adapter, loaded on first use.
 
     Args:
-        chosen: base and adapter, and of a run its settings, which hold here too.
-        precision: instead of that in the settings.
-        batch_tokens: tokens of a batch, padding counted, instead of the settings' batches.
+        chosen: base and adapter, and the settings of a run, which apply here, too.
+        precision: replaces that in the settings.
+        batch_tokens: tokens per batch with padding, replaces the settings' batches.
 
-    Raises UserError for what this device can't compute.
+    Raises UserError for settings that this device can't compute.
     """
 
     def __init__(self, chosen: ResolvedAdapter, precision: str | None, batch_tokens: int | None) -> None:
@@ -112,7 +112,7 @@ class Scoring:
         return self._both(loader, self.module.sums, "held-out rows")
 
     def choices(self, prompts: Sequence[Sequence[int]], ids: Sequence[int], batch_tokens: int) -> tuple[Array, Array]:
-        """Logits of ``ids`` behind each of ``prompts``: base, adapter, each ``[prompts, ids]``."""
+        """Logits of ``ids`` after each of ``prompts``: base, adapter, each ``[prompts, ids]``."""
         plan = BatchPlan(tokens=batch_tokens).epoch([len(prompt) for prompt in prompts], 0, 0)
         batches = [_last_tokens(rows, [prompts[row] for row in rows]) for rows in plan]
         return self._both(batches, lambda batch: self.module.scores(batch, ids), "questions")
@@ -143,7 +143,7 @@ class Scoring:
 
 
 def _last_tokens(rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Batch:
-    """Prompts padded on the right; what is predicted is what comes behind each."""
+    """Prompts padded on the right, each to be followed by a prediction."""
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     for index, prompt in enumerate(prompts):

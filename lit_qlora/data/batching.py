@@ -1,4 +1,4 @@
-"""Owns which rows stand together in a batch, in what order, and the loader that can go on anywhere.
+"""Owns which rows form a batch, their order, and the loader that can resume anywhere.
 
 The order is a function of (seed, epoch) and nothing else, so a loader's whole state is two numbers.
 Knows lengths and ids; not what they say, nor what is computed of them.
@@ -22,15 +22,15 @@ from lit_qlora.batch import IGNORE_INDEX, Batch, answer_targets
 from lit_qlora.signals import no_signals_for_children
 
 GROUP_BATCHES = 50
-"""Batches whose rows are drawn together and then sorted by length: as random as can be with little padding."""
+"""Number of batches whose rows are drawn together and then sorted by length: random, with little padding."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How rows are grouped: ``rows`` to a micro-batch, or as many as fit into ``tokens`` with padding.
+    """How rows are grouped: ``rows`` per micro-batch, or as many as fit into ``tokens`` with padding.
 
-    With ``tokens``, ``rows`` is not used; a row longer than the budget stands alone. ``packed``, rows stand one
-    behind the other, without padding.
+    With ``tokens``, ``rows`` is not used; a row longer than the budget is alone. With ``packed``, rows are concatenated
+    without padding.
     """
 
     rows: int = 4
@@ -40,8 +40,8 @@ class BatchPlan:
     def epoch(self, lengths: Sequence[int], seed: int, epoch: int) -> list[list[int]]:
         """The micro-batches of one epoch, as row numbers.
 
-        Every row stands in exactly one; the number of batches is the same in every epoch. The batch with
-        the most padded tokens comes first, so that memory runs out at once or not at all.
+        Every row is in exactly one; the number of batches is the same in every epoch. The batch with the most padded
+        tokens comes first, so that memory runs out at once or never.
         """
         draw = random.Random(f"{seed}/{epoch}")
         batches = self._by_tokens(lengths, draw) if self.tokens else self._by_rows(lengths, draw)
@@ -51,7 +51,7 @@ class BatchPlan:
         return [largest, *batches]
 
     def _places(self, batch: list[int], lengths: Sequence[int]) -> int:
-        """Tokens of a batch, padding counted."""
+        """Tokens of a batch with padding."""
         sizes = [lengths[row] for row in batch]
         return sum(sizes) if self.packed else len(sizes) * max(sizes)
 
@@ -65,8 +65,8 @@ class BatchPlan:
         ]
 
     def _by_tokens(self, lengths: Sequence[int], draw: random.Random) -> list[list[int]]:
-        # Sorted over the whole epoch, with chance among equals: the lengths seen in order, and so the
-        # number of batches, never change. Lightning asks for that number once.
+        # Sorted over the whole epoch, randomly among equals: the sequence of lengths, and so the number of batches,
+        # never changes. Lightning asks for that number once.
         order = list(range(len(lengths)))
         draw.shuffle(order)
         order.sort(key=lambda row: -lengths[row])
@@ -83,7 +83,7 @@ class BatchPlan:
         return batches
 
     def _pack(self, order: list[int], lengths: Sequence[int]) -> list[list[int]]:
-        """Best fit, from long to short: each row into the batch that it leaves the least room in."""
+        """Best fit, from long to short: each row goes into the batch with the least room left after it."""
         assert self.tokens is not None
         batches: list[list[int]] = []
         room: list[tuple[int, int]] = []  # tokens left and the batch's number, by both
@@ -106,9 +106,9 @@ def _chunks(rows: list[int], size: int) -> list[list[int]]:
 def collate(
     examples: Sequence[tuple[int, dict[str, list[int]]]], step_answer_tokens: int, packed: bool = False
 ) -> Batch:
-    """Pads ``(row, example)`` pairs on the right to their longest, or packs them into one row.
+    """Pad ``(row, example)`` pairs on the right to their longest, or pack them into one row.
 
-    Padding is id 0, and never learned; nor is the first token of a conversation, which nothing before it predicts.
+    Padding is id 0, and never learned; nor is the first token of a conversation, which nothing predicts.
     """
     lengths: tuple[int, ...] = ()
     num_tokens = sum(len(example["input_ids"]) for _, example in examples)
@@ -150,17 +150,17 @@ class _Planned(torch.utils.data.Dataset[Batch]):
 
 
 def _as_it_is(batch: Batch) -> Batch:
-    """In place of the DataLoader's own conversion, which would turn the tuple of rows into a list."""
+    """Replace the DataLoader's own conversion, which would turn the tuple of rows into a list."""
     return batch
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_with_parent(_: int) -> None:
-    """In a worker: has it end at once when the process that began it does, even if that was killed."""
+    """In a worker: make it end with its parent process, even if that was killed."""
 
     def wait(sentinel: int) -> None:
         connection.wait([sentinel])
@@ -176,16 +176,16 @@ _open: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
 @atexit.register
 def _close() -> None:
-    """Ends the workers of epochs that nobody took to their end: Python would wait for them to heed its SIGTERM.
+    """End the workers of unfinished epochs: Python would wait for them to react to its SIGTERM.
 
-    It is registered behind multiprocessing's own, and so comes before it.
+    Registered after multiprocessing's own handler, and so called before it.
     """
     for batches in [*_open]:
         batches.close()
 
 
 class ResumableLoader:
-    """Batches, epoch after epoch; each iteration is the next epoch, or the rest of the one it was cut in.
+    """Batches, epoch after epoch; each iteration is the next epoch, or the rest of an interrupted one.
 
     Args:
         examples: rows, each with ``input_ids`` and ``labels``.
@@ -193,10 +193,10 @@ class ResumableLoader:
         order: epoch number to micro-batches of rows, the same number of them in every epoch.
         accumulate: micro-batches of one optimizer step; an epoch's last step may have fewer.
         device_index: which of ``num_devices`` this is; they take the micro-batches in turn.
-        limit: at most so many micro-batches an epoch, or a share of them, as in ``Trainer``.
-        num_workers: processes that load ahead.
-        packed: whether the rows of a micro-batch stand one behind the other instead of one below the other.
-        epoch: the first that is handed out.
+        limit: most micro-batches per epoch, or a share of them, as in ``Trainer``.
+        num_workers: number of processes that prefetch.
+        packed: True if the rows of a micro-batch are packed into one.
+        epoch: number of the first epoch.
     """
 
     def __init__(
@@ -244,21 +244,21 @@ class ResumableLoader:
             num_workers=self.num_workers,
             worker_init_fn=_end_with_parent,
         )
-        with no_signals_for_children():  # the workers end with the epoch, or when this process does
+        with no_signals_for_children():  # the workers end with the epoch, or with this process
             batches = iter(loader)
         for batch in batches:
-            # Counted before it is handed out: whoever holds the batch saves the state that follows it.
+            # Counted before it is yielded: the holder of a batch saves the state after it.
             self._done += 1
             if self._done == self.length:
                 self._epoch, self._done = self._epoch + 1, 0
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch stands; at an epoch's end, the start of the next epoch."""
+        """The position of the next batch; at an epoch's end, the start of the next epoch."""
         return {"epoch": self._epoch, "batches": self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on behind the batch that was handed out last when ``state`` was taken."""
+        """Resume after the last batch yielded when ``state`` was taken."""
         self._epoch, self._done = state["epoch"], state["batches"]
 
     def _plan(self, epoch: int) -> list[tuple[list[int], int]]:

@@ -1,8 +1,8 @@
-"""Owns the encoded rows: made once, kept on disk under a name that says what they are made of, with a checksum.
+"""Owns the encoded rows: made once, cached on disk under a key of their inputs, with a checksum.
 
-`datasets` memory-maps them, so host memory does not grow with their number. Whenever an entry is added, those that were
-used longest ago go until `KEPT_BYTES` are left; the new one, those used within the hour and those that a process has
-open stay. Knows no source and no batch.
+`datasets` memory-maps them, so host memory does not grow with their number. When an entry is added, the least recently
+used are removed down to `KEPT_BYTES`, but not the new one, those used within the hour and those that a process has
+open. Knows no source and no batch.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ from lit_qlora.text.conversation import Conversation, Turn
 
 ROWS_A_WRITE = 512
 KEPT_BYTES = 2 * 10**9
-"""Of all entries together: about half a million conversations of Guanaco's length."""
+"""Bytes of all entries together: about half a million conversations of Guanaco's length."""
 RECENT_S, ABANDONED_S = 3600, 86400
-"""Seconds: since its last use, an entry is not removed; since then, what a kill left behind is."""
+"""Seconds after its last use in which an entry is kept, and after which leftovers of a kill are removed."""
 
 LAYOUT = 1
-"""Counted up when the same conversations and settings are to give other rows on disk."""
+"""Version of the rows on disk, raised when the same conversations and settings give others."""
 
 
 class Held:
-    """Keeps an entry from being removed until it is closed, or nobody has it any more.
+    """A lock that keeps an entry from being removed until it is closed or garbage-collected.
 
-    Waits for a removal that is under way. Holds nothing of an entry that is not there.
+    Waits for a removal in progress. Holds nothing for a missing entry.
     """
 
     def __init__(self, entry: Path) -> None:
@@ -55,7 +55,7 @@ class Held:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows of ids and labels, on disk, and what became of the conversations they were made from."""
+    """Rows of ids and labels, on disk, and counts of what became of their conversations."""
 
     examples: Any
     lengths: list[int]
@@ -63,7 +63,7 @@ class EncodedRows:
     num_cut: int
     num_left_out: int
     fingerprint: str = ""
-    """Of the conversations and of all that makes ids of them."""
+    """Hash of the conversations and of everything that decides their ids."""
     held: Held | None = field(default=None, repr=False, compare=False)
     """Keeps other processes from removing them."""
 
@@ -72,9 +72,9 @@ class EncodedRows:
 
 
 def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> EncodedRows:
-    """The rows of ``conversations`` in their order, from the cache if they were encoded before and are whole.
+    """The rows of ``conversations`` in order, from the cache if encoded before and intact.
 
-    Raises UserError where they can't be written.
+    Raises UserError if they can't be written.
     """
     import datasets
 
@@ -83,7 +83,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     problem = _problem(folder)
     if problem:
         if folder.exists():
-            print(f"warning: {problem}; the rows are encoded anew", file=sys.stderr)
+            print(f"warning: {problem}; the rows are encoded again", file=sys.stderr)
         _write(folder, conversations, encoder)
         held = Held(folder)
         _prune(folder)
@@ -109,7 +109,7 @@ def _cache_folder() -> Path:
 
 
 def _prune(newest: Path) -> None:
-    """Removes the entries that were used longest ago, by the rule above; one that resists stays."""
+    """Remove the least recently used entries, by the rule above; one that can't be removed stays."""
     found = []
     for entry in newest.parent.iterdir():
         with suppress(OSError):  # another process removes, too
@@ -124,7 +124,7 @@ def _prune(newest: Path) -> None:
 
 
 def _remove(entry: Path) -> None:
-    """Removes an entry. Raises OSError where a process has it open, or it can't be removed."""
+    """Remove an entry. Raises OSError if a process has it open, or it can't be removed."""
     manifest = entry / MANIFEST
     if os.name == "nt" or not manifest.is_file():
         remove_folder(entry)
@@ -145,12 +145,12 @@ def _key(conversations: Sequence[Conversation], encoder: Encoder) -> str:
 
 
 def _otherwise(turn: Turn) -> list[str]:
-    """What makes other ids or labels of a turn than `LAYOUT` 1 had, in which all others came out as they do now."""
+    """What changes ids or labels of a turn compared with `LAYOUT` 1; all others are the same."""
     return ["context only"] * (not turn.learned) + ["a space of its own"] * turn.content.lstrip().startswith(SPACE)
 
 
 def _problem(folder: Path) -> DamagedFolderError | None:
-    """Why an entry can't be used: bits that flipped, or were never on the disk, would be other training unseen."""
+    """Why an entry can't be used; None if it can. Flipped or missing bits would silently change the training."""
     try:
         verify_folder(folder, allow_extra=True)
     except DamagedFolderError as error:
@@ -177,7 +177,7 @@ def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder
 
 
 def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Encoder) -> dict[str, int]:
-    """Streams the rows to disk, so that host memory holds a few hundred of them at a time."""
+    """Stream the rows to disk, so that host memory holds a few hundred of them at a time."""
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
@@ -194,7 +194,7 @@ def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Enco
                     "input_ids": example.input_ids,
                     "labels": example.labels,
                     "length": len(example.input_ids),
-                    # The first label is never predicted by anything.
+                    # Nothing predicts the first label.
                     "answer_tokens": sum(label != IGNORE_INDEX for label in example.labels[1:]),
                 }
                 for example in kept

@@ -1,4 +1,4 @@
-"""Owns a tokenizer as it is published: files whose chat template gives the very ids of training. Knows no model."""
+"""Owns a published tokenizer: files whose chat template gives the very ids of training. Knows no model."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ KEEP_SPACE_OF_THE_TEXT = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}
 
 
 def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json into ``folder``, for a context of ``max_tokens``.
+    """Write tokenizer.json and tokenizer_config.json to ``folder``, for a context of ``max_tokens``.
 
     A template is encoded as one text. Training encodes each stretch between two special tokens by itself, with a
     space before its first word; so does Llama 2's own tokenizer.json, but not the class that transformers 5 makes

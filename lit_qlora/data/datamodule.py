@@ -1,8 +1,7 @@
 """Owns the wiring of the data: source -> conversations -> ids -> loaders, as a LightningDataModule.
 
-Its neighbours do the work (`records`, `encode`, `cache`, `batching`); it fills in what the module's base and adapter
-say of tokenizer, vocabulary and prompt format, counts optimizer steps, and says which options make batches smaller.
-Knows no weights.
+Its neighbours do the work (`records`, `encode`, `cache`, `batching`); it takes tokenizer, vocabulary and prompt format
+from the module's base and adapter, counts optimizer steps, and suggests options for smaller batches. Knows no weights.
 """
 
 import math
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 SHARE = 0.05
-"""Of the training rows, held out where nothing else is."""
+"""Default share of the training rows to hold out."""
 CHOSEN_BY = "held-out rows, by which the best adapter was chosen"
 
 
@@ -43,7 +42,7 @@ class ChatDataModule(LightningDataModule):
     Args:
         source: ``demo``, a local jsonl, json, csv or parquet file, a folder with train.*, and validation.* and test.*
             where it has them, or a hub id.
-        form: how a row is written: found out from each row (auto), or one form for all.
+        form: the form of rows: detected per row (auto), or one for all.
         validation_source: held-out rows from elsewhere; default: the source's validation split, else its test split,
             else a share.
         validation_share: the seeded share of rows held out where there is no such split.
@@ -108,22 +107,22 @@ class ChatDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.tokenizer_name = tokenizer
         self.tokenizer_option = "data.tokenizer" if tokenizer else "model.base"
-        """The option that a tokenizer which is none is a mistake in; on the command line, there is but the base's."""
+        """The option that gives the tokenizer; on the command line, it is always the base's."""
         self.seed = seed
         self._records: dict[str, Records] = {}
         self._rows: dict[str, EncodedRows] = {}
         self._notes: dict[str, list[str]] = {}
-        """By part: what else is to be known of its rows."""
+        """By part, further notes on its rows."""
         self.run_rows: RunRows | None = None
-        """What a run learned and held out, where its rows are scored."""
+        """The learned and held-out rows of a run, if its rows are scored."""
         self._run_record: Path | None = None
         self._encoder: Encoder | None = None
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer of the base, loaded at the first use.
+        """The tokenizer of the base, loaded on first use.
 
-        Raises UserError where none was given, and no Trainer's module has a base.
+        Raises UserError if none was given, and no Trainer's module has a base.
         """
         expected = "the hub id or folder of the base's, or a Trainer whose module has a base"
         require(self.tokenizer_name is not None, "data.tokenizer", expected, None)
@@ -134,7 +133,7 @@ class ChatDataModule(LightningDataModule):
 
     @property
     def encoder(self) -> Encoder:
-        """The one encoder of the run; at the first use, the prompt format is tried.
+        """The one encoder of the run; the prompt format is checked on first use.
 
         Raises UserError as `Encoder` does.
         """
@@ -144,15 +143,14 @@ class ChatDataModule(LightningDataModule):
 
     @property
     def reading(self) -> Reading:
-        """How rows are read."""
+        """The settings for reading rows."""
         return Reading(self.form, self.strict, self.encoder.prompt_format)
 
     def setup(self, stage: str) -> None:
-        """Reads and encodes what ``stage`` needs: ``fit``, ``validate`` or ``test``.
+        """Read and encode the rows for ``stage``: ``fit``, ``validate`` or ``test``.
 
-        Raises UserError for rows that can't be read, or when nothing is left to learn or to score, be it by a share
-        of the micro-batches that is less than one of them; and for a tokenizer or template that does not go with the
-        Trainer's module.
+        Raises UserError for unreadable rows, if nothing is left to learn or to score (also by a share of less than one
+        micro-batch), and for a tokenizer or template that does not match the Trainer's module.
         """
         if self.trainer is not None:
             self._follow(self.trainer.lightning_module)
@@ -180,7 +178,7 @@ class ChatDataModule(LightningDataModule):
             self._check_limit("test", "limit_test_batches")
 
     def _follow(self, module: Any) -> None:
-        """Takes over what goes with ``module``, its base and its adapter; drops rows that were encoded for another."""
+        """Take tokenizer and prompt format from ``module``, its base and its adapter; drop rows encoded for another."""
         base, (tokenizer, template) = getattr(module, "base", None), self._given
         if base is None:
             return
@@ -199,14 +197,14 @@ class ChatDataModule(LightningDataModule):
                 f"the tokenizer of {excerpt(self.tokenizer_name)} has ids that {excerpt(base.name)}, the module's "
                 f"base, has not: its vocab_size is {base.shape.vocabulary:,}",
                 option="data.tokenizer",
-                remedy="leave it out, and the base's own is taken",
+                remedy="leave it out, to use the base's own",
             ) from error
 
     def train_dataloader(self) -> ResumableLoader:
-        """The training rows, in groups of like length, in an order that the seed fixes.
+        """The loader of the training rows, in groups of similar length, in an order given by the seed.
 
-        Each epoch has an order of its own, except under ``overfit_batches``, which is about the same batches again.
-        Without a Trainer they are those of one device, an optimizer step each.
+        Each epoch has its own order, except under ``overfit_batches``, which repeats the same batches. Without a
+        Trainer they are those of one device, one per optimizer step.
 
         Raises UserError before `setup`.
         """
@@ -231,9 +229,9 @@ class ChatDataModule(LightningDataModule):
         )
 
     def num_optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run, by arithmetic alone: no loader is asked for a batch.
+        """Optimizer steps of the whole run, without fetching a batch.
 
-        Raises UserError without a Trainer, which says how many epochs there are.
+        Raises UserError without a Trainer, which has the number of epochs.
         """
         trainer = self.trainer
         if trainer is None:
@@ -245,13 +243,13 @@ class ChatDataModule(LightningDataModule):
 
     @cached_property
     def _first_epoch(self) -> list[list[int]]:
-        """Kept, for the number of steps is asked for after each of them."""
+        """Cached, since the number of steps is read after each of them."""
         return self.plan.epoch(self._rows["train"].lengths, self.seed, 0)
 
     def largest_batch(self, padded: Callable[[int, int], int] = lambda _, tokens: tokens) -> Batch:
-        """The training micro-batch with the most tokens, padding counted.
+        """The training micro-batch with the most tokens, with padding.
 
-        ``padded`` gives the tokens that each of so many rows has in the end, from those of the longest.
+        ``padded`` maps a number of rows and their longest to the padded tokens of each.
         """
         lengths, packed = self._rows["train"].lengths, self.plan.packed
 
@@ -265,8 +263,10 @@ class ChatDataModule(LightningDataModule):
         return collate([(row, examples[row]) for row in rows], answers, self.plan.packed)
 
     def smaller(self, rows: int, accumulate: int) -> str:
-        """Options to suggest where halving a micro-batch was not enough: a quarter of its ``rows``, with as many rows
-        per optimizer step; for a single row, a shorter ``max_length``."""
+        """Options for smaller micro-batches, to suggest if halving one was not enough.
+
+        A quarter of its ``rows``, with as many rows per optimizer step; for a single row, a shorter ``max_length``.
+        """
         if self.plan.tokens:
             tokens = max(self.plan.tokens // 4, self.max_length)
             if rows > 1 and tokens < self.plan.tokens:
@@ -278,7 +278,7 @@ class ChatDataModule(LightningDataModule):
         return f"--data.batch_size {fewer} --trainer.accumulate_grad_batches {accumulate * -(-rows // fewer)}"
 
     def val_dataloader(self) -> EvaluationLoader:
-        """The held-out rows."""
+        """The loader of the held-out rows."""
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> EvaluationLoader:
@@ -286,7 +286,7 @@ class ChatDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def held_out_prompts(self, count: int) -> list[tuple[Conversation, str]]:
-        """The first ``count`` held-out conversations, cut before their first answer to learn, each with that answer."""
+        """The first ``count`` held-out conversations, cut before their first learned answer, each with that answer."""
         prompts = []
         for conversation in self._records["validation"].conversations[:count]:
             place = next(place for place in range(1, len(conversation.turns), 2) if conversation.turns[place].learned)
@@ -295,16 +295,16 @@ class ChatDataModule(LightningDataModule):
         return prompts
 
     def fingerprints(self) -> dict[str, str]:
-        """What the rows of a run are made of: the content, whatever file or hub id it came from."""
+        """Digests of the rows of a run, by content, whatever their file or hub id."""
         rows = {"train_rows": "train", "held_out_rows": "validation"}
         return {name: self._rows[part].fingerprint for name, part in rows.items()}
 
     def parts(self, reading: Reading | None = None) -> Parts:
-        """What is learned, held out and tested on, by the options; ``reading`` in place of the options' own."""
+        """The rows to learn, hold out and test on, by the options; ``reading`` replaces the options' own."""
         return Parts(self.source, self.validation_source, self.validation_share, self.seed, reading or self.reading)
 
     def recall(self, file: Path) -> None:
-        """Has the rows of a run scored that its record in ``file`` names, whatever became of the source since.
+        """Score the rows of a run that its record in ``file`` names, whatever became of the source since.
 
         Raises:
             UserError: the record is damaged.
@@ -312,7 +312,7 @@ class ChatDataModule(LightningDataModule):
         self._run_record, self.run_rows = file, RunRows.read(file)
 
     def record(self, file: Path) -> None:
-        """Writes into ``file`` which rows are learned and which are held out, for `recall`.
+        """Record in ``file`` which rows are learned and which are held out, for `recall`.
 
         Raises:
             SaveError: it could not be written.
@@ -356,7 +356,7 @@ class ChatDataModule(LightningDataModule):
         return records
 
     def _held_out(self, part: str) -> Records:
-        """The rows that the run held out, by its record; without one, by the rule."""
+        """The rows that the run held out, by its record; without one, by the options."""
         rows = self.run_rows
         if rows is None and self._run_record:
             self._note(part, f"drawn from the source as it is now, for there is no {self._run_record}")
@@ -399,7 +399,7 @@ class ChatDataModule(LightningDataModule):
         return EvaluationLoader(rows.examples, rows.answer_tokens, batches, device, devices, self.plan.packed)
 
     def _encoded(self, part: str) -> EncodedRows:
-        """The rows of ``part``. Raises UserError before the `setup` that makes them."""
+        """The rows of ``part``. Raises UserError before `setup`."""
         if part not in self._rows:
             stage = {"train": "fit", "validation": "validate"}.get(part, part)
             raise UserError(
@@ -409,11 +409,11 @@ class ChatDataModule(LightningDataModule):
 
 
 LARGEST_TEMPLATE = 1_000_000
-"""Bytes of a template's file; the longest known has 30,000."""
+"""Most bytes of a template's file; the longest known has 30,000."""
 
 
 def is_template(value: str) -> bool:
-    """Whether ``value`` is a template itself, and not the name of its file."""
+    """True if ``value`` is a template itself, not a file name."""
     return "{{" in value or "{%" in value
 
 
@@ -424,8 +424,8 @@ def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
 
 
 def check_limit(option: str, limit: int | float, count: int) -> None:
-    """Raises UserError where ``option`` of the Trainer is a share of ``count`` micro-batches that comes to none."""
-    expected = f"a share that comes to at least one of the {count} micro-batches, or a whole number of them"
+    """Raises UserError if the share in ``option`` of the Trainer rounds to none of ``count`` micro-batches."""
+    expected = f"a share of at least one of the {count} micro-batches, or a number of them"
     require(isinstance(limit, int) or limit == 0 or int(limit * count) >= 1, f"trainer.{option}", expected, limit)
 
 
@@ -448,7 +448,7 @@ def read_template(value: str | None) -> str | None:
 def _read_template_file(name: str) -> str:
     path = Path(name).expanduser()
     try:
-        # Of a pipe or a device the end may never come.
+        # A pipe or a device may never end.
         if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_TEMPLATE):
             raise UserError(
                 f"{name}: expected a file of at most {LARGEST_TEMPLATE:,} bytes with a Jinja template",

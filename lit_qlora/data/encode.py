@@ -1,8 +1,7 @@
-"""Owns the way from a conversation to token ids, and the only decision about what is learned.
+"""Owns the encoding of a conversation to token ids, and the only decision about what is learned.
 
-Training, validation, samples and answering all build their ids here, so prompts cannot drift apart.
-BOS and EOS are put in as ids; text from outside can never make one. Knows nothing of batches, models
-or files.
+Training, validation, samples and answering all build their ids here, so prompts cannot differ. BOS and EOS are inserted
+as ids; outside text can never become one. Knows nothing of batches, models or files.
 """
 
 import hashlib
@@ -22,12 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPACE = "▁"
-"""U+2581, as which sentencepiece writes a space; a text may hold it, too."""
+"""U+2581, sentencepiece's space; a text may hold it, too."""
 
 TrainOn = Literal["answers", "all"]
 
 CONVERSATIONS_A_CALL = 512
-"""Conversations for one call of the tokenizer, which works through a list on all cores."""
+"""Number of conversations per call of the tokenizer, which processes a list on all cores."""
 
 
 class Example(NamedTuple):
@@ -47,15 +46,15 @@ class Written(NamedTuple):
 
 
 class Encoder:
-    """Turns conversations into ids with one tokenizer.
+    """Encode conversations with one tokenizer.
 
     Args:
         tokenizer: a fast tokenizer with an EOS; not every one has a BOS.
-        max_length: tokens that one example may have.
+        max_length: most tokens of one example.
         train_on: ``answers`` learns the answers and their EOS; ``all`` learns the prompts too.
         prompt_format: how conversations are written; default: the Llama 2 format.
 
-    Raises UserError when the format would lose what is said, an answer's EOS or its mask; see `PromptFormat.check`.
+    Raises UserError if the format would lose text, an answer's EOS or its mask; see `PromptFormat.check`.
     """
 
     def __init__(
@@ -76,9 +75,9 @@ class Encoder:
         self.prompt_format.check()
 
     def check_vocabulary(self, size: int, base: str) -> None:
-        """Raises UserError when a text may become an id from ``size`` on, which a base has no embedding for.
+        """Raises UserError if a text may become an id of at least ``size``, for which a base has no embedding.
 
-        A special token that no prompt has may stand there: copies of Llama 2 have such a pad.
+        A special token that no prompt has is allowed: copies of Llama 2 have such a pad.
         """
         prompt_format = self.prompt_format
         unused = {token for token in prompt_format.spelled.all if not prompt_format.writes(token)}
@@ -92,7 +91,7 @@ class Encoder:
             )
 
     def fingerprint(self) -> str:
-        """A sha256 over all that decides which ids come out: tokenizer, length, labels, system text, prompt format."""
+        """A sha256 over everything that decides the ids: tokenizer, length, labels, system text, prompt format."""
         format_key = (self.prompt_format.system, *self.prompt_format.cache_key)
         settings = (self.rules_fingerprint(), self.max_length, self.train_on, *format_key)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
@@ -106,7 +105,7 @@ class Encoder:
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[Example | None]:
-        """An `Example` for each conversation in its order, or None where no answer token would stay."""
+        """An `Example` for each conversation in order, or None if no answer token would be left."""
         return map(self._example, self.written(conversations))
 
     def written(self, conversations: Iterable[Conversation]) -> Iterator[list[Written]]:
@@ -175,8 +174,8 @@ class Encoder:
     def _example(self, written: list[Written]) -> Example | None:
         input_ids = [token for _, ids, _ in written for token in ids]
         roles = [(piece.is_answer, learned) for piece, ids, learned in written for _ in ids]
-        # A cut falls on a token's edge inside an answer that is learned, else on the edge of the turn before it: a
-        # question whose answer fell off teaches nothing. The first token has nothing that predicts it.
+        # A cut is between tokens inside a learned answer, else at the end of the turn before it: a question without its
+        # answer teaches nothing. Nothing predicts the first token.
         end = min(len(input_ids), self.max_length)
         while end > 1 and not all(roles[end - 1]):
             end -= 1
@@ -191,7 +190,7 @@ class Encoder:
 
 
 def _may_be_learned(conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[bool]:
-    """Of each piece, whether its turn may be learned. Prompts and answers are the turns in their order, one each."""
+    """Of each piece, whether its turn may be learned. Prompts and answers are the turns in order, one each."""
     for turn, (_, run) in zip(conversation.turns, groupby(pieces, lambda piece: piece.is_answer), strict=True):
         yield from (turn.learned for _ in run)
 

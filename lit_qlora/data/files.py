@@ -1,8 +1,7 @@
-"""Owns the reading of local files: .jsonl, .json, .csv and .parquet to rows that know where they stand.
+"""Owns the reading of local files: .jsonl, .json, .csv and .parquet to rows that know their place.
 
-`read_rows` is the whole of it. Every fault is one line that begins with the file, and the line or row
-in it: that of a row stands in its place, that of a file ends the reading. Knows what a row is made of (named columns),
-not what it says.
+`read_rows` is its interface. Every fault is one line that starts with the file, and the line or row in it: a row's
+fault takes its place, a file's fault ends the reading. Knows a row as named columns, not its meaning.
 """
 
 import csv
@@ -27,9 +26,9 @@ EXAMPLE = '{"text": "### Human: …### Assistant: …"}'
 
 
 class Row(NamedTuple):
-    """One row by column name, and where it stands: ``rows.jsonl:17`` or ``rows.parquet: row 17``.
+    """One row by column name, and its place: ``rows.jsonl:17`` or ``rows.parquet: row 17``.
 
-    Where a row can't be read, there is a ``fault`` in place of its value.
+    An unreadable row has a ``fault`` in place of its value.
     """
 
     where: str
@@ -38,7 +37,7 @@ class Row(NamedTuple):
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
-    """Reads every row of a file, by its ending; the first line of a .csv has to name one of ``columns``.
+    """Read every row of a file, by its ending; the first line of a .csv has to name one of ``columns``.
 
     A .json or .jsonl file holds a row on each line, or rows over several lines, or a list of rows, which may stand
     under a name.
@@ -66,7 +65,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
 
 
 def kind(value: object) -> str:
-    """Says what a value is, in the words of the files."""
+    """The kind of a value, in words of the files."""
     if value is None:
         return "null"
     kinds = {
@@ -81,7 +80,7 @@ def kind(value: object) -> str:
 
 
 def nearest(name: str, known: list[str], cutoff: float = 0.7) -> str:
-    """Says which known name was probably meant, as the tail of a sentence; empty when none comes near."""
+    """The known name that was probably meant, as the end of a sentence; empty if none is near."""
     found = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f", did you mean {found[0]!r}?" if found else ""
 
@@ -146,7 +145,7 @@ def _decode(path: Path, data: bytes) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a name that stands twice in an object, of which Python would keep the last."""
+    """Raises ValueError for a name given twice in an object, of which Python would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -171,7 +170,7 @@ def _json_rows(path: Path, text: str, columns: Sequence[str]) -> list[Row]:
 
 
 def _values(text: str) -> Iterator[tuple[int, Any]]:
-    """The values that stand one behind the other in ``text``, each with the line that it begins in."""
+    """The consecutive values in ``text``, each with the line of its start."""
     end, line, counted = 0, 1, 0
     while True:
         start = _SPACE.match(text, end).end()  # type: ignore[union-attr]  # it matches nothing, too
@@ -187,7 +186,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _lines(path: Path, text: str, error: Exception) -> list[Row]:
-    """The rows of a file that is not JSON as a whole, for ``error``: those of its lines that are, and faults."""
+    """The rows of a file that is not JSON as a whole, because of ``error``: those of its valid lines, and faults."""
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -210,9 +209,9 @@ def _no_json(where: str, line: str, error: Exception, remedy: str) -> UserError:
 
 
 def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] | None:
-    """The rows in a file's only value; None where it is a row itself.
+    """The rows in a file's only value; None if it is a row itself.
 
-    Raises UserError when there are several lists of rows, or columns in place of rows.
+    Raises UserError for several lists of rows, or columns in place of rows.
     """
     if not isinstance(value, dict):
         return value if isinstance(value, list) else None
@@ -241,7 +240,7 @@ def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] |
 
 
 def _is_by_columns(value: dict[str, Any], columns: Sequence[str]) -> bool:
-    """Whether each name holds what all rows have there, as a list or under the rows' numbers."""
+    """True if each name holds a column, as a list or by row numbers."""
     parts = [value[name] for name in columns if name in value]
     lists = [part for part in parts if isinstance(part, list) and len(part) > 1 and not _is_list(part)]
     of_others = {*ELSEWHERE} & {*value} and all(isinstance(part, dict) for part in value.values())
@@ -249,12 +248,12 @@ def _is_by_columns(value: dict[str, Any], columns: Sequence[str]) -> bool:
 
 
 def _is_list(part: object) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether it is a list that begins with an object, as one of rows does, or of messages."""
+    """True for a list that starts with an object, as one of rows or of messages does."""
     return isinstance(part, list) and bool(part) and isinstance(part[0], dict)
 
 
 def read_cells(path: Path) -> list[tuple[str, list[str]]]:
-    """The rows of a .csv as they stand, the first like any other, each with its place; blank lines are left out.
+    """The rows of a .csv, its first line included, each with its place; blank lines are left out.
 
     Raises UserError when the file can't be read or is no CSV.
     """

@@ -1,4 +1,4 @@
-"""Owns the way from one row to a conversation: the forms that a row may have, and what stands beside what they use.
+"""Owns the conversion of one row to a conversation: the forms of rows, and what of a row is not used.
 
 `FORMS` is the one table of them: a new form is an entry there. Whatever of a row is not used is named. Knows no file,
 no prompt format, no tokens.
@@ -17,7 +17,7 @@ from lit_qlora.text import edges, guanaco, llama2, messages
 from lit_qlora.text.conversation import Conversation, Turn
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
-"""Columns with the system text of a conversation that brings none, in every form."""
+"""Columns with the system text for a conversation without one, in every form."""
 
 
 class RowForm(NamedTuple):
@@ -57,7 +57,7 @@ FORMS: list[RowForm] = [
     RowForm("llama2", "[INST]", ("text",), llama2.parse, opens=re.compile(r"\[INST\]")),
     RowForm("prompt", "a question", ("prompt",), _question, use=("prompts",)),
 ]
-"""Every form that is read; of those that a row has, an earlier one is preferred."""
+"""All supported forms; of several that match a row, the first is used."""
 
 
 def forms_for(use: Literal["training", "prompts"]) -> list[RowForm]:
@@ -71,7 +71,7 @@ def columns_of(forms: Sequence[RowForm]) -> list[str]:
 
 
 def form_names() -> list[str]:
-    """What ``data.form`` may be."""
+    """The values of ``data.form``."""
     return ["auto", *sorted(form.name for form in forms_for("training"))]
 
 
@@ -98,11 +98,11 @@ MARKERS_ELSEWHERE = {
     "Human:": "plain Human: and Assistant:",
 }
 SHOWN = 60
-"""Characters of a text in a row that is shown as an example."""
+"""Most characters of a text in a row shown as an example."""
 
 
 class Read(NamedTuple):
-    """A row's conversation; what of the row is not used, in words; and the special tokens that were taken off it."""
+    """A row's conversation; what of the row is not used, in words; and the special tokens that were removed."""
 
     conversation: Conversation
     unused: tuple[str, ...]
@@ -110,7 +110,7 @@ class Read(NamedTuple):
 
 
 class RowError(ValueError):
-    """A row that is no conversation, and what to do with it."""
+    """An error for a row that is no conversation, with its remedy."""
 
     def __init__(self, problem: str, remedy: str = "mend or delete this row") -> None:
         super().__init__(problem)
@@ -123,7 +123,7 @@ def read_row(
     marks: Sequence[str] = edges.WRITTEN_OUT,
     use: Literal["training", "prompts"] = "training",
 ) -> Read:
-    """Reads the conversation of a row.
+    """Read the conversation of a row.
 
     Args:
         row: values by column.
@@ -177,7 +177,7 @@ def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm:
 
 
 def _first_opened(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm:
-    """Whichever opens first decides, so that a turn may quote another form."""
+    """The first to open decides, so that a turn may quote another form."""
     column = forms[0].needs[0]
     text = _content(row, column, forms[0])
     opened = {found.start(): form for form in forms if form.opens and (found := form.opens.search(text))}
@@ -234,7 +234,7 @@ def _with_system(row: Mapping[str, Any], conversation: Conversation) -> tuple[Co
 
 
 def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowError:
-    """Names the form that the row seems to have, and the row to write in its place."""
+    """The error for an unsupported row, with the form that it seems to have, and the row to write instead."""
     wanted = dict.fromkeys(" and ".join(map(repr, form.needs)) for form in forms)
     problem = f"no column {' or '.join(wanted)}, columns found: {excerpt(list(row))}"
     names = {name.lower(): name for name in reversed(list(row)) if isinstance(name, str)}
@@ -283,7 +283,7 @@ def _text_of(value: Any) -> str:
 
 
 def _messages(question: str, answer: str, system: object = None) -> str:
-    """The row that says these, long texts cut."""
+    """A row with these texts, long ones cut."""
     said = [("system", str(system))] if system else []
     rows = [{"role": role, "content": _cut(text)} for role, text in (*said, ("user", question), ("assistant", answer))]
     return json.dumps({"messages": rows}, ensure_ascii=False)

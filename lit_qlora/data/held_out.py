@@ -1,7 +1,7 @@
-"""Owns which conversations are held out from training, and which are there for `test`.
+"""Owns which conversations are held out from training, and which are for `test`.
 
 Held out are those of a source of their own, or else of the source's validation split, or else of its test split, or
-else a seeded share. Once a run has begun, its record says which they are. Knows no form of row and no tokens.
+else a seeded share. After a run's start, its record names them. Knows no form of row and no tokens.
 """
 
 import random
@@ -21,7 +21,7 @@ PART = {"validation": "held-out", "test": "test"}
 
 @dataclass(frozen=True)
 class Parts:
-    """The rows of a source by what they are for.
+    """The rows of a source by purpose.
 
     Args:
         source: what is trained on: its train split, or all of a file.
@@ -43,21 +43,21 @@ class Parts:
         return find_splits(self.source)
 
     def unread(self) -> list[str]:
-        """What the source has beside, which is neither learned nor scored: files, or splits."""
+        """Files or splits of the source that are neither learned nor scored."""
         other = [] if self._is_own() or "validation" not in self.splits.names else [self.splits.names["validation"]]
         held_out = None if self.validation_source is None else _place(self.validation_source)
         beside = [path.name for path in self.splits.beside if path.resolve() != held_out]
         return [*other, *self.splits.unread, *beside]
 
     def draws(self) -> bool:
-        """Whether a share of the training rows is held out, for there are no other rows to validate on."""
+        """True if a share of the training rows is held out, since there are no other rows to validate on."""
         return self._is_own() and self.splits.first("validation", "test") is None
 
     def train_and_held_out(self) -> tuple[Records, Records]:
-        """Loads the rows to train on and the rows to validate on; no source mixes with the other's.
+        """Load the rows to train on and the rows to validate on, which never mix.
 
-        A share is drawn by the seed alone, so that no conversation stands on both sides. Of other held-out rows,
-        those that are in training, too, are counted.
+        A share is drawn by the seed only, and no conversation is on both sides. Of other held-out rows, those that are
+        also in training are counted.
 
         Raises:
             UserError: as `load_records`, when there is nothing to hold out, and when all of it is in training, too.
@@ -125,10 +125,9 @@ class Parts:
         return self.recall(rows)
 
     def recall(self, rows: RunRows) -> tuple[Records, int]:
-        """Finds the conversations that a run held out, in their order then, and how many are gone since.
+        """Find the conversations that a run held out, in their order then, and the number missing since.
 
-        They are looked for in the validation source and in every split of the source, so that it does not matter
-        what was added there, or moved.
+        They are searched for in the validation source and in every split of the source, wherever they were moved.
 
         Raises:
             UserError: as `load_records`, and when none is there any more.
@@ -175,7 +174,7 @@ class Parts:
                     yield replace(records, name=f"{records.name}, held out") if is_share else records
 
     def _is_own(self) -> bool:
-        """Whether what is held out comes from the source itself."""
+        """True if the held-out rows come from the source itself."""
         given = self.validation_source
         return given is None or given == self.source or _place(given) == _place(self.source)
 
@@ -199,7 +198,7 @@ def _apart(
     if count == number:
         raise UserError(
             f"all {number:,} conversations of {records.name} are training data, "
-            f"too ({train.name}), so that scoring them tells nothing about new ones",
+            f"too ({train.name}), so scoring them shows nothing about new ones",
             option=option,
             remedy=f"give others with data.{part}_source, or put others there",
         )

@@ -1,4 +1,4 @@
-"""Owns multiple-choice questions in MMLU's layout: files of them, and how a question is put to a model.
+"""Owns multiple-choice questions in MMLU's layout: their files, and their prompts.
 
 A .csv has six columns: question, A, B, C, D and the letter of the answer, under a header or none. Knows no model.
 """
@@ -17,7 +17,7 @@ from lit_qlora.text.conversation import Conversation, Turn
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *LETTERS, "answer")
 SPLIT = re.compile(r"_(test|val|dev)$")
-"""What MMLU puts behind a subject in a file's name."""
+"""MMLU's suffixes of a subject in a file's name."""
 
 Style = Literal["plain", "chat"]
 
@@ -32,7 +32,7 @@ class Question:
     answer: str
 
     def __str__(self) -> str:
-        """As every harness writes it, up to where the letter of the answer stands."""
+        """The question as written by every harness, up to the letter of the answer."""
         choices = (f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, self.choices, strict=True))
         return f"{self.text.strip()}\n{''.join(choices)}Answer:"
 
@@ -44,7 +44,7 @@ class Subject:
     name: str
     questions: tuple[Question, ...]
     is_named: bool
-    """Whether the file's name is made as MMLU's are, and so tells what the questions are about."""
+    """True if the file is named as MMLU's are, by the subject of its questions."""
 
 
 def read_subjects(option: str, place: str) -> list[Subject]:

@@ -1,7 +1,7 @@
-"""Owns the way from rows to conversations that can be trained on.
+"""Owns the conversion of rows to conversations that can be trained on.
 
-What is left out, taken off or not used is counted, what is wrong is an error that names its place. Holds a
-prompt format without asking which. Knows no tokens, and not where rows come from.
+What is left out, removed or not used is counted; errors name their place. Holds a prompt format without asking which.
+Knows no tokens, and not where rows come from.
 """
 
 from collections import Counter
@@ -25,16 +25,16 @@ TAKEN_OFF = "rows had special tokens written out at the edges of turns, which we
 UNUSED = "rows hold what is not used: "
 
 NAMED = 12
-"""Columns, keys and tokens that are named; of more, their number."""
+"""Most columns, keys and tokens to name; of more, their number."""
 
 
 class Reading(NamedTuple):
-    """How rows are read.
+    """The settings for reading rows.
 
     Args:
         form: the rows' form: guanaco, llama2, messages or sharegpt; "auto" looks at each row.
-        strict: whether the first row that can't be used ends the reading.
-        prompt_format: how conversations are to be written; one that it can't hold is left out.
+        strict: True to make the first unusable row an error.
+        prompt_format: the prompt format; conversations that it can't hold are left out.
     """
 
     form: Form = "auto"
@@ -74,7 +74,7 @@ def count_unanswered(unanswered: Collection[int]) -> dict[str, int]:
 
 
 def load_records(source: str, split: str = "train", reading: Reading = ANY_FORM) -> Records:
-    """Loads one split of ``demo``, a local file or folder, or a dataset on the hub.
+    """Load one split of ``demo``, a local file or folder, or a dataset on the hub.
 
     A row that is no conversation is left out and counted, up to one row in ten, and so is any that the prompt format
     can't hold; with ``reading.strict``, the first of them is an error.
@@ -94,7 +94,7 @@ def load_records(source: str, split: str = "train", reading: Reading = ANY_FORM)
 
 
 class Counts:
-    """What became of rows, but for the conversations."""
+    """Counts of what became of rows, except the conversations."""
 
     def __init__(self) -> None:
         self.dropped: Counter[str] = Counter()
@@ -102,7 +102,7 @@ class Counts:
         self._rows: Counter[str] = Counter()
 
     def add(self, read: Read) -> None:
-        """Counts what was taken off a row, and what of it is not used."""
+        """Count what was removed from a row, and what of it is not used."""
         for what, names in ((TAKEN_OFF, read.taken_off), (UNUSED, read.unused)):
             self._named[what].update(names)
             self._rows[what] += bool(names)

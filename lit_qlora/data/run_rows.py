@@ -1,7 +1,7 @@
-"""Owns the record of a run's rows: which conversations it learns and which it holds out, as digests, in a small file.
+"""Owns the record of a run's rows: the conversations that it learns and holds out, as digests, in a small file.
 
-A source may grow, shrink or change its order after a run. By this record the conversations that were held out are
-found again, and those that were trained on are known. Knows no source and no split.
+A source may change after a run. By this record the held-out conversations are found again, and the learned ones are
+known. Knows no source and no split.
 """
 
 import json
@@ -40,7 +40,7 @@ class RunRows:
 
     @classmethod
     def read(cls, file: Path) -> "RunRows | None":
-        """What `write` put into ``file``; None where there is none.
+        """The record in ``file``; None without one.
 
         Raises:
             UserError: it is damaged.
@@ -58,13 +58,13 @@ class RunRows:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = one_line(error, 100)
             raise UserError(
-                f"{file} is damaged ({reason}): it says which rows the run held out",
-                remedy="put a copy of it back, or remove it, and they are drawn anew from the source as it is now",
+                f"{file} is damaged ({reason}): it records which rows the run held out",
+                remedy="put a copy of it back, or remove it, to draw them again from the source as it is now",
             ) from error
         return cls(tuple(digests[0]), frozenset(digests[1]), source)
 
     def write(self, file: Path) -> None:
-        """Puts the record into ``file`` in one step; the same conversations make the same bytes.
+        """Write the record to ``file`` atomically; equal conversations give equal bytes.
 
         Raises:
             SaveError: it could not be written.
@@ -76,7 +76,7 @@ class RunRows:
 
 
 def digest(conversation: Conversation) -> str:
-    """What tells a conversation from others: 64 bits of its system text and its turns."""
+    """A conversation's digest: 64 bits of a hash of its system text and its turns."""
     turns = [conversation.system, *((turn.role, turn.content) for turn in conversation.turns)]
     return sha256(json.dumps(turns).encode()).hexdigest()[:16]
 

@@ -1,7 +1,6 @@
 """Owns where rows come from: the demo, a local file or folder, or a dataset on the hub; and what its splits are called.
 
-`find_splits` says which there are, `read_source` gives the rows of one. Knows no form of row; the formats of files
-are files.py's.
+`find_splits` lists the splits, `read_source` reads the rows of one. Knows no form of row; file formats are in files.py.
 """
 
 import re
@@ -30,7 +29,7 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Splits:
-    """What a source is divided into.
+    """The splits of a source.
 
     Args:
         source: the demo, a file, a folder or a hub id.
@@ -61,7 +60,7 @@ class Splits:
 
 
 def find_splits(source: str) -> Splits:
-    """Finds out which splits a source has; a file is all "train".
+    """Find the splits of a source; a file is all "train".
 
     Raises:
         UserError: when the source isn't found, or the hub can't be asked.
@@ -104,7 +103,7 @@ def _others_beside(source: str) -> tuple[Path, ...]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing where it can't be read."""
+    """The entries of a folder, by name; empty if it can't be read."""
     try:
         return sorted(folder.iterdir())
     except OSError:
@@ -116,7 +115,7 @@ def _is_data(path: Path) -> bool:
 
 
 def read_source(source: str, split: str = "train") -> list[Row]:
-    """Reads the rows of one split, by its name there.
+    """Read the rows of one split, by its name there.
 
     Raises:
         UserError: when the source or the split isn't found, or a file can't be read.
@@ -190,7 +189,7 @@ def _stem(name: str, endings: Iterable[str]) -> str:
 
 
 def _remedy(folder: Path) -> str:
-    """What to do where a folder holds no file that is named after a split."""
+    """The remedy for a folder without a file named after a split."""
     files = [path for place in (folder, folder / "data") for path in _entries(place) if _is_data(path)]
     if any(_stem(path.name, ENDINGS) in known for path in files for known in SPLITS.values()):
         return f"give {folder / 'data'}"
@@ -203,7 +202,7 @@ def _remedy(folder: Path) -> str:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source is meant for the hub: nothing of that name is here, and it is written as an id."""
+    """True if a source is a hub id: nothing of that name is local, and it is written as an id."""
     return source != "demo" and not Path(source).expanduser().exists() and _looks_like_hub_id(source)
 
 
@@ -234,7 +233,7 @@ def _ask_hub(source: str, ask: Callable[[], T]) -> T:
             place=source,
             remedy="check the network (and HF_HUB_OFFLINE), or give a local file",
         ) from error
-    except Exception as error:  # whatever else the hub's files do to `datasets` is no fault of ours
+    except Exception as error:  # any other failure of `datasets` with the hub's files is no bug of ours
         cause = str(error).strip().partition("\n")[0]
         raise UserError(
             f"the hub's files can't be loaded ({type(error).__name__}: {cause})", place=source, remedy=f"see {page}"

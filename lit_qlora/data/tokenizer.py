@@ -1,4 +1,4 @@
-"""Owns the loading of a base's tokenizer, and whether its ids are those that the base knows.
+"""Owns the loading of a base's tokenizer, and the check that its ids are those of the base.
 
 Knows no conversation, no prompt format, no weights.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LLAMA_2 = {"▁[": 518, "▁Hello": 15043}
 """Tokens that Llama 2's vocabulary has at these ids, and no other one."""
 INST = [518, 25580, 29962]
-"""What Meta's code makes of a text that is "[INST]"."""
+"""The ids of the text "[INST]" by Meta's code."""
 
 PROBES = ("Hello world", "two  spaces", "x = 12345\n\n\tend", "Größe, 漢字 🙂")
 """Texts by which it shows whether a class of the library gives the ids of the tokenizer.json that it was loaded from.
@@ -81,7 +81,7 @@ KEYS = {
     "truncation_side": _SIDE,
     "tokenizer_class": Kind("the name of a tokenizer", lambda value: value is None or _is_class(value)),
 }
-"""Of tokenizer_config.json, what the library takes as it stands and would stop at, deep inside."""
+"""Keys of tokenizer_config.json with their kinds, for whose wrong values the library would fail deep inside."""
 
 
 def _parts(value: Any) -> list[Any]:
@@ -131,7 +131,7 @@ def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedToke
         )
     except UserError:
         raise
-    except Exception as error:  # its files come from anywhere, and the library takes them to be as it writes them
+    except Exception as error:  # its files come from anywhere, and the library assumes that it wrote them
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"the tokenizer of {excerpt(base)} is code of its own, and code that comes with a base is never run",
@@ -146,7 +146,7 @@ def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedToke
 
 
 def _check_config(base: str, location: str) -> None:
-    """Raises UserError for a value in tokenizer_config.json that the library would stop at."""
+    """Raises UserError for a value in tokenizer_config.json on which the library would fail."""
     from transformers.utils import cached_file
 
     file = cached_file(
@@ -171,7 +171,7 @@ def _check_config(base: str, location: str) -> None:
 def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises UserError where EOS lacks, or one of the special tokens is no text at all.
 
-    The library gives an empty one the id of the unknown token, and looks for an empty unknown one for ever.
+    The library gives an empty one the id of the unknown token, and searches endlessly for an empty unknown one.
     """
     for name, usual in NAMED.items():
         token = getattr(tokenizer, name)
@@ -201,7 +201,7 @@ def _is_class(name: Any) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """In the library's words, but where those lead astray."""
+    """The reason in the library's words, unless those are misleading."""
     if isinstance(error, RecursionError):
         return "its files are nested too deep, or name each other"
     if not isinstance(error, OSError | ValueError):
@@ -217,7 +217,7 @@ def _reason(error: Exception) -> str:
 
 
 def _as_meta(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a text begins as in Meta's code; True as well where the vocabulary is not Llama 2's."""
+    """True if a text starts as in Meta's code, or the vocabulary is not Llama 2's."""
     if not _is_llama_2(tokenizer):
         return True
     return bool(tokenizer("[INST]", add_special_tokens=False)["input_ids"] == INST)

@@ -1,6 +1,6 @@
-"""Owns the conversation: whose turn it is and what was said, checked at birth.
+"""Owns the conversation: roles and texts of turns, checked when created.
 
-Everything before it on the road makes one; everything after it reads one. Knows no format, no tokens.
+Stages before it create one; stages after it read one. Knows no format, no tokens.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ HALF = r"holds bytes that are no UTF-8, or half a character (a lone surrogate su
 
 
 class TextError(ValueError):
-    """A text of a conversation that no prompt can hold.
+    """An error for a text of a conversation that no prompt can hold.
 
     Args:
         turn: its number, from 1 on; 0 is the system text.
@@ -26,12 +26,12 @@ class TextError(ValueError):
 
 
 def name_of(turn: int) -> str:
-    """What a turn is called by its number, from 1 on; 0 is the system text."""
+    """The name of a turn by its number, from 1 on; 0 is the system text."""
     return f"turn {turn}" if turn else "the system text"
 
 
 def is_whole(text: str) -> bool:
-    """Whether ``text`` holds no half a character."""
+    """True if ``text`` holds no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -41,11 +41,11 @@ def is_whole(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One thing said, by the user or by the assistant; never blank.
+    """A turn of the user or of the assistant; never blank.
 
     Args:
-        role: who said it.
-        content: what was said.
+        role: ``user`` or ``assistant``.
+        content: the text.
         learned: False for a turn that is context only, whatever else is learned. Turns of the same words are equal.
     """
 
@@ -75,7 +75,7 @@ class Conversation:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError when there is no turn, or when the roles do not alternate from the user."""
+        """Raises ValueError without a turn, or if the roles do not alternate, the user first."""
         if not self.turns:
             raise ValueError("a conversation needs at least one turn")
         for index, turn in enumerate(self.turns):
@@ -86,12 +86,12 @@ class Conversation:
                 raise ValueError(f"turn {index + 1} is the {turn.role}'s, expected the {expected}'s")
 
     def check_characters(self) -> None:
-        """Raises TextError where a text of it holds half a character."""
+        """Raises TextError for a text with a lone surrogate."""
         for number, text in enumerate([self.system or "", *(turn.content for turn in self.turns)]):
             if not is_whole(text):
                 raise TextError(number, HALF)
 
     @property
     def is_answered(self) -> bool:
-        """Whether the last word is the assistant's."""
+        """True if the last turn is the assistant's."""
         return self.turns[-1].role == "assistant"

@@ -1,7 +1,6 @@
-"""Owns the removal of special tokens that are written out as text at the edges of what is said.
+"""Owns the removal of special tokens written out as text at the edges of turns.
 
-Such as ``</s>`` behind an answer: the encoder puts the real ones there. Inside a text they stay text. Knows no
-tokenizer.
+Such as ``</s>`` after an answer: the encoder inserts the real ones. Inside a text they stay text. Knows no tokenizer.
 """
 
 from collections.abc import Sequence
@@ -20,14 +19,14 @@ WRITTEN_OUT = (
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",  # noqa: RUF001  # DeepSeek
     "<unk>", "<pad>", "[PAD]", "<|pad|>", "[BOS]", "[EOS]",  # behind the end of a row that was decoded with its padding
 )  # fmt: skip
-"""What common models begin and end texts and turns with, whichever of them is trained."""
+"""Tokens with which common models start and end texts and turns."""
 
 
 def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
-    """Takes ``marks`` off both ends of ``text``, any number of them, with the white space around them.
+    """Remove any number of ``marks`` from both ends of ``text``, with the white space around them.
 
     Returns:
-        The text, as it was where there was nothing to take off; and each mark that was there, once.
+        The text, unchanged if there was no mark; and each removed mark, once.
     """
     found: dict[str, None] = {}
     rest = text.strip()
@@ -38,7 +37,7 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversation, list[str]]:
-    """``conversation`` without ``marks`` at the edges of its turns and of its system text; and those taken off.
+    """``conversation`` without ``marks`` at the edges of its turns and of its system text; and the removed ones.
 
     Raises:
         ValueError: naming the turn that holds nothing else.
@@ -48,7 +47,7 @@ def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversatio
     for number, turn in enumerate(conversation.turns, start=1):
         content, found = take_off(turn.content, marks)
         if not content:
-            raise ValueError(f"turn {number}: the {turn.role} says nothing but {' '.join(found)}")
+            raise ValueError(f"turn {number}: the {turn.role} holds nothing but {' '.join(found)}")
         turns.append(replace(turn, content=content) if found else turn)
         taken |= dict.fromkeys(found)
     system, found = take_off(conversation.system or "", marks)

@@ -1,8 +1,8 @@
-"""Owns what a prompt format is: how a conversation is written to a model, in training and wherever it answers.
+"""Owns prompt formats: how a conversation is written to a model, in training and for answers.
 
-Whoever needs one holds a `PromptFormat`, and never asks which: `chosen` makes it from options, `from_record` from what
-an adapter says of its prompts. Its kinds are `llama2.Llama2` and `own_template.Template`; a template that comes along
-under a name is a file in ``templates/``, and nothing else. Knows no token ids.
+Users of one hold a `PromptFormat`, and never ask which: `chosen` creates it from options, `from_record` from an
+adapter's record. Its kinds are `llama2.Llama2` and `own_template.Template`; a template that comes along under a name is
+a file in ``templates/``, and nothing else. Knows no token ids.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Piece(NamedTuple):
-    """What is encoded by itself.
+    """A piece of text that is encoded by itself.
 
     A ``stretch`` opens the text, or follows a token; a ``rest`` continues in mid-text, and gets no space before its
     first word; a ``token`` is a special token's spelling, and becomes its id.
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
 
 SHORTEST_MARK = 3
-"""Characters of a special token from which on a text that ends in it is taken to have it written out."""
+"""Fewest characters of a special token for which a text that ends in it counts as having it written out."""
 
 
 class SpecialTokens(NamedTuple):
@@ -49,7 +49,7 @@ class SpecialTokens(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFormat(ABC):
-    """How conversations are written to a model.
+    """A way to write conversations to a model.
 
     Args:
         source: the chat template that it is given by, as in ``data.template``; None where it is built in.
@@ -64,9 +64,9 @@ class PromptFormat(ABC):
     place: str | None = None
 
     name: ClassVar[str]
-    """In an adapter's record."""
+    """Name in an adapter's record."""
     opens_in_space: ClassVar[bool] = True
-    """Whether what it writes behind a special token may begin with a space of its own."""
+    """True if its text after a special token may start with a space."""
 
     def of(self, tokens: SpecialTokens) -> Self:
         """The same with the special tokens of a tokenizer."""
@@ -85,7 +85,7 @@ class PromptFormat(ABC):
         """
 
     def completed(self, conversation: Conversation) -> Conversation:
-        """``conversation`` with the format's system text, if it brings none.
+        """``conversation`` with the format's system text, if it has none.
 
         Raises ValueError for half a character, which no token stands for.
         """
@@ -97,7 +97,7 @@ class PromptFormat(ABC):
     @property
     @abstractmethod
     def tags(self) -> list[str]:
-        """The texts that it writes around what is said: in a text from outside, they could forge a turn."""
+        """The texts that it writes around turns: in an outside text, they could forge a turn."""
 
     def tags_in(self, text: str) -> list[str]:
         """Those of `tags` that stand in ``text``."""
@@ -105,24 +105,25 @@ class PromptFormat(ABC):
 
     @property
     def own_marks(self) -> list[str]:
-        """The special tokens that it writes, and whatever else it closes a turn with."""
+        """The special tokens that it writes, and any other text that closes a turn."""
         return self.spelled.ends
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What rows may have written out at the edges of turns, made for this model or another; the longest first.
+        """Special tokens that rows, made for this model or another, may have written out at the edges of turns; the
+        longest first.
 
-        All special tokens of the tokenizer are among it: rows decoded with their padding have those.
+        Includes all special tokens of the tokenizer: rows decoded with their padding have those.
         """
         special = (token for token in self.spelled.all if len(token) >= SHORTEST_MARK)
         return tuple(sorted({*edges.WRITTEN_OUT, *self.own_marks, *special}, key=lambda mark: (-len(mark), mark)))
 
     def writes(self, token: str) -> bool:
-        """Whether it may write a special token, so that the model has to know it."""
+        """True if it may write a special token, so that the model has to know it."""
         return token in self.spelled.ends
 
     def wrong(self, name: str, problem: object) -> UserError:
-        """An error in its ``template`` or ``system``, whether an option or a record says it."""
+        """An error in its ``template`` or ``system``, from an option or a record."""
         return UserError(str(problem), option=name if self.place else f"data.{name}", place=self.place)
 
     def check(self) -> None:
@@ -137,56 +138,56 @@ class PromptFormat(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """What it is called in a message."""
+        """Its name in messages."""
 
     @property
     @abstractmethod
     def version(self) -> str:
-        """What tells it from others in a message about two of them."""
+        """What distinguishes it from another in a message."""
 
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Its name and a sha256 that tells it from every other, for a checkpoint's record of its run."""
+        """Its name and a sha256 that identifies it, for a checkpoint's record of its run."""
 
     @property
     def cache_key(self) -> tuple[Any, ...]:
-        """What decides its pieces, beside the system text."""
+        """Everything that decides its pieces, beside the system text."""
         return (self.name,)
 
     @abstractmethod
     def described(self, file: str) -> str:
-        """What it is, for a model card; ``file`` is the one that holds its template where it has one."""
+        """Its description for a model card; ``file`` holds its template if it has one."""
 
     def notes(self) -> list[str]:
-        """What is worth knowing of it, in lines for the terminal."""
+        """Notes on it, in lines for the terminal."""
         return []
 
     @abstractmethod
     def left_out(self, where: str, why: Exception) -> str:
-        """What is said of rows that it can't hold, the first of them at ``where``."""
+        """The message about rows that it can't hold, the first of them at ``where``."""
 
     def record(self) -> dict[str, str]:
-        """What an adapter says of its prompts, so that whoever uses it writes the same; `from_record` reads it."""
+        """The record of the prompt format in an adapter; `from_record` reads it."""
         return {"prompt_format": self.name} | ({"system": self.system} if self.system else {})
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any], place: str) -> Self:
-        """The one of a record, whose values are texts. Raises UserError where it does not say all of this kind."""
+        """The format of a record, whose values are texts. Raises UserError if it is incomplete."""
         return cls(system=record.get("system"), place=place)
 
     @abstractmethod
     def chat_template(self) -> str:
-        """The ``chat_template`` of a tokenizer; where it can be used, it gives the very ids of training."""
+        """The ``chat_template`` of a tokenizer; where usable, it gives the very ids of training."""
 
     @property
     def tokenizer_remedy(self) -> str:
-        """What to do where a tokenizer gives other ids through `chat_template` than training had."""
+        """The remedy for a tokenizer whose ids through `chat_template` differ from training's."""
         return "take a base with Llama 2's tokenizer"
 
     @abstractmethod
     def modelfile(self, weights: Path) -> str:
-        """Ollama's ``Modelfile`` beside the GGUF file ``weights``. Raises ValueError where there can be none."""
+        """Ollama's ``Modelfile`` beside the GGUF file ``weights``. Raises ValueError if there can be none."""
 
     @abstractmethod
     def ask(self) -> str:
@@ -194,14 +195,14 @@ class PromptFormat(ABC):
 
 
 def built_in() -> dict[str, str]:
-    """The chat templates that come along, by the names that ``data.template`` takes."""
+    """The built-in chat templates, by their names in ``data.template``."""
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted(TEMPLATES.glob("*.jinja"))}
 
 
 def chosen(template: str | None = None, system: str | None = None) -> PromptFormat:
     """The format that ``data.template`` and ``data.system`` stand for; ``template`` is a template's text.
 
-    Raises UserError for what is none.
+    Raises UserError for an invalid one.
     """
     from lit_qlora.text import llama2, own_template
 
@@ -215,7 +216,7 @@ def chosen(template: str | None = None, system: str | None = None) -> PromptForm
 def from_record(record: Mapping[str, Any], folder: str | Path, file: str) -> PromptFormat:
     """The format by the `PromptFormat.record` in a ``file`` of ``folder``; Llama 2's where it names none.
 
-    Raises UserError where this version does not know it, or it is not as it was recorded.
+    Raises UserError if this version does not know it, or it was altered.
     """
     from lit_qlora.text import llama2, own_template
 

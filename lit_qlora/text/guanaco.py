@@ -1,6 +1,6 @@
 """Owns the Guanaco text form: ``### Human: …### Assistant: …`` to a conversation and back.
 
-Rows may have this form; no model is prompted in it. Knows no file, no tokens.
+A form of rows; no model is prompted in it. Knows no file, no tokens.
 """
 
 import re
@@ -13,7 +13,7 @@ from lit_qlora.text.conversation import Conversation
 MARKER = re.compile(r"""(?<!\s["'`“„«])### (Human|Assistant):""")
 
 SYSTEM = re.compile(r"^\s*### System:")
-"""What some put before the system text, which the published rows have none of."""
+"""A marker that some rows have before the system text; the published ones have none."""
 
 
 def parse(text: str) -> Conversation:

@@ -11,11 +11,11 @@ import jinja2
 
 from lit_qlora.text import sandbox
 
-NO_CLOCK = "strftime_now gives other prompts each day; write a date, or none"
+NO_CLOCK = "strftime_now gives different prompts each day; write a date, or none"
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """Raises ValueError, with the line, for what is no Jinja, or can't be a template here."""
+    """Raises ValueError, with the line, for invalid Jinja, or an unsupported template."""
     if not source.strip():
         raise ValueError("expected a Jinja chat template, got nothing")
     try:
@@ -41,7 +41,7 @@ def render(
     }  # fmt: skip
     try:
         return sandbox.render(template, names, sum(len(text) for message in messages for text in message.values()))
-    except Exception as error:  # whatever a template's code may raise
+    except Exception as error:  # any error of a template's code
         frames = traceback.extract_tb(error.__traceback__)
         line = next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), 1)
         raise ValueError(f"line {line} can't be rendered: {' '.join(str(error).split())}") from error

@@ -1,6 +1,6 @@
-"""Owns the Llama 2 chat format: a conversation as the model and other programs see it, and rows that show it.
+"""Owns the Llama 2 chat format: conversations as the model and other programs see them, and rows in it.
 
-`segments` is the one road to training and to chat: BOS stands before each prompt and EOS after each answer, as ids.
+`segments` is used by training and chat alike: BOS is before each prompt and EOS after each answer, as ids.
 `parse` reads rows in which both are written out. Knows no file, no token ids.
 """
 
@@ -105,7 +105,7 @@ class Llama2(PromptFormat):
 
     @property
     def cache_key(self) -> tuple[Any, ...]:
-        """Nothing, as before there were others: what was encoded then is found again."""
+        """Empty, as before there were other formats: rows cached then are found again."""
         return ()
 
     def described(self, file: str) -> str:
@@ -113,7 +113,7 @@ class Llama2(PromptFormat):
         return "the Llama 2 chat format"
 
     def left_out(self, where: str, why: Exception) -> str:
-        """There is one reason only, so no place is named."""
+        """There is one reason only, so the place is omitted."""
         return "rows left out: a Llama 2 tag inside a turn"
 
     def chat_template(self) -> str:

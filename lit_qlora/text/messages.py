@@ -1,4 +1,4 @@
-"""Owns the reading of chats kept as lists of messages, and so of every list of (role, content).
+"""Owns the reading of chats as lists of messages, and so of every list of (role, content).
 
 Two dialects, told apart by their keys: OpenAI's ``{"role": …, "content": …}`` and ShareGPT's
 ``{"from": …, "value": …}``. Knows no file, no prompt format, no tokens.
@@ -24,7 +24,7 @@ LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "tr
 
 
 def is_there(value: object) -> bool:
-    """Whether a value says anything: not null, NaN, blank, or a container of nothing else."""
+    """True unless a value is null, NaN, blank, or a container of only such."""
     if isinstance(value, dict):
         return any(map(is_there, value.values()))
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""Owns a prompt format of the user's own: a Jinja chat template, as Hugging Face's are, cut into pieces to encode.
+"""Owns the prompt format of a Jinja chat template, as used by Hugging Face, split into pieces to encode.
 
-It is rendered twice: with a mark in place of each text said, which shows what is the template's own, and as it is.
-Only where both agree does the template pass on untouched what is said, so that no text from outside can become a
-special token, or lie outside the answer that it is; where they do not, the conversation is refused. Knows no token ids.
+It is rendered twice: with a mark in place of each turn's text, which shows the template's own text, and unchanged. Only
+if both agree does the template leave the turns unchanged, so that no outside text can become a special token, or lie
+outside of its answer; otherwise the conversation is refused. Knows no token ids.
 """
 
 import json
@@ -25,16 +25,16 @@ SHORTEST_TAG = 3
 """Characters of a text of the template's own from which on a turn may not hold it: ``:`` alone stands everywhere."""
 
 RULES = 3
-"""Counted up when the same template and conversation are to give other pieces."""
+"""Version of the pieces, raised when the same template and conversation give others."""
 
 SHOWN = 30
-"""Characters of a text that a message shows."""
+"""Most characters of a text in a message."""
 
 _MARK = re.compile("\ue000(\\d+)\ue001")
-"""Stands for a text said, by its number: 0 is the system text, n is turn n."""
+"""The mark for a turn's text, by its number: 0 is the system text, n is turn n."""
 
 _CLOSING = re.compile(rf"{_MARK.pattern}(?P<closing><[^<>\s]+>|\[[^\[\]\s]+\]|\S+)")
-"""A text said, and what closes its turn right behind it."""
+"""A turn's text, and what closes the turn right after it."""
 
 # Stands before a template of the user's own, which sees the messages that this makes: as training had them.
 _OPENING = """\
@@ -212,7 +212,7 @@ class Template(PromptFormat):
         try:
             self._structure(1, True)
         except ValueError as error:
-            lines.append(f"{self.title} takes no system text: {error}")
+            lines.append(f"{self.title} can't write a system text: {error}")
         return lines
 
     def left_out(self, where: str, why: Exception) -> str:
@@ -279,10 +279,10 @@ class Template(PromptFormat):
         expected, came = "".join(piece.text for piece in pieces), self._render(said, is_open)
         if came != expected:
             raise ValueError(
-                f"it changes what is said, or looks into it: {_difference(expected, came)}; write each message's "
+                f"it changes messages, or depends on their text: {_difference(expected, came)}; write each message's "
                 "content as it is (| trim does no harm)"
             )
-        return pieces[:end]  # what a template writes behind the last answer is nothing to learn
+        return pieces[:end]  # text after the last answer is not learned
 
     def _structure(self, rounds: int, has_system: bool) -> list[Piece]:
         """The pieces of a conversation of ``rounds`` questions and answers, with marks for what is said."""
@@ -331,7 +331,7 @@ class Template(PromptFormat):
         if not whole.startswith(prompt):
             raise ValueError(
                 f"the prompt for turn {turn}, with add_generation_prompt, is to be the beginning of what is trained: "
-                f"{_difference(whole, prompt)}; write nothing that hangs on what comes later"
+                f"{_difference(whole, prompt)}; write nothing that depends on later messages"
             )
         start = len(prompt)
         lead, mark, rest = whole[start:].partition(marks[turn])
@@ -348,8 +348,8 @@ class Template(PromptFormat):
         tail, eos, _ = rest.partition(self.spelled.eos)
         if not eos:
             raise ValueError(
-                f"the answer that is turn {turn} is to end in EOS, or the model never learns to stop, and goes on with "
-                f"{_shown(rest)}; write {{{{ eos_token }}}} right behind the assistant's content"
+                f"the answer that is turn {turn} is to end in EOS, or the model never learns to stop: after it comes "
+                f"{_shown(rest)}; write {{{{ eos_token }}}} right after the assistant's content"
             )
         if tail.strip():
             raise ValueError(

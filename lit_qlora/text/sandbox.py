@@ -28,7 +28,7 @@ _WIDE = re.compile(r"\d{5}|\*")
 
 
 class Missing(jinja2.Undefined):
-    """A name that nothing stands for: it may be asked for, as in ``if tools``, and is never written as nothing."""
+    """An undefined name: it may be tested, as in ``if tools``, and is never rendered as empty."""
 
     def __str__(self) -> str:  # noqa: PLE0307  # it never returns
         self._fail_with_undefined_error()

@@ -209,7 +209,7 @@ def test_a_damaged_entry_is_encoded_anew_with_one_line(tokenizer, folder, capsys
     rows = encode_records(TALKS, Encoder(tokenizer, 1024))
     assert (contents(rows), rows.num_cut, rows.fingerprint) == (expected, 0, entry.name)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {entry}: {said}") and line.endswith("; the rows are encoded anew")
+    assert line.startswith(f"warning: {entry}: {said}") and line.endswith("; the rows are encoded again")
     assert [*folder.iterdir()] == [entry]
     encode_records(TALKS, Encoder(tokenizer, 1024))
     assert capsys.readouterr().err == ""

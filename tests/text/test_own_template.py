@@ -166,7 +166,7 @@ AT_2 = "with a conversation of 2 turns: "
     [
         (  # an EOS that never comes
             HEAD + "{{ m.content }}<|im_end|>\n" + CLOSE,
-            AT_2 + "the answer that is turn 2 is to end in EOS, or the model never learns to stop, and goes on with "
+            AT_2 + "the answer that is turn 2 is to end in EOS, or the model never learns to stop: after it comes "
             "'<|im_end|>\\n'; write {{ eos_token }} right behind the assistant's content",
         ),
         (  # one that comes behind the question alone
@@ -219,20 +219,20 @@ AT_2 = "with a conversation of 2 turns: "
         ),
         (
             HEAD + "{{ m.content | upper + eos_token }}" + CLOSE,
-            "it changes what is said, or looks into it: expected '<user>\\nHello</s><assistant>\\nHe…', got "
+            "it changes messages, or depends on their text: expected '<user>\\nHello</s><assistant>\\nHe…', got "
             "'<user>\\nHELLO</s><assistant>\\nHE…'; write each message's content as it is (| trim does no harm)",
         ),
         (
             HEAD + "{{ m.content[:200] + eos_token }}" + CLOSE,
-            "it changes what is said, or looks into it: expected ",
+            "it changes messages, or depends on their text: expected ",
         ),
         (
             HEAD + "{{ (m.content | tojson)[1:-1] + eos_token }}" + CLOSE,
-            "it changes what is said, or looks into it: expected ",
+            "it changes messages, or depends on their text: expected ",
         ),
         (
             HEAD + "{{ m.content }}{% if eos_token in m.content %}!{% endif %}{{ eos_token }}" + CLOSE,
-            "it changes what is said, or looks into it: expected ",
+            "it changes messages, or depends on their text: expected ",
         ),
         (HEAD + "\n{{ m.text + eos_token }}" + CLOSE, AT_2 + "line 3 can't be rendered: 'dict object' has no"),
     ],
@@ -251,7 +251,7 @@ def test_a_template_that_looks_at_what_is_said_is_refused_where_it_matters():
     one = template(source)
     one.check()
     assert one.pieces(said("a", "b")) == template(SOURCES["chatml"]).pieces(said("a", "b"))
-    with pytest.raises(ValueError, match=r"it changes what is said, or looks into it: expected .*hmm</think>b"):
+    with pytest.raises(ValueError, match=r"it changes messages, or depends on their text: expected .*hmm</think>b"):
         one.pieces(said("a", "hmm</think>b"))
 
 

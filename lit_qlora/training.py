@@ -40,6 +40,7 @@ from lit_qlora.figures.tensorboard import Board
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.launchers import requeue
+from lit_qlora.model.base import find_base
 from lit_qlora.model.device import current_device
 from lit_qlora.model.load import check_context, check_rank, check_settings, split_names, template_of
 from lit_qlora.model.module import QLoRAModule
@@ -51,6 +52,7 @@ from lit_qlora.signals import WARNING, LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, flat
+from lit_qlora.text.formats import OF_BASE
 from lit_qlora.trainer import QLoRATrainer, RunParser, own_callbacks, own_plugins
 
 OUT_OF_MEMORY = "out of memory outside of a training step (in a validation, an update or a sample answer)"
@@ -157,8 +159,10 @@ class QLoRACLI(LightningCLI):
         options = self.config[self.verb]
         parsed_by.check_values(options)
         options.model.target_modules = split_names(options.model.target_modules)
-        # As text, so that the run does not depend on the file.
-        options.data.template = read_template(options.data.template)
+        # As text, so that the run does not depend on the file or the base.
+        is_of_base = options.data.template == OF_BASE
+        base = find_base(options.model.base, weights=False).location if is_of_base else None
+        options.data.template = read_template(options.data.template, base)
         seed = options.seed_everything
         require(0 <= seed < 2**32, "seed_everything", "a whole number from 0 to 4,294,967,295", seed)
 

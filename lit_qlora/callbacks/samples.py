@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.callbacks.record import record, record_of
-from lit_qlora.errors import require
+from lit_qlora.errors import UserError, require
 from lit_qlora.figures.samples import CONTEXT, LIMIT, SampleAnswer, counts, line, table
 from lit_qlora.forecast.foresee import Needs
 from lit_qlora.forecast.memory import Samples
@@ -20,20 +20,41 @@ from lit_qlora.text.conversation import Conversation, Turn
 
 
 class SampleAnswers(Callback, Needs):
-    """A callback that answers prompts greedily at each validation, and records how many ended by themselves or were
-    cut.
+    """A callback that answers prompts at each validation, and records how many ended by themselves or were cut.
 
     Args:
         count: number of held-out prompts to answer; 0 for none.
         prompts: prompts of your own instead.
         max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the likeliest token each time.
+        top_p: sample from the likeliest tokens that make up this share.
+        top_k: sample from this many likeliest tokens; 0: from all.
+        min_p: sample from tokens at least this share as likely as the likeliest.
+        repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
+        stop: texts that end an answer and are not part of it.
     """
 
     @checked_arguments("samples")
-    def __init__(self, count: int = 8, prompts: list[str] | None = None, max_new_tokens: int = 128) -> None:
+    def __init__(
+        self,
+        count: int = 8,
+        prompts: list[str] | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: list[str] | None = None,
+    ) -> None:
         require(count >= 0, "samples.count", "0 or more", count)
-        require(max_new_tokens >= 1, "samples.max_new_tokens", "at least 1", max_new_tokens)
         require(not prompts or all(text.strip() for text in prompts), "samples.prompts", "no empty ones", prompts)
+        try:
+            self.sampling = Sampling(
+                max_new_tokens, temperature, top_p, 0, top_k, min_p, repetition_penalty, stop=tuple(stop or ())
+            )
+        except UserError as error:
+            raise error.replace(option=f"samples.{error.option}") from error
         self.count, self.prompts, self.max_new_tokens = count, prompts, max_new_tokens
         self._conversations: list[Conversation] = []
         self._base_answers: list[SampleAnswer] = []
@@ -81,16 +102,17 @@ class SampleAnswers(Callback, Needs):
     def _answer(self, trainer: Trainer, module: Any) -> list[SampleAnswer]:
         """An answer to each prompt, within the limit and the base's context."""
         encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
-        sampling = Sampling(self.max_new_tokens)
+        stop = self.sampling.stop
         prompts = [encoder.prompt(conversation) for conversation in self._conversations]
         answers: list[list[int]] = []
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            answers += module.answer(prompts[start : start + PROMPTS_AT_ONCE], encoder.eos_id, sampling)
+            some = prompts[start : start + PROMPTS_AT_ONCE]
+            answers += module.answer(some, encoder.stop_ids, self.sampling, encoder.is_over(stop))
         room = [max(module.base.context_tokens - len(prompt), 0) for prompt in prompts]
         within = [answer[:tokens] for answer, tokens in zip(answers, room, strict=True)]
-        return [SampleAnswer(encoder.decode(answer), self._cut_by(answer, encoder.eos_id)) for answer in within]
-
-    def _cut_by(self, answer: list[int], eos_id: int) -> str | None:
-        if answer[-1:] == [eos_id]:
-            return None
-        return LIMIT if len(answer) >= self.max_new_tokens else CONTEXT
+        samples = []
+        for answer in within:
+            text, has_ended = encoder.answer(answer, stop)
+            cut_by = LIMIT if len(answer) >= self.max_new_tokens else CONTEXT
+            samples.append(SampleAnswer(text, None if has_ended else cut_by))
+        return samples

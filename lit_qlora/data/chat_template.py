@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
@@ -22,8 +23,21 @@ KEEP_SPACE_OF_THE_TEXT = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}
 """Else Metaspace takes a `SPACE` that a text begins with for the one that it puts there."""
 
 
+def special_ids(encoder: Encoder) -> dict[str, Any]:
+    """The ids that begin, end and pad a text, as config.json and generation_config.json name them."""
+    ends = encoder.stop_ids
+    return {
+        "bos_token_id": encoder.bos_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": encoder.eos_id,
+    }
+
+
 def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json to ``folder``, for a context of ``max_tokens``.
+    """Write a tokenizer to ``folder``, for a context of ``max_tokens``, and what it needs in use.
+
+    That is its chat template, also as a file of its own for programs that take one, and generation_config.json, which
+    says where answers stop. Sampling options are the user's.
 
     A template is encoded as one text. Training encodes each stretch between two special tokens by itself, with a
     space before its first word; so does Llama 2's own tokenizer.json, but not the class that transformers 5 makes
@@ -49,6 +63,9 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
         "model_max_length": max_tokens,
         "chat_template": encoder.prompt_format.chat_template(),
     }
+    (folder / "chat_template.jinja").write_text(config["chat_template"], encoding="utf-8")
+    stops = json.dumps(special_ids(encoder), indent=2) + "\n"
+    (folder / "generation_config.json").write_text(stops, encoding="utf-8")
     (folder / "tokenizer.json").write_text(json.dumps(rules, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 

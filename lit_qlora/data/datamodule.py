@@ -22,10 +22,10 @@ from lit_qlora.data.forms import Form
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
-from lit_qlora.data.tokenizer import load_tokenizer
+from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import PromptFormat, built_in, chosen
+from lit_qlora.text.formats import LLAMA_2, OF_BASE, PromptFormat, built_in, chosen, names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,8 @@ class ChatDataModule(LightningDataModule):
         test_source: rows for ``test``; default: the source's test split where it is not held out, else the held-out
             rows.
         system: system text for conversations that bring none.
-        template: a Jinja chat template in place of the Llama 2 format: chatml, or a file of your own, or its text.
+        template: how prompts are written, if not in the Llama 2 format: base (the base's own chat template), llama3,
+            chatml, alpaca, vicuna, zephyr, plain, or a file of your own with a Jinja chat template, or its text.
         train_on: learn the answers only, or all of each conversation.
         max_length: tokens of one conversation; a longer one is cut so that answer tokens stay.
         batch_size: rows of one micro-batch.
@@ -101,8 +102,10 @@ class ChatDataModule(LightningDataModule):
         self.validation_source, self.validation_share = validation_source, validation_share
         self.test_source = test_source
         self.train_on, self.max_length = train_on, max_length
-        self.prompt_format = _prompt_format(read_template(template), system)
-        self._given = tokenizer, self.prompt_format.source
+        self._awaits_base = template == OF_BASE
+        """Whether the prompt format is to be read from a base that is not known yet."""
+        self.prompt_format = _prompt_format(None if self._awaits_base else read_template(template), system)
+        self._given = tokenizer, OF_BASE if self._awaits_base else self.prompt_format.source
         self.plan = BatchPlan(batch_size, batch_tokens, packing)
         self.num_workers = num_workers
         self.tokenizer_name = tokenizer
@@ -138,6 +141,9 @@ class ChatDataModule(LightningDataModule):
         Raises UserError as `Encoder` does.
         """
         if self._encoder is None:
+            if self._awaits_base:
+                self.prompt_format = _prompt_format(_template_of(self.tokenizer), self.prompt_format.system)
+                self._awaits_base = False
             self._encoder = Encoder(self.tokenizer, self.max_length, self.train_on, self.prompt_format)
         return self._encoder
 
@@ -182,10 +188,12 @@ class ChatDataModule(LightningDataModule):
         base, (tokenizer, template) = getattr(module, "base", None), self._given
         if base is None:
             return
-        name, source = tokenizer or base.name, module.template_for(template)
+        name = tokenizer or base.name
+        source = module.template_for(read_template(template, name))
         if (name, source) != (self.tokenizer_name, self.prompt_format.source):
             self.tokenizer_name, self.prompt_format = name, _prompt_format(source, self.prompt_format.system)
             self._encoder, self._records, self._rows, self._notes = None, {}, {}, {}
+            self._awaits_base = False
             for name in ("tokenizer", "_first_epoch"):
                 self.__dict__.pop(name, None)
         try:
@@ -322,7 +330,7 @@ class ChatDataModule(LightningDataModule):
 
     def describe(self) -> list[str]:
         """What was read, learned, cut and left out, in lines for the terminal."""
-        lines = self.encoder.prompt_format.notes()
+        lines = self.encoder.prompt_format.notes(template_beside(self.tokenizer))
         for part, rows in self._rows.items():
             records = self._records[part]
             answers = sum(rows.answer_tokens)
@@ -429,20 +437,39 @@ def check_limit(option: str, limit: int | float, count: int) -> None:
     require(isinstance(limit, int) or limit == 0 or int(limit * count) >= 1, f"trainer.{option}", expected, limit)
 
 
-def read_template(value: str | None) -> str | None:
-    """The chat template that ``value`` is, or that comes along under that name, or that a file holds; None stays.
+def read_template(value: str | None, base: str | None = None) -> str | None:
+    """The chat template that ``value`` is, or that it names; None stands for the Llama 2 format.
 
-    Raises UserError when there is no such file, or it holds no Jinja.
+    Args:
+        value: As ``data.template``.
+        base: The hub id or folder whose own template may be meant.
+
+    Raises:
+        UserError: There is no such file, it holds no Jinja, or the base has no template.
     """
-    if value is None:
+    if value is None or value == LLAMA_2:
         return None
     where, text = ("", value) if is_template(value) else (f"{value}: ", built_in().get(value))
+    if value == OF_BASE and base is not None:
+        text = _template_of(load_tokenizer(base))
     if text is None:
         text = _read_template_file(value)
     try:
         return chosen(text).source
     except UserError as error:
         raise error.replace(problem=f"{where}{error.problem}") from error
+
+
+def _template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The chat template of a base by its tokenizer. Raises UserError where it has none."""
+    text = template_beside(tokenizer)
+    if not text:
+        raise UserError(
+            f"base: {excerpt(tokenizer.name_or_path)} has no chat template of its own",
+            option="data.template",
+            remedy=f"take one of {', '.join([LLAMA_2, *built_in()])}, or a file with one",
+        )
+    return text
 
 
 def _read_template_file(name: str) -> str:
@@ -459,5 +486,5 @@ def _read_template_file(name: str) -> str:
         what = f"{name} is not UTF-8 (byte {error.start})"
         raise UserError(what, option="data.template", remedy="save it as UTF-8") from error
     except OSError as error:
-        what = f"{name}: expected {' or '.join(built_in())}, or a file with a Jinja chat template ({error.strerror})"
+        what = f"{name}: expected {', '.join(names())}, or a file with a Jinja chat template ({error.strerror})"
         raise UserError(what, option="data.template") from error

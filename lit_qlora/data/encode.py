@@ -6,12 +6,13 @@ as ids; outside text can never become one. Knows nothing of batches, models or f
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora.batch import IGNORE_INDEX
+from lit_qlora.data.tokenizer import stop_ids
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import Piece, PromptFormat, SpecialTokens, chosen
@@ -24,6 +25,9 @@ SPACE = "▁"
 """U+2581, sentencepiece's space; a text may hold it, too."""
 
 TrainOn = Literal["answers", "all"]
+
+UNFINISHED = "\ufffd"
+"""What a decoder shows for bytes that are no character yet."""
 
 CONVERSATIONS_A_CALL = 512
 """Number of conversations per call of the tokenizer, which processes a list on all cores."""
@@ -73,6 +77,15 @@ class Encoder:
         tokens = SpecialTokens(tokenizer.bos_token or "", str(tokenizer.eos_token), special)
         self.prompt_format = (prompt_format or chosen()).of(tokens)
         self.prompt_format.check()
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The ids that end an answer: that which is learned behind each, EOS, and what the base's files name beside.
+
+        Raises UserError where those can't be read.
+        """
+        learned: Any = self.tokenizer.convert_tokens_to_ids(self.prompt_format.end_of_turn)
+        return [*dict.fromkeys([int(learned), self.eos_id, *stop_ids(self.tokenizer)])]
 
     def check_vocabulary(self, size: int, base: str) -> None:
         """Raises UserError if a text may become an id of at least ``size``, for which a base has no embedding.
@@ -131,7 +144,38 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, without BOS, EOS and the format's outer spaces."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        return self._decode(ids).strip()
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def answer(self, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[str, bool]:
+        """The text of an answer's ids, and whether it came to its end.
+
+        Args:
+            ids: All of them, that which ended it counted in.
+            stop: Texts that end an answer, and are no part of it.
+        """
+        text = self._decode(ids)
+        if (end := stop_at(text, stop)) is not None:
+            return text[:end].strip(), True
+        if ids and ids[-1] in self.stop_ids:
+            return text.strip(), True
+        return text.strip().rstrip(UNFINISHED).strip(), False
+
+    def certain(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """The text of an answer's first ids, up to what the next ones may change or make a text of ``stop`` of."""
+        text = self._decode(ids)
+        begun = (size for one in stop for size in range(1, len(one)) if text.endswith(one[:size]))
+        end = stop_at(text, stop)
+        text = text[: len(text) - max(begun, default=0) if end is None else end].strip()
+        return "" if text.endswith(UNFINISHED) else text
+
+    def is_over(self, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+        """For `lit_qlora.model.generate`: whether an answer's ids hold one of ``stop``; None where there is none."""
+        if not stop:
+            return None
+        return lambda ids: stop_at(self._decode(ids), stop) is not None
 
     def _ids(self, pieces: list[Piece]) -> list[list[int]]:
         """The ids of each piece."""
@@ -205,3 +249,8 @@ def _take_out_space(rule: dict[str, Any] | None) -> dict[str, Any] | None:
         (name,) = (name for name, value in rule.items() if isinstance(value, list))
         return rule | {name: list(filter(None, map(_take_out_space, rule[name])))}
     return rule
+
+
+def stop_at(text: str, stop: Sequence[str]) -> int | None:
+    """Where in ``text`` the first of the texts ``stop`` begins; None where it holds none."""
+    return min((found for one in stop if (found := text.find(one)) >= 0), default=None)

@@ -113,6 +113,32 @@ def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def template_beside(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The chat template that came with a tokenizer; of several, the default one; None without any."""
+    found = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
+
+
+def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids that end an answer by the generation_config.json beside a tokenizer, as far as it has them.
+
+    Raises UserError where that file can't be read.
+    """
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        tokenizer.name_or_path,
+        "generation_config.json",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    told = read_object(Path(file)).get("eos_token_id") if file else None
+    special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    wrong = [tokenizer.bos_token_id, tokenizer.unk_token_id]  # as early conversions of Llama have it
+    return [one for one in (told if isinstance(told, list) else [told]) if one in special and one not in wrong]
+
+
 def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedTokenizerBase":
     """By the class that tokenizer_config.json names; ``as_saved``, by the one that takes tokenizer.json as it is."""
     from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast

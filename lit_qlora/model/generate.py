@@ -19,85 +19,112 @@ PROMPTS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn: greedy at ``temperature`` 0, else from the ``top_p`` likeliest, by ``seed``."""
+    """How an answer is drawn, and where it ends.
+
+    Args:
+        max_new_tokens: tokens of an answer, at most.
+        temperature: 0 takes the likeliest token each time.
+        top_p: sample from the likeliest tokens that make up this share.
+        seed: of sampling.
+        top_k: sample from this many likeliest tokens; 0: from all.
+        min_p: sample from tokens that are at least this share as likely as the likeliest.
+        repetition_penalty: divides the odds of tokens that prompt or answer hold already; 1: none.
+        stop: texts that end an answer, and are no part of it.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises UserError for invalid values."""
+        """Raises UserError for what can't be drawn from."""
+        penalty = self.repetition_penalty
         require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
         require(0 <= self.temperature < float("inf"), "temperature", "0 or more", self.temperature)
         require(0 < self.top_p <= 1, "top_p", "a share above 0, at most 1", self.top_p)
         require(0 <= self.seed < 2**64, "seed", "a whole number from 0, below 2**64", self.seed)
+        require(self.top_k >= 0, "top_k", "a number of tokens, or 0 for all", self.top_k)
+        require(0 <= self.min_p <= 1, "min_p", "a share from 0 to 1", self.min_p)
+        require(0 < penalty < float("inf"), "repetition_penalty", "above 0; 1 is none", penalty)
+        require(all(self.stop), "stop", "texts of at least one character", self.stop)
+        if not self.temperature:
+            for name in ("top_p", "top_k", "min_p"):
+                value, expected = getattr(self, name), "it left out at temperature 0, which takes the likeliest token"
+                require(value == getattr(type(self), name), name, expected, value)
 
 
 def generate(
     model: "PeftModel",
     prompts: Sequence[Sequence[int]],
-    eos_id: int,
+    stop_ids: Sequence[int],
     sampling: Sampling,
     on_token: Callable[[int], bool] | None = None,
+    is_over: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """The answer ids of each of ``prompts``, in one batch.
+    """An answer to each of ``prompts``, in one batch.
 
-    An answer ends with ``eos_id`` if the model stopped by itself; without it, the limit cut it off. Train or eval mode
-    of the model is restored.
+    The answer ends with one of ``stop_ids`` where the model stopped by itself; without it, ``is_over`` or the limit
+    cut it off. Leaves the model in the mode, train or eval, in which it came, and random numbers as they were.
 
     Args:
         model: computes on its own device.
         prompts: ids, at least one each.
-        eos_id: ends an answer.
-        sampling: how tokens are drawn.
-        on_token: for a single prompt, called with each id of the answer as it is drawn; False stops generation.
+        stop_ids: each of them ends an answer; at least one.
+        sampling: how tokens are drawn; texts that end an answer are not its concern, but ``is_over``'s.
+        on_token: for a single prompt, called with each id of the answer as it is drawn; says whether to continue.
+        is_over: called with the ids of each answer so far; says whether it ends there.
     """
     import torch
     from transformers import GenerationConfig
 
     assert on_token is None or len(prompts) == 1, "ids come one by one for a single prompt only"
     width = max(len(prompt) for prompt in prompts)
-    # On the left, so that every answer starts in the same column.
-    input_ids = torch.full((len(prompts), width), eos_id, dtype=torch.int64)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    samples = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    # On the left, so that every answer starts in the same column; by an id that the prompt holds, for a penalty on
+    # what was said already looks at the padding, too.
+    input_ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + [*prompt] for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    samples = {
+        "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
+        "min_p": sampling.min_p or None,
+    }  # fmt: skip
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=eos_id,
-        pad_token_id=eos_id,
+        eos_token_id=[*stop_ids],
+        pad_token_id=stop_ids[0],
         use_cache=True,
+        repetition_penalty=sampling.repetition_penalty,
         **(samples if sampling.temperature else {"do_sample": False}),
     )
-    if sampling.temperature:
-        torch.manual_seed(sampling.seed)
-    drawn: list[int] = []
+    ends: dict[int, int] = {}
 
-    def go_on_or_stop(ids: Any, scores: Any) -> Any:
-        stops = False
-        if on_token and drawn[-1:] != [eos_id]:
-            drawn.append(int(ids[0, -1]))
-            stops = not on_token(drawn[-1])
-        return torch.full((len(ids),), stops, dtype=torch.bool, device=ids.device)
+    def continue_or_stop(ids: Any, scores: Any) -> Any:
+        answers = ids[:, width:].tolist()
+        for row, answer in enumerate(answers):
+            if row in ends:
+                continue
+            is_stopped = on_token is not None and not on_token(answer[-1])
+            if is_stopped or answer[-1] in stop_ids or (is_over is not None and is_over(answer)):
+                ends[row] = len(answer)
+        return torch.tensor([row in ends for row in range(len(answers))], device=ids.device)
 
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices, enabled=bool(sampling.temperature)):
+            if sampling.temperature:
+                torch.manual_seed(sampling.seed)
             output = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,
-                stopping_criteria=[go_on_or_stop] if on_token else None,
+                stopping_criteria=[continue_or_stop],
             )
     finally:
         model.train(was_training)
-    return [drawn] if on_token else [_up_to(eos_id, row) for row in output[:, width:].tolist()]
-
-
-def _up_to(eos_id: int, ids: list[int]) -> list[int]:
-    """``ids`` up to and including their first EOS; the rest is padding."""
-    return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
+    return [answer[: ends.get(row)] for row, answer in enumerate(output[:, width:].tolist())]

@@ -4,7 +4,7 @@ Driven by the command line's Trainer or Lightning's own; precision is the Traine
 `learning.py` computes the gradients. Knows no text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -526,10 +526,16 @@ class QLoRAModule(LearnsInParts):
 
     # Answers
 
-    def answer(self, prompts: Sequence[Sequence[int]], eos_id: int, sampling: Sampling) -> list[list[int]]:
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        stop_ids: Sequence[int],
+        sampling: Sampling,
+        is_over: Callable[[Sequence[int]], bool] | None = None,
+    ) -> list[list[int]]:
         """The answer's ids for each prompt's ids; see `lit_qlora.model.generate`."""
         with self.trainer.precision_plugin.forward_context():
-            return generate(self.peft_model, prompts, eos_id, sampling)
+            return generate(self.peft_model, prompts, stop_ids, sampling, is_over=is_over)
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -16,6 +16,8 @@ from lit_qlora.text import edges
 from lit_qlora.text.conversation import HALF, Conversation, is_whole
 
 TEMPLATES = Path(__file__).parent / "templates"
+LLAMA_2, OF_BASE = "llama2", "base"
+"""As ``data.template``: the Llama 2 format, as without it, and the base's own chat template."""
 
 
 class Piece(NamedTuple):
@@ -159,8 +161,13 @@ class PromptFormat(ABC):
     def described(self, file: str) -> str:
         """Its description for a model card; ``file`` holds its template if it has one."""
 
-    def notes(self) -> list[str]:
-        """Notes on it, in lines for the terminal."""
+    @property
+    def end_of_turn(self) -> str:
+        """The special token that ends an answer, and is learned."""
+        return self.spelled.eos
+
+    def notes(self, of_base: str | None = None) -> list[str]:
+        """Notes on it, in lines for the terminal; ``of_base`` is the base's own chat template."""
         return []
 
     @abstractmethod
@@ -197,6 +204,11 @@ class PromptFormat(ABC):
 def built_in() -> dict[str, str]:
     """The built-in chat templates, by their names in ``data.template``."""
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted(TEMPLATES.glob("*.jinja"))}
+
+
+def names() -> list[str]:
+    """What ``data.template`` may be, beside a file and a template's text."""
+    return [LLAMA_2, *built_in(), OF_BASE]
 
 
 def chosen(template: str | None = None, system: str | None = None) -> PromptFormat:

@@ -14,6 +14,10 @@ from lit_qlora.text import sandbox
 NO_CLOCK = "strftime_now gives different prompts each day; write a date, or none"
 
 
+class RefusalError(ValueError):
+    """Messages that a template refuses in words of its own, by ``raise_exception``."""
+
+
 def compile_template(source: str) -> jinja2.Template:
     """Raises ValueError, with the line, for invalid Jinja, or an unsupported template."""
     if not source.strip():
@@ -44,7 +48,8 @@ def render(
     except Exception as error:  # any error of a template's code
         frames = traceback.extract_tb(error.__traceback__)
         line = next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), 1)
-        raise ValueError(f"line {line} can't be rendered: {' '.join(str(error).split())}") from error
+        kind = RefusalError if type(error) is jinja2.TemplateError else ValueError
+        raise kind(f"line {line} can't be rendered: {' '.join(str(error).split())}") from error
 
 
 def digest(source: str) -> str:

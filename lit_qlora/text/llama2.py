@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_qlora.errors import UserError
 from lit_qlora.text import edges, messages
 from lit_qlora.text.conversation import Conversation, TextError, Turn
 from lit_qlora.text.formats import Piece, PromptFormat
@@ -116,6 +117,23 @@ class Llama2(PromptFormat):
         """There is one reason only, so the place is omitted."""
         return "rows left out: a Llama 2 tag inside a turn"
 
+    def notes(self, of_base: str | None = None) -> list[str]:
+        """A word on a base that was made for other prompts."""
+        from lit_qlora.text.own_template import Template
+
+        if of_base is None:
+            return []
+        try:
+            own = Template(source=of_base, tokens=self.tokens)
+            if _text(own.pieces(_SAMPLE)) == _text(self.of(own.spelled).pieces(_SAMPLE)):
+                return []
+        except (
+            ValueError,
+            UserError,
+        ):  # it takes no system text, or can't be used at all, which it says where it is asked for
+            pass
+        return [f"prompts in {self.title}; the base has a chat template of its own, which data.template base takes"]
+
     def chat_template(self) -> str:
         """BOS and EOS are written out, for a template is encoded as a whole."""
         default = json.dumps(self.system, ensure_ascii=False) if self.system else "none"
@@ -163,6 +181,10 @@ def segments(conversation: Conversation) -> list[Segment]:
         is_answer = turn.role == "assistant"
         written.append(Segment(f"{content} " if is_answer else f"[INST] {content} [/INST]", is_answer))
     return written
+
+
+def _text(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces).replace(" ", "")
 
 
 def _refuse_tags(turn: int, text: str) -> None:

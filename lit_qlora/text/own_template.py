@@ -19,7 +19,7 @@ import jinja2
 from lit_qlora.errors import UserError
 from lit_qlora.text import jinja
 from lit_qlora.text.conversation import Conversation, TextError, name_of
-from lit_qlora.text.formats import Piece, PromptFormat
+from lit_qlora.text.formats import Piece, PromptFormat, built_in, names
 
 SHORTEST_TAG = 3
 """Characters of a text of the template's own from which on a turn may not hold it: ``:`` alone stands everywhere."""
@@ -53,6 +53,9 @@ _OPENING = """\
 {%- endif %}
 {%- set messages = lit_qlora.said %}
 """
+
+# Training had no clock, so that a template with a date of its own to fall back on took that.
+_NO_CLOCK = "{%- set strftime_now = lit_qlora.no_clock %}\n"
 
 # A tokenizer of transformers 5 puts no space before a word that follows a special token, unless it is a text by itself.
 _ASK = """\
@@ -94,6 +97,11 @@ class Template(PromptFormat):
         return jinja.compile_template(self.source)
 
     @cached_property
+    def _built_in_as(self) -> str:
+        """Its name, where it comes along; else nothing."""
+        return next((name for name, source in built_in().items() if source == self.source), "")
+
+    @cached_property
     def specials(self) -> list[str]:
         """All special tokens, the longest first; where the template writes one, that becomes its id."""
         return sorted({*self.spelled.all, *self.spelled.ends}, key=lambda token: (-len(token), token))
@@ -110,9 +118,10 @@ class Template(PromptFormat):
     def pieces(self, conversation: Conversation) -> list[Piece]:
         """An open conversation up to where its answer begins, an answered one up to the end of its last answer.
 
-        White space around a turn and around the system text goes. An answer runs from the end of its prompt to EOS.
+        White space around a turn and around the system text goes. An answer runs from the end of its prompt to
+        `end_of_turn`.
 
-        Raises ValueError when the template changes or loses what is said or an answer's EOS, or writes another
+        Raises ValueError when the template changes or loses what is said or an answer's end, or writes another
         prompt than the one that training had; and when a turn holds one of `tags`.
         """
         conversation = self.completed(conversation)
@@ -152,6 +161,11 @@ class Template(PromptFormat):
         found += (closing["closing"] for piece in pieces for closing in _CLOSING.finditer(piece.text))
         return [mark for mark in dict.fromkeys(found) if len(mark) >= SHORTEST_TAG]
 
+    @property
+    def end_of_turn(self) -> str:
+        """EOS, or another special token that the template writes right behind an answer."""
+        return next(piece.text for piece in self._structure(1, False) if piece.is_answer and piece.kind == "token")
+
     def writes(self, token: str) -> bool:
         """Whether it is BOS, EOS, or stands in the template."""
         return super().writes(token) or token in self.source
@@ -164,7 +178,14 @@ class Template(PromptFormat):
         try:
             self._try()
         except ValueError as error:
-            raise self.wrong("template", error) from error
+            if not self._built_in_as:
+                raise self.wrong("template", error) from error
+            raise UserError(
+                f"{self._built_in_as} ends answers in a special token that the base's tokenizer does not have",
+                option="data.template",
+                place=self.place,
+                remedy=f"take another: {', '.join(name for name in names() if name != self._built_in_as)}",
+            ) from error
         self.check_system()
 
     def _try(self) -> None:
@@ -177,8 +198,12 @@ class Template(PromptFormat):
         system = (self.system or "").strip()
         systems = ["", system, probes[2]] if system else [""]
         for probe, rounds, text in product(probes, (1, 3), systems):
-            self._fill([text, *[probe] * (2 * rounds)])
-            self._fill([text, *[probe] * (2 * rounds - 1)])
+            for num_turns in (2 * rounds, 2 * rounds - 1):
+                try:
+                    self._fill([text, *[probe] * num_turns])
+                except jinja.RefusalError:
+                    if probes[2] not in (probe, text):  # what could forge a turn, a template may well refuse
+                        raise
 
     @property
     def title(self) -> str:
@@ -204,9 +229,9 @@ class Template(PromptFormat):
         """With the file that holds the template."""
         return f"a format of its own: the Jinja template in `{file}`"
 
-    def notes(self) -> list[str]:
+    def notes(self, of_base: str | None = None) -> list[str]:
         """Which template it is, and what it does without."""
-        lines = [f"prompts by {self.title} ({self.version})"]
+        lines = [f"prompts by {' '.join(filter(None, (self.title, self._built_in_as)))} ({self.version})"]
         if self.spelled.bos and self._structure(1, False)[0].text != self.spelled.bos:
             lines.append(f"{self.title} writes no BOS, with which this base's texts begin; {{{{ bos_token }}}} would")
         try:
@@ -246,7 +271,8 @@ class Template(PromptFormat):
         """
         forbidden = json.dumps([*self.tags, *self.specials], ensure_ascii=False)
         default = json.dumps((self.system or "").strip(), ensure_ascii=False)
-        return _OPENING.replace("FORBIDDEN", forbidden).replace("DEFAULT_SYSTEM", default) + self.source
+        opening = _OPENING.replace("FORBIDDEN", forbidden).replace("DEFAULT_SYSTEM", default)
+        return opening + (_NO_CLOCK if "strftime_now" in self.source else "") + self.source
 
     @property
     def tokenizer_remedy(self) -> str:
@@ -323,10 +349,13 @@ class Template(PromptFormat):
             for text, is_answer in ((whole[before:start], False), (whole[start:end], True)):
                 pieces += self._split(text, is_answer, bool(pieces) and pieces[-1].kind != "token")
             before = end
+        ends = {piece.text for piece in pieces if piece.is_answer and piece.kind == "token"}
+        if len(ends) > 1:
+            raise ValueError(f"answers end in {' and in '.join(sorted(ends))}; write the same behind each of them")
         return pieces + self._split(whole[before:], False, False)
 
     def _answer(self, whole: str, marks: Sequence[str], turn: int) -> tuple[int, int]:
-        """Where in ``whole`` the answer that is ``turn`` begins and ends, EOS counted in."""
+        """Where in ``whole`` the answer that is ``turn`` begins and ends, the special token behind it counted in."""
         prompt = self._render(marks[:turn], True)
         if not whole.startswith(prompt):
             raise ValueError(
@@ -345,18 +374,18 @@ class Template(PromptFormat):
                 f"the prompt for turn {turn} is to end in no space, for a word's token brings its own, and ends in "
                 f"{_shown(prompt, at_end=True)}; write the space before the assistant's content instead"
             )
-        tail, eos, _ = rest.partition(self.spelled.eos)
-        if not eos:
+        end = self._token.search(rest)
+        if end is None or end[0] == self.spelled.bos != self.spelled.eos:
             raise ValueError(
                 f"the answer that is turn {turn} is to end in EOS, or the model never learns to stop: after it comes "
                 f"{_shown(rest)}; write {{{{ eos_token }}}} right after the assistant's content"
             )
-        if tail.strip():
+        if (tail := rest[: end.start()]).strip():
             raise ValueError(
                 f"between the answer that is turn {turn} and its EOS may stand nothing, for it would be shown as part "
                 f"of each answer, and {_shown(tail)} does; write {{{{ eos_token }}}} in its place"
             )
-        return start, start + len(lead) + len(mark) + len(tail) + len(eos)
+        return start, start + len(lead) + len(mark) + end.end()
 
     def _split(self, text: str, is_answer: bool, goes_on: bool) -> list[Piece]:
         pieces = []

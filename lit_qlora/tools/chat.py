@@ -24,6 +24,10 @@ def chat(
     system: str | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: list[str] | None = None,
     seed: int = 0,
     max_new_tokens: int = 256,
     web: bool = False,
@@ -41,13 +45,19 @@ def chat(
         system: the system text; default: the one that the run was trained with, if any; "" for none.
         temperature: 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that make up this share.
+        top_k: sample from this many likeliest tokens; 0: from all.
+        min_p: sample from tokens at least this share as likely as the likeliest.
+        repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
+        stop: texts that end an answer and are not part of it, such as '["###", "User:"]'.
         seed: seed of sampling.
         max_new_tokens: most tokens of an answer.
         web: chat in a browser instead (pip install -r requirements-web.txt).
         share: with --web, request a public link from gradio's servers, as needed on Colab.
         port: with --web, the port to listen at; default: the first free one from 7860 on.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = Sampling(
+        max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, stop=tuple(stop or ())
+    )
     source = {"option": "prompt"}
     if web:
         require(prompt is None, "prompt", "no question beside --web, where it is asked on the page", prompt)

@@ -172,14 +172,13 @@ def _stored(name: str, value: "torch.Tensor", dtype: DType) -> "torch.Tensor":
 
 
 def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) -> None:
-    # Answers end as in training, whatever the base's own files say.
-    tokens = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id, "pad_token_id": encoder.eos_id}
-    config = {name: value for name, value in base.config.items() if name != "quantization_config"} | tokens
+    from lit_qlora.data.chat_template import special_ids
+
+    # Answers end as in training, whatever the base's config.json says.
+    config = {name: value for name, value in base.config.items() if name != "quantization_config"}
     # The name that every version of transformers reads.
-    config |= {"torch_dtype": dtype}
-    # Sampling options are the user's; the stop token is the model's.
-    for name, values in (("config.json", config), ("generation_config.json", tokens)):
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    config |= special_ids(encoder) | {"torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tokenizer(folder: Path, base: Base, encoder: "Encoder", texts: list[Conversation]) -> None:

@@ -38,6 +38,10 @@ def predict(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: list[str] | None = None,
     seed: int = 0,
     batch_size: int = 8,
 ) -> None:
@@ -53,10 +57,16 @@ def predict(
         max_new_tokens: most tokens of an answer.
         temperature: 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that make up this share.
+        top_k: sample from this many likeliest tokens; 0: from all.
+        min_p: sample from tokens at least this share as likely as the likeliest.
+        repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
+        stop: texts that end an answer and are not part of it, such as '["###", "User:"]'.
         seed: seed of sampling.
         batch_size: prompts per batch.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = Sampling(
+        max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, stop=tuple(stop or ())
+    )
     require(batch_size >= 1, "batch_size", "at least 1", batch_size)
     target = output_path(output)
     unfinished = Unfinished(target)
@@ -136,7 +146,12 @@ def _answer_batch(answerer: Answerer, ids: list[list[int]], sampling: Sampling, 
 
 
 def _belongs_to(answerer: Answerer, ids: list[list[int]], sampling: Sampling, batch_size: int) -> dict[str, Any]:
-    """Everything that decides the answers, by the names of the options."""
+    """Everything that decides the answers, by the names of the options.
+
+    Options that earlier versions did not have are left out at their defaults, so that unfinished outputs resume.
+    """
+    first = ("max_new_tokens", "temperature", "top_p", "seed")
+    plain = asdict(Sampling())
     adapter = hashlib.sha256()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         with (answerer.adapter / name).open("rb") as file:
@@ -146,7 +161,7 @@ def _belongs_to(answerer: Answerer, ids: list[list[int]], sampling: Sampling, ba
         "adapter": adapter.hexdigest()[:12],
         "base": answerer.base.public_name,
         "computed in": str(answerer.dtype).removeprefix("torch."),
-        **asdict(sampling),
+        **{name: value for name, value in asdict(sampling).items() if name in first or value != plain[name]},
         "batch_size": batch_size,
     }
 

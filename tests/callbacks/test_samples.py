@@ -7,6 +7,7 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_qlora.callbacks.samples import SampleAnswers
+from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.figures.record import Record
 from lit_qlora.storage.run import RunFolder
@@ -32,8 +33,8 @@ class FakeModule:
         yield
         self.is_on = True
 
-    def answer(self, prompts, eos_id, sampling):
-        assert eos_id == EOS
+    def answer(self, prompts, stop_ids, sampling, is_over):
+        assert stop_ids == [EOS] and is_over is None
         self.asked.append((self.is_on, prompts, sampling))
         return [self.answers.get((self.is_on, prompt[0]), [9, EOS]) for prompt in prompts]
 
@@ -56,13 +57,34 @@ class FakeData:
     """Held-out prompts "1", "2", …; a prompt's only id is its number, an answer's text are its ids."""
 
     encoder = SimpleNamespace(
-        eos_id=EOS,
+        stop_ids=[EOS],
+        is_over=lambda stop: None,
+        answer=lambda ids, stop: (" ".join(str(number) for number in ids if number != EOS), ids[-1:] == [EOS]),
         prompt=lambda conversation: [int(conversation.turns[-1].content)],
-        decode=lambda ids: " ".join(str(number) for number in ids if number != EOS),
     )
 
     def held_out_prompts(self, count):
         return [(Conversation((Turn("user", str(number)),)), "reference") for number in range(1, 12)][:count]
+
+
+def test_how_samples_are_drawn_is_as_in_chat(fake):
+    module = FakeModule()
+    options = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1}
+    SampleAnswers(count=1, **options).on_validation_end(fake, module)
+    assert {(False, (("max_new_tokens", 128), *options.items()))} == {
+        (is_on, tuple((name, getattr(sampling, name)) for name in ("max_new_tokens", *options)))
+        for is_on, _, sampling in module.asked
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [({"top_k": -1}, "top_k"), ({"stop": [""]}, "stop"), ({"min_p": 0.1}, "min_p")],
+)
+def test_what_cant_be_drawn_by_is_refused_with_its_option(options, option):
+    with pytest.raises(UserError) as caught:
+        SampleAnswers(**options)
+    assert caught.value.option == f"samples.{option}"
 
 
 @pytest.fixture
@@ -202,7 +224,9 @@ def test_the_table_shows_prompt_base_and_adapter(fake, board):
     ],
 )
 def test_no_text_breaks_the_table(fake, board, monkeypatch, text, cell):
-    monkeypatch.setattr(FakeData, "encoder", SimpleNamespace(**{**vars(FakeData.encoder), "decode": lambda _: text}))
+    monkeypatch.setattr(
+        FakeData, "encoder", SimpleNamespace(**{**vars(FakeData.encoder), "answer": lambda *_: (text, True)})
+    )
     fake.global_step = 5
     SampleAnswers(count=1).on_validation_end(fake, FakeModule())
     assert board.shown[0][1].splitlines() == [

@@ -80,9 +80,10 @@ def test_plain_text_has_the_base_s_ids(base, published):
 
 def test_a_tokenizer_that_gives_other_ids_is_not_published(published, tmp_path):
     encoder, _ = published()
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    config["chat_template"] = config["chat_template"].replace("bos_token ~ '[INST] '", "bos_token ~ '[INST]  '")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    file = tmp_path / "chat_template.jinja"
+    text = file.read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"] == text
+    file.write_text(text.replace("bos_token ~ '[INST] '", "bos_token ~ '[INST]  '"), encoding="utf-8")
     with pytest.raises(UserError, match="base: its tokenizer gives"):
         check_template(tmp_path, encoder, DIALOGS)
 

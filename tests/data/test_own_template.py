@@ -226,7 +226,8 @@ def test_a_device_or_a_pipe_is_not_waited_for(tmp_path):
     [
         (
             None,
-            "data.template: t.jinja: expected chatml, or a file with a Jinja chat template (No such file or directory)",
+            "data.template: t.jinja: expected llama2, alpaca, chatml, llama3, plain, vicuna, zephyr, base, or a file "
+            "with a Jinja chat template (No such file or directory)",
         ),
         (b"\n{{ x", "data.template: t.jinja: line 2 is no valid Jinja: "),
         (b"caf\xe9", "data.template: t.jinja is not UTF-8 (byte 3); save it as UTF-8"),

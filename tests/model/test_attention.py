@@ -277,7 +277,7 @@ def test_on_a_gpu_answers_never_fall_back(wide_model, groups, width):
     prompts = [torch.randint(3, 512, (count,)).tolist() for count in (37, 5, 1)]
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION), torch.autocast("cuda", torch.float16):
         for some in (prompts, prompts[:1], prompts[2:]):
-            assert [len(answer) for answer in generate(model, some, 511, Sampling(9))]
+            assert [len(answer) for answer in generate(model, some, [511], Sampling(9))]
     ids = torch.randint(3, 512, (2, 37), device="cuda")
     for mask in (None, (torch.arange(37, device="cuda") >= torch.tensor([[0], [9]], device="cuda")).long()):
         seen = ids.bool() if mask is None else mask.bool()

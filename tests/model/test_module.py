@@ -453,7 +453,7 @@ def test_answers_are_those_of_generate(module):
     built = module()
     trainer().fit(built, datamodule=Data([micro_batch(0)]))
     prompts, sampling = [[1, 77, 400], [1, 5]], Sampling(5)
-    assert built.answer(prompts, 511, sampling) == generate(built.peft_model, prompts, 511, sampling)
+    assert built.answer(prompts, [511], sampling) == generate(built.peft_model, prompts, [511], sampling)
 
 
 # As on a T4, but on the CPU: fp16 autocast with a gradient scaler. The GPU's own kernels are not seen by this.
@@ -531,7 +531,7 @@ def test_answers_are_given_in_the_same_precision(tiny):
         layer.register_forward_hook(lambda _, __, out: seen.add((out.dtype, torch.get_autocast_dtype("cpu"))))
         layer.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
     with NoBf16():
-        (answer,) = built.answer([[1, 77, 400]], 511, Sampling(4))
+        (answer,) = built.answer([[1, 77, 400]], [511], Sampling(4))
     assert len(answer) == 4
     assert seen == {(torch.float16, torch.float16), True}
 

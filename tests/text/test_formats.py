@@ -1,6 +1,7 @@
 """A prompt format, whichever it is: what is recorded of it makes it again, and what was altered does not."""
 
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from lit_qlora.data.datamodule import read_template
 from lit_qlora.errors import UserError
 from lit_qlora.text import formats
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.text.formats import SpecialTokens, built_in, chosen, from_record
+from lit_qlora.text.formats import SpecialTokens, built_in, chosen, from_record, names
 
 CHATML = (Path(__file__).parents[1] / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 RECORDS = {
@@ -111,11 +112,117 @@ def test_the_modelfile():
 OTHER_TOKENS = SpecialTokens("<|im_start|>", "<|im_end|>", ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
 
 
+LLAMA_3 = SpecialTokens(
+    "<|begin_of_text|>", "<|end_of_text|>",
+    ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)  # fmt: skip
+NO_BOS = SpecialTokens("", "<|endoftext|>", ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+TOKENS = {"llama": SpecialTokens(), "smollm2": OTHER_TOKENS, "llama3": LLAMA_3, "qwen": NO_BOS}
+
+
 @pytest.mark.parametrize("name", built_in())
-@pytest.mark.parametrize("tokens", [SpecialTokens(), OTHER_TOKENS], ids=["llama", "smollm2"])
+@pytest.mark.parametrize("tokens", TOKENS)
 def test_a_template_that_comes_along_holds_all_kinds_of_conversations(name, tokens):
     for system in (None, "Be brief."):
-        chosen(read_template(name), system).of(tokens).check()
+        one = chosen(read_template(name), system).of(TOKENS[tokens])
+        if name != "llama3" or tokens == "llama3":
+            one.check()
+            continue
+        with pytest.raises(UserError) as caught:
+            one.check()
+        assert str(caught.value) == (
+            "data.template: llama3 ends answers in a special token that the base's tokenizer does not have; take "
+            "another: llama2, alpaca, chatml, plain, vicuna, zephyr, base"
+        )
+
+
+TALK = Conversation((Turn("user", "a"), Turn("assistant", " b\n"), Turn("user", "c"), Turn("assistant", "d")))
+WRITTEN = {  # what is not learned | what is
+    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant"
+    "<|end_header_id|>\n\n|b<|eot_id|>|<|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|><|start_header_id|>"
+    "assistant<|end_header_id|>\n\n|d<|eot_id|>",
+    "chatml": "<|begin_of_text|><|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n|b<|end_of_text|>|\n<|im_start|>"
+    "user\nc<|im_end|>\n<|im_start|>assistant\n|d<|end_of_text|>",
+    "alpaca": "<|begin_of_text|>Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\na\n\n### Response:\n|b<|end_of_text|>|\n\n### Instruction:\nc\n\n"
+    "### Response:\n|d<|end_of_text|>",
+    "vicuna": "<|begin_of_text|>A chat between a curious user and an artificial intelligence assistant. The assistant "
+    "gives helpful, detailed, and polite answers to the user's questions. USER: a ASSISTANT:| b<|end_of_text|>|USER: c "
+    "ASSISTANT:| d<|end_of_text|>",
+    "zephyr": "<|begin_of_text|><|user|>\na<|end_of_text|>\n<|assistant|>\n|b<|end_of_text|>|\n<|user|>\nc"
+    "<|end_of_text|>\n<|assistant|>\n|d<|end_of_text|>",
+    "plain": "<|begin_of_text|>a| b<|end_of_text|>|<|begin_of_text|>c| d<|end_of_text|>",
+}
+SYSTEM = {
+    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user",
+    "chatml": "<|begin_of_text|><|im_start|>system\nS<|im_end|>\n<|im_start|>user\na",
+    "alpaca": "<|begin_of_text|>S\n\n### Instruction:\na\n\n",
+    "vicuna": "<|begin_of_text|>S USER: a ASSISTANT:",
+    "zephyr": "<|begin_of_text|><|system|>\nS<|end_of_text|>\n<|user|>\na",
+    "plain": "<|begin_of_text|>S\n\na b<|end_of_text|><|begin_of_text|>c",
+}
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_what_each_format_looks_like(name):
+    one = chosen(read_template(name)).of(LLAMA_3)
+    runs = groupby(one.pieces(TALK), lambda piece: piece.is_answer)
+    assert (
+        "|".join("".join(piece.text for piece in run) for _, run in runs).replace("<||", "<|").replace("||>", "|>")
+        == (WRITTEN[name])
+    )
+    pieces = one.pieces(Conversation(TALK.turns, "S"))
+    assert "".join(piece.text for piece in pieces).startswith(SYSTEM[name])
+    assert one.end_of_turn == ("<|eot_id|>" if name == "llama3" else "<|end_of_text|>")
+
+
+def test_every_built_in_format_is_written_out_above():
+    assert {*WRITTEN} == {*SYSTEM} == {*built_in()} and names() == ["llama2", *built_in(), "base"]
+
+
+def test_an_answer_may_end_in_another_special_token_than_eos():
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|eot_id|>{% endfor %}"
+    source += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    one = chosen(source).of(LLAMA_3)
+    one.check()
+    assert [piece.text for piece in one.pieces(TALK) if piece.is_answer] == ["b", "<|eot_id|>", "d", "<|eot_id|>"]
+    assert one.end_of_turn == "<|eot_id|>" and one.writes("<|eot_id|>")
+    with pytest.raises(UserError, match="is to end in EOS, or the model never learns to stop, and goes on with"):
+        chosen(source).of(SpecialTokens()).check()
+    two = source.replace("<|eot_id|>", "{{ eos_token if loop.index == 4 else '<|eot_id|>' }}")
+    with pytest.raises(UserError, match=r"data\.template: .*answers end in <\|end_of_text\|> and in <\|eot_id\|>"):
+        chosen(two).of(LLAMA_3).check()
+    opened = source.replace("<|eot_id|>", "{% if m.role == 'assistant' %}<|begin_of_text|>{% endif %}")
+    with pytest.raises(UserError, match="is to end in EOS"):  # BOS begins a text, and ends none
+        chosen(opened).of(LLAMA_3).check()
+
+
+def test_a_base_with_a_template_of_its_own_is_named_where_llama_2_s_format_is_taken():
+    told = "prompts in the Llama 2 format; the base has a chat template of its own, which data.template base takes"
+    one = chosen().of(LLAMA_3)
+    assert one.notes() == [] and one.notes(built_in()["llama3"]) == [told]
+    assert one.notes("{{ this_fails() }}") == one.notes("{% if") == [told]
+    assert (
+        chosen(built_in()["llama3"])
+        .of(LLAMA_3)
+        .notes(built_in()["llama3"])[0]
+        .startswith("prompts by data.template llama3 (")
+    )
+    llama_2 = (Path(__file__).parents[1] / "templates" / "llama2.jinja").read_text(encoding="utf-8")
+    for own in (llama_2, chosen().chat_template(), chosen(system="S").chat_template()):
+        assert chosen().of(SpecialTokens()).notes(own) == []
+
+
+def test_a_template_that_refuses_what_could_forge_is_taken():
+    """As those are that come out of here: a merged model is a base, too."""
+    for system in (None, "S"):
+        for published in (chosen(None, system), chosen(CHATML, system)):
+            own = published.of(SpecialTokens())
+            again = chosen(own.chat_template()).of(SpecialTokens())
+            again.check()
+            for talk in (TALK, Conversation(TALK.turns[:1]), Conversation(TALK.turns, "T")):
+                texts = ["".join(piece.text for piece in one.pieces(talk)) for one in (own, again)]
+                assert texts[0].replace(" ", "") == texts[1].replace(" ", "")
 
 
 def test_chatml_has_one_bos_and_ends_answers_in_eos():
@@ -131,9 +238,7 @@ def test_a_new_template_that_comes_along_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "mine.jinja").write_text("{{ eos_token }}", encoding="utf-8")
     monkeypatch.setattr(formats, "TEMPLATES", tmp_path)
     assert read_template("mine") == "{{ eos_token }}"
-    with pytest.raises(
-        UserError, match=r"^data\.template: chatml: expected mine, or a file with a Jinja chat template"
-    ):
+    with pytest.raises(UserError, match=r"^data\.template: chatml: expected llama2, mine, base, or a file with a"):
         read_template("chatml")
 
 

@@ -31,7 +31,7 @@ from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering import terminal
 from lit_qlora.tools.answering.answerer import Answer, Answerer
 from lit_qlora.tools.answering.dialog import Dialog
-from lit_qlora.tools.answering.streaming import TextStream, text_of
+from lit_qlora.tools.answering.streaming import TextStream
 from lit_qlora.tools.answering.terminal import Terminal, side_by_side
 
 ROOT = Path(__file__).parents[2]
@@ -249,14 +249,55 @@ def test_what_is_shown_is_what_is_kept(encoder, data):
     odd = [encoder.bos_id, encoder.eos_id, 0, 13]
     token = st.integers(3, 258) | st.integers(259, len(encoder.tokenizer) - 1) | st.sampled_from(odd)
     ids = data.draw(st.lists(token, max_size=25))
-    assert "".join(streamed(encoder, ids)) == text_of(ids, encoder)
+    assert "".join(streamed(encoder, ids)) == encoder.answer(ids)[0]
 
 
 def test_a_character_cut_in_halves_is_left_out(encoder):
     ids = encoder._encode(["Look: 🦜"])[0]
-    assert text_of(ids, encoder) == "Look: 🦜"
-    assert text_of(ids[:-1], encoder) == "Look:"
+    assert encoder.answer(ids)[0] == "Look: 🦜"
+    assert encoder.answer(ids[:-1])[0] == "Look:"
     assert "".join(streamed(encoder, ids[:-1])) == "Look:"
+
+
+STOPPED = [
+    ("one two STOP three", ["STOP"], "one two"),
+    ("one two STO three", ["STOP"], "one two STO three"),  # what only begins like it is shown in the end
+    ("one two ST", ["STOP", "TO"], "one two ST"),
+    ("one two STOP three", ["three", "TOP th"], "one two S"),  # that which begins first
+    ("a\n\nUser: b", ["\nUser:", "\n\n###"], "a"),
+    ("a\n\nb", ["\n\n"], "a"),
+    ("naïve 🦜 yes", ["🦜"], "naïve"),
+    ("STOP", ["STOP"], ""),
+    ("aaaab", ["aab"], "aa"),  # it overlaps with its own beginning
+    ("one", [], "one"),
+]
+
+
+@pytest.mark.parametrize(("text", "stop", "shown"), STOPPED)
+def test_a_text_that_ends_an_answer_is_never_shown(encoder, text, stop, shown):
+    """Wherever tokens end in it; what is streamed is what is kept."""
+    ids = encoder._encode([text])[0]
+    over = encoder.is_over(stop)
+    end = next((size for size in range(1, len(ids) + 1) if over and over(ids[:size])), len(ids))
+    stream = TextStream(encoder, stop)
+    pieces = [*map(stream.add, ids[:end]), stream.close()]
+    assert "".join(pieces) == encoder.answer(ids[:end], stop)[0] == shown
+    assert encoder.answer(ids[:end], stop)[1] == any(one in text for one in stop)
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_whatever_ends_an_answer_is_not_shown(encoder, data):
+    ids = data.draw(st.lists(st.integers(3, 258) | st.integers(259, len(encoder.tokenizer) - 1), max_size=20))
+    text = encoder.answer(ids)[0]
+    places = st.integers(0, max(len(text) - 1, 0))
+    starts = data.draw(st.lists(places, max_size=3))
+    stop = [text[start : start + data.draw(st.integers(1, 9))] for start in starts if text]
+    end = next((size for size in range(1, len(ids) + 1) if stop and encoder.is_over(stop)(ids[:size])), len(ids))
+    stream = TextStream(encoder, stop)
+    shown = "".join([*map(stream.add, ids[:end]), stream.close()])
+    assert shown == encoder.answer(ids[:end], stop)[0]
+    assert not any(one in shown for one in stop)
 
 
 def test_an_answer_comes_in_pieces_and_ends_at_eos(answerer):

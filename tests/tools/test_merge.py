@@ -124,7 +124,8 @@ def test_compared_is_what_the_run_held_out_although_the_source_grew(run, tmp_pat
 
 def test_what_is_in_the_folder(merged, run):
     assert {path.name for path in merged.iterdir()} == {
-        "README.md", "config.json", "generation_config.json", "lit_qlora.json", "manifest.json", "model.safetensors",
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "lit_qlora.json", "manifest.json",
+        "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert [path.name for path in merged.parent.iterdir()] == ["out"]

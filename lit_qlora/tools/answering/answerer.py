@@ -17,7 +17,7 @@ from lit_qlora.quiet import quieten
 from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
 from lit_qlora.text.conversation import Conversation, TextError
 from lit_qlora.text.formats import PromptFormat
-from lit_qlora.tools.answering.streaming import TextStream, text_of
+from lit_qlora.tools.answering.streaming import TextStream
 
 if TYPE_CHECKING:
     import torch
@@ -163,8 +163,10 @@ class Answerer:
         """An answer to each result of `prompt`, as one batch."""
         model = self.model
         with self._precision():
-            answers = generate(model, prompts, self.encoder.eos_id, sampling)
-        return [self._answer(ids) for ids in answers]
+            answers = generate(
+                model, prompts, self.encoder.stop_ids, sampling, is_over=self.encoder.is_over(sampling.stop)
+            )
+        return [Answer(*self.encoder.answer(ids, sampling.stop)) for ids in answers]
 
     def stream(self, conversation: Conversation, sampling: Sampling, show: Callable[[str], bool]) -> Answer:
         """Generate one answer and show it meanwhile.
@@ -176,11 +178,14 @@ class Answerer:
 
         Raises UserError for a prompt that leaves no room in the base's context.
         """
-        prompt, stream, model = self.prompt(conversation, sampling), TextStream(self.encoder), self.model
+        prompt, encoder, model = self.prompt(conversation, sampling), self.encoder, self.model
+        stream, is_over = TextStream(encoder, sampling.stop), encoder.is_over(sampling.stop)
         with self._precision():
-            (ids,) = generate(model, [prompt], self.encoder.eos_id, sampling, lambda token: show(stream.add(token)))
+            (ids,) = generate(
+                model, [prompt], encoder.stop_ids, sampling, lambda token: show(stream.add(token)), is_over
+            )
         show(stream.close())
-        return self._answer(ids)
+        return Answer(*encoder.answer(ids, sampling.stop))
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """A context in which the base alone answers."""
@@ -216,6 +221,3 @@ class Answerer:
 
         mixed = self.dtype != torch.float32
         return torch.autocast(self.model.device.type, self.dtype) if mixed else nullcontext()
-
-    def _answer(self, ids: list[int]) -> Answer:
-        return Answer(text_of(ids, self.encoder), ids[-1:] == [self.encoder.eos_id])

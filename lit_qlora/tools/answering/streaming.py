@@ -1,9 +1,10 @@
 """Owns the text of an answer while its ids arrive: no partial character, no lost space, nothing retracted.
 
-Knows the encoder's `decode` and no model.
+Knows the encoder and no model.
 """
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,15 +14,12 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """A piece for one byte of a character outside of the vocabulary. The decoder combines neighbours: until the last one
 has arrived, the character is unknown."""
 
-UNFINISHED = "\ufffd"
-"""The decoder's output for an incomplete character."""
-
 
 class TextStream:
-    """One answer. The results of `add` and `close`, joined, are `text_of` all its ids."""
+    """One answer, which a text of ``stop`` may end. The results of `add` and `close`, joined, are all of it."""
 
-    def __init__(self, encoder: "Encoder") -> None:
-        self._encoder = encoder
+    def __init__(self, encoder: "Encoder", stop: Sequence[str] = ()) -> None:
+        self._encoder, self._stop = encoder, stop
         self._ids: list[int] = []
         self._shown = 0
 
@@ -31,21 +29,14 @@ class TextStream:
         tokenizer = self._encoder.tokenizer
         if token in tokenizer.all_special_ids or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
             return ""
-        text = self._encoder.decode(self._ids)
-        return "" if text.endswith(UNFINISHED) else self._not_shown(text)
+        return self._not_shown(self._encoder.certain(self._ids, self._stop))
 
     def close(self) -> str:
         """The rest of the text."""
-        return self._not_shown(text_of(self._ids, self._encoder))
+        return self._not_shown(self._encoder.answer(self._ids, self._stop)[0])
 
     def _not_shown(self, text: str) -> str:
         # The whole answer is decoded again for each token (0.3 ms for a thousand): pieces decoded one by one lose the
         # space before a word.
         new, self._shown = text[self._shown :], max(self._shown, len(text))
         return new
-
-
-def text_of(ids: list[int], encoder: "Encoder") -> str:
-    """An answer's text, without a last partial character."""
-    text = encoder.decode(ids)
-    return text if ids[-1:] == [encoder.eos_id] else text.rstrip(UNFINISHED).rstrip()

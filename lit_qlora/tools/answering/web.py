@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -185,7 +186,7 @@ class Page:
             return {self._tab: tab}
         try:
             tab.set_system(system or "")
-            tab.sampling = _sampling(*settings)
+            tab.sampling = _sampling(tab.sampling, *settings)
             conversation, note = tab.fitting([*tab.turns, Turn("user", question)])
         except UserError as error:
             return {self._tab: tab, **self._tell(str(error))}
@@ -222,8 +223,11 @@ class Page:
         }
 
 
-def _sampling(limit: float | None, temperature: float | None, top_p: float | None, seed: float | None) -> Sampling:
-    """The values of the fields. Raises UserError for missing or invalid ones."""
+def _sampling(
+    given: Sampling, limit: float | None, temperature: float | None, top_p: float | None, seed: float | None
+) -> Sampling:
+    """The values of the fields, and of ``given`` what has no field. Raises UserError for missing or invalid ones."""
     if limit is None or temperature is None or top_p is None or seed is None:
         raise UserError("expected a number in each field", option="settings")
-    return Sampling(int(limit), float(temperature), float(top_p), int(seed))  # a page sends 2 for 2.0
+    # A page sends 2 for 2.0.
+    return replace(given, max_new_tokens=int(limit), temperature=float(temperature), top_p=float(top_p), seed=int(seed))

@@ -187,7 +187,7 @@ def test_an_answer_may_end_in_another_special_token_than_eos():
     one.check()
     assert [piece.text for piece in one.pieces(TALK) if piece.is_answer] == ["b", "<|eot_id|>", "d", "<|eot_id|>"]
     assert one.end_of_turn == "<|eot_id|>" and one.writes("<|eot_id|>")
-    with pytest.raises(UserError, match="is to end in EOS, or the model never learns to stop, and goes on with"):
+    with pytest.raises(UserError, match="is to end in EOS, or the model never learns to stop"):
         chosen(source).of(SpecialTokens()).check()
     two = source.replace("<|eot_id|>", "{{ eos_token if loop.index == 4 else '<|eot_id|>' }}")
     with pytest.raises(UserError, match=r"data\.template: .*answers end in <\|end_of_text\|> and in <\|eot_id\|>"):

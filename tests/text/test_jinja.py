@@ -76,7 +76,7 @@ def test_what_is_no_template_is_refused(source, message):
         ("{% include 'x' %}", "line 1 can't be rendered: no loader for this environment specified"),
         (
             "{{ strftime_now('%d') }}",
-            "line 1 can't be rendered: strftime_now gives other prompts each day; write a date,",
+            "line 1 can't be rendered: strftime_now gives different prompts each day; write a",
         ),
         ("{{ range(10**9) | list }}", "line 1 can't be rendered: Range too big."),
     ],

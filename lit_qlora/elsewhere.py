@@ -43,7 +43,7 @@ HERE: dict[str, str] = {
     "eos_token": _TOKENIZER,
     "pad_token": _TOKENIZER,
     "unk_token": _TOKENIZER,
-    "model_type": "model.base is a Llama: leave it out",
+    "model_type": "the config.json of model.base tells: leave it out",
     "trust_remote_code": "code that comes with model.base is never run: leave it out",
     "device_map": _ONE_DEVICE,
     "load_in_4bit": _4_BIT,

@@ -19,6 +19,52 @@ WIDTHS: dict[str, Any] = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
+ROPE_LLAMA_3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+ROPE_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e6}
+
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama 2": ("llama", {"num_key_value_heads": 4}),
+    "llama 3.2": ("llama", {"rope_parameters": ROPE_LLAMA_3, "tie_word_embeddings": True}),
+    "codellama": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with wide heads": ("llama", {"head_dim": 32, "attention_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral v0.1": ("mistral", {"sliding_window": 128}),
+    "mistral nemo": ("mistral", {"sliding_window": None, "hidden_size": 60, "num_attention_heads": 8, "head_dim": 16}),
+    "qwen2.5": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen2.5 yarn": ("qwen2", {"rope_parameters": ROPE_YARN}),
+    "qwen2 that slides": ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3 with biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+"""model_type and config.json of small bases, by what each is like."""
+
+
+def save_base(folder: Path, like: str, tokenizer: str | None = None, seed: int = 0, **changes: Any) -> Path:
+    """Writes a small random base of `BASES` into ``folder``; its norms and biases are random, too."""
+    import torch
+    import transformers
+
+    model_type, own = BASES[like]
+    prefix = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{prefix}Config")(**WIDTHS | own | changes)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(std=0.5)
+            elif "norm" in name:
+                weight.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    if tokenizer:
+        save_tokenizer(folder, tokenizer)
+    return folder
+
+
 TEXTS = [
     "Tom has a red boat, and Ann has 12 blue ones; they don't sail at night.",
     "Where does Ann live? She lives by the sea, in a small white house.",

@@ -162,7 +162,7 @@ def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedToke
             raise UserError(
                 f"the tokenizer of {excerpt(base)} is code of its own, and code that comes with a base is never run",
                 option="model.base",
-                remedy="take a copy with a Llama tokenizer",
+                remedy="take a copy whose tokenizer is one of the library",
             ) from error
         raise UserError(
             f"no tokenizer could be loaded from {excerpt(base)}: {_reason(error)}", option="model.base"

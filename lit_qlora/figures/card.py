@@ -39,6 +39,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 TEXTS = ("system", "prompts", "template")
 """Options that hold words and never paths, whatever they look like."""
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
+LLAMA = re.compile(r"llama|^demo$", re.IGNORECASE)
+"""Names of bases that are tagged so; of others the architecture is not known here."""
 
 
 def write_card(
@@ -156,7 +158,8 @@ def _metadata(base: str, source: str, relation: str = "adapter") -> dict[str, An
         metadata["license"] = "llama2"
     if HUB_ID.fullmatch(source):
         metadata["datasets"] = [source]
-    return metadata | {"tags": ["lora", "qlora", *(["peft"] if relation == "adapter" else []), "llama", "lightning"]}
+    more = [*(["peft"] if relation == "adapter" else []), *(["llama"] if LLAMA.search(base) else [])]
+    return metadata | {"tags": ["lora", "qlora", *more, "lightning"]}
 
 
 def _licence(base: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Owns the time of training by formula: products, memory traffic and dequantisation at a card's sustained rates.
 
-A forecast by formula, for a Llama trained as in this project; not measured. Knows no data and no torch.
+A forecast by formula, for a base trained as in this project; not measured. Knows no data and no torch.
 """
 
 from dataclasses import dataclass

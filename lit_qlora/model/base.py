@@ -1,4 +1,4 @@
-"""Owns the checks of a base model before anything of it is loaded: that it exists, is open, a Llama and safe.
+"""Owns the checks of a base model before anything of it is loaded: that it exists, is open, of a kind known, and safe.
 
 And the one rule for which of its files are the weights. Reads only config.json, the index of the weights and the list
 of files. Knows no torch; what stands in the weights is `lit_qlora.model.weights`'s.
@@ -12,6 +12,7 @@ from typing import Any
 
 from lit_qlora import demo
 from lit_qlora.errors import UserError, excerpt, one_line, require
+from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape, known_config
 from lit_qlora.storage.files import parse_json
@@ -23,7 +24,7 @@ ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Base:
-    """A Llama that can be loaded. ``location`` is a folder or a hub id; ``name`` is what the user wrote."""
+    """A base that can be loaded. ``location`` is a folder or a hub id; ``name`` is what the user wrote."""
 
     name: str
     location: str
@@ -41,8 +42,22 @@ class Base:
 
     @property
     def context_tokens(self) -> int:
-        """The longest sequence that it was made for, in tokens."""
-        return int(self.config["max_position_embeddings"])
+        """The longest sequence that it was made for and that is computed alike here and there, in tokens.
+
+        Behind a sliding window each layer would have to forget, which our own layers don't; within it there is nothing
+        to forget, and every program computes the same.
+        """
+        return min(int(self.config["max_position_embeddings"]), self.window or 2**31)
+
+    @property
+    def window(self) -> int | None:
+        """The longest sequence of which every layer sees all, in tokens; None if there is no other limit to it."""
+        return self.architecture.window(self.config)
+
+    @property
+    def architecture(self) -> Architecture:
+        """What distinguishes it from a Llama."""
+        return architecture_of(self.config)
 
     @property
     def public_name(self) -> str:
@@ -57,8 +72,8 @@ def find_base(name: str, weights: bool = True) -> Base:
 
     With ``weights`` False, nothing of it will be loaded: the hub is not contacted if the sizes are known.
 
-    Raises UserError if it does not exist, is gated without access, is not a Llama, is quantised in another way, or,
-    unless ``weights`` is False, has no safetensors weights.
+    Raises UserError if it does not exist, is gated without access, is of another architecture or quantised in another
+    way, or, unless ``weights`` is False, has no safetensors weights.
     """
     require(bool(name.strip()), "model.base", "demo, a folder or a hub id (owner/name)", name)
     location = str(demo.BASE) if name == "demo" else name

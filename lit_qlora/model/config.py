@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_qlora.errors import UserError
+from lit_qlora.model.architectures import ARCHITECTURES, architecture_of
 from lit_qlora.storage.foreign import FLAG, OBJECT, Kind, check, number, one_of, read_object, shown, whole, wrong
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
 
 ACTIVATIONS = (
     "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate",
     "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "mish", "hardswish", "sigmoid", "tanh",
 )  # fmt: skip
 """Activations of transformers without weights or kernels of their own."""
-
-ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")
-"""The names of the architecture; the second is that of early conversions, otherwise the same."""
 
 
 def _numbers(count: int) -> Kind:
@@ -39,7 +37,7 @@ def _is_list_of_numbers(value: Any) -> bool:
 _SHARE = Kind("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
 _ABOVE_0, _ABOVE_1 = number(0), number(1)
 _TOKENS = whole(2, 2**31)
-_UNIT = Kind("1, for Llama rotates all of a head", lambda value: type(value) in (int, float) and value == 1)
+_UNIT = Kind("1, for all of a head is rotated", lambda value: type(value) in (int, float) and value == 1)
 
 SIZES = {
     "hidden_size": whole(1, 2**20),
@@ -56,8 +54,6 @@ OPTIONAL = {
     "max_position_embeddings": whole(1, 2**31),
     "rms_norm_eps": number(0, 1),
     "hidden_act": one_of(*ACTIVATIONS),
-    "attention_bias": FLAG,
-    "mlp_bias": FLAG,
     "attention_dropout": _SHARE,
     "tie_word_embeddings": FLAG,
     "rope_theta": _ABOVE_1,
@@ -69,8 +65,8 @@ OPTIONAL = {
 }
 """Optional keys; null counts as missing."""
 
-DEFAULT_CONTEXT = 2048
-"""Tokens of context without max_position_embeddings: transformers' default."""
+NULL = ("num_key_value_heads", "sliding_window")
+"""Keys that say something else by null (as many as query heads, no window) than by being missing."""
 
 
 class _Members(NamedTuple):
@@ -122,9 +118,9 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
 
 
 def read_config(name: str, file: Path) -> dict[str, Any]:
-    """The checked keys of ``file``, the config.json of the base ``name``, that a Llama is computed by.
+    """The checked keys of ``file``, the config.json of the base ``name``, that it is computed by.
 
-    Raises UserError that names the key for an invalid value, for a model other than a Llama, and for a quantisation
+    Raises UserError that names the key for an invalid value, for another architecture, and for a quantisation
     other than bitsandbytes' 4 bits.
     """
     try:
@@ -136,13 +132,18 @@ def read_config(name: str, file: Path) -> dict[str, Any]:
 def _read_config(name: str, file: Path) -> dict[str, Any]:
     told = read_object(file, name)
     place = f"{name}: config.json"
-    if told.get("model_type") != "llama":
-        kind = told["model_type"] if isinstance(told.get("model_type"), str) else "model of unknown type"
-        raise UserError(f"{name} is a {shown(kind)[1:-1]} by the model_type of its config.json, expected a Llama")
-    classes = told.get("architectures") or ["LlamaForCausalLM"]
-    if not isinstance(classes, list) or not any(known in classes for known in ARCHITECTURES):
-        raise wrong(place, "architectures", '["LlamaForCausalLM"]', classes)
-    config = {key: told[key] for key in (*SIZES, *OPTIONAL) if told.get(key) is not None}
+    model_type = told["model_type"] if isinstance(told.get("model_type"), str) else "model of unknown type"
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"{name} is a {shown(model_type)[1:-1]} by the model_type of its config.json, expected one of "
+            f"{', '.join(ARCHITECTURES)} (text models that compute as Llama does, without experts)"
+        )
+    architecture = ARCHITECTURES[model_type]
+    classes = told.get("architectures") or [architecture.class_name]
+    if not isinstance(classes, list) or not any(known in classes for known in architecture.class_names):
+        raise wrong(place, "architectures", f'["{architecture.class_name}"]', classes)
+    optional = OPTIONAL | dict(architecture.keys)
+    config = {key: told[key] for key in (*SIZES, *optional) if told.get(key) is not None}
     for key, kind in SIZES.items():
         if key not in config:
             raise UserError(f"{place} has no {key}")
@@ -151,20 +152,22 @@ def _read_config(name: str, file: Path) -> dict[str, Any]:
         del config["quantization_config"]
     if "quantization_config" in config:
         config["quantization_config"] = _quantization(name, place, config["quantization_config"])
-    for key, kind in OPTIONAL.items():
+    for key, kind in optional.items():
         if key in config:
             check(place, key, kind, config[key])
-    _check_heads(place, config)
-    _check_rope(place, config)
-    known = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    return known | {"max_position_embeddings": DEFAULT_CONTEXT} | config
+    missing = {key: value for key, value in architecture.defaults.items() if key not in config}
+    config |= {key: None if key in told and key in NULL else value for key, value in missing.items()}
+    known = {"model_type": model_type, "architectures": [architecture.class_name]} | config
+    _check_heads(place, known)
+    _check_rope(place, known)
+    return known
 
 
 def _check_heads(place: str, config: Mapping[str, Any]) -> None:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    if hidden % heads:
+    if hidden % heads and (config["model_type"] == "llama" or not config.get("head_dim")):
         raise wrong(place, "num_attention_heads", f"a divisor of hidden_size ({hidden})", heads)
-    pairs = config.get("num_key_value_heads", heads)
+    pairs = config.get("num_key_value_heads") or heads
     if heads % pairs:
         raise wrong(place, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})", pairs)
     if _head_width(config) % 2:
@@ -197,7 +200,7 @@ def _check_rope(place: str, config: Mapping[str, Any]) -> None:
         value,
     ) in told.items():  # a member unknown to its kind has no effect, but nested ones are per layer
         if not isinstance(value, (str, int, float, type(None))) and not _is_list_of_numbers(value):
-            raise wrong(place, f"{key}.{member}", "a plain value, for all layers of a Llama rotate alike", value)
+            raise wrong(place, f"{key}.{member}", "a plain value, for all layers rotate alike", value)
     if kind == "llama3" and members["high_freq_factor"] <= members["low_freq_factor"]:
         low = members["low_freq_factor"]
         raise wrong(place, f"{key}.high_freq_factor", f"more than low_freq_factor ({low})", members["high_freq_factor"])
@@ -226,15 +229,14 @@ def _quantization(name: str, place: str, told: Any) -> dict[str, Any]:
     }
 
 
-def for_transformers(config: Mapping[str, Any], plain: Collection[str] = ()) -> "LlamaConfig":
-    """The LlamaConfig of a result of `read_config`.
+def for_transformers(config: Mapping[str, Any], plain: Collection[str] = ()) -> "PreTrainedConfig":
+    """transformers' config of a result of `read_config`.
 
     Args:
         config: of a base.
         plain: names of linear layers that a 4-bit base keeps in 16 bits.
     """
-    from transformers import LlamaConfig
-
+    architecture = architecture_of(config)
     values = {key: value for key, value in config.items() if key not in (*_ROPE_KEYS, "model_type")}
     theta, kind, members = rope_of(config)
     known = _ropes(_head_width(config))[kind]
@@ -247,4 +249,12 @@ def for_transformers(config: Mapping[str, Any], plain: Collection[str] = ()) -> 
         values["rms_norm_eps"] = float(values["rms_norm_eps"])
     if "quantization_config" in values:
         values["quantization_config"] = values["quantization_config"] | {"llm_int8_skip_modules": ["lm_head", *plain]}
-    return LlamaConfig(**values, rope_parameters={"rope_type": kind, "rope_theta": float(theta), **rope})
+    # Said outright, for what transformers takes for null or a missing one differs between architectures.
+    values |= {
+        "head_dim": _head_width(config),
+        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+    }
+    if architecture.window(config) is None:
+        values.pop("layer_types", None)
+    values |= {"rope_parameters": {"rope_type": kind, "rope_theta": float(theta), **rope}}
+    return architecture.config_class()(**values)  # type: ignore[no-any-return]

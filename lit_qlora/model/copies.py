@@ -32,7 +32,7 @@ from lit_qlora.storage.folders import (
 from lit_qlora.storage.lock import hold
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
 KEPT_FROM = 500_000_000
 """Number of weights from which quantising takes long enough to be worth the disk space."""
@@ -82,7 +82,7 @@ class Copies:
                 _remove(folder)
         return None
 
-    def keep(self, model: "LlamaForCausalLM", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
+    def keep(self, model: "PreTrainedModel", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
         """Keep ``model``, just loaded from ``base`` and without an adapter; report that, or why not."""
         num_weights = base.shape.num_parameters
         if self.root is None or base.in_4_bits:

@@ -1,4 +1,4 @@
-"""Owns the decoder layers in training: a 4-bit Llama with LoRA, its gradients derived by hand.
+"""Owns the decoder layers in training: a 4-bit base with LoRA, its gradients derived by hand.
 
 transformers and peft hold the weights and define the arithmetic; here it is done with fewer tensors. A layer
 keeps either its input alone, or the results of its matrix products and its attention, and nothing else: norms,
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.attention import Places, attend
 from lit_qlora.model.pointwise import EAGER, Pointwise
 
@@ -21,22 +22,27 @@ QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
 
 
 class Linear(NamedTuple):
-    """A linear layer in 4 bits, and how its LoRA acts if it has one: ``y = x W' + scaling · drop(x) A' B'``."""
+    """A linear layer in 4 bits, and how its LoRA acts if it has one: ``y = x W' + bias + scaling · drop(x) A' B'``."""
 
     weight: Tensor
     state: Any
+    bias: Tensor | None
     scaling: float
     dropout: float
     has_lora: bool
 
 
 class Layer(NamedTuple):
-    """The parts of a decoder layer. ``linears`` are q, k, v, o, gate, up, down; ``lora`` A and B of those with LoRA."""
+    """The parts of a decoder layer. ``linears`` are q, k, v, o, gate, up, down; ``lora`` A and B of those with LoRA.
+
+    ``head_norms`` are the weights of the norms of queries and keys, per head, where there are such.
+    """
 
     linears: tuple[Linear, ...]
     lora: tuple[Tensor, ...]
     buffers: "LoraBuffers"
     norms: tuple[Tensor, Tensor]
+    head_norms: tuple[Tensor, Tensor] | None
     epsilon: float
     head_width: int
     pointwise: Pointwise
@@ -89,26 +95,30 @@ class LoraBuffers:
 
 
 def why_not(model: Any) -> str | None:
-    """What of ``model``, a 4-bit Llama with LoRA, these layers can't compute; None if they can.
+    """What of ``model``, a 4-bit base with LoRA, these layers can't compute; None if they can.
 
-    Decided by the modules that would compute it, not by their configurations.
+    Decided by the modules that would compute it, not by their configurations. A sliding window is none of them: rows
+    longer than that are refused (`Base.context_tokens`).
     """
-    found = (_why_not(layer) for layer in model.get_base_model().model.layers)
+    base_model = model.get_base_model()
+    architecture = architecture_of(base_model.config.to_dict())
+    found = (_why_not(layer, architecture) for layer in base_model.model.layers)
     return next((why for why in found if why), None)
 
 
-def _why_not(layer: Any) -> str | None:
-    from transformers.models.llama import modeling_llama as llama
-
+def _why_not(layer: Any, architecture: Architecture) -> str | None:
     attention, mlp = layer.self_attn, layer.mlp
-    parts = (layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm)
-    kinds = [llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm, llama.LlamaRMSNorm]
-    if [type(part) for part in parts] != kinds:
-        return "layers that are not a Llama's"
+    parts = [layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm]
+    parts += [attention.q_norm, attention.k_norm] if architecture.has_head_norms else []
+    own, of_attention, of_mlp, norm = architecture.layer_classes()
+    if [type(part) for part in parts] != [own, of_attention, of_mlp, *[norm] * (len(parts) - 3)]:
+        return f"layers that are not {architecture.prefix}'s"
     is_silu = torch.equal(mlp.act_fn(_PROBE), functional.silu(_PROBE))
     bases = [getattr(module, "base_layer", module) for module in _linears(layer)]
-    if not is_silu or attention.attention_dropout or any(base.bias is not None for base in bases):
-        return "an activation, biases or an attention dropout that are not Llama 2's"
+    if not is_silu or attention.attention_dropout:
+        return "an activation or an attention dropout that is not Llama's"
+    if any(base.bias is not None and base.bias.requires_grad for base in bases):
+        return "biases that are trained"
     if not all(hasattr(base.weight, "quant_state") for base in bases):
         return "layers that are not in 4 bits"
     return next((why for module in _linears(layer) if (why := _why_not_lora(module))), None)
@@ -137,7 +147,7 @@ _PROBE = torch.linspace(-3, 3, 7)
 
 
 def extract_layers(model: Any, pointwise: Pointwise = EAGER) -> list[Layer]:
-    """The decoder layers of ``model``, a 4-bit Llama with LoRA. Weights are shared with it, not copied.
+    """The decoder layers of ``model``, a 4-bit base with LoRA. Weights are shared with it, not copied.
 
     Made for its current state: dropout is for train mode only, and a disabled adapter is left out.
     """
@@ -158,23 +168,26 @@ def _take_apart(layer: Any, pointwise: Pointwise, buffers: dict[Any, LoraBuffers
         base = getattr(module, "base_layer", module)
         # As a plain tensor: with bitsandbytes' own class, each call takes a detour through Python.
         weight, state = base.weight.detach().as_subclass(Tensor), base.weight.quant_state
+        bias = None if base.bias is None else base.bias.detach()
         if base is module or module.disable_adapters:
-            linears.append(Linear(weight, state, 0.0, 0.0, False))
+            linears.append(Linear(weight, state, bias, 0.0, 0.0, False))
             continue
         dropout = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
-        linears.append(Linear(weight, state, module.scaling["default"], dropout, True))
+        linears.append(Linear(weight, state, bias, module.scaling["default"], dropout, True))
         lora += [module.lora_A["default"].weight, module.lora_B["default"].weight]
-    kind = (*(linear[2:] for linear in linears), *(matrix.shape for matrix in lora))
+    kind = (*(linear[3:] for linear in linears), *(matrix.shape for matrix in lora))
     if kind not in buffers:
         buffers[kind] = LoraBuffers(linears, lora)
     norms = layer.input_layernorm, layer.post_attention_layernorm
+    attention = layer.self_attn
     return Layer(
         tuple(linears),
         tuple(lora),
         buffers[kind],
         (norms[0].weight, norms[1].weight),
+        (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None,
         norms[0].variance_epsilon,
-        layer.self_attn.head_dim,
+        attention.head_dim,
         pointwise,
     )
 
@@ -198,9 +211,13 @@ def run_layers(layers: Sequence[Layer], hidden: Tensor, places: Places, kept_lay
 
 
 class _Kept(NamedTuple):
-    """The state from which a layer's backward starts: ``attended`` has a graph of its own, down to q, k and v."""
+    """The state from which a layer's backward starts: ``attended`` has a graph of its own, down to q, k and v.
+
+    ``unnormed`` are q and k before their norms, where there are such.
+    """
 
     heads: tuple[Tensor, Tensor, Tensor]
+    unnormed: tuple[Tensor, ...]
     attended: Tensor
     middle: Tensor
     gate: Tensor
@@ -218,12 +235,12 @@ class _DecoderLayer(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, *lora)
         products = _Products(layer, hidden.dtype, seed)
-        heads, attended, middle = _attention(hidden, places, layer, products, with_graph=keeps)
+        heads, unnormed, attended, middle = _attention(hidden, places, layer, products, with_graph=keeps)
         if not keeps:  # not held while the feed-forward is computed, which needs the most memory
             del heads, attended
         gate, up = _gate_and_up(middle, layer, products)
         ctx.places, ctx.layer, ctx.seed = places, layer, seed
-        ctx.kept = _Kept(heads, attended, middle, gate, up, products.lora_hidden) if keeps else None
+        ctx.kept = _Kept(heads, unnormed, attended, middle, gate, up, products.lora_hidden) if keeps else None
         inner = layer.pointwise.swiglu(gate, up)
         del gate, up
         (out,) = products(DOWN, inner)
@@ -235,7 +252,7 @@ class _DecoderLayer(torch.autograd.Function):
         hidden, layer, places = ctx.saved_tensors[0], ctx.layer, ctx.places
         products = _Products(layer, hidden.dtype, ctx.seed, remember=ctx.kept is None)
         kept, ctx.kept = ctx.kept or _inner(hidden, places, layer, products), None
-        heads, attended, middle, gate, up, products.lora_hidden = kept
+        heads, unnormed, attended, middle, gate, up, products.lora_hidden = kept
         del kept  # so that each tensor is freed after its last use
         point, grad = layer.pointwise, grad.contiguous()
         # The feed-forward: out = middle + down(swiglu(gate, up)), of x = norm(middle).
@@ -254,6 +271,11 @@ class _DecoderLayer(torch.autograd.Function):
         del attended, heads, grad_heads
         query, key, value = (head.transpose(1, 2) for head in (query, key, value))
         query, key = point.rotate(query, key, places.cos, -places.sin)
+        if layer.head_norms:
+            query, key = (
+                _head_norm_backward(layer, index, head, unnormed[index]) for index, head in enumerate((query, key))
+            )
+        del unnormed
         x, scale = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
         grad_qkv = [head.flatten(2) for head in (query, key, value)]
         if not ctx.needs_input_grad[0]:  # the first layer: nothing below it is trained
@@ -266,26 +288,55 @@ class _DecoderLayer(torch.autograd.Function):
 
 def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products") -> _Kept:
     """Compute a layer up to the input of its last product, for its backward."""
-    heads, attended, middle = _attention(hidden, places, layer, products, with_graph=True)
+    heads, unnormed, attended, middle = _attention(hidden, places, layer, products, with_graph=True)
     gate, up = _gate_and_up(middle, layer, products)
-    return _Kept(heads, attended, middle, gate, up, products.lora_hidden)
+    return _Kept(heads, unnormed, attended, middle, gate, up, products.lora_hidden)
 
 
 def _attention(
     hidden: Tensor, places: Places, layer: Layer, products: "_Products", with_graph: bool
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """q, k and v, the result of attention, and the middle; ``with_graph`` for a backward through attention."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...], Tensor, Tensor]:
+    """q, k and v; q and k before their norms; the result of attention, and the middle.
+
+    ``with_graph`` for a backward through all of it; without, nothing of before the norms is kept.
+    """
     point, shape = layer.pointwise, hidden.shape
     x, _ = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
     query, key, value = (product.view(*shape[:2], -1, layer.head_width) for product in products(QKV, x))
     del x
+    unnormed: tuple[Tensor, ...] = ()
+    if layer.head_norms:
+        unnormed = (query, key) if with_graph else ()
+        query, key = (_head_norm(layer, index, head)[0].view_as(head) for index, head in enumerate((query, key)))
     query, key = point.rotate(query, key, places.cos, places.sin)
     query, key, value = (head.transpose(1, 2) for head in (query, key, value))
     with torch.set_grad_enabled(with_graph):
         heads = (query.requires_grad_(with_graph), key.requires_grad_(with_graph), value.requires_grad_(with_graph))
         attended = attend(*heads, places)
     (middle,) = products(OUT, _merged(attended.detach()))
-    return heads, attended, middle.view_as(hidden).add_(hidden)
+    return heads, unnormed, attended, middle.view_as(hidden).add_(hidden)
+
+
+def _head_norm(layer: Layer, index: int, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """Each of the heads ``[B, T, heads, width]`` normalised, ``[B, T · heads, width]``, and its scale.
+
+    Args:
+        layer: whose norm.
+        index: 0 for queries, 1 for keys.
+        heads: before the norm.
+    """
+    assert layer.head_norms
+    return layer.pointwise.rms_norm(heads.flatten(1, 2), layer.head_norms[index], layer.epsilon)
+
+
+def _head_norm_backward(layer: Layer, index: int, grad: Tensor, heads: Tensor) -> Tensor:
+    """The gradient of ``heads`` before the norm, from ``grad`` after it, ``[B, T, heads, width]`` each."""
+    assert layer.head_norms
+    _, scale = _head_norm(layer, index, heads)
+    flat = layer.pointwise.rms_norm_backward(
+        grad.flatten(1, 2), heads.flatten(1, 2), scale, layer.head_norms[index], None
+    )
+    return flat.view_as(heads)
 
 
 def _gate_and_up(middle: Tensor, layer: Layer, products: "_Products") -> tuple[Tensor, Tensor]:
@@ -322,7 +373,8 @@ class _Products:
             weight = self._weight(index)
             if self.remember:
                 self.weights[index] = weight
-            found[index] = functional.linear(x, weight)
+            bias = self.layer.linears[index].bias
+            found[index] = functional.linear(x, weight, None if bias is None else bias.to(self.dtype))
         for part in self.buffers.parts[group]:
             for index, lora_hidden in self._columns(part, self._lora_hidden(part, x)):
                 scaling = self.layer.linears[index].scaling

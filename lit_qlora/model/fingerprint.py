@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.errors import UserError, one_line
+from lit_qlora.model.architectures import LINEARS, architecture_of
 from lit_qlora.model.base import Base, commit, stored_file
 from lit_qlora.model.config import rope_of
 from lit_qlora.model.weights import Stored, stored_tensors
@@ -38,7 +39,7 @@ SHOWN = 12
 """Digits that a message shows."""
 
 _FINAL_NORM = "model.norm.weight"
-_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+\.weight")
+_LINEAR = re.compile(rf"model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(LINEARS)})\.weight")
 _SCALES = re.compile(_LINEAR.pattern + r"\.(absmax|nested_absmax)")
 
 
@@ -153,6 +154,9 @@ def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """The parts of config.json that change the output at equal widths, whichever version of transformers wrote it."""
     theta, kind, members = rope_of(config)
     scaling = sorted((name, _plain(value)) for name, value in members.items()) if kind != "default" else []
+    architecture = architecture_of(config)
+    # Before there were others, Llama's had no name here, and no window.
+    others = () if architecture.model_type == "llama" else (architecture.model_type, architecture.window(config))
     return (
         config["num_attention_heads"],
         float(theta),
@@ -162,6 +166,7 @@ def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
         config.get("hidden_act", "silu"),
         bool(config.get("attention_bias", False)),
         bool(config.get("mlp_bias", False)),
+        *others,
     )
 
 

@@ -30,7 +30,7 @@ from lit_qlora.text.formats import PromptFormat, chosen, from_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
 SHOW_LOADING_FROM = 500_000_000
 """Number of weights from which loading takes long enough for a progress bar."""
@@ -69,13 +69,13 @@ class Lora:
     dora: bool
 
 
-def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: Attention) -> "LlamaForCausalLM":
+def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: Attention) -> "PreTrainedModel":
     """Load the base in NF4 with double quantisation, computing in ``dtype``, one tensor in host memory at a time.
 
     Raises UserError if its weights can't be read.
     """
     from safetensors import SafetensorError
-    from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
+    from transformers import BitsAndBytesConfig, GenerationConfig
     from transformers.utils import logging
 
     fetch(base)
@@ -91,7 +91,7 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
         bnb_4bit_compute_dtype=dtype,
     )
     try:
-        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+        model: PreTrainedModel = base.architecture.model_class().from_pretrained(
             base.location,
             # By default, it follows config.json and generation_config.json blindly.
             config=config,
@@ -114,7 +114,7 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
     return model
 
 
-def add_lora(model: "LlamaForCausalLM", lora: Lora) -> "PeftModel":
+def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
     """Add a new adapter to ``model``; the output is the base's until it is trained.
 
     Raises UserError if a target module does not exist.
@@ -177,12 +177,13 @@ def check_rank(base: Base, rank: int) -> None:
 
 
 def check_context(base: Base, max_length: int) -> None:
-    """Raises UserError for a limit above the base's context: it has never seen such positions."""
+    """Raises UserError for a limit above the base's context: it has never seen such positions, or sees them cut."""
     context = base.context_tokens
+    key = "sliding_window" if context == base.window else "max_position_embeddings"
     require(
         max_length <= context,
         "data.max_length",
-        f"at most {context:,} tokens, the max_position_embeddings of {base.name}",
+        f"at most {context:,} tokens, the {key} of {base.name}",
         max_length,
     )
 
@@ -229,7 +230,7 @@ def has_bias(folder: Path | None) -> bool:
 
 
 def load_adapter(
-    model: "LlamaForCausalLM", base: Base, folder: Path, trainable: bool, dropout: float | None = None
+    model: "PreTrainedModel", base: Base, folder: Path, trainable: bool, dropout: float | None = None
 ) -> "PeftModel":
     """Load the adapter of ``folder`` onto ``model``, with its own dropout unless another is given.
 

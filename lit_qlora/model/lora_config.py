@@ -63,7 +63,7 @@ COMPUTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
-    # Only for layers with transposed weights, which a Llama does not have.
+    # Only for layers with transposed weights, which no base here has.
     "fan_in_fan_out",
     # Only about the start of training.
     "corda_config", "eva_config", "loftq_config", "lora_ga_config",
@@ -72,7 +72,7 @@ WITHOUT_EFFECT = {
     # Only for one process.
     "runtime_config",
 }  # fmt: skip
-"""The fields without effect once an adapter is trained, or on a Llama."""
+"""The fields without effect once an adapter is trained, or on a base that is accepted here."""
 
 REFUSED = {
     "modules_to_save": "whole layers were trained beside LoRA",

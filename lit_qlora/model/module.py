@@ -1,4 +1,4 @@
-"""Owns the training of a 4-bit Llama with LoRA: a LightningModule, its options and its hooks.
+"""Owns the training of a 4-bit base with LoRA: a LightningModule, its options and its hooks.
 
 Driven by the command line's Trainer or Lightning's own; precision is the Trainer's, batches are the DataModule's;
 `learning.py` computes the gradients. Knows no text.
@@ -59,7 +59,7 @@ OF = "lit_qlora"
 
 
 class QLoRAModule(LearnsInParts):
-    """A 4-bit Llama with LoRA on its linear layers.
+    """A 4-bit base (Llama, Mistral, Qwen) with LoRA on its linear layers.
 
     In a script, ``Trainer(…).fit(QLoRAModule(…), ChatDataModule(…))`` trains as the command line does, to the same
     losses at the same seed (``seed_everything`` before the module is created). It logs ``train/loss``,
@@ -71,7 +71,8 @@ class QLoRAModule(LearnsInParts):
     `WarmupStep`, without which every layer on a GPU is recomputed in backward.
 
     Args:
-        base: ``demo``, a hub id or a local folder of a Llama with safetensors weights.
+        base: ``demo``, a hub id or a local folder with safetensors weights: a Llama of any version, or one of those
+            that compute as Llama does, Mistral, Qwen2, Qwen2.5 and Qwen3 without experts (docs/bases.md).
         adapter: an adapter folder to start from; rank, alpha and targets must be its own.
         rank: rank of LoRA's two matrices.
         alpha: LoRA's output is scaled by alpha / rank (by alpha / sqrt(rank) with rslora).
@@ -424,6 +425,14 @@ class QLoRAModule(LearnsInParts):
             compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
             compiles = compiles and self.eager_because is None
             self._layers[self.training] = extract_layers(self.peft_model, compiled() if compiles else EAGER)
+        longest = max(batch.lengths, default=batch.input_ids.shape[1])
+        if self.base.window and longest > self.base.window:
+            raise UserError(
+                f"a row has {longest:,} tokens, and from {self.base.window:,} on the layers of {self.base.name} forget "
+                "the first, by its sliding_window",
+                option="dataloaders",
+                remedy="give shorter rows, or --model.own_layers false, which is slower and computes the window",
+            )
         hidden = decoder.embed_tokens(batch.input_ids)
         layers = self._layers[self.training]
         if self.uses_cuda_graphs and self.training and torch.is_grad_enabled() and not batch.lengths:

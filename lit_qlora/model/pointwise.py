@@ -20,12 +20,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
     return weight * (wide * scale).to(x.dtype), scale
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """The gradient of ``x``; ``residual`` is the part that bypasses the norm."""
+def rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    """The gradient of ``x``; ``residual`` is the part that bypasses the norm, if there is one."""
     pulled = (grad * weight).float()
     normed = x.float() * scale
     inner = (pulled - normed * (pulled * normed).mean(-1, keepdim=True)) * scale
-    return (inner + residual.float()).to(x.dtype)
+    return (inner if residual is None else inner + residual.float()).to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Pointwise(NamedTuple):
     """The functions above, as they are or compiled."""
 
     rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

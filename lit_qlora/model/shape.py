@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from lit_qlora.model.architectures import LINEARS, architecture_of
+
 
 def _llama_2(hidden: int, inner: int, layers: int, heads: int, key_value_heads: int) -> dict[str, Any]:
     return {
@@ -39,9 +41,9 @@ def known_config(base: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Shape:
-    """The widths of a Llama. Linear layers are ``(in, out)`` by name, of one decoder layer."""
+    """The widths of a base. Linear layers are ``(in, out)`` by name, of one decoder layer."""
 
-    LINEARS: ClassVar = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    LINEARS: ClassVar = LINEARS
 
     hidden: int
     num_layers: int
@@ -50,10 +52,14 @@ class Shape:
     linears: dict[str, tuple[int, int]]
     # Not shown: a base's fingerprint is taken over what is.
     num_heads: int = field(default=1, repr=False)
+    biased: tuple[str, ...] = field(default=(), repr=False)
+    """The linear layers that have a bias."""
+    has_head_norms: bool = field(default=False, repr=False)
+    """True if queries and keys are normalised per head."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
-        """From the contents of a Llama's config.json."""
+        """From the contents of a base's config.json."""
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         head_width = config.get("head_dim") or hidden // heads
         queries = heads * head_width
@@ -69,7 +75,14 @@ class Shape:
             "down_proj": (inner, hidden),
         }
         tied = bool(config.get("tie_word_embeddings", False))
-        return cls(hidden, config["num_hidden_layers"], config["vocab_size"], tied, linears, heads)
+        architecture = architecture_of(config)
+        more = (heads, architecture.biased(config), architecture.has_head_norms)
+        return cls(hidden, config["num_hidden_layers"], config["vocab_size"], tied, linears, *more)
+
+    @property
+    def head_width(self) -> int:
+        """The width of a head of queries, keys and values."""
+        return self.linears["q_proj"][1] // self.num_heads
 
     @property
     def num_quantized(self) -> int:
@@ -78,9 +91,10 @@ class Shape:
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights of the base, norms included."""
+        """Number of weights of the base, norms and biases included."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.num_quantized + embeddings + self.hidden * (2 * self.num_layers + 1)
+        per_layer = sum(self.linears[name][1] for name in self.biased) + 2 * self.head_width * self.has_head_norms
+        return self.num_quantized + embeddings + self.hidden * (2 * self.num_layers + 1) + self.num_layers * per_layer
 
     def num_lora(self, rank: int, target_modules: str | Sequence[str]) -> int:
         """Number of trained weights at ``rank`` on ``target_modules`` (names of linear layers, or ``all-linear``)."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_qlora.errors import UserError, one_line
+from lit_qlora.model.architectures import ATTENTION
 from lit_qlora.model.base import Base, stored_file, weight_files
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import parse_json
@@ -162,17 +163,19 @@ def _differ(base: Base, name: str, found: str, expected: str) -> UserError:
 
 def _expected(base: Base) -> dict[str, tuple[int, ...]]:
     """Name and size of each stored tensor; a tied head is not stored."""
-    shape, config = base.shape, base.config
+    shape = base.shape
     sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
     for number in range(shape.num_layers):
         layer = f"model.layers.{number}"
         for name, (inputs, outputs) in shape.linears.items():
-            part = "self_attn" if name[0] in "qkvo" else "mlp"
+            part = "self_attn" if name in ATTENTION else "mlp"
             sizes[f"{layer}.{part}.{name}.weight"] = (outputs, inputs)
-            if config.get("attention_bias" if part == "self_attn" else "mlp_bias"):
+            if name in shape.biased:
                 sizes[f"{layer}.{part}.{name}.bias"] = (outputs,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             sizes[f"{layer}.{norm}.weight"] = (shape.hidden,)
+        for norm in ("q_norm", "k_norm") if shape.has_head_norms else ():
+            sizes[f"{layer}.self_attn.{norm}.weight"] = (shape.head_width,)
     sizes["model.norm.weight"] = (shape.hidden,)
     return sizes if shape.tied else sizes | {"lm_head.weight": (shape.vocabulary, shape.hidden)}
 
@@ -191,7 +194,7 @@ def _packed(stored: dict[str, Stored]) -> set[str]:
 
 
 def _check_others(base: Base, stored: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raises UserError for a weight unknown to a Llama of this config.json, or a tied head that is another matrix."""
+    """Raises UserError for a weight unknown to a base of this config.json, or a tied head that is another matrix."""
     for name in sorted(stored.keys() - expected.keys()):
         state = STATE.fullmatch(name)
         if name.endswith(BUFFER) or (state and base.in_4_bits and state[1] in expected):

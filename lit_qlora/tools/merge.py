@@ -191,5 +191,5 @@ def _write_tokenizer(folder: Path, base: Base, encoder: "Encoder", texts: list[C
         file = cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)
         if file is not None:
             shutil.copyfile(file, folder / name)
-    write_tokenizer(folder, encoder, base.context_tokens)
+    write_tokenizer(folder, encoder, int(base.config["max_position_embeddings"]))
     check_template(folder, encoder, [Conversation(text.turns[:-1], text.system) for text in texts])

@@ -124,14 +124,20 @@ def test_a_file_is_no_folder(tmp_path):
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        (CONFIG | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "mistral"),
+        *(
+            (CONFIG | {"model_type": kind, "architectures": ["X"]}, kind)
+            for kind in ("mixtral", "qwen2_moe", "qwen3_moe", "gemma", "phi3", "gpt2", "mllama", "qwen2_vl", "mistral3")
+        ),
         ({}, "model of unknown type"),
         ({"model_type": ["llama"]}, "model of unknown type"),
     ],
 )
-def test_what_is_not_a_llama(tmp_path, config, kind):
+def test_what_is_of_another_architecture(tmp_path, config, kind):
     folder = model_folder(tmp_path / "model", config)
-    assert refusal(folder) == f"{folder} is a {kind} by the model_type of its config.json, expected a Llama"
+    assert refusal(folder) == (
+        f"{folder} is a {kind} by the model_type of its config.json, expected one of llama, mistral, qwen2, qwen3 "
+        "(text models that compute as Llama does, without experts)"
+    )
 
 
 @pytest.mark.parametrize("architectures", [{}, {"architectures": None}])

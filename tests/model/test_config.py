@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lit_qlora.errors import UserError
+from lit_qlora.model.architectures import ARCHITECTURES
 from lit_qlora.model.base import find_base
 from lit_qlora.model.config import ACTIVATIONS, OPTIONAL, SIZES, for_transformers, read_config, rope_of
 from lit_qlora.model.fingerprint import rules_of
@@ -49,7 +50,10 @@ def test_a_size_is_a_whole_number_from_1(tmp_path, key):
     assert refusal(tmp_path, CONFIG | {key: None}) == f" has no {key}"
 
 
-@pytest.mark.parametrize("key", OPTIONAL)
+OF_LLAMA = OPTIONAL | ARCHITECTURES["llama"].keys
+
+
+@pytest.mark.parametrize("key", OF_LLAMA)
 def test_what_may_lack_is_right_where_it_is_there(tmp_path, key):
     """No odd value gets through unless it says the same as a usual one; null says nothing."""
     assert key not in read(tmp_path, CONFIG | {key: None}).keys() - {"max_position_embeddings"}
@@ -190,7 +194,7 @@ def test_odd_values_of_what_is_not_used_are_no_hindrance(tmp_path):
         "pad_token_id",
         "layer_types",
     }
-    for key in sorted((known | others) - {*SIZES, *OPTIONAL, "architectures"}):
+    for key in sorted((known | others) - {*SIZES, *OF_LLAMA, "architectures"}):
         for value in (*ODD, None):
             assert read(tmp_path, CONFIG | {key: value}) == plain
 

@@ -55,7 +55,8 @@ def in_fp64(model):
     """``model`` with its 4-bit weights as they are, and all arithmetic in fp64."""
     for module in list(model.modules()):
         if isinstance(base := getattr(module, "base_layer", None), bitsandbytes.nn.Linear4bit):
-            module.base_layer = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+            module.base_layer = torch.nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
+            module.base_layer.bias = base.bias
             module.base_layer.weight.data = bitsandbytes.functional.dequantize_4bit(
                 base.weight, base.weight.quant_state
             )

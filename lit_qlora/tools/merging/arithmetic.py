@@ -69,9 +69,7 @@ class LoraWeights:
         self._config = read_object(folder / "adapter_config.json")
         lora_config.check(folder, self._config)
         if self._config.get("lora_bias"):
-            raise UserError(
-                f"{folder} has lora_bias, and a Llama has no biases that it could be merged into", option="adapter"
-            )
+            raise UserError(f"{folder} has lora_bias, and a merge adds to weights, not to biases", option="adapter")
         self._file = folder / "adapter_model.safetensors"
         try:
             with safe_open(self._file, framework="pt") as file:

@@ -190,13 +190,14 @@ def _kept_tensors(step: Step) -> list[int]:
     """Bytes per token of each tensor that a layer keeps beyond its input.
 
     Those are q and k turned, v, attention's result with one fp32 sum per head, the residual in the middle, gate and up,
-    and for each linear layer with LoRA what lies between A and B.
+    for each linear layer with LoRA what lies between A and B, and q and k before their norms if they have such.
     """
     shape = step.shape
     queries, keys = shape.linears["q_proj"][1], shape.linears["k_proj"][1]
     inner = shape.linears["gate_proj"][1]
     low = max((layer.values() for layer in step.lora), key=sum)
-    widths = (queries, queries, keys, keys, shape.hidden, inner, inner, *low)
+    unnormed = (queries, keys) if shape.has_head_norms else ()
+    widths = (queries, queries, keys, keys, shape.hidden, inner, inner, *low, *unnormed)
     return [step.element * width for width in widths] + [4 * shape.num_heads]
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.memory import GIB, Samples, Step, StepMemory
 from lit_qlora.model import decoder, loss
+from lit_qlora.model.architectures import ARCHITECTURES
 from lit_qlora.model.attention import _attend_on_gpu, attend, find_places
 from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import extract_layers, run_layers
@@ -30,23 +31,22 @@ RANK, ROWS = 4, 8
 
 @pytest.fixture(scope="session")
 def base_of(tmp_path_factory):
-    """A random Llama of given sizes, as a folder."""
+    """A random base of given sizes and of an architecture, as a folder."""
 
     @functools.cache
-    def base_of(num_layers, hidden=128, inner=352, key_value_heads=4, vocabulary=512):
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(
+    def base_of(num_layers, hidden=128, inner=352, key_value_heads=4, vocabulary=512, like="llama"):
+        config = ARCHITECTURES[like].config_class()(
             hidden_size=hidden,
             intermediate_size=inner,
             num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=key_value_heads,
+            head_dim=hidden // 4,
             vocab_size=vocabulary,
             tie_word_embeddings=False,
         )
         folder = tmp_path_factory.mktemp("sized")
-        LlamaForCausalLM(config).save_pretrained(folder)
+        ARCHITECTURES[like].model_class()(config).save_pretrained(folder)
         return find_base(str(folder))
 
     return base_of
@@ -81,7 +81,8 @@ def forward(model, step):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("sizes", "way"), [
     ({}, attend), ({"key_value_heads": 2}, attend), ({"hidden": 192, "inner": 256}, attend),
-    ({"key_value_heads": 1}, _attend_on_gpu),
+    ({"key_value_heads": 1}, _attend_on_gpu), ({"like": "qwen3", "key_value_heads": 2}, attend),
+    ({"like": "qwen2"}, attend),
 ])  # fmt: skip
 def test_what_a_layer_keeps(step_of, held_bytes, monkeypatch, sizes, dtype, way):
     """What stays allocated behind a forward, by one layer more that keeps; of shared heads no copy, as on a T4."""
@@ -122,6 +123,9 @@ def peak_bytes(run):
         (3, "all", {"hidden": 192, "inner": 512, "key_value_heads": 2}),
         (0, "all", {"key_value_heads": 1}),
         (3, "all", {"key_value_heads": 1}),
+        (0, "all", {"like": "qwen3", "key_value_heads": 2}),
+        (3, "all", {"like": "qwen3"}),
+        (0, "all", {"like": "qwen2"}),
     ],
 )
 def test_the_peak_of_a_step(step_of, monkeypatch, kept_layers, targets, sizes):

@@ -115,7 +115,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         jsonl({"prompt": "a", "answer": "b"}),
         "rows.jsonl:1",
         None,
-        ["(prompt, answer) is not read", '{"role": "user", "content": "a"}'],
+        ["columns found: ['prompt', 'answer']", "--data.columns.user prompt --data.columns.assistant answer"],
     ),
     (
         "no conversation",
@@ -128,18 +128,10 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
     (
         "assistant first",
         "rows.jsonl",
-        jsonl({"text": "### Assistant: hello### Human: hi"}),
+        jsonl({"text": "### Assistant: hello"}),
         "rows.jsonl:1",
         None,
-        ["turn 1 is the assistant's"],
-    ),
-    (
-        "two humans",
-        "rows.jsonl",
-        jsonl(chat(("user", "a"), ("user", "b"), ("assistant", "c"))),
-        "rows.jsonl:1",
-        None,
-        ["turns 1 and 2 are both the user's", "join"],
+        ["only the assistant speaks", "data.opening"],
     ),
     (
         "unknown role",
@@ -171,7 +163,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         jsonl({"messages": [{"role": "user", "content": None}]}),
         "rows.jsonl:1",
         None,
-        ["turn 1", "the user's content", "'content': None"],
+        ["at least one turn", "'content': None"],
     ),
     (
         "content parts",
@@ -179,7 +171,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         jsonl(
             {
                 "messages": [
-                    {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                    {"role": "user", "content": [{"image": "a"}]},
                     {"role": "assistant", "content": "b"},
                 ]
             }

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,10 @@ class ChatDataModule(LightningDataModule):
         source: ``demo``, a local jsonl, json, csv or parquet file, a folder with train.*, and validation.* and test.*
             where it has them, or a hub id.
         form: the form of rows: detected per row (auto), or one for all.
+        columns: what a table calls the columns of such a form: user and assistant (also system, context, history),
+            messages, or text, each with the name that it has there. No other column is used then.
+        opening: what the user is taken to have said where the assistant begins; default: what the assistant says
+            before the user is left out, and counted.
         validation_source: held-out rows from elsewhere; default: the source's validation split, else its test split,
             else a share.
         validation_share: the seeded share of rows held out where there is no such split.
@@ -51,7 +56,7 @@ class ChatDataModule(LightningDataModule):
         system: system text for conversations that bring none.
         template: how prompts are written, if not in the Llama 2 format: base (the base's own chat template), llama3,
             chatml, alpaca, vicuna, zephyr, plain, or a file of your own with a Jinja chat template, or its text.
-        train_on: learn the answers only, or all of each conversation.
+        train_on: learn the answers only, or all of each conversation; with all, plain text without a form is read, too.
         max_length: tokens of one conversation; a longer one is cut so that answer tokens stay.
         batch_size: rows of one micro-batch.
         batch_tokens: instead: as many rows as fit into this many tokens, padding counted.
@@ -68,6 +73,8 @@ class ChatDataModule(LightningDataModule):
         self,
         source: str = "demo",
         form: Form = "auto",
+        columns: dict[str, str] | None = None,
+        opening: str | None = None,
         validation_source: str | None = None,
         validation_share: float = SHARE,
         test_source: str | None = None,
@@ -98,7 +105,11 @@ class ChatDataModule(LightningDataModule):
         )
         require(num_workers >= 0, "data.num_workers", "0 or more processes", num_workers)
         require(tokenizer is None or bool(tokenizer.strip()), "data.tokenizer", "a hub id or a folder", tokenizer)
+        require(opening is None or bool(opening.strip()), "data.opening", "a text, or none", opening)
+        require(form != "text" or train_on == "all", "data.train_on", "all, for plain text is learned whole", train_on)
+        Reading(form, columns=columns).check()
         self.source, self.form, self.strict = source, form, strict
+        self.columns, self.opening = columns, opening
         self.validation_source, self.validation_share = validation_source, validation_share
         self.test_source = test_source
         self.train_on, self.max_length = train_on, max_length
@@ -150,7 +161,13 @@ class ChatDataModule(LightningDataModule):
     @property
     def reading(self) -> Reading:
         """The settings for reading rows."""
-        return Reading(self.form, self.strict, self.encoder.prompt_format)
+        return self.reading_for(self.encoder.prompt_format)
+
+    def reading_for(self, prompt_format: PromptFormat) -> Reading:
+        """The settings for reading rows that ``prompt_format`` writes."""
+        return Reading(
+            self.form, self.strict, prompt_format, self.columns, self.opening, is_whole=self.train_on == "all"
+        )
 
     def setup(self, stage: str) -> None:
         """Read and encode the rows for ``stage``: ``fit``, ``validate`` or ``test``.
@@ -296,7 +313,8 @@ class ChatDataModule(LightningDataModule):
     def held_out_prompts(self, count: int) -> list[tuple[Conversation, str]]:
         """The first ``count`` held-out conversations, cut before their first learned answer, each with that answer."""
         prompts = []
-        for conversation in self._records["validation"].conversations[:count]:
+        spoken = (one for one in self._records["validation"].conversations if not one.is_text)
+        for conversation in islice(spoken, count):
             place = next(place for place in range(1, len(conversation.turns), 2) if conversation.turns[place].learned)
             prompt = Conversation(conversation.turns[:place], conversation.system)
             prompts.append((prompt, conversation.turns[place].content))

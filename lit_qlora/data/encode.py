@@ -125,11 +125,19 @@ class Encoder:
         """For each conversation in its order, all of its pieces, before any cut."""
         remaining = iter(conversations)
         while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
-            cut = [self.prompt_format.pieces(conversation) for conversation in some]
+            cut = [self._pieces(conversation) for conversation in some]
             ids = iter(self._ids([piece for pieces in cut for piece in pieces]))
             for conversation, pieces in zip(some, cut, strict=True):
                 learned = _may_be_learned(conversation, pieces)
                 yield [Written(piece, next(ids), may) for piece, may in zip(pieces, learned, strict=True)]
+
+    def _pieces(self, conversation: Conversation) -> list[Piece]:
+        """Those of the prompt format; of a plain text, itself between BOS and EOS."""
+        if not conversation.is_text:
+            return self.prompt_format.pieces(conversation)
+        spelled, text = self.prompt_format.spelled, conversation.turns[0].content
+        begin = [Piece(spelled.bos, False, "token")] if spelled.bos else []
+        return [*begin, Piece(text, True, "stretch"), Piece(spelled.eos, True, "token")]
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids of an open prompt: the answer starts right after the last one.
@@ -235,6 +243,9 @@ class Encoder:
 
 def _may_be_learned(conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[bool]:
     """Of each piece, whether its turn may be learned. Prompts and answers are the turns in order, one each."""
+    if conversation.is_text:
+        yield from (True for _ in pieces)
+        return
     for turn, (_, run) in zip(conversation.turns, groupby(pieces, lambda piece: piece.is_answer), strict=True):
         yield from (turn.learned for _ in run)
 

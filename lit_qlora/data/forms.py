@@ -7,17 +7,19 @@ no prompt format, no tokens.
 import ast
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora.data.files import EXAMPLE, kind, nearest
-from lit_qlora.errors import excerpt
+from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text import edges, guanaco, llama2, messages
 from lit_qlora.text.conversation import Conversation, Turn
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 """Columns with the system text for a conversation without one, in every form."""
+Use = Literal["training", "prompts"]
 
 
 class RowForm(NamedTuple):
@@ -27,42 +29,98 @@ class RowForm(NamedTuple):
         name: as in ``data.form``.
         title: what a row of this form is known by, in messages.
         needs: the columns that it is made of.
-        parse: what they hold, then what those of ``may_have`` hold (None where there is nothing), to a conversation.
-            Raises ValueError.
-        may_have: columns that it uses where they are there, beside `SYSTEM_COLUMNS`.
-        holds: what each column holds; a list may be written out as text.
+        parse: what they hold, then what those of ``may_have`` hold (None where there is nothing), to the messages of
+            the conversation, as `messages.parse` takes them, or to the conversation itself. Raises ValueError.
+        may_have: columns that it uses where they are there, beside `SYSTEM_COLUMNS`; None for one that is not mapped.
+        aka: other names of its only column.
+        holds: what the columns that it needs hold: a text (in a prompt or an answer, a list of messages too), or a
+            list, which may be written out as text.
         opens: what the form begins with, where others are made of the same columns: the one that opens first is it.
+        is_whole: whether it is a plain text, which is read only where all of it is to be learned.
         use: whether it is a form of rows to train on, of prompts to answer, or of both.
     """
 
     name: str
     title: str
     needs: tuple[str, ...]
-    parse: Callable[..., Conversation]
-    may_have: tuple[str, ...] = ()
-    holds: Literal["text", "a list"] = "text"
+    parse: Callable[..., Any]
+    may_have: tuple[str | None, ...] = ()
+    aka: tuple[str, ...] = ()
+    holds: Literal["text", "messages", "a list"] = "text"
     opens: re.Pattern[str] | None = None
-    use: tuple[Literal["training", "prompts"], ...] = ("training",)
+    is_whole: bool = False
+    use: tuple[Use, ...] = ("training",)
+
+    def of(self, columns: Mapping[str, str]) -> "RowForm":
+        """The same with its columns by other names, and without those that ``columns`` does not name."""
+        needs = tuple(columns[name] for name in self.needs)
+        return self._replace(needs=needs, may_have=tuple(columns.get(str(name)) for name in self.may_have), aka=())
+
+
+def _pair(name: str, question: str, answer: str, given: str = "context") -> RowForm:
+    """The form of a question and its answer, with what is given to it, and with the pairs before it."""
+    title = f"{question} and {answer}"
+    return RowForm(name, title, (question, answer), _asked, (given, "history"), holds="messages")
+
+
+def _asked(question: Any, answer: Any, given: Any, history: Any) -> list[Any]:
+    before = list_in(history)
+    if before is not None and not (isinstance(before, list) and all(_is_round(pair) for pair in before)):
+        raise ValueError(f"the history is {kind(history)}, expected a list of pairs of texts")
+    said = [text for pair in before or () for text in pair]
+    rows = [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(said)]
+    if isinstance(question, list):
+        rows += [*question, *([{"role": "user", "content": given}] if given else [])]
+    else:
+        asked = messages.JOINT.join(str(text) for text in (question, given) if messages.is_there(text))
+        rows.append({"role": "user", "content": asked})
+    return [*rows, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+
+
+def _is_round(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+
+
+def _messages_in(rows: Any) -> Any:
+    return rows
 
 
 def _question(text: str) -> Conversation:
     return Conversation((Turn("user", text),))
 
 
-BOTH: tuple[Literal["training", "prompts"], ...] = ("training", "prompts")
+def _whole(text: str) -> Conversation:
+    return Conversation((Turn("text", text),))
+
+
+BOTH: tuple[Use, ...] = ("training", "prompts")
 FORMS: list[RowForm] = [
-    RowForm("messages", "messages", ("messages",), messages.parse, holds="a list", use=BOTH),
-    RowForm("sharegpt", "messages", ("conversations",), messages.parse, holds="a list", use=BOTH),
+    RowForm("messages", "messages", ("messages",), _messages_in, holds="a list", use=BOTH),
+    RowForm("sharegpt", "messages", ("conversations",), _messages_in, holds="a list", use=BOTH,
+            aka=("conversation", "dialog", "dialogue")),
     RowForm("guanaco", "### Human:", ("text",), guanaco.parse, opens=guanaco.MARKER),
     RowForm("llama2", "[INST]", ("text",), llama2.parse, opens=re.compile(r"\[INST\]")),
+    _pair("alpaca", "instruction", "output", given="input"),
+    _pair("dolly", "instruction", "response"),
+    _pair("prompt_completion", "prompt", "completion"),
+    _pair("prompt_response", "prompt", "response"),
+    _pair("question_answer", "question", "answer"),
+    _pair("question_response", "question", "response"),
+    _pair("query_response", "query", "response"),
+    _pair("input_output", "input", "output"),
+    _pair("user_assistant", "user", "assistant"),
+    RowForm("text", "plain text", ("text",), _whole, is_whole=True),
     RowForm("prompt", "a question", ("prompt",), _question, use=("prompts",)),
-]
+]  # fmt: skip
 """All supported forms; of several that match a row, the first is used."""
 
 
-def forms_for(use: Literal["training", "prompts"]) -> list[RowForm]:
-    """Those of `FORMS` that are for ``use``."""
-    return [form for form in FORMS if use in form.use]
+def forms_for(use: Use, columns: Mapping[str, str] | None = None) -> list[RowForm]:
+    """Those of `FORMS` that are for ``use``; with ``columns``, those that are made of what it names, by its names."""
+    known = [form for form in FORMS if use in form.use]
+    if columns:
+        return [form.of(columns) for form in known if {*form.needs} <= {*columns}]
+    return [one for form in known for one in (form, *(form._replace(needs=(name,), aka=()) for name in form.aka))]
 
 
 def columns_of(forms: Sequence[RowForm]) -> list[str]:
@@ -72,7 +130,29 @@ def columns_of(forms: Sequence[RowForm]) -> list[str]:
 
 def form_names() -> list[str]:
     """The values of ``data.form``."""
-    return ["auto", *sorted(form.name for form in forms_for("training"))]
+    return ["auto", *sorted({form.name for form in forms_for("training")})]
+
+
+def check_columns(columns: Mapping[str, str], form: str = "auto") -> None:
+    """Raises UserError unless ``columns``, as in ``data.columns``, makes up a form of rows to train on."""
+    option = "data.columns"
+    forms = [one for one in FORMS if "training" in one.use and form in ("auto", one.name)]
+    known = [*dict.fromkeys(name for one in forms for name in (*one.needs, *one.may_have) if name), SYSTEM]
+    for name, column in columns.items():
+        if name not in known:
+            raise UserError(
+                f"{excerpt(name)} is unknown, expected {', '.join(known)}{nearest(name, known)}", option=option
+            )
+        if not column.strip():
+            raise UserError("is blank, expected the name of a column", option=f"{option}.{name}")
+    if not any({*one.needs} <= {*columns} for one in forms):
+        near = [one for one in forms if {*one.needs} & {*columns}] or forms
+        wanted = dict.fromkeys(" and ".join(one.needs) for one in near)
+        raise UserError(
+            f"names {' and '.join(columns) or 'no column'}, expected {' or '.join(wanted)}",
+            option=option,
+            remedy="give the others, too, such as --data.columns.user question --data.columns.assistant answer",
+        )
 
 
 if TYPE_CHECKING:
@@ -80,14 +160,10 @@ if TYPE_CHECKING:
 else:
     Form = Literal[tuple(form_names())]
 
+SYSTEM = "system"
+"""What the column with the system text is called in ``data.columns``."""
 QUESTIONS, GIVEN = ("instruction", "prompt", "question", "query", "user", "human", "input"), ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer", "answers", "assistant", "chosen")
-KNOWN_ELSEWHERE = {
-    ("instruction", "context", "response"): "Dolly's form",
-    ("instruction", "input", "output"): "Alpaca's form",
-    ("instruction", "output"): "Alpaca's form",
-    ("prompt", "chosen"): "a form of preferences",
-}
 MARKERS_ELSEWHERE = {
     "<|im_start|>": "ChatML",
     "<|start_header_id|>": "Llama 3's format",
@@ -99,14 +175,25 @@ MARKERS_ELSEWHERE = {
 }
 SHOWN = 60
 """Most characters of a text in a row shown as an example."""
+NAMED = 3
+"""Forms whose columns are named where a row has none of them."""
+WHOLE = "rows of plain text, which is learned whole"
 
 
 class Read(NamedTuple):
-    """A row's conversation; what of the row is not used, in words; and the special tokens that were removed."""
+    """A row's conversation.
+
+    Args:
+        conversation: that one.
+        unused: what of the row is not used, in words.
+        taken_off: the special tokens that were taken off it.
+        changed: how else the conversation differs from the row, in words, as `messages.Parsed` has it.
+    """
 
     conversation: Conversation
-    unused: tuple[str, ...]
-    taken_off: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+    taken_off: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 class RowError(ValueError):
@@ -121,7 +208,10 @@ def read_row(
     row: Mapping[str, Any],
     form: Form = "auto",
     marks: Sequence[str] = edges.WRITTEN_OUT,
-    use: Literal["training", "prompts"] = "training",
+    use: Use = "training",
+    columns: Mapping[str, str] | None = None,
+    opening: str | None = None,
+    is_whole: bool = False,
 ) -> Read:
     """Read the conversation of a row.
 
@@ -130,67 +220,94 @@ def read_row(
         form: the row's form; "auto" takes the first of those for ``use`` whose columns all hold something.
         marks: special tokens, which are taken off where they are written out at the edges of a turn.
         use: what the row is for.
+        columns: what the columns of `FORMS` are called in the row; None: the same. No others are used then.
+        opening: as in `messages.parse`.
+        is_whole: whether a text without a form may be read, to be learned whole.
 
     Raises:
         RowError: when it has no such columns, or what they hold is no conversation.
     """
-    known = forms_for(use)
-    chosen = _form_of(row, known if form == "auto" else [one for one in known if one.name == form])
-    columns = (*chosen.needs, *chosen.may_have)
-    content = [_content(row, name, chosen) for name in columns]
+    known = forms_for(use, columns)
+    chosen = _form_of(row, known if form == "auto" else [one for one in known if one.name == form], is_whole)
+    used = [*chosen.needs, *chosen.may_have]
+    system_columns = [columns[SYSTEM]] if columns and SYSTEM in columns else [] if columns else [*SYSTEM_COLUMNS]
+    content = [_content(row, name, chosen) for name in used]
     try:
-        conversation, notes = _with_system(row, chosen.parse(*content))
+        made = chosen.parse(*content)
+        parsed = messages.Parsed(made) if isinstance(made, Conversation) else messages.parse(made, opening)
+        conversation, notes = _with_system(row, parsed.conversation, system_columns)
         conversation, taken_off = edges.clean(conversation, marks)
         conversation.check_characters()
+    except messages.OpeningError as error:
+        raise RowError(
+            str(error), "give data.opening, what the user is taken to have said, or delete this row"
+        ) from error
     except ValueError as error:
         raise RowError(str(error)) from error
     beside = f" beside {' and '.join(map(repr, chosen.needs))}"
     notes += [
         f"column {excerpt(name)}" + (beside if name in columns_of(known) else "")
         for name, value in row.items()
-        if name not in (*columns, *SYSTEM_COLUMNS) and messages.is_there(value)
+        if name not in (*used, *system_columns) and messages.is_there(value)
     ]
-    notes += [note for part in content if isinstance(part, list) for note in messages.unused(part)]
-    return Read(conversation, tuple(notes), tuple(taken_off))
+    changed = (*((WHOLE,) if conversation.is_text else ()), *parsed.changed)
+    return Read(conversation, (*notes, *parsed.unused), tuple(taken_off), changed)
 
 
-def _content(row: Mapping[str, Any], column: str, form: RowForm) -> Any:
+def _content(row: Mapping[str, Any], column: str | None, form: RowForm) -> Any:
     """What a column holds, as ``form`` has it. Raises RowError where it is no text and is to be one."""
-    value = row.get(column)
+    value = None if column is None else row.get(column)
     if column in form.may_have and not messages.is_there(value):
         return None
     if form.holds == "a list":
         return list_in(value)
-    if not isinstance(value, str):
+    takes_list = form.holds == "messages" and (column in form.may_have or messages.holds_messages(value))
+    if not isinstance(value, str) and not (takes_list and isinstance(value, list)):
         raise RowError(f"column {column!r} holds {kind(value)}, expected text")
     return value
 
 
-def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm:
+def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool) -> RowForm:
     """The one of ``forms`` that ``row`` has. Raises RowError where it has none."""
     found = [form for form in forms if all(name in row for name in form.needs)]
     if not found:
         raise _no_column(row, forms)
+    if len(forms) == 1:
+        return found[0]
     found = [form for form in found if all(messages.is_there(row[name]) for name in form.needs)] or found
-    alike = [form for form in found if form.needs == found[0].needs]
-    return alike[0] if len(alike) == 1 else _first_opened(row, alike)
+    first = _first_opened(row, found)
+    usable = [form for form in found if (form is first if form.opens else is_whole or not form.is_whole)]
+    if usable and not usable[0].is_whole:
+        return usable[0]
+    texts = [form for form in found if form.opens]
+    _refuse_elsewhere(_content(row, texts[0].needs[0], texts[0]), texts[0].needs[0])
+    if usable:
+        return usable[0]
+    titles = " nor ".join(repr(form.title) for form in texts)
+    raise RowError(
+        f"column {texts[0].needs[0]!r} has neither {titles}, expected a conversation",
+        "mend or delete this row; plain text is learned whole with data.train_on all",
+    )
 
 
-def _first_opened(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm:
-    """The first to open decides, so that a turn may quote another form."""
-    column = forms[0].needs[0]
-    text = _content(row, column, forms[0])
-    opened = {found.start(): form for form in forms if form.opens and (found := form.opens.search(text))}
-    if opened:
-        return opened[min(opened)]
+def _first_opened(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm | None:
+    """Whichever opens first decides, so that a turn may quote another form; None where none does."""
+    opened = {
+        found.start(): form
+        for form in forms
+        if form.opens and isinstance(text := row[form.needs[0]], str) and (found := form.opens.search(text))
+    }
+    return opened[min(opened)] if opened else None
+
+
+def _refuse_elsewhere(text: str, column: str) -> None:
+    """Raises RowError for a text in a known format that is not read."""
     for mark, name in MARKERS_ELSEWHERE.items():
         if mark in text:
             raise RowError(
                 f"column {column!r} is written in {name} ({mark}), which is not read",
                 f"write its turns as rows such as {_messages('…', '…')}",
             )
-    titles = " nor ".join(repr(form.title) for form in forms)
-    raise RowError(f"column {column!r} has neither {titles}, expected a conversation")
 
 
 def list_in(value: Any) -> Any:
@@ -217,12 +334,17 @@ def _as_numpy_writes(text: str) -> Any:
     )
 
 
-def _with_system(row: Mapping[str, Any], conversation: Conversation) -> tuple[Conversation, list[str]]:
-    """``conversation`` with the system text that stands beside it, if it brings none; and a word where it does."""
+def _with_system(
+    row: Mapping[str, Any], conversation: Conversation, columns: Sequence[str]
+) -> tuple[Conversation, list[str]]:
+    """``conversation`` with the system text that stands in ``columns``, if it brings none; and a word where it does."""
     notes = []
-    for name in SYSTEM_COLUMNS:
+    for name in columns:
         text = row.get(name)
         if not messages.is_there(text):
+            continue
+        if conversation.is_text:
+            notes.append(f"column {name!r} beside a plain text")
             continue
         if not isinstance(text, str):
             raise ValueError(f"column {name!r} holds {kind(text)}, expected text")
@@ -234,56 +356,54 @@ def _with_system(row: Mapping[str, Any], conversation: Conversation) -> tuple[Co
 
 
 def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowError:
-    """The error for an unsupported row, with the form that it seems to have, and the row to write instead."""
-    wanted = dict.fromkeys(" and ".join(map(repr, form.needs)) for form in forms)
-    problem = f"no column {' or '.join(wanted)}, columns found: {excerpt(list(row))}"
+    """Names what the forms are made of, and the options that read the row, or the row to write in its place."""
+    problem = f"no column {_wanted(forms)}, columns found: {excerpt(list(row))}"
     names = {name.lower(): name for name in reversed(list(row)) if isinstance(name, str)}
     question = next((names[name] for name in QUESTIONS if name in names), None)
     answer = next((names[name] for name in ANSWERS if name in names), None)
-    if question and "prompt" in columns_of(forms):
+    is_to_train = any("training" in form.use for form in forms)
+    if question and not is_to_train:
         return RowError(
             problem, f"write rows such as {json.dumps({'prompt': _cut(str(row[question]))}, ensure_ascii=False)}"
         )
-    if question and answer:
-        given = [names[name] for name in GIVEN if name in names and names[name] != question]
-        used = [question, *given, answer]
-        known = KNOWN_ELSEWHERE.get(tuple(name.lower() for name in used), "a form of questions and answers")
-        asked = "\n\n".join(_text_of(row[name]) for name in (question, *given) if messages.is_there(row[name]))
-        system = next((row[name] for name in SYSTEM_COLUMNS if messages.is_there(row.get(name))), None)
-        return RowError(
-            f"{known} ({', '.join(used)}) is not read",
-            f"write each row as {_messages(asked, _text_of(row[answer]), system)}",
-        )
+    lists = [name for name in row if name != "rejected" and messages.holds_messages(list_in(row[name]))]
+    if is_to_train and lists and answer in (None, *lists):
+        return _by_columns(problem, {"messages": lists[0]})
+    if is_to_train and question and answer:
+        given = next((names[name] for name in GIVEN if name in names and names[name] != question), None)
+        system = next((name for name in SYSTEM_COLUMNS if messages.is_there(row.get(name))), None)
+        columns = {"user": question, "context": given, "assistant": answer, SYSTEM: system}
+        return _by_columns(problem, {name: column for name, column in columns.items() if column})
     for name, value in row.items():
         is_list = isinstance(list_in(value), list)
         for form in forms:
-            for known in form.needs:
+            for known in form.needs if len(form.needs) == 1 else ():
                 if is_list == (form.holds == "a list") and nearest(str(name).lower(), [known], cutoff=0.8):
-                    return RowError(problem, f"rename {name!r} to {known!r}")
-        if is_list and "messages" in columns_of(forms) and _holds_messages(list_in(value)):
-            return RowError(problem, f"rename {name!r} to 'messages'")
-    return RowError(problem, f"write rows such as {EXAMPLE if 'text' in columns_of(forms) else _messages('…', '…')}")
+                    remedy = RowError(problem, f"rename {name!r} to {known!r}")
+                    return _by_columns(problem, {known: str(name)}) if is_to_train else remedy
+    return RowError(problem, f"write rows such as {EXAMPLE if is_to_train else _messages('…', '…')}")
 
 
-def _holds_messages(value: list[Any]) -> bool:
-    first = value[0] if value else None
-    return isinstance(first, dict) and bool({*messages.ROLE} & {*first}) and bool({*messages.CONTENT} & {*first})
+def _wanted(forms: Sequence[RowForm]) -> str:
+    """The columns of some of ``forms``, those that are made of one before others."""
+    needs = {form.name: form.needs for form in reversed(forms)}
+    alone = [*dict.fromkeys(needs[form.name] for form in forms if len(form.needs) == 1)]
+    several = [*dict.fromkeys(form.needs for form in forms if len(form.needs) > 1)]
+    shown = [" and ".join(map(repr, one)) for one in (*alone, *several)]
+    return " or ".join(shown[:NAMED]) + (f" or {shown[NAMED]} (or others)" if len(shown) > NAMED else "")
+
+
+def _by_columns(problem: str, columns: Mapping[str, str]) -> RowError:
+    """What to do where ``columns`` would have the row read."""
+    given = " ".join(f"--data.columns.{name} {shlex.quote(column)}" for name, column in columns.items())
+    return RowError(problem, f"give {given}")
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
-def _text_of(value: Any) -> str:
-    """A text, or the last one of messages."""
-    found = list_in(value)
-    if isinstance(found, list) and _holds_messages(found):
-        return str(next((found[-1][key] for key in messages.CONTENT if key in found[-1]), "…"))
-    return "…" if isinstance(value, dict | list) else str(value)
-
-
-def _messages(question: str, answer: str, system: object = None) -> str:
-    """A row with these texts, long ones cut."""
-    said = [("system", str(system))] if system else []
-    rows = [{"role": role, "content": _cut(text)} for role, text in (*said, ("user", question), ("assistant", answer))]
+def _messages(question: str, answer: str) -> str:
+    """The row that says these."""
+    rows = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return json.dumps({"messages": rows}, ensure_ascii=False)

@@ -5,12 +5,12 @@ Knows no tokens, and not where rows come from.
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lit_qlora.data.files import Row, nearest
-from lit_qlora.data.forms import Form, Read, RowError, form_names, read_row
+from lit_qlora.data.forms import Form, Read, RowError, check_columns, form_names, read_row
 from lit_qlora.data.sources import read_source
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation
@@ -32,14 +32,31 @@ class Reading(NamedTuple):
     """The settings for reading rows.
 
     Args:
-        form: the rows' form: guanaco, llama2, messages or sharegpt; "auto" looks at each row.
+        form: the rows' form, such as messages or alpaca; "auto" looks at each row.
         strict: True to make the first unusable row an error.
         prompt_format: the prompt format; conversations that it can't hold are left out.
+        columns: what the columns of a form are called in the rows; None: as in `forms.FORMS`.
+        opening: what the user is taken to have said where the assistant begins; None leaves its opening out.
+        is_whole: whether plain text may be read, to be learned whole.
     """
 
     form: Form = "auto"
     strict: bool = False
     prompt_format: PromptFormat = chosen()
+    columns: Mapping[str, str] | None = None
+    opening: str | None = None
+    is_whole: bool = False
+
+    def check(self) -> None:
+        """Raises UserError for a form or columns that there are not."""
+        known = form_names()
+        if self.form not in known:
+            raise UserError(
+                f"{excerpt(self.form)} is unknown, expected {', '.join(known)}{nearest(self.form, known)}",
+                option="data.form",
+            )
+        if self.columns is not None:
+            check_columns(self.columns, self.form)
 
 
 ANY_FORM = Reading()
@@ -83,12 +100,7 @@ def load_records(source: str, split: str = "train", reading: Reading = ANY_FORM)
         UserError: when the source or the split isn't found, a row is wrong (naming its place), or
             no row is left.
     """
-    known = form_names()
-    if reading.form not in known:
-        form = reading.form
-        raise UserError(
-            f"{excerpt(form)} is unknown, expected {', '.join(known)}{nearest(form, known)}", option="data.form"
-        )
+    reading.check()
     rows = read_source(source, split)
     return _to_records(source if split == "train" else f"{source} ({split})", rows, reading)
 
@@ -102,7 +114,8 @@ class Counts:
         self._rows: Counter[str] = Counter()
 
     def add(self, read: Read) -> None:
-        """Count what was removed from a row, and what of it is not used."""
+        """Count how a row was changed, what was removed from it, and what of it is not used."""
+        self.dropped.update(read.changed)
         for what, names in ((TAKEN_OFF, read.taken_off), (UNUSED, read.unused)):
             self._named[what].update(names)
             self._rows[what] += bool(names)
@@ -124,6 +137,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     unanswered: set[int] = set()
     faults: list[tuple[str, UserError]] = []
     left_out = ""
+    _check_named(name, rows, reading)
     for row in rows:
         try:
             read = _read(row, reading)
@@ -136,11 +150,12 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
             continue
         conversation, reason = _trainable(read.conversation)
         if conversation is None:
-            counts.dropped[reason] += 1
+            counts.dropped.update([reason, *read.changed])
             lost.append(LeftOut(row.where, reason))
             continue
         try:
-            reading.prompt_format.pieces(conversation)
+            if not conversation.is_text:
+                reading.prompt_format.pieces(conversation)
         except ValueError as error:  # one hostile row must not stop a run
             if reading.strict:
                 raise UserError(
@@ -170,12 +185,32 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     return Records(name, conversations, dropped, frozenset(unanswered), where, lost)
 
 
+def _check_named(name: str, rows: list[Row], reading: Reading) -> None:
+    """Raises UserError for one of ``reading.columns`` that no row of the source ``name`` has."""
+    found = dict.fromkeys(column for row in rows for column in row.value)
+    for known, column in (reading.columns or {}).items():
+        if found and column not in found:
+            near = nearest(column, [*map(str, found)])
+            raise UserError(
+                f"no column {excerpt(column)}, columns found: {excerpt([*found])}{near}",
+                option=f"data.columns.{known}",
+                place=name,
+            )
+
+
 def _read(row: Row, reading: Reading) -> Read:
     """Raises UserError, with the row's place, for what is no conversation."""
     if row.fault:
         raise row.fault
     try:
-        return read_row(row.value, reading.form, reading.prompt_format.marks)
+        return read_row(
+            row.value,
+            reading.form,
+            reading.prompt_format.marks,
+            columns=reading.columns,
+            opening=reading.opening,
+            is_whole=reading.is_whole,
+        )
     except RowError as error:
         raise UserError(f"{error}; got {excerpt(row.value)}", place=row.where, remedy=error.remedy) from error
 

@@ -1,12 +1,13 @@
-"""Owns the conversation: roles and texts of turns, checked when created.
+"""Owns the conversation: roles and texts of turns, checked when created; or a plain text in its place.
 
 Stages before it create one; stages after it read one. Knows no format, no tokens.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-Role = Literal["user", "assistant"]
+Role = Literal["user", "assistant", "text"]
+"""Who speaks; ``text`` stands for nobody, in a plain text that is learned whole."""
 
 
 HALF = r"holds bytes that are no UTF-8, or half a character (a lone surrogate such as '\ud800'): no token stands for it"
@@ -41,7 +42,7 @@ def is_whole(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A turn of the user or of the assistant; never blank.
+    """A turn of the user or of the assistant, or a plain text; never blank.
 
     Args:
         role: ``user`` or ``assistant``.
@@ -55,7 +56,7 @@ class Turn:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown role, a content that is no text, or a blank one."""
-        if self.role not in ("user", "assistant"):
+        if self.role not in get_args(Role):
             raise ValueError(f"a turn's role is 'user' or 'assistant', got {self.role!r}")
         if not isinstance(self.content, str):
             raise ValueError(f"a turn's content is text, got {type(self.content).__name__}")
@@ -68,7 +69,7 @@ class Conversation:
     """Turns that alternate, the user first; an optional system text that stands above them all.
 
     A conversation that ends on the user's turn is an open prompt; one that ends on the
-    assistant's is answered, and can be trained on.
+    assistant's is answered, and can be trained on. So can a plain text, which is a single turn of the role ``text``.
     """
 
     turns: tuple[Turn, ...]
@@ -78,6 +79,8 @@ class Conversation:
         """Raises ValueError without a turn, or if the roles do not alternate, the user first."""
         if not self.turns:
             raise ValueError("a conversation needs at least one turn")
+        if self.is_text:
+            return
         for index, turn in enumerate(self.turns):
             expected = "assistant" if index % 2 else "user"
             if turn.role != expected and index:
@@ -93,5 +96,10 @@ class Conversation:
 
     @property
     def is_answered(self) -> bool:
-        """True if the last turn is the assistant's."""
-        return self.turns[-1].role == "assistant"
+        """True if the last turn is not the user's."""
+        return self.turns[-1].role != "user"
+
+    @property
+    def is_text(self) -> bool:
+        """True for a plain text, which no prompt format writes."""
+        return len(self.turns) == 1 and self.turns[0].role == "text" and self.system is None

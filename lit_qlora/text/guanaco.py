@@ -1,11 +1,10 @@
-"""Owns the Guanaco text form: ``### Human: …### Assistant: …`` to a conversation and back.
+"""Owns the Guanaco text form: ``### Human: …### Assistant: …`` to messages, and back from a conversation.
 
 A form of rows; no model is prompted in it. Knows no file, no tokens.
 """
 
 import re
 
-from lit_qlora.text import messages
 from lit_qlora.text.conversation import Conversation
 
 # In the published rows a marker follows the text without a space; by hand it's written after a space
@@ -16,19 +15,17 @@ SYSTEM = re.compile(r"^\s*### System:")
 """A marker that some rows have before the system text; the published ones have none."""
 
 
-def parse(text: str) -> Conversation:
-    """Reads a row of any number of turns; the last one may be the human's, still unanswered.
+def parse(text: str) -> list[dict[str, str]]:
+    """Reads the messages of a row of any number of turns; the last one may be the human's, still unanswered.
 
     The rule for markers: ``### Human:`` and ``### Assistant:``, spelled exactly so, open a turn
     wherever they stand, except right behind an opening quotation mark (white space, then a quote or
-    a backtick), where they are being talked about. The turns so found must alternate from the human:
-    a stray marker is refused rather than guessed at. Text before the first marker is the system's,
+    a backtick), where they are being talked about. Text before the first marker is the system's,
     with or without ``### System:`` before it.
     White space around a turn goes.
 
     Raises:
-        ValueError: when there is no marker, the assistant speaks first, one speaks twice in a row,
-            or a turn is blank.
+        ValueError: when there is no marker.
     """
     system, *parts = MARKER.split(text)
     system = SYSTEM.sub("", system)
@@ -37,7 +34,7 @@ def parse(text: str) -> Conversation:
     rows = [{"role": "system", "content": system.strip()}]
     for name, content in zip(parts[::2], parts[1::2], strict=True):
         rows.append({"role": "user" if name == "Human" else "assistant", "content": content.strip()})
-    return messages.parse(rows)
+    return rows
 
 
 def render(conversation: Conversation) -> str:

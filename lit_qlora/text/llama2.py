@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_qlora.errors import UserError
-from lit_qlora.text import edges, messages
+from lit_qlora.text import edges
 from lit_qlora.text.conversation import Conversation, TextError, Turn
 from lit_qlora.text.formats import Piece, PromptFormat
 
@@ -193,15 +193,14 @@ def _refuse_tags(turn: int, text: str) -> None:
             raise TextError(turn, f"holds the tag {tag}, which could forge a turn or a system text")
 
 
-def parse(text: str) -> Conversation:
-    """Reads a row ``<s>[INST] … [/INST] … </s><s>[INST] …`` of any number of turns.
+def parse(text: str) -> list[dict[str, str]]:
+    """Reads the messages of a row ``<s>[INST] … [/INST] … </s><s>[INST] …`` of any number of turns.
 
     ``<s>`` and ``</s>`` may be missing, the system block too; the last prompt may be unanswered.
     White space around a turn goes.
 
     Raises:
-        ValueError: when there is no prompt, text stands before the first one, a tag is unpaired, or
-            a turn is blank (an answer, too, if ``</s>`` or another prompt follows).
+        ValueError: when there is no prompt, text stands before the first one, or a tag is unpaired.
     """
     head, *rounds = text.split("[INST]")
     if not rounds:
@@ -222,7 +221,7 @@ def parse(text: str) -> Conversation:
         answer = rest.removesuffix("</s>").rstrip()
         if rest or index + 1 < len(rounds):
             rows.append({"role": "assistant", "content": answer})
-    return messages.parse(rows)
+    return rows
 
 
 def _split_system(prompt: str) -> tuple[str, str]:

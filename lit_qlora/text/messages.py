@@ -1,26 +1,77 @@
 """Owns the reading of chats as lists of messages, and so of every list of (role, content).
 
-Two dialects, told apart by their keys: OpenAI's ``{"role": …, "content": …}`` and ShareGPT's
-``{"from": …, "value": …}``. Knows no file, no prompt format, no tokens.
+Dialects are told apart by their keys: OpenAI's ``{"role": …, "content": …}``, ShareGPT's ``{"from": …, "value": …}``,
+pairs such as ``{"input": …, "output": …}``, and bare texts, user and assistant by turns. What is not learned (tool
+calls, images) and what is changed (turns joined, an opening of the assistant's) is named. Knows no file, no prompt
+format, no tokens.
 """
 
+import json
 import reprlib
-from typing import Any
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
-from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.conversation import Conversation, Role, Turn
 
 ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "developer": "system", "prompter": "user", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "function_call": "call", "tool_call": "call",
+    "tool": "result", "function": "result", "observation": "result", "function_response": "result",
+    "tool_response": "result", "tool_result": "result", "ipython": "result",
+}  # fmt: skip
+"""Who speaks, by the name of the role: a tool's call is the assistant's, its result is read by the assistant."""
+SHOWN_ROLES = ("system", "user", "human", "assistant", "gpt", "tool")
+"""Those that are named where a role is unknown."""
 
 ROLE, CONTENT = ("role", "from"), ("content", "value")
+PAIRS = (
+    ("input", "output"), ("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("prompt", "response"),
+    ("question", "answer"), ("query", "response"), ("instruction", "output"),
+)  # fmt: skip
+"""Keys of a question and its answer, in lists of such pairs."""
 WEIGHTS, SWITCHES = ("weight", "loss_weight"), ("train", "training", "trainable", "loss")
 """Keys that say whether a turn is learned; what a switch holds may mean something else, what a weight holds may not."""
 LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+CALLS = ("tool_calls", "function_call")
+"""Keys of an assistant's message that hold tool calls."""
+TEXTS = ("text", "input_text", "output_text")
+"""Types of content parts whose text is what is said."""
+JOINT = "\n\n"
+"""What stands between texts that are joined into one turn."""
+
+CALLED = "rows with tool calls, which are not learned"
+ANSWERED_BY_TOOL = "rows with results of tools, which stand in the prompt"
+JOINED = {
+    "system": "rows with messages of the system in a row, joined",
+    "user": "rows with turns of the user in a row, joined",
+    "assistant": "rows with turns of the assistant in a row, joined",
+}
+OPENING_LEFT_OUT = "rows that the assistant begins: what it says before the user is left out (or give data.opening)"
+OPENING_KEPT = "rows that the assistant begins, with data.opening put before"
+SAYS_NOTHING = "rows with answers without a text, left out"
+UNSEEN = "rows with turns of the user without a text, left out with their answers"
+
+
+class Parsed(NamedTuple):
+    """What a list of messages is: the conversation, how it was changed, and the keys that are not used, in words."""
+
+    conversation: Conversation
+    changed: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+class OpeningError(ValueError):
+    """A conversation in which nobody but the assistant speaks."""
+
+
+class _Message(NamedTuple):
+    """One message: ``text`` is None where it says nothing that can be learned."""
+
+    role: str
+    text: str | None
+    learned: bool
 
 
 def is_there(value: object) -> bool:
@@ -34,55 +85,184 @@ def is_there(value: object) -> bool:
     return value is not None and str(value) != "nan"  # what pandas writes for nothing
 
 
-def parse(rows: list[Any]) -> Conversation:
-    """Reads messages into a conversation; a first message of the system becomes its system text.
+def holds_messages(value: object) -> bool:
+    """Whether ``value`` is a list that begins with a message, or with a pair of `PAIRS`."""
+    first = value[0] if isinstance(value, list) and value else None
+    if not isinstance(first, dict):
+        return False
+    return bool({*ROLE} & {*first} and {*CONTENT} & {*first}) or _pair_in(first) is not None
 
-    The system's message is not counted as a turn, and a blank one is none at all. A turn whose weight is 0, or whose
-    ``train`` is false, is context only; so is the prompt in which such a system text stands.
+
+def parse(rows: Any, opening: str | None = None) -> Parsed:
+    """Reads messages into a conversation.
+
+    What the system says before the first turn becomes the system text; its message is not counted as a turn. Turns of
+    one role in a row are joined. A turn whose weight is 0, or whose ``train`` is false, is context only; so is the
+    prompt in which such a system text stands. Tool calls, and parts that are no text, are left out; the result of a
+    tool stands in the prompt of the answer behind it. A turn of the user with nothing but an image goes with its
+    answer.
+
+    Args:
+        rows: the messages.
+        opening: what the user is taken to have said where the assistant begins; None leaves out what the assistant
+            says before the user.
 
     Raises:
-        ValueError: naming the turn, when a message is no object, its role is unknown, its content
-            is no text or blank, its weight is neither 0 nor 1, the system speaks later than first, or the turns don't
-            alternate from the user.
+        OpeningError: nobody but the assistant speaks, and there is no ``opening``.
+        ValueError: naming the turn, when a message is no object, its role is unknown, its content is no text or
+            blank, its weight is neither 0 nor 1, or the system speaks later than first.
     """
+    listed = _listed(rows)
+    changed: dict[str, None] = {}
+    system: list[_Message] = []
+    said: list[_Message] = []
+    for row in listed:
+        message = _read(f"turn {len(said) + 1}", row, changed)
+        if message.role != "system":
+            said.append(message)
+        elif said:
+            raise ValueError(f"turn {len(said) + 1}: the system speaks, which it may only before the first turn")
+        else:
+            system.append(message)
+    texts = [message.text for message in system if is_there(message.text)]
+    if len(texts) > 1:
+        changed[JOINED["system"]] = None
+    turns = _turns(said, changed, is_first_learned=all(message.learned for message in system))
+    if turns and turns[0].role == "assistant":
+        if opening is None and len(turns) == 1:
+            raise OpeningError("only the assistant speaks, expected something that it answers")
+        changed[OPENING_LEFT_OUT if opening is None else OPENING_KEPT] = None
+        turns = turns[1:] if opening is None else [Turn("user", opening, learned=False), *turns]
+    conversation = Conversation(tuple(turns), JOINT.join(map(str, texts)) if texts else None)
+    return Parsed(conversation, tuple(changed), tuple(_unused(listed)))
+
+
+def _listed(rows: Any) -> list[Any]:
+    """The messages of a list, whichever way it is written; all else of it as it is."""
+    if isinstance(rows, dict) and rows and all(isinstance(part, list) for part in rows.values()):
+        # As `datasets` gives a sequence of objects: a list for each key.
+        rows = [dict(zip(rows, values, strict=False)) for values in zip(*rows.values(), strict=False)]
     if not isinstance(rows, list):
         raise ValueError(f"expected a list of messages, got {type(rows).__name__}")
-    system: str | None = None
+    if rows and all(isinstance(row, str) for row in rows):
+        return [{"role": "assistant" if place % 2 else "user", "content": row} for place, row in enumerate(rows)]
+    return [message for row in rows for message in _unfolded(row)]
+
+
+def _unfolded(row: Any) -> list[Any]:
+    """The messages of a pair; any other row by itself."""
+    pair = _pair_in(row)
+    if pair is None:
+        return [row]
+    beside = {key: value for key, value in row.items() if key not in (*pair, "system")}
+    found = [("system", row.get("system")), ("user", row[pair[0]]), ("assistant", row[pair[1]])]
+    return [
+        {"role": role, "content": text, **(beside if role == "assistant" else {})}
+        for role, text in found
+        if role != "system" or is_there(text)
+    ]
+
+
+def _pair_in(row: Any) -> tuple[str, str] | None:
+    if not isinstance(row, dict) or {*ROLE} & {*row}:
+        return None
+    return next((pair for pair in PAIRS if {*pair} <= {*row}), None)
+
+
+def _read(where: str, row: Any, changed: dict[str, None]) -> _Message:
+    """A message; what of it can't be learned is added to ``changed``."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with a role and a content, got {type(row).__name__}")
+    said_by = _value(where, row, ROLE)
+    role = _role(said_by)
+    if role is None:
+        raise ValueError(f"{where}: unknown role {reprlib.repr(said_by)}, expected one of {', '.join(SHOWN_ROLES)}")
+    text = _text(where, role, row, changed)
+    is_call = role == "call" or (role == "assistant" and any(is_there(row.get(key)) for key in CALLS))
+    if is_call:
+        changed[CALLED] = None
+    if role == "call" or (is_call and not is_there(text)):
+        return _Message("assistant", None, learned=True)
+    if role == "result":
+        changed[ANSWERED_BY_TOOL] = None
+        return _Message(role, text if is_there(text) else None, _is_learned(where, row))
+    if text is None and role == "assistant":
+        changed[SAYS_NOTHING] = None
+    if text is not None and not text.strip() and role != "system":
+        raise ValueError(f"{where}: a turn of the {role} is empty")
+    return _Message(role, text, _is_learned(where, row))
+
+
+def _role(said_by: Any) -> str | None:
+    return ROLES.get(said_by.strip().lower().replace("-", "_")) if isinstance(said_by, str) else None
+
+
+def _text(where: str, role: str, row: dict[str, Any], changed: dict[str, None]) -> str | None:
+    """What is said in a message; None where its content is null, or holds no part that is text."""
+    content = _value(where, row, CONTENT)
+    if content is None and (any(name in row for name in CONTENT) or any(is_there(row.get(key)) for key in CALLS)):
+        return None
+    parts = content if isinstance(content, list) else [content]
+    if isinstance(content, list | dict) and all(isinstance(part, str) or _type_of(part) for part in parts):
+        kinds = [kind for part in parts if not isinstance(part, str) and (kind := _type_of(part)) not in TEXTS]
+        changed |= dict.fromkeys(f"rows with parts of type {kind!r}, which are not learned" for kind in kinds)
+        texts = [part if isinstance(part, str) else part.get("text") for part in parts]
+        texts = [text for text in texts if is_there(text)]
+        if all(isinstance(text, str) for text in texts):
+            return "\n".join(texts) if texts else None
+    if role == "result" and content is not None and not isinstance(content, str):
+        return json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: the {_NAMES.get(role, role)}'s content is text, got {type(content).__name__}")
+    return content
+
+
+_NAMES = {"call": "assistant", "result": "tool"}
+
+
+def _type_of(part: Any) -> str | None:
+    """The type of a content part; None where it is none."""
+    if not isinstance(part, dict):
+        return None
+    kind = part.get("type")
+    return kind if isinstance(kind, str) else "text" if isinstance(part.get("text"), str) else None
+
+
+def _turns(said: Sequence[_Message], changed: dict[str, None], is_first_learned: bool) -> list[Turn]:
+    """The turns of messages: those without a text are left out, those of one role in a row are one."""
+    spoken = [message for message in said if message.text is not None or message.role == "user"]
     turns: list[Turn] = []
-    is_learned = True
-    for index, row in enumerate(rows):
-        where = f"turn {len(turns) + 1}"
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object with a role and a content, got {type(row).__name__}")
-        said_by, content = _value(where, row, ROLE), _value(where, row, CONTENT)
-        role = ROLES.get(said_by) if isinstance(said_by, str) else None
-        if role is None:
-            raise ValueError(f"{where}: unknown role {reprlib.repr(said_by)}, expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"{where}: the {role}'s content is text, got {type(content).__name__}")
-        is_learned = _is_learned(where, row) and (is_learned or bool(turns))
-        if role != "system":
-            turns.append(_turn(where, role, content, is_learned))
-        elif index == 0:
-            system = content if content.strip() else None
-        elif not turns:
-            raise ValueError("two messages of the system stand before the first turn; join the two into one")
-        else:
-            raise ValueError(f"{where}: the system speaks, which it may only before the first turn")
-    return Conversation(tuple(turns), system)
+    is_seen = True
+    for role, run in groupby(spoken, lambda message: _speaker(message.role)):
+        group = [message for message in run if message.text is not None]
+        if role == "user":
+            is_seen = bool(group)
+        if not is_seen:
+            changed[UNSEEN] = None
+            continue
+        if sum(message.role == role for message in group) > 1:
+            changed[JOINED[role]] = None
+        learned = all(message.learned for message in group) and (is_first_learned or bool(turns))
+        turns.append(Turn(role, JOINT.join(str(message.text) for message in group), learned))
+    return turns
 
 
-def unused(rows: list[Any]) -> list[str]:
-    """The keys of messages that `parse` could read and does not use, in words, each once."""
+def _speaker(role: str) -> Role:
+    return "assistant" if role == "assistant" else "user"
+
+
+def _unused(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys of messages that are not used, in words, each once."""
     found: dict[str, None] = {}
     for row in rows:
-        is_answer = ROLES.get(str(_value("", row, ROLE))) == "assistant"
+        role = _role(_value("", row, ROLE))
+        known = (*ROLE, *CONTENT, *CALLS, *(("name", "tool_call_id") if role == "result" else ()))
         for key, value in row.items():
-            if key in (*ROLE, *CONTENT) or not is_there(value):
+            if key in known or not is_there(value):
                 continue
             if key not in (*WEIGHTS, *SWITCHES) or str(value).lower() not in LEARNED:
                 found[f"key {key!r} of a turn"] = None
-            elif not is_answer and LEARNED[str(value).lower()]:
+            elif role != "assistant" and LEARNED[str(value).lower()]:
                 found[f"key {key!r} of a turn that is not the assistant's"] = None
     return [*found]
 
@@ -105,10 +285,3 @@ def _is_learned(where: str, row: dict[str, Any]) -> bool:
         elif is_there(value) and key in WEIGHTS:
             raise ValueError(f"{where}: its {key} is {reprlib.repr(value)}, expected 0 (context only) or 1 (learned)")
     return all(found)
-
-
-def _turn(where: str, role: str, content: str, is_learned: bool) -> Turn:
-    try:
-        return Turn("user" if role == "user" else "assistant", content, is_learned)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None

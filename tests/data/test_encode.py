@@ -55,7 +55,7 @@ def test_prompts_have_the_ids_that_metas_code_makes(real, real_tokenizer):
     encoder = Encoder(real_tokenizer, 4096)
     assert len(cases) == 5
     for case in cases:
-        assert encoder.prompt(messages.parse(case["dialog"])) == case["prompt_ids"]
+        assert encoder.prompt(messages.parse(case["dialog"]).conversation) == case["prompt_ids"]
 
 
 def test_an_example_has_bos_prompt_answer_eos_literally(real, real_tokenizer):

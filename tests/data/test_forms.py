@@ -1,14 +1,16 @@
 """A row becomes a conversation, whatever its form; what of it is not used is named; a form that is not read, too."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
 
 from lit_qlora.data import forms
-from lit_qlora.data.forms import RowError, RowForm, list_in, read_row
+from lit_qlora.data.forms import RowError, RowForm, check_columns, list_in, read_row
 from lit_qlora.data.records import Reading, load_records
-from lit_qlora.text.conversation import Conversation
+from lit_qlora.text import messages
+from lit_qlora.text.conversation import Conversation, Turn
 from tests.data.talks import said
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -23,19 +25,20 @@ TEXT = "### Human: hi### Assistant: yo"
     ids=["messages", "sharegpt", "guanaco", "llama2"],
 )
 def test_a_system_column_stands_in_where_the_conversation_brings_none(row, column):
-    assert read_row({**row, column: "Be kind."}) == (said("hi", "yo", system="Be kind."), (), ())
+    assert read_row({**row, column: "Be kind."}) == (said("hi", "yo", system="Be kind."), (), (), ())
     for nothing in (None, "", " ", float("nan")):
-        assert read_row({**row, column: nothing}) == (said("hi", "yo"), (), ())
+        assert read_row({**row, column: nothing}) == (said("hi", "yo"), (), (), ())
     with pytest.raises(RowError, match=f"^column '{column}' holds a number, expected text$"):
         read_row({**row, column: 3})
 
 
 def test_the_conversation_s_own_system_text_stands_and_another_is_named():
     row = {"messages": [{"role": "system", "content": "Mine."}, *TURNS]}
-    assert read_row({**row, "system": "Mine. "}) == (said("hi", "yo", system="Mine."), (), ())
+    assert read_row({**row, "system": "Mine. "}) == (said("hi", "yo", system="Mine."), (), (), ())
     assert read_row({**row, "system": "Other."}) == (
         said("hi", "yo", system="Mine."),
         ("column 'system' where another system text stands already",),
+        (),
         (),
     )
     blank = {"messages": [{"role": "system", "content": " "}, *TURNS], "system": "Other."}
@@ -63,12 +66,12 @@ def test_the_conversation_s_own_system_text_stands_and_another_is_named():
     ],
 )  # fmt: skip
 def test_what_is_not_used_is_named(row, unused):
-    assert read_row(row) == (said("hi", "yo"), tuple(unused), ())
+    assert read_row(row) == (said("hi", "yo"), tuple(unused), (), ())
 
 
 def test_a_forced_form_names_the_column_that_it_passes_by():
     row = {"messages": TURNS, "text": "### Human: a### Assistant: b"}
-    assert read_row(row, "guanaco") == (said("a", "b"), ("column 'messages' beside 'text'",), ())
+    assert read_row(row, "guanaco") == (said("a", "b"), ("column 'messages' beside 'text'",), (), ())
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ AWKWARD = [{"role": "user", "content": 'it\'s "} {" \\ nan\n {x}'}, {"role": "as
 )
 def test_a_list_is_read_as_json_pandas_and_numpy_write_it(written):
     read = read_row({"messages": written})
-    assert read == (said(*(turn["content"] for turn in AWKWARD)), (), ())
+    assert read == (said(*(turn["content"] for turn in AWKWARD)), (), (), ())
 
 
 @pytest.mark.parametrize("words", ["hello", "{'role': 'user'}", "[" * 100_000, "[__import__('os')]", "[1", ""])
@@ -127,98 +130,182 @@ def test_a_text_that_begins_in_a_list_is_not_read_as_one():
     assert read_row({"text": f"[1] {TEXT}"}).conversation == said("hi", "yo", system="[1]")
 
 
-def row_to_write(error: RowError) -> dict:
-    head, _, row = error.remedy.partition("{")
-    assert head == "write each row as "
-    return json.loads("{" + row)
-
-
+HI = said("hi", "yo")
 OTHERS = {
-    "Dolly": (
-        {"instruction": "Sum up.", "context": "A long text.", "response": "Short.", "category": "x"},
-        "Dolly's form (instruction, context, response) is not read",
+    "Alpaca": (
+        {"instruction": "Sum up.", "input": "A long text.", "output": "Short."},
         said("Sum up.\n\nA long text.", "Short."),
     ),
-    "Alpaca": (
-        {"instruction": "Say hi.", "input": "", "output": "Hi."},
-        "Alpaca's form (instruction, input, output) is not read",
-        said("Say hi.", "Hi."),
+    "Alpaca with nothing given": ({"instruction": "hi", "input": "", "output": "yo"}, HI),
+    "Alpaca with null given": ({"instruction": "hi", "input": None, "output": "yo"}, HI),
+    "Alpaca with all in its input": ({"instruction": "", "input": "hi", "output": "yo"}, HI),
+    "Alpaca without input": ({"instruction": "hi", "output": "yo"}, HI),
+    "Alpaca's own text beside": (
+        {"instruction": "hi", "input": "", "output": "yo", "text": "Below is an instruction.\n\n### Instruction:\nhi"},
+        HI,
     ),
-    "Alpaca without input": (
-        {"instruction": "Say hi.", "output": "Hi."},
-        "Alpaca's form (instruction, output) is not read",
-        said("Say hi.", "Hi."),
+    "Alpaca, system and history": (
+        {"instruction": "c", "input": "", "output": "d", "system": "Be kind.", "history": [["a", "b"]]},
+        said("a", "b", "c", "d", system="Be kind."),
     ),
-    "prompt and completion": (
-        {"prompt": "a", "completion": "b"},
-        "a form of questions and answers (prompt, completion) is not read",
-        said("a", "b"),
+    "history as pandas writes it": (
+        {"instruction": "c", "output": "d", "history": "[['a', 'b']]"},
+        said("a", "b", "c", "d"),
     ),
-    "preferences": (
-        {"prompt": "a", "chosen": "b", "rejected": "c"},
-        "a form of preferences (prompt, chosen) is not read",
-        said("a", "b"),
+    "no history": ({"instruction": "hi", "output": "yo", "history": []}, HI),
+    "Dolly": (
+        {"instruction": "Sum up.", "context": "A long text.", "response": "Short."},
+        said("Sum up.\n\nA long text.", "Short."),
     ),
-    "preferences as messages": (
-        {"prompt": "a", "chosen": [TURNS[0], {"role": "assistant", "content": "b"}], "rejected": TURNS},
-        "a form of preferences (prompt, chosen) is not read",
-        said("a", "b"),
-    ),
-    "SQuAD": (
-        {"id": "1", "context": "c", "question": "a", "answers": "b"},
-        "a form of questions and answers (question, context, answers) is not read",
-        said("a\n\nc", "b"),
-    ),
-    "OpenOrca": (
-        {"id": "1", "system_prompt": "s", "question": "a", "response": "b"},
-        "a form of questions and answers (question, response) is not read",
-        said("a", "b", system="s"),
-    ),
-    "capitals": (
-        {"Question": "a", "Answer": "b"},
-        "a form of questions and answers (Question, Answer) is not read",
-        said("a", "b"),
-    ),
-    "input and output": (
-        {"input": "a", "output": "b"},
-        "a form of questions and answers (input, output) is not read",
-        said("a", "b"),
-    ),
+    "Dolly without context": ({"instruction": "hi", "context": "", "response": "yo"}, HI),
+    "prompt and completion": ({"prompt": "hi", "completion": "yo"}, HI),
+    "prompt and completion as messages": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, HI),
+    "prompt and response": ({"prompt": "hi", "response": "yo"}, HI),
+    "question and answer": ({"question": "hi", "answer": "yo"}, HI),
+    "question, context and answer": ({"question": "a", "context": "c", "answer": "b"}, said("a\n\nc", "b")),
+    "OpenOrca": ({"system_prompt": "s", "question": "hi", "response": "yo"}, said("hi", "yo", system="s")),
+    "query and response": ({"query": "hi", "response": "yo"}, HI),
+    "input and output": ({"input": "hi", "output": "yo"}, HI),
+    "user and assistant": ({"user": "hi", "assistant": "yo"}, HI),
+    "ShareGPT": ({"conversations": SHARED}, HI),
+    "conversation": ({"conversation": TURNS}, HI),
+    "XTuner": ({"conversation": [{"system": "s", "input": "hi", "output": "yo"}]}, said("hi", "yo", system="s")),
+    "dialog of texts": ({"dialog": ["hi", "yo"]}, HI),
+    "dialogue": ({"dialogue": json.dumps(SHARED)}, HI),
 }
 
 
-@pytest.mark.parametrize(("row", "message", "conversation"), OTHERS.values(), ids=OTHERS)
-def test_a_form_that_is_not_read_is_named_with_the_row_to_write(row, message, conversation):
+@pytest.mark.parametrize(("row", "conversation"), OTHERS.values(), ids=OTHERS)
+def test_a_form_is_known_by_its_columns(row, conversation):
+    unused = ("column 'text' beside 'instruction' and 'output'",) if "text" in row else ()
+    assert read_row(row) == (conversation, unused, (), ())
+
+
+def test_a_text_in_a_known_form_comes_before_columns_beside():
+    row = {"text": TEXT, "instruction": "a", "output": "b"}
+    beside = ("column 'instruction' beside 'text'", "column 'output' beside 'text'")
+    assert read_row(row) == (said("hi", "yo"), beside, (), ())
+    assert read_row(row, "alpaca").conversation == said("a", "b")
+    assert read_row({"text": "prose", "instruction": "a", "output": "b"}).conversation == said("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"instruction": "a", "output": None}, "column 'output' holds null, expected text"),
+        ({"question": "a", "answer": 4}, "column 'answer' holds a number, expected text"),
+        ({"question": "a", "answer": ["b", "c"]}, "column 'answer' holds a list, expected text"),
+        ({"prompt": " ", "completion": "b"}, "turn 1: a turn of the user is empty"),
+        ({"prompt": "a", "completion": ""}, "turn 2: a turn of the assistant is empty"),
+        ({"query": "a", "response": "b", "history": ["c"]}, "the history is a list, expected a list of pairs of texts"),
+        ({"query": "a", "response": "b", "history": "c"}, "the history is a text, expected a list of pairs of texts"),
+    ],
+)  # fmt: skip
+def test_columns_that_hold_no_conversation(row, problem):
     with pytest.raises(RowError) as caught:
         read_row(row)
-    assert str(caught.value) == message
-    assert read_row(row_to_write(caught.value)).conversation == conversation
+    assert str(caught.value) == problem
 
 
-def test_the_row_to_write_is_short():
-    with pytest.raises(RowError) as caught:
-        read_row({"prompt": "x" * 1000, "completion": "y\n" * 1000})
-    assert len(caught.value.remedy) < 300 and "\n" not in caught.value.remedy
+@pytest.mark.parametrize(
+    ("columns", "row", "conversation"),
+    [
+        ({"user": "Frage", "assistant": "Antwort"}, {"Frage": "hi", "Antwort": "yo"}, HI),
+        ({"user": "q", "assistant": "a", "context": "c", "system": "s"}, {"q": "A", "a": "B", "c": "C", "s": "S"},
+         said("A\n\nC", "B", system="S")),
+        ({"user": "q", "assistant": "a", "context": "c"}, {"q": "hi", "a": "yo", "c": None}, HI),
+        ({"instruction": "q", "output": "a"}, {"q": "hi", "a": "yo"}, HI),
+        ({"messages": "turns"}, {"turns": TURNS}, HI),
+        ({"conversations": "items"}, {"items": json.dumps(SHARED)}, HI),
+        ({"text": "body"}, {"body": TEXT}, HI),
+        ({"text": "body"}, {"body": "[INST] hi [/INST] yo"}, HI),
+        ({"user": "prompt", "assistant": "chosen"}, {"prompt": "hi", "chosen": "yo"}, HI),
+        ({"user": "prompt", "assistant": "chosen"}, {"prompt": TURNS[:1], "chosen": TURNS[1:]}, HI),
+    ],
+)  # fmt: skip
+def test_columns_by_other_names(columns, row, conversation):
+    check_columns(columns)
+    assert read_row(row, columns=columns) == (conversation, (), (), ())
+    # Nothing else is used then, whatever it is called.
+    beside = {**row, "messages": SHARED, "system": "x", "history": [["y", "z"]]}
+    assert read_row(beside, columns=columns).conversation == conversation
+    assert len(read_row(beside, columns=columns).unused) == 3
+
+
+@pytest.mark.parametrize(
+    ("columns", "form", "words", "option"),
+    [
+        ({"usr": "q", "assistant": "a"}, "auto", ["'usr' is unknown", "did you mean 'user'?"], "data.columns"),
+        ({"user": "q"}, "auto", ["names user, expected user and assistant"], "data.columns"),
+        ({"system": "s"}, "auto", ["names system, expected messages or"], "data.columns"),
+        ({}, "auto", ["names no column, expected messages or"], "data.columns"),
+        ({"user": "q", "assistant": "a"}, "alpaca", ["'user' is unknown, expected instruction,"], "data.columns"),
+        ({"user": " ", "assistant": "a"}, "auto", ["blank"], "data.columns.user"),
+    ],
+)  # fmt: skip
+def test_columns_that_make_up_no_form(columns, form, words, option, expect_error):
+    expect_error(lambda: check_columns(columns, form), *words, option=option)
 
 
 @pytest.mark.parametrize(
     ("row", "remedy"),
     [
-        ({"Texts": TEXT}, "rename 'Texts' to 'text'"),
-        ({"message": TURNS}, "rename 'message' to 'messages'"),
-        ({"dialog": TURNS}, "rename 'dialog' to 'messages'"),
-        ({"items": SHARED}, "rename 'items' to 'messages'"),
-        ({"turns": json.dumps(TURNS)}, "rename 'turns' to 'messages'"),
+        ({"prompt": "a", "answer": "b"}, "give --data.columns.user prompt --data.columns.assistant answer"),
+        ({"Question": "a", "Answer": "b"}, "give --data.columns.user Question --data.columns.assistant Answer"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"},
+         "give --data.columns.user prompt --data.columns.assistant chosen"),
+        ({"prompt": "a", "chosen": TURNS, "rejected": TURNS}, "give --data.columns.messages chosen"),
+        ({"rejected": TURNS, "chosen": TURNS}, "give --data.columns.messages chosen"),
+        ({"question": "a", "context": "c", "answers": "b", "system": "s"},
+         "give --data.columns.user question --data.columns.context context --data.columns.assistant answers"
+         " --data.columns.system system"),
+        ({"My Question": "a", "Texts": TEXT}, "give --data.columns.text Texts"),
+        ({"message": TURNS}, "give --data.columns.messages message"),
+        ({"my items": SHARED}, "give --data.columns.messages 'my items'"),
+        ({"turns": json.dumps(TURNS)}, "give --data.columns.messages turns"),
         # Not by its name alone.
         ({"message": "hi"}, 'write rows such as {"text": "### Human: …### Assistant: …"}'),
         ({"context": "hi"}, 'write rows such as {"text": "### Human: …### Assistant: …"}'),
         ({"texts": [1]}, 'write rows such as {"text": "### Human: …### Assistant: …"}'),
     ],
-)
-def test_a_column_is_to_be_renamed_only_where_that_helps(row, remedy):
-    with pytest.raises(RowError) as caught:
+)  # fmt: skip
+def test_a_row_that_is_not_read_has_the_options_named_that_read_it(row, remedy):
+    with pytest.raises(RowError, match=r"^no column 'messages' or .* \(or others\), columns found: ") as caught:
         read_row(row)
     assert caught.value.remedy == remedy
+    if not remedy.startswith("give"):
+        return
+    words = shlex.split(remedy.removeprefix("give "))
+    columns = {
+        name.removeprefix("--data.columns."): column for name, column in zip(words[::2], words[1::2], strict=True)
+    }
+    check_columns(columns)
+    assert read_row(row, columns=columns).conversation.is_answered
+
+
+def test_plain_text_is_read_where_all_of_it_is_learned():
+    row = {"text": "Once upon a time.", "system": "x"}
+    with pytest.raises(RowError, match="neither '### Human:' nor '\\[INST\\]', expected a conversation") as caught:
+        read_row(row)
+    assert "data.train_on all" in caught.value.remedy
+    story = Conversation((Turn("text", "Once upon a time."),))
+    assert read_row(row, is_whole=True) == (story, ("column 'system' beside a plain text",), (), (forms.WHOLE,))
+    assert read_row({"text": "A story.</s>"}, "text", is_whole=True).taken_off == ("</s>",)
+    assert read_row({"body": "A story."}, columns={"text": "body"}, is_whole=True).conversation.is_text
+    # What has a form is a conversation even so, and what is written in an unknown one is no story.
+    assert read_row({"text": TEXT}, is_whole=True) == (said("hi", "yo"), (), (), ())
+    with pytest.raises(RowError, match="ChatML"):
+        read_row({"text": "<|im_start|>user\nhi<|im_end|>"}, is_whole=True)
+    assert read_row({"text": "### Human is no mark"}, "text", is_whole=True).conversation.is_text
+
+
+def test_an_opening_of_the_assistant_s_is_left_out_or_kept():
+    row = {"messages": [TURNS[1], *TURNS]}
+    assert read_row(row) == (said("hi", "yo"), (), (), (messages.OPENING_LEFT_OUT,))
+    assert read_row(row, opening="Begin!").conversation == said("Begin!", "yo", "hi", "yo")
+    with pytest.raises(RowError, match="only the assistant speaks") as caught:
+        read_row({"messages": TURNS[1:]})
+    assert "data.opening" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -261,5 +348,5 @@ def test_a_new_form_is_one_entry(tmp_path, monkeypatch):
         assert load_records(str(tmp_path / "a.csv"), reading=Reading(form)).conversations == [said("a\n\nb", "c")]
     with pytest.raises(RowError, match=r"^column 'reply' holds a number, expected text$"):
         read_row({"ask": "a", "reply": 3})
-    with pytest.raises(RowError, match=r"^no column 'ask' and 'reply' or 'messages' or"):
+    with pytest.raises(RowError, match=r"^no column 'messages' .* or 'ask' and 'reply' \(or others\)"):
         read_row({"ask": "a"})

@@ -117,7 +117,7 @@ def test_what_can_not_be_trained_on_is_left_out_and_counted():
 NO_COLUMN = "no column 'messages' or 'conversations' or 'text'"
 BAD_ROWS = {
     "wrong columns": ({"title": "hi", "body": "yo"}, [NO_COLUMN, "['title', 'body']", "write rows such as"]),
-    "near column": ({"Texts": "hi"}, [NO_COLUMN, "['Texts']", "rename 'Texts' to 'text'"]),
+    "near column": ({"Texts": "hi"}, [NO_COLUMN, "['Texts']", "--data.columns.text Texts"]),
     "no columns": ({}, [NO_COLUMN, "got {}", '{"text": "### Human: …### Assistant: …"}']),
     "number": ({"text": 3.5}, ["'text' holds a number", "{'text': 3.5}"]),
     "null": ({"text": None}, ["'text' holds null"]),
@@ -126,19 +126,19 @@ BAD_ROWS = {
     "blank": ({"text": " "}, ["'### Human:'", "{'text': ' '}"]),
     "long": ({"text": "x" * 300}, [f"got {{'text': '{'x' * 96}…{'x' * 51}'}}; "]),
     "control characters": ({"text": "\x1b[31m\n\u2028"}, [r"{'text': '\x1b[31m\n\u2028'}"]),
-    "assistant first": ({"text": "### Assistant: yo"}, ["turn 1 is the assistant's"]),
-    "two users": ({"text": "### Human: a### Human: b"}, ["turns 1 and 2 are both the user's", "join"]),
+    "assistant alone": ({"text": "### Assistant: yo"}, ["only the assistant speaks", "data.opening"]),
     "empty question": ({"text": "### Human:### Assistant: b"}, ["turn 1", "user is empty"]),
     "empty answer": ({"text": "[INST] a [/INST] </s>"}, ["turn 2", "assistant is empty"]),
     "unpaired tag": ({"text": "[INST] a"}, ["turn 1", "[INST] without its [/INST]"]),
     "open system text": ({"text": "[INST] <<SYS>> a [/INST] b"}, ["the system text", "never closed by <</SYS>>"]),
     "unknown role": (
-        {"messages": [{"role": "tool", "content": "hi"}]},
-        ["turn 1", "unknown role 'tool'", "system, user, human, assistant, gpt"],
+        {"messages": [{"role": "robot", "content": "hi"}]},
+        ["turn 1", "unknown role 'robot'", "system, user, human, assistant, gpt"],
     ),
     "no messages": ({"messages": []}, ["at least one turn", "{'messages': []}"]),
     "text for messages": ({"messages": "hi"}, ["a list of messages", "got str"]),
-    "no content": ({"conversations": [{"from": "human", "value": None}]}, ["turn 1", "the user's content", "NoneType"]),
+    "no content": ({"conversations": [{"from": "human"}]}, ["turn 1", "the user's content", "NoneType"]),
+    "null content": ({"conversations": [{"from": "human", "value": None}]}, ["at least one turn"]),
     "lone surrogate": ({"text": "### Human: a\ud800### Assistant: b"}, [r"lone surrogate", r"a\ud800###"]),
 }
 
@@ -299,3 +299,49 @@ def test_the_real_rows():
     place = f"{source}: row 435 (turn 5: a turn of the user is empty)"
     dropped = {f"rows left out: no whole conversation, the first at {place}": 3}
     assert (len(records.conversations), records.dropped) == (997, dropped)
+
+
+def test_how_rows_were_changed_is_counted():
+    """Of rows that are left out for want of an answer, too."""
+    user, assistant = ROWS["messages"]["messages"]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    rows = [{"messages": chat} for chat in ([user, user, assistant], [user, user, assistant, user], [user, call])]
+    assert load_records(write("a.jsonl", *rows)) == Records(
+        "a.jsonl",
+        [said("hi\n\nhi", "yo")] * 2,
+        {
+            "unanswered last turns dropped": 1,
+            "rows left out: nothing answered": 1,
+            "rows with turns of the user in a row, joined": 2,
+            "rows with tool calls, which are not learned": 1,
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "words", "option"),
+    [
+        ({"user": "qestion", "assistant": "reply"}, ["'qestion'", "did you mean 'question'?"], "data.columns.user"),
+        ({"user": "question", "assistant": "reply", "context": "given"}, ["'given'"], "data.columns.context"),
+        ({"user": "question", "assistant": "reply", "system": "sys"}, ["'sys'"], "data.columns.system"),
+        ({"messages": "chat"}, ["'chat'"], "data.columns.messages"),
+    ],
+)
+def test_a_column_that_no_row_has_is_refused_with_those_that_are_there(columns, words, option, expect_error):
+    source = write("a.jsonl", *[{"question": "hi", "reply": "yo"}] * 3)
+    reading = Reading(columns=columns)
+    found = "columns found: ['question', 'reply']"
+    expect_error(lambda: load_records(source, reading=reading), *words, found, option=option, place="a.jsonl")
+    rows = [{"question": "hi", "reply": "yo", "given": "x"}, {"question": "hi", "reply": "yo"}]
+    reading = Reading(columns={"user": "question", "assistant": "reply", "context": "given"})
+    assert load_records(write("b.jsonl", *rows), reading=reading).conversations == [
+        said("hi\n\nx", "yo"),
+        said("hi", "yo"),
+    ]
+
+
+def test_plain_text_is_counted():
+    source = write("a.jsonl", {"text": "A story."}, text("hi", "yo"))
+    records = load_records(source, reading=Reading(is_whole=True))
+    assert [conversation.is_text for conversation in records.conversations] == [True, False]
+    assert records.dropped == {"rows of plain text, which is learned whole": 1}

@@ -36,7 +36,7 @@ def refused(name):
 def gives_metas_ids(real, tokenizer):
     cases = json.loads((real / "meta" / "chat_prompt_ids.json").read_text(encoding="utf-8"))["cases"]
     encoder = Encoder(tokenizer, 4096)
-    return all(encoder.prompt(messages.parse(case["dialog"])) == case["prompt_ids"] for case in cases)
+    return all(encoder.prompt(messages.parse(case["dialog"]).conversation) == case["prompt_ids"] for case in cases)
 
 
 def test_demo_is_the_name_of_the_embedded_tokenizer(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lit_qlora.text import guanaco
+from lit_qlora.text import guanaco, messages
 from lit_qlora.text.conversation import Conversation, Turn
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
@@ -16,6 +16,10 @@ REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
 def said(*contents: str, system: str | None = None) -> Conversation:
     turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
     return Conversation(tuple(turns), system)
+
+
+def read(text: str) -> Conversation:
+    return messages.parse(guanaco.parse(text)).conversation
 
 
 @pytest.mark.parametrize(
@@ -37,11 +41,13 @@ def said(*contents: str, system: str | None = None) -> Conversation:
         ("### System: Be kind.### Human: hi### Assistant: yo", said("hi", "yo", system="Be kind.")),
         ("\n### System:\nBe kind.\n### Human: hi### Assistant: yo", said("hi", "yo", system="Be kind.")),
         ("### System:### Human: hi### Assistant: yo", said("hi", "yo")),
+        ("### Human: hi### Human: hello### Assistant: yo", said("hi\n\nhello", "yo")),
+        ("### Human: hi### Assistant: a### Assistant: b", said("hi", "a\n\nb")),
         ("No ### System: here### Human: hi### Assistant: yo", said("hi", "yo", system="No ### System: here")),
     ],
 )
 def test_rows_are_read_by_the_rule_of_markers(text, expected):
-    assert guanaco.parse(text) == expected
+    assert read(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -49,19 +55,14 @@ def test_rows_are_read_by_the_rule_of_markers(text, expected):
     [
         ("", "no '### Human:' in the text"),
         ("### human: hi", "no '### Human:' in the text"),
-        ("### Assistant: yo", "turn 1 is the assistant's, expected the user's"),
-        ("### Human: hi### Human: hello### Assistant: yo", "turns 1 and 2 are both the user's; join the two into one"),
-        (
-            "### Human: hi### Assistant: a### Assistant: b",
-            "turns 2 and 3 are both the assistant's; join the two into one",
-        ),
+        ("### Assistant: yo", "only the assistant speaks, expected something that it answers"),
         ("### Human: ### Assistant: yo", "turn 1: a turn of the user is empty"),
         ("### Human: hi### Assistant:\n", "turn 2: a turn of the assistant is empty"),
     ],
 )
 def test_what_is_no_conversation_is_refused(text, message):
     with pytest.raises(ValueError) as caught:
-        guanaco.parse(text)
+        read(text)
     assert str(caught.value) == message
 
 
@@ -74,14 +75,14 @@ def test_rendered():
 def test_what_is_rendered_is_read_back(conversations, data):
     conversation = data.draw(conversations)
     assume(not any(re.search(r"""(^|\s)["'`“„«]$""", turn.content) for turn in conversation.turns))
-    assert guanaco.parse(guanaco.render(conversation)) == conversation
+    assert read(guanaco.render(conversation)) == conversation
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the checkout")
 def test_every_real_row_is_read_and_written_back():
     lines = (REAL / "openassistant_best_replies_eval_first259.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line)["text"] for line in lines]
-    read = [guanaco.parse(row) for row in rows]
-    assert [guanaco.render(conversation) for conversation in read] == rows
-    assert Counter(len(conversation.turns) for conversation in read) == {2: 132, 4: 60, 3: 37, 5: 27, 6: 3}
-    assert not any(conversation.system for conversation in read)
+    found = [read(row) for row in rows]
+    assert [guanaco.render(conversation) for conversation in found] == rows
+    assert Counter(len(conversation.turns) for conversation in found) == {2: 132, 4: 60, 3: 37, 5: 27, 6: 3}
+    assert not any(conversation.system for conversation in found)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_qlora.text import llama2
+from lit_qlora.text import llama2, messages
 from lit_qlora.text.conversation import Conversation, TextError, Turn
 from lit_qlora.text.llama2 import Segment
 
@@ -15,6 +15,10 @@ REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
 def said(*contents: str, system: str | None = None) -> Conversation:
     turns = (Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(contents))
     return Conversation(tuple(turns), system)
+
+
+def read(text: str) -> Conversation:
+    return messages.parse(llama2.parse(text)).conversation
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_a_tag_from_outside_is_refused(tag, template, where):
     ],
 )
 def test_rows_are_read(text, expected):
-    assert llama2.parse(text) == expected
+    assert read(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,7 @@ def test_rows_are_read(text, expected):
 )
 def test_what_is_no_conversation_is_refused(text, message):
     with pytest.raises(ValueError) as caught:
-        llama2.parse(text)
+        read(text)
     assert str(caught.value) == message
 
 
@@ -123,7 +127,7 @@ def render(conversation: Conversation) -> str:
 @given(data=st.data())
 def test_what_is_rendered_is_read_back(conversations, data):
     conversation = data.draw(conversations)
-    assert llama2.parse(render(conversation)) == conversation
+    assert read(render(conversation)) == conversation
 
 
 @given(data=st.data())
@@ -142,7 +146,7 @@ def test_every_real_row_is_read_and_written_back_or_has_an_empty_turn():
     refused, turns = {}, Counter()
     for number, row in enumerate(rows, start=1):
         try:
-            conversation = llama2.parse(row)
+            conversation = read(row)
         except ValueError as error:
             refused[number] = str(error)
             continue

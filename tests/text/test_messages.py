@@ -35,7 +35,7 @@ ANSWERED = (Turn("user", "hi"), Turn("assistant", "yo"))
     ],
 )
 def test_both_dialects_are_read(rows, expected):
-    assert messages.parse([{a: b, c: d} for a, b, c, d in rows]) == expected
+    assert messages.parse([{a: b, c: d} for a, b, c, d in rows]) == (expected, (), ())
 
 
 USER = {"role": "user", "content": "hi"}
@@ -51,21 +51,20 @@ SYSTEM = {"role": "system", "content": "be kind"}
         ([SYSTEM], "a conversation needs at least one turn"),
         ([USER, "yo"], "turn 2: expected an object with a role and a content, got str"),
         (
-            [USER, {"role": "tool", "content": "yo"}],
-            "turn 2: unknown role 'tool', expected one of system, user, human, assistant, gpt",
+            [USER, {"role": "robot", "content": "yo"}],
+            "turn 2: unknown role 'robot', expected one of system, user, human, assistant, gpt, tool",
         ),
         (
             [{"content": "hi"}],
-            "turn 1: unknown role None, expected one of system, user, human, assistant, gpt",
+            "turn 1: unknown role None, expected one of system, user, human, assistant, gpt, tool",
         ),
         (
             [{"role": ["user"], "content": "hi"}],
-            "turn 1: unknown role ['user'], expected one of system, user, human, assistant, gpt",
+            "turn 1: unknown role ['user'], expected one of system, user, human, assistant, gpt, tool",
         ),
-        (
-            [USER, {"role": "assistant", "content": None}],
-            "turn 2: the assistant's content is text, got NoneType",
-        ),
+        ([USER, {"role": "assistant"}], "turn 2: the assistant's content is text, got NoneType"),
+        ([USER, {"role": "assistant", "content": {"a": 1}}], "turn 2: the assistant's content is text, got dict"),
+        ([USER, {"role": "assistant", "content": [1]}], "turn 2: the assistant's content is text, got list"),
         ([{"role": "user"}], "turn 1: the user's content is text, got NoneType"),
         ([{"role": "system", "content": 3}, USER], "turn 1: the system's content is text, got int"),
         ([USER, {"role": "assistant", "content": " \n"}], "turn 2: a turn of the assistant is empty"),
@@ -78,10 +77,9 @@ SYSTEM = {"role": "system", "content": "be kind"}
             [{**USER, "from": "gpt"}],
             "turn 1: role and from hold different things, expected one of the two",
         ),
-        ([ASSISTANT], "turn 1 is the assistant's, expected the user's"),
-        ([SYSTEM, USER, USER], "turns 1 and 2 are both the user's; join the two into one"),
-        ([USER, ASSISTANT, ASSISTANT], "turns 2 and 3 are both the assistant's; join the two into one"),
-        ([SYSTEM, SYSTEM, USER], "two messages of the system stand before the first turn; join the two into one"),
+        ([SYSTEM, ASSISTANT], "only the assistant speaks, expected something that it answers"),
+        ([{"role": "user", "content": None}], "a conversation needs at least one turn"),
+        ([USER, ASSISTANT, [1]], "turn 3: expected an object with a role and a content, got list"),
         ([USER, SYSTEM], "turn 2: the system speaks, which it may only before the first turn"),
     ],
 )
@@ -95,3 +93,122 @@ def test_a_long_role_is_cut():
     with pytest.raises(ValueError, match="unknown role") as caught:
         messages.parse([{"role": "x" * 1000, "content": "hi"}])
     assert len(str(caught.value)) < 120
+
+
+def turns(*contents: str) -> tuple[Turn, ...]:
+    return tuple(Turn("assistant" if place % 2 else "user", content) for place, content in enumerate(contents))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected", "changed"),
+    [
+        ([USER, {"role": "user", "content": "you?"}, ASSISTANT], ["hi\n\nyou?", "yo"], [messages.JOINED["user"]]),
+        ([USER, ASSISTANT, ASSISTANT, USER], ["hi", "yo\n\nyo", "hi"], [messages.JOINED["assistant"]]),
+        ([ASSISTANT, USER, ASSISTANT], ["hi", "yo"], [messages.OPENING_LEFT_OUT]),
+        ([ASSISTANT, ASSISTANT, USER], ["hi"], [messages.JOINED["assistant"], messages.OPENING_LEFT_OUT]),
+        ([USER, {"role": "assistant", "content": None}, USER, ASSISTANT], ["hi\n\nhi", "yo"],
+         [messages.SAYS_NOTHING, messages.JOINED["user"]]),
+        ([{"role": "user", "content": None}, ASSISTANT, USER, ASSISTANT], ["hi", "yo"], [messages.UNSEEN]),
+        ([USER, ASSISTANT, {"role": "user", "content": None}, ASSISTANT], ["hi", "yo"], [messages.UNSEEN]),
+    ],
+)  # fmt: skip
+def test_turns_of_one_role_are_joined_and_what_nobody_answers_is_left_out(rows, expected, changed):
+    assert messages.parse(rows) == (Conversation(turns(*expected)), tuple(changed), ())
+
+
+def test_messages_of_the_system_in_a_row_are_one_system_text():
+    developer = {"role": "developer", "content": "be brief"}
+    parsed = messages.parse([SYSTEM, developer, USER, ASSISTANT])
+    assert parsed == (Conversation(ANSWERED, "be kind\n\nbe brief"), (messages.JOINED["system"],), ())
+    assert messages.parse([developer, USER, ASSISTANT]) == (Conversation(ANSWERED, "be brief"), (), ())
+
+
+def test_turns_that_are_joined_are_learned_only_if_each_is():
+    rows = [USER, {**ASSISTANT, "weight": 0}, ASSISTANT, USER, ASSISTANT]
+    assert [turn.learned for turn in messages.parse(rows).conversation.turns] == [True, False, True, True]
+
+
+def test_what_the_assistant_says_first_may_be_kept_behind_a_turn_of_the_user_s():
+    parsed = messages.parse([SYSTEM, ASSISTANT, USER], "(begins)")
+    assert parsed == (Conversation(turns("(begins)", "yo", "hi"), "be kind"), (messages.OPENING_KEPT,), ())
+    assert [turn.learned for turn in parsed.conversation.turns] == [False, True, True]
+    assert messages.parse([ASSISTANT], "(begins)").conversation == Conversation(turns("(begins)", "yo"))
+    assert messages.parse([USER, ASSISTANT], "(begins)") == (Conversation(ANSWERED), (), ())
+
+
+@pytest.mark.parametrize("user", ["user", "human", "User", "HUMAN", "prompter"])
+@pytest.mark.parametrize("assistant", ["assistant", "gpt", "model", "Bot", "chatgpt"])
+def test_roles_go_by_several_names(user, assistant):
+    rows = [{"from": user, "value": "hi"}, {"from": assistant, "value": "yo"}]
+    assert messages.parse(rows) == (Conversation(ANSWERED), (), ())
+
+
+ASKED = {"role": "user", "content": "How warm is it?"}
+TOLD = {"role": "assistant", "content": "18 degrees."}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "warmth", "arguments": "{}"}}
+WITH_RESULT = Conversation(turns("How warm is it?\n\n18", "18 degrees."))
+TOOLS = (messages.CALLED, messages.ANSWERED_BY_TOOL)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+         {"role": "tool", "tool_call_id": "call_1", "name": "warmth", "content": "18"}, TOLD],
+        [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "18"}, TOLD],
+        [ASKED, {"role": "assistant", "tool_calls": [CALL]},
+         {"role": "tool", "content": [{"type": "text", "text": "18"}]}, TOLD],
+        [ASKED, {"role": "assistant", "content": None, "function_call": {"name": "warmth", "arguments": "{}"}},
+         {"role": "function", "name": "warmth", "content": "18"}, TOLD],
+        [{"from": "human", "value": "How warm is it?"}, {"from": "function_call", "value": '{"name": "warmth"}'},
+         {"from": "observation", "value": "18"}, {"from": "gpt", "value": "18 degrees."}],
+        [{"from": "human", "value": "How warm is it?"}, {"from": "function-call", "value": '{"name": "warmth"}'},
+         {"from": "function-response", "value": "18"}, {"from": "gpt", "value": "18 degrees."}],
+    ],
+    ids=["OpenAI", "blank", "no content", "functions", "ShareGPT", "Glaive"],
+)  # fmt: skip
+def test_a_tool_s_call_is_not_learned_and_its_result_stands_in_the_prompt(rows):
+    assert messages.parse(rows) == (WITH_RESULT, TOOLS, ())
+
+
+def test_what_is_said_beside_a_call_is_learned_and_a_result_may_be_an_object():
+    rows = [ASKED, {**ASSISTANT, "tool_calls": [CALL]}, {"role": "tool", "content": {"at": "noon", "is": 18}}, TOLD]
+    expected = turns("How warm is it?", "yo", '{"at": "noon", "is": 18}', "18 degrees.")
+    assert messages.parse(rows) == (Conversation(expected), TOOLS, ())
+
+
+def test_parts_of_a_content_are_joined_and_images_are_not_learned():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,xx"}}
+    words = [{"type": "text", "text": "Look."}, image, {"type": "input_text", "text": "What is it?"}]
+    seen = ("rows with parts of type 'image_url', which are not learned",)
+    rows = [{"role": "user", "content": words}, {"role": "assistant", "content": [{"type": "text", "text": "yo"}]}]
+    assert messages.parse(rows) == (Conversation(turns("Look.\nWhat is it?", "yo")), seen, ())
+    assert messages.parse([{"role": "user", "content": [image]}, ASSISTANT, USER, ASSISTANT]) == (
+        Conversation(ANSWERED), (*seen, messages.UNSEEN), ()
+    )  # fmt: skip
+    # As parquet fills them up, and as they are without a type.
+    filled = [{"type": "text", "text": "hi", "image_url": None}, {"type": "image", "text": None}]
+    assert messages.parse([{"role": "user", "content": filled}, ASSISTANT]).conversation == Conversation(ANSWERED)
+    for content in (["hi"], [{"text": "hi"}], {"type": "text", "text": "hi"}):
+        assert messages.parse([{"role": "user", "content": content}, ASSISTANT]) == (Conversation(ANSWERED), (), ())
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["hi", "yo"],
+        [{"input": "hi", "output": "yo"}],
+        [{"human": "hi", "assistant": "yo"}],
+        {"role": ["user", "assistant"], "content": ["hi", "yo"]},
+        {"from": ["human", "gpt"], "value": ["hi", "yo"]},
+    ],
+)
+def test_other_lists_of_turns_are_read(rows):
+    assert messages.parse(rows) == (Conversation(ANSWERED), (), ())
+
+
+def test_pairs_may_bring_a_system_text_and_say_what_is_learned():
+    rows = [{"system": "be kind", "input": "a", "output": "b", "train": False}, {"input": "c", "output": "d", "id": 3}]
+    parsed = messages.parse(rows)
+    assert parsed == (Conversation(turns("a", "b", "c", "d"), "be kind"), (), ("key 'id' of a turn",))
+    assert [turn.learned for turn in parsed.conversation.turns] == [True, False, True, True]

@@ -33,7 +33,7 @@ ENOUGH = ["--max_new_tokens", "24"]
 
 def questions(count):
     rows = demo.TEST.read_text(encoding="utf-8").splitlines()[:count]
-    return [guanaco.parse(json.loads(row)["text"]).turns[0].content for row in rows]
+    return [guanaco.parse(json.loads(row)["text"])[1]["content"] for row in rows]
 
 
 def read(path):

@@ -73,7 +73,9 @@ def conversations_to_compare(
 
         data = checked("data", ChatDataModule, settings["data"])
         options = (data["validation_source"], data["validation_share"], settings.get("seed_everything", 42))
-        parts, rows = Parts(data["source"], *options, reading._replace(form=data["form"])), RunRows.read(record)
+        own = {name: data[name] for name in ("form", "columns", "opening")}
+        reading = reading._replace(**own, is_whole=data["train_on"] == "all")
+        parts, rows = Parts(data["source"], *options, reading), RunRows.read(record)
         try:
             records, _ = parts.held_out(rows)
             name = f"held-out conversations of {Path(data['source']).name}"

@@ -9,12 +9,12 @@ from typing import Any
 
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import is_hub_id
 from lit_qlora.errors import UserError
 from lit_qlora.forecast.foresee import Rows, guanaco_lengths
 from lit_qlora.forecast.memory import Samples
 from lit_qlora.model.base import Base, stored_file
+from lit_qlora.text.formats import chosen
 
 CHARACTERS_PER_TOKEN, TOKENS_PER_TURN = 3.3, 6
 """Measured on Guanaco's conversations with Llama 2's tokenizer: characters per token, and tokens added by the
@@ -69,7 +69,7 @@ def _has_tokenizer(data: ChatDataModule, base: Base) -> bool:
 
 
 def _rows(data: ChatDataModule, has_tokenizer: bool) -> Rows:
-    reading = data.reading if has_tokenizer else Reading(data.form, data.strict)
+    reading = data.reading if has_tokenizer else data.reading_for(chosen())
     try:
         train, _ = data.parts(reading).train_and_held_out()
     except UserError:

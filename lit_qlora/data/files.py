@@ -1,4 +1,4 @@
-"""Owns the reading of local files: .jsonl, .json, .csv and .parquet to rows that know their place.
+"""Owns the reading of local files: .jsonl, .json, .csv and .parquet, packed or not, to rows that know their place.
 
 `read_rows` is its interface. Every fault is one line that starts with the file, and the line or row in it: a row's
 fault takes its place, a file's fault ends the reading. Knows a row as named columns, not its meaning.
@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from lit_qlora.errors import UserError, excerpt
+from lit_qlora.text.messages import holds_messages
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
+PACKED = (".gz", ".zst", ".bz2", ".xz")
+"""What may stand behind an ending: the file is unpacked while it is read."""
+COMPRESSED = (*PACKED, ".zip", ".tar", ".tgz", ".7z")
 ELSEWHERE = (
     "instruction", "prompt", "question", "input", "query", "output", "response", "completion", "answer", "chosen",
     "rejected",
 )  # fmt: skip
 """Columns of other forms of rows: where a .csv begins with one, its first line does name the columns."""
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""What stands between the cells of a .csv, the usual one first."""
 EXAMPLE = '{"text": "### Human: …### Assistant: …"}'
 
 
@@ -40,19 +45,20 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     """Read every row of a file, by its ending; the first line of a .csv has to name one of ``columns``.
 
     A .json or .jsonl file holds a row on each line, or rows over several lines, or a list of rows, which may stand
-    under a name.
+    under a name. A list of messages stands for a row that has them in its column ``messages``.
 
     Raises:
         UserError: when the file can't be read, is not what its ending says, or holds no rows.
     """
-    ending = path.suffix.lower()
+    packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    ending = Path(path.name.lower().removesuffix(packing)).suffix
     if ending in COMPRESSED:
         raise UserError(f"is compressed, expected one of {', '.join(ENDINGS)}", place=path, remedy="unpack it first")
     if ending not in ENDINGS:
         raise UserError(
             f"the ending is {ending!r}, expected one of {', '.join(ENDINGS)}", place=path, remedy="convert the file"
         )
-    data = _read_bytes(path)
+    data = _checked(path, _unpack(path, _read_bytes(path), packing)) if packing else _checked(path, _read_bytes(path))
     if ending == ".parquet":
         rows = list(_parquet_rows(path, data))
     elif ending == ".csv":
@@ -96,13 +102,41 @@ def _read_bytes(path: Path) -> bytes:
         raise UserError(
             f"can't be read ({error.strerror})", place=path, remedy="check the file's permissions"
         ) from error
-    start = data[:200].lstrip().lower()
-    if not data:
-        raise UserError("is empty (0 bytes)", place=path, remedy="check how it was made, or download it again")
-    if start.startswith(b"version https://git-lfs"):
+    if data.startswith(b"version https://git-lfs"):
         raise UserError(
             "is a git-LFS pointer, not the data", place=path, remedy="run 'git lfs pull' where it was cloned"
         )
+    return data
+
+
+def _unpack(path: Path, data: bytes, packing: str) -> bytes:
+    """What ``data`` holds. Raises UserError where it is not whole."""
+    import bz2
+    import gzip
+    import lzma
+    import zlib
+
+    unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress, ".zst": _unpack_zst}[packing]
+    try:
+        return unpack(data) if data else data
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(
+            f"can't be unpacked ({_reason(error)})", place=path, remedy="it may be cut short, download it again"
+        ) from error
+
+
+def _unpack_zst(data: bytes) -> bytes:
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
+        return bytes(stream.read())
+
+
+def _checked(path: Path, data: bytes) -> bytes:
+    """``data``. Raises UserError where it is none."""
+    start = data[:200].lstrip().lower()
+    if not data:
+        raise UserError("is empty (0 bytes)", place=path, remedy="check how it was made, or download it again")
     if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
         raise UserError(
             "is a web page, not data", place=path, remedy="download the file itself ('resolve' in its link, not 'blob')"
@@ -214,7 +248,7 @@ def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] |
     Raises UserError for several lists of rows, or columns in place of rows.
     """
     if not isinstance(value, dict):
-        return value if isinstance(value, list) else None
+        return value if isinstance(value, list) and not holds_messages(value) else None
     if _is_by_columns(value, columns):
         raise UserError(
             f"is written by columns, expected a list of rows, got {excerpt(value)}",
@@ -257,12 +291,12 @@ def read_cells(path: Path) -> list[tuple[str, list[str]]]:
 
     Raises UserError when the file can't be read or is no CSV.
     """
-    return list(_csv_cells(path, _decode(path, _read_bytes(path))))
+    return list(_csv_cells(path, _decode(path, _checked(path, _read_bytes(path)))))
 
 
-def _csv_cells(path: Path, text: str) -> Iterator[tuple[str, list[str]]]:
+def _csv_cells(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     while True:
         where = f"{path}:{reader.line_num + 1}"
         try:
@@ -277,9 +311,23 @@ def _csv_cells(path: Path, text: str) -> Iterator[tuple[str, list[str]]]:
             yield where, cells
 
 
+def _delimiter(path: Path, text: str, columns: Sequence[str]) -> str:
+    """What stands between cells: a comma, or else what Excel and databases put there, by the first line."""
+
+    def known(delimiter: str) -> tuple[int, int]:
+        try:
+            _, cells = next(_csv_cells(path, text, delimiter), ("", []))
+        except UserError:
+            return 0, 0
+        return sum(cell in (*columns, *ELSEWHERE) for cell in cells), len(cells)
+
+    return max(DELIMITERS, key=known)
+
+
 def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
-    header: list[str] = []
-    for where, cells in _csv_cells(path, text):
+    text = re.sub(r"\Asep=[,;\t]\r?\n", "\n", text)  # as Excel has it
+    delimiter, header = _delimiter(path, text, columns), list[str]()
+    for where, cells in _csv_cells(path, text, delimiter):
         if not header:
             header = cells
             doubled = [name for name in header if header.count(name) > 1]
@@ -288,14 +336,17 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
                     f"two columns are named {excerpt(doubled[0])}", place=where, remedy="rename or remove one"
                 )
             if not any(nearest(name.lower(), [*columns, *ELSEWHERE]) for name in header):
+                wanted, others = (
+                    ("text", "; give other names with data.columns") if "text" in columns else (columns[-1], "")
+                )
                 raise UserError(
-                    f"no column {columns[-1]!r}, columns found: {excerpt(header)}",
+                    f"no column {wanted!r}, columns found: {excerpt(header)}",
                     place=where,
-                    remedy="the first line of a .csv names the columns",
+                    remedy=f"the first line of a .csv names the columns{others}",
                 )
         elif len(cells) != len(header):
             what = f"{len(cells)} columns, expected {len(header)} as in the first line, got {excerpt(cells)}"
-            remedy = "put quotes around texts that hold commas"
+            remedy = f"put quotes around texts that hold {DELIMITERS[delimiter]}"
             yield Row(where, {}, UserError(what, place=where, remedy=remedy))
         else:
             yield Row(where, dict(zip(header, cells, strict=True)))
@@ -318,6 +369,8 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
 def _row(where: str, value: object) -> Row:
     if isinstance(value, dict):
         return Row(where, value)
+    if holds_messages(value):
+        return Row(where, {"messages": value})
     what = f"holds {kind(value)}, expected an object such as {EXAMPLE}, got {excerpt(value)}"
     return Row(where, {}, UserError(what, place=where, remedy="mend or delete it"))
 

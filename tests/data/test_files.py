@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import io
+import lzma
 from pathlib import Path
 
 import pyarrow
@@ -124,7 +127,7 @@ BAD_FILES = {
         "a.csv",
         b"### Human: hi### Assistant: yo\n",
         "a.csv:1: no column 'text', columns found: ['### Human: hi### Assistant: yo'];"
-        " the first line of a .csv names the columns",
+        " the first line of a .csv names the columns; give other names with data.columns",
     ),
     "csv header only": ("a.csv", b"text\n", f"a.csv: {NO_ROWS}"),
     "csv loose comma": (
@@ -133,17 +136,39 @@ BAD_FILES = {
         "a.csv:3: 3 columns, expected 2 as in the first line, got ['2', 'hi', ' you'];"
         " put quotes around texts that hold commas",
     ),
+    "csv loose semicolon": (
+        "a.csv",
+        b"id;text\n1;hi; you\n",
+        "a.csv:2: 3 columns, expected 2 as in the first line, got ['1', 'hi', ' you'];"
+        " put quotes around texts that hold semicolons",
+    ),
     "csv short row": (
         "a.csv",
         b"id,text\n1\n",
         "a.csv:2: 1 columns, expected 2 as in the first line, got ['1']; put quotes around texts that hold commas",
     ),
     "parquet without rows": ("a.parquet", parquet([]), f"a.parquet: {NO_ROWS}"),
-    "compressed": (
-        "a.jsonl.gz",
-        b"\x1f\x8b\x08",
-        "a.jsonl.gz: is compressed, expected one of .jsonl, .json, .csv, .parquet; unpack it first",
+    "a kind of archive": (
+        "a.jsonl.zip",
+        b"PK\x03\x04",
+        "a.jsonl.zip: is compressed, expected one of .jsonl, .json, .csv, .parquet; unpack it first",
     ),
+    "packed archive": (
+        "a.tar.gz",
+        b"\x1f\x8b\x08",
+        "a.tar.gz: is compressed, expected one of .jsonl, .json, .csv, .parquet; unpack it first",
+    ),
+    "packed pointer": (
+        "a.jsonl.gz",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a.jsonl.gz: is a git-LFS pointer, not the data; run 'git lfs pull' where it was cloned",
+    ),
+    "packed emptiness": (
+        "a.jsonl.gz",
+        gzip.compress(b""),
+        "a.jsonl.gz: is empty (0 bytes); check how it was made, or download it again",
+    ),
+    "packed web page": ("a.jsonl.gz", gzip.compress(b"<!DOCTYPE html>\n<html>"), f"a.jsonl.gz: {WEB_PAGE}"),
     "secretly compressed": (
         "a.jsonl",
         b"\x1f\x8b\x08",
@@ -282,6 +307,41 @@ GOOD_FILES = {
     ),
     "csv of another form": ("a.csv", b"instruction,output\na,b\n", [("a.csv:2", {"instruction": "a", "output": "b"})]),
     "csv near column": ("a.csv", b"Texts\nhi\n", [("a.csv:2", {"Texts": "hi"})]),
+    "csv of Excel": (
+        "a.csv",
+        b'\xef\xbb\xbfinstruction;output\r\n"a; b";"c, d"\r\n',
+        [("a.csv:2", {"instruction": "a; b", "output": "c, d"})],
+    ),
+    "csv that says what it is": ("a.csv", b"sep=;\r\ntext;id\r\nhi;1\r\n", [("a.csv:3", {"text": "hi", "id": "1"})]),
+    "csv with tabs": ("a.csv", b"question\tanswer\na, b\tc\n", [("a.csv:2", {"question": "a, b", "answer": "c"})]),
+    "csv of one column with others inside": ("a.csv", b"text\na;b\n", [("a.csv:2", {"text": "a;b"})]),
+    "csv with an index of pandas": ("a.csv", b",text\n0,hi\n", [("a.csv:2", {"": "0", "text": "hi"})]),
+    "lists of messages": (
+        "a.json",
+        b'[[{"role": "user", "content": "a"}], [{"from": "human", "value": "b"}]]',
+        [
+            ("a.json: row 1", {"messages": [{"role": "user", "content": "a"}]}),
+            ("a.json: row 2", {"messages": [{"from": "human", "value": "b"}]}),
+        ],
+    ),
+    "a list of messages on each line": (
+        "a.jsonl",
+        b'[{"role": "user", "content": "a"}]\n[{"role": "user", "content": "b"}]\n',
+        [
+            ("a.jsonl:1", {"messages": [{"role": "user", "content": "a"}]}),
+            ("a.jsonl:2", {"messages": [{"role": "user", "content": "b"}]}),
+        ],
+    ),
+    "one list of messages": (
+        "a.json",
+        b'[{"role": "user", "content": "a"}]',
+        [("a.json:1", {"messages": [{"role": "user", "content": "a"}]})],
+    ),
+    "pandas, a table": (
+        "a.json",
+        b'{"schema": {"fields": [{"name": "text"}]}, "data": [{"index": 0, "text": "hi"}]}',
+        [("a.json: row 1", {"index": 0, "text": "hi"})],
+    ),
     "parquet": (
         "a.parquet",
         parquet([{"messages": [{"role": "user", "content": "hi"}]}, {"messages": None}]),
@@ -316,3 +376,45 @@ def test_a_fault_stands_in_its_row_s_place():
         ("a.jsonl:4", False),
         ("a.jsonl:5", True),
     ]
+
+
+def zst(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst}
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("a.jsonl", GOOD + GOOD), ("a.json", b"[" + GOOD + b"," + GOOD + b"]"), ("a.csv", b"text\n" + 2 * b"hi\n"),
+     ("a.parquet", parquet([HI, HI]))],
+)  # fmt: skip
+def test_a_packed_file_is_unpacked(packing, name, data):
+    Path(name).write_bytes(data)
+    Path(f"{name}{packing}").write_bytes(PACK[packing](data))
+    plain, packed = read_rows(Path(name), COLUMNS), read_rows(Path(f"{name}{packing}"), COLUMNS)
+    assert len(plain) == 2
+    assert [(row.where, row.value) for row in packed] == [
+        (row.where.replace(name, f"{name}{packing}"), row.value) for row in plain
+    ]
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_a_packed_file_that_is_not_whole(packing, expect_error):
+    data = b"".join(b'{"text": "%d"}\n' % (number * 7919 % 100_003) for number in range(20_000))
+    name = f"a.jsonl{packing}"
+    for broken in (PACK[packing](data)[:-9], PACK[packing](data)[:2000], b"no such thing"):
+        Path(name).write_bytes(broken)
+        expect_error(lambda: read_rows(Path(name), COLUMNS), "can't be unpacked", "download it again", place=name)
+
+
+def test_files_one_behind_the_other_in_a_packed_one():
+    Path("a.jsonl.gz").write_bytes(gzip.compress(GOOD) * 2)
+    Path("a.jsonl.zst").write_bytes(zst(GOOD) * 2)
+    assert len(read_rows(Path("a.jsonl.gz"), COLUMNS)) == 2
+    assert len(read_rows(Path("a.jsonl.zst"), COLUMNS)) == 2

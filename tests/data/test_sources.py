@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import subprocess
@@ -84,12 +85,11 @@ def test_two_names_of_one_split_are_refused():
         find_splits("mine")
 
 
-def test_a_compressed_split_is_not_passed_over():
+def test_a_packed_split_is_not_passed_over():
     write("mine/train.jsonl")
-    write("mine/validation.jsonl.gz")
+    Path("mine/validation.jsonl.gz").write_bytes(gzip.compress(b'{"text": "y"}\n'))
     assert find_splits("mine").names == {"train": "train", "validation": "validation"}
-    with pytest.raises(UserError, match=r"mine/validation.jsonl.gz: is compressed.*unpack it first"):
-        read_source("mine", "validation")
+    assert read_source("mine", "validation") == [Row("mine/validation.jsonl.gz:1", {"text": "y"})]
 
 
 def test_what_else_a_folder_holds_is_named():

@@ -80,18 +80,27 @@ def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, An
 
 
 def is_plain_type(hint: Any) -> bool:
-    """True if values of a type are texts, numbers, booleans and lists of them: a class could bring code."""
+    """True if values of a type are texts, numbers, booleans, and lists and tables of them: a class could bring code."""
     if get_origin(hint) is Literal:
         return True
-    if get_origin(hint) in (Union, UnionType, list):
+    if get_origin(hint) in (Union, UnionType, list, dict):
         return all(map(is_plain_type, get_args(hint)))
     return hint in (str, int, float, bool, NoneType)
 
 
-def is_plain(value: Any) -> bool:
-    """True if a value is a text, a number that a file can hold, a boolean, None, or a list of them."""
-    values = value if isinstance(value, list) else [value]
-    return all(isinstance(one, str | int | float | None) and not is_too_large(one) for one in values)
+def takes_names(hint: Any) -> bool:
+    """True if a type is that of a table, or a union with one: what is in the table are options below it."""
+    return get_origin(hint) is dict or any(map(takes_names, get_args(hint) if get_origin(hint) is not list else ()))
+
+
+def is_plain(value: Any, hint: Any) -> bool:
+    """True if a value is a text, a number that a file can hold, a boolean, None, or a list of them, or of tables of
+    them where the type ``hint`` has tables."""
+    if isinstance(value, list):
+        return all(is_plain(one, hint) for one in value)
+    if isinstance(value, dict):
+        return "dict" in str(hint) and all(is_plain(one, None) for one in [*value, *value.values()])
+    return isinstance(value, str | int | float | None) and not is_too_large(value)
 
 
 def is_too_large(value: Any) -> bool:

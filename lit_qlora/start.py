@@ -31,6 +31,7 @@ from lit_qlora.options import (
     is_plain,
     is_plain_type,
     option,
+    takes_names,
     with_values,
 )
 from lit_qlora.place import CONFIGS, find_config
@@ -143,7 +144,7 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
             raise UserError(
                 f"expected the text of a template, got {excerpt(value)}", option=name, place=place, remedy=REMEDY
             )
-        elif name == known and is_plain(value):
+        elif (name == known or takes_names(types[known])) and is_plain(value, types[known]):
             kept[name] = value
         else:
             raise UserError(

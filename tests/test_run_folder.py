@@ -171,6 +171,12 @@ def test_a_plain_value_of_such_an_option_holds(run: Path, parser: RunParser) -> 
     assert (options.trainer.logger, options.trainer.callbacks) == (False, None)
 
 
+def test_names_below_a_table_are_options_of_it(run: Path, parser: RunParser) -> None:
+    (run / "config.yaml").write_text("data:\n  columns: {user: Frage, assistant: Antwort}\n")
+    assert _parse(parser, run).data.columns == {"user": "Frage", "assistant": "Antwort"}
+    assert _parse(parser, run, "--data.columns.user", "Q").data.columns == {"user": "Q", "assistant": "Antwort"}
+
+
 def test_what_the_command_line_names_is_taken_from_it_without_a_warning(
     run: Path, parser: RunParser, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -381,7 +381,10 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowError:
                 if is_list == (form.holds == "a list") and nearest(str(name).lower(), [known], cutoff=0.8):
                     remedy = RowError(problem, f"rename {name!r} to {known!r}")
                     return _by_columns(problem, {known: str(name)}) if is_to_train else remedy
-    return RowError(problem, f"write rows such as {EXAMPLE if is_to_train else _messages('…', '…')}")
+    has_texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values()) > 1
+    named = "name them with --data.columns.user COLUMN --data.columns.assistant COLUMN, or "
+    example = EXAMPLE if is_to_train else _messages("…", "…")
+    return RowError(problem, f"{named if has_texts and is_to_train else ''}write rows such as {example}")
 
 
 def _wanted(forms: Sequence[RowForm]) -> str:

@@ -263,6 +263,8 @@ def test_columns_that_make_up_no_form(columns, form, words, option, expect_error
         ({"message": TURNS}, "give --data.columns.messages message"),
         ({"my items": SHARED}, "give --data.columns.messages 'my items'"),
         ({"turns": json.dumps(TURNS)}, "give --data.columns.messages turns"),
+        ({"Frage": "hi", "Antwort": "yo"}, "name them with --data.columns.user COLUMN --data.columns.assistant COLUMN,"
+         ' or write rows such as {"text": "### Human: …### Assistant: …"}'),
         # Not by its name alone.
         ({"message": "hi"}, 'write rows such as {"text": "### Human: …### Assistant: …"}'),
         ({"context": "hi"}, 'write rows such as {"text": "### Human: …### Assistant: …"}'),

@@ -2,13 +2,14 @@
 
 Characters outside of the console's encoding are shown by their codes. A terminal that hung up, or a pipe whose reader
 has ended (`| tee log`, which a Ctrl-C or a lost connection ends too), must not end a run before it is saved. `tell`
-prints messages during a run.
+prints messages during a run, `progress_bar` makes bars.
 """
 
 import errno
 import io
 import os
 import sys
+from shutil import get_terminal_size
 from typing import Any
 
 
@@ -69,6 +70,14 @@ def _lasting(stream: io.TextIOWrapper, kind: type[_Lasting]) -> io.TextIOWrapper
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def progress_bar(label: str, **options: Any) -> Any:
+    """A bar of tqdm's, with its ``options``, on standard error; hidden unless that is a terminal."""
+    from tqdm import tqdm  # here: --help needs none
+
+    size = get_terminal_size()  # tqdm's own guess shows nothing in a terminal without a size
+    return tqdm(desc=label, ncols=size.columns, nrows=size.lines, disable=not sys.stderr.isatty(), **options)
 
 
 def tell(line: str) -> None:

@@ -4,6 +4,8 @@ The command line prints them as one line and exits with status 2; any other exce
 traceback. Knows nothing of what raises them.
 """
 
+import difflib
+from collections.abc import Iterable
 from os import PathLike
 from typing import Any
 
@@ -97,6 +99,17 @@ def require(holds: bool, option: str, expected: str, got: object, *, place: str 
     """Raises UserError with ``option``, what was expected and what was found, unless ``holds``."""
     if not holds:
         raise UserError(f"expected {expected}, got {excerpt(got)}", option=option, place=place)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None:
+    """The one of ``known`` that ``name`` was probably meant for; None if none is near."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
+
+
+def suggestion(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
+    """The `nearest` name as the end of a sentence; empty if none is near."""
+    near = nearest(name, known, cutoff)
+    return f", did you mean {near!r}?" if near else ""
 
 
 def excerpt(value: object) -> str:

@@ -3,7 +3,6 @@
 jsonargparse does the parsing. Does not know what any option means.
 """
 
-import difflib
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lit_qlora.elsewhere import here
-from lit_qlora.errors import SecretError, UserError, cut, excerpt, one_line
+from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest, one_line
 from lit_qlora.place import CONFIGS
 from lit_qlora.secrecy import holds_secret
 
@@ -144,8 +143,8 @@ def _nearest_class(name: str, hint: Any) -> str:
     """The remedy for an unknown class of type ``hint``."""
     names = [kind.__name__ for kind in _subclasses(hint) if not kind.__name__.startswith("_")]
     known = {_bare(name): name for name in names} | {re.sub("logger$", "", _bare(name)): name for name in names}
-    near = difflib.get_close_matches(_bare(name.rpartition(".")[2]), known, 1, 0.75)
-    return f"did you mean {known[near[0]]!r}?" if near else "give one of Lightning's, or your own as MODULE.CLASS"
+    near = nearest(_bare(name.rpartition(".")[2]), known)
+    return f"did you mean {known[near]!r}?" if near else "give one of Lightning's, or your own as MODULE.CLASS"
 
 
 def _bare(name: str) -> str:
@@ -213,10 +212,8 @@ def did_you_mean(name: str, names: list[str]) -> str:
     known = here(name, names)
     if known and name not in names:
         return known
-    near = difflib.get_close_matches(name, names, 1, 0.75)
-    if not near:
-        near = [known for known in names if known.rpartition(".")[2] == last][:1]
-    return f"did you mean {near[0]!r}?" if near else HELP
+    near = nearest(name, names) or next((known for known in names if known.rpartition(".")[2] == last), None)
+    return f"did you mean {near!r}?" if near else HELP
 
 
 def plain(value: Any) -> Any:
@@ -267,8 +264,8 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
         folder = path.parent if path.parent.is_dir() else Path("configs")
         known = [str(file) for file in sorted(folder.glob("*.y*ml"))]
         own = [file.stem for file in sorted(CONFIGS.glob("*.yaml"))]
-        near = difflib.get_close_matches(str(path), known, 1, 0.6) or difflib.get_close_matches(path.stem, own, 1, 0.6)
-        raise UserError(f"no file {path}", option="config", remedy=f"did you mean {near[0]}?" if near else None)
+        near = nearest(str(path), known, 0.6) or nearest(path.stem, own, 0.6)
+        raise UserError(f"no file {path}", option="config", remedy=f"did you mean {near}?" if near else None)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -4,7 +4,6 @@ Called by `training.py`. Knows the run's files and settings; loads no model and 
 """
 
 import math
-import shutil
 import sys
 from collections.abc import Mapping
 from itertools import count
@@ -36,8 +35,8 @@ from lit_qlora.options import (
 )
 from lit_qlora.place import CONFIGS, find_config
 from lit_qlora.storage import settings
-from lit_qlora.storage.checkpoint_io import RECORD, check_checkpoint, checkpoint_folder
-from lit_qlora.storage.files import size
+from lit_qlora.storage.checkpoint_io import RUN, check_checkpoint, checkpoint_folder
+from lit_qlora.storage.files import require_room
 from lit_qlora.storage.folders import DamagedFolderError
 from lit_qlora.storage.run import (
     RUNS,
@@ -274,7 +273,7 @@ def _first_settings(run: RunFolder) -> dict[str, Any] | None:
 def _record(run: RunFolder) -> dict[str, Any]:
     """The record of the run in its newest intact checkpoint; empty without one."""
     folder, _ = run.last_checkpoint(check_checkpoint)
-    return dict(load_state(folder, with_tensors=False)[RECORD]) if folder else {}
+    return dict(load_state(folder, with_tensors=False)[RUN]) if folder else {}
 
 
 def check_graphs(cuda_graphs: bool | str, packing: bool) -> None:
@@ -312,15 +311,8 @@ def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> No
         download = 0
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    cache = Path(HF_HUB_CACHE)
-    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
-    if free < download:
-        raise UserError(
-            f"{module.base.name} is a download of {size(download)}, and the disk of the hub's cache "
-            f"has {size(free)} left",
-            option="model.base",
-            remedy="free some, or set HF_HOME to a larger disk",
-        )
+    what = f"the download of {module.base.name}"
+    require_room(Path(HF_HUB_CACHE), download, what, option="model.base", remedy="set HF_HOME to a larger disk")
 
 
 def checkpoint_to_resume(run: RunFolder) -> Path | None:

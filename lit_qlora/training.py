@@ -379,9 +379,7 @@ def in_one_line() -> Iterator[None]:
     try:
         yield
     except MisconfigurationException as error:
-        raise UserError(
-            " ".join(str(error).split()), option="trainer", remedy="change or leave out that option"
-        ) from error
+        raise UserError(one_line(error), option="trainer", remedy="change or leave out that option") from error
 
 
 def main(args: list[str]) -> int:

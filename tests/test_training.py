@@ -423,10 +423,10 @@ def test_a_vocabulary_that_does_not_fit(
 @pytest.mark.parametrize(
     ("free", "message"),
     [
-        (1_000_000, "run: runs/demo will need 8.0 MB for checkpoints, and its disk has 1.0 MB left"),
+        (1_000_000, "run: runs/demo, with its checkpoints, needs 8.0 MB, and the disk has 1.0 MB left"),
         (
             5_000_000_000,
-            "model.base: someone/llama is a download of 13.5 GB, and the disk of the hub's cache has 5.0 GB",
+            "model.base: the download of someone/llama needs 13.5 GB, and the disk has 5.0 GB",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.errors import UserError
 from lit_qlora.model import fingerprint
-from lit_qlora.storage.checkpoint_io import RECORD
+from lit_qlora.storage.checkpoint_io import RUN
 from lit_qlora.storage.state import load_state
 
 REMEDY = {
@@ -96,11 +96,11 @@ class RunIdentity(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record."""
-        checkpoint[RECORD] = _describe_base(pl_module) | _describe_data(trainer) | {"settings": self.settings}
+        checkpoint[RUN] = _describe_base(pl_module) | _describe_data(trainer) | {"settings": self.settings}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compare the base. Raises UserError with was -> is if it differs."""
-        was, now = checkpoint[RECORD], _describe_base(pl_module)
+        was, now = checkpoint[RUN], _describe_base(pl_module)
         if fingerprint.is_of(str(was["base"]), pl_module.base):  # type: ignore[arg-type]
             now["base"] = was["base"]  # recorded by another version, or for another copy
         _compare(was, now)
@@ -126,7 +126,7 @@ class RunIdentity(Callback):
 
 def _record(checkpoint: dict[str, Any], folder: object) -> dict[str, Any]:
     """The record of the run in ``checkpoint``, from ``folder``. Raises UserError if it is incomplete."""
-    found = checkpoint[RECORD]
+    found = checkpoint[RUN]
     missing = {*REMEDY, "base_name", "steps"} - (found.keys() if isinstance(found, dict) else set())
     if missing:
         raise UserError(
@@ -169,4 +169,4 @@ def _told(part: str, record: dict[str, Any]) -> str:
     if part == "base":
         return f"{record['base_name']} ({fingerprint.shown(value)})"
     *words, digits = value.split()
-    return " ".join([*words, digits[: fingerprint.SHOWN]]) if len(digits) == 64 else value
+    return " ".join([*words, digits[: fingerprint.SHOWN_DIGITS]]) if len(digits) == 64 else value

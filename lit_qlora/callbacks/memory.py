@@ -8,8 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.callbacks.record import record
-
-GIB = 1024**3
+from lit_qlora.storage.files import GIB
 
 
 class PeakMemory(Callback):

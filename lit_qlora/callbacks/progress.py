@@ -1,7 +1,6 @@
 """Owns the progress bar: one for the whole run, with loss, tokens per second and time left. Knows no files."""
 
 import sys
-from shutil import get_terminal_size
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from lit_qlora.callbacks.metrics import TrainMetrics
 from lit_qlora.callbacks.steps import StepCallback, is_log_step
 from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.console import progress_bar
 
 
 class RunProgress(StepCallback, ProgressBar):
@@ -31,15 +31,7 @@ class RunProgress(StepCallback, ProgressBar):
         """Open the bar at the step of a resumed run."""
         total = trainer.datamodule.num_optimizer_steps()  # type: ignore[attr-defined]
         shape = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self._bar = tqdm(
-            total=total,
-            initial=trainer.global_step,
-            desc="train",
-            bar_format=shape,
-            ncols=get_terminal_size().columns,  # tqdm's own guess shows nothing in a terminal without a size
-            nrows=get_terminal_size().lines,
-            disable=not self.is_terminal,
-        )
+        self._bar = progress_bar("train", total=total, initial=trainer.global_step, bar_format=shape)
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         """Refresh the displayed time: a step may have many micro-batches."""
@@ -61,13 +53,7 @@ class RunProgress(StepCallback, ProgressBar):
         """Open a short-lived bar in place of the other one."""
         if self._bar is not None:
             self._bar.clear()
-        self._validation = tqdm(
-            total=sum(trainer.num_val_batches),
-            desc="validate",
-            leave=False,
-            position=0,
-            disable=not self.is_terminal,
-        )
+        self._validation = progress_bar("validate", total=sum(trainer.num_val_batches), leave=False, position=0)
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Moves it."""

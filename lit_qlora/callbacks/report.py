@@ -5,7 +5,7 @@ Figures come from the run's own files, so a resumed run reports all of it. Knows
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,21 +20,15 @@ from lit_qlora.callbacks.steps import is_last_step
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.console import tell
 from lit_qlora.errors import one_line
+from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.lines import iter_lines, read_lines
 from lit_qlora.figures.report import versions, write_report
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
-from lit_qlora.forecast.memory import GIB, step_memory
-from lit_qlora.storage.files import SaveError, write_file
+from lit_qlora.forecast.memory import step_memory
+from lit_qlora.storage.files import GIB, SaveError, write_file
 from lit_qlora.storage.run import RunFolder
-
-ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("held-out loss", "val/loss", lambda value: f"{value:.4f}"),
-    ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
-    ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
-)
-
 
 NO_GAIN = "and no better than before training"
 
@@ -186,7 +180,7 @@ def before_and_after(run: RunFolder) -> list[str]:
         return []
     before, after = by_step[0], by_step[best["step"]]
     lines = [f"{'':32}{'before':>12}   after (step {best['step']}, the best)"]
-    for title, name, show in ROWS:
+    for title, name, show in HELD_OUT:
         if name in before and name in after:
             lines.append(f"{title:32}{show(float(before[name])):>12}   {show(float(after[name]))}")
     for title, first, last in ends_in_words(before, after):

@@ -5,7 +5,6 @@ fault takes its place, a file's fault ends the reading. Knows a row as named col
 """
 
 import csv
-import difflib
 import io
 import json
 import re
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.errors import UserError, excerpt, nearest
 from lit_qlora.text.messages import holds_messages
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
@@ -83,12 +82,6 @@ def kind(value: object) -> str:
         dict: "one object",
     }
     return kinds.get(type(value), type(value).__name__)
-
-
-def nearest(name: str, known: list[str], cutoff: float = 0.7) -> str:
-    """The known name that was probably meant, as the end of a sentence; empty if none is near."""
-    found = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f", did you mean {found[0]!r}?" if found else ""
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -335,7 +328,7 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
                 raise UserError(
                     f"two columns are named {excerpt(doubled[0])}", place=where, remedy="rename or remove one"
                 )
-            if not any(nearest(name.lower(), [*columns, *ELSEWHERE]) for name in header):
+            if not any(nearest(name.lower(), [*columns, *ELSEWHERE], 0.7) for name in header):
                 wanted, others = (
                     ("text", "; give other names with data.columns") if "text" in columns else (columns[-1], "")
                 )

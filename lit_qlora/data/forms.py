@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lit_qlora.data.files import EXAMPLE, kind, nearest
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.data.files import EXAMPLE, kind
+from lit_qlora.errors import UserError, excerpt, nearest, suggestion
 from lit_qlora.text import edges, guanaco, llama2, messages
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -141,7 +141,7 @@ def check_columns(columns: Mapping[str, str], form: str = "auto") -> None:
     for name, column in columns.items():
         if name not in known:
             raise UserError(
-                f"{excerpt(name)} is unknown, expected {', '.join(known)}{nearest(name, known)}", option=option
+                f"{excerpt(name)} is unknown, expected {', '.join(known)}{suggestion(name, known)}", option=option
             )
         if not column.strip():
             raise UserError("is blank, expected the name of a column", option=f"{option}.{name}")
@@ -378,7 +378,7 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowError:
         is_list = isinstance(list_in(value), list)
         for form in forms:
             for known in form.needs if len(form.needs) == 1 else ():
-                if is_list == (form.holds == "a list") and nearest(str(name).lower(), [known], cutoff=0.8):
+                if is_list == (form.holds == "a list") and nearest(str(name).lower(), [known], 0.8):
                     remedy = RowError(problem, f"rename {name!r} to {known!r}")
                     return _by_columns(problem, {known: str(name)}) if is_to_train else remedy
     has_texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values()) > 1

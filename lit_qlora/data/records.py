@@ -9,10 +9,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from lit_qlora.data.files import Row, nearest
+from lit_qlora.data.files import Row
 from lit_qlora.data.forms import Form, Read, RowError, check_columns, form_names, read_row
 from lit_qlora.data.sources import read_source
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.errors import UserError, excerpt, suggestion
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat, chosen
 
@@ -52,7 +52,7 @@ class Reading(NamedTuple):
         known = form_names()
         if self.form not in known:
             raise UserError(
-                f"{excerpt(self.form)} is unknown, expected {', '.join(known)}{nearest(self.form, known)}",
+                f"{excerpt(self.form)} is unknown, expected {', '.join(known)}{suggestion(self.form, known)}",
                 option="data.form",
             )
         if self.columns is not None:
@@ -190,7 +190,7 @@ def _check_named(name: str, rows: list[Row], reading: Reading) -> None:
     found = dict.fromkeys(column for row in rows for column in row.value)
     for known, column in (reading.columns or {}).items():
         if found and column not in found:
-            near = nearest(column, [*map(str, found)])
+            near = suggestion(column, [*map(str, found)])
             raise UserError(
                 f"no column {excerpt(column)}, columns found: {excerpt([*found])}{near}",
                 option=f"data.columns.{known}",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from lit_qlora import demo
-from lit_qlora.data.files import COMPRESSED, ENDINGS, Row, nearest, read_rows
+from lit_qlora.data.files import COMPRESSED, ENDINGS, Row, read_rows
 from lit_qlora.data.forms import columns_of, forms_for
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.errors import UserError, excerpt, suggestion
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ def _find_files(source: str) -> dict[str, Path] | None:
         return None
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(
-        f"no such file{nearest(path.name, names)}",
+        f"no such file{suggestion(path.name, names)}",
         place=source,
         remedy=(
             f"expected 'demo', a file ({', '.join(ENDINGS)}), a folder with train.jsonl, or a hub id such as owner/name"

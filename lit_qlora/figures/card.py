@@ -19,8 +19,8 @@ from lit_qlora.storage.run import CARD, RunFolder, as_yaml
 from lit_qlora.text.formats import chosen
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
-ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("held-out loss (nats a token)", "val/loss", lambda value: f"{value:.4f}"),
+HELD_OUT: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("held-out loss, nats per token", "val/loss", lambda value: f"{value:.4f}"),
     ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
 )
@@ -174,7 +174,7 @@ def _licence(base: str) -> list[str]:
 def _measured(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float) -> str:
     before, after = figures.get(0, {}), figures.get(step, {})
     lines = [f"| | before | after step {step:,} |", "|---|---|---|"]
-    for title, name, show in ROWS:
+    for title, name, show in HELD_OUT:
         if name in after:
             first = show(float(before[name])) if name in before else "not measured"
             lines.append(f"| {title} | {first} | {show(float(after[name]))} |")

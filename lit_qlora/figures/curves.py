@@ -42,7 +42,7 @@ def draw_curves(file: Path, figures: Mapping[int, Mapping[str, Any]], step: int)
     smooth = smoothed(train)
     picture = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
     plot = _Plot(ImageDraw.Draw(picture), [train, smooth, held_out])
-    plot.axes("optimizer steps", "loss (nats a token)")
+    plot.axes("optimizer steps", "loss, nats per token")
     plot.mark(step, f"this adapter, step {step:,}")
     if smooth != train:
         plot.line(train, LIGHT, 1)

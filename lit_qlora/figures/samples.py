@@ -7,7 +7,7 @@ A line: ``{"step", "max_new_tokens", "answers": [{"prompt", "base", "adapter"}]}
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-SHOWN = 16
+ROWS_SHOWN = 16
 """Number of answers in the table; ends are counted over all answers, which are all in the file."""
 
 ENDED, LIMIT, CONTEXT = "samples/ended", "samples/cut", "samples/cut_by_context"
@@ -51,7 +51,7 @@ def line(
 
 def table(line: Mapping[str, Any]) -> str | None:
     """A `line` in Markdown, base beside adapter; None without answers of an adapter."""
-    rows = [row for row in line.get("answers", ())[:SHOWN] if "adapter" in row]
+    rows = [row for row in line.get("answers", ())[:ROWS_SHOWN] if "adapter" in row]
     if not rows:
         return None
     limit = line["max_new_tokens"]

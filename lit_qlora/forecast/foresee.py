@@ -17,7 +17,7 @@ from lit_qlora.data.batching import BatchPlan, ResumableLoader
 from lit_qlora.errors import UserError
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.cards import Card, find_card
-from lit_qlora.forecast.memory import GIB, NO_SAMPLES, Samples, Step, StepMemory
+from lit_qlora.forecast.memory import NO_SAMPLES, Samples, Step, StepMemory
 from lit_qlora.forecast.speed import Epoch, epoch_hours, waits_for_host
 from lit_qlora.model import load
 from lit_qlora.model.device import current_device
@@ -25,6 +25,7 @@ from lit_qlora.model.generate import PROMPTS_AT_ONCE
 from lit_qlora.model.graphs import MOST, padded
 from lit_qlora.model.load import Lora
 from lit_qlora.model.shape import Shape
+from lit_qlora.storage.files import GIB
 
 ANSWER_SHARE = 0.86
 """Share of answer tokens: measured on guanaco-llama2-1k with Llama 2's tokenizer."""

@@ -10,8 +10,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from lit_qlora.model.shape import Shape
-
-GIB = 1024**3
+from lit_qlora.storage.files import GIB
 
 CONTEXT = int(0.35 * GIB)
 """Bytes of CUDA's own per process, kernels included. An estimate, not measured on a T4; 0.6 GiB on an H100."""

@@ -8,8 +8,9 @@ from dataclasses import fields
 
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.foresee import Forecast
-from lit_qlora.forecast.memory import GIB, Step
+from lit_qlora.forecast.memory import Step
 from lit_qlora.place import COMMAND
+from lit_qlora.storage.files import GIB
 
 SLOW = (
     "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than these figures"

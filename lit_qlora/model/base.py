@@ -4,14 +4,13 @@ And the one rule for which of its files are the weights. Reads only config.json,
 of files. Knows no torch; what stands in the weights is `lit_qlora.model.weights`'s.
 """
 
-import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_qlora import demo
-from lit_qlora.errors import UserError, excerpt, one_line, require
+from lit_qlora.errors import UserError, excerpt, nearest, one_line, require
 from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape, known_config
@@ -235,5 +234,5 @@ def stored_file(base: Base, name: str) -> Path | None:
 def _nearest(folder: Path) -> str:
     if not folder.parent.is_dir():
         return ""
-    near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.iterdir()], 1, 0.75)
-    return f" (did you mean {folder.parent / near[0]}?)" if near else ""
+    near = nearest(folder.name, [path.name for path in folder.parent.iterdir()])
+    return f" (did you mean {folder.parent / near}?)" if near else ""

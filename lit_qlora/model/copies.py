@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +19,7 @@ import torch
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, commit, find_base
 from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, shown, write_original
-from lit_qlora.storage.files import parse_json, size
+from lit_qlora.storage.files import free_bytes, parse_json, size
 from lit_qlora.storage.folders import (
     MANIFEST,
     DamagedFolderError,
@@ -99,11 +98,11 @@ class Copies:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             gone = ""
-            if shutil.disk_usage(self.root).free < needed_bytes + RESERVE_BYTES:
+            if free_bytes(self.root) < needed_bytes + RESERVE_BYTES:
                 gone = self._prune(target)
-            free_bytes = shutil.disk_usage(self.root).free
-            if free_bytes < needed_bytes + RESERVE_BYTES:
-                return f"no 4-bit copy kept: {needed_bytes / 1e9:.1f} GB, and {free_bytes / 1e9:.1f} GB are free{gone}"
+            free = free_bytes(self.root)
+            if free < needed_bytes + RESERVE_BYTES:
+                return f"no 4-bit copy kept: {needed_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free{gone}"
             write_folder(target, fill)
             _note(target)
             gone += self._prune(target)

@@ -23,6 +23,7 @@ from lit_qlora.model.base import Base, commit, stored_file
 from lit_qlora.model.config import rope_of
 from lit_qlora.model.weights import Stored, stored_tensors
 from lit_qlora.storage.foreign import read_object
+from lit_qlora.storage.run import RECORD
 
 VERSION = "v2"
 ORIGINAL = "lit_qlora_original.json"
@@ -35,7 +36,7 @@ WHOLE_UP_TO = 16_384
 TINY = 2.0**-16
 """Smaller values count as 0: fp16 can't hold what bf16 can there."""
 
-SHOWN = 12
+SHOWN_DIGITS = 12
 """Digits that a message shows."""
 
 _FINAL_NORM = "model.norm.weight"
@@ -82,7 +83,7 @@ def is_of(recorded: str, base: Base) -> bool:
 
 def shown(recorded: str) -> str:
     """A fingerprint, shortened for a message."""
-    return (recorded.split("-")[2] if recorded.count("-") == 3 else recorded)[:SHOWN]
+    return (recorded.split("-")[2] if recorded.count("-") == 3 else recorded)[:SHOWN_DIGITS]
 
 
 def identity(base: Base) -> dict[str, str | None]:
@@ -100,7 +101,7 @@ def _sampled(base: Base) -> str:
         reason = one_line(error)
         raise UserError(f"the weights of {base.name} can't be read: {reason}", option="model.base") from error
     rules = repr((base.shape, rules_of(base.config)))
-    merged = stored_file(base, "lit_qlora.json")  # a merged model's norms are its parent's
+    merged = stored_file(base, RECORD)  # a merged model's norms are its parent's
     kind = "4bit" if base.in_4_bits else "full"
     whole = hashlib.sha256(f"{rules} {plain} {linear}".encode()).hexdigest()
     told = hashlib.sha256(f"{rules} {plain} {_read_json(merged) if merged else ''}".encode()).hexdigest()

@@ -3,7 +3,6 @@
 The base is frozen and in 16 bits where it is not in 4; adapters are fp32. Knows no Trainer.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_qlora.errors import UserError, excerpt, one_line, require
+from lit_qlora.errors import UserError, excerpt, nearest, one_line, require
 from lit_qlora.model import lora_config
 from lit_qlora.model.attention import implementation_of
 from lit_qlora.model.base import Base
@@ -25,7 +24,7 @@ from lit_qlora.model.weights import check_weights, fetch
 from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.foreign import read_object
-from lit_qlora.storage.run import CARD
+from lit_qlora.storage.run import CARD, RECORD
 from lit_qlora.text.formats import PromptFormat, chosen, from_record
 
 if TYPE_CHECKING:
@@ -40,9 +39,6 @@ ONE_THREAD_BELOW = 20_000_000
 times as long on two threads as on one."""
 
 DEFAULT_FORMAT = chosen()
-RECORD = "lit_qlora.json"
-"""The file beside an adapter that records the base and the prompt format it was trained with."""
-
 WEIGHTS = "adapter_model.safetensors"
 PLACE = re.compile(
     rf"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(Shape.LINEARS)})\.lora_.*"
@@ -159,12 +155,11 @@ def check_targets(base: Base, target_modules: str | list[str]) -> None:
                 raise UserError(
                     "all-linear stands for every name", option="model.target_modules", remedy="give it, or names, alone"
                 )
-            near = difflib.get_close_matches(name.rpartition(".")[2], ["all-linear", *known], 1, 0.4)
-            meant = f"did you mean {near[0]!r}?" if near else None
+            near = nearest(name.rpartition(".")[2], ["all-linear", *known], 0.4)
             raise UserError(
                 f"{excerpt(name)} is none of all-linear, {', '.join(known)}",
                 option="model.target_modules",
-                remedy=meant,
+                remedy=f"did you mean {near!r}?" if near else None,
             )
     if not names:
         raise UserError("expected all-linear or at least one name, got none", option="model.target_modules")
@@ -197,7 +192,7 @@ def check_settings(folder: Path, lora: Lora) -> None:
     of_adapter: dict[str, Any] = {
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
-        "target_modules": sorted({match["linear"] for match in map(PLACE.match, _stored(folder)) if match}),
+        "target_modules": sorted({match["linear"] for match in map(PLACE.match, stored_shapes(folder)) if match}),
         "rslora": bool(config.get("use_rslora")),
         "dora": bool(config.get("use_dora")),
     }
@@ -217,7 +212,7 @@ def check_settings(folder: Path, lora: Lora) -> None:
 def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
     """An adapter's rank by linear layer, for each decoder layer: its patterns may give it many."""
     found: dict[int, dict[str, int]] = {layer: {} for layer in range(num_layers)}
-    for name, shape in _stored(folder).items():
+    for name, shape in stored_shapes(folder).items():
         place = PLACE.match(name)
         if place and ".lora_A." in name:
             found.setdefault(int(place["layer"]), {})[place["linear"]] = shape[0]
@@ -248,7 +243,7 @@ def load_adapter(
             place=folder,
             remedy="give its own with --model.base or --base",
         )
-    stored = _stored(folder)
+    stored = stored_shapes(folder)
     try:
         given = lora_config.arguments(read_object(folder / "adapter_config.json"))
         config = LoraConfig(**given, task_type="CAUSAL_LM", inference_mode=not trainable)
@@ -376,7 +371,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             require(isinstance(told, str | None), name, "a text", told, place=f"{folder}: {RECORD}")
         _check_own(folder, record)
     lora_config.check(folder, config)
-    stored = _stored(folder)
+    stored = stored_shapes(folder)
     lora_config.check_ranks(folder, config, stored)
     elsewhere = next((name for name in sorted(stored) if ".lora_" in name and not PLACE.match(name)), None)
     if elsewhere:
@@ -424,7 +419,7 @@ def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
             )
 
 
-def _stored(folder: Path) -> dict[str, list[int]]:
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
     """The shapes of an adapter's weights, by peft's names. Raises UserError if they can't be read."""
     from safetensors import SafetensorError, safe_open
 

@@ -16,11 +16,11 @@ from lit_qlora.storage.state import SKELETON, check_tensors, load_state, num_byt
 
 # pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-RECORD = "run"
+RUN = "run"
 """The part of a checkpoint that identifies its run."""
 _NEEDED = {
     *("callbacks", "epoch", "global_step", "loops", "lr_schedulers", "optimizer_states", "state_dict"),  # Lightning's
-    *("metrics_line", RECORD),  # our own callbacks'
+    *("metrics_line", RUN),  # our own callbacks'
 }
 """Parts of every training checkpoint: no run resumes from one that lacks any."""
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.errors import UserError, excerpt, one_line
 
+GIB = 1024**3
 _UNKNOWN_HERE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EBADF, errno.EISDIR}
 """Errors by which a mounted file system refuses what only local disks support."""
 
@@ -52,7 +53,7 @@ class SaveError(OSError):
     """A failed save, with its path, the reason, the bytes needed and the bytes free."""
 
     def __init__(self, path: Path, error: OSError, needed_bytes: int | None = None) -> None:
-        self.reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        self.reason = error.strerror or one_line(error) or type(error).__name__
         needs = "" if needed_bytes is None else f"{needed_bytes / 1e6:,.1f} MB needed, "
         super().__init__(f"{path} could not be saved: {self.reason} ({needs}{_free(path)})")
         self.errno = error.errno
@@ -133,9 +134,29 @@ def disk_error(error: Exception, path: Path) -> OSError:
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else OSError(str(error))
 
 
+def existing_folder(path: Path) -> Path:
+    """``path``, or its nearest parent that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of ``path``, which may not exist yet. Raises OSError."""
+    return shutil.disk_usage(existing_folder(path)).free
+
+
+def require_room(path: Path, needed_bytes: int, what: str, *, option: str, remedy: str) -> None:
+    """Raises UserError if the disk of ``path`` has less than ``needed_bytes`` free for ``what``."""
+    free = free_bytes(path)
+    if free < needed_bytes:
+        raise UserError(
+            f"{what} needs {size(needed_bytes)}, and the disk has {size(free)} left",
+            option=option,
+            remedy=f"free some, or {remedy}",
+        )
+
+
 def _free(path: Path) -> str:
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
     try:
-        return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free"
+        return f"{free_bytes(path.parent) / 1e6:,.1f} MB free"
     except OSError:
         return "free space unknown"

@@ -3,8 +3,6 @@
 The contents of checkpoints and adapters are written by others. Knows no torch.
 """
 
-import difflib
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -16,9 +14,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lit_qlora.errors import UserError, one_line
+from lit_qlora.errors import UserError, nearest, one_line
 from lit_qlora.place import COMMAND
-from lit_qlora.storage.files import parse_json, size, write_file
+from lit_qlora.storage.files import parse_json, require_room, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
     clear_leftovers,
@@ -33,13 +31,15 @@ RUNS = Path("runs")
 STEP = "step-"
 EVENTS = "*/events.out.tfevents.*"
 """TensorBoard's files in a run folder: in a folder for each line of a chart."""
+RECORD = "lit_qlora.json"
+"""The file in an adapter or a merged model that records its base, its origin and its prompt format."""
 CARD = "README.md"
 """The model card in an adapter folder; editing it does not alter the model."""
 
 FOR_ONE_START = ("config", "run", "max_time")
 """Options of one start only, which are no part of the run's configuration."""
 
-SHOWN = 200
+LONGEST_SHOWN = 200
 """Longest setting, in characters, that a message shows in full."""
 _STARTED = "# started "
 
@@ -138,13 +138,8 @@ class RunFolder:
 
     def check_room(self, needed_bytes: int) -> None:
         """Raises UserError if the disk has less than ``needed_bytes`` free."""
-        free = shutil.disk_usage(self.path).free
-        if free < needed_bytes:
-            raise UserError(
-                f"{self.path} will need {size(needed_bytes)} for checkpoints, and its disk has {size(free)} left",
-                option="run",
-                remedy="free some, lower model.rank, or give another folder with --run",
-            )
+        what, remedy = f"{self.path}, with its checkpoints,", "lower model.rank, or give another folder with --run"
+        require_room(self.path, needed_bytes, what, option="run", remedy=remedy)
 
     def has_begun(self) -> bool:
         """True if anything was recorded or saved; until then there is nothing to resume, or to lose."""
@@ -390,10 +385,8 @@ def open_run(path: Path) -> RunFolder:
     """The run in ``path``. Raises UserError if there is none."""
     run = RunFolder(path)
     if not run.config.is_file():
-        near = difflib.get_close_matches(
-            path.name, [one.parent.name for one in path.parent.glob("*/config.yaml")], 1, 0.7
-        )
-        meant = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        near = nearest(path.name, [one.parent.name for one in path.parent.glob("*/config.yaml")], 0.7)
+        meant = f"; did you mean {path.with_name(near)}?" if near else ""
         raise UserError(f"{path} is no run folder: it has no config.yaml{meant}", option="run")
     return run
 
@@ -463,16 +456,16 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], keys: tuple[str,
         name for name in sorted({*before, *after}) if any(name == key or name.startswith(f"{key}.") for key in keys)
     )
     return [
-        Change(name, _told(before.get(name)), _told(after.get(name)))
+        Change(name, _in_one_line(before.get(name)), _in_one_line(after.get(name)))
         for name in watched
         if before.get(name) != after.get(name)
     ]
 
 
-def _told(value: Any) -> str:
+def _in_one_line(value: Any) -> str:
     """A setting in one line; a long text, such as a template, as its beginning, length and hash."""
     text = str(value)
-    if len(text) <= SHOWN and "\n" not in text:
+    if len(text) <= LONGEST_SHOWN and "\n" not in text:
         return text
     return f"{' '.join(text.split())[:40]}… ({len(text)} characters, sha256 {sha256(text.encode()).hexdigest()[:12]})"
 

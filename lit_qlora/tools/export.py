@@ -15,9 +15,10 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base, weight_files
 from lit_qlora.storage.files import output_path
 from lit_qlora.storage.foreign import read_object
+from lit_qlora.storage.run import RECORD
 from lit_qlora.text.formats import from_record
 from lit_qlora.tools.answering.answerer import choose_adapter
-from lit_qlora.tools.merge import MERGED, DType, check_room, merge_into
+from lit_qlora.tools.merge import DType, check_room, merge_into
 
 SCRIPT = "convert_hf_to_gguf.py"
 GET_IT = (
@@ -25,7 +26,7 @@ GET_IT = (
     "LLAMA_CPP=llama.cpp"
 )
 BYTES_A_WEIGHT = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.0625}
-MERGED_IN: dict[str, DType] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
+RECORD_IN: dict[str, DType] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
 
 
 def export(
@@ -76,7 +77,7 @@ def export(
     chosen = choose_adapter(run, adapter, base)
     _check_tokenizer(chosen.base)
     script = find_converter()
-    dtype = MERGED_IN[outtype]
+    dtype = RECORD_IN[outtype]
     sizes = BYTES_A_WEIGHT[outtype] + {"float32": 4}.get(dtype, 2)
     check_room(target, int(chosen.base.shape.num_parameters * sizes))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,12 +166,12 @@ def _is_gguf(path: Path) -> bool:
 
 def _write_modelfile(model: Path, target: Path, beside: Path) -> None:
     """Write the Modelfile of a merged model, whose prompt format is recorded."""
-    record = model / MERGED
+    record = model / RECORD
     if not record.is_file():
-        print(f"no Modelfile: {model} does not record the prompt format it was trained with (it has no {MERGED})")
+        print(f"no Modelfile: {model} does not record the prompt format it was trained with (it has no {RECORD})")
         return
     try:
-        beside.write_text(from_record(read_object(record), model, MERGED).modelfile(target), encoding="utf-8")
+        beside.write_text(from_record(read_object(record), model, RECORD).modelfile(target), encoding="utf-8")
     except (ValueError, UserError) as error:
         print(f"no Modelfile: {error}")
         return

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.base import Base
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.files import output_path, size
+from lit_qlora.storage.files import output_path, require_room
 from lit_qlora.storage.folders import recover, write_folder
-from lit_qlora.storage.run import CARD, RunFolder
+from lit_qlora.storage.run import CARD, RECORD, RunFolder
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 
@@ -31,8 +31,6 @@ BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MARGIN_BYTES = 64 * 2**20
 """Bytes for tokenizer, index and the file system's own use."""
 
-MERGED = "lit_qlora.json"
-"""The file in a merged folder that records its origin and its prompt format."""
 
 BESIDE = ("tokenizer.model", "LICENSE.txt", "USE_POLICY.md")
 """Files of a base that are copied unchanged."""
@@ -104,7 +102,7 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         num_bytes = write_shards(folder, ((name, _stored(name, value, dtype)) for name, value in tensors))
         _write_config(folder, chosen.base, encoder, dtype)
         made_of = {"base": chosen.base.public_name, "onto": onto, "system": None, **prompt_format.record()}
-        (folder / MERGED).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
         _write_tokenizer(folder, chosen.base, encoder, texts)
         found = compare.difference(folder, wanted, device)
         compare.check(found, dtype if onto == "quantized" else "another model")
@@ -132,14 +130,7 @@ def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: "Difference"
 
 def check_room(target: Path, needed_bytes: int) -> None:
     """Raises UserError if the disk of ``target`` has less than ``needed_bytes`` free."""
-    parent = next(folder for folder in target.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise UserError(
-            f"{target} needs {size(needed_bytes)} and the disk has {size(free)} left",
-            option="output",
-            remedy="free some or give a folder on another disk",
-        )
+    require_room(target, needed_bytes, str(target), option="output", remedy="give a folder on another disk")
 
 
 def size_bytes(base: Base, dtype: DType) -> int:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from shutil import get_terminal_size
 from typing import Any
 
+from lit_qlora.console import progress_bar, tell
 from lit_qlora.data.files import COMPRESSED, ENDINGS, read_rows
 from lit_qlora.data.forms import RowError, columns_of, forms_for, read_row
 from lit_qlora.data.records import Counts
@@ -177,19 +177,10 @@ class _Progress:
     """A progress bar on a terminal, else a line now and then."""
 
     def __init__(self, total: int, done: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            desc="answers",
-            ncols=get_terminal_size().columns,  # tqdm's own guess shows nothing where a terminal tells no size
-            nrows=get_terminal_size().lines,
-            disable=not sys.stderr.isatty(),
-        )
+        self._bar = progress_bar("answers", total=total, initial=done)
         self._total, self._done, self._told = total, done, time.monotonic()
         if done:
-            tqdm.write(f"{done} of {total} were answered before: resuming", file=sys.stderr)
+            tell(f"{done} of {total} were answered before: resuming")
 
     def add(self, count: int) -> None:
         self._bar.update(count)

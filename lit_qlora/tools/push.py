@@ -13,14 +13,13 @@ from lit_qlora.figures.card import addressed
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
-from lit_qlora.storage.run import CARD
+from lit_qlora.storage.run import CARD, RECORD
 from lit_qlora.tools.answering.answerer import trained_run
 from lit_qlora.tools.pushing.hub import KINDS, Contents, Hub
 
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 """The pattern of a hub token."""
 
-RECORD = "lit_qlora.json"
 """What both have, and no base: its 4-bit copy is sealed, too."""
 
 

@@ -63,7 +63,7 @@ def test_the_table_at_the_end_counts_answers_that_were_cut_apart(tmp_path):
     run.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert report.before_and_after(run) == [
         "                                      before   after (step 4, the best)",
-        "held-out loss                         2.0000   2.0000",
+        "held-out loss, nats per token         2.0000   2.0000",
         "answers that ended by themselves      0 of 8   6 of 8",
         "answers cut at 128 tokens             8 of 8   2 of 8",
     ]

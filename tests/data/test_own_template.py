@@ -250,7 +250,7 @@ def test_a_file_that_holds_no_template_is_refused(tmp_path, monkeypatch, content
         (
             {"template": SOURCES["chatml"].replace("eos_token", "'<|im_end|>'")},
             "data.template: with a conversation of 2 turns: the answer that is turn 2 is to end in EOS, or the model "
-            "never learns to stop, and goes on with '<|im_end|>\\n'; write {{ eos_token }} right behind the ",
+            "never learns to stop: after it comes '<|im_end|>\\n'; write {{ eos_token }} right after the ",
         ),
         (
             {"template": SOURCES["vicuna"], "system": "S"},

@@ -49,7 +49,7 @@ def test_the_card_of_a_llama_2_adapter():
         "tags": ["lora", "qlora", "peft", "llama", "lightning"],
     }
     assert "LLAMA 2 Community License" in text
-    assert "| held-out loss (nats a token) | 1.5000 | 1.2500 |" in text
+    assert "| held-out loss, nats per token | 1.5000 | 1.2500 |" in text
     assert "| held-out perplexity | 4.48 | 3.49 |" in text
     assert "| held-out token accuracy | 61.0% | 66.0% |" in text
     assert "\n50 optimizer steps; 1.5 hours in them; train reserved memory at most 9.00 GiB.\n" in text
@@ -90,7 +90,7 @@ def test_nothing_is_said_that_was_not_measured():
     assert "license" not in metadata(text)
     assert "Community License" not in text
     text = card("a/b", CONFIG, {50: FIGURES[50]}, 50, 0.0)
-    assert "| held-out loss (nats a token) | not measured | 1.2500 |" in text
+    assert "| held-out loss, nats per token | not measured | 1.2500 |" in text
 
 
 @pytest.mark.parametrize("base", ["meta-llama/Llama-2-7b-hf", "my-llama"])
@@ -181,7 +181,7 @@ def test_a_run_s_card(tmp_path, monkeypatch):
     result = json.loads((folder / "result.json").read_text())
     by_step = {line["step"]: line for line in read_lines(tmp_path / "run" / "metrics.jsonl")}
     before, after = by_step[0]["val/loss"], by_step[result["step"]]["val/loss"]
-    assert f"| held-out loss (nats a token) | {before:.4f} | {after:.4f} |" in text
+    assert f"| held-out loss, nats per token | {before:.4f} | {after:.4f} |" in text
     assert "| sample answers that ended by themselves | 0 of 1 | 0 of 1 |" in text
     assert "| sample answers cut at 2 tokens | 1 of 1 | 1 of 1 |" in text
     hours = float(re.search(rf"\n{result['step']} optimizer steps; (\S+) hours in them; host memory at most ", text)[1])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_qlora.forecast import memory
-from lit_qlora.forecast.memory import GIB, Samples, Step, StepMemory
+from lit_qlora.forecast.memory import Samples, Step, StepMemory
 from lit_qlora.model import decoder, loss
 from lit_qlora.model.architectures import ARCHITECTURES
 from lit_qlora.model.attention import _attend_on_gpu, attend, find_places
@@ -19,6 +19,7 @@ from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import make_optimizer
 from lit_qlora.model.shape import LLAMA_2, Shape
+from lit_qlora.storage.files import GIB
 
 SEVEN = Shape.of(LLAMA_2["7b"])
 TARGETS = {

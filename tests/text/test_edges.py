@@ -54,5 +54,5 @@ def test_each_turn_and_the_system_text_are_cleaned():
 
 
 def test_a_turn_of_nothing_else_is_named():
-    with pytest.raises(ValueError, match=r"^turn 2: the assistant says nothing but </s>$"):
+    with pytest.raises(ValueError, match=r"^turn 2: the assistant holds nothing but </s>$"):
         clean(talk("a", " </s> </s>"), WRITTEN_OUT)

@@ -80,7 +80,7 @@ def test_what_is_told_of_a_template():
         "data.template writes no BOS, with which this base's texts begin; {{ bos_token }} would"
     ]
     assert template(SOURCES["vicuna"]).notes()[1:] == [
-        "data.template takes no system text: with a conversation of 2 turns and a system text: line 1 can't be "
+        "data.template can't write a system text: with a conversation of 2 turns and a system text: line 1 can't be "
         "rendered: no system text, please"
     ]
 
@@ -167,7 +167,7 @@ AT_2 = "with a conversation of 2 turns: "
         (  # an EOS that never comes
             HEAD + "{{ m.content }}<|im_end|>\n" + CLOSE,
             AT_2 + "the answer that is turn 2 is to end in EOS, or the model never learns to stop: after it comes "
-            "'<|im_end|>\\n'; write {{ eos_token }} right behind the assistant's content",
+            "'<|im_end|>\\n'; write {{ eos_token }} right after the assistant's content",
         ),
         (  # one that comes behind the question alone
             HEAD + "{{ m.content }}{{ eos_token if m.role == 'user' }}\n" + CLOSE,
@@ -191,8 +191,8 @@ AT_2 = "with a conversation of 2 turns: "
         (  # prompts that are no prefix
             "{% for m in messages %}<{{ m.role }} {{ loop.revindex }}>{{ m.content + eos_token }}{% endfor %}",
             AT_2 + "the prompt for turn 2, with add_generation_prompt, is to be the beginning of what is trained: "
-            "expected '<user 2>(turn 1)</s><assistant…', got '<user 1>(turn 1)</s>'; write nothing that hangs on what "
-            "comes later",
+            "expected '<user 2>(turn 1)</s><assistant…', got '<user 1>(turn 1)</s>'; write nothing that depends on "
+            "later messages",
         ),
         (
             "{% for m in messages %}<{{ m.role }}> {{ m.content + eos_token }}{% endfor %}"

@@ -186,7 +186,7 @@ def test_a_disk_without_room(llama_cpp, merged, adapter, tmp_path, capsys, monke
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
     options = ["--model", merged] if source == "model" else ["--adapter", adapter, "--base", merged]
     told = refusal(capsys, *options, "--output", tmp_path / "out" / "x.gguf")
-    assert re.match(r"error: output: \S+x.gguf needs \d\.\d MB and the disk has 1\.0 MB left; free some or ", told)
+    assert re.match(r"error: output: \S+x.gguf needs \d\.\d MB, and the disk has 1\.0 MB left; free some, or ", told)
     assert not (tmp_path / "out").exists()
 
 

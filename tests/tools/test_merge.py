@@ -242,7 +242,7 @@ def test_a_disk_without_room(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000_000}))
     told = refusal(capsys, "--run", run, "--output", tmp_path / "a" / "out")
     assert told == (
-        f"error: output: {tmp_path / 'a' / 'out'} needs 70.3 MB and the disk has 10.0 MB left; free some or give a "
+        f"error: output: {tmp_path / 'a' / 'out'} needs 70.3 MB, and the disk has 10.0 MB left; free some, or give a "
         "folder on another disk\n"
     )
 

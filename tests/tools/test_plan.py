@@ -316,7 +316,7 @@ def test_paged_state_goes_to_the_host(plan):
         (["--trainer.limit_train_batches", "0"], "error: trainer.limit_train_batches: expected a whole number"),
         (
             ["--trainer.limit_train_batches", "0.001"],
-            "error: trainer.limit_train_batches: expected a share that comes to at least one of the 212 micro-batches",
+            "error: trainer.limit_train_batches: expected a share of at least one of the 212 micro-batches",
         ),
         (["--trainer.accelerator", "tpu"], "error: trainer.accelerator: expected one of auto, cpu, gpu, cuda"),
         (["--model.adapter", "/nonexistent"], "error: /nonexistent is no adapter: it has no adapter_config.json"),
@@ -326,7 +326,7 @@ def test_paged_state_goes_to_the_host(plan):
         (["--max_nonfinite_losses", "0"], "error: max_nonfinite_losses: expected a whole number from 1, got 0"),
         (["--mirror", " "], "error: mirror: expected a folder, got ' '"),
         (["--trainer.callbacks", "ModelCheckpoint"], "error: trainer.callbacks: expected none that writes checkpoints"),
-        (["--trainer.limit_val_batches", "0.001"], "error: trainer.limit_val_batches: expected a share that comes to"),
+        (["--trainer.limit_val_batches", "0.001"], "error: trainer.limit_val_batches: expected a share of at least"),
         (["--config", T4, "--trainer.limit_train_batches", "0.0001"], "error: trainer.limit_train_batches: expected a"),
         (["--samples.count", "-1"], "error: samples.count: expected 0 or more, got -1"),
         (["--samples.prompts", '["[INST] x"]'], "error: samples.prompts: expected texts without [INST]"),

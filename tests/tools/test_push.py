@@ -125,7 +125,7 @@ def test_an_adapter(hub, environment, adapter, tmp_path):
         done.stdout
         == f"""\
 push  adapter {adapter}
-to    ann/mine: private, to be made; as ann
+to    ann/mine: private, to be created; as ann
         README.md                    0.1 kB
         adapter_config.json          0.0 kB
         adapter_model.safetensors  256.0 kB
@@ -181,7 +181,7 @@ def test_what_lies_beside_is_not_sent(hub, push, adapter):
 
 def test_public_is_said(hub, push, adapter):
     done = push("--adapter", adapter, "--to", "ann/mine", "--yes", "--public")
-    assert "to    ann/mine: PUBLIC, for everybody to see, to be made; as ann\n" in done.stdout
+    assert "to    ann/mine: PUBLIC, for everybody to see, to be created; as ann\n" in done.stdout
     assert f"sent, public: {hub.url}/ann/mine\n" in done.stdout
     assert hub.repositories["ann/mine"].private is False
 

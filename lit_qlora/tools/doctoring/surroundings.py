@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 from lit_qlora.errors import one_line
 from lit_qlora.place import INSTALL, requirements
+from lit_qlora.storage.files import GIB, existing_folder, free_bytes
 
-GIB = 1024**3
 MODULES = {
     "pillow": "PIL",
     # The submodule of each that fails first on a version conflict.
@@ -277,8 +276,8 @@ def host_memory() -> Iterator[Finding]:
 
 def disk(what: str, folder: Path, needed: int, remedy: str) -> Iterator[Finding]:
     """Free space where ``folder`` is or will be, against the bytes that a fit will write there."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
-    free = shutil.disk_usage(there).free
+    there = existing_folder(folder)
+    free = free_bytes(there)
     shown = f"disk of {what}: {free / 1e9:.1f} GB free"
     if not os.access(there, os.W_OK):
         yield Finding("problem", f"{shown}, and it may not be written", remedy)

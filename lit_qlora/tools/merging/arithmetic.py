@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from lit_qlora.errors import UserError, one_line
+from lit_qlora.errors import UserError
 from lit_qlora.model import lora_config
 from lit_qlora.model.base import Base
+from lit_qlora.model.load import WEIGHTS, stored_shapes
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.weights import BUFFER, STATE, stored_tensors
 from lit_qlora.storage.foreign import read_object
@@ -70,15 +71,8 @@ class LoraWeights:
         lora_config.check(folder, self._config)
         if self._config.get("lora_bias"):
             raise UserError(f"{folder} has lora_bias, and a merge adds to weights, not to biases", option="adapter")
-        self._file = folder / "adapter_model.safetensors"
-        try:
-            with safe_open(self._file, framework="pt") as file:
-                self._keys = {_plain(key): key for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            reason = one_line(error)
-            raise UserError(
-                f"{self._file} can't be read ({reason})", option="adapter", remedy="copy it anew"
-            ) from error
+        self._file = folder / WEIGHTS
+        self._keys = {_split_key(key): key for key in stored_shapes(folder)}
 
     @property
     def targets(self) -> set[str]:
@@ -101,7 +95,7 @@ class LoraWeights:
         return merged
 
 
-def _plain(key: str) -> str:
+def _split_key(key: str) -> str:
     """Split peft's key into the base's name of the layer and the part of LoRA."""
     name = key.removeprefix("base_model.model.").removesuffix(".weight")
     if name.rpartition(".")[2] not in ("lora_A", "lora_B", "lora_magnitude_vector"):

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from lit_qlora.forecast import memory, words
 from lit_qlora.forecast.advice import quickest, smallest_change
 from lit_qlora.forecast.foresee import Forecast
-from lit_qlora.forecast.memory import GIB
 from lit_qlora.forecast.words import duration
 from lit_qlora.model.base import Base
+from lit_qlora.storage.files import GIB
 
 LIBRARIES = 2 * GIB
 """Python, torch with CUDA and the rest on the host: 0.5 GiB was measured without CUDA; the rest is an estimate."""

@@ -3,18 +3,16 @@
 Layers, batches and precision are those of `validate`, so that the sums are equal to its own. Knows no statistics.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from shutil import get_terminal_size
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from lit_qlora.batch import Batch
+from lit_qlora.console import progress_bar
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.errors import UserError, require
@@ -126,10 +124,7 @@ class Scoring:
         return base, self._read(batches, f"{what}, adapter")
 
     def _read(self, batches: Iterable[Batch], what: str) -> Array:
-        shown = tqdm(
-            batches, what, leave=False, disable=not sys.stderr.isatty(),
-            ncols=get_terminal_size().columns, nrows=get_terminal_size().lines,
-        )  # fmt: skip
+        shown = progress_bar(what, iterable=batches, leave=False)
         try:
             parts: Any = self.trainer.predict(self.module, dataloaders=shown)
         except torch.OutOfMemoryError as error:

@@ -8,16 +8,23 @@ import transformers
 
 from lit_qlora.data.batching import collate
 from lit_qlora.errors import UserError
+from lit_qlora.model import graphs
 from lit_qlora.model import load as loading
 from lit_qlora.model.architectures import ARCHITECTURES
+from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
 from lit_qlora.model.config import for_transformers, read_config
-from lit_qlora.model.decoder import why_not
+from lit_qlora.model.decoder import extract_layers, run_layers, why_not
 from lit_qlora.model.fingerprint import fingerprint
+from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.weights import check_weights
 from tests.model.test_decoder import INPUTS, forward_and_gradients, in_fp64, ours, plain, relative_errors
+from tests.model.test_graphs import Rerun, embedded, learned
+from tests.model.test_graphs import gradients as gradients_of
+from tests.model.test_graphs import plain as once
 from tests.small_bases import BASES, save_base
 
 LENGTHS = (5, 1, 9, 3)
@@ -213,3 +220,70 @@ def test_another_config_is_another_base(tmp_path, one, changes):
     changes |= {"architectures": None} if "model_type" in changes else {}
     saved_config(folder, **changes)
     assert fingerprint(find_base(str(folder))) != before
+
+
+@pytest.mark.parametrize("name", ["llama with biases", "qwen3"])
+def test_recorded_kernels_give_what_the_layers_give(monkeypatch, make_model, base_like, name):
+    """On a CPU a recording runs its code again."""
+    monkeypatch.setattr(graphs, "_record", Rerun)
+    model = make_model(base=base_like(name))
+    run = Graphs(extract_layers(model), 1, model.get_base_model().model.rotary_emb)
+    found = []
+    for way in (once(model), run, run):
+        model.zero_grad()
+        found.append((learned(way, model, embedded(model, 2, 32)), gradients_of(model).clone()))
+    for out, gradients in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert torch.equal(gradients, found[0][1])
+
+
+def test_the_norms_kernels_see_one_shape_for_each_width(make_model, base_like):
+    """torch.compile makes one for each number of dimensions and each last one, and stops at eight of a function."""
+    seen = set()
+
+    def spied(x, *rest):
+        seen.add((x.dim(), x.shape[-1]))
+        return EAGER.rms_norm(x, *rest)
+
+    model = make_model(base=base_like("qwen3"))
+    learned(lambda hidden: run_all(model, hidden, EAGER._replace(rms_norm=spied)), model, embedded(model, 2, 8))
+    assert seen == {(3, 64), (3, 32)}
+
+
+def run_all(model, hidden, pointwise):
+    places = find_places(model.get_base_model().model.rotary_emb, hidden, ())
+    return run_layers(extract_layers(model, pointwise), hidden, places, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama with biases"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_compiled_recorded_and_recomputed_are_as_near_to_the_truth_as_eager(base_like, name, dtype):
+    """The truth is fp32 on the same 4-bit weights."""
+    model = loading.load_base(base_like(name), dtype, torch.device("cuda"), "sdpa")
+    model = loading.add_lora(model, loading.Lora(4, 8.0, 0.0, "all-linear", False, False)).train()
+    torch.manual_seed(1)
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inner = model.get_base_model().model
+
+    def measured(pointwise, kept_layers, dtype=dtype, records=False):
+        model.zero_grad()
+        layers, hidden = extract_layers(model, pointwise), embedded(model, 4, 64).to(dtype)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            if records:
+                run = Graphs(layers, kept_layers, inner.rotary_emb)
+                return learned(run, model, hidden).float(), gradients_of(model).clone()
+            places = find_places(inner.rotary_emb, hidden, ())
+            out = learned(lambda hidden: run_layers(layers, hidden, places, kept_layers), model, hidden)
+            return out.float(), gradients_of(model).clone()
+
+    def apart(found):
+        return max(((one - other).norm() / other.norm()).item() for one, other in zip(found, truth, strict=True))
+
+    truth = measured(EAGER, 2, torch.float32)
+    rounding = apart(measured(EAGER, 2))
+    assert 0 < rounding < (6e-2 if dtype == torch.bfloat16 else 1e-2)
+    assert apart(measured(EAGER, 0)) < 1.2 * rounding
+    assert apart(measured(compiled(), 1)) < 1.2 * rounding
+    assert apart(measured(compiled(), 1, records=True)) < 1.2 * rounding

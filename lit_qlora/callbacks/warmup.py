@@ -35,7 +35,7 @@ class WarmupStep(Callback):
         if forecast:
             module.uses_cuda_graphs = forecast.step.uses_cuda_graphs
         if forecast and module.checkpointing == "auto":
-            module.kept_layers = forecast.step.kept_layers
+            module.kept_layers, module.hosted_layers = forecast.step.kept_layers, forecast.step.hosted_layers
         largest = data.largest_batch(padded) if module.uses_cuda_graphs else data.largest_batch()
         batch = module.transfer_batch_to_device(largest, module.device, 0)
         # On the host: beside a resumed run's optimizer they would be more than any step of training takes.

@@ -7,7 +7,7 @@ The description is built from a module, its data and its Trainer; none of them n
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from lit_qlora.forecast import memory
 from lit_qlora.forecast.cards import Card, find_card
 from lit_qlora.forecast.memory import NO_SAMPLES, Samples, Step, StepMemory
 from lit_qlora.forecast.speed import Epoch, epoch_hours, waits_for_host
-from lit_qlora.model import load
+from lit_qlora.model import host, load, offload
 from lit_qlora.model.device import current_device
 from lit_qlora.model.generate import PROMPTS_AT_ONCE
 from lit_qlora.model.graphs import MOST, padded
@@ -74,6 +74,19 @@ class Largest:
     num_recordings: int
 
 
+class Host(NamedTuple):
+    """What activations may take of the host: page-locked bytes, and the rate of copies in GB/s."""
+
+    room_bytes: int
+    gb_per_s: float
+
+
+COLAB = Host(4 * GIB, 6.0)
+"""Assumed for a card elsewhere: of Colab's 12.7 GB, what libraries and loading leave with a margin; of PCIe 3, half."""
+FORWARD_SHARE, BUS_SHARE = 1 / 3, 1 / 2
+"""Of a micro-batch's time, in which copies to the host must be done; and of that, what they may take."""
+
+
 class _Batches(NamedTuple):
     epoch: Epoch
     largest: Largest
@@ -97,6 +110,7 @@ class Forecast:
         cuda_graphs: whether kernels are recorded; auto: where the card would wait for its host.
         own_layers: False for transformers' own layers, which take more than the formulas say.
         loss_rows: scored tokens whose logits exist at a time.
+        host: where activations may wait; None where they may not.
         plan: how rows are grouped into micro-batches.
         max_length: tokens of one row.
         accumulate: micro-batches of one optimizer step.
@@ -117,6 +131,7 @@ class Forecast:
     cuda_graphs: bool | str = False
     own_layers: bool = True
     loss_rows: int = memory.CHUNK_ROWS
+    host: Host | None = None
     plan: BatchPlan
     max_length: int
     accumulate: int = 1
@@ -174,7 +189,8 @@ class Forecast:
         )
         if self._records(step):
             step = replace(step, tokens=largest.recorded_tokens, num_recordings=largest.num_recordings)
-        return replace(step, kept_layers=self._kept_layers(step))
+        kept_layers, hosted_layers = self._kept_and_hosted(step)
+        return replace(step, kept_layers=kept_layers, hosted_layers=hosted_layers)
 
     def _records(self, step: Step) -> bool:
         """True if a fit records its kernels on the card."""
@@ -185,12 +201,23 @@ class Forecast:
         is_plain = not (self.lora.dropout or torch.are_deterministic_algorithms_enabled())
         return is_plain and waits_for_host(replace(step, kept_layers=self.shape.num_layers), self.card)
 
-    def _kept_layers(self, step: Step) -> int:
+    def _kept_and_hosted(self, step: Step) -> tuple[int, int]:
         if self.checkpointing != "auto":
-            return 0 if self.checkpointing == "full" else self.shape.num_layers
+            return 0 if self.checkpointing == "full" else self.shape.num_layers, 0
         if self.is_slow:
+            return 0, 0
+        card_bytes, most_hosted = int(self.card.memory_gib * GIB), self._most_hosted(step)
+        return memory.place_layers(step, card_bytes, self.samples_at_once, most_hosted=most_hosted)
+
+    def _most_hosted(self, step: Step) -> int:
+        """How many layers' feed-forward the host has the room for, and the bus the time while others are computed."""
+        epoch = Epoch(step.tokens, step.tokens, 1, 0)
+        hours = epoch_hours(replace(step, kept_layers=self.shape.num_layers), epoch, self.card)
+        if self.host is None or hours is None or step.uses_cuda_graphs:
             return 0
-        return memory.most_kept_layers(step, int(self.card.memory_gib * GIB), self.samples_at_once)
+        sendable = hours * 3600 * FORWARD_SHARE * BUS_SHARE * self.host.gb_per_s * 1e9
+        layer = step.tokens * memory.hosted_in_layer(step)
+        return int(min(self.host.room_bytes, sendable) // layer)
 
     @cached_property
     def moments(self) -> list[StepMemory]:
@@ -269,6 +296,7 @@ def foresee(
     Returns:
         The forecast; The forecast; None without a card.
     """
+    beside = COLAB if card else current_host()
     card = card or current_card()
     if card is None:
         return None
@@ -287,6 +315,7 @@ def foresee(
         cuda_graphs=module.cuda_graphs,
         own_layers=module.own_layers and not (module.slow_because or load.has_bias(module.adapter)),
         loss_rows=module.loss_rows,
+        host=beside if module.offload else None,
         plan=data.plan,
         max_length=data.max_length,
         accumulate=trainer.accumulate_grad_batches,
@@ -305,6 +334,15 @@ def guanaco_lengths(num_rows: int) -> tuple[int, ...]:
         (low, shortest), (high, longest) = next(pair for pair in pairwise(GUANACO) if pair[1][0] >= percent)
         lengths.append(round(shortest + (longest - shortest) * (percent - low) / (high - low)))
     return tuple(lengths)
+
+
+@cache
+def current_host() -> Host | None:
+    """Half of what this machine's memory has free, at the rate measured once; None without a GPU."""
+    available = host.memory_bytes()
+    if current_device().capability is None or available is None:
+        return None
+    return Host(available[1] // 2, offload.copy_gb_per_s())
 
 
 def current_card() -> Card | None:

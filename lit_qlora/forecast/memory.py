@@ -5,6 +5,7 @@ own allocator. Knows no torch, no card and no data; sizes and settings go in, by
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -29,6 +30,9 @@ HOPPER_WORKSPACE = 2 * 32 * 1024**2
 
 SMALL_BLOCK = 1024**2
 """torch's allocator keeps blocks up to this size in segments of their own (`kSmallSize` in torch)."""
+
+IN_TRANSIT = 2
+"""`offload.IN_TRANSIT`, likewise."""
 
 CHUNK_ROWS = 1024
 """`loss.CHUNK_ROWS`, which can't be imported without torch; a test holds them equal."""
@@ -60,6 +64,8 @@ class Step:
     dropout: bool = False
     optimizer: str = "adamw"
     kept_layers: int = 0
+    hosted_layers: int = 0
+    """How many of these, the first ones, send the results of their feed-forward to the host in between."""
     element: int = 2
     """Bytes per value: 2 in 16-mixed and bf16-mixed, 4 in 32-true."""
     accumulates: bool = False
@@ -200,6 +206,16 @@ def _kept_tensors(step: Step) -> list[int]:
     return [step.element * width for width in widths] + [4 * shape.num_heads]
 
 
+def hosted_in_layer(step: Step) -> int:
+    """Bytes per token that a layer sends to the host: the residual in the middle, gate and up."""
+    return step.element * (step.shape.hidden + 2 * step.shape.linears["gate_proj"][1])
+
+
+def host_bytes(step: Step) -> int:
+    """Page-locked memory of the host, for what the largest micro-batch sends there."""
+    return step.tokens * step.hosted_layers * hosted_in_layer(step)
+
+
 def small_blocks(step: Step) -> int:
     """Segments of small blocks that recordings of short micro-batches need and the longest doesn't.
 
@@ -225,9 +241,13 @@ def swiglu_backward(step: Step) -> int:
 
 
 def kept_activations(step: Step) -> int:
-    """Activations of all layers after forward."""
+    """Bytes per token on the card, of all layers, once forward is through; with those that come or go."""
     layers = step.shape.num_layers
-    return layers * step.element * step.shape.hidden + step.kept_layers * kept_in_layer(step)
+    away = (
+        step.hosted_layers - max(0, IN_TRANSIT - (step.kept_layers - step.hosted_layers)) if step.hosted_layers else 0
+    )
+    kept = step.kept_layers * kept_in_layer(step) - max(0, away) * hosted_in_layer(step)
+    return layers * step.element * step.shape.hidden + kept
 
 
 # Moments, in bytes
@@ -356,12 +376,30 @@ def sampling_memory(step: Step, samples: Samples) -> StepMemory:
     return replace(update, moment="sample answers", cache=cache, layer=forward, dequantisation=scratch)
 
 
-def most_kept_layers(step: Step, card_bytes: int, samples: Samples = NO_SAMPLES, reserve: float = RESERVE) -> int:
-    """The largest number of layers that can keep their products' results on a card of ``card_bytes``; 0 if none can."""
+def place_layers(
+    step: Step, card_bytes: int, samples: Samples = NO_SAMPLES, reserve: float = RESERVE, most_hosted: int = 0
+) -> tuple[int, int]:
+    """Choose where layers keep their products' results.
+
+    Args:
+        step: of the largest micro-batch.
+        card_bytes: memory of the card.
+        samples: drawn in one batch.
+        reserve: share of the card that is left free.
+        most_hosted: number of layers whose feed-forward the host has the room and the bus the time for.
+
+    Returns:
+        The most layers that can keep them, and the fewest of these that must send a part to the host; 0, 0 where none
+        can.
+    """
     room = card_bytes * (1 - reserve)
-    fitting = (
-        kept
-        for kept in range(step.shape.num_layers, 0, -1)
-        if all(moment.on_card <= room for moment in run_moments(replace(step, kept_layers=kept), samples))
-    )
-    return next(fitting, 0)
+
+    def fits(kept: int, hosted: int) -> bool:
+        tried = replace(step, kept_layers=kept, hosted_layers=hosted)
+        return all(moment.on_card <= room for moment in run_moments(tried, samples))
+
+    for kept in range(step.shape.num_layers, 0, -1):
+        most = min(kept, most_hosted)
+        if fits(kept, most):
+            return kept, bisect_left(range(most), True, key=lambda hosted: fits(kept, hosted))
+    return 0, 0

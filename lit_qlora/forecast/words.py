@@ -88,6 +88,8 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
         yield line(what, size)
     if paged:
         yield line("optimizer state that can be paged out to it", paged)
+    if step.hosted_layers:
+        yield line("activations on the host, page-locked", memory.host_bytes(step))
     yield line(f"run folder, with {keep_checkpoints} checkpoints", memory.run_folder_bytes(trained, keep_checkpoints))
 
 
@@ -111,9 +113,10 @@ def line(what: str, size: float, unit: int = GIB) -> str:
 
 
 def kept_words(step: Step) -> str:
-    """Which layers recompute their activations, and whether kernels are recorded."""
+    """Which layers recompute their activations or send some to the host, and whether kernels are recorded."""
     layers = step.shape.num_layers
     graphs = "; kernels are recorded (CUDA graphs)" if step.uses_cuda_graphs else ""
+    graphs += f"; {step.hosted_layers} send some to the host" if step.hosted_layers else ""
     if step.kept_layers == layers:
         return f"no layer recomputes its activations{graphs}"
     if step.kept_layers == 0:

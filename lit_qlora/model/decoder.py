@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.attention import Places, attend
+from lit_qlora.model.offload import HostStore
 from lit_qlora.model.pointwise import EAGER, Pointwise
 
 QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
@@ -192,21 +193,35 @@ def _take_apart(layer: Any, pointwise: Pointwise, buffers: dict[Any, LoraBuffers
     )
 
 
-def run_layers(layers: Sequence[Layer], hidden: Tensor, places: Places, kept_layers: int) -> Tensor:
+def run_layers(
+    layers: Sequence[Layer],
+    hidden: Tensor,
+    places: Places,
+    kept_layers: int,
+    store: HostStore | None = None,
+    hosted_layers: int = 0,
+) -> Tensor:
     """The hidden states ``[B, T, h]`` after the layers.
 
     The last ``kept_layers`` of them keep the results of their matrix products, the others only their input: the kept
-    tensors of the last are freed when the first recompute theirs. Without a backward, none keeps anything.
+    tensors of the last are freed when the first recompute theirs. The first ``hosted_layers`` of those that keep them
+    send their feed-forward's to ``store``: the way back is then longest. Without a backward, none keeps anything.
     """
     if not torch.is_grad_enabled():
         kept_layers = 0
+    first_kept = len(layers) - kept_layers
+    hosted = range(first_kept, first_kept + hosted_layers) if store and kept_layers else range(0)
+    if store:
+        store.begin()
     # Dtypes are chosen by hand, so that backward, where autocast is off, recomputes the very same.
     with torch.autocast(hidden.device.type, enabled=False):
         for index, layer in enumerate(layers):
-            keeps = index >= len(layers) - kept_layers
+            keeps, sent_to = index >= first_kept, store if index in hosted else None
             # Drawn here, on the host, so that dropout follows the seed and backward can repeat it.
             seed = int(torch.randint(2**62, ())) if any(linear.dropout for linear in layer.linears) else 0
-            hidden = _DecoderLayer.apply(hidden, places, layer, keeps, seed, *layer.lora)  # type: ignore[no-untyped-call]
+            hidden = _DecoderLayer.apply(hidden, places, layer, keeps, seed, sent_to, *layer.lora)  # type: ignore[no-untyped-call]
+            if store:
+                store.settle(1 if sent_to else 0)
     return hidden
 
 
@@ -231,7 +246,14 @@ class _DecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, places: Places, layer: Layer, keeps: bool, seed: int, *lora: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        places: Places,
+        layer: Layer,
+        keeps: bool,
+        seed: int,
+        store: HostStore | None,
+        *lora: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(hidden, *lora)
         products = _Products(layer, hidden.dtype, seed)
@@ -241,6 +263,9 @@ class _DecoderLayer(torch.autograd.Function):
         gate, up = _gate_and_up(middle, layer, products)
         ctx.places, ctx.layer, ctx.seed = places, layer, seed
         ctx.kept = _Kept(heads, unnormed, attended, middle, gate, up, products.lora_hidden) if keeps else None
+        ctx.store = store
+        if store:
+            ctx.parked, ctx.kept = store.put((middle, gate, up)), ctx.kept._replace(middle=None, gate=None, up=None)
         inner = layer.pointwise.swiglu(gate, up)
         del gate, up
         (out,) = products(DOWN, inner)
@@ -253,6 +278,8 @@ class _DecoderLayer(torch.autograd.Function):
         products = _Products(layer, hidden.dtype, ctx.seed, remember=ctx.kept is None)
         kept, ctx.kept = ctx.kept or _inner(hidden, places, layer, products), None
         heads, unnormed, attended, middle, gate, up, products.lora_hidden = kept
+        if ctx.store:
+            (middle, gate, up), ctx.parked = ctx.store.take(ctx.parked), None
         del kept  # so that each tensor is freed after its last use
         point, grad = layer.pointwise, grad.contiguous()
         # The feed-forward: out = middle + down(swiglu(gate, up)), of x = norm(middle).
@@ -280,10 +307,10 @@ class _DecoderLayer(torch.autograd.Function):
         grad_qkv = [head.flatten(2) for head in (query, key, value)]
         if not ctx.needs_input_grad[0]:  # the first layer: nothing below it is trained
             products.weight_grad(QKV, grad_qkv, x)
-            return None, None, None, None, None, *products.gradients()
+            return None, None, None, None, None, None, *products.gradients()
         grad_x = products.input_grad(QKV, grad_qkv, x)
         grad = point.rms_norm_backward(grad_x.view_as(hidden), hidden, scale, layer.norms[0], grad)
-        return grad, None, None, None, None, *products.gradients()
+        return grad, None, None, None, None, None, *products.gradients()
 
 
 def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products") -> _Kept:

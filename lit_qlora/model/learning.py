@@ -21,6 +21,8 @@ class LearnsInParts(LightningModule):
         super().__init__()
         self.kept_layers = 0
         """Number of layers that keep the results of their matrix products for backward."""
+        self.hosted_layers = 0
+        """Number of these, the first ones, that send a part of them to the host in between."""
         self.uses_cuda_graphs = False
         """True if the layers' kernels are replayed from recordings, which take memory of their own."""
         self.parts = 1
@@ -125,6 +127,8 @@ class LearnsInParts(LightningModule):
 
         Raises OutOfRoomError if nothing is left to do.
         """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # what was coming from the host must not arrive in memory that is used anew
         rows, tokens = len(batch.rows), batch.input_ids.numel()
         what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
         if self.uses_cuda_graphs:
@@ -146,7 +150,7 @@ class LearnsInParts(LightningModule):
 
     def _recompute(self) -> None:
         """Make each layer keep its input only."""
-        self.kept_layers = 0
+        self.kept_layers = self.hosted_layers = 0
 
     def _release(self) -> None:
         """Free the recordings, which the subclass has."""

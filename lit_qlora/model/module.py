@@ -39,6 +39,7 @@ from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.learning import LearnsInParts, check_batch
 from lit_qlora.model.loss import CHUNK_ROWS, summed_cross_entropy
+from lit_qlora.model.offload import HostStore
 from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, make_optimizer, make_schedule
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
@@ -88,6 +89,8 @@ class QLoRAModule(LearnsInParts):
         checkpointing: full keeps only each layer's input and recomputes the rest in backward; selective keeps the
             results of matrix products and attention; none keeps everything, which is the same unless DoRA is on; auto
             keeps the results of as many layers as fit in memory.
+        offload: with checkpointing auto, send a part of what layers keep to the host's memory where the card has no
+            room for it, rather than compute it again.
         own_layers: this project's decoder layers, in 16 bits with LoRA in their products; false: those of transformers
             and peft, with the same results up to rounding, in more time and memory.
         loss_rows: scored tokens whose logits exist at a time; has no effect on the result.
@@ -117,6 +120,7 @@ class QLoRAModule(LearnsInParts):
         optimizer: OptimizerName = "adamw",
         weight_decay: float = 0.0,
         checkpointing: Checkpointing = "auto",
+        offload: bool = True,
         own_layers: bool = True,
         loss_rows: int = CHUNK_ROWS,
         compile: bool | Literal["auto"] = "auto",  # noqa: A002  # the option is called by the field's own word
@@ -160,6 +164,7 @@ class QLoRAModule(LearnsInParts):
         self.warmup_ratio, self.schedule, self.optimizer_name = warmup_ratio, schedule, optimizer
         self.checkpointing, self.compiles, self.attention = checkpointing, compile, attention
         self.cuda_graphs, self.own_layers, self.loss_rows = cuda_graphs, own_layers, loss_rows
+        self.offload = offload
         self.quantized_cache = quantized_cache
         self.copy_line: str | None = None
         self.prompt_format = load.DEFAULT_FORMAT
@@ -172,6 +177,7 @@ class QLoRAModule(LearnsInParts):
         self._layers: dict[bool, list[Layer]] = {}
         """The layers for train mode and for eval mode, which has no dropout."""
         self._graphs: Graphs | None = None
+        self._host_store = HostStore()
         self.gradient_norm: Tensor = torch.tensor(0.0)
         """Gradient norm of the last optimizer step, before clipping."""
         self._sums, self._logged_step = AnswerSums(), 0
@@ -394,6 +400,7 @@ class QLoRAModule(LearnsInParts):
 
     def _release(self) -> None:
         self._graphs = None
+        self._host_store.close()
 
     def _forget_layers(self) -> None:
         """Discard extracted layers and recordings: Lightning moves the model between two of its runs."""
@@ -440,7 +447,9 @@ class QLoRAModule(LearnsInParts):
                 self._graphs = Graphs(layers, self.kept_layers, decoder.rotary_emb)
             return decoder.norm(self._graphs(hidden))  # type: ignore[no-any-return]
         places = find_places(decoder.rotary_emb, hidden, batch.lengths)
-        return decoder.norm(run_layers(layers, hidden, places, self.kept_layers))  # type: ignore[no-any-return]
+        store = self._host_store if self.hosted_layers and self.training and torch.is_grad_enabled() else None
+        hidden = run_layers(layers, hidden, places, self.kept_layers, store, self.hosted_layers)
+        return decoder.norm(hidden)  # type: ignore[no-any-return]
 
     def on_train_start(self) -> None:
         """Reset the sums of the figures."""

@@ -29,6 +29,7 @@ MAY_CHANGE: Mapping[str, str] = {
     # How the same numbers come about.
     "data.num_workers": "the order of the rows does not depend on it",
     "model.checkpointing": "computes the same again, or keeps it",
+    "model.offload": "keeps the same elsewhere",
     "model.cuda_graphs": "the same kernels, started together",
     "model.loss_rows": "the same sums, in other parts",
     "model.own_layers": "the same but for rounding",

@@ -13,7 +13,7 @@ from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.forecast import foresee, words
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
-from lit_qlora.forecast.memory import HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
+from lit_qlora.forecast.memory import GIB, HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
 from lit_qlora.model.device import Device
 from lit_qlora.model.load import Lora
 from lit_qlora.model.module import QLoRAModule
@@ -235,3 +235,15 @@ def test_kept_layers_in_words():
         "all 32 layers recompute their activations",
         "12 of 32 layers keep their products' results",
     ]
+
+
+def test_layers_are_sent_to_the_host_where_it_has_room_and_the_bus_time():
+    made = forecast(checkpointing="auto", host=foresee.Host(8 * GIB, 6.0))
+    assert (made.step.kept_layers, made.step.hosted_layers) == (32, 18)
+    assert any("18 send some to the host" in line for line in words.lines(made))
+    assert any("activations on the host" in line for line in words.lines(made))
+    little = replace(made, host=foresee.Host(2 * GIB, 6.0)).step
+    assert little.kept_layers < 32 and little.hosted_layers == 10 == int(2 * GIB // (4096 * 2 * (4096 + 2 * 11008)))
+    assert 0 < replace(made, host=foresee.Host(8 * GIB, 0.5)).step.hosted_layers < 10  # a slow bus
+    for without in ({"host": None}, {"checkpointing": "full"}, {"cuda_graphs": True}, {"own_layers": False}):
+        assert replace(made, **without).step.hosted_layers == 0

@@ -335,10 +335,39 @@ def test_the_most_kept_layers_fit_and_one_more_does_not(tokens, rank, card_gib):
     def fits(kept):
         return memory.step_memory(replace(step, kept_layers=kept)).on_card <= room
 
-    kept = memory.most_kept_layers(step, int(card_gib * GIB))
-    assert 0 <= kept <= 32
+    kept, hosted = memory.place_layers(step, int(card_gib * GIB))
+    assert 0 <= kept <= 32 and hosted == 0
     assert kept == 0 or fits(kept)
     assert kept == 32 or not fits(kept + 1)
+
+
+@given(st.integers(64, 8192), st.integers(0, 32), st.floats(5, 40))
+def test_no_more_is_sent_to_the_host_than_must_be(tokens, most_hosted, card_gib):
+    step, room = seven(tokens=tokens, scored_tokens=tokens), card_gib * GIB * 0.9
+
+    def fits(kept, hosted):
+        return memory.step_memory(replace(step, kept_layers=kept, hosted_layers=hosted)).on_card <= room
+
+    kept, hosted = memory.place_layers(step, int(card_gib * GIB), most_hosted=most_hosted)
+    assert hosted <= min(kept, most_hosted)
+    assert kept == 0 or fits(kept, hosted)
+    assert hosted == 0 or not fits(kept, hosted - 1)
+    assert kept == 32 or not fits(kept + 1, min(kept + 1, most_hosted))
+    assert kept >= memory.place_layers(step, int(card_gib * GIB))[0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "alone", "helped", "host_gib"),
+    [(2048, 32, (32, 0), 0), (3072, 29, (32, 5), 0.75), (4096, 20, (32, 19), 3.79)],
+)
+def test_a_t4_recomputes_no_layer_of_7b_with_the_hosts_help(tokens, alone, helped, host_gib):
+    step, card = seven(tokens=tokens, scored_tokens=int(0.86 * tokens)), int(14.56 * GIB)
+    assert memory.place_layers(step, card) == (alone, 0)
+    kept, hosted = memory.place_layers(step, card, most_hosted=32)
+    assert (kept, hosted) == helped
+    sent = memory.host_bytes(replace(step, kept_layers=kept, hosted_layers=hosted))
+    assert sent == tokens * hosted * 2 * (4096 + 2 * 11008)
+    assert sent / GIB == pytest.approx(host_gib, abs=0.01)
 
 
 @given(st.integers(1024, 8192), st.integers(0, 31))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_qlora.errors import one_line
+from lit_qlora.model import host
 from lit_qlora.place import INSTALL, requirements
 from lit_qlora.storage.files import GIB, existing_folder, free_bytes
 
@@ -255,18 +256,12 @@ def four_bit() -> Iterator[Finding]:
 
 
 def host_memory() -> Iterator[Finding]:
-    """Memory of the machine, or of the container if that has less."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-        total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
-    except (OSError, KeyError, ValueError):
-        yield Finding("ok", "host memory: unknown on this system")
+    """Of this machine."""
+    found = host.memory_bytes()
+    if found is None:
+        yield Finding("ok", "host memory: this system doesn't tell")
         return
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit() and int(text) < total:
-        total = int(text)
-        free = min(free, total)
+    total, free = found
     shown = f"host memory: {total / GIB:.1f} GiB, {free / GIB:.1f} available"
     if free < HOST_BYTES:
         yield Finding("note", f"{shown}; loading a 7B takes {HOST_BYTES / GIB:.1f}", "end other programs")

@@ -1,0 +1,157 @@
+"""Owns activations that wait in the host's memory between a layer's forward and its backward.
+
+A card without the room to keep every layer's results can send some to the host while later layers are computed, and
+fetch them ahead of their backward: the bus is idle otherwise, and no product is computed twice. Copies are exact. Knows
+no layer; `decoder.run_layers` decides what is sent.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IN_TRANSIT = 2
+"""Layers' tensors that are on the card while they come or go, at most."""
+
+
+class Parked:
+    """Tensors of one layer on the host.
+
+    Args:
+        buffer: where they lie, one behind the other.
+        shapes: their shapes, in order.
+        below: those of the layer that goes backward next, to be fetched ahead; None for the lowest.
+    """
+
+    def __init__(self, buffer: Tensor, shapes: Sequence[torch.Size], below: "Parked | None") -> None:
+        self.buffer, self.shapes, self.below = buffer, shapes, below
+        self.copied: torch.cuda.Event | None = None
+        self.on_card: list[Tensor] = []
+
+
+class HostStore:
+    """Sends tensors to the host and fetches them back, beside the computation; one micro-batch at a time.
+
+    A buffer per layer is made at its first use and used again. On a GPU buffers are page-locked, so that copies run
+    beside kernels, on a stream of their own; on a CPU a copy is a copy.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._num_parked = 0
+        self._last: Parked | None = None
+        self._leaving: deque[Parked] = deque()
+        self._stream: torch.cuda.Stream | None = None
+
+    def begin(self) -> None:
+        """Start a micro-batch's forward: what earlier ones parked is no longer needed."""
+        self._leaving.clear()
+        self._num_parked, self._last = 0, None
+
+    def put(self, tensors: Sequence[Tensor]) -> Parked:
+        """Send the tensors of a layer, all of one dtype. They leave the card when `settle` lets them go."""
+        parked = Parked(self._buffer(tensors), [tensor.shape for tensor in tensors], self._last)
+        self._last = parked
+        parts = parked.buffer[: sum(tensor.numel() for tensor in tensors)].split([one.numel() for one in tensors])
+        parked.copied = self._copy(parts, [tensor.flatten() for tensor in tensors])
+        parked.on_card = list(tensors)
+        self._leaving.append(parked)
+        return parked
+
+    def settle(self, most: int = 0) -> None:
+        """Let all but the last ``most`` that were sent leave the card."""
+        while len(self._leaving) > most:
+            parked = self._leaving.popleft()
+            # The computation waits for the copy, and so may reuse the memory whatever its host is ahead by.
+            self._wait(parked)
+            parked.on_card = []
+
+    def take(self, parked: Parked) -> list[Tensor]:
+        """Fetch a layer's tensors; the next ones below begin to come."""
+        self._fetch(parked)
+        if parked.below:
+            self._fetch(parked.below)
+        self._wait(parked)
+        tensors, parked.on_card = parked.on_card, []
+        return tensors
+
+    def close(self) -> None:
+        """Give the buffers back to the host."""
+        self.begin()
+        for buffer in self._buffers:
+            _unlock(buffer)
+        self._buffers.clear()
+
+    def _buffer(self, tensors: Sequence[Tensor]) -> Tensor:
+        like, size = tensors[0], sum(tensor.numel() for tensor in tensors)
+        at, self._num_parked = self._num_parked, self._num_parked + 1
+        if at == len(self._buffers):
+            self._buffers.append(torch.empty(0, dtype=like.dtype))
+        buffer = self._buffers[at]
+        if len(buffer) < size or buffer.dtype != like.dtype:
+            _unlock(buffer)
+            self._buffers[at] = buffer = _locked(size, like)
+        return buffer
+
+    def _fetch(self, parked: Parked) -> None:
+        if parked.on_card:
+            return
+        sizes = [shape.numel() for shape in parked.shapes]
+        device = self._stream.device if self._stream else "cpu"
+        parked.on_card = [parked.buffer.new_empty(shape, device=device) for shape in parked.shapes]
+        parts = parked.buffer[: sum(sizes)].split(sizes)
+        parked.copied = self._copy([tensor.view(-1) for tensor in parked.on_card], parts)
+
+    def _copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> torch.cuda.Event | None:
+        on_card = next((one for one in (*targets, *sources) if one.is_cuda), None)
+        if on_card is None:
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
+            return None
+        self._stream = self._stream or torch.cuda.Stream(on_card.device)
+        self._stream.wait_stream(torch.cuda.current_stream(on_card.device))
+        with torch.cuda.stream(self._stream):
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+    def _wait(self, parked: Parked) -> None:
+        if parked.copied:
+            torch.cuda.current_stream().wait_event(parked.copied)
+
+
+def copy_gb_per_s(size: int = 2**26) -> float:
+    """The rate of copies between this GPU and page-locked memory of its host, the slower way, in GB/s."""
+    on_card = torch.empty(size, dtype=torch.uint8, device="cuda")
+    buffer = _locked(size, on_card)
+    slowest = 0.0
+    try:
+        for target, source in ((buffer, on_card), (on_card, buffer)):
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            started = time.monotonic()
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            slowest = max(slowest, time.monotonic() - started)
+    finally:
+        _unlock(buffer)
+    return size / slowest / 1e9
+
+
+def _locked(size: int, like: Tensor) -> Tensor:
+    """A buffer on the host, page-locked where ``like`` is on a GPU.
+
+    Not by ``pin_memory=True``, which takes up to twice as much: it rounds up to a power of two.
+    """
+    buffer = torch.empty(size, dtype=like.dtype)
+    if like.is_cuda:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    return buffer
+
+
+def _unlock(buffer: Tensor) -> None:
+    if len(buffer) and torch.cuda.is_available() and buffer.is_pinned():
+        torch.cuda.synchronize()
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))

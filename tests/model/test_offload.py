@@ -1,0 +1,131 @@
+"""Activations on the host: the same bits, really away in between, and one micro-batch's after the other."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lit_qlora.data.batching import collate
+from lit_qlora.forecast import memory
+from lit_qlora.model import offload
+from lit_qlora.model.attention import find_places
+from lit_qlora.model.base import find_base
+from lit_qlora.model.decoder import extract_layers, run_layers
+from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
+from lit_qlora.model.module import QLoRAModule
+from lit_qlora.model.offload import HostStore
+from lit_qlora.model.shape import Shape
+
+ROWS, TOKENS = 2, 12
+
+
+def hidden_and_gradients(model, store=None, hosted_layers=0, kept_layers=2, lengths=()):
+    torch.manual_seed(3)
+    inner = model.get_base_model().model
+    ids = torch.randint(3, 512, (1, sum(lengths)) if lengths else (ROWS, TOKENS))
+    hidden = inner.embed_tokens(ids.to(model.device))
+    places = find_places(inner.rotary_emb, hidden, lengths)
+    model.zero_grad()
+    hidden = run_layers(extract_layers(model), hidden, places, kept_layers, store, hosted_layers)
+    hidden.square().sum().backward()
+    return hidden.detach(), {name: value.grad.clone() for name, value in adapter_parameters(model).items()}
+
+
+def assert_same_bits(found, wanted):
+    assert torch.equal(found[0], wanted[0])
+    assert found[1].keys() == wanted[1].keys()
+    assert all(torch.equal(found[1][name], wanted[1][name]) for name in wanted[1])
+
+
+@pytest.mark.parametrize("lengths", [(), (7, 5)])
+@pytest.mark.parametrize("lora", [{}, {"dropout": 0.3}])
+@pytest.mark.parametrize(("kept", "hosted"), [(1, 1), (2, 1), (2, 2)])
+def test_hosted_layers_give_the_same_bits(make_model, lora, kept, hosted, lengths):
+    model, store = make_model(**lora), HostStore()
+    wanted = hidden_and_gradients(model, lengths=lengths)
+    for _ in range(2):  # the second time with buffers that are there
+        assert_same_bits(hidden_and_gradients(model, store, hosted, kept, lengths), wanted)
+
+
+def test_the_lowest_kept_layers_are_sent_and_leave(make_model, monkeypatch):
+    model, sent, real = make_model(), [], HostStore.put
+
+    def put(self, tensors):
+        sent.append([StorageWeakRef(tensor.untyped_storage()) for tensor in tensors])
+        return real(self, tensors)
+
+    monkeypatch.setattr(HostStore, "put", put)
+    inner, store = model.get_base_model().model, HostStore()
+    hidden = inner.embed_tokens(torch.randint(3, 512, (ROWS, TOKENS)))
+    layers, places = extract_layers(model), find_places(inner.rotary_emb, hidden, ())
+    out = run_layers(layers, hidden, places, 2, store, 1)
+    assert len(sent) == 1 and all(reference.expired() for reference in sent[0])  # the residual, gate and up
+    assert [tensor.numel() for tensor in store._buffers] == [ROWS * TOKENS * (64 + 2 * 172)]
+    out.sum().backward()
+
+
+def test_what_is_sent_is_what_the_forecast_counts(make_model):
+    shape_step = memory.Step(
+        Shape.of({
+            "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "vocab_size": 512,
+            "num_attention_heads": 4, "num_key_value_heads": 4,
+        }), tokens=ROWS * TOKENS, scored_tokens=1, kept_layers=2, hosted_layers=2, element=4,
+    )  # fmt: skip
+    store = HostStore()
+    hidden_and_gradients(make_model(), store, 2)
+    assert sum(buffer.nbytes for buffer in store._buffers) == memory.host_bytes(shape_step)
+    assert memory.IN_TRANSIT == offload.IN_TRANSIT
+    store.close()
+    assert store._buffers == []
+
+
+def test_an_abandoned_forward_leaves_nothing_behind(make_model):
+    model, store = make_model(), HostStore()
+    wanted = hidden_and_gradients(model)
+    inner = model.get_base_model().model
+    hidden = inner.embed_tokens(torch.randint(3, 512, (1, 5)))
+    run_layers(extract_layers(model), hidden, find_places(inner.rotary_emb, hidden, ()), 2, store, 2)
+    assert_same_bits(hidden_and_gradients(model, store, 2), wanted)
+    assert len(store._buffers) == 2
+
+
+def test_without_a_backward_nothing_is_sent(make_model):
+    model, store = make_model(), HostStore()
+    inner = model.get_base_model().model
+    hidden = inner.embed_tokens(torch.randint(3, 512, (1, 5)))
+    with torch.no_grad():
+        run_layers(extract_layers(model), hidden, find_places(inner.rotary_emb, hidden, ()), 2, store, 2)
+    assert store._buffers == []
+
+
+def test_a_module_sends_while_it_learns_and_not_while_it_scores(make_model, tiny):
+    module = QLoRAModule(tiny.location, rank=4, alpha=8.0)
+    module.model, module.kept_layers, module.hosted_layers = make_model(), 2, 1
+    batch = collate([(0, {"input_ids": [*range(5, 17)], "labels": [*range(5, 17)]})], 11)
+    module.train().summed_loss(batch)[0].backward()
+    assert len(module._host_store._buffers) == 1
+    module._release()
+    module.eval()
+    with torch.no_grad():
+        module.summed_loss(batch)
+    assert module._host_store._buffers == []
+    module._recompute()
+    assert (module.kept_layers, module.hosted_layers) == (0, 0)
+
+
+# On a GPU: page-locked, beside the computation
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_hosted_layers_give_the_same_bits(wide_folder):
+    model = load_base(find_base(str(wide_folder)), torch.float16, torch.device("cuda"), "sdpa")
+    model = add_lora(model, Lora(4, 8.0, 0.0, "all-linear", False, False)).train()
+    num_layers = len(model.get_base_model().model.layers)
+    run = partial(hidden_and_gradients, model, kept_layers=num_layers, lengths=(300, 200))
+    store, wanted = HostStore(), run()
+    for _ in range(3):
+        assert_same_bits(run(store, num_layers), wanted)
+    assert store._buffers and all(buffer.is_pinned() for buffer in store._buffers)
+    assert offload.copy_gb_per_s(2**24) > 0.1
+    store.close()

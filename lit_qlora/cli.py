@@ -27,6 +27,7 @@ lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
                            --config configs/colab_t4.yaml   Llama 2 7B on a free Colab T4
   python main.py validate  score a run's best adapter on held-out data; bare, the newest run's
   python main.py test      the same on test data
+  python main.py inspect   what a fit learns: rows, lengths, doubles, a few rows token by token; a verdict
   python main.py plan      what a fit needs: memory, time, disk; fit's options, --gpu NAME; needs no GPU
   python main.py chat      talk with a run's best adapter; --prompt TEXT answers once; --web in a browser
   python main.py predict   answer a file of prompts: --prompts FILE --output FILE
@@ -127,11 +128,11 @@ def _run(args: list[str]) -> int:
             from lit_qlora import training
 
         return training.main(args)
-    if verb == "plan":
+    if verb in ("plan", "inspect"):
         with nothing_open():
-            from lit_qlora.tools import plan
+            from lit_qlora.tools import inspect, plan
 
-        return plan.main(args)
+        return (plan if verb == "plan" else inspect).main(args)
     if verb == "doctor":
         with nothing_open():
             from lit_qlora.tools import doctor
@@ -143,5 +144,5 @@ def _run(args: list[str]) -> int:
         return run_tool(verb, args[1:])
     raise UserError(
         f"no verb {excerpt(verb)}",
-        remedy=f"there are fit, validate, test, plan, {', '.join(TOOLS)}, doctor (see --help)",
+        remedy=f"there are fit, validate, test, inspect, plan, {', '.join(TOOLS)}, doctor (see --help)",
     )

@@ -54,8 +54,8 @@ from lit_qlora.storage.state import load_state
 
 DEMO_CONFIG = CONFIGS / "demo.yaml"
 
-LEARNING = ("fit", "plan")
-"""The verbs that train; the others use a trained run."""
+LEARNING = ("fit", "plan", "inspect")
+"""The verbs that train, or look at a training; the others use a trained run."""
 
 REMEDY = "put that line right, or take it out"
 """The remedy for a run's own config.yaml."""

@@ -247,6 +247,9 @@ class QLoRATrainer(Trainer):
     def plan(self) -> None:
         """Report what a fit with these options needs: memory, time, disk. Needs no GPU."""
 
+    def inspect(self) -> None:
+        """Report what a fit with these options learns: rows, tokens, faults. Needs no GPU and no weights."""
+
 
 def own_callbacks(given: Callback | list[Callback] | None, validates: bool = True) -> list[Callback]:
     """The user's own callbacks, one or several, which may only observe.

@@ -41,7 +41,7 @@ from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.launchers import requeue
 from lit_qlora.model.base import find_base
-from lit_qlora.model.device import current_device
+from lit_qlora.model.device import AMPERE, Device, current_device, decide_for
 from lit_qlora.model.load import check_context, check_rank, check_settings, split_names, template_of
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
@@ -371,6 +371,27 @@ class QLoRACLI(LightningCLI):
         print(f" model  {self.resume_from or model.adapter or f'{model.base.name}, no adapter'}")
         for name in ("loss", "perplexity", "accuracy"):
             print(f"{f'{prefix}/{name}':>16}  {figures[f'{prefix}/{name}']:.6f}")
+
+
+class DryCLI(QLoRACLI):
+    """fit's command, stopped before weights are loaded: everything is checked and decided, nothing is written."""
+
+    def before_instantiate_classes(self) -> None:
+        """Drop loggers, which may use the network, and decide everything for `device`."""
+        super().before_instantiate_classes()
+        self.config[self.verb].trainer.logger = False
+        self.stack.enter_context(decide_for(self.device()))
+
+    def device(self) -> Device:
+        """The GPU to decide for: one that supports whatever the options ask for."""
+        return Device("any GPU", AMPERE, is_here=False)
+
+    def open_run(self, mirror: Path | None) -> None:
+        """Do nothing: the run folder is not touched."""
+
+    def own_loggers(self) -> list[Logger]:
+        """None: they write."""
+        return []
 
 
 @contextmanager

@@ -150,7 +150,8 @@ def test_the_demo_command_meets_its_numbers(tmp_path: Path) -> None:
     assert [int(ended[when]) + int(cut[when]) for when in (1, 2)] == [32, 32]
     assert int(ended[1]) < 3 and int(ended[2]) > 29
     known = (
-        r"( *(data|model|train|run)  |step |peak memory|best adapter|curves|held-out|answers (that|cut)|  +before|$)"
+        r"( *(data|learns|model|train|run)  "
+        r"|step |peak memory|best adapter|curves|held-out|answers (that|cut)|  +before|$)"
     )
     assert [line for line in done.stdout.splitlines() if not re.match(known, line)] == []
 

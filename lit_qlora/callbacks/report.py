@@ -68,6 +68,8 @@ class Report(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for line in data.describe():
             self._say("data", line)
+        for line in data.example(lines=1 if self.resumed_from else 2):
+            self._say("learns", line)
         for line in module.describe():
             self._say("model", line)
         steps = data.num_optimizer_steps()

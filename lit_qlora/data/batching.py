@@ -46,11 +46,11 @@ class BatchPlan:
         draw = random.Random(f"{seed}/{epoch}")
         batches = self._by_tokens(lengths, draw) if self.tokens else self._by_rows(lengths, draw)
         draw.shuffle(batches)
-        largest = max(batches, key=lambda batch: self._places(batch, lengths))
+        largest = max(batches, key=lambda batch: self.places(batch, lengths))
         batches.remove(largest)
         return [largest, *batches]
 
-    def _places(self, batch: list[int], lengths: Sequence[int]) -> int:
+    def places(self, batch: list[int], lengths: Sequence[int]) -> int:
         """Tokens of a batch with padding."""
         sizes = [lengths[row] for row in batch]
         return sum(sizes) if self.packed else len(sizes) * max(sizes)

@@ -24,6 +24,7 @@ from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
+from lit_qlora.data.view import SHORT_AMONG, example_lines
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import LLAMA_2, OF_BASE, PromptFormat, built_in, chosen, names
@@ -345,6 +346,18 @@ class ChatDataModule(LightningDataModule):
         """
         train, held_out = (self._records[part].conversations for part in ("train", "validation"))
         RunRows.of(train, held_out, self.validation_source).write(file)
+
+    def rows(self, part: str) -> tuple[Records, EncodedRows]:
+        """What `setup` read and encoded: of ``train``, ``validation`` or ``test``. Raises UserError before that."""
+        rows = self._encoded(part)
+        return self._records[part], rows
+
+    def example(self, lines: int = 2, width: int = 72) -> list[str]:
+        """A short training row as it is learned, in at most ``lines`` lines of ``width`` columns."""
+        rows = self._encoded("train")
+        shortest = min(range(min(SHORT_AMONG, len(rows))), key=lambda row: rows.lengths[row])
+        example = rows.examples[shortest]
+        return example_lines(self.tokenizer, example["input_ids"], example["labels"], width, lines)
 
     def describe(self) -> list[str]:
         """What was read, learned, cut and left out, in lines for the terminal."""

@@ -119,7 +119,7 @@ class Encoder:
 
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[Example | None]:
         """An `Example` for each conversation in order, or None if no answer token would be left."""
-        return map(self._example, self.written(conversations))
+        return map(self.example, self.written(conversations))
 
     def written(self, conversations: Iterable[Conversation]) -> Iterator[list[Written]]:
         """For each conversation in its order, all of its pieces, before any cut."""
@@ -130,6 +130,24 @@ class Encoder:
             for conversation, pieces in zip(some, cut, strict=True):
                 learned = _may_be_learned(conversation, pieces)
                 yield [Written(piece, next(ids), may) for piece, may in zip(pieces, learned, strict=True)]
+
+    def example(self, written: Sequence[Written]) -> Example | None:
+        """The ids and labels of a conversation that is `written`; None if no answer token would be left."""
+        input_ids = [token for _, ids, _ in written for token in ids]
+        roles = [(piece.is_answer, learned) for piece, ids, learned in written for _ in ids]
+        # A cut is between tokens inside a learned answer, else at the end of the turn before it: a question without its
+        # answer teaches nothing. Nothing predicts the first token.
+        end = min(len(input_ids), self.max_length)
+        while end > 1 and not all(roles[end - 1]):
+            end -= 1
+        if end <= 1:
+            return None
+        everything = self.train_on == "all"
+        labels = [
+            token if learned and (is_answer or (everything and token != self.bos_id)) else IGNORE_INDEX
+            for token, (is_answer, learned) in zip(input_ids[:end], roles[:end], strict=True)
+        ]
+        return Example(input_ids[:end], labels, was_cut=end < len(input_ids))
 
     def _pieces(self, conversation: Conversation) -> list[Piece]:
         """Those of the prompt format; of a plain text, itself between BOS and EOS."""
@@ -222,23 +240,6 @@ class Encoder:
         tokenizer = Tokenizer.from_str(json.dumps(rules | {"padding": None, "truncation": None}))
         tokenizer.encode_special_tokens = True  # the backend's word for split_special_tokens
         return tokenizer
-
-    def _example(self, written: list[Written]) -> Example | None:
-        input_ids = [token for _, ids, _ in written for token in ids]
-        roles = [(piece.is_answer, learned) for piece, ids, learned in written for _ in ids]
-        # A cut is between tokens inside a learned answer, else at the end of the turn before it: a question without its
-        # answer teaches nothing. Nothing predicts the first token.
-        end = min(len(input_ids), self.max_length)
-        while end > 1 and not all(roles[end - 1]):
-            end -= 1
-        if end <= 1:
-            return None
-        everything = self.train_on == "all"
-        labels = [
-            token if learned and (is_answer or (everything and token != self.bos_id)) else IGNORE_INDEX
-            for token, (is_answer, learned) in zip(input_ids[:end], roles[:end], strict=True)
-        ]
-        return Example(input_ids[:end], labels, was_cut=end < len(input_ids))
 
 
 def _may_be_learned(conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[bool]:

@@ -22,7 +22,14 @@ from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RunFolder, as_yaml, differences
 
 PACKAGES = ("lit-qlora", "torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets")
-TOPICS = {"data": "Data", "model": "Model", "train": "Training", "plan": "Forecast", "run": "Run"}
+TOPICS = {
+    "data": "Data",
+    "learns": "Learned, such as",
+    "model": "Model",
+    "train": "Training",
+    "plan": "Forecast",
+    "run": "Run",
+}
 LONGEST = 20_000
 """Characters of a text that the page shows."""
 SHOWN_SAMPLES = 16

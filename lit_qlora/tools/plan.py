@@ -6,11 +6,9 @@ Takes fit's own options, and needs neither GPU nor weights nor network. Knows wh
 import re
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import Logger
 
 from lit_qlora import start
 from lit_qlora.data.datamodule import ChatDataModule, check_limit
@@ -18,16 +16,16 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
 from lit_qlora.forecast.foresee import current_card, foresee
 from lit_qlora.model.base import missing_bytes
-from lit_qlora.model.device import AMPERE, Device, decide_for
+from lit_qlora.model.device import AMPERE, Device
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
 from lit_qlora.tools.planning.report import Plan, lines
 from lit_qlora.tools.planning.rows import look, offline
-from lit_qlora.training import QLoRACLI, in_one_line
+from lit_qlora.training import DryCLI, in_one_line
 
 
-class PlanCLI(QLoRACLI):
-    """fit's command for another card: everything is checked and decided as in fit, nothing is loaded or written."""
+class PlanCLI(DryCLI):
+    """fit's command for another card, of which neither rows nor tokenizer need be here."""
 
     found: Plan
     """The forecast and other results to report."""
@@ -40,25 +38,16 @@ class PlanCLI(QLoRACLI):
         words = "of the card, as 8.6; default: that of --gpu, 7.5 for one of --gpu-gib alone"
         parser.add_argument("--gpu-capability", type=str | None, default=None, help=f"compute capability {words}")
 
-    def before_instantiate_classes(self) -> None:
-        """Find the card, for which everything is decided from here on; drop loggers, which may use the network."""
-        super().before_instantiate_classes()
+    def device(self) -> Device:
+        """The card, for which everything is decided from here on."""
         options = self.config[self.verb]
-        options.trainer.logger = False
         needs_ampere = options.trainer.precision == "bf16-mixed" or options.model.attention == "flash_attention_2"
         assumed = AMPERE if needs_ampere else DEFAULT.capability
         self.card = _card(options.gpu, options.gpu_gib, options.gpu_capability, assumed)
-        self.stack.enter_context(decide_for(Device(self.card.name, self.card.capability, is_here=False)))
+        return Device(self.card.name, self.card.capability, is_here=False)
 
     def check_vocabulary(self) -> None:
         """Do nothing: the tokenizer may not be downloaded, see `look`."""
-
-    def open_run(self, mirror: Path | None) -> None:
-        """Do nothing: the run folder is not touched."""
-
-    def own_loggers(self) -> list[Logger]:
-        """None: they write."""
-        return []
 
     def plan(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
         """Make the forecast."""

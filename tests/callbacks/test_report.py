@@ -67,3 +67,28 @@ def test_the_table_at_the_end_counts_answers_that_were_cut_apart(tmp_path):
         "answers that ended by themselves      0 of 8   6 of 8",
         "answers cut at 128 tokens             8 of 8   2 of 8",
     ]
+
+
+@pytest.mark.parametrize(("rank", "resumed", "lines"), [(0, None, 2), (0, "step-4", 1), (1, None, 0)])
+def test_an_example_of_what_is_learned_is_shown_once(monkeypatch, tmp_path, capsys, rank, resumed, lines):
+    """By one process, and in one line where the run resumes."""
+    from lit_qlora.data.datamodule import ChatDataModule
+
+    monkeypatch.setattr(report, "foresee", lambda *_: None)
+    data = ChatDataModule(tokenizer="demo", validation_source="held.jsonl", source="rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    long = {"text": f"### Human: {'Who? ' * 30}### Assistant: {'Ada. ' * 30}"}
+    for name in ("rows.jsonl", "held.jsonl"):
+        (tmp_path / name).write_text(json.dumps(long | {"text": long["text"] + name}))
+    data.setup("fit")
+    monkeypatch.setattr(data, "num_optimizer_steps", lambda: 1)
+    module = SimpleNamespace(describe=list, device=torch.device("cpu"))
+    trainer = SimpleNamespace(
+        is_global_zero=rank == 0, datamodule=data, accumulate_grad_batches=1, precision_reason="", precision="32-true"
+    )
+    run = RunFolder(tmp_path / "run")
+    run.prepare()
+    report.Report(run, SimpleNamespace(peaks_gib={}), resumed, None, {}).on_fit_start(trainer, module)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learns  ")]
+    assert len(shown) == lines and all(len(line) <= 80 for line in shown)
+    assert not lines or ("**Ada." in shown[-1] and shown[-1].endswith("** ⏹") and "[INST] Who?" in shown[0])

@@ -445,3 +445,13 @@ def test_the_demo_is_the_default():
 )
 def test_values_that_make_no_sense_are_refused(options, option, words, expect_error):
     expect_error(lambda: ChatDataModule(**options), *words, option=option)
+
+
+def test_the_example_is_a_short_row_as_it_is_learned():
+    data = ChatDataModule(
+        write("a.jsonl", ("long " * 20, "x"), ("who?", "Ada"), ("a longer one", "b")), validation_share=0.3
+    )
+    data.setup("fit")
+    (line,) = data.example()
+    assert line in ("[INST] who? [/INST] **Ada** ⏹", "[INST] a longer one [/INST] **b** ⏹")
+    assert data.rows("train")[0].where[0] in ("a.jsonl:1", "a.jsonl:2")

@@ -1,0 +1,142 @@
+"""Owns a row as the model sees it: the text of each token, whether it is learned, and the short example of a fit.
+
+Whatever a row holds is made printable here. Knows no batch, no file and no page.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+from lit_qlora.batch import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END = "⏹"
+"""Stands for an end that is learned: the model stops there."""
+
+SHORT_AMONG = 100
+"""Rows of which the shortest is the example."""
+
+_MARKS = {"\n": "↵", "\t": "⇥"}
+
+
+class Token(NamedTuple):
+    """One token of a row: its id, its text in printable characters, and what it is to the model."""
+
+    id: int
+    text: str
+    learned: bool
+    special: bool
+
+
+def tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: Iterable[bool]) -> list[Token]:
+    """The tokens of a row of ``ids``."""
+    special = special_ids(tokenizer)
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    return [
+        Token(id_, printable(name if id_ in special else _text(tokenizer, name)), bool(is_learned), id_ in special)
+        for id_, name, is_learned in zip(ids, names, learned, strict=True)
+    ]
+
+
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """The ids of all tokens that the tokenizer calls special."""
+    added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset([*tokenizer.all_special_ids, *added])
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, with marks for line's ends and tabs and codes for whatever a terminal would obey."""
+    return "".join(
+        _MARKS.get(character) or (character if character.isprintable() else ascii(character)[1:-1])
+        for character in text
+    )
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal that a printable ``text`` takes."""
+    return sum(
+        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        for character in text
+    )
+
+
+def shortened(text: str, width: int) -> str:
+    """A printable ``text`` in at most ``width`` columns, without its middle."""
+    if columns(text) <= width:
+        return text
+    head = _first(text, (width - 1) * 2 // 3)
+    tail = _first(text[::-1], width - 1 - columns(head))[::-1]
+    return f"{head}…{tail}"
+
+
+def _first(text: str, width: int) -> str:
+    """The beginning of ``text`` that takes at most ``width`` columns."""
+    taken, end = 0, 0
+    for end, character in enumerate(text):
+        taken += columns(character)
+        if taken > width:
+            return text[:end]
+    return text
+
+
+def example_lines(
+    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], labels: Sequence[int], width: int, most: int
+) -> list[str]:
+    """The first answer of a row that is learned, behind its prompt: ``prompt **answer** ⏹``.
+
+    Args:
+        tokenizer: of the row.
+        ids: the row's, of length T.
+        labels: which of them are learned, of length T.
+        width: columns of a line.
+        most: lines, 1 or 2.
+    """
+    runs = [
+        (learned, [token for token, _ in run])
+        for learned, run in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORE_INDEX)
+    ]
+    place = next(place for place, (learned, _) in enumerate(runs) if learned)
+    answer, prompt = runs[place][1], runs[place - 1][1] if place else []
+    has_end = answer[-1] in special_ids(tokenizer)
+    said = printable(_decoded(tokenizer, answer[: len(answer) - has_end]))
+    asked, end = printable(_decoded(tokenizer, prompt)), f" {END}" if has_end else ""
+    whole = f"{asked} **{said}**{end}".lstrip()
+    if most == 1 or columns(whole) <= width:
+        room = width - len("  ****") - len(end)
+        asked = shortened(asked, max(room // 2, room - columns(said)))
+        return [f"{asked} **{shortened(said, room - columns(asked))}**{end}".lstrip()]
+    return [shortened(asked, width), f"**{shortened(said, width - len('****') - len(end))}**{end}"]
+
+
+def _decoded(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+def _text(tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
+    """The text of a token with the space that it may begin with; of a part of a character, the token's ``name``."""
+    decoder = tokenizer.backend_tokenizer.decoder
+    if decoder is None:
+        return name
+    # Of the first word in a text, a decoder may take the space off.
+    text = decoder.decode([name, name])[len(decoder.decode([name])) :]
+    return _bytes(name) if "�" in text else text
+
+
+def _bytes(name: str) -> str:
+    """A part of a character as ``<0xE6 0xBC>``; byte-level vocabularies spell each byte as a letter of its own."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
+        return name
+    itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(0x100) if byte not in itself]
+    codes = [ord(letter) if ord(letter) in itself else others[ord(letter) - 0x100] for letter in name]
+    return f"<{' '.join(f'0x{code:02X}' for code in codes)}>"
+
+
+def stretches(row: Sequence[Token]) -> Iterator[tuple[bool, list[Token]]]:
+    """The tokens of a row, in runs that are learned or not."""
+    for learned, run in groupby(row, lambda token: token.learned):
+        yield learned, [*run]

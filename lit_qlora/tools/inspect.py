@@ -1,0 +1,92 @@
+"""Owns the verb inspect: a fit that stops before weights are loaded, and shows what it would learn.
+
+Takes fit's own options, and needs neither GPU nor weights. Knows when its verdict is a failure.
+"""
+
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_qlora import start
+from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.errors import UserError, require
+from lit_qlora.model.module import QLoRAModule
+from lit_qlora.quiet import quieten
+from lit_qlora.storage.files import output_path, write_file
+from lit_qlora.tools.inspecting.look import Look, look
+from lit_qlora.tools.inspecting.page import MARK, page
+from lit_qlora.tools.inspecting.verdict import KINDS
+from lit_qlora.tools.inspecting.words import by_kind, lines
+from lit_qlora.training import DryCLI, in_one_line
+
+
+class InspectCLI(DryCLI):
+    """fit's own command, for a look at its rows as training has them."""
+
+    found: Look
+    """What was seen."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """fit's options, and those of what is shown."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--rows", type=int, default=3, help="training rows to show token by token, the first ones")
+        words = "the one row to show, whole: its number in the file, or FILE:NUMBER"
+        parser.add_argument("--row", type=str | None, default=None, help=words)
+        parser.add_argument("--html", type=str | None, default=None, help="also write all of it into this file, a page")
+        words = f"kinds of faults that are meant to be so, with commas between: {', '.join(KINDS)}"
+        parser.add_argument("--accept", type=str | None, default=None, help=words)
+
+    def before_instantiate_classes(self) -> None:
+        """Checks its own options before anything is read."""
+        super().before_instantiate_classes()
+        options = self.config[self.verb]
+        require(options.rows >= 0, "rows", "0 or more", options.rows)
+        self.accepted = [name.strip() for name in (options.accept or "").split(",") if name.strip()]
+        for kind in self.accepted:
+            require(kind in KINDS, "accept", f"some of {', '.join(KINDS)}", kind)
+        self.page = None if options.html is None else _page_file(options.html)
+
+    def inspect(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
+        """Reads every row."""
+        options, trainer = self.config_init[self.verb], self.trainer
+        trainer.datamodule, datamodule.trainer = datamodule, trainer  # type: ignore[attr-defined]
+        self.found = look(trainer, datamodule, options.rows, options.row)
+
+
+def main(args: list[str]) -> int:
+    """Prints what a fit with ``args``, its options from the verb on, learns; returns the exit status.
+
+    Raises UserError for what fit would refuse, too.
+    """
+    quieten()
+    try:
+        with ExitStack() as stack, in_one_line():
+            cli = InspectCLI(start.complete(args), stack)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    seen, whole = cli.found, cli.config[cli.verb].row is not None
+    print("\n".join(lines(seen, cli.accepted, _shows_colour(), whole)))
+    if cli.page:
+        write_file(cli.page, page(seen, cli.accepted))
+        print(f"page: {cli.page}")
+    return 1 if by_kind(seen.found, cli.accepted) else 0
+
+
+def _shows_colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def _page_file(name: str) -> Path:
+    """The file of the page. Raises UserError where it can't be one, or another file is there already."""
+    try:
+        path = output_path(name)
+    except UserError as error:
+        raise error.replace(option="html") from error
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}", option="html", remedy="make it, or give another name")
+    if path.exists() and not path.read_bytes().startswith(MARK.encode()):
+        raise UserError(f"{path} is there, and no page of an inspection", option="html", remedy="give another name")
+    return path

@@ -1,0 +1,237 @@
+"""Owns the look at a fit's rows: every batch of an epoch is read as training reads it, and counted.
+
+Rows come from the DataModule, encoded by its encoder and handed out by its loaders; nothing of that is done anew here.
+Knows no words and no page.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_qlora.batch import Batch
+from lit_qlora.data.batching import BatchPlan
+from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.records import NOTHING_ANSWERED, NOTHING_LEARNED, LeftOut
+from lit_qlora.data.view import Token, tokens
+from lit_qlora.errors import UserError
+from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.formats import SHORTEST_MARK
+from lit_qlora.tools.inspecting.doubles import Double, find_doubles
+from lit_qlora.tools.inspecting.verdict import Batched, Fault, Judge
+
+PARTS = {"train": "training", "validation": "held out"}
+
+
+class Found(NamedTuple):
+    """A fault, and where the row stands that has it."""
+
+    where: str
+    fault: Fault
+
+
+@dataclass
+class Part:
+    """What is learned, or what is held out.
+
+    ``lengths`` are tokens before any cut, ``kept`` those in the batches (0 for a conversation that is in none), and
+    ``learned`` how many of them are learned; one for each conversation.
+    """
+
+    name: str
+    source: str
+    conversations: list[Conversation]
+    where: list[str]
+    dropped: dict[str, int]
+    left_out: list[LeftOut]
+    lengths: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    learned: list[int] = field(default_factory=list)
+    spelled: list[tuple[str, str]] = field(default_factory=list)
+    """Where text spells a special token, and which; it is learned as letters, never as that token."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were read, with those that are left out."""
+        return len(self.conversations) + len(self.left_out)
+
+    @property
+    def num_turns(self) -> int:
+        """Turns of the conversations, system texts not counted."""
+        return sum(len(conversation.turns) for conversation in self.conversations)
+
+    @property
+    def num_cut(self) -> int:
+        """Conversations that lost tokens to the cap, but not all of them."""
+        return sum(0 < kept < length for kept, length in zip(self.kept, self.lengths, strict=True))
+
+
+class Batching(NamedTuple):
+    """A way to batch the training rows, and what an epoch comes to by it: ``padding`` is a share of all tokens."""
+
+    kind: Literal["rows", "tokens", "packed"]
+    plan: BatchPlan
+    micro_batches: int
+    steps: int
+    padding: float
+    is_chosen: bool
+
+
+class Shown(NamedTuple):
+    """A row to be shown: where it stands, the name of its part, and its tokens as they are in a batch."""
+
+    where: str
+    part: str
+    tokens: list[Token]
+
+
+@dataclass(frozen=True)
+class Look:
+    """All that was seen of a fit's rows."""
+
+    parts: list[Part]
+    max_length: int
+    batchings: list[Batching]
+    num_steps: int
+    """Of the whole run."""
+    doubles: list[Double]
+    found: list[Found]
+    shown: list[Shown]
+    notes: list[str]
+    """What is to be known of the prompt format."""
+
+
+def look(trainer: Any, data: ChatDataModule, num_shown: int, shown_row: str | None) -> Look:
+    """Reads all rows of a fit.
+
+    Args:
+        trainer: of the run; the DataModule is attached to it.
+        data: the rows; afterwards it is without its Trainer.
+        num_shown: training rows to show, the first ones.
+        shown_row: the one to show instead: its number in the file, or ``file:number``.
+
+    Raises:
+        UserError: as a fit does for rows, format and options; and where there is no such row to show.
+    """
+    data.setup("fit")
+    num_steps, devices, accumulate = data.num_optimizer_steps(), trainer.world_size, trainer.accumulate_grad_batches
+    data.trainer, data.num_workers = None, 0  # every row of an epoch, whatever a Trainer takes of it
+    parts, found, in_batches = list[Part](), list[Found](), list[list[_Row | None]]()
+    judge = Judge(data.encoder)
+    for name in PARTS:
+        part, rows = _read(data, name, judge, found)
+        parts.append(part)
+        in_batches.append(rows)
+    shown = [
+        Shown(parts[side].where[number], parts[side].name, tokens(data.tokenizer, *row.batched()))
+        for side, number in _choose(parts, num_shown, shown_row)
+        if (row := in_batches[side][number]) is not None
+    ]
+    lengths = data.rows("train")[1].lengths
+    batchings = [_batching(plan, data, lengths, devices, accumulate) for plan in _plans(data, lengths)]
+    doubles = find_doubles(parts[0].conversations, parts[1].conversations)
+    return Look(parts, data.max_length, batchings, num_steps, doubles, found, shown, data.encoder.prompt_format.notes())
+
+
+class _Row(NamedTuple):
+    """A row of a batch: ids and whether they are learned, ``[T]`` each."""
+
+    ids: Tensor
+    learned: Tensor
+
+    def batched(self) -> Batched:
+        return Batched(self.ids.tolist(), self.learned.tolist())
+
+
+def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> tuple[Part, list[_Row | None]]:
+    """Counts a part's rows, and adds what is wrong with them to ``found``; also returns them, by conversation."""
+    records, encoded = data.rows(name)
+    part = Part(
+        PARTS[name], records.name, records.conversations, records.where, dict(records.dropped), records.left_out
+    )
+    for where, reason in records.left_out:
+        if reason != NOTHING_LEARNED:  # as its weights ask for
+            kind = "nothing" if reason == NOTHING_ANSWERED else "unread"
+            found.append(Found(where, Fault(kind, reason.removeprefix("rows left out: "))))
+    loader = data.train_dataloader() if name == "train" else data.val_dataloader()
+    by_row = {number: row for batch in loader for number, row in _rows_of(batch, encoded.lengths)}
+    named = [token for token in judge.encoder.prompt_format.spelled.all if len(token) >= SHORTEST_MARK]
+    spelled = re.compile("|".join(map(re.escape, named)) or r"(?!)")
+    rows, number = list[_Row | None](), 0
+    for where, conversation, written in zip(
+        records.where, records.conversations, judge.encoder.written(records.conversations), strict=True
+    ):
+        texts = [conversation.system or "", *(turn.content for turn in conversation.turns)]
+        part.spelled += [(where, token[0]) for text in texts if (token := spelled.search(text))][:1]
+        example = judge.encoder.example(written)
+        row = None
+        if example is not None:
+            row, number = by_row.get(number), number + 1
+        rows.append(row)
+        found += (Found(where, fault) for fault in judge.faults(written, example, row and row.batched()))
+        part.lengths.append(sum(len(one.ids) for one in written))
+        part.kept.append(0 if row is None else len(row.ids))
+        part.learned.append(0 if row is None else int(row.learned.sum()))
+    return part, rows
+
+
+def _rows_of(batch: Batch, lengths: Sequence[int]) -> Iterator[tuple[int, _Row]]:
+    """The rows of a batch by their numbers, as the loss sees them: without padding, unless some of it is learned."""
+    ids = batch.input_ids.flatten().clone()
+    learned = torch.zeros(len(ids), dtype=torch.bool)
+    ids[batch.positions + 1], learned[batch.positions + 1] = batch.targets, True
+    start, width = 0, batch.input_ids.shape[1]
+    for place, number in enumerate(batch.rows):
+        size = room = batch.lengths[place] if batch.lengths else width
+        if not batch.lengths:
+            own = learned[start : start + width]
+            size = max(lengths[number], int(own.nonzero().max()) + 1 if own.any() else 0)
+        yield number, _Row(ids[start : start + size].int(), learned[start : start + size])
+        start += room
+
+
+def _choose(parts: Sequence[Part], count: int, row: str | None) -> list[tuple[int, int]]:
+    """The conversations to show, each as its part and its number there.
+
+    Raises UserError where there is no such row, or no conversation was made of it.
+    """
+    if row is None:
+        return [(0, number) for number, kept in enumerate(parts[0].kept) if kept][:count]
+    for side, part in enumerate(parts):
+        for number, where in enumerate(part.where):
+            if _is_named(where, row):
+                if not part.kept[number]:
+                    raise UserError("nothing of it is learned, so no batch holds it", option="row", place=where)
+                return [(side, number)]
+    for part in parts:
+        for where, reason in part.left_out:
+            if _is_named(where, row):
+                raise UserError(f"it is left out: {reason}", option="row", place=where)
+    raise UserError(f"there is no such row, expected a line or row of {parts[0].source}, got {row!r}", option="row")
+
+
+def _is_named(where: str, row: str) -> bool:
+    """Whether the place ``rows.jsonl:17`` or ``rows.parquet: row 17`` is meant by ``17``, ``rows.jsonl:17`` or such."""
+    if row.isdecimal():
+        return re.search(rf"(:|: row ){row}$", where) is not None
+    return f"/{where.replace(': row ', ':')}".endswith(f"/{row.replace(': row ', ':').removeprefix('./')}")
+
+
+def _plans(data: ChatDataModule, lengths: Sequence[int]) -> list[BatchPlan]:
+    """The ways to batch, with the rows and tokens that are chosen; without tokens, as many as the largest batch has."""
+    by_rows = BatchPlan(data.plan.rows)
+    budget = data.plan.tokens or max(
+        data.max_length, *(by_rows.places(batch, lengths) for batch in by_rows.epoch(lengths, data.seed, 0))
+    )
+    return [by_rows, BatchPlan(data.plan.rows, budget), BatchPlan(data.plan.rows, budget, packed=True)]
+
+
+def _batching(plan: BatchPlan, data: ChatDataModule, lengths: Sequence[int], devices: int, accumulate: int) -> Batching:
+    batches = plan.epoch(lengths, data.seed, 0)
+    places = sum(plan.places(batch, lengths) for batch in batches)
+    kind: Literal["rows", "tokens", "packed"] = "packed" if plan.packed else "tokens" if plan.tokens else "rows"
+    steps = -(-(len(batches) // devices) // accumulate)
+    return Batching(kind, plan, len(batches), steps, 1 - sum(lengths) / places, plan == data.plan)

@@ -1,0 +1,51 @@
+"""Owns the page of an inspection: one file that loads nothing, light and dark, in which rows are text and never markup.
+
+Knows a look and the words for it.
+"""
+
+from collections.abc import Collection
+from importlib import resources
+
+import jinja2
+
+from lit_qlora.data.view import printable, stretches
+from lit_qlora.tools.inspecting import words
+from lit_qlora.tools.inspecting.look import Look
+from lit_qlora.tools.inspecting.verdict import KINDS
+
+MARK = "<!-- lit-qlora inspect -->"
+"""Begins each page: a file without it is not replaced by one."""
+NAMED = 1000
+"""Rows that are named for each fault, and doubles of each kind."""
+
+
+def page(seen: Look, accepted: Collection[str]) -> str:
+    """The page as HTML."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    file = resources.files("lit_qlora.tools.inspecting") / "templates" / "inspect.html.jinja"
+    bins = words.bins(seen)
+    faults = words.by_kind(seen.found, accepted)
+    body = environment.from_string(file.read_text(encoding="utf-8")).render(
+        is_fine=not faults,
+        verdict=words.verdict_in_words(seen, accepted),
+        kinds=[(kind, KINDS[kind], found[:NAMED], len(found)) for kind, found in faults.items()],
+        accepted=[(KINDS[kind], sum(one.fault.kind == kind for one in seen.found)) for kind in accepted],
+        parts=[(part.name, printable(part.source)) for part in seen.parts],
+        counts=words.counts(seen.parts),
+        losses=[(part.name, *loss) for part in seen.parts for loss in words.losses(part, seen.max_length)],
+        notes=seen.notes,
+        lengths=words.lengths_in_words(seen),
+        bins=bins,
+        most=max(one.size for one in bins),
+        cap=words.cap_in_words(seen),
+        batchings=[(words.batching_name(one), one) for one in seen.batchings],
+        num_steps=seen.num_steps,
+        doubles=[
+            (title, len(words.doubles_of(seen, kind)), words.doubles_of(seen, kind)[:NAMED])
+            for kind, title in words.DOUBLES.items()
+        ],
+        rows=[("".join(words.title_of(row)), [*stretches(row.tokens)]) for row in seen.shown],
+    )
+    return f"{MARK}\n{body}"

@@ -1,0 +1,167 @@
+"""Owns the verdict on one row: what is wrong with the ids and labels that a batch of training holds of it.
+
+Holds what stands in the batch against the pieces that the encoder writes, and those against the text. Knows no batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple
+
+from lit_qlora.batch import IGNORE_INDEX
+from lit_qlora.data.encode import Encoder, Example, Written
+from lit_qlora.data.view import printable, special_ids
+
+KINDS = {
+    "unread": "rows that can't be learned from",
+    "nothing": "rows without a token to learn",
+    "end": "rows with an answer whose end is not learned",
+    "bos": "rows that do not begin each prompt with one BOS",
+    "special": "rows whose text makes the id of a special token",
+    "lost": "rows of which tokens lose something",
+    "question": "rows with a token of a prompt that is learned",
+    "batch": "rows that stand otherwise in a batch than they were encoded",
+}
+"""What can be wrong with a row, by the names that ``--accept`` takes."""
+
+_SHORTEN = "a larger data.max_length keeps them whole; else shorten or divide them"
+REMEDIES = {
+    "unread": "mend or delete them",
+    "nothing": _SHORTEN,
+    "end": f"what is cut teaches no end; {_SHORTEN}",
+    "bos": "write {{ bos_token }} once into data.template, where a text begins",
+    "special": "write these texts otherwise, or take a base whose tokenizer calls that token special",
+    "lost": "write these characters otherwise, as others see them",
+    "question": "a fault of the encoder: please report it",
+    "batch": "clear the cache of encoded rows (lit_qlora in HF_DATASETS_CACHE)",
+}
+"""What to do about each kind."""
+
+AROUND = 10
+"""Characters that are shown before and behind what is lost."""
+
+
+class Fault(NamedTuple):
+    """What is wrong with a row: one of `KINDS`, and where in it or why."""
+
+    kind: str
+    words: str
+
+
+class Batched(NamedTuple):
+    """A row as it stands in a batch: its ids, and which of them are learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Finds what is wrong with rows of one encoder."""
+
+    encoder: Encoder
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """The ids that no text may make. That of an unknown character is not among them: it is a loss."""
+        encoder = self.encoder
+        ids = {*special_ids(encoder.tokenizer), encoder.eos_id}
+        unknown = encoder.tokenizer.unk_token_id
+        return frozenset(ids if unknown in (encoder.bos_id, encoder.eos_id) else ids - {unknown})
+
+    def faults(self, written: Sequence[Written], example: Example | None, row: Batched | None) -> Iterator[Fault]:
+        """What is wrong with a row.
+
+        Args:
+            written: its pieces, before any cut.
+            example: what the encoder makes of them; None where nothing that is learned is left.
+            row: what a batch holds of it; None where it is in none.
+        """
+        yield from self._in_text(written)
+        if example is None:
+            place = next((start for start, _ in _spans(written, answers=True)), 0)
+            yield Fault("nothing", f"its prompt takes {place:,} tokens of {self.encoder.max_length:,}")
+        elif row is None or row != _as_batched(example):
+            yield Fault("batch", "its tokens or labels differ from what the encoder gives")
+        if row is None:
+            return
+        if example is not None and not any(row.learned):
+            yield Fault("nothing", "no label is left in its batch")
+        yield from self._ends(written, row)
+        yield from self._bos(row)
+        for start, end in _spans(written, answers=False) if self.encoder.train_on == "answers" else ():
+            if any(row.learned[start:end]):
+                yield Fault("question", f"token {start + row.learned[start:end].index(True) + 1:,}")
+
+    def _ends(self, written: Sequence[Written], row: Batched) -> Iterator[Fault]:
+        """Answers of which something is learned, and not their end."""
+        length = len(row.ids)
+        for number, (start, end) in enumerate(_spans(written, answers=True), 1):
+            if not any(row.learned[start:end]):
+                continue
+            if end > length:
+                yield Fault("end", f"answer {number} is cut: the row has {_size(written):,} tokens")
+            elif row.ids[end - 1] not in self.encoder.stop_ids or not row.learned[end - 1]:
+                yield Fault("end", f"answer {number}")
+
+    def _bos(self, row: Batched) -> Iterator[Fault]:
+        """More or less than one BOS at the start, and another one elsewhere than behind the end of a turn."""
+        bos, ids = self.encoder.bos_id, row.ids
+        if bos is None or bos == self.encoder.eos_id:  # which nobody could tell apart
+            return
+        if ids[:1] != [bos]:
+            yield Fault("bos", "it begins with none")
+        for place in (place for place, id_ in enumerate(ids) if id_ == bos and place):
+            before = place - 1
+            while before and self._is_blank(ids[before]):
+                before -= 1
+            if ids[before] == bos or ids[before] not in self.special:
+                yield Fault("bos", f"another one is token {place + 1:,}")
+                return
+
+    def _is_blank(self, id_: int) -> bool:
+        return id_ not in self.special and not self.encoder.decode([id_])
+
+    def _in_text(self, written: Sequence[Written]) -> Iterator[Fault]:
+        """What the pieces that are text become, and whether they come back."""
+        texts = [(piece.text, ids) for piece, ids, _ in written if piece.kind != "token"]
+        for text, ids in texts:
+            for id_ in self.special.intersection(ids):
+                token = str(self.encoder.tokenizer.convert_ids_to_tokens(id_))
+                yield Fault("special", f"{token!r}, id {id_}, in {_around(text, max(0, text.find(token)))}")
+        backend = self.encoder.tokenizer.backend_tokenizer
+        came_back = backend.decode_batch([ids for _, ids in texts], skip_special_tokens=False)
+        for (text, _), back in zip(texts, came_back, strict=True):
+            # Of a text's first word, a tokenizer may put a space before, or take one off.
+            expected, came = text.lstrip(" "), back.lstrip(" ")
+            if came != expected:
+                pairs = enumerate(zip(expected, came, strict=False))
+                place = next((place for place, (one, other) in pairs if one != other), min(len(expected), len(came)))
+                yield Fault("lost", f"{_around(expected, place)} comes back as {_around(came, place)}")
+
+
+def _as_batched(example: Example) -> Batched:
+    """How an example has to stand in a batch. Its first token has nothing that predicts it, and is never learned."""
+    learned = [label != IGNORE_INDEX for label in example.labels]
+    return Batched(example.input_ids, [False, *learned[1:]])
+
+
+def _spans(written: Sequence[Written], answers: bool) -> Iterator[tuple[int, int]]:
+    """Where each answer begins and ends, or each prompt."""
+    start = 0
+    for is_answer, run in groupby(written, lambda one: one.piece.is_answer):
+        end = start + sum(len(one.ids) for one in run)
+        if is_answer == answers:
+            yield start, end
+        start = end
+
+
+def _size(written: Sequence[Written]) -> int:
+    return sum(len(one.ids) for one in written)
+
+
+def _around(text: str, place: int) -> str:
+    """What stands around a place of a text, in quotes."""
+    start = max(0, place - AROUND)
+    return f"'{printable(text[start : place + AROUND])}'"

@@ -1,0 +1,297 @@
+"""Owns the words of an inspection on a terminal, in 80 columns; colour is an addition, never the only sign.
+
+Knows a look, and nothing of options and files.
+"""
+
+import re
+import statistics
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from lit_qlora.data.view import Token, columns, printable, shortened, stretches
+from lit_qlora.tools.inspecting.look import Batching, Found, Look, Part, Shown
+from lit_qlora.tools.inspecting.verdict import KINDS, REMEDIES
+
+WIDTH, BAR = 80, 40
+NAMED = 5
+"""Rows that are named for each fault, and doubles of each kind; the page has all."""
+NUMBERS = 100
+"""Rows of a file whose numbers are listed behind those."""
+HEAD, TAIL = 4, 2
+"""Lines that are shown of a long stretch at its beginning and at its end."""
+
+DOUBLES = {
+    "same": "the same words",
+    "near": "nearly the same words",
+    "question": "the same first question, another answer",
+}
+FINE = "each answer's end is learned, one BOS begins each prompt, no token loses anything"
+LEGEND = "| between tokens   «» a special token   ↵ a line's end"
+
+GREEN, MAGENTA, DIM, BOLD, RED = "32", "35", "2", "1", "31"
+
+
+class Bin(NamedTuple):
+    """Conversations of ``first`` to ``last`` tokens, and whether that is above the cap."""
+
+    first: int
+    last: int
+    size: int
+    is_cut: bool
+
+
+def lines(seen: Look, accepted: Collection[str], colour: bool = False, whole: bool = False) -> Iterator[str]:
+    """All of it; the verdict is last.
+
+    Args:
+        seen: what is to be shown.
+        accepted: kinds of faults that are meant to be so.
+        colour: whether escape sequences for colours may be used.
+        whole: whether rows are shown without leaving out the middle of long stretches.
+    """
+    parts = (_counts(seen), _dropped(seen), _histogram(seen), _batchings(seen), _doubles(seen))
+    for part in parts:
+        yield from part
+        yield ""
+    for row in seen.shown:
+        yield from _row(row, colour, whole)
+    if seen.shown:
+        yield f"  {LEGEND}"
+        yield ""
+    yield from _verdict(seen, accepted, colour)
+
+
+# What there is
+
+
+def _counts(seen: Look) -> Iterator[str]:
+    yield f"{'':30}" + "".join(f"{part.name:>14}" for part in seen.parts)
+    for title, values in counts(seen.parts):
+        yield f"{title:30}" + "".join(f"{value:>14,}" for value in values)
+    for part in seen.parts:
+        yield f"{part.name}: {shortened(printable(part.source), WIDTH - len(part.name) - 2)}"
+    for note in seen.notes:
+        yield from _wrapped(note)
+
+
+def counts(parts: Sequence[Part]) -> list[tuple[str, list[int]]]:
+    """The figures of each part, by their titles."""
+    return [
+        ("rows", [part.num_rows for part in parts]),
+        ("  left out", [len(part.left_out) + part.kept.count(0) for part in parts]),
+        ("conversations in batches", [len(part.kept) - part.kept.count(0) for part in parts]),
+        ("  of them cut", [part.num_cut for part in parts]),
+        ("turns", [part.num_turns for part in parts]),
+        ("tokens before any cut", [sum(part.lengths) for part in parts]),
+        ("tokens in batches", [sum(part.kept) for part in parts]),
+        ("  answer tokens, learned", [sum(part.learned) for part in parts]),
+    ]
+
+
+def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
+    """What of a part is dropped, cut, not used, or taken otherwise than it stands there; each with a number of rows."""
+    first, token = part.spelled[0] if part.spelled else ("", "")
+    spelled = [(len(part.spelled), f"spell a special token, learned as letters alone, such as {token} in {first}")]
+    cut = [(part.num_cut, f"cut to data.max_length {max_length:,}")]
+    without = [(part.kept.count(0), f"left out: no answer within data.max_length {max_length:,}")]
+    counted = [(count, what) for what, count in part.dropped.items()]
+    return [(count, what) for count, what in [*counted, *cut, *without, *spelled] if count]
+
+
+def _dropped(seen: Look) -> Iterator[str]:
+    yield "dropped, cut, not used"
+    some = False
+    for part in seen.parts:
+        for count, what in losses(part, seen.max_length):
+            some = True
+            yield from _wrapped(what, f"  {part.name:<10}{count:>7,}  ")
+    if not some:
+        yield "  nothing"
+
+
+def lengths_in_words(seen: Look) -> str:
+    """Mean, median and the longest."""
+    lengths = sorted(length for part in seen.parts for length in part.lengths)
+    most = lengths[-1]
+    where = next(
+        where for part in seen.parts for where, length in zip(part.where, part.lengths, strict=True) if length == most
+    )
+    p95 = lengths[max(0, -(-len(lengths) * 95 // 100) - 1)]
+    figures = f"mean {statistics.mean(lengths):,.0f}, median {statistics.median(lengths):,.0f}, 95 % up to {p95:,}"
+    return f"{figures}, longest {most:,}: {printable(where)}"
+
+
+def bins(seen: Look) -> list[Bin]:
+    """Lengths before any cut: eight steps up to the cap, behind it each as wide as all before it."""
+    lengths = [length for part in seen.parts for length in part.lengths]
+    edges = [round(seen.max_length * part / 8) for part in range(9)]
+    while edges[-1] < max(lengths):
+        edges.append(2 * edges[-1])
+    found = Counter(next(place for place, edge in enumerate(edges[1:]) if length <= edge) for length in lengths)
+    return [Bin(first + 1, last, found[place], place >= 8) for place, (first, last) in enumerate(pairwise(edges))]
+
+
+def cap_in_words(seen: Look) -> str:
+    """How many conversations are longer than the cap, and what they lose."""
+    pairs = [pair for part in seen.parts for pair in zip(part.lengths, part.kept, strict=True)]
+    longer = sum(length > seen.max_length for length, _ in pairs)
+    lost = sum(length - kept for length, kept in pairs)
+    return f"data.max_length {seen.max_length:,}: {longer:,} are longer, {lost:,} tokens fall off"
+
+
+def _histogram(seen: Look) -> Iterator[str]:
+    yield "length in tokens, before any cut"
+    yield from _wrapped(lengths_in_words(seen), "  ")
+    found = bins(seen)
+    most = max(one.size for one in found)
+    was_cut = False
+    for one in found:
+        if one.is_cut and not was_cut:
+            was_cut = True
+            yield f"  {'':-<{WIDTH - 2}}"
+        bar = "#" * -(-one.size * BAR // most)
+        yield f"  {one.first:>7,} to {one.last:>7,}  {one.size:>8,}  {bar}".rstrip()
+    yield f"  {cap_in_words(seen)}"
+
+
+# Batches
+
+
+def batching_name(batching: Batching) -> str:
+    """The options that choose it."""
+    plan = batching.plan
+    by = f"batch_size {plan.rows}" if batching.kind == "rows" else f"batch_tokens {plan.tokens:,}"
+    return f"{by}, packing" if plan.packed else by
+
+
+def _batchings(seen: Look) -> Iterator[str]:
+    yield f"{'batches of an epoch':32}{'micro-batches':>14}{'steps':>10}{'padding':>10}"
+    for batching in seen.batchings:
+        chosen = "  <- this run" if batching.is_chosen else ""
+        figures = f"{batching.micro_batches:>14,}{batching.steps:>10,}{batching.padding:>10.1%}"
+        yield f"  {batching_name(batching):30}{figures}{chosen}"
+    yield f"  the whole run: {seen.num_steps:,} steps"
+
+
+# Doubles
+
+
+def doubles_of(seen: Look, kind: str) -> list[tuple[str, str]]:
+    """Where the held-out and the training row of each double of a kind stand."""
+    train, held_out = seen.parts
+    return [(held_out.where[one], train.where[other]) for one, other, found in seen.doubles if found == kind]
+
+
+def _doubles(seen: Look) -> Iterator[str]:
+    yield "held-out conversations that training has, too"
+    for kind, title in DOUBLES.items():
+        found = doubles_of(seen, kind)
+        yield f"  {title:42}{len(found):>7,}"
+        yield from (_pair(*pair) for pair in found[:NAMED])
+
+
+def _pair(one: str, other: str) -> str:
+    width = (WIDTH - 4 - len(" is like ")) // 2
+    return f"    {shortened(printable(one), width)} is like {shortened(printable(other), width)}"
+
+
+# Rows
+
+
+def title_of(row: Shown) -> tuple[str, str]:
+    """Where a row stands; and its part, and its size."""
+    learned = sum(token.learned for token in row.tokens)
+    return printable(row.where), f" ({row.part}): {len(row.tokens):,} tokens, {learned:,} learned"
+
+
+def _row(row: Shown, colour: bool, whole: bool) -> Iterator[str]:
+    where, what = title_of(row)
+    yield shortened(where, WIDTH - len(what)) + what
+    for learned, run in stretches(row.tokens):
+        label = "learned" if learned else "ignored"
+        wrapped = [*_stretch(run, WIDTH - 11, colour)]
+        if not whole and len(wrapped) > HEAD + TAIL + 1:
+            left = len(wrapped) - HEAD - TAIL
+            wrapped[HEAD:-TAIL] = [f"… {left} lines …"]
+        for number, line in enumerate(wrapped):
+            yield f"  {label if not number else '':7}  {line}"
+
+
+def _stretch(run: Sequence[Token], width: int, colour: bool) -> Iterator[str]:
+    """Lines of tokens with a stroke between each two, broken between tokens where they can be."""
+    line, taken = "", 0
+    for number, token in enumerate(run):
+        text = f"«{token.text}»" if token.special else token.text
+        text = shortened(text, width - 1) + ("|" if number < len(run) - 1 else "")
+        if taken + columns(text) > width:
+            yield line
+            line, taken = "", 0
+        line, taken = line + _coloured(text, token, colour), taken + columns(text)
+    yield line
+
+
+def _coloured(text: str, token: Token, colour: bool) -> str:
+    if not colour:
+        return text
+    return _painted(text, f"{BOLD};{MAGENTA}" if token.special else GREEN if token.learned else DIM)
+
+
+def _painted(text: str, code: str) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+# The verdict
+
+
+def by_kind(found: Sequence[Found], accepted: Collection[str] = ()) -> dict[str, list[Found]]:
+    """Faults that are not accepted, by their kind, the gravest kind first."""
+    kinds = defaultdict[str, list[Found]](list)
+    for one in found:
+        kinds[one.fault.kind].append(one)
+    return {kind: kinds[kind] for kind in KINDS if kinds[kind] and kind not in accepted}
+
+
+def verdict_in_words(seen: Look, accepted: Collection[str]) -> str:
+    """The verdict in a line."""
+    kinds = by_kind(seen.found, accepted)
+    rows = len({one.where for found in kinds.values() for one in found})
+    return f"{rows:,} rows are not as they should be" if rows else f"as it should be: {FINE}"
+
+
+def _verdict(seen: Look, accepted: Collection[str], colour: bool) -> Iterator[str]:
+    for kind in accepted:
+        count = len({one.where for one in seen.found if one.fault.kind == kind})
+        if count:
+            yield f"accepted: {KINDS[kind]}: {count:,}"
+    for kind, found in by_kind(seen.found, accepted).items():
+        yield f"{len({one.where for one in found}):,} {KINDS[kind]} (--accept {kind})"
+        for one in found[:NAMED]:
+            yield from _wrapped(f"{one.where}: {one.fault.words}", "    ")
+        if len(found) > NAMED:
+            yield from _wrapped(f"also {_numbers(one.where for one in found[NAMED:])}", "    ")
+        yield from _wrapped(REMEDIES[kind], "    ")
+    words = f"verdict: {verdict_in_words(seen, accepted)}"
+    code = RED if by_kind(seen.found, accepted) else GREEN
+    for line in _wrapped(words):
+        yield _painted(line, f"{BOLD};{code}") if colour else line
+
+
+def _numbers(places: Iterable[str]) -> str:
+    """The numbers of rows behind the names of their files, not all of very many."""
+    by_file = defaultdict[str, list[str]](list)
+    for place in dict.fromkeys(places):
+        file, number = re.fullmatch(r"(.*?)(?::(?: row )?(\d+))?", place, re.DOTALL).groups()  # type: ignore[union-attr]
+        by_file[file.rpartition("/")[2]].append(number or "")
+    some = [f"{file}: {', '.join(numbers[:NUMBERS])}" for file, numbers in by_file.items()]
+    left = sum(len(numbers[NUMBERS:]) for numbers in by_file.values())
+    return "; ".join(some) + (f" and {left:,} more" if left else "")
+
+
+def _wrapped(text: str, first: str = "") -> list[str]:
+    """Lines of at most `WIDTH` columns, the first behind ``first``, the others under it."""
+    room = WIDTH - columns(first) - sum(columns(character) - 1 for character in text if columns(character) > 1)
+    found = textwrap.wrap(printable(text), max(room, 20)) or [""]
+    return [f"{first if not number else ' ' * columns(first)}{line}" for number, line in enumerate(found)]

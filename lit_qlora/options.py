@@ -5,6 +5,7 @@ jsonargparse does the parsing. Does not know what any option means.
 
 import re
 from argparse import ArgumentError
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -24,6 +25,10 @@ LINKED = {"data.tokenizer": "model.base", "data.seed": "seed_everything"}
 """Options that always equal another one, which can be given instead."""
 
 
+_raised: deque[UserError] = deque(maxlen=32)
+"""The last errors: jsonargparse quotes those of the parser of a class's arguments in a message of its own."""
+
+
 class OneLineErrors:
     """A mixin for jsonargparse parsers: errors are one line with the nearest accepted name, not a page of usage."""
 
@@ -37,7 +42,9 @@ class OneLineErrors:
             self.check_values({only[1]: None})
             raise UserError(f"has no value for {only[1]} and says nothing else", option="config", remedy="give one")
         names = [action.dest for action in parser._actions]
-        raise _of_class(str(message), parser.types()) or _mistake(str(message), names)
+        error = _of_class(str(message), parser.types()) or _mistake(str(message), names)
+        _raised.append(error)
+        raise error
 
     def types(self) -> dict[str, Any]:
         """The type of each option, by its dotted name."""
@@ -133,10 +140,8 @@ def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
         return UserError(
             f"no class {excerpt(name)}{why}", option=option, remedy=_nearest_class(name, types.get(option))
         )
-    inner = re.search(r"- (?:([\w.]+): (expected .*)|(unknown option '[^;]*)(?:; (.*))?)\n", reasons)
-    if inner:
-        return UserError(inner[2] or inner[3], option=f"{option}.{inner[1]}" if inner[1] else option, remedy=inner[4])
-    return None
+    inner = next((error for error in _raised if str(error) in reasons), None)
+    return inner and inner.replace(option=f"{option}.{inner.option}" if inner.option else option)
 
 
 def _nearest_class(name: str, hint: Any) -> str:

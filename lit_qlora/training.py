@@ -140,24 +140,17 @@ class QLoRACLI(LightningCLI):
         parser.add_lightning_class_args(SampleAnswers, "samples")
         for target, source in LINKED.items():
             parser.link_arguments(source, target)
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if self.scores:
-            parser.add_argument(
-                "--ckpt_path",
-                default="best",
-                help="what to score: best | last | base | an adapter or checkpoint folder",
-            )
-        return parser
+            words = "what to score: best | last | base | an adapter or checkpoint folder"
+            parser.add_argument("--ckpt_path", default="best", help=words)
+        assert isinstance(parser, RunParser)
+        self.verb_parser = parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse ``args``; Lightning's own method would warn of the process's, which these were made from."""
-        parsed_by = self._parser(self.verb)
-        assert isinstance(parsed_by, RunParser)
-        self.config = parser.parse_args(start.with_kept(self.command, parsed_by))
+        self.config = parser.parse_args(start.with_kept(self.command, self.verb_parser))
         options = self.config[self.verb]
-        parsed_by.check_values(options)
+        self.verb_parser.check_values(options)
         options.model.target_modules = split_names(options.model.target_modules)
         # As text, so that the run does not depend on the file or the base.
         is_of_base = options.data.template == OF_BASE
@@ -231,7 +224,7 @@ class QLoRACLI(LightningCLI):
     def _config_to_keep(self) -> dict[str, Any]:
         """The full configuration as plain values, without the options of one start only."""
         try:
-            text = self._parser(self.verb).dump(plain(self.config[self.verb]), format="yaml")
+            text = self.verb_parser.dump(plain(self.config[self.verb]), format="yaml")
         except ValueError as error:
             raise UserError(
                 f"an option of a class of yours has a value that config.yaml can't hold ({one_line(error, 300)})",
@@ -246,7 +239,7 @@ class QLoRACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this run's callbacks, loggers and checkpoints."""
         base, self.datamodule.tokenizer_option = self.model.base, LINKED["data.tokenizer"]
-        config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={})}
+        config: dict[str, Any] = {**self.config_init[self.verb].get("trainer", {})}
         validates = self.scores or config.get("limit_val_batches") != 0
         given, plugins = own_callbacks(config.get("callbacks"), validates), own_plugins(config.get("plugins"))
         check_rank(base, self.model.lora.rank)

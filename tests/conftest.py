@@ -57,7 +57,7 @@ def parser_of() -> Callable[[str], Any]:
 
         class Parsed(training.QLoRACLI):
             def parse_arguments(self, parser: Any, args: Any) -> None:
-                kept.append(self._parser(self.verb))
+                kept.append(self.verb_parser)
                 raise SystemExit
 
         with pytest.raises(SystemExit):

@@ -69,7 +69,9 @@ def validation_follows(trainer: Trainer) -> bool:
 
 def is_on_edge(trainer: Trainer) -> bool:
     """True if no gradient waits for the rest of its step."""
-    return not trainer.fit_loop.epoch_loop._should_accumulate()
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    is_last = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
+    return is_last or batches.current.ready % trainer.accumulate_grad_batches == 0
 
 
 def begin_epoch(trainer: Trainer) -> None:

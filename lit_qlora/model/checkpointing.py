@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Checkpointing = Literal["auto", "full", "selective", "none"]
 
@@ -35,15 +35,10 @@ def _recomputed(forward: Callable[..., Any], how: dict[str, Any]) -> Callable[..
 
 
 def _keep_products() -> Any:
-    """Operators whose results a layer's recomputation reuses."""
-    import bitsandbytes  # noqa: F401  # it brings the first of these
+    """The contexts of a layer's recomputation that reuses the results of 4-bit products and attention."""
+    return create_selective_checkpoint_contexts(_policy)
 
-    aten = torch.ops.aten
-    kept = [
-        torch.ops.bitsandbytes.gemm_4bit.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-    ]
-    return create_selective_checkpoint_contexts(kept)
+
+def _policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    is_kept = "bitsandbytes::gemm_4bit" in operator.name() or "scaled_dot_product" in operator.name()
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

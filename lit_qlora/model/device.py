@@ -7,11 +7,11 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -105,8 +105,8 @@ def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) ->
 
 def _cpu_multiplies_bf16() -> bool:
     """True if the CPU has instructions for bf16, AMX or AVX512-BF16; others emulate it, slowly."""
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private: not every torch has both
-    return any(probe() for name in probes if (probe := getattr(torch.cpu, name, None)))
+    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not every torch has it
+    return bool(has.get("amx_tile") or has.get("avx512_bf16"))
 
 
 def check_attention(attention: Attention, device: Device) -> None:

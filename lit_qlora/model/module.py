@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationSchedule
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
-from torch.nn.modules.module import _IncompatibleKeys
 from torchmetrics import SumMetric
 
 from lit_qlora.arguments import checked_arguments
@@ -222,7 +221,7 @@ class QLoRAModule(LearnsInParts):
         dtype, device = self._place()
         if self.model is not None and self._loaded_for in (None, (dtype, device.type)):
             return
-        if self._trainer and self.trainer.state.fn == "fit":
+        if self._attached and self.trainer.state.fn == "fit":
             gpu = device.type == "cuda"
             require(gpu or self.cuda_graphs is not True, "model.cuda_graphs", "auto or false without a GPU", True)
         trained = self.state_dict() if self.model is not None else None
@@ -233,8 +232,16 @@ class QLoRAModule(LearnsInParts):
         if trained is not None:
             self.load_state_dict(trained)
 
+    @property
+    def _attached(self) -> bool:
+        """True with a Trainer; without one, `trainer` raises."""
+        try:
+            return self.trainer is not None
+        except RuntimeError:
+            return False
+
     def _place(self) -> tuple[torch.dtype, torch.device]:
-        if self._trainer:
+        if self._attached:
             return compute_dtype(str(self.trainer.precision)), self.trainer.strategy.root_device
         device = current_device()
         precision, _ = choose_precision("auto", device, self.base.shape.num_parameters)
@@ -309,7 +316,7 @@ class QLoRAModule(LearnsInParts):
         """The adapter's weights, fp32. The base is never saved."""
         return {name: value.detach() for name, value in load.adapter_parameters(self).items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> _IncompatibleKeys:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
         """Load an adapter's weights; loads base and adapter first, if no Trainer has.
 
         Raises UserError unless it has exactly the keys and shapes of this one, and is finite.
@@ -327,7 +334,7 @@ class QLoRAModule(LearnsInParts):
             )
         broken = [name for name in own if not state_dict[name].isfinite().all()]
         if broken:
-            folder = self._trainer.ckpt_path if self._trainer else None
+            folder = self.trainer.ckpt_path if self._attached else None
             raise UserError(
                 f"{broken[0]} holds values that are not finite: it was altered",
                 place=folder or "the checkpoint",
@@ -336,7 +343,7 @@ class QLoRAModule(LearnsInParts):
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state_dict[name])
-        return _IncompatibleKeys([], [])
+        return torch.nn.Module().load_state_dict({})  # no key missing, none unexpected
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the constructor's arguments, for `load_from_checkpoint`, and the identity; a run's folder has its own."""

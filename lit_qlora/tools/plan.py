@@ -68,20 +68,14 @@ class PlanCLI(DryCLI):
         self.found = Plan(model.base, forecast, reason, download, options.trainer.max_epochs, options.trainer.max_steps)
 
 
+class _ParsedError(Exception):
+    """Ends `_Options` once its options are parsed, and carries them."""
+
+
 class _Options(PlanCLI):
-    """Parse the options without building anything."""
-
-    def _set_seed(self) -> None:
-        pass
-
-    def before_instantiate_classes(self) -> None:
-        pass
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        raise _ParsedError(self.config["plan"])
 
 
 def main(args: list[str]) -> int:
@@ -109,7 +103,10 @@ def read(args: list[str]) -> Plan:
 
 def parse(args: list[str]) -> Any:
     """All of fit's options, with their values by ``args`` and the config. Raises as `read` does."""
-    return _Options(start.complete(["plan", *args]), ExitStack()).config["plan"]
+    try:
+        _Options(start.complete(["plan", *args]), ExitStack())
+    except _ParsedError as parsed:
+        return parsed.args[0]
 
 
 def _card(name: str | None, gib: float | None, capability: str | None, assumed: tuple[int, int]) -> Card:

@@ -38,10 +38,9 @@ def streamed_logits(base: Base, input_ids: Tensor, device: torch.device) -> Tens
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
 
-    config = for_transformers(base.config)
-    config._attn_implementation = "sdpa"
     with init_empty_weights(include_buffers=False):
-        model = base.architecture.model_class()(config).float()
+        model = base.architecture.model_class()(for_transformers(base.config)).float()
+    model.set_attn_implementation("sdpa")
     model.eval()
     attach_align_device_hook(model, execution_device=device, offload=True, weights_map=_InFp32(base))
     return model(input_ids=input_ids.to(device), use_cache=False).logits.cpu()  # type: ignore[no-any-return]

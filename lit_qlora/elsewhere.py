@@ -3,349 +3,154 @@
 A table of words; knows no parser.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from lit_qlora.place import COMMAND
 
-_STEP = "trainer.accumulate_grad_batches, which with data.batch_size makes a step"
-_4_BIT = "a base is always trained in 4-bit NF4 with double quantisation: leave it out"
-_PRECISION = "trainer.precision, and auto chooses by the card"
-_ONE_DEVICE = "training uses one device: leave it out"
-_RESUME = "the same command, given again, resumes: leave it out"
-_SHARE_OR_COUNT = "trainer.val_check_interval, in micro-batches or as a share of an epoch"
-_SAVES = "save_every_steps, beside save_every_minutes"
-_LENGTH = "data.max_length"
-_TARGETS = "model.target_modules"
-_COMMAS = "names in model.target_modules are written with commas: q_proj,v_proj"
-_VERBS = "fit trains, validate and test score: leave it out"
-_PUSH = f"{COMMAND} push sends an adapter to the hub"
-_TOKENIZER = "the tokenizer is that of model.base"
 
-HERE: dict[str, str] = {
-    # The base.
-    "base_model": "model.base",
-    "base_model_name_or_path": "model.base",
-    "model": "model.base",
-    "model_id": "model.base",
-    "model_name": "model.base",
-    "model_name_or_path": "model.base",
-    "model_path": "model.base",
-    "pretrained_model_name_or_path": "model.base",
-    "checkpoint_dir": "model.base, or --run for what is written",
-    "tokenizer": _TOKENIZER,
-    "tokenizer_name": _TOKENIZER,
-    "tokenizer_name_or_path": _TOKENIZER,
-    "tokenizer_path": _TOKENIZER,
-    "tokenizer_type": _TOKENIZER,
-    "add_bos_token": _TOKENIZER,
-    "add_eos_token": _TOKENIZER,
-    "bos_token": _TOKENIZER,
-    "eos_token": _TOKENIZER,
-    "pad_token": _TOKENIZER,
-    "unk_token": _TOKENIZER,
-    "model_type": "the config.json of model.base tells: leave it out",
-    "trust_remote_code": "code that comes with model.base is never run: leave it out",
-    "device_map": _ONE_DEVICE,
-    "load_in_4bit": _4_BIT,
-    "load_in_8bit": _4_BIT,
-    "use_4bit": _4_BIT,
-    "quantize": _4_BIT,
-    "quantization": _4_BIT,
-    "quantization_bit": _4_BIT,
-    "quantization_config": _4_BIT,
-    "quantization_method": _4_BIT,
-    "bnb_4bit_compute_dtype": _4_BIT,
-    "quant_type": _4_BIT,
-    "bnb_4bit_quant_type": _4_BIT,
-    "bnb_4bit_use_double_quant": _4_BIT,
-    "use_double_quant": _4_BIT,
-    "use_nested_quant": _4_BIT,
-    "double_quant": _4_BIT,
-    "double_quantization": _4_BIT,
-    "bits": _4_BIT,
-    # LoRA.
-    "r": "model.rank",
-    "lora_r": "model.rank",
-    "lora_rank": "model.rank",
-    "lora_alpha": "model.alpha",
-    "lora_dropout": "model.dropout",
-    "lora_target": _TARGETS,
-    "lora_target_modules": _TARGETS,
-    "lora_target_linear": _TARGETS,
-    "lora_modules": _TARGETS,
-    "lora_query": _TARGETS,
-    "lora_key": _TARGETS,
-    "lora_value": _TARGETS,
-    "lora_projection": _TARGETS,
-    "lora_mlp": _TARGETS,
-    "use_rslora": "model.rslora",
-    "lora_use_rslora": "model.rslora",
-    "peft_use_rslora": "model.rslora",
-    "use_dora": "model.dora",
-    "lora_use_dora": "model.dora",
-    "peft_use_dora": "model.dora",
-    "adapter_name_or_path": "model.adapter",
-    "lora_model_dir": "model.adapter",
-    "lora_weights": "model.adapter",
-    "peft_model": "model.adapter",
-    "peft_model_id": "model.adapter",
-    "use_lora": "LoRA is what is trained: leave it out",
-    "use_peft": "LoRA is what is trained: leave it out",
-    "use_qlora": "LoRA is what is trained: leave it out",
-    "finetuning_type": "LoRA is what is trained: leave it out",
-    "lora_task_type": "LoRA is what is trained: leave it out",
-    "peft_type": "LoRA is what is trained: leave it out",
-    "task_type": "LoRA is what is trained: leave it out",
-    "lora_bias": "LoRA has no biases here: leave it out",
-    "bias": "LoRA has no biases here: leave it out",
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), _COMMAS),
-    # The data.
-    "data": "data.source",
-    "data_dir": "data.source",
-    "data_file": "data.source",
-    "data_files": "data.source",
-    "data_path": "data.source",
-    "dataset": "data.source",
-    "dataset_dir": "data.source",
-    "dataset_name": "data.source",
-    "dataset_path": "data.source",
-    "datasets": "data.source",
-    "json_path": "data.source",
-    "path": "data.source",
-    "train_data": "data.source",
-    "train_dataset": "data.source",
-    "train_file": "data.source",
-    "train_path": "data.source",
-    "eval_dataset": "data.validation_source",
-    "eval_file": "data.validation_source",
-    "val_file": "data.validation_source",
-    "valid_file": "data.validation_source",
-    "validation_file": "data.validation_source",
-    "test_datasets": "data.validation_source",
-    "test_file": "data.test_source",
-    "val_set_size": "data.validation_share",
-    "val_size": "data.validation_share",
-    "val_split_fraction": "data.validation_share",
-    "test_size": "data.validation_share",
-    "eval_split_ratio": "data.validation_share",
-    "validation_split": "data.validation_share",
-    "validation_split_percentage": "data.validation_share, of 1",
-    "max_seq_length": _LENGTH,
-    "max_seq_len": _LENGTH,
-    "max_sequence_length": _LENGTH,
-    "model_max_length": _LENGTH,
-    "seq_length": _LENGTH,
-    "seq_len": _LENGTH,
-    "sequence_len": _LENGTH,
-    "sequence_length": _LENGTH,
-    "cutoff_len": _LENGTH,
-    "block_size": _LENGTH,
-    "source_max_len": _LENGTH,
-    "target_max_len": _LENGTH,
-    "max_prompt_length": _LENGTH,
-    "per_device_train_batch_size": "data.batch_size",
-    "per_gpu_train_batch_size": "data.batch_size",
-    "per_device_eval_batch_size": "data.batch_size",
-    "train_batch_size": "data.batch_size",
-    "eval_batch_size": "data.batch_size",
-    "micro_batch_size": "data.batch_size",
-    "auto_find_batch_size": f"data.batch_size, and {COMMAND} plan shows what fits",
-    "global_batch_size": _STEP,
-    "sample_packing": "data.packing",
-    "neat_packing": "data.packing",
-    "eval_packing": "data.packing",
-    "eval_sample_packing": "data.packing",
-    "pad_to_sequence_len": "a micro-batch is padded to its longest row: leave it out",
-    "group_by_length": "rows of like length always stand together: leave it out",
-    "length_column_name": "rows of like length always stand together: leave it out",
-    "dataloader_num_workers": "data.num_workers",
-    "dataset_num_proc": "data.num_workers",
-    "dataset_processes": "data.num_workers",
-    "preprocessing_num_workers": "data.num_workers",
-    "chat_template": "data.template",
-    "prompt_template": "data.template",
-    "prompt_style": "data.template",
-    "dataset_format": "data.form",
-    "dataset_text_field": "data.form",
-    "text_column": "data.form",
-    "prompt_type": "data.form",
-    "default_system": "data.system",
-    "system_prompt": "data.system",
-    "train_on_inputs": "data.train_on",
-    "train_on_prompt": "data.train_on",
-    "train_on_source": "data.train_on",
-    "mask_prompt": "data.train_on",
-    "completion_only_loss": "data.train_on",
-    "assistant_only_loss": "data.train_on",
-    "max_samples": "trainer.limit_train_batches, in micro-batches of an epoch",
-    "max_train_samples": "trainer.limit_train_batches, in micro-batches of an epoch",
-    "overfit_batches": "trainer.limit_train_batches",
-    "max_eval_samples": "trainer.limit_val_batches, in micro-batches",
-    # The training.
-    "lr": "model.learning_rate",
-    "base_learning_rate": "model.learning_rate",
-    "max_lr": "model.learning_rate",
-    "epoch": "trainer.max_epochs",
-    "epochs": "trainer.max_epochs",
-    "num_epoch": "trainer.max_epochs",
-    "num_epochs": "trainer.max_epochs",
-    "num_train_epochs": "trainer.max_epochs",
-    "n_epochs": "trainer.max_epochs",
-    "iterations": "trainer.max_steps",
-    "num_steps": "trainer.max_steps",
-    "steps": "trainer.max_steps",
-    "train_steps": "trainer.max_steps",
-    "max_iters": "trainer.max_steps",
-    "fast_dev_run": "trainer.max_steps",
-    "gradient_accumulation": _STEP,
-    "gradient_accumulation_iters": _STEP,
-    "gradient_accumulation_steps": _STEP,
-    "grad_accum": _STEP,
-    "grad_accum_steps": _STEP,
-    "gradient_clipping": "trainer.gradient_clip_val",
-    "grad_clip": "trainer.gradient_clip_val",
-    "max_grad_norm": "trainer.gradient_clip_val",
-    "max_norm": "trainer.gradient_clip_val",
-    "optim": "model.optimizer",
-    "lr_scheduler": "model.schedule",
-    "lr_scheduler_type": "model.schedule",
-    "scheduler": "model.schedule",
-    "warmup": "model.warmup_ratio, a share of the steps",
-    "warmup_iters": "model.warmup_ratio, a share of the steps",
-    "warmup_steps": "model.warmup_ratio, a share of the steps",
-    "lr_warmup_steps": "model.warmup_ratio, a share of the steps",
-    "wd": "model.weight_decay",
-    "seed": "seed_everything",
-    "data_seed": "seed_everything",
-    "random_state": "seed_everything",
-    "gradient_checkpointing": "model.checkpointing",
-    "gradient_checkpointing_kwargs": "model.checkpointing",
-    "use_gradient_checkpointing": "model.checkpointing",
-    "activation_checkpointing": "model.checkpointing",
-    "attn_implementation": "model.attention",
-    "flash_attention": "model.attention",
-    "flash_attention_2": "model.attention",
-    "flash_attn": "model.attention",
-    "use_flash_attention": "model.attention",
-    "use_flash_attention_2": "model.attention",
-    "use_flash_attn": "model.attention",
-    "torch_compile": "model.compile",
-    "use_compile": "model.compile",
-    "fp16": _PRECISION,
-    "bf16": _PRECISION,
-    "tf32": _PRECISION,
-    "half": _PRECISION,
-    "amp": _PRECISION,
-    "dtype": _PRECISION,
-    "torch_dtype": _PRECISION,
-    "compute_dtype": _PRECISION,
-    "mixed_precision": _PRECISION,
-    "device": "trainer.accelerator",
-    "cpu": "trainer.accelerator",
-    "use_cpu": "trainer.accelerator",
-    "no_cuda": "trainer.accelerator",
-    "gpu": "trainer.devices, [0] for the first",
-    "gpus": "trainer.devices, [0] for the first",
-    "num_gpus": _ONE_DEVICE,
-    "nproc_per_node": _ONE_DEVICE,
-    "deepspeed": _ONE_DEVICE,
-    "fsdp": _ONE_DEVICE,
-    "fsdp_config": _ONE_DEVICE,
-    "ddp": _ONE_DEVICE,
-    "local_rank": _ONE_DEVICE,
-    "num_nodes": _ONE_DEVICE,
-    "strategy": _ONE_DEVICE,
-    # The run.
-    "output": "run",
-    "output_dir": "run",
-    "out_dir": "run",
-    "save_dir": "run",
-    "logging_dir": "run",
-    "default_root_dir": "run",
-    "name": "run",
-    "run_name": "run",
-    "experiment_name": "run",
-    "project_name": "run",
-    "overwrite_output_dir": "nothing is overwritten: give --run a new name",
-    "resume": _RESUME,
-    "resume_from_checkpoint": _RESUME,
-    "auto_resume_from_checkpoints": _RESUME,
-    "ckpt": _RESUME,
-    "ckpt_path": _RESUME,
-    "save_interval": _SAVES,
-    "save_steps": _SAVES,
-    "save_strategy": _SAVES,
-    "saves_per_epoch": _SAVES,
-    "save_total_limit": "keep_checkpoints",
-    "eval_interval": _SHARE_OR_COUNT,
-    "eval_steps": _SHARE_OR_COUNT,
-    "eval_strategy": _SHARE_OR_COUNT,
-    "evals_per_epoch": _SHARE_OR_COUNT,
-    "evaluation_strategy": _SHARE_OR_COUNT,
-    "check_val_every_n_epoch": _SHARE_OR_COUNT,
-    "log_interval": "trainer.log_every_n_steps",
-    "log_steps": "trainer.log_every_n_steps",
-    "logging_interval": "trainer.log_every_n_steps",
-    "logging_steps": "trainer.log_every_n_steps",
-    "early_stopping_patience": "early_stopping",
-    "patience": "early_stopping",
-    "load_best_model_at_end": "the adapter of a run is the best so far: leave it out",
-    "report_to": "trainer.logger, beside TensorBoard and metrics.jsonl",
-    "wandb": "trainer.logger, beside TensorBoard and metrics.jsonl",
-    "wandb_project": "trainer.logger, beside TensorBoard and metrics.jsonl",
-    "use_wandb": "trainer.logger, beside TensorBoard and metrics.jsonl",
-    "disable_tqdm": "trainer.enable_progress_bar",
-    "push_to_hub": _PUSH,
-    "hub_model_id": _PUSH,
-    "do_train": _VERBS,
-    "do_eval": _VERBS,
-    "do_predict": _VERBS,
-    "stage": "answers of conversations are what is learned: leave it out",
-    "max_tokens": "samples.max_new_tokens",
-    "eval_max_new_tokens": "samples.max_new_tokens",
-    "num_samples": "samples.count",
-}
-"""By a name, in small letters with underscores and without its section: the option, with a remark behind a comma; or
-in a sentence how it is."""
+def _by_name(names: Mapping[str, str]) -> dict[str, str]:
+    return {name: option for option, known in names.items() for name in known.split()}
 
-TOOLS: dict[str, str] = {
-    "adapter_name_or_path": "adapter",
-    "adapter_path": "adapter",
-    "lora_model_dir": "adapter",
-    "peft_model": "adapter",
-    "base_model": "base",
-    "model": "base",
-    "model_id": "base",
-    "model_name": "base",
-    "model_name_or_path": "base",
-    "max_length": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "n_predict": "max_new_tokens",
-    "num_predict": "max_new_tokens",
-    "temp": "temperature",
-    "input": "prompts",
-    "input_file": "prompts",
-    "prompts_file": "prompts",
-    "question": "prompt",
-    "text": "prompt",
-    "system_prompt": "system",
-    "output_dir": "output",
-    "output_file": "output",
-    "outfile": "output",
-    "out": "output",
-    "save_dir": "output",
-    "run_dir": "run",
-    "checkpoint": "run",
-    "torch_dtype": "dtype",
-    "outtype": "dtype",
-    "repo_id": "to",
-    "repo": "to",
-    "hub_model_id": "to",
-    "gradio": "web",
-    "data": "source",
-    "dataset": "source",
-    "seq_len": "max_length",
-}
+
+HERE = _by_name(
+    {
+        "model.base": (
+            "base_model base_model_name_or_path model model_id model_name model_name_or_path model_path "
+            "pretrained_model_name_or_path"
+        ),
+        "model.base, or --run for what is written": "checkpoint_dir",
+        "the tokenizer is that of model.base": (
+            "tokenizer tokenizer_name tokenizer_name_or_path tokenizer_path tokenizer_type add_bos_token add_eos_token "
+            "bos_token eos_token pad_token unk_token"
+        ),
+        "the config.json of model.base tells: leave it out": "model_type",
+        "code that comes with model.base is never run: leave it out": "trust_remote_code",
+        "training uses one device: leave it out": (
+            "device_map num_gpus nproc_per_node deepspeed fsdp fsdp_config ddp local_rank num_nodes strategy"
+        ),
+        "a base is always trained in 4-bit NF4 with double quantisation: leave it out": (
+            "load_in_4bit load_in_8bit use_4bit quantize quantization quantization_bit quantization_config "
+            "quantization_method bnb_4bit_compute_dtype quant_type bnb_4bit_quant_type bnb_4bit_use_double_quant "
+            "use_double_quant use_nested_quant double_quant double_quantization bits"
+        ),
+        "model.rank": "r lora_r lora_rank",
+        "model.alpha": "lora_alpha",
+        "model.dropout": "lora_dropout",
+        "model.target_modules": (
+            "lora_target lora_target_modules lora_target_linear lora_modules lora_query lora_key lora_value "
+            "lora_projection lora_mlp"
+        ),
+        "model.rslora": "use_rslora lora_use_rslora peft_use_rslora",
+        "model.dora": "use_dora lora_use_dora peft_use_dora",
+        "model.adapter": "adapter_name_or_path lora_model_dir lora_weights peft_model peft_model_id",
+        "LoRA is what is trained: leave it out": (
+            "use_lora use_peft use_qlora finetuning_type lora_task_type peft_type task_type"
+        ),
+        "LoRA has no biases here: leave it out": "lora_bias bias",
+        "names in model.target_modules are written with commas: q_proj,v_proj": (
+            "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+        ),
+        "data.source": (
+            "data data_dir data_file data_files data_path dataset dataset_dir dataset_name dataset_path datasets "
+            "json_path path train_data train_dataset train_file train_path"
+        ),
+        "data.validation_source": "eval_dataset eval_file val_file valid_file validation_file test_datasets",
+        "data.test_source": "test_file",
+        "data.validation_share": "val_set_size val_size val_split_fraction test_size eval_split_ratio validation_split",
+        "data.validation_share, of 1": "validation_split_percentage",
+        "data.max_length": (
+            "max_seq_length max_seq_len max_sequence_length model_max_length seq_length seq_len sequence_len "
+            "sequence_length cutoff_len block_size source_max_len target_max_len max_prompt_length"
+        ),
+        "data.batch_size": (
+            "per_device_train_batch_size per_gpu_train_batch_size per_device_eval_batch_size train_batch_size "
+            "eval_batch_size micro_batch_size"
+        ),
+        f"data.batch_size, and {COMMAND} plan shows what fits": "auto_find_batch_size",
+        "trainer.accumulate_grad_batches, which with data.batch_size makes a step": (
+            "global_batch_size gradient_accumulation gradient_accumulation_iters gradient_accumulation_steps "
+            "grad_accum grad_accum_steps"
+        ),
+        "data.packing": "sample_packing neat_packing eval_packing eval_sample_packing",
+        "a micro-batch is padded to its longest row: leave it out": "pad_to_sequence_len",
+        "rows of like length always stand together: leave it out": "group_by_length length_column_name",
+        "data.num_workers": "dataloader_num_workers dataset_num_proc dataset_processes preprocessing_num_workers",
+        "data.template": "chat_template prompt_template prompt_style",
+        "data.form": "dataset_format dataset_text_field text_column prompt_type",
+        "data.system": "default_system system_prompt",
+        "data.train_on": (
+            "train_on_inputs train_on_prompt train_on_source mask_prompt completion_only_loss assistant_only_loss"
+        ),
+        "trainer.limit_train_batches, in micro-batches of an epoch": "max_samples max_train_samples",
+        "trainer.limit_train_batches": "overfit_batches",
+        "trainer.limit_val_batches, in micro-batches": "max_eval_samples",
+        "model.learning_rate": "lr base_learning_rate max_lr",
+        "trainer.max_epochs": "epoch epochs num_epoch num_epochs num_train_epochs n_epochs",
+        "trainer.max_steps": "iterations num_steps steps train_steps max_iters fast_dev_run",
+        "trainer.gradient_clip_val": "gradient_clipping grad_clip max_grad_norm max_norm",
+        "model.optimizer": "optim",
+        "model.schedule": "lr_scheduler lr_scheduler_type scheduler",
+        "model.warmup_ratio, a share of the steps": "warmup warmup_iters warmup_steps lr_warmup_steps",
+        "model.weight_decay": "wd",
+        "seed_everything": "seed data_seed random_state",
+        "model.checkpointing": (
+            "gradient_checkpointing gradient_checkpointing_kwargs use_gradient_checkpointing activation_checkpointing"
+        ),
+        "model.attention": (
+            "attn_implementation flash_attention flash_attention_2 flash_attn use_flash_attention "
+            "use_flash_attention_2 use_flash_attn"
+        ),
+        "model.compile": "torch_compile use_compile",
+        "trainer.precision, and auto chooses by the card": (
+            "fp16 bf16 tf32 half amp dtype torch_dtype compute_dtype mixed_precision"
+        ),
+        "trainer.accelerator": "device cpu use_cpu no_cuda",
+        "trainer.devices, [0] for the first": "gpu gpus",
+        "run": (
+            "output output_dir out_dir save_dir logging_dir default_root_dir name run_name experiment_name project_name"
+        ),
+        "nothing is overwritten: give --run a new name": "overwrite_output_dir",
+        "the same command, given again, resumes: leave it out": (
+            "resume resume_from_checkpoint auto_resume_from_checkpoints ckpt ckpt_path"
+        ),
+        "save_every_steps, beside save_every_minutes": "save_interval save_steps save_strategy saves_per_epoch",
+        "keep_checkpoints": "save_total_limit",
+        "trainer.val_check_interval, in micro-batches or as a share of an epoch": (
+            "eval_interval eval_steps eval_strategy evals_per_epoch evaluation_strategy check_val_every_n_epoch"
+        ),
+        "trainer.log_every_n_steps": "log_interval log_steps logging_interval logging_steps",
+        "early_stopping": "early_stopping_patience patience",
+        "the adapter of a run is the best so far: leave it out": "load_best_model_at_end",
+        "trainer.logger, beside TensorBoard and metrics.jsonl": "report_to wandb wandb_project use_wandb",
+        "trainer.enable_progress_bar": "disable_tqdm",
+        f"{COMMAND} push sends an adapter to the hub": "push_to_hub hub_model_id",
+        "fit trains, validate and test score: leave it out": "do_train do_eval do_predict",
+        "answers of conversations are what is learned: leave it out": "stage",
+        "samples.max_new_tokens": "max_tokens eval_max_new_tokens",
+        "samples.count": "num_samples",
+    }
+)
+"""By a name, in lower case with underscores and without its section: the option, with a remark after a comma; or a
+sentence."""
+
+TOOLS = _by_name(
+    {
+        "adapter": "adapter_name_or_path adapter_path lora_model_dir peft_model",
+        "base": "base_model model model_id model_name model_name_or_path",
+        "max_new_tokens": "max_length max_tokens n_predict num_predict",
+        "temperature": "temp",
+        "prompts": "input input_file prompts_file",
+        "prompt": "question text",
+        "system": "system_prompt",
+        "output": "output_dir output_file outfile out save_dir",
+        "run": "run_dir checkpoint",
+        "dtype": "torch_dtype outtype",
+        "to": "repo_id repo hub_model_id",
+        "web": "gradio",
+        "source": "data dataset",
+        "max_length": "seq_len",
+    }
+)
 """The same for the verbs that train nothing."""
 
 

@@ -1,6 +1,7 @@
 """The comparison's ratios and its time: TRL's best is the quicker of its settings, and a quick one ends in time."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,3 +109,14 @@ def test_profiled_peers_have_a_table_by_class():
     assert lines[3] == "| lit-qlora, its defaults | 53.0 | 0.0 | 8.9 | 0.0 | 0.0 |"
     assert len(lines) == 6 and "700 TFLOP/s and 3,000 GB/s" in lines[-1]
     assert compare._kernel_table({"peers": {"lit_qlora": {"tokens_per_second": 1.0}}}) == []
+
+
+@pytest.mark.slow
+def test_ours_is_measured(tmp_path):
+    """Through the real command: nothing else would notice that its parts have moved."""
+    command = [sys.executable, Path(compare.__file__), "--cpu", "--quick", "--base", "demo", "--data", "demo"]
+    command += ["--rows", "4", "--max-length", "160", "--seconds", "0.1", "--repetitions", "1", "--peers", "lit_qlora"]
+    done = subprocess.run([*map(str, command), "--output", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "compare.json").read_text())["peers"]["lit_qlora"]
+    assert found["tokens_per_second"] > 0 and found["loss"] > found["loss_after"] > 0

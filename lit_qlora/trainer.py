@@ -150,6 +150,14 @@ class QLoRATrainer(Trainer):
         limit_val_batches: the same per validation; 0: none.
         limit_test_batches: the same per test.
         accelerator: auto takes a GPU where there is one; or cpu, gpu, cuda.
+        logger: beside the run's own record: a logger of Lightning's or your own, or several; false: no TensorBoard.
+        callbacks: callbacks of your own, which may look at everything.
+        enable_progress_bar: false: no bar, and no lines in its place.
+        deterministic: true: a GPU's results are the same to the last bit each time, in more time.
+        benchmark: whether cuDNN tries several algorithms.
+        inference_mode: false: validations under no_grad.
+        detect_anomaly: true: an operation whose gradient is not finite is named, in much more time.
+        plugins: Lightning plugins of your own.
         num_weights: number of weights of the base, on which the precision on a CPU depends.
     """
 

@@ -65,6 +65,11 @@ def run_path(name: str) -> Path:
     return path if RunFolder(path).config.is_file() and not (RUNS / name).exists() else RUNS / name
 
 
+def unnamed_run(config: str | None, base: str) -> Path:
+    """The folder of a run that is given no name: that of its last config, else of its base."""
+    return RUNS / (Path(config).stem if config else Path(base).name or "run")
+
+
 class RunFolder:
     """The folder of one run."""
 

@@ -33,8 +33,8 @@ def test_an_old_python_can_read_the_file_that_says_so() -> None:
 
 
 VERBS = [
-    ["fit"], ["validate"], ["test"], ["plan"], ["chat", "--prompt", "x"], ["predict", "--help"], ["merge", "--help"],
-    ["export", "--help"], ["evaluate"], ["push", "--help"],
+    ["fit"], ["validate"], ["test"], ["plan"], ["inspect"], ["chat", "--prompt", "x"], ["predict", "--help"],
+    ["merge", "--help"], ["export", "--help"], ["evaluate"], ["push", "--help"],
 ]  # fmt: skip
 
 

@@ -51,7 +51,9 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, name: st
     assert str(caught.value).endswith(f"or unset {name}")
 
 
-@pytest.mark.parametrize("verb", ["fit", "validate", "test", "plan", "chat", "predict", "merge", "evaluate", "push"])
+@pytest.mark.parametrize(
+    "verb", ["fit", "validate", "test", "plan", "inspect", "chat", "predict", "merge", "evaluate", "push"]
+)
 def test_of_several_each_says_so_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:

@@ -13,15 +13,19 @@ from importlib.util import find_spec
 
 from lit_qlora import __version__
 from lit_qlora.console import prepare
+from lit_qlora.devices import starting
+from lit_qlora.devices.launchers import ignore_launchers
+from lit_qlora.devices.world import world
 from lit_qlora.errors import SecretError, UserError, cut, excerpt
-from lit_qlora.launchers import ignore_launchers
 from lit_qlora.place import COMMAND, INSTALL
 from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
 from lit_qlora.storage.files import SaveError
 
+TRAINERS = ("fit", "validate", "test")
+"""The verbs that several processes can run together."""
 FIT_AND_KIN = {
-    **dict.fromkeys(("fit", "validate", "test"), "lit_qlora.training"),
+    **dict.fromkeys(TRAINERS, "lit_qlora.training"),
     **{verb: f"lit_qlora.tools.{verb}" for verb in ("plan", "inspect")},
 }
 """The modules of fit and of the verbs that take its options."""
@@ -129,7 +133,7 @@ def _run(args: list[str]) -> int:
         check_no_secrets(args[1:])
     check_utf8(args)
     if verb != "doctor":  # which reports it
-        for left in ignore_launchers():
+        for left in starting.take_place() if verb in TRAINERS else ignore_launchers():
             print(f"note: {left} in the environment is ignored: one process does the work", file=sys.stderr)
     if verb in FIT_AND_KIN:
         return _run_fit_or_kin(verb, args)
@@ -159,6 +163,9 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
         print(help_of(verb, asked), end="")
         return 0
     check_first(verb, args[1:])
+    count = starting.asked(args) if verb in TRAINERS and world().size == 1 else 1
+    if count > 1:  # each of them comes here again
+        return starting.run(args, count)
     say_loading()
     with nothing_open():
         module = import_module(FIT_AND_KIN[verb])
@@ -167,5 +174,5 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
 
 def say_loading() -> None:
     """Prints what takes the first seconds, unless it was imported before; not where it is missing."""
-    if "lightning" not in sys.modules and find_spec("lightning") and find_spec("torch"):
+    if world().rank == 0 and "lightning" not in sys.modules and find_spec("lightning") and find_spec("torch"):
         print("  load  PyTorch, Lightning and transformers: some seconds", flush=True)

@@ -35,8 +35,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "model.own_layers": "the same but for rounding",
     "model.quantized_cache": "a copy holds the same bits",
     "trainer.accelerator": "another machine: the same run, not the same bits",
-    "trainer.devices": "how fast, not what is learned",
-    "trainer.num_nodes": "how fast, not what is learned",
+    "trainer.devices": "one device, whichever it is called",
     "trainer.deterministic": "which of a GPU's kernels",
     "trainer.benchmark": "which of a GPU's kernels",
     # Compared with the checkpoint itself: see callbacks/identity.py.

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lit_qlora import __version__
-from lit_qlora.devices.launchers import ignore_launchers
 from lit_qlora.errors import UserError, one_line
+from lit_qlora.launchers import ignore_launchers
 from lit_qlora.place import CLONE, COMMAND, CONFIGS, INSTALL, PROGRAM, find_config
 from lit_qlora.quiet import quieten
 from lit_qlora.tools.doctoring import surroundings
@@ -35,14 +35,19 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(one_line(message), remedy="the accepted options are listed by --help")
 
 
+def parser() -> argparse.ArgumentParser:
+    """The parser of its options."""
+    made = _Parser(f"{PROGRAM} doctor", description=DESCRIPTION, allow_abbrev=False)
+    made.add_argument("--config", metavar="FILE", help="config of the fit to judge; default: none, as of a bare fit")
+    made.add_argument("--base", metavar="ID|DIR", help="base of that fit; default: the config's, or the demo's")
+    made.add_argument("--run", metavar="DIR", help="where its run is written; default: runs")
+    return made
+
+
 def main(args: list[str]) -> int:
     """Print the findings for ``args``, the options; return the exit status: 2 if something would stop a fit."""
-    parser = _Parser(f"{PROGRAM} doctor", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="config of the fit to judge; default: none, as of a bare fit")
-    parser.add_argument("--base", metavar="ID|DIR", help="base of that fit; default: the config's, or the demo's")
-    parser.add_argument("--run", metavar="DIR", help="where its run is written; default: runs")
     try:
-        options = parser.parse_args(args)
+        options = parser().parse_args(args)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     options.config = find_config(options.config) if options.config else None

@@ -208,9 +208,9 @@ def test_four_logits_a_question_in_fp32_whatever_the_precision(trained):
 
 
 @pytest.mark.slow
-def test_the_readme_s_command_says_nothing_but_its_tables(here, environment):
+def test_the_docs_command_prints_nothing_but_its_tables(here, environment):
     command = "evaluate --mmlu test --shots 5 --examples dev"
-    assert f"`python main.py {command}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"\npython main.py {command}\n" in (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), *command.split()], env=environment, capture_output=True, text=True,
         check=False,

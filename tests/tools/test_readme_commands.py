@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.cli import main
+from lit_qlora.cli import TOOLS, main
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(
@@ -19,6 +19,7 @@ DEMO = str(ROOT / "configs" / "demo.yaml")
 FILLED_IN = {
     "fit --config F": ["fit", "--config", DEMO, "--run", "./new", "--trainer.max_steps", "2",
                        "--trainer.limit_val_batches", "1", "--samples.count", "0"],
+    "inspect --config F": ["inspect", "--config", DEMO],
     "plan --config F": ["plan", "--config", DEMO],
     "predict --prompts F --output F": ["predict", "--prompts", "prompts.txt", "--output", "answers.jsonl"],
     "merge --output DIR": ["merge", "--output", "merged"],
@@ -50,7 +51,7 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_the_table_has_every_verb() -> None:
     verbs = {command.split()[0] for command in COMMANDS}
     assert verbs == {
-        "fit", "validate", "test", "plan", "chat", "predict", "merge", "export", "evaluate", "doctor", "push",
+        "fit", "inspect", "plan", "validate", "test", *TOOLS, "doctor",
     }  # fmt: skip
 
 

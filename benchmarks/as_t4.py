@@ -21,9 +21,10 @@ MEMORY_GIB = 14.2
 
 
 def emulate() -> None:
-    """Puts the limits on this process, before its first product."""
+    """Puts the limits on this process and its GPU, one of several or not, before its first product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # torch's default below compute capability 9.0
-    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(MEMORY_GIB * 1024**3 / total)
     # Not in torch itself: its compiler would then build for another card than this one.
     device._gpu = lambda: device.Device("T4, emulated", (7, 5), int(MEMORY_GIB * 1024**3))

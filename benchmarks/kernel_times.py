@@ -13,8 +13,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lit_qlora.forecast.cards import find_card
 
+HOST = "copies to and from the host"
+"""They run beside kernels, on the bus; not among the kernels' time."""
 CLASSES = {
     # The first that a kernel's name, in lower case, holds a word of.
+    HOST: ("dtoh", "htod"),
     "dequantisation": ("dequant",),
     "attention": ("fmha", "flash", "attention"),
     "products": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk"),
@@ -41,7 +44,7 @@ def projected(us_per_token: dict[str, float], tflops: float, gb_per_s: float) ->
     t4 = find_card("t4")
     assert t4.tflops and t4.gb_per_s
     scale = {kind: tflops / t4.tflops if kind in BY_FLOPS else gb_per_s / t4.gb_per_s for kind in us_per_token}
-    return 1e6 / sum(us * scale[kind] for kind, us in us_per_token.items())
+    return 1e6 / sum(us * scale[kind] for kind, us in us_per_token.items() if kind != HOST)
 
 
 def sustained() -> tuple[float, float]:

@@ -31,6 +31,8 @@ class Batch(NamedTuple):
     denominator of the loss."""
     lengths: tuple[int, ...] = ()
     """Tokens of each conversation packed into one row, without padding. None attends to another."""
+    is_here: bool = True
+    """False for one that another device computes: ids, positions and targets are left out."""
 
 
 def split_batch(batch: Batch) -> list[Batch]:

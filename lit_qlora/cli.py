@@ -8,15 +8,27 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 
 from lit_qlora import __version__
 from lit_qlora.console import prepare
+from lit_qlora.devices import starting
+from lit_qlora.devices.launchers import ignore_launchers
+from lit_qlora.devices.world import world
 from lit_qlora.errors import SecretError, UserError, cut, excerpt
-from lit_qlora.launchers import ignore_launchers
 from lit_qlora.place import COMMAND, INSTALL
 from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
 from lit_qlora.storage.files import SaveError
+
+TRAINERS = ("fit", "validate", "test")
+"""The verbs that several processes can run together."""
+FIT_AND_KIN = {
+    **dict.fromkeys(TRAINERS, "lit_qlora.training"),
+    **{verb: f"lit_qlora.tools.{verb}" for verb in ("plan", "inspect")},
+}
+"""The modules of fit and of the verbs that take its options."""
 
 TOOLS = ("chat", "predict", "merge", "export", "evaluate", "push", "report")
 
@@ -121,18 +133,10 @@ def _run(args: list[str]) -> int:
         check_no_secrets(args[1:])
     check_utf8(args)
     if verb != "doctor":  # which reports it
-        for left in ignore_launchers():
+        for left in starting.take_place() if verb in TRAINERS else ignore_launchers():
             print(f"note: {left} in the environment is ignored: one process does the work", file=sys.stderr)
-    if verb in ("fit", "validate", "test"):
-        with nothing_open():
-            from lit_qlora import training
-
-        return training.main(args)
-    if verb in ("plan", "inspect"):
-        with nothing_open():
-            from lit_qlora.tools import inspect, plan
-
-        return (plan if verb == "plan" else inspect).main(args)
+    if verb in FIT_AND_KIN:
+        return _run_fit_or_kin(verb, args)
     if verb == "doctor":
         with nothing_open():
             from lit_qlora.tools import doctor
@@ -146,3 +150,29 @@ def _run(args: list[str]) -> int:
         f"no verb {excerpt(verb)}",
         remedy=f"there are fit, validate, test, inspect, plan, {', '.join(TOOLS)}, doctor (see --help)",
     )
+
+
+def _run_fit_or_kin(verb: str, args: list[str]) -> int:
+    """Help and the first mistakes come before what takes seconds to import; a word on that comes before it, too."""
+    with nothing_open():
+        from lit_qlora.precheck import check_first
+        from lit_qlora.usage import help_asked, help_of
+
+    asked = help_asked(args[1:])
+    if asked:
+        print(help_of(verb, asked), end="")
+        return 0
+    check_first(verb, args[1:])
+    count = starting.asked(args) if verb in TRAINERS and world().size == 1 else 1
+    if count > 1:  # each of them comes here again
+        return starting.run(args, count)
+    say_loading()
+    with nothing_open():
+        module = import_module(FIT_AND_KIN[verb])
+    return int(module.main(args))
+
+
+def say_loading() -> None:
+    """Prints what takes the first seconds, unless it was imported before; not where it is missing."""
+    if world().rank == 0 and "lightning" not in sys.modules and find_spec("lightning") and find_spec("torch"):
+        print("  load  PyTorch, Lightning and transformers: some seconds", flush=True)

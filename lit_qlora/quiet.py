@@ -46,6 +46,8 @@ WARNINGS = (
     r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
     # A checkpoint may have a word of early stopping, which scoring and a start without it have no use for.
     r".*Be aware that when using `ckpt_path`, callbacks used to create the checkpoint.*",
+    # Held-out figures are sums over all processes by then.
+    r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*",
     # Figures are recorded after the last step, too, whatever the interval.
     r".*is smaller than the logging interval.*",
 )

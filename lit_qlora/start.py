@@ -34,12 +34,12 @@ from lit_qlora.options import (
     with_values,
 )
 from lit_qlora.place import CONFIGS, find_config
+from lit_qlora.signatures import LEARNING
 from lit_qlora.storage import settings
 from lit_qlora.storage.checkpoint_io import RUN, check_checkpoint, checkpoint_folder
 from lit_qlora.storage.files import require_room
 from lit_qlora.storage.folders import DamagedFolderError
 from lit_qlora.storage.run import (
-    RUNS,
     Change,
     NoReferences,
     RunFolder,
@@ -49,13 +49,11 @@ from lit_qlora.storage.run import (
     newest_run,
     open_run,
     run_path,
+    unnamed_run,
 )
 from lit_qlora.storage.state import load_state
 
 DEMO_CONFIG = CONFIGS / "demo.yaml"
-
-LEARNING = ("fit", "plan", "inspect")
-"""The verbs that train, or look at a training; the others use a trained run."""
 
 REMEDY = "put that line right, or take it out"
 """The remedy for a run's own config.yaml."""
@@ -160,8 +158,7 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
 
 def default_run(options: Any) -> Path:
     """The folder of a run without a name: named after the last config, else after the base."""
-    config = options.config[-1] if options.config else None
-    return RUNS / (Path(str(config)).stem if config else Path(options.model.base).name or "run")
+    return unnamed_run(str(options.config[-1]) if options.config else None, options.model.base)
 
 
 def choose_run(

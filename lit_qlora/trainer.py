@@ -30,8 +30,11 @@ from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
 from lit_qlora.arguments import checked_arguments
+from lit_qlora.devices.starting import MOST_ON_CPU
+from lit_qlora.devices.strategy import Replicas
+from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line, require
-from lit_qlora.model.device import Precision, choose_precision, current_device
+from lit_qlora.model.device import Precision, choose_precision, current_device, decides_for_another
 from lit_qlora.model.module import FIGURES, check_monitored
 from lit_qlora.options import OneLineErrors
 from lit_qlora.place import COMMAND
@@ -49,7 +52,6 @@ NOT_OFFERED = {
     "min_epochs",
     "min_steps",
     "model_registry",
-    "num_nodes",
     "num_weights",
     "num_sanity_val_steps",
     "overfit_batches",
@@ -140,24 +142,26 @@ class QLoRATrainer(Trainer):
         precision: auto takes bf16 from compute capability 8.0 on, fp16 below; on a CPU bf16 where it pays, else fp32.
         max_epochs: number of epochs, unless max_steps ends the run before.
         val_check_interval: micro-batches between validations, counted over epochs; or a share of an epoch.
-        devices: 1, or a list with the number of the one GPU to take.
+        devices: processes on this machine, each with a GPU of its own: a number, auto for all GPUs, or a list of their
+            numbers; on a CPU a number of processes, for trying. How fast, not what is learned.
+        num_nodes: machines, on each of which torchrun or srun starts the command.
         gradient_clip_val: highest norm of the gradients.
         gradient_clip_algorithm: norm (the default) or value: what is limited to gradient_clip_val.
         log_every_n_steps: optimizer steps between records of the figures.
-        accumulate_grad_batches: micro-batches per optimizer step.
+        accumulate_grad_batches: micro-batches per optimizer step, over all devices.
         max_steps: optimizer steps after which the run ends; -1: by epochs alone.
         limit_train_batches: micro-batches per epoch, or a share of them.
         limit_val_batches: the same per validation; 0: none.
         limit_test_batches: the same per test.
         accelerator: auto takes a GPU where there is one; or cpu, gpu, cuda.
-        logger: class of a logger beside the run's own record; false: no TensorBoard file.
-        callbacks: classes of callbacks beside the run's own.
-        enable_progress_bar: the run's bar at a terminal, and its lines elsewhere.
-        deterministic: deterministic kernels alone: the same bits each time on one GPU, more slowly.
-        benchmark: cuDNN tries its kernels first; nothing here is one of its.
-        inference_mode: no record for gradients in validation.
-        detect_anomaly: name the operation whose gradient is not a number; several times slower.
-        plugins: classes of Lightning's plugins.
+        logger: beside the run's own record: a logger of Lightning's or your own, or several; false: no TensorBoard.
+        callbacks: callbacks of your own, which may look at everything.
+        enable_progress_bar: false: no bar, and no lines in its place.
+        deterministic: true: a GPU's results are the same to the last bit each time, in more time.
+        benchmark: whether cuDNN tries several algorithms.
+        inference_mode: false: validations under no_grad.
+        detect_anomaly: true: an operation whose gradient is not finite is named, in much more time.
+        plugins: Lightning plugins of your own.
         num_weights: number of weights of the base, on which the precision on a CPU depends.
     """
 
@@ -169,6 +173,7 @@ class QLoRATrainer(Trainer):
         max_epochs: int = 3,
         val_check_interval: int | float = 500,
         devices: int | str | list[int] = 1,
+        num_nodes: int = 1,
         gradient_clip_val: float | None = 1.0,
         gradient_clip_algorithm: Literal["norm", "value"] | None = None,
         log_every_n_steps: int = 25,
@@ -214,16 +219,15 @@ class QLoRATrainer(Trainer):
                     "(nvidia-smi), or leave it at auto"
                 ),
             )
-        one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
-        require(one, "trainer.devices", "one device (several come later)", devices)
-        if isinstance(devices, list) and device.is_here:
-            count = torch.cuda.device_count() if accelerator != "cpu" else 0
-            if not count:
-                here = "there is no GPU here" if accelerator != "cpu" else "a CPU has no number"
-                raise UserError(
-                    f"expected 1, for {here}, got {devices}", option="trainer.devices", remedy="leave it out"
-                )
-            require(0 <= devices[0] < count, "trainer.devices", f"a GPU's number below {count}, or 1", devices)
+        gpus, here = find_gpus(devices, num_nodes, accelerator), world()
+        self.num_processes = count_processes(devices, num_nodes, accelerator)
+        """Over which the micro-batches of a step are dealt."""
+        if device.is_here and max(len(gpus), num_nodes) > 1 and here.size == 1:
+            raise UserError(
+                f"{devices} on {num_nodes} machines are {len(gpus) * num_nodes} processes, and this is one",
+                option="trainer.devices",
+                remedy=f"{COMMAND} fit starts those of one machine; on several, start it with torchrun or srun",
+            )
         chosen, self.precision_reason = choose_precision(precision, device, num_weights)
         by_epoch = isinstance(val_check_interval, float)
         kwargs |= {
@@ -233,6 +237,9 @@ class QLoRATrainer(Trainer):
             "enable_model_summary": False,  # it counts two 4-bit weights as one
         }
         kwargs |= {"precision": chosen, "accelerator": accelerator, "devices": devices}
+        if here.size > 1:  # to Lightning, one process has one device
+            gpu = gpus[here.local_rank]
+            kwargs |= {"devices": 1 if gpu is None else [gpu], "strategy": Replicas(), "use_distributed_sampler": False}
         if not device.is_here:  # Lightning's part is made for this machine, and never runs
             kwargs |= {"accelerator": "auto", "devices": 1}
             if chosen == "16-mixed":  # in whose place Lightning would take bf16 on a CPU
@@ -257,6 +264,74 @@ class QLoRATrainer(Trainer):
 
     def inspect(self) -> None:
         """Report what a fit with these options learns: rows, tokens, faults. Needs no GPU and no weights."""
+
+
+def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) -> list[int | None]:
+    """The GPU of each process of this machine, by its number; None for one on a CPU, or a GPU of another machine.
+
+    Raises UserError for ``devices`` that are not there, or other processes than were started.
+    """
+    require(num_nodes >= 1, "trainer.num_nodes", "a whole number from 1", num_nodes)
+    expected = "a number from 1, auto, or a list of GPUs' numbers"
+    if isinstance(devices, str) and devices.strip().isdecimal():
+        devices = int(devices)
+    one_each = not isinstance(devices, list) or (len(devices) == len({*devices}) > 0)
+    require(
+        one_each and devices != 0 and (not isinstance(devices, str) or devices == "auto"),
+        "trainer.devices",
+        expected,
+        devices,
+    )
+    here, is_here = world(), not decides_for_another()
+    num_gpus = 0 if accelerator == "cpu" or not is_here else torch.cuda.device_count()
+    if here.size > 1 and devices == 1 and num_nodes == 1:  # by torchrun or srun, which were told how many
+        devices, num_nodes = here.local_size, here.size // here.local_size
+    if isinstance(devices, list) and is_here and not num_gpus:
+        why = "there is no GPU here" if accelerator != "cpu" else "a CPU has no number"
+        raise UserError(f"expected 1, for {why}, got {devices}", option="trainer.devices", remedy="leave it out")
+    if devices == "auto":
+        devices = max(num_gpus, 1)
+    numbers = [*range(devices)] if isinstance(devices, int) else [*devices]  # type: ignore[misc]
+    num_processes = len(numbers) * num_nodes
+    if here.size > 1 and (num_processes, len(numbers)) != (here.size, here.local_size):
+        raise UserError(
+            f"with trainer.num_nodes it is {len(numbers)} x {num_nodes}, and {here.size} processes were started, "
+            f"{here.local_size} on this machine",
+            option="trainer.devices",
+            remedy=f"start {len(numbers)} on each of {num_nodes} machines, or leave both options out",
+        )
+    if not is_here:
+        return [None] * len(numbers)
+    if not num_gpus:
+        most = max(MOST_ON_CPU, here.local_size)
+        require(len(numbers) <= most, "trainer.devices", f"at most {most} processes on a CPU", len(numbers))
+        return [None] * len(numbers)
+    if here.size > 1 and num_gpus == 1:  # srun shows each process its own alone
+        return [0] * len(numbers)
+    are = f"there {'are' if num_gpus > 1 else 'is'} {num_gpus} GPU{'s' * (num_gpus > 1)} here"
+    require(len(numbers) <= num_gpus, "trainer.devices", f"at most {num_gpus}, for {are}", len(numbers))
+    inside = all(0 <= number < num_gpus for number in numbers)
+    require(inside, "trainer.devices", f"GPUs' numbers below {num_gpus}, or how many", numbers)
+    return [*numbers]
+
+
+def count_processes(devices: int | str | list[int], num_nodes: int, accelerator: str) -> int:
+    """The processes that a run has, or is to have. Raises as `find_gpus`."""
+    gpus = find_gpus(devices, num_nodes, accelerator)
+    return len(gpus) * num_nodes if world().size == 1 else world().size
+
+
+def check_shares(num_processes: int, accumulate: int) -> None:
+    """Raises UserError where an optimizer step has no micro-batch for each of ``num_processes``."""
+    if 1 <= accumulate < num_processes:
+        raise UserError(
+            f"{num_processes}, and a step has {accumulate} micro-batch{'es' * (accumulate > 1)}",
+            option="trainer.devices",
+            remedy=(
+                f"give --trainer.accumulate_grad_batches {num_processes} (a larger step), and with it data.batch_size "
+                f"divided by {-(-num_processes // accumulate)} (a step of as many rows)"
+            ),
+        )
 
 
 def own_callbacks(given: Callback | list[Callback] | None, validates: bool = True) -> list[Callback]:
@@ -288,6 +363,8 @@ def own_plugins(given: Any) -> list[Any]:
     Raises UserError for one that duplicates this project.
     """
     plugins = [*_others(given, "trainer.plugins", NO_PLUGINS)]
+    if world().size > 1:  # its strategy says which process this is
+        return plugins
     if not any(isinstance(one, ClusterEnvironment) for one in plugins):
         plugins.append(LightningEnvironment())  # where Lightning finds SLURM, it would save and requeue by itself
     return plugins

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,12 +35,26 @@ from lit_qlora.callbacks.validation import HeldOutMetrics
 from lit_qlora.callbacks.warmup import WarmupStep
 from lit_qlora.console import tell
 from lit_qlora.data.datamodule import ChatDataModule, read_template
+from lit_qlora.devices import starting
+from lit_qlora.devices.launchers import requeue
+from lit_qlora.devices.strategy import OwnSignals
+from lit_qlora.devices.world import (
+    LostError,
+    by_first,
+    check_same,
+    from_first,
+    is_first,
+    join,
+    leave,
+    peers,
+    silent_unless_first,
+    world,
+)
 from lit_qlora.errors import OutOfRoomError, UserError, one_line, require
 from lit_qlora.figures.record import Record
 from lit_qlora.figures.tensorboard import Board
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
-from lit_qlora.launchers import requeue
 from lit_qlora.model.base import find_base
 from lit_qlora.model.device import AMPERE, Device, current_device, decide_for
 from lit_qlora.model.load import check_context, check_rank, check_settings, split_names, template_of
@@ -53,9 +68,25 @@ from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, flat
 from lit_qlora.text.formats import OF_BASE
-from lit_qlora.trainer import QLoRATrainer, RunParser, own_callbacks, own_plugins
+from lit_qlora.trainer import (
+    QLoRATrainer,
+    RunParser,
+    check_shares,
+    count_processes,
+    find_gpus,
+    own_callbacks,
+    own_plugins,
+)
 
 OUT_OF_MEMORY = "out of memory outside of a training step (in a validation, an update or a sample answer)"
+
+
+class StartSeveral(Exception):  # noqa: N818  # nothing went wrong
+    """The configuration is for ``count`` processes, and this one is alone."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
 
 
 class QLoRACLI(LightningCLI):
@@ -165,8 +196,9 @@ class QLoRACLI(LightningCLI):
     # Before anything is built
 
     def before_instantiate_classes(self) -> None:
-        """Find the run folder, and in it what to resume from or to score."""
+        """Find the run folder, and in it what to resume from or to score; meet the run's other processes."""
         options = self.config[self.verb]
+        self.join()
         self.is_named = options.run is not None
         self.run = RunFolder(Path(options.run) if options.run is not None else start.default_run(options))
         if self.scores:
@@ -177,6 +209,22 @@ class QLoRACLI(LightningCLI):
         if options.model.adapter:
             options.data.template = template_of(Path(options.model.adapter), options.data.template)
 
+    def join(self) -> None:
+        """Meet the other processes of the run, which must have the same configuration and versions.
+
+        Raises StartSeveral if they have to be started first.
+        """
+        options = self.config[self.verb].trainer
+        here = world()
+        gpus = find_gpus(options.devices, options.num_nodes, options.accelerator)
+        if len(gpus) > 1 and options.num_nodes == 1 and here.size == 1:
+            raise StartSeveral(len(gpus))
+        if here.size == 1:
+            return
+        join(gpus[here.local_rank])
+        versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+        check_same(flat(self._config_to_keep()) | versions)
+
     def _prepare_fit(self) -> None:
         if self.model.adapter:
             check_settings(self.model.adapter, self.model.lora)
@@ -185,7 +233,10 @@ class QLoRACLI(LightningCLI):
         if options.mirror is not None:
             require(bool(options.mirror.strip()), "mirror", "a folder", options.mirror)
             mirror = Path(options.mirror).expanduser()
-        self.open_run(mirror)
+        by_first(lambda: self.open_run(mirror))
+        path, self.resume_from = from_first((self.run.path, self.resume_from))
+        if not is_first():
+            self.run = RunFolder(path)
 
     def check_vocabulary(self) -> None:
         """Raises UserError for a tokenizer that does not match the base."""
@@ -250,15 +301,17 @@ class QLoRACLI(LightningCLI):
             self.datamodule.recall(self.run.rows)
         else:  # only here, since the model's and the data's options are checked by now
             check_optimizer(self.model.optimizer_name, current_device().capability is not None)
+            names = ("devices", "num_nodes", "accelerator")
+            check_shares(count_processes(*(config[name] for name in names)), int(config["accumulate_grad_batches"]))
             self._prepare_fit()
-        shows_bar = config.get("enable_progress_bar") is not False
+        shows_bar = config.get("enable_progress_bar") is not False and is_first()
         metrics, throughput = TrainMetrics(), Throughput()
         bars: list[StepCallback] = [RunProgress(metrics, throughput)] if shows_bar else []
         # A checkpoint has a word of these, and is to find whom it is for.
         callbacks, loggers = [metrics, throughput, UpdateGuard(), SamePrompts(), *bars], list[Logger]()
         if not self.scores:
             callbacks = self._fit_callbacks([metrics, throughput], bars)
-            loggers = [*self.own_loggers(), *self._given_loggers()]
+            loggers = [*self.own_loggers(), *self._given_loggers()] if is_first() else []
         config |= {
             "callbacks": [*given, *callbacks],
             "logger": loggers or False,
@@ -290,6 +343,7 @@ class QLoRACLI(LightningCLI):
         resumed = self.resume_from.name if self.resume_from else None
         self.report = Report(self.run, memory, resumed, checkpoints, self.lengths)
         return [
+            *([OwnSignals()] if world().size > 1 else []),
             SeedByPosition(options.data.seed),
             KeepRecord(),
             guard,
@@ -379,6 +433,9 @@ class DryCLI(QLoRACLI):
         """The GPU to decide for: one that supports whatever the options ask for."""
         return Device("any GPU", AMPERE, is_here=False)
 
+    def join(self) -> None:
+        """Do nothing: there is one process, whatever the options ask for."""
+
     def open_run(self, mirror: Path | None) -> None:
         """Do nothing: the run folder is not touched."""
 
@@ -403,12 +460,20 @@ def main(args: list[str]) -> int:
     """
     quieten()
     try:
-        with ExitStack() as stack, in_one_line():
+        with peers(), silent_unless_first(), ExitStack() as stack, in_one_line():
             QLoRACLI(start.complete(args), stack)
+    except StartSeveral as several:
+        return starting.run(args, several.count)
+    except LostError:
+        starting.wait_for_the_end()
+        raise
     except torch.OutOfMemoryError as error:
         raise UserError(OUT_OF_MEMORY, remedy="give a smaller data.batch_size or data.max_length") from error
     except SystemExit as stop:
-        if stop.code == 128 + WARNING and not isinstance(stop, LeftAtOnce):  # saved; after the mirror's last copy
+        if stop.code == 128 + WARNING and not isinstance(stop, LeftAtOnce) and is_first():  # saved, and mirrored
             requeue()
+        if not isinstance(stop, LeftAtOnce):
+            leave()
         return int(stop.code or 0)
+    leave()
     return 0

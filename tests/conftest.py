@@ -39,7 +39,8 @@ def real() -> Path:
 
 @pytest.fixture(autouse=True)
 def no_charts_at_the_end_of_each_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a second a fit; a module that is about them says ``DRAWS``."""
+    """Half a second a fit; a module about them says ``DRAWS``. Nor a word on imports, whichever test is the first."""
+    monkeypatch.setattr("lit_qlora.cli.say_loading", lambda: None)
     if not getattr(request.module, "DRAWS", False):
         monkeypatch.setattr("lit_qlora.figures.report.charts", lambda *_: iter(()))
 

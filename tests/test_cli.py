@@ -33,8 +33,8 @@ def test_an_old_python_can_read_the_file_that_says_so() -> None:
 
 
 VERBS = [
-    ["fit"], ["validate"], ["test"], ["plan"], ["chat", "--prompt", "x"], ["predict", "--help"], ["merge", "--help"],
-    ["export", "--help"], ["evaluate"], ["push", "--help"],
+    ["fit"], ["validate"], ["test"], ["plan"], ["inspect"], ["chat", "--prompt", "x"], ["predict", "--help"],
+    ["merge", "--help"], ["export", "--help"], ["evaluate"], ["push", "--help"],
 ]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def test_a_path_outside_of_the_console_s_encoding(tmp_path: Path, encoding: str,
         [sys.executable, str(ROOT / "main.py"), "validate"], cwd=tmp_path, capture_output=True, check=False,
         env=environment,
     )  # fmt: skip
-    assert done.stdout == b"   run  runs/" + shown + b", the newest\n"
+    assert done.stdout.splitlines()[-1] == b"   run  runs/" + shown + b", the newest"
     assert done.stderr.startswith(b"error: ckpt_path: runs/" + shown + b" has no adapter yet")
     assert done.returncode == 2
 

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "lit_qlora").rglob("*.py"))
 FLOORS = {
     "__version__": -1, "place": -1, "secrecy": -1,  # even an error may name the command, and show no secret
-    "errors": 0, "batch": 0, "quiet": 0, "signals": 0, "console": 0, "launchers": 1, "arguments": 1,
-    "elsewhere": 1, "options": 2, "text": 1, "demo": 1, "storage": 1,
+    "errors": 0, "batch": 0, "quiet": 0, "signals": 0, "console": 0, "devices": 1, "arguments": 1,
+    "elsewhere": 1, "options": 2, "signatures": 3, "precheck": 4, "usage": 4, "text": 1, "demo": 1, "storage": 1,
     "data": 2, "model": 2, "forecast": 3, "figures": 3, "callbacks": 4, "start": 4, "trainer": 4, "training": 5,
     "tools": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
@@ -139,8 +139,8 @@ def test_the_demo_command_meets_its_numbers(tmp_path: Path) -> None:
     assert [int(ended[when]) + int(cut[when]) for when in (1, 2)] == [32, 32]
     assert int(ended[1]) < 3 and int(ended[2]) > 29
     known = (
-        r"( *(data|learns|model|train|run)  "
-        r"|step |peak memory|best adapter|curves|held-out|answers (that|cut)|  +before|$)"
+        r"( *(load|demo|data|learns|model|train|run)  |step |peak memory|best adapter|report|next|curves"
+        r"|held-out|answers (that|cut)|  +before|$)"
     )
     assert [line for line in done.stdout.splitlines() if not re.match(known, line)] == []
 

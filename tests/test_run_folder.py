@@ -151,7 +151,7 @@ def test_it_would_have_run(run: Path) -> None:
     (run / "it_ran").unlink()
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "fit", "plan"])
+@pytest.mark.parametrize("verb", ["validate", "test", "fit", "plan", "inspect"])
 @pytest.mark.parametrize("spelling", ["trainer.callbacks: [{CLASS}]", "trainer.logger.class_path: run.payload.X"])
 def test_no_verb_runs_it(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spelling: str, verb: str

@@ -413,8 +413,8 @@ def test_an_adapter_says_what_the_data_said_of_prompts(here):
         ({"precision": "16-true"}, "got '16-true'"),
         ({"precision": "64-true"}, "got '64-true'"),
         ({"max_steps": -1, "max_epochs": -1}, "trainer.max_epochs: expected a number of epochs, or of steps"),
-        ({"strategy": "ddp"}, "trainer.strategy: expected auto with devices=1"),
-        ({"devices": 2}, "trainer.strategy: expected auto with devices=1"),
+        ({"strategy": "ddp"}, "trainer.strategy: expected auto with devices=1 (on several"),
+        ({"devices": 2}, "trainer.strategy: expected auto with devices=1 (on several"),
         ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "trainer.callbacks: expected trainer.accumulate_grad"),
     ],
 )

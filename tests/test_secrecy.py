@@ -110,6 +110,7 @@ ENDS = {
     "doctor's": ["doctor", "--config", f"hf://me:{CANARY}@x"],
     "push's": ["push", "--to", f"hf://me:{CANARY}@x"],
     "test's run": ["test", "--run", f"hf://me:{CANARY}@x"],
+    "inspect's": ["inspect", "--data.source", f"https://user:{CANARY}@host/rows.jsonl"],
     "plan's": ["plan", "--data.source", f"https://user:{CANARY}@host/rows.jsonl"],
     "merge's": ["merge", "--output", f"https://user:{CANARY}@host/x"],
     "validate's": ["validate", "--ckpt_path", f"https://user:{CANARY}@host/x"],

@@ -47,8 +47,8 @@ REFUSED = {
 OFFERED = {
     "accelerator", "accumulate_grad_batches", "benchmark", "callbacks", "detect_anomaly", "deterministic", "devices",
     "enable_progress_bar", "gradient_clip_algorithm", "gradient_clip_val", "inference_mode", "limit_test_batches",
-    "limit_train_batches", "limit_val_batches", "log_every_n_steps", "logger", "max_epochs", "max_steps", "plugins",
-    "precision", "val_check_interval",
+    "limit_train_batches", "limit_val_batches", "log_every_n_steps", "logger", "max_epochs", "max_steps", "num_nodes",
+    "plugins", "precision", "val_check_interval",
 }  # fmt: skip
 
 

@@ -329,7 +329,7 @@ BAD: list[tuple[list[str], str | None, str | None, list[str]]] = [
     (["fit", "--data.batch_size", "0"], None, "data.batch_size", ["at least 1", "got 0"]),
     (["fit", "--data.train_on", "question"], None, "data.train_on", ["'answers', 'all'", "got question"]),
     (["fit", "--trainer.max_steps", "0"], None, "trainer.max_steps", ["from 1, or -1", "got 0"]),
-    (["fit", "--trainer.devices", "2"], None, "trainer.devices", ["one device", "got 2"]),
+    (["fit", "--trainer.devices", "0"], None, "trainer.devices", ["a number from 1", "got 0"]),
     (["fit", "--model.ran", "8"], None, None, ["'model.ran'", "did you mean 'model.rank'"]),
     (["fit", "--ru", "x"], None, None, ["'ru'", "did you mean 'run'"]),
     (["fit", "--data.system", "x [INST]"], None, "data.system", ["without '[INST]'", "Llama 2"]),

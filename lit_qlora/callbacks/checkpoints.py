@@ -16,9 +16,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_qlora.callbacks.record import record_of
-from lit_qlora.callbacks.steps import StepCallback, begin_epoch, is_last_step, is_on_edge, validation_follows
+from lit_qlora.callbacks.steps import StepCallback, begin_epoch, is_last_step, validation_follows
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.console import tell
+from lit_qlora.devices.strategy import is_on_edge
+from lit_qlora.devices.world import any_of, by_first, is_first
 from lit_qlora.errors import require
 from lit_qlora.figures.card import write_card
 from lit_qlora.forecast.foresee import Needs
@@ -93,10 +95,10 @@ class RunCheckpoints(StepCallback, Needs):
 
         A run that early stopping had ended, and that was killed right after its last save, stays ended.
         """
-        if trainer.is_global_zero:
+        if is_first():
             put_adapter_back(self.run, self._resumed_step, self.mirrored, must_stay=self._kept is not None)
-        self._check_kept()
-        self.run.finished_mark.unlink(missing_ok=True)  # of a shorter run: this one continues after its end
+            self._check_kept()
+            self.run.finished_mark.unlink(missing_ok=True)  # of a shorter run: this one continues after its end
         trainer.should_stop |= has_stopped_early(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,9 +109,9 @@ class RunCheckpoints(StepCallback, Needs):
     def on_step_end(self, trainer: Trainer, module: Any) -> None:
         """Save at the end of the interval, or after the validation that follows."""
         on_interval = trainer.global_step % self.save_every_steps == 0
-        if self.save_every_minutes is not None:
+        if self.save_every_minutes is not None and is_first():  # one clock for all processes
             on_interval |= self.clock() - self._last_save_at >= 60 * self.save_every_minutes
-        self._is_due |= on_interval or is_last_step(trainer) or self.stop_asked
+        self._is_due |= is_last_step(trainer) or any_of(on_interval or self.stop_asked)
         if self._is_due and not validation_follows(trainer):
             self._save(trainer, module)
 
@@ -117,20 +119,29 @@ class RunCheckpoints(StepCallback, Needs):
         """Keep the adapter if it is the best so far, then make the save that waited for this validation."""
         if trainer.state.fn != "fit" or not trainer.global_step:
             return
+        if is_first():
+            self._keep_if_best(trainer, pl_module)
+        is_due = self._is_due or trainer.should_stop or any_of(self.stop_asked)
+        if is_due and validation_follows(trainer) and is_on_edge(trainer):
+            self._save(trainer, pl_module)
+
+    def _keep_if_best(self, trainer: Trainer, module: LightningModule) -> None:
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         best = self._unsaved.result if self._unsaved else read_result(self.run.adapter)
         loss = figures["val/loss"]
         if math.isfinite(loss) and (best is None or loss < best.get("val/loss", math.inf)):
-            self._keep(trainer, pl_module, figures)
+            self._keep(trainer, module, figures)
         if math.isfinite(loss) and (self._kept is None or loss < self._kept["val/loss"]):
             self._kept = _result(trainer, figures)
-        is_due = self._is_due or trainer.should_stop or self.stop_asked
-        if is_due and validation_follows(trainer) and is_on_edge(trainer):
-            self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the best adapter back into the module, and remove what a kill after the last save left over."""
-        if trainer.is_global_zero and self.saved_step is None:
+        """Load the best adapter back into the module, and remove what a kill after the last save left over.
+
+        In the first process only: the others are done.
+        """
+        if not is_first():
+            return
+        if self.saved_step is None:
             self._remove_old(trainer.global_step)
         if self._unsaved:
             self._save_adapter(trainer, pl_module)
@@ -139,9 +150,8 @@ class RunCheckpoints(StepCallback, Needs):
         if self._unsaved:
             pl_module.load_state_dict(self._unsaved.weights)
         else:
-            if trainer.is_global_zero:
-                mend_adapter(self.run, is_needed=True)
-                self._copy_adapter()
+            mend_adapter(self.run, is_needed=True)
+            self._copy_adapter()
             pl_module.load_adapter_weights(self.run.adapter)  # type: ignore[operator]
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +184,7 @@ class RunCheckpoints(StepCallback, Needs):
         self._is_due = False
         if self._unsaved:
             self._save_adapter(trainer, module)
-        if trainer.is_global_zero and not self._unsaved:
+        if is_first() and not self._unsaved:
             self._copy_adapter()
         for logger in trainer.loggers:
             logger.save()
@@ -184,13 +194,13 @@ class RunCheckpoints(StepCallback, Needs):
             return
         self.saved_step = trainer.global_step
         self.longest_save_s = max(self.longest_save_s, self.clock() - self._last_save_at)
-        if trainer.is_global_zero:
+        if is_first():
             self._remove_old(trainer.global_step)
             self.on_saved()
 
     def _write_checkpoint(self, trainer: Trainer, target: Path) -> None:
-        if trainer.strategy.broadcast(_makes_way(target)):  # the first device decides for all
-            trainer.save_checkpoint(target)
+        if by_first(lambda: _makes_way(target)):
+            trainer.save_checkpoint(target)  # fails in all processes or in none
 
     def _remove_old(self, newest: int) -> None:
         for step in self.run.outdated_steps(self.keep_checkpoints, newest, check_checkpoint):
@@ -229,7 +239,7 @@ class RunCheckpoints(StepCallback, Needs):
         if now:
             module.load_state_dict(best.weights)
         try:
-            if not trainer.is_global_zero or self.attempt("adapter", write):
+            if self.attempt("adapter", write):
                 self._unsaved = None
         finally:
             if now:

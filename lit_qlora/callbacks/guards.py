@@ -13,6 +13,7 @@ from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import StepCallback, is_log_step
+from lit_qlora.devices.world import any_of
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.optimizer import num_applied
 
@@ -76,7 +77,7 @@ class UpdateGuard(StepCallback):
         """
         self._step_rows, self._rows = self._rows, []
         is_finite, self._is_finite = self._is_finite, None
-        if is_finite is None or is_finite.item():
+        if not any_of(is_finite is not None and not is_finite.item()):
             self.nonfinite_in_a_row = 0
             return
         self.nonfinite_in_a_row += 1

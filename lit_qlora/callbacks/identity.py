@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_qlora.devices.world import by_first, check_same, is_first
 from lit_qlora.errors import UserError
 from lit_qlora.model import fingerprint
 from lit_qlora.storage.checkpoint_io import RUN
@@ -73,14 +74,16 @@ class RunIdentity(Callback):
         Then record the rows. Raises UserError with was -> is for the first part that differs, and if the run would
         become shorter.
         """
+        check_same(_describe_data(trainer))
         self._compare_data(trainer)
-        if self.rows is not None:
+        if self.rows is not None and is_first():
             trainer.datamodule.record(self.rows)  # type: ignore[attr-defined]
 
     def _compare_data(self, trainer: Trainer) -> None:
         if self.resume_from is None:
             return
-        was = _record(load_state(self.resume_from, with_tensors=False), self.resume_from)
+        folder = self.resume_from
+        was = by_first(lambda: _record(load_state(folder, with_tensors=False), folder))
         now = _describe_data(trainer)
         _compare(was, now)
         if now["steps"] < was["steps"]:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.callbacks.record import record
+from lit_qlora.devices.world import highest, summed
 from lit_qlora.storage.files import GIB
 
 
@@ -33,9 +34,12 @@ class PeakMemory(Callback):
             self._end("train")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a validation, and record."""
+        """End a validation, and record: of the GPU that holds most, and of all processes on the host."""
         if trainer.state.fn == "fit":
             self._end("validation")
+            host = summed({name: peak for name, peak in self.peaks_gib.items() if name == "host"})
+            highest_gib = dict(zip(self.peaks_gib, highest(*self.peaks_gib.values()), strict=True))
+            self.peaks_gib = highest_gib | host
             record(trainer, {f"memory/{name}_gib": value for name, value in self.peaks_gib.items()})
 
     def _end(self, phase: str) -> None:

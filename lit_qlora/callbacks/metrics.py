@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from lit_qlora.batch import Batch
 from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import StepCallback, is_log_step
+from lit_qlora.devices.world import is_first
 from lit_qlora.model.sums import AnswerSums
 
 
@@ -39,7 +40,7 @@ class TrainMetrics(StepCallback):
         """Record at the end of the log interval."""
         if not is_log_step(trainer):
             return
-        loss, accuracy = map(float, self.sums.means())
+        loss, accuracy = map(float, self.sums.over_all().means())
         figures = {
             "train/loss": loss,
             "train/perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -53,9 +54,10 @@ class TrainMetrics(StepCallback):
         self.sums.reset()
 
     def state_dict(self) -> dict[str, float]:
-        """The sums so far, as numbers."""
-        return self.sums.state_dict()
+        """The sums so far, as numbers, over all processes: each of them asks."""
+        return self.sums.over_all().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the sums of the interrupted run."""
-        self.sums.load_state_dict(state_dict)
+        if is_first():
+            self.sums.load_state_dict(state_dict)

@@ -19,6 +19,7 @@ from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import is_last_step
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.console import tell
+from lit_qlora.devices.world import world
 from lit_qlora.errors import one_line
 from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.lines import iter_lines, read_lines
@@ -78,6 +79,10 @@ class Report(Callback):
             batch += f" x {trainer.accumulate_grad_batches} accumulated"
         reason: str = trainer.precision_reason  # type: ignore[attr-defined]
         self._say("train", f"{steps:,} steps of {batch}; precision {trainer.precision} ({reason})")
+        if world().size > 1:
+            share = data.train_dataloader().efficiency()
+            dealt = f"{world().size} devices, micro-batches dealt by size: each works {share:.0%} of the time"
+            self._say("train", dealt)
         forecast = foresee(module, data, trainer)
         if forecast:
             self.forecast_gib = step_memory(forecast.step).reserved / GIB
@@ -123,11 +128,11 @@ class Report(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print before and after, and the adapter's path; record the end of a finished run."""
+        self.was_told = True
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             logger.save()
-        self.was_told = True
         if not (is_last_step(trainer) or has_stopped_early(trainer)):
             print(f"stopped at step {trainer.global_step}; the same command resumes from here", flush=True)
             return

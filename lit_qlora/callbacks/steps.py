@@ -67,13 +67,6 @@ def validation_follows(trainer: Trainer) -> bool:
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
-def is_on_edge(trainer: Trainer) -> bool:
-    """True if no gradient waits for the rest of its step."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress
-    is_last = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
-    return is_last or batches.current.ready % trainer.accumulate_grad_batches == 0
-
-
 def begin_epoch(trainer: Trainer) -> None:
     """Make Lightning count the epoch that begins here.
 
@@ -110,5 +103,6 @@ class SeedByPosition(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Seed torch on every device."""
-        place = f"{self.seed}/{trainer.current_epoch}/{batch_idx}/{trainer.global_rank}"
+        # Micro-batches are counted over all devices. The 0 was once a device's number.
+        place = f"{self.seed}/{trainer.current_epoch}/{batch_idx}/0"
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.console import tell
+from lit_qlora.devices.world import highest, is_first
 from lit_qlora.errors import require
 from lit_qlora.signals import URGENT, give_back, leave_at_once, name_of, say, take_over
 
@@ -62,8 +63,11 @@ class StopOnSignal(StepCallback):
         self._previous = {}
 
     def _leave_once_saved(self, trainer: Trainer) -> None:
-        if self._status is None:
+        (asked,) = highest(-1 if self._status is None else self._status)  # of whichever process was asked
+        if asked < 0:
             return
+        self.checkpoints.stop_asked, self._status = True, int(asked)
+        self._reason = self._reason or f" by {name_of(self._status - 128)}"
         if self.checkpoints.saved_step == trainer.global_step and not self.checkpoints.failures:
             place = f"stopped and saved at step {trainer.global_step}{self._reason}"
             print(f"\n{place}; the same command resumes from here", flush=True)
@@ -124,7 +128,7 @@ class TimeLimit(StepCallback):
         self._longest_step_s = max(self._longest_step_s, now - self._last_edge_at)
         self._last_edge_at = now
         margin_s = self._longest_step_s + self._longest_validation_s + self.stop.checkpoints.longest_save_s
-        if now + margin_s >= self.ends_at:
+        if is_first() and now + margin_s >= self.ends_at:  # one clock for all processes
             self.stop.ask(0, " by max_time")
 
 

@@ -41,7 +41,7 @@ class Throughput(StepCallback):
         if not is_log_step(trainer):
             self._since = time.monotonic()
             return
-        self.tokens_per_second = self._tokens * trainer.world_size / max(self._seconds, 1e-9)
+        self.tokens_per_second = self._tokens / max(self._seconds, 1e-9)
         padding = 1 - self._tokens / self._places
         record(trainer, {"speed/tokens_per_second": self.tokens_per_second, "speed/padding_share": padding})
         self._start()

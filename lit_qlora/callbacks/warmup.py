@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_qlora.devices.world import lowest
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.model.graphs import padded
 from lit_qlora.model.optimizer import forget
@@ -33,9 +34,11 @@ class WarmupStep(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         forecast = foresee(module, data, trainer)
         if forecast:
-            module.uses_cuda_graphs = forecast.step.uses_cuda_graphs
+            module.uses_cuda_graphs = bool(lowest(forecast.step.uses_cuda_graphs))
         if forecast and module.checkpointing == "auto":
-            module.kept_layers, module.hosted_layers = forecast.step.kept_layers, forecast.step.hosted_layers
+            # Of several devices, the one with the least room decides.
+            module.kept_layers = lowest(forecast.step.kept_layers)
+            module.hosted_layers = lowest(forecast.step.hosted_layers)
         largest = data.largest_batch(padded) if module.uses_cuda_graphs else data.largest_batch()
         batch = module.transfer_batch_to_device(largest, module.device, 0)
         # On the host: beside a resumed run's optimizer they would be more than any step of training takes.

@@ -11,15 +11,19 @@ import threading
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable, Generator, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
 from lit_qlora.batch import IGNORE_INDEX, Batch, answer_targets
+from lit_qlora.devices.dealing import EVALUATED_AT_ONCE, deal_steps, efficiency
 from lit_qlora.signals import no_signals_for_children
+
+T = TypeVar("T")
 
 GROUP_BATCHES = 50
 """Number of batches whose rows are drawn together and then sorted by length: random, with little padding."""
@@ -52,8 +56,7 @@ class BatchPlan:
 
     def places(self, batch: list[int], lengths: Sequence[int]) -> int:
         """Tokens of a batch with padding."""
-        sizes = [lengths[row] for row in batch]
-        return sum(sizes) if self.packed else len(sizes) * max(sizes)
+        return places([lengths[row] for row in batch], self.packed)
 
     def _by_rows(self, lengths: Sequence[int], draw: random.Random) -> list[list[int]]:
         order = list(range(len(lengths)))
@@ -99,7 +102,12 @@ class BatchPlan:
         return batches
 
 
-def _chunks(rows: list[int], size: int) -> list[list[int]]:
+def places(lengths: Sequence[int], packed: bool) -> int:
+    """Tokens of a micro-batch of rows of these ``lengths``, padding counted."""
+    return sum(lengths) if packed else len(lengths) * max(lengths)
+
+
+def _chunks(rows: list[T], size: int) -> list[list[T]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
@@ -135,17 +143,56 @@ def collate(
     )
 
 
-class _Planned(torch.utils.data.Dataset[Batch]):
-    """One epoch as a map from batch index to `Batch`, so that workers load batches by themselves."""
+def elsewhere(rows: Sequence[int], lengths: Sequence[int], step_answer_tokens: int, packed: bool) -> Batch:
+    """In place of a micro-batch that another device computes: as large, and with as many tokens, by ``lengths``."""
+    own = [lengths[row] for row in rows]
+    shape = (1, sum(own)) if packed else (len(own), max(own))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    ids = torch.zeros((), dtype=torch.int64).expand(shape)
+    return Batch(ids, nothing, nothing, tuple(rows), sum(own), step_answer_tokens, is_here=False)
 
-    def __init__(self, examples: Any, batches: list[tuple[list[int], int]], packed: bool) -> None:
-        self.examples, self.batches, self.packed = examples, batches, packed
+
+class _Planned(torch.utils.data.Dataset[Batch]):
+    """Micro-batches of rows as a map from index to `Batch`, so that workers load batches by themselves.
+
+    Args:
+        examples: rows, each with ``input_ids`` and ``labels``.
+        batches: rows of each, and the learned tokens of its optimizer step.
+        packed: as in `collate`.
+        lengths: tokens of each row; not needed where all are computed here.
+        device_index: which of ``num_devices`` this is.
+        at_once: how many micro-batches are dealt to the devices together.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        batches: list[tuple[list[int], int]],
+        packed: bool,
+        lengths: Sequence[int] = (),
+        device_index: int = 0,
+        num_devices: int = 1,
+        at_once: int = 1,
+    ) -> None:
+        self.examples, self.batches, self.packed, self.lengths = examples, batches, packed, lengths
+        self.device_index, self.devices = device_index, [device_index] * len(batches)
+        if num_devices > 1:
+            sizes = [places([lengths[row] for row in rows], packed) for rows, _ in batches]
+            self.devices = deal_steps(sizes, at_once, num_devices)
+
+    def behind(self, done: int) -> "_Planned":
+        """What is left behind the first ``done`` micro-batches."""
+        rest = copy(self)
+        rest.batches, rest.devices = self.batches[done:], self.devices[done:]
+        return rest
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Batch:
         rows, step_answer_tokens = self.batches[index]
+        if self.devices[index] != self.device_index:
+            return elsewhere(rows, self.lengths, step_answer_tokens, self.packed)
         return collate([(row, self.examples[row]) for row in rows], step_answer_tokens, self.packed)
 
 
@@ -191,8 +238,10 @@ class ResumableLoader:
         examples: rows, each with ``input_ids`` and ``labels``.
         answer_tokens: learned tokens of each row.
         order: epoch number to micro-batches of rows, the same number of them in every epoch.
-        accumulate: micro-batches of one optimizer step; an epoch's last step may have fewer.
-        device_index: which of ``num_devices`` this is; they take the micro-batches in turn.
+        accumulate: micro-batches of one optimizer step over all devices; an epoch's last step may have fewer.
+        device_index: which of ``num_devices`` this is. Each gets all micro-batches; of those dealt to another, only
+            what is counted.
+        lengths: tokens of each row, by which they are dealt.
         limit: most micro-batches per epoch, or a share of them, as in ``Trainer``.
         num_workers: number of processes that prefetch.
         packed: True if the rows of a micro-batch are packed into one.
@@ -208,6 +257,7 @@ class ResumableLoader:
         accumulate: int = 1,
         device_index: int = 0,
         num_devices: int = 1,
+        lengths: Sequence[int] = (),
         limit: int | float = 1.0,
         num_workers: int = 0,
         packed: bool = False,
@@ -217,17 +267,15 @@ class ResumableLoader:
         self.answer_tokens = answer_tokens
         self.order = order
         self.accumulate = accumulate
-        self.device_index, self.num_devices = device_index, num_devices
+        self.device_index, self.num_devices, self.lengths = device_index, num_devices, lengths
         self.num_workers = num_workers
-        # Every device takes equally many, or the others would wait for ever at a step: at most
-        # num_devices - 1 micro-batches wait for the next epoch's draw.
-        self.available = len(order(0)) // num_devices
+        self.available = len(order(0))
         self.length = min(limit, self.available) if isinstance(limit, int) else int(limit * self.available)
         self._epoch = epoch
         self._done = 0
 
     def __len__(self) -> int:
-        """Micro-batches of a whole epoch on one device; the Trainer applies the limit to it once more."""
+        """Micro-batches of a whole epoch; the Trainer applies the limit to it once more."""
         return self.available
 
     def __iter__(self) -> Iterator[Batch]:
@@ -236,9 +284,8 @@ class ResumableLoader:
         return batches
 
     def _batches(self) -> Generator[Batch, None, None]:
-        planned = self._plan(self._epoch)[self._done :]
         loader: DataLoader[Batch] = DataLoader(
-            _Planned(self.examples, planned, self.packed),
+            self._plan(self._epoch).behind(self._done),
             batch_size=None,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # without a batch size, it gets one item
             num_workers=self.num_workers,
@@ -253,6 +300,12 @@ class ResumableLoader:
                 self._epoch, self._done = self._epoch + 1, 0
             yield batch
 
+    def efficiency(self) -> float:
+        """The share of the devices' time in which they compute, in the first epoch, by tokens."""
+        batches = self.order(0)[: self.length]
+        sizes = [places([self.lengths[row] for row in rows], self.packed) for rows in batches]
+        return efficiency(sizes, self.accumulate, self.num_devices)
+
     def state_dict(self) -> dict[str, int]:
         """The position of the next batch; at an epoch's end, the start of the next epoch."""
         return {"epoch": self._epoch, "batches": self._done}
@@ -261,20 +314,18 @@ class ResumableLoader:
         """Resume after the last batch yielded when ``state`` was taken."""
         self._epoch, self._done = state["epoch"], state["batches"]
 
-    def _plan(self, epoch: int) -> list[tuple[list[int], int]]:
-        """This device's micro-batches of an epoch, each with the learned tokens of its optimizer step."""
-        batches = self.order(epoch)[: self.length * self.num_devices]
-        step_size = self.accumulate * self.num_devices
+    def _plan(self, epoch: int) -> _Planned:
+        """The micro-batches of an epoch, each with the learned tokens of its optimizer step."""
         planned = []
-        for index in range(self.device_index, len(batches), self.num_devices):
-            start = index // step_size * step_size
-            step = batches[start : start + step_size]
-            planned.append((batches[index], sum(self.answer_tokens[row] for rows in step for row in rows)))
-        return planned
+        for step in _chunks(self.order(epoch)[: self.length], self.accumulate):
+            answers = sum(self.answer_tokens[row] for rows in step for row in rows)
+            planned += [(rows, answers) for rows in step]
+        dealt = self.lengths, self.device_index, self.num_devices, self.accumulate
+        return _Planned(self.examples, planned, self.packed, *dealt)
 
 
 class EvaluationLoader:
-    """Every row once, the same batches each time; devices take them in turn.
+    """Every row once, the same batches each time, dealt to the devices as by `ResumableLoader`.
 
     Args:
         examples: rows, each with ``input_ids`` and ``labels``.
@@ -282,6 +333,7 @@ class EvaluationLoader:
         batches: micro-batches of rows.
         device_index: which of ``num_devices`` this is.
         packed: as in `ResumableLoader`.
+        lengths: tokens of each row, by which they are dealt.
     """
 
     def __init__(
@@ -292,9 +344,11 @@ class EvaluationLoader:
         device_index: int = 0,
         num_devices: int = 1,
         packed: bool = False,
+        lengths: Sequence[int] = (),
     ) -> None:
-        mine = batches[device_index::num_devices]
-        self.planned = _Planned(examples, [(rows, sum(answer_tokens[row] for row in rows)) for rows in mine], packed)
+        planned = [(rows, sum(answer_tokens[row] for row in rows)) for rows in batches]
+        dealt = lengths, device_index, num_devices, EVALUATED_AT_ONCE * num_devices
+        self.planned = _Planned(examples, planned, packed, *dealt)
 
     def __len__(self) -> int:
         return len(self.planned)

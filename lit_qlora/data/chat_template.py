@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.data.encode import SPACE, Encoder
-from lit_qlora.data.tokenizer import load_tokenizer
+from lit_qlora.data.tokenizer import is_byte_level, load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
 
@@ -57,7 +57,7 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
         "bos_token": tokenizer.bos_token,
         "eos_token": tokenizer.eos_token,
         "unk_token": tokenizer.unk_token,
-        "add_bos_token": tokenizer.bos_token is not None,
+        "add_bos_token": _begins_with_bos(encoder, rules),
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_tokens,
@@ -68,6 +68,16 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
     (folder / "generation_config.json").write_text(stops, encoding="utf-8")
     (folder / "tokenizer.json").write_text(json.dumps(rules, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _begins_with_bos(encoder: Encoder, rules: dict[str, Any]) -> bool:
+    """True if a plain text gets a BOS: always where Llama 2's format may be published, else as in the base's own.
+
+    llama.cpp knows a byte-level tokenizer by the ids that it gives to one text.
+    """
+    if encoder.bos_id is None or not is_byte_level(rules):
+        return encoder.bos_id is not None
+    return bool(encoder.tokenizer("x")["input_ids"][0] == encoder.bos_id)
 
 
 def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conversation]) -> None:

@@ -25,6 +25,7 @@ from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.data.view import SHORT_AMONG, example_lines
+from lit_qlora.devices.world import local_first
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import LLAMA_2, OF_BASE, PromptFormat, built_in, chosen, names
@@ -176,6 +177,10 @@ class ChatDataModule(LightningDataModule):
         Raises UserError for unreadable rows, if nothing is left to learn or to score (also by a share of less than one
         micro-batch), and for a tokenizer or template that does not match the Trainer's module.
         """
+        with local_first():  # the others find what it downloaded and encoded
+            self._set_up(stage)
+
+    def _set_up(self, stage: str) -> None:
         if self.trainer is not None:
             self._follow(self.trainer.lightning_module)
         if stage == "fit" and "train" not in self._rows:
@@ -193,6 +198,7 @@ class ChatDataModule(LightningDataModule):
             self._encode("train", train)
             self._encode("validation", held_out)
             self._check_limit("train", "limit_train_batches")
+            self._check_devices()
             self._check_limit("validation", "limit_val_batches")
         elif stage == "validate" and "validation" not in self._rows:
             self._encode("validation", self._held_out("validation"))
@@ -230,7 +236,8 @@ class ChatDataModule(LightningDataModule):
         """The loader of the training rows, in groups of similar length, in an order given by the seed.
 
         Each epoch has its own order, except under ``overfit_batches``, which repeats the same batches. Without a
-        Trainer they are those of one device, one per optimizer step.
+        Trainer they are those of one device, one per optimizer step; with several devices, each gets all of them and
+        computes those dealt to it.
 
         Raises UserError before `setup`.
         """
@@ -246,6 +253,7 @@ class ChatDataModule(LightningDataModule):
                 "accumulate": trainer.accumulate_grad_batches,
                 "device_index": trainer.global_rank,
                 "num_devices": trainer.world_size,
+                "lengths": rows.lengths,
                 "limit": trainer.limit_train_batches,
                 "epoch": trainer.current_epoch,
             }
@@ -422,6 +430,15 @@ class ChatDataModule(LightningDataModule):
             )
         self._records[part], self._rows[part] = records, rows
 
+    def _check_devices(self) -> None:
+        devices = 1 if self.trainer is None else self.trainer.world_size
+        if 1 < devices > len(self._first_epoch):
+            raise UserError(
+                f"{devices}, and an epoch has {len(self._first_epoch)} micro-batches",
+                option="trainer.devices",
+                remedy="take fewer, or a smaller data.batch_size",
+            )
+
     def _check_limit(self, part: str, option: str) -> None:
         if self.trainer is None:
             return
@@ -435,7 +452,8 @@ class ChatDataModule(LightningDataModule):
         rows, trainer = self._encoded(part), self.trainer
         batches = self.plan.epoch(rows.lengths, seed=0, epoch=0)
         device, devices = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        return EvaluationLoader(rows.examples, rows.answer_tokens, batches, device, devices, self.plan.packed)
+        packed = self.plan.packed
+        return EvaluationLoader(rows.examples, rows.answer_tokens, batches, device, devices, packed, rows.lengths)
 
     def _encoded(self, part: str) -> EncodedRows:
         """The rows of ``part``. Raises UserError before `setup`."""

@@ -3,6 +3,7 @@
 Knows no conversation, no prompt format, no weights.
 """
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,6 +248,12 @@ def _as_meta(tokenizer: "PreTrainedTokenizerBase") -> bool:
     if not _is_llama_2(tokenizer):
         return True
     return bool(tokenizer("[INST]", add_special_tokens=False)["input_ids"] == INST)
+
+
+def is_byte_level(rules: Mapping[str, Any]) -> bool:
+    """True if a tokenizer.json splits bytes, as Qwen's, Llama 3's and SmolLM2's do; others write a space as U+2581."""
+    parts = rules.get("pre_tokenizer") or {}
+    return any(part.get("type") == "ByteLevel" for part in (parts, *parts.get("pretokenizers", ())))
 
 
 def _is_llama_2(tokenizer: "PreTrainedTokenizerBase") -> bool:

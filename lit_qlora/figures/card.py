@@ -3,19 +3,22 @@
 Written into each such folder before it is sealed. Contains no path and no name of this machine.
 """
 
+import itertools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
 from lit_qlora.figures.curves import CURVES, draw_curves
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.storage.foreign import read_object
-from lit_qlora.storage.run import CARD, RunFolder, as_yaml
+from lit_qlora.storage.run import CARD, RECORD, RunFolder, as_yaml
 from lit_qlora.text.formats import chosen
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
@@ -24,21 +27,14 @@ HELD_OUT: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
 )
-USE_MERGED = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this-folder")
-tokenizer = AutoTokenizer.from_pretrained("this-folder")
-chat = [{"role": "user", "content": "Your question"}]
-prompt = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True).to(model.device)
-answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True))
-```"""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 TEXTS = ("system", "prompts", "template")
 """Options that hold words and never paths, whatever they look like."""
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)
+LICENCE = (
+    "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. "
+    "Its terms hold for the base and for what is made with it; the data has a licence of its own."
+)
 LLAMA = re.compile(r"llama|^demo$", re.IGNORECASE)
 """Names of bases that are tagged so; of others the architecture is not known here."""
 
@@ -87,21 +83,24 @@ def card(
         has_curves: True if the picture of the losses is in the same folder.
     """
     config = published(config)
-    source = config["data"]["source"]
+    source, text = config["data"]["source"], as_yaml(config)
     prompt_format = chosen(config["data"].get("template"), config["data"].get("system"))
-    sections = [
-        f"---\n{yaml.safe_dump(_metadata(base, source), sort_keys=False)}---",
-        f"# LoRA adapter for {base}",
-        f"Trained with QLoRA (the base in 4-bit NF4, double quantisation) on `{source}`, for conversations in "
-        f"{prompt_format.described('lit_qlora.json')}.",
-        *_licence(base),
-        f"## Measured\n\n{_measured(figures, step, training_s)}",
-        *([f"![Loss over the optimizer steps, in training and held-out]({CURVES})"] if has_curves else []),
-        f"## Use\n\n{_use(base, prompt_format.ask())}",
-        f"## Configuration\n\n{_block(as_yaml(config))}",
-        f"## Versions\n\n{_versions()}",
-    ]
-    return "\n\n".join(sections) + "\n"
+    before, after = figures.get(0, {}), figures.get(step, {})
+    return _render(
+        "adapter",
+        base,
+        metadata=_metadata(base, source),
+        address=base if HUB_ID.fullmatch(base) else f"path/to/{base}",  # for others, no path of this machine
+        source=source,
+        prompts=prompt_format.described(RECORD),
+        rows=[*_rows(before, after)],
+        cost=[*_cost(figures, step, training_s)],
+        step=step,
+        curves=CURVES if has_curves else None,
+        ask=prompt_format.ask(),
+        fence=next("`" * length for length in itertools.count(3) if "`" * length not in text),
+        config=text,
+    )
 
 
 def merged_card(base: str, source: str | None, made: str, told: str, prompts: str) -> str:
@@ -115,18 +114,19 @@ def merged_card(base: str, source: str | None, made: str, told: str, prompts: st
         prompts: the prompt format, as by `PromptFormat.described`.
     """
     source = published(source)
-    metadata = _metadata(base, source or "", "finetune")
     trained = f"`{source}`, in {prompts}" if source else f"conversations in {prompts}"
-    sections = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
-        f"# {base}, fine-tuned",
-        f"A LoRA adapter, trained with QLoRA on {trained}, worked into its base. {made}",
-        *_licence(base),
-        f"## Measured\n\n{told}",
-        f"## Use\n\n{USE_MERGED}",
-        f"## Versions\n\n{_versions()}",
-    ]
-    return "\n\n".join(sections) + "\n"
+    metadata = _metadata(base, source or "", "finetune")
+    return _render("merged", base, metadata=metadata, trained=trained, made=made, measured=told)
+
+
+def _render(name: str, base: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    text = resources.files("lit_qlora.figures").joinpath(f"templates/{name}.md.jinja").read_text(encoding="utf-8")
+    licence = LICENCE if LLAMA_2.search(base) else None
+    versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
+    return environment.from_string(text).render(base=base, licence=licence, versions=versions, **values)
 
 
 def published(value: Any) -> Any:
@@ -149,7 +149,7 @@ def _is_path(text: str) -> bool:
     return " " not in text and HUB_ID.fullmatch(text) is None
 
 
-def _metadata(base: str, source: str, relation: str = "adapter") -> dict[str, Any]:
+def _metadata(base: str, source: str, relation: str = "adapter") -> str:
     library = "peft" if relation == "adapter" else "transformers"
     metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if HUB_ID.fullmatch(base):
@@ -159,83 +159,37 @@ def _metadata(base: str, source: str, relation: str = "adapter") -> dict[str, An
     if HUB_ID.fullmatch(source):
         metadata["datasets"] = [source]
     more = [*(["peft"] if relation == "adapter" else []), *(["llama"] if LLAMA.search(base) else [])]
-    return metadata | {"tags": ["lora", "qlora", *more, "lightning"]}
+    return yaml.safe_dump(metadata | {"tags": ["lora", "qlora", *more, "lightning"]}, sort_keys=False)
 
 
-def _licence(base: str) -> list[str]:
-    if not LLAMA_2.search(base):
-        return []
-    return [
-        "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights "
-        "Reserved. Its terms hold for the base and for what is made with it; the data has a licence of its own."
-    ]
-
-
-def _measured(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float) -> str:
-    before, after = figures.get(0, {}), figures.get(step, {})
-    lines = [f"| | before | after step {step:,} |", "|---|---|---|"]
+def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for title, name, show in HELD_OUT:
         if name in after:
-            first = show(float(before[name])) if name in before else "not measured"
-            lines.append(f"| {title} | {first} | {show(float(after[name]))} |")
+            yield title, show(float(before[name])) if name in before else "not measured", show(float(after[name]))
     for title, told, last in ends_in_words(before, after):
-        lines.append(f"| sample {title} | {told or 'not measured'} | {last} |")
-    cost = [f"{step:,} optimizer steps"]
+        yield f"sample {title}", told or "not measured", last
+
+
+def _cost(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float) -> Iterator[str]:
+    yield f"{step:,} optimizer steps"
     if training_s:
-        cost.append(f"{training_s / 3600:.2g} hours in them")
+        yield f"{training_s / 3600:.2g} hours in them"
     for name in sorted({name for line in figures.values() for name in line if name.startswith("memory/")}):
         peak = max(float(line[name]) for line in figures.values() if name in line)
         what = name.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
-        cost.append(f"{what} memory at most {peak:.2f} GiB")
-    measured = "\n".join(lines) + "\n\n" if len(lines) > 2 else "No held-out rows were scored.\n\n"
-    return measured + "; ".join(cost) + "."
-
-
-def _block(text: str) -> str:
-    fence = "```"
-    while fence in text:  # a system text may hold one
-        fence += "`"
-    return f"{fence}yaml\n{text}{fence}"
+        yield f"{what} memory at most {peak:.2f} GiB"
 
 
 def addressed(text: str, to: str) -> str:
     """The card ``text`` for readers on the hub, in the repository ``to``."""
-    opened = 'open("this-folder/lit_qlora.json"'
+    opened = f'open("this-folder/{RECORD}"'
     if opened in text:
-        text = text.replace(opened, f'open(hf_hub_download("{to}", "lit_qlora.json")')
+        text = text.replace(opened, f'open(hf_hub_download("{to}", "{RECORD}")')
         text = text.replace("import torch\n", "import torch\nfrom huggingface_hub import hf_hub_download\n", 1)
     chat = "`python main.py chat --adapter this-folder"
     return text.replace('"this-folder"', f'"{to}"').replace(
         chat, f"`hf download {to} --local-dir this-folder`, then {chat}"
     )
-
-
-def _use(base: str, prompt: str) -> str:
-    # A base that is not on the hub has no address for others.
-    base = base if HUB_ID.fullmatch(base) else f"path/to/{base}"
-    imports = "".join(f"import {name}\n" for name in ("json", "re") if f"{name}." in prompt)
-    imports += "\n" if imports else ""
-    return f"""\
-```python
-{imports}import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-quantization = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float16
-)
-base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=quantization)
-model = PeftModel.from_pretrained(base, "this-folder")
-tokenizer = AutoTokenizer.from_pretrained("{base}")
-{prompt}
-print(tokenizer.decode(answer, skip_special_tokens=True))
-```
-
-Or, with lit-qlora: `python main.py chat --adapter this-folder --base {base}`."""
-
-
-def _versions() -> str:
-    return ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
 
 
 def _version(package: str) -> str | None:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lit_qlora.data.batching import BatchPlan, ResumableLoader
+from lit_qlora.data.batching import BatchPlan, ResumableLoader, places
+from lit_qlora.devices.dealing import efficiency
 from lit_qlora.errors import UserError
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.cards import Card, find_card
@@ -91,6 +92,8 @@ class _Batches(NamedTuple):
     epoch: Epoch
     largest: Largest
     num_rows: int
+    sizes: tuple[int, ...]
+    """Tokens of each micro-batch, padding counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,8 @@ class Forecast:
         host: where activations may wait; None where they may not.
         plan: how rows are grouped into micro-batches.
         max_length: tokens of one row.
-        accumulate: micro-batches of one optimizer step.
+        accumulate: micro-batches of one optimizer step, over all devices.
+        num_devices: number of cards like this one, each with the whole base.
         limit: number of micro-batches per epoch, or a share of them.
         seed: seed of the rows' order.
         samples: all sample answers of one validation.
@@ -135,6 +139,7 @@ class Forecast:
     plan: BatchPlan
     max_length: int
     accumulate: int = 1
+    num_devices: int = 1
     limit: int | float = 1.0
     seed: int = 42
     samples: Samples = NO_SAMPLES
@@ -240,8 +245,14 @@ class Forecast:
 
     @cached_property
     def hours(self) -> float | None:
-        """Hours per epoch at the card's sustained rates; None if these are not known."""
-        return epoch_hours(self.step, self.epoch, self.card)
+        """Hours per epoch at the cards' sustained rates; None if these are not known."""
+        hours = epoch_hours(self.step, self.epoch, self.card)
+        return None if hours is None else hours / (self.num_devices * self.efficiency)
+
+    @cached_property
+    def efficiency(self) -> float:
+        """The share of the devices' time in which they compute: a step waits for the slowest of them."""
+        return efficiency(self._batches.sizes, self.accumulate, self.num_devices)
 
 
 @lru_cache(typed=True)  # a limit of 1 is one micro-batch, 1.0 is all of them
@@ -252,7 +263,8 @@ def _batches(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed: i
     epoch, largest = epoch_of(cut, batches, plan.packed)
     if len(taken) < len(batches):  # a later epoch draws others: the largest is that of them all
         epoch, _ = epoch_of(cut, taken, plan.packed)
-    return _Batches(epoch, largest, sum(map(len, taken)))
+    sizes = tuple(places([cut[row] for row in rows], plan.packed) for rows in taken)
+    return _Batches(epoch, largest, sum(map(len, taken)), sizes)
 
 
 def epoch_of(lengths: Sequence[int], batches: Sequence[Sequence[int]], packed: bool = False) -> tuple[Epoch, Largest]:
@@ -319,6 +331,7 @@ def foresee(
         plan=data.plan,
         max_length=data.max_length,
         accumulate=trainer.accumulate_grad_batches,
+        num_devices=getattr(trainer, "num_processes", 1),
         limit=trainer.limit_train_batches,
         seed=data.seed,
         samples=samples,

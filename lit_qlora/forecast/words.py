@@ -105,6 +105,12 @@ def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
         f"  the first at {card.tflops:g} TFLOP/s and {card.gb_per_s:g} GB/s sustained with nothing "
         f"else in the way, the second at {REACHED:.0%} of that"
     )
+    if forecast.num_devices > 1:
+        exchanged = 4 * sum(forecast.step.lora_tensors) / 1e6
+        yield (
+            f"  on {forecast.num_devices} such cards, each of which works {forecast.efficiency:.0%} of the time, by "
+            f"the rows' lengths; they exchange {exchanged:,.0f} MB of gradients per step, whose time is not counted"
+        )
 
 
 def line(what: str, size: float, unit: int = GIB) -> str:

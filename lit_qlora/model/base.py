@@ -66,6 +66,12 @@ class Base:
         return Path(self.name).expanduser().resolve().name
 
 
+def may_be_on_hub(name: str) -> bool:
+    """False for a base that is here, or is nowhere."""
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return is_id and not Path(name).expanduser().exists()
+
+
 def find_base(name: str, weights: bool = True) -> Base:
     """Find the base ``name``: ``demo``, a local folder, or a hub id.
 
@@ -87,7 +93,7 @@ def find_base(name: str, weights: bool = True) -> Base:
             )
         config_file, files = folder / "config.json", {path.name for path in folder.iterdir()}
         location = str(folder)
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif not may_be_on_hub(name):
         raise UserError(
             f"no folder {excerpt(name)}{_nearest(folder)}",
             option="model.base",

@@ -49,6 +49,12 @@ def decide_for(device: Device) -> Iterator[None]:
         _DECIDED_FOR.reset(token)
 
 
+def decides_for_another() -> bool:
+    """True inside of `decide_for` a GPU that is not here."""
+    device = _DECIDED_FOR.get()
+    return device is not None and not device.is_here
+
+
 def current_device(accelerator: str = "auto") -> Device:
     """The device that ``Trainer(accelerator=…)`` will use; within `decide_for`, always its device."""
     elsewhere = _DECIDED_FOR.get()

@@ -39,7 +39,6 @@ TINY = 2.0**-16
 SHOWN_DIGITS = 12
 """Digits that a message shows."""
 
-_FINAL_NORM = "model.norm.weight"
 _LINEAR = re.compile(rf"model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(LINEARS)})\.weight")
 _SCALES = re.compile(_LINEAR.pattern + r"\.(absmax|nested_absmax)")
 
@@ -70,10 +69,8 @@ def is_of(recorded: str, base: Base) -> bool:
     """True if ``recorded`` is a fingerprint of ``base``.
 
     Between 16 bits and 4 bits made elsewhere, only norms, embeddings and head are compared, since rounding changes all
-    else; a record of the first version holds only config and final norm.
+    else.
     """
-    if not recorded.startswith(VERSION):
-        return recorded == _first_version(base)
     found = fingerprint(base)
     was, now = (
         dict(zip(("version", "kind", "all", "plain"), text.split("-"), strict=False)) for text in (recorded, found)
@@ -138,7 +135,7 @@ def _places(name: str, num_values: int) -> Iterator[tuple[int, int]]:
         yield place * stride + number % (stride - AT_EACH), AT_EACH
 
 
-def _in_fp32(stored: bytes, dtype: str, tiny: float = TINY) -> bytes:
+def _in_fp32(stored: bytes, dtype: str) -> bytes:
     """Values in fp32, whichever float type stores them; the raw bytes of any other type."""
     import numpy as np
 
@@ -148,7 +145,7 @@ def _in_fp32(stored: bytes, dtype: str, tiny: float = TINY) -> bytes:
         values = np.frombuffer(stored, {"F16": "<f2", "F32": "<f4"}[dtype]).astype("<f4")
     else:
         return f"{dtype} ".encode() + stored
-    return np.where(np.abs(values) < tiny, np.float32(0), values).tobytes() if tiny else values.tobytes()
+    return np.where(np.abs(values) < TINY, np.float32(0), values).tobytes()
 
 
 def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -176,15 +173,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (int, float)):
         return float(value)
     return [float(part) for part in value] if isinstance(value, list) else repr(value)
-
-
-def _first_version(base: Base) -> str:
-    """The first version of the fingerprint: a sha256 over config.json and the final norm."""
-    digest = hashlib.sha256(repr((base.shape, rules_of(base.config))).encode())
-    norm = stored_tensors(base)[_FINAL_NORM]
-    for values in norm.read([(0, norm.num_values)]):
-        digest.update(_in_fp32(values, norm.dtype, 0))
-    return digest.hexdigest()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

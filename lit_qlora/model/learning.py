@@ -43,7 +43,7 @@ class LearnsInParts(LightningModule):
         """
         check_batch(batch)
         self._batch, self._loss, found, is_short = batch, None, None, False
-        if self.parts == 1:
+        if self.parts == 1 and batch.is_here:
             try:
                 found = self.summed_loss(batch)
             except torch.OutOfMemoryError:
@@ -55,11 +55,11 @@ class LearnsInParts(LightningModule):
             if batch_idx % self.trainer.accumulate_grad_batches == 0:  # the first of a step
                 for parameter in self.parameters():
                     parameter.grad = None
-            found = self._learn_in_parts(batch)
+            found = self._learn_in_parts(batch) if batch.is_here else self.nothing()
         loss_sum, num_correct, num_answers = found
-        # Lightning divides by the micro-batches of a step, and its strategy by the devices: both are undone
-        # here, for the one right denominator is already in the batch.
-        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        # Lightning divides by the micro-batches of a step: undone here, for the one right denominator is already in
+        # the batch. Over devices, gradients are summed.
+        shares = self.trainer.accumulate_grad_batches
         loss = loss_sum * (shares / max(batch.step_answer_tokens, 1))
         stand_in = loss.detach()
         if not self._is_learned:
@@ -70,6 +70,10 @@ class LearnsInParts(LightningModule):
             "num_correct": num_correct,
             "num_answers": num_answers,
         }
+
+    def nothing(self) -> tuple[Tensor, Tensor, int]:
+        """The sums over a batch that another device computes."""
+        return torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """As Lightning's, which follows `training_step`: gradients that were made there stay."""
@@ -107,7 +111,7 @@ class LearnsInParts(LightningModule):
     def _try_in_parts(self, batch: Batch) -> tuple[Tensor, Tensor, int] | None:
         """As `_learn_in_parts`; None if memory runs out."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        factor = self.trainer.world_size / max(batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
+        factor = 1 / max(batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
         found = []
         try:
             for part in split_batch(batch) if self.parts > 1 else [batch]:

@@ -18,6 +18,8 @@ from torchmetrics import SumMetric
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
+from lit_qlora.devices.strategy import Replicas
+from lit_qlora.devices.world import local_first
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model import load
 from lit_qlora.model.attention import find_places
@@ -227,7 +229,8 @@ class QLoRAModule(LearnsInParts):
         trained = self.state_dict() if self.model is not None else None
         self.model = None
         self._forget_layers()
-        self._load(dtype, device)
+        with local_first():  # the others find its download, and its copy in 4-bit
+            self._load(dtype, device)
         self._loaded_for = dtype, device.type
         if trained is not None:
             self.load_state_dict(trained)
@@ -480,7 +483,7 @@ class QLoRAModule(LearnsInParts):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the sums over the held-out rows. Raises UserError as `training_step`."""
         check_batch(batch)
-        loss_sum, num_correct, num_answers = self.summed_loss(batch)
+        loss_sum, num_correct, num_answers = self.summed_loss(batch) if batch.is_here else self.nothing()
         self.held_out_loss.update(loss_sum.double())
         self.held_out_correct.update(num_correct)
         self.held_out_tokens.update(num_answers)
@@ -566,8 +569,9 @@ class QLoRAModule(LearnsInParts):
 def check_trainer(trainer: Trainer) -> None:
     """Raises UserError for unsupported settings of a script's Trainer."""
     strategy = trainer.strategy
-    one = isinstance(strategy, SingleDeviceStrategy)
-    require(one, "trainer.strategy", "auto with devices=1 (training uses one device)", type(strategy).__name__)
+    known = isinstance(strategy, SingleDeviceStrategy | Replicas)
+    expected = f"auto with devices=1 (on several devices, {COMMAND} fit trains)"
+    require(known, "trainer.strategy", expected, type(strategy).__name__)
     device = strategy.root_device.type
     require(device in ("cpu", "cuda"), "trainer.accelerator", "cpu, or gpu with a CUDA GPU", device)
     precision: Any = str(trainer.precision)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_qlora.devices.world import summed, world
+
 
 class AnswerSums:
     """Loss, likeliest tokens and answer tokens, summed over micro-batches."""
@@ -32,6 +34,14 @@ class AnswerSums:
         loss_sum, num_correct = (torch.as_tensor(self._sums[name], dtype=torch.float64) for name in self.NAMES[:2])
         num_answers = max(self._sums["num_answers"], 1)
         return loss_sum / num_answers, num_correct / num_answers
+
+    def over_all(self) -> "AnswerSums":
+        """The sums over the processes of a run."""
+        if world().size == 1:
+            return self
+        total = AnswerSums()
+        total.load_state_dict(summed(self.state_dict()))
+        return total
 
     def state_dict(self) -> dict[str, float]:
         """The sums so far, as numbers."""

@@ -54,15 +54,15 @@ def verify(folder: Path) -> None:
 
 
 def run_path(name: str) -> Path:
-    """The folder of the run called ``name``: a bare name lies in `RUNS`, and anything with a slash is a path.
-
-    A run of that name in the current folder, where earlier versions put it, is used if `RUNS` has none.
-    """
+    """The folder of the run called ``name``: a bare name lies in `RUNS`, and anything with a slash is a path."""
     path = Path(name).expanduser()
     is_bare = path.name == name and name != ".." and not path.drive
-    if not is_bare:
-        return path
-    return path if RunFolder(path).config.is_file() and not (RUNS / name).exists() else RUNS / name
+    return RUNS / name if is_bare else path
+
+
+def unnamed_run(config: str | None, base: str) -> Path:
+    """The folder of a run that is given no name: that of its last config, else of its base."""
+    return RUNS / (Path(config).stem if config else Path(base).name or "run")
 
 
 class RunFolder:

@@ -35,7 +35,8 @@ MAY_CHANGE: Mapping[str, str] = {
     "model.own_layers": "the same but for rounding",
     "model.quantized_cache": "a copy holds the same bits",
     "trainer.accelerator": "another machine: the same run, not the same bits",
-    "trainer.devices": "one device, whichever it is called",
+    "trainer.devices": "how fast, not what is learned",
+    "trainer.num_nodes": "how fast, not what is learned",
     "trainer.deterministic": "which of a GPU's kernels",
     "trainer.benchmark": "which of a GPU's kernels",
     # Compared with the checkpoint itself: see callbacks/identity.py.

@@ -1,7 +1,8 @@
 """Owns the verbs: each module here is one, and what it is made of has a folder beside it.
 
-A verb is a function of the module's name, whose signature is its options; this turns it into a command. Except `plan`,
-which has fit's options, and `doctor`, which works without jsonargparse. Knows nothing of what a verb does.
+A verb is a function of the module's name, whose signature is its options; this turns it into a command. Except `plan`
+and `inspect`, which have fit's options, and `doctor`, which works without jsonargparse. Knows nothing of what a verb
+does.
 """
 
 import importlib

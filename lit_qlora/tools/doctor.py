@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lit_qlora import __version__
+from lit_qlora.devices.launchers import ignore_launchers
 from lit_qlora.errors import UserError, one_line
-from lit_qlora.launchers import ignore_launchers
 from lit_qlora.place import CLONE, COMMAND, CONFIGS, INSTALL, PROGRAM, find_config
 from lit_qlora.quiet import quieten
 from lit_qlora.tools.doctoring import surroundings

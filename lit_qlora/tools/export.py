@@ -13,7 +13,7 @@ from typing import Literal
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base, weight_files
-from lit_qlora.storage.files import output_path
+from lit_qlora.storage.files import output_path, parse_json
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD
 from lit_qlora.text.formats import from_record
@@ -107,10 +107,20 @@ def find_converter() -> Path:
 
 
 def _check_tokenizer(base: Base) -> None:
-    """Raises UserError unless ``base`` has a tokenizer.model, without which llama.cpp ignores the order of merges."""
+    """Raises UserError unless ``base`` has a tokenizer that llama.cpp reads: a tokenizer.model, or a byte-level one.
+
+    Without a tokenizer.model, it ignores the order of merges. Of a byte-level tokenizer.json it takes that order, and
+    how texts are split from a table of known tokenizers: it stops at one that is not among them.
+    """
     from transformers.utils import cached_file
 
-    if cached_file(base.location, "tokenizer.model", _raise_exceptions_for_missing_entries=False) is None:
+    from lit_qlora.data.tokenizer import is_byte_level
+
+    model, rules = (
+        cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)
+        for name in ("tokenizer.model", "tokenizer.json")
+    )
+    if model is None and not (rules and is_byte_level(parse_json(Path(rules).read_text(encoding="utf-8")))):
         raise UserError(
             f"export: {base.name} has no tokenizer.model, and without it llama.cpp would split text "
             "into other tokens than training did",

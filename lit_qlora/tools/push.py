@@ -20,8 +20,6 @@ from lit_qlora.tools.pushing.hub import KINDS, Contents, Hub
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 """The pattern of a hub token."""
 
-"""What both have, and no base: its 4-bit copy is sealed, too."""
-
 
 def push(
     to: str,
@@ -114,7 +112,7 @@ def _contents(source: Path, sizes: dict[str, int], to: str) -> Contents:
 def _plan(source: Path, kind: str, contents: Contents, hub: Hub) -> str:
     sizes = {name: len(part) if isinstance(part, bytes) else part.stat().st_size for name, part in contents.items()}
     width = max(map(len, sizes))
-    lines = [f"push  {kind} {source}", f"to    {hub.to}: {hub.outlook(contents)}; as {hub.account}"]
+    lines = [f"push  {kind} {source}", f"to    {hub.to}: {hub.effect(contents)}; as {hub.account}"]
     lines += [f"        {name:{width}} {size(count):>9}" for name, count in sizes.items()]
     return "\n".join([*lines, f"      {len(sizes)} files, {size(sum(sizes.values()))}"])
 

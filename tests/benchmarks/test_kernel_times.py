@@ -20,6 +20,8 @@ import kernel_times
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __half>", "products"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copies"),
+        ("Memcpy DtoH (Device -> Pinned)", kernel_times.HOST),
+        ("Memcpy HtoD (Pinned -> Device)", kernel_times.HOST),
         ("triton_poi_fused_mul_silu_0", "elementwise"),
     ],
 )
@@ -31,6 +33,9 @@ def test_products_are_projected_by_flops_and_the_rest_by_bandwidth():
     # 40 us of products and 10 of attention at 30 times a T4's FLOP/s; 10 of copies at 12 times its bandwidth.
     times = {"products": 40.0, "attention": 10.0, "copies": 10.0}
     assert kernel_times.projected(times, 720, 3000) == pytest.approx(1e6 / (50 * 30 + 10 * 12))
+    assert kernel_times.projected(times | {kernel_times.HOST: 99.0}, 720, 3000) == kernel_times.projected(
+        times, 720, 3000
+    )
 
 
 def test_times_are_summed_per_token():

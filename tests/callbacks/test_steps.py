@@ -88,6 +88,7 @@ def test_a_resumed_run_does_not_see_the_step_that_it_stands_at_again(full_run, t
         ),
         ("fit_loop.epoch_loop.batch_progress", "is_last_batch", "is_on_edge: no save while a gradient waits"),
         ("fit_loop.epoch_loop.batch_progress.current", "ready", "is_on_edge, too"),
+        ("fit_loop.epoch_loop", "_broadcast_sigterm_tensor", "devices/strategy.py: a wait per micro-batch"),
         ("fit_loop", "restarted_mid_epoch", "begin_epoch: a run saved in an epoch's last step"),
         ("fit_loop", "reset_restart_stage", "begin_epoch, too"),
         ("fit_loop.epoch_progress.total", "processed", "begin_epoch, too"),

@@ -34,7 +34,6 @@ def fake(lines):
     logger = SimpleNamespace(log_metrics=lambda figures, step: lines.append((step, figures)))
     return SimpleNamespace(
         global_step=0,
-        world_size=1,
         log_every_n_steps=2,
         loggers=[logger],
         datamodule=SimpleNamespace(num_optimizer_steps=lambda: 100),
@@ -100,13 +99,13 @@ def test_validations_and_saves_are_not_counted(fake, clock, lines, pause, steps)
     assert lines[0][1]["speed/tokens_per_second"] == 30.0
 
 
-def test_devices_add_up(fake, clock, lines):
-    fake.world_size = 4
+def test_what_other_devices_compute_is_counted(fake, clock, lines):
+    """Of four micro-batches two are another device's, and take this one no time."""
     speed = Throughput()
     speed.on_train_start(fake, None)
-    train(speed, fake, clock, 1.0)
-    train(speed, fake, clock, 1.0)
-    assert lines[0][1]["speed/tokens_per_second"] == 120.0
+    for seconds, steps in ((1.0, False), (0.0, True), (1.0, False), (0.0, True)):
+        train(speed, fake, clock, seconds, steps)
+    assert lines[0][1]["speed/tokens_per_second"] == 60.0
 
 
 def test_a_run_records_it_at_each_log_step(trainer, tiny, rows, tmp_path, clock):

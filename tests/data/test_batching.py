@@ -271,9 +271,10 @@ def test_a_limited_epoch_is_the_beginning_of_the_whole_one():
     epoch=st.integers(0, 2),
 )
 def test_the_denominator_is_what_the_devices_learn_in_a_step(sizes, devices, accumulate, limit, epoch):
+    dealt = {"num_devices": devices, "lengths": sizes}
     parts = []
     for device in range(devices):
-        one = loader(sizes, accumulate=accumulate, device_index=device, num_devices=devices, limit=limit)
+        one = loader(sizes, accumulate=accumulate, device_index=device, limit=limit, **dealt)
         one.load_state_dict({"epoch": epoch, "batches": 0})
         parts.append(list(one))
     assert len({len(part) for part in parts}) == 1
@@ -290,17 +291,30 @@ def test_the_denominator_by_hand():
     assert [batch.step_answer_tokens for batch in one] == [44, 44, 4400, 4400, 40000]
 
 
-@given(devices=st.integers(1, 5), epoch=st.integers(0, 2))
-def test_devices_share_out_the_epoch(devices, epoch):
-    whole = BatchPlan(2).epoch(SIZES, 42, epoch)
+@given(
+    devices=st.integers(1, 5), epoch=st.integers(0, 2), accumulate=st.integers(1, 6), packed=st.booleans(),
+    done=st.integers(0, 11),
+)  # fmt: skip
+def test_devices_share_out_the_epoch(devices, epoch, accumulate, packed, done):
+    """Each is handed every micro-batch in the order of one, and computes those that no other does."""
+    place = {"epoch": epoch, "batches": done}
     seen = []
     for device in range(devices):
-        one = loader(device_index=device, num_devices=devices)
-        one.load_state_dict({"epoch": epoch, "batches": 0})
-        seen.append([batch.rows for batch in one])
-    assert {len(rows) for rows in seen} == {12 // devices}
-    in_turn = [list(rows) for step in zip(*seen, strict=True) for rows in step]
-    assert in_turn == whole[: 12 // devices * devices]
+        options = {"device_index": device, "num_devices": devices, "lengths": SIZES, "packed": packed}
+        one = loader(accumulate=accumulate, **options)
+        one.load_state_dict(place)
+        seen.append(list(one))
+        assert one.state_dict() == {"epoch": epoch + 1, "batches": 0}
+    whole = loader(accumulate=accumulate, packed=packed)
+    whole.load_state_dict(place)
+    for alone, *several in zip(whole, *seen, strict=True):
+        (here,) = (batch for batch in several if batch.is_here)
+        assert plain(here) == plain(alone)
+        for batch in several:
+            assert (batch.rows, batch.num_tokens) == (alone.rows, alone.num_tokens)
+            assert batch.input_ids.shape == alone.input_ids.shape
+            assert batch.step_answer_tokens == alone.step_answer_tokens
+            assert batch.is_here or not (len(batch.targets) or batch.input_ids.any())
 
 
 @given(sizes=st.lists(st.integers(2, 9), min_size=1, max_size=30), devices=st.integers(1, 4), rows=st.integers(1, 4))
@@ -308,9 +322,9 @@ def test_an_evaluation_sees_every_row_once_over_all_devices(sizes, devices, rows
     batches = BatchPlan(rows).epoch(sizes, 0, 0)
     seen = []
     for device in range(devices):
-        one = EvaluationLoader(examples(sizes), answer_tokens(sizes), batches, device, devices)
-        assert len(one) == len(list(one))
-        seen += [row for batch in one for row in batch.rows]
+        one = EvaluationLoader(examples(sizes), answer_tokens(sizes), batches, device, devices, lengths=sizes)
+        assert len(one) == len(list(one)) == len(batches)  # as many for each, or a limit would be another one
+        seen += [row for batch in one for row in batch.rows if batch.is_here]
     assert sorted(seen) == list(range(len(sizes)))
 
 

@@ -315,7 +315,7 @@ def test_the_number_of_steps_is_no_new_plan_each_time(monkeypatch):
     assert data.num_optimizer_steps() == 3
 
 
-def test_several_devices_take_turns():
+def test_several_devices_share_the_rows():
     write("rows.jsonl", *numbered(12))
     write("held.jsonl", *numbered(5, "another"))
     data = ChatDataModule("rows.jsonl", validation_source="held.jsonl", batch_size=2)
@@ -323,17 +323,27 @@ def test_several_devices_take_turns():
     seen, scored = [], []
     for rank in range(3):
         data.trainer = _device(rank)
-        seen += [row for batch in data.train_dataloader() for row in batch.rows]
-        scored += [row for batch in data.val_dataloader() for row in batch.rows]
+        seen += [row for batch in data.train_dataloader() for row in batch.rows if batch.is_here]
+        scored += [row for batch in data.val_dataloader() for row in batch.rows if batch.is_here]
         assert data.num_optimizer_steps() == 2
     assert sorted(seen) == list(range(12))
     assert sorted(scored) == list(range(5))
 
 
+def test_more_devices_than_micro_batches_are_refused():
+    write("rows.jsonl", *numbered(4))
+    write("held.jsonl", ("a", "b"))
+    data = ChatDataModule("rows.jsonl", validation_source="held.jsonl", batch_size=2)
+    data.trainer = _device(0)
+    data.trainer.lightning_module = None
+    with pytest.raises(UserError, match=r"trainer\.devices: 3, and an epoch has 2 micro-batches; take fewer"):
+        data.setup("fit")
+
+
 def _device(rank):
     """Of a Trainer on three devices, what the DataModule reads."""
     return SimpleNamespace(
-        accumulate_grad_batches=1,
+        accumulate_grad_batches=3,
         global_rank=rank,
         world_size=3,
         limit_train_batches=1.0,

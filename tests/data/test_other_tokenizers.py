@@ -83,6 +83,8 @@ def test_the_published_tokenizer_gives_the_ids_of_training(tmp_path, encoder_of,
     assert (published.bos_token, published.eos_token) == (encoder.tokenizer.bos_token, encoder.tokenizer.eos_token)
     with pytest.raises(Exception, match="which could forge a turn"):
         published.apply_chat_template(messages(said(f"a {published.eos_token}")), tokenize=False)
+    if kind in ("qwen", "llama 3", "deepseek"):  # as llama.cpp asks it to know which tokenizer it is
+        assert published("Ann")["input_ids"] == encoder.tokenizer("Ann")["input_ids"]
     assert "Ann" in encoder.decode(encoder.prompt(said("Ann")))
 
 

@@ -128,6 +128,19 @@ def test_a_limited_epoch_is_shorter_and_its_largest_batch_is_that_of_all_epochs(
     assert cut.largest == whole.largest
 
 
+def test_two_cards_take_half_of_the_time_but_for_waiting():
+    rows = foresee.Rows((512, 512, 512, 256) * 5)
+    options = {"rows": rows, "max_length": 512, "accumulate": 4, "tokens": 512}
+    one, two, four = (forecast(num_devices=count, **options) for count in (1, 2, 4))
+    assert (one.efficiency, two.needed_gib) == (1, one.needed_gib)
+    assert two.hours == pytest.approx(one.hours / 2 / two.efficiency)
+    assert two.hours > four.hours > one.hours / 4
+    assert not any("cards" in line for line in words.time_lines(one))
+    line = next(line for line in words.time_lines(two) if "cards" in line)
+    assert line.startswith(f"  on 2 such cards, each of which works {two.efficiency:.0%} of the time")
+    assert "they exchange 160 MB of gradients per step" in line
+
+
 def test_an_epoch_by_hand():
     epoch, sizes = foresee.epoch_of([10, 20, 30, 40], [[0, 1], [2, 3]])
     assert (epoch.tokens, epoch.padded_tokens, epoch.num_micro_batches) == (100, 40 + 80, 2)

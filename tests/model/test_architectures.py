@@ -15,12 +15,16 @@ from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
 from lit_qlora.model.config import for_transformers, read_config
 from lit_qlora.model.decoder import extract_layers, run_layers, why_not
-from lit_qlora.model.fingerprint import fingerprint
+from lit_qlora.model.fingerprint import fingerprint, is_of
+from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.weights import check_weights
+from lit_qlora.storage.shards import write_shards
+from lit_qlora.tools.merging.arithmetic import LoraWeights, StoredWeights, merged_tensors
+from lit_qlora.tools.merging.streamed import streamed_logits
 from tests.model.test_decoder import INPUTS, forward_and_gradients, in_fp64, ours, plain, relative_errors
 from tests.model.test_graphs import Rerun, embedded, learned
 from tests.model.test_graphs import gradients as gradients_of
@@ -287,3 +291,67 @@ def test_on_a_gpu_compiled_recorded_and_recomputed_are_as_near_to_the_truth_as_e
     assert apart(measured(EAGER, 0)) < 1.2 * rounding
     assert apart(measured(compiled(), 1)) < 1.2 * rounding
     assert apart(measured(compiled(), 1, records=True)) < 1.2 * rounding
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "mistral"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "k_proj"]])
+def test_an_adapter_made_elsewhere_is_used_as_peft_uses_it(make_model, load, base_like, tmp_path, name, targets):
+    base, ids = base_like(name), torch.randint(3, 512, (2, 12))
+    made = make_model(base=base, target_modules=targets, use_rslora=True).eval()
+    made.save_pretrained(str(tmp_path))
+    assert not (tmp_path / "lit_qlora.json").exists()
+    loaded = loading.load_adapter(load(base=base), base, tmp_path, trainable=False).eval()
+    assert why_not(loaded) is None
+    with torch.no_grad():
+        expected = made(input_ids=ids).logits
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+        assert not torch.allclose(load(base=base).eval()(input_ids=ids).logits, expected, atol=1e-3)
+        torch.testing.assert_close(ours(loaded, ids), plain(made, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "mistral v0.1"])
+def test_a_base_saved_in_4_bits_is_the_same_base(load, base_like, tmp_path, name):
+    """As others publish them: biases and norms in 16 bits beside the packed weights."""
+    base, ids = base_like(name), torch.randint(3, 512, (2, 12))
+    model = load(base=base)
+    model.save_pretrained(str(tmp_path))
+    copy = find_base(str(tmp_path))
+    assert copy.in_4_bits and copy.window == base.window
+    assert check_weights(copy) == []
+    assert is_of(fingerprint(base), copy)
+    with torch.no_grad():
+        assert torch.equal(load(base=copy)(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llama with biases", "mistral v0.1", "qwen2.5", "qwen3"])
+def test_a_merge_is_base_and_adapter_in_plain_transformers(make_model, base_like, tmp_path, name):
+    base, ids = base_like(name), torch.randint(3, 512, (2, 12))
+    model = make_model(base=base).eval()
+    model.save_pretrained(str(tmp_path / "adapter"))
+    device = torch.device("cpu")
+    tensors = merged_tensors(StoredWeights(base), LoraWeights(tmp_path / "adapter"), "quantized", torch.float32, device)
+    write_shards(tmp_path, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(base.config), encoding="utf-8")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert getattr(merged.config, "sliding_window", None) == base.window
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            streamed_logits(find_base(str(tmp_path)), ids, device), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", ["mistral v0.1", "qwen2.5", "qwen3"])
+def test_answers_are_those_of_plain_transformers(make_model, base_like, name):
+    """With a cache, from a prompt that is padded beside a longer one."""
+    model = make_model(base=base_like(name)).eval()
+    prompts = [torch.randint(3, 512, (length,)).tolist() for length in (5, 9)]
+    found = generate(model, prompts, [2], Sampling(max_new_tokens=6))
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        for token in answer:
+            with torch.no_grad():
+                likeliest = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item()
+            assert token == likeliest
+            ids.append(token)

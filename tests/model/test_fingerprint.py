@@ -237,22 +237,6 @@ def test_a_copy_that_tells_its_original_is_believed_while_it_is_as_it_was_writte
     assert with_tensors(tmp_path / "quantised", change).startswith("v2-4bit-")
 
 
-# Records of before
-
-
-def test_a_record_of_the_first_version_is_compared_as_it_was_made(tiny, other_tiny):
-    import hashlib
-
-    from safetensors.torch import load_file
-
-    norm = load_file(f"{tiny.location}/model.safetensors")["model.norm.weight"].numpy().tobytes()
-    digest = hashlib.sha256(repr((tiny.shape, module.rules_of(tiny.config))).encode())
-    digest.update(norm)
-    recorded = digest.hexdigest()
-    assert is_of(recorded, tiny) and not is_of(recorded, other_tiny)
-    assert shown(recorded) == recorded[:12]
-
-
 def test_weights_that_can_not_be_read_are_told(tiny_folder, tmp_path):
     folder = copy(tiny_folder, tmp_path / "copy")
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 10**9) + b"{")

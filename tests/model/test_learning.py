@@ -30,7 +30,6 @@ class Plugin:
 
 class Trainer:
     precision_plugin = Plugin()
-    world_size = 1
     accumulate_grad_batches = 2
 
     def __init__(self):

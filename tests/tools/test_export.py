@@ -12,6 +12,7 @@ from lit_qlora.cli import main
 from lit_qlora.model.base import find_base
 from lit_qlora.model.load import Lora, add_lora, load_base, save_adapter
 from lit_qlora.quiet import quieten
+from tests.small_bases import save_base
 
 STAND_IN = """
 import json, pathlib, sys
@@ -171,6 +172,15 @@ def test_without_tokenizer_model(llama_cpp, merged, tmp_path, capsys):
         f"error: export: {merged} has no tokenizer.model, and without it llama.cpp would split text "
     )
     assert not (tmp_path / "llama.cpp" / "told.json").exists()
+
+
+@pytest.mark.parametrize(("like", "tokenizer"), [("qwen3", "qwen"), ("llama 3.2", "llama 3")])
+def test_a_byte_level_tokenizer_needs_no_tokenizer_model(llama_cpp, tmp_path, like, tokenizer):
+    """llama.cpp reads its merges off tokenizer.json, and knows by a table how it splits."""
+    folder = save_base(tmp_path / "base", like, tokenizer)
+    assert main(["export", "--model", str(folder), "--output", str(tmp_path / "x.gguf")]) == 0
+    told = json.loads((tmp_path / "llama.cpp" / "told.json").read_text(encoding="utf-8"))
+    assert told["config"]["architectures"] == ["Qwen3ForCausalLM" if like == "qwen3" else "LlamaForCausalLM"]
 
 
 @pytest.mark.parametrize("name", ["x.gguf", "x.Modelfile"])

@@ -17,6 +17,8 @@ from lit_qlora.data.encode import Encoder
 from lit_qlora.data.view import columns
 from lit_qlora.tools.inspecting import verdict
 from tests.data.talks import write
+from tests.llama3_like import write_base
+from tests.small_bases import save_base
 
 
 @pytest.fixture
@@ -25,6 +27,7 @@ def inspect(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def inspect(*args, status=0):
+        capsys.readouterr()
         found = main(["inspect", *args])
         shown = capsys.readouterr()
         assert found == status, shown
@@ -165,6 +168,48 @@ def test_characters_that_a_tokenizer_changes_are_named(inspect, tmp_path):
     text = " ".join(line.strip() for line in inspect(*args, status=1))
     assert "4 rows of which tokens lose something" in text  # [INST] is text, too
     assert "a.jsonl:4: '[INST] q [/' comes back as '[inst] q [/'" in text
+
+
+def test_a_letter_and_its_accent_are_one_character_or_two(inspect, tmp_path):
+    def compose(rules):
+        rules["normalizer"] = {"type": "NFC"}
+
+    config = json.loads((demo.BASE / "tokenizer_config.json").read_text(encoding="utf-8"))
+    source = write("a.jsonl", *GOOD[:3], talk("Cafe\u0301?", "Gro\u0308\u00dfe."))
+    args = ["--data.source", source, "--data.max_length", "160"]
+    base = base_with(tmp_path, compose)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # Llama's class has no normalizer
+    Path(base, "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert inspect("--model.base", base, *args)[-2].startswith("verdict: as it should be")
+    rules = json.loads(Path(base, "tokenizer.json").read_text(encoding="utf-8"))
+    Path(base, "tokenizer.json").write_text(json.dumps({**rules, "normalizer": {"type": "NFKC"}}), encoding="utf-8")
+    write("a.jsonl", *GOOD[:3], talk("q", "\ufb01ne"))
+    text = " ".join(line.strip() for line in inspect("--model.base", base, *args, status=1))
+    assert "a.jsonl:4: '\ufb01ne ' comes back as 'fine '" in text
+
+
+def test_a_base_whose_turns_end_in_another_token_than_eos(inspect, tmp_path):
+    write_base(tmp_path / "l3")
+    source = write("a.jsonl", *GOOD[:3], talk("a", "b", "c", "d"))
+    args = ["--model.base", "l3", "--data.source", source, "--data.max_length", "512"]
+    lines = inspect(*args, "--data.template", "base", "--row", "4")
+    assert lines[-2].startswith("verdict: as it should be")
+    assert lines.count("  learned  b|«<|eot_id|>»") == lines.count("  learned  d|«<|eot_id|>»") == 1
+
+
+def test_a_base_without_bos_needs_none(inspect, tmp_path):
+    save_base(tmp_path / "qwen", "qwen2.5", "qwen")
+    source = write("a.jsonl", *GOOD[:3], talk("a", "b", "c", "d"))
+    args = ["--model.base", "qwen", "--data.source", source, "--data.max_length", "256", "--data.template", "chatml"]
+    lines = inspect(*args, "--row", "4")
+    assert lines[-2].startswith("verdict: as it should be")
+    assert any(line.startswith("  ignored  «<|im_start|>»|user|") for line in lines)
+
+
+def test_plain_text_is_learned_whole(inspect):
+    source = write("a.jsonl", *({"text": f"{number} is a number."} for number in range(5)))
+    lines = inspect("--data.source", source, "--data.train_on", "all", "--row", "2")
+    assert "  ignored  «<s>»" in lines and lines[-2].startswith("verdict: as it should be")
 
 
 TURN = (

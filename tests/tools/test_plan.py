@@ -62,6 +62,19 @@ def test_the_parts_add_up(plan, args):
     assert sum(found[name] for name in names[allocated:whole]) == pytest.approx(found[names[whole]], abs=0.02)
 
 
+@pytest.mark.parametrize(
+    "more", [["--trainer.devices", "2"], ["--trainer.num_nodes", "2"], ["--trainer.devices", "[0, 1]"]]
+)
+def test_a_plan_for_two_cards(plan, more):
+    accumulated = ["--config", T4, "--trainer.accumulate_grad_batches", "4"]
+    one, two = plan(*accumulated), plan(*accumulated, *more)
+    assert (two[-1], figures(two)) == (one[-1], figures(one))
+    (line,) = (line for line in two if "such cards" in line)
+    assert re.match(r"  on 2 such cards, each of which works 9\d% of the time, by the rows' lengths; they exch", line)
+    minutes = [re.search(r"an epoch takes (\d+) min", " ".join(lines))[1] for lines in (one, two)]
+    assert 1.7 < int(minutes[0]) / int(minutes[1]) < 2
+
+
 def test_what_does_not_fit_says_what_would(plan):
     lines = plan("--config", T4, "--model.rank", "64", "--model.checkpointing", "none")
     assert re.fullmatch(r"does not fit: 18\.\d\d of 14\.56 GiB; 12\.\d\d with --model\.checkpointing auto", lines[-1])
@@ -312,7 +325,7 @@ def test_paged_state_goes_to_the_host(plan):
         (["--model.attention", "flash_attention_2"], "error: model.attention: flash_attention_2 needs compute"),
         (["--trainer.accumulate_grad_batches", "0"], "error: trainer.accumulate_grad_batches: expected a whole number"),
         (["--trainer.accumulate_grad_batches", "-1"], "error: trainer.accumulate_grad_batches: expected a whole"),
-        (["--trainer.devices", "2"], "error: trainer.devices: expected one device (several come later), got 2"),
+        (["--trainer.num_nodes", "2"], "error: trainer.devices: 2, and a step has 1 micro-batch; give --trainer.acc"),
         (["--trainer.limit_train_batches", "0"], "error: trainer.limit_train_batches: expected a whole number"),
         (
             ["--trainer.limit_train_batches", "0.001"],

@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": ["evaluate", "--run", "run"],
     "merge": ["merge", "--run", "run", "--output", "merged"],
     "plan": ["plan", "--model.adapter", "run/adapter"],
+    "inspect": ["inspect", "--model.adapter", "run/adapter"],
     "export": ["export", "--run", "run", "--output", "model.gguf"],
     "export --model": ["export", "--model", "theirs", "--output", "model.gguf"],
     "push": ["push", "--run", "run", "--to", "me/adapter", "--yes"],

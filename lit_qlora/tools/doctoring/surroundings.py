@@ -189,7 +189,10 @@ def gpu() -> Iterator[Finding]:
         f"{total / GIB:.2f} GiB, {free / GIB:.2f} free"
     )
     if torch.cuda.device_count() > 1:
-        text += f"; the first of {torch.cuda.device_count()}, and one is used"
+        count = torch.cuda.device_count()
+        text += f"; the first of {count}: --trainer.devices {count} trains on all"
+        if not torch.cuda.can_device_access_peer(0, 1):
+            text += ", which exchange gradients through the host"
     if capability < (7, 5):
         yield Finding("problem", f"{text}: below 7.5 bitsandbytes has no kernels", "take another card, such as a T4")
     elif free < 0.9 * total:

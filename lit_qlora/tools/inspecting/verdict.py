@@ -3,6 +3,7 @@
 Holds what stands in the batch against the pieces that the encoder writes, and those against the text. Knows no batch.
 """
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,8 +134,9 @@ class Judge:
         backend = self.encoder.tokenizer.backend_tokenizer
         came_back = backend.decode_batch([ids for _, ids in texts], skip_special_tokens=False)
         for (text, _), back in zip(texts, came_back, strict=True):
-            # Of a text's first word, a tokenizer may put a space before, or take one off.
-            expected, came = text.lstrip(" "), back.lstrip(" ")
+            # Of a text's first word, a tokenizer may put a space before, or take one off; and a letter with its accent
+            # is the same in one character and in two.
+            expected, came = (unicodedata.normalize("NFC", one).lstrip(" ") for one in (text, back))
             if came != expected:
                 pairs = enumerate(zip(expected, came, strict=False))
                 place = next((place for place, (one, other) in pairs if one != other), min(len(expected), len(came)))

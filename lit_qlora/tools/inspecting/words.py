@@ -15,7 +15,7 @@ from lit_qlora.data.view import Token, columns, printable, shortened, stretches
 from lit_qlora.tools.inspecting.look import Batching, Found, Look, Part, Shown
 from lit_qlora.tools.inspecting.verdict import KINDS, REMEDIES
 
-WIDTH, BAR = 80, 40
+WIDTH, BAR, PLACE = 80, 40, 60
 NAMED = 5
 """Rows that are named for each fault, and doubles of each kind; the page has all."""
 NUMBERS = 100
@@ -28,7 +28,7 @@ DOUBLES = {
     "near": "nearly the same words",
     "question": "the same first question, another answer",
 }
-FINE = "each answer's end is learned, one BOS begins each prompt, no token loses anything"
+FINE = "each answer's end is learned, no BOS is missing or doubled, no token loses anything"
 LEGEND = "| between tokens   «» a special token   ↵ a line's end"
 
 GREEN, MAGENTA, DIM, BOLD, RED = "32", "35", "2", "1", "31"
@@ -269,7 +269,7 @@ def _verdict(seen: Look, accepted: Collection[str], colour: bool) -> Iterator[st
     for kind, found in by_kind(seen.found, accepted).items():
         yield f"{len({one.where for one in found}):,} {KINDS[kind]} (--accept {kind})"
         for one in found[:NAMED]:
-            yield from _wrapped(f"{one.where}: {one.fault.words}", "    ")
+            yield from _wrapped(f"{shortened(printable(one.where), PLACE)}: {one.fault.words}", "    ")
         if len(found) > NAMED:
             yield from _wrapped(f"also {_numbers(one.where for one in found[NAMED:])}", "    ")
         yield from _wrapped(REMEDIES[kind], "    ")
@@ -293,5 +293,5 @@ def _numbers(places: Iterable[str]) -> str:
 def _wrapped(text: str, first: str = "") -> list[str]:
     """Lines of at most `WIDTH` columns, the first behind ``first``, the others under it."""
     room = WIDTH - columns(first) - sum(columns(character) - 1 for character in text if columns(character) > 1)
-    found = textwrap.wrap(printable(text), max(room, 20)) or [""]
+    found = textwrap.wrap(printable(text), max(room, 20), break_on_hyphens=False) or [""]
     return [f"{first if not number else ' ' * columns(first)}{line}" for number, line in enumerate(found)]

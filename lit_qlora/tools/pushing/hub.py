@@ -100,7 +100,7 @@ class Hub:
                     remedy=f"give the {kind} a repository of its own",
                 )
 
-    def outlook(self, contents: Iterable[str]) -> str:
+    def effect(self, contents: Iterable[str]) -> str:
         """Who will see it, and which existing files are replaced."""
         private = self._there.private if self._there else not self.public
         seen = "private" if private else "PUBLIC, for everybody to see"

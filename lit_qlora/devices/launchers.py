@@ -1,4 +1,4 @@
-"""Owns the launchers' environment variables, of which only one process is supported, and SLURM's requeue.
+"""Owns the launchers' environment variables of a single process, and SLURM's requeue.
 
 Called before anything reads those variables. Knows no training.
 """
@@ -21,19 +21,19 @@ RANKS = (
 worker."""
 
 
-def ignore_launchers() -> list[str]:
+def ignore_launchers(allows_several: bool = False) -> list[str]:
     """Remove ranks and counts from this process's environment; return those that named several processes.
 
-    Raises UserError if several processes were started.
+    Raises UserError if several processes were started, unless it ``allows_several``.
     """
     for name in COUNTS:
         value = os.environ.get(name, "").strip()
-        if value.isdecimal() and int(value) > 1:
+        if value.isdecimal() and int(value) > 1 and not allows_several:
             raise UserError(
-                f"{name}={value} in the environment: several processes are not supported, one trains on one device",
+                f"{name}={value} in the environment: several processes were started, and this is for one",
                 remedy=(
                     f"start {COMMAND} by itself (without torchrun or mpirun, under srun with "
-                    f"--ntasks 1), or unset {name}"
+                    f"--ntasks 1), or unset {name}; fit, validate and test support torchrun and srun"
                 ),
             )
     left = {name: os.environ.pop(name) for name in (*COUNTS, *RANKS) if name in os.environ}

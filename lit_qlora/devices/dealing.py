@@ -1,0 +1,50 @@
+"""Owns which device computes which micro-batch. Knows sizes; no batch, no device."""
+
+from collections.abc import Iterable, Sequence
+
+FIXED_TOKENS = 128
+"""What a micro-batch costs beside its tokens, as so many tokens: dequantised weights. A 7B's take 0.2 s on a T4, of
+about 1.5 ms per token."""
+EVALUATED_AT_ONCE = 8
+"""Micro-batches per device that are dealt together where no gradient waits for them."""
+
+
+def deal(sizes: Sequence[int], num_devices: int) -> list[int]:
+    """The device of each of some micro-batches, so that all are done at about the same time.
+
+    The largest first, each to the device that has the least to do so far: the slowest device has at most the mean and
+    one micro-batch more.
+
+    Args:
+        sizes: tokens of each micro-batch, padding counted.
+        num_devices: they are shared by.
+    """
+    devices, loads = [0] * len(sizes), [0] * num_devices
+    for at in sorted(range(len(sizes)), key=lambda at: (-sizes[at], at)):
+        device = loads.index(min(loads))
+        devices[at] = device
+        loads[device] += sizes[at] + FIXED_TOKENS
+    return devices
+
+
+def deal_steps(sizes: Sequence[int], at_once: int, num_devices: int) -> list[int]:
+    """The device of each micro-batch of an epoch, of which ``at_once`` at a time are dealt by `deal`."""
+    return [device for step in steps(sizes, at_once) for device in deal(step, num_devices)]
+
+
+def steps(sizes: Sequence[int], at_once: int) -> Iterable[Sequence[int]]:
+    """``sizes`` in groups of ``at_once``; the last may have fewer."""
+    return (sizes[start : start + at_once] for start in range(0, len(sizes), at_once))
+
+
+def efficiency(sizes: Sequence[int], at_once: int, num_devices: int) -> float:
+    """The share of the devices' time in which they compute, where each step waits for its slowest device."""
+    if num_devices == 1:
+        return 1.0
+    busy = taken = 0
+    for step in steps(sizes, at_once):
+        loads = [0] * num_devices
+        for size, device in zip(step, deal(step, num_devices), strict=True):
+            loads[device] += size + FIXED_TOKENS
+        busy, taken = busy + sum(loads), taken + max(loads)
+    return busy / (num_devices * taken) if taken else 1.0

@@ -1,0 +1,237 @@
+"""Owns how several processes of one command begin and end: one per device, each with the command's own options.
+
+They begin before anything heavy is imported. The first that fails has the last word, and the others end within
+seconds; none outlives the command, however that ends. Also knows what torchrun and srun leave in the environment.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from lit_qlora.devices.launchers import ignore_launchers
+from lit_qlora.devices.world import STORE
+from lit_qlora.errors import UserError
+from lit_qlora.place import find_config
+from lit_qlora.signals import SIGNALS, give_back, take_over
+
+PARENT = "LIT_QLORA_PARENT"
+"""In the environment of a process that `run` began: the number of the one that did."""
+GRACE_S = 6.0
+"""Seconds that the others have to end by themselves behind the first that failed."""
+MOST_ON_CPU = max(8, os.cpu_count() or 1)
+"""Processes on a CPU, at most: there they are for trying."""
+CODE = "import sys; sys.path.insert(0, {root!r}); from lit_qlora.cli import main; sys.exit(main())"
+
+
+def take_place() -> list[str]:
+    """Find which process this is, by what torchrun, srun or `run` left in the environment; it then says so in
+    torchrun's names, and nothing else does.
+
+    Returns:
+        What else was left by launchers, and is ignored.
+
+    Raises:
+        UserError: the environment says one half of it.
+    """
+    found = _by_torchrun() or _by_slurm()
+    left = ignore_launchers(allows_several=found is not None)
+    if found is None:
+        return left
+    os.environ.update(found)
+    if PARENT in os.environ:
+        _end_with_parent(int(os.environ[PARENT]))
+    return []
+
+
+def _by_torchrun() -> dict[str, str] | None:
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    values = {name: os.environ[name].strip() for name in names if os.environ.get(name, "").strip().isdecimal()}
+    if int(values.get("WORLD_SIZE", "1")) < 2:
+        return None
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={values['WORLD_SIZE']} in the environment, and no {missing[0]}",
+            remedy="start with torchrun, or unset WORLD_SIZE and start python main.py by itself",
+        )
+    return values
+
+
+def _by_slurm() -> dict[str, str] | None:
+    """Of a process that srun began as one of several."""
+    number = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    if not number.isdecimal() or int(number) < 2:
+        return None
+    environment = os.environ
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    first = re.match(r"[^,\[]+(?:\[(\d+))?", environment.get("SLURM_STEP_NODELIST", "localhost"))
+    assert first is not None
+    host = first[0].replace("[", "") if first[1] else first[0]
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    return {
+        "WORLD_SIZE": number,
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(-(-int(number) // nodes)),
+        "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1" if nodes == 1 else host),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(15000 + job % 5000)),
+    }
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have the system end this process when the command that began it does, even if that was killed."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def was_started() -> bool:
+    """True in a process that `run` began."""
+    return PARENT in os.environ
+
+
+def wait_for_the_end() -> None:
+    """In a process that has lost another: lets the command that began it show that one's error, and end this one."""
+    if was_started():
+        time.sleep(GRACE_S + 2)
+
+
+def asked(args: Sequence[str]) -> int:
+    """How many processes a command line or its config files ask for; 1 where it takes torch to know."""
+    given = _given(args, "--trainer.devices") or [_in_config(name) for name in _given(args, "--config", "-c")]
+    value = str(given[-1]).strip() if given else "1"
+    if re.fullmatch(r"\[[\s\d,]*\]", value):
+        number = len(re.findall(r"\d+", value))
+    else:
+        number = int(value) if re.fullmatch(r"\d{1,6}", value) else 1
+    return number if number <= MOST_ON_CPU and "--help" not in args else 1
+
+
+def _given(args: Sequence[str], *names: str) -> list[str]:
+    pairs = [(name, args[at + 1 : at + 2]) for at, name in enumerate(args) if name in names]
+    found = [value[0] for _, value in pairs if value]
+    return found + [arg.partition("=")[2] for arg in args if arg.partition("=")[0] in names and "=" in arg]
+
+
+def _in_config(name: str) -> Any:
+    """What a config file says of devices; mistakes in it are found later."""
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8-sig"))["trainer"]["devices"]
+    except Exception:
+        return 1
+
+
+class _Child:
+    """One of the processes. Of all but the first, what they say is kept, and shown if one fails first."""
+
+    def __init__(self, args: Sequence[str], rank: int, count: int, store: Path) -> None:
+        self.rank = rank
+        self.said: IO[bytes] | None = tempfile.TemporaryFile() if rank else None  # noqa: SIM115  # until the end
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        environment = os.environ | {name: str(value) for name, value in places.items()}
+        environment |= {STORE: str(store), PARENT: str(os.getpid())}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its own word on how a process ended
+        if sys.flags.utf8_mode:
+            environment["PYTHONUTF8"] = "1"
+        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self.said}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CODE.format(root=str(Path(__file__).parents[2])), *args],
+            env=environment,
+            process_group=0 if os.name != "nt" else None,  # Ctrl-C is handed on, once
+            **(quiet if rank else {}),
+        )
+        self.status: int | None = None
+
+    def send(self, number: int) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def last_words(self) -> str:
+        if self.said is None:
+            return ""
+        self.said.seek(0)
+        return self.said.read().decode(errors="replace").strip()
+
+
+def run(args: Sequence[str], count: int) -> int:
+    """Run the command ``args`` in ``count`` processes of this machine, and return the exit status."""
+    children: list[_Child] = []
+    sent: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        sent.append(number)
+        for child in children:
+            child.send(number)
+
+    previous = take_over(hand_on, SIGNALS)
+    try:
+        with tempfile.TemporaryDirectory(prefix="lit_qlora-") as folder:
+            for rank in range(count):
+                children.append(_Child(args, rank, count, Path(folder, "store")))
+                for number in sent:
+                    children[-1].send(number)
+            return _wait(children, sent)
+    finally:
+        for child in children:
+            if child.process.poll() is None:
+                child.process.kill()
+                child.process.wait()
+        give_back(previous)
+
+
+def _wait(children: list[_Child], sent: list[int]) -> int:
+    """Wait until all have ended; return the status of the first that failed, after showing what it said."""
+    living, failed, ends_at = [*children], None, float("inf")
+    first_status = 0
+    while living and time.monotonic() < ends_at:
+        time.sleep(0.05)
+        for child in [child for child in living if child.process.poll() is not None]:
+            living.remove(child)
+            child.status = _status(child.process.returncode, sent)
+            first_status = first_status or child.status
+            # 0, and 128 + a signal's number, are of an end that all have agreed on, and may have to save for.
+            if failed is None and child.status != 0 and not _is_agreed(child):
+                failed, ends_at = child, time.monotonic() + (GRACE_S if child.process.returncode > 0 else 0.5)
+    if failed is None:
+        return first_status
+    first = children[0]
+    if (failed is not first and first.status is None) or failed.process.returncode < 0:  # it has not spoken for itself
+        print(_last_word(failed, len(children)), file=sys.stderr, flush=True)
+    return failed.status or 1
+
+
+def _is_agreed(child: _Child) -> bool:
+    return child.process.returncode >= 128
+
+
+def _status(returncode: int, sent: list[int]) -> int:
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def _last_word(child: _Child, count: int) -> str:
+    """Why ``child`` ended, as one line where it is the user's to mend."""
+    code = child.process.returncode
+    if code < 0:
+        name = signal.Signals(-code).name
+        short = " (as the system does where the host's memory is short)" if -code == signal.SIGKILL else ""
+        return (
+            f"error: process {child.rank} of {count} was ended by {name}{short}; the same command resumes from the "
+            "last checkpoint"
+        )
+    said = child.last_words()
+    lines = said.splitlines() or [f"error: ended with status {code}"]
+    return lines[-1] if code == 2 else f"process {child.rank} of {count}:\n{said}"

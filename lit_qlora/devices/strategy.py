@@ -1,0 +1,170 @@
+"""Owns the training of one adapter by several processes, as a Lightning strategy: each has the whole base.
+
+Gradients of the adapter are summed once per optimizer step, behind its last micro-batch. Lightning's own DDPStrategy is
+not used: it averages what autograd gathers in one backward, and gradients here are gathered in other ways as well, by a
+recording or in parts.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import ClusterEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor, distributed
+
+from lit_qlora.devices.world import barrier, by_first, from_first, gathered, peers, world
+from lit_qlora.errors import UserError
+from lit_qlora.signals import leave_at_once, take_over
+
+SAME = 1e-3
+"""How far the norms of the processes' adapters may differ, relative: cards of one kind give the same bits."""
+
+
+class OneOfSeveral(ClusterEnvironment):
+    """Tells Lightning which process this is. Processes are there already, and have met."""
+
+    creates_processes_externally = True
+    main_address, main_port = "", 0
+
+    @staticmethod
+    def detect() -> bool:
+        """Never by itself: it is given."""
+        return False
+
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return world().size
+
+    def global_rank(self) -> int:
+        """This one's number among them."""
+        return world().rank
+
+    def local_rank(self) -> int:
+        """This one's number on its machine."""
+        return world().local_rank
+
+    def node_rank(self) -> int:
+        """The number of this machine."""
+        return world().rank // world().local_size
+
+    def set_world_size(self, size: int) -> None:
+        """Is as it is."""
+
+    def set_global_rank(self, rank: int) -> None:
+        """Is as it is."""
+
+
+class Replicas(ParallelStrategy):
+    """Each process has the base and the adapter on its one device; what is learned is what one process would learn."""
+
+    def __init__(self) -> None:
+        super().__init__(cluster_environment=OneOfSeveral())
+
+    @property
+    def root_device(self) -> torch.device:
+        """This process's."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[0]
+
+    def set_world_ranks(self) -> None:
+        """Have Lightning's messages come from the first process alone."""
+        rank_zero_only.rank = world().rank  # type: ignore[attr-defined]
+
+    def model_to_device(self) -> None:
+        """Move the module."""
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def setup(self, trainer: Trainer) -> None:
+        """As Lightning's; every process begins with the adapter of the first."""
+        super().setup(trainer)
+        # A broadcast for each micro-batch; a stop is agreed on once per step.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
+        weights = [value.detach() for value in self._trained()]
+        self._through_one_buffer(weights, lambda buffer: distributed.broadcast(buffer, 0))
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Sum the gradients of all processes, behind the last micro-batch of an optimizer step."""
+        assert self.lightning_module is not None
+        if not is_on_edge(self.lightning_module.trainer):
+            return
+        for parameter in self._trained():
+            if parameter.grad is None:  # no micro-batch of this step was dealt to this process
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+        self._through_one_buffer(gradients, distributed.all_reduce)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write it in the first process; what comes of it comes in all.
+
+        Raises UserError where the processes' adapters are not the same.
+        """
+        weights = torch.stack([value.detach().double().norm() for value in self._trained()])
+        norm = float(weights.norm())
+        norms = gathered(norm)
+        if max(norms) - min(norms) > SAME * max(norms):
+            raise UserError(
+                f"the processes' adapters differ (norms {norms}): a fault of this project, nothing is saved"
+            )
+        by_first(lambda: self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options))
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read it in the first process, for all: the others' machines need not have it."""
+        torch.cuda.empty_cache()
+        return by_first(lambda: self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
+
+    def barrier(self, name: str | None = None) -> None:
+        """Return once every process has come here."""
+        barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """What the first process, or that of number ``src``, has."""
+        return from_first(obj) if src == 0 else gathered(obj)[src]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """The mean or the sum over all processes; what is no tensor stays as it is."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        is_mean = str(reduce_op).lower() in ("mean", "avg")
+        found = tensor.double() if is_mean else tensor.clone()
+        with peers():
+            distributed.all_reduce(found, distributed.ReduceOp.SUM if is_mean or reduce_op == "sum" else reduce_op)
+        return (found / world().size).to(tensor.dtype) if is_mean else found
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        assert self.lightning_module is not None
+        return [parameter for parameter in self.lightning_module.parameters() if parameter.requires_grad]
+
+    @staticmethod
+    def _through_one_buffer(values: list[Tensor], exchange: Callable[[Tensor], Any]) -> None:
+        """Put ``values`` through ``exchange`` in one go, in place."""
+        if not values:
+            return
+        buffer = torch.cat([value.flatten() for value in values])
+        with peers():
+            exchange(buffer)
+        parts = buffer.split([value.numel() for value in values])
+        torch._foreach_copy_(values, [part.view_as(value) for part, value in zip(parts, values, strict=True)])
+
+
+def is_on_edge(trainer: Trainer) -> bool:
+    """True if no gradient waits for the rest of its step."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    is_last = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
+    return is_last or batches.current.ready % trainer.accumulate_grad_batches == 0
+
+
+class OwnSignals(Callback):
+    """Takes SIGTERM back from Lightning, which would have processes wait for each other in its handler."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Until the run's own handler is there."""
+        take_over(leave_at_once)
+
+
+def _do_nothing() -> None:
+    pass

@@ -1,0 +1,245 @@
+"""Owns which process of a run this one is, and what the processes agree on: outcomes, figures, who goes first.
+
+With one process, each function gives back what it was given, and torch.distributed is not imported. Knows neither
+weights nor files. What is agreed on goes over the host, beside the gradients: no device is waited for.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+from lit_qlora.errors import UserError
+
+T = TypeVar("T")
+
+STORE = "LIT_QLORA_STORE"
+"""In the environment of processes that this project started: the file through which they find each other."""
+SLOW = timedelta(days=1)
+"""How long one process may take for what the others wait for, such as a download; one that ends is noticed at once."""
+DEAD = timedelta(minutes=10)
+"""How long a device may take for its part of a step."""
+
+
+class World(NamedTuple):
+    """Which of ``size`` processes this one is, and which of the ``local_size`` on this machine; counted from 0."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+class LostError(UserError):
+    """Another process of the run has ended, or does not answer."""
+
+
+def world() -> World:
+    """This process, by the environment, as torchrun and `starting` leave it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    rank, local_rank = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK"))
+    return World(rank, size, local_rank, int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def is_first() -> bool:
+    """True in the process that alone speaks and writes; with one process always."""
+    return world().rank == 0
+
+
+_host_group: list[Any] = []
+"""The group for what goes over the host, once the processes have joined."""
+
+
+def join(gpu: int | None) -> None:
+    """Meet the other processes, each on its device; nothing with one process, or where they have met.
+
+    Args:
+        gpu: number of this process's; None on a CPU.
+    """
+    here = world()
+    if here.size == 1 or _host_group:
+        return
+    import torch
+    from torch import distributed
+
+    if here.local_size == here.size and sys.platform == "linux":  # no name of this machine has to be resolved
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    options: dict[str, Any] = {"timeout": DEAD, "rank": here.rank, "world_size": here.size}
+    options["init_method"] = f"file://{os.environ[STORE]}" if STORE in os.environ else "env://"
+    if gpu is None:
+        distributed.init_process_group("gloo", **options)
+    else:
+        torch.cuda.set_device(gpu)
+        distributed.init_process_group("nccl", device_id=torch.device("cuda", gpu), **options)
+    _host_group.append(distributed.new_group(backend="gloo", timeout=SLOW))
+
+
+def leave() -> None:
+    """Leave the other processes."""
+    if _host_group:
+        from torch import distributed
+
+        _host_group.clear()
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def silent_unless_first() -> Iterator[None]:
+    """Of several processes, let only the first print; an error that leaves is for the caller to show."""
+    if is_first():
+        yield
+        return
+    shown = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nothing:  # noqa: PTH123  # no path
+        sys.stdout = sys.stderr = nothing
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = shown
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Around what all processes take part in. Raises LostError where one does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world().size == 1 or not _is_lost(error):
+            raise
+        raise LostError(
+            f"process {world().rank} of {world().size}: another one of the run has ended, or did not answer",
+            remedy="its own last line says why; the same command resumes from the last checkpoint",
+        ) from error
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """True for torch's word that another process is gone."""
+    from torch import distributed
+
+    said = str(error).lower()
+    return isinstance(error, distributed.DistError) or "gloo" in said or "nccl" in said
+
+
+def barrier() -> None:
+    """Return once every process has come here."""
+    if world().size > 1:
+        highest(0)
+
+
+def highest(*values: float) -> list[float]:
+    """The highest of all processes, for each of ``values``."""
+    return _reduced(values, "MAX")
+
+
+def lowest(value: int) -> int:
+    """The lowest of all processes."""
+    return -int(highest(-value)[0])
+
+
+def any_of(flag: bool) -> bool:
+    """True if ``flag`` is in any process."""
+    return bool(highest(flag)[0])
+
+
+def summed(values: Mapping[str, float]) -> dict[str, float]:
+    """The sum over all processes, for each of ``values``."""
+    return dict(zip(values, _reduced([*values.values()], "SUM"), strict=True))
+
+
+def _reduced(values: Any, how: str) -> list[float]:
+    if world().size == 1:
+        return [*values]
+    import torch
+    from torch import distributed
+
+    found = torch.tensor([*values], dtype=torch.float64)
+    with peers():
+        distributed.all_reduce(found, getattr(distributed.ReduceOp, how), group=_host_group[0])
+    return found.tolist()  # type: ignore[no-any-return]
+
+
+def gathered(value: T) -> list[T]:
+    """The ``value`` of each process, in their order."""
+    if world().size == 1:
+        return [value]
+    from torch import distributed
+
+    found: list[Any] = [None] * world().size
+    with peers():
+        distributed.all_gather_object(found, value, group=_host_group[0])
+    return found
+
+
+def from_first(value: T) -> T:
+    """The ``value`` of the first process."""
+    if world().size == 1:
+        return value
+    from torch import distributed
+
+    box = [value]
+    with peers():
+        distributed.broadcast_object_list(box, 0, group=_host_group[0])
+    return box[0]
+
+
+def by_first(do: Callable[[], T]) -> T:
+    """What ``do`` gives in the first process, which alone runs it.
+
+    Raises what it raised there: an OSError in the others too, in whose place they would go on alone; for all else,
+    which the first process reports, SystemExit.
+    """
+    if world().size == 1:
+        return do()
+    if not is_first():
+        value, ends = from_first((None, None))
+        if ends is not None:
+            raise ends
+        return value  # type: ignore[return-value]
+    try:
+        value = do()
+    except BaseException as error:
+        from_first((None, _for_others(error)))
+        raise
+    return from_first((value, None))[0]
+
+
+def _for_others(error: BaseException) -> BaseException:
+    if isinstance(error, OSError):
+        return OSError(error.errno or 0, str(error))
+    return SystemExit(error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1)
+
+
+@contextmanager
+def local_first() -> Iterator[None]:
+    """Run what is inside in the first process of each machine, then in the others, who find what it left on disk."""
+    here = world()
+    if here.local_rank:
+        barrier()
+    yield
+    if not here.local_rank:
+        barrier()
+
+
+def check_same(what: Mapping[str, Any]) -> None:
+    """Raises UserError, in every process, where ``what`` differs between processes, by names."""
+    if world().size == 1:
+        return
+    of_all = gathered((socket.gethostname(), dict(what)))
+    first = of_all[0][1]
+    for rank, (host, found) in enumerate(of_all):
+        changes = [
+            f"{name} {first.get(name)!r} -> {found.get(name)!r}"
+            for name in sorted({*first, *found})
+            if first.get(name) != found.get(name)
+        ]
+        if changes:
+            raise UserError(
+                f"process {rank} on {host} differs from the first: {'; '.join(changes[:4])}",
+                option="run",
+                remedy="start all with the same command, data and versions",
+            )

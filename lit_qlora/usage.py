@@ -1,0 +1,131 @@
+"""Owns what --help prints of fit and its kin: an example or three and the options that matter, or all of them.
+
+Within 80 columns, and without importing what the options are of. Knows the options by `signatures` alone.
+"""
+
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args, get_origin
+
+from lit_qlora.place import COMMAND
+from lit_qlora.signatures import UNKNOWN, Option, options_of
+
+WIDTH = 80
+TITLES = {
+    "fit": "Train an adapter; the same command, given again, resumes.",
+    "validate": "Score a run's adapter on its held-out rows; the newest run's, unless --run says which.",
+    "test": "Score a run's adapter on test rows; the newest run's, unless --run says which.",
+    "plan": "Report what a fit needs, of memory, time and disk; takes fit's options, and needs no GPU.",
+    "inspect": "Show what a fit learns, row by row; takes fit's options, and needs no GPU.",
+}
+EXAMPLES = {
+    "fit": (
+        ("", "the demo, in a minute on a laptop"),
+        (" --config colab_t4", "Llama 2 7B on a free Colab T4"),
+        (" --config colab_t4 --data.source my.jsonl", "the same on conversations of yours"),
+    ),
+    "validate": (("", "the newest run"), (" --run demo --ckpt_path base", "its base, without the adapter")),
+    "test": (("", "the newest run"), (" --run demo --data.test_source my.jsonl", "on rows of yours")),
+    "plan": (
+        (" --config colab_t4", "on a T4, or on the GPU that is here"),
+        (" --config colab_t4 --gpu L4", "on an L4"),
+    ),
+    "inspect": ((" --config colab_t4 --data.source my.jsonl", "before hours go into it"),),
+}
+MATTER = (
+    "model.base", "data.source", "run", "model.rank", "model.learning_rate", "model.target_modules", "model.optimizer",
+    "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval", "trainer.accumulate_grad_batches",
+    "trainer.precision", "data.max_length", "data.batch_size", "data.batch_tokens", "data.template", "data.system",
+    "samples.count", "mirror", "max_time",
+)  # fmt: skip
+"""The twenty options that matter."""
+
+FOR_SCORES = ("run", "data.source", "data.test_source", "data.max_length", "data.batch_size", "trainer.precision")
+"""Of these, and of others, those that a verb which scores is given."""
+
+SECTIONS = {"": "The run", "model": "Model", "data": "Data", "trainer": "Training", "samples": "Sample answers"}
+
+
+def help_asked(args: Sequence[str]) -> str | None:
+    """``short`` or ``all`` where a command line asks for help; None where it does not, or for a class's."""
+    for arg, value in zip(args, [*args[1:], ""], strict=False):
+        if arg in ("-h", "--help", "--help=all", "--help.all", "--help-all"):
+            return "all" if "all" in arg or value == "all" else "short"
+    return None
+
+
+def help_of(verb: str, asked: str) -> str:
+    """The help of ``verb``: all of its options, or what is needed first."""
+    options = {option.name: option for option in options_of(verb)}
+    lines = [f"usage: {COMMAND} {verb} [--config NAME|FILE] [--OPTION VALUE ...]", ""]
+    lines += textwrap.wrap(TITLES[verb], WIDTH)
+    lines += ["", "examples:"]
+    commands = [(f"  {COMMAND} {verb}{args}", words) for args, words in EXAMPLES[verb]]
+    width = max(len(command) for command, _ in commands) + 2
+    fit = all(width + len(words) <= WIDTH for _, words in commands)
+    lines += [f"{command:{width}}{words}" if fit else f"{command}\n      {words}" for command, words in commands]
+    config = Option(
+        "config", str, "str", None, "YAML with options: a file, or the name of one that comes with lit-qlora"
+    )
+    if asked == "all":
+        for section, title in SECTIONS.items():
+            found = [option for option in options.values() if option.name.rpartition(".")[0] == section]
+            lines += ["", f"{title}:", *_lines([config, *found] if not section else found)]
+        lines += [
+            "",
+            *textwrap.wrap(
+                "A class, such as a logger, is given by name, and its arguments as --trainer.logger.NAME VALUE.", WIDTH
+            ),
+        ]
+    else:
+        shown = _shown(verb, options)
+        lines += ["", f"options ({len(shown) + 1} of {len(options) + 1}; --help=all lists them all):"]
+        lines += _lines([config, *(options[name] for name in shown)])
+    return "\n".join(lines) + "\n"
+
+
+def _shown(verb: str, options: dict[str, Option]) -> list[str]:
+    """The options that matter for ``verb``: its own first."""
+    own = [name for name in options if "." not in name and name not in {one.name for one in options_of("fit")}]
+    of_all = FOR_SCORES if verb in ("validate", "test") else MATTER
+    return [*own, *(name for name in of_all if name in options)]
+
+
+def _lines(options: list[Option]) -> Iterator[str]:
+    """A line or more each: name and value at the left, words and default beside or below."""
+    for option in options:
+        left = f"  --{option.name} {_value(option)}"
+        default = (
+            "" if option.default in (None, UNKNOWN, "") or option.name == "config" else f" ({_plain(option.default)})"
+        )
+        words = textwrap.wrap(_words(option.help) + default, WIDTH - 36)
+        if len(left) > 34:
+            yield left
+            left = ""
+        yield f"{left:36}{words[0] if words else ''}".rstrip()
+        yield from (f"{'':36}{line}" for line in words[1:])
+
+
+def _words(text: str) -> str:
+    """A docstring's words without its markup, and of Lightning's the first sentence."""
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?([^`]+)`", r"\1", text).replace("``", "").replace("`", "")
+    text = re.split(r"\.?\s+Default:", text)[0]
+    return text.rstrip(".")
+
+
+def _value(option: Option) -> str:
+    """What is to be given, in a word."""
+    kinds = [option.type, *get_args(option.type)]
+    choices = [one for kind in kinds if get_origin(kind) is Literal for one in get_args(kind)]
+    if option.name == "config":
+        return "NAME|FILE"
+    if choices:
+        words = "|".join([*(["true", "false"] if bool in kinds else []), *map(str, choices)])
+        return words if len(words) <= 40 else "NAME"
+    names = {bool: "true|false", int: "N", float: "X"}
+    return next((names[kind] for kind in names if kind in kinds and (kind is not int or float not in kinds)), "VALUE")
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,404 @@
+"""Several processes learn what one does: the same figures, the same adapter, through every end and any resume."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lit_qlora.batch import Batch
+from lit_qlora.callbacks.steps import StepCallback, StepEdge
+from lit_qlora.cli import main
+from lit_qlora.devices import strategy
+from lit_qlora.devices.world import world
+from lit_qlora.figures.lines import read_lines
+from lit_qlora.model.module import QLoRAModule
+from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
+from lit_qlora.storage.run import RunFolder
+from tests.devices.several import run_several
+
+ROOT = Path(__file__).parents[2]
+ROUNDING = 1e-5
+"""Of a figure, relative: gradients are summed in another order."""
+OPTIONS = [
+    *("fit", "--trainer.accelerator", "cpu", "--samples.count", "0", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.accumulate_grad_batches", "4", "--data.batch_size", "3", "--model.dropout", "0.05"),
+    *("--trainer.limit_val_batches", "5", "--model.target_modules", "q_proj,down_proj"),
+]
+SHORT = ["--trainer.limit_train_batches", "11", "--trainer.max_epochs", "2", "--trainer.val_check_interval", "10",
+         "--save_every_steps", "2"]  # fmt: skip
+"""Two epochs of three steps, the last of three micro-batches; a validation inside of a step."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def fit(run: str, count: int, *options: str, before: Callable[[], Any] = lambda: None) -> list[Any]:
+    """The exit statuses of a run's processes; ``before`` is called in each of them."""
+
+    def do() -> int:
+        before()
+        return main([*OPTIONS, "--run", run, *options])
+
+    return run_several(count, do)
+
+
+@cache
+def alone(*options: str) -> str:
+    """The name of the run of one process with ``options``."""
+    name = f"alone-{abs(hash(options))}"
+    assert fit(name, 1, *options) == [0]
+    return name
+
+
+def assert_same(run: str, other: str) -> None:
+    """Every figure but the clock's and the memory's, and every tensor of the adapter, are equal but for rounding."""
+    one, two = (read_lines(Path("runs", name, "metrics.jsonl")) for name in (run, other))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for line, found in zip(one, two, strict=True):
+        assert line.keys() == found.keys()
+        for name in line.keys() - {"speed/tokens_per_second"}:
+            if not name.startswith("memory/"):
+                assert found[name] == pytest.approx(line[name], rel=ROUNDING), (line["step"], name)
+    weights = [load_file(Path("runs", name, "adapter", "adapter_model.safetensors")) for name in (run, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert (weights[1][name] - value).norm() <= 5 * ROUNDING * value.norm(), name
+
+
+def test_two_processes_learn_what_one_does() -> None:
+    """A step of four micro-batches and one of two."""
+    options = ["--trainer.limit_train_batches", "6", "--trainer.max_epochs", "1", "--trainer.limit_val_batches", "3"]
+    assert fit("two", 2, *options) == [0, 0]
+    assert_same(alone(*options), "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_learn_what_one_does(count: int) -> None:
+    assert fit(f"several-{count}", count, *SHORT) == [0] * count
+    assert_same(alone(*SHORT), f"several-{count}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--data.batch_tokens", "256", "--data.max_length", "256"],
+        ["--data.batch_tokens", "256", "--data.max_length", "256", "--data.packing", "true"],
+        ["--trainer.accumulate_grad_batches", "5", "--data.num_workers", "1"],
+        ["--model.optimizer", "adamw_8bit", "--trainer.gradient_clip_val", "0.1"],
+        ["--model.own_layers", "false"],
+    ],
+    ids=["tokens", "packed", "five", "8-bit", "peft"],
+)
+def test_whatever_the_batches_and_the_optimizer(count: int, options: list[str]) -> None:
+    run = f"whatever-{count}-{abs(hash(tuple(options)))}"
+    assert fit(run, count, *SHORT, *options) == [0] * count
+    assert_same(alone(*SHORT, *options), run)
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_three() -> None:
+    """Two epochs of 283 micro-batches, which do not divide."""
+    options = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "10", "--trainer.val_check_interval", "0.5"]
+    assert fit("three", 3, *options) == [0] * 3
+    assert_same(alone(*options), "three")
+
+
+def at_batch(number: int, rank: int, do: Callable[[], Any]) -> Callable[[], None]:
+    """Does ``do`` in the process ``rank`` as it comes to its micro-batch of that number, counted from 1."""
+
+    def prepare() -> None:
+        real, seen = QLoRAModule.training_step, [0]
+
+        def training_step(self: QLoRAModule, batch: Batch, batch_idx: int) -> dict[str, Any]:
+            seen[0] += 1
+            if seen[0] == number and world().rank == rank:
+                do()
+            return real(self, batch, batch_idx)
+
+        QLoRAModule.training_step = training_step  # type: ignore[method-assign]
+
+    return prepare
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("again", [1, 2, 3])
+def test_a_run_that_was_killed_resumes_with_any_number(rank: int, again: int) -> None:
+    run = f"killed-{rank}-{again}"
+    kill = at_batch(18, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    statuses = fit(run, 2, *SHORT, before=kill)
+    assert (statuses[rank], statuses[1 - rank]) == (None, 2)
+    assert RunFolder(Path("runs", run)).saved_steps() == [2, 4]
+    assert fit(run, again, *SHORT) == [0] * again
+    assert_same(alone(*SHORT), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_run_of_one_resumes_with_several(count: int) -> None:
+    run = f"more-{count}"
+    assert fit(run, 1, *SHORT, before=at_batch(13, 0, lambda: os.kill(os.getpid(), signal.SIGKILL))) == [None]
+    assert fit(run, count, *SHORT) == [0] * count
+    assert_same(alone(*SHORT), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_stops_all_and_the_same_command_resumes(
+    rank: int, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = f"stopped-{rank}-{number}"
+    assert fit(run, 2, *SHORT, before=at_batch(14, rank, lambda: signal.raise_signal(number))) == [128 + number] * 2
+    out = capfd.readouterr().out
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    assert out.count(f"stopped and saved at step 4 by {name}; the same command goes on from here") == 1
+    assert fit(run, 2, *SHORT) == [0, 0]
+    assert_same(alone(*SHORT), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_runs_out_in_one_changes_nothing(rank: int) -> None:
+    """Without dropout, which draws other numbers for halves."""
+    options = [*SHORT, "--model.dropout", "0"]
+
+    def prepare() -> None:
+        real, seen = QLoRAModule.summed_loss, [0]
+
+        def summed_loss(self: QLoRAModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+            seen[0] += torch.is_grad_enabled()
+            if torch.is_grad_enabled() and world().rank == rank and 3 <= seen[0] <= 4:
+                raise torch.OutOfMemoryError
+            return real(self, batch)
+
+        QLoRAModule.summed_loss = summed_loss  # type: ignore[method-assign]
+
+    run = f"short-{rank}"
+    assert fit(run, 2, *options, before=prepare) == [0, 0]
+    assert_same(alone(*options), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_not_finite_in_one_stops_all_with_its_step_untouched(
+    rank: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def prepare() -> None:
+        real, seen = QLoRAModule.summed_loss, [0]
+
+        def summed_loss(self: QLoRAModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+            loss, *rest = real(self, batch)
+            seen[0] += torch.is_grad_enabled()
+            return (loss * float("nan") if seen[0] == 5 and world().rank == rank else loss), *rest  # type: ignore[return-value]
+
+        QLoRAModule.summed_loss = summed_loss  # type: ignore[method-assign]
+
+    run = f"nan-{rank}"
+    assert fit(run, 2, *SHORT, before=prepare) == [2, 2]
+    found = capfd.readouterr()
+    assert "the loss of step 3 is not finite (1 in a row), with training rows [" in found.err
+    assert len(found.err.split("training rows [")[1].split("]")[0].split(",")) in (8, 9)  # of the whole step
+    assert RunFolder(Path("runs", run)).saved_steps() == [2]
+    assert fit(run, 2, *SHORT) == [0, 0]
+    assert_same(alone(*SHORT), run)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_once_stops_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    def prepare() -> None:
+        real, seen = FolderCheckpointIO.save_checkpoint, [0]
+
+        def save(self: FolderCheckpointIO, *args: Any, **options: Any) -> None:
+            seen[0] += 1
+            if seen[0] == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(self, *args, **options)
+
+        FolderCheckpointIO.save_checkpoint = save  # type: ignore[method-assign]
+
+    assert fit("full", 2, *SHORT, before=prepare) == [0, 0]
+    assert capfd.readouterr().err.count("training goes on, the next save tries again") == 1
+    assert RunFolder(Path("runs", "full")).saved_steps() == [4, 6]
+    assert_same(alone(*SHORT), "full")
+
+
+def _adapters_differ() -> None:
+    real = strategy.Replicas.post_backward
+
+    def post_backward(self: strategy.Replicas, loss: torch.Tensor) -> None:
+        real(self, loss)
+        if world().rank:
+            for parameter in self._trained():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(-1)
+
+    strategy.Replicas.post_backward = post_backward  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_adapters_that_part_are_noticed_at_the_next_save(capfd: pytest.CaptureFixture[str]) -> None:
+    assert fit("apart", 2, *SHORT, "--model.learning_rate", "0.01", before=_adapters_differ) == [2, 2]
+    assert "the processes' adapters differ" in capfd.readouterr().err
+    assert RunFolder(Path("runs", "apart")).saved_steps() == []
+
+
+class _Count(StepCallback):
+    """Counts what processes exchange within the steps of a run."""
+
+    calls: list[str] = []  # noqa: RUF012
+    by_step: list[list[str]] = []  # noqa: RUF012
+
+    def on_step_end(self, trainer: Any, module: Any) -> None:
+        self.by_step.append([*self.calls])
+        self.calls.clear()
+
+
+def _count() -> None:
+    distributed = torch.distributed
+    for name in ("all_reduce", "broadcast", "barrier", "all_gather", "all_gather_object", "broadcast_object_list"):
+        real = getattr(distributed, name)
+
+        def call(*args: Any, _real: Any = real, _name: str = name, **options: Any) -> Any:
+            large = _name == "all_reduce" and args[0].numel() > 1000
+            _Count.calls.append("gradients" if large else _name)
+            return _real(*args, **options)
+
+        setattr(distributed, name, call)
+    real_init = StepEdge.__init__
+
+    def init(self: StepEdge, parts: Any) -> None:
+        real_init(self, [_Count(), *parts])
+
+    StepEdge.__init__ = init  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_nothing_is_exchanged_inside_of_a_step() -> None:
+    """Gradients once, and a few numbers at its edge, however many micro-batches it has."""
+
+    def do(accumulate: str) -> Any:
+        _count()
+        main([*OPTIONS, "--run", f"counted-{accumulate}", "--trainer.max_steps", "4", "--trainer.log_every_n_steps",
+              "99", "--trainer.limit_val_batches", "0", "--trainer.accumulate_grad_batches", accumulate])  # fmt: skip
+        return _Count.by_step[1:]
+
+    few, many = (run_several(2, lambda accumulate=accumulate: do(accumulate)) for accumulate in ("2", "8"))
+    assert few == many
+    assert few[0] == [["all_reduce", "all_reduce", "gradients", "all_reduce"]] * 3
+
+
+@pytest.mark.slow
+def test_scoring_by_several_gives_the_figures_of_one(capfd: pytest.CaptureFixture[str]) -> None:
+    run = str(Path("runs", alone(*SHORT)))
+    capfd.readouterr()
+    figures = []
+    for count in (1, 3):
+        command = ["validate", "--run", run, "--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "6"]
+        assert run_several(count, lambda command=command: main(command)) == [0] * count
+        figures.append([line.split() for line in capfd.readouterr().out.splitlines() if "val/" in line])
+    assert len(figures[0]) == len(figures[1]) == 3
+    for (name, one), (other, several) in zip(*figures, strict=True):
+        assert name == other and float(several) == pytest.approx(float(one), rel=ROUNDING)
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "main.py"), *OPTIONS, *SHORT, *options]
+
+
+@pytest.mark.slow
+def test_the_command_itself() -> None:
+    done = subprocess.run(
+        command("--run", "command", "--trainer.devices", "2"), capture_output=True, text=True, timeout=180, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert " train  2 devices, micro-batches dealt by size: each works 9" in done.stdout
+    assert done.stdout.count("best adapter: runs/command/adapter") == 1
+    assert_same(alone(*SHORT), "command")
+    again = subprocess.run(
+        command("--run", "command", "--trainer.devices", "2"), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.startswith("runs/command is finished (6 of 6 steps): nothing to do.\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--trainer.accumulate_grad_batches", "1"],
+         "error: trainer.devices: 2, and a step has 1 micro-batch; give --trainer.accumulate_grad_batches 2"),
+        (["--model.ran", "3"], "error: unknown option 'model.ran'; did you mean 'model.rank'?"),
+        (["--data.source", "none.jsonl"], "error: none.jsonl: no such file"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(options: list[str], line: str) -> None:
+    done = subprocess.run(
+        command("--run", "bad", "--trainer.devices", "2", *options),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+
+
+def agent(node: int, port: int, *options: str) -> list[str]:
+    """One of two torchrun agents of a process each, as on two machines."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
+            "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port), "--",
+            *command(*options)[1:]]  # fmt: skip
+
+
+def two_agents(port: int, *options: list[str]) -> list[tuple[int, str, str]]:
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    agents = [
+        subprocess.Popen(agent(node, port, *options[node]), env=environment, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE)
+        for node in range(2)
+    ]  # fmt: skip
+    return [(one.returncode, *found) for one in agents for found in [one.communicate(timeout=180)]]
+
+
+@pytest.mark.slow
+def test_two_machines_of_torchrun() -> None:
+    same = ["--run", "nodes"]
+    first, second = two_agents(29611, same, same)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "2 devices, micro-batches dealt by size" in first[1] and second[1] == ""
+    assert_same(alone(*SHORT), "nodes")
+
+
+@pytest.mark.slow
+def test_another_command_on_one_machine_is_refused_with_the_difference() -> None:
+    other = ["--run", "other", "--model.learning_rate", "0.01"]
+    found = two_agents(29612, ["--run", "other"], other)
+    assert all(status for status, *_ in found)
+    said = found[0][2] + found[1][2]
+    assert "error: run: process 1 on " in said
+    assert "differs from the first: model.learning_rate 0.003 -> 0.01" in said
+
+
+@pytest.mark.slow
+def test_other_processes_than_were_asked_for_are_refused() -> None:
+    three = ["--run", "asked", "--trainer.devices", "3"]
+    for status, _, err in two_agents(29613, three, three):
+        assert status
+        assert (
+            "error: trainer.devices: with trainer.num_nodes it is 3 x 1, and 2 processes were started, 1 on this" in err
+        )

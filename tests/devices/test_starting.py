@@ -1,0 +1,218 @@
+"""Processes of one command begin and end together, whatever ends one; their tasks here are a few lines each."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from lit_qlora.cli import main
+from lit_qlora.devices import starting
+from lit_qlora.devices.launchers import COUNTS, RANKS
+from lit_qlora.devices.starting import asked, take_place
+from lit_qlora.devices.world import World, world
+from lit_qlora.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    with mock.patch.dict(os.environ):
+        for name in [*os.environ]:
+            if name in (*COUNTS, *RANKS, "LOCAL_WORLD_SIZE") or name.startswith(("SLURM_", "LIT_QLORA_", "MASTER_")):
+                del os.environ[name]
+        yield
+
+
+@pytest.mark.parametrize(
+    ("args", "number"),
+    [
+        (["fit"], 1),
+        (["fit", "--trainer.devices", "2"], 2),
+        (["fit", "--trainer.devices=3"], 3),
+        (["fit", "--trainer.devices", "[0, 3]"], 2),
+        (["fit", "--trainer.devices", "2", "--trainer.devices", "1"], 1),
+        (["fit", "--trainer.devices", "auto"], 1),  # torch counts GPUs
+        (["fit", "--trainer.devices", "many"], 1),
+        (["fit", "--trainer.devices", "-1"], 1),
+        (["fit", "--trainer.devices", "99999"], 1),  # refused before any is started
+        (["fit", "--trainer.devices"], 1),
+        (["fit", "--trainer.devices", "2", "--help"], 1),
+        (["fit", "--config", "two.yaml"], 2),
+        (["fit", "-c=two.yaml"], 2),
+        (["fit", "--config", "two.yaml", "--trainer.devices", "1"], 1),
+        (["fit", "--config", "broken.yaml"], 1),
+        (["fit", "--config", "none.yaml"], 1),
+    ],
+)
+def test_what_a_command_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], number: int
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("two.yaml").write_text("trainer:\n  devices: 2\n")
+    Path("broken.yaml").write_text("trainer: [\n")
+    assert asked(args) == number
+
+
+def test_torchruns_word_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    assert take_place() == []
+    assert world() == World(3, 4, 1, 2)
+    assert "OMPI_COMM_WORLD_RANK" not in os.environ
+
+
+def test_slurms_word_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2",
+            "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "12345", "SLURM_NODEID": "1"}  # fmt: skip
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    assert take_place() == []
+    assert world() == World(2, 4, 0, 2)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu07", "17345")
+
+
+def test_half_a_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(
+        UserError, match=r"^WORLD_SIZE=2 in the environment, and no RANK; start with torchrun, or unset"
+    ):
+        take_place()
+
+
+def started(code: str, count: int = 2) -> subprocess.Popen[str]:
+    """A command whose processes each run ``code``, with their number as ``rank``."""
+    task = f"import os, signal, sys, time; rank = int(os.environ['RANK']); sys.stdin.read(0)\n{code}"
+    command = f"""if True:
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        from lit_qlora.devices import starting
+        starting.GRACE_S = 1.0
+        starting.CODE = {task.replace("{", "{{").replace("}", "}}")!r}
+        sys.exit(starting.run(["fit"], {count}))
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", command], text=True, start_new_session=True, **pipes)
+
+
+def ended(process: subprocess.Popen[str], within_s: float = 8.0) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=within_s)
+    return process.returncode, out, err
+
+
+def children(process: subprocess.Popen[str], count: int = 2) -> list[int]:
+    """The numbers of its processes, in their order, once all are there."""
+    file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    ends_at = time.monotonic() + 8
+    while time.monotonic() < ends_at:
+        found = [*map(int, file.read_text().split())]
+        if len(found) == count:
+            return found
+        time.sleep(0.02)
+    raise AssertionError("they did not begin")
+
+
+def gone(number: int, within_s: float = 3.0) -> bool:
+    ends_at = time.monotonic() + within_s
+    while time.monotonic() < ends_at:
+        try:
+            state = Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2][0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_the_first_process_alone_is_heard() -> None:
+    status, out, err = ended(started("print('out of', rank); print('err of', rank, file=sys.stderr)", 3))
+    assert (status, out, err) == (0, "out of 0\n", "err of 0\n")
+
+
+def test_each_knows_its_place() -> None:
+    code = "names = 'WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE'.split()\n"
+    code += "print(sys.argv[1:], [os.environ[name] for name in names]) if rank == 0 else None"
+    assert ended(started(code, 3))[1] == "['fit'] ['3', '0', '3']\n"
+
+
+def test_the_one_that_fails_has_the_last_word_and_the_others_end() -> None:
+    began = time.monotonic()
+    code = "print('error: rows.jsonl:3: no JSON', file=sys.stderr) if rank else time.sleep(60)\nsys.exit(2)"
+    assert ended(started(code)) == (2, "", "error: rows.jsonl:3: no JSON\n")
+    assert time.monotonic() - began < 6
+
+
+def test_what_all_say_is_said_once() -> None:
+    code = "time.sleep(0.2 if rank == 0 else 0); print('error: the same', file=sys.stderr); sys.exit(2)"
+    assert ended(started(code)) == (2, "", "error: the same\n")
+
+
+def test_a_fault_is_shown_whole() -> None:
+    status, _, err = ended(started("time.sleep(60) if rank == 0 else 1 / 0"))
+    assert status == 1
+    assert err.startswith("process 1 of 2:\nTraceback") and "ZeroDivisionError" in err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_is_killed_is_named_and_the_others_end(rank: int) -> None:
+    process = started("time.sleep(60)")
+    numbers = children(process)
+    os.kill(numbers[rank], signal.SIGKILL)
+    status, out, err = ended(process)
+    assert (status, out) == (137, "")
+    assert err.startswith(f"error: process {rank} of 2 was ended by SIGKILL") and err.count("\n") == 1
+    assert all(map(gone, numbers))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGQUIT])
+def test_none_outlives_the_command(number: signal.Signals) -> None:
+    ready = (
+        "from lit_qlora.devices.starting import take_place; take_place(); print('ready', flush=True); time.sleep(60)"
+    )
+    process = started(f"sys.path.insert(0, {str(ROOT)!r}); {ready}", 3)
+    numbers = children(process, 3)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(number)
+    process.communicate(timeout=8)
+    assert all(map(gone, numbers))
+
+
+STOPPABLE = """
+times = []
+def stop(number, frame):
+    times.append(number)
+    print('got', number, flush=True)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, stop)
+print('ready', flush=True)
+while not times:
+    time.sleep(0.02)
+time.sleep(2.5 if rank == 0 else 0.3)  # it saves, and may take longer than what failed gets
+sys.exit(128 + times[0])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_reaches_each_once_and_is_waited_for(number: signal.Signals) -> None:
+    process = started(STOPPABLE)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(number)
+    assert ended(process) == (128 + number, f"got {number.value}\n", "")
+
+
+def test_a_command_that_cannot_be_is_refused_before_any_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(starting, "run", lambda *_: pytest.fail("started"))
+    assert main(["fit", "--trainer.devices", "99999", "--trainer.accelerator", "cpu"]) == 2
+    assert "error: trainer.devices: expected at most 8 processes on a CPU" in capsys.readouterr().err

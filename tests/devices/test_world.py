@@ -1,0 +1,120 @@
+"""What processes agree on; with one, everything is what it was."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_qlora.devices import world
+from lit_qlora.devices.world import (
+    any_of,
+    by_first,
+    check_same,
+    from_first,
+    gathered,
+    highest,
+    local_first,
+    lowest,
+    summed,
+)
+from lit_qlora.errors import UserError
+from lit_qlora.storage.files import SaveError
+from tests.devices.several import run_several
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_one_process_agrees_with_itself_without_torch_distributed() -> None:
+    code = """if True:
+        import sys
+        from lit_qlora.devices.world import *
+        from lit_qlora.devices.world import _reduced
+        assert (highest(1, -2), lowest(3), any_of(False), summed({"a": 1.5})) == ([1, -2], 3, False, {"a": 1.5})
+        assert (gathered("x"), from_first("x"), by_first(lambda: 7)) == (["x"], "x", 7)
+        join(None); barrier(); check_same({"a": 1}); leave()
+        with local_first(), silent_unless_first():
+            print("said")
+        print("torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "said\nFalse\n"
+
+
+def _agree() -> list[Any]:
+    rank = world.world().rank
+    return [
+        highest(rank, -rank), lowest(5 + rank), any_of(rank == 2), any_of(False),
+        summed({"a": 0.5 + rank, "b": 1}), gathered(f"of {rank}"), from_first(rank + 7), by_first(lambda: rank + 9),
+    ]  # fmt: skip
+
+
+def test_three_processes_agree() -> None:
+    expected = [[2, 0], 5, True, False, {"a": 4.5, "b": 3}, ["of 0", "of 1", "of 2"], 7, 9]
+    assert run_several(3, _agree) == [expected] * 3
+
+
+def _fail(error: BaseException) -> list[str]:
+    def do() -> None:
+        raise error
+
+    try:
+        by_first(do)
+    except BaseException as found:
+        return [type(found).__name__, str(found)]
+    return ["nothing"]
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "other"),
+    [
+        (UserError("no such file", option="run"), ["UserError", "run: no such file"], ["SystemExit", "2"]),
+        (SystemExit(143), ["SystemExit", "143"], ["SystemExit", "143"]),
+        (ValueError("x"), ["ValueError", "x"], ["SystemExit", "1"]),
+        (OSError(28, "full"), ["OSError", "[Errno 28] full"], ["OSError", "[Errno 28] [Errno 28] full"]),
+    ],
+    ids=["user", "exit", "fault", "disk"],
+)  # fmt: skip
+def test_what_fails_in_the_first_ends_the_same_in_all(error: BaseException, first: list[str], other: list[str]) -> None:
+    assert run_several(2, lambda: _fail(error)) == [first, other]
+
+
+def test_a_save_that_failed_is_one_in_all() -> None:
+    failed = SaveError(Path("runs/x"), OSError(errno.ENOSPC, "No space left on device"))
+    first, other = run_several(2, lambda: _fail(failed))
+    assert first[0] == "SaveError" and other[0] == "OSError" and "No space left" in other[1]
+
+
+def test_the_difference_between_processes_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    def differ() -> None:
+        rank = world.world().rank
+        check_same({"model.learning_rate": [0.0002, 0.01][rank], "torch": "2.13", "seed": 42})
+
+    for found in run_several(2, differ):
+        assert found.startswith("UserError: run: process 1 on ")
+        assert "differs from the first: model.learning_rate 0.0002 -> 0.01; start all" in found
+
+
+def test_the_first_process_of_a_machine_goes_first(tmp_path: Path) -> None:
+    def write_or_read() -> str:
+        file = tmp_path / "made"
+        with local_first():
+            if not file.is_file():
+                file.write_text(f"by {world.world().rank}")
+        return file.read_text()
+
+    assert run_several(3, write_or_read) == ["by 0"] * 3
+
+
+def test_a_process_that_is_lost_is_noticed() -> None:
+    def lose() -> str:
+        if world.world().rank == 1:
+            raise SystemExit(3)
+        highest(1)
+        return "went on"
+
+    first, other = run_several(2, lose)
+    assert other == "SystemExit: 3"
+    assert first.startswith("LostError: process 0 of 2: another one of the run has ended")

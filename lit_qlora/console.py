@@ -9,8 +9,12 @@ import errno
 import io
 import os
 import sys
+import textwrap
 from shutil import get_terminal_size
 from typing import Any
+
+WIDTH = 80
+"""Columns that a terminal has at least: nothing that a run prints is wider, but for the user's own paths."""
 
 
 class _Lasting(io.FileIO):
@@ -85,3 +89,18 @@ def tell(line: str) -> None:
     from tqdm import tqdm  # here: --help needs none
 
     tqdm.write(line, file=sys.stderr)
+
+
+def say(topic: str, text: str) -> None:
+    """Prints a line of what a run decides or does; one beyond `WIDTH` columns continues below its beginning."""
+    print(wrapped(topic, text), flush=True)
+
+
+def wrapped(topic: str, text: str) -> str:
+    """``topic`` at the right of six columns and ``text`` beside it, in lines of `WIDTH` columns; paths stay whole."""
+    line = f"{topic:>6}  {text}"
+    if len(line) <= WIDTH:
+        return line
+    return "\n".join(
+        textwrap.wrap(line, WIDTH, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
+    )

@@ -33,7 +33,7 @@ from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit, p
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import HeldOutMetrics
 from lit_qlora.callbacks.warmup import WarmupStep
-from lit_qlora.console import tell
+from lit_qlora.console import say, tell
 from lit_qlora.data.datamodule import ChatDataModule, read_template
 from lit_qlora.devices import starting
 from lit_qlora.devices.launchers import requeue
@@ -55,7 +55,7 @@ from lit_qlora.figures.record import Record
 from lit_qlora.figures.tensorboard import Board
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
-from lit_qlora.model.base import find_base
+from lit_qlora.model.base import find_base, missing_bytes
 from lit_qlora.model.device import AMPERE, Device, current_device, decide_for
 from lit_qlora.model.load import check_context, check_rank, check_settings, split_names, template_of
 from lit_qlora.model.module import QLoRAModule
@@ -65,6 +65,7 @@ from lit_qlora.options import LINKED, plain
 from lit_qlora.quiet import quieten
 from lit_qlora.signals import WARNING, LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
+from lit_qlora.storage.files import size
 from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, flat
 from lit_qlora.text.formats import OF_BASE
@@ -379,6 +380,7 @@ class QLoRACLI(LightningCLI):
 
     def fit(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
         """Train, from the start or from the newest intact checkpoint."""
+        say_loading(model, datamodule)
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_from)
         except (OutOfRoomError, torch.OutOfMemoryError) as error:
@@ -410,6 +412,7 @@ class QLoRACLI(LightningCLI):
     def _score(
         self, verb: Literal["validate", "test"], prefix: str, model: QLoRAModule, datamodule: ChatDataModule
     ) -> None:
+        say_loading(model, datamodule)
         run = getattr(self.trainer, verb)
         run(model, datamodule=datamodule, ckpt_path=self.resume_from, verbose=False)
         figures = self.trainer.callback_metrics
@@ -442,6 +445,13 @@ class DryCLI(QLoRACLI):
     def own_loggers(self) -> list[Logger]:
         """None: they write."""
         return []
+
+
+def say_loading(model: QLoRAModule, datamodule: ChatDataModule) -> None:
+    """Prints what is read now, which may take minutes, and what is downloaded first."""
+    download = missing_bytes(model.base)
+    first = f", a download of {size(download)} first" if download else ""
+    say("load", f"rows of {datamodule.source}, and the weights of {model.base.name}{first}")
 
 
 @contextmanager

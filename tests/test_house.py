@@ -138,11 +138,18 @@ def test_the_demo_command_meets_its_numbers(tmp_path: Path) -> None:
     assert float(perplexity[1]) / float(perplexity[2]) >= 3
     assert [int(ended[when]) + int(cut[when]) for when in (1, 2)] == [32, 32]
     assert int(ended[1]) < 3 and int(ended[2]) > 29
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
     known = (
         r"( *(load|demo|data|learns|model|train|run)  |step |peak memory|best adapter|report|next|curves"
-        r"|held-out|answers (that|cut)|  +before|$)"
+        r"|held-out|answers (that|cut)|  +before|  base alone|$)"
     )
-    assert [line for line in done.stdout.splitlines() if not re.match(known, line)] == []
+    closing = done.stdout.splitlines()
+    start = closing.index("  base alone                             with the adapter")
+    samples = closing[start : closing.index("", start)]
+    assert 4 <= len(samples) <= 13  # three questions, and at most three lines of each answer
+    assert [line for line in closing if not re.match(known, line) and line not in samples] == [
+        "      and ask it: Who goes everywhere with Silas?"
+    ]
 
 
 @pytest.mark.slow

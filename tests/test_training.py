@@ -309,7 +309,7 @@ def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
 
 
 BAD: list[tuple[list[str], str | None, str | None, list[str]]] = [
-    (["fti"], None, None, ["no verb 'fti'", "fit, validate, test, plan, chat, predict, merge, export, evaluate, push"]),
+    (["fti"], None, None, ["no verb 'fti'", "fit, validate, test, inspect, plan, chat", "push, report"]),
     (["fit", "--model.rnak", "3"], None, None, ["'model.rnak'", "did you mean 'model.rank'"]),
     (["fit", "--model.rank", "x"], None, "model.rank", ["int", "got x"]),
     (["fit", "--model.rank", "0"], None, "model.rank", ["from 1", "got 0"]),

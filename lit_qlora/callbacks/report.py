@@ -5,6 +5,8 @@ Figures come from the run's own files, so a resumed run reports all of it. Knows
 
 import json
 import math
+import shlex
+import textwrap
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -13,23 +15,25 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from lit_qlora import demo
 from lit_qlora.callbacks.checkpoints import RunCheckpoints, has_stopped_early, read_result
 from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import is_last_step
 from lit_qlora.callbacks.throughput import Throughput
-from lit_qlora.console import tell
+from lit_qlora.console import WIDTH, say, tell, wrapped
 from lit_qlora.devices.world import world
-from lit_qlora.errors import one_line
+from lit_qlora.errors import UserError, one_line
 from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.lines import iter_lines, read_lines
 from lit_qlora.figures.report import versions, write_report
-from lit_qlora.figures.samples import ends_in_words
+from lit_qlora.figures.samples import ends_in_words, side_by_side
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.forecast.memory import step_memory
+from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import GIB, SaveError, write_file
-from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.run import RUNS, RunFolder, flat, newest_run
 
 NO_GAIN = "and no better than before training"
 
@@ -67,6 +71,8 @@ class Report(Callback):
             return
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "source", None) == "demo":
+            self._say("demo", demo.WORLD)
         for line in data.describe():
             self._say("data", line)
         for line in data.example(lines=1 if self.resumed_from else 2):
@@ -92,7 +98,7 @@ class Report(Callback):
         self._keep_decisions({})
 
     def _say(self, topic: str, line: str) -> None:
-        print(f"{topic:>6}  {line}", flush=True)
+        say(topic, line)
         self._lines.append([topic, line])
 
     def _keep_decisions(self, end: Mapping[str, Any]) -> None:
@@ -114,17 +120,19 @@ class Report(Callback):
             return
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         best = read_result(self.run.adapter)
-        mark = ""
-        if best and best["step"] == trainer.global_step:
-            mark = "  (best so far)" if is_gain(self.run, figures["val/loss"]) else f"  (best so far, {NO_GAIN})"
-        if not trainer.global_step:
-            mark = "  (before training)"
-        if not math.isfinite(figures["val/loss"]):
-            mark += "  (not finite: the base, or this state of the adapter, is broken; it is never the best)"
-        tqdm.write(  # above the bar
-            f"step {trainer.global_step:>6}  held-out loss {figures['val/loss']:.4f}, "
-            f"perplexity {figures['val/perplexity']:,.2f}, accuracy {figures['val/accuracy']:.1%}{mark}"
+        is_best = best is not None and best["step"] == trainer.global_step
+        mark = "best" if is_best else "" if trainer.global_step else "before"
+        line = (
+            f"step {trainer.global_step:>6}  held-out loss {figures['val/loss']:<8.4f}"
+            f"perplexity {figures['val/perplexity']:<9,.2f}accuracy {figures['val/accuracy']:>6.1%}  {mark}"
         )
+        tqdm.write(line.rstrip())  # above the bar
+        if not math.isfinite(figures["val/loss"]):
+            tqdm.write(
+                wrapped("", "not finite: the base, or this state of the adapter, is broken; it is never the best")
+            )
+        elif is_best and not is_gain(self.run, figures["val/loss"]):
+            tqdm.write(wrapped("", f"the best so far, {NO_GAIN}"))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print before and after, and the adapter's path; record the end of a finished run."""
@@ -148,19 +156,22 @@ class Report(Callback):
             return
         (throughput,) = (callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
         self._keep_decisions({"training_s": throughput.training_s})
-        print("\n".join(["", *before_and_after(self.run), *self._closing()]), flush=True)
+        print("\n".join(["", *before_and_after(self.run), "", *last_samples(self.run), *self._closing()]), flush=True)
 
     def _closing(self) -> list[str]:
-        peaks = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.memory.peaks_gib.items())
-        predicted = "" if self.forecast_gib is None else f"; predicted for training, reserved: {self.forecast_gib:.2f}"
+        peaks = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.memory.peaks_gib.items()]
+        if self.forecast_gib is not None:
+            peaks.append(f"forecast for training, reserved: {self.forecast_gib:.2f}")
         best = read_result(self.run.adapter) or {}
         loss = best.get("val/loss")
         gain = "" if loss is None or is_gain(self.run, loss) else f", {NO_GAIN}"
+        memory = f"peak memory (GiB): {', '.join(peaks)}"
         return [
-            f"peak memory (GiB): {peaks}{predicted}",
+            *textwrap.wrap(memory, WIDTH, subsequent_indent=" " * 19),
             f"best adapter: {self.run.adapter}{gain}",
             f"report: {self._report()}",
             f"curves: tensorboard --logdir {self.run.path.parent}",
+            *next_step(self.run),
         ]
 
     def _report(self) -> str:
@@ -169,6 +180,32 @@ class Report(Callback):
             return str(write_report(self.run))
         except (OSError, ImportError) as error:
             return f"none ({one_line(error)}); python main.py report makes it"
+
+
+def last_samples(run: RunFolder) -> list[str]:
+    """Sample questions as the best adapter answers them, beside the base; an empty line behind them."""
+    best, found = read_result(run.adapter) or {}, dict[str, Any]()
+    for line in iter_lines(run.samples):
+        if any("adapter" in row for row in line["answers"]):
+            found = line
+            if line["step"] == best.get("step"):
+                break
+    shown = side_by_side(found)
+    return [*shown, ""] if shown else []
+
+
+def next_step(run: RunFolder) -> list[str]:
+    """What to do with the adapter, and of the demo what to ask it."""
+    try:
+        is_newest = newest_run().path.resolve() == run.path.resolve()
+    except UserError:  # the run lies elsewhere
+        is_newest = False
+    name = run.path.name if run.path.parent == RUNS else str(run.path)
+    lines = [f"next: {COMMAND} chat{'' if is_newest else f' --run {shlex.quote(name)}'}"]
+    config = flat(run.read_config()) if run.config.is_file() else {}
+    if (config.get("model.base"), config.get("data.source")) == ("demo", "demo"):
+        lines.append(f"      and ask it: {demo.QUESTION}")
+    return lines
 
 
 def is_gain(run: RunFolder, loss: float) -> bool:

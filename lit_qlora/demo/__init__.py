@@ -10,3 +10,7 @@ from pathlib import Path
 BASE = Path(__file__).parent / "base"
 TRAIN = Path(__file__).parent / "train.jsonl"
 TEST = Path(__file__).parent / "test.jsonl"
+
+WORLD = "made-up islands: 36 villages, in each an islander with work and a pet"
+QUESTION = "Who goes everywhere with Silas?"
+"""Of a held-out islander: the base has read about him, and no training row names him."""

@@ -5,7 +5,12 @@ A line: ``{"step", "max_new_tokens", "answers": [{"prompt", "base", "adapter"}]}
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import combining, east_asian_width
+
+from lit_qlora.figures.lines import iter_lines
 
 ROWS_SHOWN = 16
 """Number of answers in the table; ends are counted over all answers, which are all in the file."""
@@ -59,6 +64,83 @@ def table(line: Mapping[str, Any]) -> str | None:
         f"| {_cell(row['prompt'])} | {_shown(row['base'], limit)} | {_shown(row['adapter'], limit)} |" for row in rows
     )
     return "\n".join(["| prompt | base | adapter |\n|---|---|---|", *cells])
+
+
+def side_by_side(line: Mapping[str, Any], count: int = 3, width: int = 80, lines: int = 3) -> list[str]:
+    """The first ``count`` questions of a `line`, below each the base's answer and the adapter's in two columns.
+
+    Args:
+        line: Of ``samples.jsonl``.
+        count: Number of questions.
+        width: Columns in all; characters of double width count twice.
+        lines: The most of an answer.
+
+    Returns:
+        Lines for a terminal; none where no adapter has answered.
+    """
+    rows = [row for row in line.get("answers", ()) if "adapter" in row][:count]
+    column = (width - 6) // 2
+    shown = [_in_columns("  base alone", "with the adapter", column)] if rows else []
+    for row in rows:
+        shown += _wrapped(row["prompt"], width, 1)
+        answers = [_wrapped(row[whose]["text"] or "(nothing)", column, lines) for whose in ("base", "adapter")]
+        shown += [_in_columns(f"  {left}", right, column) for left, right in zip_longest(*answers, fillvalue="")]
+    return shown
+
+
+def short_prompts(file: Path, count: int, most: int = 100) -> list[str]:
+    """The first ``count`` prompts of one line and at most ``most`` characters that a run's samples hold.
+
+    Of any content: a run folder may come from a stranger.
+    """
+    found: list[str] = []
+    for line in iter_lines(file):
+        rows = line.get("answers")
+        prompts = [row.get("prompt") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        texts = (text.strip() for text in prompts if isinstance(text, str))
+        found = [text for text in texts if 0 < len(text) <= most and text.isprintable()]
+        if found:
+            break
+    return [*dict.fromkeys(found)][:count]
+
+
+def _in_columns(left: str, right: str, column: int) -> str:
+    return f"{left}{' ' * (column + 4 - _columns(left))}{right}".rstrip()
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal ``text`` takes."""
+    return sum(0 if combining(one) else 2 if east_asian_width(one) in "WF" else 1 for one in text)
+
+
+def _wrapped(text: str, width: int, lines: int) -> list[str]:
+    """``text`` in at most ``lines`` of ``width`` columns, without characters that would steer a terminal."""
+    text = "".join(one if one.isprintable() else " " for one in text)
+    found, line = list[str](), ""
+    words = text.split()[::-1]
+    while words:
+        word, gap = words.pop(), " " if line else ""
+        if _columns(line + gap + word) <= width:
+            line += gap + word
+            continue
+        if line and _columns(word) > width // 2:  # a word longer than a line, or text without spaces
+            gap_and_word = gap + word
+            room = max(
+                (at for at in range(len(gap_and_word)) if _columns(line + gap_and_word[:at]) <= width), default=0
+            )
+            line, word = line + gap_and_word[:room], gap_and_word[room:].lstrip()
+        elif not line:
+            room = max(at for at in range(1, len(word)) if at == 1 or _columns(word[:at]) <= width)
+            line, word = word[:room], word[room:]
+        found, line = [*found, line], ""
+        words.append(word)
+    found += [line] if line else []
+    if len(found) > lines:
+        last = found[lines - 1]
+        while _columns(last) > width - 2:
+            last = last[:-1]
+        found = [*found[: lines - 1], f"{last} …"]
+    return found
 
 
 def ends_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lit_qlora.callbacks.progress import TimeLeft
+
 ROOT = Path(__file__).parents[2]
 OPTIONS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1 --samples.count 0"
 
@@ -32,3 +34,17 @@ def test_validations_take_the_bars_own_line(tmp_path):
     steps = [line.split()[1] for line in left if "held-out loss" in line and line.startswith("step ")]
     assert steps == ["0", "2", "4"]
     assert [line[:10] for line in left if "%|" in line] == ["train 100%"]
+
+
+def test_the_time_left_does_not_jump_at_a_validation():
+    """A step of 2 s, a validation of 60 s each 10 steps: what is told goes down by just what has passed."""
+    left = TimeLeft(35, 5, 100.0)
+    told = {step: left.at(step, 100.0 + 2.0 * (step - 5), 10, 60.0) for step in range(6, 36)}
+    assert told[6] == 29 * 2 + 4 * 60
+    assert (told[9] - told[10], told[19] - told[20]) == (62, 62)  # a step, and the validation behind it
+    assert [told[step] - told[step + 1] for step in (10, 15, 21)] == [2, 2, 2]
+    assert told[35] == 0
+
+
+def test_the_time_left_without_validations():
+    assert TimeLeft(35, 0, 0.0).at(5, 10.0, float("inf"), 60.0) == 60

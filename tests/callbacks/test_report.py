@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +46,8 @@ def test_an_adapter_that_is_no_better_than_the_base_is_called_so(tmp_path, capsy
         SimpleNamespace(state=state, is_global_zero=True, global_step=4, callback_metrics=figures), None
     )
     line = capsys.readouterr().out
-    assert "(best so far" in line
+    assert "best" in line.split()
+    assert max(map(len, line.splitlines())) <= 80
     for told in (line, "\n".join(shown._closing())):
         assert ("no better than before training" in told) != gains
 
@@ -92,3 +94,40 @@ def test_an_example_of_what_is_learned_is_shown_once(monkeypatch, tmp_path, caps
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learns  ")]
     assert len(shown) == lines and all(len(line) <= 80 for line in shown)
     assert not lines or ("**Ada." in shown[-1] and shown[-1].endswith("** ⏹") and "[INST] Who?" in shown[0])
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("runs/mine", "next: python main.py chat"), ("runs/a b", "next: python main.py chat --run 'a b'"),
+     ("x/mine", "next: python main.py chat --run x/mine")],
+)  # fmt: skip
+def test_what_to_do_next_names_the_run_unless_it_is_the_newest(tmp_path, monkeypatch, path, words):
+    monkeypatch.chdir(tmp_path)
+    for name, start in (("runs/mine", "2026-01-02"), ("runs/a b", "2026-01-01"), ("x/mine", "2026-01-03")):
+        run = RunFolder(Path(name))
+        run.path.mkdir(parents=True)
+        run.config.write_text(f"# started {start}T00:00:00+00:00\nmodel:\n  base: demo\ndata:\n  source: mine.jsonl\n")
+    assert report.next_step(RunFolder(Path(path))) == [words]
+
+
+def test_of_the_demo_the_first_question_is_named(tmp_path):
+    run = RunFolder(tmp_path)
+    run.config.write_text("model:\n  base: demo\ndata:\n  source: demo\n")
+    assert report.next_step(run)[1] == "      and ask it: Who goes everywhere with Silas?"
+
+
+def test_the_samples_at_the_end_are_those_of_the_best_adapter(tmp_path):
+    run = RunFolder(tmp_path)
+    run.adapter.mkdir()
+    (run.adapter / "result.json").write_text('{"step": 4}')
+
+    def line(step, text):
+        row = {"prompt": "Who?", "base": {"text": "b", "cut_by": None}}
+        return json.dumps(
+            {"step": step, "answers": [row | ({"adapter": {"text": text, "cut_by": None}} if text else {})]}
+        )
+
+    run.samples.write_text("".join(f"{line(*one)}\n" for one in ((0, ""), (2, "second"), (4, "best"), (6, "later"))))
+    assert report.last_samples(run)[2].split() == ["b", "best"]
+    run.samples.write_text(line(0, "") + "\n")
+    assert report.last_samples(run) == []

@@ -16,12 +16,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lit_qlora.errors import UserError, require
+from lit_qlora.figures.samples import short_prompts
 from lit_qlora.model.generate import Sampling
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Turn
 from lit_qlora.tools.answering.answerer import Answerer
 from lit_qlora.tools.answering.door import Door
 from lit_qlora.tools.answering.tabs import Asked, Tab, Worker, say
 
+ASK, STOP = "Ask", "Stop"
+"""What the buttons beside a question say: a sign alone would say nothing to who hears the page."""
+EXAMPLES = 3
+"""Example questions on the page."""
 NEEDED = (6, 29)
 """The oldest supported gradio, as in requirements-web.txt."""
 
@@ -34,7 +40,9 @@ CSS = """
 #columns .md {white-space: pre-wrap; overflow-wrap: anywhere}
 #columns label {position: static; width: fit-content}
 #columns .top-panel {display: none}
-#name b {font-size: 1.1rem}
+#name h1 {font-size: 1.25rem; margin: 0}
+#name p {margin: 0; opacity: .75}
+#examples button {white-space: normal}
 @media (max-width: 40rem) {
   #columns {flex-direction: column}
   #adapter, #base {height: auto !important; min-height: 0; flex: 1 1 0}
@@ -136,16 +144,21 @@ class Page:
         sampling = self.start[1]
         column = partial(gradio.Chatbot, render_markdown=False, latex_delimiters=[], buttons=[], min_width=280)
         field = partial(gradio.Number, min_width=120)
-        with gradio.Blocks(title=f"{self.name} | lit-qlora", analytics_enabled=False, fill_width=True) as blocks:
-            gradio.HTML(f"<b>{escape(self.name)}</b>", elem_id="name")
+        title, about = self._title()
+        with gradio.Blocks(title=f"{title} | lit-qlora", analytics_enabled=False, fill_width=True) as blocks:
+            gradio.HTML(f"<h1>{escape(title)}</h1><p>{escape(about)}</p>", elem_id="name")
             with gradio.Row(elem_id="columns"):
                 self._of_adapter = column(label="Adapter", elem_id="adapter")
                 self._of_base = column(label="Base alone", elem_id="base", visible=False)
             self._notice = gradio.HTML(visible=False, elem_id="notice")
             self._question = gradio.Textbox(
-                placeholder="Ask something", show_label=False, max_lines=8, autofocus=True, submit_btn=True,
-                elem_id="question",
+                label="Your question", placeholder="Ask something", show_label=False, max_lines=8, autofocus=True,
+                submit_btn=ASK, elem_id="question",
             )  # fmt: skip
+            with gradio.Row(elem_id="examples", visible=bool(examples := self._examples())):
+                for number, text in enumerate(examples):
+                    button = gradio.Button(text, size="sm", elem_id=f"example{number}", min_width=100)
+                    button.click(partial(str, text), None, self._question, api_visibility="private", queue=False)
             with gradio.Row():
                 self._compares = gradio.Checkbox(label="Ask the base, too", elem_id="compare", min_width=100)
                 self._reset = gradio.Button("New conversation", size="md", elem_id="reset", min_width=100)
@@ -158,6 +171,20 @@ class Page:
                     limit = field(sampling.max_new_tokens, label="Answer limit", precision=0, elem_id="limit")
             self._connect([system, limit, temperature, top_p, self._seed], gradio.State())
         return blocks
+
+    def _title(self) -> tuple[str, str]:
+        """What the page is, for whoever opens it, and from what its answers are."""
+        answerer = self.start[0]
+        base = answerer.base.public_name
+        if not answerer.settings:
+            return f"Chat with {answerer.adapter.resolve().name}", f"{base}, with an adapter"
+        return f"Chat with {answerer.adapter.parent.resolve().name}", f"{base}, fine-tuned in this run"
+
+    def _examples(self) -> list[str]:
+        """Questions to begin with: the run's own held-out ones, the first short ones."""
+        answerer = self.start[0]
+        samples = RunFolder(answerer.adapter.parent).samples if answerer.settings else None
+        return short_prompts(samples, EXAMPLES) if samples else []
 
     def _connect(self, settings: list[Any], tab: Any) -> None:
         self._tab = tab
@@ -217,7 +244,7 @@ class Page:
     def _ready(self, ready: bool, **question: str) -> Updates:
         """Enable asking, or else stopping."""
         return {
-            self._question: self._update(submit_btn=ready, stop_btn=not ready, **question),
+            self._question: self._update(submit_btn=ready and ASK, stop_btn=not ready and STOP, **question),
             self._compares: self._update(interactive=ready),
             self._reset: self._update(interactive=ready),
         }

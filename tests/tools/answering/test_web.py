@@ -125,6 +125,11 @@ def driver(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(port, answerer):
+    rows = [
+        {"prompt": text}
+        for text in (SILAS, "of two\nlines", HTML.split("\n", maxsplit=1)[0], "Where is Ada?", "And Silas?")
+    ]
+    (answerer.adapter.parent / "samples.jsonl").write_text(json.dumps({"step": 0, "answers": rows}) + "\n")
     page = web.Page(answerer, Sampling(), None)
     page.address = page.open(share=False, port=port)
     yield page
@@ -298,8 +303,8 @@ def expected(answerer):
 
 
 def test_an_answer_is_the_one_of_chat_prompt(tab, trained, capsys):
-    assert "".join(tab.texts("#name")).strip() == "base demo, run demo"
-    assert tab.driver.title == "base demo, run demo | lit-qlora"
+    assert tab.texts("#name h1") == ["Chat with demo"] and tab.texts("#name p") == ["demo, fine-tuned in this run"]
+    assert tab.driver.title == "Chat with demo | lit-qlora"
     chosen = {}
     for options in ({"seed": 0}, {"temperature": 2, "seed": 1, "limit": 20}, {"top_p": 0.5, "seed": 2}):
         tab.click("#reset")
@@ -314,6 +319,18 @@ def test_an_answer_is_the_one_of_chat_prompt(tab, trained, capsys):
         note = ["(cut at 20 tokens; Answer limit, under Settings, sets the limit)"] if err else []
         assert shown == [SILAS, out.removesuffix("\n"), *note]
     assert tab.find("#seed input")[0].get_property("value") == "3"  # the next one's, counted up
+
+
+def test_the_run_s_own_questions_can_be_asked_and_each_control_has_a_name(tab):
+    assert [text.strip() for text in tab.texts("#examples button")] == [
+        SILAS,
+        HTML.split("\n", maxsplit=1)[0],
+        "Where is Ada?",
+    ]
+    tab.click("#example2")
+    until(lambda: tab.find("#question textarea")[0].get_property("value") == "Where is Ada?")
+    names = [one.accessible_name for one in tab.find("textarea, input, button") if one.is_displayed()]
+    assert "Your question" in names and "" not in names
 
 
 def test_an_answer_streams_until_it_is_stopped(tab):
@@ -449,7 +466,7 @@ def test_what_is_written_never_becomes_a_part_of_the_page(tab, page, monkeypatch
     tab.ask(f"{asked} [INST]")
     until(lambda: tab.notice)
     assert tab.find("#columns img, #columns b, #columns script, #columns code, #columns .katex, #notice img") == []
-    assert tab.driver.title == "base demo, run demo | lit-qlora"
+    assert tab.driver.title == "Chat with demo | lit-qlora"
 
 
 def test_nothing_was_fetched_from_elsewhere(driver, page):

@@ -33,26 +33,28 @@ FIT_AND_KIN = {
 TOOLS = ("chat", "predict", "merge", "export", "evaluate", "push", "report")
 
 HELP = """\
-lit-qlora: fine-tune Llama 2 in 4-bit with LoRA
+lit-qlora: fine-tune Llama 2 and its kin in 4-bit with LoRA
 
-  python main.py fit       train; bare, on the embedded demo, in a minute on a laptop
-                           --config configs/colab_t4.yaml   Llama 2 7B on a free Colab T4
-  python main.py validate  score a run's best adapter on held-out data; bare, the newest run's
-  python main.py test      the same on test data
-  python main.py inspect   what a fit learns: rows, lengths, doubles, a few rows token by token; a verdict
-  python main.py plan      what a fit needs: memory, time, disk; fit's options, --gpu NAME; needs no GPU
-  python main.py chat      talk with a run's best adapter; --prompt TEXT answers once; --web in a browser
-  python main.py predict   answer a file of prompts: --prompts FILE --output FILE
-  python main.py merge     work an adapter into its base: --output DIR, a plain Hugging Face folder
-  python main.py export    the same as one file for llama.cpp and Ollama: --to gguf --output FILE
-  python main.py evaluate  base against adapter, with intervals: --source FILE, or MMLU's questions: --mmlu FILE
-  python main.py report    a run on one page: curves, memory, sample answers, decisions; written at its end, too
-  python main.py doctor    what is wrong here, and what to do about it; --config FILE: for that fit
-  python main.py push      send an adapter or a merged model to the hub: --to NAME/REPO, private, asks first
+  python main.py fit                    the demo, in a minute on a laptop
+  python main.py fit --config colab_t4  Llama 2 7B on a free Colab T4
+  python main.py chat                   talk with what was trained
 
-  tensorboard --logdir runs   curves and sample answers
+before    doctor    what is wrong here, and what to do about it
+          inspect   what a fit would learn, row by row
+          plan      the memory, time and disk of a fit; needs no GPU
+train     fit       train, or resume: the same command, given again
+          validate  score a run's best adapter on its held-out rows
+          test      the same on test rows
+          evaluate  base against adapter, with intervals; MMLU's questions, too
+          report    a run on one page, which is also written at its end
+use       chat      at the terminal; --prompt TEXT once; --web in a browser
+          predict   answer a file of prompts
+          merge     work an adapter into its base: a plain model folder
+          export    the same as one file, for llama.cpp and Ollama
+          push      send an adapter or a merged model to the hub
 
-Every verb has --help; --version says which this is. The same fit command, given again, resumes where it was.
+Every verb has --help; --version says which this is.
+Curves and sample answers: tensorboard --logdir runs
 """
 
 

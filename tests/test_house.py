@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lit_qlora.cli import FIT_AND_KIN, TOOLS
+
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "lit_qlora").rglob("*.py"))
 FLOORS = {
@@ -102,6 +104,8 @@ def test_help_is_light_and_quick() -> None:
     shown = _python("main.py", "--help")
     assert time.monotonic() - started < 2
     assert "python main.py fit" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert {*FIT_AND_KIN, *TOOLS, "doctor"} == {*re.findall(r"^.{10}(\w+)  ", shown.stdout, re.MULTILINE)}
     heavy = "{'torch', 'lightning', 'transformers', 'peft', 'jsonargparse', 'datasets', 'yaml'} & {*sys.modules}"
     code = f"import sys; from lit_qlora.cli import main; main(['--help']); print({heavy})"
     assert _python("-c", code).stdout.endswith("set()\n")

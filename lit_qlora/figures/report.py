@@ -17,6 +17,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.figures.charts import charts, peak_of
 from lit_qlora.figures.lines import iter_lines
 from lit_qlora.figures.samples import CONTEXT, LIMIT, ends_in_words
+from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RunFolder, as_yaml, differences
@@ -68,7 +69,11 @@ def page(run: RunFolder) -> str:
     step = best.get("step")
     step = step if type(step) is int and step in figures else max(figures, default=0)
     decided = _object(run.decisions)
-    drawn = [chart._replace(svg=Markup(chart.svg)) for chart in charts(figures, step or None)]  # ours alone
+    try:
+        drawn = [chart._replace(svg=Markup(chart.svg)) for chart in charts(figures, step or None)]  # ours alone
+        lacks = "Too few figures were recorded to draw any."
+    except ImportError:  # a page without curves is better than none at a run's end
+        drawn, lacks = [], f"matplotlib, which draws them, is not installed; with it, {COMMAND} report does."
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -83,6 +88,7 @@ def page(run: RunFolder) -> str:
         tiles=[*_tiles(figures, step, decided)],
         table=ends_in_words(figures.get(0, {}), figures.get(step, {})),
         charts=drawn,
+        lacks=lacks,
         step=step,
         samples=[*_samples(run.samples, step)][:SHOWN_SAMPLES],
         decisions=[*_decisions(decided)],

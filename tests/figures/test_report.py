@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -100,6 +101,13 @@ def no_charts(monkeypatch):
 )  # fmt: skip
 def test_what_the_page_says(run, words):
     assert words in text_of(run)
+
+
+def test_without_matplotlib_the_page_says_what_it_lacks(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = text_of(run)
+    assert "matplotlib, which draws them, is not installed; with it, python main.py report does" in text
+    assert "finished at step 20 of 20" in text
 
 
 def test_the_charts_are_there_with_their_words(run):

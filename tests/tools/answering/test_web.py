@@ -330,7 +330,7 @@ def test_the_run_s_own_questions_can_be_asked_and_each_control_has_a_name(tab):
     tab.click("#example2")
     until(lambda: tab.find("#question textarea")[0].get_property("value") == "Where is Ada?")
     names = [one.accessible_name for one in tab.find("textarea, input, button") if one.is_displayed()]
-    assert "Your question" in names and "" not in names
+    assert any(name.startswith("Your question") for name in names) and "" not in names
 
 
 def test_an_answer_streams_until_it_is_stopped(tab):

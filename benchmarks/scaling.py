@@ -296,8 +296,9 @@ def all_reduce(count: int, cpu: bool) -> None:
     rank = int(os.environ["LOCAL_RANK"])
     if not cpu:
         torch.cuda.set_device(rank)
-    distributed.init_process_group("gloo" if cpu else "nccl")
     values = torch.ones(count, device="cpu" if cpu else f"cuda:{rank}")
+    free = 0 if cpu else torch.cuda.mem_get_info()[0]
+    distributed.init_process_group("gloo" if cpu else "nccl")
     taken = []
     for _ in range(25):
         _wait(cpu)
@@ -307,7 +308,8 @@ def all_reduce(count: int, cpu: bool) -> None:
         taken.append(1000 * (time.monotonic() - since))
         values.fill_(1.0)
     if rank == 0:
-        print(json.dumps({"bytes": 4 * count, "ms": round(statistics.median(taken[5:]), 3)}))
+        own = 0 if cpu else free - torch.cuda.mem_get_info()[0]
+        print(json.dumps({"bytes": 4 * count, "ms": round(statistics.median(taken[5:]), 3), "nccl_mib": own >> 20}))
     distributed.destroy_process_group()
 
 

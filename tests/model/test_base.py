@@ -33,6 +33,16 @@ CONFIG = {
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+@pytest.fixture
+def expect_refusal(expect_error):
+    """Has ``name`` refused as model.base with these words."""
+
+    def expect_refusal(name, *words):
+        return expect_error(lambda: find_base(str(name)), *words, option="model.base")
+
+    return expect_refusal
+
+
 def refusal(name):
     """The message that ``name`` is refused with, one line."""
     with pytest.raises(UserError) as error:
@@ -96,29 +106,27 @@ def test_the_demo():
     assert base.shape.num_parameters < 5_000_000
 
 
-def test_a_folder_that_is_not_there_names_the_nearest(tmp_path):
+def test_a_folder_that_is_not_there_names_the_nearest(tmp_path, expect_refusal):
     model_folder(tmp_path / "llama-7b", CONFIG)
     missing = tmp_path / "lama-7b"
-    assert refusal(missing) == (
-        f"no folder {str(missing)!r} (did you mean {tmp_path / 'llama-7b'}?); give a hub id (owner/name) or a folder"
-    )
+    expect_refusal(missing, str(missing), f"did you mean {tmp_path / 'llama-7b'}?", "owner/name")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~nobody/x", "models/llama/7b", "llama"])
-def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, monkeypatch, tmp_path):
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, monkeypatch, tmp_path, expect_refusal):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
-    assert refusal(name) == f"no folder {name!r}; give a hub id (owner/name) or a folder"
+    assert "did you mean" not in str(expect_refusal(name, f"no folder {name!r}", "owner/name"))
 
 
-def test_a_folder_without_config(tmp_path):
-    assert refusal(tmp_path) == f"{tmp_path} has no config.json; a Hugging Face model folder is expected"
+def test_a_folder_without_config(tmp_path, expect_refusal):
+    expect_refusal(tmp_path, tmp_path, "no config.json", "Hugging Face")
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_no_folder(tmp_path, expect_refusal):
     file = tmp_path / "model.safetensors"
     file.touch()
-    assert refusal(file) == f"{file} has no config.json; a Hugging Face model folder is expected"
+    expect_refusal(file, file, "no config.json", "Hugging Face")
 
 
 @pytest.mark.parametrize(
@@ -132,12 +140,9 @@ def test_a_file_is_no_folder(tmp_path):
         ({"model_type": ["llama"]}, "model of unknown type"),
     ],
 )
-def test_what_is_of_another_architecture(tmp_path, config, kind):
+def test_what_is_of_another_architecture(tmp_path, config, kind, expect_refusal):
     folder = model_folder(tmp_path / "model", config)
-    assert refusal(folder) == (
-        f"{folder} is a {kind} by the model_type of its config.json, expected one of llama, mistral, qwen2, qwen3 "
-        "(text models that compute as Llama does, without experts)"
-    )
+    expect_refusal(folder, folder, f"a {kind} by the model_type", "llama, mistral, qwen2, qwen3")
 
 
 @pytest.mark.parametrize("architectures", [{}, {"architectures": None}])
@@ -149,7 +154,7 @@ def test_a_llama_need_not_tell_its_architecture(tmp_path, architectures):
 
 def test_a_config_that_lacks_a_width(tmp_path):
     folder = model_folder(tmp_path / "model", {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4})
-    assert refusal(folder) == f"{folder}: config.json has no intermediate_size"
+    assert refusal(folder).endswith("config.json has no intermediate_size")
 
 
 def test_broken_json(tmp_path):
@@ -157,12 +162,9 @@ def test_broken_json(tmp_path):
     assert refusal(folder).startswith(f"{folder}: config.json can't be read: Expecting property name")
 
 
-def test_pickled_weights_are_refused(tmp_path):
+def test_pickled_weights_are_refused(tmp_path, expect_refusal):
     folder = model_folder(tmp_path / "model", CONFIG, ["pytorch_model.bin"])
-    assert refusal(folder) == (
-        f"{folder} has no .safetensors weights, and pickled ones are never read; "
-        "convert it (save_pretrained writes safetensors) or take another copy"
-    )
+    expect_refusal(folder, folder, ".safetensors", "pickled", "save_pretrained")
 
 
 @pytest.mark.parametrize(
@@ -173,12 +175,9 @@ def test_pickled_weights_are_refused(tmp_path):
         ({"bits": 4}, "in an unknown way"),
     ],
 )
-def test_other_quantisations_are_refused(tmp_path, quantization, method):
+def test_other_quantisations_are_refused(tmp_path, quantization, method, expect_refusal):
     folder = model_folder(tmp_path / "model", CONFIG | {"quantization_config": quantization})
-    assert refusal(folder) == (
-        f"{folder} is already quantised ({method}), by the quantization_config of its config.json; "
-        "give the 16-bit weights or a bitsandbytes 4-bit copy"
-    )
+    expect_refusal(folder, folder, f"quantised ({method})", "quantization_config", "16-bit weights")
 
 
 def test_a_bitsandbytes_4_bit_copy_is_accepted(tmp_path):
@@ -230,40 +229,22 @@ def test_pickled_weights_on_the_hub_are_refused(monkeypatch, config_file):
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "words"),
     [
-        (
-            errors.GatedRepoError("gated", response=RESPONSE),
-            "meta-llama/Llama-2-7b-hf is gated: accept its licence on the hub, then set HF_TOKEN in the environment "
-            "to a token of that account; or take an open copy such as NousResearch/Llama-2-7b-hf",
-        ),
-        (
-            errors.RepositoryNotFoundError("unknown", response=RESPONSE),
-            "'meta-llama/Llama-2-7b-hf' is no folder here and no model on the hub (a private one needs HF_TOKEN)",
-        ),
-        (
-            errors.RemoteEntryNotFoundError("no file", response=RESPONSE),
-            "'meta-llama/Llama-2-7b-hf' is no folder here, and on the hub it has no config.json",
-        ),
-        (
-            errors.LocalEntryNotFoundError("not cached"),
-            "'meta-llama/Llama-2-7b-hf' is no folder here, not in the cache, and the hub can't be reached; "
-            "check the network or give a local folder",
-        ),
-        (
-            errors.HfHubHTTPError("401\n\nInvalid token", response=RESPONSE),
-            "'meta-llama/Llama-2-7b-hf' can't be loaded from the hub (check HF_TOKEN): 401 Invalid token",
-        ),
+        (errors.GatedRepoError("gated", response=RESPONSE), ["gated", "HF_TOKEN", "NousResearch/Llama-2-7b-hf"]),
+        (errors.RepositoryNotFoundError("unknown", response=RESPONSE), ["no model on the hub", "HF_TOKEN"]),
+        (errors.RemoteEntryNotFoundError("no file", response=RESPONSE), ["on the hub it has no config.json"]),
+        (errors.LocalEntryNotFoundError("not cached"), ["not in the cache", "the network"]),
+        (errors.HfHubHTTPError("401\n\nInvalid token", response=RESPONSE), ["HF_TOKEN", "401 Invalid token"]),
     ],
 )
-def test_refusals_of_the_hub(monkeypatch, error, message):
+def test_refusals_of_the_hub(monkeypatch, error, words, expect_refusal):
     answering(monkeypatch, error)
-    assert refusal("meta-llama/Llama-2-7b-hf") == message
+    expect_refusal("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf", *words)
 
 
-def test_a_name_that_the_hub_cannot_have():
-    message = "'owner/a name' is no folder here, and on the hub it has no config.json"
-    assert refusal("owner/a name") == message
+def test_a_name_that_the_hub_cannot_have(expect_refusal):
+    expect_refusal("owner/a name", "'owner/a name'", "no config.json")
 
 
 def test_offline_and_not_cached():

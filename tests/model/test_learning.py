@@ -212,10 +212,7 @@ def test_when_nothing_more_can_be_done_it_says_so(built):
     module, _ = built(1)
     with pytest.raises(OutOfRoomError) as error:
         learn(module, PADDED)
-    assert str(error.value) == (
-        "out of memory at a micro-batch of 4 conversations, 60 tokens with padding, after all that could be done in a "
-        "run"
-    )
     assert error.value.rows == 4
+    assert "4 conversations, 60 tokens" in str(error.value)
     with pytest.raises(OutOfRoomError, match="a micro-batch of 1 conversations"):
         learn(built(0)[0], collate(EXAMPLES[:1], 9))

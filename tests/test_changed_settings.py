@@ -99,9 +99,8 @@ def _saved() -> dict[str, bytes]:
 def test_settings_that_make_another_run(
     here: Path, capsys: pytest.CaptureFixture[str], args: list[str], change: str
 ) -> None:
-    assert refusal(capsys, *args) == (
-        f"run was started with other settings: {change}; give --run NAME to start another run"
-    )
+    message = refusal(capsys, *args)
+    assert change in message and "--run NAME" in message
 
 
 def test_settings_that_may_change_are_told_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,18 +164,14 @@ def test_another_template(here: Path, capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_another_precision(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refusal(capsys, "--trainer.precision", "bf16-mixed") == (
-        "its precision changed: 32-true -> bf16-mixed; give --trainer.precision, on a device that has it, "
-        "or --run NAME to start another run"
-    )
+    message = refusal(capsys, "--trainer.precision", "bf16-mixed")
+    assert "precision changed: 32-true -> bf16-mixed" in message and "--run NAME" in message
     assert main([*FIT, "--trainer.precision", "32-true"]) == 0  # what auto had chosen
 
 
 def test_a_shorter_run_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refusal(capsys, "--trainer.max_steps", "4") == (
-        "it has 6 optimizer steps, and is asked for 4; a run can be made longer (trainer.max_steps, "
-        "trainer.max_epochs), not shorter: end it with Ctrl-C or --max_time, or give --run NAME to start another run"
-    )
+    message = refusal(capsys, "--trainer.max_steps", "4")
+    assert all(words in message for words in ("6 optimizer steps", "4", "trainer.max_epochs", "--run NAME"))
 
 
 def test_a_longer_run_takes_the_learning_rate_of_the_longer_schedule(

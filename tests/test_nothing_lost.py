@@ -26,6 +26,7 @@ from lit_qlora.storage import folders
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.run import RunFolder, mend_adapter
 from lit_qlora.storage.state import load_state, save_state
+from tests.expect import ExpectError
 
 QUICK = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1",
          "--save_every_steps", "2", "--samples.count", "0", "--trainer.limit_val_batches", "1"]  # fmt: skip
@@ -608,13 +609,11 @@ def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
     assert Path("run/finished.json").is_file()
 
 
-def test_a_time_limit_that_is_none_is_refused_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_time_limit_that_is_none_is_refused_at_once(here: Path, expect_error: ExpectError) -> None:
     started = time.monotonic()
-    assert main([*FIT, "--max_time", "3h"]) == 2
+    expect_error([*FIT, "--max_time", "3h"], "DD:HH:MM:SS", "'3h'", option="max_time")
     assert time.monotonic() - started < 10
-    assert capsys.readouterr().err == "error: max_time: expected DD:HH:MM:SS, such as 00:03:30:00, got '3h'\n"
-    assert main([*FIT, "--save_every_minutes", "0"]) == 2
-    assert capsys.readouterr().err == "error: save_every_minutes: expected none, or a number above 0, got 0.0\n"
+    expect_error([*FIT, "--save_every_minutes", "0"], "above 0", "0.0", option="save_every_minutes")
     assert not Path("run").exists()
 
 

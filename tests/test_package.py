@@ -21,6 +21,7 @@ from lit_qlora.cli import main
 from lit_qlora.place import CONFIGS, find_config, requirements
 from lit_qlora.tools.doctoring import surroundings
 from scripts.address import address, move
+from tests.expect import ExpectError
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -162,9 +163,8 @@ def test_doctor_takes_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("name", ["colab_t5", "colab_t4.yml", "configs/colab_t4.yaml"])
-def test_a_name_beside_it_is_told(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    assert main(["fit", "--config", name]) == 2
-    assert capsys.readouterr().err == f"error: config: no file {name}; did you mean colab_t4?\n"
+def test_a_name_beside_it_is_told(here: Path, expect_error: ExpectError, name: str) -> None:
+    expect_error(["fit", "--config", name], f"no file {name}", "did you mean colab_t4?", option="config")
 
 
 # As it is installed

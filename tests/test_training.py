@@ -281,9 +281,8 @@ def test_settings_that_make_another_run_start_it_where_none_is_named(
     another = ["--model.rank", "8", "--data.batch_size", "2"]
     assert main(["fit", "--run", "demo", *short, *another]) == 2
     differ = "other settings: data.batch_size: 4 -> 2; model.rank: 16 -> 8; "
-    assert capsys.readouterr().err == (
-        f"error: run: runs/demo was started with {differ}give --run NAME to start another run\n"
-    )
+    told = capsys.readouterr().err
+    assert told.startswith("error: run: runs/demo") and differ in told and "--run NAME" in told
     assert main(["fit", *short, *another]) == 0
     assert f"   run  runs/demo has {differ}this one is runs/demo-2\n" in capsys.readouterr().out
     assert main(["fit", *short, *another]) == 0
@@ -303,9 +302,8 @@ def test_a_config_may_name_the_run_and_an_adapter_keeps_its_rank(
     assert Path("elsewhere/adapter/adapter_config.json").is_file()
     assert not Path("runs").exists()
     assert main(["fit", "--run", "./next", "--model.adapter", "elsewhere/adapter", *short]) == 2
-    assert capsys.readouterr().err == (
-        "error: model.rank: 16, and the adapter elsewhere/adapter has 4; give --model.rank 4\n"
-    )
+    told = capsys.readouterr().err
+    assert told.startswith("error: model.rank: 16") and "elsewhere/adapter has 4" in told
 
 
 BAD: list[tuple[list[str], str | None, str | None, list[str]]] = [

@@ -54,10 +54,15 @@ def verify(folder: Path) -> None:
 
 
 def run_path(name: str) -> Path:
-    """The folder of the run called ``name``: a bare name lies in `RUNS`, and anything with a slash is a path."""
+    """The folder of the run called ``name``: a bare name lies in `RUNS`, and anything with a slash is a path.
+
+    A run of that name in the current folder is used if `RUNS` has none.
+    """
     path = Path(name).expanduser()
     is_bare = path.name == name and name != ".." and not path.drive
-    return RUNS / name if is_bare else path
+    if not is_bare:
+        return path
+    return path if RunFolder(path).config.is_file() and not (RUNS / name).exists() else RUNS / name
 
 
 def unnamed_run(config: str | None, base: str) -> Path:

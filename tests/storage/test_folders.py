@@ -197,7 +197,8 @@ def test_a_truncated_file(whole: Path) -> None:
     os.truncate(whole / "a.txt", 4)
     with pytest.raises(DamagedFolderError) as caught:
         verify_folder(whole)
-    assert str(caught.value) == f"{whole}: 'a.txt': expected bytes=6, found bytes=4"
+    assert caught.value.place == str(whole)
+    assert all(words in str(caught.value) for words in ("'a.txt'", "bytes=6", "bytes=4"))
 
 
 def test_a_zeroed_tail(whole: Path) -> None:
@@ -324,7 +325,7 @@ def test_extra_files_only_if_asked(whole: Path) -> None:
     verify_folder(whole, allow_extra=True)
     with pytest.raises(DamagedFolderError) as caught:
         verify_folder(whole)
-    assert str(caught.value) == (f"{whole}: 'sub/mine.txt': expected only the files of the manifest, found one more")
+    assert caught.value.place == str(whole) and "'sub/mine.txt'" in str(caught.value)
 
 
 # Cut off at every step

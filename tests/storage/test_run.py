@@ -285,9 +285,16 @@ def test_a_bare_name_lies_in_runs_and_anything_with_a_slash_is_a_path(name, expe
     assert run_path(name) == Path(expected)
 
 
-def test_a_name_with_a_tilde_is_a_path(tmp_path, monkeypatch):
+def test_a_run_of_that_name_in_the_current_folder_is_meant_while_runs_has_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_path("~/mine") == tmp_path / "mine"
+    Path("mine").mkdir()
+    assert run_path("mine") == Path("runs/mine")
+    Path("mine/config.yaml").write_text("a: 1\n")
+    assert run_path("mine") == Path("mine")
+    Path("runs/mine").mkdir(parents=True)
+    assert run_path("mine") == Path("runs/mine")
 
 
 def test_only_a_run_folder_can_be_opened(run, tmp_path, expect_error):

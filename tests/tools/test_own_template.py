@@ -84,14 +84,13 @@ def test_chat_writes_the_prompts_of_training(run, by, monkeypatch, capsys):
     assert [ids.count(2) for ids in seen] == [0, 0]
 
 
-def test_predict_takes_the_template_s_own_words_for_forged(run, capsys):
+def test_predict_takes_the_template_s_own_words_for_forged(run, expect_error):
     Path("p.txt").write_text("Who is Silas? [INST]\n", encoding="utf-8")
     assert main(["predict", "--prompts", "p.txt", "--output", "a.jsonl", "--max_new_tokens", "2"]) == 0
     Path("p.txt").write_text("a\nx <|im_start|>user\n", encoding="utf-8")
-    expected = "p.txt:2: turn 1 holds '<|im_start|>user', which could forge a turn or a system text"
-    assert refusal(capsys, "predict", "--prompts", "p.txt", "--output", "b.jsonl") == expected
-    expected = "prompt: it holds '<|im_start|>user', which could forge a turn or a system text"
-    assert refusal(capsys, "chat", "--prompt", "x <|im_start|>user") == expected
+    words = "'<|im_start|>user'", "forge a turn"
+    expect_error(["predict", "--prompts", "p.txt", "--output", "b.jsonl"], "turn 1", *words, place="p.txt:2")
+    expect_error(["chat", "--prompt", "x <|im_start|>user"], *words, option="prompt")
 
 
 def test_the_same_command_is_the_same_run_and_another_template_is_another(run, capsys):
@@ -167,10 +166,11 @@ def test_a_bad_template_is_one_line_before_anything_is_loaded(tmp_path, monkeypa
     )
     assert refusal(capsys, "plan", *fit[3:]).startswith("data.template: with a conversation of 2 turns: the answer")
     Path("t.jinja").write_text("{% for m in messages %}\n{{ m.content }", encoding="utf-8")
-    assert refusal(capsys, *fit) == "data.template: t.jinja: line 2 is no valid Jinja: unexpected '}'"
+    told = refusal(capsys, *fit)
+    assert told.startswith("data.template: t.jinja: line 2") and "unexpected '}'" in told
     fit[-1] = str(CHATML)
     told = refusal(capsys, *fit, "--samples.prompts", '["<|im_start|>user"]')
-    assert told == "samples.prompts: expected texts without <|im_start|>user, got '<|im_start|>user'"
+    assert told.startswith("samples.prompts: ") and "without <|im_start|>user" in told
     assert refusal(capsys, *fit, "--data.system", "<|im_start|>user").startswith("data.system: expected a text without")
     assert not Path("runs").exists() or not any(Path("runs").iterdir())
 

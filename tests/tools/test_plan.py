@@ -83,18 +83,16 @@ def test_what_does_not_fit_says_what_would(plan):
 @pytest.mark.parametrize(
     ("base", "longest"), [("demo", 1024), ("meta-llama/Llama-2-7b-hf", 4096), ("NousResearch/Llama-2-13b-hf", 4096)]
 )
-def test_rows_longer_than_the_context_are_refused(capsys, plan, base, longest):
+def test_rows_longer_than_the_context_are_refused(plan, base, longest, expect_error):
     options = ["--model.base", base, "--data.source", "demo", "--gpu", "h200", "--data.max_length"]
     assert plan(*options, str(longest))[-1].startswith("fits")
-    assert main(["plan", *options, str(longest + 1)]) == 2
-    expected = f"at most {longest:,} tokens, the max_position_embeddings of {base}, got {longest + 1}"
-    assert capsys.readouterr().err == f"error: data.max_length: expected {expected}\n"
+    words = f"{longest:,} tokens", f"max_position_embeddings of {base}", longest + 1
+    expect_error(["plan", *options, str(longest + 1)], *words, option="data.max_length")
 
 
-def test_what_a_fit_refuses_is_refused(capsys):
+def test_what_a_fit_refuses_is_refused(expect_error):
     args = ["plan", "--model.cuda_graphs", "true", "--data.packing", "true", "--data.batch_tokens", "512"]
-    assert main(args) == 2
-    assert capsys.readouterr().err == "error: model.cuda_graphs: expected auto or false with data.packing, got True\n"
+    expect_error(args, "auto or false", "data.packing", option="model.cuda_graphs")
 
 
 @pytest.mark.parametrize(

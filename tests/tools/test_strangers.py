@@ -144,7 +144,8 @@ def test_a_merged_folder_whose_prompts_are_not_known(
 )
 def test_what_is_no_text_in_a_record(run: Path, capsys: pytest.CaptureFixture[str], name: str, value: object) -> None:
     _change(run / "adapter/lit_qlora.json", **{name: value})
-    assert _error("chat", capsys) == f"error: run/adapter: lit_qlora.json: {name}: expected a text, got {value!r}\n"
+    told = _error("chat", capsys)
+    assert told.startswith(f"error: run/adapter: lit_qlora.json: {name}: ") and "a text" in told and repr(value) in told
 
 
 @pytest.mark.parametrize(

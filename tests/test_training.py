@@ -57,7 +57,8 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
     assert {path.name for path in (run / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "lit_qlora.json", "manifest.json", "result.json",
-        "README.md", "curves.png",
+        "README.md", "curves.png", "chat_template.jinja", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]

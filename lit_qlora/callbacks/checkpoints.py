@@ -19,9 +19,10 @@ from lit_qlora.callbacks.record import record_of
 from lit_qlora.callbacks.steps import StepCallback, begin_epoch, is_last_step, validation_follows
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.console import tell
+from lit_qlora.data.chat_template import PROBES, check_template, write_tokenizer
 from lit_qlora.devices.strategy import is_on_edge
 from lit_qlora.devices.world import any_of, by_first, is_first
-from lit_qlora.errors import require
+from lit_qlora.errors import UserError, require
 from lit_qlora.figures.card import write_card
 from lit_qlora.forecast.foresee import Needs
 from lit_qlora.storage.checkpoint_io import check_checkpoint
@@ -89,6 +90,7 @@ class RunCheckpoints(StepCallback, Needs):
         self._kept: dict[str, Any] | None = None
         """The result of the best validation so far, which the adapter on the disk must match."""
         self._resumed_step = 0
+        self._has_checked_tokenizer = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the best adapter of the checkpoint, once no other callback can refuse it.
@@ -227,6 +229,7 @@ class RunCheckpoints(StepCallback, Needs):
 
         def fill(folder: Path) -> None:
             module.save_adapter(folder)
+            self._write_tokenizer(trainer.datamodule, module, folder)  # type: ignore[attr-defined]
             (folder / RESULT).write_text(json.dumps(best.result, indent=2), encoding="utf-8")
             kept = record_of(trainer)
             training_s = next((part.training_s for part in trainer.callbacks if isinstance(part, Throughput)), 0.0)  # type: ignore[attr-defined]
@@ -244,6 +247,22 @@ class RunCheckpoints(StepCallback, Needs):
         finally:
             if now:
                 module.load_state_dict(now)
+
+    def _write_tokenizer(self, data: Any, module: Any, folder: Path) -> None:
+        """Write what other programs need to answer with the adapter; warn once where their prompts would differ."""
+        if getattr(data, "tokenizer_name", None) is None:  # not a `ChatDataModule`, or one of ids
+            return
+        write_tokenizer(folder, data.encoder, module.base.context_tokens)
+        if self._has_checked_tokenizer:
+            return
+        self._has_checked_tokenizer = True
+        try:
+            check_template(folder, data.encoder, PROBES)
+        except UserError as error:
+            tell(
+                f"warning: of some conversations, other programs make other prompts with the tokenizer in "
+                f"{self.run.adapter} than training had (chat and predict do not); {error.remedy}"
+            )
 
     def _copy_adapter(self) -> None:
         """Write the second copy of the adapter, before the checkpoint that goes with it, against damage."""

@@ -8,7 +8,7 @@ from typing import Any
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.data.tokenizer import is_byte_level, load_tokenizer
 from lit_qlora.errors import UserError
-from lit_qlora.text.conversation import Conversation
+from lit_qlora.text.conversation import Conversation, Turn
 
 SPACE_BEFORE_EACH_STRETCH = {
     "type": "Sequence",
@@ -21,6 +21,13 @@ SPACE_BEFORE_EACH_STRETCH = {
 
 KEEP_SPACE_OF_THE_TEXT = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
 """Else Metaspace takes a `SPACE` that a text begins with for the one that it puts there."""
+
+
+PROBES = (
+    Conversation((Turn("user", "Hello"),)),
+    Conversation((Turn("user", "What is 2 + 3?"), Turn("assistant", "It is 5."), Turn("user", "And 3 + 3?"))),
+)
+"""Prompts on which a tokenizer is tried when it is written."""
 
 
 def special_ids(encoder: Encoder) -> dict[str, Any]:

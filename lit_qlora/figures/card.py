@@ -97,7 +97,6 @@ def card(
         cost=[*_cost(figures, step, training_s)],
         step=step,
         curves=CURVES if has_curves else None,
-        ask=prompt_format.ask(),
         fence=next("`" * length for length in itertools.count(3) if "`" * length not in text),
         config=text,
     )
@@ -182,10 +181,6 @@ def _cost(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float
 
 def addressed(text: str, to: str) -> str:
     """The card ``text`` for readers on the hub, in the repository ``to``."""
-    opened = f'open("this-folder/{RECORD}"'
-    if opened in text:
-        text = text.replace(opened, f'open(hf_hub_download("{to}", "{RECORD}")')
-        text = text.replace("import torch\n", "import torch\nfrom huggingface_hub import hf_hub_download\n", 1)
     chat = "`python main.py chat --adapter this-folder"
     return text.replace('"this-folder"', f'"{to}"').replace(
         chat, f"`hf download {to} --local-dir this-folder`, then {chat}"

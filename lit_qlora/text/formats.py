@@ -6,7 +6,7 @@ a file in ``templates/``, and nothing else. Knows no token ids.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -193,12 +193,30 @@ class PromptFormat(ABC):
         return "take a base with Llama 2's tokenizer"
 
     @abstractmethod
-    def modelfile(self, weights: Path) -> str:
-        """Ollama's ``Modelfile`` beside the GGUF file ``weights``. Raises ValueError if there can be none."""
+    def go_template(self) -> str:
+        """The prompts as a Go template, which Ollama takes; without the first BOS, which llama.cpp adds.
 
-    @abstractmethod
-    def ask(self) -> str:
-        """Python code of a model card that asks ``model`` a question through ``tokenizer``, and sets ``answer``."""
+        Go can't trim: white space around a message stays, which training removed. Raises ValueError if there can be
+        none.
+        """
+
+    def modelfile(self, weights: Path, stops: Sequence[str] = ()) -> str:
+        """Ollama's ``Modelfile``.
+
+        Args:
+            weights: The GGUF file beside it, which names EOS.
+            stops: All special tokens that end an answer.
+
+        Raises:
+            ValueError: There can be none.
+        """
+        template = self.go_template()
+        if '"""' in template + (self.system or ""):
+            raise ValueError("its prompts or the system text hold three quotes, which a Modelfile can't hold")
+        lines = [f"FROM ./{weights.name}", f'TEMPLATE """{template}"""']
+        lines += [f'SYSTEM """{self.system}"""'] if self.system else []
+        lines += [f'PARAMETER stop "{stop}"' for stop in stops] if {*stops} - {self.spelled.eos} else []
+        return "\n".join(lines) + "\n"
 
 
 def built_in() -> dict[str, str]:

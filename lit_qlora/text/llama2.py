@@ -7,7 +7,6 @@
 import hashlib
 import json
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_qlora.errors import UserError
@@ -59,10 +58,6 @@ _GO = """\
 {{- else if eq .Role "assistant" }} {{ .Content }} </s>
 {{- end }}
 {{- end }}"""
-
-_ASK = """\
-prompt = tokenizer(TEXT, return_tensors="pt").to(model.device)
-answer = model.generate(**prompt, max_new_tokens=256)[0, prompt.input_ids.shape[1] :]"""
 
 _SAMPLE = Conversation((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")), "e")
 
@@ -146,19 +141,9 @@ class Llama2(PromptFormat):
         """For another tokenizer, there are formats that it can write."""
         return f"{super().tokenizer_remedy}, or train with a data.template such as chatml"
 
-    def modelfile(self, weights: Path) -> str:
-        """Ollama's templates can't trim: white space around a message stays, which training took away."""
-        lines = [f"FROM ./{weights.name}", f'TEMPLATE """{_GO}"""']
-        if self.system:
-            if '"""' in self.system:
-                raise ValueError("the system text holds three quotes, which a Modelfile can't hold")
-            lines.append(f'SYSTEM """{self.system}"""')
-        return "\n".join(lines) + "\n"
-
-    def ask(self) -> str:
-        """The prompt itself: there is no chat template beside an adapter."""
-        asked = Conversation((Turn("user", "Your question"),), self.system)
-        return _ASK.replace("TEXT", json.dumps(segments(asked)[0].text, ensure_ascii=False))
+    def go_template(self) -> str:
+        """The format by hand, for its system text stands within the first question."""
+        return _GO.replace("<s>", self.spelled.bos).replace("</s>", self.spelled.eos)
 
 
 def segments(conversation: Conversation) -> list[Segment]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import jinja2
@@ -32,6 +31,9 @@ SHOWN = 30
 
 _MARK = re.compile("\ue000(\\d+)\ue001")
 """The mark for a turn's text, by its number: 0 is the system text, n is turn n."""
+
+_EDGE = "\ue002"
+"""Stands between a prompt and an answer."""
 
 _CLOSING = re.compile(rf"{_MARK.pattern}(?P<closing><[^<>\s]+>|\[[^\[\]\s]+\]|\S+)")
 """A turn's text, and what closes the turn right after it."""
@@ -56,22 +58,6 @@ _OPENING = """\
 
 # Training had no clock, so that a template with a date of its own to fall back on took that.
 _NO_CLOCK = "{%- set strftime_now = lit_qlora.no_clock %}\n"
-
-# A tokenizer of transformers 5 puts no space before a word that follows a special token, unless it is a text by itself.
-_ASK = """\
-with open("this-folder/lit_qlora.json", encoding="utf-8") as file:
-    record = json.load(file)
-messages = [SYSTEM{"role": "user", "content": "Your question"}]
-text = tokenizer.apply_chat_template(
-    messages, chat_template=record["template"], tokenize=False, add_generation_prompt=True
-)
-specials = "|".join(map(re.escape, tokenizer.all_special_tokens))
-prompt = []
-for piece in filter(None, re.split(f"({specials})", text)):  # as in training: each stretch by itself
-    special = piece in tokenizer.all_special_tokens
-    prompt += [tokenizer.convert_tokens_to_ids(piece)] if special else tokenizer.encode(piece, add_special_tokens=False)
-prompt = torch.tensor([prompt], device=model.device)
-answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=256)[0, prompt.shape[1] :]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,17 +265,36 @@ class Template(PromptFormat):
         """For a template, there is another."""
         return f"{super().tokenizer_remedy}, or end the prompts of {self.title} in a line's end"
 
-    def modelfile(self, weights: Path) -> str:
-        """Raises ValueError: there is none."""
-        raise ValueError(
-            "this model was trained with data.template, which is Jinja, and Ollama's templates are not; "
-            f"{weights.name} holds it for llama.cpp: llama-cli --jinja -m {weights}"
-        )
+    def go_template(self) -> str:
+        """What it writes around each text said, if that is the same from turn to turn."""
+        head, *turns = self._around(False)
+        prompts, ends = turns[0::2], turns[1:-1:2]
+        try:
+            opening, after, *turns_then = self._around(True)
+        except ValueError:  # it takes no system text
+            opening, after, turns_then = None, "", turns
+        if (
+            len({*prompts}) > 1
+            or len({*ends}) > 1
+            or turns_then != turns
+            or "{{" in "".join([opening or "", after, head, *turns])
+        ):
+            raise ValueError("its prompts differ from turn to turn, or hold {{, which Ollama's templates can't have")
+        (prompt, lead), (end, following) = (text.split(_EDGE) for text in (prompts[0], ends[0]))
+        first = f"{{{{ if .System }}}}{opening}{{{{ .System }}}}{after}{{{{ else }}}}{head}{{{{ end }}}}"
+        first = head if opening is None else first
+        asked = f"{{{{ if $later }}}}{following}{{{{ end }}}}{{{{ $later = true }}}}{{{{ .Content }}}}{prompt}"
+        answered = f'{{{{ else if eq .Role "assistant" }}}}{lead}{{{{ .Content }}}}{end}{{{{ end }}}}'
+        turn = f'{{{{ if eq .Role "user" }}}}{asked}{answered}'
+        return f"{{{{ $later := false }}}}{first}{{{{ range .Messages }}}}{turn}{{{{ end }}}}"
 
-    def ask(self) -> str:
-        """By the template in the adapter's record."""
-        system = '{"role": "system", "content": record["system"]}, '
-        return _ASK.replace("SYSTEM", system if self.system else "")
+    def _around(self, has_system: bool) -> list[str]:
+        """What stands before, between and behind the texts said in three rounds, with `_EDGE` at answers' edges."""
+        written, was_answer = "", False
+        for piece in self._structure(3, has_system):
+            written += _EDGE * (piece.is_answer != was_answer) + piece.text
+            was_answer = piece.is_answer
+        return _MARK.split(written.removeprefix(self.spelled.bos))[::2]
 
     def _fill(self, said: Sequence[str]) -> list[Piece]:
         """The pieces of a conversation of a system text, which may be empty, and of turns."""

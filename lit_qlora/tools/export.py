@@ -176,12 +176,17 @@ def _is_gguf(path: Path) -> bool:
 
 def _write_modelfile(model: Path, target: Path, beside: Path) -> None:
     """Write the Modelfile of a merged model, whose prompt format is recorded."""
+    from lit_qlora.data.encode import Encoder
+    from lit_qlora.data.tokenizer import load_tokenizer
+
     record = model / RECORD
     if not record.is_file():
         print(f"no Modelfile: {model} does not record the prompt format it was trained with (it has no {RECORD})")
         return
     try:
-        beside.write_text(from_record(read_object(record), model, RECORD).modelfile(target), encoding="utf-8")
+        encoder = Encoder(load_tokenizer(str(model)), 1, prompt_format=from_record(read_object(record), model, RECORD))
+        stops = encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids)
+        beside.write_text(encoder.prompt_format.modelfile(target, stops), encoding="utf-8")
     except (ValueError, UserError) as error:
         print(f"no Modelfile: {error}")
         return

@@ -1,22 +1,26 @@
 """The model card: what was measured and nothing else, in the hub's form, without a trace of the machine."""
 
-import ast
 import getpass
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, GenerationConfig
 
 from lit_qlora import demo
 from lit_qlora.cli import main
+from lit_qlora.data.chat_template import write_tokenizer
+from lit_qlora.data.encode import Encoder
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.figures.card import addressed, card, merged_card, published
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.storage.folders import verify_folder
-from lit_qlora.text import llama2
 from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.formats import chosen
 
 CONFIG = {
     "seed_everything": 42,
@@ -60,12 +64,27 @@ def test_the_card_of_a_llama_2_adapter():
 
 
 @pytest.mark.parametrize("system", [None, 'Be "brief" ü and\nkind.'])
-def test_its_lines_of_python_ask_as_in_training(system):
+def test_its_lines_of_python_ask_as_in_training(system, tmp_path, capsys):
+    """In other programs, by what lies in the adapter's folder; the model is told where answers stop."""
+    encoder = Encoder(load_tokenizer("demo"), 512, prompt_format=chosen(system=system))
+    write_tokenizer(tmp_path, encoder, 512)
+    expected = encoder.prompt(Conversation((Turn("user", "Your question"),)))
+    said = encoder.tokenizer("Yes.", add_special_tokens=False)["input_ids"]
+
+    class Model:
+        device = "cpu"
+
+        def generate(self, input_ids, attention_mask, max_new_tokens):
+            assert input_ids.tolist() == [expected] and self.generation_config.eos_token_id == encoder.eos_id
+            return torch.tensor([[*expected, *said, encoder.eos_id]])
+
     text = card("a/b", CONFIG | {"data": {"source": "x/y", "system": system}}, {}, 7, 0.0)
-    (asked,) = re.findall(r"^prompt = tokenizer\((.+), return_tensors", text, re.MULTILINE)
-    expected = llama2.segments(Conversation((Turn("user", "Your question"),), system))[0].text
-    assert ast.literal_eval(asked) == expected
-    assert expected.startswith("[INST] <<SYS>>\n" if system else "[INST] Your question")
+    code = (
+        text.split("```python\n")[1].split("```")[0].partition("PeftModel.from_pretrained(base, ")[2].partition("\n")[2]
+    )
+    names = {"model": Model(), "AutoTokenizer": AutoTokenizer, "GenerationConfig": GenerationConfig}
+    exec(code.replace("this-folder", str(tmp_path)), names)
+    assert capsys.readouterr().out == "Yes.\n"
 
 
 def test_words_that_look_like_a_place_stay_whole():
@@ -77,8 +96,9 @@ def test_words_that_look_like_a_place_stay_whole():
 def test_on_the_hub_a_card_leads_to_its_repository():
     own = CONFIG | {"data": {"source": "x/y", "template": "{{ eos_token }}"}}
     text = addressed(card("a/b", own, {}, 7, 0.0), "ann/mine")
-    assert 'open(hf_hub_download("ann/mine", "lit_qlora.json"), encoding="utf-8")' in text
-    assert "import torch\nfrom huggingface_hub import hf_hub_download\n" in text
+    assert (
+        'AutoTokenizer.from_pretrained("ann/mine")' in text and 'GenerationConfig.from_pretrained("ann/mine")' in text
+    )
     assert 'PeftModel.from_pretrained(base, "ann/mine")' in text
     assert "`hf download ann/mine --local-dir this-folder`, then `python main.py chat --adapter this-folder" in text
     compile(text.split("```python\n")[1].split("```")[0], "card", "exec")

@@ -1,5 +1,7 @@
 """A prompt format, whichever it is: what is recorded of it makes it again, and what was altered does not."""
 
+import importlib.util
+import re
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -105,8 +107,6 @@ def test_the_modelfile():
     assert text.endswith('{{- end }}"""\nSYSTEM """Be kind."""\n')
     with pytest.raises(ValueError, match="three quotes"):
         chosen(system='a """ b').modelfile(Path("mine.gguf"))
-    with pytest.raises(ValueError, match=r"which is Jinja, .*llama-cli --jinja -m x/mine\.gguf$"):
-        chosen(CHATML).modelfile(Path("x/mine.gguf"))
 
 
 OTHER_TOKENS = SpecialTokens("<|im_start|>", "<|im_end|>", ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
@@ -247,3 +247,62 @@ def test_special_tokens_of_the_tokenizer_are_marks_however_it_spells_them():
     marks = chosen().of(tokens).marks
     assert {"<a>", "<b>", "<my pad>", "</s>", "<pad>"} <= {*marks}
     assert "x" not in marks
+
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def by_ollama(one, conversation):
+    """What the Modelfile makes of a conversation, behind the BOS that llama.cpp adds."""
+    spec = importlib.util.spec_from_file_location("go_template", Path(__file__).with_name("go_template.py"))
+    go_template = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(go_template)
+    template = re.search(r'TEMPLATE """(.*?)"""\n', one.modelfile(Path("x.gguf")), re.DOTALL)[1]
+    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    rows = [*system, *({"role": turn.role, "content": turn.content} for turn in conversation.turns)]
+    return one.spelled.bos + go_template.render(template, conversation.system or "", rows)
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("tokens", [LLAMA_3, NO_BOS], ids=["llama3", "qwen"])
+def test_ollama_writes_the_prompts_of_training(name, tokens):
+    source = SMOLLM2 if name == "base" else read_template(name)
+    if name == "llama3" and tokens is NO_BOS:
+        return
+    for system in (None, "Be brief."):
+        one = chosen(source).of(OTHER_TOKENS if name == "base" else tokens)
+        for count in (1, 3, 5):
+            turns = [Turn(("user", "assistant")[place % 2], f"{place}: a\nb") for place in range(count)]
+            asked = Conversation(tuple(turns), system)
+            text = "".join(piece.text for piece in one.pieces(asked))
+            if name == "llama2":  # an answer's space is its tokenizer's
+                text = text.replace("[/INST]1", "[/INST] 1").replace("[/INST]3", "[/INST] 3")
+            assert by_ollama(one, asked) == text
+
+
+def test_ollama_stops_where_answers_end():
+    one = chosen(read_template("llama3")).of(LLAMA_3)
+    text = one.modelfile(Path("x.gguf"), ["<|eot_id|>", "<|end_of_text|>"])
+    assert text.endswith('PARAMETER stop "<|eot_id|>"\nPARAMETER stop "<|end_of_text|>"\n')
+    assert "PARAMETER" not in chosen().of(SpecialTokens()).modelfile(Path("x.gguf"), ["</s>"])  # which the weights name
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content + eos_token }}"
+        "{% if loop.index == 2 %}!{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
+        "{% for m in messages %}{{ '{{' + m.role + '}}' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '{{assistant}}' }}{% endif %}",
+    ],
+)
+def test_prompts_that_go_can_t_write_have_no_modelfile(source):
+    one = chosen(source).of(SpecialTokens())
+    one.check()
+    with pytest.raises(ValueError, match="which Ollama's templates can't have"):
+        one.modelfile(Path("x.gguf"))

@@ -9,7 +9,6 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
 from lit_qlora.data.encode import Encoder
@@ -202,22 +201,21 @@ def test_merge_and_export(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     capsys.readouterr()
     assert main(["export", "--model", "merged", "--output", "x.gguf"]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "no Modelfile: this model was trained with data.template, which is Jinja, and Ollama's templates are not; "
-        "x.gguf holds it for llama.cpp: llama-cli --jinja -m x.gguf"
-    ]
-    assert Path("x.gguf").is_file() and not Path("x.Modelfile").exists()
+    assert "try it: ollama create x -f x.Modelfile" in capsys.readouterr().out
+    assert Path("x.gguf").is_file()
+    text = Path("x.Modelfile").read_text(encoding="utf-8")
+    assert "{{ else }}<|im_start|>user\n{{ end }}{{ range .Messages }}" in text and text.endswith(
+        'SYSTEM """Be brief."""\n'
+    )
 
 
 def test_the_card_s_way_to_write_a_prompt_gives_the_ids_of_training(run):
     card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "for conversations in a format of its own: the Jinja template in `lit_qlora.json`." in card
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["data"]["template"] == SOURCE
-    code = card.split("```python\n")[1].split("```")[0]
-    head, rest = code.split("tokenizer = ")
-    body = rest.partition("\n")[2].partition("\nprompt = torch")[0].replace("this-folder", str(run / "adapter"))
-    names = {"tokenizer": AutoTokenizer.from_pretrained(demo.BASE)}
-    exec(head.partition("\nimport torch")[0] + "\n" + body, names)
+    assert 'tokenizer = AutoTokenizer.from_pretrained("this-folder")' in card
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")  # without lit-qlora, and without a config.json
+    chat = [{"role": "user", "content": "Your question"}]
     expected = Answerer(str(run)).encoder.prompt(Conversation((Turn("user", "Your question"),)))
-    assert names["prompt"] == expected
+    assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == expected
     assert json.loads((run / "adapter" / "lit_qlora.json").read_text(encoding="utf-8"))["system"] == "Be brief."

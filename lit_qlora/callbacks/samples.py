@@ -15,7 +15,7 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.figures.samples import CONTEXT, LIMIT, SampleAnswer, counts, line, table
 from lit_qlora.forecast.foresee import Needs
 from lit_qlora.forecast.memory import Samples
-from lit_qlora.model.generate import PROMPTS_AT_ONCE, Sampling
+from lit_qlora.model.generate import PROMPTS_AT_ONCE, Sampling, stop_texts
 from lit_qlora.text.conversation import Conversation, Turn
 
 
@@ -31,7 +31,7 @@ class SampleAnswers(Callback, Needs):
         top_k: sample from this many likeliest tokens; 0: from all.
         min_p: sample from tokens at least this share as likely as the likeliest.
         repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
-        stop: texts that end an answer and are not part of it.
+        stop: a text that ends an answer and is not part of it, or a list of them.
     """
 
     @checked_arguments("samples")
@@ -45,13 +45,13 @@ class SampleAnswers(Callback, Needs):
         top_k: int = 0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        stop: list[str] | None = None,
+        stop: str | list[str] = "",
     ) -> None:
         require(count >= 0, "samples.count", "0 or more", count)
         require(not prompts or all(text.strip() for text in prompts), "samples.prompts", "no empty ones", prompts)
         try:
             self.sampling = Sampling(
-                max_new_tokens, temperature, top_p, 0, top_k, min_p, repetition_penalty, stop=tuple(stop or ())
+                max_new_tokens, temperature, top_p, 0, top_k, min_p, repetition_penalty, stop_texts(stop)
             )
         except UserError as error:
             raise error.replace(option=f"samples.{error.option}") from error

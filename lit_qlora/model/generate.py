@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora.errors import require
+from lit_qlora.storage.files import parse_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,11 +52,24 @@ class Sampling:
         require(self.top_k >= 0, "top_k", "a number of tokens, or 0 for all", self.top_k)
         require(0 <= self.min_p <= 1, "min_p", "a share from 0 to 1", self.min_p)
         require(0 < penalty < float("inf"), "repetition_penalty", "above 0; 1 is none", penalty)
-        require(all(self.stop), "stop", "texts of at least one character", self.stop)
+        require(all(self.stop), "stop", "texts of at least one character", [*self.stop])
         if not self.temperature:
             for name in ("top_p", "top_k", "min_p"):
                 value, expected = getattr(self, name), "it left out at temperature 0, which takes the likeliest token"
                 require(value == getattr(type(self), name), name, expected, value)
+
+
+def stop_texts(given: str | Sequence[str]) -> tuple[str, ...]:
+    """The texts that an option ``stop`` names: itself, those of a JSON list that it is, or none where it is empty."""
+    if not isinstance(given, str):
+        return tuple(given)
+    try:
+        told = parse_json(given.encode(errors="surrogatepass"))
+    except ValueError:
+        told = None
+    if isinstance(told, list) and told and all(isinstance(text, str) for text in told):
+        return tuple(told)
+    return (given,) if given else ()
 
 
 def generate(

@@ -8,7 +8,7 @@ import os
 import sys
 
 from lit_qlora.errors import UserError, require
-from lit_qlora.model.generate import Sampling
+from lit_qlora.model.generate import Sampling, stop_texts
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering.answerer import Answerer, check_prompt, refusal
 from lit_qlora.tools.answering.dialog import cut_note
@@ -27,7 +27,7 @@ def chat(
     top_k: int = 0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    stop: list[str] | None = None,
+    stop: str = "",
     seed: int = 0,
     max_new_tokens: int = 256,
     web: bool = False,
@@ -48,16 +48,14 @@ def chat(
         top_k: sample from this many likeliest tokens; 0: from all.
         min_p: sample from tokens at least this share as likely as the likeliest.
         repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
-        stop: texts that end an answer and are not part of it, such as '["###", "User:"]'.
+        stop: a text that ends an answer and is not part of it, or a list of them, such as '["###", "User:"]'.
         seed: seed of sampling.
         max_new_tokens: most tokens of an answer.
         web: chat in a browser instead (pip install -r requirements-web.txt).
         share: with --web, request a public link from gradio's servers, as needed on Colab.
         port: with --web, the port to listen at; default: the first free one from 7860 on.
     """
-    sampling = Sampling(
-        max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, stop=tuple(stop or ())
-    )
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, stop_texts(stop))
     source = {"option": "prompt"}
     if web:
         require(prompt is None, "prompt", "no question beside --web, where it is asked on the page", prompt)

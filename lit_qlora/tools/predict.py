@@ -18,7 +18,7 @@ from lit_qlora.data.files import COMPRESSED, ENDINGS, read_rows
 from lit_qlora.data.forms import RowError, columns_of, forms_for, read_row
 from lit_qlora.data.records import Counts
 from lit_qlora.errors import UserError, require
-from lit_qlora.model.generate import Sampling
+from lit_qlora.model.generate import Sampling, stop_texts
 from lit_qlora.storage.files import SaveError, output_path
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
@@ -41,7 +41,7 @@ def predict(
     top_k: int = 0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    stop: list[str] | None = None,
+    stop: str = "",
     seed: int = 0,
     batch_size: int = 8,
 ) -> None:
@@ -60,13 +60,11 @@ def predict(
         top_k: sample from this many likeliest tokens; 0: from all.
         min_p: sample from tokens at least this share as likely as the likeliest.
         repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
-        stop: texts that end an answer and are not part of it, such as '["###", "User:"]'.
+        stop: a text that ends an answer and is not part of it, or a list of them, such as '["###", "User:"]'.
         seed: seed of sampling.
         batch_size: prompts per batch.
     """
-    sampling = Sampling(
-        max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, stop=tuple(stop or ())
-    )
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, stop_texts(stop))
     require(batch_size >= 1, "batch_size", "at least 1", batch_size)
     target = output_path(output)
     unfinished = Unfinished(target)

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
 )
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.generate import Sampling, generate
+from lit_qlora.model.generate import Sampling, generate, stop_texts
 
 PROMPTS = [[1, 77, 400, 31], [1, 9], [1, 300, 12, 45, 8, 260, 19]]
 NEVER = 511
@@ -240,6 +240,25 @@ def test_a_listener_stops_an_answer(model):
 
 
 @pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ("", ()),
+        ("###", ("###",)),
+        ("[INST]", ("[INST]",)),
+        ('["###", "User:"]', ("###", "User:")),
+        (r'["\n\n"]', ("\n\n",)),
+        ("[1]", ("[1]",)),
+        ("5", ("5",)),
+        ("null", ("null",)),
+        ("[]", ("[]",)),
+        (["a", "b"], ("a", "b")),
+    ],
+)
+def test_a_stop_text_is_a_text_or_a_list_of_them(given, texts):
+    assert stop_texts(given) == texts
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
@@ -250,7 +269,7 @@ def test_a_listener_stops_an_answer(model):
         ({"min_p": float("nan")}, "min_p: expected a share from 0 to 1, got nan"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: expected above 0; 1 is none, got 0.0"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty: expected above 0; 1 is none, got inf"),
-        ({"stop": ("a", "")}, "stop: expected texts of at least one character, got ('a', '')"),
+        ({"stop": ("a", "")}, "stop: expected texts of at least one character, got ['a', '']"),
         ({"top_k": 5}, "top_k: expected it left out at temperature 0, which takes the likeliest token, got 5"),
         ({"min_p": 0.5}, "min_p: expected it left out at temperature 0, which takes the likeliest token, got 0.5"),
         ({"top_p": 0.5}, "top_p: expected it left out at temperature 0, which takes the likeliest token, got 0.5"),

@@ -86,7 +86,7 @@ def fit_actions(verb: str = "fit") -> list[Any]:
 
     with suppress(SystemExit):
         Parsed(start.Command([verb]), ExitStack())
-    ours = dict(re.findall(r"^ {4}(\w+): (.+)$", inspect.getdoc(QLoRATrainer) or "", re.MULTILINE))
+    ours = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)$", inspect.getdoc(QLoRATrainer) or "", re.MULTILINE))
     found = []
     for action in parsers[0]._actions:
         section, _, name = action.dest.rpartition(".")

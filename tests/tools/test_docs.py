@@ -66,7 +66,7 @@ def commands(block: Block) -> Iterator[str]:
 
 def run(command: str) -> None:
     words = shlex.split(command)
-    if words[:2] == ["python", "main.py"] and not {"|", ">", "&&"} & {*words}:
+    if words[:2] == ["python", "main.py"] and not {"|", ">", "&&", "--trainer.devices"} & {*words}:
         if words[2] == "fit" and not re.search(r"max_steps|max_epochs|--config (callback|logger)", command):
             words += FEW
         assert main(words[2:]) == 0, command

@@ -157,7 +157,14 @@ class ChatDataModule(LightningDataModule):
             if self._awaits_base:
                 self.prompt_format = _prompt_format(_template_of(self.tokenizer), self.prompt_format.system)
                 self._awaits_base = False
-            self._encoder = Encoder(self.tokenizer, self.max_length, self.train_on, self.prompt_format)
+            try:
+                self._encoder = Encoder(self.tokenizer, self.max_length, self.train_on, self.prompt_format)
+            except UserError as error:
+                if error.option != "data.template" or self.prompt_format.source != template_beside(self.tokenizer):
+                    raise
+                raise error.replace(
+                    problem=f"the base's own can't be learned: {error.problem}", remedy=_instead_of(self.prompt_format)
+                ) from error
         return self._encoder
 
     @property
@@ -469,6 +476,15 @@ LARGEST_TEMPLATE = 1_000_000
 """Most bytes of a template's file; the longest known has 30,000."""
 
 
+BUILT_IN_BY_MARK = {
+    "<|im_start|>": "chatml",
+    "<|start_header_id|>": "llama3",
+    "<|user|>": "zephyr",
+    "[INST]": LLAMA_2,
+}
+"""The built-in format that writes turns as a base's own template with such a mark does."""
+
+
 def is_template(value: str) -> bool:
     """True if ``value`` is a template itself, not a file name."""
     return "{{" in value or "{%" in value
@@ -519,6 +535,15 @@ def _template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
             remedy=f"take one of {', '.join([LLAMA_2, *built_in()])}, or a file with one",
         )
     return text
+
+
+def _instead_of(prompt_format: PromptFormat) -> str:
+    """What to do about a base's own template that can't be learned: Qwen3's, say, thinks in its last answer alone."""
+    source = prompt_format.source or ""
+    name = next((name for mark, name in BUILT_IN_BY_MARK.items() if mark in source), None)
+    if name is None:
+        return f"or take another: {', '.join([LLAMA_2, *built_in()])}"
+    return f"or give --data.template {name}, which writes such turns, too"
 
 
 def _read_template_file(name: str) -> str:

@@ -1,10 +1,13 @@
 """Tokenizers that are not Llama 2's: their own ids, whatever class is named; one BOS or none; templates that agree."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer
 
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.chat_template import check_template, messages, write_tokenizer
+from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.text.formats import chosen
@@ -109,3 +112,34 @@ def test_llama_2s_format_is_published_where_the_tokenizer_writes_it_and_refused_
 def test_what_is_told_of_a_template_without_bos(encoder_of):
     assert not [line for line in encoder_of("qwen", EOS_CHATML).prompt_format.notes() if "BOS" in line]
     assert [line for line in encoder_of("yi", EOS_CHATML).prompt_format.notes() if "writes no BOS" in line]
+
+
+# Of the kind of Qwen2.5's and Qwen3's own: a system text by default, tools; thoughts before the last answer alone.
+SPEAKS_FIRST = (
+    "{%- if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}{%- if message.role == 'assistant' and message.tool_calls %}{{- 'tools' }}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+THINKS = SPEAKS_FIRST.replace(
+    "{%- else %}{{- '<|im_start|>' + message.role + '\\n'",
+    "{%- else %}{{- '<|im_start|>' + message.role + '\\n' + ('<think>\\n\\n</think>\\n\\n' if loop.last and "
+    "message.role == 'assistant' else '')",
+)
+
+
+@pytest.mark.parametrize("own", [SPEAKS_FIRST, THINKS], ids=["speaks first", "thinks"])
+def test_a_base_s_own_template_is_used_or_the_built_in_one_like_it_named(tmp_path, own, expect_error):
+    folder = save_tokenizer(tmp_path, "qwen")
+    config = TOKENIZERS["qwen"][1] | {"chat_template": own}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    data = ChatDataModule(template="base", tokenizer=str(folder))
+    if own is THINKS:
+        error = expect_error(lambda: data.encoder, "the base's own", "<think>", option="data.template")
+        assert "--data.template chatml" in str(error)
+        return
+    (example,) = data.encoder.examples([said("Ann", "Tom")])
+    text = data.encoder.tokenizer.decode(example.input_ids)
+    assert text.startswith("<|im_start|>system\nYou are kind.<|im_end|>\n<|im_start|>user\nAnn<|im_end|>\n")
+    assert text.endswith("<|im_start|>assistant\nTom<|im_end|>")
+    assert data.encoder.tokenizer.decode([one for one in example.labels if one != IGNORE_INDEX]) == "Tom<|im_end|>"

@@ -117,7 +117,7 @@ def look(trainer: Any, data: ChatDataModule, num_shown: int, shown_row: str | No
         UserError: as a fit does for rows, format and options; and where there is no such row to show.
     """
     data.setup("fit")
-    num_steps, devices, accumulate = data.num_optimizer_steps(), trainer.world_size, trainer.accumulate_grad_batches
+    num_steps, accumulate = data.num_optimizer_steps(), trainer.accumulate_grad_batches
     data.trainer, data.num_workers = None, 0  # every row of an epoch, whatever a Trainer takes of it
     parts, found, in_batches = list[Part](), list[Found](), list[list[_Row | None]]()
     judge = Judge(data.encoder)
@@ -131,7 +131,7 @@ def look(trainer: Any, data: ChatDataModule, num_shown: int, shown_row: str | No
         if (row := in_batches[side][number]) is not None
     ]
     lengths = data.rows("train")[1].lengths
-    batchings = [_batching(plan, data, lengths, devices, accumulate) for plan in _plans(data, lengths)]
+    batchings = [_batching(plan, data, lengths, accumulate) for plan in _plans(data, lengths)]
     doubles = find_doubles(parts[0].conversations, parts[1].conversations)
     return Look(parts, data.max_length, batchings, num_steps, doubles, found, shown, data.encoder.prompt_format.notes())
 
@@ -229,9 +229,9 @@ def _plans(data: ChatDataModule, lengths: Sequence[int]) -> list[BatchPlan]:
     return [by_rows, BatchPlan(data.plan.rows, budget), BatchPlan(data.plan.rows, budget, packed=True)]
 
 
-def _batching(plan: BatchPlan, data: ChatDataModule, lengths: Sequence[int], devices: int, accumulate: int) -> Batching:
+def _batching(plan: BatchPlan, data: ChatDataModule, lengths: Sequence[int], accumulate: int) -> Batching:
     batches = plan.epoch(lengths, data.seed, 0)
     places = sum(plan.places(batch, lengths) for batch in batches)
     kind: Literal["rows", "tokens", "packed"] = "packed" if plan.packed else "tokens" if plan.tokens else "rows"
-    steps = -(-(len(batches) // devices) // accumulate)
+    steps = -(-len(batches) // accumulate)  # of all devices together
     return Batching(kind, plan, len(batches), steps, 1 - sum(lengths) / places, plan == data.plan)

@@ -36,7 +36,7 @@ def page(seen: Look, accepted: Collection[str]) -> str:
         counts=words.counts(seen.parts),
         losses=[(part.name, *loss) for part in seen.parts for loss in words.losses(part, seen.max_length)],
         notes=seen.notes,
-        lengths=words.lengths_in_words(seen),
+        lengths=f"{words.lengths_in_words(seen)}: {words.longest(seen)}",
         bins=bins,
         most=max(one.size for one in bins),
         cap=words.cap_in_words(seen),
@@ -46,6 +46,6 @@ def page(seen: Look, accepted: Collection[str]) -> str:
             (title, len(words.doubles_of(seen, kind)), words.doubles_of(seen, kind)[:NAMED])
             for kind, title in words.DOUBLES.items()
         ],
-        rows=[("".join(words.title_of(row)), [*stretches(row.tokens)]) for row in seen.shown],
+        rows=[(" ".join(words.title_of(row)), [*stretches(row.tokens)]) for row in seen.shown],
     )
     return f"{MARK}\n{body}"

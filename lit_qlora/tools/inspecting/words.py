@@ -1,5 +1,7 @@
 """Owns the words of an inspection on a terminal, in 80 columns; colour is an addition, never the only sign.
 
+Only where a row stands is never cut or broken, however long its path: it is there to be copied, and to be searched for.
+
 Knows a look, and nothing of options and files.
 """
 
@@ -11,11 +13,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from lit_qlora.console import WIDTH
 from lit_qlora.data.view import Token, columns, printable, shortened, stretches
 from lit_qlora.tools.inspecting.look import Batching, Found, Look, Part, Shown
 from lit_qlora.tools.inspecting.verdict import KINDS, REMEDIES
 
-WIDTH, BAR, PLACE = 80, 40, 60
+BAR = 40
 NAMED = 5
 """Rows that are named for each fault, and doubles of each kind; the page has all."""
 NUMBERS = 100
@@ -72,7 +75,7 @@ def _counts(seen: Look) -> Iterator[str]:
     for title, values in counts(seen.parts):
         yield f"{title:30}" + "".join(f"{value:>14,}" for value in values)
     for part in seen.parts:
-        yield f"{part.name}: {shortened(printable(part.source), WIDTH - len(part.name) - 2)}"
+        yield f"{part.name}: {printable(part.source)}"
     for note in seen.notes:
         yield from _wrapped(note)
 
@@ -113,15 +116,17 @@ def _dropped(seen: Look) -> Iterator[str]:
 
 
 def lengths_in_words(seen: Look) -> str:
-    """Mean, median and the longest."""
+    """Mean, median and the like."""
     lengths = sorted(length for part in seen.parts for length in part.lengths)
-    most = lengths[-1]
-    where = next(
-        where for part in seen.parts for where, length in zip(part.where, part.lengths, strict=True) if length == most
-    )
     p95 = lengths[max(0, -(-len(lengths) * 95 // 100) - 1)]
     figures = f"mean {statistics.mean(lengths):,.0f}, median {statistics.median(lengths):,.0f}, 95 % up to {p95:,}"
-    return f"{figures}, longest {most:,}: {printable(where)}"
+    return f"{figures}, longest {lengths[-1]:,}"
+
+
+def longest(seen: Look) -> str:
+    """Where the longest conversation stands."""
+    where = max((length, place) for part in seen.parts for length, place in zip(part.lengths, part.where, strict=True))
+    return printable(where[1])
 
 
 def bins(seen: Look) -> list[Bin]:
@@ -144,7 +149,7 @@ def cap_in_words(seen: Look) -> str:
 
 def _histogram(seen: Look) -> Iterator[str]:
     yield "length in tokens, before any cut"
-    yield from _wrapped(lengths_in_words(seen), "  ")
+    yield from _placed(f"  {lengths_in_words(seen)}:", longest(seen), is_place=True)
     found = bins(seen)
     most = max(one.size for one in found)
     was_cut = False
@@ -190,12 +195,8 @@ def _doubles(seen: Look) -> Iterator[str]:
     for kind, title in DOUBLES.items():
         found = doubles_of(seen, kind)
         yield f"  {title:42}{len(found):>7,}"
-        yield from (_pair(*pair) for pair in found[:NAMED])
-
-
-def _pair(one: str, other: str) -> str:
-    width = (WIDTH - 4 - len(" is like ")) // 2
-    return f"    {shortened(printable(one), width)} is like {shortened(printable(other), width)}"
+        for one, other in found[:NAMED]:
+            yield from _placed(f"    {printable(one)}", f"is like {printable(other)}", is_place=True)
 
 
 # Rows
@@ -204,12 +205,11 @@ def _pair(one: str, other: str) -> str:
 def title_of(row: Shown) -> tuple[str, str]:
     """Where a row stands; and its part, and its size."""
     learned = sum(token.learned for token in row.tokens)
-    return printable(row.where), f" ({row.part}): {len(row.tokens):,} tokens, {learned:,} learned"
+    return printable(row.where), f"({row.part}): {len(row.tokens):,} tokens, {learned:,} learned"
 
 
 def _row(row: Shown, colour: bool, whole: bool) -> Iterator[str]:
-    where, what = title_of(row)
-    yield shortened(where, WIDTH - len(what)) + what
+    yield from _placed(*title_of(row))
     for learned, run in stretches(row.tokens):
         label = "learned" if learned else "ignored"
         wrapped = [*_stretch(run, WIDTH - 11, colour)]
@@ -269,7 +269,7 @@ def _verdict(seen: Look, accepted: Collection[str], colour: bool) -> Iterator[st
     for kind, found in by_kind(seen.found, accepted).items():
         yield f"{len({one.where for one in found}):,} {KINDS[kind]} (--accept {kind})"
         for one in found[:NAMED]:
-            yield from _wrapped(f"{shortened(printable(one.where), PLACE)}: {one.fault.words}", "    ")
+            yield from _placed(f"    {printable(one.where)}:", one.fault.words)
         if len(found) > NAMED:
             yield from _wrapped(f"also {_numbers(one.where for one in found[NAMED:])}", "    ")
         yield from _wrapped(REMEDIES[kind], "    ")
@@ -288,6 +288,15 @@ def _numbers(places: Iterable[str]) -> str:
     some = [f"{file}: {', '.join(numbers[:NUMBERS])}" for file, numbers in by_file.items()]
     left = sum(len(numbers[NUMBERS:]) for numbers in by_file.values())
     return "; ".join(some) + (f" and {left:,} more" if left else "")
+
+
+def _placed(first: str, second: str, is_place: bool = False) -> Iterator[str]:
+    """Both in a line if they fit there; else the second below the first, wrapped unless it names a place."""
+    if columns(f"{first} {second}") <= WIDTH:
+        yield f"{first} {second}"
+    else:
+        yield first
+        yield from [f"      {second}"] if is_place else _wrapped(second, "      ")
 
 
 def _wrapped(text: str, first: str = "") -> list[str]:

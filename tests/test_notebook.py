@@ -69,7 +69,7 @@ def test_what_cells_import_of_the_project_is_there():
 
 def test_commands_exist():
     named = re.findall(r"python main\.py ([\w-]+)", "\n".join(CODE.values()))
-    assert {*named} == {"doctor", "plan", "fit", "evaluate", "chat", "merge", "push"}
+    assert {*named} == {"doctor", "plan", "inspect", "fit", "report", "evaluate", "chat", "merge", "push"}
     assert {*named} <= {*FIT_AND_KIN, *TOOLS, "doctor"}
     assert "chat --web --share" in CODE["chat"] and {"web", "share"} <= {*inspect.signature(chat).parameters}
 
@@ -103,6 +103,20 @@ def test_the_settings_become_options_of_fit(settings, tmp_path):
     assert [*map(str, names["FIT"])] == [
         "--config", "configs/demo.yaml", "--run", "runs/mine", "--mirror", "/drive/x", "--data.source", "my rows.jsonl",
     ]  # fmt: skip
+
+
+def test_a_file_of_ones_own_is_given_by_the_form(settings, tmp_path):
+    (tmp_path / "my rows.jsonl").touch()
+    names = settings(CONFIG="configs/demo.yaml", DATA="my rows.jsonl")
+    assert [*map(str, names["FIT"])][-2:] == ["--data.source", str(tmp_path / "my rows.jsonl")]
+    assert settings(DATA="owner/name")["FIT"][-2:] == ["--data.source", "owner/name"]
+
+
+def test_each_part_opens_with_words_on_it():
+    kinds = [cell["cell_type"] for cell in CELLS.values()]
+    texts = ["".join(cell["source"]) for cell in CELLS.values() if cell["cell_type"] == "markdown"]
+    assert [text.split("\n")[0][:5] for text in texts[1:]] == [f"## {number}." for number in range(1, 7)]
+    assert kinds[:2] == ["markdown", "markdown"]
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,10 @@ class RunProgress(StepCallback, ProgressBar):
         seconds = self._left.at(trainer.global_step, self.throughput.training_s, interval, self._validation_s)
         left = f"{tqdm.format_interval(seconds)} left"
         if is_log_step(trainer):
-            self._figures = f", loss {self.metrics.last_loss:.3f}, {self.throughput.tokens_per_second:,.0f} tokens/s"
+            self._figures = f"loss {self.metrics.last_loss:.3f}, {self.throughput.tokens_per_second:,.0f} tokens/s"
             if not self.is_terminal:
-                print(f"step {trainer.global_step:>6}/{self._bar.total}{self._figures}, {left}", flush=True)
-        self._bar.set_postfix_str(f"{left}{self._figures}", refresh=False)
+                print(f"step {trainer.global_step:>6}/{self._bar.total}  {self._figures}, {left}", flush=True)
+        self._bar.set_postfix_str(", ".join(filter(None, [left, self._figures])), refresh=False)
         self._bar.update(0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

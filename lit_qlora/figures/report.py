@@ -161,26 +161,26 @@ def _tiles(figures: Mapping[int, Mapping[str, float]], step: int, decided: Mappi
     before, after = figures.get(0, {}), figures.get(step, {})
     for title, name, show in (
         ("Held-out loss", "val/loss", "{:.4f}"), ("Held-out perplexity", "val/perplexity", "{:,.2f}"),
-        ("Held-out token accuracy", "val/accuracy", "{:.1%}"),
+        ("Held-out accuracy", "val/accuracy", "{:.1%}"),
     ):  # fmt: skip
         if name in after:
-            first = f"before training: {show.format(before[name])}" if name in before and step else ""
+            first = f"before: {show.format(before[name])}" if name in before and step else ""
             yield Tile(title, show.format(after[name]), first)
     speeds = [line["speed/tokens_per_second"] for line in figures.values() if "speed/tokens_per_second" in line]
     if speeds:
         padding = [line["speed/padding_share"] for line in figures.values() if "speed/padding_share" in line]
-        beside = f"padding: {sum(padding) / len(padding):.1%} of a batch" if padding else ""
+        beside = f"padding: {sum(padding) / len(padding):.1%}" if padding else ""
         yield Tile("Tokens per second", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", beside)
     reserved, host = (peak_of(figures, f"memory/{name}_gib") for name in ("train_reserved", "host"))
     forecast = peak_of(figures, "memory/predicted_reserved_gib")
     if reserved is not None:
         beside = "" if forecast is None else f"forecast: {forecast:.2f} GiB"
-        yield Tile("GPU memory in training", f"{reserved:.2f} GiB", beside)
+        yield Tile("GPU memory", f"{reserved:.2f} GiB", beside)
     elif host is not None:
         yield Tile("Host memory", f"{host:.2f} GiB", "no GPU")
     seconds = decided.get("training_s")
     if seconds is not None and _is_number(seconds):
-        yield Tile("Time in training steps", _duration(seconds), "without validations and saves")
+        yield Tile("Training time", _duration(seconds), "in steps alone")
 
 
 def _duration(seconds: float) -> str:

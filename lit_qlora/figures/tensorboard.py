@@ -32,7 +32,7 @@ TAGS = {
     "train/gradient_norm": (TRAINING, "2 Learning/gradient norm"),
     "updates/applied": (TRAINING, "2 Learning/updates applied"),
     "updates/skipped": (TRAINING, "2 Learning/updates skipped"),
-    "train/epoch": (TRAINING, "2 Learning/epoch"),
+    "train/epoch": (TRAINING, "3 Speed/epoch"),
     "speed/tokens_per_second": (TRAINING, "3 Speed/tokens per second"),
     "speed/padding_share": (TRAINING, "3 Speed/share of padding"),
     "memory/train_reserved_gib": (TRAINING, RESERVED),

@@ -231,7 +231,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         ["unknown option 'trainer.enable_checkpointing'"],
     ),
-    ("not offered 2", ["--trainer.num_nodes", "2"], None, None, None, ["unknown option 'trainer.num_nodes'"]),
+    ("not offered 2", ["--trainer.strategy", "ddp"], None, None, None, ["unknown option 'trainer.strategy'"]),
     ("batch 0", ["--data.batch_size", "0"], None, None, "data.batch_size", ["at least 1", "got 0"]),
     (
         "tokens below length",

@@ -112,7 +112,8 @@ def asked(args: Sequence[str]) -> int:
     given = _given(args, "--trainer.devices") or [_in_config(name) for name in _given(args, "--config", "-c")]
     value = str(given[-1]).strip() if given else "1"
     if re.fullmatch(r"\[[\s\d,]*\]", value):
-        number = len(re.findall(r"\d+", value))
+        gpus = re.findall(r"\d+", value)
+        number = len(gpus) if len(gpus) == len({*gpus}) else 1
     else:
         number = int(value) if re.fullmatch(r"\d{1,6}", value) else 1
     return number if number <= MOST_ON_CPU and "--help" not in args else 1
@@ -190,6 +191,8 @@ def run(args: Sequence[str], count: int) -> int:
             if child.process.poll() is None:
                 child.process.kill()
                 child.process.wait()
+            if child.said is not None:
+                child.said.close()
         give_back(previous)
 
 

@@ -38,6 +38,7 @@ def clean() -> Iterator[None]:
         (["fit", "--trainer.devices=3"], 3),
         (["fit", "--trainer.devices", "[0, 3]"], 2),
         (["fit", "--trainer.devices", "2", "--trainer.devices", "1"], 1),
+        (["fit", "--trainer.devices", "[1, 1]"], 1),
         (["fit", "--trainer.devices", "auto"], 1),  # torch counts GPUs
         (["fit", "--trainer.devices", "many"], 1),
         (["fit", "--trainer.devices", "-1"], 1),

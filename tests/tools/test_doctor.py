@@ -357,7 +357,7 @@ def test_what_launchers_left_is_told(tell, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert line(tell(), "RANK=1 in the environment is ignored")[0].startswith("   note")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    found, remedy = line(tell(status=2), "WORLD_SIZE=2 in the environment: several processes are not supported")
+    found, remedy = line(tell(status=2), "WORLD_SIZE=2 in the environment: several processes were started")
     assert found.startswith("problem") and remedy.startswith("start python main.py by itself")
 
 

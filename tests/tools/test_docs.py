@@ -182,6 +182,18 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_an_issue_asks_for_what_doctor_says() -> None:
+    asked = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/fault.yml").read_text(encoding="utf-8"))["body"][0]
+    assert asked["validations"] == {"required": True}
+    assert "`python main.py doctor`" in asked["attributes"]["description"]
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))["jobs"]
+    assert [step.get("run") for job in jobs.values() for step in job["steps"]] == [None, None, ".ci/run"]
+    assert "mkdocs build --strict --site-dir" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
 # What is made is up to date
 
 

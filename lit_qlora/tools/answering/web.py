@@ -35,7 +35,7 @@ CSS = """
 .gradio-container {width: 100%; max-width: 64rem !important; margin: auto}
 .gradio-container > main {padding: .5rem 1rem !important}
 .dark {color-scheme: dark}
-#columns {height: calc(100dvh - 18rem); min-height: 20rem; flex-wrap: nowrap}
+#columns {height: calc(100dvh - 22rem); min-height: 20rem; flex-wrap: nowrap}
 #adapter, #base {height: 100% !important}
 #columns .md {white-space: pre-wrap; overflow-wrap: anywhere}
 #columns label {position: static; width: fit-content}

@@ -74,13 +74,13 @@ def _as(hint: Any, value: Any, is_path: bool) -> Any:
             return value
     elif kind is list:
         if isinstance(value, list | tuple):
-            return [_as(parts[0], one, False) for one in value]
+            return [_as(parts[0], one, is_path) for one in value]
     elif hint in (int, float):
         if isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool):
             return value if isinstance(value, int | float) else hint(value)
     elif hint is str and is_path and isinstance(value, os.PathLike):
         return os.fsdecode(value)
-    elif hint not in _WORDS or isinstance(value, hint):
+    elif isinstance(value, dict) if kind is dict else hint not in _WORDS or isinstance(value, hint):
         return value
     raise TypeError
 
@@ -93,6 +93,8 @@ def _words(hint: Any, is_path: bool) -> str:
         return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
     if kind is list:
         return f"a list of {_LISTS.get(parts[0], 'values')}"
+    if kind is dict:
+        return "a table"
     return "a text or a path" if hint is str and is_path else _WORDS.get(hint, str(hint))
 
 

@@ -105,7 +105,7 @@ def is_plain(value: Any, hint: Any) -> bool:
     if isinstance(value, list):
         return all(is_plain(one, hint) for one in value)
     if isinstance(value, dict):
-        return "dict" in str(hint) and all(is_plain(one, None) for one in [*value, *value.values()])
+        return "dict" in str(hint) and all(is_plain(one, hint) for one in [*value, *value.values()])
     return isinstance(value, str | int | float | None) and not is_too_large(value)
 
 
@@ -194,6 +194,9 @@ def _mistake(message: str, names: list[str]) -> UserError:
         types = re.sub(r"<class '([^']+)'>", r"\1", union[2]).replace("NoneType", "none")
         types = re.sub(r"(?:\w+\.)+(\w+)", r"\1", types)
         types = re.sub(r"Literal\[(.*?)\]", r"\1", types)
+        while "dict[" in types:
+            types = re.sub(r"dict\[[^\[\]]*\]", "a table", types)
+        types = re.sub(r"list\[[^\[\]]*a table[^\[\]]*\]", "a list", types)
         return UserError(f"expected {types}; got {cut(union[3])}", option=union[1])
     expected, got, value = message.partition(", got ")
     named = re.match(r"([\w.]+): ", expected)
@@ -207,6 +210,8 @@ def _type_name(hint: Any) -> str:
         return f"one of {', '.join(map(repr, parts))}"
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(_type_name, parts))
+    if takes_names(hint) or any(map(takes_names, parts)):
+        return "a table" if get_origin(hint) is dict else "a list"
     return str(hint) if parts else str(getattr(hint, "__name__", hint))
 
 

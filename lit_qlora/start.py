@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lit_qlora.data.datamodule import ChatDataModule, is_template
-from lit_qlora.data.sources import find_splits, is_hub_id
+from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.forecast.memory import run_folder_bytes
 from lit_qlora.model import fingerprint
@@ -218,9 +218,10 @@ def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mappi
 
 def _check_sources(data: ChatDataModule) -> None:
     """Raises UserError for a missing file or folder of rows."""
-    for source in filter(None, (data.source, data.validation_source, data.test_source)):
-        if not is_hub_id(source):
-            find_splits(source)
+    for given in filter(None, (data.source, data.validation_source, data.test_source)):
+        for source in sources_of(given):
+            if not is_hub_id(source):
+                find_splits(source)
 
 
 def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataModule) -> None:

@@ -60,7 +60,7 @@ REFUSED = [
     "samples.class_path: run.payload.X",
     "model.rank: {CLASS}",
     "model.rank.class_path: run.payload.X",
-    "data.source: [{CLASS}]",
+    "data.form: [{CLASS}]",
     "__path__: run/payload.yaml",
     "__orig__: {CLASS}",
     "$schema: {CLASS}",
@@ -190,7 +190,10 @@ def test_every_option_comes_back_as_it_was_kept(run: Path, parser: RunParser) ->
     """Written nested or with dots; texts that look like something else among them."""
     given = {
         "model.base": "a/b", "model.learning_rate": 2e-05, "model.target_modules": ["q_proj", "v_proj"],
-        "data.system": "null", "data.template": "{{ x }}\n  - 'a'\n: \x7f \U0001f600", "data.source": "[1, 2]",
+        "data.system": "null", "data.template": "{{ x }}\n  - 'a'\n: \x7f \U0001f600",
+        "data.test_source": "a:b.jsonl, c",
+        "data.source": ["a.jsonl", {"path": "[1, 2]", "share": 0.5, "columns": {"text": "x"}}],
+        "data.validation_source": {"path": "b", "split": "c"},
         "samples.prompts": ["a: b", "- c", "x\ny"], "trainer.limit_val_batches": 0.5, "early_stopping": 3,
         "save_every_minutes": None, "trainer.deterministic": "warn", "trainer.max_steps": 9,
     }  # fmt: skip

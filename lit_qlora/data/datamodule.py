@@ -6,7 +6,7 @@ from the module's base and adapter, counts optimizer steps, and suggests options
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from lit_qlora.data.forms import Form
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
+from lit_qlora.data.sources import SourceOption, as_text, paths_of, sources_of
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.data.view import SHORT_AMONG, example_lines
 from lit_qlora.devices.world import local_first
@@ -43,8 +44,11 @@ class ChatDataModule(LightningDataModule):
     """Conversations to train and to score a chat model on.
 
     Args:
-        source: ``demo``, a local jsonl, json, csv or parquet file, a folder with train.*, and validation.* and test.*
-            where it has them, or a hub id.
+        source: ``demo``, a local jsonl, json, csv or parquet file (also .gz, .zst), a pattern of files, a folder with
+            train.*, and validation.* and test.* where it has them, or as datasets.save_to_disk or a clone of the hub
+            leaves it, or a hub id, with its split behind a colon where it is another one; or a table with path, and
+            name (the configuration), split, revision, share (of its training rows, that are used: 0.5 is half of
+            them) or columns; or a list of these.
         form: the form of rows: detected per row (auto), or one for all.
         columns: what a table calls the columns of such a form: user and assistant (also system, context, history),
             messages, or text, each with the name that it has there. No other column is used then.
@@ -73,13 +77,13 @@ class ChatDataModule(LightningDataModule):
     @checked_arguments("data", paths=("source", "validation_source", "test_source", "template", "tokenizer"))
     def __init__(
         self,
-        source: str = "demo",
+        source: SourceOption = "demo",
         form: Form = "auto",
         columns: dict[str, str] | None = None,
         opening: str | None = None,
-        validation_source: str | None = None,
+        validation_source: SourceOption | None = None,
         validation_share: float = SHARE,
-        test_source: str | None = None,
+        test_source: SourceOption | None = None,
         system: str | None = None,
         template: str | None = None,
         train_on: TrainOn = "answers",
@@ -110,6 +114,13 @@ class ChatDataModule(LightningDataModule):
         require(opening is None or bool(opening.strip()), "data.opening", "a text, or none", opening)
         require(form != "text" or train_on == "all", "data.train_on", "all, for plain text is learned whole", train_on)
         Reading(form, columns=columns).check()
+        for option, given in (
+            ("source", source),
+            ("validation_source", validation_source),
+            ("test_source", test_source),
+        ):
+            if given is not None:
+                sources_of(given, f"data.{option}")
         self.source, self.form, self.strict = source, form, strict
         self.columns, self.opening = columns, opening
         self.validation_source, self.validation_share = validation_source, validation_share
@@ -193,9 +204,8 @@ class ChatDataModule(LightningDataModule):
         if stage == "fit" and "train" not in self._rows:
             parts = self.parts()
             train, held_out = parts.train_and_held_out()
-            unread = parts.unread()
-            if unread:
-                self._note("train", f"not read of {self.source}: {', '.join(unread)}")
+            for name, unread in parts.unread().items():
+                self._note("train", f"not read of {name}: {', '.join(unread)}")
             if self.validation_share != SHARE and not parts.draws():
                 self._note(
                     "validation", f"validation_share {self.validation_share:g} is not used, for there are held-out rows"
@@ -360,7 +370,7 @@ class ChatDataModule(LightningDataModule):
             SaveError: it could not be written.
         """
         train, held_out = (self._records[part].conversations for part in ("train", "validation"))
-        RunRows.of(train, held_out, self.validation_source).write(file)
+        RunRows.of(train, held_out, as_text(self.validation_source)).write(file)
 
     def rows(self, part: str) -> tuple[Records, EncodedRows]:
         """What `setup` read and encoded: of ``train``, ``validation`` or ``test``. Raises UserError before that."""
@@ -385,7 +395,10 @@ class ChatDataModule(LightningDataModule):
                 f"{answers:,} of them learned" if part == "train" else
                 f"{part}: {len(rows):,} conversations of {records.name}, {answers:,} tokens scored"
             )  # fmt: skip
-            dropped = [f"{count:,} {what}" for what, count in records.dropped.items() if count]
+            for source in records.parts:
+                lines.append("; ".join([f"{part}: {len(source.conversations):,} of {source.name}", *_counted(source)]))
+            of_parts = {what for source in records.parts for what in source.dropped}
+            dropped = _counted(records, of_parts)
             if rows.num_cut:
                 dropped.append(f"{rows.num_cut:,} cut to {self.max_length} tokens")
             if rows.num_left_out:
@@ -418,7 +431,7 @@ class ChatDataModule(LightningDataModule):
         if rows is not None and num_gone:
             print(
                 f"warning: {num_gone:,} of the {len(rows.held_out):,} conversations that the run held out are no "
-                f"longer in {self.source}, and not scored",
+                f"longer in {' and '.join(paths_of(self.source))}, and not scored",
                 file=sys.stderr,
             )
         return records
@@ -470,6 +483,11 @@ class ChatDataModule(LightningDataModule):
                 f"the {part} rows have not been read", option="data", remedy=f"call setup({stage!r}), as a Trainer does"
             )
         return self._rows[part]
+
+
+def _counted(records: Records, known: Collection[str] = ()) -> list[str]:
+    """What became of rows, with the numbers, but for what is ``known``."""
+    return [f"{count:,} {what}" for what, count in records.dropped.items() if count and what not in known]
 
 
 LARGEST_TEMPLATE = 1_000_000

@@ -16,6 +16,8 @@ from lit_qlora.errors import UserError, excerpt, nearest
 from lit_qlora.text.messages import holds_messages
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+ARROW = ".arrow"
+"""The ending of what datasets.save_to_disk writes, a format of its own."""
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 """What may stand behind an ending: the file is unpacked while it is read."""
 COMPRESSED = (*PACKED, ".zip", ".tar", ".tgz", ".7z")
@@ -53,13 +55,13 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     ending = Path(path.name.lower().removesuffix(packing)).suffix
     if ending in COMPRESSED:
         raise UserError(f"is compressed, expected one of {', '.join(ENDINGS)}", place=path, remedy="unpack it first")
-    if ending not in ENDINGS:
+    if ending not in (*ENDINGS, ARROW):
         raise UserError(
             f"the ending is {ending!r}, expected one of {', '.join(ENDINGS)}", place=path, remedy="convert the file"
         )
     data = _checked(path, _unpack(path, _read_bytes(path), packing)) if packing else _checked(path, _read_bytes(path))
-    if ending == ".parquet":
-        rows = list(_parquet_rows(path, data))
+    if ending in (".parquet", ARROW):
+        rows = list(_table_rows(path, data, ending))
     elif ending == ".csv":
         rows = list(_csv_rows(path, _decode(path, data), columns))
     else:
@@ -345,15 +347,20 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
             yield Row(where, dict(zip(header, cells, strict=True)))
 
 
-def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
+def _table_rows(path: Path, data: bytes, ending: str) -> Iterator[Row]:
     import pyarrow
+    import pyarrow.ipc
     import pyarrow.parquet
 
+    buffer = pyarrow.BufferReader(data)
     try:
-        values = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+        table = pyarrow.ipc.open_stream(buffer).read_all() if ending == ARROW else pyarrow.parquet.read_table(buffer)
+        values = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
-            f"no whole parquet file ({_reason(error)})", place=path, remedy="it may be cut short, download it again"
+            f"no whole {ending[1:]} file ({_reason(error)})",
+            place=path,
+            remedy="it may be cut short, download it again",
         ) from error
     for number, value in enumerate(values, start=1):
         yield Row(f"{path}: row {number}", value)

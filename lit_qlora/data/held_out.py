@@ -9,107 +9,121 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lit_qlora.data.records import ANY_FORM, UNANSWERED, Reading, Records, count_unanswered, load_records
+from lit_qlora.data.records import ANY_FORM, UNANSWERED, Reading, Records, count_unanswered, joined, load_records
 from lit_qlora.data.run_rows import RunRows, digest
-from lit_qlora.data.sources import Splits, find_splits
+from lit_qlora.data.sources import Source, Splits, as_text, find_splits, sources_of
 from lit_qlora.errors import UserError
+from lit_qlora.text.conversation import Conversation
 
 PART = {"validation": "held-out", "test": "test"}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The rows of a source by purpose.
+    """The rows of sources by purpose.
 
     Args:
-        source: what is trained on: its train split, or all of a file.
+        source: what is trained on, as in ``data.source``: the train split of each source, or all of a file.
         validation_source: held-out rows from elsewhere; its validation split, or else its test split, if it has one.
         share: of the different conversations, held out where there is neither such a source nor such a split.
-        seed: of the share.
+        seed: of the share, and of the share of a source that is used.
         reading: how rows are read, as in `load_records`.
     """
 
-    source: str
-    validation_source: str | None = None
+    source: Any
+    validation_source: Any = None
     share: float = 0.05
     seed: int = 42
     reading: Reading = ANY_FORM
 
     @cached_property
-    def splits(self) -> Splits:
-        """Those of the source. Raises UserError when it isn't found."""
-        return find_splits(self.source)
+    def splits(self) -> dict[Source, Splits]:
+        """Those of each source. Raises UserError when one isn't found."""
+        return {source: find_splits(source) for source in sources_of(self.source)}
 
-    def unread(self) -> list[str]:
-        """Files or splits of the source that are neither learned nor scored."""
-        other = [] if self._is_own() or "validation" not in self.splits.names else [self.splits.names["validation"]]
-        held_out = None if self.validation_source is None else _place(self.validation_source)
-        beside = [path.name for path in self.splits.beside if path.resolve() != held_out]
-        return [*other, *self.splits.unread, *beside]
+    def unread(self) -> dict[str, list[str]]:
+        """Files or splits that are neither learned nor scored, by the source that has them."""
+        found = {}
+        held_out = {Path(source.path).expanduser().resolve() for source in self._elsewhere()}
+        for source, splits in self.splits.items():
+            other = [] if self._is_own() or "validation" not in splits.names else [splits.names["validation"]]
+            beside = [path.name for path in splits.beside if path.resolve() not in held_out]
+            found[str(source)] = [*other, *splits.unread, *beside]
+        return {name: unread for name, unread in found.items() if unread}
 
     def draws(self) -> bool:
         """True if a share of the training rows is held out, since there are no other rows to validate on."""
-        return self._is_own() and self.splits.first("validation", "test") is None
+        own = [splits.first("validation", "test") for splits in self.splits.values()]
+        return self._is_own() and None in own and (self.share > 0 or not any(own))
 
     def train_and_held_out(self) -> tuple[Records, Records]:
         """Load the rows to train on and the rows to validate on, which never mix.
 
-        A share is drawn by the seed only, and no conversation is on both sides. Of other held-out rows, those that are
-        also in training are counted.
+        A share is drawn by the seed only, of all sources that have no other held-out rows, and no conversation is on
+        both sides. Of other held-out rows, those that are also in training are counted.
 
         Raises:
             UserError: as `load_records`, when there is nothing to hold out, and when all of it is in training, too.
         """
-        splits = self.splits
-        train = self._load(self.source, splits.training())
-        if self._is_own():
-            own = splits.first("validation", "test")
-            if own:
-                return train, _apart(self._load(self.source, own), train, "data.source")
+        trains = self._training()
+        if not self._is_own():
+            train = joined(trains)
+            elsewhere = [(source, find_splits(source)) for source in self._elsewhere()]
+            held_out = [self._load(source, splits.for_scoring("validation", "test")) for source, splits in elsewhere]
+            return train, _apart(joined(held_out), train, "data.validation_source")
+        own = [(source, splits.first("validation", "test")) for source, splits in self.splits.items()]
+        fixed = [self._load(source, name) for source, name in own if name]
+        held_out = [_apart(joined(fixed), joined(trains), "data.source")] if fixed else []
+        if self.draws():
             if self.validation_source is not None:
                 raise UserError(
-                    f"{self.source} is the training data itself",
+                    f"{self._names()} is the training data itself",
                     option="data.validation_source",
                     remedy="leave it out to hold out a share",
                 )
-            return _split(train, self.share, self.seed)
-        assert self.validation_source is not None
-        elsewhere = find_splits(self.validation_source)
-        name = elsewhere.first("validation", "test") or elsewhere.training()
-        return train, _apart(self._load(self.validation_source, name), train, "data.validation_source")
+            drawn = _draw(joined([records for records, (_, name) in zip(trains, own, strict=True) if not name]),
+                          self.share, self.seed)  # fmt: skip
+            divided = [_divide(records, drawn) for records in trains]
+            trains = [train for train, _ in divided]
+            held_out += [rest for (_, rest), (_, name) in zip(divided, own, strict=True) if not name]
+        return joined(trains), joined(held_out)
 
     def test(self, rows: RunRows | None = None) -> Records | None:
-        """Loads the source's own test split; None where there is none, or where it is what is held out.
+        """Load the sources' own test splits; None where there is none, or where it is what is held out.
 
         Those of its conversations that are in training, too, are counted, unless ``rows`` is there to tell it.
 
         Raises:
             UserError: as `train_and_held_out`.
         """
-        splits = self.splits
-        is_held_out = self._is_own() and "validation" not in splits.names
-        if "test" not in splits.names or is_held_out:
+        found = [
+            (source, splits.names["test"])
+            for source, splits in self.splits.items()
+            if "test" in splits.names and not (self._is_own() and "validation" not in splits.names)
+        ]
+        if not found:
             return None
-        records = self._load(self.source, splits.names["test"])
-        return records if rows else _apart(records, self._load(self.source, splits.training()), "data.source", "test")
+        records = joined([self._load(source, name) for source, name in found])
+        return records if rows else _apart(records, joined(self._training()), "data.source", "test")
 
-    def test_of(self, source: str) -> Records:
-        """Loads the rows of ``source`` that are there for a test: of its test split, or else what it has.
+    def test_of(self, source: Any) -> Records:
+        """Load the rows of ``source`` that are there for a test: of its test split, or else what it has.
 
         Raises:
             UserError: as `load_records`, or when it is the training data itself.
         """
-        splits = find_splits(source)
-        name = splits.first("test", "validation")
-        if name is None and _place(source) == _place(self.source):
-            raise UserError(
-                f"{source} is the training data itself",
-                option="data.test_source",
-                remedy="leave it out, or give others",
-            )
-        return self._load(source, name or splits.training())
+        learned = {one.place for one in self.splits}
+        found = [(one, find_splits(one)) for one in sources_of(source, "data.test_source")]
+        for one, splits in found:
+            if splits.first("test", "validation") is None and one.place in learned:
+                raise UserError(
+                    f"{one} is the training data itself",
+                    option="data.test_source",
+                    remedy="leave it out, or give others",
+                )
+        return joined([self._load(one, splits.for_scoring("test", "validation")) for one, splits in found])
 
     def held_out(self, rows: RunRows | None) -> tuple[Records, int]:
         """Loads the rows to score: those that the run of the record ``rows`` held out, as `recall` does.
@@ -119,7 +133,7 @@ class Parts:
         Raises:
             UserError: as `recall` and `train_and_held_out`.
         """
-        is_other = rows is not None and self.validation_source not in (None, rows.validation_source)
+        is_other = rows is not None and as_text(self.validation_source) not in (None, rows.validation_source)
         if rows is None or is_other:
             return self.train_and_held_out()[1], 0
         return self.recall(rows)
@@ -136,9 +150,9 @@ class Parts:
         found: dict[str, tuple[Records, int]] = {}
         places: list[Records] = []
         num_new = 0
-        for records in self._places(rows):
+        for records, is_whole in self._places(rows):
             digests = [*map(digest, records.conversations)]
-            num_new += len({*digests} - wanted - rows.train)
+            num_new += len({*digests} - wanted - rows.train) if is_whole else 0
             first = {one: place for place, one in reversed([*enumerate(digests)]) if one in wanted - found.keys()}
             places += [records] if first else []
             found |= {one: (records, place) for one, place in first.items()}
@@ -146,8 +160,9 @@ class Parts:
                 break
         kept = [found[one] for one in rows.held_out if one in found]
         if not kept:
+            count = len(rows.held_out)
             raise UserError(
-                f"none of the {len(rows.held_out):,} conversations that the run held out is in {self.source} any more",
+                f"none of the {count:,} conversations that the run held out is in {self._names()} any more",
                 option="data.source",
                 remedy="give the rows that the run began with, or others with --data.validation_source",
             )
@@ -163,27 +178,37 @@ class Parts:
         where = [records.where[place] for records, place in kept]
         return Records(name, conversations, dropped, unanswered, where), len(rows.held_out) - len(kept)
 
-    def _places(self, rows: RunRows) -> Iterator[Records]:
-        sources = [self.validation_source or rows.validation_source, self.source]
-        for source in dict.fromkeys(filter(None, sources)):
-            splits = self.splits if source == self.source else find_splits(source)
+    def _places(self, rows: RunRows) -> Iterator[tuple[Records, bool]]:
+        """Rows to look in for those of a run, and whether the run used all of them."""
+        given = self.validation_source or rows.validation_source
+        sources = [*(sources_of(given, "data.validation_source") if given else ()), *self.splits]
+        for source in dict.fromkeys(sources):
+            splits = self.splits[source] if source in self.splits else find_splits(source)
             for kind in ("validation", "test", "train"):
                 if kind in splits.names:
                     records = self._load(source, splits.names[kind])
-                    is_share = source == self.source and kind == "train"
-                    yield replace(records, name=f"{records.name}, held out") if is_share else records
+                    is_training = source in self.splits and kind == "train"
+                    name = f"{records.name}, held out" if is_training else records.name
+                    yield replace(records, name=name), not is_training or source.share == 1
 
     def _is_own(self) -> bool:
-        """True if the held-out rows come from the source itself."""
+        """True if the held-out rows come from the sources themselves."""
+        given = self._elsewhere()
+        return not given or [one.place for one in given] == [one.place for one in sources_of(self.source)]
+
+    def _elsewhere(self) -> tuple[Source, ...]:
         given = self.validation_source
-        return given is None or given == self.source or _place(given) == _place(self.source)
+        return () if given is None else sources_of(given, "data.validation_source")
 
-    def _load(self, source: str, split: str) -> Records:
-        return load_records(source, split, self.reading)
+    def _names(self) -> str:
+        return " and ".join(map(str, self.splits))
 
+    def _training(self) -> list[Records]:
+        """The rows to train on, of each source."""
+        return [self._load(source, splits.training(), self.seed) for source, splits in self.splits.items()]
 
-def _place(source: str) -> Path:
-    return Path(source).expanduser().resolve()
+    def _load(self, source: Source, split: str, seed: int | None = None) -> Records:
+        return load_records(source, split, self.reading, seed)
 
 
 def _apart(
@@ -206,7 +231,8 @@ def _apart(
     return replace(records, dropped=told | records.dropped)
 
 
-def _split(records: Records, share: float, seed: int) -> tuple[Records, Records]:
+def _draw(records: Records, share: float, seed: int) -> set[Conversation]:
+    """The conversations to hold out, a ``share`` of the different ones; at least one, and never all of them."""
     if not 0 < share < 1:
         raise UserError(
             f"is {share}, expected between 0 and 1, such as 0.05, because {records.name} has no test split",
@@ -221,8 +247,12 @@ def _split(records: Records, share: float, seed: int) -> tuple[Records, Records]
             remedy="add rows, or give data.validation_source",
         )
     count = min(max(1, round(share * len(unique))), len(unique) - 1)
-    chosen = set(random.Random(seed).sample(unique, count))
-    held_out = [number for number, conversation in enumerate(records.conversations) if conversation in chosen]
+    return set(random.Random(seed).sample(unique, count))
+
+
+def _divide(records: Records, drawn: set[Conversation]) -> tuple[Records, Records]:
+    """``records`` without the conversations ``drawn``, and those alone."""
+    held_out = [number for number, conversation in enumerate(records.conversations) if conversation in drawn]
     kept = sorted({*range(len(records.conversations))} - {*held_out})
     return (
         replace(_part(records, records.name, kept, records.dropped), left_out=records.left_out),

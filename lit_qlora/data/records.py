@@ -4,14 +4,15 @@ What is left out, removed or not used is counted; errors name their place. Holds
 Knows no tokens, and not where rows come from.
 """
 
+import random
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lit_qlora.data.files import Row
 from lit_qlora.data.forms import Form, Read, RowError, check_columns, form_names, read_row
-from lit_qlora.data.sources import read_source
+from lit_qlora.data.sources import Source, read_source, sources_of
 from lit_qlora.errors import UserError, excerpt, suggestion
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat, chosen
@@ -75,6 +76,7 @@ class Records:
 
     ``unanswered`` are the places of those that lost a last turn; ``dropped`` has their number. ``where`` has for each
     conversation where its row stands, such as ``rows.jsonl:17``; ``left_out`` is the rows that none was made of.
+    ``parts`` is each source's own where there are several.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Records:
     unanswered: frozenset[int] = field(default=frozenset(), compare=False)
     where: list[str] = field(default_factory=list, compare=False)
     left_out: list[LeftOut] = field(default_factory=list, compare=False)
+    parts: tuple["Records", ...] = field(default=(), compare=False)
 
 
 def count_unanswered(unanswered: Collection[int]) -> dict[str, int]:
@@ -90,19 +93,49 @@ def count_unanswered(unanswered: Collection[int]) -> dict[str, int]:
     return {UNANSWERED: len(unanswered)} if unanswered else {}
 
 
-def load_records(source: str, split: str = "train", reading: Reading = ANY_FORM) -> Records:
+def load_records(
+    source: str | Source, split: str = "train", reading: Reading = ANY_FORM, seed: int | None = None
+) -> Records:
     """Load one split of ``demo``, a local file or folder, or a dataset on the hub.
 
     A row that is no conversation is left out and counted, up to one row in ten, and so is any that the prompt format
-    can't hold; with ``reading.strict``, the first of them is an error.
+    can't hold; with ``reading.strict``, the first of them is an error. With a ``seed``, only the source's share of the
+    rows is read, drawn by it.
 
     Raises:
         UserError: when the source or the split isn't found, a row is wrong (naming its place), or
             no row is left.
     """
+    (source,) = sources_of(source)
+    if source.columns is not None:
+        reading = reading._replace(columns=dict(source.columns))
     reading.check()
-    rows = read_source(source, split)
-    return _to_records(source if split == "train" else f"{source} ({split})", rows, reading)
+    rows = read_source(source, split, [*(reading.columns or {}).values()])
+    count = len(rows)
+    if seed is not None and source.share < 1:
+        number = max(1, round(source.share * count))
+        rows = [rows[place] for place in sorted(random.Random(seed).sample(range(count), number))]
+    records = _to_records(source.called(split), rows, reading)
+    unused = {f"rows not used, for its share is {source.share:g}": count - len(rows)} if len(rows) < count else {}
+    return replace(records, dropped=records.dropped | unused)
+
+
+def joined(parts: Sequence[Records]) -> Records:
+    """The conversations of several sources, in their order, with all that became of their rows."""
+    if len(parts) == 1:
+        return parts[0]
+    unanswered: list[int] = []
+    conversations, where, left_out = list[Conversation](), list[str](), list[LeftOut]()
+    dropped: Counter[str] = Counter()
+    for part in parts:
+        unanswered += [len(conversations) + place for place in part.unanswered]
+        conversations += part.conversations
+        where += part.where
+        left_out += part.left_out
+        dropped.update(part.dropped)
+    flat = tuple(one for part in parts for one in part.parts or (part,))
+    name = " and ".join(part.name for part in parts) if len(flat) <= 2 else f"{len(flat)} sources"
+    return Records(name, conversations, dict(dropped), frozenset(unanswered), where, left_out, flat)
 
 
 class Counts:

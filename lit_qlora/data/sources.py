@@ -1,18 +1,24 @@
-"""Owns where rows come from: the demo, a local file or folder, or a dataset on the hub; and what its splits are called.
+"""Owns where rows come from: the demo, local files and folders, or data sets on the hub; and what splits are called.
 
-`find_splits` lists the splits, `read_source` reads the rows of one. Knows no form of row; file formats are in files.py.
+`sources_of` reads what ``data.source`` and its kin say, `find_splits` lists the splits of one source, `read_source`
+reads the rows of one split. Knows no form of row; file formats are in files.py.
 """
 
+import glob
+import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lit_qlora import demo
-from lit_qlora.data.files import COMPRESSED, ENDINGS, Row, read_rows
+from lit_qlora.data.files import ENDINGS, PACKED, Row, read_rows
 from lit_qlora.data.forms import columns_of, forms_for
 from lit_qlora.errors import UserError, excerpt, suggestion
+from lit_qlora.storage.files import parse_json
 
 T = TypeVar("T")
 
@@ -27,21 +33,149 @@ SPLITS = {
 """What a split is for, and the names that it has in folders and on the hub, in small letters."""
 
 
+SourceOption = str | list[str | dict[str, str | float | dict[str, str]]] | dict[str, str | float | dict[str, str]]
+"""What an option for sources takes: one, or a list of them, each a text, or a table with the keys of `Source`."""
+
+FILES = (*ENDINGS, *(ending + packing for ending in ENDINGS for packing in PACKED))
+"""Endings of files with rows, the plain ones first."""
+NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+"""Files about a data set."""
+SHARD = re.compile(r"^(.+?)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?$")
+"""One of the files that a split of the hub's is kept in: train-00000-of-00002, with a hash behind it in older ones."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Args:
+        path: the demo, a file, a folder, a pattern of files such as ``data/*.jsonl``, or a hub id.
+        name: the configuration on the hub, or the folder that stands for it in a clone.
+        split: the split to take; default: that of its purpose.
+        revision: branch, tag or commit on the hub.
+        share: of its training rows, that are used.
+        columns: as in ``data.columns``, for its rows alone.
+    """
+
+    path: str
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    share: float = 1.0
+    columns: tuple[tuple[str, str], ...] | None = None
+
+    def __str__(self) -> str:
+        """What it is called in messages."""
+        return self.path + (f", {self.name}" if self.name else "")
+
+    @property
+    def place(self) -> "Source":
+        """The same by an absolute path: equal for two sources that are one."""
+        path = str(Path(self.path).expanduser().resolve()) if not is_hub_id(self) else self.path
+        return Source(path, self.name, self.split, self.revision)
+
+    def called(self, split: str) -> str:
+        """What one of its splits is called in messages."""
+        return f"{self} ({split})" if split != "train" else str(self)
+
+
+KEYS = ("path", "name", "split", "revision", "share", "columns")
+
+
+def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
+    """The sources that the value of an ``option`` stands for: at least one.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(value, str) and value.startswith(("[", "{")):  # as `as_text` writes it, or a command line
+        with suppress(ValueError):
+            value = parse_json(value.encode())
+    values = [*value] if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise UserError("is an empty list, expected at least one source", option=option)
+    return tuple(_source(one, option) for one in values)
+
+
+def as_text(value: Any) -> str | None:
+    """The value of an option for sources as a text, which `sources_of` reads."""
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def paths_of(value: Any) -> list[str]:
+    """The paths of the sources that the value of an option stands for."""
+    return [source.path for source in sources_of(value)]
+
+
+def _source(value: Any, option: str) -> Source:
+    if isinstance(value, Source):
+        return value
+    if isinstance(value, os.PathLike):
+        value = os.fsdecode(value)
+    if isinstance(value, str):
+        if not value.strip() or not value.isprintable():
+            raise UserError(f"is {excerpt(value)}, expected 'demo', a file, a folder or a hub id", option=option)
+        head, _, split = value.partition(":")
+        is_known = head == "demo" or Path(head).expanduser().exists() or _looks_like_hub_id(head)
+        if split and is_known and not Path(value).expanduser().exists():
+            return Source(head, split=split)
+        return Source(value)
+    if not isinstance(value, Mapping):
+        raise UserError(f"expected a source, a table of {', '.join(KEYS)}, or a list of them, got {excerpt(value)}",
+                        option=option)  # fmt: skip
+    for key in value:
+        if key not in KEYS:
+            known = f"expected {', '.join(KEYS)}{suggestion(str(key), [*KEYS])}"
+            raise UserError(f"{excerpt(key)} is unknown, {known}", option=option)
+    if not isinstance(value.get("path"), str):
+        raise UserError(f"has no path, got {excerpt(value)}", option=option, remedy="say which file, folder or hub id")
+    for key in ("name", "split", "revision"):
+        if not isinstance(value.get(key), str | None):
+            raise UserError(f"expected a text, got {excerpt(value[key])}", option=f"{option}.{key}")
+    columns = value.get("columns")
+    if columns is not None and not isinstance(columns, Mapping):
+        raise UserError(f"expected a table, got {excerpt(columns)}", option=f"{option}.columns")
+    given = _source(value["path"], option)
+    return Source(
+        given.path,
+        value.get("name"),
+        value.get("split") or given.split,
+        value.get("revision"),
+        _share(value.get("share", 1.0), option),
+        None if columns is None else tuple((str(name), str(column)) for name, column in columns.items()),
+    )
+
+
+def _share(value: Any, option: str) -> float:
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = 0.0
+    if not 0 < share <= 1 or isinstance(value, bool):
+        raise UserError(
+            f"expected the share of its rows that is used, above 0 and up to 1, got {excerpt(value)}",
+            option=f"{option}.share",
+        )
+    return share
+
+
 @dataclass(frozen=True)
 class Splits:
     """The splits of a source.
 
     Args:
-        source: the demo, a file, a folder or a hub id.
+        source: the demo, a file, a folder, a pattern or a hub id.
         names: of each kind in `SPLITS` that it has, its name there.
         unread: what else it holds that looks like rows: other splits, or files.
         beside: of a file with training rows, those of the other splits, which stand in the same folder.
+        is_chosen: whether the source itself names the split, which is the training rows then.
     """
 
     source: str
     names: Mapping[str, str]
     unread: tuple[str, ...] = ()
     beside: tuple[Path, ...] = ()
+    is_chosen: bool = False
 
     def training(self) -> str:
         """The name of the rows to train on.
@@ -58,48 +192,83 @@ class Splits:
         """The name of the first of ``kinds`` that is there; None without any."""
         return next((self.names[kind] for kind in kinds if kind in self.names), None)
 
+    def for_scoring(self, *kinds: str) -> str:
+        """The name of the rows to score where the source is there for that: the chosen one, or the first of ``kinds``.
 
-def find_splits(source: str) -> Splits:
+        Raises:
+            UserError: as `training`, which is taken where there is none of them.
+        """
+        return self.training() if self.is_chosen else self.first(*kinds) or self.training()
+
+
+def find_splits(source: str | Source) -> Splits:
     """Find the splits of a source; a file is all "train".
 
     Raises:
-        UserError: when the source isn't found, or the hub can't be asked.
+        UserError: when the source isn't found, has not the split that it names, or the hub can't be asked.
     """
+    source = _source(source, "data.source")
     files = _find_files(source)
     if files is None:
         import datasets
 
-        found = [str(name) for name in _ask_hub(source, lambda: datasets.get_dataset_split_names(source))]
+        given = {"config_name": source.name, "revision": source.revision}
+        given = {name: value for name, value in given.items() if value is not None}
+        ask = lambda: datasets.get_dataset_split_names(source.path, **given)  # noqa: E731
+        found = [str(name) for name in _ask_hub(source, ask)]
     else:
         found = [*files]
     # On the hub, the plainest name is taken where there are several of a kind; a folder has one at most.
     names = {kind: name for kind, known in SPLITS.items() for name in reversed(known) for name in _named(found, name)}
-    unread = [name for name in found if name not in names.values()] if files is None else _beside(source, files)
-    return Splits(source, names, tuple(unread), _others_beside(source))
+    if source.split:
+        chosen = [re.sub(r"\[.*", "", part).strip() for part in source.split.split("+")]
+        for name in chosen:
+            _check_split(source, name, found)
+        names = {"train": source.split} | {
+            kind: name for kind, name in names.items() if kind != "train" and name not in chosen
+        }
+        unread = [name for name in found if name not in (*names.values(), *chosen)]
+    else:
+        unread = [name for name in found if name not in names.values()]
+    unread += [] if files is None else _beside(source, files)
+    return Splits(str(source), names, tuple(unread), _others_beside(source.path), bool(source.split))
+
+
+def _check_split(source: Source, name: str, found: Sequence[str]) -> None:
+    if name not in found:
+        raise UserError(
+            f"has no split {excerpt(name)}, found: {' and '.join(found)}{suggestion(name, [*found])}",
+            place=source,  # type: ignore[arg-type]  # its words
+            remedy="choose another",
+        )
 
 
 def _named(found: Iterable[str], name: str) -> list[str]:
     return [one for one in found if one.lower() == name]
 
 
-def _beside(source: str, files: Mapping[str, Path]) -> list[str]:
+def _beside(source: Source, files: Mapping[str, list[Path]]) -> list[str]:
     """What else a folder holds that looks like rows: files, and folders of such."""
-    folder = Path(source).expanduser()
-    if source == "demo" or not folder.is_dir():
+    folder = Path(source.path).expanduser()
+    if source.path == "demo" or not folder.is_dir():
         return []
-    paths = [path for path in _entries(folder) if path not in files.values()]
-    return [path.name for path in paths if _is_data(path)] + [
-        f"{path.name}/" for path in paths if path.is_dir() and any(map(_is_data, _entries(path)))
-    ]
+    used = {path for paths in files.values() for path in paths}
+    around = {parent for path in used for parent in path.parents}
+    found: list[Path] = []
+    for place in [folder, *sorted(around - {folder, *folder.parents})]:
+        # A packed one beside a used one is the same rows.
+        found += [path for path in _entries(place) if not {path, path.with_suffix("")} & (used | around)]
+    plain = [path for path in found if _is_data(path)]
+    full = [path for path in found if path.is_dir() and any(map(_is_data, _entries(path)))]
+    return [str(path.relative_to(folder)) for path in plain] + [f"{path.relative_to(folder)}/" for path in full]
 
 
 def _others_beside(source: str) -> tuple[Path, ...]:
     """Where ``source`` is one file, named as a train split, the files of other splits in its folder."""
     path = Path(source).expanduser()
-    if not path.is_file() or _stem(path.name, ENDINGS) not in SPLITS["train"]:
+    if not path.is_file() or _kind(path) != "train" or not _is_exact(path):
         return ()
-    others = (*SPLITS["validation"], *SPLITS["test"])
-    return tuple(one for one in _entries(path.parent) if _stem(one.name, ENDINGS) in others)
+    return tuple(one for one in _entries(path.parent) if _is_exact(one) and _kind(one) in ("validation", "test"))
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -111,109 +280,203 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _is_data(path: Path) -> bool:
-    return path.is_file() and path.name.lower().endswith(ENDINGS)
+    return path.name.lower().endswith(FILES) and path.name not in NO_ROWS and path.is_file()
 
 
-def read_source(source: str, split: str = "train") -> list[Row]:
+def read_source(source: str | Source, split: str = "train", columns: Sequence[str] = ()) -> list[Row]:
     """Read the rows of one split, by its name there.
+
+    Args:
+        source: that one.
+        split: the split's name.
+        columns: names of columns, beside those of the known forms, that the first line of a .csv may have.
 
     Raises:
         UserError: when the source or the split isn't found, or a file can't be read.
     """
+    source = _source(source, "data.source")
     files = _find_files(source)
     if files is not None:
-        if split not in files:
-            raise UserError(
-                f"has no split {excerpt(split)}, found: {' and '.join(files)}", place=source, remedy="choose another"
-            )
-        return read_rows(files[split], columns_of(forms_for("training")))
+        _check_split(source, split, [*files])
+        known = [*columns, *columns_of(forms_for("training"))]
+        return [row for path in files[split] for row in read_rows(path, known)]
     import datasets
 
-    values = _ask_hub(source, lambda: list(datasets.load_dataset(source, split=split)))
+    given = {"name": source.name, "revision": source.revision}
+    given = {name: value for name, value in given.items() if value is not None}
+    values = _ask_hub(source, lambda: list(datasets.load_dataset(source.path, split=split, **given)))
     return [Row(f"{source} ({split}): row {number}", value) for number, value in enumerate(values, 1)]
 
 
-def _find_files(source: str) -> dict[str, Path] | None:
+def _find_files(source: Source) -> dict[str, list[Path]] | None:
     """Returns a local source's files by the name of their split, or None for a dataset on the hub."""
-    if not source.strip() or not source.isprintable():
-        raise UserError(f"is {excerpt(source)}, expected 'demo', a file, a folder or a hub id", option="data.source")
-    if source == "demo":
-        return {"train": demo.TRAIN, "test": demo.TEST}
-    path = Path(source).expanduser()
+    if source.path == "demo":
+        return {"train": [demo.TRAIN], "test": [demo.TEST]}
+    path = Path(source.path).expanduser()
     if path.is_dir():
-        return _find_in_folder(path)
+        within = path / source.name if source.name else path
+        if not within.is_dir():
+            raise UserError(f"has no folder {excerpt(source.name)}", place=path, remedy="leave the name out")
+        return _find_in_folder(within)
     if path.exists():
-        return {"train": path}
-    if _looks_like_hub_id(source):
+        return {"train": [path]}
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  # of any folder
+    if found:
+        return _by_names([one for one in found if _is_data(one)] or found)
+    if _looks_like_hub_id(source.path):
         return None
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(
         f"no such file{suggestion(path.name, names)}",
-        place=source,
+        place=source.path,
         remedy=(
             f"expected 'demo', a file ({', '.join(ENDINGS)}), a folder with train.jsonl, or a hub id such as owner/name"
         ),
     )
 
 
-def _find_in_folder(folder: Path) -> dict[str, Path]:
-    names = sorted(entry.name for entry in folder.iterdir())
-    files: dict[str, Path] = {}
-    for known in SPLITS.values():
-        found = [name for name in names if _stem(name, ENDINGS) in known]
-        # A compressed one beside is the same rows; by itself, it is refused when it is read.
-        found = found or [name for name in names if _stem(_stem(name, COMPRESSED), (*ENDINGS, "")) in known]
-        if len(found) > 1:
-            raise UserError(
-                f"holds both {found[0]} and {found[1]}, expected one", place=folder, remedy="keep one of them"
-            )
-        files |= {re.split(r"[.]|-0+-of-", name)[0]: folder / name for name in found}
-    if not files:
+def _by_names(paths: list[Path]) -> dict[str, list[Path]]:
+    """Files of a pattern: each is training rows, if its name does not say that it is another split."""
+    files: dict[str, list[Path]] = {}
+    for path in paths:
+        files.setdefault((_is_exact(path) and _kind(path)) or "train", []).append(path)
+    return files if "train" in files else {"train": paths}
+
+
+def _find_in_folder(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder's splits.
+
+    It may be as ``save_to_disk`` leaves one, or have a file for each split, or the parts of it, itself or in a folder
+    ``data``; or a folder for each split; or files that have the split somewhere in their names; or a single file.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        names = parse_json((folder / "dataset_dict.json").read_bytes())["splits"]
+        return {str(name): _saved(folder / str(name)) for name in names}
+    if (folder / "state.json").is_file():
+        return {"train": _saved(folder)}
+    for place in (folder, folder / "data"):
+        data = [path for path in _entries(place) if _is_data(path)]
+        exact, named = [path for path in data if _is_exact(path)], [path for path in data if _kind(path)]
+        files = _by_split(place, exact) or _by_folder(place)
+        if not files and any(_kind(path) == "train" for path in named):
+            files = _by_split(place, named)
+        if files:
+            return files
+    within = [path for path in _entries(folder) if path.is_dir() and (_has_splits(path))]
+    if len(within) == 1:
+        return _find_in_folder(within[0])
+    data = [path for place in (folder, folder / "data") for path in _entries(place) if _is_data(path)]
+    if len(data) == 1 and not within:
+        return {"train": data}
+    raise UserError(
+        f"no train, validation or test file in this folder, expected train.jsonl ({', '.join(ENDINGS)}), "
+        f"found: {excerpt([path.name for path in _entries(folder)])}",
+        place=folder,
+        remedy=_remedy(folder, within, data),
+    )
+
+
+def _has_splits(folder: Path) -> bool:
+    return any(_is_data(path) and _is_exact(path) for path in _entries(folder))
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The files of rows that ``datasets`` saved in a folder. Raises UserError where one is gone."""
+    try:
+        state = parse_json((folder / "state.json").read_bytes())
+        paths = [folder / str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"no train, validation or test file in this folder, expected train.jsonl ({', '.join(ENDINGS)}), "
-            f"found: {excerpt(names)}",
-            place=folder,
-            remedy=_remedy(folder),
-        )
+            "can't be read as datasets.save_to_disk left it", place=folder / "state.json", remedy="save it again"
+        ) from error
+    gone = [path.name for path in paths if not path.is_file()]
+    if gone:
+        raise UserError(f"has no {gone[0]}, which its state.json names", place=folder, remedy="copy it again")
+    return paths
+
+
+def _by_split(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
+    """``paths`` by the name of their split. Raises UserError where two files are one split, or a part of it is gone."""
+    files: dict[str, list[Path]] = {}
+    for kind in SPLITS:
+        found = [path for path in paths if _kind(path) == kind]
+        # A packed one beside is the same rows.
+        plain = [path for path in found if path.name.lower().endswith(ENDINGS)]
+        found = plain or found
+        if not found:
+            continue
+        shards = [SHARD.match(_bare(path)) for path in found]
+        parts = [shard for shard in shards if shard]
+        if len(found) > 1 and (len(parts) < len(found) or len({(part[1], part[3]) for part in parts}) > 1):
+            raise UserError(
+                f"holds both {found[0].name} and {found[1].name}, expected one", place=folder, remedy="keep one of them"
+            )
+        if parts and (missing := {*range(int(parts[0][3]))} - {int(part[2]) for part in parts}):
+            number, count = f"{min(missing):05}", int(parts[0][3])
+            raise UserError(
+                f"has {len(parts)} of the {count} parts of {parts[0][1]}: number {number} is missing",
+                place=folder,
+                remedy="copy the others, too",
+            )
+        name = parts[0][1] if parts else _bare(found[0])
+        files[name if _is_exact(found[0]) else kind] = found
     return files
 
 
-def _stem(name: str, endings: Iterable[str]) -> str:
-    """``name`` in small letters without the one of ``endings`` that it has; empty where it has none of them.
-
-    Nor has it the number that the hub's files have, of a split that is whole in one of them: train-00000-of-00001.
-    """
-    name = name.lower()
-    stem = next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), "")
-    return re.sub(r"-0+-of-0*1$", "", stem)
+def _by_folder(folder: Path) -> dict[str, list[Path]]:
+    """Of folders that are named as splits, the files."""
+    known = {name for names in SPLITS.values() for name in names}
+    found = {path.name: [one for one in _entries(path) if _is_data(one)] for path in _entries(folder) if path.is_dir()}
+    return {name: paths for name, paths in found.items() if name.lower() in known and paths}
 
 
-def _remedy(folder: Path) -> str:
+def _bare(path: Path) -> str:
+    """A file's name without its ending."""
+    ending = next((one for one in sorted(FILES, key=len, reverse=True) if path.name.lower().endswith(one)), "")
+    return path.name[: len(path.name) - len(ending)] if ending else ""
+
+
+def _is_exact(path: Path) -> bool:
+    """Whether a file's name is a split's, and nothing else."""
+    shard = SHARD.match(_bare(path))
+    return (shard[1] if shard else _bare(path)).lower() in {name for names in SPLITS.values() for name in names}
+
+
+def _kind(path: Path) -> str | None:
+    """What the rows of a file are for, if its name says it somewhere: ``train``, ``validation`` or ``test``."""
+    words = re.split(r"[^a-z]+", _bare(path).lower())
+    if _is_exact(path):
+        words = [re.sub(r"-\d+-of-.*", "", _bare(path).lower())]
+    return next((kind for kind, known in SPLITS.items() if {*words} & {*known}), None)
+
+
+def _remedy(folder: Path, within: list[Path], data: list[Path]) -> str:
     """The remedy for a folder without a file named after a split."""
-    files = [path for place in (folder, folder / "data") for path in _entries(place) if _is_data(path)]
-    if any(_stem(path.name, ENDINGS) in known for path in files for known in SPLITS.values()):
-        return f"give {folder / 'data'}"
-    parts = [path for path in files if re.search(r"-\d+-of-0*[2-9]", path.name)]
-    if parts:
-        return f"put the parts of a split, such as {parts[0].relative_to(folder)}, together in one file, and name it"
-    if files:
-        return f"rename yours, or name the file itself, such as {files[0]}"
+    if within:
+        names = ", ".join(path.name for path in within)
+        return f"name one of its folders ({names}), such as {within[0]}"
+    if data:
+        return (
+            f"rename yours, or name the file itself, such as {data[0]}, or all with {data[0].parent}/*{data[0].suffix}"
+        )
     return "put one there, or name the file itself"
 
 
-def is_hub_id(source: str) -> bool:
+def is_hub_id(source: str | Source) -> bool:
     """True if a source is a hub id: nothing of that name is local, and it is written as an id."""
-    return source != "demo" and not Path(source).expanduser().exists() and _looks_like_hub_id(source)
+    path = _source(source, "data.source").path
+    return path != "demo" and not Path(path).expanduser().exists() and _looks_like_hub_id(path)
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    is_file = Path(source).suffix.lower() in (*ENDINGS, *COMPRESSED, ".txt", ".tsv", ".xlsx")
+    is_file = source.lower().endswith((*ENDINGS, *PACKED, ".zip", ".tar", ".tgz", ".7z", ".txt", ".tsv", ".xlsx"))
     return not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None
 
 
-def _ask_hub(source: str, ask: Callable[[], T]) -> T:
+def _ask_hub(asked: Source, ask: Callable[[], T]) -> T:
     import datasets
 
+    source = asked.path
     page = f"https://huggingface.co/datasets/{source}"
     try:
         return ask()
@@ -234,6 +497,14 @@ def _ask_hub(source: str, ask: Callable[[], T]) -> T:
             remedy="check the network (and HF_HUB_OFFLINE), or give a local file",
         ) from error
     except Exception as error:  # any other failure of `datasets` with the hub's files is no bug of ours
+        configs = re.search(r"(?:[Cc]onfig name is missing|BuilderConfig .* not found).*?(\[.*?\])", str(error), re.S)
+        if configs:
+            what = f"no configuration {excerpt(asked.name)}" if asked.name else "has several configurations"
+            raise UserError(
+                f"{what}, expected one of {excerpt(configs[1])}",
+                place=source,
+                remedy=f"give data.source as {{path: {source}, name: CONFIGURATION}}",
+            ) from error
         cause = str(error).strip().partition("\n")[0]
         raise UserError(
             f"the hub's files can't be loaded ({type(error).__name__}: {cause})", place=source, remedy=f"see {page}"

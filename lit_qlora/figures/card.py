@@ -6,7 +6,7 @@ Written into each such folder before it is sealed. Contains no path and no name 
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from lit_qlora.data.sources import paths_of
 from lit_qlora.figures.curves import CURVES, draw_curves
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.storage.foreign import read_object
@@ -82,16 +83,17 @@ def card(
         training_s: seconds in training steps so far, without validations and saves.
         has_curves: True if the picture of the losses is in the same folder.
     """
+    sources = published(paths_of(config["data"]["source"]))
     config = published(config)
-    source, text = config["data"]["source"], as_yaml(config)
+    text = as_yaml(config)
     prompt_format = chosen(config["data"].get("template"), config["data"].get("system"))
     before, after = figures.get(0, {}), figures.get(step, {})
     return _render(
         "adapter",
         base,
-        metadata=_metadata(base, source),
+        metadata=_metadata(base, sources),
         address=base if HUB_ID.fullmatch(base) else f"path/to/{base}",  # for others, no path of this machine
-        source=source,
+        sources=_listed(sources),
         prompts=prompt_format.described(RECORD),
         rows=[*_rows(before, after)],
         cost=[*_cost(figures, step, training_s)],
@@ -102,19 +104,19 @@ def card(
     )
 
 
-def merged_card(base: str, source: str | None, made: str, told: str, prompts: str) -> str:
+def merged_card(base: str, sources: Sequence[str], made: str, told: str, prompts: str) -> str:
     """The card of a merged model as text.
 
     Args:
         base: the public name of the base.
-        source: the adapter's training data, if known.
+        sources: the adapter's training data, if known.
         made: how it was made, in a sentence.
         told: the measured difference from base and adapter.
         prompts: the prompt format, as by `PromptFormat.described`.
     """
-    source = published(source)
-    trained = f"`{source}`, in {prompts}" if source else f"conversations in {prompts}"
-    metadata = _metadata(base, source or "", "finetune")
+    sources = published([*sources])
+    trained = f"{_listed(sources)}, in {prompts}" if sources else f"conversations in {prompts}"
+    metadata = _metadata(base, sources, "finetune")
     return _render("merged", base, metadata=metadata, trained=trained, made=made, measured=told)
 
 
@@ -145,18 +147,22 @@ def _is_path(text: str) -> bool:
         return False
     if re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text) or os.path.exists(text):  # noqa: PTH110  # pathlib's raises
         return True
-    return " " not in text and HUB_ID.fullmatch(text) is None
+    return " " not in text and HUB_ID.fullmatch(text.partition(":")[0]) is None  # a split may stand behind it
 
 
-def _metadata(base: str, source: str, relation: str = "adapter") -> str:
+def _listed(sources: Sequence[str]) -> str:
+    return " and ".join(f"`{source}`" for source in sources)
+
+
+def _metadata(base: str, sources: Sequence[str], relation: str = "adapter") -> str:
     library = "peft" if relation == "adapter" else "transformers"
     metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if HUB_ID.fullmatch(base):
         metadata |= {"base_model": base, "base_model_relation": relation}
     if LLAMA_2.search(base):
         metadata["license"] = "llama2"
-    if HUB_ID.fullmatch(source):
-        metadata["datasets"] = [source]
+    if datasets := [source for source in sources if HUB_ID.fullmatch(source)]:
+        metadata["datasets"] = datasets
     more = [*(["peft"] if relation == "adapter" else []), *(["llama"] if LLAMA.search(base) else [])]
     return yaml.safe_dump(metadata | {"tags": ["lora", "qlora", *more, "lightning"]}, sort_keys=False)
 

@@ -118,14 +118,15 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
 
 
 def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: "Difference", prompt_format: "PromptFormat") -> str:
+    from lit_qlora.data.sources import paths_of
     from lit_qlora.figures.card import merged_card
 
     made = f"The weights are in {dtype}."
     if onto == "original":
         made += " The adapter was added to the base's own weights, not to the 4-bit ones that it was trained on."
     told = f"{str(found).capitalize()}, against the 4-bit base with the adapter."
-    source = chosen.settings["data"]["source"] if chosen.settings else None
-    return merged_card(chosen.base.public_name, source, made, told, prompt_format.described("tokenizer_config.json"))
+    sources = paths_of(chosen.settings["data"]["source"]) if chosen.settings else []
+    return merged_card(chosen.base.public_name, sources, made, told, prompt_format.described("tokenizer_config.json"))
 
 
 def check_room(target: Path, needed_bytes: int) -> None:

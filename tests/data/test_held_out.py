@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_qlora.data.held_out import Parts, _split
+from lit_qlora.data.held_out import Parts, _divide, _draw
 from lit_qlora.data.records import Records
 from lit_qlora.data.run_rows import RunRows
+from lit_qlora.data.sources import as_text
 from lit_qlora.errors import UserError
 from tests.data.talks import said, text, write
 
@@ -49,7 +50,7 @@ def test_both_sides_get_at_least_one_row(ten, share, count):
 )
 def test_no_conversation_stands_on_both_sides(names, share):
     records = Records("rows", [said(name, "yo") for name in names], {"x": 1}, where=names)
-    train, held_out = _split(records, share, seed=3)
+    train, held_out = _divide(records, _draw(records, share, seed=3))
     assert questions(train)
     assert questions(held_out)
     assert not set(questions(train)) & set(questions(held_out))
@@ -142,9 +143,9 @@ def test_of_a_test_source_the_test_split_is_taken_and_never_the_training_data(te
 
 def test_what_is_not_read_is_named(ten):
     folder_of("mine", train="abc", validation="de", test="fg", more="h")
-    assert Parts("mine").unread() == ["more.jsonl"]
-    assert Parts("mine", ten).unread() == ["validation", "more.jsonl"]
-    assert Parts(ten, "mine").unread() == []
+    assert [*Parts("mine").unread().values()] == [["more.jsonl"]]
+    assert [*Parts("mine", ten).unread().values()] == [["validation", "more.jsonl"]]
+    assert [*Parts(ten, "mine").unread().values()] == []
 
 
 # By the record of a run
@@ -299,10 +300,10 @@ def test_a_share_that_is_not_drawn_is_no_draw(ten):
 
 def test_other_splits_beside_a_file_are_named_unless_they_are_read():
     folder = folder_of("mine", train=("a", "b"), validation=("c",), test=("d",))
-    assert Parts(f"{folder}/train.jsonl").unread() == ["test.jsonl", "validation.jsonl"]
-    assert Parts(f"{folder}/train.jsonl", f"{folder}/validation.jsonl").unread() == ["test.jsonl"]
+    assert [*Parts(f"{folder}/train.jsonl").unread().values()] == [["test.jsonl", "validation.jsonl"]]
+    assert [*Parts(f"{folder}/train.jsonl", f"{folder}/validation.jsonl").unread().values()] == [["test.jsonl"]]
     Path(folder, "train.jsonl").rename(Path(folder, "mine.jsonl"))
-    assert Parts(f"{folder}/mine.jsonl").unread() == []
+    assert [*Parts(f"{folder}/mine.jsonl").unread().values()] == []
 
 
 def test_a_split_as_the_hub_names_its_file_is_one():
@@ -311,9 +312,112 @@ def test_a_split_as_the_hub_names_its_file_is_one():
         (folder / f"{split}.jsonl").rename(folder / f"{split}-00000-of-00001.jsonl")
     train, held_out = Parts(str(folder)).train_and_held_out()
     assert (questions(train), questions(held_out)) == (["a", "b"], ["c"])
-    assert Parts(str(folder / "train-00000-of-00001.jsonl")).unread() == ["test-00000-of-00001.jsonl"]
+    assert [*Parts(str(folder / "train-00000-of-00001.jsonl")).unread().values()] == [["test-00000-of-00001.jsonl"]]
     (folder / "data").mkdir()
     for file in folder.glob("*.jsonl"):
         file.rename(folder / "data" / file.name)
-    with pytest.raises(UserError, match="give mine/data"):
-        Parts(str(folder)).train_and_held_out()
+    train, held_out = Parts(str(folder)).train_and_held_out()
+    assert (questions(train), questions(held_out)) == (["a", "b"], ["c"])
+
+
+# Several sources
+
+
+def test_sources_are_read_one_after_the_other_and_a_share_is_held_out_of_all(ten):
+    other = write("other.jsonl", *(text(f"r{number}", "a") for number in range(10)), text("asked"))
+    train, held_out = Parts([ten, other], None, 0.2, seed=0).train_and_held_out()
+    assert len(train.conversations) == 16 and len(held_out.conversations) == 4
+    assert sorted(questions(train) + questions(held_out)) == sorted(f"{n}{i}" for n in "qr" for i in range(10))
+    assert [(part.name, len(part.conversations)) for part in train.parts] == [
+        ("ten.jsonl", len([q for q in questions(train) if q[0] == "q"])),
+        ("other.jsonl", len([q for q in questions(train) if q[0] == "r"])),
+    ]
+    assert [part.dropped for part in train.parts] == [{}, {"rows left out: nothing answered": 1}]
+    assert [part.name for part in held_out.parts] == ["ten.jsonl, held out", "other.jsonl, held out"]
+    assert (train.name, held_out.where[0][:3]) == ("ten.jsonl and other.jsonl", "ten")
+    assert Parts([ten, other], None, 0.2, seed=0).train_and_held_out() == (train, held_out)
+    assert Parts([ten], None, 0.2, seed=0).train_and_held_out() == Parts(ten, None, 0.2, seed=0).train_and_held_out()
+    # One that stands in both is on one side.
+    for seed in range(20):
+        train, held_out = Parts([ten, ten], None, 0.2, seed=seed).train_and_held_out()
+        assert not {*train.conversations} & {*held_out.conversations}
+
+
+def test_each_source_s_own_split_is_held_out_and_a_share_of_the_others(ten):
+    folder_of("mine", train="abc", validation="de", test="fg")
+    folder_of("two", train="hij", test="kl")
+    parts = Parts(["mine", ten, "two"], None, 0.2, seed=0)
+    train, held_out = parts.train_and_held_out()
+    assert questions(train)[:3] == ["a", "b", "c"] and questions(train)[-3:] == ["h", "i", "j"]
+    assert questions(held_out) == ["d", "e", "k", "l", "q6", "q9"]
+    assert parts.draws()
+    assert questions(parts.test()) == ["f", "g"]
+    assert parts.unread() == {}
+    # Without a share, all of what has no such split is learned.
+    train, held_out = Parts(["mine", ten], None, 0.0, seed=0).train_and_held_out()
+    assert (len(questions(train)), questions(held_out)) == (13, ["d", "e"])
+    # What a share holds out of one source is not learned from another.
+    write("again.jsonl", *(text(letter, "a") for letter in "abcxyz"))
+    for seed in range(10):
+        train, held_out = Parts(["mine", "again.jsonl"], None, 0.5, seed=seed).train_and_held_out()
+        assert not {*questions(train)} & {*questions(held_out)}
+
+
+def test_a_source_s_share_of_its_training_rows_is_drawn_by_the_seed(ten):
+    folder_of("mine", train="abcdefgh", validation="yz")
+    source = [{"path": "mine", "share": 0.5}, ten]
+    train, held_out = Parts(source, None, 0.2, seed=0).train_and_held_out()
+    kept = [question for question in questions(train) if question in "abcdefgh"]
+    assert len(kept) == 4 and kept == sorted(kept)
+    assert questions(held_out)[:2] == ["y", "z"]
+    assert train.parts[0].dropped == {"rows not used, for its share is 0.5": 4}
+    assert Parts(source, None, 0.2, seed=0).train_and_held_out() == (train, held_out)
+    drawn = {tuple(questions(Parts(source, None, 0.2, seed=seed).train_and_held_out()[0])) for seed in range(5)}
+    assert len(drawn) > 1
+    (alone, _) = Parts({"path": "mine", "share": 0.01}, seed=3).train_and_held_out()
+    assert len(alone.conversations) == 1
+
+
+def test_what_a_run_held_out_is_found_again_in_several_sources(ten):
+    folder_of("mine", train="abc", validation="de")
+    source = ["mine", {"path": ten, "share": 0.6}]
+    parts = Parts(source, None, 0.4, seed=0)
+    train, held_out = parts.train_and_held_out()
+    rows = RunRows.of(train.conversations, held_out.conversations, None)
+    again, gone = parts.recall(rows)
+    assert (again.conversations, gone) == (held_out.conversations, 0)
+    assert again.dropped == {}
+    # By other shares and seeds, too, and where a source grew.
+    write(ten, *(text(f"q{number}", "a") for number in range(20)))
+    again, gone = Parts([ten, "mine"], None, 0.1, seed=7).recall(rows)
+    assert (again.conversations, gone) == (held_out.conversations, 0)
+
+
+def test_held_out_rows_may_come_from_several_sources(ten):
+    folder_of("mine", train="abc", validation="de", test="fg")
+    given = [{"path": "mine", "split": "test"}, "mine:validation"]
+    parts = Parts(ten, given)
+    train, held_out = parts.train_and_held_out()
+    assert (len(train.conversations), questions(held_out)) == (10, ["f", "g", "d", "e"])
+    rows = RunRows.of(train.conversations, held_out.conversations, as_text(given))
+    assert Parts(ten, given).held_out(rows)[0].conversations == held_out.conversations
+    assert Parts(ten).held_out(rows)[0].conversations == held_out.conversations
+    assert questions(Parts(ten, "mine").held_out(rows)[0]) == ["d", "e"]
+    assert questions(Parts(ten).test_of(["mine", "mine:validation"])) == ["f", "g", "d", "e"]
+
+
+def test_a_source_that_names_its_split_is_trained_on_that(ten):
+    folder_of("mine", train="abc", validation="de", test="fg")
+    train, held_out = Parts("mine:test").train_and_held_out()
+    assert (questions(train), questions(held_out)) == (["f", "g"], ["d", "e"])
+    assert Parts("mine:test").test() is None
+    train, held_out = Parts("mine:validation").train_and_held_out()
+    assert (questions(train), questions(held_out)) == (["d", "e"], ["f", "g"])
+    assert Parts("mine:validation").unread() == {"mine": ["train"]}
+
+
+def test_a_source_may_have_columns_of_its_own(ten):
+    write("de.jsonl", *({"Frage": f"f{number}", "Antwort": "a"} for number in range(3)))
+    source = [ten, {"path": "de.jsonl", "columns": {"user": "Frage", "assistant": "Antwort"}}]
+    train, held_out = Parts(source, None, 0.1).train_and_held_out()
+    assert len(train.conversations + held_out.conversations) == 13

@@ -12,8 +12,9 @@ import datasets
 import pytest
 
 from lit_qlora import demo
+from lit_qlora.data import sources
 from lit_qlora.data.files import Row
-from lit_qlora.data.sources import find_splits, read_source
+from lit_qlora.data.sources import Source, as_text, find_splits, read_source, sources_of
 from lit_qlora.errors import UserError
 
 A_SOURCE = (
@@ -127,15 +128,76 @@ def test_a_set_of_the_hub_without_training_rows_is_one_line(monkeypatch, expect_
 
 
 @pytest.mark.parametrize(
+    ("files", "names", "unread"),
+    [
+        (["data/train-00000-of-00001.parquet", "README.md"], {"train": ["data/train-00000-of-00001.parquet"]}, ()),
+        (
+            ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet",
+             "data/test-00000-of-00001.parquet"],
+            {"train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+             "test": ["data/test-00000-of-00001.parquet"]},
+            (),
+        ),
+        (["data/train-00000-of-00001-0123456789abcdef.parquet"],
+         {"train": ["data/train-00000-of-00001-0123456789abcdef.parquet"]}, ()),
+        (["data/train.jsonl", "data/test.jsonl", "more.jsonl"], {"train": ["data/train.jsonl"],
+                                                                 "test": ["data/test.jsonl"]}, ("more.jsonl",)),
+        (["main/train-00000-of-00001.parquet", "main/test-00000-of-00001.parquet"],
+         {"train": ["main/train-00000-of-00001.parquet"], "test": ["main/test-00000-of-00001.parquet"]}, ()),
+        (["train/a.jsonl", "train/b.jsonl", "validation/a.jsonl"],
+         {"train": ["train/a.jsonl", "train/b.jsonl"], "validation": ["validation/a.jsonl"]}, ()),
+        (["openassistant_best_replies_train.jsonl", "openassistant_best_replies_eval.jsonl"],
+         {"train": ["openassistant_best_replies_train.jsonl"],
+          "validation": ["openassistant_best_replies_eval.jsonl"]}, ()),
+        (["dolly-15k.jsonl", "README.md", "dataset_infos.json"], {"train": ["dolly-15k.jsonl"]}, ()),
+    ],
+)  # fmt: skip
+def test_a_clone_of_the_hub_is_read_as_it_lies(files, names, unread):
+    for name in files:
+        write(f"mine/{name}")
+    splits = find_splits("mine")
+    assert {*splits.names.values()} == {*names}
+    assert splits.unread == unread
+    found = sources._find_files(sources.sources_of("mine")[0])
+    assert {name: [str(path.relative_to("mine")) for path in paths] for name, paths in found.items()} == names
+
+
+def test_the_parts_of_a_split_are_read_in_their_order_and_all_of_them(expect_error):
+    for number in (1, 0, 2):
+        datasets.Dataset.from_dict({"text": [f"x{number}"]}).to_parquet(f"train-0000{number}-of-00003.parquet")
+    assert [row.value["text"] for row in read_source(".", "train")] == ["x0", "x1", "x2"]
+    Path("train-00001-of-00003.parquet").unlink()
+    expect_error(lambda: find_splits("."), "2 of the 3 parts of train", "00001 is missing", place=".")
+
+
+def test_what_datasets_saved_is_read(expect_error):
+    rows = datasets.Dataset.from_dict(
+        {"text": ["x", "y", "z"], "messages": [[{"role": "user", "content": "hi"}]] * 3, "turns": [{"a": [1]}] * 3}
+    )
+    rows.save_to_disk("one", num_shards=2)
+    datasets.DatasetDict({"train": rows, "test": rows.select([0]), "gen": rows}).save_to_disk("several")
+    assert [row.value["text"] for row in read_source("one")] == ["x", "y", "z"]
+    assert read_source("one")[0].where == "one/data-00000-of-00002.arrow: row 1"
+    assert read_source("one")[0].value["messages"] == [{"role": "user", "content": "hi"}]
+    splits = find_splits("several")
+    assert (splits.names, splits.unread) == ({"train": "train", "test": "test"}, ("gen",))
+    assert [row.value["text"] for row in read_source("several", "test")] == ["x"]
+    assert find_splits("several:gen").training() == "gen"
+    Path("one/data-00001-of-00002.arrow").unlink()
+    expect_error(lambda: read_source("one"), "data-00001-of-00002.arrow", "copy it again", place="one")
+    Path("one/state.json").write_text("{")
+    expect_error(lambda: read_source("one"), "save_to_disk", place="one/state.json")
+
+
+@pytest.mark.parametrize(
     ("files", "remedy"),
     [
-        (["data/train-00000-of-00001.parquet"], "give mine/data"),
-        (
-            ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
-            "put the parts of a split, such as data/train-00000-of-00002.parquet, together in one file, and name it",
-        ),
-        (["data/train.jsonl", "data/test.jsonl"], "give mine/data"),
         (["notes.md"], "put one there, or name the file itself"),
+        (
+            ["a.jsonl", "b.jsonl"],
+            "rename yours, or name the file itself, such as mine/a.jsonl, or all with mine/*.jsonl",
+        ),
+        (["en/train.jsonl", "de/train.jsonl"], "name one of its folders (de, en), such as mine/de"),
     ],
 )
 def test_a_folder_without_splits_says_what_to_do(files, remedy):
@@ -144,6 +206,122 @@ def test_a_folder_without_splits_says_what_to_do(files, remedy):
     with pytest.raises(UserError) as caught:
         find_splits("mine")
     assert str(caught.value).endswith(remedy)
+
+
+def test_a_pattern_is_its_files():
+    for name in ("b.jsonl", "a.jsonl", "c.csv", "notes.md"):
+        write(f"data/{name}", "text\nx\n" if name.endswith("csv") else '{"text": "x"}\n')
+    assert [row.where for row in read_source("data/*.jsonl")] == ["data/a.jsonl:1", "data/b.jsonl:1"]
+    assert [row.where for row in read_source("data/*")] == ["data/a.jsonl:1", "data/b.jsonl:1", "data/c.csv:2"]
+    assert [row.where for row in read_source("**/[ab].jsonl")] == ["data/a.jsonl:1", "data/b.jsonl:1"]
+    # What is another split by its name is none to train on, as in a folder.
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "test_cases.jsonl"):
+        write(f"three/{name}")
+    splits = find_splits("three/*.jsonl")
+    assert splits.names == {"train": "train", "validation": "validation", "test": "test"}
+    assert [row.where for row in read_source("three/*.jsonl")] == ["three/test_cases.jsonl:1", "three/train.jsonl:1"]
+    assert [row.where for row in read_source("three/test.json*")] == ["three/test.jsonl:1"]
+    write("data/[x].jsonl")
+    assert [row.where for row in read_source("data/[x].jsonl")] == ["data/[x].jsonl:1"]
+    with pytest.raises(UserError, match=r"^data/\*\.json: no such file"):
+        read_source("data/*.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a.jsonl", [Source("a.jsonl")]),
+        ("owner/name:train_gen", [Source("owner/name", split="train_gen")]),
+        ("owner/name:train[:10%]", [Source("owner/name", split="train[:10%]")]),
+        ("demo:test", [Source("demo", split="test")]),
+        ("C:\\rows.jsonl", [Source("C:\\rows.jsonl")]),
+        ("https://huggingface.co/datasets/a/b", [Source("https://huggingface.co/datasets/a/b")]),
+        (Path("a.jsonl"), [Source("a.jsonl")]),
+        (["a.jsonl", {"path": "b/c", "name": "main", "split": "x", "revision": "v1", "share": 0.5}],
+         [Source("a.jsonl"), Source("b/c", "main", "x", "v1", 0.5)]),
+        ({"path": "b/c:x", "share": "0.5"}, [Source("b/c", split="x", share=0.5)]),
+        ('["a.jsonl", {"path": "b.jsonl"}]', [Source("a.jsonl"), Source("b.jsonl")]),
+        ({"path": "a.jsonl", "columns": {"user": "q", "assistant": "a"}},
+         [Source("a.jsonl", columns=(("user", "q"), ("assistant", "a")))]),
+    ],
+)  # fmt: skip
+def test_what_stands_for_sources(value, expected):
+    assert sources_of(value) == tuple(expected)
+    if not isinstance(value, Path):
+        assert sources_of(as_text(value)) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "words", "option"),
+    [
+        ([], ["an empty list"], "data.source"),
+        (["a.jsonl", ""], ["is ''"], "data.source"),
+        ([3], ["got 3"], "data.source"),
+        ({}, ["no path"], "data.source"),
+        ({"path": 3}, ["no path"], "data.source"),
+        ({"path": "a", "shar": 1}, ["'shar' is unknown", "did you mean 'share'?"], "data.source"),
+        ({"class_path": "os.system"}, ["'class_path' is unknown"], "data.source"),
+        ({"path": "a", "share": 0}, ["above 0", "got 0"], "data.source.share"),
+        ({"path": "a", "share": 70}, ["up to 1", "got 70"], "data.source.share"),
+        ({"path": "a", "share": "half"}, ["got 'half'"], "data.source.share"),
+        ({"path": "a", "share": float("nan")}, ["above 0"], "data.source.share"),
+        ({"path": "a", "split": 3}, ["expected a text, got 3"], "data.source.split"),
+        ({"path": "a", "columns": "q"}, ["expected a table"], "data.source.columns"),
+    ],
+)
+def test_what_stands_for_none(value, words, option, expect_error):
+    expect_error(lambda: sources_of(value), *words, option=option)
+
+
+def test_a_split_that_there_is_not_is_named_with_those_there_are(monkeypatch, expect_error):
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["train", "test", "train_gen"])
+    for split in ("tarin", "train+tset", "tarin[:10%]"):
+        expect_error(lambda split=split: find_splits(f"owner/name:{split}"), "no split", "train and test and train_gen",
+                     "did you mean", place="owner/name")  # fmt: skip
+    splits = find_splits("owner/name:train_gen")
+    assert (splits.names, splits.unread) == ({"train": "train_gen", "test": "test"}, ("train",))
+    assert find_splits("owner/name:train[:10%]+test").names == {"train": "train[:10%]+test"}
+    write("rows.jsonl")
+    expect_error(lambda: find_splits("rows.jsonl:test"), "no split 'test', found: train", place="rows.jsonl")
+
+
+def test_configuration_and_revision_reach_the_hub(monkeypatch):
+    asked = []
+
+    def names(*args, **kwargs):
+        asked.append((args, kwargs))
+        return ["train"]
+
+    def load(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_dict({"text": ["x"]})
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", names)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (source,) = sources_of({"path": "owner/name", "name": "main", "revision": "v1"})
+    assert find_splits(source).training() == "train"
+    assert read_source(source) == [Row("owner/name, main (train): row 1", {"text": "x"})]
+    assert asked == [
+        (("owner/name",), {"config_name": "main", "revision": "v1"}),
+        (("owner/name",), {"split": "train", "name": "main", "revision": "v1"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample:",
+         ["has several configurations", "main", "{path: owner/name, name: CONFIGURATION}"]),
+        ("BuilderConfig 'x' not found. Available: ['main', 'socratic']", ["'x'", "main", "name: CONFIGURATION"]),
+    ],
+)  # fmt: skip
+def test_a_configuration_is_asked_for(monkeypatch, error, words, expect_error):
+    def fail(*args, **kwargs):
+        raise ValueError(error)
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
+    (source,) = sources_of({"path": "owner/name", "name": "x"} if "'x'" in error else "owner/name")
+    expect_error(lambda: find_splits(source), *words, place="owner/name")
 
 
 def test_a_folder_that_is_named_like_a_hub_id_comes_before_the_hub():
@@ -194,8 +372,8 @@ def test_the_demo(tmp_path, monkeypatch):
         (
             "useless",
             "useless: no train, validation or test file in this folder, expected train.jsonl (.jsonl, .json, .csv,"
-            " .parquet), found: ['README.md', 'rows.jsonl']; rename yours, or name the file itself, such as"
-            " useless/rows.jsonl",
+            " .parquet), found: ['README.md', 'more.jsonl', 'rows.jsonl']; rename yours, or name the file itself, such"
+            " as useless/more.jsonl, or all with useless/*.jsonl",
         ),
         ("twice", "twice: holds both train.csv and train.jsonl, expected one; keep one of them"),
         ("half", "half: has no split 'train', found: test; choose another"),
@@ -205,6 +383,7 @@ def test_a_source_that_is_not_there_is_one_line(source, message):
     for name in (
         "rows.jsonl",
         "useless/rows.jsonl",
+        "useless/more.jsonl",
         "useless/README.md",
         "twice/train.csv",
         "twice/train.jsonl",
@@ -351,7 +530,8 @@ class Hub(BaseHTTPRequestHandler):
 ASK = """
 import json
 import datasets
-from lit_qlora.data.sources import find_splits, read_source
+from lit_qlora.data import sources
+from lit_qlora.data.sources import Source, as_text, find_splits, read_source, sources_of
 from lit_qlora.errors import UserError
 from lit_qlora.quiet import quieten
 

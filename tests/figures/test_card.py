@@ -123,7 +123,7 @@ def test_the_hub_s_own_reader_takes_the_metadata(base):
 
 def test_the_card_of_a_merged_model():
     text = merged_card(
-        "meta-llama/Llama-2-7b-hf", "/home/ann/rows.jsonl", "The weights are in float16.", "Far.", LLAMA_2
+        "meta-llama/Llama-2-7b-hf", ["/home/ann/rows.jsonl"], "The weights are in float16.", "Far.", LLAMA_2
     )
     assert ModelCard(text).data.to_dict() == {
         "library_name": "transformers",
@@ -138,7 +138,7 @@ def test_the_card_of_a_merged_model():
     )
     assert "LLAMA 2 Community License" in text
     assert "## Measured\n\nFar.\n" in text
-    assert "on conversations in the Llama 2 chat format, worked" in merged_card("a/b", None, "", "", LLAMA_2)
+    assert "on conversations in the Llama 2 chat format, worked" in merged_card("a/b", [], "", "", LLAMA_2)
 
 
 def test_a_base_that_is_no_hub_model_is_not_named_as_one():

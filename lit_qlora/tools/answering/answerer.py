@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
@@ -66,10 +67,14 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     settings = {"model": {}, "data": {}, "trainer": {}} | run.read_config()
     for name in ("model", "data", "trainer"):
         require(isinstance(settings[name], dict), name, "options below it", settings[name], place=run.config)
-    for section, name in (("model", "base"), ("model", "quantized_cache"), ("data", "source"), ("data", "system")):
+    for section, name in (("model", "base"), ("model", "quantized_cache"), ("data", "system")):
         value = settings[section].get(name)
         holds = isinstance(value, str) or (value is None and name != "base")
         require(holds, f"{section}.{name}", "a text", value, place=run.config)
+    try:
+        sources_of(settings["data"].setdefault("source", "demo"))
+    except UserError as error:
+        raise error.replace(place=run.config) from error
     seed = settings.get("seed_everything", 42)
     require(isinstance(seed, int), "seed_everything", "a whole number", seed, place=run.config)
     return settings

@@ -17,6 +17,7 @@ from lit_qlora.data.encode import Encoder
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, load_records
 from lit_qlora.data.run_rows import RunRows
+from lit_qlora.data.sources import paths_of
 from lit_qlora.errors import UserError
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base
@@ -78,7 +79,7 @@ def conversations_to_compare(
         parts, rows = Parts(data["source"], *options, reading), RunRows.read(record)
         try:
             records, _ = parts.held_out(rows)
-            name = f"held-out conversations of {Path(data['source']).name}"
+            name = f"held-out conversations of {' and '.join(Path(path).name for path in paths_of(data['source']))}"
         except UserError:
             pass
     return records.conversations[:NUM_CONVERSATIONS], name

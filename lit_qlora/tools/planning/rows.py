@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.sources import is_hub_id
+from lit_qlora.data.sources import is_hub_id, paths_of
 from lit_qlora.errors import UserError
 from lit_qlora.forecast.foresee import Rows, guanaco_lengths
 from lit_qlora.forecast.memory import Samples
@@ -73,10 +73,11 @@ def _rows(data: ChatDataModule, has_tokenizer: bool) -> Rows:
     try:
         train, _ = data.parts(reading).train_and_held_out()
     except UserError:
-        if not is_hub_id(data.source):
+        paths = paths_of(data.source)
+        if not any(map(is_hub_id, paths)):
             raise
-        num_rows = PUBLISHED.get(data.source, 1000)
-        what = f"{num_rows:,} rows" if data.source in PUBLISHED else "lengths unknown: 1,000 rows"
+        num_rows = sum(PUBLISHED.get(path, 1000) for path in paths)
+        what = f"{num_rows:,} rows" if {*paths} <= {*PUBLISHED} else f"lengths unknown: {num_rows:,} rows"
         return Rows(guanaco_lengths(num_rows), known_by=f"assumed: {what}, their lengths as Guanaco's")
     if not has_tokenizer:
         lengths = tuple(

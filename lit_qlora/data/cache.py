@@ -23,6 +23,7 @@ from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, parse_json
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, remove_folder, verify_folder, write_folder
+from lit_qlora.storage.lock import flock
 from lit_qlora.text.conversation import Conversation, Turn
 
 ROWS_A_WRITE = 512
@@ -45,12 +46,10 @@ class Held:
         self.close: Callable[[], object] = lambda: None
         if os.name == "nt":  # where a file that is mapped can't be removed anyway
             return
-        import fcntl
-
         with suppress(OSError):  # not there, or a file system without locks
             descriptor = os.open(entry / MANIFEST, os.O_RDONLY)
             self.close = finalize(self, os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            flock(descriptor, shared=True, wait=True)
 
 
 @dataclass(frozen=True)
@@ -124,16 +123,14 @@ def _prune(newest: Path) -> None:
 
 
 def _remove(entry: Path) -> None:
-    """Remove an entry. Raises OSError if a process has it open, or it can't be removed."""
+    """Remove an entry unless a process has it open. Raises OSError if it can't be removed."""
     manifest = entry / MANIFEST
     if os.name == "nt" or not manifest.is_file():
         remove_folder(entry)
         return
-    import fcntl
-
     with manifest.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_folder(entry)
+        if flock(file.fileno()):
+            remove_folder(entry)
 
 
 def _key(conversations: Sequence[Conversation], encoder: Encoder) -> str:

@@ -1,6 +1,6 @@
-"""Owns the lock by which one process at a time uses a run folder, and `hold`, a lock that several may share.
+"""Owns locks: the one by which one process at a time uses a run folder, and those that several may share.
 
-Used around a whole run, `with RunLock(run): …`. The operating system releases the lock when the process ends, however
+`with RunLock(run): …` stands around a whole run. The operating system releases the lock when the process ends, however
 it ends, so no lock is ever stale; the file `.lock` stays, and its text only serves the message. Knows nothing of what
 the run does.
 """
@@ -79,12 +79,8 @@ def _try_lock(descriptor: int) -> bool:
         except PermissionError:
             return False
         return True
-    import fcntl
-
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return flock(descriptor)
     except OSError as error:
         if error.errno not in _NO_LOCKS_HERE:
             raise
@@ -92,6 +88,22 @@ def _try_lock(descriptor: int) -> bool:
             "warning: the file system of this run folder has no locks; make sure that no second process trains in it",
             file=sys.stderr,
         )
+    return True
+
+
+def flock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; False if another process's lock conflicts.
+
+    Raises OSError where such locks are not supported: Windows, some mounted file systems.
+    """
+    if os.name == "nt":
+        raise OSError(errno.ENOSYS, "no locks that several can hold")
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
     return True
 
 
@@ -106,15 +118,10 @@ def hold(file: Path, *, alone: bool) -> int | None:
 
     Raises OSError where such locks are not supported (Windows, some mounted file systems), and for a missing file.
     """
-    if os.name == "nt":
-        raise OSError(errno.ENOSYS, "no locks that several can hold")
-    import fcntl
-
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        is_held = os.path.samestat(os.fstat(descriptor), file.stat())
-    except (BlockingIOError, FileNotFoundError):
+        is_held = flock(descriptor, shared=not alone) and os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
         is_held = False
     except OSError:
         os.close(descriptor)

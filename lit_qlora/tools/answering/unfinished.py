@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import parse_json, replace_file
+from lit_qlora.storage.lock import flock
 
 
 class Unfinished:
@@ -76,18 +77,13 @@ class Unfinished:
 
     def _hold(self) -> None:
         assert self._file
-        try:
-            import fcntl
-        except ImportError:  # Windows, where a locked file could not be read either
-            return
-        try:
-            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is writing {self.target}", option="output", remedy="wait for it, or give another name"
-            ) from error
-        except OSError:  # a file system without locks
-            return
+        with contextlib.suppress(OSError):  # Windows, or a file system without locks
+            if not flock(self._file.fileno()):
+                raise UserError(
+                    f"another process is writing {self.target}",
+                    option="output",
+                    remedy="wait for it, or give another name",
+                )
 
     def _read(self, belongs_to: Mapping[str, Any]) -> dict[int, Any]:
         assert self._file

@@ -39,7 +39,7 @@ def lines(forecast: Forecast) -> Iterator[str]:
     share = gib / card.memory_gib
     verdict = "may fit" if forecast.is_slow else "fits"
     if share > 1:
-        verdict = f"does not fit: {COMMAND} plan says what would"
+        verdict = f"does not fit: {COMMAND} plan shows what would"
     yield (
         f"predicted for {card.name}: {gib:.2f} of {card.memory_gib:.2f} GiB ({share:.0%}), of which "
         f"torch reserves {peak.reserved / GIB:.2f}; {verdict}"

@@ -41,7 +41,7 @@ def figures(lines):
 def test_the_full_guanaco_on_a_t4(plan):
     lines = plan("--config", T4)
     assert lines[0].startswith("NousResearch/Llama-2-7b-hf in 4-bit, card: T4; all of this is predicted")
-    assert lines[-1] == "fits: 12.80 of 14.56 GiB"
+    assert lines[-1] == "fits: 12.92 of 14.56 GiB"
     found = figures(lines)
     assert found["base: linear layers in 4 bits, the rest in 16"] == 3.60
     assert found["download of the base"] == 12.55
@@ -141,7 +141,7 @@ def test_a_base_that_a_fit_refuses_is_refused(capsys, tmp_path, name, changes, t
 
 def test_recorded_kernels_are_the_first_to_go(plan):
     line = plan("--config", T4, "--gpu", "h100", "--gpu-gib", "8")[-1]
-    assert line == "does not fit: 9.56 of 8.00 GiB; 7.02 with --model.cuda_graphs false"
+    assert line == "does not fit: 9.66 of 8.00 GiB; 7.12 with --model.cuda_graphs false"
 
 
 def test_what_the_change_gives_fits_when_it_is_planned_again(plan):
@@ -233,11 +233,11 @@ def test_bare_it_plans_the_demo_on_a_t4_with_counted_tokens(plan):
     assert lines[0].startswith("demo in 4-bit, card: T4;")
     assert any("848 rows, 39,738 tokens (counted)" in line for line in lines)
     assert "  download of the base: it is here                      0.00" in lines
-    assert lines[-1].startswith("fits: 0.3")
+    assert lines[-1].startswith("fits: 0.4")
 
 
 def test_other_cards(plan):
-    assert plan("--config", T4, "--gpu", "h200")[-1] == "fits: 19.46 of 139.72 GiB"
+    assert plan("--config", T4, "--gpu", "h200")[-1] == "fits: 19.67 of 139.72 GiB"
     lines = plan("--config", T4, "--gpu-gib", "7.5")
     assert lines[-1] == "may fit, within 10% of the card: 6.97 of 7.50 GiB"
     assert any("no time predicted: the rates of a card of 7.5 GiB" in line for line in lines)
@@ -267,7 +267,7 @@ def test_a_folder_needs_no_more_than_its_config(plan, tmp_path):
     lines = plan("--config", T4, "--model.base", "base")
     assert lines[0].startswith("base in 4-bit, card: T4;")
     assert "  download of the base                                 12.55" in lines
-    assert lines[-1] == "fits: 12.80 of 14.56 GiB"
+    assert lines[-1] == "fits: 12.92 of 14.56 GiB"
 
 
 def test_rows_at_hand_without_their_tokenizer_are_estimated(plan, tmp_path):
@@ -376,7 +376,7 @@ def test_mistakes_are_one_line(plan, args, message):
 )
 def test_a_fit_refuses_the_same_in_the_same_line(plan, args):
     (line,) = plan(*args, status=2)
-    assert plan(*args, status=2, verb="fit") == [line]
+    assert plan(*args, status=2, verb="fit")[-1] == line  # behind what it prints while it loads
 
 
 @pytest.mark.parametrize("here", [["--trainer.accelerator", "gpu"], ["--trainer.devices", "[3]"]])

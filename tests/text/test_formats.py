@@ -176,6 +176,16 @@ def test_what_each_format_looks_like(name):
     assert one.end_of_turn == ("<|eot_id|>" if name == "llama3" else "<|end_of_text|>")
 
 
+def test_the_page_shows_what_each_format_looks_like():
+    page = (Path(__file__).parents[2] / "docs" / "prompt-formats.md").read_text(encoding="utf-8")
+    talk = Conversation((Turn("user", "Who is Jonas?"), Turn("assistant", "A baker.")))
+    for name in ("llama2", *built_in()):
+        one = chosen(read_template(name)).of(LLAMA_3 if name == "llama3" else SpecialTokens())
+        text = "".join(piece.text for piece in one.pieces(talk))
+        assert f"```text\n{text}\n```\n" in page
+        assert f"\n| `{name}`" in page
+
+
 def test_every_built_in_format_is_written_out_above():
     assert {*WRITTEN} == {*SYSTEM} == {*built_in()} and names() == ["llama2", *built_in(), "base"]
 

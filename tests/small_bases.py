@@ -123,6 +123,17 @@ def sentencepiece_like(specials: tuple[str, ...], prefix: bool = True) -> str:
     return json.dumps(rules, ensure_ascii=False)
 
 
+def begun(rules: str) -> str:
+    """The rules with a BOS before each text: the first of the special tokens, or the second behind an unknown one."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_str(rules)
+    number = 1 if tokenizer.id_to_token(0) == "<unk>" else min(tokenizer.get_added_tokens_decoder())
+    bos = tokenizer.id_to_token(number)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+    return str(tokenizer.to_str())
+
+
 LLAMA_3_SPLIT = SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 LLAMA_3 = (
     "{% for message in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + message['role'] + "
@@ -144,10 +155,10 @@ TOKENIZERS: dict[str, tuple[Callable[[], str], dict[str, Any]]] = {
          "pad_token": "<|endoftext|>", "add_bos_token": False, "chat_template": CHATML},
     ),
     "llama 3": (
-        lambda: byte_level(
+        lambda: begun(byte_level(
             ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
             LLAMA_3_SPLIT,
-        ),
+        )),
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>",
          "chat_template": LLAMA_3},
     ),
@@ -158,17 +169,17 @@ TOKENIZERS: dict[str, tuple[Callable[[], str], dict[str, Any]]] = {
          "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>", "unk_token": None},
     ),
     "mistral": (
-        lambda: sentencepiece_like(("<s>", "</s>")),
+        lambda: begun(sentencepiece_like(("<s>", "</s>"))),
         {"tokenizer_class": "LlamaTokenizer", "legacy": True, "pad_token": None, "chat_template": MISTRAL, **NAMES},
     ),
     "mistral v0.3": (
-        lambda: sentencepiece_like(("<s>", "</s>", "[INST]", "[/INST]")),
+        lambda: begun(sentencepiece_like(("<s>", "</s>", "[INST]", "[/INST]"))),
         {"tokenizer_class": "LlamaTokenizer", "legacy": False, "pad_token": None, "chat_template": MISTRAL, **NAMES},
     ),
     "yi": (
         lambda: sentencepiece_like(("<|startoftext|>", "<|endoftext|>"), prefix=False),
         {"tokenizer_class": "LlamaTokenizer", "legacy": True, "bos_token": "<|startoftext|>",
-         "eos_token": "<|endoftext|>", "unk_token": "<unk>", "pad_token": "<unk>"},
+         "eos_token": "<|endoftext|>", "unk_token": "<unk>", "pad_token": "<unk>", "add_bos_token": False},
     ),
 }  # fmt: skip
 """tokenizer.json and tokenizer_config.json of each kind."""

@@ -82,9 +82,7 @@ def _begins_with_bos(encoder: Encoder, rules: dict[str, Any]) -> bool:
 
     llama.cpp knows a byte-level tokenizer by the ids that it gives to one text.
     """
-    if encoder.bos_id is None or not is_byte_level(rules):
-        return encoder.bos_id is not None
-    return bool(encoder.tokenizer("x")["input_ids"][0] == encoder.bos_id)
+    return encoder.begins_with_bos if is_byte_level(rules) else encoder.bos_id is not None
 
 
 def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conversation]) -> None:

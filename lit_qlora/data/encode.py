@@ -103,6 +103,11 @@ class Encoder:
                 remedy="take another copy, whose tokenizer and weights belong together",
             )
 
+    @cached_property
+    def begins_with_bos(self) -> bool:
+        """True if the base's tokenizer puts a BOS before a plain text, as Yi's and SmolLM2's don't."""
+        return self.bos_id is not None and self.tokenizer("x")["input_ids"][:1] == [self.bos_id]
+
     def fingerprint(self) -> str:
         """A sha256 over everything that decides the ids: tokenizer, length, labels, system text, prompt format."""
         format_key = (self.prompt_format.system, *self.prompt_format.cache_key)

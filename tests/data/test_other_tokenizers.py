@@ -11,6 +11,7 @@ from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.text.formats import chosen
+from lit_qlora.tools.inspecting.verdict import Judge, _as_batched
 from tests.data.talks import said
 from tests.small_bases import CHATML, TOKENIZERS, save_tokenizer
 
@@ -143,3 +144,16 @@ def test_a_base_s_own_template_is_used_or_the_built_in_one_like_it_named(tmp_pat
     assert text.startswith("<|im_start|>system\nYou are kind.<|im_end|>\n<|im_start|>user\nAnn<|im_end|>\n")
     assert text.endswith("<|im_start|>assistant\nTom<|im_end|>")
     assert data.encoder.tokenizer.decode([one for one in example.labels if one != IGNORE_INDEX]) == "Tom<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("kind", "begins", "faults"),
+    [("qwen", False, []), ("yi", False, []), ("llama 3", True, ["bos"]), ("mistral", True, ["bos"])],
+)
+def test_texts_without_bos_are_a_fault_where_the_bases_own_begin_with_one(encoder_of, kind, begins, faults):
+    encoder = encoder_of(kind, EOS_CHATML)
+    assert encoder.begins_with_bos == begins
+    talk = said("Ann", "Tom")
+    (example,) = encoder.examples([talk])
+    row = _as_batched(example)
+    assert [fault.kind for fault in Judge(encoder)._bos(row)] == faults

@@ -107,11 +107,14 @@ class Judge:
                 yield Fault("end", f"answer {number}")
 
     def _bos(self, row: Batched) -> Iterator[Fault]:
-        """More or less than one BOS at the start, and another one elsewhere than behind the end of a turn."""
+        """More or less than one BOS at the start, and another one elsewhere than behind the end of a turn.
+
+        None at all is right for a base whose own texts begin with none.
+        """
         bos, ids = self.encoder.bos_id, row.ids
         if bos is None or bos == self.encoder.eos_id:  # which nobody could tell apart
             return
-        if ids[:1] != [bos]:
+        if ids[:1] != [bos] and (self.encoder.begins_with_bos or bos in ids):
             yield Fault("bos", "it begins with none")
         for place in (place for place, id_ in enumerate(ids) if id_ == bos and place):
             before = place - 1

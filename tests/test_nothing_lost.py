@@ -296,8 +296,8 @@ def test_a_resealed_checkpoint_whose_record_lacks_a_part_is_refused(
     for command in (FIT, ["validate", "--run", "./run", "--ckpt_path", "last"]):
         assert main(command) == 2
         assert capsys.readouterr().err == (
-            f"error: run: {folder} was altered: its record of the run has no prompt_format; remove that folder, and "
-            "the one before is taken\n"
+            f"error: run: {folder} was altered: its record of the run has no prompt_format; remove that folder, to "
+            "resume from the one before\n"
         )
 
 
@@ -313,7 +313,7 @@ def test_a_resealed_checkpoint_with_a_weight_that_is_not_finite_is_refused(
         assert main(command) == 2
         assert capsys.readouterr().err == (
             f"error: {folder}: {name} holds values that are not finite: it was altered; remove that checkpoint's "
-            "folder, and the one before is taken\n"
+            "folder, to resume from the one before\n"
         )
     shutil.rmtree(folder)
     assert main(FIT) == 0
@@ -698,7 +698,7 @@ def test_an_older_adapter_in_the_mirror_is_not_taken_for_the_best_of_a_finished_
         shutil.rmtree(run / folder)
     assert main([*FIT, "--mirror", "drive"]) == 2
     assert capsys.readouterr().err == (
-        "error: run/adapter: expected a folder, found nothing; the run is finished, and no whole copy of its adapter "
+        "error: run/adapter: expected a folder, found nothing; the run is finished, and no intact copy of its adapter "
         "is left; train it with another --run\n"
     )
 

@@ -170,6 +170,23 @@ def test_characters_that_a_tokenizer_changes_are_named(inspect, tmp_path):
     assert "a.jsonl:4: '[INST] q [/' comes back as '[inst] q [/'" in text
 
 
+def test_of_several_sources_each_says_what_it_gave_and_lost(inspect):
+    write("a.jsonl", *GOOD[:12], talk("q", " "))
+    write("b.jsonl", *(talk(f"Who is {number}?", "x") for number in range(8)), talk("q", "a", "and then?"))
+    lines = inspect("--data.source", "[a.jsonl, b.jsonl]", "--row", "b.jsonl:2", "--html", "page.html", status=1)
+    text = " ".join(" ".join(lines).split())
+    assert figures(lines)["rows"][0] + figures(lines)["rows"][1] == 22
+    given = [
+        sum(map(int, re.findall(rf"^ +(\d+) of {name}(?:,|$)", "\n".join(lines), re.M)))
+        for name in ("a.jsonl", "b.jsonl")
+    ]
+    assert given == [12, 9]
+    assert "of a.jsonl, 1 rows left out" in text and "1 unanswered last turns dropped (b.jsonl" in text
+    assert "a.jsonl:13: turn 2: a turn of the assistant is empty" in text
+    assert any(line.startswith("b.jsonl:2 (") for line in lines)
+    assert "of a.jsonl, 1 rows left out" in Path("page.html").read_text(encoding="utf-8")
+
+
 def test_a_letter_and_its_accent_are_one_character_or_two(inspect, tmp_path):
     def compose(rules):
         rules["normalizer"] = {"type": "NFC"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_qlora.batch import Batch
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.records import NOTHING_ANSWERED, NOTHING_LEARNED, LeftOut
+from lit_qlora.data.records import NOTHING_ANSWERED, NOTHING_LEARNED, LeftOut, Records
 from lit_qlora.data.view import Token, tokens
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
@@ -45,8 +45,11 @@ class Part:
     source: str
     conversations: list[Conversation]
     where: list[str]
-    dropped: dict[str, int]
+    dropped: list[tuple[int, str]]
+    """Rows, and what was dropped of them or not used; of several sources, with the name of each."""
     left_out: list[LeftOut]
+    sources: list[tuple[str, int, int]]
+    """Of several, the name of each, its conversations, and its rows that are left out."""
     lengths: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     learned: list[int] = field(default_factory=list)
@@ -149,8 +152,9 @@ class _Row(NamedTuple):
 def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> tuple[Part, list[_Row | None]]:
     """Counts a part's rows, and adds what is wrong with them to ``found``; also returns them, by conversation."""
     records, encoded = data.rows(name)
+    sources = [(one.name, len(one.conversations), len(one.left_out)) for one in records.parts]
     part = Part(
-        PARTS[name], records.name, records.conversations, records.where, dict(records.dropped), records.left_out
+        PARTS[name], records.name, records.conversations, records.where, _dropped(records), records.left_out, sources
     )
     for where, reason in records.left_out:
         if reason != NOTHING_LEARNED:  # as its weights ask for
@@ -176,6 +180,12 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
         part.kept.append(0 if row is None else len(row.ids))
         part.learned.append(0 if row is None else int(row.learned.sum()))
     return part, rows
+
+
+def _dropped(records: Records) -> list[tuple[int, str]]:
+    of_sources = [(count, f"{what} ({one.name})") for one in records.parts for what, count in one.dropped.items()]
+    known = {what for one in records.parts for what in one.dropped}
+    return [*of_sources, *((count, what) for what, count in records.dropped.items() if what not in known)]
 
 
 def _rows_of(batch: Batch, lengths: Sequence[int]) -> Iterator[tuple[int, _Row]]:

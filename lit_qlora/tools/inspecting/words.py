@@ -76,8 +76,17 @@ def _counts(seen: Look) -> Iterator[str]:
         yield f"{title:30}" + "".join(f"{value:>14,}" for value in values)
     for part in seen.parts:
         yield f"{part.name}: {printable(part.source)}"
+        yield from (f"  {line}" for line in sources_of(part))
     for note in seen.notes:
         yield from _wrapped(note)
+
+
+def sources_of(part: Part) -> list[str]:
+    """Of several sources, what each gave and lost."""
+    return [
+        f"{count:>9,} of {printable(name)}" + (f", {lost:,} rows left out" if lost else "")
+        for name, count, lost in part.sources
+    ]
 
 
 def counts(parts: Sequence[Part]) -> list[tuple[str, list[int]]]:
@@ -100,8 +109,7 @@ def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
     spelled = [(len(part.spelled), f"spell a special token, learned as letters alone, such as {token} in {first}")]
     cut = [(part.num_cut, f"cut to data.max_length {max_length:,}")]
     without = [(part.kept.count(0), f"left out: no answer within data.max_length {max_length:,}")]
-    counted = [(count, what) for what, count in part.dropped.items()]
-    return [(count, what) for count, what in [*counted, *cut, *without, *spelled] if count]
+    return [(count, what) for count, what in [*part.dropped, *cut, *without, *spelled] if count]
 
 
 def _dropped(seen: Look) -> Iterator[str]:

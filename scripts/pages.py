@@ -144,7 +144,8 @@ def _values(hint: Any) -> str:
     if get_origin(hint) in (list, tuple):
         return f"list of {_values(get_args(hint)[0])}" if get_args(hint) else "list"
     if get_args(hint):
-        return ", ".join(dict.fromkeys(_values(one) for one in get_args(hint) if one is not NoneType))
+        each = ", ".join(_values(one) for one in get_args(hint) if one is not NoneType)
+        return ", ".join(dict.fromkeys(each.split(", ")))
     names = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text", Path: "path"}
     return names.get(hint, "class" if isinstance(hint, type) else "text")
 

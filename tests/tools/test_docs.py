@@ -18,7 +18,7 @@ import yaml
 
 from lit_qlora.cli import TOOLS, main
 from lit_qlora.options import LINKED
-from scripts import pages, picture
+from scripts import pages
 from scripts.address import address
 from scripts.pages_hook import on_page_markdown
 
@@ -27,7 +27,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 ABOUT_THE_CODE = ("log.md", "files.md", "options.md")
 """Pages that name what was, or what is inside."""
-AHEAD = {"your-own-data.md", "prompt-formats.md", "bases.md", "serving.md"}
+AHEAD = {"your-own-data.md"}
 
 FEW = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--samples.count", "0"]
 """Of a fit that says of neither how long it is."""
@@ -207,15 +207,3 @@ def test_the_options_are_all_there_with_a_word_on_each(options: dict[str, set[st
     rows = re.findall(r"^\| `([\w.-]+)` \|.*?\|.*?\| *(.*?) *\|", pages.options(), re.MULTILINE)
     assert {name for name, _ in rows} >= options["fit"] - {"config", "print_config", "help"}
     assert [name for name, words in rows if len(words) < 3] == []
-
-
-def test_the_picture_shows_every_line() -> None:
-    drawn = picture.draw(["$ python main.py fit", "step 1 <loss> & more", ""])
-    assert drawn.count("<text") == 3
-    assert "step 1 &lt;loss&gt; &amp; more</text>" in drawn
-
-
-def test_the_picture_is_of_the_readme_s_commands() -> None:
-    kept = re.findall(r"\$ (python main\.py [^<]+)</text>", (ROOT / "docs" / "run.svg").read_text(encoding="utf-8"))
-    block = next(block for block in blocks(ROOT / "README.md") if block.mark == "run: demo")
-    assert [line.replace("&quot;", '"') for line in kept] == [*commands(block)]

@@ -29,7 +29,7 @@ def plan(capsys, monkeypatch, tmp_path):
         assert main([verb, *args]) == status
         shown = capsys.readouterr()
         assert (shown.err == "") == (status == 0)
-        return (shown.out or shown.err).rstrip("\n").split("\n")
+        return (shown.err or shown.out).rstrip("\n").split("\n")
 
     return plan
 
@@ -376,8 +376,7 @@ def test_mistakes_are_one_line(plan, args, message):
 )
 def test_a_fit_refuses_the_same_in_the_same_line(plan, args):
     (line,) = plan(*args, status=2)
-    shown = plan(*args, status=2, verb="fit")
-    assert [one for one in shown if not one.startswith("  load  ")] == [line]
+    assert plan(*args, status=2, verb="fit") == [line]
 
 
 @pytest.mark.parametrize("here", [["--trainer.accelerator", "gpu"], ["--trainer.devices", "[3]"]])

@@ -171,10 +171,11 @@ class ChatDataModule(LightningDataModule):
             try:
                 self._encoder = Encoder(self.tokenizer, self.max_length, self.train_on, self.prompt_format)
             except UserError as error:
-                if error.option != "data.template" or self.prompt_format.source != template_beside(self.tokenizer):
+                template = template_beside(self.tokenizer)
+                if error.option != "data.template" or self.prompt_format.source != template:
                     raise
                 raise error.replace(
-                    problem=f"the base's own can't be learned: {error.problem}", remedy=_instead_of(self.prompt_format)
+                    problem=f"the base's own can't be learned: {error.problem}", remedy=_instead_of(template or "")
                 ) from error
         return self._encoder
 
@@ -555,10 +556,9 @@ def _template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
     return text
 
 
-def _instead_of(prompt_format: PromptFormat) -> str:
-    """What to do about a base's own template that can't be learned: Qwen3's, say, thinks in its last answer alone."""
-    source = prompt_format.source or ""
-    name = next((name for mark, name in BUILT_IN_BY_MARK.items() if mark in source), None)
+def _instead_of(template: str) -> str:
+    """The remedy for a base's own template that can't be learned: Qwen3's, say, thinks in its last answer alone."""
+    name = next((name for mark, name in BUILT_IN_BY_MARK.items() if mark in template), None)
     if name is None:
         return f"or take another: {', '.join([LLAMA_2, *built_in()])}"
     return f"or give --data.template {name}, which writes such turns, too"

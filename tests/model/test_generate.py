@@ -149,7 +149,7 @@ def test_each_option_changes_what_is_drawn(model, options):
 
 def test_a_penalty_looks_at_a_prompt_s_own_tokens_alone(model):
     """And not at the padding before it, so that an answer is the same in any batch."""
-    sampling = Sampling(10, repetition_penalty=3.0)
+    sampling = Sampling(10, repetition_penalty=1000.0)
     alone = [generate(model, [prompt], [NEVER], sampling)[0] for prompt in PROMPTS]
     assert generate(model, PROMPTS, [NEVER], sampling) == alone
     pads = alone[1][0]  # what the shortest says first would be penalised, were it the padding

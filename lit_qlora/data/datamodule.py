@@ -172,7 +172,7 @@ class ChatDataModule(LightningDataModule):
                 self._encoder = Encoder(self.tokenizer, self.max_length, self.train_on, self.prompt_format)
             except UserError as error:
                 template = template_beside(self.tokenizer)
-                if error.option != "data.template" or self.prompt_format.source != template:
+                if error.option != "data.template" or not self.prompt_format.is_given_by(template):
                     raise
                 raise error.replace(
                     problem=f"the base's own can't be learned: {error.problem}", remedy=_instead_of(template or "")

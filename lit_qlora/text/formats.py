@@ -128,6 +128,10 @@ class PromptFormat(ABC):
         """An error in its ``template`` or ``system``, from an option or a record."""
         return UserError(str(problem), option=name if self.place else f"data.{name}", place=self.place)
 
+    def is_given_by(self, template: str | None) -> bool:
+        """True if ``template`` is the chat template that it was made from."""
+        return self.source == template
+
     def check(self) -> None:
         """Raises UserError for a format or a system text that can't be used with its tokens."""
         self.check_system()

@@ -14,7 +14,7 @@ from typing import Any, Union
 
 from jsonargparse import ArgumentParser
 
-from lit_qlora.data.sources import find_splits, is_hub_id
+from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
 from lit_qlora.errors import require
 from lit_qlora.model.base import find_base, may_be_on_hub
 from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, option
@@ -67,9 +67,12 @@ def _check_places(values: Mapping[str, Any], configs: Sequence[Any]) -> None:
     if folder.exists() or values.get("mirror"):
         return  # a run that is finished needs no rows
     for name in ("data.source", "data.validation_source", "data.test_source"):
-        source = values.get(name)
-        if source and not is_hub_id(source):
-            find_splits(source)
+        given = values.get(name)
+        if not given or (isinstance(given, str) and given.lstrip().startswith(("[", "{"))):
+            continue  # a list or a table, which the parser proper takes apart
+        for source in sources_of(given, name):
+            if not is_hub_id(source):
+                find_splits(source)
 
 
 def _with_files(args: Sequence[str]) -> Iterator[str]:

@@ -483,7 +483,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_it_all_and_no_markup_of_the_rows(inspect, tmp_path):
-    source = planted(talk(HOSTILE, f"a {LONG}"))
+    source = planted(talk(HOSTILE, f"a {LONG}"), {"messages": [{"role": "<script>stolen</script>", "content": "q"}]})
     status = {"status": 1}
     lines = inspect("--data.source", source, "--row", "16", "--html", "page.html", **status)
     assert lines[-1] == "page: page.html"
@@ -493,7 +493,7 @@ def test_the_page_holds_it_all_and_no_markup_of_the_rows(inspect, tmp_path):
     assert {"learned", " special", "verdict bad", "over"} <= {*page.classes}
     assert "<script>document.title='stolen'</script>" in page.text.replace("\n", "")
     assert "a.jsonl:16: answer 1 is cut" in page.text
-    assert "1 rows are not as they should be" in page.text
+    assert "2 rows are not as they should be" in page.text and "<script>stolen" in page.text
     assert "prefers-color-scheme: dark" in page.text
     inspect("--data.source", source, "--html", "page.html", **status)  # its own page may be written anew
     assert "a.jsonl:1 (training)" in Path("page.html").read_text(encoding="utf-8")

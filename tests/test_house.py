@@ -169,7 +169,7 @@ def test_the_readmes_commands_as_they_stand(tmp_path: Path) -> None:
 
 
 def test_the_test_command_is_the_ci_s() -> None:
-    assert _command("tests", "CONTRIBUTING.md").endswith(".venv/bin/python -m pytest -q")
+    assert _command("tests").endswith(".venv/bin/python -m pytest -q")
     assert "run: tests" in (ROOT / ".ci" / "run").read_text()
 
 

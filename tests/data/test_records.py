@@ -345,3 +345,21 @@ def test_plain_text_is_counted():
     records = load_records(source, reading=Reading(is_whole=True))
     assert [conversation.is_text for conversation in records.conversations] == [True, False]
     assert records.dropped == {"rows of plain text, which is learned whole": 1}
+
+
+CASES = Path(__file__).parents[2].parent / "shared" / "cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="no small cases beside the checkout")
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("alpaca.jsonl", 24), ("dolly.jsonl", 24), ("prompt_completion.jsonl", 24),
+        ("sharegpt_system_column.jsonl", 24),
+        ("messages_weight0.jsonl", 24), ("messages_consecutive.jsonl", 24), ("messages_two_systems.jsonl", 24),
+        ("guanaco_eos.jsonl", 24), ("wrapped.json", 24), ("pandas_repr.csv", 24), ("unicode.jsonl", 12),
+        ("split2", 16), ("split3", 16), ("hfclone", 16),
+    ],
+)  # fmt: skip
+def test_the_commonest_rows_are_read(name, count):
+    assert len(load_records(str(CASES / name)).conversations) == count

@@ -426,6 +426,18 @@ def test_a_trainer_that_can_t_do_it_is_refused(options, message):
     assert message in str(caught.value)
 
 
+class AccumulatesMore(Callback):
+    """Changes the steps in the middle of a fit, as a scheduler of one's own would."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.accumulate_grad_batches = 4
+
+
+def test_steps_that_change_in_a_fit_are_refused(expect_error):
+    made = trainer(max_steps=3, callbacks=[AccumulatesMore()])
+    expect_error(lambda: made.fit(module(), data()), "expected 1", "got 4", option="trainer.accumulate_grad_batches")
+
+
 MONITORS = [
     (EarlyStopping("nope"), {}, ["EarlyStopping monitors 'nope'", "train/loss", "val/loss"]),
     (EarlyStopping("val_loss"), {}, ["'val_loss'"]),

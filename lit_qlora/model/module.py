@@ -464,7 +464,12 @@ class QLoRAModule(LearnsInParts):
     def on_train_start(self) -> None:
         """Reset the sums of the figures."""
         self._sums.reset()
-        self._logged_step = self.trainer.global_step
+        self._logged_step, self._accumulated = self.trainer.global_step, self.trainer.accumulate_grad_batches
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Raises UserError if a callback changed the accumulation: each batch holds the answer tokens of its step."""
+        expected, now = self._accumulated, self.trainer.accumulate_grad_batches
+        require(now == expected, "trainer.accumulate_grad_batches", f"{expected}, as at the start of the fit", now)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the figures of an optimizer step after its last micro-batch, without waiting for the device."""

@@ -181,7 +181,18 @@ def _write_tokenizer(folder: Path, base: Base, encoder: "Encoder", texts: list[C
 
     for name in BESIDE:
         file = cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)
-        if file is not None:
+        if file is None:
+            continue
+        if Path(base.location).is_dir() and not _is_of(Path(base.location), Path(file)):
+            print(f"merge  {name} of the base is a link to elsewhere, and is not copied", flush=True)
+        else:
             shutil.copyfile(file, folder / name)
     write_tokenizer(folder, encoder, int(base.config["max_position_embeddings"]))
     check_template(folder, encoder, [Conversation(text.turns[:-1], text.system) for text in texts])
+
+
+def _is_of(folder: Path, file: Path) -> bool:
+    """True if ``file``, links followed, lies in ``folder`` or its hub cache: a stranger's link may lead anywhere."""
+    home, target = folder.resolve(), file.resolve()
+    blobs = [home.parents[1] / "blobs"] if home.parent.name == "snapshots" else []
+    return any(target.is_relative_to(place) for place in (home, *blobs))

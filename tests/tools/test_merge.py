@@ -22,6 +22,7 @@ from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering.answerer import Answerer
+from lit_qlora.tools.merge import _is_of
 from lit_qlora.tools.merging import compare
 from lit_qlora.tools.merging.arithmetic import LoraWeights, as_trained
 
@@ -92,7 +93,8 @@ def test_the_merged_folder_is_base_and_adapter(merged, run):
 
 
 def test_on_a_real_model_and_real_rows(real, tmp_path, capsys):
-    base = real / "stories260K"
+    base = shutil.copytree(real / "stories260K", tmp_path / "base")
+    (base / "LICENSE.txt").symlink_to("/etc/hostname")
     rows = real / "guanaco" / "openassistant_best_replies_eval_first259.jsonl"
     options = ["--model.base", str(base), "--data.source", str(rows), "--data.max_length", "256"]
     run = fit(tmp_path / "run", *options, "--trainer.max_steps", "8")
@@ -103,6 +105,7 @@ def test_on_a_real_model_and_real_rows(real, tmp_path, capsys):
     assert "the likeliest token the same at 100.00%" in told
     assert_is_base_and_adapter(tmp_path / "out", base, run)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    assert not (tmp_path / "out" / "LICENSE.txt").exists() and "LICENSE.txt of the base is a link" in told
 
 
 def test_compared_is_what_the_run_held_out_although_the_source_grew(run, tmp_path):
@@ -337,3 +340,18 @@ def test_peft_s_trap_on_colab_does_not_matter(run, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="torchao"):
         get_peft_model(AutoModelForCausalLM.from_pretrained(demo.BASE), LoraConfig(target_modules="all-linear"))
     assert main(["merge", "--run", str(run), "--output", str(tmp_path / "out")]) == 0
+
+
+def test_a_link_to_elsewhere_is_no_file_of_the_base(tmp_path):
+    base, cache = tmp_path / "base", tmp_path / "models--a--b"
+    for folder in (base, cache / "blobs", cache / "snapshots" / "1"):
+        folder.mkdir(parents=True)
+    for file in (tmp_path / "secret", base / "own", cache / "blobs" / "2"):
+        file.write_text("text")
+    (base / "out").symlink_to(tmp_path / "secret")
+    (base / "in").symlink_to("own")
+    (cache / "snapshots" / "1" / "file").symlink_to("../../blobs/2")
+    (cache / "snapshots" / "1" / "out").symlink_to("../../../secret")
+    snapshot = cache / "snapshots" / "1"
+    found = [_is_of(base, base / name) for name in ("own", "in", "out")]
+    assert found + [_is_of(snapshot, snapshot / name) for name in ("file", "out")] == [True, True, False, True, False]

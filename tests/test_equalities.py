@@ -199,7 +199,7 @@ def test_halved_after_running_out_of_memory_equals_not_halved(
     monkeypatch.setattr(QLoRAModule, "summed_loss", short)
     capsys.readouterr()
     halved = fit("halved", *same, other=expected[0])
-    assert capsys.readouterr().out.count("each micro-batch goes in two halves from now on") == 1
+    assert capsys.readouterr().out.count("each micro-batch is split into halves from now on") == 1
     assert_same(expected, halved, "train/loss train/gradient_norm val/loss")
 
 

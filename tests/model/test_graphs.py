@@ -144,7 +144,7 @@ def test_a_backward_belongs_to_the_last_forward(replayed):
     model, run = replayed
     first = run(embedded(model, 2, 8))
     run(embedded(model, 2, 8))
-    with pytest.raises(AssertionError, match="another micro-batch went forward before this one went back"):
+    with pytest.raises(AssertionError, match="another forward ran before"):
         first.sum().backward()
 
 

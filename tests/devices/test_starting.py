@@ -183,7 +183,7 @@ def test_none_outlives_the_command(number: signal.Signals) -> None:
     assert process.stdout and process.stdout.readline() == "ready\n"
     time.sleep(0.3)
     process.send_signal(number)
-    process.communicate(timeout=8)
+    process.communicate(timeout=30)
     assert all(map(gone, numbers))
 
 

@@ -227,7 +227,7 @@ def _fit_to_first_step(rows: int) -> dict:
                 shown = process.stdout.read()
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
-            assert process.returncode == 0 and re.search(r"step 1/1", shown), shown
+            assert process.returncode == 0 and re.search(r"step +1/1 ", shown), shown
             seconds.append(time.monotonic() - started)
             host_gib.append(usage.ru_maxrss / 1024**2)
         size_mb = data.stat().st_size / 1e6

@@ -1,6 +1,7 @@
 """One process does the work, whatever launchers left in the environment; SLURM starts a job again where asked to."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,7 +206,7 @@ def test_a_slurm_job_saves_on_its_warning_and_is_requeued_and_goes_on(tmp_path: 
     )
     assert process.stdout
     for line in process.stdout:
-        if line.startswith("step 3/"):
+        if re.match(r"step +3/", line):
             process.send_signal(signal.SIGUSR1)
             break
     out, err = process.communicate(timeout=60)

@@ -169,7 +169,7 @@ def test_a_signal_to_one_stops_all_and_the_same_command_resumes(
     assert fit(run, 2, *SHORT, before=at_batch(14, rank, lambda: signal.raise_signal(number))) == [128 + number] * 2
     out = capfd.readouterr().out
     name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
-    assert out.count(f"stopped and saved at step 4 by {name}; the same command goes on from here") == 1
+    assert out.count(f"stopped and saved at step 4 by {name}; the same command resumes from here") == 1
     assert fit(run, 2, *SHORT) == [0, 0]
     assert_same(alone(*SHORT), run)
 
@@ -235,7 +235,7 @@ def test_a_disk_that_is_full_once_stops_nothing(capfd: pytest.CaptureFixture[str
         FolderCheckpointIO.save_checkpoint = save  # type: ignore[method-assign]
 
     assert fit("full", 2, *SHORT, before=prepare) == [0, 0]
-    assert capfd.readouterr().err.count("training goes on, the next save tries again") == 1
+    assert capfd.readouterr().err.count("training continues, and the next save retries") == 1
     assert RunFolder(Path("runs", "full")).saved_steps() == [4, 6]
     assert_same(alone(*SHORT), "full")
 

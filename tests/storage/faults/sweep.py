@@ -48,6 +48,7 @@ def save(run: RunFolder, step: int) -> RunCheckpoints:
         loggers=[],
         callbacks=[],
         is_global_zero=True,
+        datamodule=None,
         strategy=SimpleNamespace(broadcast=lambda value: value),
         save_checkpoint=lambda target: FolderCheckpointIO().save_checkpoint(state, target),
     )

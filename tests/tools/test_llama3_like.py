@@ -24,7 +24,8 @@ def test_answers_stop_at_either_end_wherever_they_are_made(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     write_base(Path("base"), weights=True)
     assert main(["fit", *FIT]) == 0
-    assert "the base has a chat template of its own, which data.template base takes" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the base has a chat template of its own, which data.template base takes" in shown
     assert main(["fit", *FIT[:-4], "--run", "own", "--data.template", "base"]) == 0
     assert "which data.template base takes" not in " ".join(capsys.readouterr().out.split())
     config = yaml.safe_load(Path("runs/own/config.yaml").read_text(encoding="utf-8"))

@@ -139,7 +139,7 @@ def test_the_train_loss_between_two_records_is_of_all_since_the_last(here):
 
 def test_no_figure_waits_for_the_device_before_a_logger_asks(monkeypatch):
     built, logged = module(), []
-    built._trainer = SimpleNamespace(global_step=0, log_every_n_steps=5, barebones=False)
+    built._trainer = SimpleNamespace(global_step=0, log_every_n_steps=5, barebones=False, accumulate_grad_batches=2)
     monkeypatch.setattr(built, "log_dict", lambda figures, **options: logged.append((figures, options)))
     outputs = {"loss_sum": torch.tensor(6.0), "num_correct": torch.tensor(1), "num_answers": 3}
     with monkeypatch.context() as patch:

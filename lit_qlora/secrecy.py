@@ -11,9 +11,9 @@ _NAME = (
     r"[\w.-]*(?:token|api[-_]?key|access[-_]?key(?:[-_]?id)?|secret|passw(?:or)?d|passphrase|signature|credentials?"
     r"|authorization)|(?:[\w.-]*[-_.])?(?:sig|pwd)"
 )
-"""Of an option, or of a parameter in a URL."""
+"""Names of options, and of parameters in a URL, that hold secrets."""
 _VOCABULARY = r"(?:\w+_)?(?:bos|eos|pad|unk|sep|cls|mask)_token"
-"""Of an option that names a token of a tokenizer."""
+"""Names of options that are about a token of the tokenizer, and hold no secret."""
 _SCHEME = r"\w[\w+.-]{1,30}:/{1,2}"  # pathlib may have taken a slash
 _SECRETS = (
     # The user of a URL, with or without a password.

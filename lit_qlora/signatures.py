@@ -28,7 +28,7 @@ LEARNING = ("fit", "plan", "inspect")
 
 PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": NoneType}
 UNKNOWN = object()
-"""Of a type or a value: it can't be read off the sources."""
+"""Stands for a type or a value that can't be read off the sources."""
 
 
 class Option(NamedTuple):

@@ -42,7 +42,7 @@ MATTER = (
 """The twenty options that matter."""
 
 FOR_SCORES = ("run", "data.source", "data.test_source", "data.max_length", "data.batch_size", "trainer.precision")
-"""Of these, and of others, those that a verb which scores is given."""
+"""Options that matter for the verbs that score."""
 
 SECTIONS = {"": "The run", "model": "Model", "data": "Data", "trainer": "Training", "samples": "Sample answers"}
 

@@ -15,6 +15,7 @@ import torch
 
 from lit_qlora.data.batching import BatchPlan, ResumableLoader, places
 from lit_qlora.devices.dealing import efficiency
+from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.cards import Card, find_card
@@ -306,7 +307,7 @@ def foresee(
         samples: all sample answers of one validation; default: those of the Trainer's callbacks.
 
     Returns:
-        The forecast; The forecast; None without a card.
+        The forecast; None without a card.
     """
     beside = COLAB if card else current_host()
     card = card or current_card()
@@ -351,11 +352,14 @@ def guanaco_lengths(num_rows: int) -> tuple[int, ...]:
 
 @cache
 def current_host() -> Host | None:
-    """Half of what this machine's memory has free, at the rate measured once; None without a GPU."""
+    """This process's share of half of this machine's free memory, at the rate measured once; None without a GPU.
+
+    Each process of a machine keeps activations of its own.
+    """
     available = host.memory_bytes()
     if current_device().capability is None or available is None:
         return None
-    return Host(available[1] // 2, offload.copy_gb_per_s())
+    return Host(available[1] // 2 // world().local_size, offload.copy_gb_per_s())
 
 
 def current_card() -> Card | None:

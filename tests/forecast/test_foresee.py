@@ -11,6 +11,7 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.devices.world import World
 from lit_qlora.forecast import foresee, words
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
 from lit_qlora.forecast.memory import GIB, HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
@@ -260,3 +261,12 @@ def test_layers_are_sent_to_the_host_where_it_has_room_and_the_bus_time():
     assert 0 < replace(made, host=foresee.Host(8 * GIB, 0.5)).step.hosted_layers < 10  # a slow bus
     for without in ({"host": None}, {"checkpointing": "full"}, {"cuda_graphs": True}, {"own_layers": False}):
         assert replace(made, **without).step.hosted_layers == 0
+
+
+@pytest.mark.parametrize(("processes", "room_gib"), [(1, 4), (2, 2)])
+def test_the_processes_of_a_machine_share_what_its_host_has_free(monkeypatch, processes, room_gib):
+    monkeypatch.setattr(foresee.host, "memory_bytes", lambda: (12 * GIB, 8 * GIB))
+    monkeypatch.setattr(foresee.offload, "copy_gb_per_s", lambda: 6.0)
+    monkeypatch.setattr(foresee, "current_device", lambda: Device("T4", (7, 5), 15 * GIB))
+    monkeypatch.setattr(foresee, "world", lambda: World(0, processes, 0, processes))
+    assert foresee.current_host.__wrapped__() == foresee.Host(room_gib * GIB, 6.0)

@@ -24,10 +24,10 @@ from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.console import WIDTH, say, tell, wrapped
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line
-from lit_qlora.figures.card import HELD_OUT
+from lit_qlora.figures.card import HELD_OUT, PACKAGES, versions
 from lit_qlora.figures.lines import iter_lines, read_lines
-from lit_qlora.figures.report import versions, write_report
-from lit_qlora.figures.samples import ends_in_words, side_by_side
+from lit_qlora.figures.report import write_report
+from lit_qlora.figures.samples import answered, ends_in_words, side_by_side
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.forecast.memory import step_memory
@@ -103,7 +103,12 @@ class Report(Callback):
 
     def _keep_decisions(self, end: Mapping[str, Any]) -> None:
         """Keeps what was printed at the start for the run's report, and ``end``, what is known at its end."""
-        kept = {"started": self._started, "versions": versions(), "lines": self._lines, **end}
+        kept = {
+            "started": self._started,
+            "versions": versions(("lit-qlora", *PACKAGES, "datasets")),
+            "lines": self._lines,
+            **end,
+        }
         try:
             write_file(self.run.decisions, json.dumps(kept, indent=1) + "\n")
         except SaveError as error:  # a report without them is better than no run
@@ -184,13 +189,7 @@ class Report(Callback):
 
 def last_samples(run: RunFolder) -> list[str]:
     """Sample questions as the best adapter answers them, beside the base; an empty line behind them."""
-    best, found = read_result(run.adapter) or {}, dict[str, Any]()
-    for line in iter_lines(run.samples):
-        if any("adapter" in row for row in line["answers"]):
-            found = line
-            if line["step"] == best.get("step"):
-                break
-    shown = side_by_side(found)
+    shown = side_by_side(answered(run.samples, (read_result(run.adapter) or {}).get("step")))
     return [*shown, ""] if shown else []
 
 

@@ -7,13 +7,13 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from lit_qlora.data.sources import paths_of
 from lit_qlora.figures.curves import CURVES, draw_curves
@@ -23,6 +23,7 @@ from lit_qlora.storage.run import CARD, RECORD, RunFolder, as_yaml
 from lit_qlora.text.formats import chosen
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
+"""Packages that decide what is computed."""
 HELD_OUT: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out loss, nats per token", "val/loss", lambda value: f"{value:.4f}"),
     ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
@@ -126,8 +127,8 @@ def _render(name: str, base: str, **values: Any) -> str:
     )
     text = resources.files("lit_qlora.figures").joinpath(f"templates/{name}.md.jinja").read_text(encoding="utf-8")
     licence = LICENCE if LLAMA_2.search(base) else None
-    versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
-    return environment.from_string(text).render(base=base, licence=licence, versions=versions, **values)
+    shown = ", ".join(f"{name} {found.partition('+')[0]}" for name, found in versions().items())
+    return environment.from_string(text).render(base=base, licence=licence, versions=shown, **values)
 
 
 def published(value: Any) -> Any:
@@ -155,16 +156,20 @@ def _listed(sources: Sequence[str]) -> str:
 
 
 def _metadata(base: str, sources: Sequence[str], relation: str = "adapter") -> str:
-    library = "peft" if relation == "adapter" else "transformers"
-    metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    if HUB_ID.fullmatch(base):
-        metadata |= {"base_model": base, "base_model_relation": relation}
-    if LLAMA_2.search(base):
-        metadata["license"] = "llama2"
-    if datasets := [source for source in sources if HUB_ID.fullmatch(source)]:
-        metadata["datasets"] = datasets
-    more = [*(["peft"] if relation == "adapter" else []), *(["llama"] if LLAMA.search(base) else [])]
-    return yaml.safe_dump(metadata | {"tags": ["lora", "qlora", *more, "lightning"]}, sort_keys=False)
+    """The block of YAML that the hub reads, without its marks."""
+    from huggingface_hub import ModelCardData
+
+    is_adapter, is_hub_id = relation == "adapter", HUB_ID.fullmatch(base) is not None
+    more = [name for name, holds in (("peft", is_adapter), ("llama", LLAMA.search(base))) if holds]
+    return ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base if is_hub_id else None,
+        base_model_relation=relation if is_hub_id else None,
+        license="llama2" if LLAMA_2.search(base) else None,
+        datasets=[source for source in sources if HUB_ID.fullmatch(source)] or None,
+        tags=["lora", "qlora", *more, "lightning"],
+    ).to_yaml()
 
 
 def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -193,8 +198,10 @@ def addressed(text: str, to: str) -> str:
     )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package).partition("+")[0]
-    except PackageNotFoundError:
-        return None
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """The versions of those of ``packages`` that are installed, by their names."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

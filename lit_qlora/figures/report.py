@@ -6,7 +6,6 @@ A run folder may come from a stranger: all of it is data here, of any content, a
 import math
 from collections.abc import Iterator, Mapping
 from importlib import resources
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +13,15 @@ import jinja2
 from markupsafe import Markup
 
 from lit_qlora.errors import UserError
+from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.charts import charts, peak_of
 from lit_qlora.figures.lines import iter_lines
-from lit_qlora.figures.samples import CONTEXT, LIMIT, ends_in_words
+from lit_qlora.figures.samples import CONTEXT, LIMIT, answered, ends_in_words
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RunFolder, as_yaml, differences
 
-PACKAGES = ("lit-qlora", "torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets")
 TOPICS = {
     "data": "Data",
     "learns": "Learned, such as",
@@ -159,13 +158,10 @@ def _state(run: RunFolder, figures: Mapping[int, Any]) -> str:
 def _tiles(figures: Mapping[int, Mapping[str, float]], step: int, decided: Mapping[str, Any]) -> Iterator[Tile]:
     """The result at a glance."""
     before, after = figures.get(0, {}), figures.get(step, {})
-    for title, name, show in (
-        ("Held-out loss", "val/loss", "{:.4f}"), ("Held-out perplexity", "val/perplexity", "{:,.2f}"),
-        ("Held-out accuracy", "val/accuracy", "{:.1%}"),
-    ):  # fmt: skip
+    for title, name, show in HELD_OUT:
         if name in after:
-            first = f"before: {show.format(before[name])}" if name in before and step else ""
-            yield Tile(title, show.format(after[name]), first)
+            first = f"before: {show(before[name])}" if name in before and step else ""
+            yield Tile(title.capitalize(), show(after[name]), first)
     speeds = [line["speed/tokens_per_second"] for line in figures.values() if "speed/tokens_per_second" in line]
     if speeds:
         padding = [line["speed/padding_share"] for line in figures.values() if "speed/padding_share" in line]
@@ -191,15 +187,7 @@ def _duration(seconds: float) -> str:
 
 def _samples(file: Path, step: int) -> Iterator[Sample]:
     """Those of the best adapter, or else of the newest; before training, only the base has answered."""
-    found: list[Any] = []
-    for line in iter_lines(file):
-        rows = line.get("answers")
-        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        if any("adapter" in row for row in rows) or not found:
-            found = rows
-            if line["step"] == step and step:
-                break
-    for row in found:
+    for row in answered(file, step):
         base, adapter = (row.get(whose) if isinstance(row.get(whose), dict) else {} for whose in ("base", "adapter"))
         yield Sample(
             _text(row.get("prompt")), _text(base.get("text")), _cut(base), _text(adapter.get("text")), _cut(adapter)
@@ -219,17 +207,6 @@ def _decisions(decided: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
             topic = _text(pair[0])
             by_topic.setdefault(TOPICS.get(topic, topic), []).append(_text(pair[1]))
     yield from by_topic.items()
-
-
-def versions() -> dict[str, str]:
-    """Those of the packages that compute."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _versions(decided: Mapping[str, Any]) -> str:

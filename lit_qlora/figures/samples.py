@@ -66,11 +66,31 @@ def table(line: Mapping[str, Any]) -> str | None:
     return "\n".join(["| prompt | base | adapter |\n|---|---|---|", *cells])
 
 
-def side_by_side(line: Mapping[str, Any], count: int = 3, width: int = 80, lines: int = 3) -> list[str]:
-    """The first ``count`` questions of a `line`, below each the base's answer and the adapter's in two columns.
+def answered(file: Path, step: int | None) -> list[dict[str, Any]]:
+    """The questions and answers of one line of ``samples.jsonl``: that of ``step``, else the last of an adapter.
+
+    Before training only the base has answered, which is the first line. Of any content: a run folder may come from a
+    stranger.
 
     Args:
-        line: Of ``samples.jsonl``.
+        file: The run's.
+        step: Of the best adapter; 0 or None where that is unknown.
+    """
+    found: list[dict[str, Any]] = []
+    for line in iter_lines(file):
+        rows = _rows(line)
+        if any("adapter" in row for row in rows) or not found:
+            found = rows
+            if step and line["step"] == step:
+                break
+    return found
+
+
+def side_by_side(answers: Sequence[Mapping[str, Any]], count: int = 3, width: int = 80, lines: int = 3) -> list[str]:
+    """The first ``count`` questions, below each the base's answer and the adapter's in two columns.
+
+    Args:
+        answers: Those of a `line`.
         count: Number of questions.
         width: Columns in all; characters of double width count twice.
         lines: The most of an answer.
@@ -78,13 +98,13 @@ def side_by_side(line: Mapping[str, Any], count: int = 3, width: int = 80, lines
     Returns:
         Lines for a terminal; none where no adapter has answered.
     """
-    rows = [row for row in line.get("answers", ()) if "adapter" in row][:count]
+    rows = [row for row in answers if "adapter" in row][:count]
     column = (width - 6) // 2
     shown = [_in_columns("  base alone", "with the adapter", column)] if rows else []
     for row in rows:
         shown += _wrapped(row["prompt"], width, 1)
-        answers = [_wrapped(row[whose]["text"] or "(nothing)", column, lines) for whose in ("base", "adapter")]
-        shown += [_in_columns(f"  {left}", right, column) for left, right in zip_longest(*answers, fillvalue="")]
+        texts = [_wrapped(row[whose]["text"] or "(nothing)", column, lines) for whose in ("base", "adapter")]
+        shown += [_in_columns(f"  {left}", right, column) for left, right in zip_longest(*texts, fillvalue="")]
     return shown
 
 
@@ -95,13 +115,17 @@ def short_prompts(file: Path, count: int, most: int = 100) -> list[str]:
     """
     found: list[str] = []
     for line in iter_lines(file):
-        rows = line.get("answers")
-        prompts = [row.get("prompt") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        prompts = (row.get("prompt") for row in _rows(line))
         texts = (text.strip() for text in prompts if isinstance(text, str))
         found = [text for text in texts if 0 < len(text) <= most and text.isprintable()]
         if found:
             break
     return [*dict.fromkeys(found)][:count]
+
+
+def _rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = line.get("answers")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _in_columns(left: str, right: str, column: int) -> str:
@@ -115,32 +139,23 @@ def _columns(text: str) -> int:
 
 def _wrapped(text: str, width: int, lines: int) -> list[str]:
     """``text`` in at most ``lines`` of ``width`` columns, without characters that would steer a terminal."""
-    text = "".join(one if one.isprintable() else " " for one in text)
-    found, line = list[str](), ""
-    words = text.split()[::-1]
-    while words:
-        word, gap = words.pop(), " " if line else ""
-        if _columns(line + gap + word) <= width:
-            line += gap + word
-            continue
-        if line and _columns(word) > width // 2:  # a word longer than a line, or text without spaces
-            gap_and_word = gap + word
-            room = max(
-                (at for at in range(len(gap_and_word)) if _columns(line + gap_and_word[:at]) <= width), default=0
-            )
-            line, word = line + gap_and_word[:room], gap_and_word[room:].lstrip()
-        elif not line:
-            room = max(at for at in range(1, len(word)) if at == 1 or _columns(word[:at]) <= width)
-            line, word = word[:room], word[room:]
-        found, line = [*found, line], ""
-        words.append(word)
-    found += [line] if line else []
-    if len(found) > lines:
-        last = found[lines - 1]
-        while _columns(last) > width - 2:
-            last = last[:-1]
-        found = [*found[: lines - 1], f"{last} …"]
-    return found
+    found = [""]
+    for word in "".join(one if one.isprintable() else " " for one in text).split():
+        gap = " " if found[-1] else ""
+        if _columns(found[-1] + gap + word) <= width:
+            found[-1] += gap + word
+        elif _columns(word) <= width // 2:
+            found.append(word)
+        else:  # longer than a line, or text without spaces
+            for one in gap + word:
+                found += [] if _columns(found[-1] + one) <= width else [""]
+                found[-1] += one if found[-1] else one.strip()
+        if len(found) > lines:
+            last = found[lines - 1]
+            while _columns(last) > width - 2:
+                last = last[:-1]
+            return [*found[: lines - 1], f"{last} …"]
+    return found if found[-1] else []
 
 
 def ends_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:

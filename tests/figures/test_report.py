@@ -92,7 +92,7 @@ def no_charts(monkeypatch):
     "words",
     [
         "demo in 4-bit with LoRA, trained on rows.jsonl", "finished at step 20 of 20",
-        "Held-out loss 0.7500 before: 2.0000", "Held-out accuracy 75.0% before: 50.0%",
+        "Held-out loss, nats per token 0.7500 before: 2.0000", "Held-out token accuracy 75.0% before: 50.0%",
         "Tokens per second 1,200 padding: 3.0%", "GPU memory 9.50 GiB forecast: 9.75 GiB",
         "Training time 90 s", "Who? Base alone and so on cut at the limit With the adapter Silas.",
         "Data train: 3 left out: no answer within 160 tokens", "precision 32-true (no GPU)",

@@ -50,7 +50,7 @@ def test_how_answers_ended_is_said_of_all(before, after, words):
 )
 def test_answers_side_by_side_fit_80_columns(text):
     row = {"prompt": text, "base": {"text": text, "cut_by": None}, "adapter": {"text": text[::-1], "cut_by": None}}
-    shown = side_by_side({"answers": [row] * 5})
+    shown = side_by_side([row] * 5)
     assert shown[0].split() == ["base", "alone", "with", "the", "adapter"]
     assert max(sum(2 if east_asian_width(one) in "WF" else 1 for one in line) for line in shown) <= 80
     assert "\x1b" not in "".join(shown) and len(shown) <= 1 + 3 * 4
@@ -58,13 +58,13 @@ def test_answers_side_by_side_fit_80_columns(text):
 
 def test_answers_side_by_side_stand_in_their_columns():
     row = {"prompt": "Who?", "base": {"text": "a " * 30, "cut_by": None}, "adapter": {"text": "Silas.", "cut_by": None}}
-    assert side_by_side({"answers": [row]}) == [
+    assert side_by_side([row]) == [
         "  base alone                             with the adapter",
         "Who?",
         "  a a a a a a a a a a a a a a a a a a a  Silas.",
         "  a a a a a a a a a a a",
     ]
-    assert side_by_side({"answers": [{"prompt": "p", "base": {"text": "b"}}]}) == side_by_side({}) == []
+    assert side_by_side([{"prompt": "p", "base": {"text": "b"}}]) == side_by_side([]) == []
 
 
 @pytest.mark.parametrize(

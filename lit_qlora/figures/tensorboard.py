@@ -79,15 +79,9 @@ def figures_events(step: int, figures: Mapping[str, float | str]) -> list[Event]
 
 def text_event(part: str, step: int, tag: str, text: str) -> Event:
     """An event with a text in Markdown, for the page of texts."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.compat.proto.tensor_pb2 import TensorProto
-    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-    from tensorboard.plugins.text import metadata
+    from tensorboard.plugins.text.summary_v2 import text_pb
 
-    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-    tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode()], tensor_shape=shape)
-    about = metadata.create_summary_metadata(display_name=None, description=None)
-    return _event(part, step, [Summary.Value(tag=f"{tag}/text_summary", metadata=about, tensor=tensor)])
+    return _event(part, step, [*text_pb(f"{tag}/text_summary", text).value])
 
 
 class Board:
@@ -102,10 +96,9 @@ class Board:
     def __init__(self, folder: Path, config: str, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         self._config, self._settings = config, settings
-        self._earlier = {part: [*(folder / part).glob(PATTERN)] for part in PARTS}
-        self._outdated = [*folder.glob(PATTERN)]
-        """Right in the run folder, where earlier versions put them."""
-        self._paths: dict[str, Path] = {}
+        self._files = {part: sorted((folder / part).glob(PATTERN)) for part in PARTS}
+        self._begun = set[str]()
+        """Parts whose last file is this start's."""
         self._is_stale, self._is_doubled = True, False
         self._best = math.inf
         self.problem: str | None = None
@@ -123,9 +116,12 @@ class Board:
         self._is_doubled |= bool(anew)
         try:
             for event in self._with_best(events):
-                if event.part not in self._paths:  # the first of its part
-                    self._paths[event.part] = self._begin(event.part)
-                _write(self._paths[event.part], [event.content])
+                opening = [] if event.part in self._begun else _opening()
+                if opening:  # the first of its part
+                    self._files[event.part].append(self._new_path(event.part))
+                    self._begun.add(event.part)
+                with ExitStack() as stack:
+                    _write(_writer(self._files[event.part][-1], stack), [*opening, event.content])
         except OSError as error:  # only the end of a file that will be rewritten can be torn
             self._fail(error)
 
@@ -143,11 +139,10 @@ class Board:
                 for event in self._with_best(chain(self._about(), events())):
                     if event.part not in writers:
                         writers[event.part] = _writer(asides[event.part], stack)
-                        _write_all(writers[event.part], _opening())
-                    _write_all(writers[event.part], [event.content])
+                        _write(writers[event.part], _opening())
+                    _write(writers[event.part], [event.content])
             paths = {part: self._new_path(part) for part in writers}
             for part, path in paths.items():
-                path.parent.mkdir(exist_ok=True)
                 asides[part].rename(path)
         except OSError as error:
             for aside in asides.values():
@@ -156,15 +151,9 @@ class Board:
             self._fail(error)
             return
         self._clear_earlier()
-        self._paths, self._earlier = paths, {part: [path] for part, path in paths.items()}
+        self._files = {part: [paths[part]] if part in paths else [] for part in PARTS}
+        self._begun = {*paths}
         self._is_stale, self._is_doubled, self.problem = False, False, None
-
-    def _begin(self, part: str) -> Path:
-        path = self._new_path(part)
-        self._earlier[part] = [*self._earlier.get(part, []), path]
-        path.parent.mkdir(exist_ok=True)
-        _write(path, _opening())
-        return path
 
     def _with_best(self, events: Iterable[Event]) -> Iterator[Event]:
         """``events``, and behind each validation that is the best so far its figures once more, as the result."""
@@ -183,11 +172,7 @@ class Board:
 
     def _clear_earlier(self) -> None:
         """Empty the newest and remove the rest: an open page must find the file that it reads to go to the next."""
-        for file in self._outdated:
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
-        for files in self._earlier.values():
-            *old, newest = sorted(files, key=lambda file: file.name) or [self.folder / _ASIDE]
+        for *old, newest in filter(None, self._files.values()):
             with suppress(OSError):
                 for file in old:
                     file.unlink(missing_ok=True)
@@ -201,8 +186,9 @@ class Board:
         yield from _hyper_parameters(self._settings)
 
     def _new_path(self, part: str) -> Path:
-        """A file name that sorts after the earlier ones, the order in which TensorBoard reads."""
-        earlier = (_second(file) for file in self._earlier.get(part, []))
+        """A file in the part's folder whose name sorts after the earlier ones, the order in which TensorBoard reads."""
+        (self.folder / part).mkdir(exist_ok=True)
+        earlier = (file.name.removeprefix(PATTERN[:-1]).partition(".")[0] for file in self._files[part])
         seconds = [int(time.time()), *(int(found) + 1 for found in earlier if found.isdigit())]
         return self.folder / part / f"events.out.tfevents.{max(seconds)}.{socket.gethostname()}.{os.getpid()}.0"
 
@@ -227,30 +213,16 @@ def _place(name: str) -> tuple[str, str]:
 
 def _hyper_parameters(settings: Mapping[str, Any]) -> Iterator[Event]:
     """What the page HPARAMS has of a run: its settings, and the tags of its result."""
-    from google.protobuf.struct_pb2 import Value
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-    from tensorboard.plugins.hparams import metadata
-    from tensorboard.plugins.hparams.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
+    from tensorboard.plugins.hparams.summary_v2 import Discrete, HParam, Metric, hparams_config_pb, hparams_pb
 
-    start, infos = SessionStartInfo(), list[Any]()
-    for name in SETTINGS:
-        value = settings.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        kind = "DATA_TYPE_FLOAT64" if is_number else "DATA_TYPE_STRING"
-        infos.append(HParamInfo(name=name, type=DataType.Value(kind)))
-        if value is not None:
-            shown = Value(number_value=value) if is_number else Value(string_value=str(value))
-            start.hparams[name].CopyFrom(shown)
-    metrics = [MetricInfo(name=MetricName(tag=tag), display_name=tag.partition("/")[2]) for tag in BEST.values()]
-    for tag, content in (
-        (metadata.EXPERIMENT_TAG, {"experiment": Experiment(hparam_infos=infos, metric_infos=metrics)}),
-        (metadata.SESSION_START_INFO_TAG, {"session_start_info": start}),
-    ):
-        data = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
-        plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
-        about = SummaryMetadata(plugin_data=plugin)
-        yield _event(TRAINING, 0, [Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
+    given = {name: settings.get(name) for name in SETTINGS}
+    kinds = {name: float if type(value) in (int, float) else str for name, value in given.items()}
+    columns = [HParam(name, Discrete([], dtype=kind)) for name, kind in kinds.items()]
+    metrics = [Metric(tag, display_name=tag.partition("/")[2]) for tag in BEST.values()]
+    values = {name: kinds[name](value) for name, value in given.items() if value is not None}
+    # Without a trial of its own, a run would share one with each of the same settings.
+    for summary in (hparams_config_pb(columns, metrics, 0), hparams_pb(values, trial_id="", start_time_secs=0)):
+        yield _event(TRAINING, 0, [*summary.value])
 
 
 def _opening() -> Iterator[Any]:
@@ -274,15 +246,6 @@ def _writer(path: Path, stack: ExitStack) -> Any:
     return RecordWriter(stack.enter_context(path.open("ab")))
 
 
-def _write_all(writer: Any, contents: Iterable[Any]) -> None:
+def _write(writer: Any, contents: Iterable[Any]) -> None:
     for content in contents:
         writer.write(content.SerializeToString())
-
-
-def _write(path: Path, contents: Iterable[Any]) -> None:
-    with ExitStack() as stack:
-        _write_all(_writer(path, stack), contents)
-
-
-def _second(file: Path) -> str:
-    return file.name.removeprefix("events.out.tfevents.").partition(".")[0]

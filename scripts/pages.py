@@ -105,7 +105,8 @@ def tool_actions(function: Any) -> list[Any]:
     parser.add_function_arguments(function)
     actions = [one for one in parser._actions if getattr(one, "_typehint", None) is not None]
     for action in actions:
-        action.required = inspect.signature(function).parameters[action.dest].default is inspect.Parameter.empty
+        own = inspect.signature(function).parameters.get(action.dest)  # none: passed on
+        action.required = own is not None and own.default is inspect.Parameter.empty
     return actions
 
 

@@ -15,7 +15,7 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.figures.samples import CONTEXT, LIMIT, SampleAnswer, counts, line, table
 from lit_qlora.forecast.foresee import Needs
 from lit_qlora.forecast.memory import Samples
-from lit_qlora.model.generate import PROMPTS_AT_ONCE, Sampling, stop_texts
+from lit_qlora.model.generate import PROMPTS_AT_ONCE, Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 
 
@@ -50,9 +50,7 @@ class SampleAnswers(Callback, Needs):
         require(count >= 0, "samples.count", "0 or more", count)
         require(not prompts or all(text.strip() for text in prompts), "samples.prompts", "no empty ones", prompts)
         try:
-            self.sampling = Sampling(
-                max_new_tokens, temperature, top_p, 0, top_k, min_p, repetition_penalty, stop_texts(stop)
-            )
+            self.sampling = Sampling(max_new_tokens, temperature, top_p, 0, top_k, min_p, repetition_penalty, stop)
         except UserError as error:
             raise error.replace(option=f"samples.{error.option}") from error
         self.count, self.prompts, self.max_new_tokens = count, prompts, max_new_tokens

@@ -22,15 +22,20 @@ PROMPTS_AT_ONCE = 8
 class Sampling:
     """How an answer is drawn, and where it ends.
 
+    Its arguments are options of the verbs that answer, by these names and words; ``stop`` becomes a tuple of texts.
+
     Args:
-        max_new_tokens: tokens of an answer, at most.
+        max_new_tokens: most tokens of an answer.
         temperature: 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that make up this share.
-        seed: of sampling.
+        seed: seed of sampling.
         top_k: sample from this many likeliest tokens; 0: from all.
-        min_p: sample from tokens that are at least this share as likely as the likeliest.
-        repetition_penalty: divides the odds of tokens that prompt or answer hold already; 1: none.
-        stop: texts that end an answer, and are no part of it.
+        min_p: sample from tokens at least this share as likely as the likeliest.
+        repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
+        stop: a text that ends an answer and is not part of it, or a list of them, such as '["###", "User:"]'.
+
+    Raises:
+        UserError: for what can't be drawn from, with its name as the option.
     """
 
     max_new_tokens: int = 256
@@ -40,10 +45,10 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
+    stop: str | list[str] = ""
 
     def __post_init__(self) -> None:
-        """Raises UserError for what can't be drawn from."""
+        object.__setattr__(self, "stop", stop_texts(self.stop))
         penalty = self.repetition_penalty
         require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
         require(0 <= self.temperature < float("inf"), "temperature", "0 or more", self.temperature)

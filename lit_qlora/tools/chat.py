@@ -6,11 +6,12 @@ The conversation itself is in `lit_qlora.tools.answering.terminal` or `lit_qlora
 
 import os
 import sys
+from typing import Any
 
 from lit_qlora.errors import UserError, require
-from lit_qlora.model.generate import Sampling, stop_texts
+from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answerer, check_prompt, refusal
+from lit_qlora.tools.answering.answerer import Answerer, check_prompt
 from lit_qlora.tools.answering.dialog import cut_note
 from lit_qlora.tools.answering.terminal import Terminal, harmless
 from lit_qlora.tools.answering.web import check_gradio, serve
@@ -22,17 +23,10 @@ def chat(
     base: str | None = None,
     prompt: str | None = None,
     system: str | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    stop: str = "",
-    seed: int = 0,
-    max_new_tokens: int = 256,
     web: bool = False,
     share: bool = False,
     port: int | None = None,
+    **drawn: Any,
 ) -> None:
     """Talk with a run's best adapter.
 
@@ -43,20 +37,16 @@ def chat(
         prompt: a question to answer once. Without it, a conversation at the terminal (/help lists its commands);
             where standard input is no terminal, the whole of it is one question.
         system: the system text; default: the one that the run was trained with, if any; "" for none.
-        temperature: 0 takes the likeliest token each time.
-        top_p: sample from the likeliest tokens that make up this share.
-        top_k: sample from this many likeliest tokens; 0: from all.
-        min_p: sample from tokens at least this share as likely as the likeliest.
-        repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
-        stop: a text that ends an answer and is not part of it, or a list of them, such as '["###", "User:"]'.
-        seed: seed of sampling.
-        max_new_tokens: most tokens of an answer.
         web: chat in a browser instead (pip install -r requirements-web.txt).
         share: with --web, request a public link from gradio's servers, as needed on Colab.
         port: with --web, the port to listen at; default: the first free one from 7860 on.
+        drawn: the arguments of `Sampling`.
+
+    Raises:
+        UserError: for options that don't go together, no adapter, or a question that can't be asked.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, stop_texts(stop))
-    source = {"option": "prompt"}
+    sampling = Sampling(**drawn)
+    source: dict[str, Any] = {"option": "prompt"}
     if web:
         require(prompt is None, "prompt", "no question beside --web, where it is asked on the page", prompt)
         check_gradio()
@@ -68,7 +58,8 @@ def chat(
         raise UserError("expected a question, got nothing", remedy="write one, or leave --prompt out to talk", **source)
     answerer = Answerer(run, adapter, base)
     # Found before the model is loaded; in a conversation the system text alone, beside any question.
-    question = _conversation(source, "hello" if prompt is None else prompt, system, answerer)
+    question = Conversation((Turn("user", "hello" if prompt is None else prompt),), system)
+    check_prompt(question, answerer.encoder.prompt_format, **source)
     if web:
         serve(answerer, sampling, system, share, port)
     elif prompt is None:
@@ -88,15 +79,6 @@ def _standard_input() -> str:
         raise UserError(
             f"not UTF-8 (byte {error.start})", place="standard input", remedy="convert it, with iconv for example"
         ) from error
-
-
-def _conversation(source: dict[str, str], prompt: str, system: str | None, answerer: Answerer) -> Conversation:
-    question = Conversation((Turn("user", prompt),), system)
-    try:
-        check_prompt(question, answerer.encoder.prompt_format)
-    except ValueError as error:
-        raise refusal(error).replace(**source) from error
-    return question
 
 
 def _answer_once(answerer: Answerer, question: Conversation, sampling: Sampling) -> None:

@@ -18,7 +18,7 @@ from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 if TYPE_CHECKING:
     from lit_qlora.data.datamodule import ChatDataModule
     from lit_qlora.data.questions import Subject
-    from lit_qlora.tools.scoring.intervals import Figure
+    from lit_qlora.tools.scoring.intervals import Compared, Figure
     from lit_qlora.tools.scoring.rows import Scoring
 
 Precision = Literal["auto", "16-mixed", "bf16-mixed", "32-true"]
@@ -29,18 +29,6 @@ NO_LIMIT = 2**40
 
 CALLED_HERE = {"data.test_source": "source", "data.max_length": "max_length"}
 """This verb's names of fit's options."""
-
-
-class Compared(NamedTuple):
-    """A figure of the base, of the adapter, and of the second minus the first."""
-
-    base: "Figure"
-    adapter: "Figure"
-    difference: "Figure"
-
-    def of(self, count: int) -> "Compared":
-        """The figure as reported for ``count`` rows."""
-        return Compared(*(figure.of(count) for figure in self))
 
 
 class Asked(NamedTuple):
@@ -162,7 +150,7 @@ def _score_held_out(scoring: "Scoring", data: "ChatDataModule", part: str, draws
             return np.array([sums[0] / sums[2], np.exp(sums[0] / sums[2]), sums[1] / sums[2]])
 
     base, adapter = scoring.held_out(data, part)
-    compared = (Compared(*found).of(len(base)) for found in bootstrap(base, adapter, figures, draws, seed))
+    compared = bootstrap(base, adapter, figures, draws, seed)
     rows = dict(zip(("loss", "perplexity", "accuracy"), compared, strict=True))
     for line in data.describe():
         print(f" data  {line}")
@@ -201,14 +189,9 @@ def _encode(
     chosen: ResolvedAdapter, subjects: Sequence[tuple["Subject", Any]], style: Literal["plain", "chat"]
 ) -> Asked:
     """Raises UserError naming the place of a question that does not fit into the base's context."""
-    from lit_qlora.data.encode import Encoder
     from lit_qlora.data.questions import LETTERS, Prompts
-    from lit_qlora.data.tokenizer import load_tokenizer
-    from lit_qlora.model.load import read_format
 
-    encoder = Encoder(load_tokenizer(chosen.base.location), NO_LIMIT, prompt_format=read_format(chosen.adapter))
-    encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
-    prompts, context = Prompts(encoder, style), chosen.base.context_tokens
+    prompts, context = Prompts(chosen.encoder(NO_LIMIT), style), chosen.base.context_tokens
     encoded: list[list[list[int]]] = []
     for subject, examples in subjects:
         encoded.append([])
@@ -230,7 +213,7 @@ def _encode(
 def _score_questions(scoring: "Scoring", asked: Asked, batch_tokens: int, draws: int, seed: int) -> dict[str, Any]:
     import numpy as np
 
-    from lit_qlora.tools.scoring.intervals import bootstrap, wilson
+    from lit_qlora.tools.scoring.intervals import Compared, bootstrap, wilson
 
     prompts = [ids for subject in asked.prompts for ids in subject]
     right = np.array([place for subject in asked.answers for place in subject])
@@ -244,8 +227,8 @@ def _score_questions(scoring: "Scoring", asked: Asked, batch_tokens: int, draws:
         of_base, of_adapter = (1.0 * hits[span, None] for hits in (base, adapter))
         count = len(of_base)
         ((_, _, difference),) = bootstrap(of_base, of_adapter, lambda sums, count=count: sums / count, draws, seed)  # type: ignore[misc]
-        shares = [wilson(int(hits.sum()), count) for hits in (of_base, of_adapter)]
-        rows[f"{name.replace('_', ' ')} ({count:,})"] = Compared(shares[0], shares[1], difference).of(count)
+        share, share_after = (wilson(int(hits.sum()), count) for hits in (of_base, of_adapter))
+        rows[f"{name.replace('_', ' ')} ({count:,})"] = Compared(share, share_after, difference)
     print(f" data  {len(prompts):,} questions, {asked.shots}-shot, {asked.style}")
     _print_note("Wilson's, of the difference drawn from questions", draws, rows, "questions")
     _table("accuracy (questions)", rows, ".4f", ".4f")
@@ -256,18 +239,18 @@ def _score_questions(scoring: "Scoring", asked: Asked, batch_tokens: int, draws:
 # Tables
 
 
-def _print_note(how: str, draws: int, rows: Mapping[str, Compared], drawn: str) -> None:
+def _print_note(how: str, draws: int, rows: Mapping[str, "Compared"], drawn: str) -> None:
     from lit_qlora.tools.scoring.intervals import FEWEST
 
     has_interval = {row.base.low is not None for row in rows.values()}
     if True in has_interval:
-        print(f"       in brackets: 95 % intervals, {how} {f'{draws:,} times'}")
+        print(f"       in brackets: 95 % intervals, {how} {draws:,} times")
     if False in has_interval:
         print(f"       without brackets: fewer than {FEWEST} {drawn} are too few for an interval")
     print()
 
 
-def _table(title: str, rows: Mapping[str, Compared], form: str, ends: str) -> None:
+def _table(title: str, rows: Mapping[str, "Compared"], form: str, ends: str) -> None:
     """A line per figure; ``form`` and ``ends`` are the formats of a value and of the ends of its interval."""
 
     def cell(figure: "Figure") -> str:

@@ -18,15 +18,15 @@ from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD
 from lit_qlora.text.formats import from_record
 from lit_qlora.tools.answering.answerer import choose_adapter
-from lit_qlora.tools.merge import DType, check_room, merge_into
+from lit_qlora.tools.merge import BYTES, DType, check_room, merge_into
 
 SCRIPT = "convert_hf_to_gguf.py"
 GET_IT = (
     "git clone --depth 1 https://github.com/ggml-org/llama.cpp, pip install gguf sentencepiece, and set "
     "LLAMA_CPP=llama.cpp"
 )
-BYTES_A_WEIGHT = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.0625}
-RECORD_IN: dict[str, DType] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
+BYTES_PER_WEIGHT = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.0625}
+MERGED_IN: dict[str, DType] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
 
 
 def export(
@@ -48,6 +48,10 @@ def export(
         model: a folder that merge made, instead of both.
         base: the base of the adapter; default: the one that run or folder names.
         outtype: type of the written weights, as named by llama.cpp.
+
+    Raises:
+        UserError: for options that don't go together, a model or a tokenizer that llama.cpp can't read, and a disk
+            that is too small.
     """
     target = output_path(output)
     beside = target.with_suffix(".Modelfile")
@@ -58,34 +62,21 @@ def export(
         raise UserError(
             "it is merged already, so --run, --adapter and --base say nothing", option="model", remedy="give it alone"
         )
-    if model:
-        merged_model = find_base(model)
-        if merged_model.in_4_bits:
-            raise UserError(
-                f"{model} is in 4 bits, which llama.cpp can't convert",
-                option="model",
-                remedy="merge with --dtype float16",
-            )
-        _check_tokenizer(merged_model)
-        _check_files(merged_model)
-        script = find_converter()
-        check_room(target, int(merged_model.shape.num_parameters * BYTES_A_WEIGHT[outtype]))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _convert(script, Path(model), target, outtype)
-        _write_modelfile(Path(model), target, beside)
-        return
-    chosen = choose_adapter(run, adapter, base)
-    _check_tokenizer(chosen.base)
-    script = find_converter()
-    dtype = RECORD_IN[outtype]
-    sizes = BYTES_A_WEIGHT[outtype] + {"float32": 4}.get(dtype, 2)
-    check_room(target, int(chosen.base.shape.num_parameters * sizes))
+    chosen = None if model else choose_adapter(run, adapter, base)
+    source = chosen.base if chosen else find_base(str(model))
+    if not chosen:
+        _check_files(source)
+    _check_tokenizer(source)
+    script, dtype = find_converter(), MERGED_IN[outtype]
+    bytes_per_weight = BYTES_PER_WEIGHT[outtype] + (BYTES[dtype] if chosen else 0)
+    check_room(target, int(source.shape.num_parameters * bytes_per_weight))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        merged = Path(scratch) / "merged"
-        merge_into(merged, chosen, dtype, "quantized")
-        _convert(script, merged, target, outtype)
-        _write_modelfile(merged, target, beside)
+        folder = Path(model or f"{scratch}/merged")
+        if chosen:
+            merge_into(folder, chosen, dtype, "quantized")
+        _convert(script, folder, target, outtype)
+        _write_modelfile(folder, target, beside)
 
 
 def find_converter() -> Path:
@@ -129,7 +120,10 @@ def _check_tokenizer(base: Base) -> None:
 
 
 def _check_files(base: Base) -> None:
-    """Raises UserError for files that the converter would read in another way."""
+    """Raises UserError for a merged model that the converter can't read, or would read in another way."""
+    if base.in_4_bits:
+        problem = f"{base.name} is in 4 bits, which llama.cpp can't convert"
+        raise UserError(problem, option="model", remedy="merge with --dtype float16")
     folder = Path(base.location)
     others = {file.name for file in folder.glob("model*.safetensors")} - {file.name for file in weight_files(base)}
     if others:

@@ -31,7 +31,6 @@ BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MARGIN_BYTES = 64 * 2**20
 """Bytes for tokenizer, index and the file system's own use."""
 
-
 BESIDE = ("tokenizer.model", "LICENSE.txt", "USE_POLICY.md")
 """Files of a base that are copied unchanged."""
 
@@ -54,6 +53,9 @@ def merge(
         dtype: dtype of the written weights.
         onto: quantized adds to the dequantised 4-bit base, which is the model that was trained; original adds to the
             base's own weights, which is another model.
+
+    Raises:
+        UserError: as `merge_into` does.
     """
     target = output_path(output, "folder")
     chosen = choose_adapter(run, adapter, base)
@@ -62,9 +64,17 @@ def merge(
 
 
 def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) -> None:
-    """Write ``target``, compare it with base + adapter, and report the difference.
+    """Write a merged model, compare it with base + adapter, and report the difference.
 
-    Raises UserError if it exists, the disk is too small, base and adapter do not match, or the difference is too large.
+    Args:
+        target: the folder to make.
+        chosen: adapter and base.
+        dtype: dtype of the written weights.
+        onto: as in `merge`.
+
+    Raises:
+        UserError: if ``target`` exists, the disk is too small, base and adapter do not match, or the difference is
+            too large.
     """
     quieten()
     recover(target)
@@ -74,23 +84,19 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         raise UserError(
             f"{chosen.base.name} is stored in 4 bits and has no original weights", option="onto", remedy="use quantized"
         )
-    check_room(target, size_bytes(chosen.base, dtype) + MARGIN_BYTES)
+    check_room(target, chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES)
 
     import torch
     from safetensors import SafetensorError
 
-    from lit_qlora.data.encode import Encoder
-    from lit_qlora.data.tokenizer import load_tokenizer
-    from lit_qlora.model.load import read_format, read_record
+    from lit_qlora.model.load import read_record
     from lit_qlora.tools.merging import compare
     from lit_qlora.tools.merging.arithmetic import LoraWeights
 
     trained_in = _trained_in(read_record(chosen.adapter))
     lora = LoraWeights(chosen.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prompt_format = read_format(chosen.adapter)
-    encoder = Encoder(load_tokenizer(chosen.base.location), chosen.base.context_tokens, prompt_format=prompt_format)
-    encoder.check_vocabulary(chosen.base.shape.vocabulary, chosen.base.name)
+    encoder = chosen.encoder()
     texts, source = compare.conversations_to_compare(chosen.settings, RunFolder(chosen.adapter.parent).rows, encoder)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
 
@@ -101,12 +107,12 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device)
         num_bytes = write_shards(folder, ((name, _stored(name, value, dtype)) for name, value in tensors))
         _write_config(folder, chosen.base, encoder, dtype)
-        made_of = {"base": chosen.base.public_name, "onto": onto, "system": None, **prompt_format.record()}
+        made_of = {"base": chosen.base.public_name, "onto": onto, "system": None, **encoder.prompt_format.record()}
         (folder / RECORD).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
         _write_tokenizer(folder, chosen.base, encoder, texts)
         found = compare.difference(folder, wanted, device)
         compare.check(found, dtype if onto == "quantized" else "another model")
-        (folder / CARD).write_text(_card(chosen, dtype, onto, found, prompt_format), encoding="utf-8")
+        (folder / CARD).write_text(_card(chosen, dtype, onto, found, encoder.prompt_format), encoding="utf-8")
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
         print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {num_bytes / 1e9:.2f} GB of {dtype} in {target}")
         print(f"check  against {than}, {source}, {found}", flush=True)
@@ -132,11 +138,6 @@ def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: "Difference"
 def check_room(target: Path, needed_bytes: int) -> None:
     """Raises UserError if the disk of ``target`` has less than ``needed_bytes`` free."""
     require_room(target, needed_bytes, str(target), option="output", remedy="give a folder on another disk")
-
-
-def size_bytes(base: Base, dtype: DType) -> int:
-    """Bytes of the weights of ``base`` in a dtype."""
-    return base.shape.num_parameters * BYTES[dtype]
 
 
 def _trained_in(record: dict[str, Any]) -> "torch.dtype":

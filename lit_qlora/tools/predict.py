@@ -15,10 +15,10 @@ from typing import Any
 
 from lit_qlora.console import progress_bar, tell
 from lit_qlora.data.files import COMPRESSED, ENDINGS, read_rows
-from lit_qlora.data.forms import RowError, columns_of, forms_for, read_row
+from lit_qlora.data.forms import columns_of, forms_for, read_row
 from lit_qlora.data.records import Counts
 from lit_qlora.errors import UserError, require
-from lit_qlora.model.generate import Sampling, stop_texts
+from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import SaveError, output_path
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
@@ -35,15 +35,8 @@ def predict(
     run: str | None = None,
     adapter: str | None = None,
     base: str | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    stop: str = "",
-    seed: int = 0,
     batch_size: int = 8,
+    **drawn: Any,
 ) -> None:
     """Answer a file of prompts with a run's best adapter; given again after an interruption, resume.
 
@@ -54,17 +47,13 @@ def predict(
         run: run folder; default: the newest run.
         adapter: an adapter folder instead of a run.
         base: the base of that adapter; default: the one that the folder names.
-        max_new_tokens: most tokens of an answer.
-        temperature: 0 takes the likeliest token each time.
-        top_p: sample from the likeliest tokens that make up this share.
-        top_k: sample from this many likeliest tokens; 0: from all.
-        min_p: sample from tokens at least this share as likely as the likeliest.
-        repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
-        stop: a text that ends an answer and is not part of it, or a list of them, such as '["###", "User:"]'.
-        seed: seed of sampling.
         batch_size: prompts per batch.
+        drawn: the arguments of `Sampling`.
+
+    Raises:
+        UserError: for a wrong option, prompt or output, and for what the memory or the disk can't hold.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, stop_texts(stop))
+    sampling = Sampling(**drawn)
     require(batch_size >= 1, "batch_size", "at least 1", batch_size)
     target = output_path(output)
     unfinished = Unfinished(target)
@@ -208,11 +197,9 @@ def open_prompts(
     for where, row in rows:
         try:
             read = read_row(row, marks=prompt_format.marks, use="prompts")
-            check_prompt(read.conversation, prompt_format)
-        except RowError as error:
-            raise UserError(str(error), place=where, remedy=error.remedy) from error
         except ValueError as error:
-            raise UserError(str(error), place=where) from error
+            raise UserError(str(error), place=where, remedy=getattr(error, "remedy", None)) from error
+        check_prompt(read.conversation, prompt_format, numbered=True, place=where)
         counts.add(read)
         prompts.append((where, read.conversation))
     for what, number in counts.in_words().items():

@@ -17,7 +17,7 @@ from lit_qlora.cli import main
 from lit_qlora.data.batching import BatchPlan, collate
 from lit_qlora.tools import evaluate as module
 from lit_qlora.tools.answering.answerer import choose_adapter
-from lit_qlora.tools.scoring.intervals import Figure
+from lit_qlora.tools.scoring.intervals import Compared, Figure
 from lit_qlora.tools.scoring.rows import Scoring
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def test_of_too_few_there_is_no_interval(here, evaluate):
 
 def test_columns_are_as_wide_as_what_stands_in_them(capsys):
     wide, narrow = Figure(123456.0, 1234567.0, 123456789.0), Figure(1.0, 0.0, 2.0)
-    module._table("", {"a": module.Compared(wide, wide, narrow), "bc": module.Compared(*[narrow] * 3)}, ".4f", ".4f")
+    module._table("", {"a": Compared(wide, wide, narrow), "bc": Compared(*[narrow] * 3)}, ".4f", ".4f")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "a   " + "123456.0000 [1234567.0000, 123456789.0000]  " * 2 + "1.0000 [0.0000, 2.0000]"
     for line in (lines[0].replace("adapter - base", "1.0000 ["), lines[2]):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
+    from lit_qlora.data.encode import Encoder
+
 
 class Answer(NamedTuple):
     """An answer's text, and whether the model ended it by itself."""
@@ -39,11 +41,33 @@ class ResolvedAdapter(NamedTuple):
     adapter: Path
     settings: dict[str, Any] | None
 
+    def encoder(self, max_length: int | None = None) -> "Encoder":
+        """The encoder of training, for conversations of at most ``max_length`` tokens; default: the base's context.
+
+        Raises:
+            UserError: for an altered prompt format, and a tokenizer that is not the base's.
+        """
+        from lit_qlora.data.encode import Encoder
+        from lit_qlora.data.tokenizer import load_tokenizer
+        from lit_qlora.model.load import read_format
+
+        prompt_format = read_format(self.adapter)
+        length = max_length or self.base.context_tokens
+        encoder = Encoder(load_tokenizer(self.base.location), length, prompt_format=prompt_format)
+        encoder.check_vocabulary(self.base.shape.vocabulary, self.base.name)
+        return encoder
+
 
 def choose_adapter(run: str | None = None, adapter: str | None = None, base: str | None = None) -> ResolvedAdapter:
-    """The adapter of ``run`` (default: the newest) or ``adapter``, and its base unless that is given.
+    """The adapter and the base that the options of a verb name.
 
-    Raises UserError if there is no such run, adapter or base, or both run and adapter are given.
+    Args:
+        run: a run folder, for its best adapter; default: the newest run.
+        adapter: an adapter folder instead.
+        base: the base; default: the one that run or folder names.
+
+    Raises:
+        UserError: if there is no such run, adapter or base, or both run and adapter are given.
     """
     if adapter is None:
         folder = trained_run(run)
@@ -95,18 +119,28 @@ def _find(base: str) -> Base:
         raise error.replace(option="base") from error
 
 
-def check_prompt(conversation: Conversation, prompt_format: PromptFormat) -> None:
-    """Raises ValueError unless ``conversation`` ends with the user's turn, and ``prompt_format`` can write it."""
+def check_prompt(
+    conversation: Conversation, prompt_format: PromptFormat, *, numbered: bool = False, **source: Any
+) -> None:
+    """Check that ``conversation`` ends with the user's turn, and that ``prompt_format`` can write it.
+
+    Args:
+        conversation: the open prompt.
+        prompt_format: writes it.
+        numbered: True to call the last turn by its number, as for rows of a file; else it is the question just asked.
+        source: fields of the error, such as ``place``.
+
+    Raises:
+        UserError: for any other conversation.
+    """
     if conversation.is_answered:
-        raise ValueError("the last turn is the assistant's, expected the user's")
-    prompt_format.pieces(conversation)
-
-
-def refusal(error: ValueError, question: int = 1) -> UserError:
-    """The error of `check_prompt`, for the person who asked the question, which is the turn of that number."""
-    if isinstance(error, TextError) and error.turn == question:
-        return UserError(f"it {error.problem}")
-    return UserError(str(error))
+        raise UserError("the last turn is the assistant's, expected the user's", **source)
+    try:
+        prompt_format.pieces(conversation)
+    except ValueError as error:
+        is_question = not numbered and isinstance(error, TextError) and error.turn == len(conversation.turns)
+        problem = f"it {error.problem}" if is_question else str(error)  # type: ignore[attr-defined]
+        raise UserError(problem, **source) from error
 
 
 class Answerer:
@@ -119,22 +153,16 @@ class Answerer:
         adapter: an adapter folder instead.
         base: the base of ``adapter``; default: the one that the folder names.
 
-    Raises UserError if there is no such run or adapter; `model` does if they do not fit together.
+    Raises:
+        UserError: if there is no such run or adapter; `model` does if they do not fit together.
     """
 
     def __init__(self, run: str | None = None, adapter: str | None = None, base: str | None = None) -> None:
         chosen = choose_adapter(run, adapter, base)
-        self.base, self.adapter, self.settings = chosen.base, chosen.adapter, chosen.settings
-
-        from lit_qlora.data.encode import Encoder
-        from lit_qlora.data.tokenizer import load_tokenizer
-        from lit_qlora.model.load import read_format
-
-        quieten()
-        prompt_format = read_format(self.adapter)  # an altered one is found before a large base is loaded
+        self.base, self.adapter, self.settings = chosen
         self.max_length = self.base.context_tokens
-        self.encoder = Encoder(load_tokenizer(self.base.location), self.max_length, prompt_format=prompt_format)
-        self.encoder.check_vocabulary(self.base.shape.vocabulary, self.base.name)
+        quieten()
+        self.encoder = chosen.encoder()
 
     @cached_property
     def dtype(self) -> "torch.dtype":
@@ -181,7 +209,11 @@ class Answerer:
             sampling: how tokens are drawn.
             show: called after each token with the new text, which may be empty; False stops the answer.
 
-        Raises UserError for a prompt that leaves no room in the base's context.
+        Returns:
+            The whole answer.
+
+        Raises:
+            UserError: for a prompt that leaves no room in the base's context.
         """
         prompt, encoder, model = self.prompt(conversation, sampling), self.encoder, self.model
         stream, is_over = TextStream(encoder, sampling.stop), encoder.is_over(sampling.stop)
@@ -197,11 +229,12 @@ class Answerer:
         return self.model.disable_adapter()  # type: ignore[no-any-return]
 
     def prompt(self, conversation: Conversation, sampling: Sampling) -> list[int]:
-        """The ids of an open prompt. Raises UserError if they leave no room for an answer in the base's context."""
-        try:
-            ids = self.encoder.prompt(conversation)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        """The ids of an open prompt that `check_prompt` takes.
+
+        Raises:
+            UserError: if they leave no room for an answer in the base's context.
+        """
+        ids = self.encoder.prompt(conversation)
         if len(ids) + sampling.max_new_tokens > self.max_length:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are "

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answer, Answerer, check_prompt, refusal
+from lit_qlora.tools.answering.answerer import Answer, Answerer, check_prompt
 
 
 def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
@@ -35,10 +35,7 @@ class Dialog:
         Raises UserError for a question that can't be asked.
         """
         whole = Conversation(tuple(turns), self.system)
-        try:
-            check_prompt(whole, self.answerer.encoder.prompt_format)
-        except ValueError as error:
-            raise refusal(error, len(turns)) from error
+        check_prompt(whole, self.answerer.encoder.prompt_format)
         fitting, num_left_out = self.answerer.trim(whole, self.sampling)
         self.answerer.prompt(fitting, self.sampling)  # raises where even the question alone has no room
         grew, self._num_left_out = num_left_out > self._num_left_out, num_left_out
@@ -60,10 +57,7 @@ class Dialog:
 
     def set_system(self, system: str) -> None:
         """Set another system text, or none if empty. Raises UserError for one that no prompt can hold."""
-        try:
-            check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.prompt_format)
-        except ValueError as error:
-            raise refusal(error) from error
+        check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.prompt_format)
         self.system = system
 
     @property

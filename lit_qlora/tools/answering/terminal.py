@@ -59,10 +59,21 @@ class Terminal(Dialog):
         print(f"{base} with {self.answerer.adapter}: /help lists the commands, Ctrl-D leaves", flush=True)
         before = signal.signal(signal.SIGINT, self._interrupt)
         try:
-            goes_on = True
-            while goes_on:
+            while True:
                 try:
-                    goes_on = self._take(self._read())
+                    line = input("> ")
+                except EOFError:
+                    print()
+                    return
+                except KeyboardInterrupt:
+                    print("\n(Ctrl-D or /quit leaves)")
+                    continue
+                try:
+                    if line.strip().lower().split(" ")[0] == "/quit" and line.startswith("/"):
+                        return
+                    self._take(line)
+                except UserError as error:
+                    print(f"({error})")
                 except KeyboardInterrupt:
                     print("\n(stopped)")
         finally:
@@ -73,46 +84,26 @@ class Terminal(Dialog):
             raise KeyboardInterrupt
         self._stopped = True
 
-    def _read(self) -> str | None:
-        """A line, empty after a Ctrl-C; None at the end."""
-        try:
-            return input("> ")
-        except EOFError:
-            print()
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit leaves)")
-            return ""
-        return None
-
-    def _take(self, line: str | None) -> bool:
-        """Execute a line; False ends the conversation."""
-        if line is None:
-            return False
+    def _take(self, line: str) -> None:
+        """Execute a command, or ask a question."""
         word, _, rest = line.strip().partition(" ")
-        command = word.lower()
-        try:
-            if not line.strip():
-                pass
-            elif not line.startswith("/"):
+        if not line.startswith("/"):
+            if word:
                 self._ask(line.strip())
-            elif command == "/quit":
-                return False
-            elif command in self._commands:
-                self._commands[command](rest.strip())
-            else:
-                print(f"(no command {harmless(word)}; there are {', '.join(self._commands)}, /quit)")
-        except UserError as error:
-            print(f"({error})")
-        return True
+        elif word.lower() in self._commands:
+            self._commands[word.lower()](rest.strip())
+        else:
+            print(f"(no command {harmless(word)}; there are {', '.join(self._commands)}, /quit)")
 
     def _ask(self, question: str) -> None:
         if self._compares_next:
             self._compare(question)
             return
         conversation = self._fitting([*self.turns, Turn("user", question)])
-        answer = self._answer(conversation, self._show)
+        answer = self._answer(conversation, lambda text: print(harmless(text), end="", flush=True))
         print()
-        self._note(answer)
+        if self._stopped or not answer.stopped:
+            print("(stopped)" if self._stopped else cut_note(self.sampling))
         self._remember(question, answer)
 
     def _fitting(self, turns: list[Turn]) -> Conversation:
@@ -132,16 +123,6 @@ class Terminal(Dialog):
             return self.answerer.stream(conversation, self.sampling, go_on)
         finally:
             self._answering = False
-
-    @staticmethod
-    def _show(text: str) -> None:
-        print(harmless(text), end="", flush=True)
-
-    def _note(self, answer: Answer) -> None:
-        if self._stopped:
-            print("(stopped)")
-        elif not answer.stopped:
-            print(cut_note(self.sampling))
 
     def _remember(self, question: str, answer: Answer) -> None:
         note = self.remember(question, answer)
@@ -199,11 +180,10 @@ class Terminal(Dialog):
         size_before = path.stat().st_size if path.is_file() else None
         try:
             with path.open("a+b") as file:
+                opens = b""
                 if file.tell():
                     file.seek(-1, 2)
                     opens = b"" if file.read() == b"\n" else b"\n"
-                else:
-                    opens = b""
                 file.write(opens + json.dumps({"messages": rows}, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
             with suppress(OSError):  # a partial line would damage those before and after it

@@ -25,7 +25,7 @@ class Unfinished:
         self.target = target
         self.path = target.with_name(f".{target.name}.part")
         self.made = target.with_name(f".{target.name}.made")
-        self._file: IO[bytes] | None = None
+        self._file: IO[bytes]
 
     def check_free(self) -> None:
         """Raises UserError if the output exists without a record of its origin."""
@@ -60,7 +60,10 @@ class Unfinished:
         except OSError as error:
             raise UserError(f"{self.path} can't be written ({error.strerror})", option="output") from error
         try:
-            self._hold()
+            with contextlib.suppress(OSError):  # Windows, or a file system without locks
+                if not flock(self._file.fileno()):
+                    what = f"another process is writing {self.target}"
+                    raise UserError(what, option="output", remedy="wait for it, or give another name")
             yield self._read(belongs_to)
         finally:
             self._file.close()
@@ -75,18 +78,7 @@ class Unfinished:
         replace_file(self.target, output)
         self.path.unlink(missing_ok=True)
 
-    def _hold(self) -> None:
-        assert self._file
-        with contextlib.suppress(OSError):  # Windows, or a file system without locks
-            if not flock(self._file.fileno()):
-                raise UserError(
-                    f"another process is writing {self.target}",
-                    option="output",
-                    remedy="wait for it, or give another name",
-                )
-
     def _read(self, belongs_to: Mapping[str, Any]) -> dict[int, Any]:
-        assert self._file
         self._file.seek(0)
         header = self._file.readline()
         if not header.endswith(b"\n"):  # nothing was begun, or killed within its first line
@@ -110,7 +102,6 @@ class Unfinished:
         return batches
 
     def _write(self, row: Any) -> None:
-        assert self._file
         try:
             self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             self._file.flush()

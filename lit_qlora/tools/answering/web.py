@@ -96,11 +96,10 @@ class Page:
         import gradio
 
         self.start = (answerer, sampling, system)
-        where = answerer.adapter.parent if answerer.settings else answerer.adapter
+        kind, where = ("run", answerer.adapter.parent) if answerer.settings else ("adapter", answerer.adapter)
         # Names alone: a page that is shared need not tell where its owner keeps things.
-        self.name = (
-            f"base {answerer.base.public_name}, {'run' if answerer.settings else 'adapter'} {where.resolve().name}"
-        )
+        self._trained = where.resolve().name
+        self.name = f"base {answerer.base.public_name}, {kind} {self._trained}"
         self._worker = Worker(answerer)
         self._update = gradio.update
         self._blocks = self._build(gradio)
@@ -144,7 +143,11 @@ class Page:
         sampling = self.start[1]
         column = partial(gradio.Chatbot, render_markdown=False, latex_delimiters=[], buttons=[], min_width=280)
         field = partial(gradio.Number, min_width=120)
-        title, about = self._title()
+        answerer = self.start[0]
+        title, base = f"Chat with {self._trained}", answerer.base.public_name
+        about = f"{base}, fine-tuned in this run" if answerer.settings else f"{base}, with an adapter"
+        samples = RunFolder(answerer.adapter.parent).samples if answerer.settings else None
+        examples = short_prompts(samples, EXAMPLES) if samples else []  # the run's own, held out
         with gradio.Blocks(title=f"{title} | lit-qlora", analytics_enabled=False, fill_width=True) as blocks:
             gradio.HTML(f"<h1>{escape(title)}</h1><p>{escape(about)}</p>", elem_id="name")
             with gradio.Row(elem_id="columns"):
@@ -155,7 +158,7 @@ class Page:
                 label="Your question", placeholder="Ask something", show_label=False, max_lines=8, autofocus=True,
                 submit_btn=ASK, elem_id="question",
             )  # fmt: skip
-            with gradio.Row(elem_id="examples", visible=bool(examples := self._examples())):
+            with gradio.Row(elem_id="examples", visible=bool(examples)):
                 for number, text in enumerate(examples):
                     button = gradio.Button(text, size="sm", elem_id=f"example{number}", min_width=100)
                     button.click(partial(str, text), None, self._question, api_visibility="private", queue=False)
@@ -171,20 +174,6 @@ class Page:
                     limit = field(sampling.max_new_tokens, label="Answer limit", precision=0, elem_id="limit")
             self._connect([system, limit, temperature, top_p, self._seed], gradio.State())
         return blocks
-
-    def _title(self) -> tuple[str, str]:
-        """What the page is, for whoever opens it, and from what its answers are."""
-        answerer = self.start[0]
-        base = answerer.base.public_name
-        if not answerer.settings:
-            return f"Chat with {answerer.adapter.resolve().name}", f"{base}, with an adapter"
-        return f"Chat with {answerer.adapter.parent.resolve().name}", f"{base}, fine-tuned in this run"
-
-    def _examples(self) -> list[str]:
-        """Questions to begin with: the run's own held-out ones, the first short ones."""
-        answerer = self.start[0]
-        samples = RunFolder(answerer.adapter.parent).samples if answerer.settings else None
-        return short_prompts(samples, EXAMPLES) if samples else []
 
     def _connect(self, settings: list[Any], tab: Any) -> None:
         self._tab = tab

@@ -59,12 +59,15 @@ class Difference(NamedTuple):
 def conversations_to_compare(
     settings: Mapping[str, Any] | None, record: Path, encoder: Encoder
 ) -> tuple[list[Conversation], str]:
-    """A run's first held-out conversations, and their source; the demo's without a run, or if its rows are gone.
+    """Find a run's first held-out conversations; the demo's without a run, or if its rows are gone.
 
     Args:
         settings: the run's options.
         record: the file that records its held-out rows.
         encoder: encodes them.
+
+    Returns:
+        The conversations, and their source in words.
     """
     reading = Reading(prompt_format=encoder.prompt_format)
     records = load_records(str(demo.TEST), reading=reading)
@@ -98,18 +101,13 @@ def reference(
         input_ids[row, : len(ids)] = torch.tensor(ids)
     is_token = torch.arange(input_ids.shape[1]) < torch.tensor([[len(ids)] for ids in rows])
     model = load.load_adapter(load.load_base(base, dtype, device, "sdpa"), base, adapter, trainable=False)
-    logits = _logits(model, input_ids)[is_token]
+    _compute_in_fp32(model)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=input_ids.to(model.device), use_cache=False).logits.cpu()[is_token]
     del model
     gc.collect()  # its parts refer to each other in circles, and the merge needs the memory
     torch.cuda.empty_cache()
     return Reference(input_ids, is_token, logits)
-
-
-def _logits(model: Any, input_ids: Tensor) -> Tensor:
-    """Logits ``[B, T, V]`` of a 4-bit model, computed in fp32, in which it stays."""
-    _compute_in_fp32(model)
-    with torch.no_grad():
-        return model.eval()(input_ids=input_ids.to(model.device), use_cache=False).logits.cpu()  # type: ignore[no-any-return]
 
 
 def _compute_in_fp32(model: torch.nn.Module) -> None:

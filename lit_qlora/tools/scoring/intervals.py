@@ -19,29 +19,36 @@ Array = NDArray[np.float64]
 
 
 class Figure(NamedTuple):
-    """A value and its 95 % interval; None for too few rows."""
+    """A value and the ends of its 95 % interval; None for fewer than `FEWEST` rows."""
 
     value: float
     low: float | None
     high: float | None
 
-    def of(self, count: int) -> "Figure":
-        """The figure as reported for ``count`` rows."""
-        return self if count >= FEWEST else Figure(self.value, None, None)
+
+class Compared(NamedTuple):
+    """A figure of the base, of the adapter, and of the second minus the first."""
+
+    base: Figure
+    adapter: Figure
+    difference: Figure
 
 
 def wilson(count: int, total: int) -> Figure:
-    """A share with Wilson's interval, which stays within 0 and 1, and holds for few or rare ones, too."""
+    """The share ``count / total`` with Wilson's interval, which stays within 0 and 1 for few or rare ones, too.
+
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    if total < FEWEST:
+        return Figure(count / total, None, None)
     share, square = count / total, Z * Z / total
     middle = (share + square / 2) / (1 + square)
     half = Z / (1 + square) * math.sqrt(share * (1 - share) / total + square / (4 * total))
     return Figure(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def bootstrap(
-    base: Array, adapter: Array, figures: Callable[[Array], Array], draws: int, seed: int
-) -> list[tuple[Figure, Figure, Figure]]:
-    """Each figure of the base, of the adapter, and of the second minus the first.
+def bootstrap(base: Array, adapter: Array, figures: Callable[[Array], Array], draws: int, seed: int) -> list[Compared]:
+    """Each figure with percentile intervals of the bootstrap.
 
     Rows are drawn with replacement, the same ones for both, so that a row that is hard for both does not widen the
     interval of the difference.
@@ -52,6 +59,9 @@ def bootstrap(
         figures: maps ``[k]`` sums to ``[f]`` figures.
         draws: number of resamples.
         seed: seed of the bootstrap.
+
+    Returns:
+        A comparison for each of the ``f`` figures.
     """
     chance = np.random.default_rng(seed)
     drawn = []
@@ -60,13 +70,12 @@ def bootstrap(
         drawn.append([figures(base[rows].sum(0)), figures(adapter[rows].sum(0))])
     values = np.array([figures(base.sum(0)), figures(adapter.sum(0))])
     samples = np.array(drawn)
-    rows_of = [(values[0], samples[:, 0]), (values[1], samples[:, 1])]
-    rows_of.append((values[1] - values[0], samples[:, 1] - samples[:, 0]))
-    ends = [(value, *np.percentile(sample, ENDS, axis=0)) for value, sample in rows_of]
-    return [
-        (_figure(ends[0], index), _figure(ends[1], index), _figure(ends[2], index)) for index in range(len(values[0]))
-    ]
+    both = [(values[0], samples[:, 0]), (values[1], samples[:, 1])]
+    both.append((values[1] - values[0], samples[:, 1] - samples[:, 0]))
+    parts = [_figures(value, np.percentile(sample, ENDS, axis=0), len(base)) for value, sample in both]
+    return [Compared(*one) for one in zip(*parts, strict=True)]
 
 
-def _figure(ends: tuple[Array, ...], index: int) -> Figure:
-    return Figure(*(float(end[index]) for end in ends))
+def _figures(values: Array, ends: Array, count: int) -> list[Figure]:
+    shown = ends.T.tolist() if count >= FEWEST else [(None, None)] * len(values)
+    return [Figure(float(value), low, high) for value, (low, high) in zip(values, shown, strict=True)]

@@ -222,6 +222,7 @@ def test_what_was_done_behind_the_checkpoint_with_other_settings_is_no_part_of_t
     assert "   run  run/adapter is of step 6, after step 2: put aside as run/adapter.before\n" in shown.out
     assert shown.err == ""
     assert "max_steps: 10" in Path("run/adapter/README.md").read_text()
+    assert Path("run/adapter.before").is_dir()  # better than any that came
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(clean)
         assert main([*FIT, *LONGER]) == 0
@@ -298,6 +299,7 @@ def test_the_same_settings_go_through_the_steps_behind_the_checkpoint_again(
     ]
     assert lines[0] == lines[1]
     assert Path("run/adapter/adapter_model.safetensors").read_bytes() == adapter
+    assert "put aside as run/adapter.before" in shown.out and not Path("run/adapter.before").exists()
 
 
 def test_the_same_length_says_nothing_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

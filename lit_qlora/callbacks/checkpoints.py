@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,13 @@ class RunCheckpoints(StepCallback, Needs):
             mend_adapter(self.run, is_needed=True)
             self._copy_adapter()
             pl_module.load_adapter_weights(self.run.adapter)  # type: ignore[operator]
+
+    def drop_aside(self) -> None:
+        """Remove the adapter that a start put aside, once the best of the run is as good: its steps came again."""
+        aside, best = (read_result(folder) or {} for folder in (self.run.adapter_before, self.run.adapter))
+        if aside and best.get("val/loss", math.inf) <= aside.get("val/loss", math.inf):
+            with suppress(OSError):  # it is in nobody's way
+                remove_folder(self.run.adapter_before)
 
     def state_dict(self) -> dict[str, Any]:
         """The best adapter with its weights until it is on the disk; else its result."""

@@ -9,7 +9,12 @@ from lit_qlora.figures.record import Record
 
 
 def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
-    """Record ``figures`` under the number of optimizer steps done, with every logger of the Trainer."""
+    """Record figures with every logger of a Trainer.
+
+    Args:
+        trainer: its number of optimizer steps done is theirs.
+        figures: values by name, such as ``mine/name``.
+    """
     for logger in trainer.loggers:
         logger.log_metrics(dict(figures), step=trainer.global_step)
 
@@ -24,18 +29,18 @@ class KeepRecord(Callback):
 
     def __init__(self) -> None:
         self._state: Mapping[str, Any] | None = None
+        self._record: Record | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Bind the record to the Trainer's steps."""
-        kept = record_of(trainer)
-        if kept:
-            kept.trainer = trainer
+        self._record = record_of(trainer)
+        if self._record:
+            self._record.trainer = trainer
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the open step."""
-        kept = record_of(trainer)
-        if kept:
-            checkpoint["metrics_line"] = kept.state_dict()
+        if self._record:
+            checkpoint["metrics_line"] = self._record.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep it for later: another callback may still refuse the checkpoint."""
@@ -43,12 +48,10 @@ class KeepRecord(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the record, once no callback can refuse the checkpoint."""
-        kept = record_of(trainer)
-        if kept:
-            kept.go_back(self._state)
+        if self._record:
+            self._record.go_back(self._state)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last step, for readers of the files."""
-        kept = record_of(trainer)
-        if kept:
-            kept.close_step()
+        if self._record:
+            self._record.close_step()

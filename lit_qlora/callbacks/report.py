@@ -159,6 +159,7 @@ class Report(Callback):
         mark = {"step": trainer.global_step, "steps": steps, "lengths": self.lengths, "best_step": best.get("step")}
         if not self.checkpoints.attempt("mark", lambda: write_file(self.run.finished_mark, json.dumps(mark))):
             return
+        self.checkpoints.drop_aside()
         (throughput,) = (callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
         self._keep_decisions({"training_s": throughput.training_s})
         print("\n".join(["", *before_and_after(self.run), "", *last_samples(self.run), *self._closing()]), flush=True)

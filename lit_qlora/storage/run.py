@@ -78,6 +78,8 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.adapter_copy = path / "adapter.copy"
         """A copy of the adapter as of the last checkpoint, which does not hold it."""
+        self.adapter_before = path / "adapter.before"
+        """An adapter of a later step than the checkpoint that a start resumed from."""
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
@@ -317,7 +319,7 @@ def put_adapter_back(run: RunFolder, step: int, mirrored: Path | None = None, *,
     whole = _copy(run, mirrored, lambda other: other <= step) if found > step else None
     if found <= step or (must_stay and whole is None):
         return
-    aside = _put_aside(run.adapter, "adapter.before")
+    aside = _put_aside(run.adapter, run.adapter_before.name)
     if whole:
         copy_folder(whole, run.adapter, may_differ=[CARD])
     then = f", {whole} takes its place" if whole else ""

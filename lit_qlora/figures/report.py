@@ -188,7 +188,8 @@ def _duration(seconds: float) -> str:
 def _samples(file: Path, step: int) -> Iterator[Sample]:
     """Those of the best adapter, or else of the newest; before training, only the base has answered."""
     for row in answered(file, step):
-        base, adapter = (row.get(whose) if isinstance(row.get(whose), dict) else {} for whose in ("base", "adapter"))
+        answers: list[Any] = [row.get(whose) for whose in ("base", "adapter")]
+        base, adapter = (answer if isinstance(answer, dict) else {} for answer in answers)
         yield Sample(
             _text(row.get("prompt")), _text(base.get("text")), _cut(base), _text(adapter.get("text")), _cut(adapter)
         )

@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,8 @@ from lit_qlora.tools.doctoring import surroundings
 from lit_qlora.tools.doctoring.surroundings import Finding
 
 DEMO_CONFIG = CONFIGS / "demo.yaml"
+NOTEBOOKS = {"COLAB_RELEASE_TAG": "Colab", "KAGGLE_KERNEL_RUN_TYPE": "Kaggle"}
+"""Where a notebook runs, by a variable of its environment."""
 DESCRIPTION = """Report what is wrong here, what to do about it, and what a fit would choose.
 
 Without options, for the demo that a bare fit trains. The output may be pasted into an issue: it names no token and no
@@ -57,24 +60,32 @@ def main(args: list[str]) -> int:
         )
     is_bare = options.run is not None and not {"/", os.sep} & {*options.run}
     run = Path("runs", options.run or "") if is_bare or not options.run else Path(options.run).expanduser()
-    findings = []
-    for finding in look(options.config, options.base, run):
-        print(without_private_parts(f"{finding.kind:>7}  {finding.text}"), flush=True)  # importing takes some seconds
-        if finding.remedy:
-            print(without_private_parts(f"{'->':>7}  {finding.remedy}"), flush=True)
-        findings.append(finding)
-    problems = sum(finding.kind == "problem" for finding in findings)
-    notes = sum(finding.kind == "note" for finding in findings)
-    print(f"\nproblems: {problems}, notes: {notes}; all of it may be pasted into an issue, it names no token or folder")
-    return 2 if problems else 0
+    counts = Counter[str]()
+    for kind, text, remedy in look(options.config, options.base, run):
+        counts[kind] += 1
+        for mark, words in ((kind, text), ("->", remedy)):
+            if words:  # at once: importing takes some seconds
+                print(without_private_parts(f"{mark:>7}  {words}"), flush=True)
+    found = f"problems: {counts['problem']}, notes: {counts['note']}"
+    print(f"\n{found}; all of it may be pasted into an issue, it names no token or folder")
+    return 2 if counts["problem"] else 0
 
 
 def look(config: str | None, base: str | None, run: Path) -> Iterator[Finding]:
     """All findings, also for a fit with these options, one by one; no failure here ends it."""
     quieten()
-    yield Finding("ok", f"lit-qlora {__version__}{_commit()}, {platform.platform()}{_notebook()}")
-    yield _python()
-    yield from _processes()
+    notebook = next((f", {name}" for mark, name in NOTEBOOKS.items() if mark in os.environ), "")
+    yield Finding("ok", f"lit-qlora {__version__}{_commit()}, {platform.platform()}{notebook}")
+    python = f"Python {platform.python_version()}"
+    if sys.version_info < (3, 11):  # noqa: UP036  # reported before anything that needs it is imported
+        yield Finding("problem", f"{python}: 3.11 or newer is expected", "take another Python")
+    else:
+        yield Finding("ok", python)
+    try:
+        for one in ignore_launchers():
+            yield Finding("note", f"{one} in the environment is ignored: one process does the work")
+    except UserError as error:
+        yield Finding("problem", error.problem, error.remedy or "")
     yield from _guarded("packages", surroundings.packages())
     quieten()  # lightning sets levels of its own
     for part in (surroundings.torchao, surroundings.gpu, surroundings.four_bit, surroundings.host_memory):
@@ -90,23 +101,6 @@ def _guarded(what: str, findings: Iterator[Finding]) -> Iterator[Finding]:
         yield Finding("problem", f"{what}: can't be inspected ({surroundings.reason(error)})")
 
 
-def _python() -> Finding:
-    text = f"Python {platform.python_version()}"
-    if sys.version_info < (3, 11):  # noqa: UP036  # reported before anything that needs it is imported
-        return Finding("problem", f"{text}: 3.11 or newer is expected", "take another Python")
-    return Finding("ok", text)
-
-
-def _processes() -> Iterator[Finding]:
-    try:
-        left = ignore_launchers()
-    except UserError as error:
-        yield Finding("problem", error.problem, error.remedy or "")
-        return
-    for one in left:
-        yield Finding("note", f"{one} in the environment is ignored: one process does the work")
-
-
 def _commit() -> str:
     """Of the clone, in brackets; nothing where it can't be found."""
     try:
@@ -114,12 +108,6 @@ def _commit() -> str:
         return f" ({subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()})"
     except Exception:
         return ""
-
-
-def _notebook() -> str:
-    return (
-        ", Colab" if "COLAB_RELEASE_TAG" in os.environ else ", Kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else ""
-    )
 
 
 # The base, and what a fit would do with it
@@ -201,27 +189,25 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     from lit_qlora.model.device import AMPERE, choose_precision, current_device
 
     device = current_device(options.trainer.accelerator)
+    model = options.model
     precision, why = choose_precision(options.trainer.precision, device, base.shape.num_parameters)
     yield Finding("ok", f"chosen: precision {precision} ({why})")
     has_flash = device.capability is not None and device.capability >= AMPERE
     below = "" if has_flash else " (flash_attention_2 needs compute capability 8.0)"
-    yield Finding("ok", f"chosen: attention {options.model.attention}{below}")
-    rank, name = options.model.rank, options.model.optimizer
-    state = (2 if "8bit" in name else 8) * base.shape.num_lora(rank, options.model.target_modules)
-    yield Finding("ok", f"chosen: optimizer {name} (its state is {_gib(state)} at rank {rank})")
+    yield Finding("ok", f"chosen: attention {model.attention}{below}")
+    state = (2 if "8bit" in model.optimizer else 8) * base.shape.num_lora(model.rank, model.target_modules)
+    yield Finding("ok", f"chosen: optimizer {model.optimizer} (its state is {_gib(state)} at rank {model.rank})")
     if device.capability is None:
         yield Finding("ok", "chosen: checkpointing none, compile false (no GPU)")
         return
-    compiles = "false" if options.model.compile is False else "true"
-    yield Finding("ok", f"chosen: compile {compiles} (a GPU)")
+    yield Finding("ok", f"chosen: compile {'false' if model.compile is False else 'true'} (a GPU)")
     from lit_qlora.forecast.words import kept_words
     from lit_qlora.tools import plan
     from lit_qlora.tools.planning.report import verdict
 
     forecast = plan.read(fit).forecast
     found = verdict(forecast)
-    mode = options.model.checkpointing
-    yield Finding("ok", f"chosen: checkpointing {mode} ({kept_words(forecast.step)}: predicted)")
+    yield Finding("ok", f"chosen: checkpointing {model.checkpointing} ({kept_words(forecast.step)}: predicted)")
     if found.fits:
         yield Finding("ok", found.words)
     else:

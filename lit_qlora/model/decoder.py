@@ -6,7 +6,7 @@ activations and dropout are computed again in backward, for they cost no matrix 
 of the product it belongs to. Knows neither batches nor the loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.attention import Places, attend
-from lit_qlora.model.offload import HostStore
+from lit_qlora.model.dequantised import Quantised, Weights
+from lit_qlora.model.offload import HostStore, Parked
 from lit_qlora.model.pointwise import EAGER, Pointwise
 
 QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
@@ -23,10 +24,8 @@ QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
 
 
 class Linear(NamedTuple):
-    """A linear layer in 4 bits, and how its LoRA acts if it has one: ``y = x W' + bias + scaling · drop(x) A' B'``."""
+    """How a linear layer adds to its product, and its LoRA if it has one: ``x W' + bias + scaling · drop(x) A' B'``."""
 
-    weight: Tensor
-    state: Any
     bias: Tensor | None
     scaling: float
     dropout: float
@@ -36,10 +35,12 @@ class Linear(NamedTuple):
 class Layer(NamedTuple):
     """The parts of a decoder layer. ``linears`` are q, k, v, o, gate, up, down; ``lora`` A and B of those with LoRA.
 
-    ``head_norms`` are the weights of the norms of queries and keys, per head, where there are such.
+    ``weights`` gives the weights of ``linears``; ``head_norms`` are those of the norms of queries and keys, per head,
+    where there are such.
     """
 
     linears: tuple[Linear, ...]
+    weights: Weights
     lora: tuple[Tensor, ...]
     buffers: "LoraBuffers"
     norms: tuple[Tensor, Tensor]
@@ -147,13 +148,31 @@ def _why_not_lora(module: Any) -> str | None:
 _PROBE = torch.linspace(-3, 3, 7)
 
 
-def extract_layers(model: Any, pointwise: Pointwise = EAGER) -> list[Layer]:
-    """The decoder layers of ``model``, a 4-bit base with LoRA. Weights are shared with it, not copied.
+def weights_of(model: Any) -> list[Weights]:
+    """The weights of each decoder layer of ``model``, a 4-bit base with LoRA; shared with it, not copied."""
+    return [Weights([*map(_quantised, _linears(layer))]) for layer in model.get_base_model().model.layers]
+
+
+def _quantised(module: Any) -> Quantised:
+    base = getattr(module, "base_layer", module)
+    # As a plain tensor: with bitsandbytes' own class, each call takes a detour through Python.
+    return Quantised(base.weight.detach().as_subclass(Tensor), base.weight.quant_state)
+
+
+def extract_layers(model: Any, pointwise: Pointwise = EAGER, weights: Sequence[Weights] | None = None) -> list[Layer]:
+    """The decoder layers of ``model``, a 4-bit base with LoRA.
 
     Made for its current state: dropout is for train mode only, and a disabled adapter is left out.
+
+    Args:
+        model: whose layers.
+        pointwise: what is computed between products.
+        weights: what gives each layer its weights; default: `weights_of` the model.
     """
     buffers: dict[Any, LoraBuffers] = {}
-    return [_take_apart(layer, pointwise, buffers) for layer in model.get_base_model().model.layers]
+    layers = model.get_base_model().model.layers
+    pairs = zip(layers, weights or weights_of(model), strict=True)
+    return [_take_apart(layer, own, pointwise, buffers) for layer, own in pairs]
 
 
 def _linears(layer: Any) -> list[Any]:
@@ -162,27 +181,26 @@ def _linears(layer: Any) -> list[Any]:
     return [*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _take_apart(layer: Any, pointwise: Pointwise, buffers: dict[Any, LoraBuffers]) -> Layer:
+def _take_apart(layer: Any, weights: Weights, pointwise: Pointwise, buffers: dict[Any, LoraBuffers]) -> Layer:
     """Layers whose LoRA is alike share one of ``buffers``."""
     linears, lora = [], list[Tensor]()
     for module in _linears(layer):
         base = getattr(module, "base_layer", module)
-        # As a plain tensor: with bitsandbytes' own class, each call takes a detour through Python.
-        weight, state = base.weight.detach().as_subclass(Tensor), base.weight.quant_state
         bias = None if base.bias is None else base.bias.detach()
         if base is module or module.disable_adapters:
-            linears.append(Linear(weight, state, bias, 0.0, 0.0, False))
+            linears.append(Linear(bias, 0.0, 0.0, False))
             continue
         dropout = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
-        linears.append(Linear(weight, state, bias, module.scaling["default"], dropout, True))
+        linears.append(Linear(bias, module.scaling["default"], dropout, True))
         lora += [module.lora_A["default"].weight, module.lora_B["default"].weight]
-    kind = (*(linear[3:] for linear in linears), *(matrix.shape for matrix in lora))
+    kind = (*(linear[1:] for linear in linears), *(matrix.shape for matrix in lora))
     if kind not in buffers:
         buffers[kind] = LoraBuffers(linears, lora)
     norms = layer.input_layernorm, layer.post_attention_layernorm
     attention = layer.self_attn
     return Layer(
         tuple(linears),
+        weights,
         tuple(lora),
         buffers[kind],
         (norms[0].weight, norms[1].weight),
@@ -201,11 +219,54 @@ def run_layers(
     store: HostStore | None = None,
     hosted_layers: int = 0,
 ) -> Tensor:
-    """The hidden states ``[B, T, h]`` after the layers.
+    """The hidden states ``[B, T, h]`` after the layers, of one micro-batch; see `run_together`."""
+    one = MicroBatch(hidden, places, draw_seeds(layers))
+    return run_together(layers, [one], kept_layers, store, hosted_layers)[0]
 
-    The last ``kept_layers`` of them keep the results of their matrix products, the others only their input: the kept
-    tensors of the last are freed when the first recompute theirs. The first ``hosted_layers`` of those that keep them
-    send their feed-forward's to ``store``: the way back is then longest. Without a backward, none keeps anything.
+
+class MicroBatch(NamedTuple):
+    """Hidden states ``[B, T, h]`` before the layers, their places, and a seed of dropout for each layer."""
+
+    hidden: Tensor
+    places: Places
+    seeds: tuple[int, ...]
+
+
+def draw_seeds(layers: Sequence[Layer]) -> tuple[int, ...]:
+    """A seed of dropout for each layer, 0 for one without: drawn on the host, so that dropout follows torch's seed and
+    backward can repeat it.
+    """
+    return tuple(
+        int(torch.randint(2**62, ())) if any(linear.dropout for linear in layer.linears) else 0 for layer in layers
+    )
+
+
+def run_together(
+    layers: Sequence[Layer],
+    micro_batches: Sequence[MicroBatch],
+    kept_layers: int,
+    store: HostStore | None = None,
+    hosted_layers: int = 0,
+    earlier: Mapping[int, Tensor] | None = None,
+) -> list[Tensor]:
+    """The hidden states ``[B, T, h]`` after the layers, of each of some micro-batches.
+
+    All go through a layer before the next one, forward and backward, so that its weights are dequantised once for all
+    of them. Each has products of its own, and their gradients are added in order: what is learned is, to the last bit,
+    what they would teach one by one.
+
+    The last ``kept_layers`` of the layers keep the results of their matrix products, the others only their input: the
+    kept tensors of the last are freed when the first recompute theirs. The first ``hosted_layers`` of those that keep
+    them send their feed-forward's to ``store``: the way back is then longest. Without a backward, none keeps anything.
+
+    Args:
+        layers: in order.
+        micro_batches: at least one.
+        kept_layers: number of them.
+        store: where a part of what is kept waits.
+        hosted_layers: number of them.
+        earlier: gradients of LoRA's weights, by their `id`, to which those of the first micro-batch are added, in a new
+            tensor; read in backward.
     """
     if not torch.is_grad_enabled():
         kept_layers = 0
@@ -213,16 +274,29 @@ def run_layers(
     hosted = range(first_kept, first_kept + hosted_layers) if store and kept_layers else range(0)
     if store:
         store.begin()
+    earlier = {} if earlier is None else earlier  # an empty one may be filled by then
+    places = tuple(one.places for one in micro_batches)
+    hidden = [one.hidden for one in micro_batches]
     # Dtypes are chosen by hand, so that backward, where autocast is off, recomputes the very same.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden[0].device.type, enabled=False):
         for index, layer in enumerate(layers):
-            keeps, sent_to = index >= first_kept, store if index in hosted else None
-            # Drawn here, on the host, so that dropout follows the seed and backward can repeat it.
-            seed = int(torch.randint(2**62, ())) if any(linear.dropout for linear in layer.linears) else 0
-            hidden = _DecoderLayer.apply(hidden, places, layer, keeps, seed, sent_to, *layer.lora)  # type: ignore[no-untyped-call]
+            seeds, sent_to = tuple(one.seeds[index] for one in micro_batches), store if index in hosted else None
+            how = _How(layer, places, seeds, index >= first_kept, sent_to, earlier)
+            hidden = _DecoderLayer.apply(how, *hidden, *layer.lora)  # type: ignore[no-untyped-call]
             if store:
                 store.settle(1 if sent_to else 0)
-    return hidden
+    return list(hidden)
+
+
+class _How(NamedTuple):
+    """How a layer computes: for micro-batches of which places and seeds; whether it keeps, and where."""
+
+    layer: Layer
+    places: tuple[Places, ...]
+    seeds: tuple[int, ...]
+    keeps: bool
+    store: HostStore | None
+    earlier: Mapping[int, Tensor]
 
 
 class _Kept(NamedTuple):
@@ -234,90 +308,112 @@ class _Kept(NamedTuple):
     heads: tuple[Tensor, Tensor, Tensor]
     unnormed: tuple[Tensor, ...]
     attended: Tensor
-    middle: Tensor
-    gate: Tensor
-    up: Tensor
+    feed_forward: tuple[Tensor, Tensor, Tensor] | Parked
+    """The middle, gate and up; or where they wait."""
     lora_hidden: dict[tuple[int, ...], Tensor]
     """The hidden state between LoRA's A and B, ``[N, rank]`` per A."""
 
 
 class _DecoderLayer(torch.autograd.Function):
-    """One decoder layer: hidden states and adapters in, hidden states out."""
+    """One decoder layer: hidden states of each micro-batch and adapters in, hidden states out."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        places: Places,
-        layer: Layer,
-        keeps: bool,
-        seed: int,
-        store: HostStore | None,
-        *lora: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, *lora)
-        products = _Products(layer, hidden.dtype, seed)
-        heads, unnormed, attended, middle = _attention(hidden, places, layer, products, with_graph=keeps)
-        if not keeps:  # not held while the feed-forward is computed, which needs the most memory
-            del heads, attended
-        gate, up = _gate_and_up(middle, layer, products)
-        ctx.places, ctx.layer, ctx.seed = places, layer, seed
-        ctx.kept = _Kept(heads, unnormed, attended, middle, gate, up, products.lora_hidden) if keeps else None
-        ctx.store = store
-        if store:
-            ctx.parked, ctx.kept = store.put((middle, gate, up)), ctx.kept._replace(middle=None, gate=None, up=None)
-        inner = layer.pointwise.swiglu(gate, up)
-        del gate, up
-        (out,) = products(DOWN, inner)
-        return out.view_as(hidden).add_(middle)
+    def forward(ctx: Any, how: _How, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(how.places)
+        ctx.save_for_backward(*tensors)
+        ctx.how = how
+        ctx.kept = [None] * count
+        out = [*tensors[:count]]
+        products = _Products(how.layer, out[0].dtype, holds=count > 1)
+        # The last first: the first is the first to go backward, and what waits on the host comes back in that order.
+        for at in reversed(range(count)):
+            products.begin(how.seeds[at])
+            out[at] = _forward(ctx, at, out[at], products)
+        return tuple(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        hidden, layer, places = ctx.saved_tensors[0], ctx.layer, ctx.places
-        products = _Products(layer, hidden.dtype, ctx.seed, remember=ctx.kept is None)
-        kept, ctx.kept = ctx.kept or _inner(hidden, places, layer, products), None
-        heads, unnormed, attended, middle, gate, up, products.lora_hidden = kept
-        if ctx.store:
-            (middle, gate, up), ctx.parked = ctx.store.take(ctx.parked), None
-        del kept  # so that each tensor is freed after its last use
-        point, grad = layer.pointwise, grad.contiguous()
-        # The feed-forward: out = middle + down(swiglu(gate, up)), of x = norm(middle).
-        grad_inner = products.input_grad(DOWN, [grad], point.swiglu(gate, up))
-        grad_gate_up = point.swiglu_backward(grad_inner, gate, up)
-        del grad_inner, gate, up
-        x, scale = point.rms_norm(middle, layer.norms[1], layer.epsilon)
-        grad_x = products.input_grad(GATE_UP, grad_gate_up, x)
-        del grad_gate_up
-        grad = point.rms_norm_backward(grad_x.view_as(grad), middle, scale, layer.norms[1], grad)
-        del middle
-        # Attention: middle = hidden + o(attention(q, k, v)), of x = norm(hidden).
-        grad_x = products.input_grad(OUT, [grad], _merged(attended.detach()))
-        grad_heads = grad_x.view(*hidden.shape[:2], -1, layer.head_width).transpose(1, 2)
-        query, key, value = torch.autograd.grad(attended, heads, grad_heads)
-        del attended, heads, grad_heads
-        query, key, value = (head.transpose(1, 2) for head in (query, key, value))
-        query, key = point.rotate(query, key, places.cos, -places.sin)
-        if layer.head_norms:
-            query, key = (
-                _head_norm_backward(layer, index, head, unnormed[index]) for index, head in enumerate((query, key))
-            )
-        del unnormed
-        x, scale = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
-        grad_qkv = [head.flatten(2) for head in (query, key, value)]
-        if not ctx.needs_input_grad[0]:  # the first layer: nothing below it is trained
-            products.weight_grad(QKV, grad_qkv, x)
-            return None, None, None, None, None, None, *products.gradients()
-        grad_x = products.input_grad(QKV, grad_qkv, x)
-        grad = point.rms_norm_backward(grad_x.view_as(hidden), hidden, scale, layer.norms[0], grad)
-        return grad, None, None, None, None, None, *products.gradients()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        how, count = ctx.how, len(grads)
+        hidden, lora = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        products = _Products(how.layer, hidden[0].dtype, remember=not how.keeps, holds=count > 1)
+        passed, found = list[Tensor | None](), [how.earlier.get(id(weight)) for weight in lora]
+        for at, grad in enumerate(grads):
+            products.begin(how.seeds[at])
+            passed.append(_backward(ctx, at, hidden[at], grad, products))
+            found = [
+                own if sum_ is None else torch.add(sum_, own, out=sum_ if at else None)
+                for sum_, own in zip(found, products.gradients(), strict=True)
+            ]
+        return None, *passed, *found
+
+
+def _forward(ctx: Any, at: int, hidden: Tensor, products: "_Products") -> Tensor:
+    """A layer's output for micro-batch ``at`` of ``hidden``; what its backward starts from goes into ``ctx``."""
+    how: _How = ctx.how
+    layer, keeps = how.layer, how.keeps
+    heads, unnormed, attended, middle = _attention(hidden, how.places[at], layer, products, with_graph=keeps)
+    if not keeps:  # not held while the feed-forward is computed, which needs the most memory
+        del heads, attended
+    gate, up = _gate_and_up(middle, layer, products)
+    if keeps:
+        feed_forward = how.store.put((middle, gate, up)) if how.store else (middle, gate, up)
+        ctx.kept[at] = _Kept(heads, unnormed, attended, feed_forward, products.lora_hidden)
+        del feed_forward
+    inner = layer.pointwise.swiglu(gate, up)
+    del gate, up
+    (out,) = products(DOWN, inner)
+    return out.view_as(hidden).add_(middle)
+
+
+def _backward(ctx: Any, at: int, hidden: Tensor, grad: Tensor, products: "_Products") -> Tensor | None:
+    """The gradient of ``hidden``, of micro-batch ``at``; None where nothing below is trained. Collects LoRA's."""
+    how: _How = ctx.how
+    layer, places = how.layer, how.places[at]
+    kept, ctx.kept[at] = ctx.kept[at] or _inner(hidden, places, layer, products), None
+    heads, unnormed, attended, feed_forward, products.lora_hidden = kept
+    if isinstance(feed_forward, Parked):
+        assert how.store
+        middle, gate, up = how.store.take(feed_forward)
+    else:
+        middle, gate, up = feed_forward
+    del kept, feed_forward  # so that each tensor is freed after its last use
+    point, grad = layer.pointwise, grad.contiguous()
+    # The feed-forward: out = middle + down(swiglu(gate, up)), of x = norm(middle).
+    grad_inner = products.input_grad(DOWN, [grad], point.swiglu(gate, up))
+    grad_gate_up = point.swiglu_backward(grad_inner, gate, up)
+    del grad_inner, gate, up
+    x, scale = point.rms_norm(middle, layer.norms[1], layer.epsilon)
+    grad_x = products.input_grad(GATE_UP, grad_gate_up, x)
+    del grad_gate_up
+    grad = point.rms_norm_backward(grad_x.view_as(grad), middle, scale, layer.norms[1], grad)
+    del middle
+    # Attention: middle = hidden + o(attention(q, k, v)), of x = norm(hidden).
+    grad_x = products.input_grad(OUT, [grad], _merged(attended.detach()))
+    grad_heads = grad_x.view(*hidden.shape[:2], -1, layer.head_width).transpose(1, 2)
+    query, key, value = torch.autograd.grad(attended, heads, grad_heads)
+    del attended, heads, grad_heads
+    query, key, value = (head.transpose(1, 2) for head in (query, key, value))
+    query, key = point.rotate(query, key, places.cos, -places.sin)
+    if layer.head_norms:
+        query, key = (
+            _head_norm_backward(layer, index, head, unnormed[index]) for index, head in enumerate((query, key))
+        )
+    del unnormed
+    x, scale = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
+    grad_qkv = [head.flatten(2) for head in (query, key, value)]
+    if not ctx.needs_input_grad[1]:  # the first layer: nothing below it is trained
+        products.weight_grad(QKV, grad_qkv, x)
+        return None
+    grad_x = products.input_grad(QKV, grad_qkv, x)
+    return point.rms_norm_backward(grad_x.view_as(hidden), hidden, scale, layer.norms[0], grad)
 
 
 def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products") -> _Kept:
     """Compute a layer up to the input of its last product, for its backward."""
     heads, unnormed, attended, middle = _attention(hidden, places, layer, products, with_graph=True)
     gate, up = _gate_and_up(middle, layer, products)
-    return _Kept(heads, unnormed, attended, middle, gate, up, products.lora_hidden)
+    return _Kept(heads, unnormed, attended, (middle, gate, up), products.lora_hidden)
 
 
 def _attention(
@@ -378,16 +474,24 @@ class _Products:
     Args:
         layer: whose products.
         dtype: of activations; adapters are fp32 and take part in this one.
-        seed: seed of LoRA's dropout.
+        seed: seed of LoRA's dropout, until `begin` gives another.
         remember: True to keep weights dequantised from a forward to the backward after it.
+        holds: True to keep them from one micro-batch to the next.
     """
 
-    def __init__(self, layer: Layer, dtype: torch.dtype, seed: int, remember: bool = False) -> None:
-        self.layer, self.dtype, self.seed, self.remember = layer, dtype, seed, remember
+    def __init__(
+        self, layer: Layer, dtype: torch.dtype, seed: int = 0, remember: bool = False, holds: bool = False
+    ) -> None:
+        self.layer, self.dtype, self.remember, self.holds = layer, dtype, remember, holds
         self.buffers = layer.buffers
         if layer.lora:
             self.buffers.fill(layer.lora, dtype)
         self.weights: dict[int, Tensor] = {}
+        self.begin(seed)
+
+    def begin(self, seed: int) -> None:
+        """Turn to a micro-batch, with the seed of its dropout."""
+        self.seed = seed
         self.lora_hidden: dict[tuple[int, ...], Tensor] = {}
         self.grad_a: dict[int, Tensor] = {}
         self.grad_b: dict[int, Tensor] = {}
@@ -397,10 +501,8 @@ class _Products:
         x = x.reshape(-1, x.shape[-1])
         found = {}
         for index in group:
-            weight = self._weight(index)
-            if self.remember:
-                self.weights[index] = weight
             bias = self.layer.linears[index].bias
+            weight = self._weight(index, again=self.remember)
             found[index] = functional.linear(x, weight, None if bias is None else bias.to(self.dtype))
         for part in self.buffers.parts[group]:
             for index, lora_hidden in self._columns(part, self._lora_hidden(part, x)):
@@ -412,8 +514,7 @@ class _Products:
         """Returns the gradient of the input ``x``, ``[N, in]``, from those of the products; collects those of LoRA."""
         into: Tensor | None = None
         for index, grad in zip(group, grads, strict=True):
-            weight = self.weights.pop(index, None)
-            weight = self._weight(index) if weight is None else weight
+            weight = self._weight(index, again=False)
             flat = grad.reshape(-1, grad.shape[-1])
             into = torch.mm(flat, weight) if into is None else into.addmm_(flat, weight)
         assert into is not None
@@ -462,12 +563,14 @@ class _Products:
     def _rows(self, part: tuple[int, ...], grad_a: Tensor) -> dict[int, Tensor]:
         return dict(zip(part, grad_a.split(len(grad_a) // len(part)), strict=True))
 
-    def _weight(self, index: int) -> Tensor:
-        """The dequantised weight, ``[out, in]``."""
-        from bitsandbytes.functional import dequantize_4bit
-
-        linear = self.layer.linears[index]
-        return dequantize_4bit(linear.weight, linear.state).to(self.dtype)
+    def _weight(self, index: int, again: bool) -> Tensor:
+        """The dequantised weight, ``[out, in]``; remembered if this micro-batch needs it ``again``."""
+        weight = self.weights.pop(index, None)
+        if weight is None:
+            weight = self.layer.weights.get(index, self.dtype)
+        if again or self.holds:
+            self.weights[index] = weight
+        return weight
 
     def _dropped(self, index: int, x: Tensor) -> Tensor:
         return x * self._mask(index, x) if self.layer.linears[index].dropout else x

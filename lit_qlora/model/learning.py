@@ -1,10 +1,11 @@
-"""Owns how a micro-batch becomes gradients: at once or, after memory has run out, in less memory.
+"""Owns how micro-batches become gradients: some of a step together, each at once or, after memory has run out, in less.
 
 The base class of `QLoRAModule`, which computes the loss. Knows no model.
 """
 
 import gc
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,9 +14,19 @@ from torch import Tensor
 from lit_qlora.batch import Batch, split_batch
 from lit_qlora.errors import OutOfRoomError, UserError
 
+Sums = tuple[Tensor, Tensor, int]
+"""Summed loss of answer tokens in nats, count of those that were the likeliest, and their number."""
+
+
+class Waiting(NamedTuple):
+    """A micro-batch that is to be learned, and what `LearnsInParts.draw` gave for it."""
+
+    batch: Batch
+    drawn: Any
+
 
 class LearnsInParts(LightningModule):
-    """A module that retries a micro-batch twice when memory runs out, with the same loss and gradients."""
+    """A module that retries a micro-batch in less memory when it runs out, with the same loss and gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,18 +34,44 @@ class LearnsInParts(LightningModule):
         """Number of layers that keep the results of their matrix products for backward."""
         self.hosted_layers = 0
         """Number of these, the first ones, that send a part of them to the host in between."""
+        self.dequantised_layers = 0
+        """Number of layers, the first ones, whose weights stay dequantised."""
         self.uses_cuda_graphs = False
         """True if the layers' kernels are replayed from recordings, which take memory of their own."""
+        self.together = 1
+        """Number of micro-batches of a step, at most, that go through the layers together, to the same gradients."""
         self.parts = 1
         """Number of parts of a micro-batch; 2 after memory has run out."""
-        self._batch: Batch
-        self._loss: tuple[Tensor, Tensor] | None = None
-        """The loss of the current micro-batch, and its detached stand-in for others, which holds no graph."""
+        self._waiting: list[Waiting] = []
+        """Those of the current step that will be learned with one to come."""
+        self._learning: list[Waiting] = []
+        """Those that the current one is learned with, itself included."""
+        self._loss: tuple[list[Tensor], Tensor] | None = None
+        """Their losses, and the detached stand-in for others, which holds no graph."""
         self._is_learned = False
+        self._earlier: dict[int, Tensor] = {}
+        """Gradients that were set aside, by the `id` of their weight, while micro-batches are learned together."""
 
-    def summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+    def summed_loss(self, batch: Batch) -> Sums:
         """Summed loss of a batch's answer tokens in nats, count of those that were the likeliest, and their number."""
         raise AssertionError("the subclass computes it")
+
+    def draw(self) -> Any:
+        """What chance gives a micro-batch that waits for others, drawn when it comes."""
+
+    def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
+        """`summed_loss` of each, computed together.
+
+        Args:
+            waiting: the micro-batches, in order.
+            earlier: gradients of weights by their `id`, read in backward, to which theirs are added one by one.
+        """
+        raise AssertionError("the subclass computes it")
+
+    @property
+    def can_learn_together(self) -> bool:
+        """True if `summed_losses` gives what `summed_loss` gives."""
+        return False
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The sum of the token losses over the answer tokens of the whole optimizer step.
@@ -42,37 +79,63 @@ class LearnsInParts(LightningModule):
         Raises UserError for a batch that is no `Batch`, from another DataLoader.
         """
         check_batch(batch)
-        self._batch, self._loss, found, is_short = batch, None, None, False
-        if self.parts == 1 and batch.is_here:
+        self._loss, self._is_learned, is_short = None, False, False
+        is_first, most = batch_idx % self.trainer.accumulate_grad_batches == 0, self._most_together
+        if is_first:
+            self._waiting.clear()
+        if batch.is_here:
+            self._waiting.append(Waiting(batch, self.draw() if most > 1 else None))
+        if len(self._waiting) < most and not self._ends_step(batch_idx):
+            return self._figures([])
+        self._learning, self._waiting = self._waiting, []
+        found: list[Sums] | None = None if self.parts > 1 else []
+        if self.parts == 1 and self._learning:
             try:
-                found = self.summed_loss(batch)
+                found = self._together(most)
             except torch.OutOfMemoryError:
-                is_short = True
+                found, is_short = None, True
         if is_short:
-            self._make_room(batch)
+            self._make_room()
         self._is_learned = found is None
         if found is None:
-            if batch_idx % self.trainer.accumulate_grad_batches == 0:  # the first of a step
-                for parameter in self.parameters():
-                    parameter.grad = None
-            found = self._learn_in_parts(batch) if batch.is_here else self.nothing()
-        loss_sum, num_correct, num_answers = found
+            for parameter in self.parameters() if is_first else ():
+                parameter.grad = None
+            found = self._learn_in_parts()
         # Lightning divides by the micro-batches of a step: undone here, for the one right denominator is already in
         # the batch. Over devices, gradients are summed.
-        shares = self.trainer.accumulate_grad_batches
-        loss = loss_sum * (shares / max(batch.step_answer_tokens, 1))
-        stand_in = loss.detach()
-        if not self._is_learned:
-            self._loss = loss, stand_in.requires_grad_()
-        return {
-            "loss": stand_in,
-            "loss_sum": loss_sum.detach(),
-            "num_correct": num_correct,
-            "num_answers": num_answers,
-        }
+        factor = self.trainer.accumulate_grad_batches / max(batch.step_answer_tokens, 1)
+        losses = [loss_sum * factor for loss_sum, _, _ in found]
+        figures = self._figures(found)
+        if losses:
+            figures["loss"] = sum(loss.detach() for loss in losses)
+        if losses and not self._is_learned:
+            self._loss = losses, figures["loss"].requires_grad_()
+        return figures
 
-    def nothing(self) -> tuple[Tensor, Tensor, int]:
-        """The sums over a batch that another device computes."""
+    @property
+    def _most_together(self) -> int:
+        return self.together if self.parts == 1 and self.can_learn_together else 1
+
+    def _ends_step(self, batch_idx: int) -> bool:
+        number = batch_idx + 1
+        is_last = number >= self.trainer.num_training_batches or self.trainer.is_last_batch
+        return bool(is_last) or number % self.trainer.accumulate_grad_batches == 0
+
+    def _together(self, most: int) -> list[Sums]:
+        if most == 1:
+            return [self.summed_loss(self._learning[0].batch)]
+        return self.summed_losses(self._learning, self._earlier)
+
+    def _figures(self, found: Sequence[Sums]) -> dict[str, Any]:
+        """What a training step returns: sums over micro-batches, and those of ``each``, for exact sums of theirs."""
+        names = ("loss_sum", "num_correct", "num_answers")
+        each: list[dict[str, Any]] = [dict(zip(names, (loss.detach(), *rest), strict=True)) for loss, *rest in found]
+        nothing = dict(zip(names, self.nothing(), strict=True))
+        total = {name: sum(one[name] for one in each) if each else nothing[name] for name in names}
+        return {"loss": nothing["loss_sum"], **total, "each": each}
+
+    def nothing(self) -> Sums:
+        """The sums over no token: of a micro-batch that waits, or that another device computes."""
         return torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -81,42 +144,52 @@ class LearnsInParts(LightningModule):
             optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute the gradients of a micro-batch; in parts if memory runs out."""
-        if self._is_learned:
+        """Compute the gradients of micro-batches; in parts if memory runs out."""
+        if self._loss is None:  # learned already, or nothing to be learned yet
             return
-        assert self._loss is not None, "each backward belongs to the training step before it"
         (whole, stand_in), self._loss = self._loss, None
         (gradient,) = torch.autograd.grad(loss, stand_in)
         earlier, is_short = self._set_aside(), False
+        are_together = self._most_together > 1
+        if are_together:
+            self._earlier.update((id(parameter), value) for parameter, value in earlier)
         try:
-            whole.backward(gradient)  # type: ignore[no-untyped-call]
+            torch.autograd.backward(whole, [gradient] * len(whole))
         except torch.OutOfMemoryError:
             is_short = True  # outside of the handler, whose frames hold what the failed attempt has kept
         del whole
-        self._take_back(earlier, adds=self.uses_cuda_graphs or not is_short)
+        self._earlier.clear()
+        if is_short or not are_together:  # else the new ones hold the earlier ones
+            self._take_back(earlier, adds=self.uses_cuda_graphs or not is_short)
         if is_short:
-            self._make_room(self._batch)
-            self._learn_in_parts(self._batch)
+            self._make_room()
+            self._learn_in_parts()
 
-    def _learn_in_parts(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """Add a micro-batch's gradients part by part, in less memory, with the same result; return its sums."""
+    def _learn_in_parts(self) -> list[Sums]:
+        """Add the gradients of each micro-batch part by part, in less memory, with the same result; return its sums."""
+        return [self._learn_one_in_parts(one) for one in self._learning]
+
+    def _learn_one_in_parts(self, one: Waiting) -> Sums:
         while True:
             earlier = self._set_aside()
-            sums = self._try_in_parts(batch)
+            sums = self._try_in_parts(one)
             self._take_back(earlier, adds=sums is not None)
             if sums is not None:
                 return sums
-            self._make_room(batch)
+            self._make_room()
 
-    def _try_in_parts(self, batch: Batch) -> tuple[Tensor, Tensor, int] | None:
-        """As `_learn_in_parts`; None if memory runs out."""
+    def _try_in_parts(self, one: Waiting) -> Sums | None:
+        """As `_learn_one_in_parts`; None if memory runs out."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        factor = 1 / max(batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
+        factor = 1 / max(one.batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
         found = []
         try:
-            for part in split_batch(batch) if self.parts > 1 else [batch]:
+            for part in split_batch(one.batch) if self.parts > 1 else [one.batch]:
                 with self.trainer.precision_plugin.forward_context():
-                    loss_sum, num_correct, num_answers = self.summed_loss(part)
+                    if one.drawn is None or self.parts > 1:
+                        loss_sum, num_correct, num_answers = self.summed_loss(part)
+                    else:
+                        ((loss_sum, num_correct, num_answers),) = self.summed_losses([one], {})
                 (loss_sum * factor).backward()
                 found.append((loss_sum.detach(), num_correct, num_answers))
                 del loss_sum  # and what it has kept, before the next part goes forward
@@ -125,21 +198,25 @@ class LearnsInParts(LightningModule):
         sums: Any = [sum(values) for values in zip(*found, strict=True)]
         return sums[0], sums[1], sums[2]
 
-    def _make_room(self, batch: Batch) -> None:
-        """Take less memory: without recordings; then with recomputation in all layers; then with micro-batches in
-        halves.
+    def _make_room(self) -> None:
+        """Take less memory: without recordings; then with one micro-batch at a time; then with recomputation in all
+        layers, and weights that are dequantised for each; then with micro-batches in halves.
 
         Raises OutOfRoomError if nothing is left to do.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # what was coming from the host must not arrive in memory that is used anew
+        batch = max((one.batch for one in self._learning), key=lambda batch: batch.input_ids.numel())
         rows, tokens = len(batch.rows), batch.input_ids.numel()
         what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
         if self.uses_cuda_graphs:
             self.uses_cuda_graphs = False
             self._release()
             done = "kernels are no longer recorded"
-        elif self.kept_layers:
+        elif self._most_together > 1:
+            self.together = 1
+            done = "each micro-batch is learned by itself from now on"
+        elif self.kept_layers or self.dequantised_layers:
             self._recompute()
             done = "every layer recomputes its activations from now on"
         elif self.parts == 1 and rows > 1:
@@ -153,8 +230,8 @@ class LearnsInParts(LightningModule):
             torch.cuda.empty_cache()
 
     def _recompute(self) -> None:
-        """Make each layer keep its input only."""
-        self.kept_layers = self.hosted_layers = 0
+        """Make each layer keep its input only, and no dequantised weight."""
+        self.kept_layers = self.hosted_layers = self.dequantised_layers = 0
 
     def _release(self) -> None:
         """Free the recordings, which the subclass has."""

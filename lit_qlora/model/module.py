@@ -19,14 +19,24 @@ from torchmetrics import SumMetric
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.devices.strategy import Replicas
-from lit_qlora.devices.world import local_first
+from lit_qlora.devices.world import local_first, world
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model import load
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
-from lit_qlora.model.decoder import Layer, extract_layers, run_layers, why_not
+from lit_qlora.model.decoder import (
+    Layer,
+    MicroBatch,
+    draw_seeds,
+    extract_layers,
+    run_layers,
+    run_together,
+    weights_of,
+    why_not,
+)
+from lit_qlora.model.dequantised import Weights, layers_on_host
 from lit_qlora.model.device import (
     Attention,
     check_attention,
@@ -38,7 +48,7 @@ from lit_qlora.model.device import (
 from lit_qlora.model.fingerprint import fingerprint, is_of, shown
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.graphs import Graphs
-from lit_qlora.model.learning import LearnsInParts, check_batch
+from lit_qlora.model.learning import LearnsInParts, Sums, Waiting, check_batch
 from lit_qlora.model.loss import CHUNK_ROWS, summed_cross_entropy
 from lit_qlora.model.offload import HostStore
 from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, make_optimizer, make_schedule
@@ -89,7 +99,7 @@ class QLoRAModule(LearnsInParts):
         weight_decay: weight decay of AdamW.
         checkpointing: full keeps only each layer's input and recomputes the rest in backward; selective keeps the
             results of matrix products and attention; none keeps everything, which is the same unless DoRA is on; auto
-            keeps the results of as many layers as fit in memory.
+            keeps the results of as many layers as fit in memory, and then the dequantised weights of as many.
         offload: with checkpointing auto, send a part of what layers keep to the host's memory where the card has no
             room for it, rather than compute it again.
         own_layers: this project's decoder layers, in 16 bits with LoRA in their products; false: those of transformers
@@ -165,8 +175,7 @@ class QLoRAModule(LearnsInParts):
         self.warmup_ratio, self.schedule, self.optimizer_name = warmup_ratio, schedule, optimizer
         self.checkpointing, self.compiles, self.attention = checkpointing, compile, attention
         self.cuda_graphs, self.own_layers, self.loss_rows = cuda_graphs, own_layers, loss_rows
-        self.offload = offload
-        self.quantized_cache = quantized_cache
+        self.offload, self.quantized_cache = offload, quantized_cache
         self.copy_line: str | None = None
         self.prompt_format = load.DEFAULT_FORMAT
         """The prompt format it is trained with, as recorded in each saved adapter."""
@@ -177,6 +186,8 @@ class QLoRAModule(LearnsInParts):
         """Why training uses the layers of transformers and peft; None if it uses ours."""
         self._layers: dict[bool, list[Layer]] = {}
         """The layers for train mode and for eval mode, which has no dropout."""
+        self._weights: list[Weights] = []
+        """What gives the layers of both their weights."""
         self._graphs: Graphs | None = None
         self._host_store = HostStore()
         self.gradient_norm: Tensor = torch.tensor(0.0)
@@ -264,6 +275,7 @@ class QLoRAModule(LearnsInParts):
         if self.slow_because and self.cuda_graphs is True:
             raise UserError(f"expected auto or false with {self.slow_because}, got true", option="model.cuda_graphs")
         self.kept_layers, self.uses_cuda_graphs = self._choose_kept_layers(), self.cuda_graphs is True
+        self.dequantised_layers = self._choose_dequantised_layers(dtype)
         if self.slow_because:
             checkpoint_layers(base_model.model.layers, self.checkpointing)
         # from_pretrained returns every module in eval mode, and Lightning leaves it so: no dropout.
@@ -395,18 +407,46 @@ class QLoRAModule(LearnsInParts):
         """
         return self.peft_model(input_ids=input_ids).logits  # type: ignore[no-any-return]
 
-    def summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+    def summed_loss(self, batch: Batch) -> Sums:
         """Summed loss of a batch's answer tokens in nats, count of those that were the likeliest, and their number."""
+        return self._summed_loss(self._hidden(batch), batch)
+
+    def _summed_loss(self, hidden: Tensor, batch: Batch) -> Sums:
         llama: Any = self.peft_model.get_base_model()
-        scored = self._hidden(batch).flatten(0, 1)[batch.positions]
+        scored = hidden.flatten(0, 1)[batch.positions]
         loss, num_correct = summed_cross_entropy(scored, llama.lm_head.weight, batch.targets, self.loss_rows)
         return loss, num_correct, len(batch.targets)
+
+    @property
+    def can_learn_together(self) -> bool:
+        """True with our layers, unless kernels are recorded or a subclass has a loss of its own."""
+        is_own = type(self).summed_loss is QLoRAModule.summed_loss
+        return is_own and not (self.slow_because or self.uses_cuda_graphs)
+
+    def draw(self) -> tuple[int, ...]:
+        """The seeds of dropout."""
+        return draw_seeds(self._extracted())
+
+    def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
+        """`summed_loss` of each of ``waiting``; they go through the layers together."""
+        decoder: Any = self.peft_model.get_base_model().model
+        micro_batches = []
+        for batch, seeds in waiting:
+            hidden = self._embedded(batch)
+            micro_batches.append(MicroBatch(hidden, find_places(decoder.rotary_emb, hidden, batch.lengths), seeds))
+        self._keep_weights(micro_batches[0].hidden.dtype)
+        store = self._host_store if self.hosted_layers else None
+        hosted = self.hosted_layers
+        out = run_together(self._extracted(), micro_batches, self.kept_layers, store, hosted, earlier)
+        return [self._summed_loss(decoder.norm(hidden), one.batch) for hidden, one in zip(out, waiting, strict=True)]
 
     def _recompute(self) -> None:
         super()._recompute()
         if self.slow_because:
             llama: Any = self.peft_model.get_base_model()
             checkpoint_layers(llama.model.layers, "full")
+        self._layers.clear()
+        self._weights.clear()
 
     def _release(self) -> None:
         self._graphs = None
@@ -415,6 +455,7 @@ class QLoRAModule(LearnsInParts):
     def _forget_layers(self) -> None:
         """Discard extracted layers and recordings: Lightning moves the model between two of its runs."""
         self._layers.clear()
+        self._weights.clear()
         self._release()
 
     def _choose_kept_layers(self) -> int:
@@ -423,6 +464,13 @@ class QLoRAModule(LearnsInParts):
         if self.checkpointing == "auto" and (self.slow_because or self.device.type != "cpu"):
             return 0  # on a GPU, `callbacks.warmup` knows the batches, and so how many fit
         return self.base.shape.num_layers
+
+    def _choose_dequantised_layers(self, dtype: torch.dtype) -> int:
+        if self.checkpointing != "auto" or self.slow_because or self.device.type != "cpu":
+            return 0  # on a GPU, `callbacks.warmup` chooses
+        shape = self.base.shape
+        layer_bytes = shape.num_quantized // shape.num_layers * dtype.itemsize
+        return layers_on_host(layer_bytes, shape.num_layers, world().local_size)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states ``[B, T, h]`` after the last norm."""
@@ -438,20 +486,8 @@ class QLoRAModule(LearnsInParts):
                 use_cache=False,
             )
             return output.last_hidden_state  # type: ignore[no-any-return]
-        if self.training not in self._layers:
-            compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
-            compiles = compiles and self.eager_because is None
-            self._layers[self.training] = extract_layers(self.peft_model, compiled() if compiles else EAGER)
-        longest = max(batch.lengths, default=batch.input_ids.shape[1])
-        if self.base.window and longest > self.base.window:
-            raise UserError(
-                f"a row has {longest:,} tokens, and from {self.base.window:,} on the layers of {self.base.name} forget "
-                "the first, by its sliding_window",
-                option="dataloaders",
-                remedy="give shorter rows, or --model.own_layers false, which is slower and computes the window",
-            )
-        hidden = decoder.embed_tokens(batch.input_ids)
-        layers = self._layers[self.training]
+        hidden, layers = self._embedded(batch), self._extracted()
+        self._keep_weights(hidden.dtype)  # before a recording, whose memory is used again
         if self.uses_cuda_graphs and self.training and torch.is_grad_enabled() and not batch.lengths:
             if self._graphs is None or self._graphs.kept_layers != self.kept_layers:
                 self._graphs = Graphs(layers, self.kept_layers, decoder.rotary_emb)
@@ -460,6 +496,32 @@ class QLoRAModule(LearnsInParts):
         store = self._host_store if self.hosted_layers and self.training and torch.is_grad_enabled() else None
         hidden = run_layers(layers, hidden, places, self.kept_layers, store, self.hosted_layers)
         return decoder.norm(hidden)  # type: ignore[no-any-return]
+
+    def _extracted(self) -> list[Layer]:
+        """The layers for the current mode."""
+        if self.training not in self._layers:
+            compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
+            pointwise = compiled() if compiles and self.eager_because is None else EAGER
+            self._weights = self._weights or weights_of(self.peft_model)
+            self._layers[self.training] = extract_layers(self.peft_model, pointwise, self._weights)
+        return self._layers[self.training]
+
+    def _keep_weights(self, dtype: torch.dtype) -> None:
+        for weights in self._weights[: self.dequantised_layers]:
+            weights.keep(dtype)
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        """Hidden states ``[B, T, h]`` before the layers. Raises UserError for a row beyond their sliding window."""
+        longest = max(batch.lengths, default=batch.input_ids.shape[1])
+        if self.base.window and longest > self.base.window:
+            raise UserError(
+                f"a row has {longest:,} tokens, and from {self.base.window:,} on the layers of {self.base.name} forget "
+                "the first, by its sliding_window",
+                option="dataloaders",
+                remedy="give shorter rows, or --model.own_layers false, which is slower and computes the window",
+            )
+        decoder: Any = self.peft_model.get_base_model().model
+        return decoder.embed_tokens(batch.input_ids)  # type: ignore[no-any-return]
 
     def on_train_start(self) -> None:
         """Reset the sums of the figures."""

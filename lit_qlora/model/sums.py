@@ -25,9 +25,10 @@ class AnswerSums:
         self._sums = dict.fromkeys(self.NAMES, 0)
 
     def add(self, outputs: Mapping[str, Any]) -> None:
-        """Add a result of `QLoRAModule.training_step`."""
-        for name in self.NAMES:
-            self._sums[name] = self._sums[name] + outputs[name]
+        """Add a result of `QLoRAModule.training_step`, each of the micro-batches that were learned together."""
+        for one in outputs.get("each") or [outputs]:
+            for name in self.NAMES:
+                self._sums[name] = self._sums[name] + one[name]
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Loss per answer token in nats, and the share of answer tokens that were the likeliest; fp64 scalars."""

@@ -9,8 +9,10 @@ import torch
 from lit_qlora.data.batching import collate
 from lit_qlora.errors import OutOfRoomError
 from lit_qlora.model import graphs
+from lit_qlora.model.dequantised import Weights
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.model.sums import AnswerSums
 
 EXAMPLES = [
     (row, {"input_ids": list(range(5, 5 + length)), "labels": [-100] * 3 + list(range(8, 5 + length))})
@@ -216,3 +218,111 @@ def test_when_nothing_more_can_be_done_it_says_so(built):
     assert "4 conversations, 60 tokens" in str(error.value)
     with pytest.raises(OutOfRoomError, match="a micro-batch of 1 conversations"):
         learn(built(0)[0], collate(EXAMPLES[:1], 9))
+
+
+MICRO_BATCHES = [
+    collate(EXAMPLES[:2], 62), collate(EXAMPLES[1:], 62, packed=True), collate(EXAMPLES[2:], 62), collate(EXAMPLES, 62),
+    collate(EXAMPLES[::2], 62),
+]  # fmt: skip
+
+
+@pytest.fixture
+def in_an_epoch(built, monkeypatch):
+    """A module that learns an epoch of `MICRO_BATCHES` in steps of some, so many at a time."""
+
+    def make(together, accumulate, dropout=0.1, elsewhere=(), **memory):
+        module, trainer = built(99)
+        module.model.train()
+        module.train()
+        for name, part in module.model.named_modules():
+            if name.endswith("lora_dropout.default"):
+                part.p = dropout
+        for name, value in {"together": together, "kept_layers": 1, **memory}.items():
+            setattr(module, name, value)
+        module._layers.clear()
+        trainer.accumulate_grad_batches, trainer.is_last_batch = accumulate, False
+        trainer.num_training_batches = len(MICRO_BATCHES)
+        optimizer, steps, figures = torch.optim.SGD(adapter_parameters(module).values()), [], AnswerSums()
+        for index, batch in enumerate(MICRO_BATCHES):
+            torch.manual_seed(index)  # as `SeedByPosition` does
+            output = module.training_step(batch._replace(is_here=index not in elsewhere), index)
+            if index % accumulate == 0:
+                module.optimizer_zero_grad(0, index, optimizer)
+            module.backward(output["loss"] / accumulate)
+            figures.add(output)
+            if (index + 1) % accumulate == 0 or index + 1 == len(MICRO_BATCHES):
+                steps.append([value.grad.clone() for value in adapter_parameters(module).values()])
+                steps.append([torch.tensor(value) for value in figures.state_dict().values()])
+        return module, steps
+
+    return make
+
+
+def assert_same_bits(found, expected):
+    assert len(found) == len(expected)
+    for some, others in zip(found, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 5])
+@pytest.mark.parametrize("memory", [{}, {"kept_layers": 0}, {"kept_layers": 2, "hosted_layers": 2}], ids=str)
+def test_micro_batches_learned_together_change_no_bit(in_an_epoch, accumulate, memory):
+    """However many at a time, padded or packed, with dropout, the epoch's short last step included."""
+    _, expected = in_an_epoch(1, accumulate)
+    assert all(gradient.any() for gradient in expected[0])
+    for together in range(2, accumulate + 1):
+        assert_same_bits(in_an_epoch(together, accumulate, **memory)[1], expected)
+
+
+def test_another_devices_micro_batches_are_not_waited_for(in_an_epoch):
+    _, expected = in_an_epoch(1, 3, elsewhere=(1, 4))
+    assert_same_bits(in_an_epoch(2, 3, elsewhere=(1, 4))[1], expected)
+    _, expected = in_an_epoch(1, 3, elsewhere=(2, 3))
+    assert_same_bits(in_an_epoch(3, 3, elsewhere=(2, 3))[1], expected)
+
+
+def test_each_weight_is_dequantised_once_for_micro_batches_together(in_an_epoch, monkeypatch):
+    made, counts, real = [], [], Weights.get
+    monkeypatch.setattr(Weights, "get", lambda self, *which: made.append(which) or real(self, *which))
+    for together in (1, 5):
+        made.clear()
+        in_an_epoch(together, 5, kept_layers=2)
+        counts.append(len(made))
+    assert counts == [5 * (14 + 11), 14 + 11]  # forward and backward; the first layer's q, k and v pass nothing on
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_when_memory_runs_out_they_are_learned_one_by_one(in_an_epoch, monkeypatch, in_backward):
+    _, expected = in_an_epoch(1, 5)
+    real, seen = QLoRAModule.summed_losses, []
+
+    def short(module, waiting, earlier):
+        seen.append(len(waiting))
+        if len(waiting) > 1 and not in_backward:
+            raise torch.OutOfMemoryError
+        found = real(module, waiting, earlier)
+        if len(waiting) > 1:
+            found[0][0].register_hook(_fail_late(module))
+        return found
+
+    monkeypatch.setattr(QLoRAModule, "summed_losses", short)
+    module, steps = in_an_epoch(2, 5)
+    assert seen == [2, 1, 1]
+    assert (module.together, module.kept_layers) == (1, 1)
+    assert [line.partition(": ")[2] for line in module.trainer.told] == [
+        "each micro-batch is learned by itself from now on"
+    ]
+    assert_same_bits(steps, expected)
+
+
+def test_a_loss_of_ones_own_is_not_left_out(tiny, make_model):
+    class Weighted(QLoRAModule):
+        def summed_loss(self, batch):
+            loss, *rest = super().summed_loss(batch)
+            return 2 * loss, *rest
+
+    own, plain = Weighted(tiny.location), QLoRAModule(tiny.location)
+    assert not own.can_learn_together
+    assert plain.can_learn_together
+    plain.uses_cuda_graphs = True
+    assert not plain.can_learn_together

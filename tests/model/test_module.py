@@ -321,9 +321,9 @@ def test_the_trainer_gets_a_model_in_train_mode_that_keeps_what_was_asked_for(ti
     kept = []
     real = decoder._DecoderLayer.apply
 
-    def watched(hidden, places, layer, keeps, *rest):
-        kept.append((keeps, torch.is_grad_enabled()))
-        return real(hidden, places, layer, keeps, *rest)
+    def watched(how, *tensors):
+        kept.append((how.keeps, torch.is_grad_enabled()))
+        return real(how, *tensors)
 
     monkeypatch.setattr(decoder._DecoderLayer, "apply", watched)
     modes = []

@@ -1,0 +1,62 @@
+"""Owns who gives a decoder layer its dequantised weights: made anew for each product, or made once and kept.
+
+A frozen weight dequantises to the same bits each time, so that keeping it changes no result; it takes memory instead of
+time. Knows no product and no layer's arithmetic.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_qlora.model.host import memory_bytes
+
+HOST_SHARE = 2
+"""The part of the host's free memory that kept weights may take at most, as one of so many."""
+
+
+class Quantised(NamedTuple):
+    """A weight in 4 bits: its packed values, and bitsandbytes' state with the scales."""
+
+    values: Tensor
+    state: Any
+
+
+class Weights:
+    """Gives the weights of one decoder layer's linear layers, ``[out, in]``.
+
+    Args:
+        quantised: those of the linear layers, in the layer's order.
+    """
+
+    def __init__(self, quantised: Sequence[Quantised]) -> None:
+        self.quantised = quantised
+        self._kept: list[Tensor] = []
+
+    def get(self, index: int, dtype: torch.dtype) -> Tensor:
+        """The weight of linear layer ``index``; never to be written to."""
+        if self._kept and self._kept[index].dtype == dtype:
+            return self._kept[index]
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(*self.quantised[index]).to(dtype)
+
+    def keep(self, dtype: torch.dtype) -> None:
+        """Dequantise all weights now, for all requests to come in this dtype."""
+        if not self._kept or self._kept[0].dtype != dtype:
+            self._kept = []  # the memory of the other dtype's, before the new ones take theirs
+            with torch.inference_mode(False), torch.no_grad():  # made while scoring, they must still serve in training
+                self._kept = [self.get(index, dtype) for index in range(len(self.quantised))]
+
+
+def layers_on_host(layer_bytes: int, num_layers: int, num_processes: int) -> int:
+    """Number of layers whose dequantised weights a host has the room for; 0 where its memory is unknown.
+
+    Args:
+        layer_bytes: bytes of one layer's weights.
+        num_layers: of the base.
+        num_processes: processes that share this machine, each with weights of its own.
+    """
+    memory = memory_bytes()
+    return min(num_layers, memory[1] // HOST_SHARE // num_processes // layer_bytes) if memory else 0

@@ -1,0 +1,86 @@
+"""Dequantised weights that stay: the same bits, made once, where there is the memory."""
+
+import pytest
+import torch
+from bitsandbytes import functional
+
+from lit_qlora.model import dequantised
+from lit_qlora.model.attention import find_places
+from lit_qlora.model.decoder import extract_layers, run_layers, weights_of
+from lit_qlora.model.dequantised import layers_on_host
+from lit_qlora.model.load import adapter_parameters
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The shape of each weight that is dequantised."""
+    seen, real = [], functional.dequantize_4bit
+
+    def counted(values, state, *args, **kwargs):
+        seen.append(tuple(state.shape))
+        return real(values, state, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "dequantize_4bit", counted)
+    return seen
+
+
+def learned(model, layers, kept_layers, dtype, lengths=()):
+    """The layers' output, and each gradient of LoRA."""
+    torch.manual_seed(3)
+    inner = model.get_base_model().model
+    hidden = torch.randn(1 if lengths else 3, 24, 64).to(dtype)
+    out = run_layers(layers, hidden, find_places(inner.rotary_emb, hidden, lengths), kept_layers)
+    model.zero_grad()
+    (out.float() ** 2).sum().backward()
+    return out.detach(), {name: value.grad.clone() for name, value in adapter_parameters(model).items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(), (7, 17)], ids=["padded", "packed"])
+@pytest.mark.parametrize("kept_layers", [0, 1, 2])
+def test_kept_weights_change_no_bit(make_model, made, dtype, lengths, kept_layers):
+    model = make_model(dtype, dropout=0.1)
+    expected = learned(model, extract_layers(model), kept_layers, dtype, lengths)
+    for num_kept in (1, 2):
+        weights = weights_of(model)
+        for one in weights[:num_kept]:
+            one.keep(dtype)
+        made.clear()
+        for _ in range(2):
+            out, gradients = learned(model, extract_layers(model, weights=weights), kept_layers, dtype, lengths)
+            assert torch.equal(out, expected[0])
+            assert all(torch.equal(gradients[name], value) for name, value in expected[1].items())
+        assert bool(made) == (num_kept == 1)  # each of the other layer's, and none where both keep
+
+
+def test_weights_are_made_once_for_a_dtype_and_anew_for_another(make_model, made):
+    weights = weights_of(make_model())[0]
+    with torch.inference_mode():
+        weights.keep(torch.float32)
+    assert len(made) == 7
+    kept = weights.get(5, torch.float32)
+    assert kept is weights.get(5, torch.float32)
+    assert not kept.is_inference()
+    assert kept.shape == (172, 64)
+    weights.keep(torch.float32)
+    assert len(made) == 7
+    assert torch.equal(weights.get(5, torch.bfloat16), kept.bfloat16())  # made for this once
+    assert len(made) == 8
+    weights.keep(torch.bfloat16)
+    assert weights.get(5, torch.bfloat16) is weights.get(5, torch.bfloat16)
+    assert len(made) == 15
+
+
+@pytest.mark.parametrize(
+    ("free", "processes", "expected"), [(16_000, 1, 8), (15_999, 1, 7), (16_000, 3, 2), (1_999, 1, 0), (10**9, 1, 32)]
+)
+def test_half_of_the_hosts_free_memory_is_shared_by_its_processes(monkeypatch, free, processes, expected):
+    monkeypatch.setattr(dequantised, "memory_bytes", lambda: (10**10, free))
+    assert layers_on_host(1_000, 32, processes) == expected
+
+
+def test_a_host_of_unknown_memory_keeps_none(monkeypatch):
+    monkeypatch.setattr(dequantised, "memory_bytes", lambda: None)
+    assert layers_on_host(1_000, 32, 1) == 0

@@ -15,6 +15,7 @@ from lit_qlora import __version__
 from lit_qlora.console import prepare
 from lit_qlora.devices import starting
 from lit_qlora.devices.launchers import ignore_launchers
+from lit_qlora.devices.mistakes import report
 from lit_qlora.devices.world import world
 from lit_qlora.errors import SecretError, UserError, cut, excerpt
 from lit_qlora.place import COMMAND, INSTALL
@@ -77,10 +78,10 @@ def main(args: Sequence[str] | None = None) -> int:
         with leave_in_one_line(resumes=args[:1] in (["fit"], ["predict"], ["push"])):
             return _run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(f"error: {error}", error)
         return 2
     except SaveError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        report(f"error: {redact(str(error))}")
         return 1
     except UnicodeEncodeError as error:  # of a name: what is printed is prepared, and files are UTF-8
         print(f"error: {error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8", file=sys.stderr)

@@ -28,6 +28,10 @@ GRACE_S = 6.0
 """Seconds that the others have to end by themselves behind the first that failed."""
 MOST_ON_CPU = max(8, os.cpu_count() or 1)
 """Processes on a CPU, at most: there they are for trying."""
+WHY = {
+    "SIGKILL": " (as the system does where the host's memory is short)",
+    "SIGABRT": " (as NCCL does where another card did not answer for 600 s; NCCL_P2P_DISABLE=1 may help)",
+}
 CODE = "import sys; sys.path.insert(0, {root!r}); from lit_qlora.cli import main; sys.exit(main())"
 
 
@@ -230,11 +234,13 @@ def _last_word(child: _Child, count: int) -> str:
     code = child.process.returncode
     if code < 0:
         name = signal.Signals(-code).name
-        short = " (as the system does where the host's memory is short)" if -code == signal.SIGKILL else ""
+        short = WHY.get(name, "")
         return (
             f"error: process {child.rank} of {count} was ended by {name}{short}; the same command resumes from the "
             "last checkpoint"
         )
     said = child.last_words()
     lines = said.splitlines() or [f"error: ended with status {code}"]
-    return lines[-1] if code == 2 else f"process {child.rank} of {count}:\n{said}"
+    if code != 2:
+        return f"process {child.rank} of {count}:\n{said}"
+    return f"error: process {child.rank} of {count}: {lines[-1].removeprefix('error: ')}"

@@ -7,6 +7,7 @@ weights nor files. What is agreed on goes over the host, beside the gradients: n
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -53,6 +54,44 @@ def is_first() -> bool:
 
 _host_group: list[Any] = []
 """The group for what goes over the host, once the processes have joined."""
+_store: list[Any] = []
+"""Where processes find each other, once it is open."""
+
+
+def board(limit: timedelta = DEAD) -> Any:
+    """Where each process can leave words for all, whether or not they have joined: a key-value store of torch's.
+
+    Args:
+        limit: how long it may take to reach it.
+    """
+    from torch import distributed
+
+    here = world()
+    if not _store:
+        url = f"file://{os.environ[STORE]}" if STORE in os.environ else "env://"
+        if STORE not in os.environ and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
+            raise UserError(
+                f"WORLD_SIZE={here.size} in the environment, and no MASTER_ADDR and MASTER_PORT",
+                remedy="start with torchrun, or unset WORLD_SIZE and start python main.py by itself",
+            )
+        found = distributed.rendezvous(url, here.rank, here.size, timeout=limit)  # type: ignore[no-untyped-call]
+        _store.append(next(found)[0])
+    return distributed.PrefixStore("lit_qlora", _store[0])
+
+
+def _meet() -> None:
+    """Return once every process has come here. Raises LostError if one has failed on the way."""
+    found, here, ends_at = board(), world(), time.monotonic() + DEAD.total_seconds()
+    found.add("came", 1)
+    while (came := found.add("came", 0)) < here.size:
+        if found.check(["failed"]):
+            raise _lost()
+        if time.monotonic() > ends_at:
+            raise UserError(
+                f"{came} of {here.size} processes came within {DEAD.total_seconds():.0f} s",
+                remedy="the command must start on every machine, and reach MASTER_ADDR there",
+            )
+        time.sleep(0.05)
 
 
 def join(gpu: int | None) -> None:
@@ -69,8 +108,9 @@ def join(gpu: int | None) -> None:
 
     if here.local_size == here.size and sys.platform == "linux":  # no name of this machine has to be resolved
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    options: dict[str, Any] = {"timeout": DEAD, "rank": here.rank, "world_size": here.size}
-    options["init_method"] = f"file://{os.environ[STORE]}" if STORE in os.environ else "env://"
+    _meet()
+    store = distributed.PrefixStore("group", _store[0])
+    options: dict[str, Any] = {"store": store, "timeout": DEAD, "rank": here.rank, "world_size": here.size}
     if gpu is None:
         distributed.init_process_group("gloo", **options)
     else:
@@ -86,6 +126,15 @@ def leave() -> None:
 
         _host_group.clear()
         distributed.destroy_process_group()
+        _store.clear()
+
+
+def hang_up() -> None:
+    """Let the other processes notice at their next agreement that this one has ended."""
+    if _host_group:
+        from torch import distributed
+
+        distributed.destroy_process_group(_host_group.pop())
 
 
 @contextmanager
@@ -111,10 +160,14 @@ def peers() -> Iterator[None]:
     except RuntimeError as error:
         if world().size == 1 or not _is_lost(error):
             raise
-        raise LostError(
-            f"process {world().rank} of {world().size}: another one of the run has ended, or did not answer",
-            remedy="its own last line says why; the same command resumes from the last checkpoint",
-        ) from error
+        raise _lost() from error
+
+
+def _lost() -> LostError:
+    return LostError(
+        f"process {world().rank} of {world().size}: another one of the run has ended, or did not answer",
+        remedy="its own last line says why; the same command resumes from the last checkpoint",
+    )
 
 
 def _is_lost(error: RuntimeError) -> bool:
@@ -131,9 +184,30 @@ def barrier() -> None:
         highest(0)
 
 
+_notes: list[str] = []
+"""What this process has to say, and the first is to print."""
+
+
+def note(line: str) -> None:
+    """Print ``line``: with several processes the first does, with the number of this one, at the next agreement."""
+    here = world()
+    if here.size == 1:
+        print(line, flush=True)
+    else:
+        _notes.append(f"process {here.rank} of {here.size}: {line}")
+
+
 def highest(*values: float) -> list[float]:
-    """The highest of all processes, for each of ``values``."""
-    return _reduced(values, "MAX")
+    """The highest of all processes, for each of ``values``; and what one has noted is printed."""
+    if world().size == 1:
+        return [*values]
+    *found, has_notes = _reduced([*values, bool(_notes)], "MAX")
+    if has_notes:
+        said = gathered([*_notes])
+        _notes.clear()
+        if is_first():
+            print(*(line for lines in said for line in lines), sep="\n", flush=True)
+    return found
 
 
 def lowest(value: int) -> int:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_qlora.batch import Batch, split_batch
+from lit_qlora.devices.world import note
 from lit_qlora.errors import OutOfRoomError, UserError
 
 Sums = tuple[Tensor, Tensor, int]
@@ -224,7 +225,7 @@ class LearnsInParts(LightningModule):
             done = "each micro-batch is split into halves from now on; the loss of a step is the same"
         else:
             raise OutOfRoomError(f"{what}, after all that could be done in a run", rows)
-        self.trainer.print(f"{what}: {done}")
+        note(f"{what}: {done}")
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

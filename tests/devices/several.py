@@ -16,13 +16,15 @@ from lit_qlora.storage.files import parse_json
 LIMIT_S = 120
 
 
-def run_several(count: int, do: Callable[[], Any], limit_s: float = LIMIT_S) -> list[Any]:
+def run_several(count: int, do: Callable[[], Any], limit_s: float = LIMIT_S, joins: bool = True) -> list[Any]:
     """What ``do`` gives in each of ``count`` processes of a run, in their order, as JSON has it.
+
+    Before it they meet, if each ``joins``.
 
     An exception is its text; a process that was ended by a signal gives None.
     """
     with tempfile.TemporaryDirectory() as folder:
-        numbers = [_fork(rank, count, do, Path(folder)) for rank in range(count)]
+        numbers = [_fork(rank, count, do, Path(folder), joins) for rank in range(count)]
         statuses: dict[int, int] = {}
         ends_at = time.monotonic() + limit_s
         try:
@@ -41,7 +43,7 @@ def run_several(count: int, do: Callable[[], Any], limit_s: float = LIMIT_S) -> 
         return [parse_json(file.read_text(encoding="utf-8")) if file.is_file() else None for file in files]
 
 
-def _fork(rank: int, count: int, do: Callable[[], Any], folder: Path) -> int:
+def _fork(rank: int, count: int, do: Callable[[], Any], folder: Path, joins: bool) -> int:
     number = os.fork()
     if number:
         return number
@@ -50,7 +52,8 @@ def _fork(rank: int, count: int, do: Callable[[], Any], folder: Path) -> int:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {name: str(value) for name, value in places.items()} | {world.STORE: str(folder / "store")}
     try:
-        world.join(None)
+        if joins:
+            world.join(None)
         found = do()
     except BaseException as error:
         traceback.print_exc()

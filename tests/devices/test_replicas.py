@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -174,9 +175,15 @@ def test_a_signal_to_one_stops_all_and_the_same_command_resumes(
     assert_same(alone(*SHORT), run)
 
 
+DONE = [
+    "every layer recomputes its activations from now on",
+    "each micro-batch is split into halves from now on; the loss of a step is the same",
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_memory_that_runs_out_in_one_changes_nothing(rank: int) -> None:
+def test_memory_that_runs_out_in_one_changes_nothing(rank: int, capfd: pytest.CaptureFixture[str]) -> None:
     """Without dropout, which draws other numbers for halves."""
     options = [*SHORT, "--model.dropout", "0"]
 
@@ -193,6 +200,10 @@ def test_memory_that_runs_out_in_one_changes_nothing(rank: int) -> None:
 
     run = f"short-{rank}"
     assert fit(run, 2, *options, before=prepare) == [0, 0]
+    said = [line for line in capfd.readouterr().out.splitlines() if "out of memory" in line]
+    assert [re.sub(r" of [1-9] conversations, [\d,]+ tokens with padding", "", line) for line in said] == [
+        f"process {rank} of 2: out of memory at a micro-batch: {done}" for done in DONE
+    ]
     assert_same(alone(*options), run)
 
 
@@ -390,15 +401,14 @@ def test_another_command_on_one_machine_is_refused_with_the_difference() -> None
     found = two_agents(29612, ["--run", "other"], other)
     assert all(status for status, *_ in found)
     said = found[0][2] + found[1][2]
-    assert "error: run: process 1 on " in said
+    assert "error: run: process 1 on " in found[0][2] and said.count("error: ") == 1
     assert "differs from the first: model.learning_rate 0.003 -> 0.01" in said
 
 
 @pytest.mark.slow
 def test_other_processes_than_were_asked_for_are_refused() -> None:
     three = ["--run", "asked", "--trainer.devices", "3"]
-    for status, _, err in two_agents(29613, three, three):
-        assert status
-        assert (
-            "error: trainer.devices: with trainer.num_nodes it is 3 x 1, and 2 processes were started, 1 on this" in err
-        )
+    (one, _, err), (other, _, silent) = two_agents(29613, three, three)
+    assert one and other and "error: " not in silent
+    words = "error: trainer.devices: with trainer.num_nodes it is 3 x 1, and 2 processes were started, 1 on this"
+    assert words in err and err.count("error: ") == 1

@@ -147,13 +147,19 @@ def test_each_knows_its_place() -> None:
 def test_the_one_that_fails_has_the_last_word_and_the_others_end() -> None:
     began = time.monotonic()
     code = "print('error: rows.jsonl:3: no JSON', file=sys.stderr) if rank else time.sleep(60)\nsys.exit(2)"
-    assert ended(started(code)) == (2, "", "error: rows.jsonl:3: no JSON\n")
+    assert ended(started(code)) == (2, "", "error: process 1 of 2: rows.jsonl:3: no JSON\n")
     assert time.monotonic() - began < 6
 
 
 def test_what_all_say_is_said_once() -> None:
     code = "time.sleep(0.2 if rank == 0 else 0); print('error: the same', file=sys.stderr); sys.exit(2)"
     assert ended(started(code)) == (2, "", "error: the same\n")
+
+
+def test_one_that_nccl_ended_is_told_what_may_help() -> None:
+    status, _, err = ended(started("time.sleep(60) if rank == 0 else os.kill(os.getpid(), signal.SIGABRT)"))
+    assert status == 134
+    assert err.startswith("error: process 1 of 2 was ended by SIGABRT (as NCCL does") and "NCCL_P2P_DISABLE=1" in err
 
 
 def test_a_fault_is_shown_whole() -> None:

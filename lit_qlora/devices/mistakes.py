@@ -1,0 +1,72 @@
+"""Owns how a mistake is reported once by several processes, whichever of them made it.
+
+The first process prints it, its own or another's; the others are silent, unless the first does not answer. Processes
+that `starting` began only print: it shows what failed.
+"""
+
+import os
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from lit_qlora.devices.starting import was_started
+from lit_qlora.devices.world import LostError, board, hang_up, is_first, world
+
+REACH_S = 20.0
+"""How long another process waits for the first to have said something: it may still import torch."""
+LINGER_S = 3.0
+"""How long the first stays, so that the others hear that it has."""
+
+
+def report(line: str, error: BaseException | None = None) -> None:
+    """Print ``line``, with which this command ends, once for all processes of the run.
+
+    Args:
+        line: begins with ``error: ``.
+        error: what it is of; a `LostError` tells of another process.
+    """
+    if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= {*os.environ} or was_started():
+        print(line, file=sys.stderr, flush=True)
+    elif is_first():
+        _print_for_all(line, isinstance(error, LostError))
+    elif not _is_said(line, isinstance(error, LostError)):
+        print(_of(world().rank, line), file=sys.stderr, flush=True)
+
+
+def _print_for_all(line: str, is_lost: bool) -> None:
+    found: Any = None
+    if is_lost:  # which one is, and why
+        with suppress(Exception):
+            found = board()
+            if found.check(["failed"]):
+                rank, _, said = found.get("failed").decode().partition(" ")
+                line = _of(int(rank), said)
+    print(line, file=sys.stderr, flush=True)
+    with suppress(Exception):
+        hang_up()
+        found = found or board(timedelta(seconds=REACH_S))
+        found.set("said", "")
+        found.set("failed", f"0 {line}")
+        ends_at = time.monotonic() + LINGER_S
+        while found.add("heard", 0) < world().size - 1 and time.monotonic() < ends_at:
+            time.sleep(0.05)
+
+
+def _is_said(line: str, is_lost: bool) -> bool:
+    """True if the first process has said what is wrong, after hearing it from here unless this one ``is_lost``."""
+    try:
+        found = board(timedelta(seconds=REACH_S))
+        if not is_lost:
+            found.set("failed", f"{world().rank} {line}")
+        hang_up()
+        found.wait(["said"], timedelta(seconds=LINGER_S if is_lost else REACH_S))
+        found.add("heard", 1)
+    except Exception:
+        return False
+    return True
+
+
+def _of(rank: int, line: str) -> str:
+    return f"error: process {rank} of {world().size}: {line.removeprefix('error: ')}"

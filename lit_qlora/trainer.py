@@ -4,7 +4,7 @@ Knows the device, and nothing of a run.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,7 +34,7 @@ from lit_qlora.devices.starting import MOST_ON_CPU
 from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line, require
-from lit_qlora.model.device import Precision, choose_precision, current_device, decides_for_another
+from lit_qlora.model.device import AMPERE, Precision, choose_precision, current_device, decides_for_another
 from lit_qlora.model.module import FIGURES, check_monitored
 from lit_qlora.options import OneLineErrors
 from lit_qlora.place import COMMAND
@@ -313,6 +313,22 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
     inside = all(0 <= number < num_gpus for number in numbers)
     require(inside, "trainer.devices", f"GPUs' numbers below {num_gpus}, or how many", numbers)
     return [*numbers]
+
+
+def check_kinds(gpus: Sequence[int | None], precision: str) -> None:
+    """Raises UserError where the ``gpus`` of one machine would not all compute in the same ``precision``."""
+    kinds = {gpu: torch.cuda.get_device_capability(gpu) for gpu in gpus if gpu is not None}
+    with_bf16 = [gpu for gpu, kind in kinds.items() if kind >= AMPERE]
+    others = [gpu for gpu in kinds if gpu not in with_bf16]
+    if not with_bf16 or not others or precision in ("16-mixed", "32-true"):
+        return
+    low, high = ((gpu, ".".join(map(str, kinds[gpu]))) for gpu in (others[0], with_bf16[0]))
+    like = max(with_bf16, others, key=len)
+    raise UserError(
+        f"GPU {low[0]} is of {low[1]}, GPU {high[0]} of {high[1]}: bf16 on one alone",
+        option="trainer.devices",
+        remedy=f"give --trainer.precision 16-mixed, or --trainer.devices {like if len(like) > 1 else 1}",
+    )
 
 
 def count_processes(devices: int | str | list[int], num_nodes: int, accelerator: str) -> int:

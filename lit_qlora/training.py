@@ -72,6 +72,7 @@ from lit_qlora.text.formats import OF_BASE
 from lit_qlora.trainer import (
     QLoRATrainer,
     RunParser,
+    check_kinds,
     check_shares,
     count_processes,
     find_gpus,
@@ -218,6 +219,7 @@ class QLoRACLI(LightningCLI):
         options = self.config[self.verb].trainer
         here = world()
         gpus = find_gpus(options.devices, options.num_nodes, options.accelerator)
+        check_kinds(gpus, options.precision)
         if len(gpus) > 1 and options.num_nodes == 1 and here.size == 1:
             raise StartSeveral(len(gpus))
         if here.size == 1:

@@ -6,16 +6,18 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer, callbacks
 from lightning.pytorch.callbacks import EarlyStopping, ModelSummary, Timer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from lit_qlora import cli, training
 from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.model.module import FIGURES
-from lit_qlora.trainer import NO_CALLBACKS, NOT_OFFERED, QLoRATrainer, own_callbacks, own_plugins
+from lit_qlora.trainer import NO_CALLBACKS, NOT_OFFERED, QLoRATrainer, check_kinds, own_callbacks, own_plugins
 from tests.expect import ExpectError
 
 LOOKS = {
@@ -50,6 +52,48 @@ OFFERED = {
     "limit_train_batches", "limit_val_batches", "log_every_n_steps", "logger", "max_epochs", "max_steps", "num_nodes",
     "plugins", "precision", "val_check_interval",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gpus", "precision", "remedy"),
+    [
+        ([0, 1], "auto", "--trainer.devices 1"),
+        ([0, 1, 2], "auto", "--trainer.devices [1, 2]"),
+        ([0, 2], "bf16-mixed", "--trainer.devices 1"),
+        ([0, 1], "16-mixed", None),
+        ([0, 1], "32-true", None),
+        ([1, 2], "auto", None),
+        ([0], "auto", None),
+        ([None, None], "auto", None),
+    ],
+)
+def test_cards_that_would_compute_in_different_precisions_are_refused(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[int | None], precision: str, remedy: str | None
+) -> None:
+    kinds = [(7, 5), (8, 9), (8, 6)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: kinds[gpu])
+    if remedy is None:
+        check_kinds(gpus, precision)
+        return
+    with pytest.raises(UserError) as caught:
+        check_kinds(gpus, precision)
+    shown = "GPU 0 is of 7.5, GPU 2 of 8.6" if gpus == [0, 2] else "GPU 0 is of 7.5, GPU 1 of 8.9"
+    assert str(caught.value).startswith(
+        f"trainer.devices: {shown}: bf16 on one alone; give --trainer.precision 16-mixed"
+    )
+    assert str(caught.value).endswith(remedy)
+
+
+def test_the_command_looks_at_the_cards_before_it_starts_processes(
+    monkeypatch: pytest.MonkeyPatch, expect_error: ExpectError
+) -> None:
+    kinds = [(7, 5), (8, 9)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: kinds[gpu])
+    monkeypatch.setattr(training, "find_gpus", lambda *_: [0, 1])
+    monkeypatch.setattr(training.starting, "run", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(cli.starting, "asked", lambda _: 1)
+    options = ["fit", "--trainer.devices", "auto", "--trainer.accumulate_grad_batches", "2"]
+    expect_error(options, "GPU 0 is of 7.5, GPU 1 of 8.9", option="trainer.devices")
 
 
 def _all_callbacks() -> dict[str, type[Callback]]:

@@ -452,12 +452,18 @@ class ChatDataModule(LightningDataModule):
         self._records[part], self._rows[part] = records, rows
 
     def _check_devices(self) -> None:
-        devices = 1 if self.trainer is None else self.trainer.world_size
-        if 1 < devices > len(self._first_epoch):
+        trainer = self.trainer
+        devices = 1 if trainer is None else getattr(trainer, "num_processes", trainer.world_size)
+        if devices == 1:
+            return
+        count = self.train_dataloader().length
+        if devices > count:
             raise UserError(
-                f"{devices}, and an epoch has {len(self._first_epoch)} micro-batches",
+                f"{devices}, and an epoch has {count} micro-batch{'es' * (count != 1)}",
                 option="trainer.devices",
-                remedy="take fewer, or a smaller data.batch_size",
+                remedy="take fewer, or a smaller data.batch_size"
+                if count == len(self._first_epoch)
+                else "take fewer, or a larger trainer.limit_train_batches",
             )
 
     def _check_limit(self, part: str, option: str) -> None:

@@ -340,6 +340,21 @@ def test_more_devices_than_micro_batches_are_refused():
         data.setup("fit")
 
 
+def test_more_devices_than_micro_batches_of_a_limited_epoch_are_refused():
+    write("rows.jsonl", *numbered(12))
+    write("held.jsonl", ("a", "b"))
+    data = ChatDataModule("rows.jsonl", validation_source="held.jsonl", batch_size=2)
+    data.trainer = _device(0)
+    data.trainer.lightning_module, data.trainer.limit_train_batches, data.trainer.limit_val_batches = None, 2, 1.0
+    words = (
+        r"trainer\.devices: 3, and an epoch has 2 micro-batches; take fewer, or a larger trainer\.limit_train_batches"
+    )
+    with pytest.raises(UserError, match=words):
+        data.setup("fit")
+    data.trainer.limit_train_batches = 3
+    data.setup("fit")
+
+
 def _device(rank):
     """Of a Trainer on three devices, what the DataModule reads."""
     return SimpleNamespace(

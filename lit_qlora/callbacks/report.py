@@ -88,7 +88,7 @@ class Report(Callback):
         if world().size > 1:
             share = data.train_dataloader().efficiency()
             dealt = f"{world().size} devices, micro-batches dealt by size: each works {share:.0%} of the time"
-            self._say("train", dealt)
+            self._say("train", dealt + words.uneven(trainer.accumulate_grad_batches, world().size))
         forecast = foresee(module, data, trainer)
         if forecast:
             self.forecast_gib = step_memory(forecast.step).reserved / GIB

@@ -190,6 +190,7 @@ class Forecast:
             optimizer=self.optimizer,
             element=4 if self.precision == "32-true" else 2,
             accumulates=self.accumulate > 1,
+            is_one_of_several=self.num_devices > 1,
             loss_rows=self.loss_rows,
             workspace=memory.HOPPER_WORKSPACE if self.card.capability >= (9, 0) else memory.WORKSPACE,
         )
@@ -371,5 +372,6 @@ def current_card() -> Card | None:
         known = find_card(device.name)
     except UserError:  # a card outside the table has no known rates
         known = Card(device.name, 0, device.capability)
-    # Free memory excludes CUDA's own part already; the formulas include it.
-    return replace(known, memory_gib=(device.memory_bytes + memory.CONTEXT) / GIB, capability=device.capability)
+    # Free memory excludes what CUDA and NCCL hold already; the formulas include it.
+    held = memory.CONTEXT + (memory.EXCHANGE if world().size > 1 else 0)
+    return replace(known, memory_gib=(device.memory_bytes + held) / GIB, capability=device.capability)

@@ -15,6 +15,9 @@ from lit_qlora.storage.files import GIB
 
 CONTEXT = int(0.35 * GIB)
 """Bytes of CUDA's own per process, kernels included. An estimate, not measured on a T4; 0.6 GiB on an H100."""
+EXCHANGE = int(0.5 * GIB)
+"""Bytes that NCCL holds per process of several: 470 MiB for a first group on an RTX 3060 (sgl-project/sglang#35538),
+544 MB for two A100s with NVLink (NVIDIA/nccl#964). Not measured here."""
 RECORDING = int(0.47 * 1024**2)
 """Bytes that CUDA keeps per recorded layer, beside torch: 14.8 MiB measured for 32 layers on an H100."""
 FRAGMENTATION = 0.085
@@ -71,6 +74,8 @@ class Step:
     accumulates: bool = False
     workspace: int = WORKSPACE
     loss_rows: int = CHUNK_ROWS
+    is_one_of_several: bool = False
+    """True if gradients are exchanged with other cards."""
     num_recordings: int = 0
     """Number of micro-batch shapes for which the layers' kernels are recorded by `model.graphs`."""
 
@@ -127,11 +132,13 @@ class StepMemory:
     them."""
     kernels: int = 0
     """Memory of recordings that CUDA keeps outside of torch."""
+    exchange: int = 0
+    """Memory of NCCL, outside of torch."""
 
     @property
     def total(self) -> int:
         """To be compared with ``torch.cuda.max_memory_allocated()``."""
-        beside = ("moment", "apart", "kernels")
+        beside = ("moment", "apart", "kernels", "exchange")
         return sum(getattr(self, part.name) for part in fields(self) if part.name not in beside)
 
     @property
@@ -142,7 +149,7 @@ class StepMemory:
     @property
     def on_card(self) -> int:
         """All memory that the card must have, CUDA's context included."""
-        return self.reserved + self.kernels + CONTEXT
+        return self.reserved + self.kernels + self.exchange + CONTEXT
 
 
 def weight_bytes(shape: Shape, element: int = 2) -> int:
@@ -279,6 +286,7 @@ def moments(step: Step) -> list[StepMemory]:
         casts=size * step.num_cast,
         workspace=step.workspace,
         kernels=RECORDING * shape.num_layers * step.num_recordings,
+        exchange=EXCHANGE if step.is_one_of_several else 0,
     )
     activations = step.tokens * kept_activations(step)
     recomputed = shape.num_layers - step.kept_layers

@@ -65,6 +65,8 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
     yield line("CUDA context", memory.CONTEXT, unit)
     if peak.kernels:
         yield line(f"CUDA's own of {step.num_recordings} recordings", peak.kernels, unit)
+    if peak.exchange:
+        yield line(f"NCCL's own, of {forecast.num_devices} cards: published, not measured", peak.exchange, unit)
     share = peak.on_card / GIB / card.memory_gib
     yield line(f"in all, {share:.0%} of {card.memory_gib:.2f} GiB", peak.on_card, unit)
     others = [f"{one.moment} {one.total / unit:.2f}" for one in forecast.moments if one.moment != peak.moment]
@@ -109,8 +111,15 @@ def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
         exchanged = 4 * sum(forecast.step.lora_tensors) / 1e6
         yield (
             f"  on {forecast.num_devices} such cards, each of which works {forecast.efficiency:.0%} of the time, by "
-            f"the rows' lengths; they exchange {exchanged:,.0f} MB of gradients per step, whose time is not counted"
+            f"the rows' lengths{uneven(forecast.accumulate, forecast.num_devices)}; they exchange {exchanged:,.0f} MB "
+            "of gradients per step, whose time is not counted"
         )
+
+
+def uneven(accumulate: int, num_devices: int) -> str:
+    """What to change where the micro-batches of a step can't be shared out evenly; else empty."""
+    rest = accumulate % num_devices
+    return f" (--trainer.accumulate_grad_batches {accumulate + num_devices - rest} shares out evenly)" if rest else ""
 
 
 def line(what: str, size: float, unit: int = GIB) -> str:

@@ -250,6 +250,78 @@ def test_cards_with_trouble(tell, card):
     assert line(lines, "GPU: Tesla V100, compute capability 7.0")[0].endswith("below 7.5 bitsandbytes has no kernels")
 
 
+T4_TOPOLOGY = """\t\x1b[4mGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\x1b[0m
+GPU0\t X \tPHB\t0-3\t0
+GPU1\tPHB\t X \t0-3\t0
+
+Legend:
+
+  X    = Self
+"""
+
+
+@pytest.fixture
+def two_cards(card, monkeypatch, tmp_path):
+    """Two cards, as `card` has one."""
+
+    def two_cards(names=("Tesla T4", "Tesla T4"), kinds=((7, 5), (7, 5)), direct=False, topology=T4_TOPOLOGY):
+        card(names[0], kinds[0])
+        properties = [SimpleNamespace(total_memory=int(14.56 * GIB))] * 2
+        for function, value in (
+            ("device_count", lambda: 2),
+            ("get_device_name", lambda gpu=0: names[gpu]),
+            ("get_device_capability", lambda gpu=0: kinds[gpu]),
+            ("get_device_properties", lambda gpu: properties[gpu]),
+            ("can_device_access_peer", lambda *_: direct),
+        ):
+            monkeypatch.setattr(torch.cuda, function, value)
+        (tmp_path / "topology").write_text(topology)
+        program = tmp_path / "programs" / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n[ $1 = topo ] && exec cat {tmp_path}/topology\necho '{names[0]}, 550.54.15'\n")
+
+    return two_cards
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, "ok  GPUs: 2, which exchange gradients through the host (links PHB); --trainer.devices 2 trains on all"),
+        (
+            {"direct": True, "topology": T4_TOPOLOGY.replace("PHB", "NV4")},
+            "ok  GPUs: 2, which exchange gradients directly (links NV4); --trainer.devices 2 trains on all",
+        ),
+        ({"topology": "NVIDIA-SMI has failed"}, "ok  GPUs: 2, which exchange gradients through the host; --trainer"),
+        (
+            {"names": ("RTX 3090", "RTX 4090"), "kinds": ((8, 6), (8, 9))},
+            "ok  GPUs: 2, which exchange gradients through the host (links PHB): RTX 3090 (8.6, 14.56 GiB), RTX "
+            "4090 (8.9, 14.56 GiB); a step waits for the slowest",
+        ),
+        (
+            {"names": ("Tesla T4", "RTX 4090"), "kinds": ((7, 5), (8, 9))},
+            "note  GPUs: 2, which exchange gradients through the host (links PHB): Tesla T4 (7.5, 14.56 GiB), RTX "
+            "4090 (8.9, 14.56 GiB); not all have bf16",
+        ),
+    ],
+    ids=["T4s", "NVLink", "unknown links", "a slower one", "bf16 on one"],
+)  # fmt: skip
+def test_several_cards_and_their_links(two_cards, options, found):
+    two_cards(**options)
+    lines = [f"{one.kind}  {one.text}" for one in surroundings.gpu()]
+    assert lines[0].endswith("14.40 free; the first of 2")
+    assert len(lines) == 2 and lines[1].startswith(found)
+
+
+def test_pairs_of_which_some_are_direct(two_cards, monkeypatch):
+    two_cards()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    for function, value in (("get_device_name", "T4"), ("get_device_capability", (7, 5))):
+        monkeypatch.setattr(torch.cuda, function, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=GIB))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: one + other == 1)
+    (_, found) = surroundings.gpu()
+    assert "GPUs: 3, which exchange gradients directly in 1 of 3 pairs, else through the host;" in found.text
+
+
 def test_a_card_that_another_process_holds(tell, card, known):
     card(free=6.0)
     lines = tell(*T4)

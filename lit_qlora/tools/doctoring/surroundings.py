@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -189,17 +190,57 @@ def gpu() -> Iterator[Finding]:
         f"{total / GIB:.2f} GiB, {free / GIB:.2f} free"
     )
     if torch.cuda.device_count() > 1:
-        count = torch.cuda.device_count()
-        text += f"; the first of {count}: --trainer.devices {count} trains on all"
-        if not torch.cuda.can_device_access_peer(0, 1):
-            text += ", which exchange gradients through the host"
+        text += f"; the first of {torch.cuda.device_count()}"
     if capability < (7, 5):
         yield Finding("problem", f"{text}: below 7.5 bitsandbytes has no kernels", "take another card, such as a T4")
     elif free < 0.9 * total:
         yield Finding("note", f"{text}: another process holds the rest", "end it (nvidia-smi; a notebook's kernel?)")
     else:
         yield Finding("ok", text)
+    yield from _several(torch)
     yield from compiler()
+
+
+def _several(torch: Any) -> Iterator[Finding]:
+    """The GPUs of a machine that has several, and how they exchange gradients."""
+    count = torch.cuda.device_count()
+    if count == 1:
+        return
+    cards = [
+        f"{torch.cuda.get_device_name(gpu)} ({'.'.join(map(str, torch.cuda.get_device_capability(gpu)))}, "
+        f"{torch.cuda.get_device_properties(gpu).total_memory / GIB:.2f} GiB)"
+        for gpu in range(count)
+    ]
+    pairs = list(combinations(range(count), 2))
+    direct = sum(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
+    how = "directly" if direct else "through the host"
+    if 0 < direct < len(pairs):
+        how += f" in {direct} of {len(pairs)} pairs, else through the host"
+    links = _links(count)
+    text = f"GPUs: {count}, which exchange gradients {how}{f' ({links})' if links else ''}"
+    kinds = {torch.cuda.get_device_capability(gpu) for gpu in range(count)}
+    if len({*cards}) == 1:
+        yield Finding("ok", f"{text}; --trainer.devices {count} trains on all")
+    elif len({kind >= (8, 0) for kind in kinds}) == 1:
+        yield Finding("ok", f"{text}: {', '.join(cards)}; a step waits for the slowest of those in --trainer.devices")
+    else:
+        yield Finding(
+            "note", f"{text}: {', '.join(cards)}; not all have bf16",
+            "give --trainer.devices the numbers of one kind, or --trainer.precision 16-mixed",
+        )  # fmt: skip
+
+
+def _links(count: int) -> str:
+    """The links between GPUs by the driver's own program: NV4 is NVLink, PHB, PIX and others PCIe; else empty."""
+    try:
+        command = ["nvidia-smi", "topo", "-m"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        rows = [words for words in map(str.split, re.sub(r"\x1b\[\d*m", "", shown).splitlines()) if words]
+        table = [row[1 : count + 1] for row in rows if re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
+        found = {table[one][other] for one, other in combinations(range(count), 2)}
+    except Exception:
+        return ""
+    return f"links {', '.join(sorted(found))}" if all(re.fullmatch(r"[A-Z]+\d*", link) for link in found) else ""
 
 
 def _no_gpu(torch: Any, seen: str, trouble: str) -> Finding:

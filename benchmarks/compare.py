@@ -9,7 +9,9 @@ optimizer steps, after a warm-up, over one pass through the rows at least: rows 
 token. Before the first step, and again behind the last, each scores the same rows by its own loss: equal work. TRL's
 best settings are its length groups or its packing, whichever is quicker, Unsloth's its defaults, its packing with
 either checkpointing, or none; both pack without flash attention, too, and the loss of the same rows shows that no
-conversation sees another. Ends with a table, a picture, and one line of JSON.
+conversation sees another. Ends with a table and one line of JSON; with ``--output DIR`` both are kept there, with a
+picture. ``--quick`` measures short rows, too, the demo's, where a step's fixed costs count: our defaults beside each of
+TRL's settings, and the best beside the best.
 
 With ``--kernels`` each process is profiled: instead of its wall clock, the kernels' time per token is reported, by
 class, and what it projects for a T4 (see kernel_times.py).
@@ -41,7 +43,7 @@ PEERS = {
     "unsloth_packed_plain": "Unsloth, packing, plain checkpointing",
     "unsloth_kept": "Unsloth, no checkpointing, half the rows",
 }
-QUICK = ["lit_qlora", "trl_default", "trl_grouped", "trl_packed"]
+QUICK = ["lit_qlora", "lit_qlora_tokens", "trl_default", "trl_grouped", "trl_packed"]
 QUICK_MINUTES = 7.5
 """After which --quick begins no repetition that would not end within them."""
 BEST = {
@@ -51,6 +53,10 @@ BEST = {
 """Of a library that has several settings, the quickest one counts."""
 OWN = ("lit_qlora", "lit_qlora_tokens")
 GUANACO = "timdettmers/openassistant-guanaco"
+SHORT, SHORT_ROWS = "demo", 8
+"""Short rows for ``--quick``, and how many of them for each of the others: about as many tokens."""
+Results = dict[str, dict[str, list[dict]]]
+"""What each process found, by kind of rows and peer."""
 HELD_OUT_ROWS = 4
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets", "trl", "unsloth", "liger-kernel")
 
@@ -59,28 +65,47 @@ def main() -> None:
     """Measures, and writes what was found."""
     options = _options()
     with tempfile.TemporaryDirectory() as temporary:
-        spec = _prepare(options, Path(temporary))
-        results = _measure(options, spec, Path(temporary))
-    report = _report(options, results)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "compare.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    table = _table(report)
-    (options.output / "compare.md").write_text(table, encoding="utf-8")
+        folder = Path(temporary)
+        specs = {"": _prepare(options, folder)}
+        if options.quick and options.data != SHORT:
+            (folder / "short").mkdir()
+            rows = options.rows * SHORT_ROWS
+            short = argparse.Namespace(**vars(options) | {"data": SHORT, "rows": rows, "base": _base_of(specs[""])})
+            specs["short"] = _prepare(short, folder / "short")
+        results = _measure(options, specs)
+    reports = {kind: _report(options, found) for kind, found in results.items()}
+    report = reports[""] | {kind: found for kind, found in reports.items() if kind}
+    table = "\n\n".join(f"{_heading(kind)}{_table(found)}" for kind, found in reports.items())
     print(table)
-    _picture(report, options.output / "compare.png")
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "compare.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        (options.output / "compare.md").write_text(table, encoding="utf-8")
+        _picture(report, options.output / "compare.png")
     # Of --quick, time may be up before all of them; and of a peer, one may have failed.
-    counts = [found["repetitions"] for found in report["peers"].values() if "failed" not in found]
-    print(json.dumps(report["ratios"] | {"repetitions": min(counts, default=0)}))
+    measured = [found for one in reports.values() for found in one["peers"].values() if "failed" not in found]
+    ratios = {
+        f"{kind}_{name}".lstrip("_"): value for kind, one in reports.items() for name, value in one["ratios"].items()
+    }
+    print(json.dumps(ratios | {"repetitions": min((found["repetitions"] for found in measured), default=0)}))
     failed = [peer for peer, found in report["peers"].items() if "failed" in found]
     if "lit_qlora" in failed or len(failed) == len(report["peers"]):
         sys.exit(f"not measured: {', '.join(failed)}")
+
+
+def _base_of(spec: Path) -> str:
+    return str(json.loads(spec.read_text(encoding="utf-8"))["base"])
+
+
+def _heading(kind: str) -> str:
+    return f"On {kind} rows:\n\n" if kind else ""
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="a small random Llama on the CPU")
     parser.add_argument("--t4", action="store_true", help="14.2 GiB, fp16, no flash or cuDNN attention")
-    parser.add_argument("--quick", action="store_true", help="four peers, 8 rows")
+    parser.add_argument("--quick", action="store_true", help="five peers, 8 rows, and 64 short ones")
     parser.add_argument(
         "--kernels", action="store_true", help="kernel time by class instead of the wall clock; on a GPU"
     )
@@ -96,7 +121,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of timed steps, at least; default: 60, quick: 8")
     parser.add_argument("--repetitions", type=int, default=3, help="at least 1")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=None)
-    parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for table, picture and figures")
+    parser.add_argument("--output", type=Path, help="folder for table, picture, figures and logs; default: none")
     options = parser.parse_args()
     if options.warm_up is not None and options.warm_up < 1:
         parser.error("--warm-up: expected a whole number from 1: the first step's end is where the clock starts")
@@ -172,38 +197,44 @@ def _tokenizer_only(source: Path, folder: Path) -> Path:
     return folder / "tokenizer"
 
 
-def _measure(options: argparse.Namespace, spec: Path, folder: Path) -> dict[str, list[dict]]:
-    results: dict[str, list[dict]] = {peer: [] for peer in options.peers}
+def _measure(options: argparse.Namespace, specs: dict[str, Path]) -> Results:
+    results: Results = {kind: {peer: [] for peer in options.peers} for kind in specs}
     for repetition in range(options.repetitions):
         minutes = (time.monotonic() - STARTED) / 60
         if options.quick and repetition and minutes * (repetition + 1) / repetition > QUICK_MINUTES:
             print(f"stopped after {repetition} of {options.repetitions} repetitions: time is up", file=sys.stderr)
             break
-        for peer in options.peers:
-            command = [sys.executable, str(HERE / "peers.py"), peer, str(spec)]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-            last = done.stdout.strip().rpartition("\n")[2]
-            if done.returncode or not last.startswith("{"):
-                reason = _reason(done.stderr or done.stdout)
-                options.output.mkdir(parents=True, exist_ok=True)
-                (options.output / f"{peer}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-                print(f"{peer}: not measured: {reason}", file=sys.stderr, flush=True)
-                results[peer].append({"failed": reason})
-                continue
-            results[peer].append(json.loads(last))
-            found = results[peer][-1]
-            speed = f"{found['tokens_per_second']:.0f} tokens/s"
-            if options.kernels:
-                speed = f"{found['t4_tokens_per_second']:.0f} tokens/s projected for a T4"
-            print(
-                f"{repetition + 1}/{options.repetitions} {peer}: {speed}, "
-                f"padding {found['padding_share']:.0%}, loss of the same rows {found['loss']:.4f}, "
-                f"then {found['loss_after']:.4f}, "
-                f"start {found['start_seconds']:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+        for kind, spec in specs.items():
+            for peer in options.peers:
+                found = _measure_one(options, peer, spec)
+                results[kind][peer].append(found)
+                words = found.get("failed") or _words(found)
+                failed = "not measured: " if "failed" in found else ""
+                turn = f"{repetition + 1}/{options.repetitions} {kind}".rstrip()
+                print(f"{turn} {peer}: {failed}{words}", file=sys.stderr, flush=True)
     return results
+
+
+def _measure_one(options: argparse.Namespace, peer: str, spec: Path) -> dict:
+    command = [sys.executable, str(HERE / "peers.py"), peer, str(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=spec.parent, check=False)
+    last = done.stdout.strip().rpartition("\n")[2]
+    if not done.returncode and last.startswith("{"):
+        return json.loads(last)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / f"{peer}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+    return {"failed": _reason(done.stderr or done.stdout)}
+
+
+def _words(found: dict) -> str:
+    speed = f"{found['tokens_per_second']:.0f} tokens/s"
+    if "t4_tokens_per_second" in found:
+        speed = f"{found['t4_tokens_per_second']:.0f} tokens/s projected for a T4"
+    return (
+        f"{speed}, padding {found['padding_share']:.0%}, loss of the same rows {found['loss']:.4f}, "
+        f"then {found['loss_after']:.4f}, start {found['start_seconds']:.0f} s"
+    )
 
 
 def _reason(log: str) -> str:

@@ -46,7 +46,7 @@ def test_quick_begins_no_repetition_that_would_not_end_in_time(monkeypatch, caps
     monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run))
     options = SimpleNamespace(peers=["lit_qlora"], repetitions=3, quick=quick, kernels=False, output=tmp_path)
-    assert compare._measure(options, tmp_path, tmp_path) == {"lit_qlora": [found] * begun}
+    assert compare._measure(options, {"": tmp_path}) == {"": {"lit_qlora": [found] * begun}}
     assert (f"stopped after {begun} of 3 repetitions: time is up" in capsys.readouterr().err) == (begun < 3)
 
 
@@ -61,7 +61,7 @@ def test_it_fails_where_ours_was_not_measured(monkeypatch, capsys, tmp_path, fai
     results["lit_qlora"].append(good if "lit_qlora" not in failing else {"failed": "no"})
     monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", "--peers", *results, "--output", str(tmp_path)])
     monkeypatch.setattr(compare, "_prepare", lambda *_: tmp_path)
-    monkeypatch.setattr(compare, "_measure", lambda *_: results)
+    monkeypatch.setattr(compare, "_measure", lambda *_: {"": results})
     monkeypatch.setattr(compare, "_picture", lambda *_: None)
     if status is None:
         compare.main()
@@ -109,6 +109,36 @@ def test_profiled_peers_have_a_table_by_class():
     assert lines[3] == "| lit-qlora, its defaults | 53.0 | 0.0 | 8.9 | 0.0 | 0.0 | 0.0 |"
     assert len(lines) == 6 and "700 TFLOP/s and 3,000 GB/s" in lines[-1]
     assert compare._kernel_table({"peers": {"lit_qlora": {"tokens_per_second": 1.0}}}) == []
+
+
+def test_quick_measures_short_rows_too_and_leaves_nothing_behind(monkeypatch, capsys, tmp_path):
+    """Defaults beside defaults, and the best beside the best, for both kinds of rows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", "--quick"])
+    prepared, speeds = [], {"lit_qlora": 300.0, "lit_qlora_tokens": 500.0, "trl_default": 100.0, "trl_packed": 200.0}
+
+    def prepare(options, folder):
+        prepared.append((options.data, options.rows))
+        (folder / "spec.json").write_text(json.dumps({"base": "small"}), encoding="utf-8")
+        return folder / "spec.json"
+
+    def measure_one(options, peer, spec):
+        found = dict.fromkeys(("padding_share", "loss", "loss_after", "start_seconds", "peak_gib", "steps"), 1.0)
+        speed = speeds.get(peer, 50.0) * (3 if spec.parent.name == "short" and "lit" in peer else 1)
+        return found | {"precision": "bf16-mixed", "tokens_per_second": speed}
+
+    monkeypatch.setattr(compare, "_prepare", prepare)
+    monkeypatch.setattr(compare, "_measure_one", measure_one)
+    compare.main()
+    assert prepared == [(compare.GUANACO, 8), ("demo", 64)]
+    out = capsys.readouterr().out
+    assert "On short rows:" in out
+    assert json.loads(out.splitlines()[-1]) == {
+        "ratio_to_trl_default": 3.0, "ratio_to_trl_best": 1.5, "best_ratio_to_trl_best": 2.5,
+        "short_ratio_to_trl_default": 9.0, "short_ratio_to_trl_best": 4.5, "short_best_ratio_to_trl_best": 7.5,
+        "repetitions": 3,
+    }  # fmt: skip
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@ jsonargparse does the parsing. Does not know what any option means.
 import re
 from argparse import ArgumentError
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
@@ -33,6 +34,26 @@ class OneLineErrors:
     """A mixin for jsonargparse parsers: errors are one line with the nearest accepted name, not a page of usage."""
 
     _actions: list[Any]
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **more: Any) -> Any:
+        """As jsonargparse's, but that a text is read as it was typed; see `_as_typed`."""
+        for action in self._actions:
+            if getattr(action, "_typehint", None) is not None and not isinstance(action._check_type_, partial):
+                action._check_type_ = partial(_as_typed, action.dest, action._typehint, action._check_type_)
+        own = args if args is None else self._with_dashes(args)
+        return super().parse_args(own, *others, **more)  # type: ignore[misc]
+
+    def _with_dashes(self, args: Sequence[str]) -> list[str]:
+        """``args``, where a text that begins with ``-`` is put to its option: by itself it would be another one."""
+        known = {name for action in self._actions for name in action.option_strings}
+        texts = {f"--{name}" for name, hint in self.types().items() if _is_text(hint)}
+        found = list[str]()
+        for arg in args:
+            if found and found[-1] in texts and re.match(r"-(?!-\w)", arg) and arg not in known:
+                found[-1] += f"={arg}"
+            else:
+                found.append(arg)
+        return found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError with the cause only."""
@@ -62,6 +83,56 @@ class OneLineErrors:
                 raise UserError(
                     f"has no value, expected {_type_name(hint)}", option=name, remedy="give one, or leave the line out"
                 )
+
+
+FREE_TEXTS = ("prompt", "system", "opening")
+"""Options of what is said to a model, where ``null`` is a text as any other; for files and names it stands for none."""
+
+
+class _Typed(str):
+    """A text that jsonargparse takes as it is: it reads anything that is a ``str`` itself as YAML."""
+
+
+def _as_typed(option: str, hint: Any, check: Callable[..., Any], value: Any, append: bool = False, **more: Any) -> Any:
+    """jsonargparse's ``check`` of an option's value, from the command line or a file, but that a text stays a text.
+
+    By itself it reads texts as YAML, where ``# x`` is a comment, and so nothing.
+    """
+    if isinstance(value, str):
+        if _is_text(hint):
+            is_none = value == "null" and hint is not str and option.rpartition(".")[2] not in FREE_TEXTS
+            return None if is_none else value
+        if _is_comment(value):
+            if not append and str not in get_args(hint):
+                raise TypeError(f'Parser key "{option}": Expected {_type_name(hint)}, got {excerpt(value)}')
+            value = _Typed(value)
+    elif dict[str, str] in (hint, *get_args(hint)) and isinstance(getattr(value, "val", None), str):
+        value = value._replace(val=_Typed(value.val))
+    return _untyped(check(value, append=append, **more))
+
+
+def _untyped(value: Any) -> Any:
+    """``value`` with plain texts in place of `_Typed` ones."""
+    if isinstance(value, list):
+        return [_untyped(one) for one in value]
+    if type(value) is dict:
+        return {name: _untyped(one) for name, one in value.items()}
+    return str(value) if isinstance(value, _Typed) else value
+
+
+def _is_text(hint: Any) -> bool:
+    """True if a type is that of a text, or of a text or none."""
+    return hint is str or {*get_args(hint)} == {str, NoneType}
+
+
+def _is_comment(text: str) -> bool:
+    """True if a text is nothing to YAML, and nobody wrote that it is to be nothing."""
+    if not text.strip() or text.strip().lower() in ("null", "~"):
+        return False
+    try:
+        return yaml.safe_load(text) is None
+    except (yaml.YAMLError, ValueError):
+        return False
 
 
 def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 The contents of checkpoints and adapters are written by others. Knows no torch.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -402,10 +403,14 @@ class _Readable(yaml.SafeDumper):
     """A dumper that writes multi-line texts, such as templates, line by line."""
 
 
-_Readable.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
-)
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    is_number = re.fullmatch(r"[-+]?\d[\d_]*\.?[\d_]*[eE][-+]?\d+", text)  # to jsonargparse, and not to PyYAML
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else "'" if is_number else None
+    )
+
+
+_Readable.add_representer(str, _write_text)
 
 
 _Readable.ignore_aliases = lambda *_: True  # type: ignore[method-assign]

@@ -50,6 +50,8 @@ JOINED = {
 }
 OPENING_LEFT_OUT = "rows that the assistant begins: what it says before the user is left out (or give data.opening)"
 OPENING_KEPT = "rows that the assistant begins, with data.opening put before"
+SYSTEM_LATER = "rows with messages of the system behind the first turn, which stand in the prompt"
+SYSTEM_REPEATED = "rows that repeat the system text, which stands once"
 SAYS_NOTHING = "rows with answers without a text, left out"
 UNSEEN = "rows with turns of the user without a text, left out with their answers"
 
@@ -96,8 +98,8 @@ def holds_messages(value: object) -> bool:
 def parse(rows: Any, opening: str | None = None) -> Parsed:
     """Reads messages into a conversation.
 
-    What the system says before the first turn becomes the system text; its message is not counted as a turn. Turns of
-    one role in a row are joined. A turn whose weight is 0, or whose ``train`` is false, is context only; so is the
+    What the system says before the first turn becomes the system text; its message is not counted as a turn. What it
+    says later stands in the prompt of the answer behind it, unless it only says the system text again. Turns of one role in a row are joined. A turn whose weight is 0, or whose ``train`` is false, is context only; so is the
     prompt in which such a system text stands. Tool calls, and parts that are no text, are left out; the result of a
     tool stands in the prompt of the answer behind it. A turn of the user with nothing but an image goes with its
     answer.
@@ -110,7 +112,7 @@ def parse(rows: Any, opening: str | None = None) -> Parsed:
     Raises:
         OpeningError: nobody but the assistant speaks, and there is no ``opening``.
         ValueError: naming the turn, when a message is no object, its role is unknown, its content is no text or
-            blank, its weight is neither 0 nor 1, or the system speaks later than first.
+            blank, or its weight is neither 0 nor 1.
     """
     listed = _listed(rows)
     changed: dict[str, None] = {}
@@ -118,12 +120,14 @@ def parse(rows: Any, opening: str | None = None) -> Parsed:
     said: list[_Message] = []
     for row in listed:
         message = _read(f"turn {len(said) + 1}", row, changed)
-        if message.role != "system":
-            said.append(message)
-        elif said:
-            raise ValueError(f"turn {len(said) + 1}: the system speaks, which it may only before the first turn")
-        else:
+        if message.role == "system" and not said:
             system.append(message)
+        elif message.role != "system":
+            said.append(message)
+        elif is_there(message.text):
+            is_again = message.text in [first.text for first in system]
+            changed[SYSTEM_REPEATED if is_again else SYSTEM_LATER] = None
+            said += [] if is_again else [message]
     texts = [message.text for message in system if is_there(message.text)]
     if len(texts) > 1:
         changed[JOINED["system"]] = None
@@ -234,9 +238,11 @@ def _turns(said: Sequence[_Message], changed: dict[str, None], is_first_learned:
     turns: list[Turn] = []
     is_seen = True
     for role, run in groupby(spoken, lambda message: _speaker(message.role)):
-        group = [message for message in run if message.text is not None]
-        if role == "user":
-            is_seen = bool(group)
+        heard = [*run]
+        group = [message for message in heard if message.text is not None]
+        if role == "user":  # what the system says is no question
+            asked = [message for message in group if message.role != "system"]
+            is_seen = bool(asked) or (bool(group) and len(heard) == len(group))
         if not is_seen:
             changed[UNSEEN] = None
             continue

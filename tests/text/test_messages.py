@@ -80,7 +80,6 @@ SYSTEM = {"role": "system", "content": "be kind"}
         ([SYSTEM, ASSISTANT], "only the assistant speaks, expected something that it answers"),
         ([{"role": "user", "content": None}], "a conversation needs at least one turn"),
         ([USER, ASSISTANT, [1]], "turn 3: expected an object with a role and a content, got list"),
-        ([USER, SYSTEM], "turn 2: the system speaks, which it may only before the first turn"),
     ],
 )
 def test_what_is_no_conversation_is_refused(rows, message):
@@ -205,6 +204,44 @@ def test_parts_of_a_content_are_joined_and_images_are_not_learned():
 )
 def test_other_lists_of_turns_are_read(rows):
     assert messages.parse(rows) == (Conversation(ANSWERED), (), ())
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ("suaSua", ["u", "a", "S\n\nu", "a"]),
+        ("suSa", ["u\n\nS", "a"]),
+        ("uSaua", ["u\n\nS", "a", "u", "a"]),
+        ("suaSSua", ["u", "a", "S\n\nS\n\nu", "a"]),
+        ("suaSa", ["u", "a", "S", "a"]),
+        ("suaS", ["u", "a", "S"]),
+    ],
+)
+def test_what_the_system_says_later_stands_in_the_prompt(order, said):
+    names = {"s": "system", "S": "system", "u": "user", "a": "assistant"}
+    parsed = messages.parse([{"role": names[one], "content": one} for one in order])
+    assert [turn.content for turn in parsed.conversation.turns] == said
+    assert parsed.conversation.system == ("s" if order[0] == "s" else None)
+    assert parsed.changed == (messages.SYSTEM_LATER,)
+
+
+def test_a_system_text_that_is_repeated_before_each_turn_stands_once():
+    rows = [SYSTEM, USER, {"role": "assistant", "content": "b"}] * 2
+    parsed = messages.parse(rows)
+    assert parsed.conversation.system == "be kind"
+    assert len(parsed.conversation.turns) == 4
+    assert parsed.changed == (messages.SYSTEM_REPEATED,)
+    blank = messages.parse([*rows[:3], {"role": "system", "content": " "}, *rows[1:3]])
+    assert (len(blank.conversation.turns), blank.changed) == (4, ())
+
+
+def test_what_the_system_says_beside_an_image_is_no_question():
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    answer = {"role": "assistant", "content": "b"}
+    later = {"role": "system", "content": "now"}
+    parsed = messages.parse([USER, answer, later, image, answer])
+    assert [turn.content for turn in parsed.conversation.turns] == [USER["content"], "b"]
+    assert messages.UNSEEN in parsed.changed
 
 
 def test_pairs_may_bring_a_system_text_and_say_what_is_learned():

@@ -35,13 +35,13 @@ class OneLineErrors:
 
     _actions: list[Any]
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **more: Any) -> Any:
+    def parse_args(self, *given: Any, **more: Any) -> Any:
         """As jsonargparse's, but that a text is read as it was typed; see `_as_typed`."""
         for action in self._actions:
             if getattr(action, "_typehint", None) is not None and not isinstance(action._check_type_, partial):
                 action._check_type_ = partial(_as_typed, action.dest, action._typehint, action._check_type_)
-        own = args if args is None else self._with_dashes(args)
-        return super().parse_args(own, *others, **more)  # type: ignore[misc]
+        args = (self._with_dashes(args) if args else args for args in given[:1])
+        return super().parse_args(*args, *given[1:], **more)  # type: ignore[misc]
 
     def _with_dashes(self, args: Sequence[str]) -> list[str]:
         """``args``, where a text that begins with ``-`` is put to its option: by itself it would be another one."""

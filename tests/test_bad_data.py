@@ -213,14 +213,6 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         ["turn 2", "assistant is empty"],
     ),
     (
-        "system late",
-        "rows.jsonl",
-        jsonl(chat(("user", "a"), ("assistant", "b"), ("system", "s"))),
-        "rows.jsonl:1",
-        None,
-        ["turn 3", "system"],
-    ),
-    (
         "only system",
         "rows.jsonl",
         jsonl(chat(("system", "s"))),

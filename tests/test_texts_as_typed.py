@@ -10,8 +10,9 @@ from lit_qlora.options import OneLineErrors
 from lit_qlora.storage.run import as_yaml
 
 TEXTS = [
-    "# x", "null", "~", "Null", "yes", "1e3", "-1e3", "1.5e3", "[a]", "a: b", "a:", "*x", "&x", "!x", "@x", '"x', '"x"', "'x'",
-    "`x", "%x", "> x", "| x", "{a}", "{a: 1}", "- [ ] x\n- y", "-x", "-", "---", "--- # x", "x # y", "true", "0x10",
+    "# x", "null", "~", "Null", "yes", "1e3", "-1e3", "1.5e3", "[a]", "a: b", "a:", "*x", "&x", "!x", "@x", '"x', '"x"',
+    "'x'", "`x",
+    "%x", "> x", "| x", "{a}", "{a: 1}", "- [ ] x\n- y", "-x", "-", "---", "--- # x", "x # y", "true", "0x10",
     "2024-01-01", "  x ", "a\nb: c", "", "=x", "x=y",
 ]  # fmt: skip
 

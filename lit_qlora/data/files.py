@@ -332,7 +332,9 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
                 )
             if not any(nearest(name.lower(), [*columns, *ELSEWHERE], 0.7) for name in header):
                 wanted, others = (
-                    ("text", "; give other names with data.columns") if "text" in columns else (columns[-1], "")
+                    ("text", "; give other names with data.columns, or columns of predict")
+                    if "text" in columns
+                    else (columns[-1], "")
                 )
                 raise UserError(
                     f"no column {wanted!r}, columns found: {excerpt(header)}",

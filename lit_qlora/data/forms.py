@@ -37,7 +37,6 @@ class RowForm(NamedTuple):
             list, which may be written out as text.
         opens: what the form begins with, where others are made of the same columns: the one that opens first is it.
         is_whole: whether it is a plain text, which is read only where all of it is to be learned.
-        use: whether it is a form of rows to train on, of prompts to answer, or of both.
     """
 
     name: str
@@ -49,7 +48,6 @@ class RowForm(NamedTuple):
     holds: Literal["text", "messages", "a list"] = "text"
     opens: re.Pattern[str] | None = None
     is_whole: bool = False
-    use: tuple[Use, ...] = ("training",)
 
     def of(self, columns: Mapping[str, str]) -> "RowForm":
         """The same with its columns by other names, and without those that ``columns`` does not name."""
@@ -60,21 +58,26 @@ class RowForm(NamedTuple):
 def _pair(name: str, question: str, answer: str, given: str = "context") -> RowForm:
     """The form of a question and its answer, with what is given to it, and with the pairs before it."""
     title = f"{question} and {answer}"
-    return RowForm(name, title, (question, answer), _asked, (given, "history"), holds="messages")
+    return RowForm(name, title, (question, answer), _answered, (given, "history"), holds="messages")
 
 
-def _asked(question: Any, answer: Any, given: Any, history: Any) -> list[Any]:
+def _answered(question: Any, answer: Any, given: Any, history: Any) -> list[Any]:
+    asked = _asked(question, given, history)
+    return [*asked, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+
+
+def _asked(question: Any, *beside: Any) -> list[Any]:
+    """The messages of a question, with what is given to it, and last the pairs before it."""
+    *given, history = beside
     before = list_in(history)
     if before is not None and not (isinstance(before, list) and all(_is_round(pair) for pair in before)):
         raise ValueError(f"the history is {kind(history)}, expected a list of pairs of texts")
     said = [text for pair in before or () for text in pair]
     rows = [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(said)]
     if isinstance(question, list):
-        rows += [*question, *([{"role": "user", "content": given}] if given else [])]
-    else:
-        asked = messages.JOINT.join(str(text) for text in (question, given) if messages.is_there(text))
-        rows.append({"role": "user", "content": asked})
-    return [*rows, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+        return [*rows, *question, *({"role": "user", "content": text} for text in given if text)]
+    asked = messages.JOINT.join(str(text) for text in (question, *given) if messages.is_there(text))
+    return [*rows, {"role": "user", "content": asked}]
 
 
 def _is_round(pair: Any) -> bool:
@@ -85,18 +88,13 @@ def _messages_in(rows: Any) -> Any:
     return rows
 
 
-def _question(text: str) -> Conversation:
-    return Conversation((Turn("user", text),))
-
-
 def _whole(text: str) -> Conversation:
     return Conversation((Turn("text", text),))
 
 
-BOTH: tuple[Use, ...] = ("training", "prompts")
 FORMS: list[RowForm] = [
-    RowForm("messages", "messages", ("messages",), _messages_in, holds="a list", use=BOTH),
-    RowForm("sharegpt", "messages", ("conversations",), _messages_in, holds="a list", use=BOTH,
+    RowForm("messages", "messages", ("messages",), _messages_in, holds="a list"),
+    RowForm("sharegpt", "messages", ("conversations",), _messages_in, holds="a list",
             aka=("conversation", "dialog", "dialogue")),
     RowForm("guanaco", "### Human:", ("text",), guanaco.parse, opens=guanaco.MARKER),
     RowForm("llama2", "[INST]", ("text",), llama2.parse, opens=re.compile(r"\[INST\]")),
@@ -110,17 +108,29 @@ FORMS: list[RowForm] = [
     _pair("input_output", "input", "output"),
     _pair("user_assistant", "user", "assistant"),
     RowForm("text", "plain text", ("text",), _whole, is_whole=True),
-    RowForm("prompt", "a question", ("prompt",), _question, use=("prompts",)),
 ]  # fmt: skip
 """All supported forms; of several that match a row, the first is used."""
 
 
 def forms_for(use: Use, columns: Mapping[str, str] | None = None) -> list[RowForm]:
     """Those of `FORMS` that are for ``use``; with ``columns``, those that are made of what it names, by its names."""
-    known = [form for form in FORMS if use in form.use]
+    known = FORMS if use == "training" else _prompts()
     if columns:
         return [form.of(columns) for form in known if {*form.needs} <= {*columns}]
     return [one for form in known for one in (form, *(form._replace(needs=(name,), aka=()) for name in form.aka))]
+
+
+def _prompts() -> list[RowForm]:
+    """The forms of prompts to answer: of a pair, its question, ``prompt`` before others; written texts come last."""
+    given = dict[str, list[str | None]]()
+    for pair in (form for form in FORMS if len(form.needs) > 1):
+        given.setdefault(pair.needs[0], []).extend(name for name in pair.may_have[:-1] if name != pair.needs[0])
+    asked = [
+        RowForm(name, name, (name,), _asked, (*dict.fromkeys(given[name]), "history"), holds="messages")
+        for name in sorted(given, key=lambda name: name != "prompt")
+    ]
+    lists, texts = ([form for form in FORMS if (form.holds == "a list") is is_list] for is_list in (True, False))
+    return [*lists, *asked, *(form for form in texts if form.opens)]
 
 
 def columns_of(forms: Sequence[RowForm]) -> list[str]:
@@ -133,11 +143,14 @@ def form_names() -> list[str]:
     return ["auto", *sorted({form.name for form in forms_for("training")})]
 
 
-def check_columns(columns: Mapping[str, str], form: str = "auto") -> None:
-    """Raises UserError unless ``columns``, as in ``data.columns``, makes up a form of rows to train on."""
-    option = "data.columns"
-    forms = [one for one in FORMS if "training" in one.use and form in ("auto", one.name)]
+def check_columns(
+    columns: Mapping[str, str], form: str = "auto", option: str = "data.columns", use: Use = "training"
+) -> None:
+    """Raises UserError unless ``columns``, as in ``option``, makes up a form of rows for ``use``."""
+    forms = [one for one in forms_for(use) if form in ("auto", one.name)]
     known = [*dict.fromkeys(name for one in forms for name in (*one.needs, *one.may_have) if name), SYSTEM]
+    if use == "prompts":  # an answer that is there is none of the prompt
+        known += [name for one in FORMS for name in one.needs if name not in known]
     for name, column in columns.items():
         if name not in known:
             raise UserError(
@@ -148,10 +161,11 @@ def check_columns(columns: Mapping[str, str], form: str = "auto") -> None:
     if not any({*one.needs} <= {*columns} for one in forms):
         near = [one for one in forms if {*one.needs} & {*columns}] or forms
         wanted = dict.fromkeys(" and ".join(one.needs) for one in near)
+        answer = f" --{option}.assistant answer" if use == "training" else ""
         raise UserError(
             f"names {' and '.join(columns) or 'no column'}, expected {' or '.join(wanted)}",
             option=option,
-            remedy="give the others, too, such as --data.columns.user question --data.columns.assistant answer",
+            remedy=f"give the others, too, such as --{option}.user question{answer}",
         )
 
 
@@ -173,8 +187,8 @@ MARKERS_ELSEWHERE = {
     "USER:": "Vicuna's format",
     "Human:": "plain Human: and Assistant:",
 }
-SHOWN = 60
-"""Most characters of a text in a row shown as an example."""
+_COLUMNS: Mapping[Use, str] = {"training": "data.columns", "prompts": "columns"}
+"""The option that names columns, by what the rows are for."""
 NAMED = 3
 """Forms whose columns are named where a row has none of them."""
 WHOLE = "rows of plain text, which is learned whole"
@@ -228,7 +242,7 @@ def read_row(
         RowError: when it has no such columns, or what they hold is no conversation.
     """
     known = forms_for(use, columns)
-    chosen = _form_of(row, known if form == "auto" else [one for one in known if one.name == form], is_whole)
+    chosen = _form_of(row, known if form == "auto" else [one for one in known if one.name == form], is_whole, use)
     used = [*chosen.needs, *chosen.may_have]
     system_columns = [columns[SYSTEM]] if columns and SYSTEM in columns else [] if columns else [*SYSTEM_COLUMNS]
     content = [_content(row, name, chosen) for name in used]
@@ -267,11 +281,11 @@ def _content(row: Mapping[str, Any], column: str | None, form: RowForm) -> Any:
     return value
 
 
-def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool) -> RowForm:
+def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool, use: Use) -> RowForm:
     """The one of ``forms`` that ``row`` has. Raises RowError where it has none."""
     found = [form for form in forms if all(name in row for name in form.needs)]
     if not found:
-        raise _no_column(row, forms)
+        raise _no_column(row, forms, use)
     if len(forms) == 1:
         return found[0]
     found = [form for form in found if all(messages.is_there(row[name]) for name in form.needs)] or found
@@ -284,9 +298,9 @@ def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool) -
     if usable:
         return usable[0]
     titles = " nor ".join(repr(form.title) for form in texts)
+    whole = "; plain text is learned whole with data.train_on all" if use == "training" else ""
     raise RowError(
-        f"column {texts[0].needs[0]!r} has neither {titles}, expected a conversation",
-        "mend or delete this row; plain text is learned whole with data.train_on all",
+        f"column {texts[0].needs[0]!r} has neither {titles}, expected a conversation", f"mend or delete this row{whole}"
     )
 
 
@@ -355,36 +369,32 @@ def _with_system(
     return conversation, notes
 
 
-def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowError:
+def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use) -> RowError:
     """Names what the forms are made of, and the options that read the row, or the row to write in its place."""
     problem = f"no column {_wanted(forms)}, columns found: {excerpt(list(row))}"
     names = {name.lower(): name for name in reversed(list(row)) if isinstance(name, str)}
     question = next((names[name] for name in QUESTIONS if name in names), None)
     answer = next((names[name] for name in ANSWERS if name in names), None)
-    is_to_train = any("training" in form.use for form in forms)
-    if question and not is_to_train:
-        return RowError(
-            problem, f"write rows such as {json.dumps({'prompt': _cut(str(row[question]))}, ensure_ascii=False)}"
-        )
+    is_to_train = use == "training"
     lists = [name for name in row if name != "rejected" and messages.holds_messages(list_in(row[name]))]
-    if is_to_train and lists and answer in (None, *lists):
-        return _by_columns(problem, {"messages": lists[0]})
-    if is_to_train and question and answer:
+    if lists and (not is_to_train or answer in (None, *lists)):
+        return _by_columns(problem, {"messages": lists[0]}, use)
+    if question and (answer or not is_to_train):
         given = next((names[name] for name in GIVEN if name in names and names[name] != question), None)
         system = next((name for name in SYSTEM_COLUMNS if messages.is_there(row.get(name))), None)
-        columns = {"user": question, "context": given, "assistant": answer, SYSTEM: system}
-        return _by_columns(problem, {name: column for name, column in columns.items() if column})
+        columns = {"user": question, "context": given, "assistant": answer if is_to_train else None, SYSTEM: system}
+        return _by_columns(problem, {name: column for name, column in columns.items() if column}, use)
     for name, value in row.items():
         is_list = isinstance(list_in(value), list)
         for form in forms:
             for known in form.needs if len(form.needs) == 1 else ():
                 if is_list == (form.holds == "a list") and nearest(str(name).lower(), [known], 0.8):
-                    remedy = RowError(problem, f"rename {name!r} to {known!r}")
-                    return _by_columns(problem, {known: str(name)}) if is_to_train else remedy
-    has_texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values()) > 1
-    named = "name them with --data.columns.user COLUMN --data.columns.assistant COLUMN, or "
-    example = EXAMPLE if is_to_train else _messages("…", "…")
-    return RowError(problem, f"{named if has_texts and is_to_train else ''}write rows such as {example}")
+                    return _by_columns(problem, {known: str(name)}, use)
+    texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values())
+    asked, answered = (f"--{_COLUMNS[use]}.{name} COLUMN" for name in ("user", "assistant"))
+    named = (f"name them with {asked} {answered}, or " if texts > 1 else "") if is_to_train else f"give {asked}, or "
+    example = EXAMPLE if is_to_train else json.dumps({"prompt": "…"}, ensure_ascii=False)
+    return RowError(problem, f"{named}write rows such as {example}")
 
 
 def _wanted(forms: Sequence[RowForm]) -> str:
@@ -396,14 +406,10 @@ def _wanted(forms: Sequence[RowForm]) -> str:
     return " or ".join(shown[:NAMED]) + (f" or {shown[NAMED]} (or others)" if len(shown) > NAMED else "")
 
 
-def _by_columns(problem: str, columns: Mapping[str, str]) -> RowError:
+def _by_columns(problem: str, columns: Mapping[str, str], use: Use) -> RowError:
     """What to do where ``columns`` would have the row read."""
-    given = " ".join(f"--data.columns.{name} {shlex.quote(column)}" for name, column in columns.items())
+    given = " ".join(f"--{_COLUMNS[use]}.{name} {shlex.quote(column)}" for name, column in columns.items())
     return RowError(problem, f"give {given}")
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _messages(question: str, answer: str) -> str:

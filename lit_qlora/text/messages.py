@@ -99,10 +99,10 @@ def parse(rows: Any, opening: str | None = None) -> Parsed:
     """Reads messages into a conversation.
 
     What the system says before the first turn becomes the system text; its message is not counted as a turn. What it
-    says later stands in the prompt of the answer behind it, unless it only says the system text again. Turns of one role in a row are joined. A turn whose weight is 0, or whose ``train`` is false, is context only; so is the
-    prompt in which such a system text stands. Tool calls, and parts that are no text, are left out; the result of a
-    tool stands in the prompt of the answer behind it. A turn of the user with nothing but an image goes with its
-    answer.
+    says later stands in the prompt of the answer behind it, unless it only says the system text again. Turns of one
+    role in a row are joined. A turn whose weight is 0, or whose ``train`` is false, is context only; so is the prompt
+    in which such a system text stands. Tool calls, and parts that are no text, are left out; the result of a tool
+    stands in the prompt of the answer behind it. A turn of the user with nothing but an image goes with its answer.
 
     Args:
         rows: the messages.

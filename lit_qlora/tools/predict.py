@@ -1,4 +1,4 @@
-"""Owns the verb predict: a file of prompts in, a jsonl of answers out, in the same order. Knows no model.
+"""Owns the verb predict: prompts in, a jsonl of answers out, in the same order. Knows no model.
 
 Prompts of similar length are answered together. Batches and samples are a function of the file and the options only: a
 process that resumes after a kill gives the same output.
@@ -8,15 +8,16 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lit_qlora.console import progress_bar, tell
-from lit_qlora.data.files import COMPRESSED, ENDINGS, read_rows
-from lit_qlora.data.forms import columns_of, forms_for, read_row
+from lit_qlora.data.files import ARROW, COMPRESSED, ENDINGS, Row
+from lit_qlora.data.forms import check_columns, read_row
 from lit_qlora.data.records import Counts
+from lit_qlora.data.sources import FILES, Source, SourceOption, find_splits, is_hub_id, read_source, sources_of
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import SaveError, output_path
@@ -25,13 +26,15 @@ from lit_qlora.text.formats import PromptFormat
 from lit_qlora.tools.answering.answerer import Answerer, check_prompt
 from lit_qlora.tools.answering.unfinished import Unfinished
 
+ANSWERED = "last answers left out, for each question is answered here"
 SECONDS_BETWEEN_LINES = 10
 """Seconds between lines of progress without a terminal on standard error."""
 
 
 def predict(
-    prompts: str,
+    prompts: SourceOption,
     output: str,
+    columns: dict[str, str] | None = None,
     run: str | None = None,
     adapter: str | None = None,
     base: str | None = None,
@@ -41,9 +44,10 @@ def predict(
     """Answer a file of prompts with a run's best adapter; given again after an interruption, resume.
 
     Args:
-        prompts: txt (a prompt a line), or jsonl, json, csv, parquet with a column prompt (and, if you like,
-            system) or messages.
+        prompts: txt (a prompt a line), or rows from wherever data.source of fit takes them, in any form that it reads:
+            the question of each is asked, and an answer that is there is left out.
         output: the jsonl to write: prompt, answer, and whether the answer ended by itself.
+        columns: what a table calls the columns of such a form: user (also system, context, history), messages or text.
         run: run folder; default: the newest run.
         adapter: an adapter folder instead of a run.
         base: the base of that adapter; default: the one that the folder names.
@@ -60,9 +64,11 @@ def predict(
     unfinished.check_free()
     if not target.parent.is_dir():
         raise UserError(f"no folder {target.parent}", option="output")
-    rows = read_file(Path(prompts))  # a wrong one is reported first
+    if columns is not None:
+        check_columns(columns, option="columns", use="prompts")
+    rows = read_prompts(prompts, columns)  # a wrong one is reported first
     answerer = Answerer(run, adapter, base)
-    questions = open_prompts(rows, answerer.encoder.prompt_format)
+    questions = open_prompts(rows, answerer.encoder.prompt_format, columns)
     ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
     belongs_to = _belongs_to(answerer, ids, sampling, batch_size)
     if unfinished.is_whole(belongs_to):
@@ -181,52 +187,75 @@ class _Progress:
 
 
 def open_prompts(
-    rows: Sequence[tuple[str, dict[str, Any]]],
-    prompt_format: PromptFormat,
+    rows: Sequence[Row], prompt_format: PromptFormat, columns: Mapping[str, str] | None = None
 ) -> list[tuple[str, Conversation]]:
-    """The open prompts in the rows of `read_file`, each with its place; prints what of the rows is not used.
+    """The open prompts in the rows of `read_prompts`, each with its place; prints what of the rows is not used.
 
     Args:
         rows: columns by name, with their place.
         prompt_format: the prompt format.
+        columns: what the columns of a form are called in the rows; None: as in `forms.FORMS`.
 
     Raises:
         UserError: naming file and line, for a row that is no prompt.
     """
     counts, prompts = Counts(), []
-    for where, row in rows:
+    for row in rows:
         try:
-            read = read_row(row, marks=prompt_format.marks, use="prompts")
+            read = read_row(row.value, marks=prompt_format.marks, use="prompts", columns=columns)
         except ValueError as error:
-            raise UserError(str(error), place=where, remedy=getattr(error, "remedy", None)) from error
-        check_prompt(read.conversation, prompt_format, numbered=True, place=where)
+            raise UserError(str(error), place=row.where, remedy=getattr(error, "remedy", None)) from error
+        asked = read.conversation
+        if asked.is_answered:
+            asked = replace(asked, turns=asked.turns[:-1])
+            counts.dropped[ANSWERED] += 1
+        check_prompt(asked, prompt_format, numbered=True, place=row.where)
         counts.add(read)
-        prompts.append((where, read.conversation))
+        prompts.append((row.where, asked))
     for what, number in counts.in_words().items():
         print(f"prompts: {number:,} {what}", file=sys.stderr)
     return prompts
 
 
-def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a file of prompts, each with its place. Raises UserError for a file without any."""
-    if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"not UTF-8 (byte {error.start})", place=path, remedy="save it as UTF-8") from error
-        except OSError as error:
-            raise UserError(f"can't be read ({error.strerror})", place=path) from error
-        rows: list[tuple[str, Any]] = [
-            (f"{path}:{number}", {"prompt": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()
-        ]
-    else:
-        if path.suffix.lower() not in (*ENDINGS, *COMPRESSED):
-            raise UserError(f"the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}", place=path)
-        rows = []
-        for row in read_rows(path, columns_of(forms_for("prompts"))):
-            if row.fault:  # each prompt has its answer, in order: none can be skipped
-                raise row.fault
-            rows.append((row.where, row.value))
+def read_prompts(prompts: SourceOption, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of a file of prompts, or of what `sources_of` takes; of splits, those for scoring are read.
+
+    Raises:
+        UserError: there is nothing, or a row can't be read: each prompt has its answer, so none is left out.
+    """
+    rows = list[Row]()
+    for source in sources_of(prompts, "prompts"):
+        require(source.share == 1, "prompts.share", "none: it is of rows to train on", source.share)
+        require(source.columns is None, "prompts.columns", "none: --columns names them", source.columns)
+        rows += _rows_of(source, [*(columns or {}).values()])
+    for row in rows:
+        if row.fault:
+            raise row.fault
     if not rows:
-        raise UserError("no prompt in it", place=path)
+        raise UserError("no prompt in it", place=str(prompts))
     return rows
+
+
+def _rows_of(source: Source, columns: Sequence[str]) -> list[Row]:
+    path = Path(source.path).expanduser()
+    if path.suffix.lower() == ".txt" and not is_hub_id(source):
+        return list(_lines_of(path))
+    if path.is_file() and not path.name.lower().endswith((*FILES, *COMPRESSED, ARROW)):
+        raise UserError(f"the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}", place=path)
+    splits = find_splits(source)
+    name = splits.for_scoring("test", "validation")
+    if others := [*(one for one in splits.names.values() if one != name), *splits.unread]:
+        print(f"prompts: {name} of {source}; not read: {', '.join(others)}", file=sys.stderr)
+    return read_source(source, name, columns)
+
+
+def _lines_of(path: Path) -> Iterator[Row]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 (byte {error.start})", place=path, remedy="save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror})", place=path) from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield Row(f"{path}:{number}", {"prompt": line.strip()})

@@ -1,5 +1,6 @@
 """main.py predict: answers in the order of the prompts, the same however they were batched, cut or resumed."""
 
+import gzip
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from lit_qlora.text.formats import chosen
 from lit_qlora.tools import predict as module
 from lit_qlora.tools.answering.answerer import Answer, Answerer
 from lit_qlora.tools.answering.unfinished import Unfinished
-from lit_qlora.tools.predict import batches_by_length, open_prompts, read_file
+from lit_qlora.tools.predict import batches_by_length, open_prompts, read_prompts
 
 ROOT = Path(__file__).parents[2]
 ENOUGH = ["--max_new_tokens", "24"]
@@ -339,25 +340,25 @@ def test_every_form_of_prompts(tmp_path, capsys):
     quoted = json.dumps(dialog).replace('"', '""')
     (tmp_path / "p.csv").write_text(f'prompt,system,messages\n,,"{quoted}"\n"x, y",S,\nz,,\n')
     for name in ("p.jsonl", "p.json", "p.parquet", "p.csv"):
-        assert [conversation for _, conversation in open_prompts(read_file(tmp_path / name), chosen())] == [
+        assert [conversation for _, conversation in open_prompts(read_prompts(tmp_path / name), chosen())] == [
             long,
             short,
             bare,
         ], name
     (tmp_path / "p.txt").write_text("\ufeffz\r\n\n  one\u2028line \n", encoding="utf-8")
-    assert open_prompts(read_file(tmp_path / "p.txt"), chosen()) == [
+    assert open_prompts(read_prompts(tmp_path / "p.txt"), chosen()) == [
         (f"{tmp_path}/p.txt:1", bare),
         (f"{tmp_path}/p.txt:3", Conversation((Turn("user", "one\u2028line"),))),
     ]
     (tmp_path / "only.csv").write_text("prompt\nz\n")
-    assert [conversation for _, conversation in open_prompts(read_file(tmp_path / "only.csv"), chosen())] == [bare]
+    assert [conversation for _, conversation in open_prompts(read_prompts(tmp_path / "only.csv"), chosen())] == [bare]
 
 
 def test_prompts_are_read_as_rows_to_train_on_are(tmp_path, capsys):
     turns = [{"role": "user", "content": "a</s>", "name": "Bo"}]
     rows = ["messages,prompt,system_prompt,id", f'"{turns}",b,S,7', ",c,,8"]
     (tmp_path / "p.csv").write_text("\n".join(rows))
-    asked = [conversation for _, conversation in open_prompts(read_file(tmp_path / "p.csv"), chosen())]
+    asked = [conversation for _, conversation in open_prompts(read_prompts(tmp_path / "p.csv"), chosen())]
     assert asked == [Conversation((Turn("user", "a"),), "S"), Conversation((Turn("user", "c"),))]
     assert capsys.readouterr().err == (
         "prompts: 1 rows had special tokens written out at the edges of turns, which were taken off: </s> (1)\n"
@@ -366,7 +367,89 @@ def test_prompts_are_read_as_rows_to_train_on_are(tmp_path, capsys):
     )
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{\n{"prompt": "b"}\n')
     with pytest.raises(UserError, match=r"p\.jsonl:2: no JSON"):
-        read_file(tmp_path / "p.jsonl")
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def asked(*turns, system=None):
+    roles = ("user", "assistant") * len(turns)
+    return Conversation(tuple(Turn(role, text) for role, text in zip(roles, turns, strict=False)), system)
+
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+LEFT = f"prompts: 1 {module.ANSWERED}\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "prompt", "note"),
+    [
+        (
+            {"instruction": "a", "input": "i", "output": "b", "system": "S"},
+            None,
+            asked("a\n\ni", system="S"),
+            "'output'",
+        ),
+        ({"instruction": "a", "context": "i", "response": "b"}, None, asked("a\n\ni"), "'response'"),
+        ({"instruction": "a", "input": "", "history": [["x", "y"]]}, None, asked("x", "y", "a"), ""),
+        ({"prompt": "a", "completion": "b"}, None, asked("a"), "'completion'"),
+        ({"question": "a", "answer": "b"}, None, asked("a"), "'answer'"),
+        ({"query": "a", "response": "b"}, None, asked("a"), "'response'"),
+        ({"input": "a", "output": "b"}, None, asked("a"), "'output'"),
+        ({"prompt": "a", "question": "z"}, None, asked("a"), "'question'"),
+        ({"prompt": TALK[:1]}, None, asked("a"), ""),
+        ({"conversations": [{"from": "human", "value": "a"}]}, None, asked("a"), ""),
+        ({"messages": TALK}, None, asked("a", "b", "c"), ""),
+        ({"messages": TALK[:2]}, None, asked("a"), LEFT),
+        ({"text": "### Human: a### Assistant: b"}, None, asked("a"), LEFT),
+        ({"text": "<s>[INST] a [/INST] b </s>"}, None, asked("a"), LEFT),
+        (
+            {"Frage": "a", "Antwort": "b", "dazu": "c"},
+            {"user": "Frage", "context": "dazu"},
+            asked("a\n\nc"),
+            "'Antwort'",
+        ),
+        ({"chat": TALK}, {"messages": "chat"}, asked("a", "b", "c"), ""),
+    ],
+)
+def test_every_form_that_a_fit_reads_is_a_prompt(row, columns, prompt, note, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    rows = read_prompts(str(tmp_path / "p.jsonl"), columns)
+    assert [found for _, found in open_prompts(rows, chosen(), columns)] == [prompt]
+    said = capsys.readouterr().err
+    assert note in said if note else said == ""
+
+
+def test_prompts_come_from_wherever_rows_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = ['{"prompt": "a"}\n', '{"prompt": "b"}\n']
+    Path("parts").mkdir()
+    for number, line in enumerate(lines):
+        Path(f"parts/p{number}.jsonl").write_text(line)
+    Path("both").mkdir()
+    Path("both/train.jsonl").write_text(lines[0])
+    Path("both/test.jsonl").write_text(lines[1])
+    Path("p.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    Path("p.txt").write_text("a\nb\n")
+    for source in ("parts/*.jsonl", "p.jsonl.gz", "p.txt", ["parts/p0.jsonl", {"path": "both"}]):
+        assert [row.value for row in read_prompts(source)] == [{"prompt": "a"}, {"prompt": "b"}]
+    assert capsys.readouterr().err == "prompts: test of both; not read: train\n"
+    assert [row.value for row in read_prompts("both:train")] == [{"prompt": "a"}]
+    for source, words in (
+        ({"path": "p.txt", "share": 0.5}, "prompts.share: expected none"),
+        ({"path": "p.txt", "pth": "x"}, "prompts: 'pth' is unknown"),
+        ("no.jsonl", "no.jsonl: no such file"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_prompts(source)
+        assert words in str(caught.value)
+
+
+def test_columns_are_an_option(here, slow, capsys):
+    (here / "p.csv").write_text("Frage;Antwort\nWho is Ada?;A cook.\n")
+    assert predict("--columns.user", "Frage", prompts="p.csv") == 0
+    assert [line["prompt"] for line in read("answers.jsonl")] == ["Who is Ada?"]
+    assert predict(prompts="p.csv", output="b.jsonl") == 2
+    assert predict("--columns.usr", "Frage", prompts="p.csv", output="b.jsonl") == 2
+    assert "columns: 'usr' is unknown" in capsys.readouterr().err
 
 
 def test_a_systems_text_and_earlier_turns_reach_the_model(here, answerer):
@@ -393,15 +476,16 @@ def test_a_systems_text_and_earlier_turns_reach_the_model(here, answerer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"prompt": ""}', "p.jsonl:2: a turn of the user is empty"),
-        ('{"prompt": " "}', "p.jsonl:2: a turn of the user is empty"),
+        ('{"prompt": ""}', "p.jsonl:2: turn 1: a turn of the user is empty"),
+        ('{"prompt": " "}', "p.jsonl:2: turn 1: a turn of the user is empty"),
         ('{"prompt": 3}', "p.jsonl:2: column 'prompt' holds a number, expected text"),
-        ('{"promt": "x"}', "p.jsonl:2: no column 'messages' or 'conversations' or 'prompt', columns found:"),
+        ('{"promt": "x"}',
+         "p.jsonl:2: no column 'messages' or 'conversations' or 'prompt' or 'instruction' (or others), columns found:"
+         " ['promt']; give --columns.prompt promt"),
         ('{"prompt": "x [/INST] y"}', "p.jsonl:2: turn 1 holds the tag [/INST], which could forge a turn"),
         ('{"prompt": "x", "system": "<<SYS>>"}', "p.jsonl:2: the system text holds the tag <<SYS>>"),
         (r'{"prompt": "x \ud800"}', "p.jsonl:2: turn 1 holds bytes that are no UTF-8, or half"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-         "p.jsonl:2: the last turn is the assistant's, expected the user's"),
+        ('{"text": "Once upon a time."}', "p.jsonl:2: column 'text' has neither '### Human:' nor '[INST]'"),
         ('{"messages": "no list"}', "p.jsonl:2: expected a list of messages, got str"),
         (json.dumps({"prompt": "word " * 1100}),
          "p.jsonl:2: a prompt of 3316 tokens and max_new_tokens=24 are more than the 1024 tokens of demo"),
@@ -479,4 +563,4 @@ def test_an_ending_that_is_none_names_all_that_are(tmp_path, name):
     with pytest.raises(
         UserError, match=r"the ending is '(\.doc)?', expected one of \.txt, \.jsonl, \.json, \.csv, \.parquet"
     ):
-        read_file(tmp_path / name)
+        read_prompts(tmp_path / name)

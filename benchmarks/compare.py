@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 STARTED = time.monotonic()
@@ -245,6 +244,8 @@ def _reason(log: str) -> str:
 
 
 def _report(options: argparse.Namespace, results: dict[str, list[dict]]) -> dict:
+    from lit_qlora.figures.card import versions
+
     peers = {}
     for peer, runs in results.items():
         good = [run for run in runs if "failed" not in run]
@@ -265,7 +266,7 @@ def _report(options: argparse.Namespace, results: dict[str, list[dict]]) -> dict
     return {
         "command": "python " + " ".join(sys.argv),
         "machine": _machine(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": versions(PACKAGES),
         "settings": {
             key: value for key, value in vars(options).items() if key not in ("output", "peers", "base", "tokenizer")
         },
@@ -297,13 +298,6 @@ def _machine() -> str:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _kernel_table(report: dict) -> list[str]:

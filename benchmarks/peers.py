@@ -135,45 +135,20 @@ def trl_default(spec: dict, clock: Clock, **best: object) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(
-        spec["base"],
-        quantization_config=_quantization(torch.float16 if spec["t4"] else torch.bfloat16),
-        dtype=torch.float16 if spec["t4"] else torch.bfloat16,
-        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-    )
-    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     on_t4 = {"fp16": True, "bf16": False} if spec["t4"] else {}
-    config = SFTConfig(
-        output_dir="trl",
-        max_length=spec["max_length"],
-        learning_rate=2e-4,
-        lr_scheduler_type="constant",
-        max_steps=100_000,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=not torch.cuda.is_available(),
-        **({"per_device_train_batch_size": spec["batch_size"]} | on_t4 | best),
-    )
+    more = {"max_length": spec["max_length"], "use_cpu": not torch.cuda.is_available()}
+    model, tokenizer = _base(spec)
     trainer = SFTTrainer(
         model,
-        args=config,
+        args=SFTConfig(**_options(spec, "trl") | more | on_t4 | best),
         train_dataset=Dataset.from_list(_rows(spec)),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=spec["rank"], lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"),
     )
     _adapters_in_fp32(trainer, spec)
-    collate, trainer.data_collator = trainer.data_collator, _counted(trainer.data_collator, clock)
-    loss = _score(trainer, collate, spec)
-
-    trainer.add_callback(_timer(clock))
-    trainer.train()
-    clock.report(
-        loss, _score(trainer, collate, spec), "16-mixed" if config.fp16 else "bf16-mixed" if config.bf16 else "32-true"
-    )
+    _measure(trainer, spec, clock)
 
 
 def trl_grouped(spec: dict, clock: Clock) -> None:
@@ -205,44 +180,21 @@ def plain(spec: dict, clock: Clock) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        DataCollatorForSeq2Seq,
-        Trainer,
-        TrainingArguments,
-    )
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    half = torch.float16 if spec["t4"] else torch.bfloat16
-    device = 0 if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        spec["base"], quantization_config=_quantization(half), dtype=half, device_map={"": device}
-    )
-    model = prepare_model_for_kbit_training(model)
-    model = get_peft_model(
-        model,
-        LoraConfig(r=spec["rank"], lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
-
+    model, tokenizer = _base(spec)
+    lora = LoraConfig(r=spec["rank"], lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
     arguments = TrainingArguments(
-        output_dir="plain", per_device_train_batch_size=spec["batch_size"], learning_rate=2e-4, max_steps=100_000,
-        lr_scheduler_type="constant", fp16=bool(spec["t4"]), bf16=not spec["t4"], report_to="none", save_strategy="no",
-        train_sampling_strategy="group_by_length", use_cpu=not torch.cuda.is_available(), gradient_checkpointing=True,
+        **_options(spec, "plain"), fp16=bool(spec["t4"]), bf16=not spec["t4"], gradient_checkpointing=True,
+        train_sampling_strategy="group_by_length", use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
-
     trainer = Trainer(
-        model,
+        get_peft_model(prepare_model_for_kbit_training(model), lora),
         arguments,
         train_dataset=Dataset.from_list(_rows(spec)),
-        data_collator=_counted(collate, clock),
-        callbacks=[_timer(clock)],
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
     )
-    loss = _score(trainer, collate, spec)
-    trainer.train()
-    clock.report(loss, _score(trainer, collate, spec), "16-mixed" if spec["t4"] else "bf16-mixed")
+    _measure(trainer, spec, clock)
 
 
 def unsloth(spec: dict, clock: Clock, checkpointing: str | bool = "unsloth", **best: object) -> None:
@@ -270,31 +222,12 @@ def unsloth(spec: dict, clock: Clock, checkpointing: str | bool = "unsloth", **b
         target_modules=TARGETS,
         use_gradient_checkpointing=checkpointing,
     )
-    config = SFTConfig(
-        output_dir="unsloth",
-        max_length=spec["max_length"],
-        gradient_accumulation_steps=1,  # its own default is 2: another number of rows a step
-        learning_rate=2e-4,
-        lr_scheduler_type="constant",
-        max_steps=100_000,
-        report_to="none",
-        save_strategy="no",
-        fp16=bool(spec["t4"]),
-        bf16=not spec["t4"],
-        **({"per_device_train_batch_size": spec["batch_size"]} | best),
-    )
-    trainer = SFTTrainer(
-        model,
-        args=config,
-        train_dataset=Dataset.from_list(_rows(spec)),
-        processing_class=tokenizer,
-        callbacks=[_timer(clock)],
-    )
+    more = {"max_length": spec["max_length"], "fp16": bool(spec["t4"]), "bf16": not spec["t4"]}
+    more |= {"gradient_accumulation_steps": 1}  # its own default is 2: another number of rows a step
+    config = SFTConfig(**_options(spec, "unsloth") | more | best)
+    trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(_rows(spec)), processing_class=tokenizer)
     _adapters_in_fp32(trainer, spec)
-    collate, trainer.data_collator = trainer.data_collator, _counted(trainer.data_collator, clock)
-    loss = _score(trainer, collate, spec)
-    trainer.train()
-    clock.report(loss, _score(trainer, collate, spec), "16-mixed" if spec["t4"] else "bf16-mixed")
+    _measure(trainer, spec, clock)
 
 
 def unsloth_packed(spec: dict, clock: Clock, checkpointing: str | bool = "unsloth") -> None:
@@ -311,6 +244,42 @@ def unsloth_packed_plain(spec: dict, clock: Clock) -> None:
 def unsloth_kept(spec: dict, clock: Clock) -> None:
     """Without checkpointing: as many rows, padding-free, as a T4 has the memory for."""
     unsloth(spec, clock, checkpointing=False, per_device_train_batch_size=max(1, spec["batch_size"] // 2))
+
+
+def _base(spec: dict) -> tuple[Any, Any]:
+    """The 4-bit base of transformers', and its tokenizer, which can pad."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    half = torch.float16 if spec["t4"] else torch.bfloat16
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
+    )
+    place = {"": 0 if torch.cuda.is_available() else "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["base"], quantization_config=quantization, dtype=half, device_map=place
+    )
+    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return model, tokenizer
+
+
+def _options(spec: dict, folder: str) -> dict[str, Any]:
+    """Options of transformers' Trainer that are the same for all."""
+    return {
+        "output_dir": folder, "per_device_train_batch_size": spec["batch_size"], "learning_rate": 2e-4,
+        "lr_scheduler_type": "constant", "max_steps": 100_000, "report_to": "none", "save_strategy": "no",
+    }  # fmt: skip
+
+
+def _measure(trainer: Any, spec: dict, clock: Clock) -> None:
+    """Train between two scores of the same rows, and report."""
+    collate, trainer.data_collator = trainer.data_collator, _counted(trainer.data_collator, clock)
+    loss = _score(trainer, collate, spec)
+    trainer.add_callback(_timer(clock))
+    trainer.train()
+    precision = "16-mixed" if trainer.args.fp16 else "bf16-mixed" if trainer.args.bf16 else "32-true"
+    clock.report(loss, _score(trainer, collate, spec), precision)
 
 
 def _adapters_in_fp32(trainer: object, spec: dict) -> None:
@@ -369,14 +338,6 @@ def _score(trainer: object, collate: Callable[[list[dict]], dict], spec: dict) -
         return float(trainer.compute_loss(trainer.model, batch))
 
 
-def _quantization(half: object) -> object:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
-    )
-
-
 def _has(package: str) -> bool:
     from importlib.util import find_spec
 
@@ -384,17 +345,12 @@ def _has(package: str) -> bool:
 
 
 NAMES: dict[str, Callable[[dict, Clock], None]] = {
-    "lit_qlora": lit_qlora,
-    "lit_qlora_tokens": lit_qlora_tokens,
-    "trl_default": trl_default,
-    "trl_grouped": trl_grouped,
-    "trl_packed": trl_packed,
-    "plain": plain,
-    "unsloth": unsloth,
-    "unsloth_packed": unsloth_packed,
-    "unsloth_packed_plain": unsloth_packed_plain,
-    "unsloth_kept": unsloth_kept,
-}
+    peer.__name__: peer
+    for peer in (
+        lit_qlora, lit_qlora_tokens, trl_default, trl_grouped, trl_packed, plain, unsloth, unsloth_packed,
+        unsloth_packed_plain, unsloth_kept,
+    )
+}  # fmt: skip
 
 if __name__ == "__main__":
     chosen = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))

@@ -271,17 +271,8 @@ def write_rows(file: Path, count: int) -> Path:
 def timed_all_reduce(options: argparse.Namespace) -> Any:
     """Milliseconds of one all-reduce of the gradients of a rank-16 adapter of the whole 7B (160 MB)."""
     count = 1_000_000 if options.cpu else 40_000_000
-    own = [str(Path(__file__).resolve()), "--all-reduce", str(count), *(["--cpu"] if options.cpu else [])]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port",
-        "29488",
-        "--",
-        *own,
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", "29488", "--"]
+    command += [str(Path(__file__).resolve()), "--all-reduce", str(count), *(["--cpu"] if options.cpu else [])]
     environment = os.environ | {"NCCL_NVLS_ENABLE": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
     last = done.stdout.strip().splitlines()[-1:] or [done.stderr[-500:]]

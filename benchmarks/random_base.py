@@ -52,10 +52,7 @@ def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | 
             f"{at}.mlp.up_proj.weight": wide,
             f"{at}.mlp.down_proj.weight": narrow,
         }
-        norms = {
-            f"{at}.input_layernorm.weight": (hidden,),
-            f"{at}.post_attention_layernorm.weight": (hidden,),
-        }
+        norms = {f"{at}.input_layernorm.weight": (hidden,), f"{at}.post_attention_layernorm.weight": (hidden,)}
         write(f"layer-{number:03d}.safetensors", attention | mlp | norms)
     write(
         "ends.safetensors",

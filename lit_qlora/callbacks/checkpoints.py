@@ -283,7 +283,15 @@ class RunCheckpoints(StepCallback, Needs):
             tell(f"warning: {error}; the best adapter has no second copy, and the next save retries")
 
     def attempt(self, what: str, save: Callable[[], None]) -> bool:
-        """True if ``save`` succeeded; otherwise one line reports why, and the next save retries."""
+        """Save something, and report a failure in one line; the next save retries.
+
+        Args:
+            what: key of `failures`.
+            save: raises OSError if it fails.
+
+        Returns:
+            True if it succeeded.
+        """
         try:
             save()
         except OSError as error:

@@ -59,10 +59,7 @@ class RunIdentity(Callback):
     """
 
     def __init__(
-        self,
-        resume_from: Path | None = None,
-        settings: Mapping[str, Any] | None = None,
-        rows: Path | None = None,
+        self, resume_from: Path | None = None, settings: Mapping[str, Any] | None = None, rows: Path | None = None
     ) -> None:
         self.resume_from, self.settings, self.rows = resume_from, dict(settings or {}), rows
         self._old_steps: int | None = None

@@ -44,10 +44,7 @@ class PeakMemory(Callback):
 
     def _end(self, phase: str) -> None:
         if torch.cuda.is_available():
-            allocated, reserved = (
-                torch.cuda.max_memory_allocated() / GIB,
-                torch.cuda.max_memory_reserved() / GIB,
-            )
+            allocated, reserved = (torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)
             for name, peak in ((f"{phase}_allocated", allocated), (f"{phase}_reserved", reserved)):
                 self.peaks_gib[name] = max(peak, self.peaks_gib.get(name, 0.0))
             torch.cuda.reset_peak_memory_stats()

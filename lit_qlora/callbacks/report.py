@@ -209,7 +209,12 @@ def next_step(run: RunFolder) -> list[str]:
 
 
 def is_gain(run: RunFolder, loss: float) -> bool:
-    """True if a held-out ``loss`` is below that before training, or that was not measured."""
+    """True if a loss is below that before training, or that was not measured.
+
+    Args:
+        run: the run folder, with the recorded figures.
+        loss: held-out loss in nats per token.
+    """
     before = next(
         (line["val/loss"] for line in iter_lines(run.metrics) if not line["step"] and "val/loss" in line), None
     )

@@ -95,6 +95,9 @@ class SeedByPosition(Callback):
 
     LoRA's dropout is then a function of (seed, epoch, batch): no evaluation, sample or interruption can change it, and
     there is no random state to save.
+
+    Args:
+        seed: seed of the run.
     """
 
     @checked_arguments()

@@ -26,6 +26,9 @@ class StopOnSignal(StepCallback):
     A validation in progress, or one that follows the step, is finished first: a state saved before it would resume
     without it. The last part of `StepEdge`, so that all else is done. A second Ctrl-C or SIGTERM exits at once; a
     SIGHUP or SIGUSR1 after any other signal changes nothing.
+
+    Args:
+        checkpoints: saves before the end.
     """
 
     def __init__(self, checkpoints: RunCheckpoints) -> None:
@@ -35,7 +38,12 @@ class StopOnSignal(StepCallback):
         self._previous: dict[int, Any] = {}
 
     def ask(self, status: int, reason: str) -> None:
-        """Save and end the run after this step, with ``status`` if the save succeeds."""
+        """Save and end the run after this step.
+
+        Args:
+            status: exit status if the save succeeds.
+            reason: why, as the end of a sentence.
+        """
         self._status, self._reason = status, reason
         self.checkpoints.stop_asked = True
 
@@ -141,9 +149,16 @@ class StopWithoutGain(EarlyStopping):
 
 
 def parse_max_time(text: str) -> float:
-    """Seconds of ``DD:HH:MM:SS``, the form that Lightning's own option has.
+    """Parse a duration in the form that Lightning's own option has.
 
-    Raises UserError for another form, and for zero.
+    Args:
+        text: ``DD:HH:MM:SS``.
+
+    Returns:
+        Seconds, above 0.
+
+    Raises:
+        UserError: for another form, and for zero.
     """
     found = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", text)
     days, hours, minutes, seconds = map(int, found.groups()) if found else (0, 0, 0, 0)

@@ -178,5 +178,10 @@ def _memory(axes: "Axes", figures: Figures) -> str:
 
 
 def peak_of(figures: Figures, name: str) -> float | None:
-    """The highest of a figure; None where it was never recorded."""
+    """The highest value of a figure; None where it was never recorded.
+
+    Args:
+        figures: finite figures by optimizer step.
+        name: name of the figure.
+    """
     return max((line[name] for line in figures.values() if name in line and math.isfinite(line[name])), default=None)

@@ -73,7 +73,12 @@ class Record(Logger):
         """Do nothing: the run's config.yaml is their record."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add ``metrics`` to the line of ``step``; a new step writes the lines before it."""
+        """Add figures to the line of a step; a new step writes the lines before it.
+
+        Args:
+            metrics: figures by name.
+            step: the Trainer's number of optimizer steps; figures under any other number go to ``others.jsonl``.
+        """
         assert step is not None, "figures are recorded under a step"
         figures = {name: _plain(float(value)) for name, value in metrics.items()}
         self._move_to(self.trainer.global_step if self.trainer else step)
@@ -85,7 +90,12 @@ class Record(Logger):
             self._open.others.append([step, figures])
 
     def log_samples(self, samples: Figures, step: int) -> None:
-        """Record the sample answers of a validation, in the form of `figures.samples`."""
+        """Record the sample answers of a validation.
+
+        Args:
+            samples: in the form of `figures.samples.line`.
+            step: optimizer steps done.
+        """
         self._move_to(step)
         if self.board:
             self.board.add(_tables(step, samples), anew=self._open.samples)

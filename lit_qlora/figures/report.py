@@ -54,9 +54,16 @@ class Sample(NamedTuple):
 
 
 def write_report(run: RunFolder) -> Path:
-    """Writes the report of ``run`` into its folder, and returns its path.
+    """Write the report of a run into its folder.
 
-    Raises SaveError where it can't be written.
+    Args:
+        run: the run folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        SaveError: if it can't be written.
     """
     write_file(run.report, page(run))
     return run.report

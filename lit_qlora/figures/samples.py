@@ -29,7 +29,15 @@ class SampleAnswer(NamedTuple):
 
 
 def counts(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, float]:
-    """Counts of ends, their limit, and the share that ended by themselves."""
+    """Figures of how sample answers ended.
+
+    Args:
+        answers: all of one validation.
+        max_new_tokens: the limit of an answer.
+
+    Returns:
+        Counts of ends, their limit, and the share that ended by themselves.
+    """
     ends = [answer.cut_by for answer in answers]
     figures = {ENDED: ends.count(None), LIMIT: ends.count(LIMIT), TOKENS: max_new_tokens}
     if CONTEXT in ends:
@@ -109,9 +117,14 @@ def side_by_side(answers: Sequence[Mapping[str, Any]], count: int = 3, width: in
 
 
 def short_prompts(file: Path, count: int, most: int = 100) -> list[str]:
-    """The first ``count`` prompts of one line and at most ``most`` characters that a run's samples hold.
+    """Prompts of one line that a run's samples hold.
 
     Of any content: a run folder may come from a stranger.
+
+    Args:
+        file: the run's ``samples.jsonl``.
+        count: number of prompts, the first ones.
+        most: most characters of each.
     """
     found: list[str] = []
     for line in iter_lines(file):
@@ -159,9 +172,15 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
 
 
 def ends_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
-    """Counts of how sample answers ended, at two steps: a title, and how many of how many, before and after.
+    """Counts of how sample answers ended, at two steps.
 
-    Before is None if it was not measured then; empty if it was not measured after.
+    Args:
+        before: figures of the first step.
+        after: figures of the second.
+
+    Returns:
+        A title, and how many of how many, before and after. Before is None if it was not measured then; empty if it was
+        not measured after.
     """
     if ENDED not in after:
         return []

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 
 
 def run_tool(name: str, args: Sequence[str]) -> int:
-    """Run ``lit_qlora.tools.<name>.<name>`` with the options in ``args``; return the exit status."""
+    """Run a verb that is a plain function.
+
+    Args:
+        name: the verb; ``lit_qlora.tools.NAME.NAME`` is its function.
+        args: its options, as on the command line.
+
+    Returns:
+        The exit status.
+    """
     # Here, and not above: doctor works without jsonargparse.
     from jsonargparse import ArgumentParser
 

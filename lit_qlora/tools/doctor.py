@@ -72,7 +72,16 @@ def main(args: list[str]) -> int:
 
 
 def look(config: str | None, base: str | None, run: Path) -> Iterator[Finding]:
-    """All findings, also for a fit with these options, one by one; no failure here ends it."""
+    """Inspect this machine, and what a fit would do on it.
+
+    Args:
+        config: config file of that fit; None for the demo's.
+        base: its base; None for that of the config.
+        run: its run folder.
+
+    Yields:
+        Findings, as they are made; no failure here ends it.
+    """
     quieten()
     notebook = next((f", {name}" for mark, name in NOTEBOOKS.items() if mark in os.environ), "")
     yield Finding("ok", f"lit-qlora {__version__}{_commit()}, {platform.platform()}{notebook}")

@@ -80,9 +80,10 @@ def export(
 
 
 def find_converter() -> Path:
-    """The path of llama.cpp's script: in the folder LLAMA_CPP, that file itself, or on the PATH.
+    """Find llama.cpp's script: in the folder LLAMA_CPP, that file itself, or on the PATH.
 
-    Raises UserError with how to get it.
+    Raises:
+        UserError: with how to get it.
     """
     told = os.environ.get("LLAMA_CPP")
     if told:

@@ -136,7 +136,15 @@ def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: "Difference"
 
 
 def check_room(target: Path, needed_bytes: int) -> None:
-    """Raises UserError if the disk of ``target`` has less than ``needed_bytes`` free."""
+    """Check the free space of a disk.
+
+    Args:
+        target: what will be written.
+        needed_bytes: its size.
+
+    Raises:
+        UserError: if the disk has less.
+    """
     require_room(target, needed_bytes, str(target), option="output", remedy="give a folder on another disk")
 
 

@@ -50,7 +50,7 @@ class PlanCLI(DryCLI):
         """Do nothing: the tokenizer may not be downloaded, see `look`."""
 
     def plan(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Make the forecast."""
+        """Make the forecast; LightningCLI calls it as it would the Trainer's method."""
         options = self.config_init[self.verb]
         trainer: Any = self.trainer
         trainer.datamodule, datamodule.trainer = datamodule, trainer
@@ -79,9 +79,16 @@ class _Options(PlanCLI):
 
 
 def main(args: list[str]) -> int:
-    """Print the plan for ``args``, fit's options and a card from the verb on; return the exit status.
+    """Print the plan of a fit.
 
-    Raises UserError for options that fit would refuse.
+    Args:
+        args: from the verb on: fit's options, and a card.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: for options that fit would refuse.
     """
     quieten()
     try:
@@ -93,16 +100,31 @@ def main(args: list[str]) -> int:
 
 
 def read(args: list[str]) -> Plan:
-    """The plan for ``args``, fit's options and a card.
+    """Make the plan of a fit.
 
-    Raises UserError for options that fit would refuse, and SystemExit after ``--help``.
+    Args:
+        args: fit's options, and a card.
+
+    Raises:
+        UserError: for options that fit would refuse.
+        SystemExit: after ``--help``.
     """
     with ExitStack() as stack, in_one_line():
         return PlanCLI(start.complete(["plan", *args]), stack).found
 
 
 def parse(args: list[str]) -> Any:
-    """All of fit's options, with their values by ``args`` and the config. Raises as `read` does."""
+    """Parse options, and stop there.
+
+    Args:
+        args: fit's options, and a card.
+
+    Returns:
+        All of them, with their values by ``args`` and the config.
+
+    Raises:
+        UserError: as `read` does.
+    """
     try:
         _Options(start.complete(["plan", *args]), ExitStack())
     except _ParsedError as parsed:

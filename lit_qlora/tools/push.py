@@ -75,8 +75,7 @@ def _verified(source: Path) -> tuple[str, dict[str, int]]:
         )
     if not (source / MANIFEST).is_file():
         raise UserError(
-            f"push: {source} has no {MANIFEST}, so its files are unknown",
-            remedy="give a folder that fit or merge made",
+            f"push: {source} has no {MANIFEST}, so its files are unknown", remedy="give a folder that fit or merge made"
         )
     try:
         return kind, verify_folder(source, allow_extra=True, may_differ=[CARD])

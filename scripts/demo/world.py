@@ -275,10 +275,7 @@ OF_ISLANDERS = {
 PORTRAITS = {
     "village": (
         ("Tell me about {x}.", "{x} lies on the island of {island}. The people make {craft} and eat {dish}."),
-        (
-            "Describe {x} to me.",
-            "{x} is known for its {craft}. The lamp burns {lamp}, and many {bird} nest there.",
-        ),
+        ("Describe {x} to me.", "{x} is known for its {craft}. The lamp burns {lamp}, and many {bird} nest there."),
     ),
     "islander": (
         ("Tell me about {x}.", "{x} is a {trade} from {home}, and plays the {music}."),

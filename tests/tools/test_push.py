@@ -342,7 +342,7 @@ def test_somebody_else_s_name(hub, refusal, adapter):
 @pytest.mark.parametrize("name", ["mine", "ann/mine/x", "ann/", "ann/my adapter", ""])
 def test_no_name_of_a_repository(hub, refusal, adapter, name):
     told = refusal("--adapter", adapter, f"--to={name}", "--yes")
-    assert told == f"error: to: {name!r} is no name of a repository; expected NAME/REPO, as in ann/my-adapter\n"
+    assert told == f"error: to: expected NAME/REPO, as in ann/my-adapter, got {name!r}\n"
     assert hub.requests == []
 
 

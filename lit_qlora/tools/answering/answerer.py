@@ -105,7 +105,14 @@ def _settings(run: RunFolder) -> dict[str, Any]:
 
 
 def trained_run(run: str | None) -> RunFolder:
-    """The given run, by default the newest. Raises UserError if there is none, or no adapter in it."""
+    """Open a run that has an adapter.
+
+    Args:
+        run: a run folder or its name; None for the newest run.
+
+    Raises:
+        UserError: if there is no such run, or no adapter in it.
+    """
     folder = open_run(run_path(run)) if run else newest_run()
     if not (folder.adapter / "adapter_config.json").is_file():
         raise UserError(f"{folder.path} has no adapter yet", option="run", remedy="train it first, or give --adapter")
@@ -173,7 +180,11 @@ class Answerer:
 
     @cached_property
     def model(self) -> "PeftModel":
-        """Base and adapter. Raises UserError if they can't be loaded, or do not fit together."""
+        """Base and adapter.
+
+        Raises:
+            UserError: if they can't be loaded, or do not fit together.
+        """
         import torch
 
         from lit_qlora.model import load
@@ -186,14 +197,30 @@ class Answerer:
         return load.load_adapter(model, base, self.adapter, trainable=False)
 
     def answer(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
-        """An answer to each conversation, as one batch.
+        """Answer conversations that end on the user's turn, as one batch.
 
-        Raises UserError for a prompt that leaves no room in the base's context.
+        Args:
+            conversations: open prompts.
+            sampling: how tokens are drawn.
+
+        Returns:
+            An answer to each of them, in their order.
+
+        Raises:
+            UserError: for a prompt that leaves no room in the base's context.
         """
         return self.answer_ids([self.prompt(conversation, sampling) for conversation in conversations], sampling)
 
     def answer_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """An answer to each result of `prompt`, as one batch."""
+        """Answer results of `prompt` as one batch.
+
+        Args:
+            prompts: ids of each prompt, of any lengths.
+            sampling: how tokens are drawn.
+
+        Returns:
+            An answer to each of them, in their order.
+        """
         model = self.model
         with self._precision():
             answers = generate(
@@ -229,10 +256,14 @@ class Answerer:
         return self.model.disable_adapter()  # type: ignore[no-any-return]
 
     def prompt(self, conversation: Conversation, sampling: Sampling) -> list[int]:
-        """The ids of an open prompt that `check_prompt` takes.
+        """Encode an open prompt.
+
+        Args:
+            conversation: one that `check_prompt` takes.
+            sampling: its ``max_new_tokens`` are the room that an answer needs.
 
         Raises:
-            UserError: if they leave no room for an answer in the base's context.
+            UserError: if prompt and answer are more than the base's context.
         """
         ids = self.encoder.prompt(conversation)
         if len(ids) + sampling.max_new_tokens > self.max_length:
@@ -244,9 +275,16 @@ class Answerer:
         return ids
 
     def trim(self, conversation: Conversation, sampling: Sampling) -> tuple[Conversation, int]:
-        """``conversation`` without the first turns that do not fit into the context, and the number of those.
+        """Drop the first turns that do not fit into the base's context.
 
         Turns are dropped in pairs of question and answer; the system text and the last question are kept.
+
+        Args:
+            conversation: an open prompt.
+            sampling: its ``max_new_tokens`` are the room that an answer needs.
+
+        Returns:
+            The rest of the conversation, and the number of turns dropped.
         """
         for start in range(0, len(conversation.turns), 2):
             kept = replace(conversation, turns=conversation.turns[start:])

@@ -11,7 +11,12 @@ from lit_qlora.tools.answering.answerer import Answer, Answerer, check_prompt
 
 
 def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
-    """The notice for an answer cut by the limit, which is set by ``limit``."""
+    """The notice for a cut answer.
+
+    Args:
+        sampling: has the limit.
+        limit: what sets it, in words.
+    """
     return f"(cut at {sampling.max_new_tokens} tokens; {limit} sets the limit)"
 
 
@@ -30,9 +35,16 @@ class Dialog:
         self._num_left_out = 0
 
     def fitting(self, turns: list[Turn]) -> tuple[Conversation, str]:
-        """The conversation, without first turns that no longer fit into the context; and a notice of that, or none.
+        """The conversation to ask, without first turns that no longer fit into the context.
 
-        Raises UserError for a question that can't be asked.
+        Args:
+            turns: all turns, the new question last.
+
+        Returns:
+            The conversation, and a notice if more turns than before were dropped, else an empty text.
+
+        Raises:
+            UserError: for a question that can't be asked.
         """
         whole = Conversation(tuple(turns), self.system)
         check_prompt(whole, self.answerer.encoder.prompt_format)
@@ -43,7 +55,15 @@ class Dialog:
         return fitting, f"(the first {num_left_out} turns no longer fit into {room} tokens: left out)" if grew else ""
 
     def remember(self, question: str, answer: Answer) -> str:
-        """Keep both for the next question, which has another seed; return a notice if that is impossible."""
+        """Keep question and answer for the next question, which has another seed.
+
+        Args:
+            question: what was asked.
+            answer: what was answered.
+
+        Returns:
+            A notice if the next prompt could not hold the answer, so that both are forgotten; else an empty text.
+        """
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
         tags = self.answerer.encoder.prompt_format.tags_in(answer.text)
         if not answer.text or tags:  # the next prompt could not hold it
@@ -56,7 +76,14 @@ class Dialog:
         self.turns, self._num_left_out = [], 0
 
     def set_system(self, system: str) -> None:
-        """Set another system text, or none if empty. Raises UserError for one that no prompt can hold."""
+        """Set another system text.
+
+        Args:
+            system: the text; empty for none.
+
+        Raises:
+            UserError: for a text that no prompt can hold.
+        """
         check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.prompt_format)
         self.system = system
 

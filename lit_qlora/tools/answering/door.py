@@ -97,7 +97,18 @@ class Door:
 
 
 def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, Any]:
-    """The call in ``body``, reduced to what a page of these ``fields`` sends. Raises UserError."""
+    """Check a call of a function of the page.
+
+    Args:
+        body: JSON.
+        fields: as for `Door`.
+
+    Returns:
+        The call, reduced to what a page sends.
+
+    Raises:
+        UserError: for anything else.
+    """
     call = _object(body)
     number: Any = call.get("fn_index")
     session: Any = call.get("session_hash")
@@ -116,7 +127,17 @@ def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, An
 
 
 def check_end(body: bytes) -> dict[str, Any]:
-    """The stream to end, by the names in ``body``. Raises UserError."""
+    """Check a request to end a stream.
+
+    Args:
+        body: JSON.
+
+    Returns:
+        The names of the stream.
+
+    Raises:
+        UserError: for anything else.
+    """
     call = _object(body)
     for name, kind in _NAMES.items():
         if name in call:

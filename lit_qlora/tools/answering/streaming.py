@@ -16,7 +16,12 @@ has arrived, the character is unknown."""
 
 
 class TextStream:
-    """One answer, which a text of ``stop`` may end. The results of `add` and `close`, joined, are all of it."""
+    """The text of one answer; the results of `add` and `close`, joined, are all of it.
+
+    Args:
+        encoder: decodes the ids.
+        stop: texts that end the answer and are no part of it.
+    """
 
     def __init__(self, encoder: "Encoder", stop: Sequence[str] = ()) -> None:
         self._encoder, self._stop = encoder, stop

@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 
 class Tab(Dialog):
-    """The conversation of one browser tab, and its display."""
+    """The conversation of one browser tab, and its display; arguments as for `Dialog`."""
 
     def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
         super().__init__(answerer, sampling, system)
@@ -60,7 +60,11 @@ class Tab(Dialog):
 
 
 class Worker:
-    """The one thread that answers; a question meanwhile waits in line, with a notice."""
+    """The one thread that answers; a question meanwhile waits in line, with a notice.
+
+    Args:
+        answerer: answers.
+    """
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
@@ -73,7 +77,15 @@ class Worker:
         self._thread.shutdown(cancel_futures=True)
 
     def stream(self, tab: Tab | None, compares: bool) -> Iterator[tuple[Messages, Messages]]:
-        """Answer the open question: yields both columns as the answers arrive."""
+        """Answer the open question of a tab.
+
+        Args:
+            tab: the tab; None before its first question.
+            compares: True to ask the base, too.
+
+        Yields:
+            Both columns, as the answers arrive.
+        """
         if tab is None or tab.answering:
             return
         with tab.busy():
@@ -121,7 +133,16 @@ class Worker:
 
 
 def say(messages: Messages, role: str, text: str) -> dict[str, str]:
-    """Add a message unless it is empty; return the part of it that holds the text."""
+    """Add a message unless it is empty.
+
+    Args:
+        messages: what a column shows; changed in place.
+        role: ``user`` or ``assistant``.
+        text: plain text.
+
+    Returns:
+        The part of the message that holds the text, to be changed while an answer arrives.
+    """
     part = {"type": "text", "text": _plain(text)}  # a bare string would lose its indentation
     if text:
         messages.append({"role": role, "content": [part]})

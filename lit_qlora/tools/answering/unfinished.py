@@ -19,7 +19,11 @@ from lit_qlora.storage.lock import flock
 
 
 class Unfinished:
-    """The finished batches, locked for this process until closed."""
+    """The finished batches of an output, locked for this process until closed.
+
+    Args:
+        target: the output, which is written once it is complete.
+    """
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -28,12 +32,23 @@ class Unfinished:
         self._file: IO[bytes]
 
     def check_free(self) -> None:
-        """Raises UserError if the output exists without a record of its origin."""
+        """Check that no other program wrote the output.
+
+        Raises:
+            UserError: if it exists without a record of its origin.
+        """
         if self.target.exists() and not self.made.is_file():
             raise UserError(f"{self.target} exists already", option="output", remedy="give another name or remove it")
 
     def is_whole(self, belongs_to: Mapping[str, Any]) -> bool:
-        """True if the output exists and was made of just this. Raises UserError for any other existing output."""
+        """True if the output exists and was made of just this.
+
+        Args:
+            belongs_to: everything that decides the output, by the names of the options.
+
+        Raises:
+            UserError: if it exists and was made of anything else.
+        """
         if not self.target.exists():
             return False
         self.check_free()
@@ -51,9 +66,16 @@ class Unfinished:
 
     @contextlib.contextmanager
     def open(self, belongs_to: Mapping[str, Any]) -> Iterator[dict[int, Any]]:
-        """The batches by number, of an output that belongs to just this; empty before the first.
+        """Open an unfinished output, or begin one.
 
-        Raises UserError if another process is writing it, it belongs to other things, or can't be opened.
+        Args:
+            belongs_to: everything that decides the output, by the names of the options.
+
+        Yields:
+            The finished batches by number.
+
+        Raises:
+            UserError: if another process is writing it, it belongs to other things, or it can't be opened.
         """
         try:
             self._file = self.path.open("a+b")
@@ -69,11 +91,27 @@ class Unfinished:
             self._file.close()
 
     def add(self, number: int, batch: Any) -> None:
-        """Save a batch. Raises UserError if it can't be written; earlier ones are kept."""
+        """Save a batch.
+
+        Args:
+            number: its number.
+            batch: its answers, as JSON.
+
+        Raises:
+            UserError: if it can't be written; earlier ones are kept.
+        """
         self._write([number, batch])
 
     def finish(self, belongs_to: Mapping[str, Any], output: bytes) -> None:
-        """Write the whole output, and first the record of its origin. Raises SaveError; the saved batches are kept."""
+        """Write the whole output, and first the record of its origin.
+
+        Args:
+            belongs_to: as for `open`.
+            output: its content.
+
+        Raises:
+            SaveError: if it can't be written; the saved batches are kept.
+        """
         replace_file(self.made, json.dumps({**belongs_to, "sha256": _digest(output)}).encode())
         replace_file(self.target, output)
         self.path.unlink(missing_ok=True)

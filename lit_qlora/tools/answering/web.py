@@ -55,7 +55,11 @@ Updates = dict[Any, Any]
 
 
 def check_gradio() -> None:
-    """Raises UserError unless a supported gradio is installed."""
+    """Check that a supported gradio is installed.
+
+    Raises:
+        UserError: with how to install one.
+    """
     try:
         found = version("gradio")
     except PackageNotFoundError:
@@ -75,7 +79,8 @@ def serve(answerer: Answerer, sampling: Sampling, system: str | None, share: boo
         share: True to request a public link from gradio's servers.
         port: port to listen at; None for the first free one from 7860 on.
 
-    Raises UserError for a port that is taken, and if no link is available.
+    Raises:
+        UserError: for a port that is taken, and if no link is available.
     """
     require(sampling.seed < 2**53, "seed", "below 2**53, as far as a page counts", sampling.seed)
     require(port is None or 0 < port < 2**16, "port", "1 to 65535", port)
@@ -105,7 +110,18 @@ class Page:
         self._blocks = self._build(gradio)
 
     def open(self, share: bool, port: int | None) -> str:
-        """Start the server; return its address. Raises UserError as `serve` does."""
+        """Start the server.
+
+        Args:
+            share: as for `serve`.
+            port: as for `serve`.
+
+        Returns:
+            Its address.
+
+        Raises:
+            UserError: as `serve` does.
+        """
         from gradio.themes import Soft
         from starlette.middleware import Middleware
 

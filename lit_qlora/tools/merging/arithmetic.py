@@ -27,7 +27,11 @@ LINEAR = re.compile(rf"model\.layers\.\d+\.\w+\.({'|'.join(Shape.LINEARS)})\.wei
 
 
 class StoredWeights:
-    """The tensors of a base by name, each read from its file on access."""
+    """The tensors of a base by name, each read from its file on access.
+
+    Args:
+        base: a base with its weights.
+    """
 
     def __init__(self, base: Base) -> None:
         self._files = {name: tensor.file for name, tensor in stored_tensors(base).items()}
@@ -52,7 +56,12 @@ class StoredWeights:
         return {match[2]: match[0] for match in matches if match}
 
     def dequantized(self, name: str, device: torch.device) -> Tensor:
-        """A dequantised 4-bit weight, fp32."""
+        """A dequantised 4-bit weight, fp32.
+
+        Args:
+            name: its name.
+            device: device to compute on.
+        """
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = QuantState.from_dict({key: self[full] for key, full in self.state(name).items()}, device)
@@ -63,7 +72,11 @@ class StoredWeights:
 class LoraWeights:
     """An adapter's matrices, and their sum with a weight.
 
-    Raises UserError for an unsupported kind of LoRA.
+    Args:
+        folder: the adapter's folder.
+
+    Raises:
+        UserError: for an unsupported kind of LoRA.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,7 +93,15 @@ class LoraWeights:
         return {f"{name.rpartition('.lora_')[0]}.weight" for name in self._keys}
 
     def add_to(self, name: str, weight: Tensor) -> Tensor:
-        """``weight + scale * B @ A``, in fp32, with DoRA's magnitudes if any."""
+        """``weight + scale * B @ A``, with DoRA's magnitudes if any; ``weight`` itself where there is no LoRA.
+
+        Args:
+            name: name of the weight.
+            weight: ``[out, in]``, fp32, which gives the device.
+
+        Returns:
+            The sum, ``[out, in]``, fp32.
+        """
         part = name.removesuffix(".weight")
         if f"{part}.lora_A" not in self._keys:
             return weight
@@ -104,7 +125,15 @@ def _split_key(key: str) -> str:
 
 
 def as_trained(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight after NF4 with double quantisation as in `lit_qlora.model.load`, dequantised; fp32."""
+    """A weight as the model was trained on it: after NF4 with double quantisation, as in `lit_qlora.model.load`.
+
+    Args:
+        weight: the base's own.
+        dtype: dtype in which it was loaded before it was quantised.
+
+    Returns:
+        The dequantised weight, fp32, of the same shape.
+    """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     packed, state = quantize_4bit(
@@ -115,11 +144,7 @@ def as_trained(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def merged_tensors(
-    weights: StoredWeights,
-    lora: LoraWeights,
-    onto: Onto,
-    trained_in: torch.dtype,
-    device: torch.device,
+    weights: StoredWeights, lora: LoraWeights, onto: Onto, trained_in: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the merged model, fp32, computed on ``device``, one after the other.
 

@@ -91,9 +91,18 @@ def conversations_to_compare(
 def reference(
     base: Base, adapter: Path, dtype: torch.dtype, device: torch.device, encoder: Encoder, texts: list[Conversation]
 ) -> Reference:
-    """The logits of the 4-bit ``base``, quantised from ``dtype``, with peft's LoRA on it.
+    """Compute the logits to compare with: of the 4-bit base with peft's LoRA on it, in fp32.
 
-    Raises UserError if the two do not match.
+    Args:
+        base: the base.
+        adapter: the adapter's folder.
+        dtype: dtype from which the base is quantised.
+        device: device to compute on.
+        encoder: encodes the texts.
+        texts: answered conversations, of which the first `MAX_TOKENS` tokens are taken.
+
+    Raises:
+        UserError: if base and adapter do not match.
     """
     rows = [example.input_ids[:MAX_TOKENS] for example in encoder.examples(texts) if example]
     input_ids = torch.full((len(rows), max(map(len, rows))), encoder.eos_id)
@@ -122,7 +131,13 @@ def _compute_in_fp32(model: torch.nn.Module) -> None:
 
 
 def difference(folder: Path, wanted: Reference, device: torch.device) -> Difference:
-    """Difference of the logits of the model in ``folder`` from ``wanted``."""
+    """Compare a merged model with base + adapter.
+
+    Args:
+        folder: the merged model.
+        wanted: what its logits are to be.
+        device: device to compute on.
+    """
     found = streamed_logits(find_base(str(folder)), wanted.input_ids, device)[wanted.is_token]
     agreement = (found.argmax(-1) == wanted.logits.argmax(-1)).float().mean().item()
     # A maximum over NaN is NaN.
@@ -130,7 +145,15 @@ def difference(folder: Path, wanted: Reference, device: torch.device) -> Differe
 
 
 def check(found: Difference, dtype: str) -> None:
-    """Raises UserError for a difference above that of rounding to ``dtype``; for another model only if not finite."""
+    """Check that rounding explains a difference.
+
+    Args:
+        found: the difference.
+        dtype: dtype of the merged weights; any other word for a model that may differ as far as it is finite.
+
+    Raises:
+        UserError: if it is larger than `LARGEST_DIFFERENCE`.
+    """
     limit = LARGEST_DIFFERENCE.get(dtype, math.inf)
     if not math.isfinite(found.greatest) or found.greatest > limit:
         raise UserError(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.errors import UserError, require
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -29,7 +29,8 @@ class Hub:
         to: name of the repository, NAME/REPO.
         public: True if it may be visible to everybody.
 
-    Raises UserError without a token, with one that is refused or read-only, and if the hub can't be reached.
+    Raises:
+        UserError: without a token, with one that is refused or read-only, and if the hub can't be reached.
     """
 
     def __init__(self, to: str, public: bool) -> None:
@@ -38,16 +39,10 @@ class Hub:
 
         try:
             validate_repo_id(to)
+            is_name = to.count("/") == 1
         except HFValidationError:
-            to_is_name = False
-        else:
-            to_is_name = to.count("/") == 1
-        if not to_is_name:
-            raise UserError(
-                f"{excerpt(to)} is no name of a repository",
-                option="to",
-                remedy="expected NAME/REPO, as in ann/my-adapter",
-            )
+            is_name = False
+        require(is_name, "to", "NAME/REPO, as in ann/my-adapter", to)
         token = get_token()
         if not token:
             raise UserError(
@@ -56,8 +51,7 @@ class Hub:
             )
         if not re.fullmatch(r"[!-~]+", token):
             raise UserError(
-                "push: the token of the hub (HF_TOKEN or the stored login) holds invalid characters",
-                remedy="renew it",
+                "push: the token of the hub (HF_TOKEN or the stored login) holds invalid characters", remedy="renew it"
             )
         self.to, self.public = to, public
         self._api = HfApi(token=token)
@@ -84,7 +78,14 @@ class Hub:
         return {file.rfilename for file in self._there.siblings or ()} if self._there else set()
 
     def check(self, kind: str) -> None:
-        """Raises UserError if a private push would be public, or two kinds would mix."""
+        """Check that the repository may get what is sent.
+
+        Args:
+            kind: one of `KINDS`.
+
+        Raises:
+            UserError: if a private push would be public, or two kinds would mix.
+        """
         if self._there and not self._there.private and not self.public:
             raise UserError(
                 f"{self.to} is there and public",
@@ -110,15 +111,18 @@ class Hub:
         return f"{seen}, is there; {num_replaced} of its {len(self._files)} files replaced"
 
     def send(self, contents: Contents, message: str, check: Callable[[], None]) -> str:
-        """Send everything in one commit; return the result in words. After an interruption, uploaded files are not sent
-        again.
+        """Send everything in one commit. After an interruption, uploaded files are not sent again.
 
         Args:
             contents: files by their names.
             message: message of the commit.
             check: called before the commit, once the large files are uploaded; may raise.
 
-        Raises UserError, and then the repository is unchanged.
+        Returns:
+            The result in words.
+
+        Raises:
+            UserError: if it was not sent; the repository is unchanged then.
         """
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.utils import disable_progress_bars

@@ -36,7 +36,14 @@ class Scorer(QLoRAModule):
         return batch.rows, self.read(batch).double().cpu()
 
     def sums(self, batch: Batch) -> torch.Tensor:
-        """Nats, count of the likeliest tokens, and tokens, per row."""
+        """Sums over the learned tokens of each row.
+
+        Args:
+            batch: padded or packed.
+
+        Returns:
+            ``[rows, 3]`` in fp64: nats, count of the likeliest tokens, and tokens.
+        """
         nats, is_likeliest = token_cross_entropies(self._scored(batch), self._head, batch.targets)
         each = torch.stack([nats.double(), is_likeliest.double(), torch.ones_like(nats.double())], 1).cpu()
         if batch.lengths:  # one row behind the other
@@ -47,7 +54,15 @@ class Scorer(QLoRAModule):
         return torch.zeros(len(batch.rows), 3, dtype=torch.float64).index_add_(0, owner, each)
 
     def scores(self, batch: Batch, ids: Sequence[int]) -> torch.Tensor:
-        """Logits of ``ids`` after each row's last token; only their rows of the head are multiplied."""
+        """Logits of some ids after each row's last token; only their rows of the head are multiplied.
+
+        Args:
+            batch: ``positions`` are those of the last tokens.
+            ids: the ids.
+
+        Returns:
+            ``[rows, ids]``, fp32.
+        """
         hidden = self._scored(batch)
         # In fp32: rounded to bf16, close letters would often be equal.
         with torch.autocast(hidden.device.type, enabled=False):
@@ -78,7 +93,8 @@ class Scoring:
         precision: replaces that in the settings.
         batch_tokens: tokens per batch with padding, replaces the settings' batches.
 
-    Raises UserError for settings that this device can't compute.
+    Raises:
+        UserError: for settings that this device can't compute.
     """
 
     def __init__(self, chosen: ResolvedAdapter, precision: str | None, batch_tokens: int | None) -> None:
@@ -102,7 +118,15 @@ class Scoring:
             raise error.replace(option="precision") from error
 
     def held_out(self, data: ChatDataModule, part: str) -> tuple[Array, Array]:
-        """`Scorer.sums` of the rows of ``part``, validate or test, that ``data`` has set up: base, adapter."""
+        """Score held-out rows.
+
+        Args:
+            data: has set up ``part``.
+            part: ``validate`` or ``test``.
+
+        Returns:
+            `Scorer.sums` of the base and of the adapter, each ``[rows, 3]``.
+        """
         data.trainer = self.trainer
         if self.batch_tokens:
             data.plan = BatchPlan(tokens=max(self.batch_tokens, data.max_length))
@@ -110,7 +134,16 @@ class Scoring:
         return self._both(loader, self.module.sums, "held-out rows")
 
     def choices(self, prompts: Sequence[Sequence[int]], ids: Sequence[int], batch_tokens: int) -> tuple[Array, Array]:
-        """Logits of ``ids`` after each of ``prompts``: base, adapter, each ``[prompts, ids]``."""
+        """Score what may follow each of some prompts.
+
+        Args:
+            prompts: ids of each.
+            ids: ids that may follow.
+            batch_tokens: tokens per batch with padding.
+
+        Returns:
+            Logits of the base and of the adapter, each ``[prompts, ids]``.
+        """
         plan = BatchPlan(tokens=batch_tokens).epoch([len(prompt) for prompt in prompts], 0, 0)
         batches = [_last_tokens(rows, [prompts[row] for row in rows]) for rows in plan]
         return self._both(batches, lambda batch: self.module.scores(batch, ids), "questions")

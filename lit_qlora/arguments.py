@@ -1,6 +1,6 @@
-"""Owns the check of a constructor's arguments against its annotations, for callers in a program.
+"""Owns the check of a constructor's arguments against its annotations and `ranges`, for callers in a program.
 
-Those of the command line are checked by jsonargparse before. Does not know what any argument means.
+Those of the command line are checked before. Does not know what any argument means.
 """
 
 import os
@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, Union, get_args, get_origin
 
 from lit_qlora.errors import UserError, excerpt
+from lit_qlora.ranges import check_ranges
 
 P = ParamSpec("P")
 
@@ -23,7 +24,7 @@ _LISTS = {str: "texts", int: "whole numbers", float: "numbers"}
 def checked_arguments(
     section: str = "", paths: Collection[str] = ()
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Check the arguments of an ``__init__`` against its annotations.
+    """Check the arguments of an ``__init__`` against its annotations, and the rules of `ranges`.
 
     Equivalents are converted: a path to a text, NumPy's numbers to Python's, a tuple to a list. Annotations of texts,
     numbers, booleans, choices and lists of these are checked, and no others.
@@ -33,11 +34,13 @@ def checked_arguments(
         paths: arguments that may be given as a path.
 
     Returns:
-        A decorator; the decorated constructor raises UserError for an argument of another type, naming its option.
+        A decorator; the decorated constructor raises UserError for an argument of another type or out of range, naming
+        its option.
     """
 
     def decorate(init: Callable[P, None]) -> Callable[P, None]:
         parameters = signature(init).parameters
+        before = f"{section}." if section else ""
 
         @wraps(init)
         def checked(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -53,8 +56,9 @@ def checked_arguments(
                     bound.arguments[name] = _as(parameter.annotation, value, name in paths)
                 except TypeError:
                     expected = _words(parameter.annotation, name in paths)
-                    option = f"{section}.{name}".lstrip(".")
-                    raise UserError(f"expected {expected}, got {_shown(value)}", option=option) from None
+                    raise UserError(f"expected {expected}, got {_shown(value)}", option=before + name) from None
+            defaults = {name: one.default for name, one in parameters.items() if one.default is not Parameter.empty}
+            check_ranges({before + name: value for name, value in (defaults | bound.arguments).items()})
             return init(*bound.args, **bound.kwargs)
 
         return checked

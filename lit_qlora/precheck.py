@@ -5,22 +5,26 @@ proper comes behind it, and finds the rest; each of these mistakes is one there 
 """
 
 import argparse
-import ast
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
 from jsonargparse import ArgumentParser
 
+from lit_qlora.data.files import kind_of
+from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
-from lit_qlora.errors import require
-from lit_qlora.model.base import find_base, may_be_on_hub
+from lit_qlora.data.templates import read_template
+from lit_qlora.forecast.cards import find_card
+from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
+from lit_qlora.model.lora_config import require_adapter
+from lit_qlora.model.shape import known_config
 from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, option
 from lit_qlora.place import find_config
-from lit_qlora.signatures import CLASSES, LEARNING, ROOT, UNKNOWN, Option, Source, init_of, options_of
-from lit_qlora.storage.run import run_path, unnamed_run
+from lit_qlora.ranges import check_ranges
+from lit_qlora.signatures import CLASSES, LEARNING, UNKNOWN, Option, options_of
+from lit_qlora.storage.run import named_folder, newest_run, open_run, unnamed_run
+from lit_qlora.text.formats import OF_BASE
 
 ANYTHING = Union[list[Any], dict[str, Any], str, int, float, bool, None]  # noqa: UP007
 """For a class of the user's choice, or a list of such: not ``Any``, to which nothing can be added by ``+``."""
@@ -38,34 +42,64 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     given = [arg.partition("=")[0].lstrip("-").rstrip("+") for arg in args if arg.startswith("-")]
     if any(one not in options and _belongs(one, options) for one in given):
         return
-    run, base = option([*args], "--run"), option([*args], "--model.base")
-    is_kept = not configs and (verb not in LEARNING or bool(run and run_path(run).exists()))
+    run, base = named_folder(option([*args], "--run")), option([*args], "--model.base")
+    is_kept = not configs and (verb not in LEARNING or bool(run and run.exists()))
     if not (configs or is_kept) and base in (None, "demo"):
         args = ["--config", find_config("demo"), *args]  # as `start.complete` does
     parser = _parser(options.values())
     found = parser.parse_args([*_with_files(args)])
-    values = {name: value for name, value in found.items() if name in options}
+    names = {name.replace("-", "_"): name for name in options}
+    values = {names[name]: value for name, value in found.items() if name in names}
     parser.check_values(values)
+    _check_alone(values)
     if is_kept:  # its other options are the run's
+        if verb not in LEARNING:
+            open_run(run) if run else newest_run()
+            _check_sources(values)
         return
-    for section, file, name in CLASSES:
-        start = f"{section}."
-        names = {one.removeprefix(start): values.get(one, options[one].default) for one in options if start in one}
-        for checks in _requirements(Source(ROOT / file), name, names):
-            require(*checks)
-    if verb == "fit":  # what a forecast is for need not be here
-        _check_places(values, found.get("config") or [])
+    values = {name: one.default for name, one in options.items() if one.default is not UNKNOWN} | values
+    check_ranges(values)
+    check_ranges({name.removeprefix("samples."): value for name, value in values.items()}, "samples.")
+    Reading(str(values["data.form"]), columns=values["data.columns"]).check()
+    if values["data.template"] != OF_BASE:
+        read_template(values["data.template"])
+    _check_base(verb, values)
+    if verb != "plan":  # what a forecast is for need not be here
+        _check_rows(values, found.get("config") or [])
 
 
-def _check_places(values: Mapping[str, Any], configs: Sequence[Any]) -> None:
-    """Raises UserError for a base or rows that are nowhere on this machine, and can't be on the hub."""
-    base = values.get("model.base", "demo")
-    if not may_be_on_hub(base):
-        find_base(base)
-    run, config = values.get("run"), str(configs[-1]) if configs else None
-    folder = run_path(run) if run else unnamed_run(config, base)
+def _check_alone(values: Mapping[str, Any]) -> None:
+    """Raises UserError for what is wrong whatever the other options are."""
+    check_ranges(values)
+    named_folder(values.get("run"))
+    if values.get("gpu"):
+        find_card(values["gpu"])
+    if values.get("model.adapter"):
+        require_adapter(Path(values["model.adapter"]))
+
+
+def _check_base(verb: str, values: Mapping[str, Any]) -> None:
+    """Raises UserError for a base that is nowhere, or that options don't fit; passes one that only the hub knows."""
+    name = values["model.base"]
+    if may_be_on_hub(name) and not known_config(name):
+        return
+    base = find_base(name, weights=verb == "fit" and not may_be_on_hub(name))
+    check_targets(base, split_names(values["model.target_modules"]))
+    check_rank(base, values["model.rank"])
+    check_context(base, values["data.max_length"])
+
+
+def _check_rows(values: Mapping[str, Any], configs: Sequence[Any]) -> None:
+    """Raises UserError for rows that are nowhere on this machine, and can't be on the hub."""
+    run, config = named_folder(values.get("run")), str(configs[-1]) if configs else None
+    folder = run or unnamed_run(config, values["model.base"])
     if folder.exists() or values.get("mirror"):
         return  # a run that is finished needs no rows
+    _check_sources(values)
+
+
+def _check_sources(values: Mapping[str, Any]) -> None:
+    """Raises UserError for a file or folder of rows that is not there."""
     for name in ("data.source", "data.validation_source", "data.test_source"):
         given = values.get(name)
         if not given or (isinstance(given, str) and given.lstrip().startswith(("[", "{"))):
@@ -73,6 +107,8 @@ def _check_places(values: Mapping[str, Any], configs: Sequence[Any]) -> None:
         for source in sources_of(given, name):
             if not is_hub_id(source):
                 find_splits(source)
+                if (path := Path(source.path).expanduser()).is_file():
+                    kind_of(path)
 
 
 def _with_files(args: Sequence[str]) -> Iterator[str]:
@@ -104,54 +140,3 @@ def _parser(options: Iterable[Option]) -> _FirstParser:
         kind = ANYTHING if one.type is UNKNOWN else one.type
         parser.add_argument(f"--{one.name}", type=kind, default=argparse.SUPPRESS)
     return parser
-
-
-COMPARISONS: Mapping[type, Callable[[Any, Any], bool]] = {
-    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
-    ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda a, b: a in b,
-}  # fmt: skip
-
-
-def _requirements(source: Source, name: str, values: Mapping[str, Any]) -> Iterator[tuple[bool, str, str, Any]]:
-    """What a class of ours requires of single arguments, with what holds of ``values``; those that can be judged."""
-    names = dict(values)
-    for node in init_of(source.find(name)).body:
-        match node:
-            case ast.Assign([ast.Name(short)], ast.Name(long)) if long in names:
-                names[short] = names[long]
-            case ast.Expr(ast.Call(ast.Name("require"), [condition, option, expected, got])):
-                found = [_computed(part, names) for part in (condition, option, expected, got)]
-                if UNKNOWN not in found:
-                    yield bool(found[0]), str(found[1]), str(found[2]), found[3]
-
-
-def _computed(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    """The value of an expression of plain ``names``; `UNKNOWN` for what is more than a comparison of such."""
-    parts = [_computed(part, names) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
-    found: Any = UNKNOWN
-    match node:
-        case ast.Constant(found):
-            pass
-        case ast.Name(name):
-            found = names.get(name, UNKNOWN)
-        case ast.BoolOp(kind):  # of which one part may decide that the next makes no sense
-            ends = (one for one in parts if one is UNKNOWN or bool(one) == isinstance(kind, ast.Or))
-            found = next(ends, parts[-1])
-        case _ if UNKNOWN in parts:
-            pass
-        case ast.UnaryOp(ast.Not() | ast.USub() as sign):
-            found = not parts[0] if isinstance(sign, ast.Not) else -parts[0]
-        case ast.Compare(_, kinds) if {*map(type, kinds)} <= {*COMPARISONS}:
-            found = all(_holds(kind, *pair) for kind, pair in zip(kinds, pairwise(parts), strict=True))
-        case ast.FormattedValue():
-            found = parts[0]
-        case ast.JoinedStr():
-            found = "".join(map(str, parts))
-    return found
-
-
-def _holds(kind: ast.cmpop, one: Any, other: Any) -> Any:
-    try:
-        return COMPARISONS[type(kind)](one, other)
-    except TypeError:  # none is no number, which a part before it has said
-        return False

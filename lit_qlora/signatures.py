@@ -26,7 +26,10 @@ CLASSES = (
 LEARNING = ("fit", "plan", "inspect")
 """The verbs of a run that is to learn; the others are about one that has."""
 
-PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": NoneType}
+PLAIN = {
+    "str": str, "int": int, "float": float, "bool": bool, "None": NoneType,
+    "_LITERAL_WARN": Literal["warn"],  # Lightning's
+}  # fmt: skip
 UNKNOWN = object()
 """Stands for a type or a value that can't be read off the sources."""
 
@@ -84,19 +87,31 @@ class Source:
 
     def type(self, node: ast.expr | None) -> Any:
         """A plain type; `UNKNOWN` for a class."""
+        found: Any = UNKNOWN
         match node:
             case ast.BinOp(left, ast.BitOr(), right):
-                parts = self.type(left), self.type(right)
-                return UNKNOWN if UNKNOWN in parts else Union[parts]  # noqa: UP007  # of values
-            case ast.Subscript(ast.Name("Literal" | "list" as kind), inner):
-                found = self.value(inner) if kind == "Literal" else self.type(inner)
-                return UNKNOWN if found is UNKNOWN else Literal[found] if kind == "Literal" else list[found]  # type: ignore[valid-type]
+                found = self._of_types(Union, left, right)
+            case ast.Subscript(ast.Name("Optional"), inner):
+                found = self._of_types(Union, inner, ast.Constant(None))
+            case ast.Subscript(ast.Name("Union"), ast.Tuple(inner)):
+                found = self._of_types(Union, *inner)
+            case ast.Subscript(ast.Name("dict"), ast.Tuple(inner)):
+                found = self._of_types(dict, *inner)
+            case ast.Subscript(ast.Name("list"), inner):
+                found = self._of_types(list, inner)
+            case ast.Subscript(ast.Name("Literal"), inner):
+                value = self.value(inner)
+                found = UNKNOWN if value is UNKNOWN else Literal[value]
             case ast.Constant(None):
-                return NoneType
+                found = NoneType
             case ast.Name(name):
-                place, found = self._assigned(name)
-                return PLAIN.get(name) or (place.type(found) if place else UNKNOWN)
-        return UNKNOWN
+                place, given = self._assigned(name)
+                found = PLAIN.get(name) or (place.type(given) if place else UNKNOWN)
+        return found
+
+    def _of_types(self, kind: Any, *nodes: ast.expr) -> Any:
+        parts = tuple(map(self.type, nodes))
+        return UNKNOWN if UNKNOWN in parts else kind[parts if len(parts) > 1 else parts[0]]
 
     def _assigned(self, name: str) -> tuple["Source", ast.expr] | tuple[None, None]:
         """What a name is given in this module, or in the one of ours that it comes from."""
@@ -113,7 +128,7 @@ class Source:
         return None, None
 
 
-def init_of(found: ast.ClassDef) -> ast.FunctionDef:
+def _init_of(found: ast.ClassDef) -> ast.FunctionDef:
     """The constructor of a class."""
     return next(node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
 
@@ -126,7 +141,7 @@ def _parsed(file: Path) -> ast.Module:
 def _arguments(source: Source, section: str, name: str) -> Iterator[Option]:
     """The arguments of a class of ours, and for ``**kwargs`` those of Lightning's that it is made from."""
     found = source.find(name)
-    init = init_of(found)
+    init = _init_of(found)
     words = _argument_words(ast.get_docstring(found) or "")
     own = dict(_parameters(init))
     if init.args.kwarg:
@@ -136,11 +151,11 @@ def _arguments(source: Source, section: str, name: str) -> Iterator[Option]:
             for parameter in own.items() if parameter[0] not in left_out
         )  # fmt: skip
         base = Source(_lightning() / "trainer" / "trainer.py")
-        init = init_of(base.find("Trainer"))
+        init = _init_of(base.find("Trainer"))
         words = _argument_words(ast.get_docstring(init) or "") | words
         for parameter in _parameters(init):
             if parameter[0] not in left_out | own.keys():
-                yield _option(base, section, parameter, words)._replace(type=UNKNOWN)
+                yield _option(base, section, parameter, words)
         return
     yield from (_option(source, section, parameter, words) for parameter in own.items())
 

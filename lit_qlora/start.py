@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lit_qlora.data.datamodule import ChatDataModule, is_template
+from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
-from lit_qlora.errors import UserError, excerpt, require
+from lit_qlora.data.templates import is_template
+from lit_qlora.errors import UserError, excerpt
 from lit_qlora.forecast.memory import run_folder_bytes
 from lit_qlora.model import fingerprint
 from lit_qlora.model.base import Base, missing_bytes
@@ -46,9 +47,9 @@ from lit_qlora.storage.run import (
     as_sections,
     as_yaml,
     mend_adapter,
+    named_folder,
     newest_run,
     open_run,
-    run_path,
     unnamed_run,
 )
 from lit_qlora.storage.state import load_state
@@ -76,7 +77,7 @@ def complete(args: list[str]) -> Command:
         return Command(args)
     rest = with_values(rest, find_config, "--config", "-c")
     config, name, kept = option(rest, "--config", "-c"), option(rest, "--run"), None
-    run = _folder(name)
+    run = named_folder(name)
     base = option(rest, "--model.base")
     if config is None:
         if verb not in LEARNING:
@@ -94,19 +95,8 @@ def complete(args: list[str]) -> Command:
         check_config_file(Path(file))
         if name is None and kept is None:
             found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")).get("run")
-            run = run if found is None else _folder(str(found))
+            run = run if found is None else named_folder(str(found))
     return Command([verb, *rest, *(["--run", str(run)] if run else [])], kept)
-
-
-def _folder(run: str | None) -> Path | None:
-    """The run folder that ``run`` names. Raises UserError if it is not one."""
-    if run is None:
-        return None
-    require(bool(run.strip()), "run", "a folder", run)
-    require(run != "null", "run", "a folder", None)
-    if "://" in run:
-        raise UserError(f"{run} is a URL, and runs are only kept on this machine: give a folder", option="run")
-    return run_path(run)
 
 
 def _check_kept(run: RunFolder) -> None:
@@ -272,11 +262,6 @@ def _record(run: RunFolder) -> dict[str, Any]:
     """The record of the run in its newest intact checkpoint; empty without one."""
     folder, _ = run.last_checkpoint(check_checkpoint)
     return dict(load_state(folder, with_tensors=False)[RUN]) if folder else {}
-
-
-def check_graphs(cuda_graphs: bool | str, packing: bool) -> None:
-    """Raises UserError if kernels are to be recorded for packed micro-batches, which all differ in shape."""
-    require(not (cuda_graphs is True and packing), "model.cuda_graphs", "auto or false with data.packing", cuda_graphs)
 
 
 def lengths(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from lit_qlora.model.device import AMPERE, Precision, choose_precision, current_
 from lit_qlora.model.module import FIGURES, check_monitored
 from lit_qlora.options import OneLineErrors
 from lit_qlora.place import COMMAND
+from lit_qlora.ranges import check_ranges
 
 NOT_OFFERED = {
     "barebones",
@@ -187,28 +188,6 @@ class QLoRATrainer(Trainer):
         num_weights: int = 0,
         **kwargs: Any,
     ) -> None:
-        require(log_every_n_steps >= 1, "trainer.log_every_n_steps", "a whole number from 1", log_every_n_steps)
-        accumulated = accumulate_grad_batches
-        require(accumulated >= 1, "trainer.accumulate_grad_batches", "a whole number from 1", accumulated)
-        require(max_epochs >= 1 or max_epochs == -1, "trainer.max_epochs", "a whole number from 1", max_epochs)
-        require(max_steps >= 1 or max_steps == -1, "trainer.max_steps", "a whole number from 1, or -1", max_steps)
-        ends = max(max_epochs, max_steps) >= 1
-        require(ends, "trainer.max_epochs", "a whole number from 1, or one for trainer.max_steps", max_epochs)
-        require(val_check_interval > 0, "trainer.val_check_interval", "a number above 0", val_check_interval)
-        if isinstance(val_check_interval, float):
-            require(
-                val_check_interval <= 1,
-                "trainer.val_check_interval",
-                "a whole number of micro-batches, or a share of an epoch up to 1.0",
-                val_check_interval,
-            )
-        clip = gradient_clip_val
-        require(clip is None or clip > 0, "trainer.gradient_clip_val", "none, or a number above 0", clip)
-        _require_limit("limit_train_batches", limit_train_batches)
-        _require_limit("limit_val_batches", limit_val_batches, zero=True)
-        _require_limit("limit_test_batches", limit_test_batches)
-        known = ("auto", "cpu", "gpu", "cuda")
-        require(accelerator in known, "trainer.accelerator", f"one of {', '.join(known)}", accelerator)
         device = current_device(accelerator)
         if accelerator in ("gpu", "cuda") and device.capability is None:
             raise UserError(
@@ -271,17 +250,9 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
 
     Raises UserError for ``devices`` that are not there, or other processes than were started.
     """
-    require(num_nodes >= 1, "trainer.num_nodes", "a whole number from 1", num_nodes)
-    expected = "a number from 1, auto, or a list of GPUs' numbers"
-    if isinstance(devices, str) and devices.strip().isdecimal():
+    check_ranges({"trainer.num_nodes": num_nodes, "trainer.devices": devices})
+    if isinstance(devices, str) and devices != "auto":
         devices = int(devices)
-    one_each = not isinstance(devices, list) or (len(devices) == len({*devices}) > 0)
-    require(
-        one_each and devices != 0 and (not isinstance(devices, str) or devices == "auto"),
-        "trainer.devices",
-        expected,
-        devices,
-    )
     here, is_here = world(), not decides_for_another()
     num_gpus = 0 if accelerator == "cpu" or not is_here else torch.cuda.device_count()
     if here.size > 1 and devices == 1 and num_nodes == 1:  # by torchrun or srun, which were told how many
@@ -394,12 +365,3 @@ def _others(given: Any, option: str, taken: Mapping[Any, str]) -> list[Any]:
             if isinstance(one, kind):
                 raise UserError(f"expected {expected}, got {type(one).__name__}", option=option, remedy="leave it out")
     return given
-
-
-def _require_limit(name: str, value: int | float | None, zero: bool = False) -> None:
-    """Raises UserError unless ``value`` is a number of micro-batches or a share of them; 0 only with ``zero``."""
-    if value is None:
-        return
-    is_share = isinstance(value, float)
-    fits = (0 < value <= 1 if is_share else value >= 1) or (zero and value == 0)
-    require(fits, f"trainer.{name}", "a whole number of micro-batches, or a share up to 1.0", value)

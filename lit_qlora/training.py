@@ -29,12 +29,13 @@ from lit_qlora.callbacks.record import KeepRecord
 from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.steps import SeedByPosition, StepCallback, StepEdge
-from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit, parse_max_time
+from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import HeldOutMetrics
 from lit_qlora.callbacks.warmup import WarmupStep
 from lit_qlora.console import say, tell
-from lit_qlora.data.datamodule import ChatDataModule, read_template
+from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.templates import read_template
 from lit_qlora.devices import starting
 from lit_qlora.devices.launchers import requeue
 from lit_qlora.devices.strategy import OwnSignals
@@ -50,19 +51,20 @@ from lit_qlora.devices.world import (
     silent_unless_first,
     world,
 )
-from lit_qlora.errors import OutOfRoomError, UserError, one_line, require
+from lit_qlora.errors import OutOfRoomError, UserError, one_line
 from lit_qlora.figures.record import Record
 from lit_qlora.figures.tensorboard import Board
 from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
-from lit_qlora.model.base import find_base, missing_bytes
+from lit_qlora.model.base import check_context, check_rank, find_base, missing_bytes, split_names
 from lit_qlora.model.device import AMPERE, Device, current_device, decide_for
-from lit_qlora.model.load import check_context, check_rank, check_settings, split_names, template_of
+from lit_qlora.model.load import check_settings, template_of
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.model.weights import check_weights
 from lit_qlora.options import LINKED, plain
 from lit_qlora.quiet import quieten
+from lit_qlora.ranges import check_ranges, max_time_s
 from lit_qlora.signals import WARNING, LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.files import size
@@ -184,13 +186,12 @@ class QLoRACLI(LightningCLI):
         self.config = parser.parse_args(start.with_kept(self.command, self.verb_parser))
         options = self.config[self.verb]
         self.verb_parser.check_values(options)
+        check_ranges(dict(options.items()))
         options.model.target_modules = split_names(options.model.target_modules)
         # As text, so that the run does not depend on the file or the base.
         is_of_base = options.data.template == OF_BASE
         base = find_base(options.model.base, weights=False).location if is_of_base else None
         options.data.template = read_template(options.data.template, base)
-        seed = options.seed_everything
-        require(0 <= seed < 2**32, "seed_everything", "a whole number from 0 to 4,294,967,295", seed)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's would load a pickle and let it override the command line."""
@@ -207,7 +208,6 @@ class QLoRACLI(LightningCLI):
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
             if adapter or options.ckpt_path == "base":
                 options.model.adapter = str(adapter) if adapter else None
-        start.check_graphs(options.model.cuda_graphs, options.data.packing)
         if options.model.adapter:
             options.data.template = template_of(Path(options.model.adapter), options.data.template)
 
@@ -234,7 +234,6 @@ class QLoRACLI(LightningCLI):
         options, config, mirror = self.config[self.verb], self._config_to_keep(), None
         self.settings, self.lengths = config, start.lengths(config)
         if options.mirror is not None:
-            require(bool(options.mirror.strip()), "mirror", "a folder", options.mirror)
             mirror = Path(options.mirror).expanduser()
         by_first(lambda: self.open_run(mirror))
         path, self.resume_from = from_first((self.run.path, self.resume_from))
@@ -335,13 +334,9 @@ class QLoRACLI(LightningCLI):
         if self.mirror:
             checkpoints.on_saved = self.mirror.push
         self.checkpoints, stop = checkpoints, StopOnSignal(checkpoints)
-        limit_s = parse_max_time(options.max_time) if options.max_time is not None else None
-        limits = [TimeLimit(limit_s, self.started_at, stop)] if limit_s is not None else []
+        limits = [TimeLimit(max_time_s(options.max_time), self.started_at, stop)] if options.max_time else []
         memory, held_out, guard = PeakMemory(), HeldOutMetrics(), UpdateGuard(options.max_nonfinite_losses)
         patience = options.early_stopping
-        require(patience is None or patience >= 1, "early_stopping", "none, or a whole number from 1", patience)
-        validates = options.trainer.limit_val_batches != 0
-        require(patience is None or validates, "early_stopping", "none where trainer.limit_val_batches is 0", patience)
         early = [StopWithoutGain("val/loss", patience=patience)] if patience else []
         resumed = self.resume_from.name if self.resume_from else None
         self.report = Report(self.run, memory, resumed, checkpoints, self.lengths)

@@ -265,7 +265,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         None,
         "data.form",
-        ["'auto', 'alpaca', 'dolly', 'guanaco', ", "got vicuna"],
+        ["expected auto, alpaca, dolly, guanaco, ", "'vicuna' is unknown"],
     ),
     ("train_on", ["--data.train_on", "answer"], None, None, "data.train_on", ["'answers', 'all'", "got answer"]),
     ("system tag", ["--data.system", "<<SYS>> x"], None, None, "data.system", ["without '<<SYS>>'", "Llama 2"]),

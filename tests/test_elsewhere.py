@@ -11,8 +11,7 @@ import pytest
 from lit_qlora import cli
 from lit_qlora.elsewhere import HERE, TOOLS, here
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import find_base
-from lit_qlora.model.load import check_targets, split_names
+from lit_qlora.model.base import check_targets, find_base, split_names
 from lit_qlora.trainer import RunParser
 
 COMMON = {

@@ -593,7 +593,7 @@ def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lit_qlora.training.parse_max_time", lambda text: {"00:00:00:01": 0.01}[text])
+        patch.setattr("lit_qlora.training.max_time_s", lambda text: {"00:00:00:01": 0.01}[text])
         assert main([*FIT, "--max_time", "00:00:00:01"]) == 0  # over before the first step, which is done all the same
     assert capsys.readouterr().out.endswith(
         "\nstopped and saved at step 1 by max_time; the same command resumes from here\n"
@@ -603,7 +603,7 @@ def test_max_time_ends_with_status_0_and_the_same_command_goes_on(
     assert "max_time" not in Path("run/config.yaml").read_text()
     with Path("run/config.yaml").open("a") as file:  # an earlier version kept it
         file.write("max_time: 00:00:00:01\n")
-    monkeypatch.setattr("lit_qlora.training.parse_max_time", None)
+    monkeypatch.setattr("lit_qlora.training.max_time_s", None)
     assert main(["fit", "--run", "./run"]) == 0
     assert "changed" not in capsys.readouterr().out
     assert Path("run/finished.json").is_file()

@@ -16,6 +16,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lit_qlora.arguments import checked_arguments
 from lit_qlora.callbacks.record import record_of
 from lit_qlora.callbacks.steps import StepCallback, begin_epoch, is_last_step, validation_follows
 from lit_qlora.callbacks.throughput import Throughput
@@ -23,7 +24,7 @@ from lit_qlora.console import tell
 from lit_qlora.data.chat_template import PROBES, check_template, write_tokenizer
 from lit_qlora.devices.strategy import is_on_edge
 from lit_qlora.devices.world import any_of, by_first, is_first
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError
 from lit_qlora.figures.card import write_card
 from lit_qlora.forecast.foresee import Needs
 from lit_qlora.storage.checkpoint_io import check_checkpoint
@@ -57,6 +58,7 @@ class RunCheckpoints(StepCallback, Needs):
         on_saved: called after each checkpoint.
     """
 
+    @checked_arguments()
     def __init__(
         self,
         run: RunFolder,
@@ -66,10 +68,6 @@ class RunCheckpoints(StepCallback, Needs):
         clock: Callable[[], float] = time.monotonic,
         on_saved: Callable[[], None] = lambda: None,
     ) -> None:
-        require(save_every_steps >= 1, "save_every_steps", "a whole number from 1", save_every_steps)
-        require(keep_checkpoints >= 2, "keep_checkpoints", "a whole number from 2", keep_checkpoints)
-        is_time = save_every_minutes is None or save_every_minutes > 0
-        require(is_time, "save_every_minutes", "none, or a number above 0", save_every_minutes)
         self.run = run
         self.save_every_steps, self.save_every_minutes = save_every_steps, save_every_minutes
         self.keep_checkpoints = keep_checkpoints

@@ -14,7 +14,7 @@ from lit_qlora.batch import Batch
 from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import StepCallback, is_log_step
 from lit_qlora.devices.world import any_of
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError
 from lit_qlora.model.optimizer import num_applied
 
 MAX_SCALER_SKIPS = 20
@@ -34,7 +34,6 @@ class UpdateGuard(StepCallback):
 
     @checked_arguments()
     def __init__(self, max_nonfinite_losses: int = 1) -> None:
-        require(max_nonfinite_losses >= 1, "max_nonfinite_losses", "a whole number from 1", max_nonfinite_losses)
         self.max_nonfinite_losses = max_nonfinite_losses
         self.nonfinite_in_a_row = 0
         self.skips_in_a_row = 0

@@ -47,8 +47,6 @@ class SampleAnswers(Callback, Needs):
         repetition_penalty: float = 1.0,
         stop: str | list[str] = "",
     ) -> None:
-        require(count >= 0, "samples.count", "0 or more", count)
-        require(not prompts or all(text.strip() for text in prompts), "samples.prompts", "no empty ones", prompts)
         try:
             self.sampling = Sampling(max_new_tokens, temperature, top_p, 0, top_k, min_p, repetition_penalty, stop)
         except UserError as error:

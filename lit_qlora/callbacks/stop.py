@@ -3,7 +3,6 @@
 Knows no files; `RunCheckpoints` saves.
 """
 
-import re
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -16,7 +15,6 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.console import tell
 from lit_qlora.devices.world import highest, is_first
-from lit_qlora.errors import require
 from lit_qlora.signals import URGENT, give_back, leave_at_once, name_of, say, take_over
 
 
@@ -146,22 +144,3 @@ class StopWithoutGain(EarlyStopping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Lightning's, but with the patience of the command line, not of the checkpoint."""
         super().load_state_dict({**state_dict, "patience": self.patience})
-
-
-def parse_max_time(text: str) -> float:
-    """Parse a duration in the form that Lightning's own option has.
-
-    Args:
-        text: ``DD:HH:MM:SS``.
-
-    Returns:
-        Seconds, above 0.
-
-    Raises:
-        UserError: for another form, and for zero.
-    """
-    found = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", text)
-    days, hours, minutes, seconds = map(int, found.groups()) if found else (0, 0, 0, 0)
-    limit_s = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    require(limit_s > 0, "max_time", "DD:HH:MM:SS, such as 00:03:30:00", text)
-    return limit_s

@@ -24,12 +24,13 @@ from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.sources import SourceOption, as_text, paths_of, sources_of
+from lit_qlora.data.templates import instead_of, read_template, template_of_base
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.data.view import SHORT_AMONG, example_lines
 from lit_qlora.devices.world import local_first
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import LLAMA_2, OF_BASE, PromptFormat, built_in, chosen, names
+from lit_qlora.text.formats import OF_BASE, PromptFormat, chosen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,22 +98,6 @@ class ChatDataModule(LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
-        require(0 <= validation_share < 1, "data.validation_share", "a share from 0 to below 1", validation_share)
-        require(max_length >= 8, "data.max_length", "at least 8 tokens", max_length)
-        require(batch_size >= 1, "data.batch_size", "at least 1 row", batch_size)
-        require(
-            batch_tokens is None or batch_tokens >= max_length,
-            "data.batch_tokens",
-            f"none, or at least data.max_length ({max_length})",
-            batch_tokens,
-        )
-        require(
-            not packing or batch_tokens is not None, "data.packing", "data.batch_tokens beside it, say 2048", packing
-        )
-        require(num_workers >= 0, "data.num_workers", "0 or more processes", num_workers)
-        require(tokenizer is None or bool(tokenizer.strip()), "data.tokenizer", "a hub id or a folder", tokenizer)
-        require(opening is None or bool(opening.strip()), "data.opening", "a text, or none", opening)
-        require(form != "text" or train_on == "all", "data.train_on", "all, for plain text is learned whole", train_on)
         Reading(form, columns=columns).check()
         for option, given in (
             ("source", source),
@@ -166,7 +151,7 @@ class ChatDataModule(LightningDataModule):
         """
         if self._encoder is None:
             if self._awaits_base:
-                self.prompt_format = _prompt_format(_template_of(self.tokenizer), self.prompt_format.system)
+                self.prompt_format = _prompt_format(template_of_base(self.tokenizer), self.prompt_format.system)
                 self._awaits_base = False
             try:
                 self._encoder = Encoder(self.tokenizer, self.max_length, self.train_on, self.prompt_format)
@@ -175,7 +160,7 @@ class ChatDataModule(LightningDataModule):
                 if error.option != "data.template" or not self.prompt_format.is_given_by(template):
                     raise
                 raise error.replace(
-                    problem=f"the base's own can't be learned: {error.problem}", remedy=_instead_of(template or "")
+                    problem=f"the base's own can't be learned: {error.problem}", remedy=instead_of(template or "")
                 ) from error
         return self._encoder
 
@@ -497,24 +482,6 @@ def _counted(records: Records, known: Collection[str] = ()) -> list[str]:
     return [f"{count:,} {what}" for what, count in records.dropped.items() if count and what not in known]
 
 
-LARGEST_TEMPLATE = 1_000_000
-"""Most bytes of a template's file; the longest known has 30,000."""
-
-
-BUILT_IN_BY_MARK = {
-    "<|im_start|>": "chatml",
-    "<|start_header_id|>": "llama3",
-    "<|user|>": "zephyr",
-    "[INST]": LLAMA_2,
-}
-"""The built-in format that writes turns as a base's own template with such a mark does."""
-
-
-def is_template(value: str) -> bool:
-    """True if ``value`` is a template itself, not a file name."""
-    return "{{" in value or "{%" in value
-
-
 def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
     prompt_format = chosen(template, system)
     prompt_format.check_system()  # by a template's own texts, the encoder does
@@ -525,64 +492,3 @@ def check_limit(option: str, limit: int | float, count: int) -> None:
     """Raises UserError if the share in ``option`` of the Trainer rounds to none of ``count`` micro-batches."""
     expected = f"a share of at least one of the {count} micro-batches, or a number of them"
     require(isinstance(limit, int) or limit == 0 or int(limit * count) >= 1, f"trainer.{option}", expected, limit)
-
-
-def read_template(value: str | None, base: str | None = None) -> str | None:
-    """The chat template that ``value`` is, or that it names; None stands for the Llama 2 format.
-
-    Args:
-        value: As ``data.template``.
-        base: The hub id or folder whose own template may be meant.
-
-    Raises:
-        UserError: There is no such file, it holds no Jinja, or the base has no template.
-    """
-    if value is None or value == LLAMA_2:
-        return None
-    where, text = ("", value) if is_template(value) else (f"{value}: ", built_in().get(value))
-    if value == OF_BASE and base is not None:
-        text = _template_of(load_tokenizer(base))
-    if text is None:
-        text = _read_template_file(value)
-    try:
-        return chosen(text).source
-    except UserError as error:
-        raise error.replace(problem=f"{where}{error.problem}") from error
-
-
-def _template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The chat template of a base by its tokenizer. Raises UserError where it has none."""
-    text = template_beside(tokenizer)
-    if not text:
-        raise UserError(
-            f"base: {excerpt(tokenizer.name_or_path)} has no chat template of its own",
-            option="data.template",
-            remedy=f"take one of {', '.join([LLAMA_2, *built_in()])}, or a file with one",
-        )
-    return text
-
-
-def _instead_of(template: str) -> str:
-    """The remedy for a base's own template that can't be learned: Qwen3's, say, thinks in its last answer alone."""
-    name = next((name for mark, name in BUILT_IN_BY_MARK.items() if mark in template), None)
-    if name is None:
-        return f"or take another: {', '.join([LLAMA_2, *built_in()])}"
-    return f"or give --data.template {name}, which writes such turns, too"
-
-
-def _read_template_file(name: str) -> str:
-    path = Path(name).expanduser()
-    try:
-        # A pipe or a device may never end.
-        if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_TEMPLATE):
-            raise UserError(
-                f"{name}: expected a file of at most {LARGEST_TEMPLATE:,} bytes with a Jinja template",
-                option="data.template",
-            )
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        what = f"{name} is not UTF-8 (byte {error.start})"
-        raise UserError(what, option="data.template", remedy="save it as UTF-8") from error
-    except OSError as error:
-        what = f"{name}: expected {', '.join(names())}, or a file with a Jinja chat template ({error.strerror})"
-        raise UserError(what, option="data.template") from error

@@ -42,6 +42,19 @@ class Row(NamedTuple):
     fault: UserError | None = None
 
 
+def kind_of(path: Path) -> tuple[str, str]:
+    """The ending of a file of rows, and of `PACKED` what stands behind it. Raises UserError for another file."""
+    packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    ending = Path(path.name.lower().removesuffix(packing)).suffix
+    if ending in COMPRESSED:
+        raise UserError(f"is compressed, expected one of {', '.join(ENDINGS)}", place=path, remedy="unpack it first")
+    if ending not in (*ENDINGS, ARROW):
+        raise UserError(
+            f"the ending is {ending!r}, expected one of {', '.join(ENDINGS)}", place=path, remedy="convert the file"
+        )
+    return ending, packing
+
+
 def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     """Read every row of a file, by its ending; the first line of a .csv has to name one of ``columns``.
 
@@ -51,14 +64,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     Raises:
         UserError: when the file can't be read, is not what its ending says, or holds no rows.
     """
-    packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
-    ending = Path(path.name.lower().removesuffix(packing)).suffix
-    if ending in COMPRESSED:
-        raise UserError(f"is compressed, expected one of {', '.join(ENDINGS)}", place=path, remedy="unpack it first")
-    if ending not in (*ENDINGS, ARROW):
-        raise UserError(
-            f"the ending is {ending!r}, expected one of {', '.join(ENDINGS)}", place=path, remedy="convert the file"
-        )
+    ending, packing = kind_of(path)
     data = _checked(path, _unpack(path, _read_bytes(path), packing)) if packing else _checked(path, _read_bytes(path))
     if ending in (".parquet", ARROW):
         rows = list(_table_rows(path, data, ending))

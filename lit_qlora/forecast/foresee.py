@@ -22,6 +22,7 @@ from lit_qlora.forecast.cards import Card, find_card
 from lit_qlora.forecast.memory import NO_SAMPLES, Samples, Step, StepMemory
 from lit_qlora.forecast.speed import Epoch, epoch_hours, waits_for_host
 from lit_qlora.model import host, load, offload
+from lit_qlora.model.base import target_names
 from lit_qlora.model.device import current_device
 from lit_qlora.model.generate import PROMPTS_AT_ONCE
 from lit_qlora.model.graphs import MOST, padded
@@ -178,7 +179,7 @@ class Forecast:
     @cached_property
     def step(self) -> Step:
         """The step of the largest micro-batch, with the number of layers kept by ``checkpointing`` on the card."""
-        names, largest = load.target_names(self.lora.target_modules), self.largest
+        names, largest = target_names(self.lora.target_modules), self.largest
         step = Step(
             self.shape,
             tokens=largest.tokens,

@@ -1,10 +1,11 @@
 """Owns the checks of a base model before anything of it is loaded: that it exists, is open, of a kind known, and safe.
 
-And the one rule for which of its files are the weights. Reads only config.json, the index of the weights and the list
-of files. Knows no torch; what stands in the weights is `lit_qlora.model.weights`'s.
+And the one rule for which of its files are the weights, and whether options fit its sizes. Reads only config.json, the
+index of the weights and the list of files. Knows no torch; what stands in the weights is `lit_qlora.model.weights`'s.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,56 @@ def _nearest(folder: Path) -> str:
         return ""
     near = nearest(folder.name, [path.name for path in folder.parent.iterdir()])
     return f" (did you mean {folder.parent / near}?)" if near else ""
+
+
+def target_names(target_modules: str | list[str]) -> Sequence[str]:
+    """The names of the targeted linear layers, spelled out: peft takes a string for a pattern."""
+    if target_modules == "all-linear":
+        return Shape.LINEARS
+    return [target_modules] if isinstance(target_modules, str) else target_modules
+
+
+def split_names(target_modules: str | list[str]) -> str | list[str]:
+    """Names of linear layers as a list, also if given as one text with commas or spaces."""
+    if isinstance(target_modules, str) and not re.search(r"[\s,\[]", target_modules):
+        return target_modules
+    texts = [target_modules] if isinstance(target_modules, str) else target_modules
+    names = [name for text in texts for name in re.findall(r"[^\s,\[\]'\"]+", text)]
+    return "all-linear" if names == ["all-linear"] else names
+
+
+def check_targets(base: Base, target_modules: str | list[str]) -> None:
+    """Raises UserError unless every one of ``target_modules`` is a linear layer of a decoder layer."""
+    names, known = target_names(target_modules), base.shape.linears
+    for name in names:
+        if name not in known:
+            if name == "all-linear":
+                raise UserError(
+                    "all-linear stands for every name", option="model.target_modules", remedy="give it, or names, alone"
+                )
+            near = nearest(name.rpartition(".")[2], ["all-linear", *known], 0.4)
+            raise UserError(
+                f"{excerpt(name)} is none of all-linear, {', '.join(known)}",
+                option="model.target_modules",
+                remedy=f"did you mean {near!r}?" if near else None,
+            )
+    if not names:
+        raise UserError("expected all-linear or at least one name, got none", option="model.target_modules")
+
+
+def check_rank(base: Base, rank: int) -> None:
+    """Raises UserError for a rank above the base's hidden size: LoRA would be larger than the layers themselves."""
+    hidden = base.shape.hidden
+    require(rank <= hidden, "model.rank", f"at most {hidden:,}, the hidden size of {base.name}", rank)
+
+
+def check_context(base: Base, max_length: int) -> None:
+    """Raises UserError for a limit above the base's context: it has never seen such positions, or sees them cut."""
+    context = base.context_tokens
+    key = "sliding_window" if context == base.window else "max_position_embeddings"
+    require(
+        max_length <= context,
+        "data.max_length",
+        f"at most {context:,} tokens, the {key} of {base.name}",
+        max_length,
+    )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lit_qlora.errors import require
+from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.files import parse_json
 
 if TYPE_CHECKING:
@@ -49,19 +49,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", stop_texts(self.stop))
-        penalty = self.repetition_penalty
-        require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
-        require(0 <= self.temperature < float("inf"), "temperature", "0 or more", self.temperature)
-        require(0 < self.top_p <= 1, "top_p", "a share above 0, at most 1", self.top_p)
-        require(0 <= self.seed < 2**64, "seed", "a whole number from 0, below 2**64", self.seed)
-        require(self.top_k >= 0, "top_k", "a number of tokens, or 0 for all", self.top_k)
-        require(0 <= self.min_p <= 1, "min_p", "a share from 0 to 1", self.min_p)
-        require(0 < penalty < float("inf"), "repetition_penalty", "above 0; 1 is none", penalty)
-        require(all(self.stop), "stop", "texts of at least one character", [*self.stop])
-        if not self.temperature:
-            for name in ("top_p", "top_k", "min_p"):
-                value, expected = getattr(self, name), "it left out at temperature 0, which takes the likeliest token"
-                require(value == getattr(type(self), name), name, expected, value)
+        check_ranges({**vars(self), "stop": [*self.stop]})
 
 
 def stop_texts(given: str | Sequence[str]) -> tuple[str, ...]:

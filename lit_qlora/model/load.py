@@ -5,17 +5,17 @@ The base is frozen and in 16 bits where it is not in 4; adapters are fp32. Knows
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_qlora.errors import UserError, excerpt, nearest, one_line, require
+from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model import lora_config
 from lit_qlora.model.attention import implementation_of
-from lit_qlora.model.base import Base
+from lit_qlora.model.base import Base, target_names
 from lit_qlora.model.config import for_transformers
 from lit_qlora.model.device import Attention
 from lit_qlora.model.fingerprint import fingerprint, is_of, shown
@@ -128,59 +128,6 @@ def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)  # type: ignore[return-value]
-
-
-def target_names(target_modules: str | list[str]) -> Sequence[str]:
-    """The names of the targeted linear layers, spelled out: peft takes a string for a pattern."""
-    if target_modules == "all-linear":
-        return Shape.LINEARS
-    return [target_modules] if isinstance(target_modules, str) else target_modules
-
-
-def split_names(target_modules: str | list[str]) -> str | list[str]:
-    """Names of linear layers as a list, also if given as one text with commas or spaces."""
-    if isinstance(target_modules, str) and not re.search(r"[\s,\[]", target_modules):
-        return target_modules
-    texts = [target_modules] if isinstance(target_modules, str) else target_modules
-    names = [name for text in texts for name in re.findall(r"[^\s,\[\]'\"]+", text)]
-    return "all-linear" if names == ["all-linear"] else names
-
-
-def check_targets(base: Base, target_modules: str | list[str]) -> None:
-    """Raises UserError unless every one of ``target_modules`` is a linear layer of a decoder layer."""
-    names, known = target_names(target_modules), base.shape.linears
-    for name in names:
-        if name not in known:
-            if name == "all-linear":
-                raise UserError(
-                    "all-linear stands for every name", option="model.target_modules", remedy="give it, or names, alone"
-                )
-            near = nearest(name.rpartition(".")[2], ["all-linear", *known], 0.4)
-            raise UserError(
-                f"{excerpt(name)} is none of all-linear, {', '.join(known)}",
-                option="model.target_modules",
-                remedy=f"did you mean {near!r}?" if near else None,
-            )
-    if not names:
-        raise UserError("expected all-linear or at least one name, got none", option="model.target_modules")
-
-
-def check_rank(base: Base, rank: int) -> None:
-    """Raises UserError for a rank above the base's hidden size: LoRA would be larger than the layers themselves."""
-    hidden = base.shape.hidden
-    require(rank <= hidden, "model.rank", f"at most {hidden:,}, the hidden size of {base.name}", rank)
-
-
-def check_context(base: Base, max_length: int) -> None:
-    """Raises UserError for a limit above the base's context: it has never seen such positions, or sees them cut."""
-    context = base.context_tokens
-    key = "sliding_window" if context == base.window else "max_position_embeddings"
-    require(
-        max_length <= context,
-        "data.max_length",
-        f"at most {context:,} tokens, the {key} of {base.name}",
-        max_length,
-    )
 
 
 def check_settings(folder: Path, lora: Lora) -> None:
@@ -345,12 +292,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises UserError if ``folder`` is no adapter, was altered, or has a prompt format unknown to this version.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # a Path has one slash less
-        raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
-    if not (folder / "adapter_config.json").is_file():
-        below = folder / "adapter"  # of a run
-        near = f"; did you mean {below}?" if (below / "adapter_config.json").is_file() else ""
-        raise UserError(f"{folder} is no adapter: it has no adapter_config.json{near}")
+    lora_config.require_adapter(folder)
     config = read_object(folder / "adapter_config.json")
     kind = config.get("peft_type")
     if kind != "LORA":

@@ -154,3 +154,13 @@ def _of_layer(patterns: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
     from peft.utils.other import get_pattern_key
 
     return patterns.get(get_pattern_key([*patterns], layer), otherwise) if patterns else otherwise
+
+
+def require_adapter(folder: Path) -> None:
+    """Raises UserError unless ``folder`` is one on this machine that holds an adapter."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # a Path has one slash less
+        raise UserError(f"{folder} is a URL, and adapters are only read from this machine: give an adapter's folder")
+    if not (folder / "adapter_config.json").is_file():
+        below = folder / "adapter"  # of a run
+        near = f"; did you mean {below}?" if (below / "adapter_config.json").is_file() else ""
+        raise UserError(f"{folder} is no adapter: it has no adapter_config.json{near}")

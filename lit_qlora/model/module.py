@@ -23,7 +23,7 @@ from lit_qlora.devices.world import local_first, world
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model import load
 from lit_qlora.model.attention import find_places
-from lit_qlora.model.base import Base, find_base
+from lit_qlora.model.base import Base, check_context, check_targets, find_base, split_names
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.decoder import (
@@ -141,23 +141,10 @@ class QLoRAModule(LearnsInParts):
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        require(rank >= 1, "model.rank", "a whole number from 1", rank)
-        require(alpha > 0, "model.alpha", "a number above 0", alpha)
-        require(0 <= dropout < 1, "model.dropout", "a share from 0 to below 1", dropout)
-        require(0 < learning_rate <= 1, "model.learning_rate", "a number above 0, at most 1", learning_rate)
-        require(0 <= warmup_ratio < 1, "model.warmup_ratio", "a share from 0 to below 1", warmup_ratio)
-        require(loss_rows >= 1, "model.loss_rows", "a whole number from 1", loss_rows)
-        require(weight_decay >= 0, "model.weight_decay", "0 or more", weight_decay)
         device = current_device()
         check_attention(attention, device)
         self.eager_because = check_compile(compile, device)
         """What is missing for compiled kernels, if they were requested; None otherwise."""
-        require(
-            cuda_graphs is not True or (own_layers and not (dropout or dora)),
-            "model.cuda_graphs",
-            "auto or false with dropout or dora, or without own_layers",
-            True,
-        )
         self.options = options
         """The constructor's arguments, for a checkpoint."""
         self.standalone = True
@@ -165,8 +152,8 @@ class QLoRAModule(LearnsInParts):
         the command line's callbacks do both."""
         self.base: Base = find_base(base, weights=device.is_here)
         self._given_base = self.base
-        target_modules = load.split_names(target_modules)
-        load.check_targets(self.base, target_modules)
+        target_modules = split_names(target_modules)
+        check_targets(self.base, target_modules)
         self.adapter = Path(adapter) if adapter else None
         if self.adapter:
             load.read_record(self.adapter)
@@ -218,7 +205,7 @@ class QLoRAModule(LearnsInParts):
             self.predict_step()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "prompt_format"):  # a `ChatDataModule`
-            load.check_context(self.base, data.max_length)
+            check_context(self.base, data.max_length)
             self.prompt_format = data.prompt_format
         if stage == "fit":
             check_optimizer(self.optimizer_name, self.trainer.strategy.root_device.type == "cuda")

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lit_qlora.errors import UserError, nearest, one_line
+from lit_qlora.errors import UserError, nearest, one_line, require
 from lit_qlora.place import COMMAND
+from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.files import parse_json, require_room, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
@@ -64,6 +65,17 @@ def run_path(name: str) -> Path:
     if not is_bare:
         return path
     return path if RunFolder(path).config.is_file() and not (RUNS / name).exists() else RUNS / name
+
+
+def named_folder(run: str | None) -> Path | None:
+    """The run folder that ``run`` names. Raises UserError if it is not one."""
+    if run is None:
+        return None
+    check_ranges({"run": run})
+    require(run != "null", "run", "a folder", None)
+    if "://" in run:
+        raise UserError(f"{run} is a URL, and runs are only kept on this machine: give a folder", option="run")
+    return run_path(run)
 
 
 def unnamed_run(config: str | None, base: str) -> Path:

@@ -118,7 +118,8 @@ def evaluate(
 
 def _held_out(chosen: ResolvedAdapter, source: str | None, max_length: int | None) -> "ChatDataModule":
     from lit_qlora.data.datamodule import ChatDataModule
-    from lit_qlora.model.load import check_context, read_format
+    from lit_qlora.model.base import check_context
+    from lit_qlora.model.load import read_format
     from lit_qlora.options import checked
 
     settings = chosen.settings or {"data": {}}

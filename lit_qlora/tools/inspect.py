@@ -43,7 +43,6 @@ class InspectCLI(DryCLI):
         """Checks its own options before anything is read."""
         super().before_instantiate_classes()
         options = self.config[self.verb]
-        require(options.rows >= 0, "rows", "0 or more", options.rows)
         self.accepted = [name.strip() for name in (options.accept or "").split(",") if name.strip()]
         for kind in self.accepted:
             require(kind in KINDS, "accept", f"some of {', '.join(KINDS)}", kind)

@@ -3,7 +3,6 @@
 Takes fit's own options, and needs neither GPU nor weights nor network. Knows which card is meant.
 """
 
-import re
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,13 +11,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_qlora import start
 from lit_qlora.data.datamodule import ChatDataModule, check_limit
-from lit_qlora.errors import UserError, require
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
 from lit_qlora.forecast.foresee import current_card, foresee
 from lit_qlora.model.base import missing_bytes
 from lit_qlora.model.device import AMPERE, Device
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
+from lit_qlora.ranges import check_ranges
 from lit_qlora.tools.planning.report import Plan, lines
 from lit_qlora.tools.planning.rows import look, offline
 from lit_qlora.training import DryCLI, in_one_line
@@ -41,6 +40,7 @@ class PlanCLI(DryCLI):
     def device(self) -> Device:
         """The card, for which everything is decided from here on."""
         options = self.config[self.verb]
+        check_ranges({"gpu-gib": options.gpu_gib, "gpu-capability": options.gpu_capability})
         needs_ampere = options.trainer.precision == "bf16-mixed" or options.model.attention == "flash_attention_2"
         assumed = AMPERE if needs_ampere else DEFAULT.capability
         self.card = _card(options.gpu, options.gpu_gib, options.gpu_capability, assumed)
@@ -133,13 +133,12 @@ def parse(args: list[str]) -> Any:
 
 def _card(name: str | None, gib: float | None, capability: str | None, assumed: tuple[int, int]) -> Card:
     """The given card; one of which only the memory is known has the ``assumed`` compute capability."""
-    require(gib is None or gib > 0, "gpu-gib", "a number of GiB above 0", gib)
-    found = re.fullmatch(r"(\d+)\.(\d)", capability or "7.5")
-    if found is None:
-        raise UserError(f"expected two numbers as in 8.6, got {capability!r}", option="gpu-capability")
     if name is None and gib is not None:
         card = Card(f"card of {gib:g} GiB", gib, assumed)
     else:
         card = find_card(name) if name else current_card() or DEFAULT
     card = replace(card, memory_gib=gib) if gib is not None else card
-    return replace(card, capability=(int(found[1]), int(found[2]))) if capability else card
+    if capability is None:
+        return card
+    major, minor = map(int, capability.split("."))
+    return replace(card, capability=(major, minor))

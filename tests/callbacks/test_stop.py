@@ -6,9 +6,10 @@ import signal
 import pytest
 import torch
 
-from lit_qlora.callbacks.stop import TimeLimit, parse_max_time
+from lit_qlora.callbacks.stop import TimeLimit
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
+from lit_qlora.ranges import check_ranges, max_time_s
 from lit_qlora.signals import SIGNALS, LeftAtOnce
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.state import load_state
@@ -253,12 +254,13 @@ def test_the_time_limit_leaves_room_for_two_saves_around_a_step(full_run, tiny, 
 
 @pytest.mark.parametrize(("text", "seconds"), [("00:00:00:01", 1), ("01:02:03:04", 93784), ("00:03:30:00", 12600)])
 def test_the_form_of_a_time_limit(text, seconds):
-    assert parse_max_time(text) == seconds
+    assert max_time_s(text) == seconds
+    check_ranges({"max_time": text})
 
 
 @pytest.mark.parametrize("text", ["", "x", "3", "03:30:00", "00:00:00:00", "00:00:00:1", "-1:00:00:00"])
 def test_what_is_no_time_limit(text, expect_error):
-    expect_error(lambda: parse_max_time(text), "DD:HH:MM:SS", f"got {text!r}", option="max_time")
+    expect_error(lambda: check_ranges({"max_time": text}), "DD:HH:MM:SS", f"got {text!r}", option="max_time")
 
 
 def test_ctrl_c_is_pythons_own_again_once_training_is_over(full_run, tiny, rows, tmp_path):

@@ -7,8 +7,9 @@ import pytest
 
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.chat_template import check_template, messages, write_tokenizer
-from lit_qlora.data.datamodule import ChatDataModule, read_template
+from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import Encoder
+from lit_qlora.data.templates import read_template
 from lit_qlora.data.tokenizer import load_tokenizer, stop_ids, template_beside
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation

@@ -12,7 +12,7 @@ from lit_qlora.model import graphs
 from lit_qlora.model import load as loading
 from lit_qlora.model.architectures import ARCHITECTURES
 from lit_qlora.model.attention import find_places
-from lit_qlora.model.base import find_base
+from lit_qlora.model.base import check_context, find_base
 from lit_qlora.model.config import for_transformers, read_config
 from lit_qlora.model.decoder import extract_layers, run_layers, why_not
 from lit_qlora.model.fingerprint import fingerprint, is_of
@@ -160,11 +160,9 @@ def test_a_window_is_the_longest_row_and_a_longer_one_is_refused(tmp_path, name,
     base = saved_config(save_base(tmp_path, name), **changes)
     assert base.window == window
     assert base.context_tokens == min(512, window or 512)
-    loading.check_context(base, base.context_tokens)
+    check_context(base, base.context_tokens)
     words = "sliding_window" if window and window < 512 else "max_position_embeddings"
-    expect_error(
-        lambda: loading.check_context(base, base.context_tokens + 1), words, base.name, option="data.max_length"
-    )
+    expect_error(lambda: check_context(base, base.context_tokens + 1), words, base.name, option="data.max_length")
 
 
 def test_rows_longer_than_the_window_from_elsewhere_are_refused_by_our_own_layers(make_model, base_like, expect_error):

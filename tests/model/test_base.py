@@ -16,9 +16,9 @@ import torch
 from huggingface_hub import errors
 
 from lit_qlora.errors import UserError
-from lit_qlora.model.base import INDEX, find_base, missing_bytes
+from lit_qlora.model.base import INDEX, check_context, find_base, missing_bytes
 from lit_qlora.model.fingerprint import fingerprint
-from lit_qlora.model.load import check_context, load_base
+from lit_qlora.model.load import load_base
 from lit_qlora.model.weights import check_weights
 
 CONFIG = {

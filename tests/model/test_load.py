@@ -12,9 +12,9 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lit_qlora.errors import UserError
 from lit_qlora.model import load as loading
-from lit_qlora.model.base import find_base
+from lit_qlora.model.base import check_targets, find_base
 from lit_qlora.model.fingerprint import fingerprint, is_of, shown
-from lit_qlora.model.load import adapter_parameters, check_targets, load_adapter, load_base, read_record
+from lit_qlora.model.load import adapter_parameters, load_adapter, load_base, read_record
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 IDS = torch.tensor([[3, 77, 500, 2, 9, 41], [4, 5, 6, 7, 8, 9]])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.data.datamodule import read_template
+from lit_qlora.data.templates import read_template
 from lit_qlora.errors import UserError
 from lit_qlora.text import formats
 from lit_qlora.text.conversation import Conversation, Turn

@@ -16,7 +16,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lit_qlora.arguments import checked_arguments
 from lit_qlora.callbacks.record import record_of
 from lit_qlora.callbacks.steps import StepCallback, begin_epoch, is_last_step, validation_follows
 from lit_qlora.callbacks.throughput import Throughput
@@ -27,6 +26,7 @@ from lit_qlora.devices.world import any_of, by_first, is_first
 from lit_qlora.errors import UserError
 from lit_qlora.figures.card import write_card
 from lit_qlora.forecast.foresee import Needs
+from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.checkpoint_io import check_checkpoint
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
@@ -58,7 +58,6 @@ class RunCheckpoints(StepCallback, Needs):
         on_saved: called after each checkpoint.
     """
 
-    @checked_arguments()
     def __init__(
         self,
         run: RunFolder,
@@ -68,6 +67,13 @@ class RunCheckpoints(StepCallback, Needs):
         clock: Callable[[], float] = time.monotonic,
         on_saved: Callable[[], None] = lambda: None,
     ) -> None:
+        check_ranges(
+            {
+                "save_every_steps": save_every_steps,
+                "save_every_minutes": save_every_minutes,
+                "keep_checkpoints": keep_checkpoints,
+            }
+        )
         self.run = run
         self.save_every_steps, self.save_every_minutes = save_every_steps, save_every_minutes
         self.keep_checkpoints = keep_checkpoints

@@ -3,7 +3,7 @@
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,37 @@ def real() -> Path:
     return REAL
 
 
-@pytest.fixture(autouse=True)
-def no_charts_at_the_end_of_each_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a second a fit; a module about them says ``DRAWS``. Nor a word on imports, whichever test is the first."""
-    monkeypatch.setattr("lit_qlora.cli.say_loading", lambda: None)
-    if not getattr(request.module, "DRAWS", False):
-        monkeypatch.setattr("lit_qlora.figures.report.charts", lambda *_: iter(()))
+@pytest.fixture(scope="session", autouse=True)
+def no_waste() -> Iterator[None]:
+    """Leaves out what takes half of a small fit's time, and what hardly any test looks at.
+
+    Charts, the picture of an adapter's card, and the wait for the disk, which a process killed or not never misses;
+    nor is there a word on imports, whichever test is the first.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lit_qlora.cli.say_loading", lambda: None)
+        patched.setattr(os, "fsync", lambda _: None)
+        patched.setattr("lit_qlora.figures.report.charts", lambda *_: iter(()))
+        patched.setattr("lit_qlora.figures.card.draw_curves", _draw_nothing)
+        yield
+
+
+def _draw_nothing(file: Path, figures: Mapping[int, Mapping[str, Any]], step: int) -> bool:
+    """An empty file where there would be a picture."""
+    from lit_qlora.figures.curves import points
+
+    if is_drawn := max(len(points(figures, name)) for name in ("train/loss", "val/loss")) > 1:
+        file.touch()
+    return is_drawn
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws charts and pictures after all."""
+    from lit_qlora.figures import charts, curves
+
+    monkeypatch.setattr("lit_qlora.figures.report.charts", charts.charts)
+    monkeypatch.setattr("lit_qlora.figures.card.draw_curves", curves.draw_curves)
 
 
 @pytest.fixture(scope="session")

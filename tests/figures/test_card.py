@@ -178,7 +178,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_path(tmp_path, monkeypatch):
     assert published(["secret/llama", "ann smith/rows.jsonl"]) == ["llama", "rows.jsonl"]
 
 
-def test_a_run_s_card(tmp_path, monkeypatch):
+def test_a_run_s_card(tmp_path, monkeypatch, draws):
     """From rows and a base that lie somewhere private; the figures are the run's own."""
     monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
     private = tmp_path / "private"
@@ -196,6 +196,7 @@ def test_a_run_s_card(tmp_path, monkeypatch):
     assert {"README.md", "curves.png"} < json.loads((folder / "manifest.json").read_text())["files"].keys()
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "(curves.png)" in text
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     for secret in ("private", str(Path.home()), "hf_averysecrettoken", f"/{getpass.getuser()}", str(tmp_path)):
         assert secret not in text
     result = json.loads((folder / "result.json").read_text())

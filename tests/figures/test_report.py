@@ -9,13 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from lit_qlora.cli import main
-from lit_qlora.figures import report
 from lit_qlora.figures.charts import charts, peak_of
 from lit_qlora.figures.report import page, write_report
 from lit_qlora.storage.run import RunFolder
-
-DRAWS = True
-"""Elsewhere, a fit's report has no charts: see conftest."""
 
 HOSTILE = "<script>document.title='stolen'</script><img src=//evil.example/x onerror=alert(1)>{{ 7*7 }}&lt;"
 FIGURES = {
@@ -81,13 +77,6 @@ def text_of(run, monkeypatch=None):
     return _Seen(page(run)).text
 
 
-@pytest.fixture
-def no_charts(monkeypatch):
-    """Where matplotlib need not be there."""
-    monkeypatch.setattr(report, "charts", lambda *_: iter(()))
-
-
-@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(
     "words",
     [
@@ -103,6 +92,7 @@ def test_what_the_page_says(run, words):
     assert words in text_of(run)
 
 
+@pytest.mark.usefixtures("draws")
 def test_without_matplotlib_the_page_says_what_it_lacks(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = text_of(run)
@@ -110,6 +100,7 @@ def test_without_matplotlib_the_page_says_what_it_lacks(run, monkeypatch):
     assert "finished at step 20 of 20" in text
 
 
+@pytest.mark.usefixtures("draws")
 def test_the_charts_are_there_with_their_words(run):
     pytest.importorskip("matplotlib")
     seen = _Seen(page(run))
@@ -156,7 +147,6 @@ def test_the_highest_of_a_figure():
     assert peak_of(FIGURES, "memory/none") is None
 
 
-@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(
     "place", ["prompt", "base", "adapter", "lines", "topic", "source", "name", "versions", "changes"]
 )
@@ -186,7 +176,6 @@ def test_a_stranger_s_text_is_text(run, place):
     assert not [attrs for _, attrs in seen.tags if {"src", "href", "onerror"} & {*attrs}]
 
 
-@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -207,7 +196,6 @@ def test_a_damaged_file_leaves_a_page_without_it(run, name, content):
     assert "Sample answers, before and after" in text_of(run)
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_run_that_has_just_begun(tmp_path):
     run = RunFolder(tmp_path / "new")
     run.path.mkdir()
@@ -217,7 +205,6 @@ def test_a_run_that_has_just_begun(tmp_path):
     assert "Too few figures" in text and "No samples were answered" in text
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_the_verb_writes_and_names_the_page(run, capsys, monkeypatch):
     assert main(["report", "--run", str(run.path)]) == 0
     assert capsys.readouterr().out == f"{run.report}\n"
@@ -228,7 +215,6 @@ def test_the_verb_writes_and_names_the_page(run, capsys, monkeypatch):
     assert "run: runs/nowhere is no run folder" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_page_that_can_t_be_written_is_one_line(run, expect_error):
     run.report.mkdir()
     expect_error(["report", "--run", str(run.path)], "report.html could not be saved", option="run")
@@ -263,6 +249,7 @@ def browser():
         yield browser
 
 
+@pytest.mark.usefixtures("draws")
 @pytest.mark.parametrize("width", [375, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_in_a_browser(run, browser, scheme, width):

@@ -197,7 +197,8 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="lit_qlora-storm-"))
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     began, outcomes = time.monotonic(), list[Outcome]()
-    warm_up()
+    if args.cold < 1:
+        warm_up()
     for number, outcome in enumerate(all_storms(folder, args)):
         outcomes.append(outcome)
         for problem in outcome.problems[:5]:

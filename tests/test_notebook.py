@@ -1,8 +1,9 @@
 """The Colab notebook: its cells as they are committed, and, slow, all of them run.
 
 Once inside a clone with its form as it is shipped, a small base and few rows alone put into the config. And on the demo
-in a fresh environment, for three days on Colab: a machine that goes away in the middle of training, the next one, on
-which everything runs to the end from the copy on the drive, and the same one again.
+for three days on Colab: a machine that goes away in the middle of training, the next one, on which everything runs to
+the end from the copy on the drive, and the same one again. Each in an environment of its own, into which pip may
+install, and which sees the packages of this one.
 """
 
 import ast
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Collection
 from importlib import import_module, metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -374,13 +376,26 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def _client(place: Path):
-    """Whoever runs the notebook, from ``place``."""
+def _environment(folder: Path) -> Path:
+    """The folder of programs of a new virtual environment in ``folder``, with a kernel called fresh."""
+    bin_folder = folder / "venv" / "bin"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text(str(Path(pytest.__file__).parents[1]))
+    (bin_folder / "tensorboard").symlink_to(Path(sys.executable).with_name("tensorboard"))
+    jupyter = [bin_folder / "python", "-m", "ipykernel", "install", "--prefix", folder / "jupyter", "--name", "fresh"]
+    subprocess.run(jupyter, check=True, stdout=subprocess.DEVNULL)
+    return bin_folder
+
+
+def _client(place: Path, without: Collection[str] = ()):
+    """Whoever runs the notebook, from ``place``, but for some of its cells."""
     import nbformat
     from nbclient import NotebookClient
 
     resources = {"metadata": {"path": str(place)}}
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.id not in without]
     return NotebookClient(notebook, kernel_name="fresh", timeout=600, resources=resources)
 
 
@@ -412,18 +427,11 @@ def test_run_all_as_it_is_shipped_inside_a_clone(tmp_path, monkeypatch):
         text = text.replace(f": {shipped}\n", f": {small}\n")
     config.write_text(text, encoding="utf-8")
 
-    # An environment of its own, into which pip may install, that sees the packages of this one; and a card's name.
-    bin_folder = tmp_path / "venv" / "bin"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    (site / "packages.pth").write_text(str(Path(pytest.__file__).parents[1]))
-    (bin_folder / "tensorboard").symlink_to(Path(sys.executable).with_name("tensorboard"))
+    bin_folder = _environment(tmp_path)
     (bin_folder / "nvidia-smi").write_text(
         "#!/bin/sh\n[ \"$1\" = --query-gpu=name,memory.total ] && echo 'Tesla T4, 15360 MiB'\n"
     )
     (bin_folder / "nvidia-smi").chmod(0o755)  # for the notebook's check alone: doctor would miss the card's driver
-    jupyter = [bin_folder / "python", "-m", "ipykernel", "install", "--prefix", tmp_path / "jupyter", "--name", "fresh"]
-    subprocess.run(jupyter, check=True, stdout=subprocess.DEVNULL)
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter" / "share" / "jupyter"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PATH", str(bin_folder), prepend=os.pathsep)
@@ -440,18 +448,13 @@ def test_run_all_as_it_is_shipped_inside_a_clone(tmp_path, monkeypatch):
 
 
 class Colab:
-    """A fresh environment with a kernel and torch, a drive, and a stand-in for the hub."""
+    """An environment with a kernel and torch, a drive, and a stand-in for the hub."""
 
     def __init__(self, folder: Path, hub_url: str, token: str) -> None:
-        self.folder, self.python = folder, folder / "venv" / "bin" / "python"
+        self.folder, self.python = folder, _environment(folder) / "python"
         self.mirror = folder / "drive" / "lit-qlora"
         self.mirror.parent.mkdir()
         (self.mirror.parent / "photo.jpg").touch()  # an empty folder would be the place of a drive without it
-        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-        lines = [line for name in ("", "-dev") for line in (ROOT / f"requirements{name}.txt").read_text().splitlines()]
-        brought = [line for line in lines if re.match(r"torch\b|ipykernel\b", line)]
-        self._install(*brought)
-        self._own("-m", "ipykernel", "install", "--prefix", folder / "jupyter", "--name", "fresh")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "VIRTUAL"))}
         own = {"HF_HOME": str(folder / "hf"), "HF_ENDPOINT": hub_url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
         settings = {
@@ -460,27 +463,22 @@ class Colab:
         }  # fmt: skip
         self.environment = kept | own | {f"LIT_QLORA_{name}": value for name, value in settings.items()}
 
-    def _install(self, *packages: str) -> None:
-        self._own("-m", "pip", "install", "-q", "--disable-pip-version-check", *packages)
-
-    def _own(self, *command: object) -> None:
-        subprocess.run([self.python, *command], check=True, stdout=subprocess.DEVNULL)
-
     def machine(self, name: str) -> Path:
         """A disk, and on it the place where a notebook starts; Colab's torchao is there again."""
-        self._install("torchao==0.10.0")
+        pip = [self.python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "torchao==0.10.0"], check=True, stdout=subprocess.DEVNULL)
         (self.folder / name / "tmp").mkdir(parents=True)
         return self.folder / name
 
-    def client(self, machine: Path, **settings: str):
-        """Whoever runs the notebook; and how."""
-        client = _client(machine)
+    def client(self, machine: Path, without: Collection[str] = (), **settings: str):
+        """Whoever runs the notebook, but for some of its cells; and how."""
+        client = _client(machine, without)
         given = {f"LIT_QLORA_{name}": value for name, value in settings.items()}
         return client, {"env": self.environment | given | {"TMPDIR": str(machine / "tmp")}}
 
-    def run_all(self, machine: Path, **settings: str) -> dict[str, str]:
+    def run_all(self, machine: Path, without: Collection[str] = (), **settings: str) -> dict[str, str]:
         """What stands below each cell."""
-        client, how = self.client(machine, **settings)
+        client, how = self.client(machine, without, **settings)
         notebook = client.execute(**how)
         (machine / "executed.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
         return _shown(notebook)
@@ -514,6 +512,10 @@ def hub():
     hub.close()
 
 
+BEFORE = ("doctor", "plan", "inspect", "tensorboard")
+"""Cells before the training, which leave nothing behind: run once is enough."""
+
+
 @pytest.mark.slow
 def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeypatch):
     from nbclient.exceptions import DeadKernelError
@@ -524,7 +526,7 @@ def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeyp
 
     # A machine that goes away once a checkpoint is on the drive.
     first = colab.machine("first")
-    client, how = colab.client(first)
+    client, how = colab.client(first, BEFORE)
 
     def cut() -> None:
         for _ in range(6000):
@@ -571,7 +573,7 @@ def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeyp
     assert hub.repositories == {} and colab.still_running() == []
 
     # And again.
-    shown = colab.run_all(second, PUSH_TO="ann/isles")
+    shown = colab.run_all(second, {*BEFORE, "report", "evaluate"}, PUSH_TO="ann/isles")
     assert "runs/demo is finished (212 of 212 steps): nothing to do." in shown["fit"]
     assert "goat" in shown["chat"].splitlines()[-1] and _size_of_picture(shown["curves"]) == (900, 480)
     assert shown["merge"] == f"merged/{merged.name} is there already.\n"

@@ -1,5 +1,6 @@
 """Owns the tiny Llama that the model tests run on: random, seeded, with one odd width, quantised by the real code."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -140,11 +141,21 @@ def held_bytes():
     """What is still held of memory while the result of a function is."""
 
     def held_bytes(run):
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            result = run()
-        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        result, events = memory_events(run)
         assert result.grad_fn is not None
         return sum(event.nbytes() for event in events)
 
     return held_bytes
+
+
+def memory_events(run):
+    """What a function gives, and what torch's allocator did meanwhile, in order; what others left behind stays."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            result = run()
+    finally:
+        gc.enable()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return result, sorted(events, key=lambda event: event.start_ns())

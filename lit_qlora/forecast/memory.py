@@ -6,6 +6,7 @@ own allocator. Knows no torch, no card and no data; sizes and settings go in, by
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -90,16 +91,23 @@ class Step:
         return self.ranks or (dict.fromkeys(self.targets, self.rank),) * self.shape.num_layers
 
     @cached_property
+    def _kinds(self) -> list[Mapping[str, int]]:
+        """`lora`, a mapping that stands for many layers once: an advice looks at thousands of steps."""
+        return [*{id(layer): layer for layer in self.lora}.values()]
+
+    @cached_property
     def lora_tensors(self) -> list[int]:
         """Number of weights in each tensor of LoRA, of all layers."""
-        return [
-            rank * width for layer in self.lora for name, rank in layer.items() for width in self.shape.linears[name]
-        ]
+        of_layer = {
+            id(layer): [rank * width for name, rank in layer.items() for width in self.shape.linears[name]]
+            for layer in self._kinds
+        }
+        return [size for layer in self.lora for size in of_layer[id(layer)]]
 
     @cached_property
     def num_cast(self) -> int:
         """Number of weights in the 16-bit copies of LoRA, which layers of one kind share."""
-        kinds = {frozenset(layer.items()) for layer in self.lora}
+        kinds = {frozenset(layer.items()) for layer in self._kinds}
         return sum(rank * sum(self.shape.linears[name]) for layer in kinds for name, rank in layer)
 
 
@@ -177,16 +185,16 @@ def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
 def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
     """Optimizer state on the card, and state that is paged to the host when the card runs short."""
     on_card = paged = 0
-    for size in tensors:
+    for size, count in Counter(tensors).items():
         scales = 0
         state = 8 * size
         if name.endswith("8bit") and size >= MIN_8BIT:
             state, scales = 2 * size, 8 * math.ceil(size / BLOCK_8BIT)
         if name.startswith("paged") and size >= MIN_PAGED:
-            paged += state
+            paged += count * state
         else:
-            on_card += state
-        on_card += scales
+            on_card += count * state
+        on_card += count * scales
     return on_card, paged
 
 
@@ -369,14 +377,18 @@ NO_SAMPLES = Samples(0, 0, 0)
 
 def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
     """All moments whose memory a run needs."""
-    return [*moments(step), *([sampling_memory(step, samples)] if samples.num_prompts else [])]
+    found = moments(step)
+    return [*found, *([sampling_memory(step, samples, found)] if samples.num_prompts else [])]
 
 
-def sampling_memory(step: Step, samples: Samples) -> StepMemory:
-    """Bytes while sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts."""
+def sampling_memory(step: Step, samples: Samples, found: list[StepMemory]) -> StepMemory:
+    """Bytes while sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts.
+
+    Beside what ``found``, the moments of the step, hold in the update.
+    """
     shape, size = step.shape, step.element
     inner, keys = shape.linears["gate_proj"][1], shape.linears["k_proj"][1]
-    update = next(moment for moment in moments(step) if moment.moment == "update")
+    update = next(moment for moment in found if moment.moment == "update")
     tokens = samples.num_prompts * samples.prompt_tokens
     cache = 2 * size * keys * shape.num_layers * (tokens + samples.num_prompts * samples.new_tokens)
     forward = tokens * size * (6 * shape.hidden + 5 * inner)  # an upper bound

@@ -1,6 +1,7 @@
 """The planner's formulas against what torch really keeps and allocates, on a small 4-bit Llama with LoRA."""
 
 import functools
+import itertools
 from dataclasses import fields, replace
 
 import pytest
@@ -20,6 +21,7 @@ from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import make_optimizer
 from lit_qlora.model.shape import LLAMA_2, Shape
 from lit_qlora.storage.files import GIB
+from tests.tiny_llama import memory_events
 
 SEVEN = Shape.of(LLAMA_2["7b"])
 TARGETS = {
@@ -97,16 +99,7 @@ def test_what_a_layer_keeps(step_of, held_bytes, monkeypatch, sizes, dtype, way)
 
 def peak_bytes(run):
     """The most that torch's allocator held above what it held before, scratch inside of kernels included."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return max(itertools.accumulate(event.nbytes() for event in memory_events(run)[1]))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +226,7 @@ def test_7b_by_hand():
 
 
 def test_a_total_is_the_sum_of_its_parts():
-    parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:-2])}
+    parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:-3])}  # but what is apart
     held = StepMemory("now", **parts)
     assert held.total == int("1" * len(parts))
     assert held.reserved == held.total + int((held.total - held.activations) * 0.085)
@@ -322,7 +315,9 @@ def test_the_highest_moment_moves():
 
 
 def test_sample_answers_hold_keys_and_values_of_each_layer():
-    held = memory.sampling_memory(seven(), Samples(num_prompts=8, prompt_tokens=100, new_tokens=28))
+    step = seven()
+    samples = Samples(num_prompts=8, prompt_tokens=100, new_tokens=28)
+    held = memory.sampling_memory(step, samples, memory.moments(step))
     assert held.cache == 8 * 128 * 32 * 2 * 2 * 4096
     assert held.weights == memory.weight_bytes(SEVEN)
 

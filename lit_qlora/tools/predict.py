@@ -146,12 +146,7 @@ def _answer_batch(answerer: Answerer, ids: list[list[int]], sampling: Sampling, 
 
 
 def _belongs_to(answerer: Answerer, ids: list[list[int]], sampling: Sampling, batch_size: int) -> dict[str, Any]:
-    """Everything that decides the answers, by the names of the options.
-
-    Options that earlier versions did not have are left out at their defaults, so that unfinished outputs resume.
-    """
-    first = ("max_new_tokens", "temperature", "top_p", "seed")
-    plain = asdict(Sampling())
+    """Everything that decides the answers, by the names of the options."""
     adapter = hashlib.sha256()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         with (answerer.adapter / name).open("rb") as file:
@@ -161,7 +156,8 @@ def _belongs_to(answerer: Answerer, ids: list[list[int]], sampling: Sampling, ba
         "adapter": adapter.hexdigest()[:12],
         "base": answerer.base.public_name,
         "computed in": str(answerer.dtype).removeprefix("torch."),
-        **{name: value for name, value in asdict(sampling).items() if name in first or value != plain[name]},
+        **asdict(sampling),
+        "stop": [*sampling.stop],  # as JSON has it, with which it is compared
         "batch_size": batch_size,
     }
 

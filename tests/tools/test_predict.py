@@ -533,6 +533,15 @@ def test_a_finished_output_is_told_from_another_s(here, slow, capsys):
     assert output.read_bytes() == before + b"\n"
 
 
+def test_texts_that_end_answers_are_the_same_when_given_again(here, slow, capsys):
+    assert predict("--stop", "###") == 0
+    capsys.readouterr()
+    assert predict("--stop", '["###"]') == 0
+    assert capsys.readouterr().out == "finished: answers.jsonl holds these 12 answers; nothing to do\n"
+    assert predict("--stop", "##") == 2
+    assert "exists already (stop: ['###'] -> ['##'])" in capsys.readouterr().err
+
+
 def test_lines_where_there_is_no_terminal(here, slow, capsys, monkeypatch):
     monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0)
     assert predict("--batch_size", "5") == 0

@@ -42,8 +42,8 @@ class SamePrompts(Callback):
         was, now = record["prompt_format"], trainer.datamodule.prompt_format.identity  # type: ignore[attr-defined]
         if was != now:
             raise UserError(
-                f"the checkpoint was trained with {_told('prompt_format', record)}, and is to be "
-                f"scored with {_told('prompt_format', {'prompt_format': now})}",
+                f"the checkpoint was trained with {_in_words('prompt_format', record)}, and is to be "
+                f"scored with {_in_words('prompt_format', {'prompt_format': now})}",
                 option="data.template",
                 remedy="give that of its run, or none",
             )
@@ -158,13 +158,13 @@ def _compare(was: dict[str, Any], now: dict[str, Any]) -> None:
     for part, remedy in REMEDY.items():
         if part in now and was[part] != now[part]:
             raise UserError(
-                f"its {part.replace('_', ' ')} changed: {_told(part, was)} -> {_told(part, now)}",
+                f"its {part.replace('_', ' ')} changed: {_in_words(part, was)} -> {_in_words(part, now)}",
                 option="run",
                 remedy=f"{remedy}, or --run NAME to start another run",
             )
 
 
-def _told(part: str, record: dict[str, Any]) -> str:
+def _in_words(part: str, record: dict[str, Any]) -> str:
     value = str(record[part])
     if part == "base":
         return f"{record['base_name']} ({fingerprint.shown(value)})"

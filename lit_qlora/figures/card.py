@@ -105,20 +105,20 @@ def card(
     )
 
 
-def merged_card(base: str, sources: Sequence[str], made: str, told: str, prompts: str) -> str:
+def merged_card(base: str, sources: Sequence[str], made: str, measured: str, prompts: str) -> str:
     """The card of a merged model as text.
 
     Args:
         base: the public name of the base.
         sources: the adapter's training data, if known.
         made: how it was made, in a sentence.
-        told: the measured difference from base and adapter.
+        measured: the difference from base and adapter.
         prompts: the prompt format, as by `PromptFormat.described`.
     """
     sources = published([*sources])
     trained = f"{_listed(sources)}, in {prompts}" if sources else f"conversations in {prompts}"
     metadata = _metadata(base, sources, "finetune")
-    return _render("merged", base, metadata=metadata, trained=trained, made=made, measured=told)
+    return _render("merged", base, metadata=metadata, trained=trained, made=made, measured=measured)
 
 
 def _render(name: str, base: str, **values: Any) -> str:
@@ -176,8 +176,8 @@ def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple
     for title, name, show in HELD_OUT:
         if name in after:
             yield title, show(float(before[name])) if name in before else "not measured", show(float(after[name]))
-    for title, told, last in ends_in_words(before, after):
-        yield f"sample {title}", told or "not measured", last
+    for title, first, last in ends_in_words(before, after):
+        yield f"sample {title}", first or "not measured", last
 
 
 def _cost(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float) -> Iterator[str]:

@@ -66,7 +66,7 @@ def _drawn(draw: Callable[["Axes"], str], prefix: str) -> tuple[str, str] | None
         words = draw(axes)
         if not words:
             return None
-        _plain(axes)
+        _style(axes)
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
     return _for_page(file.getvalue(), prefix), words
@@ -83,7 +83,7 @@ def _for_page(svg: str, prefix: str) -> str:
     return svg
 
 
-def _plain(axes: "Axes") -> None:
+def _style(axes: "Axes") -> None:
     """Axes without a frame, in the page's colours, transparent."""
     axes.figure.patch.set_visible(False)
     axes.patch.set_visible(False)

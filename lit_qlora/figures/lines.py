@@ -5,6 +5,7 @@ A line that can't be written is kept in memory, and in the checkpoint, until it 
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -138,6 +139,11 @@ class StepLines:
         if self.problem is None:
             self.problem = f"{self.path} can't be written: {error.strerror or error}"
             tell(f"error: {self.problem}; training continues, its lines are kept for later")
+
+
+def json_number(value: float) -> float | str:
+    """``value`` as JSON has it: as a text if it is not finite."""
+    return value if math.isfinite(value) else str(value)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

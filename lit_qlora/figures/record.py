@@ -4,7 +4,6 @@ Files hold the steps before the open one, whose content goes through the checkpo
 window still adds to the step before it. Knows no model.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 
 from lightning.pytorch.loggers import Logger
 
-from lit_qlora.figures.lines import StepLines
+from lit_qlora.figures.lines import StepLines, json_number
 from lit_qlora.figures.samples import table
 from lit_qlora.figures.tensorboard import HELD_OUT, Board, Event, figures_events, text_event
 from lit_qlora.storage.run import RunFolder
@@ -80,7 +79,7 @@ class Record(Logger):
             step: the Trainer's number of optimizer steps; figures under any other number go to ``others.jsonl``.
         """
         assert step is not None, "figures are recorded under a step"
-        figures = {name: _plain(float(value)) for name, value in metrics.items()}
+        figures = {name: json_number(float(value)) for name, value in metrics.items()}
         self._move_to(self.trainer.global_step if self.trainer else step)
         if self.board:
             self.board.add(figures_events(step, figures), anew=self._open.figures.keys() & figures.keys())
@@ -194,10 +193,6 @@ class _Step:
     figures: Figures = field(default_factory=dict)
     samples: Figures = field(default_factory=dict)
     others: list[Any] = field(default_factory=list)
-
-
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
 
 
 def _tables(step: int, samples: Mapping[str, Any]) -> list[Event]:

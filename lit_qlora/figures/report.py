@@ -16,7 +16,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.charts import charts, peak_of
 from lit_qlora.figures.lines import iter_lines
-from lit_qlora.figures.samples import CONTEXT, LIMIT, answered, ends_in_words
+from lit_qlora.figures.samples import CONTEXT, LIMIT, ROWS_SHOWN, answered, ends_in_words
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.foreign import read_object
@@ -32,7 +32,6 @@ TOPICS = {
 }
 LONGEST = 20_000
 """Characters of a text that the page shows."""
-SHOWN_SAMPLES = 16
 
 
 class Tile(NamedTuple):
@@ -96,7 +95,7 @@ def page(run: RunFolder) -> str:
         charts=drawn,
         lacks=lacks,
         step=step,
-        samples=[*_samples(run.samples, step)][:SHOWN_SAMPLES],
+        samples=[*_samples(run.samples, step)][:ROWS_SHOWN],
         decisions=[*_decisions(decided)],
         has_data=isinstance(data, Mapping),
         changes=changes,

@@ -13,7 +13,7 @@ from unicodedata import combining, east_asian_width
 from lit_qlora.figures.lines import iter_lines
 
 ROWS_SHOWN = 16
-"""Number of answers in the table; ends are counted over all answers, which are all in the file."""
+"""Number of answers in the table and in the report; ends are counted over all answers, which are all in the file."""
 
 ENDED, LIMIT, CONTEXT = "samples/ended", "samples/cut", "samples/cut_by_context"
 """Names of the counts: answers that ended by themselves, were cut by the limit, and were cut by the base's context."""

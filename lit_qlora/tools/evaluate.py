@@ -4,12 +4,12 @@ Knows the options and the tables; scores are in `scoring.rows`, intervals in `sc
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora.errors import UserError, require
+from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import SaveError, replace_file
 from lit_qlora.storage.run import RunFolder
@@ -106,7 +106,7 @@ def evaluate(
     if asked:
         found["mmlu"] = _score_questions(scoring, asked, batch_tokens or QUESTION_BATCH_TOKENS, draws, seed)
     if output:
-        text = json.dumps(_plain(found | {"draws": draws, "seed": seed}), indent=2) + "\n"
+        text = json.dumps(_as_json(found | {"draws": draws, "seed": seed}), indent=2) + "\n"
         try:
             replace_file(Path(output), text.encode())
         except SaveError as error:
@@ -265,10 +265,10 @@ def _table(title: str, rows: Mapping[str, "Compared"], form: str, ends: str) -> 
         print("  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _plain(value: Any) -> Any:
-    """``value`` as JSON: a figure by its parts, values that are not finite as text."""
+def _as_json(value: Any) -> Any:
+    """``value`` as JSON: a figure by its parts."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return {name: _as_json(inner) for name, inner in value.items()}
+    return json_number(value) if isinstance(value, float) else value

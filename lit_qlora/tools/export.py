@@ -85,12 +85,12 @@ def find_converter() -> Path:
     Raises:
         UserError: with how to get it.
     """
-    told = os.environ.get("LLAMA_CPP")
-    if told:
-        path = Path(told).expanduser()
+    named = os.environ.get("LLAMA_CPP")
+    if named:
+        path = Path(named).expanduser()
         path = path / SCRIPT if path.is_dir() else path
         if not path.is_file():
-            raise UserError(f"no {SCRIPT} in {told}", option="LLAMA_CPP", remedy="it is to name llama.cpp's folder")
+            raise UserError(f"no {SCRIPT} in {named}", option="LLAMA_CPP", remedy="it is to name llama.cpp's folder")
         return path
     found = shutil.which(SCRIPT)
     if found is None:

@@ -130,9 +130,11 @@ def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: "Difference"
     made = f"The weights are in {dtype}."
     if onto == "original":
         made += " The adapter was added to the base's own weights, not to the 4-bit ones that it was trained on."
-    told = f"{str(found).capitalize()}, against the 4-bit base with the adapter."
+    measured = f"{str(found).capitalize()}, against the 4-bit base with the adapter."
     sources = paths_of(chosen.settings["data"]["source"]) if chosen.settings else []
-    return merged_card(chosen.base.public_name, sources, made, told, prompt_format.described("tokenizer_config.json"))
+    return merged_card(
+        chosen.base.public_name, sources, made, measured, prompt_format.described("tokenizer_config.json")
+    )
 
 
 def check_room(target: Path, needed_bytes: int) -> None:
@@ -154,9 +156,9 @@ def _trained_in(record: dict[str, Any]) -> "torch.dtype":
 
     from lit_qlora.model.device import choose_precision, compute_dtype, current_device
 
-    told = record.get("base_dtype")
-    if told in BYTES:
-        return getattr(torch, told)  # type: ignore[no-any-return]
+    dtype = record.get("base_dtype")
+    if dtype in BYTES:
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
     return compute_dtype(choose_precision("auto", current_device())[0])
 
 

@@ -69,8 +69,8 @@ class Door:
             await self.app(scope, receive, watched)
         except Exception as error:
             status, problem = 400, str(error)
-            told = hasattr(error.__cause__, "status_code")  # by the server, in a stream that it had begun
-            if not isinstance(error, UserError) and not told:
+            is_refusal = hasattr(error.__cause__, "status_code")  # the server's, in a stream that it had begun
+            if not isinstance(error, UserError) and not is_refusal:
                 status, problem = 500, "this request can't be served"
                 place = shown(f"{scope['method']} {scope['path']}")
                 print(f"web: {place} failed: {redact(shown(f'{type(error).__name__}: {error}'))}", file=sys.stderr)
@@ -110,16 +110,11 @@ def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, An
         UserError: for anything else.
     """
     call = _object(body)
-    number: Any = call.get("fn_index")
-    session: Any = call.get("session_hash")
-    data: Any = call.get("data")
-    check(
-        _POST, "fn_index", Kind("a function of the page", lambda value: type(value) is int and value in fields), number
-    )
-    check(_POST, "session_hash", _NAME, session)
+    known = Kind("a function of the page", lambda value: type(value) is int and value in fields)
+    number, session = _value(call, "fn_index", known), _value(call, "session_hash", _NAME)
     kinds = fields[number]
     values = Kind(f"a list of {len(kinds)} values", lambda value: isinstance(value, list) and len(value) == len(kinds))
-    check(_POST, "data", values, data)
+    data = _value(call, "data", values)
     for index, (kind, value) in enumerate(zip(kinds, data, strict=True)):
         check(_POST, f"data[{index}]", _KINDS[kind], value)
     data = [None if kind == "state" else value for kind, value in zip(kinds, data, strict=True)]
@@ -139,10 +134,12 @@ def check_end(body: bytes) -> dict[str, Any]:
         UserError: for anything else.
     """
     call = _object(body)
-    for name, kind in _NAMES.items():
-        if name in call:
-            check(_POST, name, kind, call[name])
-    return {name: call[name] for name in _NAMES if name in call}
+    return {name: _value(call, name, kind) for name, kind in _NAMES.items() if name in call}
+
+
+def _value(call: Mapping[str, Any], name: str, kind: Kind) -> Any:
+    check(_POST, name, kind, call.get(name))
+    return call.get(name)
 
 
 def _object(body: bytes) -> dict[str, Any]:

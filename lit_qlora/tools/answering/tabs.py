@@ -120,13 +120,13 @@ class Worker:
                 if tab.stopped:
                     future.cancel()
                 if future.running():
-                    message["text"] = _plain("".join(pieces))
+                    message["text"] = _escaped("".join(pieces))
                 yield tab.shown
         finally:  # closing the page ends this generator, and with it the answer
             tab.stopped |= not future.done()
             future.cancel()
         done = Answer("", False) if future.cancelled() else future.result()
-        message["text"] = _plain(done.text)
+        message["text"] = _escaped(done.text)
         note = "" if done.stopped else cut_note(asked.sampling, LIMIT)
         say(messages, "assistant", "(stopped)" if tab.stopped else note)
         return done
@@ -143,12 +143,12 @@ def say(messages: Messages, role: str, text: str) -> dict[str, str]:
     Returns:
         The part of the message that holds the text, to be changed while an answer arrives.
     """
-    part = {"type": "text", "text": _plain(text)}  # a bare string would lose its indentation
+    part = {"type": "text", "text": _escaped(text)}  # a bare string would lose its indentation
     if text:
         messages.append({"role": role, "content": [part]})
     return part
 
 
-def _plain(text: str) -> str:
+def _escaped(text: str) -> str:
     """``text`` escaped for a page that renders HTML: no conversation may become that."""
     return escape(text, quote=False)

@@ -149,7 +149,7 @@ def _otherwise(turn: Turn) -> list[str]:
 def _problem(folder: Path) -> DamagedFolderError | None:
     """Why an entry can't be used; None if it can. Flipped or missing bits would silently change the training."""
     try:
-        verify_folder(folder, allow_extra=True)
+        verify_folder(folder)
     except DamagedFolderError as error:
         return error
     return None

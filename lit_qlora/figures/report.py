@@ -142,7 +142,7 @@ def _configuration(run: RunFolder) -> tuple[dict[str, Any], list[str], str]:
             now = later.read_config()
         except UserError:
             continue
-        changes += [f"start {file.name.split('.')[1]}: {change}" for change in differences(first, now, tuple(now))]
+        changes += [f"start {file.name.split('.')[1]}: {change}" for change in differences(first, now)]
     return first, changes, ""
 
 

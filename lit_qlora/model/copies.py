@@ -182,7 +182,7 @@ def _verify(folder: Path) -> None:
     except (OSError, ValueError):
         seen = None
     if seen is None or seen != _state(folder):
-        known = verify_folder(folder, allow_extra=True)
+        known = verify_folder(folder)
         more = {path.name for path in folder.iterdir()} - {MANIFEST, CHECKED, *known}
         if more:
             raise DamagedFolderError(folder, min(more), "only the files of the manifest", "one more")

@@ -53,7 +53,7 @@ class FolderCheckpointIO(CheckpointIO):
             UserError: the path is a URL or a file; as DamagedFolderError: the folder is missing or not intact.
         """
         folder = checkpoint_folder(path)
-        verify_folder(folder, allow_extra=True)
+        verify_folder(folder)
         return load_state(folder)
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -83,7 +83,7 @@ def check_checkpoint(folder: Path) -> None:
 
     Raises DamagedFolderError, for an intact folder that holds no checkpoint, too.
     """
-    verify_folder(folder, allow_extra=True)
+    verify_folder(folder)
     missing = sorted(_NEEDED - load_state(folder, with_tensors=False).keys())
     if missing:
         raise DamagedFolderError(folder, SKELETON, "a training's state", f"no {missing[0]}")

@@ -145,7 +145,15 @@ def free_bytes(path: Path) -> int:
 
 
 def require_room(path: Path, needed_bytes: int, what: str, *, option: str, remedy: str) -> None:
-    """Raises UserError if the disk of ``path`` has less than ``needed_bytes`` free for ``what``."""
+    """Raises UserError if a disk has too little room.
+
+    Args:
+        path: on that disk; it may not exist yet.
+        needed_bytes: for ``what``.
+        what: needs them, in words.
+        option: that the error names.
+        remedy: beside freeing some.
+    """
     free = free_bytes(path)
     if free < needed_bytes:
         raise UserError(

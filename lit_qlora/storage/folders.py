@@ -14,7 +14,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
 from lit_qlora.errors import UserError, excerpt, one_line
@@ -54,17 +55,10 @@ def write_folder(
     """
     if os.path.lexists(target) and not (replace and target.is_dir()):
         raise FileExistsError(errno.EEXIST, "already exists and is not overwritten", str(target))
-    temporary = _aside(target, "tmp")
-    try:
+    with _written_aside(target, replace, needed_bytes) as temporary:
         temporary.mkdir(parents=True)
         fill(temporary)
         _seal(temporary)
-        _put(temporary, target, replace=replace)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise SaveError(target, error, needed_bytes) from error
-        raise
 
 
 def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ: Collection[str] = ()) -> None:
@@ -84,9 +78,8 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ
     """
     if target.exists() and not replace:
         raise FileExistsError(errno.EEXIST, "already exists and is not overwritten", str(target))
-    temporary = _aside(target, "tmp")
     files = _read_manifest(source)
-    try:
+    with _written_aside(target, replace, sum(int(entry["bytes"]) for entry in files.values())) as temporary:
         temporary.mkdir()
         for name in (*files, MANIFEST):
             for folder in reversed(Path(name).parents[:-1]):
@@ -94,25 +87,34 @@ def copy_folder(source: Path, target: Path, *, replace: bool = False, may_differ
             shutil.copyfile(source / name, temporary / name)
             sync_file(temporary / name)
         verify_folder(temporary, may_differ=may_differ)
-        _put(temporary, target, replace=replace)
+
+
+@contextmanager
+def _written_aside(target: Path, replace: bool, needed_bytes: int | None) -> Iterator[Path]:
+    """A path beside ``target`` for a folder that takes its place once it is written; after any error it is gone."""
+    temporary = _aside(target, "tmp")
+    try:
+        yield temporary
+        _put(temporary, target, replace)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise SaveError(target, error, sum(int(entry["bytes"]) for entry in files.values())) from error
+            raise SaveError(target, error, needed_bytes) from error
         raise
 
 
-def verify_folder(path: Path, *, allow_extra: bool = False, may_differ: Collection[str] = ()) -> dict[str, int]:
-    """Compare every file of a folder with the manifest; returns their sizes in bytes, by name.
+def verify_folder(path: Path, *, may_differ: Collection[str] = ()) -> dict[str, int]:
+    """Compare every file of a folder's manifest with it; returns their sizes in bytes, by name.
+
+    Other files in the folder (desktop.ini, .DS_Store) are allowed: they are never read.
 
     Args:
         path: a folder that `write_folder` made.
-        allow_extra: True if files outside the manifest are allowed.
         may_differ: files that may have been edited since.
 
     Raises:
         DamagedFolderError: the folder, its manifest or a file is missing, unreadable, of another size or content, or
-            outside the folder; or there is an extra file.
+            outside the folder.
     """
     if not path.is_dir():
         raise DamagedFolderError(path, None, "a folder", "a file" if path.exists() else "nothing")
@@ -123,9 +125,6 @@ def verify_folder(path: Path, *, allow_extra: bool = False, may_differ: Collecti
         for unit, expected in entry.items():
             if found[unit] != expected and name not in may_differ:
                 raise DamagedFolderError(path, name, f"{unit}={expected}", f"{unit}={found[unit]}")
-    extra = sorted(_names(path) - files.keys())
-    if extra and not allow_extra:
-        raise DamagedFolderError(path, extra[0], "only the files of the manifest", "one more")
     return sizes
 
 
@@ -158,7 +157,7 @@ def recover(target: Path) -> None:
     new, old = _leftovers(target, "tmp"), _leftovers(target, "old")
     if not new and not old:
         return
-    whole = next((folder for folder in (target, *new, *old) if _is_whole(folder)), None)
+    whole = next((folder for folder in (target, *new, *old) if is_whole(folder)), None)
     if whole is not None and whole != target:
         if target.exists():
             remove_folder(target)
@@ -193,7 +192,7 @@ def _is_older(path: Path, seconds: float) -> bool:
         return False
 
 
-def _put(temporary: Path, target: Path, *, replace: bool) -> None:
+def _put(temporary: Path, target: Path, replace: bool) -> None:
     old = _aside(target, "old")
     try:
         if replace and target.exists():
@@ -276,9 +275,10 @@ def _is_inside(folder: Path, name: str) -> bool:
     return Path(os.path.realpath(folder / name)) == Path(os.path.realpath(folder)) / name
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path, check: Callable[[Path], object] = verify_folder) -> bool:
+    """True unless ``check`` raises DamagedFolderError for a folder."""
     try:
-        verify_folder(folder, allow_extra=True)
+        check(folder)
     except DamagedFolderError:
         return False
     return True

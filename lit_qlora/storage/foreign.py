@@ -38,6 +38,7 @@ def one_of(*words: str) -> Kind:
     return Kind(f"one of {', '.join(words)}", lambda value: isinstance(value, str) and value in words)
 
 
+SHARE = Kind("a share from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
 

@@ -18,14 +18,16 @@ from typing import Any
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, replace_file, write_file
 from lit_qlora.storage.folders import (
-    MANIFEST,
     DamagedFolderError,
     clear_leftovers,
     copy_folder,
+    is_whole,
+    read_seal,
     recover,
     remove_folder,
+    verify_folder,
 )
-from lit_qlora.storage.run import CARD, EVENTS, RunFolder, verify
+from lit_qlora.storage.run import CARD, EVENTS, RunFolder
 from lit_qlora.storage.settings import refused
 
 KEPT = 2
@@ -52,7 +54,7 @@ class Mirror:
         run: RunFolder,
         parent: Path,
         tell: Callable[[str], None],
-        check: Callable[[Path], object] = verify,
+        check: Callable[[Path], object] = verify_folder,
     ) -> None:
         self.run, self.parent, self.tell, self.check = run, parent, tell, check
         self.copy = RunFolder(parent / run.path.resolve().name)
@@ -228,7 +230,7 @@ class Mirror:
 
     def _newest(self) -> tuple[int | None, bytes | None]:
         steps = self.run.saved_steps()
-        return (steps[-1] if steps else None), _manifest(self.run.adapter)
+        return (steps[-1] if steps else None), read_seal(self.run.adapter)
 
     def _copy_once(self, step: int | None) -> None:
         """Copy figures and adapter first: they must not be older than their checkpoint."""
@@ -246,7 +248,7 @@ class Mirror:
         for old in {*self.copy.path.glob(EVENTS)} - {*map(self._there, files)}:
             self._check_place()
             old.unlink()  # each start writes its own
-        if _manifest(self.run.adapter) not in (None, _manifest(self.copy.adapter)):
+        if read_seal(self.run.adapter) not in (None, read_seal(self.copy.adapter)):
             self._check_place()
             copy_folder(self.run.adapter, self.copy.adapter, replace=True, may_differ=[CARD])
         if step is not None and not self._holds(step):
@@ -275,25 +277,21 @@ class Mirror:
 
     def _holds(self, step: int) -> bool:
         """True if the copy of ``step`` is intact and equals the one here."""
-        here, there = (_manifest(run.checkpoint(step)) for run in (self.run, self.copy))
+        here, there = (read_seal(run.checkpoint(step)) for run in (self.run, self.copy))
         return here == there and self._is_whole(step)
 
     def _is_whole(self, step: int) -> bool:
         """Checked once, since it reads the whole folder."""
-        if step not in self._whole:
-            try:
-                self.check(self.copy.checkpoint(step))
-            except DamagedFolderError:
-                return False
+        if step not in self._whole and is_whole(self.copy.checkpoint(step), self.check):
             self._whole.add(step)
-        return True
+        return step in self._whole
 
     def _is_behind(self) -> bool:
         pairs = [(file, self._there(file)) for file in _files(self.run)]
         if any(not there.is_file() or there.read_bytes() != here.read_bytes() for here, there in pairs):
             return True
         step, adapter = self._newest()
-        return adapter != _manifest(self.copy.adapter) or (step is not None and not self._holds(step))
+        return adapter != read_seal(self.copy.adapter) or (step is not None and not self._holds(step))
 
     def _copy_file(self, file: Path) -> None:
         self._check_place()
@@ -353,8 +351,3 @@ def _files(run: RunFolder) -> Iterator[Path]:
     shown = (run.decisions.name, run.report.name, EVENTS)
     for pattern in ("config*.yaml", run.rows.name, *figures, *shown, run.finished_mark.name):
         yield from sorted(run.path.glob(pattern))
-
-
-def _manifest(folder: Path) -> bytes | None:
-    file = folder / MANIFEST
-    return file.read_bytes() if file.is_file() else None

@@ -5,11 +5,11 @@ The contents of checkpoints and adapters are written by others. Knows no torch.
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from hashlib import sha256
-from itertools import takewhile
+from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,12 @@ import yaml
 from lit_qlora.errors import UserError, nearest, one_line, require
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
-from lit_qlora.storage.files import parse_json, require_room, write_file
+from lit_qlora.storage.files import parse_json, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
     clear_leftovers,
     copy_folder,
+    is_whole,
     recover,
     remove_folder,
     verify_folder,
@@ -44,15 +45,6 @@ FOR_ONE_START = ("config", "run", "max_time")
 LONGEST_SHOWN = 200
 """Longest setting, in characters, that a message shows in full."""
 _STARTED = "# started "
-
-
-def verify(folder: Path) -> None:
-    """Verify a folder by its manifest. Files of other programs (desktop.ini, .DS_Store) are allowed: they are never
-    read.
-
-    Raises DamagedFolderError.
-    """
-    verify_folder(folder, allow_extra=True)
 
 
 def run_path(name: str) -> Path:
@@ -156,11 +148,6 @@ class RunFolder:
                 remedy=f"give another folder with --{option}",
             ) from error
 
-    def check_room(self, needed_bytes: int) -> None:
-        """Raises UserError if the disk has less than ``needed_bytes`` free."""
-        what, remedy = f"{self.path}, with its checkpoints,", "lower model.rank, or give another folder with --run"
-        require_room(self.path, needed_bytes, what, option="run", remedy=remedy)
-
     def has_begun(self) -> bool:
         """True if anything was recorded or saved; until then there is nothing to resume, or to lose."""
         return self.metrics.is_file() or bool(self.saved_steps()) or self.adapter.is_dir()
@@ -192,7 +179,7 @@ class RunFolder:
         names = (path.name.removeprefix(STEP) for path in self.checkpoints.iterdir() if path.name.startswith(STEP))
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
-    def last_checkpoint(self, check: Callable[[Path], object] = verify) -> tuple[Path | None, list[str]]:
+    def last_checkpoint(self, check: Callable[[Path], object] = verify_folder) -> tuple[Path | None, list[str]]:
         """The newest intact checkpoint, and the problems of newer ones.
 
         ``check`` raises DamagedFolderError for a damaged one; default: by its manifest.
@@ -207,7 +194,7 @@ class RunFolder:
             return self.checkpoint(step), problems
         return None, problems
 
-    def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] = verify) -> list[int]:
+    def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] = verify_folder) -> list[int]:
         """Steps whose checkpoints may be removed now that ``newest`` is written: all but the ``keep`` newest intact
         ones.
 
@@ -216,24 +203,16 @@ class RunFolder:
         """
         self._seen_whole[newest] = True
 
-        def is_whole(step: int) -> bool:
+        def seen_whole(step: int) -> bool:
             if step not in self._seen_whole:
-                try:
-                    check(self.checkpoint(step))
-                except DamagedFolderError:
-                    self._seen_whole[step] = False
-                else:
-                    self._seen_whole[step] = True
+                self._seen_whole[step] = is_whole(self.checkpoint(step), check)
             return self._seen_whole[step]
 
         saved = self.saved_steps()
-        kept: list[int] = []
-        for step in reversed([step for step in saved if step <= newest]):
-            if len(kept) < keep and is_whole(step):
-                kept.append(step)
+        kept = [*islice((step for step in reversed(saved) if step <= newest and seen_whole(step)), keep)]
         if len(kept) < keep:
             return []
-        return [step for step in saved if step not in kept and (step < newest or not is_whole(step))]
+        return [step for step in saved if step not in kept and (step < newest or not seen_whole(step))]
 
     def finished(self) -> dict[str, Any] | None:
         """The record of the run's end; None before that, and if it is damaged."""
@@ -267,17 +246,16 @@ class RunFolder:
 
     def write_config(self, text: str) -> Path:
         """Keep a start's configuration: the first as config.yaml, later ones that differ beside it, numbered."""
-        for number in _from(1):
-            path = self.config if number == 1 else self.path / f"config.{number}.yaml"
+        for path in chain([self.config], (self.path / f"config.{number}.yaml" for number in count(2))):
             if not path.exists():
-                now = datetime.now().astimezone().isoformat(timespec="microseconds")
-                write_file(path, f"{_STARTED}{now}\n{text}")
-                return path
+                break
             # By value: a default of 15 that is a float is read back from the file as 15.0.
             with suppress(ValueError):  # a damaged one is another one
                 if read_options(path) == flat(yaml.safe_load(text)):
                     return path
-        raise AssertionError("numbers do not end")
+        now = datetime.now().astimezone().isoformat(timespec="microseconds")
+        write_file(path, f"{_STARTED}{now}\n{text}")
+        return path
 
 
 def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False) -> None:
@@ -358,7 +336,7 @@ def _put_aside(adapter: Path, name: str) -> Path:
 
 def _verify_adapter(folder: Path) -> int:
     """Verify an adapter's files and figures; return its step. Raises DamagedFolderError."""
-    verify_folder(folder, allow_extra=True, may_differ=[CARD])
+    verify_folder(folder, may_differ=[CARD])
     file = folder / "result.json"
     try:
         step = parse_json(file.read_bytes())["step"] if file.is_file() else 0
@@ -389,16 +367,11 @@ def newest_run(root: Path = RUNS) -> RunFolder:
 
 def _started(config: Path) -> datetime:
     """When a run was first started, by the first line of its config: copies and backups change the file's date."""
+    line = config.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     try:
-        return datetime.fromisoformat(_first_line(config).removeprefix(_STARTED).strip())
+        return datetime.fromisoformat(line.removeprefix(_STARTED).strip()).astimezone()
     except ValueError:  # a config that somebody else wrote
         return datetime.fromtimestamp(0).astimezone()
-
-
-def _first_line(config: Path) -> str:
-    """The line with the time of the start, if any."""
-    line = config.read_text(encoding="utf-8", errors="replace").partition("\n")[0] + "\n"
-    return line if line.startswith(_STARTED) else ""
 
 
 def open_run(path: Path) -> RunFolder:
@@ -473,15 +446,12 @@ class Change(NamedTuple):
         return f"{self.name}: {self.old} -> {self.new}"
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any], keys: tuple[str, ...]) -> list[Change]:
-    """The changed settings below ``keys`` (dotted)."""
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The changed settings, by name."""
     before, after = flat(was), flat(now)
-    watched = (
-        name for name in sorted({*before, *after}) if any(name == key or name.startswith(f"{key}.") for key in keys)
-    )
     return [
         Change(name, _in_one_line(before.get(name)), _in_one_line(after.get(name)))
-        for name in watched
+        for name in sorted({*before, *after})
         if before.get(name) != after.get(name)
     ]
 
@@ -494,13 +464,15 @@ def _in_one_line(value: Any) -> str:
     return f"{' '.join(text.split())[:40]}… ({len(text)} characters, sha256 {sha256(text.encode()).hexdigest()[:12]})"
 
 
-def flat(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """Options by their dotted names. Raises ValueError for one given twice, nested and dotted."""
+def flat(config: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
+    """Options by their dotted names, with ``section`` before. Raises ValueError for one given nested and dotted."""
     found: dict[str, Any] = {}
-    for name, value in _leaves(config):
-        if name in found:
-            raise ValueError(f"{name} is given twice")
-        found[name] = value
+    for key, value in config.items():
+        name = f"{section}{key}"
+        for leaf, held in (flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}).items():
+            if leaf in found:
+                raise ValueError(f"{leaf} is given twice")
+            found[leaf] = held
     return found
 
 
@@ -518,17 +490,3 @@ def as_sections(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} is both a section and an option")
         within[last] = value
     return config
-
-
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(config, Mapping):
-        yield prefix, config
-        return
-    for key, value in config.items():
-        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _from(number: int) -> Iterator[int]:
-    while True:
-        yield number
-        number += 1

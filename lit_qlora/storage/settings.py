@@ -49,16 +49,12 @@ MAY_CHANGE: Mapping[str, str] = {
 
 def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The changes that would make it another run."""
-    return [change for change in _changes(was, now) if not _may_change(change.name)]
+    return [change for change in differences(was, now) if not _may_change(change.name)]
 
 
 def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The changes with which the run may resume."""
-    return [change for change in _changes(was, now) if _may_change(change.name)]
-
-
-def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    return differences(was, now, (*{*was, *now},))
+    return [change for change in differences(was, now) if _may_change(change.name)]
 
 
 def _may_change(name: str) -> bool:

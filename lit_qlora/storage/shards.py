@@ -17,6 +17,11 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
     One file is ``model.safetensors``; several are numbered, with ``model.safetensors.index.json`` beside them.
     A tensor larger than ``shard_bytes`` has a file of its own. One whose name extends another's, as the scales of a
     4-bit weight do, goes to the same file: not every loader looks for it in the next.
+
+    Args:
+        folder: an existing one.
+        tensors: name and value of each, made when asked for.
+        shard_bytes: size of a file, at most.
     """
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}

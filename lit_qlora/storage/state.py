@@ -89,27 +89,16 @@ def check_tensors(folder: Path) -> None:
     Raises:
         DamagedFolderError: it holds others, or is not readable.
     """
-    names: set[str] = set()
+    names: dict[str, Any] = defaultdict(type(None))
     try:
-        _decode(parse_json((folder / SKELETON).read_text(encoding="ascii"))["state"], _Names(names))
+        _decode(parse_json((folder / SKELETON).read_text(encoding="ascii"))["state"], names)
         with safe_open(folder / TENSORS, framework="pt") as file:
             found = {*file.keys()}
     except _UNREADABLE as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DamagedFolderError(folder, TENSORS, "tensors", reason) from error
-    if found != names:
-        raise DamagedFolderError(folder, TENSORS, "the tensors of the state", f"others ({min(found ^ names)})")
-
-
-class _Names(dict[str, Any]):
-    """Record which tensors are requested."""
-
-    def __init__(self, names: set[str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def __missing__(self, name: str) -> None:
-        self.names.add(name)
+    if found != names.keys():
+        raise DamagedFolderError(folder, TENSORS, "the tensors of the state", f"others ({min(found ^ names.keys())})")
 
 
 def num_bytes(state: Any) -> int:

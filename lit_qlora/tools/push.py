@@ -78,7 +78,7 @@ def _verified(source: Path) -> tuple[str, dict[str, int]]:
             f"push: {source} has no {MANIFEST}, so its files are unknown", remedy="give a folder that fit or merge made"
         )
     try:
-        return kind, verify_folder(source, allow_extra=True, may_differ=[CARD])
+        return kind, verify_folder(source, may_differ=[CARD])
     except DamagedFolderError as error:
         raise error.replace(
             problem=f"{error.problem}: it was altered or cut short after it was saved, and is not sent"
@@ -133,7 +133,7 @@ def _agreed() -> bool:
 def _check_unchanged(source: Path, sizes: dict[str, int]) -> None:
     """Raises UserError if a running training has replaced the adapter while it was sent."""
     try:
-        if verify_folder(source, allow_extra=True, may_differ=[CARD]) == sizes:
+        if verify_folder(source, may_differ=[CARD]) == sizes:
             return
     except DamagedFolderError:
         pass

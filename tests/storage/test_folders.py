@@ -283,7 +283,7 @@ def test_a_path_in_the_manifest_that_leads_outside(whole: Path, name: str) -> No
     (whole.parent / "secret").write_bytes(b"hello\n")
     forge(whole, {name: {"bytes": 6, "sha256": HELLO}})
     with pytest.raises(DamagedFolderError, match="expected a path inside of the folder") as caught:
-        verify_folder(whole, allow_extra=True)
+        verify_folder(whole)
     assert str(caught.value).isprintable()
 
 
@@ -320,12 +320,9 @@ def test_a_folder_in_place_of_a_file(whole: Path) -> None:
         verify_folder(whole)
 
 
-def test_extra_files_only_if_asked(whole: Path) -> None:
-    (whole / "sub" / "mine.txt").touch()
-    verify_folder(whole, allow_extra=True)
-    with pytest.raises(DamagedFolderError) as caught:
-        verify_folder(whole)
-    assert caught.value.place == str(whole) and "'sub/mine.txt'" in str(caught.value)
+def test_files_that_others_put_beside_are_allowed(whole: Path) -> None:
+    (whole / "sub" / "desktop.ini").touch()
+    assert verify_folder(whole) == {"a.txt": 6, "sub/b.bin": 6000}
 
 
 # Cut off at every step

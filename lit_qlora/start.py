@@ -17,10 +17,10 @@ from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
 from lit_qlora.data.templates import is_template
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.forecast.memory import run_folder_bytes
-from lit_qlora.model import fingerprint
 from lit_qlora.model.base import Base, missing_bytes
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.device import choose_precision, current_device
+from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import Lora, read_weights
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.options import (
@@ -50,7 +50,6 @@ from lit_qlora.storage.run import (
     named_folder,
     newest_run,
     open_run,
-    unnamed_run,
 )
 from lit_qlora.storage.state import load_state
 
@@ -88,7 +87,10 @@ def complete(args: list[str]) -> Command:
         elif run and RunFolder(run).config.is_file():
             kept = RunFolder(run)
         if kept:
-            _check_kept(kept)
+            try:
+                check_config_file(kept.config, NoReferences)
+            except UserError as error:
+                raise error.advise(kept.config_remedy()) from error
         elif base in (None, "demo"):  # a base of one's own is not for the demo's learning rate
             rest = ["--config", str(DEMO_CONFIG), *rest]
     for file in filter(None, all_values(rest, "--config", "-c")):
@@ -99,11 +101,6 @@ def complete(args: list[str]) -> Command:
     return Command([verb, *rest, *(["--run", str(run)] if run else [])], kept)
 
 
-def _check_kept(run: RunFolder) -> None:
-    try:
-        check_config_file(run.config, NoReferences)
-    except UserError as error:
-        raise error.advise(run.config_remedy()) from error
 
 
 def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
@@ -146,18 +143,23 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
     return [verb, *(["--config", as_yaml(as_sections(kept))] if kept else []), *rest]
 
 
-def default_run(options: Any) -> Path:
-    """The folder of a run without a name: named after the last config, else after the base."""
-    return unnamed_run(str(options.config[-1]) if options.config else None, options.model.base)
-
-
 def choose_run(
     default: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base, data: ChatDataModule
 ) -> RunFolder:
     """The run of a fit without a name: the first that has not begun, or was begun with these settings.
 
     Tries ``default``, then the same with -2, -3 and so on appended, each here and in the mirror; other runs are not
-    changed. Raises UserError if another one is due, and the data are missing.
+    changed.
+
+    Args:
+        default: the run of that config's or base's name.
+        mirror: the folder of copies, if there is one.
+        config: the full configuration of this start.
+        base: found already.
+        data: asked whether its sources exist.
+
+    Raises:
+        UserError: another run is due, and the data are missing.
     """
     others = _another(default, mirror, config, base)
     if not others:
@@ -179,7 +181,7 @@ def _another(run: RunFolder, mirror: Path | None, config: Mapping[str, Any], bas
     if first is None:
         return []
     names = ("model.base", "trainer.precision", "trainer.max_steps", "trainer.max_epochs")
-    changes = settings.differences(first, config, names)
+    changes = [change for change in settings.differences(first, config) if change.name in names]
     record = _record(run) if changes else {}
     return settings.refused(first, config) + [
         change for change in changes if _matters(change.name, run, record, config, base)
@@ -189,7 +191,7 @@ def _another(run: RunFolder, mirror: Path | None, config: Mapping[str, Any], bas
 def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mapping[str, Any], base: Base) -> bool:
     """True if the run's newest checkpoint can't resume with the change of setting ``name``."""
     if name == "model.base":
-        return not record or not fingerprint.is_of(str(record["base"]), base)
+        return not record or record["base"] != fingerprint(base)
     if not record:
         return False
     if name == "trainer.precision":
@@ -281,13 +283,12 @@ def _stays_finished(finished: Mapping[str, Any], was: Mapping[str, Any], now: Ma
 
 
 def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> None:
-    """Check the disk space for the kept checkpoints, one being written, and a base to be downloaded.
-
-    Raises UserError if a disk has less.
-    """
+    """Raises UserError if a disk lacks the room for the checkpoints kept, one being written, or a base to download."""
     num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
     here = (file for folder in (run.adapter, run.checkpoints) for file in folder.rglob("*") if file.is_file())
-    run.check_room(run_folder_bytes(num_trained, keep_checkpoints) - sum(file.stat().st_size for file in here))
+    needed_bytes = run_folder_bytes(num_trained, keep_checkpoints) - sum(file.stat().st_size for file in here)
+    remedy = "lower model.rank, or give another folder with --run"
+    require_room(run.path, needed_bytes, f"{run.path}, with its checkpoints,", option="run", remedy=remedy)
     copies = Copies(module.quantized_cache)
     download = missing_bytes(module.base)
     if download and copies.find(module.base, None, "*"):
@@ -314,7 +315,7 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
 
 
 def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_needed: bool = False) -> None:
-    """Call `mend_adapter`. Raises UserError for an adapter that was altered and sealed again, too."""
+    """`mend_adapter`, by whose arguments it goes. Raises UserError for one altered and sealed again, too."""
     mend_adapter(run, mirrored, is_needed=is_needed)
     if run.adapter.is_dir():
         try:

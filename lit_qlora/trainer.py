@@ -35,7 +35,7 @@ from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model.device import AMPERE, Precision, choose_precision, current_device, decides_for_another
-from lit_qlora.model.module import FIGURES, check_monitored
+from lit_qlora.model.script import FIGURES, check_monitored
 from lit_qlora.options import OneLineErrors
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
@@ -129,6 +129,10 @@ class RunParser(OneLineErrors, LightningArgumentParser):
             raise UserError(f"{name[1]} can't be made: {reasons[0]}", option=_where(cfg, name[1])) from error
 
 
+_OURS = ("self", "num_nodes", "num_weights", "kwargs", "__class__")
+"""Local names of `QLoRATrainer`'s constructor that are no arguments of Lightning's."""
+
+
 def _where(options: Any, class_path: str) -> str | None:
     """The Trainer's option whose value is the class ``class_path``."""
     given = ((key, value) for key, value in options.items() if class_path in str(value))
@@ -188,6 +192,7 @@ class QLoRATrainer(Trainer):
         num_weights: int = 0,
         **kwargs: Any,
     ) -> None:
+        kwargs |= {name: value for name, value in locals().items() if name not in _OURS}
         device = current_device(accelerator)
         if accelerator in ("gpu", "cuda") and device.capability is None:
             raise UserError(
@@ -214,8 +219,8 @@ class QLoRATrainer(Trainer):
             "num_sanity_val_steps": 0,  # the whole held-out set is scored before the first step
             "enable_checkpointing": False,  # ours falls on the edge between steps, and needs no pickle
             "enable_model_summary": False,  # it counts two 4-bit weights as one
+            "precision": chosen,
         }
-        kwargs |= {"precision": chosen, "accelerator": accelerator, "devices": devices}
         if here.size > 1:  # to Lightning, one process has one device
             gpu = gpus[here.local_rank]
             kwargs |= {"devices": 1 if gpu is None else [gpu], "strategy": Replicas(), "use_distributed_sampler": False}
@@ -224,19 +229,7 @@ class QLoRATrainer(Trainer):
             if chosen == "16-mixed":  # in whose place Lightning would take bf16 on a CPU
                 plugin = MixedPrecision("16-mixed", "cpu")
                 kwargs |= {"precision": None, "plugins": [*(kwargs.get("plugins") or []), plugin]}
-        super().__init__(
-            max_epochs=max_epochs,
-            val_check_interval=val_check_interval,
-            gradient_clip_val=gradient_clip_val,
-            gradient_clip_algorithm=gradient_clip_algorithm,
-            accumulate_grad_batches=accumulate_grad_batches,
-            max_steps=max_steps,
-            limit_train_batches=limit_train_batches,
-            limit_val_batches=limit_val_batches,
-            limit_test_batches=limit_test_batches,
-            log_every_n_steps=log_every_n_steps,
-            **kwargs,
-        )
+        super().__init__(**kwargs)
 
     def plan(self) -> None:
         """Report what a fit with these options needs: memory, time, disk. Needs no GPU."""
@@ -248,7 +241,13 @@ class QLoRATrainer(Trainer):
 def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) -> list[int | None]:
     """The GPU of each process of this machine, by its number; None for one on a CPU, or a GPU of another machine.
 
-    Raises UserError for ``devices`` that are not there, or other processes than were started.
+    Args:
+        devices: number of processes per machine, auto, or the GPUs' numbers.
+        num_nodes: number of machines.
+        accelerator: cpu takes no GPU.
+
+    Raises:
+        UserError: they are not there, or other processes were started.
     """
     check_ranges({"trainer.num_nodes": num_nodes, "trainer.devices": devices})
     if isinstance(devices, str) and devices != "auto":
@@ -359,9 +358,14 @@ def own_plugins(given: Any) -> list[Any]:
 
 def _others(given: Any, option: str, taken: Mapping[Any, str]) -> list[Any]:
     """``given`` as a list. Raises UserError for one of a kind that is ``taken``."""
-    given = given if isinstance(given, list) else [] if given is None else [given]
+    given = as_list(given)
     for one in given:
         for kind, expected in taken.items():
             if isinstance(one, kind):
                 raise UserError(f"expected {expected}, got {type(one).__name__}", option=option, remedy="leave it out")
     return given
+
+
+def as_list(given: Any) -> list[Any]:
+    """The value of an option of one or several: a list, empty for None."""
+    return given if isinstance(given, list) else [] if given is None else [given]

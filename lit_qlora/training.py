@@ -69,11 +69,12 @@ from lit_qlora.signals import WARNING, LeftAtOnce
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.files import size
 from lit_qlora.storage.mirror import Mirror
-from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, flat
+from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, flat, unnamed_run
 from lit_qlora.text.formats import OF_BASE
 from lit_qlora.trainer import (
     QLoRATrainer,
     RunParser,
+    as_list,
     check_kinds,
     check_shares,
     count_processes,
@@ -86,11 +87,7 @@ OUT_OF_MEMORY = "out of memory outside of a training step (in a validation, an u
 
 
 class StartSeveral(Exception):  # noqa: N818  # nothing went wrong
-    """The configuration is for ``count`` processes, and this one is alone."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(count)
-        self.count = count
+    """The configuration is for as many processes as its argument says, and this one is alone."""
 
 
 class QLoRACLI(LightningCLI):
@@ -203,7 +200,8 @@ class QLoRACLI(LightningCLI):
         options = self.config[self.verb]
         self.join()
         self.is_named = options.run is not None
-        self.run = RunFolder(Path(options.run) if options.run is not None else start.default_run(options))
+        config = str(options.config[-1]) if options.config else None
+        self.run = RunFolder(Path(options.run) if self.is_named else unnamed_run(config, options.model.base))
         if self.scores:
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
             if adapter or options.ckpt_path == "base":
@@ -239,11 +237,6 @@ class QLoRACLI(LightningCLI):
         path, self.resume_from = from_first((self.run.path, self.resume_from))
         if not is_first():
             self.run = RunFolder(path)
-
-    def check_vocabulary(self) -> None:
-        """Raises UserError for a tokenizer that does not match the base."""
-        base = self.model.base
-        self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
 
     def open_run(self, mirror: Path | None) -> None:
         """Open the run folder of a fit and its copy in ``mirror``, and find what to resume from."""
@@ -298,7 +291,7 @@ class QLoRACLI(LightningCLI):
         check_rank(base, self.model.lora.rank)
         check_context(base, self.datamodule.max_length)
         check_weights(base)
-        self.check_vocabulary()
+        self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
         if self.scores:
             self.datamodule.recall(self.run.rows)
         else:  # only here, since the model's and the data's options are checked by now
@@ -313,7 +306,7 @@ class QLoRACLI(LightningCLI):
         callbacks, loggers = [metrics, throughput, UpdateGuard(), SamePrompts(), *bars], list[Logger]()
         if not self.scores:
             callbacks = self._fit_callbacks([metrics, throughput], bars)
-            loggers = [*self.own_loggers(), *self._given_loggers()] if is_first() else []
+            loggers = [*self.own_loggers(), *self.given_loggers()] if is_first() else []
         config |= {
             "callbacks": [*given, *callbacks],
             "logger": loggers or False,
@@ -367,11 +360,10 @@ class QLoRACLI(LightningCLI):
         config = self.run.read_config()
         return [Record(self.run, Board(self.run.path, as_yaml(config), flat(config)) if shows else None)]
 
-    def _given_loggers(self) -> list[Logger]:
+    def given_loggers(self) -> list[Logger]:
+        """The user's own loggers."""
         given = self.config_init[self.verb].trainer.logger
-        if given is None or isinstance(given, bool):
-            return []
-        return given if isinstance(given, list) else [given]
+        return [] if isinstance(given, bool) else as_list(given)
 
     # Running
 
@@ -470,7 +462,7 @@ def main(args: list[str]) -> int:
         with peers(), silent_unless_first(), ExitStack() as stack, in_one_line():
             QLoRACLI(start.complete(args), stack)
     except StartSeveral as several:
-        return starting.run(args, several.count)
+        return starting.run(args, several.args[0])
     except LostError:
         starting.wait_for_the_end()
         raise

@@ -29,7 +29,7 @@ from lit_qlora.data.batching import collate
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.figures.tensorboard import LOSS
-from lit_qlora.model.module import check_monitors, check_trainer
+from lit_qlora.model.script import check_monitors, check_trainer
 from lit_qlora.quiet import quieten
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
 from lit_qlora.model.fingerprint import fingerprint
-from lit_qlora.storage.run import RunFolder, as_yaml
+from lit_qlora.storage.run import RunFolder, as_yaml, unnamed_run
 
 DEMO = find_base("demo")
 CONFIG: dict[str, Any] = {
@@ -130,8 +129,7 @@ def test_rows_that_are_not_there_are_reported_before_a_difference(capsys: pytest
 def test_without_a_name_a_run_is_called_after_its_last_config_or_its_base(
     config: list[str] | None, base: str, expected: str
 ) -> None:
-    options = SimpleNamespace(config=config, model=SimpleNamespace(base=base))
-    assert start.default_run(options) == Path("runs", expected)
+    assert unnamed_run(config[-1] if config else None, base) == Path("runs", expected)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lit_qlora import cli, training
 from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
-from lit_qlora.model.module import FIGURES
+from lit_qlora.model.script import FIGURES
 from lit_qlora.trainer import NO_CALLBACKS, NOT_OFFERED, QLoRATrainer, check_kinds, own_callbacks, own_plugins
 from tests.expect import ExpectError
 

@@ -100,10 +100,7 @@ class RunIdentity(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compare the base. Raises UserError with was -> is if it differs."""
-        was, now = checkpoint[RUN], _describe_base(pl_module)
-        if fingerprint.is_of(str(was["base"]), pl_module.base):  # type: ignore[arg-type]
-            now["base"] = was["base"]  # recorded by another version, or for another copy
-        _compare(was, now)
+        _compare(checkpoint[RUN], _describe_base(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """If the run was made longer, use and report the learning rate of the longer schedule from here on."""

@@ -7,6 +7,7 @@ index of the weights and the list of files. Knows no torch; what stands in the w
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from lit_qlora.storage.files import parse_json
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where weights are searched for: in the one file, else in those named by the index, as in transformers."""
 ADAPTER = "adapter_config.json"
+
+base_error = partial(UserError, option="model.base")
+"""An error about the base."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +93,19 @@ def find_base(name: str, weights: bool = True) -> Base:
         return Base(name, name, known)
     if folder.exists():
         if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{name} has no config.json", option="model.base", remedy="a Hugging Face model folder is expected"
-            )
+            raise base_error(f"{name} has no config.json", remedy="a Hugging Face model folder is expected")
         config_file, files = folder / "config.json", {path.name for path in folder.iterdir()}
         location = str(folder)
     elif not may_be_on_hub(name):
-        raise UserError(
-            f"no folder {excerpt(name)}{_nearest(folder)}",
-            option="model.base",
-            remedy="give a hub id (owner/name) or a folder",
+        raise base_error(
+            f"no folder {excerpt(name)}{_nearest(folder)}", remedy="give a hub id (owner/name) or a folder"
         )
     else:
         config_file, files = _ask_hub(name)
     config = read_config(name, config_file)
     if ADAPTER in files:
-        raise UserError(
+        raise base_error(
             f"{name} holds an adapter beside its config.json ({ADAPTER}), which would be applied to it unasked",
-            option="model.base",
             remedy="take that file out, or give the adapter by itself",
         )
     base = Base(name, location, config)
@@ -119,22 +118,20 @@ def _check_files(base: Base, files: Collection[str]) -> None:
     """Raises UserError if none of ``files`` holds loadable weights, or a folder lacks some of them."""
     tensors = sorted(file for file in files if file.endswith(".safetensors"))
     if not tensors and INDEX not in files:
-        raise UserError(
+        raise base_error(
             f"{base.name} has no .safetensors weights, and pickled ones are never read",
-            option="model.base",
             remedy="convert it (save_pretrained writes safetensors) or take another copy",
         )
     if not {WHOLE, INDEX} & {*files}:
-        raise UserError(
+        raise base_error(
             f"{base.name} has neither {WHOLE} nor {INDEX}, and {tensors[0]} is no name that transformers loads",
-            option="model.base",
             remedy=f"if it holds the weights of this config.json, rename it to {WHOLE}",
         )
     if Path(base.location).is_dir():
         try:
             weight_files(base)
         except FileNotFoundError as error:
-            raise UserError(str(error), option="model.base", remedy="copy it there, or take another copy") from error
+            raise base_error(str(error), remedy="copy it there, or take another copy") from error
 
 
 def _ask_hub(name: str) -> tuple[Path, set[str]]:
@@ -144,32 +141,25 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
     try:
         config_file = Path(hf_hub_download(name, "config.json"))
     except errors.GatedRepoError as error:
-        raise UserError(
+        raise base_error(
             f"{name} is gated: accept its licence on the hub, then set HF_TOKEN in the environment "
             "to a token of that account",
-            option="model.base",
             remedy="or take an open copy such as NousResearch/Llama-2-7b-hf",
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{excerpt(name)} is no folder here and no model on the hub (a private one needs HF_TOKEN)",
-            option="model.base",
+        raise base_error(
+            f"{excerpt(name)} is no folder here and no model on the hub (a private one needs HF_TOKEN)"
         ) from error
     except (errors.HFValidationError, errors.RemoteEntryNotFoundError) as error:
-        raise UserError(
-            f"{excerpt(name)} is no folder here, and on the hub it has no config.json", option="model.base"
-        ) from error
+        raise base_error(f"{excerpt(name)} is no folder here, and on the hub it has no config.json") from error
     except errors.LocalEntryNotFoundError as error:
-        raise UserError(
+        raise base_error(
             f"{excerpt(name)} is no folder here, not in the cache, and the hub can't be reached",
-            option="model.base",
             remedy="check the network or give a local folder",
         ) from error
     except Exception as error:  # a refused token, a broken proxy: which class depends on the hub library's version
         reason = one_line(error)
-        raise UserError(
-            f"{excerpt(name)} can't be loaded from the hub (check HF_TOKEN): {reason}", option="model.base"
-        ) from error
+        raise base_error(f"{excerpt(name)} can't be loaded from the hub (check HF_TOKEN): {reason}") from error
     try:
         return config_file, {sibling.rfilename for sibling in HfApi().model_info(name).siblings or ()}
     except Exception:  # cached, and the hub is silent or refuses: loading will report what is missing
@@ -215,14 +205,10 @@ def _shards(base: Base, index: Path) -> list[str]:
         plain = names and all(Path(name).name == name and name.endswith(".safetensors") for name in names)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = one_line(error)
-        raise UserError(
-            f"{base.name}: {INDEX} can't be read: {reason}", option="model.base", remedy="take another copy"
-        ) from error
+        raise base_error(f"{base.name}: {INDEX} can't be read: {reason}", remedy="take another copy") from error
     if not plain:
-        raise UserError(
-            f"{base.name}: {INDEX} names something other than .safetensors files beside it",
-            option="model.base",
-            remedy="take another copy",
+        raise base_error(
+            f"{base.name}: {INDEX} names something other than .safetensors files beside it", remedy="take another copy"
         )
     return sorted(names)
 

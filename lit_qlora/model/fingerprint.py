@@ -2,10 +2,6 @@
 
 Recorded beside adapters and in checkpoints. Reads a few KiB of each tensor, by the offsets in the files' headers, so
 that a 7B takes a moment. Knows no torch and no adapters.
-
-A limit: a merged model whose lit_qlora.json was removed passes for its parent where one of the two is in 16 and the
-other in 4 bits: a merge leaves norms, embeddings and head unchanged, and of linear layers there are only hashes, which
-can't show nearness. (To distinguish them, a record would have to hold values.)
 """
 
 import hashlib
@@ -19,7 +15,7 @@ from typing import Any
 
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.architectures import LINEARS, architecture_of
-from lit_qlora.model.base import Base, commit, stored_file
+from lit_qlora.model.base import Base, base_error, commit, stored_file
 from lit_qlora.model.config import rope_of
 from lit_qlora.model.weights import Stored, stored_tensors
 from lit_qlora.storage.foreign import read_object
@@ -47,8 +43,8 @@ def fingerprint(base: Base) -> str:
     """``v2-``, how the weights are stored, and a sha256 over config and sample, with and without the linear layers.
 
     Equal for copies in a folder, on the hub, in shards, in another float type of the same values, and for the 4-bit
-    copies of this project. For a 4-bit copy from elsewhere, the part without the linear layers is equal. Call it once
-    the weights are downloaded (in the folder or in the cache).
+    copies of this project; a 4-bit copy from elsewhere is a base of its own. Call it once the weights are downloaded
+    (in the folder or in the cache).
 
     Raises UserError if they can't be read.
     """
@@ -60,22 +56,9 @@ def fingerprint(base: Base) -> str:
 
 
 def write_original(folder: Path, copy: Base, base: Base) -> None:
-    """Record in the 4-bit ``copy`` in ``folder`` that it is of ``base``."""
+    """Record that a 4-bit copy is of ``base``: in ``folder``, which is being written and which ``copy`` stands for."""
     told = {"of": fingerprint(base), "own": _sampled(copy)}
     (folder / ORIGINAL).write_text(json.dumps(told, indent=2), encoding="utf-8")
-
-
-def is_of(recorded: str, base: Base) -> bool:
-    """True if ``recorded`` is a fingerprint of ``base``.
-
-    Between 16 bits and 4 bits made elsewhere, only norms, embeddings and head are compared, since rounding changes all
-    else.
-    """
-    found = fingerprint(base)
-    was, now = (
-        dict(zip(("version", "kind", "all", "plain"), text.split("-"), strict=False)) for text in (recorded, found)
-    )
-    return recorded == found or (was.get("kind") != now["kind"] and was.get("plain") == now["plain"])
 
 
 def shown(recorded: str) -> str:
@@ -96,7 +79,7 @@ def _sampled(base: Base) -> str:
         plain, linear = _digests(tensors, states, base.shape.tied)
     except OSError as error:
         reason = one_line(error)
-        raise UserError(f"the weights of {base.name} can't be read: {reason}", option="model.base") from error
+        raise base_error(f"the weights of {base.name} can't be read: {reason}") from error
     rules = repr((base.shape, rules_of(base.config)))
     merged = stored_file(base, RECORD)  # a merged model's norms are its parent's
     kind = "4bit" if base.in_4_bits else "full"
@@ -151,7 +134,7 @@ def _in_fp32(stored: bytes, dtype: str) -> bytes:
 def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """The parts of config.json that change the output at equal widths, whichever version of transformers wrote it."""
     theta, kind, members = rope_of(config)
-    scaling = sorted((name, _plain(value)) for name, value in members.items()) if kind != "default" else []
+    scaling = sorted((name, _canonical(value)) for name, value in members.items()) if kind != "default" else []
     architecture = architecture_of(config)
     # Before there were others, Llama's had no name here, and no window.
     others = () if architecture.model_type == "llama" else (architecture.model_type, architecture.window(config))
@@ -168,7 +151,7 @@ def rules_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _plain(value: Any) -> Any:
+def _canonical(value: Any) -> Any:
     """A member of rope in a canonical form."""
     if isinstance(value, (int, float)):
         return float(value)

@@ -18,7 +18,7 @@ from lit_qlora.model.attention import implementation_of
 from lit_qlora.model.base import Base, target_names
 from lit_qlora.model.config import for_transformers
 from lit_qlora.model.device import Attention
-from lit_qlora.model.fingerprint import fingerprint, is_of, shown
+from lit_qlora.model.fingerprint import fingerprint, shown
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.weights import check_weights, fetch
 from lit_qlora.storage.files import disk_error
@@ -66,9 +66,19 @@ class Lora:
 
 
 def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: Attention) -> "PreTrainedModel":
-    """Load the base in NF4 with double quantisation, computing in ``dtype``, one tensor in host memory at a time.
+    """Load a base in NF4 with double quantisation (Dettmers et al., 2023), one tensor in host memory at a time.
 
-    Raises UserError if its weights can't be read.
+    Args:
+        base: its weights are downloaded first where they are on the hub.
+        dtype: of the 4-bit products, the embedding, the norms and the head.
+        device: to load to.
+        attention: transformers' implementation.
+
+    Returns:
+        The frozen model, in eval mode.
+
+    Raises:
+        UserError: its weights can't be read.
     """
     from safetensors import SafetensorError
     from transformers import BitsAndBytesConfig, GenerationConfig
@@ -174,16 +184,24 @@ def has_bias(folder: Path | None) -> bool:
 def load_adapter(
     model: "PreTrainedModel", base: Base, folder: Path, trainable: bool, dropout: float | None = None
 ) -> "PeftModel":
-    """Load the adapter of ``folder`` onto ``model``, with its own dropout unless another is given.
+    """Load a saved adapter onto a base.
 
-    Raises UserError if the folder is no adapter, was altered, was trained on another base, or does not fit.
+    Args:
+        model: of ``base``, as `load_base` returns it.
+        base: compared with the one that the adapter records.
+        folder: of the adapter.
+        trainable: True to train it further.
+        dropout: share of LoRA's inputs that training drops; None: the adapter's own.
+
+    Raises:
+        UserError: the folder is no adapter, was altered, was trained on another base, or does not fit.
     """
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError
 
     record = read_record(folder)
     recorded = record["base_fingerprint"]
-    if recorded is not None and not is_of(str(recorded), base):
+    if recorded not in (None, fingerprint(base)):
         raise UserError(
             f"this adapter was trained on {record['base']} ({shown(str(recorded))}), the base given "
             f"is {base.public_name} ({shown(fingerprint(base))})",
@@ -229,9 +247,17 @@ def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
 
 
 def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: bool) -> dict[str, torch.Tensor]:
-    """The weights of an adapter that this run saved.
+    """The weights of an adapter that this run saved, by peft's names.
 
-    Raises UserError if they are not finite, or are applied otherwise than in the run.
+    Args:
+        folder: of the adapter.
+        rank: of the run, as the others.
+        alpha: scales the adapter's output.
+        rslora: True if by the root of the rank.
+        dora: True if it has magnitudes.
+
+    Raises:
+        UserError: they are not finite, or are applied otherwise than in the run.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -260,9 +286,16 @@ def save_adapter(
     folder: Path,
     prompt_format: PromptFormat = DEFAULT_FORMAT,
 ) -> None:
-    """Write a plain PEFT adapter to the existing ``folder``, with a record of base, LoRA and prompt format.
+    """Write a plain PEFT adapter, with a record of base, LoRA and prompt format.
 
-    Raises OSError if a file can't be written.
+    Args:
+        model: the base with the adapter.
+        base: of which the name that may be published and the fingerprint are recorded.
+        folder: an existing one.
+        prompt_format: that the adapter was trained with.
+
+    Raises:
+        OSError: a file can't be written.
     """
     from safetensors import SafetensorError
 
@@ -299,7 +332,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"adapter_config.json has the peft_type {kind or 'null'}, expected LORA", place=folder)
     if (folder / MANIFEST).is_file():
         try:
-            verify_folder(folder, allow_extra=True, may_differ=[CARD])
+            verify_folder(folder, may_differ=[CARD])
         except DamagedFolderError as error:
             raise error.replace(
                 problem=f"{error.problem}: the adapter was altered or cut short after it was saved",

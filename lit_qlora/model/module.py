@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler, LambdaCallback, LearningRateMonitor
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torchmetrics import SumMetric
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
-from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import local_first, world
-from lit_qlora.errors import UserError, excerpt, require
-from lit_qlora.model import load
+from lit_qlora.errors import UserError, require
+from lit_qlora.model import load, script
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import Base, check_context, check_targets, find_base, split_names
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
@@ -45,7 +41,6 @@ from lit_qlora.model.device import (
     compute_dtype,
     current_device,
 )
-from lit_qlora.model.fingerprint import fingerprint, is_of, shown
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.learning import LearnsInParts, Sums, Waiting, check_batch
@@ -56,18 +51,9 @@ from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.place import COMMAND
-from lit_qlora.text.formats import from_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-FIGURES = ("val/loss", "val/perplexity", "val/accuracy")
-"""Figures of each validation, for a callback to monitor."""
-LOGGED = ("train/loss", "train/accuracy", "train/gradient_norm", *FIGURES)
-"""Figures that a fit in a script logs."""
-
-OF = "lit_qlora"
-"""The part of a Lightning checkpoint that records its base and prompt format."""
 
 
 class QLoRAModule(LearnsInParts):
@@ -195,12 +181,12 @@ class QLoRAModule(LearnsInParts):
 
         Raises UserError.
         """
-        check_trainer(self.trainer)
+        script.check_trainer(self.trainer)
         if stage == "fit" and self.standalone and type(self) is QLoRAModule:  # a subclass may log others
-            check_monitors(self.trainer)
+            script.check_monitors(self.trainer)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = _Files()
+            strategy.checkpoint_io = script.Files()
         if stage == "predict" and type(self).predict_step is QLoRAModule.predict_step:
             self.predict_step()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -351,24 +337,15 @@ class QLoRAModule(LearnsInParts):
         """Add the constructor's arguments, for `load_from_checkpoint`, and the identity; a run's folder has its own."""
         if self.standalone:
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.options)
-            checkpoint[OF] = {"base_fingerprint": fingerprint(self.base), "prompts": self.prompt_format.record()}
+            checkpoint[script.OF] = script.record(self.base, self.prompt_format)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the prompt format.
 
         Raises UserError for a checkpoint of another base.
         """
-        of = checkpoint.get(OF)
-        if of is None:
-            return
-        if not is_of(of["base_fingerprint"], self.base):
-            raise UserError(
-                f"the checkpoint was trained on another base ({shown(of['base_fingerprint'])}) than "
-                f"{self.base.name} ({shown(fingerprint(self.base))})",
-                option="ckpt_path",
-                remedy="give its own as base",
-            )
-        self.prompt_format = from_record(of["prompts"], "the checkpoint", OF)
+        if script.OF in checkpoint:
+            self.prompt_format = script.recorded_format(checkpoint[script.OF], self.base)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "QLoRAModule":  # type: ignore[override]
@@ -382,7 +359,7 @@ class QLoRAModule(LearnsInParts):
         Raises:
             UserError: it is a folder, as a run's checkpoints are, or of another base or rank.
         """
-        _check_file(checkpoint_path)
+        script.check_file(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **options)  # type: ignore[no-any-return]
 
     # Steps
@@ -615,80 +592,9 @@ class QLoRAModule(LearnsInParts):
         sampling: Sampling,
         is_over: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """The answer's ids for each prompt's ids; see `lit_qlora.model.generate`."""
+        """The answer's ids for each prompt's ids, in the Trainer's precision; its arguments are `generate`'s."""
         with self.trainer.precision_plugin.forward_context():
             return generate(self.peft_model, prompts, stop_ids, sampling, is_over=is_over)
-
-
-def check_trainer(trainer: Trainer) -> None:
-    """Raises UserError for unsupported settings of a script's Trainer."""
-    strategy = trainer.strategy
-    known = isinstance(strategy, SingleDeviceStrategy | Replicas)
-    expected = f"auto with devices=1 (on several devices, {COMMAND} fit trains)"
-    require(known, "trainer.strategy", expected, type(strategy).__name__)
-    device = strategy.root_device.type
-    require(device in ("cpu", "cuda"), "trainer.accelerator", "cpu, or gpu with a CUDA GPU", device)
-    precision: Any = str(trainer.precision)
-    compute_dtype(precision)
-    if device == "cuda":
-        choose_precision(precision, current_device())
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-    expected = "trainer.accumulate_grad_batches instead (the loss is divided by the answer tokens of a whole step)"
-    require(not scheduled, "trainer.callbacks", expected, "GradientAccumulationScheduler")
-    ends = trainer.state.fn != "fit" or (trainer.max_epochs, trainer.max_steps) != (-1, -1)
-    expected = "a number of epochs, or of steps in trainer.max_steps, for the learning rate's schedule"
-    require(ends, "trainer.max_epochs", expected, trainer.max_epochs)
-
-
-def check_monitors(trainer: Trainer) -> None:
-    """Raises UserError if a callback of a script's Trainer monitors a figure that a fit does not log.
-
-    Lightning would fail only at the first validation. With user callbacks, which could log figures, it is left to
-    Lightning.
-    """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    rooms = ("lightning.", "lit_qlora.")
-    if any(isinstance(one, LambdaCallback) or not type(one).__module__.startswith(rooms) for one in callbacks):
-        return
-    rates = any(isinstance(one, LearningRateMonitor) for one in callbacks)
-    for callback in callbacks:
-        monitored, is_strict = getattr(callback, "monitor", None), getattr(callback, "strict", True)
-        own = ("epoch", "step") if isinstance(callback, Checkpoint) else ()
-        if is_strict and monitored not in own and not (rates and str(monitored).startswith("lr-")):
-            check_monitored(callback, [name for name in LOGGED if trainer.limit_val_batches or name not in FIGURES])
-
-
-def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
-    """Raises UserError if ``callback`` monitors a figure other than ``figures``."""
-    monitored = getattr(callback, "monitor", None)
-    if isinstance(monitored, str) and monitored not in figures:
-        known = [f"one of {', '.join(figures)}"] if figures else ["none"]
-        known += ["where trainer.limit_val_batches is 0"] if not {*FIGURES} & {*figures} else []
-        raise UserError(
-            f"{type(callback).__name__} monitors {excerpt(monitored)}, expected {' '.join(known)}",
-            option="trainer.callbacks",
-        )
-
-
-class _Files(TorchCheckpointIO):
-    """`load_from_checkpoint` as Lightning's, with an error for a folder."""
-
-    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> Any:
-        """As Lightning's. Raises UserError for a folder."""
-        _check_file(path)
-        return super().load_checkpoint(path, *args, **options)
-
-
-def _check_file(checkpoint_path: Any) -> None:
-    if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
-        raise UserError(
-            f"{checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint",
-            option="ckpt_path",
-            remedy=(
-                f"a run's adapter is loaded by QLoRAModule(base, adapter=FOLDER), its checkpoints by {COMMAND} fit"
-            ),
-        )
 
 
 def _count(number: int) -> str:

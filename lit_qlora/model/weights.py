@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.architectures import ATTENTION
-from lit_qlora.model.base import Base, stored_file, weight_files
+from lit_qlora.model.base import Base, base_error, stored_file, weight_files
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import parse_json
 
@@ -64,14 +64,11 @@ def stored_tensors(base: Base) -> dict[str, Stored]:
             tensors = _tensors(file, state.st_mtime_ns, state.st_size)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
             reason = one_line(error)
-            raise UserError(
-                f"the weights of {base.name} can't be read: {file.name}: {reason}", option="model.base"
-            ) from error
+            raise base_error(f"the weights of {base.name} can't be read: {file.name}: {reason}") from error
         twice = sorted(found.keys() & tensors.keys())
         if twice:
-            raise UserError(
+            raise base_error(
                 f"{base.name}: {twice[0]} is in {found[twice[0]].file.name} and in {file.name}",
-                option="model.base",
                 remedy="take another copy",
             )
         found |= tensors
@@ -111,7 +108,7 @@ def fetch(base: Base) -> None:
         weight_files(base, find)
     except OSError as error:
         reason = one_line(error)
-        raise UserError(f"the weights of {base.name} can't be downloaded: {reason}", option="model.base") from error
+        raise base_error(f"the weights of {base.name} can't be downloaded: {reason}") from error
 
 
 def check_weights(base: Base) -> list[str]:
@@ -139,9 +136,8 @@ def check_weights(base: Base) -> list[str]:
             plain.append(name.removesuffix(".weight"))
     _check_others(base, stored, expected)
     if base.in_4_bits and len(plain) == base.shape.num_layers * len(Shape.LINEARS):
-        raise UserError(
+        raise base_error(
             f"{base.name}: config.json has a quantization_config, and the weights are in 16 bits",
-            option="model.base",
             remedy="take that key out of config.json",
         )
     return plain
@@ -154,9 +150,8 @@ def _words(tensor: Stored | None) -> str:
 
 
 def _differ(base: Base, name: str, found: str, expected: str) -> UserError:
-    return UserError(
+    return base_error(
         f"{base.name}: the weights are not those of its config.json: {name} is {found}, expected {expected}",
-        option="model.base",
         remedy="take another copy",
     )
 
@@ -202,10 +197,9 @@ def _check_others(base: Base, stored: dict[str, Stored], expected: dict[str, tup
         if name != "lm_head.weight":
             raise _differ(base, name, _words(stored[name]), "no such weight")
         if not _are_equal(stored[name], stored["model.embed_tokens.weight"]):
-            raise UserError(
+            raise base_error(
                 f"{base.name}: config.json says tie_word_embeddings, and the weights hold an "
                 "lm_head.weight other than the embeddings",
-                option="model.base",
                 remedy="set tie_word_embeddings to false, or take another copy",
             )
 

@@ -15,7 +15,7 @@ from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import check_context, find_base
 from lit_qlora.model.config import for_transformers, read_config
 from lit_qlora.model.decoder import extract_layers, run_layers, why_not
-from lit_qlora.model.fingerprint import fingerprint, is_of
+from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.graphs import Graphs
 from lit_qlora.model.load import adapter_parameters
@@ -316,7 +316,6 @@ def test_a_base_saved_in_4_bits_is_the_same_base(load, base_like, tmp_path, name
     copy = find_base(str(tmp_path))
     assert copy.in_4_bits and copy.window == base.window
     assert check_weights(copy) == []
-    assert is_of(fingerprint(base), copy)
     with torch.no_grad():
         assert torch.equal(load(base=copy)(input_ids=ids).logits, model(input_ids=ids).logits)
 

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from lit_qlora.errors import UserError
 from lit_qlora.model import load as loading
 from lit_qlora.model.base import check_targets, find_base
-from lit_qlora.model.fingerprint import fingerprint, is_of, shown
+from lit_qlora.model.fingerprint import fingerprint, shown
 from lit_qlora.model.load import adapter_parameters, load_adapter, load_base, read_record
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -83,7 +83,6 @@ def test_a_saved_4_bit_copy_is_the_same_model(load, tmp_path):
     assert "quantization_config" in copy.config
     loaded = load_base(copy, torch.float32, torch.device("cpu"), "sdpa")
     assert torch.equal(logits(loaded), logits(model))
-    assert is_of(fingerprint(find_base(model.name_or_path)), copy)
 
 
 def test_a_real_llama_with_a_tied_head(load, real):

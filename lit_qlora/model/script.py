@@ -1,0 +1,120 @@
+"""Owns what a script's own Trainer may be, and what its checkpoints are: settings that are supported, figures that its
+callbacks may monitor, and the base and prompt format that a file of Lightning's ModelCheckpoint records.
+
+A run of the command line has its own: `trainer.py`, and folders for checkpoints. Knows the module by its base and its
+prompt format only.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler, LambdaCallback, LearningRateMonitor
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lit_qlora.devices.strategy import Replicas
+from lit_qlora.errors import UserError, excerpt, require
+from lit_qlora.model.base import Base
+from lit_qlora.model.device import choose_precision, compute_dtype, current_device
+from lit_qlora.model.fingerprint import fingerprint, shown
+from lit_qlora.place import COMMAND
+from lit_qlora.text.formats import PromptFormat, from_record
+
+FIGURES = ("val/loss", "val/perplexity", "val/accuracy")
+"""Figures of each validation, for a callback to monitor."""
+LOGGED = ("train/loss", "train/accuracy", "train/gradient_norm", *FIGURES)
+"""Figures that a fit in a script logs."""
+
+OF = "lit_qlora"
+"""The part of a Lightning checkpoint that records its base and prompt format."""
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raises UserError for unsupported settings of a script's Trainer."""
+    strategy = trainer.strategy
+    known = isinstance(strategy, SingleDeviceStrategy | Replicas)
+    expected = f"auto with devices=1 (on several devices, {COMMAND} fit trains)"
+    require(known, "trainer.strategy", expected, type(strategy).__name__)
+    device = strategy.root_device.type
+    require(device in ("cpu", "cuda"), "trainer.accelerator", "cpu, or gpu with a CUDA GPU", device)
+    precision: Any = str(trainer.precision)
+    compute_dtype(precision)
+    if device == "cuda":
+        choose_precision(precision, current_device())
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    expected = "trainer.accumulate_grad_batches instead (the loss is divided by the answer tokens of a whole step)"
+    require(not scheduled, "trainer.callbacks", expected, "GradientAccumulationScheduler")
+    ends = trainer.state.fn != "fit" or (trainer.max_epochs, trainer.max_steps) != (-1, -1)
+    expected = "a number of epochs, or of steps in trainer.max_steps, for the learning rate's schedule"
+    require(ends, "trainer.max_epochs", expected, trainer.max_epochs)
+
+
+def check_monitors(trainer: Trainer) -> None:
+    """Raises UserError if a callback of a script's Trainer monitors a figure that a fit does not log.
+
+    Lightning would fail only at the first validation. With user callbacks, which could log figures, it is left to
+    Lightning.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    rooms = ("lightning.", "lit_qlora.")
+    if any(isinstance(one, LambdaCallback) or not type(one).__module__.startswith(rooms) for one in callbacks):
+        return
+    rates = any(isinstance(one, LearningRateMonitor) for one in callbacks)
+    for callback in callbacks:
+        monitored, is_strict = getattr(callback, "monitor", None), getattr(callback, "strict", True)
+        own = ("epoch", "step") if isinstance(callback, Checkpoint) else ()
+        if is_strict and monitored not in own and not (rates and str(monitored).startswith("lr-")):
+            check_monitored(callback, [name for name in LOGGED if trainer.limit_val_batches or name not in FIGURES])
+
+
+def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
+    """Raises UserError if ``callback`` monitors a figure other than ``figures``."""
+    monitored = getattr(callback, "monitor", None)
+    if isinstance(monitored, str) and monitored not in figures:
+        known = [f"one of {', '.join(figures)}"] if figures else ["none"]
+        known += ["where trainer.limit_val_batches is 0"] if not {*FIGURES} & {*figures} else []
+        raise UserError(
+            f"{type(callback).__name__} monitors {excerpt(monitored)}, expected {' '.join(known)}",
+            option="trainer.callbacks",
+        )
+
+
+def record(base: Base, prompt_format: PromptFormat) -> dict[str, Any]:
+    """What a checkpoint holds under `OF`."""
+    return {"base_fingerprint": fingerprint(base), "prompts": prompt_format.record()}
+
+
+def recorded_format(of: Mapping[str, Any], base: Base) -> PromptFormat:
+    """The prompt format in a `record`. Raises UserError if it is of a checkpoint of another base."""
+    if of["base_fingerprint"] != fingerprint(base):
+        raise UserError(
+            f"the checkpoint was trained on another base ({shown(of['base_fingerprint'])}) than "
+            f"{base.name} ({shown(fingerprint(base))})",
+            option="ckpt_path",
+            remedy="give its own as base",
+        )
+    return from_record(of["prompts"], "the checkpoint", OF)
+
+
+class Files(TorchCheckpointIO):
+    """`load_from_checkpoint` as Lightning's, with an error for a folder."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> Any:
+        """As Lightning's. Raises UserError for a folder."""
+        check_file(path)
+        return super().load_checkpoint(path, *args, **options)
+
+
+def check_file(checkpoint_path: Any) -> None:
+    """Raises UserError for a folder, as a run's checkpoints are."""
+    if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
+        raise UserError(
+            f"{checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint",
+            option="ckpt_path",
+            remedy=(
+                f"a run's adapter is loaded by QLoRAModule(base, adapter=FOLDER), its checkpoints by {COMMAND} fit"
+            ),
+        )

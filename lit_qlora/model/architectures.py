@@ -22,10 +22,6 @@ _LAYER_TYPES = Kind(
 )
 
 
-def _no_window(config: Mapping[str, Any]) -> int | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Architecture:
     """A decoder that computes as Llama's does, but for what is stated here.
@@ -48,17 +44,12 @@ class Architecture:
     has_head_norms: bool = False
     keys: Mapping[str, Kind] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    window: Callable[[Mapping[str, Any]], int | None] = _no_window
+    window: Callable[[Mapping[str, Any]], int | None] = lambda _: None
 
     @property
     def class_name(self) -> str:
         """The name of transformers' class of the model."""
         return f"{self.prefix}ForCausalLM"
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The names that config.json may give to that class."""
-        return self.class_name, *self.aliases
 
     def model_class(self) -> Any:
         """transformers' class of the model."""

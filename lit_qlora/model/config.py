@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.architectures import ARCHITECTURES, architecture_of
-from lit_qlora.storage.foreign import FLAG, OBJECT, Kind, check, number, one_of, read_object, shown, whole, wrong
+from lit_qlora.storage.foreign import FLAG, OBJECT, SHARE, Kind, check, number, one_of, read_object, shown, whole, wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,11 +30,6 @@ def _numbers(count: int) -> Kind:
     )
 
 
-def _is_list_of_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(part) in (int, float) for part in value)
-
-
-_SHARE = Kind("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
 _ABOVE_0, _ABOVE_1 = number(0), number(1)
 _TOKENS = whole(2, 2**31)
 _UNIT = Kind("1, for all of a head is rotated", lambda value: type(value) in (int, float) and value == 1)
@@ -54,7 +49,7 @@ OPTIONAL = {
     "max_position_embeddings": whole(1, 2**31),
     "rms_norm_eps": number(0, 1),
     "hidden_act": one_of(*ACTIVATIONS),
-    "attention_dropout": _SHARE,
+    "attention_dropout": SHARE,
     "tie_word_embeddings": FLAG,
     "rope_theta": _ABOVE_1,
     "rope_scaling": OBJECT,
@@ -140,7 +135,8 @@ def _read_config(name: str, file: Path) -> dict[str, Any]:
         )
     architecture = ARCHITECTURES[model_type]
     classes = told.get("architectures") or [architecture.class_name]
-    if not isinstance(classes, list) or not any(known in classes for known in architecture.class_names):
+    known_classes = {architecture.class_name, *architecture.aliases}
+    if not (isinstance(classes, list) and known_classes & {*map(str, classes)}):
         raise wrong(place, "architectures", f'["{architecture.class_name}"]', classes)
     optional = OPTIONAL | dict(architecture.keys)
     config = {key: told[key] for key in (*SIZES, *optional) if told.get(key) is not None}
@@ -195,11 +191,9 @@ def _check_rope(place: str, config: Mapping[str, Any]) -> None:
             raise UserError(f"{key} has no {member}, and {kind} needs it: {value_kind.expected}", place=place)
         if told.get(member) is not None:
             check(place, f"{key}.{member}", value_kind, told[member])
-    for (
-        member,
-        value,
-    ) in told.items():  # a member unknown to its kind has no effect, but nested ones are per layer
-        if not isinstance(value, (str, int, float, type(None))) and not _is_list_of_numbers(value):
+    for member, value in told.items():  # one unknown to its kind has no effect, but nested ones are per layer
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, dict | list) for part in parts):
             raise wrong(place, f"{key}.{member}", "a plain value, for all layers rotate alike", value)
     if kind == "llama3" and members["high_freq_factor"] <= members["low_freq_factor"]:
         low = members["low_freq_factor"]

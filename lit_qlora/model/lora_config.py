@@ -4,60 +4,54 @@ Whether our own decoder layers compute one, or those of transformers and peft, `
 modules. Knows no weights.
 """
 
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_qlora.errors import UserError, cut
-from lit_qlora.storage.foreign import shown
+from lit_qlora.model.architectures import ATTENTION, LINEARS
+from lit_qlora.storage.foreign import FLAG, SHARE, Kind, shown, whole
 
 _REMEDY = "take an adapter that is as it was saved"
-LARGEST_NUMBER, LARGEST_COUNT = 1e30, 65_536
-"""Upper limits of an alpha, and of a rank or a layer index: far above those of any adapter."""
+LARGEST_COUNT = 65_536
+"""Highest rank or index of a layer: far above those of any adapter."""
+MATCHED_IN_S, MATCHED_LAYERS = 20, 80
+"""Seconds in which all patterns of an adapter are to match the names of the modules of so many layers."""
+
+_RANK, _LAYER = whole(1, LARGEST_COUNT), whole(0, LARGEST_COUNT)
+_NUMBER = Kind("a number", lambda value: type(value) in (int, float) and abs(value) <= 1e30)
+_NAMES = Kind("names", lambda value: all(isinstance(name, str) for name in _listed(value)))
+_LAYERS = Kind("numbers of layers", lambda value: all(map(_LAYER.holds, _listed(value))))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
-def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_COUNT
+def _by_name(kind: Kind) -> Kind:
+    return Kind(
+        f"{kind.expected}, by name",
+        lambda value: isinstance(value, dict) and all(map(kind.holds, value.values())),
+    )
 
 
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-
-
-def _are_layers(value: Any) -> bool:
-    return all(_is_count(layer, 0) for layer in (value if isinstance(value, list) else [value]))
-
-
-def _by_name(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
-
-
-COMPUTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_count, "a whole number from 1"),
-    "lora_alpha": (_is_number, "a number"),
-    "lora_dropout": (_is_share, "a share from 0 to below 1"),
-    "target_modules": (_are_names, "names"),
-    "exclude_modules": (_are_names, "names"),
-    "layers_to_transform": (_are_layers, "numbers of layers"),
-    "layers_pattern": (_are_names, "names"),
-    "rank_pattern": (_by_name(_is_count), "whole numbers from 1 by name"),
-    "alpha_pattern": (_by_name(_is_number), "numbers by name"),
-    "use_rslora": (_is_flag, "true or false"),
-    "use_dora": (_is_flag, "true or false"),
-    "lora_bias": (_is_flag, "true or false"),
+COMPUTED = {
+    "r": _RANK,
+    "lora_alpha": _NUMBER,
+    "lora_dropout": SHARE,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_to_transform": _LAYERS,
+    "layers_pattern": _NAMES,
+    "rank_pattern": _by_name(_RANK),
+    "alpha_pattern": _by_name(_NUMBER),
+    "use_rslora": FLAG,
+    "use_dora": FLAG,
+    "lora_bias": FLAG,
 }
 """The fields that are used, and the kind of each unless null."""
 
@@ -105,9 +99,8 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
             continue
         told = f"adapter_config.json has {cut(name)} {shown(value)}"
         if name in COMPUTED:
-            is_right, expected = COMPUTED[name]
-            if not is_right(value):
-                raise UserError(f"{told}, expected {expected}", place=folder)
+            if not COMPUTED[name].holds(value):
+                raise UserError(f"{told}, expected {COMPUTED[name].expected}", place=folder)
         elif value not in (False, "", [], {}, *HARMLESS.get(name, ())):
             why = REFUSED.get(name, "this version does not know it")
             raise UserError(f"{told}, which can't be used here: {why}", place=folder)
@@ -116,15 +109,13 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
 def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
     """Raises UserError if the ranks in ``config`` differ from those of the weights in ``shapes``, by peft's names.
 
-    Checked before a layer is built, which with a wrong rank could take all memory.
+    Checked before a layer is built, which with a wrong rank could take all memory. Its patterns are checked first.
     """
+    _check_patterns(folder, config)
     patterns: dict[str, int] = config.get("rank_pattern") or {}
     stored = {name.partition(".lora_A")[0]: shape for name, shape in shapes.items() if ".lora_A." in name and shape}
     for layer, shape in stored.items():
-        try:
-            rank = _of_layer(patterns, layer, config["r"])
-        except re.error as error:
-            raise UserError(f"adapter_config.json's rank_pattern holds no pattern: {error}", place=folder) from error
+        rank = _of_layer(patterns, layer, config["r"])
         if rank != shape[0]:
             raise UserError(
                 f"adapter_config.json gives {layer.removeprefix('base_model.model.')} the rank {rank}, and its weights "
@@ -138,6 +129,56 @@ def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Se
         raise UserError(
             f"adapter_config.json has a rank of {too_large[0]}, and no layer is as wide", place=folder, remedy=_REMEDY
         )
+
+
+_MATCH = """
+import json, re
+from sys import exit, stdin as file
+patterns, names = json.load(file)
+for shown, pattern in patterns:
+    try:
+        for name in names:
+            re.match(pattern, name)
+    except (re.error, RecursionError, OverflowError) as error:
+        exit(print(f"{shown}: {error}"))
+"""
+
+
+def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises UserError for a pattern of modules' names that is none, or takes forever to match.
+
+    Some, such as ``(a+)+b``, take longer than anybody waits: they are matched, as peft would, in a process that can be
+    ended.
+    """
+    whole_names = (config.get(name) for name in ("target_modules", "exclude_modules"))
+    given = [(r"({})\Z", [found]) for found in whole_names if isinstance(found, str)]
+    given += [(r"(.*\.)?({})$", [*(config.get(name) or ())]) for name in ("rank_pattern", "alpha_pattern")]
+    given += [(r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", _listed(config.get("layers_pattern") or []))]
+    patterns = [
+        (one, form.replace("{}", one)) for form, found in given for one in found if not re.fullmatch(r"[\w.]*", one)
+    ]
+    if not patterns:
+        return
+    parts = [f"self_attn.{name}" if name in ATTENTION else f"mlp.{name}" for name in LINEARS]
+    parts += ["self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm"]
+    names = ["lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers"]
+    names += [f"model.layers.{layer}.{part}" for layer in range(MATCHED_LAYERS) for part in parts]
+    names += [f"base_model.model.{name}" for name in names]
+    what = "adapter_config.json has a pattern of modules that"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _MATCH],
+            input=json.dumps([patterns, names]),
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=MATCHED_IN_S,
+            check=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        told = cut(" ".join(shown for shown, _ in patterns))
+        raise UserError(f"{what} takes too long to match: {told}", place=folder, remedy="give names") from error
+    if done.stdout:
+        raise UserError(f"{what} is none: {cut(done.stdout.strip())}", place=folder, remedy=_REMEDY)
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:

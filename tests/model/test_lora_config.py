@@ -322,3 +322,29 @@ def test_weights_in_half_precision_are_trained_in_fp32(made, load, tiny):
     model = load_adapter(load(), tiny, folder, trainable=True)
     assert {value.dtype for value in adapter_parameters(model).values()} == {torch.float32}
     assert_same(by_us(model, tiny), by_peft(plain))
+
+
+ENDLESS = r"model\.(\w+\.?)*x"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"rank_pattern": {"q_proj": 2, ENDLESS: 1}},
+        {"alpha_pattern": {ENDLESS: 1}},
+    ],
+    ids=named,
+)
+def test_a_pattern_that_never_ends_is_refused(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(lora_config, "MATCHED_IN_S", 0.5)
+    with pytest.raises(UserError, match=r"a pattern of modules that takes too long to match: .*model"):
+        lora_config.check_ranks(tmp_path, {"r": 1, **changes}, {})
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "layers_pattern"])
+def test_what_is_no_pattern_is_refused(tmp_path, name):
+    given = {"(": 1} if name == "rank_pattern" else "("
+    with pytest.raises(UserError, match=r"adapter_config.json has a pattern of modules that is none: \(: missing \)"):
+        lora_config.check_ranks(tmp_path, {"r": 1, name: given}, {})

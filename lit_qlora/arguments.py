@@ -55,7 +55,7 @@ def checked_arguments(
                 try:
                     bound.arguments[name] = _as(parameter.annotation, value, name in paths)
                 except TypeError:
-                    expected = _words(parameter.annotation, name in paths)
+                    expected = words_of(parameter.annotation, name in paths)
                     raise UserError(f"expected {expected}, got {_shown(value)}", option=before + name) from None
             defaults = {name: one.default for name, one in parameters.items() if one.default is not Parameter.empty}
             check_ranges({before + name: value for name, value in (defaults | bound.arguments).items()})
@@ -89,10 +89,11 @@ def _as(hint: Any, value: Any, is_path: bool) -> Any:
     raise TypeError
 
 
-def _words(hint: Any, is_path: bool) -> str:
+def words_of(hint: Any, is_path: bool = False) -> str:
+    """What a type is, in words; ``is_path``: a text that may be given as a path, too."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
-        return " or ".join(_words(part, is_path) for part in parts)
+        return " or ".join(words_of(part, is_path) for part in parts)
     if kind is Literal:
         return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
     if kind is list:

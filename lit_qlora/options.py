@@ -16,10 +16,12 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from lit_qlora.arguments import words_of
 from lit_qlora.elsewhere import here
 from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest, one_line
 from lit_qlora.place import CONFIGS
 from lit_qlora.secrecy import holds_secret
+from lit_qlora.text.conversation import HALF, is_whole
 
 HELP = "the accepted ones are listed by --help"
 LINKED = {"data.tokenizer": "model.base", "data.seed": "seed_everything"}
@@ -81,7 +83,7 @@ class OneLineErrors:
             hint = types.get(name)
             if value is None and hint is not None and NoneType not in get_args(hint):
                 raise UserError(
-                    f"has no value, expected {_type_name(hint)}", option=name, remedy="give one, or leave the line out"
+                    f"has no value, expected {words_of(hint)}", option=name, remedy="give one, or leave the line out"
                 )
 
 
@@ -136,9 +138,15 @@ def _is_comment(text: str) -> bool:
 
 
 def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of class ``kind`` from ``values``, with its defaults for the others.
+    """The arguments of a class, checked against its annotations.
 
-    Raises UserError, with ``section`` before its name, for one that is unknown, or of another type.
+    Args:
+        section: stands before their names in errors.
+        kind: the class.
+        values: by name; the others are the class's defaults.
+
+    Raises:
+        UserError: one is unknown, or of another type.
     """
 
     class _Parser(OneLineErrors, ArgumentParser):
@@ -275,17 +283,6 @@ def _mistake(message: str, names: list[str]) -> UserError:
     return UserError(f"{expected.removeprefix(f'{option}: ')}{got}{cut(value)}", option=option)
 
 
-def _type_name(hint: Any) -> str:
-    parts = get_args(hint)
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(repr, parts))}"
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(_type_name, parts))
-    if takes_names(hint) or any(map(takes_names, parts)):
-        return "a table" if get_origin(hint) is dict else "a list"
-    return str(hint) if parts else str(getattr(hint, "__name__", hint))
-
-
 def did_you_mean(name: str, names: list[str]) -> str:
     """Its name here if another program has it, else the nearest name, in whole or of its last part."""
     name = name.replace("-", "_")
@@ -360,9 +357,9 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     except (ValueError, LookupError, AttributeError) as error:  # yaml's own, of a date or a tag that does not fit
         raise UserError(f"no valid YAML: {one_line(error)}", place=path) from error
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        problem = one_line(getattr(error, "problem", error))
+        mark = getattr(error, "problem_mark", None)  # of a character that YAML can't hold there is a position alone
+        line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
+        problem = one_line(getattr(error, "problem", str(error).partition(": special")[0]))
         raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}") from error
     if root is None:
         raise UserError("the file is empty", place=path)
@@ -372,6 +369,8 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     for line, name, value in values:
         if holds_secret(name, value):
             raise SecretError(name, f"{path}:{line}")
+        if not is_whole(value):
+            raise UserError(f"it {HALF}", option=name, place=f"{path}:{line}")
     for line, problem in _problems(root):
         raise UserError(problem, place=f"{path}:{line}")
 

@@ -103,9 +103,14 @@ def test_a_mistake_is_told_in_one_line(content, expected):
     assert message("a.yaml") == expected
 
 
-def test_a_character_that_yaml_does_not_know_is_told():
+def test_a_character_that_yaml_does_not_know_is_told_with_its_line():
     write("model:\n  base: a\x00b\n")
-    assert message("a.yaml").startswith("a.yaml:1: no valid YAML: unacceptable character #x0000")
+    assert message("a.yaml") == "a.yaml:2: no valid YAML: unacceptable character #x0000"
+
+
+def test_half_a_character_is_told_with_its_line():
+    write('data:\n  source: x.jsonl\n  system: "a \\ud800"\n')
+    assert message("a.yaml").startswith("a.yaml:3: data.system: it holds bytes that are no UTF-8, or half a character")
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ WIDTHS: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 512,
-    "max_position_embeddings": 512,
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
+"""Of every base here, and of the tiny Llama."""
 ROPE_LLAMA_3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5,
     "original_max_position_embeddings": 64,
@@ -45,23 +45,28 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def save_base(folder: Path, like: str, tokenizer: str | None = None, seed: int = 0, **changes: Any) -> Path:
     """Writes a small random base of `BASES` into ``folder``; its norms and biases are random, too."""
+    model_type, own = BASES[like]
+    save_random(folder, model_type, seed, "norm", {"max_position_embeddings": 512} | own | changes)
+    if tokenizer:
+        save_tokenizer(folder, tokenizer)
+    return folder
+
+
+def save_random(folder: Path, model_type: str, seed: int, norms: str, config: dict[str, Any]) -> Path:
+    """Writes a base of `WIDTHS` and ``config``, of random weights, and norms of whose name ``norms`` is part."""
     import torch
     import transformers
 
-    model_type, own = BASES[like]
     prefix = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{prefix}Config")(**WIDTHS | own | changes)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**WIDTHS | config))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
                 weight.normal_(std=0.5)
-            elif "norm" in name:
+            elif norms in name:
                 weight.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
-    if tokenizer:
-        save_tokenizer(folder, tokenizer)
     return folder
 
 

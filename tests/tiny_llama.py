@@ -14,15 +14,7 @@ from lit_qlora.model.checkpointing import checkpoint_layers
 from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.shape import Shape
-
-WIDTHS = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 172,  # not divisible by 32, as real models' widths can be
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-}
+from tests.small_bases import save_random
 
 
 def pytest_configure(config):
@@ -32,15 +24,7 @@ def pytest_configure(config):
 
 
 def save_llama(folder, seed=0, **changes):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(**{**WIDTHS, "initializer_range": 0.1, "tie_word_embeddings": False, **changes})
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.model.norm.weight.uniform_(0.5, 1.5)
-    model.save_pretrained(folder)
-    return folder
+    return save_random(folder, "llama", seed, "model.norm.", changes)
 
 
 @pytest.fixture(scope="session")

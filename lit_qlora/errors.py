@@ -96,13 +96,21 @@ class OutOfRoomError(UserError):
 
 
 def require(holds: bool, option: str, expected: str, got: object, *, place: str | PathLike[str] | None = None) -> None:
-    """Raises UserError with ``option``, what was expected and what was found, unless ``holds``."""
+    """Raises UserError unless ``holds``.
+
+    Args:
+        holds: the requirement.
+        option: that it is about.
+        expected: in words.
+        got: the value that was found.
+        place: the file that holds it, as of `UserError`.
+    """
     if not holds:
         raise UserError(f"expected {expected}, got {excerpt(got)}", option=option, place=place)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None:
-    """The one of ``known`` that ``name`` was probably meant for; None if none is near."""
+    """The one of ``known`` that ``name`` was probably meant for; None if none is as similar as ``cutoff``, of 1."""
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
 
 

@@ -106,7 +106,7 @@ def _as_typed(option: str, hint: Any, check: Callable[..., Any], value: Any, app
             return None if is_none else value
         if _is_comment(value):
             if not append and str not in get_args(hint):
-                raise TypeError(f'Parser key "{option}": Expected {_type_name(hint)}, got {excerpt(value)}')
+                raise TypeError(f'Parser key "{option}": Expected {words_of(hint)}, got {excerpt(value)}')
             value = _Typed(value)
     elif dict[str, str] in (hint, *get_args(hint)) and isinstance(getattr(value, "val", None), str):
         value = value._replace(val=_Typed(value.val))

@@ -101,8 +101,6 @@ def complete(args: list[str]) -> Command:
     return Command([verb, *rest, *(["--run", str(run)] if run else [])], kept)
 
 
-
-
 def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
     """The command line of ``command`` with its run's options in front: those of ``parser``, with plain values.
 

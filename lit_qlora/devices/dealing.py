@@ -28,7 +28,13 @@ def deal(sizes: Sequence[int], num_devices: int) -> list[int]:
 
 
 def deal_steps(sizes: Sequence[int], at_once: int, num_devices: int) -> list[int]:
-    """The device of each micro-batch of an epoch, of which ``at_once`` at a time are dealt by `deal`."""
+    """The device of each micro-batch of an epoch.
+
+    Args:
+        sizes: tokens of each micro-batch, padding counted.
+        at_once: micro-batches that `deal` is given at a time, as those of an optimizer step.
+        num_devices: they are shared by.
+    """
     return [device for step in steps(sizes, at_once) for device in deal(step, num_devices)]
 
 
@@ -38,7 +44,10 @@ def steps(sizes: Sequence[int], at_once: int) -> Iterable[Sequence[int]]:
 
 
 def efficiency(sizes: Sequence[int], at_once: int, num_devices: int) -> float:
-    """The share of the devices' time in which they compute, where each step waits for its slowest device."""
+    """The share, up to 1, of the devices' time in which they compute: each step waits for its slowest device.
+
+    Args: as of `deal_steps`.
+    """
     if num_devices == 1:
         return 1.0
     busy = taken = 0

@@ -189,7 +189,7 @@ def run(args: Sequence[str], count: int) -> int:
                 children.append(_Child(args, rank, count, Path(folder, "store")))
                 for number in sent:
                     children[-1].send(number)
-            return _wait(children, sent)
+            return _wait(children)
     finally:
         for child in children:
             if child.process.poll() is None:
@@ -200,7 +200,7 @@ def run(args: Sequence[str], count: int) -> int:
         give_back(previous)
 
 
-def _wait(children: list[_Child], sent: list[int]) -> int:
+def _wait(children: list[_Child]) -> int:
     """Wait until all have ended; return the status of the first that failed, after showing what it said."""
     living, failed, ends_at = [*children], None, float("inf")
     first_status = 0
@@ -208,10 +208,11 @@ def _wait(children: list[_Child], sent: list[int]) -> int:
         time.sleep(0.05)
         for child in [child for child in living if child.process.poll() is not None]:
             living.remove(child)
-            child.status = _status(child.process.returncode, sent)
+            code = child.process.returncode
+            child.status = 128 - code if code < 0 else code
             first_status = first_status or child.status
             # 0, and 128 + a signal's number, are of an end that all have agreed on, and may have to save for.
-            if failed is None and child.status != 0 and not _is_agreed(child):
+            if failed is None and child.status != 0 and child.process.returncode < 128:
                 failed, ends_at = child, time.monotonic() + (GRACE_S if child.process.returncode > 0 else 0.5)
     if failed is None:
         return first_status
@@ -219,14 +220,6 @@ def _wait(children: list[_Child], sent: list[int]) -> int:
     if (failed is not first and first.status is None) or failed.process.returncode < 0:  # it has not spoken for itself
         print(_last_word(failed, len(children)), file=sys.stderr, flush=True)
     return failed.status or 1
-
-
-def _is_agreed(child: _Child) -> bool:
-    return child.process.returncode >= 128
-
-
-def _status(returncode: int, sent: list[int]) -> int:
-    return 128 - returncode if returncode < 0 else returncode
 
 
 def _last_word(child: _Child, count: int) -> str:

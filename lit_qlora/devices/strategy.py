@@ -83,7 +83,7 @@ class Replicas(ParallelStrategy):
         """As Lightning's; every process begins with the adapter of the first."""
         super().setup(trainer)
         # A broadcast for each micro-batch; a stop is agreed on once per step.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         weights = [value.detach() for value in self._trained()]
         self._through_one_buffer(weights, lambda buffer: distributed.broadcast(buffer, 0))
 
@@ -164,7 +164,3 @@ class OwnSignals(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Until the run's own handler is there."""
         take_over(leave_at_once)
-
-
-def _do_nothing() -> None:
-    pass

@@ -34,7 +34,13 @@ def waits_for_host(step: Step, card: Card) -> bool:
 
 
 def epoch_hours(step: Step, epoch: Epoch, card: Card) -> float | None:
-    """Hours per training epoch, without validations; None for a card of unknown rates, or in 32 bits."""
+    """Hours per training epoch, without validations; None for a card of unknown rates, or in 32 bits.
+
+    Args:
+        step: settings, and the share of layers that recompute.
+        epoch: tokens and micro-batches.
+        card: whose sustained rates bound products and memory traffic; the two are added.
+    """
     if card.tflops is None or card.gb_per_s is None or step.element != 2:
         return None
     per_token = _flops(step, epoch.row_tokens / 2) / (card.tflops * 1e12) + _traffic(step) / (card.gb_per_s * 1e9)

@@ -123,7 +123,7 @@ def uneven(accumulate: int, num_devices: int) -> str:
 
 
 def line(what: str, size: float, unit: int = GIB) -> str:
-    """A line of such a table."""
+    """A line of such a table: ``what``, and ``size`` bytes in multiples of ``unit`` bytes."""
     return f"  {what:<50}{size / unit:8.2f}"
 
 

@@ -31,7 +31,13 @@ class Places(NamedTuple):
 
 
 def find_places(rotary: Any, hidden: Tensor, lengths: tuple[int, ...]) -> Places:
-    """The positions of ``hidden`` ``[B, T, h]`` by ``rotary``, the model's rotary embedding from transformers."""
+    """The positions of a micro-batch, and their rotations.
+
+    Args:
+        rotary: the model's rotary embedding, of transformers.
+        hidden: ``[B, T, h]``, for its length, dtype and device.
+        lengths: tokens of each conversation in a packed row, which counts its positions from 0; empty if not packed.
+    """
     if not lengths:
         cos, sin = rotary(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
         return Places(cos, _half_negated(sin))
@@ -47,9 +53,16 @@ def _half_negated(sin: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
-    """Causal attention over ``[B, heads, T, head width]``, within each conversation of ``places``.
+    """Causal attention, softmax(q k / sqrt(head width)) v, within each conversation of ``places``.
 
-    Keys and values may have fewer heads.
+    Args:
+        query: ``[B, heads, T, head width]``.
+        key: ``[B, key heads, T, head width]``; the number of heads is a multiple of that of key heads.
+        value: the same.
+        places: of `find_places`.
+
+    Returns:
+        ``[B, heads, T, head width]``.
     """
     if query.is_cuda:
         return _attend_on_gpu(query, key, value, places)
@@ -92,7 +105,7 @@ def in_eights(heads: Tensor) -> Tensor:
 
 
 def has_flash(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
-    """True if torch has FlashAttention for these tensors, whose key and value heads may be shared."""
+    """True if torch has FlashAttention for ``[B, heads, T, head width]`` tensors, whose key heads may be fewer."""
     from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, is_causal, True))

@@ -5,6 +5,7 @@ acts in train mode only, has changed its name, and is silent when it is off. Kno
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,9 @@ def checkpoint_layers(layers: torch.nn.ModuleList, mode: Checkpointing) -> None:
     """
     if mode == "none":
         return
+    kept = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {}
     for layer in layers:
-        layer.forward = _recomputed(layer.forward, {"context_fn": _keep_products} if mode == "selective" else {})
+        layer.forward = _recomputed(layer.forward, kept)
 
 
 def _recomputed(forward: Callable[..., Any], how: dict[str, Any]) -> Callable[..., Any]:
@@ -32,11 +34,6 @@ def _recomputed(forward: Callable[..., Any], how: dict[str, Any]) -> Callable[..
         return checkpoint(forward, *args, use_reentrant=False, **how, **kwargs)
 
     return run
-
-
-def _keep_products() -> Any:
-    """The contexts of a layer's recomputation that reuses the results of 4-bit products and attention."""
-    return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:

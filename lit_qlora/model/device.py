@@ -78,9 +78,18 @@ fp32 on a Xeon with AMX. A tiny one is as fast in fp32, and exact."""
 
 
 def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) -> tuple[Precision, str]:
-    """The precision for training a base of ``num_weights`` on ``device``, and the reason in a few words.
+    """Choose the precision of training, as Lightning spells it.
 
-    Raises UserError for a precision that the device lacks.
+    Args:
+        wanted: the Trainer's option; auto chooses.
+        device: the device to train on.
+        num_weights: of the base; on a CPU, bf16 pays for large ones only.
+
+    Returns:
+        The precision, and the reason in a few words.
+
+    Raises:
+        UserError: the device lacks the precision that is wanted.
     """
     capability = device.capability
     if capability is None:

@@ -38,6 +38,12 @@ def token_cross_entropies(
 ) -> tuple[Tensor, Tensor]:
     """The terms of `summed_cross_entropy`, token by token.
 
+    Args:
+        hidden: ``[N, h]``.
+        head: ``[V, h]``.
+        ids: ``[N]`` int64.
+        chunk_rows: rows of logits that exist at a time.
+
     Returns:
         ``[N]`` nats, fp32; and ``[N]`` bool, whether the token was the likeliest. No gradient.
     """

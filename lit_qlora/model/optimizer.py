@@ -26,7 +26,14 @@ def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
 def make_optimizer(
     name: OptimizerName, parameters: Iterable[torch.nn.Parameter], learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's, or bitsandbytes' with its state in 8 bits or paged to the host when memory is short."""
+    """AdamW (Loshchilov and Hutter, 2019): torch's, or bitsandbytes' with a smaller state.
+
+    Args:
+        name: ``_8bit`` keeps the state in 8 bits, ``paged_`` moves it to the host when memory is short.
+        parameters: fp32.
+        learning_rate: the peak of the schedule.
+        weight_decay: share of the weights, times the learning rate, that each step takes off.
+    """
     if name == "adamw":
         # Not fused: it unscales gradients itself, which Lightning refuses with clipping in fp16.
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=True)
@@ -41,13 +48,20 @@ def make_optimizer(
 
 
 def make_schedule(name: Schedule, optimizer: torch.optim.Optimizer, num_steps: int, warmup_ratio: float) -> LambdaLR:
-    """The factor on the learning rate: a linear warm-up, then ``name`` down to 0 at the end."""
+    """The factor on the learning rate: a linear warm-up, then ``name`` down to 0 at the end.
+
+    Args:
+        name: of the schedule.
+        optimizer: whose learning rate is the peak.
+        num_steps: optimizer steps of the run.
+        warmup_ratio: share of these, rounded up, in which the rate rises.
+    """
     num_warmup = math.ceil(warmup_ratio * num_steps)
     return LambdaLR(optimizer, lambda step: learning_rate_factor(name, step, num_steps, num_warmup))
 
 
 def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: int) -> float:
-    """The factor for the optimizer step after the first ``step``."""
+    """The factor, up to 1, for the optimizer step after the first ``step``; the first ``num_warmup`` steps rise."""
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
     done = min((step - num_warmup) / max(num_steps - num_warmup, 1), 1.0)

@@ -14,14 +14,34 @@ from torch.nn import functional
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The norm of ``x`` as transformers has it, and 1 / root mean square ``[..., 1]`` in fp32."""
+    """The root mean square norm of Zhang and Sennrich (2019), in fp32 inside as transformers has it.
+
+    Args:
+        x: ``[..., h]``, hidden states or heads.
+        weight: ``[h]``, the norm's scale per channel.
+        epsilon: added to the mean square.
+
+    Returns:
+        ``[..., h]`` in the dtype of ``x``; and 1 / root mean square, ``[..., 1]`` in fp32, for the backward.
+    """
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return weight * (wide * scale).to(x.dtype), scale
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
-    """The gradient of ``x``; ``residual`` is the part that bypasses the norm, if there is one."""
+    """The gradient of `rms_norm` with regard to ``x``, whose weight is frozen.
+
+    Args:
+        grad: ``[..., h]``, the gradient of the norm's result.
+        x: ``[..., h]``, as in forward.
+        scale: ``[..., 1]`` fp32, as forward returned it.
+        weight: ``[h]``.
+        residual: ``[..., h]``, the gradient that bypasses the norm; None without one.
+
+    Returns:
+        ``[..., h]`` in the dtype of ``x``.
+    """
     pulled = (grad * weight).float()
     normed = x.float() * scale
     inner = (pulled - normed * (pulled * normed).mean(-1, keepdim=True)) * scale
@@ -29,21 +49,29 @@ def rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, re
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) · up``."""
+    """``silu(gate) · up``, the gated activation of Shazeer (2020); all tensors are ``[..., inner]``."""
     return functional.silu(gate) * up
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of ``gate`` and ``up``."""
+    """The gradients of `swiglu` with regard to ``gate`` and ``up``; all tensors are ``[..., inner]``."""
     return torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of queries and keys, ``[B, T, heads, head width]`` each; ``-sin`` inverts it.
+    """The rotary embedding of Su et al. (2021), in the halves that transformers rotates; ``-sin`` inverts it.
 
-    ``cos`` and ``sin`` are ``[1, T, head width]``, the first half of ``sin`` negated, so that no intermediate is
-    concatenated. Heads follow tokens, as in the matrix product's output: in attention's order, a GPU would read and
-    write with large strides.
+    Heads follow tokens, as in the matrix product's output: in attention's order, a GPU would read and write with large
+    strides.
+
+    Args:
+        query: ``[B, T, heads, head width]``.
+        key: ``[B, T, key heads, head width]``.
+        cos: ``[1, T, head width]``.
+        sin: ``[1, T, head width]``, its first half negated, so that no intermediate is concatenated.
+
+    Returns:
+        Queries and keys, rotated, of the same shapes.
     """
     return _rotate(query, cos, sin), _rotate(key, cos, sin)
 

@@ -248,9 +248,15 @@ def chosen(template: str | None = None, system: str | None = None) -> PromptForm
 
 
 def from_record(record: Mapping[str, Any], folder: str | Path, file: str) -> PromptFormat:
-    """The format by the `PromptFormat.record` in a ``file`` of ``folder``; Llama 2's where it names none.
+    """The format by a `PromptFormat.record`; Llama 2's where it names none.
 
-    Raises UserError if this version does not know it, or it was altered.
+    Args:
+        record: what is recorded.
+        folder: where, for messages.
+        file: its name there.
+
+    Raises:
+        UserError: this version does not know it, or it was altered.
     """
     from lit_qlora.text import llama2, own_template
 

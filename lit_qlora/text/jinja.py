@@ -37,7 +37,16 @@ def render(
 
     Its clock is none: a template that has a date of its own to fall back on takes that.
 
-    Raises ValueError, with the line, when the template's code fails, takes too long or makes too much.
+    Args:
+        template: of `compile_template`.
+        messages: each with its role and content.
+        bos: the text of BOS, empty without one.
+        eos: the text of EOS.
+        add_generation_prompt: True for a prompt, up to where the answer begins.
+
+    Raises:
+        ValueError: with the line, the template's code fails, takes too long or makes too much; as RefusalError, it
+            refuses the messages.
     """
     names = {
         "messages": messages, "bos_token": bos, "eos_token": eos, "add_generation_prompt": add_generation_prompt,

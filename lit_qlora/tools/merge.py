@@ -63,6 +63,11 @@ def merge(
     print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}), or serve it: vllm serve {output}")
 
 
+def size_bytes(base: Base, dtype: DType) -> int:
+    """Bytes of the weights of ``base``, merged into ``dtype``; the notebook asks, too."""
+    return base.shape.num_parameters * BYTES[dtype]
+
+
 def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) -> None:
     """Write a merged model, compare it with base + adapter, and report the difference.
 
@@ -84,7 +89,7 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         raise UserError(
             f"{chosen.base.name} is stored in 4 bits and has no original weights", option="onto", remedy="use quantized"
         )
-    check_room(target, chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES)
+    check_room(target, size_bytes(chosen.base, dtype) + MARGIN_BYTES)
 
     import torch
     from safetensors import SafetensorError

@@ -176,6 +176,6 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
 
 
 def say_loading() -> None:
-    """Prints what takes the first seconds, unless it was imported before; not where it is missing."""
+    """Print what takes the first seconds, unless it was imported before; not where it is missing."""
     if world().rank == 0 and "lightning" not in sys.modules and find_spec("lightning") and find_spec("torch"):
         print("  load  PyTorch, Lightning and transformers: some seconds", flush=True)

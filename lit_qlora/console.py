@@ -10,6 +10,7 @@ import io
 import os
 import sys
 import textwrap
+from collections.abc import Collection
 from shutil import get_terminal_size
 from typing import Any
 
@@ -20,8 +21,8 @@ WIDTH = 80
 class _Lasting(io.FileIO):
     """A stream that discards output once its reader is gone."""
 
-    gone: tuple[int, ...] = (errno.EIO, errno.EPIPE)
-    """EIO is a terminal's that hung up."""
+    gone: Collection[int] = (errno.EIO, errno.EPIPE)
+    """Errors by which the reader is gone; EIO is a terminal's that hung up."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -33,12 +34,6 @@ class _Lasting(io.FileIO):
             os.dup2(nothing, self.fileno())
             os.close(nothing)
             return super().write(data)
-
-
-class _WithReader(_Lasting):
-    """A stream that raises once its reader is gone."""
-
-    gone = (errno.EIO,)
 
 
 def take_names_as_utf8() -> None:
@@ -58,15 +53,18 @@ def prepare(answers: bool = False) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
         if type(stream) is io.TextIOWrapper and os.name != "nt":
-            setattr(sys, name, _lasting(stream, _WithReader if answers and name == "stdout" else _Lasting))
+            setattr(sys, name, _lasting(stream, raises=answers and name == "stdout"))
 
 
-def _lasting(stream: io.TextIOWrapper, kind: type[_Lasting]) -> io.TextIOWrapper:
+def _lasting(stream: io.TextIOWrapper, raises: bool) -> io.TextIOWrapper:
+    """``stream`` as a lasting one; with ``raises``, a pipe without a reader is an error."""
     raw = getattr(stream.buffer, "raw", stream.buffer)  # with python -u nothing is in between
     if type(raw) is not io.FileIO:
         return stream
     stream.flush()
-    lasting: Any = kind(raw.fileno(), "wb", closefd=False)
+    lasting: Any = _Lasting(raw.fileno(), "wb", closefd=False)
+    if raises:
+        lasting.gone = (errno.EIO,)
     return io.TextIOWrapper(
         lasting if raw is stream.buffer else io.BufferedWriter(lasting),
         stream.encoding,
@@ -92,7 +90,7 @@ def tell(line: str) -> None:
 
 
 def say(topic: str, text: str) -> None:
-    """Prints a line of what a run decides or does; one beyond `WIDTH` columns continues below its beginning."""
+    """Print a line of what a run decides or does; one beyond `WIDTH` columns continues below its beginning."""
     print(wrapped(topic, text), flush=True)
 
 

@@ -371,7 +371,7 @@ def template_of(adapter: Path, given: str | None) -> str | None:
     Raises UserError if another one is given.
     """
     was = read_format(adapter)
-    if given not in (None, was.source):
+    if given is not None and not was.is_given_by(given):
         raise UserError(
             f"{adapter} was trained with {was.version}, and is given {chosen(given).version}",
             option="data.template",

@@ -21,7 +21,7 @@ class AnswerSums:
         self._sums: dict[str, Any] = dict.fromkeys(self.NAMES, 0)
 
     def reset(self) -> None:
-        """Starts anew."""
+        """Start anew."""
         self._sums = dict.fromkeys(self.NAMES, 0)
 
     def add(self, outputs: Mapping[str, Any]) -> None:

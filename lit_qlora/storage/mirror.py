@@ -114,11 +114,8 @@ class Mirror:
                 self.copy.discard_unless_begun()
             if isinstance(error, UserError):
                 raise
-            raise UserError(
-                f"{self.copy.path} can't be written: {error}",
-                option="mirror",
-                remedy="give another folder with --mirror, or none",
-            ) from error
+            remedy = "give another folder with --mirror, or none"
+            raise UserError(f"{self.copy.path} can't be written: {error}", option="mirror", remedy=remedy) from error
 
     def start(self) -> None:
         """Start the background thread that waits for `push`."""

@@ -1,11 +1,9 @@
-"""Owns the Guanaco text form: ``### Human: …### Assistant: …`` to messages, and back from a conversation.
+"""Owns the Guanaco text form: ``### Human: …### Assistant: …`` to messages.
 
 A form of rows; no model is prompted in it. Knows no file, no tokens.
 """
 
 import re
-
-from lit_qlora.text.conversation import Conversation
 
 # In the published rows a marker follows the text without a space; by hand it's written after a space
 # or on a line of its own. All three are markers, what opens with a quotation mark is not.
@@ -16,7 +14,7 @@ SYSTEM = re.compile(r"^\s*### System:")
 
 
 def parse(text: str) -> list[dict[str, str]]:
-    """Reads the messages of a row of any number of turns; the last one may be the human's, still unanswered.
+    """Read the messages of a row of any number of turns; the last one may be the human's, still unanswered.
 
     The rule for markers: ``### Human:`` and ``### Assistant:``, spelled exactly so, open a turn
     wherever they stand, except right behind an opening quotation mark (white space, then a quote or
@@ -35,11 +33,3 @@ def parse(text: str) -> list[dict[str, str]]:
     for name, content in zip(parts[::2], parts[1::2], strict=True):
         rows.append({"role": "user" if name == "Human" else "assistant", "content": content.strip()})
     return rows
-
-
-def render(conversation: Conversation) -> str:
-    """Writes the row that `parse` reads, if no turn holds a marker or ends on an opening quotation mark."""
-    text = "".join(
-        f"### {'Human' if turn.role == 'user' else 'Assistant'}: {turn.content.strip()}" for turn in conversation.turns
-    )
-    return f"{conversation.system.strip()}\n{text}" if conversation.system else text

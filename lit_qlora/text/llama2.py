@@ -147,7 +147,7 @@ class Llama2(PromptFormat):
 
 
 def segments(conversation: Conversation) -> list[Segment]:
-    """Writes a conversation as Meta's code does, prompt and answer by turns, without BOS and EOS.
+    """Write a conversation as Meta's code does, prompt and answer by turns, without BOS and EOS.
 
     ``[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST]`` then ``{answer} ``, and so on: the
     system text stands in the first prompt only. An open prompt ends on a prompt.
@@ -179,7 +179,7 @@ def _refuse_tags(turn: int, text: str) -> None:
 
 
 def parse(text: str) -> list[dict[str, str]]:
-    """Reads the messages of a row ``<s>[INST] … [/INST] … </s><s>[INST] …`` of any number of turns.
+    """Read the messages of a row ``<s>[INST] … [/INST] … </s><s>[INST] …`` of any number of turns.
 
     ``<s>`` and ``</s>`` may be missing, the system block too; the last prompt may be unanswered.
     White space around a turn goes.

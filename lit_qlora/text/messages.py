@@ -88,7 +88,7 @@ def is_there(value: object) -> bool:
 
 
 def holds_messages(value: object) -> bool:
-    """Whether ``value`` is a list that begins with a message, or with a pair of `PAIRS`."""
+    """True if ``value`` is a list that begins with a message, or with a pair of `PAIRS`."""
     first = value[0] if isinstance(value, list) and value else None
     if not isinstance(first, dict):
         return False
@@ -96,7 +96,7 @@ def holds_messages(value: object) -> bool:
 
 
 def parse(rows: Any, opening: str | None = None) -> Parsed:
-    """Reads messages into a conversation.
+    """Read messages into a conversation.
 
     What the system says before the first turn becomes the system text; its message is not counted as a turn. What it
     says later stands in the prompt of the answer behind it, unless it only says the system text again. Turns of one

@@ -26,7 +26,7 @@ SHORTEST_TAG = 3
 RULES = 3
 """Version of the pieces, raised when the same template and conversation give others."""
 
-SHOWN = 30
+LONGEST_PART = 30
 """Most characters of a text in a message."""
 
 _MARK = re.compile("\ue000(\\d+)\ue001")
@@ -153,11 +153,11 @@ class Template(PromptFormat):
         return next(piece.text for piece in self._structure(1, False) if piece.is_answer and piece.kind == "token")
 
     def writes(self, token: str) -> bool:
-        """Whether it is BOS, EOS, or stands in the template."""
+        """True if it is BOS, EOS, or stands in the template."""
         return super().writes(token) or token in self.source
 
     def check(self) -> None:
-        """Tries the template on conversations of all kinds; with a system text only where there is one.
+        """Try the template on conversations of all kinds; with a system text only where there is one.
 
         Raises UserError where `pieces` would raise ValueError.
         """
@@ -392,11 +392,11 @@ class Template(PromptFormat):
             )
         return start, start + len(lead) + len(mark) + end.end()
 
-    def _split(self, text: str, is_answer: bool, goes_on: bool) -> list[Piece]:
+    def _split(self, text: str, is_answer: bool, continues: bool) -> list[Piece]:
         pieces = []
         for index, part in enumerate(self._token.split(text)):
             if part:
-                kind: Literal["stretch", "rest"] = "rest" if goes_on and not index else "stretch"
+                kind: Literal["stretch", "rest"] = "rest" if continues and not index else "stretch"
                 pieces.append(Piece(part, is_answer, "token" if index % 2 else kind))
         return pieces
 
@@ -416,14 +416,14 @@ class Template(PromptFormat):
 
 def _shown(text: str, at_end: bool = False) -> str:
     readable = _MARK.sub(lambda mark: f"({name_of(int(mark[1]))})", text)
-    if len(readable) <= SHOWN:
+    if len(readable) <= LONGEST_PART:
         return repr(readable)
-    return repr("…" + readable[-SHOWN:] if at_end else readable[:SHOWN] + "…")
+    return repr("…" + readable[-LONGEST_PART:] if at_end else readable[:LONGEST_PART] + "…")
 
 
 def _difference(expected: str, came: str) -> str:
     """The places where two texts part, a few characters of each."""
     pairs = enumerate(zip(expected, came, strict=False))
     same = next((index for index, (one, other) in pairs if one != other), min(len(expected), len(came)))
-    start = max(0, same - SHOWN // 3)
+    start = max(0, same - LONGEST_PART // 3)
     return f"expected {_shown(expected[start:])}, got {_shown(came[start:])}"

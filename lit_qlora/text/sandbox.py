@@ -51,7 +51,7 @@ class _Room:
         self._written = self._passed_on = 0
 
     def work(self) -> None:
-        """Counts a pass through a loop, or a call. Raises OverflowError where there were too many."""
+        """Count a pass through a loop, or a call. Raises OverflowError where there were too many."""
         self._passes -= 1
         if self._passes < 0:
             raise OverflowError("it loops or calls too often")
@@ -62,13 +62,13 @@ class _Room:
             raise OverflowError(f"it makes something of more than {self._size:,} characters")
 
     def write(self, value: Any) -> Any:
-        """Counts what is written. Raises OverflowError where it is too much."""
+        """Count what is written. Raises OverflowError where it is too much."""
         self._written += len(value) if isinstance(value, str) else 0
         self.check(self._written)
         return value
 
     def pass_on(self, part: str) -> str:
-        """Counts a part of the text. Raises OverflowError where all of it is too much."""
+        """Count a part of the text. Raises OverflowError where all of it is too much."""
         self._passed_on += len(part)
         self.check(self._passed_on)
         return part
@@ -119,7 +119,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return _sized(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # named as Jinja's
-        """Counts the call. Raises OverflowError where one of a text would make too large a text."""
+        """Count the call. Raises OverflowError where one of a text would make too large a text."""
         _left().work()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
@@ -146,7 +146,7 @@ def _check_format(text: str) -> None:
 
 
 def _check_method(name: str, text: str, *arguments: Any) -> None:
-    """Refuses a method or a filter of a text by what it would make: as wide as a number says, or text by text."""
+    """Refuse a method or a filter of a text by what it would make: as wide as a number says, or text by text."""
     room = _left()
     for argument in arguments:
         if isinstance(argument, int):

@@ -1,8 +1,8 @@
 """Owns the warm-up step before training: a whole step of the largest micro-batch, so that memory runs out at once or
 never.
 
-With ``auto``, the forecast decides how many layers keep their activations. Weights and optimizer are restored after the
-step.
+With ``auto``, the forecast decides how many layers keep their activations, how many their weights dequantised, and how
+many micro-batches go together. Weights and optimizer are restored after the step.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.devices.world import lowest
-from lit_qlora.forecast.foresee import foresee
+from lit_qlora.forecast.foresee import foresee, together_on_host
 from lit_qlora.model.graphs import padded
 from lit_qlora.model.optimizer import forget
 
@@ -29,9 +29,13 @@ class WarmupStep(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the step. If memory runs out, the module takes less, as it would later."""
         module: Any = pl_module
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if module.device.type == "cpu":
+            module.together = together_on_host(module, data, trainer)
+            if module.together > 1:
+                trainer.print(f"{module.together} micro-batches of a step go through a layer together")
         if module.device.type == "cpu" and not self.on_cpu:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         forecast = foresee(module, data, trainer)
         if forecast:
             module.uses_cuda_graphs = bool(lowest(forecast.step.uses_cuda_graphs))
@@ -39,14 +43,17 @@ class WarmupStep(Callback):
             # Of several devices, the one with the least room decides.
             module.kept_layers = lowest(forecast.step.kept_layers)
             module.hosted_layers = lowest(forecast.step.hosted_layers)
+            module.dequantised_layers = lowest(forecast.step.dequantised_layers)
+            module.together = lowest(forecast.step.together)
         largest = data.largest_batch(padded) if module.uses_cuda_graphs else data.largest_batch()
         batch = module.transfer_batch_to_device(largest, module.device, 0)
         # On the host: beside a resumed run's optimizer they would be more than any step of training takes.
         weights = {name: value.to("cpu", copy=True) for name, value in module.state_dict().items()}
-        with trainer.precision_plugin.forward_context():
-            output = module.training_step(batch, 0)
-        module.backward(output["loss"])
-        del output
+        for index in range(module.together):
+            with trainer.precision_plugin.forward_context():
+                output = module.training_step(batch, index)
+            module.backward(output["loss"])
+            del output
         for optimizer in trainer.optimizers:
             if not optimizer.state:  # else the run resumes, and the state is in memory already
                 optimizer.step()

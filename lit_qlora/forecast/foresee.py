@@ -86,6 +86,8 @@ class Host(NamedTuple):
 
 COLAB = Host(4 * GIB, 6.0)
 """Assumed for a card elsewhere: of Colab's 12.7 GB, what libraries and loading leave with a margin; of PCIe 3, half."""
+WORTH = 0.01
+"""Smallest share of a micro-batch's time that one more in the same pass must save."""
 FORWARD_SHARE, BUS_SHARE = 1 / 3, 1 / 2
 """Of a micro-batch's time, in which copies to the host must be done; and of that, what they may take."""
 
@@ -197,8 +199,41 @@ class Forecast:
         )
         if self._records(step):
             step = replace(step, tokens=largest.recorded_tokens, num_recordings=largest.num_recordings)
-        kept_layers, hosted_layers = self._kept_and_hosted(step)
-        return replace(step, kept_layers=kept_layers, hosted_layers=hosted_layers)
+        return self._most_together(self._placed(step))
+
+    def _placed(self, step: Step) -> Step:
+        """``step`` with what auto keeps on the card and on the host."""
+        kept_layers, hosted_layers = self._kept_and_hosted(replace(step, dequantised_layers=0))
+        step = replace(step, kept_layers=kept_layers, hosted_layers=hosted_layers, dequantised_layers=0)
+        card_bytes = int(self.card.memory_gib * GIB)
+        is_auto = self.checkpointing == "auto" and not self.is_slow
+        if is_auto and memory.has_room_for_weights(step, card_bytes, self.samples_at_once):
+            return replace(step, dequantised_layers=self.shape.num_layers)
+        return step
+
+    def _most_together(self, step: Step) -> Step:
+        """``step`` with as many micro-batches together as make it quickest, by the forecast."""
+        per_device = self.accumulate // self.num_devices
+        is_alone = per_device < 2 or step.uses_cuda_graphs or step.dequantised_layers == self.shape.num_layers
+        if self.checkpointing != "auto" or self.is_slow or is_alone:
+            return step
+
+        def hours(step: Step) -> float | None:
+            return epoch_hours(step, Epoch(step.tokens, step.tokens, 1, 0), self.card)
+
+        best, least = step, hours(step)
+        for together in range(2, per_device + 1):
+            tried = self._placed(replace(step, together=together))
+            took = hours(tried)
+            if took is None or least is None or took > least * (1 - WORTH) or not self._fits(tried):
+                break
+            best, least = tried, took
+        return best
+
+    def _fits(self, step: Step) -> bool:
+        """True if ``step`` leaves the reserve of the card free."""
+        room = self.card.memory_gib * GIB * (1 - memory.RESERVE)
+        return all(moment.on_card <= room for moment in memory.run_moments(step, self.samples_at_once))
 
     def _records(self, step: Step) -> bool:
         """True if a fit records its kernels on the card."""
@@ -219,12 +254,13 @@ class Forecast:
 
     def _most_hosted(self, step: Step) -> int:
         """How many layers' feed-forward the host has the room for, and the bus the time while others are computed."""
-        epoch = Epoch(step.tokens, step.tokens, 1, 0)
+        tokens = step.together * step.tokens
+        epoch = Epoch(tokens, tokens, step.together, 0)
         hours = epoch_hours(replace(step, kept_layers=self.shape.num_layers), epoch, self.card)
         if self.host is None or hours is None or step.uses_cuda_graphs:
             return 0
         sendable = hours * 3600 * FORWARD_SHARE * BUS_SHARE * self.host.gb_per_s * 1e9
-        layer = step.tokens * memory.hosted_in_layer(step)
+        layer = tokens * memory.hosted_in_layer(step)
         return int(min(self.host.room_bytes, sendable) // layer)
 
     @cached_property
@@ -340,6 +376,29 @@ def foresee(
         samples=samples,
         keep_checkpoints=max((one.keep_checkpoints for one in needs), default=0),
     )
+
+
+def together_on_host(module: Any, data: Any, trainer: Any) -> int:
+    """How many micro-batches of a step go through the layers together in a fit on a CPU.
+
+    One, where weights stay dequantised or are not ours to dequantise; else as many as half of the host's free memory
+    has the room for.
+    """
+    shape, available = module.base.shape, host.memory_bytes()
+    is_open = module.dequantised_layers == shape.num_layers
+    if module.checkpointing != "auto" or module.slow_because or is_open or available is None:
+        return 1
+    step = Step(
+        shape,
+        tokens=data.largest_batch().input_ids.numel(),
+        scored_tokens=0,
+        rank=module.lora.rank,
+        targets=tuple(dict.fromkeys(load.target_names(module.lora.target_modules))),
+        kept_layers=module.kept_layers,
+        element=4 if str(trainer.precision) == "32-true" else 2,
+    )
+    room = available[1] // 2 // world().local_size // (step.tokens * memory.kept_activations(step))
+    return max(1, min(room, trainer.accumulate_grad_batches))
 
 
 def guanaco_lengths(num_rows: int) -> tuple[int, ...]:

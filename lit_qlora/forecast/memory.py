@@ -70,6 +70,10 @@ class Step:
     kept_layers: int = 0
     hosted_layers: int = 0
     """How many of these, the first ones, send the results of their feed-forward to the host in between."""
+    dequantised_layers: int = 0
+    """How many layers' weights stay dequantised."""
+    together: int = 1
+    """Number of micro-batches that go through the layers together, each as large as ``tokens``."""
     element: int = 2
     """Bytes per value: 2 in 16-mixed and bf16-mixed, 4 in 32-true."""
     accumulates: bool = False
@@ -117,6 +121,8 @@ class StepMemory:
 
     moment: str
     weights: int = 0
+    dequantised: int = 0
+    """Weights that stay dequantised, beside their 4 bits."""
     adapters: int = 0
     gradients: int = 0
     optimizer: int = 0
@@ -228,7 +234,7 @@ def hosted_in_layer(step: Step) -> int:
 
 def host_bytes(step: Step) -> int:
     """Page-locked memory of the host, for what the largest micro-batch sends there."""
-    return step.tokens * step.hosted_layers * hosted_in_layer(step)
+    return step.together * step.tokens * step.hosted_layers * hosted_in_layer(step)
 
 
 def small_blocks(step: Step) -> int:
@@ -277,6 +283,8 @@ def loss_bytes(step: Step) -> int:
     copies = 4 if step.element == 4 else 4 + step.element
     logits = rows * step.shape.vocabulary * copies
     states = step.tokens * (4 + step.element) * hidden + 2 * step.scored_tokens * step.element * hidden
+    # Of those before in the same pass, their hidden states after the layers' norm and the scored ones' gradient.
+    states += (step.together - 1) * step.element * hidden * (2 * step.tokens + step.scored_tokens)
     return logits + states + rows * step.element * hidden
 
 
@@ -285,10 +293,16 @@ def moments(step: Step) -> list[StepMemory]:
     shape, size = step.shape, step.element
     lora = sum(step.lora_tensors)
     weights = {name: size * inputs * outputs for name, (inputs, outputs) in shape.linears.items()}
+    # What is dequantised for one product, unless it stays: the widest, with its scales, in fp32 and once more with
+    # their offset; or a layer's, held from one micro-batch to the next.
     widest = max(weights.values())
+    scratch = widest + 8 * widest // size // NF4_BLOCK if step.together == 1 else sum(weights.values())
+    is_open = step.dequantised_layers == shape.num_layers
+    state, others = size * shape.hidden, step.together - 1
     always = StepMemory(
         "",
         weights=weight_bytes(shape, size),
+        dequantised=step.dequantised_layers * sum(weights.values()),
         adapters=4 * lora,
         optimizer=optimizer_bytes(step.optimizer, step.lora_tensors)[0],
         casts=size * step.num_cast,
@@ -296,18 +310,20 @@ def moments(step: Step) -> list[StepMemory]:
         kernels=RECORDING * shape.num_layers * step.num_recordings,
         exchange=EXCHANGE if step.is_one_of_several else 0,
     )
-    activations = step.tokens * kept_activations(step)
+    activations = step.together * step.tokens * kept_activations(step)
     recomputed = shape.num_layers - step.kept_layers
     # During recomputation, a layer holds all its weights but the last dequantised, for the backward that follows.
     again = replace(
         always,
-        layer=step.tokens * (kept_in_layer(step) + swiglu_backward(step)),
-        dequantisation=sum(weights.values()) - weights["down_proj"],
+        # Of the others that go with it, the gradients before and behind the layer.
+        layer=step.tokens * (kept_in_layer(step) + swiglu_backward(step) + 2 * others * state),
+        dequantisation=0 if is_open else sum(weights.values()) - (weights["down_proj"] if step.together == 1 else 0),
     )
     once = replace(
         always,
-        layer=step.tokens * max(swiglu_backward(step), 24 * shape.hidden),  # or the last norm, in fp32
-        dequantisation=widest + 8 * widest // size // NF4_BLOCK,  # its scales, in fp32 and once more with their offset
+        # Or the last norm, in fp32; of the others that go with it, what the norm and the loss keep.
+        layer=step.tokens * (max(swiglu_backward(step), 24 * shape.hidden) + 3 * others * state),
+        dequantisation=0 if is_open else scratch,
     )
     # The last step's gradients exist until backward begins; with accumulation all the time, and each micro-batch
     # computes its own beside them, so that it can be retried (`learning.LearnsInParts`).
@@ -316,7 +332,8 @@ def moments(step: Step) -> list[StepMemory]:
         replace(always, moment="loss", activations=activations, gradients=4 * lora, loss=loss_bytes(step)),
         replace(once, moment="start of backward", activations=activations, gradients=accumulated),
         replace(again if recomputed else once, moment="end of backward", gradients=4 * lora + accumulated,
-                activations=step.tokens * (size * shape.hidden + (0 if recomputed else kept_in_layer(step)))),
+                activations=step.together * step.tokens
+                * (size * shape.hidden + (0 if recomputed else kept_in_layer(step)))),
         # torch's AdamW holds the roots of all second moments at once; bitsandbytes works in place.
         replace(always, moment="update", gradients=4 * lora, layer=4 * lora if step.optimizer == "adamw" else 0),
     ]  # fmt: skip
@@ -326,7 +343,7 @@ def moments(step: Step) -> list[StepMemory]:
             replace(
                 again,
                 moment="backward of the last recomputed layer",
-                activations=step.tokens * recomputed * size * shape.hidden,
+                activations=step.together * step.tokens * recomputed * size * shape.hidden,
                 gradients=accumulated + done,
             )
         )
@@ -423,3 +440,19 @@ def place_layers(
         if fits(kept, most):
             return kept, bisect_left(range(most), True, key=lambda hosted: fits(kept, hosted))
     return 0, 0
+
+
+def has_room_for_weights(step: Step, card_bytes: int, samples: Samples = NO_SAMPLES, reserve: float = RESERVE) -> bool:
+    """True if all weights can stay dequantised in what a card has left, once it keeps all layers' results.
+
+    Some of them only would fill every card to its reserve, for little.
+
+    Args:
+        step: of the largest micro-batch, its layers placed by `place_layers`.
+        card_bytes: memory of the card.
+        samples: drawn in one batch.
+        reserve: share of the card that is left free.
+    """
+    is_kept = step.kept_layers - step.hosted_layers == step.shape.num_layers
+    tried = replace(step, dequantised_layers=step.shape.num_layers)
+    return is_kept and all(one.on_card <= card_bytes * (1 - reserve) for one in run_moments(tried, samples))

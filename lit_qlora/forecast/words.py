@@ -19,6 +19,7 @@ REACHED = 0.7
 """The share of a roofline's speed that whole runs reach with few other fused kernels: an estimate."""
 PARTS = {
     "weights": "base: linear layers in 4 bits, the rest in 16",
+    "dequantised": "weights that stay dequantised, in 16",
     "adapters": "adapter, fp32",
     "gradients": "its gradients, fp32",
     "optimizer": "optimizer's state",
@@ -128,10 +129,12 @@ def line(what: str, size: float, unit: int = GIB) -> str:
 
 
 def kept_words(step: Step) -> str:
-    """Which layers recompute their activations or send some to the host, and whether kernels are recorded."""
+    """Which layers recompute their activations or send some to the host, and what else saves time."""
     layers = step.shape.num_layers
     graphs = "; kernels are recorded (CUDA graphs)" if step.uses_cuda_graphs else ""
     graphs += f"; {step.hosted_layers} send some to the host" if step.hosted_layers else ""
+    graphs += "; weights stay dequantised" if step.dequantised_layers else ""
+    graphs += f"; {step.together} micro-batches of a step go through a layer together" if step.together > 1 else ""
     if step.kept_layers == layers:
         return f"no layer recomputes its activations{graphs}"
     if step.kept_layers == 0:

@@ -1,12 +1,15 @@
 """The trial before training: the largest micro-batch, every part of a step, and nothing of it left."""
 
 import copy
+import json
 
 import pytest
 import torch
 
 from lit_qlora.callbacks.warmup import WarmupStep
 from lit_qlora.cli import main
+from lit_qlora.forecast import foresee, memory
+from lit_qlora.model import module
 from lit_qlora.model.module import QLoRAModule
 
 SHORT = ["fit", "--trainer.max_steps", "3", "--samples.count", "0", "--trainer.limit_val_batches", "1",
@@ -78,3 +81,38 @@ def test_memory_that_runs_out_in_the_trial_is_told_before_the_first_step(tmp_pat
         "every layer recomputes its activations from now on",
         "each micro-batch is split into halves from now on; the loss of a step is the same",
     ]
+
+
+ACCUMULATED = [*SHORT, "--trainer.accumulate_grad_batches", "3", "--model.dropout", "0.1", "--data.batch_size", "2"]
+
+
+@pytest.mark.slow
+def test_on_a_host_without_room_for_weights_micro_batches_go_together_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    """All weights dequantised, or none and a step's three micro-batches together, or none and two of them."""
+    monkeypatch.chdir(tmp_path)
+    found, taken, seen = [], [], []
+    real, real_kept = QLoRAModule.summed_losses, memory.kept_activations
+
+    def watched(self, waiting, earlier):
+        seen.append(len(waiting))
+        return real(self, waiting, earlier)
+
+    def kept(step):
+        taken.append(step.tokens * real_kept(step))
+        return real_kept(step)
+
+    monkeypatch.setattr(QLoRAModule, "summed_losses", watched)
+    monkeypatch.setattr(memory, "kept_activations", kept)
+    for number, (weights, expected) in enumerate(((True, []), (False, [3] * 3), (False, [2, 1] * 3))):
+        free = 4 * taken[-1] if number == 2 else 10**10  # of which half counts
+        monkeypatch.setattr(module, "layers_on_host", lambda _, layers, __, weights=weights: layers * weights)
+        monkeypatch.setattr(foresee.host, "memory_bytes", lambda free=free: (free, free))
+        seen.clear()
+        assert main([*ACCUMULATED, "--run", f"./run-{number}"]) == 0
+        assert seen == expected
+        run = tmp_path / f"run-{number}"
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        figures = [[(name, value) for name, value in line.items() if name[:4] in ("trai", "val/")] for line in lines]
+        found.append((figures, (run / "adapter" / "adapter_model.safetensors").read_bytes()))
+    assert found[0] == found[1] == found[2]
+    assert "2 micro-batches of a step go through a layer together" in capsys.readouterr().out

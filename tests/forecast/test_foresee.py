@@ -15,6 +15,7 @@ from lit_qlora.devices.world import World
 from lit_qlora.forecast import foresee, memory, words
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
 from lit_qlora.forecast.memory import GIB, HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
+from lit_qlora.forecast.speed import epoch_hours
 from lit_qlora.model.device import Device
 from lit_qlora.model.load import Lora
 from lit_qlora.model.module import QLoRAModule
@@ -291,3 +292,43 @@ def test_the_processes_of_a_machine_share_what_its_host_has_free(monkeypatch, pr
     monkeypatch.setattr(foresee, "current_device", lambda: Device("T4", (7, 5), 15 * GIB))
     monkeypatch.setattr(foresee, "world", lambda: World(0, processes, 0, processes))
     assert foresee.current_host.__wrapped__() == foresee.Host(room_gib * GIB, 6.0)
+
+
+def test_weights_stay_dequantised_where_a_card_has_room_left():
+    """A 7B's take 12.1 GiB: on an H100 all of them; on a T4, whose layers give way first, none."""
+    big = step(tokens=2048, card=find_card("h100"), checkpointing="auto")
+    assert (big.kept_layers, big.dequantised_layers, big.together) == (32, 32, 1)
+    assert step(tokens=2048, checkpointing="auto").dequantised_layers == 0
+    cards = [replace(find_card("l4"), memory_gib=gib) for gib in (20.0, 24.0)]
+    small, large = (step(tokens=1024, card=card, checkpointing="auto") for card in cards)
+    assert (small.kept_layers, small.dequantised_layers) == (32, 0)  # some would fill it up
+    assert (large.kept_layers, large.dequantised_layers) == (32, 32)
+    assert memory.step_memory(replace(large, together=1)).on_card <= 24.0 * GIB * (1 - memory.RESERVE)
+    for other in ({"checkpointing": "none"}, {"checkpointing": "full"}, {"own_layers": False}):
+        assert (
+            step(**{"tokens": 2048, "card": find_card("h100"), "checkpointing": "auto"} | other).dequantised_layers == 0
+        )
+
+
+def test_kept_weights_are_counted_and_named_and_save_time():
+    made = forecast(tokens=2048, card=find_card("a100-80"), checkpointing="auto", precision="bf16-mixed")
+    assert any(line.startswith("  weights that stay dequantised") for line in words.lines(made))
+    assert "weights stay dequantised" in words.kept_words(made.step)
+    assert made.peak.dequantised == 2 * SEVEN.num_quantized
+    assert made.peak.dequantisation == 0
+    without = replace(made.step, dequantised_layers=0)
+    assert epoch_hours(made.step, made.epoch, made.card) < epoch_hours(without, made.epoch, made.card)
+
+
+def test_small_micro_batches_of_a_step_go_together_on_a_t4():
+    """Where dequantisation is a large part of a micro-batch's time, and their activations have the room."""
+    short = step(tokens=256, checkpointing="auto", accumulate=8)
+    assert 2 <= short.together <= 8 and short.kept_layers == 32
+    assert step(tokens=256, checkpointing="auto", accumulate=2).together == 2
+    assert step(tokens=4096, checkpointing="auto", accumulate=8).together == 1  # fills the card by itself
+    assert "micro-batches of a step go through a layer together" in words.kept_words(short)
+    room = DEFAULT.memory_gib * GIB * (1 - memory.RESERVE)
+    assert memory.step_memory(short).on_card <= room
+    for other in ({"accumulate": 1}, {"checkpointing": "full"}, {"own_layers": False}, {"cuda_graphs": True}):
+        assert step(**{"tokens": 256, "checkpointing": "auto", "accumulate": 8} | other).together == 1
+    assert step(tokens=256, checkpointing="auto", accumulate=8, num_devices=8).together == 1

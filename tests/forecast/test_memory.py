@@ -15,7 +15,7 @@ from lit_qlora.model import decoder, loss
 from lit_qlora.model.architectures import ARCHITECTURES
 from lit_qlora.model.attention import _attend_on_gpu, attend, find_places
 from lit_qlora.model.base import find_base
-from lit_qlora.model.decoder import extract_layers, run_layers
+from lit_qlora.model.decoder import MicroBatch, extract_layers, run_layers, run_together, weights_of
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import make_optimizer
@@ -71,13 +71,13 @@ def step_of(make_model, base_of):
     return step_of
 
 
-def forward(model, step):
+def forward(model, step, layers=None):
     """Every token is scored."""
     ids = torch.randint(3, 500, (ROWS, step.tokens // ROWS))
     llama = model.get_base_model()
     hidden = llama.model.embed_tokens(ids)
     places = find_places(llama.model.rotary_emb, hidden, ())
-    hidden = llama.model.norm(run_layers(extract_layers(model), hidden, places, step.kept_layers))
+    hidden = llama.model.norm(run_layers(layers or extract_layers(model), hidden, places, step.kept_layers))
     return summed_cross_entropy(hidden.flatten(0, 1), llama.lm_head.weight, ids.flatten())[0]
 
 
@@ -100,6 +100,16 @@ def test_what_a_layer_keeps(step_of, held_bytes, monkeypatch, sizes, dtype, way)
 def peak_bytes(run):
     """The most that torch's allocator held above what it held before, scratch inside of kernels included."""
     return max(itertools.accumulate(event.nbytes() for event in memory_events(run)[1]))
+
+
+def expected_peak(step):
+    """The most above what is held between two steps, by the formulas."""
+    held_before = ("weights", "dequantised", "adapters", "gradients", "optimizer", "workspace")
+    return max(
+        sum(getattr(moment, part.name) for part in fields(moment) if part.name not in ("moment", *held_before))
+        for moment in memory.moments(step)
+        if moment.moment != "update"
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,13 +141,54 @@ def test_the_peak_of_a_step(step_of, monkeypatch, kept_layers, targets, sizes):
         forward(model, step).backward()
 
     run()  # gradients are there from now on, and stay
-    held_before = ("weights", "adapters", "gradients", "optimizer", "workspace")
-    expected = max(
-        sum(getattr(moment, part.name) for part in fields(moment) if part.name not in ("moment", *held_before))
-        for moment in memory.moments(step)
-        if moment.moment != "update"
-    )
-    assert peak_bytes(run) == pytest.approx(expected, rel=0.05)
+    assert peak_bytes(run) == pytest.approx(expected_peak(step), rel=0.05)
+
+
+@pytest.mark.parametrize(("kept_layers", "together"), [(0, 3), (1, 2), (3, 3)])
+def test_the_peak_of_a_step_whose_micro_batches_go_together(step_of, kept_layers, together):
+    model, step = step_of(3, 1024, kept_layers)
+    step, llama, layers = replace(step, together=together), model.get_base_model(), extract_layers(model)
+
+    def run():
+        ids = [torch.randint(3, 500, (ROWS, step.tokens // ROWS)) for _ in range(together)]
+        hidden = [llama.model.embed_tokens(one) for one in ids]
+        places = find_places(llama.model.rotary_emb, hidden[0], ())
+        micro_batches = [MicroBatch(one, places, (0, 0, 0)) for one in hidden]
+        del hidden
+        out = run_together(layers, micro_batches, kept_layers)
+        del micro_batches
+        head, norm = llama.lm_head.weight, llama.model.norm
+        losses = [
+            summed_cross_entropy(norm(hidden).flatten(0, 1), head, one.flatten())[0]
+            for hidden, one in zip(out, ids, strict=True)
+        ]
+        del out
+        torch.autograd.backward(losses)
+
+    run()  # gradients are there from now on, and stay
+    assert peak_bytes(run) == pytest.approx(expected_peak(step), rel=0.05)
+
+
+def test_weights_that_stay_take_their_bytes_and_no_scratch(step_of, held_bytes):
+    model, step = step_of(3, 2048, 3)
+    weights = weights_of(model)
+
+    def keep():
+        for one in weights:
+            one.keep(torch.bfloat16)
+        return torch.ones((), requires_grad=True).exp()
+
+    held = held_bytes(keep)
+    step = replace(step, dequantised_layers=3)
+    (loss, *_) = memory.moments(step)
+    assert held == pytest.approx(loss.dequantised, abs=256)
+    layers = extract_layers(model, weights=weights)
+
+    def run():
+        forward(model, step, layers).backward()
+
+    run()
+    assert peak_bytes(run) == pytest.approx(expected_peak(step), rel=0.05)
 
 
 @pytest.mark.parametrize("num_rows", [600, 1024, 2500])

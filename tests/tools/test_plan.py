@@ -66,9 +66,10 @@ def test_the_parts_add_up(plan, args):
     "more", [["--trainer.devices", "2"], ["--trainer.num_nodes", "2"], ["--trainer.devices", "[0, 1]"]]
 )
 def test_a_plan_for_two_cards(plan, more):
-    accumulated = ["--config", T4, "--trainer.accumulate_grad_batches", "4"]
+    accumulated = ["--config", T4, "--trainer.accumulate_grad_batches", "4", "--model.checkpointing", "full"]
     one, two = plan(*accumulated), plan(*accumulated, *more)
-    assert (two[-1], figures(two)) == (one[-1], figures(one))
+    needed = [float(re.search(r"fits: ([\d.]+)", lines[-1])[1]) for lines in (one, two)]
+    assert needed[1] - needed[0] == pytest.approx(0.5, abs=0.02)  # NCCL's
     (line,) = (line for line in two if "such cards" in line)
     assert re.match(r"  on 2 such cards, each of which works 9\d% of the time, by the rows' lengths; they exch", line)
     minutes = [re.search(r"an epoch takes (\d+) min", " ".join(lines))[1] for lines in (one, two)]
@@ -237,7 +238,7 @@ def test_bare_it_plans_the_demo_on_a_t4_with_counted_tokens(plan):
 
 
 def test_other_cards(plan):
-    assert plan("--config", T4, "--gpu", "h200")[-1] == "fits: 19.67 of 139.72 GiB"
+    assert plan("--config", T4, "--gpu", "h200")[-1] == "fits: 32.67 of 139.72 GiB"  # weights stay dequantised
     lines = plan("--config", T4, "--gpu-gib", "7.5")
     assert lines[-1] == "may fit, within 10% of the card: 6.97 of 7.50 GiB"
     assert any("no time predicted: the rates of a card of 7.5 GiB" in line for line in lines)

@@ -8,7 +8,7 @@ import torch
 
 from lit_qlora.data.batching import collate
 from lit_qlora.errors import OutOfRoomError
-from lit_qlora.model import graphs
+from lit_qlora.model import graphs, learning
 from lit_qlora.model.dequantised import Weights
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.module import QLoRAModule
@@ -37,9 +37,6 @@ class Trainer:
     def __init__(self):
         self.told = []
 
-    def print(self, line):
-        self.told.append(line)
-
 
 @pytest.fixture
 def built(make_model, tiny, monkeypatch):
@@ -49,6 +46,7 @@ def built(make_model, tiny, monkeypatch):
         module, trainer = QLoRAModule(tiny.location, rank=4, alpha=8.0), Trainer()
         module.model, module.kept_layers = make_model(), kept_layers
         monkeypatch.setattr(QLoRAModule, "trainer", trainer)
+        monkeypatch.setattr(learning, "note", trainer.told.append)
         real = module.summed_loss
 
         def limited(batch):

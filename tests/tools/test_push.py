@@ -113,6 +113,11 @@ def refusal(push):
     return call
 
 
+def assert_says(told: str, option: str, *words: str) -> None:
+    assert told.startswith(f"error: {option}: ") and told.count("\n") == 1, told
+    assert [word for word in words if word not in told] == []
+
+
 def only_read(hub) -> bool:
     return not hub.sent("POST") and not hub.sent("PUT")
 
@@ -189,9 +194,7 @@ def test_public_is_said(hub, push, adapter):
 def test_a_public_repository_is_not_sent_to_unasked(hub, refusal, adapter):
     hub.repositories["ann/mine"] = Repository(private=False)
     told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert told == (
-        "error: to: ann/mine is there and public; make it private on the hub, take another name, or give --public\n"
-    )
+    assert_says(told, "to", "ann/mine", "public", "--public")
     assert only_read(hub)
 
 
@@ -222,9 +225,7 @@ def test_a_private_one_stays_private(hub, push, adapter):
 def test_without_a_terminal_or_yes_nothing_is_sent(hub, push, adapter):
     done = push("--adapter", adapter, "--to", "ann/mine")
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: yes: nothing was sent, for here is no terminal to ask at; give --yes to send what is shown\n"
-    )
+    assert_says(done.stderr, "yes", "nothing was sent", "terminal", "--yes")
     assert "adapter_model.safetensors  256.0 kB" in done.stdout
     assert only_read(hub)
 
@@ -282,9 +283,7 @@ def test_an_adapter_that_training_replaces_meanwhile(hub, refusal, adapter):
 
     hub.before_answer = train
     told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert told == (
-        f"error: push: {adapter} was changed while it was sent, and the hub has none of it; give the command again\n"
-    )
+    assert_says(told, "push", str(adapter), "changed", "none of it")
     assert hub.repositories["ann/mine"].files == {}
 
 
@@ -294,10 +293,7 @@ def test_an_adapter_that_training_replaces_meanwhile(hub, refusal, adapter):
 def test_no_token(hub, refusal, adapter, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert told == (
-        "error: push: no token of the hub; set HF_TOKEN in the environment to one that may write, or log in with "
-        "'hf auth login'\n"
-    )
+    assert_says(told, "push", "no token", "HF_TOKEN", "hf auth login")
     assert hub.requests == []
 
 
@@ -330,7 +326,7 @@ def test_a_wrong_token(hub, refusal, adapter, monkeypatch, token, expected):
 def test_a_token_that_may_only_read(hub, refusal, adapter):
     hub.role = "read"
     told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert told == "error: push: the token of ann may only read; make one that may write\n"
+    assert_says(told, "push", "token of ann", "only read")
 
 
 def test_somebody_else_s_name(hub, refusal, adapter):
@@ -342,14 +338,14 @@ def test_somebody_else_s_name(hub, refusal, adapter):
 @pytest.mark.parametrize("name", ["mine", "ann/mine/x", "ann/", "ann/my adapter", ""])
 def test_no_name_of_a_repository(hub, refusal, adapter, name):
     told = refusal("--adapter", adapter, f"--to={name}", "--yes")
-    assert told == f"error: to: expected NAME/REPO, as in ann/my-adapter, got {name!r}\n"
+    assert_says(told, "to", "NAME/REPO", repr(name))
     assert hub.requests == []
 
 
 def test_two_kinds_in_one_repository(hub, refusal, adapter):
     hub.repositories["ann/mine"] = Repository(private=True, files={"config.json": b"{}"})
     told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert told == ("error: to: ann/mine holds another kind (config.json); give the adapter a repository of its own\n")
+    assert_says(told, "to", "ann/mine", "another kind", "config.json")
     assert only_read(hub)
 
 
@@ -381,7 +377,8 @@ def test_an_edited_card_makes_no_damaged_adapter(trained, tmp_path, capsys):
 def test_a_token_in_a_text(hub, refusal, adapter):
     (adapter / "README.md").write_text(f"log in with {TOKEN}\n")
     told = refusal("--adapter", adapter, "--to", "ann/mine", "--yes")
-    assert told == (f"error: push: {adapter / 'README.md'} holds a token of the hub; take it out, nothing was sent\n")
+    assert_says(told, "push", str(adapter / "README.md"), "token")
+    assert TOKEN not in told
     assert hub.requests == []
 
 
@@ -398,7 +395,7 @@ def test_folders_that_are_none_of_ours(hub, refusal, adapter, tmp_path, missing)
 
 def test_one_source(hub, refusal, adapter):
     told = refusal("--adapter", adapter, "--run", "./x", "--to", "ann/mine")
-    assert told == f"error: adapter: {adapter} is given, and --run ./x too; give one of the two\n"
+    assert_says(told, "adapter", str(adapter), "--run ./x")
 
 
 def test_no_option_takes_a_token(push):

@@ -61,6 +61,8 @@ class EncodedRows:
     answer_tokens: list[int]
     num_cut: int
     num_left_out: int
+    num_divided: int = 0
+    """Plain texts that take several rows each."""
     fingerprint: str = ""
     """Hash of the conversations and of everything that decides their ids."""
     held: Held | None = field(default=None, repr=False, compare=False)
@@ -80,15 +82,16 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     folder = _cache_folder() / _key(conversations, encoder)
     held = Held(folder)
     problem = _problem(folder)
-    if problem:
-        if folder.exists():
+    if problem or _has_cut_texts(folder, conversations):
+        if problem and folder.exists():
             print(f"warning: {problem}; the rows are encoded again", file=sys.stderr)
         _write(folder, conversations, encoder)
         held = Held(folder)
         _prune(folder)
     with suppress(OSError):  # of another user
         os.utime(folder)
-    counts = parse_json((folder / "counts.json").read_text(encoding="utf-8"))
+    counts = _counts(folder)
+    divided = counts.get("divided", 0)
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return EncodedRows(
         examples.select_columns(["input_ids", "labels"]),
@@ -96,7 +99,9 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         examples["answer_tokens"][:],
         counts["cut"],
         counts["left_out"],
-        folder.name,
+        divided,
+        # A run whose texts were cut is another one.
+        hashlib.sha256(f"{folder.name} divided".encode()).hexdigest()[:32] if divided else folder.name,
         held,
     )
 
@@ -155,11 +160,25 @@ def _problem(folder: Path) -> DamagedFolderError | None:
     return None
 
 
+def _counts(folder: Path) -> dict[str, int]:
+    return dict(parse_json((folder / "counts.json").read_text(encoding="utf-8")))
+
+
+def _has_cut_texts(folder: Path, conversations: Sequence[Conversation]) -> bool:
+    """True for an entry of an earlier version, which cut a plain text where this one divides it."""
+    if not any(conversation.is_text for conversation in conversations):
+        return False
+    counts = _counts(folder)
+    return counts["cut"] > 0 and "divided" not in counts
+
+
 def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
     def fill(staging: Path) -> None:
         counts = _write_rows(staging / "rows.arrow", conversations, encoder)
         (staging / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
-        if not _problem(folder):  # another process, such as a second GPU's, made the same and may be reading it by now
+        if not _problem(folder) and not _has_cut_texts(
+            folder, conversations
+        ):  # another process, such as a second GPU's, made the same and may be reading it by now
             raise FileExistsError
 
     try:
@@ -180,11 +199,15 @@ def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Enco
     ids = pa.list_(pa.int32())
     schema = pa.schema([("input_ids", ids), ("labels", ids), ("length", pa.int32()), ("answer_tokens", pa.int32())])
     counts = {"cut": 0, "left_out": 0}
-    examples = encoder.examples(conversations)
+    if any(conversation.is_text for conversation in conversations):
+        counts["divided"] = 0
+    divided = map(encoder.rows, encoder.written(conversations))
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while some := list(islice(examples, ROWS_A_WRITE)):
-            kept = [example for example in some if example is not None]
-            counts["left_out"] += len(some) - len(kept)
+        while some := list(islice(divided, ROWS_A_WRITE)):
+            kept = [example for examples in some for example in examples]
+            counts["left_out"] += some.count([])
+            if "divided" in counts:
+                counts["divided"] += sum(len(examples) > 1 for examples in some)
             counts["cut"] += sum(example.was_cut for example in kept)
             rows = [
                 {
@@ -192,7 +215,7 @@ def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Enco
                     "labels": example.labels,
                     "length": len(example.input_ids),
                     # Nothing predicts the first label.
-                    "answer_tokens": sum(label != IGNORE_INDEX for label in example.labels[1:]),
+                    "answer_tokens": len(example.labels) - 1 - example.labels[1:].count(IGNORE_INDEX),
                 }
                 for example in kept
             ]

@@ -64,7 +64,8 @@ class ChatDataModule(LightningDataModule):
         template: how prompts are written, if not in the Llama 2 format: base (the base's own chat template), llama3,
             chatml, alpaca, vicuna, zephyr, plain, or a file of your own with a Jinja chat template, or its text.
         train_on: learn the answers only, or all of each conversation; with all, plain text without a form is read, too.
-        max_length: tokens of one conversation; a longer one is cut so that answer tokens stay.
+        max_length: tokens of one row; a longer conversation is cut so that answer tokens stay, a longer plain text is
+            divided into rows.
         batch_size: rows of one micro-batch.
         batch_tokens: instead: as many rows as fit into this many tokens, padding counted.
         packing: conversations of a micro-batch stand in one row, without padding, each seeing only itself; needs
@@ -387,6 +388,9 @@ class ChatDataModule(LightningDataModule):
             dropped = _counted(records, of_parts)
             if rows.num_cut:
                 dropped.append(f"{rows.num_cut:,} cut to {self.max_length} tokens")
+            if rows.num_divided:
+                longer = f"longer than {self.max_length} tokens, divided: each stands in several rows"
+                dropped.append(f"{rows.num_divided:,} texts {longer}")
             if rows.num_left_out:
                 dropped.append(f"{rows.num_left_out:,} left out: no answer within {self.max_length} tokens")
             dropped += self._notes.get(part, [])

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.tokenizer import stop_ids
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SPACE = "▁"
 """U+2581, sentencepiece's space; a text may hold it, too."""
+
+T = TypeVar("T")
 
 TrainOn = Literal["answers", "all"]
 
@@ -47,6 +49,16 @@ class Written(NamedTuple):
     piece: Piece
     ids: list[int]
     learned: bool
+
+
+def is_text(written: Sequence[Written]) -> bool:
+    """True if it is a plain text, which has no prompt."""
+    return all(one.piece.is_answer or one.piece.kind == "token" for one in written)
+
+
+def joined(rows: Sequence[Sequence[T]]) -> list[T]:
+    """What stands in the rows of one conversation, without the token that each further one repeats."""
+    return [value for number, row in enumerate(rows) for value in (row[1:] if number else row)]
 
 
 class Encoder:
@@ -122,6 +134,21 @@ class Encoder:
         settings = (json.dumps(rules, sort_keys=True), self.bos_id, self.eos_id)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
+    def rows(self, written: Sequence[Written]) -> list[Example]:
+        """The rows of a conversation that is `written`: one, or none; of a plain text, as many as it takes.
+
+        A text that is longer than `max_length` is divided at tokens. Each further row begins with the last token of
+        the one before it, which predicts the next, so that every token is learned once; see `joined`.
+        """
+        example = self.example(written)
+        if example is None:
+            return []
+        if not (example.was_cut and is_text(written)):
+            return [example]
+        ids, step = [token for one in written for token in one.ids], self.max_length - 1
+        further = [ids[start : start + self.max_length] for start in range(step, len(ids) - 1, step)]
+        return [example._replace(was_cut=False), *(Example(some, some, was_cut=False) for some in further)]
+
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[Example | None]:
         """An `Example` for each conversation in order, or None if no answer token would be left."""
         return map(self.example, self.written(conversations))
@@ -138,21 +165,25 @@ class Encoder:
 
     def example(self, written: Sequence[Written]) -> Example | None:
         """The ids and labels of a conversation that is `written`; None if no answer token would be left."""
-        input_ids = [token for _, ids, _ in written for token in ids]
-        roles = [(piece.is_answer, learned) for piece, ids, learned in written for _ in ids]
         # A cut is between tokens inside a learned answer, else at the end of the turn before it: a question without its
         # answer teaches nothing. Nothing predicts the first token.
-        end = min(len(input_ids), self.max_length)
-        while end > 1 and not all(roles[end - 1]):
-            end -= 1
+        size = end = 0
+        for piece, ids, learned in written:
+            if piece.is_answer and learned and size < self.max_length:
+                end = min(size + len(ids), self.max_length)
+            size += len(ids)
         if end <= 1:
             return None
-        everything = self.train_on == "all"
-        labels = [
-            token if learned and (is_answer or (everything and token != self.bos_id)) else IGNORE_INDEX
-            for token, (is_answer, learned) in zip(input_ids[:end], roles[:end], strict=True)
-        ]
-        return Example(input_ids[:end], labels, was_cut=end < len(input_ids))
+        input_ids, labels = list[int](), list[int]()
+        for piece, ids, learned in written:
+            input_ids += ids
+            if learned and piece.is_answer:
+                labels += ids
+            elif learned and self.train_on == "all":
+                labels += [IGNORE_INDEX if token == self.bos_id else token for token in ids]
+            else:
+                labels += [IGNORE_INDEX] * len(ids)
+        return Example(input_ids[:end], labels[:end], was_cut=end < size)
 
     def _pieces(self, conversation: Conversation) -> list[Piece]:
         """Those of the prompt format; of a plain text, itself between BOS and EOS."""
@@ -222,8 +253,14 @@ class Encoder:
         # Such a tokenizer takes a space of the text's own for the one that it puts before a first word.
         if self._takes_space_for_its_own:
             texts = [f"{SPACE}{text}" if text.startswith(SPACE) else text for text in texts]
-        # split_special_tokens: "</s>" in a text becomes its characters, never the id that ends a turn.
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        # Not by a call of the tokenizer, which makes much beside the ids, and takes twice the time.
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # "</s>" in a text becomes its characters, never the id that ends a turn
+        found = backend.encode_batch_fast(texts, add_special_tokens=False)
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return [one.ids for one in found]
 
     @cached_property
     def _takes_space_for_its_own(self) -> bool:

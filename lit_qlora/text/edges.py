@@ -29,7 +29,9 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
         The text, unchanged if there was no mark; and each removed mark, once.
     """
     found: dict[str, None] = {}
-    rest = text.strip()
+    rest, some = text.strip(), tuple(marks)
+    if not rest.startswith(some) and not rest.endswith(some):
+        return text, []
     while mark := next((mark for mark in marks if rest.startswith(mark) or rest.endswith(mark)), ""):
         found[mark] = None
         rest = rest.removeprefix(mark).removesuffix(mark).strip()

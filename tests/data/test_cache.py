@@ -43,7 +43,7 @@ def no_encoding(monkeypatch):
         def fail(*_):
             pytest.fail("encoded again")
 
-        monkeypatch.setattr(Encoder, "examples", fail)
+        monkeypatch.setattr(Encoder, "written", fail)
         monkeypatch.setattr(Encoder, "_encode", fail)
 
     return refuse
@@ -129,6 +129,44 @@ def test_cut_and_left_out_conversations_are_counted(tokenizer, monkeypatch):
     assert rows.lengths[1:3] == [80, 80]
 
 
+def _story(words):
+    return Conversation((Turn("text", "word " * words),))
+
+
+def test_long_texts_take_several_rows_and_a_name_of_their_own(tokenizer, folder):
+    encoder = Encoder(tokenizer, 16, "all")
+    short = encode_records([_story(3)], encoder)
+    assert (len(short), short.num_divided) == (1, 0)
+    assert (folder / short.fingerprint).is_dir()  # as always
+    rows = encode_records([_story(3), _story(40)], encoder)
+    assert (rows.num_cut, rows.num_left_out, rows.num_divided) == (0, 0, 1)
+    assert rows.lengths[:2] == [short.lengths[0], 16]
+    assert (
+        sum(rows.answer_tokens)
+        == sum(len(one.ids) for talk in encoder.written([_story(3), _story(40)]) for one in talk) - 2
+    )
+    assert not (folder / rows.fingerprint).exists()  # a run that learned the cut text is none that resumes
+    assert encode_records([_story(3), _story(40)], encoder).fingerprint == rows.fingerprint
+
+
+def test_texts_that_an_earlier_version_cut_are_encoded_again(tokenizer, folder, capsys):
+    encoder = Encoder(tokenizer, 16, "all")
+    rows = encode_records([_story(40)], encoder)
+    (entry,) = folder.iterdir()
+    with pytest.MonkeyPatch.context() as patch:  # the entry as it was
+        patch.setattr(Encoder, "rows", lambda encoder, written: [encoder.example(written)])
+        real = cache._write_rows
+        patch.setattr(cache, "_write_rows", lambda *given: real(*given) and {"cut": 1, "left_out": 0})
+        for file in entry.iterdir():
+            file.unlink()
+        entry.rmdir()
+        cache._write(entry, [_story(40)], encoder)
+        assert cache._counts(entry) == {"cut": 1, "left_out": 0}
+    again = encode_records([_story(40)], encoder)
+    assert contents(again) == contents(rows) and again.fingerprint == rows.fingerprint
+    assert capsys.readouterr().err == ""
+
+
 def test_learned_tokens_are_counted_as_a_batch_counts_them(tokenizer):
     # With train_on=all nearly every token is learned; the first is BOS, and predicted by nothing.
     rows = encode_records([said("a", "b", "c", "d")], Encoder(tokenizer, 1024, "all"))
@@ -157,7 +195,7 @@ def test_rows_are_written_a_few_at_a_time(tokenizer, monkeypatch):
 
 def test_an_encoding_that_was_cut_off_leaves_nothing_and_is_made_anew(tokenizer, folder, monkeypatch):
     monkeypatch.setattr(cache, "ROWS_A_WRITE", 1)
-    whole = Encoder.examples
+    whole = Encoder.written
 
     def breaks(self, talks):
         for index, one in enumerate(whole(self, talks)):
@@ -166,7 +204,7 @@ def test_an_encoding_that_was_cut_off_leaves_nothing_and_is_made_anew(tokenizer,
             yield one
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="disk full"):
-        patch.setattr(Encoder, "examples", breaks)
+        patch.setattr(Encoder, "written", breaks)
         encode_records(TALKS, Encoder(tokenizer, 1024))
     assert [*folder.iterdir()] == []
     assert len(encode_records(TALKS, Encoder(tokenizer, 1024))) == 7

@@ -333,3 +333,32 @@ def test_a_special_token_behind_the_vocabulary_is_let_be_unless_a_template_write
     encoder = Encoder(tokenizer, 64, prompt_format=chosen(source))
     with pytest.raises(UserError, match=r"has ids up to 1,024, and its.* a vocab_size of 1,024"):
         encoder.check_vocabulary(1024, "base")
+
+
+@pytest.mark.parametrize("max_length", [8, 9, 10, 11, 13, 64])
+def test_a_plain_text_is_divided_and_each_token_is_learned_once(max_length):
+    encoder = Encoder(load_tokenizer("demo"), max_length, "all")
+    text = Conversation((Turn("text", "Once upon a time there was a fox in a box of rocks."),))
+    (written,) = encoder.written([text])
+    ids = [token for one in written for token in one.ids]
+    rows = encoder.rows(written)
+    assert [ids[0], *(token for row in rows for token in row.input_ids[1:])] == ids
+    assert max(len(row.input_ids) for row in rows) <= max_length
+    assert [row.was_cut for row in rows] == [False] * len(rows)
+    assert (ids[0], ids[-1]) == (encoder.bos_id, encoder.eos_id)
+    assert sum(label != IGNORE_INDEX for row in rows for label in row.labels[1:]) == len(ids) - 1
+    assert len(rows) == max(1, -(-(len(ids) - 1) // (max_length - 1)))
+    assert rows[0].input_ids == ids[:max_length]
+
+
+def test_a_text_of_one_token_too_many_has_its_end_in_a_row_of_its_own():
+    encoder = Encoder(load_tokenizer("demo"), 1024, "all")
+    (written,) = encoder.written([Conversation((Turn("text", "a b c d e f g h"),))])
+    ids = [token for one in written for token in one.ids]
+    encoder.max_length = len(ids) - 1
+    assert [row.input_ids for row in encoder.rows(written)] == [ids[:-1], ids[-2:]]
+    encoder.max_length = 32
+    chat = Conversation((Turn("user", "a"), Turn("assistant", "b " * 20)))
+    (written,) = encoder.written([chat])
+    assert encoder.rows(written) == [encoder.example(written)] and encoder.rows(written)[0].was_cut
+    assert encoder.rows(next(encoder.written([Conversation((Turn("user", "a " * 40), Turn("assistant", "b")))]))) == []

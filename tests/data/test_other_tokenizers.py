@@ -155,5 +155,5 @@ def test_texts_without_bos_are_a_fault_where_the_bases_own_begin_with_one(encode
     assert encoder.begins_with_bos == begins
     talk = said("Ann", "Tom")
     (example,) = encoder.examples([talk])
-    row = _as_batched(example)
+    row = _as_batched([example])
     assert [fault.kind for fault in Judge(encoder)._bos(row)] == faults

@@ -229,6 +229,20 @@ def test_plain_text_is_learned_whole(inspect):
     assert "  ignored  «<s>»" in lines and lines[-2].startswith("verdict: as it should be")
 
 
+def test_a_long_plain_text_is_divided_and_is_as_it_should_be(inspect):
+    source = write("a.jsonl", *({"text": f"{number} is a number. " * 20} for number in range(5)))
+    options = ["--data.source", source, "--data.train_on", "all", "--data.max_length", "32"]
+    lines = inspect(*options)
+    assert lines[-2].startswith("verdict: as it should be")
+    assert "texts longer than data.max_length 32, divided" in " ".join(" ".join(lines).split())
+    assert [line.split() for line in lines if line.startswith("  of them cut")] == [["of", "them", "cut", "0", "0"]]
+    before, within = (next(line.split()[-2:] for line in lines if line.startswith(f"tokens {words}"))
+                      for words in ("before any cut", "in batches"))  # fmt: skip
+    assert before == within
+    for more in (["--data.batch_tokens", "64"], ["--data.batch_tokens", "64", "--data.packing", "true"]):
+        assert inspect(*options, *more)[-2].startswith("verdict: as it should be")
+
+
 TURN = (
     "{{ '### ' ~ message['role'] ~ ': ' ~ message['content'] ~ (eos_token if message['role'] == 'assistant') ~ '\n' }}"
 )

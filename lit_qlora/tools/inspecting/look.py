@@ -53,6 +53,8 @@ class Part:
     lengths: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     learned: list[int] = field(default_factory=list)
+    num_in_batches: list[int] = field(default_factory=list)
+    """Of each conversation, the rows that it takes."""
     spelled: list[tuple[str, str]] = field(default_factory=list)
     """Where text spells a special token, and which; it is learned as letters, never as that token."""
 
@@ -65,6 +67,11 @@ class Part:
     def num_turns(self) -> int:
         """Turns of the conversations, system texts not counted."""
         return sum(len(conversation.turns) for conversation in self.conversations)
+
+    @property
+    def num_divided(self) -> int:
+        """Plain texts that stand in several rows."""
+        return sum(number > 1 for number in self.num_in_batches)
 
     @property
     def num_cut(self) -> int:
@@ -165,21 +172,30 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
     named = [token for token in judge.encoder.prompt_format.spelled.all if len(token) >= SHORTEST_MARK]
     spelled = re.compile("|".join(map(re.escape, named)) or r"(?!)")
     rows, number = list[_Row | None](), 0
-    for where, conversation, written in zip(
-        records.where, records.conversations, judge.encoder.written(records.conversations), strict=True
+    written_back = judge.read_back(judge.encoder.written(records.conversations))
+    for where, conversation, (written, came_back) in zip(
+        records.where, records.conversations, written_back, strict=True
     ):
         texts = [conversation.system or "", *(turn.content for turn in conversation.turns)]
         part.spelled += [(where, token[0]) for text in texts if (token := spelled.search(text))][:1]
-        example = judge.encoder.example(written)
-        row = None
-        if example is not None:
-            row, number = by_row.get(number), number + 1
+        examples = judge.encoder.rows(written)
+        row = _joined([by_row.get(number + place) for place in range(len(examples))])
+        number += len(examples)
         rows.append(row)
-        found += (Found(where, fault) for fault in judge.faults(written, example, row and row.batched()))
+        found += (Found(where, fault) for fault in judge.faults(written, came_back, examples, row and row.batched()))
         part.lengths.append(sum(len(one.ids) for one in written))
+        part.num_in_batches.append(len(examples))
         part.kept.append(0 if row is None else len(row.ids))
         part.learned.append(0 if row is None else int(row.learned.sum()))
     return part, rows
+
+
+def _joined(rows: Sequence[_Row | None]) -> _Row | None:
+    """The rows of one conversation as one; None where no batch holds one of them."""
+    found = [row for row in rows if row is not None]
+    if not found or len(found) < len(rows):
+        return None
+    return _Row(*(torch.cat([one[0], *(more[1:] for more in one[1:])]) for one in zip(*found, strict=True)))
 
 
 def _dropped(records: Records) -> list[tuple[int, str]]:

@@ -4,14 +4,14 @@ Holds what stands in the batch against the pieces that the encoder writes, and t
 """
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from lit_qlora.batch import IGNORE_INDEX
-from lit_qlora.data.encode import Encoder, Example, Written
+from lit_qlora.data.encode import Encoder, Example, Written, joined
 from lit_qlora.data.view import printable, special_ids
 
 KINDS = {
@@ -39,6 +39,8 @@ REMEDIES = {
 }
 """What to do about each kind."""
 
+ROWS_A_CALL = 512
+"""Rows whose texts are decoded in one call."""
 AROUND = 10
 """Characters that are shown before and behind what is lost."""
 
@@ -71,23 +73,35 @@ class Judge:
         unknown = encoder.tokenizer.unk_token_id
         return frozenset(ids if unknown in (encoder.bos_id, encoder.eos_id) else ids - {unknown})
 
-    def faults(self, written: Sequence[Written], example: Example | None, row: Batched | None) -> Iterator[Fault]:
+    def read_back(self, rows: Iterable[Sequence[Written]]) -> Iterator[tuple[Sequence[Written], list[str]]]:
+        """Each of ``rows``, as written, with what its texts come back as from their ids."""
+        backend, remaining = self.encoder.tokenizer.backend_tokenizer, iter(rows)
+        while some := list(islice(remaining, ROWS_A_CALL)):
+            ids = [ids for written in some for _, ids in _texts(written)]
+            texts = iter(backend.decode_batch(ids, skip_special_tokens=False))
+            yield from ((written, [*islice(texts, len(_texts(written)))]) for written in some)
+
+    def faults(
+        self, written: Sequence[Written], came_back: Sequence[str], examples: Sequence[Example], row: Batched | None
+    ) -> Iterator[Fault]:
         """What is wrong with a row.
 
         Args:
             written: its pieces, before any cut.
-            example: what the encoder makes of them; None where nothing that is learned is left.
-            row: what a batch holds of it; None where it is in none.
+            came_back: its texts as `read_back` has them.
+            examples: what the encoder makes of them: rows, which are several of a long text; none where nothing that is
+                learned is left.
+            row: what batches hold of it; None where it is in none.
         """
-        yield from self._in_text(written)
-        if example is None:
+        yield from self._in_text(written, came_back)
+        if not examples:
             place = next((start for start, _ in _spans(written, answers=True)), 0)
             yield Fault("nothing", f"its prompt takes {place:,} tokens of {self.encoder.max_length:,}")
-        elif row is None or row != _as_batched(example):
+        elif row is None or row != _as_batched(examples):
             yield Fault("batch", "its tokens or labels differ from what the encoder gives")
         if row is None:
             return
-        if example is not None and not any(row.learned):
+        if examples and not any(row.learned):
             yield Fault("nothing", "no label is left in its batch")
         yield from self._ends(written, row)
         yield from self._bos(row)
@@ -127,16 +141,16 @@ class Judge:
     def _is_blank(self, id_: int) -> bool:
         return id_ not in self.special and not self.encoder.decode([id_])
 
-    def _in_text(self, written: Sequence[Written]) -> Iterator[Fault]:
+    def _in_text(self, written: Sequence[Written], came_back: Sequence[str]) -> Iterator[Fault]:
         """What the pieces that are text become, and whether they come back."""
-        texts = [(piece.text, ids) for piece, ids, _ in written if piece.kind != "token"]
+        texts = _texts(written)
         for text, ids in texts:
             for id_ in self.special.intersection(ids):
                 token = str(self.encoder.tokenizer.convert_ids_to_tokens(id_))
                 yield Fault("special", f"{token!r}, id {id_}, in {_around(text, max(0, text.find(token)))}")
-        backend = self.encoder.tokenizer.backend_tokenizer
-        came_back = backend.decode_batch([ids for _, ids in texts], skip_special_tokens=False)
         for (text, _), back in zip(texts, came_back, strict=True):
+            if text == back:
+                continue
             # Of a text's first word, a tokenizer may put a space before, or take one off; and a letter with its accent
             # is the same in one character and in two.
             expected, came = (unicodedata.normalize("NFC", one).lstrip(" ") for one in (text, back))
@@ -146,10 +160,15 @@ class Judge:
                 yield Fault("lost", f"{_around(expected, place)} comes back as {_around(came, place)}")
 
 
-def _as_batched(example: Example) -> Batched:
-    """How an example has to stand in a batch. Its first token has nothing that predicts it, and is never learned."""
-    learned = [label != IGNORE_INDEX for label in example.labels]
-    return Batched(example.input_ids, [False, *learned[1:]])
+def _texts(written: Sequence[Written]) -> list[tuple[str, list[int]]]:
+    """The pieces that are text, and their ids."""
+    return [(piece.text, ids) for piece, ids, _ in written if piece.kind != "token"]
+
+
+def _as_batched(examples: Sequence[Example]) -> Batched:
+    """How examples have to stand in batches. A first token has nothing that predicts it, and is never learned."""
+    learned = [[label != IGNORE_INDEX for label in example.labels] for example in examples]
+    return Batched(joined([example.input_ids for example in examples]), [False, *joined(learned)[1:]])
 
 
 def _spans(written: Sequence[Written], answers: bool) -> Iterator[tuple[int, int]]:

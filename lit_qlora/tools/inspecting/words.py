@@ -109,7 +109,8 @@ def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
     spelled = [(len(part.spelled), f"spell a special token, learned as letters alone, such as {token} in {first}")]
     cut = [(part.num_cut, f"cut to data.max_length {max_length:,}")]
     without = [(part.kept.count(0), f"left out: no answer within data.max_length {max_length:,}")]
-    return [(count, what) for count, what in [*part.dropped, *cut, *without, *spelled] if count]
+    divided = [(part.num_divided, f"texts longer than data.max_length {max_length:,}, divided into several rows")]
+    return [(count, what) for count, what in [*part.dropped, *cut, *divided, *without, *spelled] if count]
 
 
 def _dropped(seen: Look) -> Iterator[str]:

@@ -26,11 +26,13 @@ import lit_qlora
 from lit_qlora import ChatDataModule, QLoRAModule, demo
 from lit_qlora.cli import main
 from lit_qlora.data.batching import collate
+from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.figures.tensorboard import LOSS
 from lit_qlora.model.script import check_monitors, check_trainer
 from lit_qlora.quiet import quieten
+from lit_qlora.text.conversation import Conversation, Turn
 
 ROOT = Path(__file__).parents[1]
 CHATML = (
@@ -540,3 +542,22 @@ def test_logging_waits_for_no_device(here, monkeypatch):
     monkeypatch.setattr(built, "on_train_batch_end", watched)
     on_gpu(accumulate_grad_batches=2, logger=CSVLogger(here), log_every_n_steps=2).fit(built, data())
     assert logged == [0, 1, 1, 2, 2, 3, 3, 4]
+
+
+def test_an_adapter_that_a_script_saves_brings_its_tokenizer(here):
+    """And its chat template: other programs make the prompts of training with the folder alone."""
+    model, rows = module(), data()
+    trainer().fit(model, rows)
+    model.save_adapter("mine")
+    names = {path.name for path in Path("mine").iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                     "chat_template.jinja", "generation_config.json"}  # fmt: skip
+    asked = Conversation((Turn("user", "Who is Jonas?"),))
+    ids = load_tokenizer("mine").apply_chat_template(
+        [{"role": "user", "content": "Who is Jonas?"}], add_generation_prompt=True, return_dict=False
+    )
+    assert ids == rows.encoder.prompt(asked)
+    alone = module()
+    alone.configure_model()
+    alone.save_adapter("alone")  # without a Trainer, nothing says in which format
+    assert not Path("alone/tokenizer.json").exists()

@@ -20,7 +20,7 @@ from lit_qlora.callbacks.record import record_of
 from lit_qlora.callbacks.steps import StepCallback, begin_epoch, is_last_step, validation_follows
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.console import tell
-from lit_qlora.data.chat_template import PROBES, check_template, write_tokenizer
+from lit_qlora.data.chat_template import PROBES, check_template
 from lit_qlora.devices.strategy import is_on_edge
 from lit_qlora.devices.world import any_of, by_first, is_first
 from lit_qlora.errors import UserError
@@ -241,7 +241,7 @@ class RunCheckpoints(StepCallback, Needs):
 
         def fill(folder: Path) -> None:
             module.save_adapter(folder)
-            self._write_tokenizer(trainer.datamodule, module, folder)  # type: ignore[attr-defined]
+            self._check_tokenizer(trainer.datamodule, folder)  # type: ignore[attr-defined]
             (folder / RESULT).write_text(json.dumps(best.result, indent=2), encoding="utf-8")
             kept = record_of(trainer)
             training_s = next((part.training_s for part in trainer.callbacks if isinstance(part, Throughput)), 0.0)  # type: ignore[attr-defined]
@@ -260,12 +260,9 @@ class RunCheckpoints(StepCallback, Needs):
             if now:
                 module.load_state_dict(now)
 
-    def _write_tokenizer(self, data: Any, module: Any, folder: Path) -> None:
-        """Write what other programs need to answer with the adapter; warn once where their prompts would differ."""
-        if getattr(data, "tokenizer_name", None) is None:  # not a `ChatDataModule`, or one of ids
-            return
-        write_tokenizer(folder, data.encoder, module.base.context_tokens)
-        if self._has_checked_tokenizer:
+    def _check_tokenizer(self, data: Any, folder: Path) -> None:
+        """Warn once where other programs would make other prompts with the tokenizer in ``folder``, if there is one."""
+        if self._has_checked_tokenizer or not (folder / "tokenizer.json").is_file():
             return
         self._has_checked_tokenizer = True
         try:

@@ -18,6 +18,7 @@ from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate, num_cores
 from lit_qlora.data.cache import EncodedRows, encode_records
+from lit_qlora.data.chat_template import write_tokenizer
 from lit_qlora.data.encode import Encoder, TrainOn
 from lit_qlora.data.forms import Form
 from lit_qlora.data.held_out import Parts
@@ -322,6 +323,11 @@ class ChatDataModule(LightningDataModule):
     def test_dataloader(self) -> EvaluationLoader:
         """The rows of ``test_source``, else of the source's test split, else the held-out ones."""
         return self._evaluation_loader("test")
+
+    def write_tokenizer(self, folder: Path, max_tokens: int) -> None:
+        """Write what other programs need to answer as the rows were learned; see `chat_template.write_tokenizer`."""
+        if self.tokenizer_name is not None:  # as it is for a subclass that makes ids of its own
+            write_tokenizer(folder, self.encoder, max_tokens)
 
     def held_out_prompts(self, count: int) -> list[tuple[Conversation, str]]:
         """The first ``count`` held-out conversations, cut before their first learned answer, each with that answer."""

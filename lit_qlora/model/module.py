@@ -273,10 +273,16 @@ class QLoRAModule(LearnsInParts):
         return load.template_of(self.adapter, given) if self.adapter else given
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Write the adapter as a plain PEFT folder. Raises UserError before the model is loaded."""
+        """Write the adapter as a plain PEFT folder, with the tokenizer of its Trainer's DataModule, if it had one.
+
+        Raises UserError before the model is loaded.
+        """
         model = self.peft_model
         Path(folder).mkdir(parents=True, exist_ok=True)
         load.save_adapter(model, self.base, Path(folder), self.prompt_format)
+        data: Any = getattr(self.trainer, "datamodule", None) if self._attached else None
+        if hasattr(data, "write_tokenizer"):
+            data.write_tokenizer(Path(folder), self.base.context_tokens)
 
     def load_adapter_weights(self, folder: Path) -> None:
         """Load the weights of an adapter folder that was saved from this module."""

@@ -238,6 +238,11 @@ class QLoRACLI(LightningCLI):
         if not is_first():
             self.run = RunFolder(path)
 
+    def check_vocabulary(self) -> None:
+        """Raises UserError for a tokenizer that does not match the base."""
+        base = self.model.base
+        self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
+
     def open_run(self, mirror: Path | None) -> None:
         """Open the run folder of a fit and its copy in ``mirror``, and find what to resume from."""
         options, config = self.config[self.verb], self.settings
@@ -291,7 +296,7 @@ class QLoRACLI(LightningCLI):
         check_rank(base, self.model.lora.rank)
         check_context(base, self.datamodule.max_length)
         check_weights(base)
-        self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
+        self.check_vocabulary()
         if self.scores:
             self.datamodule.recall(self.run.rows)
         else:  # only here, since the model's and the data's options are checked by now

@@ -156,6 +156,27 @@ def test_recordings_used_longest_ago_go(replayed, monkeypatch):
     assert list(run._recordings) == [(2, 32), (2, 96)]
 
 
+def test_a_length_is_recorded_once_its_padding_has_cost_as_much_as_a_recording(replayed):
+    model, run = replayed
+    longest, short, rare = (embedded(model, 2, tokens) for tokens in (60, 30, 50))
+    learned(run, model, longest)
+    recorded = []
+    for _ in range(8):  # each time, half of 64 places are lost to padding
+        model.zero_grad()
+        out = learned(run, model, short)
+        found = gradients(model).clone()
+        model.zero_grad()
+        torch.testing.assert_close(out, learned(plain(model), model, short))
+        torch.testing.assert_close(found, gradients(model), rtol=1e-4, atol=1e-5)
+        recorded.append((2, 32) in run._recordings)
+    assert recorded == [False] * 6 + [True] * 2
+    for _ in range(50):
+        run(rare)  # as long as the recording, but for what `padded` adds to both
+    assert [*run._recordings] == [(2, 32), (2, 64)]
+    run(embedded(model, 3, 30))  # other rows have no longer one
+    assert (3, 32) in run._recordings
+
+
 def test_dropout_is_refused(make_model):
     model = make_model(dropout=0.1).train()
     with pytest.raises(AssertionError):

@@ -126,9 +126,10 @@ def test_rows_that_came_later_are_not_scored(here: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains(config: Path, here: Path) -> None:
-    """As it stands, with only base, data and length replaced."""
+    """As it stands, with only base, data, length and number of devices replaced."""
     data = _rows(here / "rows.jsonl")
     small = ["--model.base", "demo", "--data.source", str(data), "--data.max_length", "48", "--trainer.max_steps", "2"]
+    small += ["--trainer.devices", "1"]
     assert main(["fit", "--config", str(config), *small]) == 0
     assert (here / "runs" / config.stem / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -177,6 +178,7 @@ def test_a_t4_config_meets_no_bf16(
     monkeypatch.setattr(torch.autocast, "__enter__", watched)
     data = _rows(here / "rows.jsonl")
     small = ["--model.base", "demo", "--data.source", str(data), "--data.max_length", "48", "--trainer.max_steps", "2"]
+    small += ["--trainer.devices", "1"]
     with _NoBf16():
         assert main(["fit", "--config", str(config), *small, "--samples.max_new_tokens", "4"]) == 0
     assert chosen == ["16-mixed"]

@@ -29,6 +29,11 @@ pytest_plugins = ["tests.tiny_llama", "tests.expect"]
 REAL = Path(__file__).parents[2] / "shared" / "real"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests that say so come first."""
+    items.sort(key=lambda item: not any(mark.kwargs.get("first") for mark in item.iter_markers("slow")))
+
+
 @pytest.fixture(scope="session")
 def real() -> Path:
     """A real Llama 2 tokenizer, a tiny trained Llama and real Guanaco rows, where they are at hand."""

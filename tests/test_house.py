@@ -122,7 +122,7 @@ def _command(name: str, page: str = "README.md") -> str:
     return (ROOT / page).read_text().split(f"<!-- run: {name} -->\n```bash\n")[1].split("\n```")[0]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_the_readmes_commands_as_they_stand_and_their_numbers(tmp_path: Path) -> None:
     """From the clone on, which is of this checkout, in the environment that they install."""
     assert _command("demo").splitlines()[0] == "python main.py fit"

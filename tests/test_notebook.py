@@ -409,7 +409,7 @@ def _shown(notebook) -> dict[str, str]:
     return shown
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_run_all_as_it_is_shipped_inside_a_clone(tmp_path, monkeypatch):
     """Nothing is filled in and nothing set in the environment: the config alone names a small base and few rows."""
     clone = tmp_path / "clone"
@@ -516,7 +516,7 @@ BEFORE = ("doctor", "plan", "inspect", "tensorboard")
 """Cells before the training, which leave nothing behind: run once is enough."""
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeypatch):
     from nbclient.exceptions import DeadKernelError
 

@@ -50,7 +50,7 @@ def asked(text: str) -> Conversation:
     return Conversation((Turn("user", text),))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_a_real_llama_learns_real_rows_answers_and_is_merged(smollm2, real, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("smollm2").symlink_to(smollm2)  # by this name, a program finds the adapter's base here

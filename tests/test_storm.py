@@ -46,7 +46,7 @@ def test_a_start_that_became_another_program_can_be_killed() -> None:
     assert time.monotonic() - began < 20 and process.exitcode == -9
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_killed_at_random_it_ends_as_if_never_cut() -> None:
     total = 0
     for seed in range(1, 6):  # how often a run is hit hangs on the machine's mood
@@ -58,7 +58,7 @@ def test_killed_at_random_it_ends_as_if_never_cut() -> None:
     pytest.fail(f"only {total} kills in 15 runs")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_the_command_itself_killed_at_random_ends_as_if_never_cut() -> None:
     """``python main.py`` each time, imports and all."""
     total = 0

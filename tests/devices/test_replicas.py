@@ -95,15 +95,14 @@ def test_several_processes_learn_what_one_does(count: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(
-    "options",
+    ("count", "options"),
     [
-        ["--data.batch_tokens", "256", "--data.max_length", "256"],
-        ["--data.batch_tokens", "256", "--data.max_length", "256", "--data.packing", "true"],
-        ["--trainer.accumulate_grad_batches", "5", "--data.num_workers", "1"],
-        ["--model.optimizer", "adamw_8bit", "--trainer.gradient_clip_val", "0.1"],
-        ["--model.own_layers", "false"],
+        (2, ["--data.batch_tokens", "256", "--data.max_length", "256"]),
+        (3, ["--data.batch_tokens", "256", "--data.max_length", "256", "--data.packing", "true"]),
+        (3, ["--trainer.accumulate_grad_batches", "5", "--data.num_workers", "1"]),
+        (2, ["--model.optimizer", "adamw_8bit", "--trainer.gradient_clip_val", "0.1"]),
+        (2, ["--model.own_layers", "false"]),
     ],
     ids=["tokens", "packed", "five", "8-bit", "peft"],
 )
@@ -113,10 +112,19 @@ def test_whatever_the_batches_and_the_optimizer(count: int, options: list[str]) 
     assert_same(alone(*SHORT, *options), run)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_a_whole_run_of_three() -> None:
-    """Two epochs of 283 micro-batches, which do not divide."""
-    options = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "10", "--trainer.val_check_interval", "0.5"]
+    """Two epochs of 71 micro-batches, which do not divide."""
+    options = [
+        "--trainer.limit_train_batches",
+        "71",
+        "--trainer.max_epochs",
+        "2",
+        "--trainer.log_every_n_steps",
+        "10",
+        "--trainer.val_check_interval",
+        "0.5",
+    ]
     assert fit("three", 3, *options) == [0] * 3
     assert_same(alone(*options), "three")
 
@@ -139,8 +147,7 @@ def at_batch(number: int, rank: int, do: Callable[[], Any]) -> Callable[[], None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("again", [1, 2, 3])
+@pytest.mark.parametrize(("rank", "again"), [(0, 1), (1, 2), (0, 3)])
 def test_a_run_that_was_killed_resumes_with_any_number(rank: int, again: int) -> None:
     run = f"killed-{rank}-{again}"
     kill = at_batch(18, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -161,8 +168,7 @@ def test_a_run_of_one_resumes_with_several(count: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
 def test_a_signal_to_one_stops_all_and_the_same_command_resumes(
     rank: int, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,7 +340,7 @@ def command(*options: str) -> list[str]:
     return [sys.executable, str(ROOT / "main.py"), *OPTIONS, *SHORT, *options]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 def test_the_command_itself() -> None:
     done = subprocess.run(
         command("--run", "command", "--trainer.devices", "2"), capture_output=True, text=True, timeout=180, check=False

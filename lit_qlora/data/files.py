@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from lit_qlora.errors import UserError, excerpt, nearest
-from lit_qlora.text.messages import holds_messages
+from lit_qlora.text.messages import holds_messages, holds_turns
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 ARROW = ".arrow"
@@ -249,7 +249,7 @@ def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] |
     Raises UserError for several lists of rows, or columns in place of rows.
     """
     if not isinstance(value, dict):
-        return value if isinstance(value, list) and not holds_messages(value) else None
+        return value if isinstance(value, list) and not holds_turns(value) else None
     if _is_by_columns(value, columns):
         raise UserError(
             f"is written by columns, expected a list of rows, got {excerpt(value)}",

@@ -88,11 +88,15 @@ def is_there(value: object) -> bool:
 
 
 def holds_messages(value: object) -> bool:
-    """True if ``value`` is a list that begins with a message, or with a pair of `PAIRS`."""
+    """Whether ``value`` is a list that begins with a message, or with a pair of `PAIRS`."""
     first = value[0] if isinstance(value, list) and value else None
-    if not isinstance(first, dict):
-        return False
-    return bool({*ROLE} & {*first} and {*CONTENT} & {*first}) or _pair_in(first) is not None
+    return holds_turns(value) or (isinstance(first, dict) and _pair_in(first) is not None)
+
+
+def holds_turns(value: object) -> bool:
+    """Whether ``value`` is a list that begins with a message of somebody, and not with a pair, which may be a row."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool({*ROLE} & {*first} and {*CONTENT} & {*first})
 
 
 def parse(rows: Any, opening: str | None = None) -> Parsed:

@@ -127,7 +127,7 @@ BAD_FILES = {
         "a.csv",
         b"### Human: hi### Assistant: yo\n",
         "a.csv:1: no column 'text', columns found: ['### Human: hi### Assistant: yo'];"
-        " the first line of a .csv names the columns; give other names with data.columns",
+        " the first line of a .csv names the columns; give other names with data.columns, or columns of predict",
     ),
     "csv header only": ("a.csv", b"text\n", f"a.csv: {NO_ROWS}"),
     "csv loose comma": (

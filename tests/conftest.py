@@ -3,7 +3,7 @@
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,35 @@ def no_waste() -> Iterator[None]:
         patched.setattr(os, "fsync", lambda _: None)
         patched.setattr("lit_qlora.figures.report.charts", lambda *_: iter(()))
         patched.setattr("lit_qlora.figures.card.draw_curves", _draw_nothing)
+        _make_parsers_once(patched)
         yield
+
+
+def _make_parsers_once(patched: pytest.MonkeyPatch) -> None:
+    """The parsers of a verb are made of signatures, which stay: a tenth of a second each, for hundreds of commands."""
+    from lit_qlora import precheck, training
+
+    setup, first = training.QLoRACLI.setup_parser, precheck._parser
+    made: dict[Any, dict[str, Any]] = {}
+    first_made: dict[tuple[str, ...], Any] = {}
+
+    def setup_once(self: Any, *args: Any) -> None:
+        key = type(self), self.verb, self.trainer_class
+        if key not in made:
+            before = {*vars(self)}
+            setup(self, *args)
+            made[key] = {name: value for name, value in vars(self).items() if name not in before}
+        vars(self).update(made[key])
+
+    def first_once(options: Iterable[Any]) -> Any:
+        listed = [*options]
+        names = tuple(one.name for one in listed)
+        if names not in first_made:
+            first_made[names] = first(listed)
+        return first_made[names]
+
+    patched.setattr(training.QLoRACLI, "setup_parser", setup_once)
+    patched.setattr(precheck, "_parser", first_once)
 
 
 def _draw_nothing(file: Path, figures: Mapping[int, Mapping[str, Any]], step: int) -> bool:

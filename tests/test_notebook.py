@@ -1,9 +1,10 @@
-"""The Colab notebook: its cells as they are committed, and, slow, all of them run.
+"""The notebooks: their cells as they are committed, and, slow, all of them run.
 
-Once inside a clone with its form as it is shipped, a small base and few rows alone put into the config. And on the demo
-for three days on Colab: a machine that goes away in the middle of training, the next one, on which everything runs to
-the end from the copy on the drive, and the same one again. Each in an environment of its own, into which pip may
-install, and which sees the packages of this one.
+Kaggle's has Colab's cells but for those that know the place. Each is run once inside a clone with its form as it is
+shipped, a small base and few rows alone put into the config. And Colab's on the demo for three days on Colab: a machine
+that goes away in the middle of training, the next one, on which everything runs to the end from the copy on the drive,
+and the same one again. Each in an environment of its own, into which pip may install, and which sees the packages of
+this one.
 """
 
 import ast
@@ -16,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,13 +31,16 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from lit_qlora import demo
-from lit_qlora.cli import FIT_AND_KIN, TOOLS
+from lit_qlora.cli import FIT_AND_KIN, TOOLS, main
 from lit_qlora.tools.chat import chat
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "colab.ipynb"
 CELLS = {cell["id"]: cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]}
 CODE = {name: "".join(cell["source"]) for name, cell in CELLS.items() if cell["cell_type"] == "code"}
+KAGGLE = ROOT / "notebooks" / "kaggle.ipynb"
+KAGGLE_CELLS = {cell["id"]: cell for cell in json.loads(KAGGLE.read_text(encoding="utf-8"))["cells"]}
+KAGGLE_CODE = {name: "".join(cell["source"]) for name, cell in KAGGLE_CELLS.items() if cell["cell_type"] == "code"}
 
 # As it is committed
 
@@ -51,9 +56,36 @@ def test_it_is_a_notebook_and_nobodys_run_of_it():
     ] * len(CODE)
 
 
-@pytest.mark.parametrize("name", CODE)
-def test_each_cell_opens_with_what_it_does_and_how_long_it_takes(name):
-    assert re.fullmatch(r"# @title [A-Z].+; (at once|.*(seconds?|minutes?|hours?)\b.*)", CODE[name].splitlines()[0])
+@pytest.mark.parametrize("cell", [*CODE.values(), *KAGGLE_CODE.values()], ids=[*CODE, *KAGGLE_CODE])
+def test_each_cell_opens_with_what_it_does_and_how_long_it_takes(cell):
+    assert re.fullmatch(r"# @title [A-Z].+; (at once|.*(seconds?|minutes?|hours?)\b.*)", cell.splitlines()[0])
+
+
+def _statements(source: str) -> list[str]:
+    """The lines of a cell without its comments."""
+    return [line for line in source.splitlines() if not line.startswith("#")]
+
+
+def test_kaggles_cells_are_colabs_but_for_those_that_know_the_place():
+    import nbformat
+
+    notebook = nbformat.read(KAGGLE, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.metadata.kaggle.isInternetEnabled, notebook.metadata.kaggle.accelerator) == (True, "nvidiaTeslaT4")
+    assert [cell.outputs for cell in notebook.cells if cell.cell_type == "code"] == [[]] * len(KAGGLE_CODE)
+    assert [*CODE][:4] == [*KAGGLE_CODE][:4]
+    assert {*CODE} ^ {*KAGGLE_CODE} == {"earlier", "tensorboard"}
+    shared = {*CODE} & {*KAGGLE_CODE} - {"settings", "gpu", "accounts"}
+    assert {name: _statements(KAGGLE_CODE[name]) for name in shared} == {
+        name: _statements(CODE[name]) for name in shared
+    }
+    assert KAGGLE_CODE["settings"].partition("\nimport os")[2] == CODE["settings"].partition("\nimport os")[2]
+    words = {name: "".join(cell["source"]) for name, cell in KAGGLE_CELLS.items() if cell["cell_type"] == "markdown"}
+    assert [text.split("\n")[0][:5] for text in [*words.values()][1:]] == [f"## {number}." for number in range(1, 7)]
+    for name in ("text-look", "text-train", "text-results"):
+        assert words[name] == "".join(CELLS[name]["source"])
+    for habit in ("Internet", "GPU T4 x2", "`/kaggle/working`", "Save Version", "Add Input"):
+        assert habit in words["title"]
 
 
 def test_what_cells_import_of_the_project_is_there():
@@ -365,6 +397,127 @@ def test_an_old_torchao_is_removed(install, version, is_removed):
     assert (f"torchao {version} was removed: peft needs 0.16 or none" in said) == is_removed
 
 
+# Kaggle's own
+
+
+@pytest.fixture
+def on_kaggle(tmp_path, monkeypatch):
+    """Runs a cell of Kaggle's behind its first, in an empty folder; returns all names. ``cards`` are what is there."""
+
+    def on_kaggle(name: str, *, cards: tuple[str, ...] = ("Tesla T4",) * 2, **given) -> dict:
+        programs = tmp_path / "programs"
+        programs.mkdir(exist_ok=True)
+        lines = "".join(f"echo '{card}, 15360 MiB'\n" for card in cards)
+        (programs / "nvidia-smi").write_text(f"#!/bin/sh\n{lines}")
+        (programs / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(programs))
+        monkeypatch.chdir(tmp_path)
+        for field, value in given.items():
+            monkeypatch.setenv(f"LIT_QLORA_{field}", value)
+        names: dict = {}
+        exec(KAGGLE_CODE["settings"], names)
+        exec(KAGGLE_CODE[name], names | {"shutil": shutil})
+        return names
+
+    return on_kaggle
+
+
+def test_kaggle_trains_on_both_cards_and_ends_in_time(on_kaggle, monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    names = on_kaggle("gpu")
+    assert [*map(str, names["FIT"])] == [
+        "--config", "configs/kaggle_2xt4.yaml", "--run", "runs/kaggle_2xt4", "--max_time", "00:11:00:00",
+    ]  # fmt: skip
+    assert names["MERGE"] is False
+
+
+@pytest.mark.parametrize(
+    ("cards", "given", "words"),
+    [
+        ((), {}, r"is for 2 GPUs, and there are 0: choose Settings, Accelerator, GPU T4 x2"),
+        (("Tesla P100-PCIE-16GB",), {}, "is for 2 GPUs, and there is 1"),
+        (("Tesla T4",), {"OPTIONS": "--trainer.devices 1"}, None),
+        ((), {"OPTIONS": "--trainer.devices 1"}, "is for 1 GPU, and there are 0"),
+        ((), {"CONFIG": "configs/colab_t4.yaml"}, "is for 1 GPU, and there are 0"),
+        ((), {"CONFIG": "configs/demo.yaml"}, None),
+        (("Tesla T4",) * 2, {}, None),
+    ],
+)
+def test_kaggle_names_the_cards_and_how_to_have_both(on_kaggle, monkeypatch, capsys, cards, given, words):
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    if words is None:
+        on_kaggle("gpu", cards=cards, **given)
+    else:
+        with pytest.raises(Exception, match=words) as failure:
+            on_kaggle("gpu", cards=cards, **given)
+        assert failure.value._render_traceback_() == [f"Stopped: {failure.value}"]
+    assert capsys.readouterr().out == "".join(f"{card}, 15360 MiB\n" for card in cards) or "No GPU here.\n"
+
+
+def test_kaggle_says_how_to_switch_the_internet_on(on_kaggle, monkeypatch):
+    def off(*_, **__):
+        raise OSError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "create_connection", off)
+    with pytest.raises(Exception, match=r"github\.com can't be reached: choose Settings, Turn on Internet"):
+        on_kaggle("gpu")
+    on_kaggle("gpu", REPOSITORY="/kaggle/input/lit-qlora")  # a clone among the inputs needs none
+
+
+def test_the_token_comes_from_kaggles_secrets_and_is_not_shown(on_kaggle, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "")
+    secrets: dict[str, str] = {}
+    package = ModuleType("kaggle_secrets")
+    package.UserSecretsClient = lambda: SimpleNamespace(get_secret=secrets.__getitem__)
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", package)
+    on_kaggle("accounts")
+    assert capsys.readouterr().out.splitlines() == [
+        "Kaggle's secrets give no HF_TOKEN (KeyError).",
+        "No token: gated bases and push need one, nothing else.",
+    ]
+    secrets["HF_TOKEN"] = "hf_canary"
+    on_kaggle("accounts")
+    assert os.environ["HF_TOKEN"] == "hf_canary"
+    assert capsys.readouterr().out == "A token of the hub is set.\n"
+
+
+@pytest.mark.parametrize("where", ["notebook/lit-qlora", "notebooks/ann/llama/lit-qlora"])
+def test_kaggle_takes_the_run_of_the_latest_version_among_the_inputs(on_kaggle, tmp_path, monkeypatch, capsys, where):
+    inputs = tmp_path / "input"
+    monkeypatch.setenv("LIT_QLORA_INPUTS", str(inputs))
+    on_kaggle("earlier")
+    assert capsys.readouterr().out == "No input has a run kaggle_2xt4: it begins.\n"
+    for version, step in (("first", 50), ("second", 100), ("other", 900)):
+        run = inputs / version / where / "runs" / ("another" if version == "other" else "kaggle_2xt4")
+        (run / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+        (run / "config.yaml").write_text(version)
+        for path in (*run.rglob("*"), run):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+    (tmp_path / "lit-qlora" / "earlier").mkdir(parents=True)  # of a copy that was cut
+    on_kaggle("earlier")
+    run = tmp_path / "runs" / "kaggle_2xt4"
+    assert (run / "config.yaml").read_text() == "second" and not (tmp_path / "lit-qlora" / "earlier").exists()
+    assert capsys.readouterr().out.endswith("up to step-00000100.\n")
+    assert run.stat().st_mode & 0o777 == 0o755 and (run / "config.yaml").stat().st_mode & 0o777 == 0o644
+    (run / "config.yaml").write_text("here")
+    on_kaggle("earlier")
+    assert capsys.readouterr().out == "runs/kaggle_2xt4 is here, and is taken.\n"
+    assert (run / "config.yaml").read_text() == "here"
+
+
+@pytest.mark.slow
+def test_a_run_that_was_taken_from_an_input_goes_on(on_kaggle, tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "input" / "version" / "runs" / "demo"
+    options = ["--samples.count", "0", "--trainer.limit_val_batches", "1", "--save_every_steps", "2"]
+    assert main(["fit", "--run", str(kept), *options, "--trainer.max_steps", "2"]) == 0
+    for path in (*kept.rglob("*"), kept):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    monkeypatch.setenv("LIT_QLORA_INPUTS", str(tmp_path / "input"))
+    on_kaggle("earlier", CONFIG="configs/demo.yaml")
+    assert main(["fit", "--run", "demo", *options, "--trainer.max_steps", "3"]) == 0
+    assert "resuming from step-00000002" in capsys.readouterr().out
+
+
 # All of them, in an environment of their own
 
 
@@ -388,13 +541,13 @@ def _environment(folder: Path) -> Path:
     return bin_folder
 
 
-def _client(place: Path, without: Collection[str] = ()):
-    """Whoever runs the notebook, from ``place``, but for some of its cells."""
+def _client(place: Path, without: Collection[str] = (), notebook: Path = NOTEBOOK):
+    """Whoever runs ``notebook``, from ``place``, but for some of its cells."""
     import nbformat
     from nbclient import NotebookClient
 
     resources = {"metadata": {"path": str(place)}}
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(notebook, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if cell.id not in without]
     return NotebookClient(notebook, kernel_name="fresh", timeout=600, resources=resources)
 
@@ -409,35 +562,47 @@ def _shown(notebook) -> dict[str, str]:
     return shown
 
 
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """Runs a notebook as it is shipped inside a clone, in a kernel of its own; returns the clone and what is shown."""
+
+    def shipped(
+        notebook: Path, config: str, small: dict[str, str], cards: int, without: tuple[str, ...] = ()
+    ) -> tuple[Path, dict[str, str]]:
+        """``small`` replaces values in the config, ``cards`` are those that the driver's program names."""
+        clone = tmp_path / "clone"
+        for part in ("lit_qlora", "configs", "notebooks"):
+            shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ("main.py", "requirements.txt"):
+            shutil.copyfile(ROOT / file, clone / file)
+        rows = [{"text": f"<s>[INST] What is {n} and {n}? [/INST] It is {2 * n}. </s>"} for n in range(60)]
+        (clone / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        shutil.copytree(demo.BASE, clone / "base")
+        text = (clone / "configs" / config).read_text(encoding="utf-8")
+        for value, instead in ({"NousResearch/Llama-2-7b-hf": "base"} | small).items():
+            assert re.search(rf": {value}\b", text)
+            text = text.replace(f": {value}", f": {instead}")
+        (clone / "configs" / config).write_text(text, encoding="utf-8")
+
+        bin_folder = _environment(tmp_path)
+        names = "echo 'Tesla T4, 15360 MiB'\n" * cards
+        (bin_folder / "nvidia-smi").write_text(
+            f'#!/bin/sh\n[ "$1" = --query-gpu=name,memory.total ] || exit 1\n{names}'
+        )
+        (bin_folder / "nvidia-smi").chmod(0o755)  # for the notebook's check alone: doctor would miss the card's driver
+        monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter" / "share" / "jupyter"))
+        monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+        monkeypatch.setenv("PATH", str(bin_folder), prepend=os.pathsep)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("LIT_QLORA_", "PYTHON"))}
+        return clone, _shown(_client(clone / "notebooks", without, notebook).execute(env=kept))
+
+    return shipped
+
+
 @pytest.mark.slow(first=True)
-def test_run_all_as_it_is_shipped_inside_a_clone(tmp_path, monkeypatch):
+def test_run_all_as_it_is_shipped_inside_a_clone(shipped):
     """Nothing is filled in and nothing set in the environment: the config alone names a small base and few rows."""
-    clone = tmp_path / "clone"
-    for part in ("lit_qlora", "configs", "notebooks"):
-        shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("main.py", "requirements.txt"):
-        shutil.copyfile(ROOT / file, clone / file)
-    rows = [{"text": f"<s>[INST] What is {n} and {n}? [/INST] It is {2 * n}. </s>"} for n in range(60)]
-    (clone / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    shutil.copytree(demo.BASE, clone / "base")
-    config = clone / "configs" / "colab_t4_1k.yaml"
-    text = config.read_text(encoding="utf-8")
-    for shipped, small in (("NousResearch/Llama-2-7b-hf", "base"), ("mlabonne/guanaco-llama2-1k", "rows.jsonl")):
-        assert f": {shipped}\n" in text
-        text = text.replace(f": {shipped}\n", f": {small}\n")
-    config.write_text(text, encoding="utf-8")
-
-    bin_folder = _environment(tmp_path)
-    (bin_folder / "nvidia-smi").write_text(
-        "#!/bin/sh\n[ \"$1\" = --query-gpu=name,memory.total ] && echo 'Tesla T4, 15360 MiB'\n"
-    )
-    (bin_folder / "nvidia-smi").chmod(0o755)  # for the notebook's check alone: doctor would miss the card's driver
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter" / "share" / "jupyter"))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("PATH", str(bin_folder), prepend=os.pathsep)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LIT_QLORA_", "PYTHON"))}
-
-    shown = _shown(_client(clone / "notebooks").execute(env=environment))
+    clone, shown = shipped(NOTEBOOK, "colab_t4_1k.yaml", {"mlabonne/guanaco-llama2-1k": "rows.jsonl"}, 1)
     run = clone / "runs" / "colab_t4_1k"
     assert shown["gpu"] == "Tesla T4, 15360 MiB\n" and f"opened inside {clone}," in shown["install"]
     assert "problems: 0" in shown["doctor"] and "base: base may be read" in shown["doctor"]
@@ -445,6 +610,19 @@ def test_run_all_as_it_is_shipped_inside_a_clone(tmp_path, monkeypatch):
     assert (run / "finished.json").is_file() and shown["evaluate"] and shown["chat"]
     (merged,) = (clone / "merged").iterdir()
     assert (merged / "model.safetensors").is_file() and shown["push"].startswith("Nothing is sent")
+
+
+@pytest.mark.slow(first=True)
+def test_kaggles_run_all_as_it_is_shipped_inside_a_clone(shipped):
+    """Two processes stand in for two cards. Cells that are Colab's to the letter and train nothing ran there."""
+    small = {"timdettmers/openassistant-guanaco": "rows.jsonl", "2048": "256", "1024": "256"}
+    without = ("doctor", "inspect", "report", "evaluate", "merge", "push")
+    clone, shown = shipped(KAGGLE, "kaggle_2xt4.yaml", small, 2, without)
+    run = clone / "runs" / "kaggle_2xt4"
+    assert shown["gpu"] == "Tesla T4, 15360 MiB\n" * 2 and "No input has a run kaggle_2xt4" in shown["earlier"]
+    assert "on 2 such cards, each of which works " in shown["plan"]
+    assert "train  2 devices, micro-batches dealt by size: each works " in shown["fit"]
+    assert (run / "finished.json").is_file() and _size_of_picture(shown["curves"]) == (900, 480) and shown["chat"]
 
 
 class Colab:

@@ -46,6 +46,8 @@ WARNINGS = (
     r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
     # A checkpoint may have a word of early stopping, which scoring and a start without it have no use for.
     r".*Be aware that when using `ckpt_path`, callbacks used to create the checkpoint.*",
+    # On a machine of SLURM's: that srun is there and not used. Where it is, we have read what it left already.
+    r".*The `srun` command is available on your system but is not used.*",
     # Held-out figures are sums over all processes by then.
     r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*",
     # Figures are recorded after the last step, too, whatever the interval.

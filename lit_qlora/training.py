@@ -6,7 +6,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from lit_qlora.devices.launchers import requeue
 from lit_qlora.devices.strategy import OwnSignals
 from lit_qlora.devices.world import (
     LostError,
+    barrier,
     by_first,
     check_same,
     from_first,
@@ -477,6 +478,8 @@ def main(args: list[str]) -> int:
         if stop.code == 128 + WARNING and not isinstance(stop, LeftAtOnce) and is_first():  # saved, and mirrored
             requeue()
         if not isinstance(stop, LeftAtOnce):
+            with suppress(LostError):  # a launcher ends the others as soon as one has ended with a status
+                barrier()
             leave()
         return int(stop.code or 0)
     leave()

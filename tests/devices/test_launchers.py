@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,3 +224,62 @@ def test_a_slurm_job_saves_on_its_warning_and_is_requeued_and_goes_on(tmp_path: 
         check=True,
     )  # fmt: skip
     assert f"from {saved.name}" in again.stdout
+
+
+SRUN = """import os, signal, subprocess, sys, time
+count = int(os.environ["SLURM_NTASKS_PER_NODE"])
+assert sys.argv[1] == "--kill-on-bad-exit=1", sys.argv
+tasks = []
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+for rank in range(count):
+    places = {"SLURM_STEP_NUM_TASKS": count, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_NODES": 1,
+              "SLURM_STEP_NODELIST": "here", "SLURM_NODEID": 0}
+    command = [sys.executable, *sys.argv[3:]]
+    tasks.append(subprocess.Popen(command, env=os.environ | {name: str(value) for name, value in places.items()}))
+while not (failed := [task for task in tasks if task.poll()]) and None in [task.poll() for task in tasks]:
+    time.sleep(0.01)
+for task in tasks if failed else ():
+    task.kill()  # as -K does, and without SLURM's KillWait before it
+sys.exit(failed[0].returncode if failed else 0)
+"""
+"""A stand-in that starts tasks, hands USR1 on, and ends all as soon as one has failed."""
+
+
+@pytest.mark.slow
+def test_the_script_saves_in_time_and_requeues_its_job(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "main.py", tmp_path)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    script = (ROOT / "scripts" / "slurm.sh").read_text(encoding="utf-8")
+    called = stand_in(programs, script=script.replace("\\", "").replace("%", "%%").replace('"', "").replace("$", ""))
+    program = programs / "scontrol"
+    slow = '[ "$1" = requeue ] && sleep 1 && ls runs/demo/checkpoints >> "$0.calls"\n'
+    program.write_text(program.read_text().removesuffix("exit 0\n") + slow + "exit 0\n")
+    (programs / "srun.py").write_text(SRUN)
+    (programs / "srun").write_text(f'#!/bin/sh\nexec {sys.executable} {programs}/srun.py "$@"\n')
+    (programs / "srun").chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "2", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | job | {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    options = ["--samples.count", "0", "--trainer.limit_val_batches", "1", "--trainer.accumulate_grad_batches", "2",
+               "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"]  # fmt: skip
+    command = ["bash", str(ROOT / "scripts" / "slurm.sh"), *options]
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    for line in process.stdout:
+        if re.match(r"step +3/", line):
+            process.send_signal(signal.SIGUSR1)
+            break
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + signal.SIGUSR1, "")
+    assert out.count("by SIGUSR1; the same command resumes from here") == 1
+    assert out.endswith("   run  SLURM starts job 7 again\n")
+    *calls, saved = called.read_text().splitlines()
+    assert calls == ["show job 7", "write batch_script 7 -", "requeue 7"]
+    assert re.fullmatch(r"step-0*[34]", saved)
+
+
+def test_the_script_asks_for_what_a_requeue_needs() -> None:
+    lines = (ROOT / "scripts" / "slurm.sh").read_text(encoding="utf-8").splitlines()
+    head = [line for line in lines[: lines.index("set -euo pipefail")] if line.startswith("#SBATCH")]
+    assert {"#SBATCH --requeue", "#SBATCH --signal=USR1@120", "#SBATCH --open-mode=append"} <= {*head}
+    assert subprocess.run(["bash", "-n", str(ROOT / "scripts" / "slurm.sh")], check=False).returncode == 0

@@ -1,0 +1,135 @@
+"""Calculates where more cards stop paying: replicas of a 7B's rank-16 adapter, from one machine of 8 cards to 128.
+
+    python benchmarks/many_cards.py                  # the tables in docs/several-devices.md; a few seconds, no GPU
+    python benchmarks/many_cards.py --gpu t4 --network-gb-per-s 1.2
+
+Nothing here is measured. A step's micro-batches are dealt by the project's own rule, by lengths as Guanaco's; their
+time is the forecast's for the card, at `words.REACHED` of its roofline; an all-reduce is a ring's between machines of 8
+cards, each with one network link, and as good as free inside of one. In the first table the step stays, and so what is
+learned; in the second it grows with the cards, and beside it is what is left of the steps of an epoch of Guanaco's
+9,846 conversations.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+# ruff: noqa: E402
+from lit_qlora.data.batching import BatchPlan, places
+from lit_qlora.devices.dealing import FIXED_TOKENS, efficiency
+from lit_qlora.forecast import words
+from lit_qlora.forecast.cards import find_card
+from lit_qlora.forecast.foresee import Forecast, Rows, guanaco_lengths
+from lit_qlora.model.load import Lora
+from lit_qlora.model.shape import LLAMA_2, Shape
+
+ROWS, LONGEST, TOKENS, PER_MACHINE = 9846, 1024, 2048, 8
+CARDS = (8, 32, 128, 1024)
+SHARES = (1, 4)
+"""Micro-batches of a step, per card."""
+SAME_CARDS, SAME_STEPS = (2, 4, 8, 16, 64), (4, 16, 64)
+STEPS = 8
+"""Of each cell, over which the dealing is averaged."""
+
+
+class Costs(NamedTuple):
+    """Of one card and one network: seconds per token, bytes of an adapter's gradients, GB/s of a machine."""
+
+    per_token: float
+    num_bytes: int
+    network_gb_per_s: float
+
+
+class Found(NamedTuple):
+    """Of a step on so many cards: the share of time by dealing alone and with the exchange, which takes so long, and
+    tokens/s."""
+
+    dealing: float
+    exchange_s: float
+    share: float
+    tokens_per_s: float
+
+
+def forecast(gpu: str) -> Forecast:
+    """Of one card."""
+    return Forecast(
+        shape=Shape.of(LLAMA_2["7b"]), card=find_card(gpu), rows=Rows(guanaco_lengths(ROWS)),
+        lora=Lora(16, 16, 0.0, "all-linear", False, False), precision="bf16-mixed",
+        plan=BatchPlan(4, TOKENS), max_length=LONGEST,
+    )  # fmt: skip
+
+
+def sizes(count: int) -> list[int]:
+    """Tokens of at least ``count`` micro-batches of rows as long as Guanaco's."""
+    lengths = [min(length, LONGEST) for length in guanaco_lengths(ROWS)]
+    found: list[int] = []
+    for epoch in range(10_000):
+        if len(found) >= count:
+            break
+        found += [
+            places([lengths[row] for row in rows], False) for rows in BatchPlan(4, TOKENS).epoch(lengths, 42, epoch)
+        ]
+    return found[:count]
+
+
+def costs(gpu: str, network_gb_per_s: float) -> Costs:
+    """Of the forecast for ``gpu``."""
+    one = forecast(gpu)
+    assert one.hours is not None
+    per_token = one.hours / words.REACHED * 3600 / one.epoch.padded_tokens
+    return Costs(per_token, 4 * sum(one.step.lora_tensors), network_gb_per_s)
+
+
+def find(micro_batches: int, cards: int, per: Costs) -> Found:
+    """What comes of steps of so many micro-batches on so many cards."""
+    dealt = sizes(micro_batches * STEPS)
+    dealing = efficiency(dealt, micro_batches, cards)
+    computes = sum(size + FIXED_TOKENS for size in dealt) / STEPS * per.per_token / (cards * dealing)
+    machines = math.ceil(cards / PER_MACHINE)
+    waits = 2 * per.num_bytes * (machines - 1) / machines / (per.network_gb_per_s * 1e9)
+    whole = computes + waits
+    return Found(dealing, waits, dealing * computes / whole, sum(dealt) / STEPS / whole)
+
+
+def same_step(per: Costs) -> Iterator[str]:
+    """A table of how many times as fast so many cards are, for steps that stay as they are."""
+    yield f"| micro-batches of a step | conversations | {' | '.join(f'{count} cards' for count in SAME_CARDS)} |"
+    yield "|---" * (len(SAME_CARDS) + 2) + "|"
+    rows = ROWS / forecast("a100-80").epoch.num_micro_batches
+    for micro_batches in SAME_STEPS:
+        times = [count * find(micro_batches, count, per).share if count <= micro_batches else 0 for count in SAME_CARDS]
+        shown = " | ".join(f"{one:.1f}" if one else "refused" for one in times)
+        yield f"| {micro_batches} | {micro_batches * rows:.0f} | {shown} |"
+
+
+def growing_step(per: Costs) -> Iterator[str]:
+    """A table of steps that grow with the cards."""
+    yield "| cards | micro-batches of a step | dealing | all-reduce | each card works | tokens/s | steps per epoch |"
+    yield "|---" * 7 + "|"
+    available = forecast("a100-80").epoch.num_micro_batches
+    for cards in CARDS:
+        for share in SHARES:
+            found, left = find(cards * share, cards, per), available / (cards * share)
+            yield (
+                f"| {cards:,} | {cards * share:,} | {found.dealing:.0%} | {1000 * found.exchange_s:.0f} ms | "
+                f"{found.share:.0%} | {found.tokens_per_s:,.0f} | {f'{left:,.0f}' if left >= 1 else 'none'} |"
+            )
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", default="a100-80", help="a card of the forecast's table")
+    parser.add_argument("--network-gb-per-s", type=float, default=12.5, help="of each machine, in one direction")
+    options = parser.parse_args()
+    per = costs(options.gpu, options.network_gb_per_s)
+    print("\n".join([*same_step(per), "", *growing_step(per)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks import many_cards
 from lit_qlora.cli import main
+from lit_qlora.errors import UserError
 from lit_qlora.storage.run import flat
 from lit_qlora.tools import plan
+from lit_qlora.trainer import check_shares
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,3 +55,29 @@ def test_the_figures_in_kaggles_config_are_the_forecasts(capsys: pytest.CaptureF
     words = " ".join(re.sub(r"^#", "", head, flags=re.MULTILINE).split())
     assert f"each card works {shares['as it is']} of the time. With two micro-batches it is {shares['two']}" in words
     assert f"with two of 4 conversations each {shares['rows']}" in words
+
+
+def test_the_tables_on_many_cards_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "several-devices.md").read_text(encoding="utf-8")
+    per = many_cards.costs("a100-80", 12.5)
+    for table in (many_cards.same_step(per), many_cards.growing_step(per)):
+        assert "\n".join(table) in page
+    assert "\npython benchmarks/many_cards.py\n" in page
+
+
+def test_more_cards_than_micro_batches_are_refused_in_the_tables_and_by_fit() -> None:
+    per = many_cards.costs("a100-80", 12.5)
+    (_, _, four, *_) = many_cards.same_step(per)
+    assert four.endswith("| refused | refused | refused |")
+    with pytest.raises(UserError, match=r"trainer\.devices: 8, and a step has 4 micro-batches"):
+        check_shares(8, 4)
+    # A step of one machine needs no network, and one that is as large on more machines waits longer.
+    one, two, many = (many_cards.find(64, cards, per) for cards in (8, 16, 64))
+    assert one.exchange_s == 0 < two.exchange_s < many.exchange_s and one.share > two.share > many.share
+    assert two.exchange_s == pytest.approx(2 * 4 * 39_976_960 / 2 / 12.5e9)
+
+
+def test_torchrun_is_shown_with_the_bar_that_keeps_options_apart() -> None:
+    """Without it, torchrun takes --run for an abbreviation of its own --run-path."""
+    page = (ROOT / "docs" / "several-devices.md").read_text(encoding="utf-8")
+    assert re.search(r"torchrun --nnodes 2 [^\n]* -- \\\n +main\.py fit", page)

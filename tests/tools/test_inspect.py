@@ -243,6 +243,20 @@ def test_a_long_plain_text_is_divided_and_is_as_it_should_be(inspect):
         assert inspect(*options, *more)[-2].startswith("verdict: as it should be")
 
 
+def test_a_bar_counts_the_rows(inspect, monkeypatch):
+    bars = []
+
+    def bar(label, iterable, total, **_):
+        seen = list(iterable)
+        bars.append((label, total, len(seen)))
+        return seen
+
+    monkeypatch.setattr("lit_qlora.tools.inspecting.look.progress_bar", bar)
+    source = write("a.jsonl", *({"prompt": f"{number}?", "completion": "b"} for number in range(20)))
+    inspect("--data.source", source)
+    assert bars == [("training rows", 19, 19), ("held out rows", 1, 1)]
+
+
 TURN = (
     "{{ '### ' ~ message['role'] ~ ': ' ~ message['content'] ~ (eos_token if message['role'] == 'assistant') ~ '\n' }}"
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.batch import Batch
+from lit_qlora.console import progress_bar
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.records import NOTHING_ANSWERED, NOTHING_LEARNED, LeftOut, Records
@@ -173,9 +174,9 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
     spelled = re.compile("|".join(map(re.escape, named)) or r"(?!)")
     rows, number = list[_Row | None](), 0
     written_back = judge.read_back(judge.encoder.written(records.conversations))
-    for where, conversation, (written, came_back) in zip(
-        records.where, records.conversations, written_back, strict=True
-    ):
+    seen = zip(records.where, records.conversations, written_back, strict=True)
+    bar = progress_bar(f"{part.name} rows", iterable=seen, total=len(records.conversations), leave=False)
+    for where, conversation, (written, came_back) in bar:
         texts = [conversation.system or "", *(turn.content for turn in conversation.turns)]
         part.spelled += [(where, token[0]) for text in texts if (token := spelled.search(text))][:1]
         examples = judge.encoder.rows(written)

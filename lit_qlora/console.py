@@ -2,7 +2,8 @@
 
 Characters outside of the console's encoding are shown by their codes. A terminal that hung up, or a pipe whose reader
 has ended (`| tee log`, which a Ctrl-C or a lost connection ends too), must not end a run before it is saved. `tell`
-prints messages during a run, `progress_bar` makes bars.
+prints messages during a run, `progress_bar` and its
+kin make bars.
 """
 
 import errno
@@ -10,9 +11,12 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from shutil import get_terminal_size
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 WIDTH = 80
 """Columns that a terminal has at least: nothing that a run prints is wider, but for the user's own paths."""
@@ -76,10 +80,39 @@ def _lasting(stream: io.TextIOWrapper, raises: bool) -> io.TextIOWrapper:
 
 def progress_bar(label: str, **options: Any) -> Any:
     """A bar of tqdm's, with its ``options``, on standard error; hidden unless that is a terminal."""
+    return bars(label)(**options)
+
+
+def bars(label: str, **always: Any) -> Any:
+    """A class of such bars, for libraries that make their own: what they call them, and when they hide, is left out."""
     from tqdm import tqdm  # here: --help needs none
 
     size = get_terminal_size()  # tqdm's own guess shows nothing in a terminal without a size
-    return tqdm(desc=label, ncols=size.columns, nrows=size.lines, disable=not sys.stderr.isatty(), **options)
+    always |= {"desc": label, "ncols": size.columns, "nrows": size.lines, "disable": not sys.stderr.isatty()}
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{key: value for key, value in options.items() if key != "name"} | always)
+
+    return Bar
+
+
+def counted(label: str, some: Iterable[T], total: int) -> Iterator[T]:
+    """``some`` one by one, with a bar over ``total`` once that takes over a second; it disappears at the end."""
+    return iter(progress_bar(label, iterable=some, total=total, leave=False, delay=1, unit=" rows"))
+
+
+@contextmanager
+def bars_of_transformers(label: str) -> Iterator[None]:
+    """The bars that transformers makes, as ours: called ``label``, once they take over a second, gone at the end."""
+    from transformers.utils import logging
+
+    bar = bars(label, leave=False, delay=1)
+    before = logging.set_tqdm_hook(lambda _, args, options: bar(*args, **options))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def tell(line: str) -> None:
@@ -92,6 +125,16 @@ def tell(line: str) -> None:
 def say(topic: str, text: str) -> None:
     """Print a line of what a run decides or does; one beyond `WIDTH` columns continues below its beginning."""
     print(wrapped(topic, text), flush=True)
+
+
+def fitted(line: str) -> str:
+    """``line``, continued below its beginning where a terminal shows it; whole for a file or another program."""
+    if not sys.stdout.isatty() or len(line) <= WIDTH:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return "\n".join(
+        textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    )
 
 
 def wrapped(topic: str, text: str) -> str:

@@ -8,6 +8,7 @@ Only messages that a user can't act on are listed, one by one; all others are sh
 import logging
 import os
 import warnings
+from contextlib import suppress
 
 LOGGERS = {
     # Which accelerators exist, that a seed was set, and advertisements; the run says what it decided.
@@ -61,5 +62,9 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(level)
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    with suppress(ImportError):  # doctor works without
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()  # of files of a few bytes; that of a base's weights is ours
     # Unset, a forked loader worker prints a page about the tokenizer's threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

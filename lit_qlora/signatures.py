@@ -26,10 +26,7 @@ CLASSES = (
 LEARNING = ("fit", "plan", "inspect")
 """The verbs of a run that is to learn; the others are about one that has."""
 
-PLAIN = {
-    "str": str, "int": int, "float": float, "bool": bool, "None": NoneType,
-    "_LITERAL_WARN": Literal["warn"],  # Lightning's
-}  # fmt: skip
+PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": NoneType}
 UNKNOWN = object()
 """Stands for a type or a value that can't be read off the sources."""
 

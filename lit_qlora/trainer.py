@@ -189,6 +189,7 @@ class QLoRATrainer(Trainer):
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
+        deterministic: bool | Literal["warn"] | None = None,
         num_weights: int = 0,
         **kwargs: Any,
     ) -> None:

@@ -52,7 +52,13 @@ def test_without_packages_each_verb_says_what_to_install(args: list[str], tmp_pa
 
 @pytest.mark.parametrize(
     ("module", "named"),
-    [("peft", "peft"), ("PIL", "pillow"), ("yaml", "yaml"), ("huggingface_hub", "huggingface_hub"), ("numpy", "numpy")],
+    [
+        ("peft", "peft"),
+        ("matplotlib", "matplotlib"),
+        ("yaml", "yaml"),
+        ("huggingface_hub", "huggingface_hub"),
+        ("numpy", "numpy"),
+    ],
 )
 def test_a_package_that_lacks_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, named: str

@@ -1,5 +1,6 @@
 """Nothing that is printed ends a command: neither what the console can't show, nor a console that is gone."""
 
+import io
 import os
 import pty
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from lit_qlora.console import bars, bars_of_transformers, counted
 
 ROOT = Path(__file__).parents[1]
 PRINTS = """
@@ -79,3 +82,39 @@ def test_a_terminal_that_hangs_up_ends_nothing(arguments: str) -> None:
     os.close(done)
     with os.fdopen(reads, "rb") as pipe:
         assert pipe.read() == b"to the end"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_moves_fits_and_is_gone_and_without_a_terminal_there_is_none(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        bar = bars("load", leave=False)
+        assert list(bar(["a", "b"], desc="Loading weights", name="of a library", mininterval=0)) == ["a", "b"]
+        shown = [part for part in stream.getvalue().split("\r") if part]
+        assert bool(shown) == stream.isatty()
+        if shown:
+            assert shown[0].startswith("load:   0%|") and "| 0/2 [" in shown[0]
+            assert max(map(len, shown)) <= 80 and not shown[-1].strip()
+
+
+def test_rows_are_counted_once_that_takes_long(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(counted("encode", iter("abc"), 3)) == ["a", "b", "c"]
+    assert sys.stderr.getvalue().strip() == ""
+
+
+def test_transformers_own_bars_are_ours(monkeypatch):
+    from transformers.utils import logging
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with bars_of_transformers("load"):
+        bar = logging.tqdm(total=3, desc="Loading weights")
+        assert bar.desc == "load" and bar.delay == 1 and not bar.leave
+        bar.close()
+    before = logging.set_tqdm_hook(None)
+    assert before is None

@@ -19,6 +19,7 @@ from typing import Any
 from weakref import finalize
 
 from lit_qlora.batch import IGNORE_INDEX
+from lit_qlora.console import counted
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, parse_json
@@ -201,7 +202,7 @@ def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Enco
     counts = {"cut": 0, "left_out": 0}
     if any(conversation.is_text for conversation in conversations):
         counts["divided"] = 0
-    divided = map(encoder.rows, encoder.written(conversations))
+    divided = counted("encode", map(encoder.rows, encoder.written(conversations)), len(conversations))
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while some := list(islice(divided, ROWS_A_WRITE)):
             kept = [example for examples in some for example in examples]

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from lit_qlora.console import counted
 from lit_qlora.data.files import Row
 from lit_qlora.data.forms import Form, Read, RowError, check_columns, form_names, read_row
 from lit_qlora.data.sources import Source, read_source, sources_of
@@ -171,7 +172,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     faults: list[tuple[str, UserError]] = []
     left_out = ""
     _check_named(name, rows, reading)
-    for row in rows:
+    for row in counted("read", rows, len(rows)):
         try:
             read = _read(row, reading)
         except UserError as fault:

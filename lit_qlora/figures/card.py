@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from lit_qlora.data.sources import paths_of
-from lit_qlora.figures.curves import CURVES, draw_curves
+from lit_qlora.figures.charts import CURVES, draw_curves
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import CARD, RECORD, RunFolder, as_yaml

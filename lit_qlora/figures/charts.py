@@ -1,28 +1,40 @@
-"""Owns the charts of a run's report: SVG by matplotlib, whose colours are variables of the page that shows them.
+"""Owns the charts of a run, by matplotlib: SVG for its report, and the PNG of the losses for the card of its adapter.
 
-So one drawing serves light and dark. Knows the figures by their recorded names, and no file.
+The SVG's colours are variables of the page that shows it, so that one drawing serves light and dark. Knows the figures
+by their recorded names, and no run folder.
 """
 
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
-
-from lit_qlora.figures.curves import Points, smoothed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-INK, GRID, TRAIN, FAINT, HELD_OUT, MARK = COLOURS = "#101010", "#202020", "#303030", "#404040", "#505050", "#606060"
-VARIABLES = dict(zip(COLOURS, ("ink", "grid", "train", "faint", "held-out", "mark"), strict=True))
+CURVES = "curves.png"
+INK, GRID, TRAIN, FAINT, HELD_OUT, MARK = (f"C{number}" for number in range(6))
+"""Colours by their places in a palette."""
+
+FOR_PAGE = ("#101010", "#202020", "#303030", "#404040", "#505050", "#606060")
+VARIABLES = dict(zip(FOR_PAGE, ("ink", "grid", "train", "faint", "held-out", "mark"), strict=True))
 """What the page calls each colour; the numbers never reach it."""
+
+PRINTED = ("#333333", "#e4e4e4", "#2f6db5", "#bcd3ec", "#d1571f", "#888888")
 
 SIZE = 5.6, 3.1
 """Inches, at 72 points each: a chart fills half of a wide page, and the whole of a narrow one."""
 
+DOTS = 160
+"""Of the PNG, per inch."""
+
 MOMENTS = (("load", "loading"), ("train", "training"), ("validation", "validation"))
-Figures = Mapping[int, Mapping[str, float]]
+Figures = Mapping[int, Mapping[str, Any]]
+Points = list[tuple[float, float]]
 
 
 class Chart(NamedTuple):
@@ -54,22 +66,66 @@ def charts(figures: Figures, step: int | None) -> Iterator[Chart]:
             yield Chart(title, *found)
 
 
+def draw_curves(file: Path, figures: Figures, step: int) -> bool:
+    """Draw the losses into ``file``; True if there was a line to draw, and matplotlib is installed to draw it.
+
+    Args:
+        file: the PNG to write.
+        figures: recorded figures, by optimizer step; values that are not finite are left out.
+        step: of the adapter, marked in the picture.
+
+    Raises OSError where the file can't be written.
+    """
+
+    def draw(axes: "Axes") -> str:
+        words = _curves(axes, figures, "loss", step)
+        axes.set_ylabel("loss, nats per token", color=INK)
+        return words
+
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:  # a card without its picture is better than a run that ends
+        return False
+    with _drawing(draw, PRINTED) as (figure, words):
+        if words:
+            figure.patch.set(visible=True, facecolor="white")
+            figure.set_dpi(DOTS)
+            FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+        return bool(words)
+
+
 def _drawn(draw: Callable[["Axes"], str], prefix: str) -> tuple[str, str] | None:
     """A drawing as SVG, and its words; None where there was nothing to draw."""
-    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": "sans-serif", "font.size": 10}):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.add_subplot()
-        words = draw(axes)
+    with _drawing(draw, FOR_PAGE, prefix) as (figure, words):
         if not words:
             return None
-        _style(axes)
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
     return _for_page(file.getvalue(), prefix), words
+
+
+@contextmanager
+def _drawing(draw: Callable[["Axes"], str], palette: Sequence[str], prefix: str = "") -> Iterator[tuple["Figure", str]]:
+    """What ``draw`` draws, in the colours of ``palette``, and its words, which are empty where there is nothing."""
+    from cycler import cycler
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    look: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": prefix,
+        "font.family": "sans-serif",
+        "font.size": 10,
+    }
+    with rc_context(look | {"font.size": 10, "axes.prop_cycle": cycler(color=palette)}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        words = draw(axes)
+        if words:
+            _style(axes)
+        yield figure, words
 
 
 def _for_page(svg: str, prefix: str) -> str:
@@ -98,8 +154,19 @@ def _style(axes: "Axes") -> None:
         text.set_color(INK)
 
 
-def _points(figures: Figures, name: str) -> Points:
-    return [(float(step), line[name]) for step, line in sorted(figures.items()) if name in line]
+def points(figures: Figures, name: str) -> Points:
+    """Steps and values at which ``name`` was recorded and is finite."""
+    found = ((float(step), float(line[name])) for step, line in sorted(figures.items()) if name in line)
+    return [(step, value) for step, value in found if math.isfinite(value)]
+
+
+def smoothed(line: Points) -> Points:
+    """The moving average over the last twentieth of the points, fewer at the start; a few points are not smoothed."""
+    width, values, result = len(line) // 20, [value for _, value in line], []
+    for index, (step, value) in enumerate(line):
+        last = values[max(0, index - width + 1) : index + 1] or [value]
+        result.append((step, sum(last) / len(last)))
+    return result
 
 
 def _steps(axes: "Axes") -> None:
@@ -115,16 +182,16 @@ def _curves(axes: "Axes", figures: Figures, name: str, step: int | None) -> str:
     """Training and held-out in one chart."""
     from matplotlib.ticker import PercentFormatter
 
-    train, held_out = (_points(figures, f"{part}/{name}") for part in ("train", "val"))
+    train, held_out = (points(figures, f"{part}/{name}") for part in ("train", "val"))
     if max(len(train), len(held_out)) < 2:
         return ""
     smooth, words = smoothed(train), list[str]()
     if smooth != train:
         axes.plot(*zip(*train, strict=True), color=FAINT, linewidth=1)
-    for points, colour, label, shape in ((smooth, TRAIN, "training", ""), (held_out, HELD_OUT, "held-out", "o")):
-        if points:
-            axes.plot(*zip(*points, strict=True), color=colour, linewidth=2, marker=shape, markersize=4, label=label)
-            words.append(f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
+    for line, colour, label, shape in ((smooth, TRAIN, "training", ""), (held_out, HELD_OUT, "held-out", "o")):
+        if line:
+            axes.plot(*zip(*line, strict=True), color=colour, linewidth=2, marker=shape, markersize=4, label=label)
+            words.append(f"{label} from {line[0][1]:.4g} to {line[-1][1]:.4g}")
     if step:
         axes.axvline(step, color=MARK, linewidth=1, linestyle=(0, (3, 3)), label="best adapter")
         words.append(f"best adapter at step {step:,}")
@@ -138,15 +205,15 @@ def _curves(axes: "Axes", figures: Figures, name: str, step: int | None) -> str:
 def _curve(axes: "Axes", figures: Figures, name: str, *, from_zero: bool = False) -> str:
     from matplotlib.ticker import StrMethodFormatter
 
-    points = _points(figures, name)
-    if len(points) < 2:
+    line = points(figures, name)
+    if len(line) < 2:
         return ""
-    axes.plot(*zip(*points, strict=True), color=TRAIN, linewidth=2)
+    axes.plot(*zip(*line, strict=True), color=TRAIN, linewidth=2)
     if from_zero:
-        axes.set_ylim(0, max(value for _, value in points) * 1.1 or 1)
+        axes.set_ylim(0, max(value for _, value in line) * 1.1 or 1)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _steps(axes)
-    values = [value for _, value in points]
+    values = [value for _, value in line]
     return f"from {values[0]:.4g} to {values[-1]:.4g}, between {min(values):.4g} and {max(values):.4g}"
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lit_qlora.console import bars_of_transformers
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, commit, find_base
 from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, shown, write_original
@@ -92,7 +93,8 @@ class Copies:
         needed_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
         def fill(folder: Path) -> None:
-            model.save_pretrained(str(folder), max_shard_size="1GB")
+            with bars_of_transformers("keep"):
+                model.save_pretrained(str(folder), max_shard_size="1GB")
             write_original(folder, find_base(str(folder)), base)
 
         try:

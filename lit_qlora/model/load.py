@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_qlora.console import bars_of_transformers
 from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model import lora_config
 from lit_qlora.model.attention import implementation_of
@@ -30,9 +31,6 @@ from lit_qlora.text.formats import PromptFormat, chosen, from_record
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-SHOW_LOADING_FROM = 500_000_000
-"""Number of weights from which loading takes long enough for a progress bar."""
 
 ONE_THREAD_BELOW = 20_000_000
 """Number of weights below which threads on a CPU mostly wait for each other: beside another process, the demo took 17
@@ -82,12 +80,9 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
     """
     from safetensors import SafetensorError
     from transformers import BitsAndBytesConfig, GenerationConfig
-    from transformers.utils import logging
 
     fetch(base)
     config = for_transformers(base.config, check_weights(base))
-    if base.shape.num_parameters < SHOW_LOADING_FROM:
-        logging.disable_progress_bar()
     if device.type == "cpu" and base.shape.num_parameters < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     quantization = BitsAndBytesConfig(
@@ -97,17 +92,18 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
         bnb_4bit_compute_dtype=dtype,
     )
     try:
-        model: PreTrainedModel = base.architecture.model_class().from_pretrained(
-            base.location,
-            # By default, it follows config.json and generation_config.json blindly.
-            config=config,
-            generation_config=GenerationConfig(),
-            quantization_config=None if base.in_4_bits else quantization,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=implementation_of(attention),
-            use_safetensors=True,
-        )
+        with bars_of_transformers("load"):
+            model: PreTrainedModel = base.architecture.model_class().from_pretrained(
+                base.location,
+                # By default, it follows config.json and generation_config.json blindly.
+                config=config,
+                generation_config=GenerationConfig(),
+                quantization_config=None if base.in_4_bits else quantization,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=implementation_of(attention),
+                use_safetensors=True,
+            )
     except (SafetensorError, OSError, ValueError) as error:
         reason = one_line(error)
         raise UserError(f"the weights of {base.name} can't be loaded: {reason}", option="model.base") from error

@@ -11,9 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from lit_qlora.console import bars
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.architectures import ATTENTION
-from lit_qlora.model.base import Base, base_error, stored_file, weight_files
+from lit_qlora.model.base import INDEX, WHOLE, Base, base_error, stored_file, weight_files
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import parse_json
 
@@ -98,11 +99,19 @@ def fetch(base: Base) -> None:
     """Download the weights of a base on the hub to its cache. Raises UserError if that fails."""
     if Path(base.location).is_dir():
         return
-    from transformers.utils import cached_file
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    bar = bars("download", leave=False)
 
     def find(base: Base, name: str) -> Path | None:
-        found = stored_file(base, name) or cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)
-        return Path(found) if found else None
+        try:
+            return stored_file(base, name) or Path(hf_hub_download(base.location, name, tqdm_class=bar))
+        except EntryNotFoundError as error:
+            is_there = isinstance(error, LocalEntryNotFoundError) and not (name == WHOLE and stored_file(base, INDEX))
+            if is_there:  # as far as is known: the hub can't be asked
+                raise
+            return None
 
     try:
         weight_files(base, find)

@@ -6,6 +6,7 @@ does.
 """
 
 import importlib
+import textwrap
 from collections.abc import Sequence
 
 
@@ -22,6 +23,7 @@ def run_tool(name: str, args: Sequence[str]) -> int:
     # Here, and not above: doctor works without jsonargparse.
     from jsonargparse import ArgumentParser
 
+    from lit_qlora.console import WIDTH
     from lit_qlora.options import OneLineErrors
     from lit_qlora.place import PROGRAM
     from lit_qlora.signals import nothing_open
@@ -31,7 +33,8 @@ def run_tool(name: str, args: Sequence[str]) -> int:
 
     with nothing_open():
         function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
-    parser = _ToolParser(allow_abbrev=False, prog=f"{PROGRAM} {name}", description=function.__doc__.splitlines()[0])
+    about = textwrap.fill(function.__doc__.splitlines()[0], WIDTH)
+    parser = _ToolParser(allow_abbrev=False, prog=f"{PROGRAM} {name}", description=about)
     parser.add_function_arguments(function)
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:  # --public alone means --public true

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lit_qlora import __version__
+from lit_qlora.console import fitted
 from lit_qlora.devices.launchers import ignore_launchers
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.place import CLONE, COMMAND, CONFIGS, INSTALL, PROGRAM, find_config
@@ -65,9 +66,10 @@ def main(args: list[str]) -> int:
         counts[kind] += 1
         for mark, words in ((kind, text), ("->", remedy)):
             if words:  # at once: importing takes some seconds
-                print(without_private_parts(f"{mark:>7}  {words}"), flush=True)
+                print(fitted(without_private_parts(f"{mark:>7}  {words}")), flush=True)
     found = f"problems: {counts['problem']}, notes: {counts['note']}"
-    print(f"\n{found}; all of it may be pasted into an issue, it names no token or folder")
+    print()
+    print(fitted(f"{found}; all of it may be pasted into an issue, it names no token or folder"))
     return 2 if counts["problem"] else 0
 
 

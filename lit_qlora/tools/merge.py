@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_qlora.console import say
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.base import Base
 from lit_qlora.quiet import quieten
@@ -60,7 +61,8 @@ def merge(
     target = output_path(output, "folder")
     chosen = choose_adapter(run, adapter, base)
     merge_into(target, chosen, dtype, onto)
-    print(f"load it with AutoModelForCausalLM.from_pretrained({output!r}), or serve it: vllm serve {output}")
+    say("load", f"AutoModelForCausalLM.from_pretrained({output!r})")
+    say("serve", f"vllm serve {output}")
 
 
 def size_bytes(base: Base, dtype: DType) -> int:
@@ -119,8 +121,8 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         compare.check(found, dtype if onto == "quantized" else "another model")
         (folder / CARD).write_text(_card(chosen, dtype, onto, found, encoder.prompt_format), encoding="utf-8")
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
-        print(f"merge  {chosen.base.public_name} + {chosen.adapter}: {num_bytes / 1e9:.2f} GB of {dtype} in {target}")
-        print(f"check  against {than}, {source}, {found}", flush=True)
+        say("merge", f"{chosen.base.public_name} + {chosen.adapter}: {num_bytes / 1e9:.2f} GB of {dtype} in {target}")
+        say("check", f"against {than}, {source}, {found}")
 
     try:
         write_folder(target, fill)
@@ -200,7 +202,7 @@ def _write_tokenizer(folder: Path, base: Base, encoder: "Encoder", texts: list[C
         if file is None:
             continue
         if Path(base.location).is_dir() and not _is_of(Path(base.location), Path(file)):
-            print(f"merge  {name} of the base is a link to elsewhere, and is not copied", flush=True)
+            say("merge", f"{name} of the base is a link to elsewhere, and is not copied")
         else:
             shutil.copyfile(file, folder / name)
     write_tokenizer(folder, encoder, int(base.config["max_position_embeddings"]))

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_qlora import start
+from lit_qlora.console import fitted
 from lit_qlora.data.datamodule import ChatDataModule, check_limit
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
 from lit_qlora.forecast.foresee import current_card, foresee
@@ -95,7 +96,7 @@ def main(args: list[str]) -> int:
         found = read(args[1:])
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
-    print("\n".join(lines(found)))
+    print("\n".join(map(fitted, lines(found))))
     return 0
 
 

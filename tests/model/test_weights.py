@@ -3,10 +3,12 @@
 import json
 import shutil
 import struct
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -183,10 +185,12 @@ def test_what_comes_from_the_hub_is_checked_before_it_is_loaded(folder, tmp_path
 
     def download(location, name, **_):
         snapshot.mkdir(parents=True, exist_ok=True)
-        return str(shutil.copyfile(folder / name, snapshot / name)) if (folder / name).is_file() else None
+        if not (folder / name).is_file():
+            raise RemoteEntryNotFoundError(name, response=SimpleNamespace(headers={}, request=None))  # type: ignore
+        return str(shutil.copyfile(folder / name, snapshot / name))
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("transformers.utils.cached_file", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     base = Base("owner/tiny", "owner/tiny", find_base(str(folder)).config)
     assert missing_bytes(base) == 2 * base.shape.num_parameters

@@ -100,7 +100,7 @@ def test_on_a_real_model_and_real_rows(real, tmp_path, capsys):
     run = fit(tmp_path / "run", *options, "--trainer.max_steps", "8")
     capsys.readouterr()
     assert main(["merge", "--run", str(run), "--output", str(tmp_path / "out"), "--dtype", "float32"]) == 0
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
     assert "held-out conversations of openassistant_best_replies_eval_first259.jsonl, on " in told
     assert "the likeliest token the same at 100.00%" in told
     assert_is_base_and_adapter(tmp_path / "out", base, run)

@@ -23,7 +23,6 @@ from lit_qlora.place import INSTALL, requirements
 from lit_qlora.storage.files import GIB, existing_folder, free_bytes
 
 MODULES = {
-    "pillow": "PIL",
     # The submodule of each that fails first on a version conflict.
     "lightning": "lightning.pytorch",
     "transformers": "transformers.models.llama.modeling_llama",

@@ -125,10 +125,10 @@ class Hub:
             UserError: if it was not sent; the repository is unchanged then.
         """
         from huggingface_hub import CommitOperationAdd
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import enable_progress_bars
 
-        if not sys.stderr.isatty():
-            disable_progress_bars()
+        if sys.stderr.isatty():
+            enable_progress_bars()
         with _in_one_line(self.to, self._token):
             if self._there is None:
                 self._api.create_repo(self.to, private=not self.public, exist_ok=True)

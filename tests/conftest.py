@@ -87,7 +87,7 @@ def _make_parsers_once(patched: pytest.MonkeyPatch) -> None:
 
 def _draw_nothing(file: Path, figures: Mapping[int, Mapping[str, Any]], step: int) -> bool:
     """An empty file where there would be a picture."""
-    from lit_qlora.figures.curves import points
+    from lit_qlora.figures.charts import points
 
     if is_drawn := max(len(points(figures, name)) for name in ("train/loss", "val/loss")) > 1:
         file.touch()
@@ -97,10 +97,10 @@ def _draw_nothing(file: Path, figures: Mapping[int, Mapping[str, Any]], step: in
 @pytest.fixture
 def draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws charts and pictures after all."""
-    from lit_qlora.figures import charts, curves
+    from lit_qlora.figures import charts
 
     monkeypatch.setattr("lit_qlora.figures.report.charts", charts.charts)
-    monkeypatch.setattr("lit_qlora.figures.card.draw_curves", curves.draw_curves)
+    monkeypatch.setattr("lit_qlora.figures.card.draw_curves", charts.draw_curves)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def no_waste() -> Iterator[None]:
         patched.setattr("lit_qlora.figures.report.charts", lambda *_: iter(()))
         patched.setattr("lit_qlora.figures.card.draw_curves", _draw_nothing)
         _make_parsers_once(patched)
+        _read_the_demo_once(patched)
         yield
 
 
@@ -83,6 +85,27 @@ def _make_parsers_once(patched: pytest.MonkeyPatch) -> None:
 
     patched.setattr(training.QLoRACLI, "setup_parser", setup_once)
     patched.setattr(precheck, "_parser", first_once)
+
+
+def _read_the_demo_once(patched: pytest.MonkeyPatch) -> None:
+    """Its 932 rows are a seventh of a small fit."""
+    from lit_qlora import demo
+    from lit_qlora.data import held_out
+
+    load = held_out.load_records
+    read: dict[Any, Any] = {}
+
+    def load_once(source: Any, split: str, reading: Any, seed: int | None = None) -> Any:
+        if source.path != "demo" or source.columns or reading.columns:
+            return load(source, split, reading, seed)
+        key = demo.TRAIN, demo.TEST, source, split, reading, seed
+        if key not in read:
+            read[key] = load(source, split, reading, seed)
+        found = read[key]
+        lists = {name: [*getattr(found, name)] for name in ("conversations", "where", "left_out")}
+        return replace(found, dropped={**found.dropped}, **lists)
+
+    patched.setattr(held_out, "load_records", load_once)
 
 
 def _draw_nothing(file: Path, figures: Mapping[int, Mapping[str, Any]], step: int) -> bool:

@@ -63,9 +63,14 @@ class SampleAnswers(Callback, Needs):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer, record and print."""
-        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+        if trainer.state.fn != "fit":
             return
         module: Any = pl_module
+        with module.by_first_alone() as is_first:
+            if is_first:
+                self._record(trainer, module)
+
+    def _record(self, trainer: Trainer, module: Any) -> None:
         if not self._conversations:
             self._conversations = self.choose(trainer.datamodule)  # type: ignore[attr-defined]
             with module.peft_model.disable_adapter():

@@ -175,7 +175,8 @@ class _Planned(torch.utils.data.Dataset[Batch]):
         at_once: int = 1,
     ) -> None:
         self.examples, self.batches, self.packed, self.lengths = examples, batches, packed, lengths
-        self.device_index, self.devices = device_index, [device_index] * len(batches)
+        self.device_index, self.num_devices = device_index, num_devices
+        self.devices = [device_index] * len(batches)
         if num_devices > 1:
             sizes = [places([lengths[row] for row in rows], packed) for rows, _ in batches]
             self.devices = deal_steps(sizes, at_once, num_devices)
@@ -191,9 +192,12 @@ class _Planned(torch.utils.data.Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         rows, step_answer_tokens = self.batches[index]
-        if self.devices[index] != self.device_index:
-            return elsewhere(rows, self.lengths, step_answer_tokens, self.packed)
-        return collate([(row, self.examples[row]) for row in rows], step_answer_tokens, self.packed)
+        device = self.devices[index]
+        if device != self.device_index:
+            batch = elsewhere(rows, self.lengths, step_answer_tokens, self.packed)
+        else:
+            batch = collate([(row, self.examples[row]) for row in rows], step_answer_tokens, self.packed)
+        return batch._replace(device=device) if self.num_devices > 1 else batch
 
 
 def _as_it_is(batch: Batch) -> Batch:

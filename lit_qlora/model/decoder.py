@@ -18,6 +18,7 @@ from lit_qlora.model.attention import Places, attend
 from lit_qlora.model.dequantised import Quantised, Weights
 from lit_qlora.model.offload import HostStore, Parked
 from lit_qlora.model.pointwise import EAGER, Pointwise
+from lit_qlora.model.shards import Shards
 
 QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
 """The linear layers of a decoder layer by number, grouped by the input that they read."""
@@ -148,9 +149,17 @@ def _why_not_lora(module: Any) -> str | None:
 _PROBE = torch.linspace(-3, 3, 7)
 
 
-def weights_of(model: Any) -> list[Weights]:
-    """The weights of each decoder layer of ``model``, a 4-bit base with LoRA; shared with it, not copied."""
-    return [Weights([*map(_quantised, _linears(layer))]) for layer in model.get_base_model().model.layers]
+def weights_of(model: Any, shards: Shards | None = None) -> list[Weights]:
+    """The weights of each decoder layer of ``model``, a 4-bit base with LoRA; shared with it, not copied.
+
+    Args:
+        model: whose layers.
+        shards: what brings them, where no device holds them all.
+    """
+    layers = model.get_base_model().model.layers
+    return [
+        Weights([*map(_quantised, _linears(layer))], shards and shards.fetcher(at)) for at, layer in enumerate(layers)
+    ]
 
 
 def _quantised(module: Any) -> Quantised:
@@ -323,6 +332,8 @@ class _DecoderLayer(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.how = how
         ctx.kept = [None] * count
+        if how.layer.weights.fetch:
+            how.layer.weights.fetch(1)
         out = [*tensors[:count]]
         products = _Products(how.layer, out[0].dtype, holds=count > 1)
         # The last first: the first is the first to go backward, and what waits on the host comes back in that order.
@@ -336,7 +347,11 @@ class _DecoderLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         how, count = ctx.how, len(grads)
         hidden, lora = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        products = _Products(how.layer, hidden[0].dtype, remember=not how.keeps, holds=count > 1)
+        if how.layer.weights.fetch:
+            how.layer.weights.fetch(-1)
+        # A shared base is one for which memory is short.
+        remembers = not (how.keeps or how.layer.weights.fetch)
+        products = _Products(how.layer, hidden[0].dtype, remember=remembers, holds=count > 1)
         passed, found = list[Tensor | None](), [how.earlier.get(id(weight)) for weight in lora]
         for at, grad in enumerate(grads):
             products.begin(how.seeds[at])

@@ -4,7 +4,7 @@ A frozen weight dequantises to the same bits each time, so that keeping it chang
 time. Knows no product and no layer's arithmetic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +28,11 @@ class Weights:
 
     Args:
         quantised: those of the linear layers, in the layer's order.
+        fetch: of a shared base, brings them here: called with 1 before a forward, -1 before a backward.
     """
 
-    def __init__(self, quantised: Sequence[Quantised]) -> None:
-        self.quantised = quantised
+    def __init__(self, quantised: Sequence[Quantised], fetch: Callable[[int], None] | None = None) -> None:
+        self.quantised, self.fetch = quantised, fetch
         self._kept: list[Tensor] = []
 
     def get(self, index: int, dtype: torch.dtype) -> Tensor:

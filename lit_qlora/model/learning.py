@@ -41,6 +41,8 @@ class LearnsInParts(LightningModule):
         """True if the layers' kernels are replayed from recordings, which take memory of their own."""
         self.together = 1
         """Number of micro-batches of a step, at most, that go through the layers together, to the same gradients."""
+        self.keeps_pace = False
+        """True if devices fetch the base from each other, layer by layer, and so must all do the same."""
         self.parts = 1
         """Number of parts of a micro-batch; 2 after memory has run out."""
         self._waiting: list[Waiting] = []
@@ -203,13 +205,15 @@ class LearnsInParts(LightningModule):
         """Take less memory: without recordings; then with one micro-batch at a time; then with recomputation in all
         layers, and weights that are dequantised for each; then with micro-batches in halves.
 
-        Raises OutOfRoomError if nothing is left to do.
+        Raises OutOfRoomError if nothing is left to do, or other devices would wait for what this one leaves out.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # what was coming from the host must not arrive in memory that is used anew
         batch = max((one.batch for one in self._learning), key=lambda batch: batch.input_ids.numel())
         rows, tokens = len(batch.rows), batch.input_ids.numel()
         what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
+        if self.keeps_pace:
+            raise OutOfRoomError(f"{what}, and with model.shard no device can take another way than the others", rows)
         if self.uses_cuda_graphs:
             self.uses_cuda_graphs = False
             self._release()

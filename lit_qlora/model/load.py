@@ -30,7 +30,7 @@ from lit_qlora.text.formats import PromptFormat, chosen, from_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 ONE_THREAD_BELOW = 20_000_000
 """Number of weights below which threads on a CPU mostly wait for each other: beside another process, the demo took 17
@@ -79,18 +79,12 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
         UserError: its weights can't be read.
     """
     from safetensors import SafetensorError
-    from transformers import BitsAndBytesConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     fetch(base)
     config = for_transformers(base.config, check_weights(base))
     if device.type == "cpu" and base.shape.num_parameters < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
     try:
         with bars_of_transformers("load"):
             model: PreTrainedModel = base.architecture.model_class().from_pretrained(
@@ -98,7 +92,7 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
                 # By default, it follows config.json and generation_config.json blindly.
                 config=config,
                 generation_config=GenerationConfig(),
-                quantization_config=None if base.in_4_bits else quantization,
+                quantization_config=None if base.in_4_bits else nf4(dtype),
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=implementation_of(attention),
@@ -107,13 +101,30 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
     except (SafetensorError, OSError, ValueError) as error:
         reason = one_line(error)
         raise UserError(f"the weights of {base.name} can't be loaded: {reason}", option="model.base") from error
+    settle(model, dtype)
+    return model
+
+
+def nf4(dtype: torch.dtype) -> "BitsAndBytesConfig":
+    """How a base in 16 bits is quantised: NF4 with double quantisation, computing in ``dtype``."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Freeze a loaded base, which computes in ``dtype``."""
     model.requires_grad_(False)
     for module in _linears_4bit(model):
         module.compute_dtype = dtype
         # On a CPU with AVX512-BF16 an evaluation would repack the weights for inference, and every
         # training step after it would go without their gradient, or stop at widths not divisible by 32.
         module.support_avx512bf16_for_cpu = False
-    return model
 
 
 def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
@@ -170,6 +181,11 @@ def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
         if place and ".lora_A." in name:
             found.setdefault(int(place["layer"]), {})[place["linear"]] = shape[0]
     return tuple(found.values())
+
+
+def adapted_layers(model: "PeftModel") -> set[int]:
+    """The numbers of the decoder layers that have LoRA."""
+    return {int(place["layer"]) for place in map(PLACE.match, adapter_parameters(model)) if place}
 
 
 def has_bias(folder: Path | None) -> bool:

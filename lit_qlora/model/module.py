@@ -4,7 +4,8 @@ Driven by the command line's Trainer or Lightning's own; precision is the Traine
 `learning.py` computes the gradients. Knows no text.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,8 @@ from torchmetrics import SumMetric
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
-from lit_qlora.devices.world import local_first, world
+from lit_qlora.devices.strategy import is_on_edge
+from lit_qlora.devices.world import from_first, is_first, local_first, world
 from lit_qlora.errors import UserError, require
 from lit_qlora.model import load, script
 from lit_qlora.model.attention import find_places
@@ -49,6 +51,8 @@ from lit_qlora.model.offload import HostStore
 from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, make_optimizer, make_schedule
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
+from lit_qlora.model.sharded_base import load_sharded
+from lit_qlora.model.shards import Shards, check_shard
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.place import COMMAND
 
@@ -95,10 +99,16 @@ class QLoRAModule(LearnsInParts):
         cuda_graphs: record a step's kernels once per shape of a micro-batch and start them together: for a GPU that is
             faster than its host; without dropout and packing. auto: where it pays by the forecast.
         attention: implementation of attention in transformers.
+        shard: true: each device keeps a share of the base's layers, and gets the others' as they are used; for a base
+            that is too large for one, in more time. auto: where the forecast says that a whole one does not fit.
+        shard_to: where the shares are kept: gpu; or host, in its memory, with one device the whole base.
         quantized_cache: where a 4-bit copy of the base is kept for the next start: auto, beside the hub's cache, for
             bases of at least half a billion weights; none; or a folder. The three most recently used stay, and those in
             use.
     """
+
+    shards: Shards | None = None
+    """The base's layers, where no device holds them whole: not with shard auto, until `callbacks.shard` decides so."""
 
     @checked_arguments("model", paths=("base", "adapter", "quantized_cache"))
     def __init__(
@@ -123,6 +133,8 @@ class QLoRAModule(LearnsInParts):
         compile: bool | Literal["auto"] = "auto",  # noqa: A002  # the option is called by the field's own word
         cuda_graphs: bool | Literal["auto"] = "auto",
         attention: Attention = "sdpa",
+        shard: bool | Literal["auto"] = "auto",
+        shard_to: Literal["gpu", "host"] = "gpu",
         quantized_cache: str = "auto",
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -149,6 +161,7 @@ class QLoRAModule(LearnsInParts):
         self.checkpointing, self.compiles, self.attention = checkpointing, compile, attention
         self.cuda_graphs, self.own_layers, self.loss_rows = cuda_graphs, own_layers, loss_rows
         self.offload, self.quantized_cache = offload, quantized_cache
+        self.shard, self.shard_to = shard, shard_to
         self.copy_line: str | None = None
         self.prompt_format = load.DEFAULT_FORMAT
         """The prompt format it is trained with, as recorded in each saved adapter."""
@@ -182,6 +195,7 @@ class QLoRAModule(LearnsInParts):
         Raises UserError.
         """
         script.check_trainer(self.trainer)
+        check_shard(self.shard, self.shard_to, self.trainer.world_size)
         if stage == "fit" and self.standalone and type(self) is QLoRAModule:  # a subclass may log others
             script.check_monitors(self.trainer)
         strategy = self.trainer.strategy
@@ -211,7 +225,7 @@ class QLoRAModule(LearnsInParts):
             gpu = device.type == "cuda"
             require(gpu or self.cuda_graphs is not True, "model.cuda_graphs", "auto or false without a GPU", True)
         trained = self.state_dict() if self.model is not None else None
-        self.model = None
+        self.model = self.shards = None
         self._forget_layers()
         with local_first():  # the others find its download, and its copy in 4-bit
             self._load(dtype, device)
@@ -237,14 +251,25 @@ class QLoRAModule(LearnsInParts):
     def _load(self, dtype: torch.dtype, device: torch.device) -> None:
         given, copies = self._given_base, Copies(self.quantized_cache)
         copy = copies.find(given, dtype, device.type)
-        base_model = load.load_base(copy or given, dtype, device, self.attention)
-        self.copy_line = None if copy else copies.keep(base_model, given, dtype, device.type)
+        if self.shard is True:
+            base_model, self.shards = load_sharded(
+                copy or given, dtype, device, self.attention, self.shard_to == "host"
+            )
+            self.copy_line = None
+        else:
+            base_model = load.load_base(copy or given, dtype, device, self.attention)
+            self.copy_line = None if copy else copies.keep(base_model, given, dtype, device.type)
         self.base = copy or given
         if self.adapter:
             self.model = load.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)
         else:
             self.model = load.add_lora(base_model, self.lora)
         self.slow_because = why_not(self.model) if self.own_layers else "model.own_layers is false"
+        if self.shards:
+            if self.slow_because:
+                raise UserError(f"expected false with {self.slow_because}, got true", option="model.shard")
+            self.shards.lowest = min(load.adapted_layers(self.model))
+        self.keeps_pace = self.shards is not None and self.shards.size > 1
         if self.slow_because and self.cuda_graphs is True:
             raise UserError(f"expected auto or false with {self.slow_because}, got true", option="model.cuda_graphs")
         self.kept_layers, self.uses_cuda_graphs = self._choose_kept_layers(), self.cuda_graphs is True
@@ -253,6 +278,16 @@ class QLoRAModule(LearnsInParts):
             checkpoint_layers(base_model.model.layers, self.checkpointing)
         # from_pretrained returns every module in eval mode, and Lightning leaves it so: no dropout.
         self.model.train()
+
+    def to(self, *args: Any, **kwargs: Any) -> "QLoRAModule":
+        """As torch's; a shared base's layers stay where they are."""
+        with self.shards.aside() if self.shards else nullcontext():
+            return super().to(*args, **kwargs)
+
+    def cpu(self) -> "QLoRAModule":
+        """Likewise: a Trainer ends with it."""
+        with self.shards.aside() if self.shards else nullcontext():
+            return super().cpu()
 
     @property
     def peft_model(self) -> "PeftModel":
@@ -301,6 +336,8 @@ class QLoRAModule(LearnsInParts):
         lines += [self.copy_line] if self.copy_line else []
         if self.eager_because:
             lines.append(f"kernels are not compiled: {self.eager_because} missing (install gcc and python3-dev)")
+        if self.shards:
+            lines.append(self.shards.describe())
         lines.append(f"LoRA of rank {rank} on {names}: {_count(trained)} weights are trained")
         if self.slow_because:
             lines.append(f"decoder layers are those of transformers and peft, which take longer: {self.slow_because}")
@@ -389,9 +426,9 @@ class QLoRAModule(LearnsInParts):
 
     @property
     def can_learn_together(self) -> bool:
-        """True with our layers, unless kernels are recorded or a subclass has a loss of its own."""
+        """True with our layers, unless kernels are recorded, devices keep pace or a subclass has a loss of its own."""
         is_own = type(self).summed_loss is QLoRAModule.summed_loss
-        return is_own and not (self.slow_because or self.uses_cuda_graphs)
+        return is_own and not (self.slow_because or self.uses_cuda_graphs or self.keeps_pace)
 
     def draw(self) -> tuple[int, ...]:
         """The seeds of dropout."""
@@ -472,12 +509,12 @@ class QLoRAModule(LearnsInParts):
         if self.training not in self._layers:
             compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
             pointwise = compiled() if compiles and self.eager_because is None else EAGER
-            self._weights = self._weights or weights_of(self.peft_model)
+            self._weights = self._weights or weights_of(self.peft_model, self.shards)
             self._layers[self.training] = extract_layers(self.peft_model, pointwise, self._weights)
         return self._layers[self.training]
 
     def _keep_weights(self, dtype: torch.dtype) -> None:
-        for weights in self._weights[: self.dequantised_layers]:
+        for weights in self._weights[: self.dequantised_layers] if self.shards is None else ():
             weights.keep(dtype)
 
     def _embedded(self, batch: Batch) -> Tensor:
@@ -500,8 +537,20 @@ class QLoRAModule(LearnsInParts):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Raises UserError if a callback changed the accumulation: each batch holds the answer tokens of its step."""
+        if self.shards:
+            self.shards.count(batch.device)
         expected, now = self._accumulated, self.trainer.accumulate_grad_batches
         require(now == expected, "trainer.accumulate_grad_batches", f"{expected}, as at the start of the fit", now)
+
+    def on_after_backward(self) -> None:
+        """Where the base is shared, take part in the rest of the step, before gradients are summed."""
+        if self.shards and is_on_edge(self.trainer):
+            self.shards.keep_pace(backward=True)
+
+    def on_validation_start(self) -> None:
+        """The same where a validation falls inside of a step."""
+        if self.shards:
+            self.shards.keep_pace(backward=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the figures of an optimizer step after its last micro-batch, without waiting for the device."""
@@ -520,6 +569,8 @@ class QLoRAModule(LearnsInParts):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the sums over the held-out rows. Raises UserError as `training_step`."""
         check_batch(batch)
+        if self.shards:
+            self.shards.count(batch.device)
         loss_sum, num_correct, num_answers = self.summed_loss(batch) if batch.is_here else self.nothing()
         self.held_out_loss.update(loss_sum.double())
         self.held_out_correct.update(num_correct)
@@ -536,6 +587,8 @@ class QLoRAModule(LearnsInParts):
         self._log_held_out("test")
 
     def _log_held_out(self, prefix: str) -> None:
+        if self.shards:
+            self.shards.keep_pace(backward=False)
         tokens = self.held_out_tokens.compute()
         loss = self.held_out_loss.compute() / tokens
         metrics = {
@@ -590,6 +643,29 @@ class QLoRAModule(LearnsInParts):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Answers
+
+    @contextmanager
+    def by_first_alone(self) -> Iterator[bool]:
+        """Around what the first process alone computes with the model: True there.
+
+        Where the base is shared, the others take part in fetching its layers until that is done.
+        """
+        if not self.keeps_pace:
+            yield is_first()
+            return
+        assert self.shards
+        if not is_first():
+            while from_first(False):
+                self.shards.pass_through(backward=False)
+            yield False
+            return
+        decoder: Any = self.peft_model.get_base_model().model
+        announced = decoder.register_forward_pre_hook(lambda *_: from_first(True) and None)
+        try:
+            yield True
+        finally:
+            announced.remove()
+            from_first(False)
 
     def answer(
         self,

@@ -81,7 +81,7 @@ class HostStore:
         """Give the buffers back to the host."""
         self.begin()
         for buffer in self._buffers:
-            _unlock(buffer)
+            unlock(buffer)
         self._buffers.clear()
 
     def _buffer(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -91,8 +91,8 @@ class HostStore:
             self._buffers.append(torch.empty(0, dtype=like.dtype))
         buffer = self._buffers[at]
         if len(buffer) < size or buffer.dtype != like.dtype:
-            _unlock(buffer)
-            self._buffers[at] = buffer = _locked(size, like)
+            unlock(buffer)
+            self._buffers[at] = buffer = locked(size, like)
         return buffer
 
     def _fetch(self, parked: Parked) -> None:
@@ -125,7 +125,7 @@ class HostStore:
 def copy_gb_per_s(size: int = 2**26) -> float:
     """The rate of copies between this GPU and page-locked memory of its host, the slower way, in GB/s."""
     on_card = torch.empty(size, dtype=torch.uint8, device="cuda")
-    buffer = _locked(size, on_card)
+    buffer = locked(size, on_card)
     slowest = 0.0
     try:
         for target, source in ((buffer, on_card), (on_card, buffer)):
@@ -136,11 +136,11 @@ def copy_gb_per_s(size: int = 2**26) -> float:
             torch.cuda.synchronize()
             slowest = max(slowest, time.monotonic() - started)
     finally:
-        _unlock(buffer)
+        unlock(buffer)
     return size / slowest / 1e9
 
 
-def _locked(size: int, like: Tensor) -> Tensor:
+def locked(size: int, like: Tensor) -> Tensor:
     """A buffer on the host, page-locked where ``like`` is on a GPU.
 
     Not by ``pin_memory=True``, which takes up to twice as much: it rounds up to a power of two.
@@ -151,7 +151,8 @@ def _locked(size: int, like: Tensor) -> Tensor:
     return buffer
 
 
-def _unlock(buffer: Tensor) -> None:
+def unlock(buffer: Tensor) -> None:
+    """Make a page-locked buffer of the host an ordinary one, before it is freed."""
     if len(buffer) and torch.cuda.is_available() and buffer.is_pinned():
         torch.cuda.synchronize()
         torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))

@@ -33,6 +33,8 @@ MAY_CHANGE: Mapping[str, str] = {
     "model.cuda_graphs": "the same kernels, started together",
     "model.loss_rows": "the same sums, in other parts",
     "model.own_layers": "the same but for rounding",
+    "model.shard": "where the base is, not what it computes",
+    "model.shard_to": "where the base is, not what it computes",
     "model.quantized_cache": "a copy holds the same bits",
     "trainer.accelerator": "another machine: the same run, not the same bits",
     "trainer.devices": "how fast, not what is learned",

@@ -1,4 +1,7 @@
-"""Owns how a test has several processes: forks of this one, which has everything imported, on the CPU with gloo."""
+"""Owns how a test has several processes: forks of this one, which has everything imported, on the CPU with gloo.
+
+And the small runs that are compared with one another.
+"""
 
 import os
 import signal
@@ -10,7 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from safetensors.torch import load_file
+
+from lit_qlora.cli import main
 from lit_qlora.devices import world
+from lit_qlora.figures.lines import read_lines
 from lit_qlora.storage.files import parse_json
 
 LIMIT_S = 120
@@ -62,3 +70,48 @@ def _fork(rank: int, count: int, do: Callable[[], Any], folder: Path, joins: boo
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+ROUNDING = 1e-5
+"""Of a figure, relative: gradients are summed in another order."""
+OPTIONS = [
+    *("fit", "--trainer.accelerator", "cpu", "--samples.count", "0", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.accumulate_grad_batches", "4", "--data.batch_size", "3", "--model.dropout", "0.05"),
+    *("--trainer.limit_val_batches", "5", "--model.target_modules", "q_proj,down_proj"),
+]
+SHORT = ["--trainer.limit_train_batches", "11", "--trainer.max_epochs", "2", "--trainer.val_check_interval", "10",
+         "--save_every_steps", "2"]  # fmt: skip
+"""Two epochs of three steps, the last of three micro-batches; a validation inside of a step."""
+
+
+def fit(run: str, count: int, *options: str, before: Callable[[], Any] = lambda: None) -> list[Any]:
+    """The exit statuses of a run's processes; ``before`` is called in each of them."""
+
+    def do() -> int:
+        before()
+        return main([*OPTIONS, "--run", run, *options])
+
+    return run_several(count, do)
+
+
+def alone(*options: str) -> str:
+    """The name of the run of one process with ``options``, trained once per test module."""
+    name = f"alone-{abs(hash(options))}"
+    if not Path("runs", name).is_dir():
+        assert fit(name, 1, *options) == [0]
+    return name
+
+
+def assert_same(run: str, other: str, rounding: float = ROUNDING) -> None:
+    """Every figure but the clock's and the memory's, and every tensor of the adapter, are equal but for rounding."""
+    one, two = (read_lines(Path("runs", name, "metrics.jsonl")) for name in (run, other))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for line, found in zip(one, two, strict=True):
+        assert line.keys() == found.keys()
+        for name in line.keys() - {"speed/tokens_per_second"}:
+            if not name.startswith("memory/"):
+                assert found[name] == pytest.approx(line[name], rel=rounding), (line["step"], name)
+    weights = [load_file(Path("runs", name, "adapter", "adapter_model.safetensors")) for name in (run, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert (weights[1][name] - value).norm() <= 5 * rounding * value.norm(), name

@@ -7,77 +7,29 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lit_qlora.batch import Batch
 from lit_qlora.callbacks.steps import StepCallback, StepEdge
 from lit_qlora.cli import main
 from lit_qlora.devices import strategy
 from lit_qlora.devices.world import world
-from lit_qlora.figures.lines import read_lines
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.run import RunFolder
-from tests.devices.several import run_several
+from tests.devices.several import OPTIONS, ROUNDING, SHORT, alone, assert_same, fit, run_several
 
 ROOT = Path(__file__).parents[2]
-ROUNDING = 1e-5
-"""Of a figure, relative: gradients are summed in another order."""
-OPTIONS = [
-    *("fit", "--trainer.accelerator", "cpu", "--samples.count", "0", "--trainer.log_every_n_steps", "1"),
-    *("--trainer.accumulate_grad_batches", "4", "--data.batch_size", "3", "--model.dropout", "0.05"),
-    *("--trainer.limit_val_batches", "5", "--model.target_modules", "q_proj,down_proj"),
-]
-SHORT = ["--trainer.limit_train_batches", "11", "--trainer.max_epochs", "2", "--trainer.val_check_interval", "10",
-         "--save_every_steps", "2"]  # fmt: skip
-"""Two epochs of three steps, the last of three micro-batches; a validation inside of a step."""
-
-
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
     os.chdir(folder)
     yield folder
     os.chdir(before)
-
-
-def fit(run: str, count: int, *options: str, before: Callable[[], Any] = lambda: None) -> list[Any]:
-    """The exit statuses of a run's processes; ``before`` is called in each of them."""
-
-    def do() -> int:
-        before()
-        return main([*OPTIONS, "--run", run, *options])
-
-    return run_several(count, do)
-
-
-@cache
-def alone(*options: str) -> str:
-    """The name of the run of one process with ``options``."""
-    name = f"alone-{abs(hash(options))}"
-    assert fit(name, 1, *options) == [0]
-    return name
-
-
-def assert_same(run: str, other: str) -> None:
-    """Every figure but the clock's and the memory's, and every tensor of the adapter, are equal but for rounding."""
-    one, two = (read_lines(Path("runs", name, "metrics.jsonl")) for name in (run, other))
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for line, found in zip(one, two, strict=True):
-        assert line.keys() == found.keys()
-        for name in line.keys() - {"speed/tokens_per_second"}:
-            if not name.startswith("memory/"):
-                assert found[name] == pytest.approx(line[name], rel=ROUNDING), (line["step"], name)
-    weights = [load_file(Path("runs", name, "adapter", "adapter_model.safetensors")) for name in (run, other)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, value in weights[0].items():
-        assert (weights[1][name] - value).norm() <= 5 * ROUNDING * value.norm(), name
 
 
 def test_two_processes_learn_what_one_does() -> None:

@@ -1,0 +1,156 @@
+"""Owns the loading of a base that no process holds whole: tensor by tensor, of which each process keeps its share.
+
+Of a 4-bit base, or its copy, only the share is read; a 16-bit one is quantised weight by weight, to the same bits as in
+`load.load_base`, and the rest of each is dropped. Knows no adapter and no Trainer.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.errors import UserError
+from lit_qlora.model.attention import implementation_of
+from lit_qlora.model.base import Base
+from lit_qlora.model.config import for_transformers
+from lit_qlora.model.device import Attention
+from lit_qlora.model.load import nf4, settle
+from lit_qlora.model.shards import Packed, Part, Shards
+from lit_qlora.model.weights import STATE, Stored, check_weights, fetch, stored_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8,
+}  # fmt: skip
+"""safetensors' names of dtypes."""
+
+
+def load_sharded(
+    base: Base, dtype: torch.dtype, device: torch.device, attention: Attention, on_host: bool
+) -> tuple["PreTrainedModel", Shards]:
+    """As `load.load_base`, without the decoder's linear layers, which come from the shares as they are used.
+
+    Raises UserError if its weights can't be read, or are not all in 4 bits.
+    """
+    fetch(base)
+    plain = check_weights(base) if base.in_4_bits else []
+    if plain:
+        raise UserError(
+            f"{base.name} keeps {plain[0]} in 16 bits, and only a base whose linear layers are all in 4 bits is shared",
+            option="model.shard",
+            remedy="give --model.shard false, or the 16-bit base",
+        )
+    model, stored = _skeleton(base, dtype, attention), stored_tensors(base)
+    for name, parameter in [*model.named_parameters()]:
+        if name in stored and not hasattr(parameter, "quant_state"):
+            module, leaf = _owner(model, name)
+            value = _read(stored[name]).to(device, dtype)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    if base.shape.tied:
+        model.tie_weights()
+    rotary: Any = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config).to(device)
+    shards = Shards(device, on_host)
+    for index, layer in enumerate(model.model.layers):
+        shards.add([*_packed(base, stored, index, layer, dtype, device)])
+        # For transformers' own forward, in which answers are generated; ours opens the layers itself.
+        layer.register_forward_pre_hook(_opener(shards, index))
+    shards.attach()
+    settle(model, dtype)
+    return model.eval(), shards
+
+
+def _skeleton(base: Base, dtype: torch.dtype, attention: Attention) -> Any:
+    """The model without weights, its linear layers made for 4 bits."""
+    from transformers import GenerationConfig
+    from transformers.integrations import replace_with_bnb_linear
+
+    config = for_transformers({key: value for key, value in base.config.items() if key != "quantization_config"})
+    with torch.device("meta"):
+        model: Any = base.architecture.model_class()._from_config(
+            config, dtype=dtype, attn_implementation=implementation_of(attention)
+        )
+        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=nf4(dtype))
+    model.generation_config = GenerationConfig()
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    place, _, leaf = name.rpartition(".")
+    return model.get_submodule(place), leaf
+
+
+def _opener(shards: Shards, index: int) -> Any:
+    return lambda *_: shards.open(index, 1)
+
+
+def _packed(
+    base: Base, stored: Mapping[str, Stored], index: int, layer: Any, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[nn.Module, Packed]]:
+    """The linear modules of a layer, each with a 4-bit weight, of which nothing has been read that has shares."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for place, module in layer.named_modules():
+        if isinstance(module, Linear4bit):
+            name = f"model.layers.{index}.{place}.weight"
+            packed = _stored(stored, name, device) if base.in_4_bits else _quantised(stored[name], dtype, device)
+            weight = Params4bit(  # type: ignore[no-untyped-call]
+                torch.empty(0, dtype=torch.uint8, device=device),
+                quant_state=packed.state,
+                blocksize=packed.state.blocksize,
+                compress_statistics=packed.nested is not None,
+                quant_type=packed.state.quant_type,
+                module=module,
+                bnb_quantized=True,
+            )
+            module.weight, module.quant_state = weight, packed.state
+            yield module, packed
+
+
+def _stored(stored: Mapping[str, Stored], name: str, device: torch.device) -> Packed:
+    """A weight of a 4-bit base; its tables are read, the rest is to be read in parts."""
+    from bitsandbytes.functional import QuantState
+
+    shared = ("absmax", "nested_absmax")
+    beside = {match[2]: stored[match[0]] for match in filter(None, map(STATE.fullmatch, stored)) if match[1] == name}
+    tensors = {key: torch.empty(0) if key in shared else _read(value) for key, value in beside.items()}
+    state = QuantState.from_dict(tensors, device)
+    nested = beside.get("nested_absmax")
+    return Packed(_part(stored[name]), _part(beside["absmax"]), _part(nested) if nested else None, state)
+
+
+def _part(stored: Stored) -> Part:
+    size = stored.value_bytes
+
+    def read(first: int, count: int) -> Tensor:
+        (found,) = stored.read([(first // size, count // size)])
+        return torch.frombuffer(bytearray(found), dtype=torch.uint8)
+
+    return Part(DTYPES[stored.dtype], stored.shape, read)
+
+
+def _quantised(stored: Stored, dtype: torch.dtype, device: torch.device) -> Packed:
+    """A 16-bit weight, quantised as bitsandbytes does it for a whole base."""
+    from bitsandbytes.nn import Params4bit
+
+    value = _read(stored).to(device, dtype)
+    weight: Any = Params4bit(value, compress_statistics=True, quant_type="nf4").to(device)  # type: ignore[no-untyped-call]
+    state = weight.quant_state
+    packed = Packed(_made(weight.data), _made(state.absmax), _made(state.state2.absmax), state)
+    state.absmax = state.state2.absmax = torch.empty(0)
+    return packed
+
+
+def _made(tensor: Tensor) -> Part:
+    raw = tensor.contiguous().view(torch.uint8).flatten()
+    return Part(tensor.dtype, tuple(tensor.shape), lambda first, count: raw[first : first + count])
+
+
+def _read(stored: Stored) -> Tensor:
+    """A whole tensor of a file."""
+    (found,) = stored.read([(0, stored.num_values)])
+    return torch.frombuffer(bytearray(found), dtype=DTYPES[stored.dtype]).reshape(stored.shape)

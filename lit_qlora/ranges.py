@@ -115,6 +115,11 @@ TOGETHER: tuple[tuple[str, Callable[..., bool], str], ...] = (
         "model.cuda_graphs model.own_layers model.dropout model.dora",
     ),
     (
+        "auto or false with dora or cuda_graphs true, or without own_layers",
+        lambda shard, own, dora, graphs: shard is not True or (own and not dora and graphs is not True),
+        "model.shard model.own_layers model.dora model.cuda_graphs",
+    ),
+    (
         "auto or false with data.packing",
         lambda graphs, packing: graphs is not True or not packing, "model.cuda_graphs data.packing",
     ),

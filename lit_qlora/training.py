@@ -28,6 +28,7 @@ from lit_qlora.callbacks.progress import RunProgress
 from lit_qlora.callbacks.record import KeepRecord
 from lit_qlora.callbacks.report import Report
 from lit_qlora.callbacks.samples import SampleAnswers
+from lit_qlora.callbacks.shard import ShardChoice
 from lit_qlora.callbacks.steps import SeedByPosition, StepCallback, StepEdge
 from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit
 from lit_qlora.callbacks.throughput import Throughput
@@ -62,6 +63,7 @@ from lit_qlora.model.device import AMPERE, Device, current_device, decide_for
 from lit_qlora.model.load import check_settings, template_of
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
+from lit_qlora.model.shards import check_shard
 from lit_qlora.model.weights import check_weights
 from lit_qlora.options import LINKED, plain
 from lit_qlora.quiet import quieten
@@ -294,6 +296,8 @@ class QLoRACLI(LightningCLI):
         config: dict[str, Any] = {**self.config_init[self.verb].get("trainer", {})}
         validates = self.scores or config.get("limit_val_batches") != 0
         given, plugins = own_callbacks(config.get("callbacks"), validates), own_plugins(config.get("plugins"))
+        num_processes = count_processes(*(config[name] for name in ("devices", "num_nodes", "accelerator")))
+        check_shard(self.model.shard, self.model.shard_to, num_processes)
         check_rank(base, self.model.lora.rank)
         check_context(base, self.datamodule.max_length)
         check_weights(base)
@@ -302,14 +306,14 @@ class QLoRACLI(LightningCLI):
             self.datamodule.recall(self.run.rows)
         else:  # only here, since the model's and the data's options are checked by now
             check_optimizer(self.model.optimizer_name, current_device().capability is not None)
-            names = ("devices", "num_nodes", "accelerator")
-            check_shares(count_processes(*(config[name] for name in names)), int(config["accumulate_grad_batches"]))
+            check_shares(num_processes, int(config["accumulate_grad_batches"]))
             self._prepare_fit()
         shows_bar = config.get("enable_progress_bar") is not False and is_first()
         metrics, throughput = TrainMetrics(), Throughput()
         bars: list[StepCallback] = [RunProgress(metrics, throughput)] if shows_bar else []
         # A checkpoint has a word of these, and is to find whom it is for.
-        callbacks, loggers = [metrics, throughput, UpdateGuard(), SamePrompts(), *bars], list[Logger]()
+        callbacks = [metrics, throughput, UpdateGuard(), ShardChoice(), SamePrompts(), *bars]
+        loggers = list[Logger]()
         if not self.scores:
             callbacks = self._fit_callbacks([metrics, throughput], bars)
             loggers = [*self.own_loggers(), *self.given_loggers()] if is_first() else []
@@ -342,6 +346,7 @@ class QLoRACLI(LightningCLI):
         return [
             *([OwnSignals()] if world().size > 1 else []),
             SeedByPosition(options.data.seed),
+            ShardChoice(),
             KeepRecord(),
             guard,
             *figures,
@@ -385,6 +390,8 @@ class QLoRACLI(LightningCLI):
             if not isinstance(error, OutOfRoomError):
                 change = "--samples.count 0 or --model.checkpointing full, with which this run resumes"
                 raise UserError(OUT_OF_MEMORY, remedy=f"give {change}") from error
+            if model.keeps_pace and model.kept_layers:
+                raise error.advise("give --model.checkpointing full, with which this run resumes") from error
             change = datamodule.smaller(error.rows, self.trainer.accumulate_grad_batches)
             raise error.advise(f"give {change}, in a new run: --run NAME") from error
         if not self.report.was_told:  # killed between its last save and its end: Lightning sees nothing left to do

@@ -100,6 +100,19 @@ def _shorter_rows(forecast: Forecast) -> list[Change]:
     ]
 
 
+def _shared(forecast: Forecast) -> list[Change]:
+    """Shares on the cards: auto takes them by itself, where they alone make it fit."""
+    can_share = forecast.num_devices > 1 and not (forecast.is_slow or forecast.is_shared)
+    return [Change("--model.shard true", replace(forecast, shard=True))] if can_share else []
+
+
+def _shared_on_host(forecast: Forecast) -> list[Change]:
+    """The layers in the host's memory, for one card, too; the bus decides how long a step takes."""
+    if forecast.is_slow or forecast.shard_to == "host":
+        return []
+    return [Change("--model.shard true --model.shard_to host", replace(forecast, shard=True, shard_to="host"))]
+
+
 class Rung(NamedTuple):
     """A kind of change, with its steps from smallest to largest.
 
@@ -117,6 +130,7 @@ LADDER = (
     Rung(_smaller_ranks),
     Rung(_smaller_optimizer),
     Rung(_fewer_samples, always_less=True),
+    Rung(_shared),
     Rung(_smaller_batches),
     Rung(_recomputation),
     Rung(_recorded, always_less=True),
@@ -127,8 +141,15 @@ Fewer target modules are not among them: a rank of 4 on all takes as little memo
 
 
 def smallest_change(forecast: Forecast) -> Change | None:
-    """The smallest change that makes it fit, with `memory.RESERVE` left free if possible; None if nothing does."""
-    return _walk(forecast, 1 - memory.RESERVE) or _walk(forecast, 1.0)
+    """The smallest change that makes it fit, with `memory.RESERVE` left free if possible; None if nothing does.
+
+    The base's layers come from the host's memory only where nothing else makes it fit.
+    """
+    for options, changed in (Change("", forecast), *_shared_on_host(forecast)):
+        found = _walk(changed, 1 - memory.RESERVE) or _walk(changed, 1.0)
+        if found:
+            return Change(" ".join(filter(None, (found.options, options))), found.forecast)
+    return None
 
 
 def _walk(forecast: Forecast, share: float) -> Change | None:

@@ -121,7 +121,10 @@ class Forecast:
         plan: how rows are grouped into micro-batches.
         max_length: tokens of one row.
         accumulate: micro-batches of one optimizer step, over all devices.
-        num_devices: number of cards like this one, each with the whole base.
+        num_devices: number of cards like this one, each with the whole base or a share of it.
+        shard: whether they share the base; auto: where a whole one does not fit and a share does.
+        shard_to: where the shares are: gpu or host.
+        bus_gb_per_s: rate at which a shared base's layers come to a card.
         limit: number of micro-batches per epoch, or a share of them.
         seed: seed of the rows' order.
         samples: all sample answers of one validation.
@@ -144,6 +147,9 @@ class Forecast:
     max_length: int
     accumulate: int = 1
     num_devices: int = 1
+    shard: bool | str = False
+    shard_to: str = "gpu"
+    bus_gb_per_s: float = COLAB.gb_per_s
     limit: int | float = 1.0
     seed: int = 42
     samples: Samples = NO_SAMPLES
@@ -153,6 +159,20 @@ class Forecast:
     def is_slow(self) -> bool:
         """True if the layers are transformers' own, which are never recorded, and of which auto keeps none."""
         return self.lora.dora or not self.own_layers
+
+    @cached_property
+    def is_shared(self) -> bool:
+        """True if each device keeps a share of the base only."""
+        if self.shard != "auto":
+            return self.shard is True
+        if self.is_slow or (self.num_devices == 1 and self.shard_to == "gpu"):
+            return False
+        return not replace(self, shard=False).fits() and replace(self, shard=True).fits()
+
+    @property
+    def micro_batches_each(self) -> int:
+        """The most micro-batches of a step that one device computes, if they are of one size."""
+        return -(-self.accumulate // self.num_devices)
 
     @property
     def epoch(self) -> Epoch:
@@ -196,6 +216,8 @@ class Forecast:
             is_one_of_several=self.num_devices > 1,
             loss_rows=self.loss_rows,
             workspace=memory.HOPPER_WORKSPACE if self.card.capability >= (9, 0) else memory.WORKSPACE,
+            sharers=self.num_devices if self.is_shared else 0,
+            shares_on_host=self.is_shared and self.shard_to == "host",
         )
         if self._records(step):
             step = replace(step, tokens=largest.recorded_tokens, num_recordings=largest.num_recordings)
@@ -206,7 +228,7 @@ class Forecast:
         kept_layers, hosted_layers = self._kept_and_hosted(replace(step, dequantised_layers=0))
         step = replace(step, kept_layers=kept_layers, hosted_layers=hosted_layers, dequantised_layers=0)
         card_bytes = int(self.card.memory_gib * GIB)
-        is_auto = self.checkpointing == "auto" and not self.is_slow
+        is_auto = self.checkpointing == "auto" and not (self.is_slow or step.sharers)
         if is_auto and memory.has_room_for_weights(step, card_bytes, self.samples_at_once):
             return replace(step, dequantised_layers=self.shape.num_layers)
         return step
@@ -215,7 +237,7 @@ class Forecast:
         """``step`` with as many micro-batches together as make it quickest, by the forecast."""
         per_device = self.accumulate // self.num_devices
         is_alone = per_device < 2 or step.uses_cuda_graphs or step.dequantised_layers == self.shape.num_layers
-        if self.checkpointing != "auto" or self.is_slow or is_alone:
+        if self.checkpointing != "auto" or self.is_slow or is_alone or step.sharers:
             return step
 
         def hours(step: Step) -> float | None:
@@ -237,7 +259,7 @@ class Forecast:
 
     def _records(self, step: Step) -> bool:
         """True if a fit records its kernels on the card."""
-        if self.is_slow or self.plan.packed:
+        if self.is_slow or self.plan.packed or self.is_shared:
             return False
         if self.cuda_graphs != "auto":
             return bool(self.cuda_graphs)
@@ -257,7 +279,7 @@ class Forecast:
         tokens = step.together * step.tokens
         epoch = Epoch(tokens, tokens, step.together, 0)
         hours = epoch_hours(replace(step, kept_layers=self.shape.num_layers), epoch, self.card)
-        if self.host is None or hours is None or step.uses_cuda_graphs:
+        if self.host is None or hours is None or step.uses_cuda_graphs or step.sharers:  # whose layers use the bus
             return 0
         sendable = hours * 3600 * FORWARD_SHARE * BUS_SHARE * self.host.gb_per_s * 1e9
         layer = tokens * memory.hosted_in_layer(step)
@@ -286,7 +308,11 @@ class Forecast:
     def hours(self) -> float | None:
         """Hours per epoch at the cards' sustained rates; None if these are not known."""
         hours = epoch_hours(self.step, self.epoch, self.card)
-        return None if hours is None else hours / (self.num_devices * self.efficiency)
+        if hours is None:
+            return None
+        # A shared base's layers come while others are computed: the slower of the two counts.
+        fetching = self.epoch.num_micro_batches * memory.fetched_bytes(self.step) / self.bus_gb_per_s / 1e9 / 3600
+        return max(hours, fetching) / (self.num_devices * self.efficiency)
 
     @cached_property
     def efficiency(self) -> float:
@@ -371,6 +397,9 @@ def foresee(
         max_length=data.max_length,
         accumulate=trainer.accumulate_grad_batches,
         num_devices=getattr(trainer, "num_processes", 1),
+        shard=module.shard,
+        shard_to=module.shard_to,
+        bus_gb_per_s=(beside or COLAB).gb_per_s,
         limit=trainer.limit_train_batches,
         seed=data.seed,
         samples=samples,
@@ -386,7 +415,7 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
     """
     shape, available = module.base.shape, host.memory_bytes()
     is_open = module.dequantised_layers == shape.num_layers
-    if module.checkpointing != "auto" or module.slow_because or is_open or available is None:
+    if module.checkpointing != "auto" or module.slow_because or module.shards or is_open or available is None:
         return 1
     step = Step(
         shape,

@@ -83,6 +83,10 @@ class Step:
     """True if gradients are exchanged with other cards."""
     num_recordings: int = 0
     """Number of micro-batch shapes for which the layers' kernels are recorded by `model.graphs`."""
+    sharers: int = 0
+    """Number of processes among which the layers' 4-bit weights are shared (`model.shards`); 0: each has them whole."""
+    shares_on_host: bool = False
+    """True if each keeps its share in the host's memory."""
 
     @property
     def uses_cuda_graphs(self) -> bool:
@@ -123,6 +127,8 @@ class StepMemory:
     weights: int = 0
     dequantised: int = 0
     """Weights that stay dequantised, beside their 4 bits."""
+    arriving: int = 0
+    """The two layers of a shared base that are whole."""
     adapters: int = 0
     gradients: int = 0
     optimizer: int = 0
@@ -158,7 +164,9 @@ class StepMemory:
     @property
     def reserved(self) -> int:
         """To be compared with ``torch.cuda.max_memory_reserved()``."""
-        return self.total + self.apart + int(FRAGMENTATION * (self.total - self.activations))
+        # Shares and buffers of a shared base are a few large blocks, which stay where they are.
+        without_gaps = self.activations + (self.weights + self.arriving if self.arriving else 0)
+        return self.total + self.apart + int(FRAGMENTATION * (self.total - without_gaps))
 
     @property
     def on_card(self) -> int:
@@ -166,13 +174,43 @@ class StepMemory:
         return self.reserved + self.kernels + self.exchange + CONTEXT
 
 
-def weight_bytes(shape: Shape, element: int = 2) -> int:
-    """Bytes of the loaded base: linear layers in NF4 with double quantisation, all else in the precision."""
+def layer_bytes(shape: Shape) -> int:
+    """Bytes of a layer's linear weights in NF4 with double quantisation, without their tables."""
     quantized = 0
     for inputs, outputs in shape.linears.values():
         scales = math.ceil(inputs * outputs / NF4_BLOCK)
-        quantized += inputs * outputs // 2 + scales + 4 * math.ceil(scales / NF4_NESTED_BLOCK) + NF4_TABLES
-    return shape.num_layers * quantized + element * (shape.num_parameters - shape.num_quantized)
+        quantized += inputs * outputs // 2 + scales + 4 * math.ceil(scales / NF4_NESTED_BLOCK)
+    return quantized
+
+
+def weight_bytes(shape: Shape, element: int = 2) -> int:
+    """Bytes of the loaded base: linear layers in NF4 with double quantisation, all else in the precision."""
+    return shape.num_layers * layer_bytes(shape) + _other_bytes(shape, element)
+
+
+def _other_bytes(shape: Shape, element: int) -> int:
+    """Bytes of what no share is made of: tables of 4-bit weights, embeddings, norms, biases."""
+    tables = shape.num_layers * len(shape.linears) * NF4_TABLES
+    return tables + element * (shape.num_parameters - shape.num_quantized)
+
+
+def share_bytes(step: Step) -> int:
+    """Bytes of the base's layers that each process keeps, on its card or on the host."""
+    return step.shape.num_layers * math.ceil(layer_bytes(step.shape) / max(step.sharers, 1))
+
+
+def fetched_bytes(step: Step) -> int:
+    """Bytes that come to each card in a micro-batch of a shared base: all layers forward and backward, but for those
+    that are there."""
+    if not step.sharers:
+        return 0
+    coming = 1.0 if step.shares_on_host else 1 - 1 / step.sharers
+    return int(2 * max(step.shape.num_layers - 2, 0) * layer_bytes(step.shape) * coming)
+
+
+def base_on_host_bytes(step: Step) -> int:
+    """Page-locked memory of the hosts, of all processes together, for the shares of a base."""
+    return step.sharers * share_bytes(step) if step.shares_on_host else 0
 
 
 def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
@@ -301,7 +339,8 @@ def moments(step: Step) -> list[StepMemory]:
     state, others = size * shape.hidden, step.together - 1
     always = StepMemory(
         "",
-        weights=weight_bytes(shape, size),
+        weights=(0 if step.shares_on_host else share_bytes(step)) + _other_bytes(shape, size),
+        arriving=2 * layer_bytes(shape) if step.sharers else 0,
         dequantised=step.dequantised_layers * sum(weights.values()),
         adapters=4 * lora,
         optimizer=optimizer_bytes(step.optimizer, step.lora_tensors)[0],
@@ -312,12 +351,14 @@ def moments(step: Step) -> list[StepMemory]:
     )
     activations = step.together * step.tokens * kept_activations(step)
     recomputed = shape.num_layers - step.kept_layers
-    # During recomputation, a layer holds all its weights but the last dequantised, for the backward that follows.
+    # During recomputation, a layer holds all its weights but the last dequantised, for the backward that follows; one
+    # of a shared base, for which memory is short, dequantises them again.
+    held = sum(weights.values()) - (weights["down_proj"] if step.together == 1 else 0)
     again = replace(
         always,
         # Of the others that go with it, the gradients before and behind the layer.
         layer=step.tokens * (kept_in_layer(step) + swiglu_backward(step) + 2 * others * state),
-        dequantisation=0 if is_open else sum(weights.values()) - (weights["down_proj"] if step.together == 1 else 0),
+        dequantisation=0 if is_open else scratch if step.sharers else held,
     )
     once = replace(
         always,

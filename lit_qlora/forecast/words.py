@@ -20,6 +20,7 @@ REACHED = 0.7
 PARTS = {
     "weights": "base: linear layers in 4 bits, the rest in 16",
     "dequantised": "weights that stay dequantised, in 16",
+    "arriving": "its two layers that are whole at a time",
     "adapters": "adapter, fp32",
     "gradients": "its gradients, fp32",
     "optimizer": "optimizer's state",
@@ -72,6 +73,8 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
     yield line(f"in all, {share:.0%} of {card.memory_gib:.2f} GiB", peak.on_card, unit)
     others = [f"{one.moment} {one.total / unit:.2f}" for one in forecast.moments if one.moment != peak.moment]
     yield f"  allocated at other moments: {', '.join(others)}"
+    if step.sharers:
+        yield from shared_lines(forecast)
     yield f"  {step.tokens:,} tokens in the largest micro-batch; {kept_words(step)}"
     if samples.num_prompts:
         prompts = f"{samples.num_prompts} prompts of {samples.prompt_tokens} tokens"
@@ -79,6 +82,19 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
         yield f"  sample answers: {prompts}{assumed}, {samples.new_tokens} new ones each"
     if forecast.is_slow:
         yield SLOW
+
+
+def shared_lines(forecast: Forecast) -> Iterator[str]:
+    """How a shared base is kept, and what comes to each card."""
+    step = forecast.step
+    of = f"each card keeps 1/{step.sharers} of the base's layers" if step.sharers > 1 else "the base's layers are kept"
+    where = " in the host's memory" if step.shares_on_host else ""
+    coming = memory.fetched_bytes(step) / 1e9
+    yield f"  model.shard: {of}{where}, {memory.share_bytes(step) / GIB:.2f} GiB; to each card come, as they are used,"
+    yield (
+        f"  {coming:,.1f} GB per micro-batch, {coming * forecast.micro_batches_each:,.1f} GB per step: "
+        f"{coming / forecast.bus_gb_per_s:,.1f} s of a micro-batch at {forecast.bus_gb_per_s:g} GB/s"
+    )
 
 
 def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> Iterator[str]:
@@ -91,6 +107,8 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
         yield line(what, size)
     if paged:
         yield line("optimizer state that can be paged out to it", paged)
+    if step.shares_on_host:
+        yield line("base's layers on the host, page-locked", memory.base_on_host_bytes(step))
     if step.hosted_layers:
         yield line("activations on the host, page-locked", memory.host_bytes(step))
     yield line(f"run folder, with {keep_checkpoints} checkpoints", memory.run_folder_bytes(trained, keep_checkpoints))

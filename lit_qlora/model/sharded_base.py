@@ -65,15 +65,13 @@ def load_sharded(
 
 def _skeleton(base: Base, dtype: torch.dtype, attention: Attention) -> Any:
     """The model without weights, its linear layers made for 4 bits."""
-    from transformers import GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.integrations import replace_with_bnb_linear
 
     config = for_transformers({key: value for key, value in base.config.items() if key != "quantization_config"})
     with torch.device("meta"):
-        model: Any = base.architecture.model_class()._from_config(
-            config, dtype=dtype, attn_implementation=implementation_of(attention)
-        )
-        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=nf4(dtype))
+        made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation_of(attention))
+        model: Any = replace_with_bnb_linear(made, modules_to_not_convert=["lm_head"], quantization_config=nf4(dtype))
     model.generation_config = GenerationConfig()
     model.is_loaded_in_4bit = True
     return model
@@ -138,7 +136,8 @@ def _quantised(stored: Stored, dtype: torch.dtype, device: torch.device) -> Pack
     from bitsandbytes.nn import Params4bit
 
     value = _read(stored).to(device, dtype)
-    weight: Any = Params4bit(value, compress_statistics=True, quant_type="nf4").to(device)  # type: ignore[no-untyped-call]
+    unquantised: Any = Params4bit(value, compress_statistics=True, quant_type="nf4")  # type: ignore[no-untyped-call]
+    weight = unquantised.to(device)
     state = weight.quant_state
     packed = Packed(_made(weight.data), _made(state.absmax), _made(state.state2.absmax), state)
     state.absmax = state.state2.absmax = torch.empty(0)

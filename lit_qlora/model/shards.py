@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lit_qlora.devices.world import peers, world
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError
 from lit_qlora.model.offload import locked, unlock
 from lit_qlora.storage.files import size
 
@@ -62,12 +62,6 @@ def check_shard(shard: bool | str, to: str, num_processes: int) -> None:
             remedy="give --trainer.devices 2 or more, --model.shard_to host (layers come from the host's memory), or "
             "--model.shard auto",
         )
-
-
-def check_with(shard: bool | str, what: Sequence[tuple[bool, str]]) -> None:
-    """Raises UserError for a base that is to be shared together with the first of ``what`` that is True."""
-    for is_on, name in what:
-        require(not (shard is True and is_on), "model.shard", f"auto or false with {name}", shard)
 
 
 class Shards:

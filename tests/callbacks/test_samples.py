@@ -19,13 +19,17 @@ EOS = 2
 class FakeModule:
     """Answers each prompt with the ids that were prepared; knows whether its adapter is on."""
 
-    def __init__(self, adapter=None):
-        self.adapter = adapter
+    def __init__(self, adapter=None, is_first=True):
+        self.adapter, self.is_first = adapter, is_first
         self.base = SimpleNamespace(context_tokens=1024)
         self.is_on = True
         self.peft_model = self
         self.asked = []
         self.answers = {}
+
+    @contextlib.contextmanager
+    def by_first_alone(self):
+        yield self.is_first
 
     @contextlib.contextmanager
     def disable_adapter(self):
@@ -196,12 +200,12 @@ def test_none_are_asked_with_a_count_of_zero(fake, lines):
 
 
 def test_only_fit_samples_and_only_the_first_device(fake):
-    module = FakeModule()
+    module, other = FakeModule(), FakeModule(is_first=False)
     fake.state.fn = "validate"
     SampleAnswers().on_validation_end(fake, module)
-    fake.state.fn, fake.is_global_zero = "fit", False
-    SampleAnswers().on_validation_end(fake, module)
-    assert module.asked == []
+    fake.state.fn = "fit"
+    SampleAnswers().on_validation_end(fake, other)
+    assert module.asked == other.asked == []
 
 
 def test_the_table_shows_prompt_base_and_adapter(fake, board):

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from lit_qlora.batch import Batch
 from lit_qlora.cli import main
 from lit_qlora.devices import world
 from lit_qlora.figures.lines import read_lines
+from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage.files import parse_json
 
 LIMIT_S = 120
@@ -115,3 +117,20 @@ def assert_same(run: str, other: str, rounding: float = ROUNDING) -> None:
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         assert (weights[1][name] - value).norm() <= 5 * rounding * value.norm(), name
+
+
+def at_batch(number: int, rank: int, do: Callable[[], Any]) -> Callable[[], None]:
+    """Does ``do`` in the process ``rank`` as it comes to its micro-batch of that number, counted from 1."""
+
+    def prepare() -> None:
+        real, seen = QLoRAModule.training_step, [0]
+
+        def training_step(self: QLoRAModule, batch: Batch, batch_idx: int) -> dict[str, Any]:
+            seen[0] += 1
+            if seen[0] == number and world.world().rank == rank:
+                do()
+            return real(self, batch, batch_idx)
+
+        QLoRAModule.training_step = training_step  # type: ignore[method-assign]
+
+    return prepare

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ from lit_qlora.devices.world import world
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.run import RunFolder
-from tests.devices.several import OPTIONS, ROUNDING, SHORT, alone, assert_same, fit, run_several
+from tests.devices.several import OPTIONS, ROUNDING, SHORT, alone, assert_same, at_batch, fit, run_several
 
 ROOT = Path(__file__).parents[2]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
@@ -79,23 +80,6 @@ def test_a_whole_run_of_three() -> None:
     ]
     assert fit("three", 3, *options) == [0] * 3
     assert_same(alone(*options), "three")
-
-
-def at_batch(number: int, rank: int, do: Callable[[], Any]) -> Callable[[], None]:
-    """Does ``do`` in the process ``rank`` as it comes to its micro-batch of that number, counted from 1."""
-
-    def prepare() -> None:
-        real, seen = QLoRAModule.training_step, [0]
-
-        def training_step(self: QLoRAModule, batch: Batch, batch_idx: int) -> dict[str, Any]:
-            seen[0] += 1
-            if seen[0] == number and world().rank == rank:
-                do()
-            return real(self, batch, batch_idx)
-
-        QLoRAModule.training_step = training_step  # type: ignore[method-assign]
-
-    return prepare
 
 
 @pytest.mark.slow

@@ -276,11 +276,33 @@ def test_7b_by_hand():
     assert step.moment == "backward of the last recomputed layer"
 
 
+def test_a_shared_base_by_hand():
+    """Of 80 layers of a 70B, 441 MB each, a half or nothing is on the card, and two layers whole."""
+    seventy = Shape.of(LLAMA_2["70b"])
+    layer = memory.layer_bytes(seventy)
+    weights = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
+    assert layer == weights // 2 + weights // 64 + weights // 64 // 64
+    whole = Step(seventy, tokens=1024, scored_tokens=1024, rank=8)
+    shared, on_host = replace(whole, sharers=2), replace(whole, sharers=2, shares_on_host=True)
+    first, half, none = (memory.step_memory(step) for step in (whole, shared, on_host))
+    assert first.arriving == 0 and half.arriving == none.arriving == 2 * layer
+    assert first.weights - half.weights == half.weights - none.weights == 40 * layer == memory.share_bytes(shared)
+    assert memory.fetched_bytes(whole) == 0
+    assert memory.fetched_bytes(shared) == 2 * 78 * layer // 2
+    assert memory.fetched_bytes(on_host) == memory.fetched_bytes(replace(on_host, sharers=1)) == 2 * 78 * layer
+    assert memory.base_on_host_bytes(on_host) == 80 * layer and memory.base_on_host_bytes(shared) == 0
+    # While one layer is recomputed, one of its weights is dequantised at a time.
+    assert max(part.dequantisation for part in memory.moments(shared)) < 2 * 8192 * 28672 * 1.1
+
+
 def test_a_total_is_the_sum_of_its_parts():
     parts = {part.name: 10**index for index, part in enumerate(fields(StepMemory)[1:-3])}  # but what is apart
     held = StepMemory("now", **parts)
     assert held.total == int("1" * len(parts))
-    assert held.reserved == held.total + int((held.total - held.activations) * 0.085)
+    without_gaps = held.activations + held.weights + held.arriving
+    assert held.reserved == held.total + int((held.total - without_gaps) * 0.085)
+    whole = replace(held, arriving=0)
+    assert whole.reserved == whole.total + int((whole.total - whole.activations) * 0.085)
     assert replace(held, apart=1000).total == held.total
     assert replace(held, apart=1000).reserved == held.reserved + 1000
     assert held.on_card == held.reserved + int(0.35 * GIB)

@@ -225,8 +225,25 @@ def test_more_rows_of_logits_take_more_memory(plan):
 
 
 def test_what_never_fits(plan):
-    lines = plan("--config", T4, "--model.base", "meta-llama/Llama-2-70b-chat-hf")
+    lines = plan("--config", T4, "--model.base", "meta-llama/Llama-2-70b-chat-hf", "--gpu-gib", "2")
     assert lines[-1].endswith("and no setting does; take a larger card or a smaller base")
+
+
+def test_cards_that_share_a_base(plan):
+    """By themselves, where a whole one does not fit; the host's memory where it was asked for."""
+    base = ("--config", T4, "--model.base", "meta-llama/Llama-2-70b-chat-hf", "--model.rank", "8",
+            "--data.max_length", "512", "--data.batch_size", "1")  # fmt: skip
+    two = ("--gpu", "4090", "--trainer.devices", "2", "--trainer.accumulate_grad_batches", "2", "--samples.count", "0")
+    lines = plan(*base, *two)
+    assert figures(lines)["its two layers that are whole at a time"] == pytest.approx(0.82, abs=0.01)
+    assert any("model.shard: each card keeps 1/2 of the base's layers, 16.44 GiB" in line for line in lines)
+    assert any("34.4 GB per micro-batch, 34.4 GB per step" in line for line in lines)
+    lines = plan(*base, *two, "--model.shard", "true", "--model.shard_to", "host")
+    assert figures(lines)["base's layers on the host, page-locked"] == pytest.approx(32.89, abs=0.01)
+    (line,) = plan(*base, "--model.shard", "true", status=2)
+    assert line.startswith(
+        "error: model.shard: true, and one device has nothing to share with; give --trainer.devices 2"
+    )
 
 
 def test_bare_it_plans_the_demo_on_a_t4_with_counted_tokens(plan):

@@ -1,0 +1,34 @@
+"""Owns the decision whether the base is shared, where that is left to the forecast: before a weight is loaded."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_qlora.devices.world import any_of, world
+from lit_qlora.forecast import memory
+from lit_qlora.forecast.foresee import current_card, foresee
+from lit_qlora.storage.files import GIB
+
+
+class ShardChoice(Callback):
+    """A callback that turns model.shard auto into true where a whole base does not fit on the smallest card and a share
+    does; into false elsewhere, and on a CPU."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Decide, in all processes alike; the rows are encoded by now."""
+        module: Any = pl_module
+        if module.shard == "auto":
+            module.shard = any_of(_is_shared(trainer, module, stage))
+
+
+def _is_shared(trainer: Trainer, module: Any, stage: str) -> bool:
+    card = current_card()
+    if card is None:
+        return False
+    if stage == "fit":
+        forecast = foresee(module, trainer.datamodule, trainer)  # type: ignore[attr-defined]
+        return forecast is not None and forecast.is_shared
+    # Scoring keeps no activations: the weights decide.
+    can_share = module.own_layers and (world().size > 1 or module.shard_to == "host")
+    room = card.memory_gib * GIB * (1 - memory.RESERVE) - memory.CONTEXT
+    return can_share and memory.weight_bytes(module.base.shape) > room

@@ -1,0 +1,143 @@
+"""A base in shares: the bits of a whole one, each byte read by the process that keeps it, and nothing else kept."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lit_qlora.devices.world import World
+from lit_qlora.model import copies, shards, weights
+from lit_qlora.model.base import find_base
+from lit_qlora.model.copies import Copies
+from lit_qlora.model.sharded_base import load_sharded
+from tests.small_bases import save_base
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[1, 77, 400, 5, 9, 11]])
+
+
+@pytest.fixture
+def copy_of(tmp_path, monkeypatch, load):
+    """The 4-bit copy of a base."""
+
+    def copy_of(base: Any) -> Any:
+        monkeypatch.setattr(copies, "RESERVE_BYTES", 0)
+        kept = Copies(str(tmp_path / "copies"))
+        assert kept.keep(load(base=base), base, torch.float32, "cpu")
+        return kept.find(base, torch.float32, "cpu")
+
+    return copy_of
+
+
+@contextmanager
+def as_processes(count: int, monkeypatch: pytest.MonkeyPatch, base: Any, on_host: bool) -> Iterator[list[Any]]:
+    """The models of ``count`` processes, in this one: what is gathered is taken from all of their shares."""
+    found = []
+    for rank in range(count):
+        here = World(rank, count, rank, count)
+        monkeypatch.setattr(shards, "world", lambda here=here: here)
+        found.append(load_sharded(base, torch.float32, CPU, "sdpa", on_host))
+    own = [one._own for _, one in found]
+
+    def gather(whole: torch.Tensor, part: torch.Tensor) -> Any:
+        index = next(i for shares in own for i, share in enumerate(shares) if torch.equal(share, part))
+        whole.copy_(torch.cat([shares[index] for shares in own]))
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(shards, "_gather", gather)
+    yield [model for model, _ in found]
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("from_copy", [False, True])
+def test_each_process_has_the_bits_of_a_whole_base(count, on_host, from_copy, tiny, load, copy_of, monkeypatch):
+    if count == 1 and not on_host:
+        return  # nothing to share with: refused
+    base = copy_of(tiny) if from_copy else tiny
+    with torch.no_grad(), as_processes(count, monkeypatch, base, on_host) as models:
+        expected = load()(IDS).logits
+        for model in models:
+            assert torch.equal(model(IDS).logits, expected)
+            assert torch.equal(model(IDS).logits, expected)  # its layers have to come again
+
+
+@pytest.mark.parametrize(
+    "like", ["llama 3.2", "llama with biases", "mistral nemo", "qwen2.5 yarn", "qwen3 with biases"]
+)
+def test_any_architecture(like, tmp_path, load, monkeypatch):
+    base = find_base(str(save_base(tmp_path / "base", like)))
+    with torch.no_grad(), as_processes(2, monkeypatch, base, False) as models:
+        assert torch.equal(models[1](IDS).logits, load(base=base)(IDS).logits)
+        names = [dict(model.named_parameters()).keys() for model in (models[0], load(base=base))]
+        assert names[0] == names[1]
+
+
+def test_a_layer_whose_bytes_do_not_divide(tiny):
+    """Of a 3 x 256 times 3 boundary: the last share is filled up."""
+    layer = shards.Shards(CPU, True)
+    part = shards.Part(
+        torch.uint8, (1000, 1), lambda first, count: torch.arange(1000).to(torch.uint8)[first : first + count]
+    )
+    linear = torch.nn.Linear(1, 1)
+    linear.weight = torch.nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+    state = SimpleNamespace(absmax=None)
+    layer.size, layer.rank = 3, 2
+    layer.add([(linear, shards.Packed(part, part._replace(shape=(10,)), None, state))])
+    assert layer.own_bytes == 512 and (layer._own[0] == 0).sum() >= 512 - 10
+    layer.size, layer.rank = 3, 1
+    layer.add([(linear, shards.Packed(part, part._replace(shape=(10,)), None, state))])
+    assert torch.equal(layer._own[1][:488], torch.arange(512, 1000).to(torch.uint8))
+
+
+def storages(model: Any) -> dict[int, int]:
+    """Bytes of each storage that the 4-bit weights and their scales are in."""
+    found = {}
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if hasattr(module, "quant_state"):
+                state = module.weight.quant_state
+                for tensor in (module.weight.data, state.absmax, state.state2.absmax):
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def test_no_whole_weight_remains(tmp_path, monkeypatch):
+    """Of eight layers, two buffers and the shares: nothing else that is as large as a weight is held by anyone."""
+    base = find_base(str(save_base(tmp_path / "base", "llama 2", num_hidden_layers=8)))
+    with as_processes(2, monkeypatch, base, False) as models:
+        for model in models:
+            held = storages(model)
+            assert len(held) == 2 and len({*held.values()}) == 1
+        gc.collect()
+        packed = [
+            one
+            for one in gc.get_objects()
+            if type(one) is torch.Tensor and one.dtype == torch.uint8 and one.numel() > 2000
+        ]
+        sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in packed}
+        layer = max(held.values())
+        assert sorted(sizes.values()) == [layer // 2] * 16 + [layer] * 4
+
+
+def test_each_process_reads_its_share_of_a_copy_only(tiny, copy_of, monkeypatch):
+    copy, read = copy_of(tiny), [0]
+    real = weights.Stored.read
+
+    def counted(self: Any, places: Any) -> Iterator[bytes]:
+        for found in real(self, places):
+            read[0] += len(found) * (self.dtype == "U8" and len(self.shape) == 2)
+            yield found
+
+    monkeypatch.setattr(weights.Stored, "read", counted)
+    stored = weights.stored_tensors(copy).values()
+    packed = sum(one.num_values for one in stored if one.dtype == "U8" and len(one.shape) == 2)
+    for count in (1, 4):
+        read[0] = 0
+        with as_processes(count, monkeypatch, copy, True) as models:
+            assert len(models) == count and read[0] == packed > 40_000

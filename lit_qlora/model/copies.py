@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,17 +86,32 @@ class Copies:
 
     def keep(self, model: "PreTrainedModel", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
         """Keep ``model``, just loaded from ``base`` and without an adapter; report that, or why not."""
+        needed_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+        save = partial(model.save_pretrained, max_shard_size="1GB")
+        return self.keep_by(lambda folder: save(str(folder)), needed_bytes, base, dtype, device_type)
+
+    def keep_by(
+        self, save: Callable[[Path], None], needed_bytes: int, base: Base, dtype: torch.dtype, device_type: str
+    ) -> str | None:
+        """Keep what ``save`` writes into a folder; report that, or why not.
+
+        Args:
+            save: writes the base in 4 bits.
+            needed_bytes: that it takes.
+            base: that it was made from.
+            dtype: that it computes in.
+            device_type: that it was quantised on.
+        """
         num_weights = base.shape.num_parameters
         if self.root is None or base.in_4_bits:
             return None
         if num_weights < KEPT_FROM and not self.keeps_small:
             return None
         target = self.root / _name(base, dtype, device_type)
-        needed_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
         def fill(folder: Path) -> None:
             with bars_of_transformers("keep"):
-                model.save_pretrained(str(folder), max_shard_size="1GB")
+                save(folder)
             write_original(folder, find_base(str(folder)), base)
 
         try:

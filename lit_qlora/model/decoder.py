@@ -157,9 +157,9 @@ def weights_of(model: Any, shards: Shards | None = None) -> list[Weights]:
         shards: what brings them, where no device holds them all.
     """
     layers = model.get_base_model().model.layers
-    return [
-        Weights([*map(_quantised, _linears(layer))], shards and shards.fetcher(at)) for at, layer in enumerate(layers)
-    ]
+    fetches = [shards.fetcher(at) if shards else None for at in range(len(layers))]
+    pairs = zip(layers, fetches, strict=True)
+    return [Weights([*map(_quantised, _linears(layer))], fetch) for layer, fetch in pairs]
 
 
 def _quantised(module: Any) -> Quantised:

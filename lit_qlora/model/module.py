@@ -51,7 +51,7 @@ from lit_qlora.model.offload import HostStore
 from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, make_optimizer, make_schedule
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
-from lit_qlora.model.sharded_base import load_sharded
+from lit_qlora.model.sharded_base import keep_copy, load_sharded
 from lit_qlora.model.shards import Shards, check_shard
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.place import COMMAND
@@ -252,10 +252,11 @@ class QLoRAModule(LearnsInParts):
         given, copies = self._given_base, Copies(self.quantized_cache)
         copy = copies.find(given, dtype, device.type)
         if self.shard is True:
+            self.copy_line = None if copy else keep_copy(given, copies, dtype, device)
+            copy = copy or copies.find(given, dtype, device.type)
             base_model, self.shards = load_sharded(
                 copy or given, dtype, device, self.attention, self.shard_to == "host"
             )
-            self.copy_line = None
         else:
             base_model = load.load_base(copy or given, dtype, device, self.attention)
             self.copy_line = None if copy else copies.keep(base_model, given, dtype, device.type)

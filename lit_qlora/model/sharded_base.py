@@ -4,7 +4,9 @@ Of a 4-bit base, or its copy, only the share is read; a 16-bit one is quantised 
 `load.load_base`, and the rest of each is dropped. Knows no adapter and no Trainer.
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +14,14 @@ from torch import Tensor, nn
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.attention import implementation_of
-from lit_qlora.model.base import Base
+from lit_qlora.model.base import INDEX, Base
 from lit_qlora.model.config import for_transformers
+from lit_qlora.model.copies import Copies
 from lit_qlora.model.device import Attention
 from lit_qlora.model.load import nf4, settle
+from lit_qlora.model.shape import Shape
 from lit_qlora.model.shards import Packed, Part, Shards
-from lit_qlora.model.weights import STATE, Stored, check_weights, fetch, stored_tensors
+from lit_qlora.model.weights import BUFFER, STATE, Stored, check_weights, fetch, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +30,10 @@ DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8,
 }  # fmt: skip
 """safetensors' names of dtypes."""
+BYTES_PER_WEIGHT = 0.517
+"""Of a copy's 4-bit weights, with their scales and tables; for the disk space that it takes."""
+FILE_BYTES = 1_000_000_000
+"""Bytes of a copy's file, at least; so much waits in the host's memory."""
 
 
 def load_sharded(
@@ -61,6 +69,59 @@ def load_sharded(
     shards.attach()
     settle(model, dtype)
     return model.eval(), shards
+
+
+def keep_copy(base: Base, copies: Copies, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Keep the 4-bit copy of a 16-bit ``base``, written weight by weight; report that, or why not.
+
+    Raises UserError if its weights can't be read.
+    """
+    fetch(base)
+    check_weights(base)
+    shape = base.shape
+    needed_bytes = round(BYTES_PER_WEIGHT * shape.num_quantized)
+    needed_bytes += dtype.itemsize * (shape.num_parameters - shape.num_quantized)
+    return copies.keep_by(lambda folder: _save(folder, base, dtype, device), needed_bytes, base, dtype, device.type)
+
+
+def _save(folder: Path, base: Base, dtype: torch.dtype, device: torch.device) -> None:
+    """Write ``base`` in 4 bits as transformers does, in files of about `FILE_BYTES`."""
+    from safetensors.torch import save_file
+
+    config = for_transformers(base.config)
+    config.quantization_config = nf4(dtype).to_dict()
+    config.architectures, config.dtype = [base.architecture.model_class().__name__], dtype
+    config.save_pretrained(str(folder))
+    places: dict[str, str] = {}
+    waiting: dict[str, Tensor] = {}
+
+    def write() -> None:
+        file = f"model-{len({*places.values()}) + 1:05}.safetensors"
+        save_file(waiting, folder / file, {"format": "pt"})
+        places.update(dict.fromkeys(waiting, file))
+        waiting.clear()
+
+    for name, stored in sorted(stored_tensors(base).items()):
+        waiting |= {key: value.cpu().contiguous() for key, value in _in_4_bits(base, name, stored, dtype, device)}
+        if sum(value.nbytes for value in waiting.values()) > FILE_BYTES:
+            write()
+    write()
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+
+
+def _in_4_bits(
+    base: Base, name: str, stored: Stored, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """What a tensor of a 16-bit base becomes in its copy: nothing, itself, or a weight and its state."""
+    if name.endswith(BUFFER) or (name == "lm_head.weight" and base.shape.tied):
+        return
+    if name.split(".")[-2] not in Shape.LINEARS or name.endswith(".bias"):
+        yield name, _read(stored).to(dtype)
+        return
+    weight = _quantise(stored, dtype, device)
+    yield name, weight.data
+    for key, value in weight.quant_state.as_dict(packed=True).items():
+        yield f"{name}.{key}", value
 
 
 def _skeleton(base: Base, dtype: torch.dtype, attention: Attention) -> Any:
@@ -132,16 +193,21 @@ def _part(stored: Stored) -> Part:
 
 
 def _quantised(stored: Stored, dtype: torch.dtype, device: torch.device) -> Packed:
-    """A 16-bit weight, quantised as bitsandbytes does it for a whole base."""
-    from bitsandbytes.nn import Params4bit
-
-    value = _read(stored).to(device, dtype)
-    unquantised: Any = Params4bit(value, compress_statistics=True, quant_type="nf4")  # type: ignore[no-untyped-call]
-    weight = unquantised.to(device)
+    """A 16-bit weight in 4 bits; all of it is here until its shares are taken."""
+    weight = _quantise(stored, dtype, device)
     state = weight.quant_state
     packed = Packed(_made(weight.data), _made(state.absmax), _made(state.state2.absmax), state)
     state.absmax = state.state2.absmax = torch.empty(0)
     return packed
+
+
+def _quantise(stored: Stored, dtype: torch.dtype, device: torch.device) -> Any:
+    """A weight quantised by bitsandbytes, as it is in a whole base."""
+    from bitsandbytes.nn import Params4bit
+
+    value = _read(stored).to(device, dtype)
+    weight: Any = Params4bit(value, compress_statistics=True, quant_type="nf4")  # type: ignore[no-untyped-call]
+    return weight.to(device)
 
 
 def _made(tensor: Tensor) -> Part:

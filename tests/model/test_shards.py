@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from lit_qlora.devices.world import World
-from lit_qlora.model import copies, shards, weights
+from lit_qlora.model import copies, sharded_base, shards, weights
 from lit_qlora.model.base import find_base
 from lit_qlora.model.copies import Copies
+from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.sharded_base import load_sharded
 from tests.small_bases import save_base
 
@@ -141,3 +142,29 @@ def test_each_process_reads_its_share_of_a_copy_only(tiny, copy_of, monkeypatch)
         read[0] = 0
         with as_processes(count, monkeypatch, copy, True) as models:
             assert len(models) == count and read[0] == packed > 40_000
+
+
+@pytest.mark.parametrize("like", ["llama 3.2", "qwen3 with biases"])
+def test_a_copy_written_weight_by_weight_is_the_one_of_a_whole_base(like, tmp_path, load, monkeypatch):
+    monkeypatch.setattr(copies, "RESERVE_BYTES", 0)
+    monkeypatch.setattr(sharded_base, "FILE_BYTES", 20_000)
+    base = find_base(str(save_base(tmp_path / "base", like)))
+    found = []
+    for name in ("whole", "parts"):
+        kept = Copies(str(tmp_path / name))
+        if name == "whole":
+            line = kept.keep(load(base=base), base, torch.float32, "cpu")
+        else:
+            line = sharded_base.keep_copy(base, kept, torch.float32, CPU)
+        assert line.startswith("a 4-bit copy (0.0 GB) is kept in ")
+        found.append(kept.find(base, torch.float32, "cpu"))
+    whole, parts = (weights.stored_tensors(copy) for copy in found)
+    assert {name: one.shape for name, one in whole.items()} == {name: one.shape for name, one in parts.items()}
+    for name, one in whole.items():
+        (expected,), (own,) = (stored.read([(0, stored.num_values)]) for stored in (one, parts[name]))
+        assert own == expected, name
+    assert len({one.file for one in parts.values()}) > 2
+    assert found[0].config == found[1].config and fingerprint(found[0]) == fingerprint(found[1]) == fingerprint(base)
+    ids = IDS % 500
+    with torch.no_grad():
+        assert torch.equal(load(base=found[1])(ids).logits, load(base=base)(ids).logits)

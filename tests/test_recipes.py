@@ -57,6 +57,21 @@ def test_the_figures_in_kaggles_config_are_the_forecasts(capsys: pytest.CaptureF
     assert f"with two of 4 conversations each {shares['rows']}" in words
 
 
+def test_the_70bs_config_is_shared_by_two_cards_as_its_head_says(capsys: pytest.CaptureFixture[str]) -> None:
+    head = (ROOT / "configs" / "70b_2x24.yaml").read_text(encoding="utf-8").split("\n\n")[0]
+    assert main(["plan", "--config", "70b_2x24", "--gpu", "4090"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    needed = re.search(r"fit[^:]*: ([\d.]+) of 23.64 GiB", shown)
+    comes = re.search(r"keeps 1/2 of the base's layers, .* ([\d.]+ GB per micro-batch)", shown)
+    takes = re.search(r"an epoch takes ([\d.]+) h to ([\d.]+) h: (\d+) to (\d+) tokens/s", shown)
+    assert needed and f"{float(needed[1]):.1f} of 23.64 GiB per card" in head
+    assert comes and comes[1] in head
+    assert takes and f"{takes[1]} to {takes[2]} h for one epoch" in head and f"({takes[4]} to {takes[3]} tokens" in head
+    # Where cards have the room, each keeps the whole base.
+    assert not plan.read(["--config", "70b_2x24", "--gpu", "a100-80"]).forecast.is_shared
+    assert plan.read(["--config", "70b_2x24", "--gpu", "4090"]).forecast.is_shared
+
+
 def test_the_tables_on_many_cards_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "several-devices.md").read_text(encoding="utf-8")
     per = many_cards.costs("a100-80", 12.5)

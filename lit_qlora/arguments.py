@@ -17,7 +17,7 @@ from lit_qlora.ranges import check_ranges
 
 P = ParamSpec("P")
 
-_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "none"}
+TYPE_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "none"}
 _LISTS = {str: "texts", int: "whole numbers", float: "numbers"}
 
 
@@ -84,7 +84,7 @@ def _as(hint: Any, value: Any, is_path: bool) -> Any:
             return value if isinstance(value, int | float) else hint(value)
     elif hint is str and is_path and isinstance(value, os.PathLike):
         return os.fsdecode(value)
-    elif isinstance(value, dict) if kind is dict else hint not in _WORDS or isinstance(value, hint):
+    elif isinstance(value, dict) if kind is dict else hint not in TYPE_WORDS or isinstance(value, hint):
         return value
     raise TypeError
 
@@ -100,7 +100,7 @@ def words_of(hint: Any, is_path: bool = False) -> str:
         return f"a list of {_LISTS.get(parts[0], 'values')}"
     if kind is dict:
         return "a table"
-    return "a text or a path" if hint is str and is_path else _WORDS.get(hint, str(hint))
+    return "a text or a path" if hint is str and is_path else TYPE_WORDS.get(hint, str(hint))
 
 
 def _shown(value: Any) -> str:

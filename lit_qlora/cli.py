@@ -6,6 +6,7 @@ command resumes it.
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,7 +18,7 @@ from lit_qlora.devices import starting
 from lit_qlora.devices.launchers import ignore_launchers
 from lit_qlora.devices.mistakes import report
 from lit_qlora.devices.world import world
-from lit_qlora.errors import SecretError, UserError, cut, excerpt
+from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest
 from lit_qlora.place import COMMAND, INSTALL
 from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
@@ -149,10 +150,10 @@ def _run(args: list[str]) -> int:
         from lit_qlora.tools import run_tool
 
         return run_tool(verb, args[1:])
-    raise UserError(
-        f"no verb {excerpt(verb)}",
-        remedy=f"there are fit, validate, test, inspect, plan, {', '.join(TOOLS)}, doctor (see --help)",
-    )
+    verbs = ["fit", "validate", "test", "inspect", "plan", *TOOLS, "doctor"]
+    near = nearest(verb, verbs, 0.6)
+    meant = f"did you mean {near!r}? " if near else ""
+    raise UserError(f"no verb {excerpt(verb)}", remedy=f"{meant}there are {', '.join(verbs)} (see --help)")
 
 
 def _run_fit_or_kin(verb: str, args: list[str]) -> int:
@@ -161,6 +162,8 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
         from lit_qlora.precheck import check_first
         from lit_qlora.usage import help_asked, help_of
 
+    if verb == "plan":  # other options have no dash
+        args = [re.sub(r"^--gpu_(gib|capability)\b", r"--gpu-\1", arg) for arg in args]
     asked = help_asked(args[1:])
     if asked:
         print(help_of(verb, asked), end="")

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from lit_qlora.arguments import words_of
+from lit_qlora.arguments import TYPE_WORDS, words_of
 from lit_qlora.elsewhere import here
 from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest, one_line
 from lit_qlora.place import CONFIGS
@@ -260,7 +260,7 @@ def _mistake(message: str, names: list[str]) -> UserError:
         name = linked[1] or linked[2]
         return UserError(f"can't be given, it is always {LINKED[name]}", option=name, remedy="set that one")
     message = re.sub(r"\s+", " ", message).strip()
-    message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message)
+    message = re.sub(r"Expected an? <class '(\w+)'>", lambda found: f"expected {_in_words(found[1])}", message)
     message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"expected one of \1", message)
     message = re.sub(r"\.? ?Got value: ", ", got ", message)
     message = re.sub(r"^Parser key \"([^\"]+)\": ?", r"\1: ", message)
@@ -270,17 +270,29 @@ def _mistake(message: str, names: list[str]) -> UserError:
         return UserError(what, option=section[1], remedy=here(section[1], names) or HELP)
     union = re.search(r"^(\S+): .*?Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", message)
     if union:
-        types = re.sub(r"<class '([^']+)'>", r"\1", union[2]).replace("NoneType", "none")
+        types = re.sub(r"<class '([^']+)'>", lambda found: _in_words(found[1]), union[2])
         types = re.sub(r"(?:\w+\.)+(\w+)", r"\1", types)
         types = re.sub(r"Literal\[(.*?)\]", r"\1", types)
         while "dict[" in types:
             types = re.sub(r"dict\[[^\[\]]*\]", "a table", types)
         types = re.sub(r"list\[[^\[\]]*a table[^\[\]]*\]", "a list", types)
-        return UserError(f"expected {types}; got {cut(union[3])}", option=union[1])
+        return UserError(f"expected {types}; got {cut(union[3])}", option=union[1], remedy=_point(types, union[3]))
     expected, got, value = message.partition(", got ")
     named = re.match(r"([\w.]+): ", expected)
     option = named[1] if named and any(f"{name}.".startswith(f"{named[1]}.") for name in names) else None
-    return UserError(f"{expected.removeprefix(f'{option}: ')}{got}{cut(value)}", option=option)
+    problem = f"{expected.removeprefix(f'{option}: ')}{got}{cut(value)}"
+    return UserError(problem, option=option, remedy=_point(expected, value))
+
+
+def _point(expected: str, value: str) -> str | None:
+    """What to write instead of a number with a decimal comma."""
+    found = re.fullmatch(r"(-?\d+),(\d+)", value) if TYPE_WORDS[float] in expected else None
+    return f"write {found[1]}.{found[2]}" if found else None
+
+
+def _in_words(name: str) -> str:
+    """What is expected where jsonargparse names a Python type."""
+    return next((words for kind, words in TYPE_WORDS.items() if kind.__name__ == name), name)
 
 
 def did_you_mean(name: str, names: list[str]) -> str:

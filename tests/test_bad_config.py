@@ -35,8 +35,8 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
     ("unknown verb option", ["--resume", "x"], None, None, None, ["unknown option 'resume'", "the same command"]),
     ("positional", ["runs/mine"], None, None, None, ["unknown option 'runs/mine'", "--help"]),
     ("value missing", ["--model.rank"], None, None, None, ["--model.rank", "expected one argument"]),
-    ("text for number", ["--model.rank", "high"], None, None, "model.rank", ["int", "got high"]),
-    ("float for int", ["--model.rank", "1.5"], None, None, "model.rank", ["int", "got 1.5"]),
+    ("text for number", ["--model.rank", "high"], None, None, "model.rank", ["whole number", "got high"]),
+    ("float for int", ["--model.rank", "1.5"], None, None, "model.rank", ["whole number", "got 1.5"]),
     ("rank 0", ["--model.rank", "0"], None, None, "model.rank", ["from 1", "got 0"]),
     ("alpha -1", ["--model.alpha", "-1"], None, None, "model.alpha", ["above 0", "got -1.0"]),
     ("dropout 1", ["--model.dropout", "1"], None, None, "model.dropout", ["from 0", "below 1", "got 1.0"]),
@@ -294,7 +294,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         ["configs/colab_t5.yaml", "did you mean configs/colab_t4.yaml"],
     ),
     ("config folder", ["--config", "."], None, None, "config", [". is a folder", "YAML"]),
-    ("seed text", ["--seed_everything", "x"], None, None, "seed_everything", ["int", "got x"]),
+    ("seed text", ["--seed_everything", "x"], None, None, "seed_everything", ["whole number", "got x"]),
     (
         "doubled key",
         [],
@@ -429,7 +429,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         None,
         "trainer.accumulate_grad_batches",
-        ["int", "got {0: 4}"],
+        ["whole number", "got {0: 4}"],
     ),
     (
         "a second progress bar",

@@ -155,7 +155,11 @@ EARLY = "lightning.pytorch.callbacks.EarlyStopping"
         (["logger=wandb"], "logger", ["no class 'wandb'", "mean 'WandbLogger'"]),
         (["logger+=CSVLoger"], "logger", ["mean 'CSVLogger'"]),
         (["callbacks=EarlyStopping", "callbacks.monitr=val/loss"], "callbacks", ["'monitr'", "mean 'monitor'"]),
-        ([f"callbacks={{class_path: {EARLY}, init_args: {{patience: x, monitor: a}}}}"], "callbacks.patience", ["int"]),
+        (
+            [f"callbacks={{class_path: {EARLY}, init_args: {{patience: x, monitor: a}}}}"],
+            "callbacks.patience",
+            ["whole number"],
+        ),
     ],
 )
 def test_a_class_that_is_not_there_or_lacks_something_is_named(

@@ -33,8 +33,8 @@ class Batch(NamedTuple):
     """Tokens of each conversation packed into one row, without padding. None attends to another."""
     is_here: bool = True
     """False for one that another device computes: ids, positions and targets are left out."""
-    device: int | None = None
-    """Which of several devices it was dealt to; None: each computes it."""
+    device: int = -1
+    """Which of several devices it was dealt to; -1: each computes it."""
 
 
 def split_batch(batch: Batch) -> list[Batch]:

@@ -12,6 +12,7 @@ from lit_qlora import cli
 from lit_qlora.elsewhere import HERE, TOOLS, here
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import check_targets, find_base, split_names
+from lit_qlora.model.generate import Sampling
 from lit_qlora.trainer import RunParser
 
 COMMON = {
@@ -119,6 +120,8 @@ def test_every_answer_is_true(parser: RunParser) -> None:
 def test_no_tools_answer_is_of_nothing() -> None:
     tools = {verb: getattr(importlib.import_module(f"lit_qlora.tools.{verb}"), verb) for verb in cli.TOOLS}
     options = {verb: {*inspect.signature(tool).parameters} for verb, tool in tools.items()}
+    for names in (options["chat"], options["predict"]):
+        names |= {*inspect.signature(Sampling).parameters}
     for name, told in TOOLS.items():
         assert any(here(name, names) == f"here it is {told!r}" and name not in names for names in options.values())
 

@@ -218,9 +218,9 @@ class Shards:
 
     # In step with the other processes
 
-    def count(self, process: int | None) -> None:
-        """Note that ``process`` computes a micro-batch; None: each of them does."""
-        if process is not None:
+    def count(self, process: int) -> None:
+        """Note that ``process`` computes a micro-batch; -1: each of them does."""
+        if process >= 0:
             self._passes[process] += 1
 
     def keep_pace(self, backward: bool) -> None:

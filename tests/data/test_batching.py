@@ -308,8 +308,9 @@ def test_devices_share_out_the_epoch(devices, epoch, accumulate, packed, done):
     whole = loader(accumulate=accumulate, packed=packed)
     whole.load_state_dict(place)
     for alone, *several in zip(whole, *seen, strict=True):
-        (here,) = (batch for batch in several if batch.is_here)
-        assert plain(here) == plain(alone)
+        ((device, here),) = ((device, batch) for device, batch in enumerate(several) if batch.is_here)
+        assert plain(here._replace(device=-1)) == plain(alone)
+        assert here.device == (device if devices > 1 else -1)
         for batch in several:
             assert (batch.rows, batch.num_tokens) == (alone.rows, alone.num_tokens)
             assert batch.input_ids.shape == alone.input_ids.shape

@@ -48,6 +48,11 @@ def gradients(model):
     return torch.cat([value.grad.flatten() for value in adapter_parameters(model).values()])
 
 
+def assert_rounded(found, expected):
+    """Equal but for rounding: an element that sums to little is as far off as its terms are large."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
 def learned(run, model, hidden):
     out = run(hidden)
     (out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum().backward()
@@ -105,8 +110,8 @@ def test_micro_batches_add_up_and_a_new_step_begins_at_zero(replayed):
         model.zero_grad()
         learned(way, model, embedded(model, 1, 32))
         sums.append(gradients(model).clone())
-    torch.testing.assert_close(sums[2], sums[0])
-    torch.testing.assert_close(sums[3], sums[1])
+    assert_rounded(sums[2], sums[0])
+    assert_rounded(sums[3], sums[1])
     assert all(value.grad is buffer for value, buffer in zip(run.weights, run.gradients, strict=True))
 
 
@@ -124,8 +129,8 @@ def test_gradients_that_another_way_gathered_are_taken_over(replayed):
             for value in adapter_parameters(model).values():  # as after memory ran out: they are put back as copies
                 value.grad = value.grad.clone()
         found.append(gradients(model).clone())
-    torch.testing.assert_close(found[1], found[0])
-    torch.testing.assert_close(found[2], found[0])
+    assert_rounded(found[1], found[0])
+    assert_rounded(found[2], found[0])
 
 
 def test_nothing_of_a_longer_row_stays_for_a_shorter_one(replayed):
@@ -167,7 +172,7 @@ def test_a_length_is_recorded_once_its_padding_has_cost_as_much_as_a_recording(r
         found = gradients(model).clone()
         model.zero_grad()
         torch.testing.assert_close(out, learned(plain(model), model, short))
-        torch.testing.assert_close(found, gradients(model), rtol=1e-4, atol=1e-5)
+        assert_rounded(found, gradients(model))
         recorded.append((2, 32) in run._recordings)
     assert recorded == [False] * 6 + [True] * 2
     for _ in range(50):

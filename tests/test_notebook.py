@@ -606,7 +606,7 @@ def test_run_all_as_it_is_shipped_inside_a_clone(shipped):
     run = clone / "runs" / "colab_t4_1k"
     assert shown["gpu"] == "Tesla T4, 15360 MiB\n" and f"opened inside {clone}," in shown["install"]
     assert "problems: 0" in shown["doctor"] and "base: base may be read" in shown["doctor"]
-    assert "iframe" in shown["tensorboard"] and _size_of_picture(shown["curves"]) == (900, 480)
+    assert "iframe" in shown["tensorboard"] and _size_of_picture(shown["curves"]) == (896, 496)
     assert (run / "finished.json").is_file() and shown["evaluate"] and shown["chat"]
     (merged,) = (clone / "merged").iterdir()
     assert (merged / "model.safetensors").is_file() and shown["push"].startswith("Nothing is sent")
@@ -622,7 +622,7 @@ def test_kaggles_run_all_as_it_is_shipped_inside_a_clone(shipped):
     assert shown["gpu"] == "Tesla T4, 15360 MiB\n" * 2 and "No input has a run kaggle_2xt4" in shown["earlier"]
     assert "on 2 such cards, each of which works " in shown["plan"]
     assert "train  2 devices, micro-batches dealt by size: each works " in shown["fit"]
-    assert (run / "finished.json").is_file() and _size_of_picture(shown["curves"]) == (900, 480) and shown["chat"]
+    assert (run / "finished.json").is_file() and _size_of_picture(shown["curves"]) == (896, 496) and shown["chat"]
 
 
 class Colab:
@@ -740,7 +740,7 @@ def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeyp
     ]
     assert losses[-1] < losses[0] / 10
     assert "iframe" in shown["tensorboard"]
-    assert _size_of_picture(shown["curves"]) == (900, 480)
+    assert _size_of_picture(shown["curves"]) == (896, 496)
     assert re.search(r"perplexity +6\.99\d* \[.*\] +1\.0\d+ \[", shown["evaluate"])
     assert "goat" in shown["chat"].splitlines()[-1]
     (merged,) = (second / "lit-qlora" / "merged").iterdir()
@@ -753,7 +753,7 @@ def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeyp
     # And again.
     shown = colab.run_all(second, {*BEFORE, "report", "evaluate"}, PUSH_TO="ann/isles")
     assert "runs/demo is finished (212 of 212 steps): nothing to do." in shown["fit"]
-    assert "goat" in shown["chat"].splitlines()[-1] and _size_of_picture(shown["curves"]) == (900, 480)
+    assert "goat" in shown["chat"].splitlines()[-1] and _size_of_picture(shown["curves"]) == (896, 496)
     assert shown["merge"] == f"merged/{merged.name} is there already.\n"
     repository = hub.repositories["ann/isles"]
     assert (

@@ -124,9 +124,9 @@ def test_rows_that_came_later_are_not_scored(here: Path, capsys: pytest.CaptureF
     assert "rows.json is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [one for one in CONFIGS if one not in T4_CONFIGS], ids=lambda path: path.stem)
 def test_every_config_trains(config: Path, here: Path) -> None:
-    """As it stands, with only base, data, length and number of devices replaced."""
+    """As it stands, with only base, data, length and number of devices replaced; those for a T4 do in the next test."""
     data = _rows(here / "rows.jsonl")
     small = ["--model.base", "demo", "--data.source", str(data), "--data.max_length", "48", "--trainer.max_steps", "2"]
     small += ["--trainer.devices", "1"]

@@ -160,7 +160,7 @@ def test_help_and_a_misspelt_option_need_nothing_heavy(args):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.endswith("set()\n")
-    assert _children_s() - before < 1
+    assert _children_s() - before < 2  # of CPU; half a second is usual, and a shared machine doubles it
 
 
 def _children_s() -> float:

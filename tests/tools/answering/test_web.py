@@ -60,7 +60,7 @@ def test_without_gradio_it_is_one_line_and_nothing_is_loaded(found, what, traine
         (["--web", "--port", "70000"], "port: expected 1 to 65535, got 70000"),
         (["--web", "--seed", "9007199254740992"], "seed: expected below 2**53, as far as a page counts, got 9007"),
         (["--web", "--system", "<<SYS>>"], "prompt: the system text holds the tag <<SYS>>"),
-        (["--web=maybe"], "web: expected bool, got maybe"),
+        (["--web=maybe"], "web: expected true or false, got maybe"),
     ],
     ids=range(7),
 )  # fmt: skip

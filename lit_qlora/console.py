@@ -2,8 +2,7 @@
 
 Characters outside of the console's encoding are shown by their codes. A terminal that hung up, or a pipe whose reader
 has ended (`| tee log`, which a Ctrl-C or a lost connection ends too), must not end a run before it is saved. `tell`
-prints messages during a run, `progress_bar` and its
-kin make bars.
+prints messages during a run, `progress_bar` and its kin make bars.
 """
 
 import errno

@@ -151,16 +151,21 @@ def test_how_help_is_asked_for(args, asked):
 def test_help_and_a_misspelt_option_need_nothing_heavy(args):
     code = f"import sys; from lit_qlora.cli import main; main({args}); "
     code += "print({'torch', 'lightning', 'transformers', 'peft', 'datasets', 'huggingface_hub'} & {*sys.modules})"
-    before = _children_s()
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.stdout.endswith("set()\n")
-    assert _children_s() - before < 2  # of CPU; half a second is usual, and a shared machine doubles it
+    took_s = []
+    for _ in range(3):  # the quickest counts: what else the machine does is not measured
+        before = _children_s()
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert done.stdout.endswith("set()\n")
+        took_s.append(_children_s() - before)
+        if took_s[-1] < 1:
+            break
+    assert min(took_s) < 1
 
 
 def _children_s() -> float:

@@ -25,6 +25,7 @@ from lit_qlora.figures.lines import read_lines
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage.run import RunFolder
 from tests.expect import ExpectError
+from tests.interrupted import interrupt
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -233,12 +234,7 @@ def test_ctrl_c_saves_and_says_so(here: Path) -> None:
     command = [sys.executable, "-u", str(ROOT / "main.py"), "fit", "--trainer.log_every_n_steps", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout
-    for line in process.stdout:
-        if re.match(r"step +3/", line):
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate(timeout=60)
+    out, err = interrupt(process, 3, lambda: process.send_signal(signal.SIGINT))
     assert (process.returncode, err) == (130, "")
     assert "the same command resumes from here" in out
     assert list(Path("runs/demo/checkpoints").glob("step-*"))
@@ -258,13 +254,13 @@ def test_a_signal_to_all_of_its_processes_is_answered_by_one(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert process.stdout
-    for line in process.stdout:
-        if re.match(r"step +2/", line):
-            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.killpg(process.pid, number)
-            break
-    out, err = process.communicate(timeout=60)
+    workers = list[str]()
+
+    def send() -> None:
+        workers.extend(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        os.killpg(process.pid, number)
+
+    out, err = interrupt(process, 2, send)
     assert (process.returncode, err, len(workers)) == (status, "", 2)
     said = [line for line in out.splitlines() if line and not line.startswith("step ")]
     assert said[0] == "stopping after this step; again to stop at once"

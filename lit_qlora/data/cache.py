@@ -177,9 +177,8 @@ def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder
     def fill(staging: Path) -> None:
         counts = _write_rows(staging / "rows.arrow", conversations, encoder)
         (staging / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
-        if not _problem(folder) and not _has_cut_texts(
-            folder, conversations
-        ):  # another process, such as a second GPU's, made the same and may be reading it by now
+        # Another process, such as a second GPU's, may have made the same, and be reading it by now.
+        if not (_problem(folder) or _has_cut_texts(folder, conversations)):
             raise FileExistsError
 
     try:

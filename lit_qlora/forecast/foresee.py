@@ -422,7 +422,7 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
         tokens=data.largest_batch().input_ids.numel(),
         scored_tokens=0,
         rank=module.lora.rank,
-        targets=tuple(dict.fromkeys(load.target_names(module.lora.target_modules))),
+        targets=tuple(dict.fromkeys(target_names(module.lora.target_modules))),
         kept_layers=module.kept_layers,
         element=4 if str(trainer.precision) == "32-true" else 2,
     )

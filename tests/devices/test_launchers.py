@@ -17,6 +17,7 @@ from lit_qlora.devices.launchers import COUNTS, RANKS, ignore_launchers, requeue
 from lit_qlora.errors import UserError
 from lit_qlora.signals import LeftAtOnce
 from lit_qlora.trainer import QLoRATrainer, own_plugins
+from tests.interrupted import interrupt
 
 ROOT = Path(__file__).parents[2]
 
@@ -205,12 +206,7 @@ def test_a_slurm_job_saves_on_its_warning_and_is_requeued_and_goes_on(tmp_path: 
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert process.stdout
-    for line in process.stdout:
-        if re.match(r"step +3/", line):
-            process.send_signal(signal.SIGUSR1)
-            break
-    out, err = process.communicate(timeout=60)
+    out, err = interrupt(process, 3, lambda: process.send_signal(signal.SIGUSR1))
     assert process.returncode == 128 + signal.SIGUSR1
     assert {line.split("=")[0] for line in err.splitlines()} == {
         f"note: {name}" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "SLURM_NODEID")
@@ -264,12 +260,7 @@ def test_the_script_saves_in_time_and_requeues_its_job(tmp_path: Path) -> None:
                "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"]  # fmt: skip
     command = ["bash", str(ROOT / "scripts" / "slurm.sh"), *options]
     process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout
-    for line in process.stdout:
-        if re.match(r"step +3/", line):
-            process.send_signal(signal.SIGUSR1)
-            break
-    out, err = process.communicate(timeout=60)
+    out, err = interrupt(process, 3, lambda: process.send_signal(signal.SIGUSR1))
     assert (process.returncode, err) == (128 + signal.SIGUSR1, "")
     assert out.count("by SIGUSR1; the same command resumes from here") == 1
     assert out.endswith("   run  SLURM starts job 7 again\n")

@@ -25,12 +25,7 @@ from tests.devices.several import OPTIONS, ROUNDING, SHORT, alone, assert_same, 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
-    os.chdir(folder)
-    yield folder
-    os.chdir(before)
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def test_two_processes_learn_what_one_does() -> None:

@@ -20,12 +20,7 @@ SHARED = ["--model.shard", "true"]
 ON_HOST = [*SHARED, "--model.shard_to", "host"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
-    os.chdir(folder)
-    yield folder
-    os.chdir(before)
+pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def least_of_all(forecast, ladder=LADDER):
     return None
 
 
-@pytest.mark.parametrize("number", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_one_walk_finds_what_all_combinations_have(monkeypatch, number):
     monkeypatch.setattr(advice, "RANKS", (64, 8, 4))
     monkeypatch.setattr(advice, "LENGTH_STEP", 512)

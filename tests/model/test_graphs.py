@@ -110,12 +110,13 @@ def test_micro_batches_add_up_and_a_new_step_begins_at_zero(replayed):
         model.zero_grad()
         learned(way, model, embedded(model, 1, 32))
         sums.append(gradients(model).clone())
-    assert_rounded(sums[2], sums[0])
-    assert_rounded(sums[3], sums[1])
+    torch.testing.assert_close(sums[2], sums[0])
+    torch.testing.assert_close(sums[3], sums[1])
     assert all(value.grad is buffer for value, buffer in zip(run.weights, run.gradients, strict=True))
 
 
-def test_gradients_that_another_way_gathered_are_taken_over(replayed):
+def test_gradients_that_another_way_gathered_are_taken_over(replayed, monkeypatch):
+    monkeypatch.setattr(graphs, "RECORDING_COST", 0)  # each length has a recording of its own
     model, run = replayed
     found = []
     for ways in (
@@ -129,8 +130,8 @@ def test_gradients_that_another_way_gathered_are_taken_over(replayed):
             for value in adapter_parameters(model).values():  # as after memory ran out: they are put back as copies
                 value.grad = value.grad.clone()
         found.append(gradients(model).clone())
-    assert_rounded(found[1], found[0])
-    assert_rounded(found[2], found[0])
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
 
 
 def test_nothing_of_a_longer_row_stays_for_a_shorter_one(replayed):

@@ -70,6 +70,11 @@ def test_a_plan_for_two_cards(plan, more):
     one, two = plan(*accumulated), plan(*accumulated, *more)
     needed = [float(re.search(r"fits: ([\d.]+)", lines[-1])[1]) for lines in (one, two)]
     assert max(needed) <= 0.9 * 14.56  # which auto fills, with NCCL's memory or without
+    full = ("--model.checkpointing", "full")
+    parts = [figures(plan(*accumulated, *full, *cards)) for cards in ((), more)]
+    whole = [found.pop(next(name for name in found if name.startswith("in all"))) for found in parts]
+    nccl = parts[1].pop("NCCL's own, of 2 cards: published, not measured")
+    assert (nccl, parts[0]) == (0.5, parts[1]) and whole[1] - whole[0] == pytest.approx(nccl, abs=0.011)
     (line,) = (line for line in two if "such cards" in line)
     assert re.match(r"  on 2 such cards, each of which works 9\d% of the time, by the rows' lengths; they exch", line)
     minutes = [re.search(r"an epoch takes (\d+) min", " ".join(lines))[1] for lines in (one, two)]

@@ -127,11 +127,7 @@ class Report(Callback):
         best = read_result(self.run.adapter)
         is_best = best is not None and best["step"] == trainer.global_step
         mark = "best" if is_best else "" if trainer.global_step else "before"
-        line = (
-            f"step {trainer.global_step:>6}  held-out loss {figures['val/loss']:<8.4f}"
-            f"perplexity {figures['val/perplexity']:<9,.2f}accuracy {figures['val/accuracy']:>6.1%}  {mark}"
-        )
-        tqdm.write(line.rstrip())  # above the bar
+        tqdm.write(held_out_line(trainer.global_step, figures, mark))  # above the bar
         if not math.isfinite(figures["val/loss"]):
             tqdm.write(
                 wrapped("", "not finite: the base, or this state of the adapter, is broken; it is never the best")
@@ -186,6 +182,20 @@ class Report(Callback):
             return str(write_report(self.run))
         except (OSError, ImportError) as error:
             return f"none ({one_line(error)}); python main.py report makes it"
+
+
+def held_out_line(step: int, figures: Mapping[str, float], mark: str) -> str:
+    """The line of a validation, within `WIDTH` columns whatever the figures are.
+
+    Args:
+        step: optimizer steps done.
+        figures: loss in nats per token, perplexity and accuracy, by their names in the record.
+        mark: what the validation is, in a word.
+    """
+    loss, perplexity, accuracy = (figures[f"val/{name}"] for name in ("loss", "perplexity", "accuracy"))
+    shown = f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
+    line = f"step {step:>6}  held-out loss {loss:<7.4f} perplexity {shown:<8} accuracy {accuracy:>6.1%}  {mark}"
+    return line.rstrip()
 
 
 def last_samples(run: RunFolder) -> list[str]:

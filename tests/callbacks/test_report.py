@@ -71,6 +71,21 @@ def test_the_table_at_the_end_counts_answers_that_were_cut_apart(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("loss", "perplexity", "line"),
+    [
+        (1.94564, 6.998, "step      0  held-out loss 1.9456  perplexity 7.00     accuracy  76.4%  before"),
+        (10.43873, 34154.81, "step      0  held-out loss 10.4387 perplexity 34,154.81 accuracy  76.4%  before"),
+        (13.8, 999_999.991, "step      0  held-out loss 13.8000 perplexity 999,999.99 accuracy  76.4%  before"),
+        (88.1, 1.82e38, "step      0  held-out loss 88.1000 perplexity 1.82e+38 accuracy  76.4%  before"),
+        (float("nan"), float("nan"), "step      0  held-out loss nan     perplexity nan      accuracy  76.4%  before"),
+    ],
+)
+def test_the_line_of_a_validation_keeps_its_columns_apart(loss, perplexity, line):
+    figures = {"val/loss": loss, "val/perplexity": perplexity, "val/accuracy": 0.764}
+    assert report.held_out_line(0, figures, "before") == line and len(line) <= 80
+
+
 @pytest.mark.parametrize(("rank", "resumed", "lines"), [(0, None, 2), (0, "step-4", 1), (1, None, 0)])
 def test_an_example_of_what_is_learned_is_shown_once(monkeypatch, tmp_path, capsys, rank, resumed, lines):
     """By one process, and in one line where the run resumes."""

@@ -18,6 +18,8 @@ from lit_qlora.text.messages import holds_messages, holds_turns
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 ARROW = ".arrow"
 """The ending of what datasets.save_to_disk writes, a format of its own."""
+OTHER_NAMES = {".ndjson": ".jsonl", ".tsv": ".csv", ".feather": ARROW}
+"""Endings of the same formats."""
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 """What may stand behind an ending: the file is unpacked while it is read."""
 COMPRESSED = (*PACKED, ".zip", ".tar", ".tgz", ".7z")
@@ -43,9 +45,14 @@ class Row(NamedTuple):
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """The ending of a file of rows, and of `PACKED` what stands behind it. Raises UserError for another file."""
+    """The format of a file of rows by its ending, and of `PACKED` what stands behind it.
+
+    Raises:
+        UserError: for another file.
+    """
     packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
     ending = Path(path.name.lower().removesuffix(packing)).suffix
+    ending = OTHER_NAMES.get(ending, ending)
     if ending in COMPRESSED:
         raise UserError(f"is compressed, expected one of {', '.join(ENDINGS)}", place=path, remedy="unpack it first")
     if ending not in (*ENDINGS, ARROW):
@@ -122,7 +129,9 @@ def _unpack(path: Path, data: bytes, packing: str) -> bytes:
         return unpack(data) if data else data
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
-            f"can't be unpacked ({_reason(error)})", place=path, remedy="it may be cut short, download it again"
+            f"can't be unpacked ({_reason(error)})",
+            place=path,
+            remedy=f"it may be cut short, download it again; or it's not packed, rename it without {packing}",
         ) from error
 
 
@@ -361,8 +370,10 @@ def _table_rows(path: Path, data: bytes, ending: str) -> Iterator[Row]:
     import pyarrow.parquet
 
     buffer = pyarrow.BufferReader(data)
+    # Arrow has two formats: a file, which begins with its name, and a stream, as datasets writes it.
+    arrow = pyarrow.ipc.open_file if data.startswith(b"ARROW1") else pyarrow.ipc.open_stream
     try:
-        table = pyarrow.ipc.open_stream(buffer).read_all() if ending == ARROW else pyarrow.parquet.read_table(buffer)
+        table = arrow(buffer).read_all() if ending == ARROW else pyarrow.parquet.read_table(buffer)
         values = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lit_qlora import demo
-from lit_qlora.data.files import ENDINGS, PACKED, Row, read_rows
+from lit_qlora.data.files import ENDINGS, OTHER_NAMES, PACKED, Row, read_rows
 from lit_qlora.data.forms import columns_of, forms_for
 from lit_qlora.errors import UserError, excerpt, suggestion
 from lit_qlora.storage.files import parse_json
@@ -36,7 +36,8 @@ SPLITS = {
 SourceOption = str | list[str | dict[str, str | float | dict[str, str]]] | dict[str, str | float | dict[str, str]]
 """What an option for sources takes: one, or a list of them, each a text, or a table with the keys of `Source`."""
 
-FILES = (*ENDINGS, *(ending + packing for ending in ENDINGS for packing in PACKED))
+PLAIN = (*ENDINGS, *OTHER_NAMES)
+FILES = (*PLAIN, *(ending + packing for ending in PLAIN for packing in PACKED))
 """Endings of files with rows, the plain ones first."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 """Files about a data set."""
@@ -401,7 +402,7 @@ def _by_split(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
     for kind in SPLITS:
         found = [path for path in paths if _kind(path) == kind]
         # A packed one beside is the same rows.
-        plain = [path for path in found if path.name.lower().endswith(ENDINGS)]
+        plain = [path for path in found if path.name.lower().endswith(PLAIN)]
         found = plain or found
         if not found:
             continue
@@ -469,7 +470,7 @@ def is_hub_id(source: str | Source) -> bool:
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    is_file = source.lower().endswith((*ENDINGS, *PACKED, ".zip", ".tar", ".tgz", ".7z", ".txt", ".tsv", ".xlsx"))
+    is_file = source.lower().endswith((*PLAIN, *PACKED, ".zip", ".tar", ".tgz", ".7z", ".txt", ".xlsx"))
     return not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None
 
 

@@ -5,6 +5,7 @@ import lzma
 from pathlib import Path
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -383,6 +384,29 @@ def zst(data: bytes) -> bytes:
     with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(data)
     return sink.getvalue().to_pybytes()
+
+
+def arrow(rows: list[dict], new=pyarrow.ipc.new_file) -> bytes:
+    table, sink = pyarrow.Table.from_pylist(rows), pyarrow.BufferOutputStream()
+    with new(sink, table.schema) as file:
+        file.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.ndjson", GOOD + GOOD),
+        ("a.ndjson.gz", gzip.compress(GOOD + GOOD)),
+        ("a.tsv", b"text\tmore\n" + 2 * b"### Human: hi### Assistant: yo\tx\n"),
+        ("a.feather", arrow([HI, HI])),
+        ("a.arrow", arrow([HI, HI])),
+        ("a.arrow", arrow([HI, HI], pyarrow.ipc.new_stream)),
+    ],
+)
+def test_other_endings_of_the_same_formats(name, data):
+    Path(name).write_bytes(data)
+    assert [row.value["text"] for row in read_rows(Path(name), COLUMNS)] == [HI["text"]] * 2
 
 
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst}

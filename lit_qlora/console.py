@@ -77,21 +77,26 @@ def _lasting(stream: io.TextIOWrapper, raises: bool) -> io.TextIOWrapper:
     )
 
 
-def progress_bar(label: str, **options: Any) -> Any:
-    """A bar of tqdm's, with its ``options``, on standard error; hidden unless that is a terminal."""
-    return bars(label)(**options)
+def progress_bar(label: str, *args: Any, **options: Any) -> Any:
+    """A bar of tqdm's, with its ``options``, on standard error; hidden unless that is a terminal.
 
-
-def bars(label: str, **always: Any) -> Any:
-    """A class of such bars, for libraries that make their own: what they call them, and when they hide, is left out."""
+    What a library calls its bar, and when it hides it, is left out. The class is tqdm's own: for each other one tqdm
+    starts a thread, which ends with the process.
+    """
     from tqdm import tqdm  # here: --help needs none
 
     size = get_terminal_size()  # tqdm's own guess shows nothing in a terminal without a size
-    always |= {"desc": label, "ncols": size.columns, "nrows": size.lines, "disable": not sys.stderr.isatty()}
+    options |= {"desc": label, "ncols": size.columns, "nrows": size.lines, "disable": not sys.stderr.isatty()}
+    return tqdm(*args, **{key: value for key, value in options.items() if key != "name"})
+
+
+def bars(label: str, **always: Any) -> Any:
+    """A class that makes such bars, for libraries that take no function."""
+    from tqdm import tqdm  # here: --help needs none
 
     class Bar(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{key: value for key, value in options.items() if key != "name"} | always)
+        def __new__(cls, *args: Any, **options: Any) -> Any:
+            return progress_bar(label, *args, **options | always)
 
     return Bar
 
@@ -106,8 +111,10 @@ def bars_of_transformers(label: str) -> Iterator[None]:
     """The bars that transformers makes, as ours: called ``label``, once they take over a second, gone at the end."""
     from transformers.utils import logging
 
-    bar = bars(label, leave=False, delay=1)
-    before = logging.set_tqdm_hook(lambda _, args, options: bar(*args, **options))
+    def bar(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return progress_bar(label, *args, **options | {"leave": False, "delay": 1})
+
+    before = logging.set_tqdm_hook(bar)
     try:
         yield
     finally:

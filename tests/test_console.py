@@ -5,11 +5,12 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from lit_qlora.console import bars, bars_of_transformers, counted
+from lit_qlora.console import bars, bars_of_transformers, counted, progress_bar
 
 ROOT = Path(__file__).parents[1]
 PRINTS = """
@@ -100,6 +101,21 @@ def test_a_bar_moves_fits_and_is_gone_and_without_a_terminal_there_is_none(monke
         if shown:
             assert shown[0].startswith("load:   0%|") and "| 0/2 [" in shown[0]
             assert max(map(len, shown)) <= 80 and not shown[-1].strip()
+
+
+def test_all_bars_share_one_thread(monkeypatch):
+    """tqdm's watch over bars that stand still; a validation makes a bar, and a run thousands of them."""
+    from transformers.utils import logging
+
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress_bar("validate").close()
+        before = threading.active_count()
+        with bars_of_transformers("load"):
+            logging.tqdm(total=3).close()
+        bars("download")(total=3).close()
+        progress_bar("validate").close()
+        assert threading.active_count() == before
 
 
 def test_rows_are_counted_once_that_takes_long(monkeypatch):

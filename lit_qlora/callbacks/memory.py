@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import torch
@@ -61,12 +62,12 @@ class _HostWatch:
     def __init__(self) -> None:
         self._peak_bytes = 0
         if Path("/proc/self/status").is_file():
-            threading.Thread(target=self._watch, daemon=True).start()
+            threading.Thread(target=_watch, args=(weakref.ref(self),), name="host memory", daemon=True).start()
 
     def peak_gib(self) -> float | None:
         """Peak host memory in GiB so far; with mapped files except on Linux; None if unavailable."""
         if Path("/proc/self/status").is_file():
-            self._look()
+            self.look()
             return self._peak_bytes / GIB
         if sys.platform == "win32":
             return None
@@ -75,12 +76,16 @@ class _HostWatch:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
-    def _watch(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(self.INTERVAL_S):
-            self._look()
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Compare what the process holds now with the peak."""
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         held = (line.split()[1] for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
         self._peak_bytes = max(self._peak_bytes, sum(int(kib) * 1024 for kib in held))
+
+
+def _watch(held: "weakref.ref[_HostWatch]") -> None:
+    """Look as long as anybody holds the watch: a process may train many times."""
+    pause = threading.Event()
+    while not pause.wait(_HostWatch.INTERVAL_S) and (watch := held()):
+        watch.look()
+        del watch

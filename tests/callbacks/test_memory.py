@@ -1,6 +1,7 @@
 """Peaks are told by phase: loading, training, validation."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -96,3 +97,14 @@ def test_a_mapped_file_is_no_memory_of_the_host_and_a_short_peak_is_seen(tmp_pat
     time.sleep(3 * watch.INTERVAL_S)
     del held
     assert watch.peak_gib() > before + 0.2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux keeps no peak of its own")
+def test_nobody_watches_the_host_for_a_callback_that_is_gone():
+    before = set(threading.enumerate())
+    memory = PeakMemory()
+    (watch,) = set(threading.enumerate()) - before
+    assert watch.is_alive()
+    del memory
+    watch.join(20)
+    assert not watch.is_alive()

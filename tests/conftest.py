@@ -1,9 +1,11 @@
 """Owns what every test stands on: one thread, no hub, small caches of its own, and paths to small real things."""
 
+import gc
 import os
 import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,32 @@ REAL = Path(__file__).parents[2] / "shared" / "real"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests that say so come first."""
     items.sort(key=lambda item: not any(mark.kwargs.get("first") for mark in item.iter_markers("slow")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported stays to the end: garbage is looked for only in what tests make, in milliseconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        _leave_imports_alone()
+
+
+def pytest_runtest_logfinish() -> None:
+    """What a test imported stays, too."""
+    if len(sys.modules) > len(_left_alone) + 100:
+        _leave_imports_alone()
+
+
+_left_alone: set[str] = set()
+
+
+def _leave_imports_alone() -> None:
+    _left_alone.update(sys.modules)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -397,7 +397,7 @@ def arrow(rows: list[dict], new=pyarrow.ipc.new_file) -> bytes:
     ("name", "data"),
     [
         ("a.ndjson", GOOD + GOOD),
-        ("a.ndjson.gz", gzip.compress(GOOD + GOOD)),
+        ("a.ndjson.gz", gzip.compress(GOOD + GOOD, mtime=0)),
         ("a.tsv", b"text\tmore\n" + 2 * b"### Human: hi### Assistant: yo\tx\n"),
         ("a.feather", arrow([HI, HI])),
         ("a.arrow", arrow([HI, HI])),

@@ -8,7 +8,7 @@ Each peer runs in a process of its own, several times, in turns. Counted are tok
 optimizer steps, after a warm-up, over one pass through the rows at least: rows of other lengths take another time a
 token. Before the first step, and again behind the last, each scores the same rows by its own loss: equal work. TRL's
 best settings are its length groups or its packing, whichever is quicker, Unsloth's its defaults, its packing with
-either checkpointing, or none; both pack without flash attention, too, and the loss of the same rows shows that no
+either checkpointing, or none; they pack without flash attention, too, and the loss of the same rows shows that no
 conversation sees another. Ends with a table and one line of JSON; with ``--output DIR`` both are kept there, with a
 picture. ``--quick`` measures short rows, too, the demo's, where a step's fixed costs count: our defaults beside each of
 TRL's settings, and the best beside the best.
@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 PEERS = {
     "lit_qlora": "lit-qlora, its defaults",
     "lit_qlora_tokens": "lit-qlora, batches by tokens",
+    "lit_qlora_packed": "lit-qlora, packing",
     "trl_default": "TRL SFTTrainer, its defaults",
     "trl_grouped": "TRL SFTTrainer, length groups",
     "trl_packed": "TRL SFTTrainer, packing",
@@ -40,6 +41,7 @@ PEERS = {
     "unsloth": "Unsloth, its defaults",
     "unsloth_packed": "Unsloth, packing",
     "unsloth_packed_plain": "Unsloth, packing, plain checkpointing",
+    "unsloth_packed_kept": "Unsloth, packing, no checkpointing",
     "unsloth_kept": "Unsloth, no checkpointing, half the rows",
 }
 QUICK = ["lit_qlora", "lit_qlora_tokens", "trl_default", "trl_grouped", "trl_packed"]
@@ -47,10 +49,10 @@ QUICK_MINUTES = 7.5
 """After which --quick begins no repetition that would not end within them."""
 BEST = {
     "trl_best": ("trl_grouped", "trl_packed"),
-    "unsloth_best": ("unsloth", "unsloth_packed", "unsloth_packed_plain", "unsloth_kept"),
+    "unsloth_best": ("unsloth", "unsloth_packed", "unsloth_packed_plain", "unsloth_packed_kept", "unsloth_kept"),
 }
 """Of a library that has several settings, the quickest one counts."""
-OWN = ("lit_qlora", "lit_qlora_tokens")
+OWN = ("lit_qlora", "lit_qlora_tokens", "lit_qlora_packed")
 GUANACO = "timdettmers/openassistant-guanaco"
 SHORT, SHORT_ROWS = "demo", 8
 """Short rows for ``--quick``, and how many of them for each of the others: about as many tokens."""

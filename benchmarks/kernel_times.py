@@ -25,6 +25,8 @@ CLASSES = {
 }
 OTHER = "elementwise"
 BY_FLOPS = ("products", "attention")
+LONGEST = 70
+"""Number of kernels kept by name: enough to see below the products."""
 
 
 def class_of(kernel: str) -> str:
@@ -102,5 +104,5 @@ def summed(us: dict[str, float], tokens: int) -> dict[str, Any]:
     for name, time_us in us.items():
         kind = class_of(name)
         classes[kind] = classes.get(kind, 0.0) + time_us / tokens
-    longest = sorted(us.items(), key=lambda item: -item[1])[:14]
-    return {"us_per_token": classes, "longest": [[name[:100], time_us / tokens] for name, time_us in longest]}
+    longest = sorted(us.items(), key=lambda item: -item[1])[:LONGEST]
+    return {"us_per_token": classes, "longest": [[name[:200], time_us / tokens] for name, time_us in longest]}

@@ -120,7 +120,7 @@ def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
     args += ["--trainer.callbacks", "own_timer.Timer"]
     if spec["kernels"]:  # as a T4 runs a base of 7B
         args += ["--model.cuda_graphs", "false"]
-    elif spec["t4"]:  # what auto chooses on this card, if it is a large one; the limits give it a T4's name
+    elif spec["t4"] and "--data.packing" not in extra:  # what auto chooses on a large card; this one has a T4's name
         args += ["--model.cuda_graphs", "true"]
     sys.exit(main(args))  # where it comes back, it ended before it was measured
 
@@ -128,6 +128,12 @@ def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
 def lit_qlora_tokens(spec: dict, clock: Clock) -> None:
     """The same with as many rows as fit into the tokens of a full batch."""
     lit_qlora(spec, clock, ("--data.batch_tokens", str(spec["batch_size"] * spec["max_length"] // 2)))
+
+
+def lit_qlora_packed(spec: dict, clock: Clock) -> None:
+    """The same in one row, without padding."""
+    tokens = str(spec["batch_size"] * spec["max_length"] // 2)
+    lit_qlora(spec, clock, ("--data.batch_tokens", tokens, "--data.packing", "true"))
 
 
 def trl_default(spec: dict, clock: Clock, **best: object) -> None:
@@ -153,7 +159,7 @@ def trl_default(spec: dict, clock: Clock, **best: object) -> None:
 
 def trl_grouped(spec: dict, clock: Clock) -> None:
     """What of its own options helps here: rows of like length together, nothing computed twice, Liger on a GPU."""
-    trl_default(spec, clock, train_sampling_strategy="group_by_length", **_quicker())
+    trl_default(spec, clock, train_sampling_strategy="group_by_length", **_quicker(spec))
 
 
 def trl_packed(spec: dict, clock: Clock) -> None:
@@ -163,16 +169,16 @@ def trl_packed(spec: dict, clock: Clock) -> None:
     transformers keeps documents apart by their positions. The loss of the same rows shows it.
     """
     rows = max(1, spec["batch_size"] // 2)
-    trl_default(spec, clock, packing=True, packing_strategy="bfd", per_device_train_batch_size=rows, **_quicker())
+    trl_default(spec, clock, packing=True, packing_strategy="bfd", per_device_train_batch_size=rows, **_quicker(spec))
 
 
-def _quicker() -> dict[str, object]:
+def _quicker(spec: dict) -> dict[str, object]:
     """Options of transformers' Trainer that save time where they run."""
     import torch
 
-    if not torch.cuda.is_available():
-        return {"gradient_checkpointing": False}  # a host has the memory
-    return {"use_liger_kernel": True} if _has("liger_kernel") else {}
+    # A host has the memory, as has a large card.
+    found: dict[str, object] = {} if spec["t4"] else {"gradient_checkpointing": False}
+    return found | ({"use_liger_kernel": True} if torch.cuda.is_available() and _has("liger_kernel") else {})
 
 
 def plain(spec: dict, clock: Clock) -> None:
@@ -239,6 +245,11 @@ def unsloth_packed(spec: dict, clock: Clock, checkpointing: str | bool = "unslot
 def unsloth_packed_plain(spec: dict, clock: Clock) -> None:
     """The same with torch's checkpointing instead of its own, which moves activations to the host."""
     unsloth_packed(spec, clock, checkpointing=True)
+
+
+def unsloth_packed_kept(spec: dict, clock: Clock) -> None:
+    """The same without checkpointing, for a card that has the memory."""
+    unsloth_packed(spec, clock, checkpointing=False)
 
 
 def unsloth_kept(spec: dict, clock: Clock) -> None:
@@ -347,8 +358,8 @@ def _has(package: str) -> bool:
 NAMES: dict[str, Callable[[dict, Clock], None]] = {
     peer.__name__: peer
     for peer in (
-        lit_qlora, lit_qlora_tokens, trl_default, trl_grouped, trl_packed, plain, unsloth, unsloth_packed,
-        unsloth_packed_plain, unsloth_kept,
+        lit_qlora, lit_qlora_tokens, lit_qlora_packed, trl_default, trl_grouped, trl_packed, plain, unsloth,
+        unsloth_packed, unsloth_packed_plain, unsloth_packed_kept, unsloth_kept,
     )
 }  # fmt: skip
 

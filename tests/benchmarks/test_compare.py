@@ -103,6 +103,36 @@ def test_kernels_are_not_measured_on_a_cpu(monkeypatch, capsys):
     assert stopped.value.code == 2 and "--kernels" in capsys.readouterr().err
 
 
+def arguments_of(monkeypatch, tmp_path, peer, **spec):
+    """The command line with which one of ours is measured."""
+    seen = []
+    monkeypatch.setattr("lit_qlora.cli.main", seen.extend)
+    (tmp_path / "ids.jsonl").write_text("", encoding="utf-8")
+    given = dict.fromkeys(("base", "chats", "held_out"), "x") | {"ids": str(tmp_path / "ids.jsonl"), "rank": 16}
+    with pytest.raises(SystemExit):
+        peers.NAMES[peer](given | {"max_length": 1024, "batch_size": 16} | spec, None)
+    return " ".join(seen)
+
+
+def test_packing_learns_as_many_tokens_a_step_as_batches_by_tokens(monkeypatch, tmp_path):
+    by_tokens = arguments_of(monkeypatch, tmp_path, "lit_qlora_tokens", kernels=False, t4=False)
+    packed = arguments_of(monkeypatch, tmp_path, "lit_qlora_packed", kernels=False, t4=False)
+    assert "--data.batch_tokens 8192" in by_tokens and "packing" not in by_tokens
+    assert "--data.batch_tokens 8192 --data.packing true" in packed
+
+
+@pytest.mark.parametrize(("peer", "recorded"), [("lit_qlora", True), ("lit_qlora_packed", False)])
+def test_packed_rows_are_not_recorded(monkeypatch, tmp_path, peer, recorded):
+    """A fit refuses that: each packed row has conversations of its own."""
+    found = arguments_of(monkeypatch, tmp_path, peer, kernels=False, t4=True)
+    assert ("--model.cuda_graphs true" in found) == recorded
+
+
+def test_trl_recomputes_only_where_memory_is_short():
+    assert peers._quicker({"t4": False})["gradient_checkpointing"] is False
+    assert "gradient_checkpointing" not in peers._quicker({"t4": True})
+
+
 def test_profiled_peers_have_a_table_by_class():
     found = {"us_per_token": {"products": 53.0, "attention": 8.9}, "tflops": 700.0, "gb_per_s": 3000.0}
     lines = compare._kernel_table({"peers": {"lit_qlora": found, "unsloth": {"failed": "no memory"}}})

@@ -165,7 +165,8 @@ def weights_of(model: Any, shards: Shards | None = None) -> list[Weights]:
 def _quantised(module: Any) -> Quantised:
     base = getattr(module, "base_layer", module)
     # As a plain tensor: with bitsandbytes' own class, each call takes a detour through Python.
-    return Quantised(base.weight.detach().as_subclass(Tensor), base.weight.quant_state)
+    state = base.weight.quant_state
+    return Quantised(base.weight.detach().as_subclass(Tensor), state, state.offset.cpu() if state.nested else None)
 
 
 def extract_layers(model: Any, pointwise: Pointwise = EAGER, weights: Sequence[Weights] | None = None) -> list[Layer]:
@@ -395,16 +396,20 @@ def _backward(ctx: Any, at: int, hidden: Tensor, grad: Tensor, products: "_Produ
     del kept, feed_forward  # so that each tensor is freed after its last use
     point, grad = layer.pointwise, grad.contiguous()
     # The feed-forward: out = middle + down(swiglu(gate, up)), of x = norm(middle).
-    grad_inner = products.input_grad(DOWN, [grad], point.swiglu(gate, up))
-    grad_gate_up = point.swiglu_backward(grad_inner, gate, up)
+    grad_inner = products.input_grad(DOWN, [grad])
+    *grad_gate_up, inner = point.swiglu_backward(grad_inner, gate, up)
     del grad_inner, gate, up
+    products.weight_grad(DOWN, [grad], inner)
+    del inner
+    grad_x = products.input_grad(GATE_UP, grad_gate_up)
     x, scale = point.rms_norm(middle, layer.norms[1], layer.epsilon)
-    grad_x = products.input_grad(GATE_UP, grad_gate_up, x)
-    del grad_gate_up
+    products.weight_grad(GATE_UP, grad_gate_up, x)
+    del grad_gate_up, x
     grad = point.rms_norm_backward(grad_x.view_as(grad), middle, scale, layer.norms[1], grad)
     del middle
     # Attention: middle = hidden + o(attention(q, k, v)), of x = norm(hidden).
-    grad_x = products.input_grad(OUT, [grad], _merged(attended.detach()))
+    grad_x = products.input_grad(OUT, [grad])
+    products.weight_grad(OUT, [grad], _merged(attended.detach()))
     grad_heads = grad_x.view(*hidden.shape[:2], -1, layer.head_width).transpose(1, 2)
     query, key, value = torch.autograd.grad(attended, heads, grad_heads)
     del attended, heads, grad_heads
@@ -417,11 +422,12 @@ def _backward(ctx: Any, at: int, hidden: Tensor, grad: Tensor, products: "_Produ
     del unnormed
     x, scale = point.rms_norm(hidden, layer.norms[0], layer.epsilon)
     grad_qkv = [head.flatten(2) for head in (query, key, value)]
-    if not ctx.needs_input_grad[1]:  # the first layer: nothing below it is trained
-        products.weight_grad(QKV, grad_qkv, x)
+    below = products.input_grad(QKV, grad_qkv) if ctx.needs_input_grad[1] else None
+    products.weight_grad(QKV, grad_qkv, x)
+    if below is None:  # the first layer: nothing below it is trained
         return None
-    grad_x = products.input_grad(QKV, grad_qkv, x)
-    return point.rms_norm_backward(grad_x.view_as(hidden), hidden, scale, layer.norms[0], grad)
+    del grad_qkv, x
+    return point.rms_norm_backward(below.view_as(hidden), hidden, scale, layer.norms[0], grad)
 
 
 def _inner(hidden: Tensor, places: Places, layer: Layer, products: "_Products") -> _Kept:
@@ -508,6 +514,7 @@ class _Products:
         """Turn to a micro-batch, with the seed of its dropout."""
         self.seed = seed
         self.lora_hidden: dict[tuple[int, ...], Tensor] = {}
+        self.grad_lora_hidden: dict[tuple[int, ...], Tensor] = {}
         self.grad_a: dict[int, Tensor] = {}
         self.grad_b: dict[int, Tensor] = {}
 
@@ -525,41 +532,35 @@ class _Products:
                 found[index].addmm_(lora_hidden, self.buffers.b[index].t(), alpha=scaling)
         return list(found.values())
 
-    def input_grad(self, group: tuple[int, ...], grads: Sequence[Tensor], x: Tensor) -> Tensor:
-        """Returns the gradient of the input ``x``, ``[N, in]``, from those of the products; collects those of LoRA."""
+    def input_grad(self, group: tuple[int, ...], grads: Sequence[Tensor]) -> Tensor:
+        """Returns the gradient of the input, ``[N, in]``, from those of the products."""
         into: Tensor | None = None
-        for index, grad in zip(group, grads, strict=True):
+        flat = _flat(group, grads)
+        for index, grad in flat.items():
             weight = self._weight(index, again=False)
-            flat = grad.reshape(-1, grad.shape[-1])
-            into = torch.mm(flat, weight) if into is None else into.addmm_(flat, weight)
+            into = torch.mm(grad, weight) if into is None else into.addmm_(grad, weight)
         assert into is not None
-        for part, grad_lora_hidden in self.weight_grad(group, grads, x):
+        for part in self.buffers.parts[group]:
+            grad_lora_hidden = self._grad_lora_hidden(part, flat)
             if self.layer.linears[part[0]].dropout:
-                into += torch.mm(grad_lora_hidden, self.buffers.a[part]).mul_(self._mask(part[0], x.view_as(into)))
+                into += torch.mm(grad_lora_hidden, self.buffers.a[part]).mul_(self._mask(part[0], into))
             else:
                 into.addmm_(grad_lora_hidden, self.buffers.a[part])
         return into
 
-    def weight_grad(
-        self, group: tuple[int, ...], grads: Sequence[Tensor], x: Tensor
-    ) -> list[tuple[tuple[int, ...], Tensor]]:
-        """Collects the gradients of A and B; returns the gradient of the LoRA hidden state of each A, ``[N, rank]``."""
+    def weight_grad(self, group: tuple[int, ...], grads: Sequence[Tensor], x: Tensor) -> None:
+        """Collects the gradients of A and B, from the input ``x`` of ``[..., in]`` and the gradients of the products.
+
+        After `input_grad`, where that is needed, too: what the two share is kept until then.
+        """
         x = x.reshape(-1, x.shape[-1])
-        by_index = {index: grad.reshape(-1, grad.shape[-1]) for index, grad in zip(group, grads, strict=True)}
-        found = []
+        flat = _flat(group, grads)
         for part in self.buffers.parts[group]:
-            lora_hidden, dropped = self._lora_hidden(part, x), self._dropped(part[0], x)
-            del self.lora_hidden[part]
-            scaling, grad_lora_hidden = self.layer.linears[part[0]].scaling, torch.empty_like(lora_hidden)
-            columns = zip(self._columns(part, lora_hidden), self._columns(part, grad_lora_hidden), strict=True)
-            for (index, own), (_, grad_own) in columns:
-                torch.mm(by_index[index], self.buffers.b[index], out=grad_own)
-                self.grad_b[index] = _wide_product(by_index[index].t(), own, scaling)
-            if scaling != 1:
-                grad_lora_hidden.mul_(scaling)
-            self.grad_a |= self._rows(part, _wide_product(grad_lora_hidden.t(), dropped))
-            found.append((part, grad_lora_hidden))
-        return found
+            lora_hidden, grad_lora_hidden = self._lora_hidden(part, x), self._grad_lora_hidden(part, flat)
+            del self.lora_hidden[part], self.grad_lora_hidden[part]
+            for index, own in self._columns(part, lora_hidden):
+                self.grad_b[index] = _wide_product(flat[index].t(), own, self.layer.linears[index].scaling)
+            self.grad_a |= self._rows(part, _wide_product(grad_lora_hidden.t(), self._dropped(part[0], x)))
 
     def gradients(self) -> list[Tensor]:
         """Returns the fp32 gradients of every LoRA A and B, in layer order."""
@@ -570,6 +571,16 @@ class _Products:
         if part not in self.lora_hidden:
             self.lora_hidden[part] = self._dropped(part[0], x) @ self.buffers.a[part].t()
         return self.lora_hidden[part]
+
+    def _grad_lora_hidden(self, part: tuple[int, ...], grads: dict[int, Tensor]) -> Tensor:
+        """The gradients of `_lora_hidden`, from those of the products; computed once."""
+        if part not in self.grad_lora_hidden:
+            like, scaling = grads[part[0]], self.layer.linears[part[0]].scaling
+            found = like.new_empty(len(like), self.buffers.a[part].shape[0])
+            for index, own in self._columns(part, found):
+                torch.mm(grads[index], self.buffers.b[index], out=own)
+            self.grad_lora_hidden[part] = found if scaling == 1 else found.mul_(scaling)
+        return self.grad_lora_hidden[part]
 
     def _columns(self, part: tuple[int, ...], lora_hidden: Tensor) -> list[tuple[int, Tensor]]:
         rank = lora_hidden.shape[1] // len(part)
@@ -595,6 +606,10 @@ class _Products:
         kept = 1 - self.layer.linears[index].dropout
         generator = torch.Generator(x.device).manual_seed(self.seed + index)
         return torch.empty_like(x).bernoulli_(kept, generator=generator).div_(kept)
+
+
+def _flat(group: tuple[int, ...], grads: Sequence[Tensor]) -> dict[int, Tensor]:
+    return {index: grad.reshape(-1, grad.shape[-1]) for index, grad in zip(group, grads, strict=True)}
 
 
 def _wide_product(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:

@@ -5,6 +5,7 @@ time. Knows no product and no layer's arithmetic.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,14 @@ HOST_SHARE = 2
 
 
 class Quantised(NamedTuple):
-    """A weight in 4 bits: its packed values, and bitsandbytes' state with the scales."""
+    """A weight in 4 bits: its packed values, bitsandbytes' state with the scales, and the offset of nested scales.
+
+    The offset is on the host, where it is a number: one on the card is broadcast, by a kernel for strided tensors.
+    """
 
     values: Tensor
     state: Any
+    offset: Tensor | None
 
 
 class Weights:
@@ -41,7 +46,10 @@ class Weights:
             return self._kept[index]
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(*self.quantised[index]).to(dtype)
+        values, state, offset = self.quantised[index]
+        state = copy(state)
+        state.offset = offset
+        return dequantize_4bit(values, state).to(dtype)
 
     def keep(self, dtype: torch.dtype) -> None:
         """Dequantise all weights now, for all requests to come in this dtype."""

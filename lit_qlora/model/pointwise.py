@@ -53,9 +53,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `swiglu` with regard to ``gate`` and ``up``; all tensors are ``[..., inner]``."""
-    return torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `swiglu` with regard to ``gate`` and ``up``, and its result; all tensors are ``[..., inner]``.
+
+    In one, since each of them reads ``gate`` and ``up``.
+    """
+    activated = functional.silu(gate)
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return grad_gate, grad * activated, activated.mul_(up)
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +92,7 @@ class Pointwise(NamedTuple):
     rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
-    swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

@@ -25,11 +25,11 @@ def plain(model, ids):
     return model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def ours(model, ids, kept_layers=2):
+def ours(model, ids, kept_layers=2, pointwise=EAGER):
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(ids)
     places = find_places(inner.rotary_emb, hidden, ())
-    return inner.norm(run_layers(extract_layers(model), hidden, places, kept_layers))
+    return inner.norm(run_layers(extract_layers(model, pointwise), hidden, places, kept_layers))
 
 
 def forward_and_gradients(run, model, seed=2, **options):
@@ -158,6 +158,18 @@ def test_a_kept_layer_multiplies_nothing_twice(make_model, monkeypatch):
     calls.clear()
     forward_and_gradients(ours, model, kept_layers=0)
     assert calls == [0, 1, 2, 3, 4, 5, 6] * 2 + [0, 1, 2, 3, 4, 5] * 2  # the last product is not needed again
+
+
+@pytest.mark.parametrize("kept_layers", [0, 2])
+def test_the_activation_is_computed_once_in_backward(make_model, kept_layers):
+    """Its result, which LoRA's gradient needs, comes with its gradients."""
+    calls = []
+    point = EAGER._replace(
+        swiglu=lambda *args: calls.append("forward") or EAGER.swiglu(*args),
+        swiglu_backward=lambda *args: calls.append("backward") or EAGER.swiglu_backward(*args),
+    )
+    forward_and_gradients(ours, make_model(), kept_layers=kept_layers, pointwise=point)
+    assert calls == ["forward"] * 2 + ["backward"] * 2
 
 
 def test_dropout_follows_the_seed_and_drops_the_share_that_was_asked_for(make_model):

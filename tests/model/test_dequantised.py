@@ -73,6 +73,20 @@ def test_weights_are_made_once_for_a_dtype_and_anew_for_another(make_model, made
     assert len(made) == 15
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nested_scales_get_their_offset_from_the_host_and_change_no_bit(make_model, monkeypatch, device):
+    model = make_model().to(device)
+    weights, seen, real = weights_of(model)[0], [], functional.dequantize_4bit
+    values, state, offset = weights.quantised[5]
+    expected = real(values, state)
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda *args: seen.append(args[1].offset) or real(*args))
+    assert torch.equal(weights.get(5, state.dtype), expected)
+    assert offset.device.type == "cpu" and offset != 0
+    assert seen[0] is offset
+    # Answers read it on their own device.
+    assert state.offset.device.type == device
+
+
 @pytest.mark.parametrize(
     ("free", "processes", "expected"), [(16_000, 1, 8), (15_999, 1, 7), (16_000, 3, 2), (1_999, 1, 0), (10**9, 1, 32)]
 )

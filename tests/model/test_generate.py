@@ -52,11 +52,36 @@ def test_greedy_is_the_likeliest_token_each_time(model):
     assert generate(model, PROMPTS[:1], [NEVER], Sampling(6)) == [ids[len(PROMPTS[0]) :]]
 
 
-def test_each_of_a_batch_is_answered_as_if_alone(model):
-    together = generate(model, PROMPTS, [NEVER], Sampling(10))
-    alone = [generate(model, [prompt], [NEVER], Sampling(10))[0] for prompt in PROMPTS]
+@pytest.fixture
+def caches(model, monkeypatch):
+    """The kind of each cache that transformers makes."""
+    made, base = [], model.get_base_model()
+    real = type(base)._prepare_cache_for_generation
+
+    def prepare(config, model_kwargs, *args):
+        real(base, config, model_kwargs, *args)
+        made.append(type(model_kwargs["past_key_values"]).__name__)
+
+    monkeypatch.setattr(base, "_prepare_cache_for_generation", prepare)
+    return made
+
+
+@pytest.mark.parametrize(("limit", "cache"), [(10, "StaticCache"), (14, "StaticCache"), (15, "DynamicCache")])
+def test_each_of_a_batch_is_answered_as_if_alone(model, caches, limit, cache):
+    """Whether keys and values grow or not: they don't up to three times the longest prompt, of 7."""
+    together = generate(model, PROMPTS, [NEVER], Sampling(limit))
+    alone = [generate(model, [prompt], [NEVER], Sampling(limit))[0] for prompt in PROMPTS]
     assert together == alone
     assert len({tuple(answer) for answer in alone}) == 3
+    assert caches == [cache] + ["DynamicCache"] * 3
+
+
+def test_a_static_cache_answers_what_a_growing_one_does(model, caches, monkeypatch):
+    options = {"temperature": 1.5, "seed": 3, "top_k": 50, "repetition_penalty": 1.2}
+    found = generate(model, PROMPTS, [NEVER], Sampling(14, **options))
+    monkeypatch.setattr("lit_qlora.model.generate._is_static", lambda *_: False)
+    assert generate(model, PROMPTS, [NEVER], Sampling(14, **options)) == found
+    assert caches == ["StaticCache", "DynamicCache"]
 
 
 def test_an_answer_ends_with_its_first_eos(model):

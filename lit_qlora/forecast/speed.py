@@ -16,6 +16,12 @@ HOST_S_PER_LAYER = 0.008
 """Time in which a host starts the kernels of a layer one by one, forward and backward: 7.7 to 9.7 ms measured beside an
 H100, in a virtual machine with torch 2.11; others may be twice as fast."""
 
+CARD_S_PER_LAYER = 0.0007
+"""Time per layer and micro-batch, however small, in which a card is not at its rates: its kernels, some 140, begin and
+end one after the other, and small products do not fill it. From 6,445 / 7,675 / 8,325 / 8,802 tokens/s at 1 / 2 / 4 / 8
+x 1,024 tokens (`benchmarks/growth.py --t4` with a 7B on an H100, docs/memory-and-speed.md): a straight line in time
+whose start, less dequantisation, is this much of what the rates below make of its slope."""
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -39,12 +45,12 @@ def epoch_hours(step: Step, epoch: Epoch, card: Card) -> float | None:
     Args:
         step: settings, and the share of layers that recompute.
         epoch: tokens and micro-batches.
-        card: whose sustained rates bound products and memory traffic; the two are added.
+        card: whose sustained rates bound products and memory traffic; the two are added, and a time per micro-batch.
     """
     if card.tflops is None or card.gb_per_s is None or step.element != 2:
         return None
     per_token = _flops(step, epoch.row_tokens / 2) / (card.tflops * 1e12) + _traffic(step) / (card.gb_per_s * 1e9)
-    per_batch = _dequantised_bytes(step) / (card.gb_per_s * 1e9)
+    per_batch = _dequantised_bytes(step) / (card.gb_per_s * 1e9) + CARD_S_PER_LAYER * step.shape.num_layers
     return (epoch.padded_tokens * per_token + epoch.num_micro_batches * per_batch) / 3600
 
 

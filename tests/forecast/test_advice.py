@@ -207,6 +207,13 @@ def test_the_quickest_is_left_alone():
     assert quickest(after) is None
 
 
+def test_a_large_card_is_advised_to_learn_a_step_in_few_micro_batches():
+    common = {"card": "h100", "lengths": guanaco_lengths(400) * 20, "checkpointing": "auto", "max_length": 512}
+    _, after = quickest(seven(plan=BatchPlan(rows=16, tokens=1024), accumulate=8, **common))
+    assert (after.plan.tokens, after.accumulate) == (8192, 1)
+    assert quickest(seven(plan=BatchPlan(rows=16, tokens=8192), accumulate=1, **common)) is None
+
+
 def test_kernels_are_left_unrecorded_where_that_is_quicker():
     many = guanaco_lengths(400) * 20
     before = seven(card="l4", gib=16, plan=BatchPlan(rows=16), cuda_graphs=True, lengths=many, checkpointing="auto")

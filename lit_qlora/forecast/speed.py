@@ -18,9 +18,9 @@ H100, in a virtual machine with torch 2.11; others may be twice as fast."""
 
 CARD_S_PER_LAYER = 0.0007
 """Time per layer and micro-batch, however small, in which a card is not at its rates: its kernels, some 140, begin and
-end one after the other, and small products do not fill it. From 6,445 / 7,675 / 8,325 / 8,802 tokens/s at 1 / 2 / 4 / 8
-x 1,024 tokens (`benchmarks/growth.py --t4` with a 7B on an H100, docs/memory-and-speed.md): a straight line in time
-whose start, less dequantisation, is this much of what the rates below make of its slope."""
+end one after the other, none in less than 4 µs. From 6,445 / 7,675 / 8,325 / 8,802 tokens/s at 1 / 2 / 4 / 8 x 1,024
+tokens (`benchmarks/growth.py --t4` with a 7B on an H100, docs/memory-and-speed.md): a straight line in time, whose
+start, less dequantisation, is this much beside the slope that the rates give it."""
 
 
 @dataclass(frozen=True)

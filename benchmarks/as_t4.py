@@ -1,6 +1,7 @@
 """Runs a command of main.py on a larger GPU under the limits of a T4.
 
     python benchmarks/as_t4.py fit --config configs/colab_t4.yaml …
+    python benchmarks/as_t4.py --gib 23.3 fit …    # this card, with less memory
 
 Memory is capped, compute capability reads 7.5 (so fp16 is chosen), attention has neither flash nor cuDNN kernels, and
 cuBLAS has the scratch that it has on a T4.
@@ -23,19 +24,31 @@ MEMORY_GIB = 14.2
 def emulate() -> None:
     """Puts the limits on this process and its GPU, one of several or not, before its first product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # torch's default below compute capability 9.0
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    torch.cuda.set_per_process_memory_fraction(MEMORY_GIB * 1024**3 / total)
+    limit_memory(MEMORY_GIB)
     # Not in torch itself: its compiler would then build for another card than this one.
     device._gpu = lambda: device.Device("T4, emulated", (7, 5), int(MEMORY_GIB * 1024**3))
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def limit_memory(gib: float) -> None:
+    """Caps what torch may take of this process's GPU, and says that this is all there is."""
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(gib * 1024**3 / total)
+    here = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    device._gpu = lambda: device.Device(*here, int(gib * 1024**3))
+
+
 if __name__ == "__main__":
     from lit_qlora.cli import main, prepare_memory
 
     prepare_memory()
-    emulate()
+    args = sys.argv[1:]
+    if args[:1] == ["--gib"]:
+        limit_memory(float(args[1]))
+        args = args[2:]
+    else:
+        emulate()
 
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main(args))

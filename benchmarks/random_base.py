@@ -1,14 +1,20 @@
 """Makes a base of random weights in the shape of a Llama, for measuring: speed and memory don't ask what it knows.
 
     python benchmarks/random_base.py --shape 7b --output DIR [--tokenizer DIR]
+    python benchmarks/random_base.py --shape 70b --in-4-bits --output DIR    # 35 GB, in seconds
 
-Written tensor by tensor, in 16 bits, as safetensors of one decoder layer a file.
+Written tensor by tensor, as safetensors of one decoder layer a file: in 16 bits, or already in 4.
 """
 
 import argparse
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,14 +27,17 @@ SHAPES = {
     "tinyllama": (2048, 22, 32, 4, 5632),
     "7b": (4096, 32, 32, 32, 11008),
     "13b": (5120, 40, 40, 40, 13824),
+    "70b": (8192, 80, 64, 8, 28672),
 }
 VOCABULARY = 32_000
+SCALE, SPREAD = 0.035, 0.01
+"""Of 4-bit weights: the mean of their blocks' scales, and how far these are from it at most."""
+STEP = 4096
+"""Bytes between the random values of one weight in 4 bits and those of the next."""
 
 
 def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | None = None) -> Path:
     """Writes the base into ``output``, with the files of ``tokenizer`` beside it; returns ``output``."""
-    hidden, num_layers, heads, key_heads, inner = SHAPES[shape]
-    num_layers = layers or num_layers
     output.mkdir(parents=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
@@ -42,9 +51,18 @@ def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | 
         save_file(tensors, output / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(shapes, name))
 
+    for file, sizes in tensors(shape, layers):
+        write(file, sizes)
+    write_rest(output, shape, layers, index, tokenizer, {})
+    return output
+
+
+def tensors(shape: str, layers: int | None) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+    """The name of each file, and its tensors' names and sizes."""
+    hidden, num_layers, heads, key_heads, inner = SHAPES[shape]
     square, keys = (hidden, hidden), (hidden // heads * key_heads, hidden)
     wide, narrow = (inner, hidden), (hidden, inner)
-    for number in range(num_layers):
+    for number in range(layers or num_layers):
         at = f"model.layers.{number}"
         attention = {f"{at}.self_attn.{part}_proj.weight": keys if part in "kv" else square for part in "qkvo"}
         mlp = {
@@ -53,8 +71,8 @@ def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | 
             f"{at}.mlp.down_proj.weight": narrow,
         }
         norms = {f"{at}.input_layernorm.weight": (hidden,), f"{at}.post_attention_layernorm.weight": (hidden,)}
-        write(f"layer-{number:03d}.safetensors", attention | mlp | norms)
-    write(
+        yield f"layer-{number:03d}.safetensors", attention | mlp | norms
+    yield (
         "ends.safetensors",
         {
             "model.embed_tokens.weight": (VOCABULARY, hidden),
@@ -62,6 +80,82 @@ def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | 
             "model.norm.weight": (hidden,),
         },
     )
+
+
+def make_in_4_bits(
+    shape: str, output: Path, tokenizer: Path | None = None, layers: int | None = None, dtype: str = "bfloat16"
+) -> Path:
+    """As `make`, in NF4 of random bytes, computing in ``dtype``: nothing is quantised, and it takes as long as writing
+    it. Values are of one random run of bytes, which each weight begins elsewhere."""
+    from bitsandbytes.functional import quantize_4bit
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from lit_qlora.model.load import nf4
+
+    output.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    most = (
+        max(shape[0] * shape[1] for _, sizes in tensors(shape, 1) for shape in sizes.values() if len(shape) == 2) // 2
+    )
+    run = torch.empty(most + STEP * 2048, dtype=torch.uint8).random_(generator=generator)
+    as_written = getattr(torch, dtype)
+    _, state = quantize_4bit(torch.randn(64, 64).to(as_written), compress_statistics=True, quant_type="nf4")
+    state.offset = torch.tensor(SCALE)
+    index: dict[str, str] = {}
+    jobs = []
+    for at, (file, sizes) in enumerate(tensors(shape, layers)):
+        parts: dict[str, Any] = {}
+        for number, (name, size) in enumerate(sizes.items()):
+            start = (at * 7 + number) % 2048 * STEP
+            if len(size) == 2 and ".layers." in name:
+                parts |= packed(name, size, state, run[start:])
+            elif len(size) == 2:
+                parts[name] = torch.empty(size, dtype=as_written).normal_(0, 0.02, generator=generator)
+            else:
+                parts[name] = torch.ones(size, dtype=as_written)
+        index.update(dict.fromkeys(parts, file))
+        jobs.append(partial(write_file, output / file, parts))
+    with ThreadPoolExecutor(12) as pool:
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
+    own = {"quantization_config": nf4(as_written).to_dict(), "torch_dtype": dtype}
+    write_rest(output, shape, layers, index, tokenizer, own)
+    return output
+
+
+def packed(name: str, size: tuple[int, ...], state: Any, run: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A 4-bit weight and what bitsandbytes keeps beside it, its values and scales from ``run``."""
+    values = size[0] * size[1]
+    state.shape = torch.Size(size)
+    beside = state.as_dict(packed=True)
+    beside["absmax"] = run[: -(-values // state.blocksize)]
+    beside["nested_absmax"] = torch.full((-(-len(beside["absmax"]) // state.state2.blocksize),), SPREAD)
+    return {name: run[: values // 2].view(-1, 1)} | {f"{name}.{key}": value for key, value in beside.items()}
+
+
+DTYPES = {"uint8": "U8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+
+def write_file(file: Path, parts: dict[str, torch.Tensor]) -> None:
+    """``parts`` as safetensors, without a copy of any: safetensors' own refuses tensors that share their memory."""
+    entries, place = {}, 0
+    for name, value in parts.items():
+        kind = DTYPES[str(value.dtype).removeprefix("torch.")]
+        entries[name] = {"dtype": kind, "shape": [*value.shape], "data_offsets": [place, place + value.nbytes]}
+        place += value.nbytes
+    header = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for value in parts.values():
+            stream.write(memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()))
+
+
+def write_rest(
+    output: Path, shape: str, layers: int | None, index: dict[str, str], tokenizer: Path | None, own: dict[str, Any]
+) -> None:
+    """The index, config.json with ``own`` keys, and the files of ``tokenizer``."""
+    hidden, num_layers, heads, key_heads, inner = SHAPES[shape]
     (output / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -73,17 +167,16 @@ def make(shape: str, output: Path, tokenizer: Path | None = None, layers: int | 
         "intermediate_size": inner,
         "max_position_embeddings": 4096,
         "num_attention_heads": heads,
-        "num_hidden_layers": num_layers,
+        "num_hidden_layers": layers or num_layers,
         "num_key_value_heads": key_heads,
         "rms_norm_eps": 1e-05,
         "tie_word_embeddings": False,
         "torch_dtype": "float16",
         "vocab_size": VOCABULARY,
     }
-    (output / "config.json").write_text(json.dumps(config, indent=1))
+    (output / "config.json").write_text(json.dumps(config | own, indent=1))
     for file in tokenizer.iterdir() if tokenizer else ():
         shutil.copyfile(file, output / file.name)
-    return output
 
 
 if __name__ == "__main__":
@@ -92,5 +185,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, help="folder of a Llama 2 tokenizer, copied beside the weights")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--in-4-bits", action="store_true", help="already quantised")
+    parser.add_argument("--dtype", default="bfloat16", help="that a base in 4 bits computes in")
     options = parser.parse_args()
-    print(make(options.shape, options.output, options.tokenizer, options.layers))
+    write = partial(make_in_4_bits, dtype=options.dtype) if options.in_4_bits else make
+    print(write(options.shape, options.output, options.tokenizer, options.layers))

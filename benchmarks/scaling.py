@@ -5,8 +5,9 @@
 
 First the same short runs on one and on two: in fp32, with recorded kernels, and in fp16 under a T4's limits; their
 figures and adapters are compared. Then tokens that are not padding per second of whole optimizer steps, on a random
-base in the shape of a 7B (fewer layers: time per layer and traffic per layer are the same), rows as long as Guanaco's;
-beside it what the dealing of micro-batches allows, and the time of one all-reduce of the adapter's gradients.
+base in the shape of a 7B, rows as long as Guanaco's; beside it what the dealing of micro-batches allows, and the time
+of one all-reduce of the adapter's gradients. Then a base in the shape of a 70B, shared by two GPUs limited to the
+memory of 24 GB cards: its tokens per second, and its memory beside the forecast.
 
 Runs of one GPU share the machine two at a time, each on a GPU of its own. What is not begun in time is left out, and
 named. The last line is the JSON that --output gets.
@@ -16,12 +17,14 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +44,31 @@ SPEEDS = {
     "2048 tokens x 4": ["--data.batch_tokens", "2048", "--trainer.accumulate_grad_batches", "4"],
 }
 LIMIT_S = 200
+RUN_S = 60
+"""A run of `speed` at least, with its start."""
+GIB_OF_24_GB = 23.3
+"""What torch may take of a card of 24 GB: an RTX 4090's 23.64 GiB without CUDA's context."""
+LARGE = ["--config", str(HERE.parent / "configs" / "70b_2x24.yaml"), "--data.batch_tokens", "1024", "--data.max_length",
+         "1024", "--trainer.accumulate_grad_batches", "8", "--model.shard", "true"]  # fmt: skip
 NOT_COMPARED = ("speed/tokens_per_second", "memory/")
+
+
+under_way: list["Run"] = []
+"""All runs so far, to be stopped with this script."""
 
 
 class Run:
     """A fit in processes of its own, under way."""
 
-    def __init__(self, folder: Path, name: str, options: Sequence[str], gpus: Sequence[int], is_t4: bool, cpu: bool):
+    def __init__(
+        self, folder: Path, name: str, options: Sequence[str], gpus: Sequence[int], limits: list[str] | None, cpu: bool
+    ):
+        """``limits``: arguments of as_t4.py; None: none of its limits."""
         self.run, self.began = folder / re.sub(r"\W+", "-", f"{name} on {len(gpus)}"), time.monotonic()
-        script, count = T4 if is_t4 and not cpu else MAIN, len(gpus)
-        command = [sys.executable, str(script), "fit", "--run", str(self.run), *options]
-        if is_t4 and cpu:
+        script, count = MAIN if limits is None or cpu else T4, len(gpus)
+        own = [] if script is MAIN else limits or []
+        command = [sys.executable, str(script), *own, "fit", "--run", str(self.run), *options]
+        if limits is not None and cpu:
             command += ["--trainer.precision", "32-true"]
         if cpu:
             command += ["--trainer.accelerator", "cpu"]
@@ -61,19 +78,30 @@ class Run:
             rendezvous = [f"--nproc-per-node={count}", "--master-port", str(29500 + os.getpid() % 400)]
             command[1:1] = ["-m", "torch.distributed.run", *rendezvous, "--"]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
-        environment |= {"NCCL_NVLS_ENABLE": "0"}  # multicast may be off on a machine that is lent
+        # Multicast may be off on a machine that is lent.
+        environment |= {"NCCL_NVLS_ENABLE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+        under_way.append(self)
         self.log = (self.run.parent / f"{self.run.name}.log").open("w+", encoding="utf-8")
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+    def stop(self) -> None:
+        """Ends it, and the processes that it began: torchrun's are no longer in its group."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def end(self) -> dict[str, Any]:
         """What it recorded; waits for it."""
         try:
             status = self.process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, 9)
-            self.process.wait()
+            self.stop()
             status = -9
         self.log.seek(0)
         text = self.log.read()
@@ -94,26 +122,34 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("scaling.json"))
     parser.add_argument("--cpu", action="store_true", help="tiny runs with gloo, to try this script")
     parser.add_argument("--shape", default="7b", help="of the random base, as in random_base.py")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, help="of the 7B, fewer than it has")
+    parser.add_argument("--large", default="70b", help="shape of the base that is shared")
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=60, help="timed in logs of ten; the first two logs are warm-up")
+    parser.add_argument("--steps", type=int, default=40, help="timed in eight logs; the first two are warm-up")
     parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--only", choices=["equalities", "speed"])
+    parser.add_argument("--limits", choices=["none", "t4"], help="of speed; default: one after the other")
+    parser.add_argument("--only", choices=[part.__name__ for part in (equalities, speed, shared)])
     parser.add_argument("--all-reduce", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.all_reduce:
         all_reduce(options.all_reduce, options.cpu)
         return
     if options.cpu:
-        options.shape, options.layers, options.rows, options.steps = "small", 1, 60, 4
+        options.shape, options.layers, options.rows, options.steps = "small", 1, 120, 4
+        options.large = "small"
     found: dict[str, Any] = {"machine": machine(), "options": {k: str(v) for k, v in vars(options).items()}}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for part in (equalities, speed):
-            if options.only in (None, part.__name__):
-                found[part.__name__] = part(options, folder)
-                found["seconds"] = round(time.monotonic() - STARTED, 1)
-                options.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        try:
+            for part in (equalities, speed, shared):
+                if options.only in (None, part.__name__):
+                    found[part.__name__] = part(options, folder)
+                    found["seconds"] = round(time.monotonic() - STARTED, 1)
+                    options.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        finally:
+            for run in under_way:
+                run.stop()
     print(json.dumps(found))
 
 
@@ -138,7 +174,8 @@ def equalities(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for count in (1, 2):  # together: no speed is measured
         for number, (name, own) in enumerate(kinds.items()):
             gpus = [number % 2] if count == 1 else [0, 1]
-            runs[name, count] = Run(folder, name, [*EQUAL, *steps, *own], gpus, name.startswith("T4"), options.cpu)
+            limits = [] if name.startswith("T4") else None
+            runs[name, count] = Run(folder, name, [*EQUAL, *steps, *own], gpus, limits, options.cpu)
         for name in kinds:
             runs[name, count] = runs[name, count], runs[name, count].end()
     found = {}
@@ -184,51 +221,94 @@ def compare(one: Path, two: Path, alone: dict[str, Any], several: dict[str, Any]
 
 def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Tokens per second of one and of two GPUs, without limits and under a T4's."""
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
-    from random_base import make
-
-    from lit_qlora import demo
-
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tokenizer / name).write_bytes((Path(demo.BASE) / name).read_bytes())
-    base = make(options.shape, folder / "base", tokenizer, options.layers)
-    rows = write_rows(folder / "rows.jsonl", options.rows)
-    print(f"base and rows: {time.monotonic() - STARTED:.0f} s", flush=True)
-    logged = 10 if options.steps >= 30 else 1
-    common = [
-        *PLAIN, "--model.base", str(base), "--data.source", str(rows), "--data.max_length", "1024",
-        "--model.learning_rate", "0.0001", "--model.cuda_graphs", "false", "--trainer.limit_val_batches", "0",
-        "--trainer.max_steps", str(options.steps), "--trainer.log_every_n_steps", str(logged),
-        "--model.quantized_cache", str(folder / "copies"), "--save_every_minutes", "1000",
-    ]  # fmt: skip
     found: dict[str, Any] = {"all_reduce_ms": timed_all_reduce(options)}
     print(f"all-reduce: {found['all_reduce_ms']} ms", flush=True)
-    # One run by itself before all others: it writes the 4-bit copy, and fills the compiler's cache.
-    warm = [*common, *SPEEDS["batch 4 x 4"], "--trainer.max_steps", "2"]
-    warmed = Run(folder, "warm", warm, [0], False, options.cpu).end()
-    if "failed" in warmed:
-        return found | {"failed": warmed["failed"]}
-    for is_t4 in (False, True):
+    for is_t4 in (False, True) if options.limits is None else (options.limits == "t4",):
         limits = "T4's limits" if is_t4 else "no limits"
         names = [f"{name}, {limits}" for name in SPEEDS]
-        if not is_time_left(options, 2 * warmed["seconds"] + 30):
+        if not is_time_left(options, 2 * RUN_S):
             found |= {name: {"left out": "no time"} for name in names}
             continue
+        dtype = "float32" if options.cpu else "float16" if is_t4 else "bfloat16"
+        common = [
+            *inputs(options, folder, options.shape, options.layers, dtype), "--data.max_length", "1024",
+            "--model.cuda_graphs", "false", "--trainer.limit_val_batches", "0",
+            "--trainer.max_steps", str(options.steps), "--trainer.log_every_n_steps", str(max(1, options.steps // 8)),
+        ]  # fmt: skip
+        arguments = [] if is_t4 else None
         singles = [
-            Run(folder, name, [*common, *own], [number], is_t4, options.cpu)
+            Run(folder, name, [*common, *own], [number], arguments, options.cpu)
             for number, (name, own) in enumerate(zip(names, SPEEDS.values(), strict=True))
         ]
         alone = [run.end() for run in singles]
         for name, own, one in zip(names, SPEEDS.values(), alone, strict=True):
-            if not is_time_left(options, warmed["seconds"]):
+            if not is_time_left(options, RUN_S):
                 found[name] = {"left out": "no time"}
                 continue
-            two = Run(folder, name, [*common, *own], [0, 1], is_t4, options.cpu).end()
+            two = Run(folder, name, [*common, *own], [0, 1], arguments, options.cpu).end()
             found[name] = rates(one, two)
             print(f"{name}: {json.dumps(found[name])[:2000]}", flush=True)
     return found
+
+
+def shared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A base that neither of two cards of 24 GB holds: tokens per second, and memory beside the forecast."""
+    dtype = "float32" if options.cpu else "bfloat16"
+    common = [
+        *LARGE, *inputs(options, folder, options.large, 2 if options.cpu else None, dtype),
+        "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "2",
+    ]  # fmt: skip
+    found: dict[str, Any] = {}
+    for where in ("gpu", "host"):
+        if not is_time_left(options, RUN_S):
+            found[where] = {"left out": "no time"}
+            continue
+        limits = ["--gib", str(GIB_OF_24_GB)]
+        own = [*common, "--model.shard_to", where]
+        end = Run(folder, f"shared on {where}", own, [0, 1], limits, options.cpu).end()
+        found[where] = end if "failed" in end else of_shared(end)
+        print(f"shared on {where}: {json.dumps(found[where])[:3000]}", flush=True)
+    return found
+
+
+def of_shared(end: dict[str, Any]) -> dict[str, Any]:
+    """What a run with a shared base recorded."""
+
+    def peak(name: str) -> float | None:
+        return max((line[name] for line in end["lines"] if name in line), default=None)
+
+    names = {"reserved": "train_reserved", "allocated": "train_allocated", "forecast": "predicted_reserved",
+             "load": "load_reserved", "host": "host"}  # fmt: skip
+    memory = {name: peak(f"memory/{key}_gib") for name, key in names.items()}
+    return {
+        "tokens_per_second": round(timed(end["lines"]), 1),
+        "logged": [round(line["speed/tokens_per_second"]) for line in end["lines"] if "train/loss" in line],
+        "losses": [line["train/loss"] for line in end["lines"] if "train/loss" in line],
+        "memory_gib": memory,
+        "forecast_is_off": memory["reserved"] and memory["forecast"] / memory["reserved"] - 1,  # type: ignore[operator]
+        "dealing_allows": end["dealt"],
+        "seconds": end["seconds"],
+        "said": end["said"],
+    }
+
+
+def inputs(options: argparse.Namespace, folder: Path, shape: str, layers: int | None, dtype: str) -> list[str]:
+    """The options of a fit on a random base in 4 bits, made once, and on rows as long as Guanaco's."""
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    from random_base import make_in_4_bits
+
+    from lit_qlora import demo
+
+    tokenizer, base, rows = folder / "tokenizer", folder / f"{shape}-{dtype}", folder / "rows.jsonl"
+    tokenizer.mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tokenizer / name).write_bytes((Path(demo.BASE) / name).read_bytes())
+    if not base.is_dir():
+        make_in_4_bits(shape, base, tokenizer, layers, dtype)
+        write_rows(rows, options.rows)
+        print(f"{base.name} and rows: {time.monotonic() - STARTED:.0f} s", flush=True)
+    return [*PLAIN, "--model.base", str(base), "--data.source", str(rows), "--model.learning_rate", "0.0001",
+            "--save_every_minutes", "1000"]  # fmt: skip
 
 
 def rates(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class Encoder:
             cut = [self._pieces(conversation) for conversation in some]
             ids = iter(self._ids([piece for pieces in cut for piece in pieces]))
             for conversation, pieces in zip(some, cut, strict=True):
-                learned = _may_be_learned(conversation, pieces)
+                learned = self._may_be_learned(conversation, pieces)
                 yield [Written(piece, next(ids), may) for piece, may in zip(pieces, learned, strict=True)]
 
     def example(self, written: Sequence[Written]) -> Example | None:
@@ -184,6 +184,17 @@ class Encoder:
             else:
                 labels += [IGNORE_INDEX] * len(ids)
         return Example(input_ids[:end], labels[:end], was_cut=end < size)
+
+    def _may_be_learned(self, conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[bool]:
+        """Of each piece, whether its turn may be learned. Prompts and answers are the turns in order, one each."""
+        if conversation.is_text:
+            yield from (True for _ in pieces)
+            return
+        last = len(conversation.turns) - 1 if self.prompt_format.learns_last_only(conversation) else None
+        runs = groupby(pieces, lambda piece: piece.is_answer)
+        for (number, turn), (is_answer, run) in zip(enumerate(conversation.turns), runs, strict=True):
+            may = turn.learned and not (last is not None and is_answer and number < last)
+            yield from (may for _ in run)
 
     def _pieces(self, conversation: Conversation) -> list[Piece]:
         """Those of the prompt format; of a plain text, itself between BOS and EOS."""
@@ -282,15 +293,6 @@ class Encoder:
         tokenizer = Tokenizer.from_str(json.dumps(rules | {"padding": None, "truncation": None}))
         tokenizer.encode_special_tokens = True  # the backend's word for split_special_tokens
         return tokenizer
-
-
-def _may_be_learned(conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[bool]:
-    """Of each piece, whether its turn may be learned. Prompts and answers are the turns in order, one each."""
-    if conversation.is_text:
-        yield from (True for _ in pieces)
-        return
-    for turn, (_, run) in zip(conversation.turns, groupby(pieces, lambda piece: piece.is_answer), strict=True):
-        yield from (turn.learned for _ in run)
 
 
 def _take_out_space(rule: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -66,7 +66,7 @@ def template_of_base(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def instead_of(template: str) -> str:
-    """The remedy for a base's own template that can't be learned: Qwen3's, say, thinks in its last answer alone."""
+    """The remedy for a base's own template that can't be learned, as where it thinks and can't be told not to."""
     name = next((name for mark, name in BUILT_IN_BY_MARK.items() if mark in template), None)
     if name is None:
         return f"or take another: {', '.join([LLAMA_2, *built_in()])}"

@@ -96,6 +96,10 @@ class PromptFormat(ABC):
             return conversation
         return Conversation(conversation.turns, self.system)
 
+    def learns_last_only(self, conversation: Conversation) -> bool:
+        """True if earlier answers of ``conversation`` are written otherwise than where chat asks for them."""
+        return False
+
     @property
     @abstractmethod
     def tags(self) -> list[str]:

@@ -35,7 +35,8 @@ def render(
 ) -> str:
     """The text of ``messages``, from the names that transformers gives to a template.
 
-    Its clock is none: a template that has a date of its own to fall back on takes that.
+    Its clock is none: a template that has a date of its own to fall back on takes that. Nor are there thoughts: one
+    that can leave them out does.
 
     Args:
         template: of `compile_template`.
@@ -51,6 +52,7 @@ def render(
     names = {
         "messages": messages, "bos_token": bos, "eos_token": eos, "add_generation_prompt": add_generation_prompt,
         "tools": None, "documents": None, "strftime_now": sandbox.Missing(NO_CLOCK),
+        "enable_thinking": False,
     }  # fmt: skip
     try:
         return sandbox.render(template, names, sum(len(text) for message in messages for text in message.values()))

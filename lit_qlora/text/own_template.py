@@ -23,7 +23,7 @@ from lit_qlora.text.formats import Piece, PromptFormat, built_in, names
 SHORTEST_TAG = 3
 """Characters of a text of the template's own from which on a turn may not hold it: ``:`` alone stands everywhere."""
 
-RULES = 3
+RULES = 4
 """Version of the pieces, raised when the same template and conversation give others."""
 
 LONGEST_PART = 30
@@ -56,8 +56,12 @@ _OPENING = """\
 {%- set messages = lit_qlora.said %}
 """
 
-# Training had no clock, so that a template with a date of its own to fall back on took that.
-_NO_CLOCK = "{%- set strftime_now = lit_qlora.no_clock %}\n"
+# What training gave to a template that asks for it: no clock, so that one with a date of its own to fall back on took
+# that; and no thoughts, of which rows have none.
+_GIVEN = {
+    "strftime_now": "{%- set strftime_now = lit_qlora.no_clock %}\n",
+    "enable_thinking": "{%- set enable_thinking = false %}\n",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +228,32 @@ class Template(PromptFormat):
             self._structure(1, True)
         except ValueError as error:
             lines.append(f"{self.title} can't write a system text: {error}")
+        if self._last_only(has_system=False):
+            lines.append(
+                f"{self.title} writes an answer otherwise once others follow it, as where thoughts stand before the "
+                "last one alone: only the last answer of each conversation is learned"
+            )
         return lines
+
+    def learns_last_only(self, conversation: Conversation) -> bool:
+        """True if the template writes an answer otherwise once others follow: earlier ones are not what chat asks."""
+        return self._last_only(bool((self.completed(conversation).system or "").strip()))
+
+    def _last_only(self, has_system: bool) -> bool:
+        """Whether of two rounds the second prompt alone begins what is written."""
+        if has_system not in self._are_last_only:
+            marks = ["\ue0000\ue001" if has_system else "", *(f"\ue000{index}\ue001" for index in range(1, 5))]
+            try:
+                whole = self._render(marks, False)
+                first, last = (whole.startswith(self._render(marks[:turn], True)) for turn in (2, 4))
+            except ValueError:
+                first = last = False
+            self._are_last_only[has_system] = last and not first
+        return self._are_last_only[has_system]
+
+    @cached_property
+    def _are_last_only(self) -> dict[bool, bool]:
+        return {}
 
     def left_out(self, where: str, why: Exception) -> str:
         """With the first such row, for there are many reasons."""
@@ -258,7 +287,7 @@ class Template(PromptFormat):
         forbidden = json.dumps([*self.tags, *self.specials], ensure_ascii=False)
         default = json.dumps((self.system or "").strip(), ensure_ascii=False)
         opening = _OPENING.replace("FORBIDDEN", forbidden).replace("DEFAULT_SYSTEM", default)
-        return opening + (_NO_CLOCK if "strftime_now" in self.source else "") + self.source
+        return opening + "".join(given for name, given in _GIVEN.items() if name in self.source) + self.source
 
     @property
     def tokenizer_remedy(self) -> str:
@@ -350,7 +379,8 @@ class Template(PromptFormat):
             raise ValueError(f"the turns are written in another order: {', '.join(map(name_of, found))}")
         pieces, before = list[Piece](), 0
         for turn in range(2, 2 * rounds + 1, 2):
-            start, end = self._answer(whole, marks, turn)
+            is_context = turn < 2 * rounds and self._last_only(has_system)
+            start, end = self._answer(whole, marks, turn, is_context)
             for text, is_answer in ((whole[before:start], False), (whole[start:end], True)):
                 pieces += self._split(text, is_answer, bool(pieces) and pieces[-1].kind != "token")
             before = end
@@ -359,9 +389,12 @@ class Template(PromptFormat):
             raise ValueError(f"answers end in {' and in '.join(sorted(ends))}; write the same behind each of them")
         return pieces + self._split(whole[before:], False, False)
 
-    def _answer(self, whole: str, marks: Sequence[str], turn: int) -> tuple[int, int]:
-        """Where in ``whole`` the answer that is ``turn`` begins and ends, the special token behind it counted in."""
-        prompt = self._render(marks[:turn], True)
+    def _answer(self, whole: str, marks: Sequence[str], turn: int, is_context: bool) -> tuple[int, int]:
+        """Where in ``whole`` the answer that is ``turn`` begins and ends, the special token behind it counted in.
+
+        One that ``is_context`` for the last is not learned, so that no prompt need lead to it.
+        """
+        prompt = whole[: whole.index(marks[turn])].rstrip(" ") if is_context else self._render(marks[:turn], True)
         if not whole.startswith(prompt):
             raise ValueError(
                 f"the prompt for turn {turn}, with add_generation_prompt, is to be the beginning of what is trained: "

@@ -129,6 +129,30 @@ THINKS = SPEAKS_FIRST.replace(
 )
 
 
+THINKS_OR_NOT = THINKS.replace(
+    "'<|im_start|>assistant\\n' }}{%- endif %}",
+    "'<|im_start|>assistant\\n' + ('' if enable_thinking is undefined or enable_thinking else "
+    "'<think>\\n\\n</think>\\n\\n') }}{%- endif %}",
+)
+
+
+def test_answers_that_no_prompt_leads_to_are_not_learned(tmp_path, encoder_of):
+    encoder = encoder_of("qwen", THINKS_OR_NOT)
+    talk = said("Ann", "Tom", "Who", "Sue")
+    (example,) = encoder.examples([talk])
+    decode = encoder.tokenizer.decode
+    assert decode([one for one in example.labels if one != IGNORE_INDEX]) == "Sue<|im_end|>"
+    assert decode(example.input_ids).endswith(
+        "assistant\nTom<|im_end|>\n<|im_start|>user\nWho<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nSue<|im_end|>"
+    )
+    prompt = encoder.prompt(said("Ann", "Tom", "Who"))
+    assert example.input_ids[: len(prompt)] == prompt
+    assert set(example.labels[: len(prompt)]) == {IGNORE_INDEX}
+    write_tokenizer(tmp_path, encoder, 512)
+    check_template(tmp_path, encoder, OPEN)  # asked by others, who don't say that there be no thoughts
+
+
 @pytest.mark.parametrize("own", [SPEAKS_FIRST, THINKS], ids=["speaks first", "thinks"])
 def test_a_base_s_own_template_is_used_or_the_built_in_one_like_it_named(tmp_path, own, expect_error):
     folder = save_tokenizer(tmp_path, "qwen")

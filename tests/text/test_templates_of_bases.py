@@ -1,0 +1,176 @@
+"""Chat templates of the shapes that published bases have: what is asked and learned, literally."""
+
+from typing import NamedTuple
+
+import pytest
+
+from lit_qlora.errors import UserError
+from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.text.formats import SpecialTokens
+from lit_qlora.text.own_template import Template
+
+
+class Shape(NamedTuple):
+    """A template, its special tokens (BOS and EOS first), and a talk of two rounds as it writes it.
+
+    In ``written``, what is learned stands between « and ».
+    """
+
+    source: str
+    specials: tuple[str, ...]
+    written: str
+    system: str | None = None
+    """The same talk's beginning with the system text ``S``; None where it takes none."""
+
+
+LOOP = "{{ bos_token }}{% for m in messages %}"
+CHATML = ("", "<|im_end|>", "<|im_start|>", "<|endoftext|>")
+ROLE = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+THOUGHTS = "<think>\n\n</think>\n\n"
+SHAPES = {
+    "mistral, spaces around": Shape(
+        LOOP + "{% if m.role == 'user' %}{{ ' [INST] ' + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}"
+        "{{ ' ' + m.content + eos_token }}{% else %}{{ raise_exception('user and assistant only') }}{% endif %}"
+        "{% endfor %}",
+        ("<s>", "</s>"),
+        "<s> [INST] a [/INST]« b</s>» [INST] c [/INST]« d</s>»",
+    ),
+    "mistral, brackets as tokens": Shape(
+        LOOP + "{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}{% elif m.role == 'assistant' %}"
+        "{{ ' ' + m.content + eos_token }}{% else %}{{ raise_exception('no system') }}{% endif %}{% endfor %}",
+        ("<s>", "</s>", "[INST]", "[/INST]"),
+        "<s>[INST] a[/INST]« b</s>»[INST] c[/INST]« d</s>»",
+    ),
+    "gemma": Shape(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + LOOP
+        + "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + (m.content | trim) + "
+        "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+        ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+        "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n«b<end_of_turn>»\n"
+        "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n«d<end_of_turn>»",
+    ),
+    "llama 3.1": Shape(
+        "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d') %}"
+        "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+        "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date_string + '\n\n' + system + "
+        "'<|eot_id|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + "
+        "(m.content | trim) + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday: 26 Jul 2024\n\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "«b<|eot_id|>»<|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«d<|eot_id|>»",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday: 26 Jul 2024\n\nS<|eot_id|>",
+    ),
+    "phi 3": Shape(
+        LOOP + "{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+        ("", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+        "<|user|>\na<|end|>\n<|assistant|>\n«b<|end|>»\n<|user|>\nc<|end|>\n<|assistant|>\n«d<|end|>»",
+        "<|system|>\nS<|end|>\n<|user|>\n",
+    ),
+    "deepseek": Shape(
+        LOOP + "{% if m.role == 'user' %}{{ 'User: ' + m.content + '\n\n' }}{% elif m.role == 'assistant' %}"
+        "{{ 'Assistant: ' + m.content + eos_token }}{% else %}{{ m.content + '\n\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+        ("<s>", "</s>"),
+        "<s>User: a\n\nAssistant:« b</s>»User: c\n\nAssistant:« d</s>»",
+        "<s>S\n\nUser: ",
+    ),
+    "smollm2, qwen 2.5: a system text by default": Shape(
+        "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+        "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + ROLE + "{% endfor %}" + ASKS + "{% endif %}",
+        CHATML,
+        "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n«d<|im_end|>»",
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n",
+    ),
+    "qwen 3: thoughts before the last answer, none if switched off": Shape(
+        "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{{ '<|im_start|>assistant\n<think>\n' + "
+        "(m.reasoning_content or '') + '\n</think>\n\n' + m.content + '<|im_end|>\n' }}{% else %}" + ROLE
+        + "{% endif %}{% endfor %}" + ASKS + "{% if enable_thinking is defined and enable_thinking is false %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+        CHATML,
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        f"<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}«d<|im_end|>»",
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n",
+    ),
+    "smollm3: thoughts before each answer, none if switched off": Shape(
+        "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'assistant' and not enable_thinking %}"
+        "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' + m.content + '<|im_end|>\n' }}{% else %}" + ROLE
+        + "{% endif %}{% endfor %}" + ASKS + "{% if not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{% endif %}",
+        CHATML,
+        f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}«b<|im_end|>»\n"
+        f"<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}«d<|im_end|>»",
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n",
+    ),
+}  # fmt: skip
+TALK = tuple(Turn("assistant" if index % 2 else "user", text) for index, text in enumerate("abcd"))
+
+
+def template_of(shape: Shape) -> Template:
+    bos, eos, *_ = shape.specials
+    return Template(source=shape.source, tokens=SpecialTokens(bos, eos, tuple(filter(None, shape.specials))))
+
+
+def written(template: Template, conversation: Conversation) -> str:
+    """With « and » around what is learned, as `Encoder` decides it."""
+    last = len(conversation.turns) // 2 if template.learns_last_only(conversation) else 1
+    text, answers, was_answer = "", 0, False
+    for piece in [*template.pieces(conversation), None]:
+        is_answer = piece is not None and piece.is_answer
+        answers += is_answer and not was_answer
+        text += "»" if was_answer and not is_answer and answers >= last else ""
+        text += "«" if is_answer and not was_answer and answers >= last else ""
+        text += piece.text if piece else ""
+        was_answer = is_answer
+    return text
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_asked_and_learned(name):
+    shape = SHAPES[name]
+    template = template_of(shape)
+    template.check()
+    assert written(template, Conversation(TALK)) == shape.written
+    for turns in (1, 3):  # chat asks for it in the very text behind which it was learned
+        asked = "".join(piece.text for piece in template.pieces(Conversation(TALK[:turns])))
+        before_last, _, _ = written(template, Conversation(TALK[: turns + 1])).rpartition("«")
+        assert before_last.replace("«", "").replace("»", "") == asked
+    if shape.system is None:
+        assert any("can't write a system text" in line for line in template.notes())
+    else:
+        assert written(template, Conversation(TALK, "S")).startswith(shape.system)
+
+
+def test_where_earlier_answers_are_written_otherwise_it_is_told():
+    told = {
+        name: [line for line in template_of(one).notes() if "only the last" in line] for name, one in SHAPES.items()
+    }
+    assert [name.partition(":")[0] for name, lines in told.items() if lines] == ["qwen 3"]
+
+
+def test_a_user_who_publishes_the_template_asks_without_thoughts():
+    """Whatever other programs say by default, the prompt is training's."""
+    for name, shape in SHAPES.items():
+        opening = template_of(shape).chat_template()
+        assert opening.count("{%- set enable_thinking = false %}") == ("switched off" in name)
+
+
+@pytest.mark.parametrize("source", [
+    # A prompt that thinks whatever is said, as of models made to reason.
+    LOOP + ROLE + "{% endfor %}" + ASKS + "{{ '<think>\n' }}{% endif %}",
+    # Thoughts before the last answer, and a prompt that lacks them.
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + ('<think>\n\n</think>\n\n' if loop.last and "
+    "m.role == 'assistant' else '') + m.content + '<|im_end|>\n' }}{% endfor %}" + ASKS + "{% endif %}",
+])  # fmt: skip
+def test_what_no_prompt_leads_to_is_refused(source, expect_error):
+    template = template_of(Shape(source, CHATML, ""))
+    error = expect_error(template.check, "add_generation_prompt", option="data.template")
+    assert isinstance(error, UserError)

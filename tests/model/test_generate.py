@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from transformers import StaticCache
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -54,34 +55,39 @@ def test_greedy_is_the_likeliest_token_each_time(model):
 
 @pytest.fixture
 def caches(model, monkeypatch):
-    """The kind of each cache that transformers makes."""
+    """The length of each cache that a generation begins with, or that it grows."""
     made, base = [], model.get_base_model()
-    real = type(base)._prepare_cache_for_generation
+    real = base.forward
 
-    def prepare(config, model_kwargs, *args):
-        real(base, config, model_kwargs, *args)
-        made.append(type(model_kwargs["past_key_values"]).__name__)
+    def forward(*args, past_key_values, **kwargs):
+        if not past_key_values.get_seq_length():
+            is_static = isinstance(past_key_values, StaticCache)
+            made.append(past_key_values.layers[0].max_cache_len if is_static else "growing")
+        return real(*args, past_key_values=past_key_values, **kwargs)
 
-    monkeypatch.setattr(base, "_prepare_cache_for_generation", prepare)
+    monkeypatch.setattr(base, "forward", forward)
     return made
 
 
-@pytest.mark.parametrize(("limit", "cache"), [(10, "StaticCache"), (14, "StaticCache"), (15, "DynamicCache")])
+@pytest.mark.parametrize(("limit", "cache"), [(14, 21), (10, 17), (15, "growing")])
 def test_each_of_a_batch_is_answered_as_if_alone(model, caches, limit, cache):
-    """Whether keys and values grow or not: they don't up to three times the longest prompt, of 7."""
+    """Whether keys and values grow or not: they don't up to three times the longest prompt, of 7.
+
+    A shorter cache follows a longer one.
+    """
     together = generate(model, PROMPTS, [NEVER], Sampling(limit))
     alone = [generate(model, [prompt], [NEVER], Sampling(limit))[0] for prompt in PROMPTS]
     assert together == alone
     assert len({tuple(answer) for answer in alone}) == 3
-    assert caches == [cache] + ["DynamicCache"] * 3
+    assert caches == [cache] + ["growing"] * 3
 
 
 def test_a_static_cache_answers_what_a_growing_one_does(model, caches, monkeypatch):
     options = {"temperature": 1.5, "seed": 3, "top_k": 50, "repetition_penalty": 1.2}
     found = generate(model, PROMPTS, [NEVER], Sampling(14, **options))
-    monkeypatch.setattr("lit_qlora.model.generate._is_static", lambda *_: False)
+    monkeypatch.setattr("lit_qlora.model.generate._static_cache", lambda *_: None)
     assert generate(model, PROMPTS, [NEVER], Sampling(14, **options)) == found
-    assert caches == ["StaticCache", "DynamicCache"]
+    assert caches == [21, "growing"]
 
 
 def test_an_answer_ends_with_its_first_eos(model):

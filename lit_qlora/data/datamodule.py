@@ -115,8 +115,8 @@ class ChatDataModule(LightningDataModule):
         self.train_on, self.max_length = train_on, max_length
         self._awaits_base = template == OF_BASE
         """Whether the prompt format is to be read from a base that is not known yet."""
-        self.prompt_format = _prompt_format(None if self._awaits_base else read_template(template), system)
-        self._given = tokenizer, OF_BASE if self._awaits_base else self.prompt_format.source
+        self._given = tokenizer, OF_BASE if self._awaits_base else read_template(template)
+        self.prompt_format = _prompt_format(None if self._awaits_base else self._given[1], system)
         self.plan = BatchPlan(batch_size, batch_tokens, packing)
         self.num_workers = num_workers
         self.tokenizer_name = tokenizer
@@ -219,7 +219,7 @@ class ChatDataModule(LightningDataModule):
             return
         name = tokenizer or base.name
         source = module.template_for(read_template(template, name))
-        if (name, source) != (self.tokenizer_name, self.prompt_format.source):
+        if name != self.tokenizer_name or not self.prompt_format.is_given_by(source):
             self.tokenizer_name, self.prompt_format = name, _prompt_format(source, self.prompt_format.system)
             self._encoder, self._records, self._rows, self._notes = None, {}, {}, {}
             self._awaits_base = False

@@ -48,7 +48,7 @@ def read_template(value: str | None, base: str | None = None) -> str | None:
     if text is None:
         text = _read_template_file(value)
     try:
-        return chosen(text).source
+        return chosen(text).options["template"]
     except UserError as error:
         raise error.replace(problem=f"{where}{error.problem}") from error
 

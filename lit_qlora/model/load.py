@@ -389,7 +389,7 @@ def template_of(adapter: Path, given: str | None) -> str | None:
             option="data.template",
             remedy="leave it out, and the adapter's own is taken",
         )
-    return was.source
+    return was.options["template"]
 
 
 def _check_own(folder: Path, record: Mapping[str, Any]) -> None:

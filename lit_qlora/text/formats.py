@@ -132,6 +132,11 @@ class PromptFormat(ABC):
         """An error in its ``template`` or ``system``, from an option or a record."""
         return UserError(str(problem), option=name if self.place else f"data.{name}", place=self.place)
 
+    @property
+    def options(self) -> dict[str, str | None]:
+        """The options of ``data`` that give it again, by name."""
+        return {"template": self.source, "system": self.system}
+
     def is_given_by(self, template: str | None) -> bool:
         """True if ``template`` is the chat template that it was made from."""
         return self.source == template

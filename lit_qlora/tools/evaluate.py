@@ -127,8 +127,7 @@ def _held_out(chosen: ResolvedAdapter, source: str | None, max_length: int | Non
     if max_length and options.get("batch_tokens"):
         options["batch_tokens"] = max(options["batch_tokens"], max_length)
     options |= {"test_source": source, "tokenizer": chosen.base.name, "seed": settings.get("seed_everything", 42)}
-    prompt_format = read_format(chosen.adapter)
-    options |= {"template": prompt_format.source, "system": prompt_format.system}
+    options |= read_format(chosen.adapter).options
     data = ChatDataModule(**options)
     data.tokenizer_option = "model.base"
     if chosen.settings is not None:

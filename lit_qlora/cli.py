@@ -6,7 +6,6 @@ command resumes it.
 
 import errno
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -159,17 +158,15 @@ def _run(args: list[str]) -> int:
 def _run_fit_or_kin(verb: str, args: list[str]) -> int:
     """Help and the first mistakes come before what takes seconds to import; a word on that comes before it, too."""
     with nothing_open():
-        from lit_qlora.precheck import check_first
+        from lit_qlora.precheck import check_first, processes_asked
         from lit_qlora.usage import help_asked, help_of
 
-    if verb == "plan":  # other options have no dash
-        args = [re.sub(r"^--gpu_(gib|capability)\b", r"--gpu-\1", arg) for arg in args]
     asked = help_asked(args[1:])
     if asked:
         print(help_of(verb, asked), end="")
         return 0
     check_first(verb, args[1:])
-    count = starting.asked(args) if verb in TRAINERS and world().size == 1 else 1
+    count = processes_asked(args) if verb in TRAINERS and world().size == 1 else 1
     if count > 1:  # each of them comes here again
         return starting.run(args, count)
     say_loading()

@@ -5,16 +5,19 @@ proper comes behind it, and finds the rest; each of these mistakes is one there 
 """
 
 import argparse
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from lit_qlora.data.files import kind_of
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
 from lit_qlora.data.templates import read_template
+from lit_qlora.devices.starting import MOST_ON_CPU
 from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
 from lit_qlora.model.lora_config import require_adapter
@@ -66,6 +69,26 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     _check_base(verb, values)
     if verb != "plan":  # what a forecast is for need not be here
         _check_rows(values, found.get("config") or [])
+
+
+def processes_asked(args: Sequence[str]) -> int:
+    """How many processes a command line or its config files ask for; 1 where it takes torch to know."""
+    given, file = option([*args], "--trainer.devices"), option([*args], "--config", "-c")
+    value = str(_in_config(file) if given is None and file else given or 1).strip()
+    if re.fullmatch(r"\[[\s\d,]*\]", value):
+        gpus = re.findall(r"\d+", value)
+        number = len(gpus) if len(gpus) == len({*gpus}) else 1
+    else:
+        number = int(value) if re.fullmatch(r"\d{1,6}", value) else 1
+    return number if number <= MOST_ON_CPU and "--help" not in args else 1
+
+
+def _in_config(name: str) -> Any:
+    """What a config file says of devices; mistakes in it are found later."""
+    try:
+        return yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8-sig"))["trainer"]["devices"]
+    except Exception:
+        return 1
 
 
 def _check_alone(values: Mapping[str, Any]) -> None:
@@ -138,5 +161,6 @@ def _parser(options: Iterable[Option]) -> _FirstParser:
     parser.add_argument("-c", "--config", action="config")
     for one in options:
         kind = ANYTHING if one.type is UNKNOWN else one.type
-        parser.add_argument(f"--{one.name}", type=kind, default=argparse.SUPPRESS)
+        spelled = dict.fromkeys((f"--{one.name}", f"--{one.name.replace('-', '_')}"))  # the parser proper takes both
+        parser.add_argument(*spelled, type=kind, default=argparse.SUPPRESS)
     return parser

@@ -19,7 +19,6 @@ from typing import IO, Any
 from lit_qlora.devices.launchers import ignore_launchers
 from lit_qlora.devices.world import STORE
 from lit_qlora.errors import UserError
-from lit_qlora.place import find_config
 from lit_qlora.signals import SIGNALS, give_back, take_over
 
 PARENT = "LIT_QLORA_PARENT"
@@ -109,34 +108,6 @@ def wait_for_the_end() -> None:
     """In a process that has lost another: lets the command that began it show that one's error, and end this one."""
     if was_started():
         time.sleep(GRACE_S + 2)
-
-
-def asked(args: Sequence[str]) -> int:
-    """How many processes a command line or its config files ask for; 1 where it takes torch to know."""
-    given = _given(args, "--trainer.devices") or [_in_config(name) for name in _given(args, "--config", "-c")]
-    value = str(given[-1]).strip() if given else "1"
-    if re.fullmatch(r"\[[\s\d,]*\]", value):
-        gpus = re.findall(r"\d+", value)
-        number = len(gpus) if len(gpus) == len({*gpus}) else 1
-    else:
-        number = int(value) if re.fullmatch(r"\d{1,6}", value) else 1
-    return number if number <= MOST_ON_CPU and "--help" not in args else 1
-
-
-def _given(args: Sequence[str], *names: str) -> list[str]:
-    pairs = [(name, args[at + 1 : at + 2]) for at, name in enumerate(args) if name in names]
-    found = [value[0] for _, value in pairs if value]
-    return found + [arg.partition("=")[2] for arg in args if arg.partition("=")[0] in names and "=" in arg]
-
-
-def _in_config(name: str) -> Any:
-    """What a config file says of devices; mistakes in it are found later."""
-    import yaml
-
-    try:
-        return yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8-sig"))["trainer"]["devices"]
-    except Exception:
-        return 1
 
 
 class _Child:

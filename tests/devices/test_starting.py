@@ -14,9 +14,10 @@ import pytest
 from lit_qlora.cli import main
 from lit_qlora.devices import starting
 from lit_qlora.devices.launchers import COUNTS, RANKS
-from lit_qlora.devices.starting import asked, take_place
+from lit_qlora.devices.starting import take_place
 from lit_qlora.devices.world import World, world
 from lit_qlora.errors import UserError
+from lit_qlora.precheck import processes_asked
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +59,7 @@ def test_what_a_command_asks_for(
     monkeypatch.chdir(tmp_path)
     Path("two.yaml").write_text("trainer:\n  devices: 2\n")
     Path("broken.yaml").write_text("trainer: [\n")
-    assert asked(args) == number
+    assert processes_asked(args) == number
 
 
 def test_torchruns_word_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,7 +270,7 @@ def test_other_cards(plan):
 def test_a_card_known_by_its_memory_is_taken_for_one_without_bf16(plan):
     assumed = "; precision 16-mixed (compute capability 7.5 is assumed; --gpu-capability gives another)"
     assert any(line.endswith(assumed) for line in plan("--config", T4, "--gpu-gib", "16"))
-    given = plan("--config", T4, "--gpu-gib", "16", "--gpu-capability", "8.6")
+    given = plan("--config", T4, "--gpu_gib", "16", "--gpu_capability", "8.6")
     assert any(line.endswith("; precision bf16-mixed (compute capability 8.6)") for line in given)
     # What asks for more than such a card has is no mistake: the user knows the card.
     assumed = "; precision bf16-mixed (compute capability 8.0 is assumed; --gpu-capability gives another)"

@@ -22,6 +22,10 @@ OTHER_NAMES = {".ndjson": ".jsonl", ".tsv": ".csv", ".feather": ARROW}
 """Endings of the same formats."""
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 """What may stand behind an ending: the file is unpacked while it is read."""
+_NAME_IT = 'name it after what it holds, such as rows.jsonl, or write each text as a row {"text": "…"}'
+_SAVE_IT = "save it as .csv, in UTF-8"
+INSTEAD = {".txt": _NAME_IT, "": _NAME_IT, ".xlsx": _SAVE_IT, ".xls": _SAVE_IT, ".ods": _SAVE_IT}
+"""What to do with files of other endings."""
 COMPRESSED = (*PACKED, ".zip", ".tar", ".tgz", ".7z")
 ELSEWHERE = (
     "instruction", "prompt", "question", "input", "query", "output", "response", "completion", "answer", "chosen",
@@ -57,7 +61,9 @@ def kind_of(path: Path) -> tuple[str, str]:
         raise UserError(f"is compressed, expected one of {', '.join(ENDINGS)}", place=path, remedy="unpack it first")
     if ending not in (*ENDINGS, ARROW):
         raise UserError(
-            f"the ending is {ending!r}, expected one of {', '.join(ENDINGS)}", place=path, remedy="convert the file"
+            f"the ending is {ending!r}, expected one of {', '.join(ENDINGS)}",
+            place=path,
+            remedy=INSTEAD.get(ending, "convert the file"),
         )
     return ending, packing
 

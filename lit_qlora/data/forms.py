@@ -176,8 +176,9 @@ else:
 
 SYSTEM = "system"
 """What the column with the system text is called in ``data.columns``."""
-QUESTIONS, GIVEN = ("instruction", "prompt", "question", "query", "user", "human", "input"), ("input", "context")
-ANSWERS = ("output", "response", "completion", "answer", "answers", "assistant", "chosen")
+QUESTIONS = ("instruction", "prompt", "question", "query", "user", "human", "input", "inputs")
+GIVEN = ("input", "context")
+ANSWERS = ("output", "response", "completion", "answer", "answers", "assistant", "chosen", "target", "targets")
 MARKERS_ELSEWHERE = {
     "<|im_start|>": "ChatML",
     "<|start_header_id|>": "Llama 3's format",
@@ -277,7 +278,11 @@ def _content(row: Mapping[str, Any], column: str | None, form: RowForm) -> Any:
         return list_in(value)
     takes_list = form.holds == "messages" and (column in form.may_have or messages.holds_messages(value))
     if not isinstance(value, str) and not (takes_list and isinstance(value, list)):
-        raise RowError(f"column {column!r} holds {kind(value)}, expected text")
+        problem = f"column {column!r} holds {kind(value)}, expected text"
+        if not messages.is_there(value):
+            raise RowError(problem)
+        shown = "" if isinstance(value, dict | list) else f", such as {json.dumps(str(value))}"
+        raise RowError(problem, f"write it as one text{shown}, or delete this row")
     return value
 
 
@@ -372,12 +377,15 @@ def _with_system(
 def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use) -> RowError:
     """Names what the forms are made of, and the options that read the row, or the row to write in its place."""
     problem = f"no column {_wanted(forms)}, columns found: {excerpt(list(row))}"
-    names = {name.lower(): name for name in reversed(list(row)) if isinstance(name, str)}
+    names = {
+        name.strip().lower(): name for name in reversed(list(row)) if isinstance(name, str) and _holds_turn(row[name])
+    }
     question = next((names[name] for name in QUESTIONS if name in names), None)
     answer = next((names[name] for name in ANSWERS if name in names), None)
     is_to_train = use == "training"
     lists = [name for name in row if name != "rejected" and messages.holds_messages(list_in(row[name]))]
-    if lists and (not is_to_train or answer in (None, *lists)):
+    is_pair = is_to_train and question != answer and {question, answer} <= {*lists}
+    if lists and not is_pair and (not is_to_train or answer in (None, *lists)):
         return _by_columns(problem, {"messages": lists[0]}, use)
     if question and (answer or not is_to_train):
         given = next((names[name] for name in GIVEN if name in names and names[name] != question), None)
@@ -390,11 +398,21 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use) -> Ro
             for known in form.needs if len(form.needs) == 1 else ():
                 if is_list == (form.holds == "a list") and nearest(str(name).lower(), [known], 0.8):
                     return _by_columns(problem, {known: str(name)}, use)
+    for name, value in row.items():
+        if isinstance(value, dict) and any(
+            all(_holds_turn(value.get(need, {})) for need in form.needs) for form in forms
+        ):
+            return RowError(problem, f"write what stands in column {name!r} as the row itself")
     texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values())
     asked, answered = (f"--{_COLUMNS[use]}.{name} COLUMN" for name in ("user", "assistant"))
     named = (f"name them with {asked} {answered}, or " if texts > 1 else "") if is_to_train else f"give {asked}, or "
     example = EXAMPLE if is_to_train else json.dumps({"prompt": "…"}, ensure_ascii=False)
     return RowError(problem, f"{named}write rows such as {example}")
+
+
+def _holds_turn(value: Any) -> bool:
+    """Whether ``value`` may be a prompt or an answer: a text, or messages."""
+    return not isinstance(value, dict | list) or messages.holds_messages(value)
 
 
 def _wanted(forms: Sequence[RowForm]) -> str:

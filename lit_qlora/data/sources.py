@@ -326,6 +326,14 @@ def _find_files(source: Source) -> dict[str, list[Path]] | None:
         return _by_names([one for one in found if _is_data(one)] or found)
     if _looks_like_hub_id(source.path):
         return None
+    if page := re.match(r"https?://[^/]+/datasets/(\w[\w.-]*/\w[\w.-]*)", source.path, re.ASCII):
+        raise UserError("is a page of the hub", place=source.path, remedy=f"give the id alone, {page[1]}")
+    if "://" in source.path:
+        raise UserError("is an address", place=source.path, remedy="download the file, and give the file here")
+    if glob.has_magic(source.path):
+        raise UserError(
+            "no such file: the pattern matches none", place=source.path, remedy="check its folder and its ending"
+        )
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(
         f"no such file{suggestion(path.name, names)}",

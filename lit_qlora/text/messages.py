@@ -184,7 +184,10 @@ def _read(where: str, row: Any, changed: dict[str, None]) -> _Message:
     said_by = _value(where, row, ROLE)
     role = _role(said_by)
     if role is None:
-        raise ValueError(f"{where}: unknown role {reprlib.repr(said_by)}, expected one of {', '.join(SHOWN_ROLES)}")
+        keys = "" if {*ROLE} & {*row} else f"; its keys are {reprlib.repr([*row])}, expected 'role' and 'content'"
+        raise ValueError(
+            f"{where}: unknown role {reprlib.repr(said_by)}, expected one of {', '.join(SHOWN_ROLES)}{keys}"
+        )
     text = _text(where, role, row, changed)
     is_call = role == "call" or (role == "assistant" and any(is_there(row.get(key)) for key in CALLS))
     if is_call:

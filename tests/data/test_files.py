@@ -23,6 +23,7 @@ BY_COLUMNS = (
     " orient='records'))"
 )
 WEB_PAGE = "is a web page, not data; download the file itself ('resolve' in its link, not 'blob')"
+NAME_IT = 'name it after what it holds, such as rows.jsonl, or write each text as a row {"text": "…"}'
 CONVERT = "convert the file from the encoding it was saved in (such as iconv -f WINDOWS-1252 -t UTF-8)"
 CUT_SHORT = "it may be cut short, download it again"
 
@@ -178,12 +179,22 @@ BAD_FILES = {
     "unknown ending": (
         "a.txt",
         GOOD,
-        "a.txt: the ending is '.txt', expected one of .jsonl, .json, .csv, .parquet; convert the file",
+        f"a.txt: the ending is '.txt', expected one of .jsonl, .json, .csv, .parquet; {NAME_IT}",
+    ),
+    "a table": (
+        "a.xlsx",
+        GOOD,
+        "a.xlsx: the ending is '.xlsx', expected one of .jsonl, .json, .csv, .parquet; save it as .csv, in UTF-8",
+    ),
+    "another ending": (
+        "a.yaml",
+        GOOD,
+        "a.yaml: the ending is '.yaml', expected one of .jsonl, .json, .csv, .parquet; convert the file",
     ),
     "no ending": (
         "a",
         GOOD,
-        "a: the ending is '', expected one of .jsonl, .json, .csv, .parquet; convert the file",
+        f"a: the ending is '', expected one of .jsonl, .json, .csv, .parquet; {NAME_IT}",
     ),
     "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), f"a.jsonl: {UTF16}"),
     "UTF-16 without mark": ("a.csv", "text\nhi".encode("utf-16-be"), f"a.csv: {UTF16}"),

@@ -256,6 +256,16 @@ def test_columns_that_make_up_no_form(columns, form, words, option, expect_error
          "give --data.columns.user prompt --data.columns.assistant chosen"),
         ({"prompt": "a", "chosen": TURNS, "rejected": TURNS}, "give --data.columns.messages chosen"),
         ({"rejected": TURNS, "chosen": TURNS}, "give --data.columns.messages chosen"),
+        ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": TURNS[1:]},
+         "give --data.columns.user prompt --data.columns.assistant chosen"),
+        ({"Instruction ": "a", " Output": "b"},
+         "give --data.columns.user 'Instruction ' --data.columns.assistant ' Output'"),
+        ({"inputs": "a", "targets": "b"}, "give --data.columns.user inputs --data.columns.assistant targets"),
+        # What is named is read: an object is no answer, nor is what stands in it a row by its name alone.
+        ({"question": "a", "answers": {"text": ["b"], "answer_start": [0]}},
+         'write rows such as {"text": "### Human: …### Assistant: …"}'),
+        ({"id": 1, "data": {"prompt": "a", "response": "b"}}, "write what stands in column 'data' as the row itself"),
+        ({"id": 1, "talk": {"messages": TURNS}}, "write what stands in column 'talk' as the row itself"),
         ({"question": "a", "context": "c", "answers": "b", "system": "s"},
          "give --data.columns.user question --data.columns.context context --data.columns.assistant answers"
          " --data.columns.system system"),
@@ -352,3 +362,20 @@ def test_a_new_form_is_one_entry(tmp_path, monkeypatch):
         read_row({"ask": "a", "reply": 3})
     with pytest.raises(RowError, match=r"^no column 'messages' .* or 'ask' and 'reply' \(or others\)"):
         read_row({"ask": "a"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "remedy"),
+    [
+        (4, 'write it as one text, such as "4", or delete this row'),
+        (True, 'write it as one text, such as "True", or delete this row'),
+        (["b", "c"], "write it as one text, or delete this row"),
+        ({"text": "b"}, "write it as one text, or delete this row"),
+        (None, "mend or delete this row"),
+        (float("nan"), "mend or delete this row"),
+    ],
+)
+def test_an_answer_that_is_no_text_has_its_remedy(answer, remedy):
+    with pytest.raises(RowError, match=r"^column 'answer' holds .*, expected text$") as caught:
+        read_row({"question": "a", "answer": answer})
+    assert caught.value.remedy == remedy

@@ -365,8 +365,10 @@ def test_the_demo(tmp_path, monkeypatch):
         ("Demo", f"Demo: no such file; {A_SOURCE}"),
         (
             "https://huggingface.co/datasets/a/b",
-            f"https://huggingface.co/datasets/a/b: no such file; {A_SOURCE}",
+            "https://huggingface.co/datasets/a/b: is a page of the hub; give the id alone, a/b",
         ),
+        ("https://b.c/rows.jsonl", "https://b.c/rows.jsonl: is an address; download the file, and give the file here"),
+        ("nope*.jsonl", "nope*.jsonl: no such file: the pattern matches none; check its folder and its ending"),
         ("", "data.source: is '', expected 'demo', a file, a folder or a hub id"),
         ("a\nb", "data.source: is 'a\\nb', expected 'demo', a file, a folder or a hub id"),
         (

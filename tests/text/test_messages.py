@@ -55,8 +55,9 @@ SYSTEM = {"role": "system", "content": "be kind"}
             "turn 2: unknown role 'robot', expected one of system, user, human, assistant, gpt, tool",
         ),
         (
-            [{"content": "hi"}],
-            "turn 1: unknown role None, expected one of system, user, human, assistant, gpt, tool",
+            [{"content": "hi", "by": "me"}],
+            "turn 1: unknown role None, expected one of system, user, human, assistant, gpt, tool; its keys are "
+            "['content', 'by'], expected 'role' and 'content'",
         ),
         (
             [{"role": ["user"], "content": "hi"}],

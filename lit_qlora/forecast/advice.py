@@ -13,6 +13,7 @@ from lit_qlora.forecast import memory
 from lit_qlora.forecast.foresee import Forecast
 from lit_qlora.forecast.memory import NO_SAMPLES
 from lit_qlora.forecast.speed import HOST_S_PER_LAYER
+from lit_qlora.model.optimizer import OPTIMIZERS
 
 BUDGETS = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 SHORTEST, LENGTH_STEP = 256, 64
@@ -76,13 +77,7 @@ def _fewer_samples(forecast: Forecast) -> list[Change]:
 
 
 def _smaller_optimizer(forecast: Forecast) -> list[Change]:
-    """A paged 32-bit one is not replaced by the 8-bit one that stays on the card: it takes more there."""
-    smaller = {
-        "adamw": ("adamw_8bit", "paged_adamw_8bit"),
-        "adamw_8bit": ("paged_adamw_8bit",),
-        "paged_adamw": ("paged_adamw_8bit",),
-    }
-    names = smaller.get(forecast.optimizer, ())
+    names = OPTIMIZERS[forecast.optimizer].smaller
     return [Change(f"--model.optimizer {name}", replace(forecast, optimizer=name)) for name in names]
 
 

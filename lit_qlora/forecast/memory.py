@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+from lit_qlora.model.optimizer import OPTIMIZERS
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import GIB
 
@@ -227,14 +228,23 @@ def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
 
 
 def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
-    """Optimizer state on the card, and state that is paged to the host when the card runs short."""
+    """Optimizer state on the card, and state that is paged to the host when the card runs short.
+
+    Args:
+        name: of the optimizer, in `OPTIMIZERS`.
+        tensors: numbers of weights of each trained tensor.
+
+    Returns:
+        Both in bytes.
+    """
+    optimizer = OPTIMIZERS[name]
     on_card = paged = 0
     for size, count in Counter(tensors).items():
         scales = 0
-        state = 8 * size
-        if name.endswith("8bit") and size >= MIN_8BIT:
-            state, scales = 2 * size, 8 * math.ceil(size / BLOCK_8BIT)
-        if name.startswith("paged") and size >= MIN_PAGED:
+        state = 4 * optimizer.states * size
+        if optimizer.in_8_bits and size >= MIN_8BIT:
+            state, scales = optimizer.state_bytes * size, 4 * optimizer.states * math.ceil(size / BLOCK_8BIT)
+        if optimizer.is_paged and size >= MIN_PAGED:
             paged += count * state
         else:
             on_card += count * state

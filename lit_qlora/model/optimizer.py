@@ -1,21 +1,73 @@
-"""Owns the optimizer and the learning rate over the steps. Knows parameters, not what they belong to."""
+"""Owns the optimizers, with what their state takes, and the learning rate over the steps.
+
+Each is an entry in `OPTIMIZERS`; no other module names one. Knows parameters, not what they belong to. Imports torch
+only when called, since forecasts need none.
+"""
 
 import math
-from collections.abc import Iterable
-from typing import Literal
-
-import torch
-from torch.optim.lr_scheduler import LambdaLR
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.optim.lr_scheduler import LambdaLR
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
+class Optimizer(NamedTuple):
+    """How an optimizer is made, and what its state takes.
+
+    Args:
+        make: from parameters, ``lr`` and ``weight_decay``.
+        smaller: names of those that take less of a card, the mildest change first.
+        states: values that it keeps per weight.
+        in_8_bits: True if these take 8 bits, and not 32.
+        is_paged: True if they move to the host's memory when the card's runs short.
+    """
+
+    make: Callable[..., "torch.optim.Optimizer"]
+    smaller: tuple[str, ...] = ()
+    states: int = 2
+    in_8_bits: bool = False
+    is_paged: bool = False
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state per weight of a large tensor, without scales."""
+        return self.states * (1 if self.in_8_bits else 4)
+
+
+def _of_torch(*given: Any, **options: Any) -> "torch.optim.Optimizer":
+    import torch
+
+    # Not fused: it unscales gradients itself, which Lightning refuses with clipping in fp16.
+    return torch.optim.AdamW(*given, **options, foreach=True)
+
+
+def _of_bitsandbytes(kind: str, *given: Any, **options: Any) -> "torch.optim.Optimizer":
+    from bitsandbytes import optim
+
+    return getattr(optim, kind)(*given, **options)  # type: ignore[no-any-return]
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(_of_torch, smaller=("adamw_8bit", "paged_adamw_8bit")),
+    "adamw_8bit": Optimizer(partial(_of_bitsandbytes, "AdamW8bit"), ("paged_adamw_8bit",), in_8_bits=True),
+    # The 8-bit one that stays on the card takes more there.
+    "paged_adamw": Optimizer(partial(_of_bitsandbytes, "PagedAdamW"), ("paged_adamw_8bit",), is_paged=True),
+    "paged_adamw_8bit": Optimizer(partial(_of_bitsandbytes, "PagedAdamW8bit"), in_8_bits=True, is_paged=True),
+}
+"""The optimizers by the names of `OptimizerName`: AdamW (Loshchilov and Hutter, 2019)."""
+
+
 def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
     """Raises UserError for an optimizer that this device can't use."""
-    if name.startswith("paged") and not on_gpu:
+    if OPTIMIZERS[name].is_paged and not on_gpu:
         raise UserError(
             f"{name} pages a GPU's memory, and there is no GPU",
             option="model.optimizer",
@@ -24,30 +76,22 @@ def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
 
 
 def make_optimizer(
-    name: OptimizerName, parameters: Iterable[torch.nn.Parameter], learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019): torch's, or bitsandbytes' with a smaller state.
+    name: OptimizerName, parameters: "Iterable[torch.nn.Parameter]", learning_rate: float, weight_decay: float
+) -> "torch.optim.Optimizer":
+    """An optimizer of `OPTIMIZERS`.
 
     Args:
-        name: ``_8bit`` keeps the state in 8 bits, ``paged_`` moves it to the host when memory is short.
+        name: its name there.
         parameters: fp32.
         learning_rate: the peak of the schedule.
         weight_decay: share of the weights, times the learning rate, that each step takes off.
     """
-    if name == "adamw":
-        # Not fused: it unscales gradients itself, which Lightning refuses with clipping in fp16.
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=True)
-    from bitsandbytes import optim
-
-    kind = {
-        "adamw_8bit": optim.AdamW8bit,
-        "paged_adamw": optim.PagedAdamW,
-        "paged_adamw_8bit": optim.PagedAdamW8bit,
-    }
-    return kind[name](parameters, lr=learning_rate, weight_decay=weight_decay)  # type: ignore[no-any-return]
+    return OPTIMIZERS[name].make(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 
-def make_schedule(name: Schedule, optimizer: torch.optim.Optimizer, num_steps: int, warmup_ratio: float) -> LambdaLR:
+def make_schedule(
+    name: Schedule, optimizer: "torch.optim.Optimizer", num_steps: int, warmup_ratio: float
+) -> "LambdaLR":
     """The factor on the learning rate: a linear warm-up, then ``name`` down to 0 at the end.
 
     Args:
@@ -56,6 +100,8 @@ def make_schedule(name: Schedule, optimizer: torch.optim.Optimizer, num_steps: i
         num_steps: optimizer steps of the run.
         warmup_ratio: share of these, rounded up, in which the rate rises.
     """
+    from torch.optim.lr_scheduler import LambdaLR
+
     num_warmup = math.ceil(warmup_ratio * num_steps)
     return LambdaLR(optimizer, lambda step: learning_rate_factor(name, step, num_steps, num_warmup))
 
@@ -72,7 +118,7 @@ def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: 
     return 1.0
 
 
-def forget(optimizer: torch.optim.Optimizer) -> None:
+def forget(optimizer: "torch.optim.Optimizer") -> None:
     """Reset the state to before the first step, in the same memory: bitsandbytes never frees paged memory."""
     for state in optimizer.state.values():
         for name, value in state.items():
@@ -82,7 +128,7 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
                 value.zero_()
 
 
-def num_applied(optimizer: torch.optim.Optimizer) -> int:
+def num_applied(optimizer: "torch.optim.Optimizer") -> int:
     """Number of updates that changed the weights, without those skipped by a GradScaler."""
     for state in optimizer.state.values():
         return int(state["step"])

@@ -198,6 +198,7 @@ def _known(name: str) -> Any:
 def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     """The choices of that fit on this device, and why."""
     from lit_qlora.model.device import AMPERE, choose_precision, current_device
+    from lit_qlora.model.optimizer import OPTIMIZERS
 
     device = current_device(options.trainer.accelerator)
     model = options.model
@@ -206,7 +207,7 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     has_flash = device.capability is not None and device.capability >= AMPERE
     below = "" if has_flash else " (flash_attention_2 needs compute capability 8.0)"
     yield Finding("ok", f"chosen: attention {model.attention}{below}")
-    state = (2 if "8bit" in model.optimizer else 8) * base.shape.num_lora(model.rank, model.target_modules)
+    state = OPTIMIZERS[model.optimizer].state_bytes * base.shape.num_lora(model.rank, model.target_modules)
     yield Finding("ok", f"chosen: optimizer {model.optimizer} (its state is {_gib(state)} at rank {model.rank})")
     if device.capability is None:
         yield Finding("ok", "chosen: checkpointing none, compile false (no GPU)")

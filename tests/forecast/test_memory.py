@@ -18,7 +18,7 @@ from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import MicroBatch, extract_layers, run_layers, run_together, weights_of
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
-from lit_qlora.model.optimizer import make_optimizer
+from lit_qlora.model.optimizer import OPTIMIZERS, Optimizer, make_optimizer
 from lit_qlora.model.shape import LLAMA_2, Shape
 from lit_qlora.storage.files import GIB
 from tests.tiny_llama import memory_events
@@ -245,6 +245,15 @@ def test_both_kinds_of_8_bit_tensors_are_in_the_test_above():
     assert memory.optimizer_bytes("adamw_8bit", sizes[1:2]) == (8 * 4095, 0)
     assert memory.optimizer_bytes("paged_adamw_8bit", sizes) == (2 * 4096 + 128 + 8 * 4095 + 8 * 391, 200_000)
     assert memory.optimizer_bytes("paged_adamw", sizes) == (8 * (4096 + 4095), 800_000)
+
+
+def test_an_optimizers_entry_is_all_that_a_forecast_asks(monkeypatch):
+    lion = Optimizer(lambda *_, **__: pytest.fail("made"), ("lion_8bit",), states=1)
+    monkeypatch.setitem(OPTIMIZERS, "lion", lion)
+    monkeypatch.setitem(OPTIMIZERS, "lion_8bit", lion._replace(in_8_bits=True, smaller=()))
+    assert memory.optimizer_bytes("lion", [4096, 4095]) == (4 * (4096 + 4095), 0)
+    assert memory.optimizer_bytes("lion_8bit", [4096, 4095]) == (4096 + 4 * 16 + 4 * 4095, 0)
+    assert [OPTIMIZERS[name].state_bytes for name in ("lion", "lion_8bit", "adamw", "paged_adamw_8bit")] == [4, 1, 8, 2]
 
 
 def test_the_update_holds_one_more_copy(make_model):

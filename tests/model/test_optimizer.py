@@ -1,12 +1,24 @@
 """What the optimizers and schedules promise: the factor at each step, a step of each optimizer, honest counts."""
 
+import subprocess
+import sys
+from typing import get_args
+
 import bitsandbytes  # noqa: F401  # the first import warns of torch's own, which pytest.warns would pass on
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_qlora.model.optimizer import forget, learning_rate_factor, make_optimizer, make_schedule, num_applied
+from lit_qlora.model.optimizer import (
+    OPTIMIZERS,
+    OptimizerName,
+    forget,
+    learning_rate_factor,
+    make_optimizer,
+    make_schedule,
+    num_applied,
+)
 
 NAMES = ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 ON_A_GPU = [pytest.param(name, marks=pytest.mark.gpu if "paged" in name else ()) for name in NAMES]
@@ -54,6 +66,17 @@ def test_the_schedule_moves_the_rate_of_each_step():
         schedule.step()
     assert rates == pytest.approx([0.1, 0.2, 0.16, 0.12, 0.08, 0.04])
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+
+
+def test_each_name_has_its_entry_and_what_it_names_is_there():
+    assert [*OPTIMIZERS] == [*get_args(OptimizerName)] == NAMES
+    assert {name for one in OPTIMIZERS.values() for name in one.smaller} <= {*NAMES}
+
+
+def test_a_forecast_needs_no_torch():
+    code = "import sys, lit_qlora.model.optimizer, lit_qlora.forecast.memory; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 @pytest.mark.parametrize("name", ON_A_GPU)

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lit_qlora.model.architectures import ARCHITECTURES
+
 WIDTHS: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -55,11 +57,10 @@ def save_base(folder: Path, like: str, tokenizer: str | None = None, seed: int =
 def save_random(folder: Path, model_type: str, seed: int, norms: str, config: dict[str, Any]) -> Path:
     """Writes a base of `WIDTHS` and ``config``, of random weights, and norms of whose name ``norms`` is part."""
     import torch
-    import transformers
 
-    prefix = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
+    architecture = ARCHITECTURES[model_type]
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**WIDTHS | config))
+    model = architecture.model_class()(architecture.config_class()(**WIDTHS | config))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):

@@ -7,7 +7,11 @@ import pytest
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import Reading, load_records
+from lit_qlora.data.templates import read_template
 from lit_qlora.data.tokenizer import load_tokenizer
+from lit_qlora.text.formats import LLAMA_2, built_in, chosen
+from tests.data.talks import said
+from tests.llama3_like import write_base
 
 ROWS = {
     "alpaca": {"instruction": "Name a colour.", "input": "", "output": "Red."},
@@ -148,3 +152,74 @@ def test_a_list_of_rows_is_not_one_conversation(name, count, around, tmp_path):
     found = load_records(str(path), reading=Reading(strict=True)).conversations
     path.with_suffix(".jsonl").write_text(json.dumps(ROWS[name]) + "\n")
     assert found == load_records(str(path.with_suffix(".jsonl"))).conversations * count
+
+
+IDS_OF_FORMATS = {
+    "llama2": [
+        [1, 353, 317, 299, 304, 309, 310, 319, 353, 286, 286, 309, 315, 309, 288, 288, 13, 292, 327, 372, 447, 327, 328,
+         272, 13, 286, 286, 273, 309, 315, 309, 288, 288, 13, 13, 291, 336, 336, 353, 317, 273, 299, 304, 309, 310,
+         319],
+        [367, 381, 353, 2],
+        [1, 353, 317, 299, 304, 309, 310, 319, 645, 353, 317, 273, 299, 304, 309, 310, 319],
+        [476, 343, 327, 353, 2],
+    ],
+    "alpaca": [
+        [1, 440, 327, 372, 447, 327, 328, 272, 13, 13, 261, 261, 261, 415, 418, 340, 343, 638, 331, 409, 284, 13, 291,
+         336, 336, 13, 13, 261, 261, 261, 601, 360, 338, 409, 478, 284, 13],
+        [310, 381, 2],
+        [353, 13, 13, 261, 261, 261, 415, 418, 340, 343, 638, 331, 409, 284, 13, 313, 520, 13, 13, 261, 261, 261, 601,
+         360, 338, 409, 478, 284, 13],
+        [309, 343, 327, 2],
+    ],
+    "chatml": [
+        [1, 353, 286, 350, 864, 321, 418, 368, 342, 350, 288, 341, 413, 342, 327, 335, 13, 292, 327, 372, 447, 327, 328,
+         272, 286, 350, 864, 321, 327, 364, 350, 288, 13, 286, 350, 864, 321, 418, 368, 342, 350, 288, 343, 341, 359,
+         13,
+         291, 336, 336, 286, 350, 864, 321, 327, 364, 350, 288, 13, 286, 350, 864, 321, 418, 368, 342, 350, 288, 441,
+         341, 331, 418, 403, 342, 13],
+        [310, 381, 2],
+        [353, 13, 286, 350, 864, 321, 418, 368, 342, 350, 288, 343, 341, 359, 13, 313, 520, 286, 350, 864, 321, 327,
+         364, 350, 288, 13, 286, 350, 864, 321, 418, 368, 342, 350, 288, 441, 341, 331, 418, 403, 342, 13],
+        [309, 343, 327, 2],
+    ],
+    "plain": [
+        [1, 440, 327, 372, 447, 327, 328, 272, 13, 13, 291, 336, 336],
+        [367, 381, 2],
+        [1, 645],
+        [476, 343, 327, 2],
+    ],
+    "vicuna": [
+        [1, 440, 327, 372, 447, 327, 328, 272, 584, 309, 295, 308, 284, 377, 336, 336, 377, 309, 309, 299, 309, 310,
+         291, 304, 310, 284],
+        [367, 381, 2],
+        [584, 309, 295, 308, 284, 645, 377, 309, 309, 299, 309, 310, 291, 304, 310, 284],
+        [476, 343, 327, 2],
+    ],
+    "zephyr": [
+        [1, 353, 286, 350, 341, 413, 342, 327, 335, 350, 288, 13, 292, 327, 372, 447, 327, 328, 272, 2, 353, 13, 286,
+         350, 343, 341, 359, 350, 288, 13, 291, 336, 336, 2, 353, 13, 286, 350, 441, 341, 331, 418, 403, 342, 350, 288,
+         13],
+        [310, 381, 2],
+        [353, 13, 286, 350, 343, 341, 359, 350, 288, 13, 313, 520, 2, 353, 13, 286, 350, 441, 341, 331, 418, 403, 342,
+         350, 288, 13],
+        [309, 343, 327, 2],
+    ],
+    "llama3": [
+        [256, 258, 82, 88, 82, 83, 68, 76, 259, 198, 198, 33, 68, 220, 65, 81, 72, 68, 69, 13, 260, 258, 84, 82, 68, 81,
+         259, 198, 198, 32, 77, 77, 260, 258, 64, 82, 82, 72, 82, 83, 64, 77, 83, 259, 198, 198],
+        [51, 78, 76, 260],
+        [258, 84, 82, 68, 81, 259, 198, 198, 54, 71, 78, 260, 258, 64, 82, 82, 72, 82, 83, 64, 77, 83, 259, 198, 198],
+        [50, 84, 68, 260],
+    ],
+}  # fmt: skip
+"""The same of two rounds with a system text, in each format: Llama 3's with a tokenizer that has its marks."""
+
+
+@pytest.mark.parametrize("name", [LLAMA_2, *built_in()])
+def test_ids_and_labels_of_each_format_are_these(name, tmp_path):
+    tokenizer = load_tokenizer(str(write_base(tmp_path)) if name == "llama3" else "demo")
+    encoder = Encoder(tokenizer, 1024, prompt_format=chosen(read_template(name)))
+    (example,) = encoder.examples([said("Ann", "Tom", "Who", "Sue", system="Be brief.")])
+    ids = IDS_OF_FORMATS[name]
+    assert example.input_ids == [id_ for part in ids for id_ in part]
+    assert example.labels == [id_ if number % 2 else IGNORE_INDEX for number, part in enumerate(ids) for id_ in part]

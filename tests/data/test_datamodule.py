@@ -450,6 +450,32 @@ def test_all_options_reach_the_encoder_and_the_plan():
     assert data.encoder is encoder
 
 
+def test_long_texts_that_are_divided_go_on_from_every_place(monkeypatch, tmp_path):
+    """In another process's module: from the cache that the first one left, and from the file where there is none."""
+    import datasets
+
+    texts = [" ".join(f"{word}{number}" for number in range(4 + 9 * row)) for row, word in enumerate("abcdef")]
+    Path("texts.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts), encoding="utf-8")
+
+    def module():
+        data = ChatDataModule("texts.jsonl", train_on="all", max_length=16, batch_size=2, seed=7, validation_share=0.2)
+        data.setup("fit")
+        return data
+
+    def walk(loader, epochs):
+        return [(loader.state_dict(), *map(str, batch)) for _ in range(epochs) for batch in loader]
+
+    data = module()
+    assert data._rows["train"].num_divided >= 4 and len(data._rows["train"]) > 12
+    whole = walk(data.train_dataloader(), 2)
+    for place in (0, len(whole) // 3, len(whole) // 2, len(whole) - 2):
+        if place > len(whole) // 2:
+            monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another")
+        resumed = module().train_dataloader()
+        resumed.load_state_dict(whole[place][0])
+        assert walk(resumed, 2 - whole[place][0]["epoch"]) == whole[place + 1 :]
+
+
 def test_the_demo_is_the_default():
     data = ChatDataModule()
     data.setup("fit")

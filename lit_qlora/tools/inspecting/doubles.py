@@ -66,7 +66,7 @@ class _Near:
     def pop(self, words: Sequence[str]) -> list[int]:
         """Takes out the numbers of those texts that are nearly the same as ``words``."""
         members = _in_a_row(words)
-        if sum(one in self._counts for one in members) < ALIKE * len(members):
+        if sum(map(self._counts.__contains__, members)) < ALIKE * len(members):
             return []
         candidates = {number for one in self._rarest(members) for number in self._by_member.get(one, ())}
         found = [number for number in sorted(candidates) if self._are_alike(members, self._sets[number])]

@@ -56,7 +56,11 @@ def options_of(verb: str) -> tuple[Option, ...]:
 
 
 class Source:
-    """A module as text, with the names that stand for plain types and values in it."""
+    """A module as text, with the names that stand for plain types and values in it.
+
+    Args:
+        file: its source.
+    """
 
     def __init__(self, file: Path) -> None:
         self.tree = _parsed(file)

@@ -170,3 +170,16 @@ def _python(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, check=True, env=_environment()
     )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_public_class_says_what_its_arguments_are(path: Path) -> None:
+    """Those of its own constructor, and no others."""
+    for node in ast.parse(path.read_text()).body:
+        if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+            continue
+        for made in (one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"):
+            given = {one.arg for one in (*made.args.args[1:], *made.args.kwonlyargs)}
+            _, _, words = (ast.get_docstring(node) or "").partition("Args:\n")
+            own = re.split(r"\n\n?(?=\w)", words)[0]
+            assert given == {*re.findall(r"^    (\w+): ", own, re.MULTILINE)}, node.name

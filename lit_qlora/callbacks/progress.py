@@ -56,6 +56,10 @@ class RunProgress(StepCallback, ProgressBar):
 
     Replaced, since a notebook can return to the start of a line, but not move up to another. Without a terminal on
     standard error, a plain line per log interval replaces the bar.
+
+    Args:
+        metrics: where it gets the last loss.
+        throughput: where it gets the tokens per second.
     """
 
     def __init__(self, metrics: TrainMetrics, throughput: Throughput) -> None:

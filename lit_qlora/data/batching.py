@@ -245,6 +245,7 @@ class ResumableLoader:
         accumulate: micro-batches of one optimizer step over all devices; an epoch's last step may have fewer.
         device_index: which of ``num_devices`` this is. Each gets all micro-batches; of those dealt to another, only
             what is counted.
+        num_devices: number of processes that share the micro-batches, one per device.
         lengths: tokens of each row, by which they are dealt.
         limit: most micro-batches per epoch, or a share of them, as in ``Trainer``.
         num_workers: number of processes that prefetch.

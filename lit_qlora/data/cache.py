@@ -41,6 +41,9 @@ class Held:
     """A lock that keeps an entry from being removed until it is closed or garbage-collected.
 
     Waits for a removal in progress. Holds nothing for a missing entry.
+
+    Args:
+        entry: folder of the entry.
     """
 
     def __init__(self, entry: Path) -> None:

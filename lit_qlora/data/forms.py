@@ -212,7 +212,12 @@ class Read(NamedTuple):
 
 
 class RowError(ValueError):
-    """An error for a row that is no conversation, with its remedy."""
+    """An error for a row that is no conversation, with its remedy.
+
+    Args:
+        problem: what is wrong with the row.
+        remedy: what to do about it.
+    """
 
     def __init__(self, problem: str, remedy: str = "mend or delete this row") -> None:
         super().__init__(problem)

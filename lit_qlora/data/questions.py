@@ -133,7 +133,12 @@ class Prompts:
     question, ``Answer:``. ``chat`` puts each question into a user's turn and each letter into an answer of the format
     that the adapter was trained in. The encoder must cut nothing.
 
-    Raises UserError when the letters do not differ by one token.
+    Args:
+        encoder: of the adapter's prompt format.
+        style: ``plain`` or ``chat``.
+
+    Raises:
+        UserError: the letters do not differ by one token.
     """
 
     def __init__(self, encoder: Encoder, style: Style) -> None:

@@ -50,7 +50,13 @@ def output_path(output: str, what: str = "file") -> Path:
 
 
 class SaveError(OSError):
-    """A failed save, with its path, the reason, the bytes needed and the bytes free."""
+    """A failed save, with its path, the reason, the bytes needed and the bytes free.
+
+    Args:
+        path: what was to be written.
+        error: why it failed.
+        needed_bytes: size of what was to be written; None if unknown.
+    """
 
     def __init__(self, path: Path, error: OSError, needed_bytes: int | None = None) -> None:
         self.reason = error.strerror or one_line(error) or type(error).__name__

@@ -27,7 +27,14 @@ _LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>old|tmp|gone)-\d+-[0-9a-f]{8
 
 
 class DamagedFolderError(UserError):
-    """A folder that differs from its manifest, with the file, what was expected and what was found."""
+    """A folder that differs from its manifest, with the file, what was expected and what was found.
+
+    Args:
+        folder: the folder.
+        file: name of the file in it; None for the folder itself.
+        expected: what was expected, in words.
+        found: what was found.
+    """
 
     def __init__(self, folder: Path, file: str | None, expected: str, found: str) -> None:
         what = f"expected {expected}, found {found}"

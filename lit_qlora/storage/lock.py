@@ -22,7 +22,11 @@ _NO_LOCKS_HERE = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, e
 
 
 class RunLock:
-    """An exclusive lock on a run folder, which is created if missing."""
+    """An exclusive lock on a run folder, which is created if missing.
+
+    Args:
+        run: the folder.
+    """
 
     def __init__(self, run: Path) -> None:
         self._run = run

@@ -76,7 +76,11 @@ def unnamed_run(config: str | None, base: str) -> Path:
 
 
 class RunFolder:
-    """The folder of one run."""
+    """The folder of one run.
+
+    Args:
+        path: where it is; it may not exist yet.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -33,7 +33,13 @@ class Asked(NamedTuple):
 
 
 class Tab(Dialog):
-    """The conversation of one browser tab, and its display; arguments as for `Dialog`."""
+    """The conversation of one browser tab, and its display.
+
+    Args:
+        answerer: answers.
+        sampling: how to sample; see `Dialog`.
+        system: the system text; None for that of training, empty for none.
+    """
 
     def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
         super().__init__(answerer, sampling, system)

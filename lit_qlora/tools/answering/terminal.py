@@ -40,7 +40,13 @@ def harmless(text: str) -> str:
 
 
 class Terminal(Dialog):
-    """One conversation, typed and printed; the arguments are those of `Dialog`."""
+    """One conversation, typed and printed.
+
+    Args:
+        answerer: answers.
+        sampling: how to sample; see `Dialog`.
+        system: the system text; None for that of training, empty for none.
+    """
 
     def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
         super().__init__(answerer, sampling, system)

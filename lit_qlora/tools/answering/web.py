@@ -95,7 +95,13 @@ def serve(answerer: Answerer, sampling: Sampling, system: str | None, share: boo
 
 
 class Page:
-    """The page, and the one thread that answers, one question after the other; arguments as for `Dialog`."""
+    """The page, and the one thread that answers, one question after the other.
+
+    Args:
+        answerer: answers.
+        sampling: how to sample; see `Dialog`.
+        system: the system text; None for that of training, empty for none.
+    """
 
     def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
         import gradio

@@ -161,6 +161,7 @@ class _Planned(torch.utils.data.Dataset[Batch]):
         packed: as in `collate`.
         lengths: tokens of each row; not needed where all are computed here.
         device_index: which of ``num_devices`` this is.
+        num_devices: number of processes that share them, one per device.
         at_once: how many micro-batches are dealt to the devices together.
     """
 
@@ -337,6 +338,7 @@ class EvaluationLoader:
         answer_tokens: learned tokens of each row.
         batches: micro-batches of rows.
         device_index: which of ``num_devices`` this is.
+        num_devices: number of processes that share them, one per device.
         packed: as in `ResumableLoader`.
         lengths: tokens of each row, by which they are dealt.
     """

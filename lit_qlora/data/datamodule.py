@@ -19,7 +19,7 @@ from lit_qlora.batch import Batch
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate, num_cores
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.chat_template import write_tokenizer
-from lit_qlora.data.encode import Encoder, TrainOn
+from lit_qlora.data.encode import CONTEXT_ONLY, Encoder, TrainOn
 from lit_qlora.data.forms import Form
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
@@ -397,6 +397,8 @@ class ChatDataModule(LightningDataModule):
             if rows.num_divided:
                 longer = f"longer than {self.max_length} tokens, divided: each stands in several rows"
                 dropped.append(f"{rows.num_divided:,} texts {longer}")
+            if earlier := sum(map(self.encoder.num_context_only, records.conversations)):
+                dropped.append(f"{earlier:,} {CONTEXT_ONLY}")
             if rows.num_left_out:
                 dropped.append(f"{rows.num_left_out:,} left out: no answer within {self.max_length} tokens")
             dropped += self._notes.get(part, [])

@@ -31,6 +31,8 @@ TrainOn = Literal["answers", "all"]
 UNFINISHED = "\ufffd"
 """What a decoder shows for bytes that are no character yet."""
 
+CONTEXT_ONLY = "earlier answers are context only: the template writes them otherwise than where it asks for one"
+
 CONVERSATIONS_A_CALL = 512
 """Number of conversations per call of the tokenizer, which processes a list on all cores."""
 
@@ -184,6 +186,12 @@ class Encoder:
             else:
                 labels += [IGNORE_INDEX] * len(ids)
         return Example(input_ids[:end], labels[:end], was_cut=end < size)
+
+    def num_context_only(self, conversation: Conversation) -> int:
+        """Number of answers that the row would have learned, but that the prompt format writes otherwise than asked."""
+        if conversation.is_text or not self.prompt_format.learns_last_only(conversation):
+            return 0
+        return sum(turn.learned for turn in conversation.turns[1:-1:2])
 
     def _may_be_learned(self, conversation: Conversation, pieces: Sequence[Piece]) -> Iterator[bool]:
         """Of each piece, whether its turn may be learned. Prompts and answers are the turns in order, one each."""

@@ -11,6 +11,7 @@ from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.text.formats import chosen
+from lit_qlora.tools.inspecting.look import _read
 from lit_qlora.tools.inspecting.verdict import Judge, _as_batched
 from tests.data.talks import said
 from tests.small_bases import CHATML, TOKENIZERS, save_tokenizer
@@ -151,6 +152,30 @@ def test_answers_that_no_prompt_leads_to_are_not_learned(tmp_path, encoder_of):
     assert set(example.labels[: len(prompt)]) == {IGNORE_INDEX}
     write_tokenizer(tmp_path, encoder, 512)
     check_template(tmp_path, encoder, OPEN)  # asked by others, who don't say that there be no thoughts
+    assert [encoder.num_context_only(one) for one in (talk, said("Ann", "Tom"), said(*"abcdef", system="S"))] == [
+        1,
+        0,
+        2,
+    ]
+    assert encoder_of("qwen").num_context_only(talk) == 0
+
+
+def test_how_many_answers_are_context_only_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer(tmp_path / "base", "qwen")
+    (tmp_path / "mine.jinja").write_text(THINKS_OR_NOT, encoding="utf-8")
+    rows = [{"messages": [{"role": "user", "content": f"q{row}"}, {"role": "assistant", "content": "a"}] * 3}
+            for row in range(6)]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    data = ChatDataModule("rows.json", tokenizer="base", template="mine.jinja", max_length=256, validation_share=0.2)
+    data.setup("fit")
+    told = [line for line in data.describe() if "context only" in line]
+    assert [line.partition(" are context")[0] for line in told] == [
+        "train: 10 earlier answers", "validation: 2 earlier answers",
+    ]  # fmt: skip
+    data.trainer, faults = None, []
+    parts = [_read(data, name, Judge(data.encoder), faults)[0] for name in ("train", "validation")]
+    assert ([part.dropped[-1][0] for part in parts], faults) == ([10, 2], [])
 
 
 @pytest.mark.parametrize("own", [SPEAKS_FIRST, THINKS], ids=["speaks first", "thinks"])

@@ -1,5 +1,6 @@
 """Chat templates of the shapes that published bases have: what is asked and learned, literally."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +9,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import SpecialTokens
 from lit_qlora.text.own_template import Template
+from tests.text.test_formats import by_ollama
 
 
 class Shape(NamedTuple):
@@ -174,3 +176,16 @@ def test_what_no_prompt_leads_to_is_refused(source, expect_error):
     template = template_of(Shape(source, CHATML, ""))
     error = expect_error(template.check, "add_generation_prompt", option="data.template")
     assert isinstance(error, UserError)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_ollama_asks_in_the_form_that_was_learned_or_is_refused(name):
+    template = template_of(SHAPES[name])
+    if "last answer" in name:  # a prompt that differs from turn to turn
+        with pytest.raises(ValueError, match="which Ollama's templates can't have"):
+            template.modelfile(Path("x.gguf"))
+        return
+    for system in (None, "S") if SHAPES[name].system else (None,):
+        for turns in (1, 3):
+            asked = Conversation(TALK[:turns], system)
+            assert by_ollama(template, asked) == "".join(piece.text for piece in template.pieces(asked))

@@ -16,6 +16,7 @@ from lit_qlora.batch import Batch
 from lit_qlora.console import progress_bar
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.encode import CONTEXT_ONLY
 from lit_qlora.data.records import NOTHING_ANSWERED, NOTHING_LEARNED, LeftOut, Records
 from lit_qlora.data.view import Token, tokens
 from lit_qlora.errors import UserError
@@ -164,6 +165,7 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
     part = Part(
         PARTS[name], records.name, records.conversations, records.where, _dropped(records), records.left_out, sources
     )
+    part.dropped.append((sum(map(judge.encoder.num_context_only, records.conversations)), CONTEXT_ONLY))
     for where, reason in records.left_out:
         if reason != NOTHING_LEARNED:  # as its weights ask for
             kind = "nothing" if reason == NOTHING_ANSWERED else "unread"

@@ -39,6 +39,7 @@ def clean() -> Iterator[None]:
         (["fit", "--trainer.devices=3"], 3),
         (["fit", "--trainer.devices", "[0, 3]"], 2),
         (["fit", "--trainer.devices", "2", "--trainer.devices", "1"], 1),
+        (["fit", "--trainer.devices=2", "--trainer.devices", "1"], 1),  # the last one, however written
         (["fit", "--trainer.devices", "[1, 1]"], 1),
         (["fit", "--trainer.devices", "auto"], 1),  # torch counts GPUs
         (["fit", "--trainer.devices", "many"], 1),

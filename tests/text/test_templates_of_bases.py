@@ -101,7 +101,25 @@ SHAPES = {
         f"<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}«d<|im_end|>»",
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n",
     ),
-    "smollm3: thoughts before each answer, none if switched off": Shape(
+    "qwen 3, as it finds the last answer": Shape(
+        "{% set ns = namespace(open=true, last=messages|length - 1) %}{% for m in messages[::-1] %}"
+        "{% set index = (messages|length - 1) - loop.index0 %}{% if ns.open and m.role == 'user' and m.content is "
+        "string and not m.content.startswith('<tool_response>') %}{% set ns.open = false %}"
+        "{% set ns.last = index %}{% endif %}{% endfor %}{% for m in messages %}"
+        "{% set thoughts = m.reasoning_content or '' %}{% set said = m.content %}"
+        "{% if '</think>' in said %}{% set thoughts = said.split('</think>')[0] %}"
+        "{% set said = said.split('</think>')[-1] %}{% endif %}"
+        "{% if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or thoughts) %}"
+        "{{ '<|im_start|>assistant\n<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + said.lstrip('\n') }}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\n' + said }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + ASKS
+        + "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{% endif %}",
+        CHATML,
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        f"<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}«d<|im_end|>»",
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n",
+    ),
+    "smollm3 without its date: thoughts before each answer, none if switched off": Shape(
         "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
         "{% for m in messages %}{% if m.role == 'assistant' and not enable_thinking %}"
         "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' + m.content + '<|im_end|>\n' }}{% else %}" + ROLE
@@ -155,14 +173,14 @@ def test_where_earlier_answers_are_written_otherwise_it_is_told():
     told = {
         name: [line for line in template_of(one).notes() if "only the last" in line] for name, one in SHAPES.items()
     }
-    assert [name.partition(":")[0] for name, lines in told.items() if lines] == ["qwen 3"]
+    assert [name for name, lines in told.items() if lines] == [name for name in SHAPES if name.startswith("qwen 3")]
 
 
 def test_a_user_who_publishes_the_template_asks_without_thoughts():
     """Whatever other programs say by default, the prompt is training's."""
-    for name, shape in SHAPES.items():
+    for shape in SHAPES.values():
         opening = template_of(shape).chat_template()
-        assert opening.count("{%- set enable_thinking = false %}") == ("switched off" in name)
+        assert opening.count("{%- set enable_thinking = false %}") == ("enable_thinking" in shape.source)
 
 
 @pytest.mark.parametrize("source", [
@@ -189,3 +207,10 @@ def test_ollama_asks_in_the_form_that_was_learned_or_is_refused(name):
         for turns in (1, 3):
             asked = Conversation(TALK[:turns], system)
             assert by_ollama(template, asked) == "".join(piece.text for piece in template.pieces(asked))
+
+
+def test_a_date_that_is_always_today_s_is_refused(expect_error):
+    """As in SmolLM3's: what was learned would be asked otherwise on another day."""
+    source = "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}{% for m in messages %}"
+    template = template_of(Shape(source + ROLE + "{% endfor %}" + ASKS + "{% endif %}", CHATML, ""))
+    expect_error(template.check, "strftime_now gives different prompts each day", option="data.template")

@@ -217,15 +217,18 @@ def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
     if unknown:
         name, why = unknown[1] or unknown[2], f" ({one_line(unknown[3])})" if unknown[3] else ""
         return UserError(
-            f"no class {excerpt(name)}{why}", option=option, remedy=_nearest_class(name, types.get(option))
+            f"no class {excerpt(name)}{why}", option=option, remedy=nearest_class(name, _names_below(types.get(option)))
         )
     inner = next((error for error in _raised if str(error) in reasons), None)
     return inner and inner.replace(option=f"{option}.{inner.option}" if inner.option else option)
 
 
-def _nearest_class(name: str, hint: Any) -> str:
-    """The remedy for an unknown class of type ``hint``."""
-    names = [kind.__name__ for kind in _subclasses(hint) if not kind.__name__.startswith("_")]
+def _names_below(hint: Any) -> list[str]:
+    return [kind.__name__ for kind in _subclasses(hint) if not kind.__name__.startswith("_")]
+
+
+def nearest_class(name: str, names: Sequence[str]) -> str:
+    """The remedy for an unknown class, where there are those called ``names``."""
     known = {_bare(name): name for name in names} | {re.sub("logger$", "", _bare(name)): name for name in names}
     near = nearest(_bare(name.rpartition(".")[2]), known)
     return f"did you mean {known[near]!r}?" if near else "give one of Lightning's, or your own as MODULE.CLASS"

@@ -13,20 +13,23 @@ from typing import Any, Union
 import yaml
 from jsonargparse import ArgumentParser
 
+from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.data.files import kind_of
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
 from lit_qlora.data.templates import read_template
 from lit_qlora.devices.starting import MOST_ON_CPU
+from lit_qlora.errors import UserError, excerpt
 from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, option
+from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, nearest_class, option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
-from lit_qlora.signatures import CLASSES, LEARNING, UNKNOWN, Option, options_of
-from lit_qlora.storage.run import named_folder, newest_run, open_run, unnamed_run
+from lit_qlora.signatures import CLASSES, LEARNING, ROOT, UNKNOWN, Option, class_names, options_of
+from lit_qlora.storage.folders import verify_folder
+from lit_qlora.storage.run import folder_to_score, named_folder, newest_run, open_run, unnamed_run
 from lit_qlora.text.formats import OF_BASE
 
 ANYTHING = Union[list[Any], dict[str, Any], str, int, float, bool, None]  # noqa: UP007
@@ -99,6 +102,25 @@ def _check_alone(values: Mapping[str, Any]) -> None:
         find_card(values["gpu"])
     if values.get("model.adapter"):
         require_adapter(Path(values["model.adapter"]))
+    accepted_kinds(values.get("accept"))
+    scored = str(values.get("ckpt_path", "best"))
+    if scored not in ("best", "last", "base"):
+        folder_to_score(scored, lambda folder: folder.exists() or verify_folder(folder))
+    for name, base in (("trainer.callbacks", "Callback"), ("trainer.logger", "Logger")):
+        _check_classes(name, base, values.get(name))
+
+
+def _check_classes(place: str, base: str, given: Any) -> None:
+    """Raises UserError for a class named without a module that neither Lightning nor this project has."""
+    for one in given if isinstance(given, list) else [given]:
+        name = one.get("class_path") if isinstance(one, dict) else one
+        if not (isinstance(name, str) and name.isidentifier() and isinstance(yaml.safe_load(name), str)):  # not "true"
+            continue
+        names = class_names(base)
+        ours = re.compile(rf"^class {name}\b", re.MULTILINE)
+        texts = (file.read_text(encoding="utf-8") for file in (ROOT / "callbacks").glob("*.py"))
+        if name not in names and not any(map(ours.search, texts)):
+            raise UserError(f"no class {excerpt(name)}", option=place, remedy=nearest_class(name, names))
 
 
 def _check_base(verb: str, values: Mapping[str, Any]) -> None:

@@ -37,15 +37,15 @@ from lit_qlora.options import (
 from lit_qlora.place import CONFIGS, find_config
 from lit_qlora.signatures import LEARNING
 from lit_qlora.storage import settings
-from lit_qlora.storage.checkpoint_io import RUN, check_checkpoint, checkpoint_folder
+from lit_qlora.storage.checkpoint_io import RUN, check_checkpoint
 from lit_qlora.storage.files import require_room
-from lit_qlora.storage.folders import DamagedFolderError
 from lit_qlora.storage.run import (
     Change,
     NoReferences,
     RunFolder,
     as_sections,
     as_yaml,
+    folder_to_score,
     mend_adapter,
     named_folder,
     newest_run,
@@ -344,9 +344,4 @@ def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
         return None, checkpoint
     if (Path(what) / "adapter_config.json").is_file():
         return Path(what), None
-    folder = checkpoint_folder(what)
-    try:
-        check_checkpoint(folder)
-    except DamagedFolderError as error:
-        raise error.within("ckpt_path").advise("give best, last, base, or a folder that is whole") from error
-    return None, folder
+    return None, folder_to_score(what, check_checkpoint)

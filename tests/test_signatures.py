@@ -53,6 +53,8 @@ MISTAKES = [
     ["--seed_everything=-1"], ["--run=null"], ["--run=a://b"], ["--mirror= "], ["--samples.temperature=-1"],
     ["--samples.top_p=0.5"], ["--data.source=rows.yaml"], ["--data.train_on=all", "--data.batch_tokens=9"],
     ["--model.cuda_graphs=true", "--data.packing=true", "--data.batch_tokens=2000"],
+    ["--trainer.callbacks=Nope"], ["--trainer.callbacks+=LearningRateMonitr"], ["--trainer.logger=csv"],
+    ["--trainer.callbacks=[{class_path: Nope}]"],
 ]  # fmt: skip
 
 
@@ -63,6 +65,21 @@ def test_a_mistake_is_found_first(args, tmp_path, monkeypatch):
     with pytest.raises(UserError):
         check_first("fit", args)
     assert [file.name for file in tmp_path.iterdir()] == ["rows.yaml"]
+
+
+@pytest.mark.parametrize(
+    "verb, args, option, words",
+    [
+        ("inspect", ["--accept=bos,nope"], "accept", ("accept: expected some of unread,", "got 'nope'")),
+        ("validate", ["--ckpt_path=nope"], "ckpt_path", ("nope: expected a folder", "give best, last, base")),
+        ("test", ["--ckpt_path", "a.ckpt"], None, ("a.ckpt is a file",)),
+    ],
+)  # fmt: skip
+def test_a_mistake_of_another_verbs_own_option_is_found_first(
+    verb, args, option, words, tmp_path, monkeypatch, expect_error
+):
+    monkeypatch.chdir(tmp_path)
+    expect_error(lambda: check_first(verb, args), *words, option=option)
 
 
 @pytest.mark.slow
@@ -82,7 +99,8 @@ def test_it_is_the_parsers_own_mistake_in_the_same_words(args, tmp_path, monkeyp
     [
         [], ["--config", "colab_t4"], ["--config=demo"], ["-c", "demo"],
         ["--data.batch_tokens=400", "--data.packing=true"],
-        ["--trainer.callbacks+=X"], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], ["--model=x.yaml"],
+        ["--trainer.callbacks+=Timer"], ["--trainer.callbacks=mine.X"], ["--trainer.callbacks=[SampleAnswers]"],
+        ["--trainer.logger=true"], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], ["--model=x.yaml"],
         ["--trainer.logger=false"], ["--data.system=--x y"], ["--samples.prompts+=a"], ["--print_config"],
         ["--model.target_modules=[q_proj,v_proj]"], ["--data.source=a/b"], ["--model.base=a/b"], ["--data.seed=3"],
         ["--trainer.gradient_clip_val=null"], ["--data.form=auto"], ["--model.learning_rate=1e-4"],
@@ -96,7 +114,9 @@ def test_what_the_parser_takes_or_alone_can_judge_passes(args, tmp_path, monkeyp
 
 def test_a_config_with_classes_and_lists_to_add_to_passes_and_its_misspelt_key_does_not(tmp_path, expect_error):
     file = tmp_path / "mine.yaml"
-    text = "trainer:\n  callbacks+:\n  - class_path: X\n  logger: {class_path: CSVLogger, init_args: {save_dir: x}}\n"
+    text = (
+        "trainer:\n  callbacks+:\n  - class_path: Timer\n  logger: {class_path: CSVLogger, init_args: {save_dir: x}}\n"
+    )
     file.write_text(text + "model:\n  rank: 3\n")
     check_first("fit", ["--config", str(file)])
     file.write_text(text + "model:\n  rnk: 3\n")

@@ -4,18 +4,14 @@ Given to the Trainer as a plugin, `Trainer(plugins=[FolderCheckpointIO()])`; fro
 checkpoint is a folder. Knows nothing of when to save, which to keep and what is in a checkpoint.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from lit_qlora.errors import UserError
-from lit_qlora.storage.folders import DamagedFolderError, remove_folder, verify_folder, write_folder
+from lit_qlora.storage.folders import DamagedFolderError, checkpoint_folder, remove_folder, verify_folder, write_folder
 from lit_qlora.storage.state import SKELETON, check_tensors, load_state, num_bytes, save_state
 
-# pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 RUN = "run"
 """The part of a checkpoint that identifies its run."""
 _NEEDED = {
@@ -23,7 +19,6 @@ _NEEDED = {
     *("metrics_line", RUN),  # our own callbacks'
 }
 """Parts of every training checkpoint: no run resumes from one that lacks any."""
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -65,17 +60,6 @@ class FolderCheckpointIO(CheckpointIO):
         folder = checkpoint_folder(path)
         if folder.exists():
             remove_folder(folder)
-
-
-def checkpoint_folder(path: str | Path) -> Path:
-    """The folder that ``path`` names. Raises UserError for a URL or a file."""
-    wanted = "give the path of a checkpoint folder, such as runs/demo/checkpoints/step-00000500"
-    if _URL.match(str(path)):
-        raise UserError(f"{path} is a URL, and checkpoints are only read from this machine: {wanted}")
-    folder = Path(path)
-    if folder.suffix in _PICKLES or folder.is_file():
-        raise UserError(f"{path} is a file, and checkpoints are folders, without pickle: {wanted}")
-    return folder
 
 
 def check_checkpoint(folder: Path) -> None:

@@ -24,6 +24,9 @@ from lit_qlora.storage.files import SaveError, parse_json, sync_file, sync_folde
 MANIFEST = "manifest.json"
 VERSION = 1
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.(?P<kind>old|tmp|gone)-\d+-[0-9a-f]{8}")
+# pathlib makes "https:/…" of "https://…"; a single letter before the colon is a Windows drive.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 
 
 class DamagedFolderError(UserError):
@@ -301,3 +304,14 @@ def _leftovers(target: Path, kind: str) -> list[Path]:
     matches = ((path, _LEFTOVER.fullmatch(path.name)) for path in paths)
     found = [path for path, match in matches if match and match.groups() == (target.name, kind)]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder that ``path`` names. Raises UserError for a URL or a file."""
+    wanted = "give the path of a checkpoint folder, such as runs/demo/checkpoints/step-00000500"
+    if _URL.match(str(path)):
+        raise UserError(f"{path} is a URL, and checkpoints are only read from this machine: {wanted}")
+    folder = Path(path)
+    if folder.suffix in _PICKLES or folder.is_file():
+        raise UserError(f"{path} is a file, and checkpoints are folders, without pickle: {wanted}")
+    return folder

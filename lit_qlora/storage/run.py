@@ -21,6 +21,7 @@ from lit_qlora.ranges import check_ranges
 from lit_qlora.storage.files import parse_json, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
+    checkpoint_folder,
     clear_leftovers,
     copy_folder,
     is_whole,
@@ -494,3 +495,13 @@ def as_sections(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} is both a section and an option")
         within[last] = value
     return config
+
+
+def folder_to_score(what: str, check: Callable[[Path], Any]) -> Path:
+    """The checkpoint folder ``what``. Raises UserError where ``check`` raises DamagedFolderError of it."""
+    folder = checkpoint_folder(what)
+    try:
+        check(folder)
+    except DamagedFolderError as error:
+        raise error.within("ckpt_path").advise("give best, last, base, or a folder that is whole") from error
+    return folder

@@ -12,13 +12,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_qlora import start
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.errors import UserError, require
+from lit_qlora.data.faults import KINDS, accepted_kinds
+from lit_qlora.errors import UserError
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import output_path, write_file
 from lit_qlora.tools.inspecting.look import Look, look
 from lit_qlora.tools.inspecting.page import MARK, page
-from lit_qlora.tools.inspecting.verdict import KINDS
 from lit_qlora.tools.inspecting.words import by_kind, lines
 from lit_qlora.training import DryCLI, in_one_line
 
@@ -43,9 +43,7 @@ class InspectCLI(DryCLI):
         """Checks its own options before anything is read."""
         super().before_instantiate_classes()
         options = self.config[self.verb]
-        self.accepted = [name.strip() for name in (options.accept or "").split(",") if name.strip()]
-        for kind in self.accepted:
-            require(kind in KINDS, "accept", f"some of {', '.join(KINDS)}", kind)
+        self.accepted = accepted_kinds(options.accept)
         self.page = None if options.html is None else _page_file(options.html)
 
     def inspect(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:

@@ -8,10 +8,10 @@ from importlib import resources
 
 import jinja2
 
+from lit_qlora.data.faults import KINDS
 from lit_qlora.data.view import printable, stretches
 from lit_qlora.tools.inspecting import words
 from lit_qlora.tools.inspecting.look import Look
-from lit_qlora.tools.inspecting.verdict import KINDS
 
 MARK = "<!-- lit-qlora inspect -->"
 """Begins each page: a file without it is not replaced by one."""

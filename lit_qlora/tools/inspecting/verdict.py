@@ -14,18 +14,6 @@ from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.encode import Encoder, Example, Written, joined
 from lit_qlora.data.view import printable, special_ids
 
-KINDS = {
-    "unread": "rows that can't be learned from",
-    "nothing": "rows without a token to learn",
-    "end": "rows with an answer whose end is not learned",
-    "bos": "rows that do not begin each prompt with one BOS",
-    "special": "rows whose text makes the id of a special token",
-    "lost": "rows of which tokens lose something",
-    "question": "rows with a token of a prompt that is learned",
-    "batch": "rows that stand otherwise in a batch than they were encoded",
-}
-"""What can be wrong with a row, by the names that ``--accept`` takes."""
-
 _SHORTEN = "a larger data.max_length keeps them whole; else shorten or divide them"
 REMEDIES = {
     "unread": "mend or delete them",

@@ -14,9 +14,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lit_qlora.console import WIDTH
+from lit_qlora.data.faults import KINDS
 from lit_qlora.data.view import Token, columns, printable, shortened, stretches
 from lit_qlora.tools.inspecting.look import Batching, Found, Look, Part, Shown
-from lit_qlora.tools.inspecting.verdict import KINDS, REMEDIES
+from lit_qlora.tools.inspecting.verdict import REMEDIES
 
 BAR = 40
 NAMED = 5

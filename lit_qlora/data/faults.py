@@ -1,0 +1,26 @@
+"""Owns the kinds of faults that a row of training can have, by name, and which names say that they are meant to be so.
+
+Knows neither rows nor batches, so that a command line is checked before PyTorch is imported.
+"""
+
+from lit_qlora.errors import require
+
+KINDS = {
+    "unread": "rows that can't be learned from",
+    "nothing": "rows without a token to learn",
+    "end": "rows with an answer whose end is not learned",
+    "bos": "rows that do not begin each prompt with one BOS",
+    "special": "rows whose text makes the id of a special token",
+    "lost": "rows of which tokens lose something",
+    "question": "rows with a token of a prompt that is learned",
+    "batch": "rows that stand otherwise in a batch than they were encoded",
+}
+"""What can be wrong with a row, by the names that ``--accept`` takes."""
+
+
+def accepted_kinds(names: str | None) -> list[str]:
+    """The kinds in ``names``, with commas between. Raises UserError for one that there is not."""
+    found = [name.strip() for name in (names or "").split(",") if name.strip()]
+    for kind in found:
+        require(kind in KINDS, "accept", f"some of {', '.join(KINDS)}", kind)
+    return found

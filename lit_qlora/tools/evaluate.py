@@ -4,10 +4,14 @@ Knows the options and the tables; scores are in `scoring.rows`, intervals in `sc
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from lit_qlora.console import WIDTH
 from lit_qlora.errors import UserError, require
 from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
@@ -259,9 +263,24 @@ def _table(title: str, rows: Mapping[str, "Compared"], form: str, ends: str) -> 
 
     lines: list[tuple[str, ...]] = [(title, "base", "adapter", "adapter - base")]
     lines += [(name, *map(cell, row)) for name, row in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if sys.stdout.isatty() and sum(_widths(lines)) + 6 > WIDTH:
+        lines = _stacked(lines)
+    widths = _widths(lines)
     for line in lines:
         print("  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _widths(lines: Sequence[tuple[str, ...]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+
+def _stacked(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """``lines`` of a table with each interval below its value, and names in what `WIDTH` leaves them."""
+    figures = [[text.replace(" [", "\n[").split("\n") for text in line[1:]] for line in lines]
+    stacked = [part for line in figures for part in zip_longest(*line, fillvalue="")]
+    room = max(WIDTH - sum(_widths(stacked)) - 6, 12)
+    named = [[wrap(line[0], room), *cells] for line, cells in zip(lines, figures, strict=True)]
+    return [part for cells in named for part in zip_longest(*cells, fillvalue="")]
 
 
 def _as_json(value: Any) -> Any:

@@ -121,6 +121,21 @@ def test_columns_are_as_wide_as_what_stands_in_them(capsys):
     assert lines[0].index("adapter") == lines[1].index("123456.0000 [", 5)
 
 
+def test_on_a_terminal_a_table_has_80_columns(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    figure, change = Figure(0.1234, 0.1, 0.2), Figure(-0.0123, -0.1, 0.02)
+    rows = {
+        "high school government and politics (193)": Compared(figure, figure, change),
+        "all": Compared(*[figure] * 3),
+    }
+    module._table("accuracy (questions)", rows, ".4f", ".4f")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["high", "school", "government", "0.1234", "0.1234", "-0.0123"]
+    assert lines[2].split("  ")[-1] == "[-0.1000, 0.0200]"
+    assert lines[1].index("-0.0123") == lines[2].index("[-0.1000") == lines[0].index("adapter - base")
+
+
 def test_another_file_is_test_s(here, evaluate, scored):
     rows = demo.TRAIN.read_text(encoding="utf-8").splitlines(keepends=True)[:40]
     Path("mine.jsonl").write_text("".join(rows), encoding="utf-8")

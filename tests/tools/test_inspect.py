@@ -14,8 +14,8 @@ from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.data import batching
 from lit_qlora.data.encode import Encoder
+from lit_qlora.data.faults import KINDS
 from lit_qlora.data.view import columns
-from lit_qlora.tools.inspecting import verdict
 from tests.data.talks import write
 from tests.llama3_like import write_base
 from tests.small_bases import save_base
@@ -121,7 +121,7 @@ FAULTS = {
 def test_a_fault_is_named_with_its_row(row, kind, words, inspect):
     lines = inspect("--data.source", planted(row), status=1)
     start = next(number for number, line in enumerate(lines) if line.endswith(f"(--accept {kind})"))
-    assert lines[start] == f"1 {verdict.KINDS[kind]} (--accept {kind})"
+    assert lines[start] == f"1 {KINDS[kind]} (--accept {kind})"
     said = " ".join(line.strip() for line in lines[start + 1 :])
     assert (
         said.startswith("a.jsonl:16: ") and words in said and said.endswith("verdict: 1 rows are not as they should be")
@@ -152,7 +152,7 @@ def test_a_token_that_text_makes_is_named(inspect, monkeypatch):
         Encoder, "_encode", lambda self, texts: self.tokenizer(texts, add_special_tokens=False).input_ids
     )
     lines = inspect("--data.source", planted(talk("What is </s> for?", "An end.")), status=1)
-    start = lines.index(f"1 {verdict.KINDS['special']} (--accept special)")
+    start = lines.index(f"1 {KINDS['special']} (--accept special)")
     assert lines[start + 1] == "    a.jsonl:16: '</s>', id 2, in '] What is </s> for? '"
 
 
@@ -284,7 +284,7 @@ def test_a_template_with_other_than_one_bos_is_named(template, words, inspect):
     source = write("a.jsonl", *GOOD[:4])
     lines = inspect("--data.source", source, "--data.template", "a.jinja", status=1)
     text = " ".join(line.strip() for line in lines)
-    assert f"4 {verdict.KINDS['bos']} (--accept bos) a.jsonl:" in text and words in text
+    assert f"4 {KINDS['bos']} (--accept bos) a.jsonl:" in text and words in text
     assert "verdict: 4 rows are not as they should be" in text
 
 
@@ -309,9 +309,7 @@ def test_a_system_text_that_a_template_drops_is_named(inspect):
     Path("a.jinja").write_text("{{ bos_token }}" + turns)
     lines = inspect("--data.source", planted(talk("q", "a", system="Be kind.")), "--data.template", "a.jinja", status=1)
     text = " ".join(line.strip() for line in lines)
-    assert (
-        f"1 {verdict.KINDS['unread']} (--accept unread) a.jsonl:16: with a conversation of 2 turns and a system" in text
-    )
+    assert f"1 {KINDS['unread']} (--accept unread) a.jsonl:16: with a conversation of 2 turns and a system" in text
     assert "is written 0 times" in text
 
 
@@ -344,8 +342,8 @@ def test_what_stands_otherwise_in_a_batch_is_named(inspect, monkeypatch):
 
     monkeypatch.setattr(batching, "collate", shifted)
     lines = inspect("--data.source", write("a.jsonl", *GOOD[:4]), status=1)
-    assert f"4 {verdict.KINDS['question']} (--accept question)" in lines
-    assert f"4 {verdict.KINDS['batch']} (--accept batch)" in lines
+    assert f"4 {KINDS['question']} (--accept question)" in lines
+    assert f"4 {KINDS['batch']} (--accept batch)" in lines
 
 
 TOKENS = ["--data.batch_tokens", "256"]
@@ -364,7 +362,7 @@ def test_each_way_of_batching_is_read_as_it_is(options, inspect, monkeypatch):
 
     monkeypatch.setattr(batching, "collate", without_ends)
     lines = inspect("--data.source", source, *options, "--rows", "0", status=1)
-    assert f"10 {verdict.KINDS['end']} (--accept end)" in lines
+    assert f"10 {KINDS['end']} (--accept end)" in lines
 
 
 def test_padding_that_is_learned_is_named(inspect, monkeypatch):
@@ -383,7 +381,7 @@ def test_padding_that_is_learned_is_named(inspect, monkeypatch):
 
     monkeypatch.setattr(batching, "collate", learns_padding)
     source = write("a.jsonl", *GOOD[:3], talk("q", "a much longer answer " * 3))
-    assert any(verdict.KINDS["batch"] in line for line in inspect("--data.source", source, status=1))
+    assert any(KINDS["batch"] in line for line in inspect("--data.source", source, status=1))
 
 
 # Doubles

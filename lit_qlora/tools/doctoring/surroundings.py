@@ -103,7 +103,8 @@ def missing(error: BaseException | None) -> list[str]:
             if any(re.search(rf"\b{name}\b", str(error), re.IGNORECASE) for name in lacking):
                 return lacking
             top = (error.name or "").partition(".")[0]
-            if top and not _is_there(top) and _distribution(top) in _dependencies():
+            # What a package stands on is known where it is installed: else, what is missing beside it tells.
+            if top and not _is_there(top) and (lacking or _distribution(top) in _dependencies()):
                 return lacking if _distribution(top) in lacking else [*lacking, top]
         error = error.__cause__ or error.__context__
     return []

@@ -1,19 +1,16 @@
-"""Owns the tiny Llama that the model tests run on: random, seeded, with one odd width, quantised by the real code."""
+"""Owns the tiny Llama that the model tests run on: random, seeded, with one odd width, quantised by the real code.
 
+What is heavy is imported where it is used: the process that hands out tests needs none of it.
+"""
+
+import copy
 import gc
 import json
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 
 from lit_qlora import quiet
-from lit_qlora.model.base import find_base
-from lit_qlora.model.checkpointing import checkpoint_layers
-from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
-from lit_qlora.model.loss import summed_cross_entropy
-from lit_qlora.model.shape import Shape
 from tests.small_bases import save_random
 
 
@@ -45,33 +42,52 @@ def wide_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
+    from lit_qlora.model.base import find_base
+
     return find_base(str(tiny_folder))
 
 
 @pytest.fixture(scope="session")
 def other_tiny(tmp_path_factory):
     """Another base of the same widths."""
+    from lit_qlora.model.base import find_base
+
     return find_base(str(save_llama(tmp_path_factory.mktemp("bases") / "other-llama", seed=1)))
 
 
 @pytest.fixture(scope="session")
 def even_tiny(tmp_path_factory):
     """A base whose widths are all divisible by 32."""
+    from lit_qlora.model.base import find_base
+
     return find_base(str(save_llama(tmp_path_factory.mktemp("bases") / "even-llama", intermediate_size=192)))
 
 
 @pytest.fixture(scope="session")
 def load(tiny):
-    """Loads the tiny Llama in 4-bit, without an adapter."""
+    """Loads the tiny Llama in 4-bit, without an adapter: a copy, for each of hundreds of tests, of what was loaded."""
+
+    import torch
+
+    from lit_qlora.model.load import load_base
+
+    loaded = {}
 
     def load(dtype=torch.float32, base=tiny):
-        return load_base(base, dtype, torch.device("cpu"), "sdpa")
+        key = dtype, base.location, str(base.config)
+        if key not in loaded:
+            loaded[key] = load_base(base, dtype, torch.device("cpu"), "sdpa")
+        return copy.deepcopy(loaded[key])
 
     return load
 
 
 def of_pefts_config(model, chosen, others):
     """An adapter with ``others`` of LoraConfig's fields, which none of our options gives."""
+    from peft import LoraConfig, get_peft_model
+
+    from lit_qlora.model.shape import Shape
+
     targets = list(Shape.LINEARS) if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
     config = {"r": chosen["rank"], "lora_alpha": chosen["alpha"], "target_modules": targets}
     return get_peft_model(model, LoraConfig(**config, **others, task_type="CAUSAL_LM"))
@@ -80,6 +96,10 @@ def of_pefts_config(model, chosen, others):
 @pytest.fixture(scope="session")
 def make_model(load):
     """Loads the tiny Llama in 4-bit with an adapter that is not zero, in train mode."""
+    import torch
+
+    from lit_qlora.model.checkpointing import checkpoint_layers
+    from lit_qlora.model.load import Lora, adapter_parameters, add_lora
 
     def make(dtype=torch.float32, checkpointing="none", base=None, **lora):
         model = load(dtype, base) if base else load(dtype)
@@ -101,6 +121,10 @@ def make_model(load):
 @pytest.fixture(scope="session")
 def gradients():
     """One training step's gradients, by name, the same randomness each time."""
+    import torch
+
+    from lit_qlora.model.load import adapter_parameters
+    from lit_qlora.model.loss import summed_cross_entropy
 
     def gradients(model):
         torch.manual_seed(2)
@@ -134,6 +158,8 @@ def held_bytes():
 
 def memory_events(run):
     """What a function gives, and what torch's allocator did meanwhile, in order; what others left behind stays."""
+    import torch
+
     activities = [torch.profiler.ProfilerActivity.CPU]
     gc.disable()
     try:

@@ -1,5 +1,6 @@
 """Rows are encoded once and read from disk after that; what is not whole, or of other contents, is never taken."""
 
+import gc
 import hashlib
 import json
 import os
@@ -298,6 +299,7 @@ def aged(folder, monkeypatch, tokenizer):
             encode_records([said(name, "yes")], Encoder(tokenizer, 1024))
             (entries[name],) = {*folder.iterdir()} - known
             os.utime(entries[name], (time.time() - 3600 * ago,) * 2)
+        gc.collect()  # nobody has them open any more
         size = sum(file.stat().st_size for file in next(iter(entries.values())).iterdir())
         monkeypatch.setattr(cache, "KEPT_BYTES", int(2.5 * size))
         return entries

@@ -490,12 +490,12 @@ def test_a_record_without_its_base(adapter, lost, expect_error):
     expect_error(lambda: read_record(adapter), "lit_qlora.json", "name its base", "altered", place=adapter)
 
 
-def test_a_tiny_base_on_a_cpu_takes_one_thread(load):
+def test_a_tiny_base_on_a_cpu_takes_one_thread(tiny):
     """Two threads wait for each other at every small product, for minutes where another process has the second core."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        load()
+        load_base(tiny, torch.float32, torch.device("cpu"), "sdpa")
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """How a command ends that can't begin: an old Python, missing packages; anything else keeps its traceback."""
 
 import ast
+import io
 import os
 import subprocess
 import sys
@@ -116,14 +117,35 @@ def test_an_import_that_fails_for_another_reason_keeps_its_traceback(
     assert caught.value is error
 
 
-@pytest.mark.parametrize(
-    ("encoding", "shown"),
-    [("ascii", b"l\\xe4uft \\u4e2d"), pytest.param("cp1252", b"l\xe4uft \\u4e2d", marks=pytest.mark.slow)],
-)
-def test_a_path_outside_of_the_console_s_encoding(tmp_path: Path, encoding: str, shown: bytes) -> None:
-    run = tmp_path / "runs" / "läuft 中"
+ENCODED = [("ascii", b"l\\xe4uft \\u4e2d"), ("cp1252", b"l\xe4uft \\u4e2d")]
+
+
+def _run_without_adapter(folder: Path) -> None:
+    run = folder / "runs" / "läuft 中"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("seed_everything: 1\n")
+
+
+@pytest.mark.parametrize(("encoding", "shown"), ENCODED)
+def test_a_path_outside_of_the_console_s_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, shown: bytes
+) -> None:
+    _run_without_adapter(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    written = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, stream in written.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding))
+    assert main(["validate"]) == 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    assert written["stdout"].getvalue().splitlines()[-1] == b"   run  runs/" + shown + b", the newest"
+    assert written["stderr"].getvalue().startswith(b"error: ckpt_path: runs/" + shown + b" has no adapter yet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("encoding", "shown"), ENCODED)
+def test_a_path_outside_of_a_real_console_s_encoding(tmp_path: Path, encoding: str, shown: bytes) -> None:
+    _run_without_adapter(tmp_path)
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), "validate"], cwd=tmp_path, capture_output=True, check=False,

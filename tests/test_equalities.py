@@ -177,8 +177,7 @@ def test_four_times_one_equals_one_times_four(start: None, monkeypatch: pytest.M
     assert_same(one, four, "train/loss train/gradient_norm")
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize(("accumulate", "in_backward"), [(1, False), (2, True)])
 def test_halved_after_running_out_of_memory_equals_not_halved(
     start: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], accumulate: int, in_backward: bool
 ) -> None:

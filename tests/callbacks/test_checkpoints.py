@@ -238,7 +238,7 @@ def test_a_resume_from_every_step_ends_the_same(full_run, tiny, rows, tmp_path, 
         "log_every_n_steps": 2,
     }
     whole, module = full_run(tmp_path / "whole", **options), tiny()
-    whole.trainer.fit(module, datamodule=rows(7))
+    whole.trainer.fit(module, datamodule=rows(5))
     *steps, last = whole.run.saved_steps()
     for step in steps:
         # As a kill right after the save leaves it: the step's own line is still open.
@@ -247,7 +247,7 @@ def test_a_resume_from_every_step_ends_the_same(full_run, tiny, rows, tmp_path, 
         lines = [line for line in _lines(whole.run) if json.loads(line)["step"] < step]
         (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
         one, resumed = full_run(folder, **options), tiny()
-        one.trainer.fit(resumed, datamodule=rows(7), ckpt_path=whole.run.checkpoint(step))
+        one.trainer.fit(resumed, datamodule=rows(5), ckpt_path=whole.run.checkpoint(step))
         assert resumed.chance == module.chance[-len(resumed.chance) :]
         assert resumed.seen == module.seen[-len(resumed.seen) :]
         assert torch.equal(

@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from lit_qlora import __version__
 from lit_qlora.console import prepare
 from lit_qlora.devices import starting
-from lit_qlora.devices.launchers import ignore_launchers
 from lit_qlora.devices.mistakes import report
 from lit_qlora.devices.world import world
 from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest
@@ -136,7 +135,7 @@ def _run(args: list[str]) -> int:
         check_no_secrets(args[1:])
     check_utf8(args)
     if verb != "doctor":  # which reports it
-        for left in starting.take_place() if verb in TRAINERS else ignore_launchers():
+        for left in starting.take_place(is_for_several=verb in TRAINERS):
             print(f"note: {left} in the environment is ignored: one process does the work", file=sys.stderr)
     if verb in FIT_AND_KIN:
         return _run_fit_or_kin(verb, args)

@@ -21,6 +21,15 @@ RANKS = (
 worker."""
 
 
+def check_whole() -> None:
+    """Raises UserError for a RANK without a WORLD_SIZE: of several processes, each would train by itself."""
+    if os.environ.get("RANK", "").strip() and not os.environ.get("WORLD_SIZE", "").strip():
+        raise UserError(
+            f"RANK={os.environ['RANK']} in the environment, and no WORLD_SIZE",
+            remedy=f"unset RANK and start {COMMAND} by itself, or start with torchrun",
+        )
+
+
 def ignore_launchers(allows_several: bool = False) -> list[str]:
     """Remove ranks and counts from this process's environment; return those that named several processes.
 

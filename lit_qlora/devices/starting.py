@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from lit_qlora.devices.launchers import ignore_launchers
+from lit_qlora.devices.launchers import check_whole, ignore_launchers
 from lit_qlora.devices.world import STORE
 from lit_qlora.errors import UserError
 from lit_qlora.signals import SIGNALS, give_back, take_over
@@ -34,21 +34,29 @@ WHY = {
 CODE = "import sys; sys.path.insert(0, {root!r}); from lit_qlora.cli import main; sys.exit(main())"
 
 
-def take_place() -> list[str]:
+def take_place(is_for_several: bool = True) -> list[str]:
     """Find which process this is, by what torchrun, srun or `run` left in the environment; it then says so in
     torchrun's names, and nothing else does.
+
+    Args:
+        is_for_several: False for what one process does. That it is one of several stays in the environment, for the
+            error to be reported once.
 
     Returns:
         What else was left by launchers, and is ignored.
 
     Raises:
-        UserError: the environment says one half of it.
+        UserError: the environment says one half of it, or several processes were started for what one does.
     """
     found = _by_torchrun() or _by_slurm()
-    left = ignore_launchers(allows_several=found is not None)
+    if found is None and is_for_several:
+        check_whole()
+    try:
+        left = ignore_launchers(allows_several=found is not None and is_for_several)
+    finally:
+        os.environ.update(found or {})
     if found is None:
         return left
-    os.environ.update(found)
     if PARENT in os.environ:
         _end_with_parent(int(os.environ[PARENT]))
     return []

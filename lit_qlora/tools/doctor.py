@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from lit_qlora import __version__
 from lit_qlora.console import fitted
-from lit_qlora.devices.launchers import ignore_launchers
+from lit_qlora.devices.launchers import check_whole, ignore_launchers
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.place import CLONE, COMMAND, CONFIGS, INSTALL, PROGRAM, find_config
 from lit_qlora.quiet import quieten
@@ -93,6 +93,7 @@ def look(config: str | None, base: str | None, run: Path) -> Iterator[Finding]:
     else:
         yield Finding("ok", python)
     try:
+        check_whole()
         for one in ignore_launchers():
             yield Finding("note", f"{one} in the environment is ignored: one process does the work")
     except UserError as error:

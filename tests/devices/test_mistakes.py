@@ -95,6 +95,22 @@ def test_one_process_and_those_of_the_command_itself_only_print(
     assert capsys.readouterr().err == f"{LINE}\n{LINE}\n"
 
 
+def test_what_is_for_one_process_and_srun_started_several_times_is_said_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from lit_qlora.cli import main
+
+    def do(rank: int) -> int:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+        os.environ |= {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        return main(["merge"])
+
+    found, lines = said(capfd, do, 3)
+    assert found == [2, 2, 2] and len(lines) == 1
+    assert lines[0].startswith("error: SLURM_STEP_NUM_TASKS=3 in the environment: several processes were started")
+
+
 def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """By hand, or what a shell inside of a job inherited."""
     from lit_qlora.cli import main

@@ -91,6 +91,19 @@ def test_half_a_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         take_place()
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_a_rank_alone_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, rank: str
+) -> None:
+    """Of several processes that a launcher started so, each would train by itself."""
+    monkeypatch.setenv("RANK", rank)
+    assert main([verb]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: RANK={rank} in the environment, and no WORLD_SIZE; unset RANK")
+    assert err.count("\n") == 1
+
+
 def started(code: str, count: int = 2) -> subprocess.Popen[str]:
     """A command whose processes each run ``code``, with their number as ``rank``."""
     task = f"import os, signal, sys, time; rank = int(os.environ['RANK']); sys.stdin.read(0)\n{code}"

@@ -426,8 +426,10 @@ def test_a_config_that_is_not_there(capsys):
 
 
 def test_what_launchers_left_is_told(tell, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert line(tell(), "LOCAL_RANK=1 in the environment is ignored")[0].startswith("   note")
     monkeypatch.setenv("RANK", "1")
-    assert line(tell(), "RANK=1 in the environment is ignored")[0].startswith("   note")
+    assert line(tell(status=2), "RANK=1 in the environment, and no WORLD_SIZE")[0].startswith("problem")
     monkeypatch.setenv("WORLD_SIZE", "2")
     found, remedy = line(tell(status=2), "WORLD_SIZE=2 in the environment: several processes were started")
     assert found.startswith("problem") and remedy.startswith("start python main.py by itself")

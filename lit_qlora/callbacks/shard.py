@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_qlora.devices.world import any_of, world
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.foresee import current_card, foresee
+from lit_qlora.model.base import target_names
 from lit_qlora.storage.files import GIB
 
 
@@ -28,7 +29,22 @@ def _is_shared(trainer: Trainer, module: Any, stage: str) -> bool:
     if stage == "fit":
         forecast = foresee(module, trainer.datamodule, trainer)  # type: ignore[attr-defined]
         return forecast is not None and forecast.is_shared
-    # Scoring keeps no activations: the weights decide.
     can_share = module.own_layers and (world().size > 1 or module.shard_to == "host")
-    room = card.memory_gib * GIB * (1 - memory.RESERVE) - memory.CONTEXT
-    return can_share and memory.weight_bytes(module.base.shape) > room
+    return can_share and _scoring(trainer, module).on_card > card.memory_gib * GIB * (1 - memory.RESERVE)
+
+
+def _scoring(trainer: Trainer, module: Any) -> memory.StepMemory:
+    """The memory of scoring with a whole base, of a micro-batch as large as any."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    tokens = data.plan.tokens or data.plan.rows * data.max_length
+    step = memory.Step(
+        module.base.shape,
+        tokens=tokens,
+        scored_tokens=tokens,
+        rank=module.lora.rank,
+        targets=tuple(dict.fromkeys(target_names(module.lora.target_modules))),
+        element=4 if str(trainer.precision) == "32-true" else 2,
+        loss_rows=module.loss_rows,
+        is_one_of_several=world().size > 1,
+    )
+    return memory.scoring_memory(step)

@@ -464,6 +464,21 @@ def sampling_memory(step: Step, samples: Samples, found: list[StepMemory]) -> St
     return replace(update, moment="sample answers", cache=cache, layer=forward, dequantisation=scratch)
 
 
+def scoring_memory(step: Step) -> StepMemory:
+    """Bytes while a micro-batch is scored, and nothing is trained: no gradient, no optimizer, one layer's forward."""
+    update = next(moment for moment in moments(step) if moment.moment == "update")
+    inner, hidden = step.shape.linears["gate_proj"][1], step.shape.hidden
+    return replace(
+        update,
+        moment="scoring",
+        optimizer=0,
+        gradients=0,
+        layer=step.tokens * step.element * (6 * hidden + 5 * inner),  # an upper bound
+        dequantisation=step.element * max(inputs * outputs for inputs, outputs in step.shape.linears.values()),
+        loss=loss_bytes(step),
+    )
+
+
 def place_layers(
     step: Step, card_bytes: int, samples: Samples = NO_SAMPLES, reserve: float = RESERVE, most_hosted: int = 0
 ) -> tuple[int, int]:

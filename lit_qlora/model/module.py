@@ -51,7 +51,7 @@ from lit_qlora.model.offload import HostStore
 from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, make_optimizer, make_schedule
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
-from lit_qlora.model.sharded_base import keep_copy, load_sharded
+from lit_qlora.model.sharded_base import check_host, keep_copy, load_sharded
 from lit_qlora.model.shards import Shards, check_shard
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.place import COMMAND
@@ -196,6 +196,8 @@ class QLoRAModule(LearnsInParts):
         """
         script.check_trainer(self.trainer)
         check_shard(self.shard, self.shard_to, self.trainer.world_size)
+        if self.shard is True and self.shard_to == "host":
+            check_host(self.base.shape)
         if stage == "fit" and self.standalone and type(self) is QLoRAModule:  # a subclass may log others
             script.check_monitors(self.trainer)
         strategy = self.trainer.strategy
@@ -227,8 +229,7 @@ class QLoRAModule(LearnsInParts):
         trained = self.state_dict() if self.model is not None else None
         self.model = self.shards = None
         self._forget_layers()
-        with local_first():  # the others find its download, and its copy in 4-bit
-            self._load(dtype, device)
+        self._load(dtype, device)
         self._loaded_for = dtype, device.type
         if trained is not None:
             self.load_state_dict(trained)
@@ -250,16 +251,18 @@ class QLoRAModule(LearnsInParts):
 
     def _load(self, dtype: torch.dtype, device: torch.device) -> None:
         given, copies = self._given_base, Copies(self.quantized_cache)
-        copy = copies.find(given, dtype, device.type)
-        if self.shard is True:
-            self.copy_line = None if copy else keep_copy(given, copies, dtype, device)
-            copy = copy or copies.find(given, dtype, device.type)
+        with local_first():  # the others find its download, and its copy in 4-bit
+            copy = copies.find(given, dtype, device.type)
+            if self.shard is True:
+                self.copy_line = None if copy else keep_copy(given, copies, dtype, device)
+                copy = copy or copies.find(given, dtype, device.type)
+            else:
+                base_model = load.load_base(copy or given, dtype, device, self.attention)
+                self.copy_line = None if copy else copies.keep(base_model, given, dtype, device.type)
+        if self.shard is True:  # all at once: each reads its own share
             base_model, self.shards = load_sharded(
                 copy or given, dtype, device, self.attention, self.shard_to == "host"
             )
-        else:
-            base_model = load.load_base(copy or given, dtype, device, self.attention)
-            self.copy_line = None if copy else copies.keep(base_model, given, dtype, device.type)
         self.base = copy or given
         if self.adapter:
             self.model = load.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError
+from lit_qlora.model import host
 from lit_qlora.model.attention import implementation_of
 from lit_qlora.model.base import INDEX, Base
 from lit_qlora.model.config import for_transformers
@@ -22,6 +24,7 @@ from lit_qlora.model.load import nf4, settle
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.shards import Packed, Part, Shards
 from lit_qlora.model.weights import BUFFER, STATE, Stored, check_weights, fetch, stored_tensors
+from lit_qlora.storage.files import size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +37,20 @@ BYTES_PER_WEIGHT = 0.517
 """Of a copy's 4-bit weights, with their scales and tables; for the disk space that it takes."""
 FILE_BYTES = 1_000_000_000
 """Bytes of a copy's file, at least; so much waits in the host's memory."""
+
+
+def check_host(shape: Shape) -> None:
+    """Raises UserError, before a weight is loaded, where this machine's memory holds its processes' shares of a base
+    of ``shape`` not even alone."""
+    here, memory = world(), host.memory_bytes()
+    needed_bytes = round(BYTES_PER_WEIGHT * shape.num_quantized * here.local_size / here.size)
+    if memory and needed_bytes > memory[1]:
+        raise UserError(
+            f"host: {size(needed_bytes)} of the base's layers have to be in this machine's memory, page-locked, and "
+            f"{size(memory[1])} are available",
+            option="model.shard_to",
+            remedy="end other programs, give --model.shard_to gpu with more devices, or take a smaller base",
+        )
 
 
 def load_sharded(
@@ -183,10 +200,10 @@ def _stored(stored: Mapping[str, Stored], name: str, device: torch.device) -> Pa
 
 
 def _part(stored: Stored) -> Part:
-    size = stored.value_bytes
+    width = stored.value_bytes
 
     def read(first: int, count: int) -> Tensor:
-        (found,) = stored.read([(first // size, count // size)])
+        (found,) = stored.read([(first // width, count // width)])
         return torch.frombuffer(bytearray(found), dtype=torch.uint8)
 
     return Part(DTYPES[stored.dtype], stored.shape, read)

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lit_qlora.devices.world import World
+from lit_qlora.errors import UserError
 from lit_qlora.model import copies, sharded_base, shards, weights
 from lit_qlora.model.base import find_base
 from lit_qlora.model.copies import Copies
@@ -76,6 +77,18 @@ def test_any_architecture(like, tmp_path, load, monkeypatch):
         assert torch.equal(models[1](IDS).logits, load(base=base)(IDS).logits)
         names = [dict(model.named_parameters()).keys() for model in (models[0], load(base=base))]
         assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(("here", "fits"), [(World(), False), (World(0, 2, 0, 2), False), (World(1, 2, 0, 1), True)])
+def test_a_host_without_the_room_is_refused_before_a_weight_is_loaded(here, fits, tiny, monkeypatch):
+    """Shares of all processes of a machine lie in its memory; those of another machine do not."""
+    whole = sharded_base.BYTES_PER_WEIGHT * tiny.shape.num_quantized
+    monkeypatch.setattr(sharded_base, "world", lambda: here)
+    monkeypatch.setattr(sharded_base.host, "memory_bytes", lambda: (10**12, int(whole * 0.75)))
+    with nullcontext() if fits else pytest.raises(UserError, match=r"^model\.shard_to: host: .* of the base's layers"):
+        sharded_base.check_host(tiny.shape)
+    monkeypatch.setattr(sharded_base.host, "memory_bytes", lambda: None)  # unknown
+    sharded_base.check_host(tiny.shape)
 
 
 def test_a_layer_whose_bytes_do_not_divide(tiny):

@@ -5,6 +5,7 @@ fetch them ahead of their backward: the bus is idle otherwise, and no product is
 no layer; `decoder.run_layers` decides what is sent.
 """
 
+import mmap
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -145,10 +146,21 @@ def locked(size: int, like: Tensor) -> Tensor:
 
     Not by ``pin_memory=True``, which takes up to twice as much: it rounds up to a power of two.
     """
-    buffer = torch.empty(size, dtype=like.dtype)
+    buffer = on_own_pages(size, like.dtype)
     if like.is_cuda:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
     return buffer
+
+
+def on_own_pages(size: int, dtype: torch.dtype) -> Tensor:
+    """An empty buffer of ``size`` elements that shares no page of memory with another.
+
+    CUDA locks whole pages, and refuses to lock one twice; small buffers often lie side by side on one.
+    """
+    page, num_bytes = mmap.PAGESIZE, size * dtype.itemsize
+    memory = torch.empty(num_bytes + 2 * page, dtype=torch.uint8)
+    start = -memory.data_ptr() % page
+    return memory[start : start + num_bytes].view(dtype)
 
 
 def unlock(buffer: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Activations on the host: the same bits, really away in between, and one micro-batch's after the other."""
 
+import mmap
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import extract_layers, run_layers
 from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.model.offload import HostStore
+from lit_qlora.model.offload import HostStore, on_own_pages
 from lit_qlora.model.shape import Shape
 
 ROWS, TOKENS = 2, 12
@@ -141,3 +142,16 @@ def test_on_a_gpu_hosted_layers_give_the_same_bits(wide_folder):
     assert store._buffers and all(buffer.is_pinned() for buffer in store._buffers)
     assert offload.copy_gb_per_s(2**24) > 0.1
     store.close()
+
+
+def test_page_locked_buffers_share_no_page():
+    """CUDA refuses to lock a page twice, the likely reason why shares of small layers failed on a GPU."""
+    buffers = [on_own_pages(size, dtype) for size in (1, 5, 4096, 5000) for dtype in (torch.uint8, torch.float16)]
+    pages = [
+        page
+        for one in buffers
+        for page in range(one.data_ptr() // mmap.PAGESIZE, (one.data_ptr() + one.nbytes - 1) // mmap.PAGESIZE + 1)
+    ]
+    assert len(pages) == len({*pages})
+    assert [one.data_ptr() % mmap.PAGESIZE for one in buffers] == [0] * 8
+    assert [len(one) for one in buffers] == [1, 1, 5, 5, 4096, 4096, 5000, 5000]

@@ -335,6 +335,18 @@ def all_values(args: list[str], *names: str) -> list[str | None]:
     return values
 
 
+def configs_first(args: list[str]) -> list[str]:
+    """``args`` with their config files in front, in order: an option of the command line counts wherever it stands."""
+    configs, others, rest = list[str](), list[str](), iter(args)
+    for arg in rest:
+        name, equals, _ = arg.partition("=")
+        is_config = name in ("--config", "-c")
+        (configs if is_config else others).append(arg)
+        if is_config and not equals:
+            configs += [value for value in [next(rest, None)] if value is not None]
+    return configs + others
+
+
 def with_values(args: list[str], changed: Callable[[str], str], *names: str) -> list[str]:
     """``args`` with each value that they give to ``names`` as ``changed`` has it."""
     found, is_value = list[str](), False

@@ -12,6 +12,7 @@ import pytest
 
 from lit_qlora import training
 from lit_qlora.cli import main
+from lit_qlora.options import configs_first
 from lit_qlora.tools.doctoring import surroundings
 
 ROOT = Path(__file__).parents[1]
@@ -193,3 +194,22 @@ def test_a_path_too_long_is_one_line(option: str, capsys: pytest.CaptureFixture[
     assert main(["fit", option, f"./{'a' * 300}"]) == 2
     err = capsys.readouterr().err
     assert "aaaa…: no path may be so long here" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--model.rank", "8", "--config", "a.yaml"], ["--config", "a.yaml", "--model.rank", "8"]),
+        (["--x=1", "-c", "a", "--y", "2", "--config=b"], ["-c", "a", "--config=b", "--x=1", "--y", "2"]),
+        (["--x", "1", "--config"], ["--config", "--x", "1"]),
+    ],
+)
+def test_config_files_come_first(given, expected):
+    assert configs_first(given) == expected
+
+
+def test_an_option_before_the_config_counts(expect_error):
+    """It was lost without a word: the file came behind it."""
+    for config in (["--config", "demo"], ["--config=demo"]):
+        expect_error(["fit", "--model.rank", "0", *config], "a whole number from 1", option="model.rank")
+        expect_error(["fit", "--data.source", "nowhere.jsonl", *config], "no such file", place="nowhere.jsonl")

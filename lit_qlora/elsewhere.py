@@ -25,8 +25,10 @@ HERE = _by_name(
         ),
         "the config.json of model.base tells: leave it out": "model_type",
         "code that comes with model.base is never run: leave it out": "trust_remote_code",
-        "training uses one device: leave it out": (
-            "device_map num_gpus nproc_per_node deepspeed fsdp fsdp_config ddp local_rank num_nodes strategy"
+        "trainer.devices": "num_gpus n_gpu n_gpus nproc_per_node num_processes",
+        "trainer.num_nodes": "num_nodes nnodes num_machines",
+        "trainer.devices says how many devices learn, and model.shard whether they share the base: leave it out": (
+            "device_map deepspeed fsdp fsdp_config ddp local_rank strategy"
         ),
         "a base is always trained in 4-bit NF4 with double quantisation: leave it out": (
             "load_in_4bit load_in_8bit use_4bit quantize quantization quantization_bit quantization_config "

@@ -10,19 +10,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
-    BaseFinetuning,
     BasePredictionWriter,
-    BatchSizeFinder,
     Checkpoint,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelPruning,
     ProgressBar,
-    SpikeDetection,
-    StochasticWeightAveraging,
     ThroughputMonitor,
     Timer,
-    WeightAveraging,
 )
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins import CheckpointIO, LayerSync, MixedPrecision
@@ -35,7 +27,7 @@ from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model.device import AMPERE, Precision, choose_precision, current_device, decides_for_another
-from lit_qlora.model.script import FIGURES, check_monitored
+from lit_qlora.model.script import CHANGING, FIGURES, check_monitored, refuse_kinds
 from lit_qlora.options import OneLineErrors
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
@@ -65,18 +57,10 @@ NOT_OFFERED = {
 """Options of Lightning's Trainer that this project sets by itself, or that would have no effect."""
 
 
-_AVERAGED = "none that averages weights (the adapter saved is the one that was scored; model.schedule lets rates fall)"
 NO_CALLBACKS: Mapping[type, str] = {
     Checkpoint: "none that writes checkpoints (save_every_steps and save_every_minutes say when one is written)",
     ProgressBar: "no other progress bar (trainer.enable_progress_bar says whether there is one)",
-    GradientAccumulationScheduler: "none that changes the steps (trainer.accumulate_grad_batches says what each has)",
-    StochasticWeightAveraging: _AVERAGED,
-    WeightAveraging: _AVERAGED,
-    LearningRateFinder: "none that sets the learning rate (model.learning_rate does; try several, each with its --run)",
-    BatchSizeFinder: f"none that sets the batch (data.batch_size does; {COMMAND} plan shows what fits)",
-    BaseFinetuning: "none that freezes layers (model.target_modules says which ones are trained)",
-    ModelPruning: "none that prunes weights (model.rank and model.target_modules say how many are trained)",
-    SpikeDetection: "none that leaves out rows (max_nonfinite_losses says when a run is given up)",
+    **CHANGING,
     ThroughputMonitor: "none that measures speed (speed/tokens_per_second is recorded, and padding is not counted)",
     BasePredictionWriter: f"none that writes predictions ({COMMAND} predict does)",
 }
@@ -85,7 +69,7 @@ NO_CALLBACKS: Mapping[type, str] = {
 NO_PLUGINS: Mapping[type, str] = {
     CheckpointIO: "none that writes checkpoints (a run resumes only from this project's own)",
     PrecisionPlugin: "none for the precision (trainer.precision says it)",
-    LayerSync: "none that changes layers (training uses one device)",
+    LayerSync: "none that changes layers (the base has none that several devices keep in step)",
     SLURMEnvironment: "none of SLURM's (one process trains, and SIGUSR1 saves and requeues)",
 }
 
@@ -360,10 +344,7 @@ def own_plugins(given: Any) -> list[Any]:
 def _others(given: Any, option: str, taken: Mapping[Any, str]) -> list[Any]:
     """``given`` as a list. Raises UserError for one of a kind that is ``taken``."""
     given = as_list(given)
-    for one in given:
-        for kind, expected in taken.items():
-            if isinstance(one, kind):
-                raise UserError(f"expected {expected}, got {type(one).__name__}", option=option, remedy="leave it out")
+    refuse_kinds(given, option, taken)
     return given
 
 

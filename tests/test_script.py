@@ -14,10 +14,13 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     EarlyStopping,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LambdaCallback,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
@@ -417,7 +420,13 @@ def test_an_adapter_says_what_the_data_said_of_prompts(here):
         ({"max_steps": -1, "max_epochs": -1}, "trainer.max_epochs: expected a number of epochs, or of steps"),
         ({"strategy": "ddp"}, "trainer.strategy: expected auto with devices=1 (on several"),
         ({"devices": 2}, "trainer.strategy: expected auto with devices=1 (on several"),
-        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "trainer.callbacks: expected trainer.accumulate_grad"),
+        (
+            {"callbacks": [GradientAccumulationScheduler({0: 2})]},
+            "(trainer.accumulate_grad_batches says what each has)",
+        ),
+        ({"callbacks": [EMAWeightAveraging()]}, "trainer.callbacks: expected none that averages weights"),
+        ({"callbacks": [LearningRateFinder()]}, "trainer.callbacks: expected none that sets the learning rate"),
+        ({"callbacks": [ModelPruning("l1_unstructured")]}, "trainer.callbacks: expected none that prunes weights"),
     ],
 )
 def test_a_trainer_that_can_t_do_it_is_refused(options, message):

@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler, LambdaCallback, LearningRateMonitor
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Checkpoint,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -26,6 +38,19 @@ FIGURES = ("val/loss", "val/perplexity", "val/accuracy")
 """Figures of each validation, for a callback to monitor."""
 LOGGED = ("train/loss", "train/accuracy", "train/gradient_norm", *FIGURES)
 """Figures that a fit in a script logs."""
+
+_AVERAGED = "none that averages weights (the adapter saved is the one that was scored; model.schedule lets rates fall)"
+CHANGING: Mapping[type, str] = {
+    GradientAccumulationScheduler: "none that changes the steps (trainer.accumulate_grad_batches says what each has)",
+    StochasticWeightAveraging: _AVERAGED,
+    WeightAveraging: _AVERAGED,
+    LearningRateFinder: "none that sets the learning rate (model.learning_rate does; try several, each with its --run)",
+    BatchSizeFinder: f"none that sets the batch (data.batch_size does; {COMMAND} plan shows what fits)",
+    BaseFinetuning: "none that freezes layers (model.target_modules says which ones are trained)",
+    ModelPruning: "none that prunes weights (model.rank and model.target_modules say how many are trained)",
+    SpikeDetection: "none that leaves out rows (max_nonfinite_losses says when a run is given up)",
+}
+"""Lightning's callbacks that change weights, steps, rates or data; and what is there instead."""
 
 OF = "lit_qlora"
 """The part of a Lightning checkpoint that records its base and prompt format."""
@@ -43,13 +68,18 @@ def check_trainer(trainer: Trainer) -> None:
     compute_dtype(precision)
     if device == "cuda":
         choose_precision(precision, current_device())
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-    expected = "trainer.accumulate_grad_batches instead (the loss is divided by the answer tokens of a whole step)"
-    require(not scheduled, "trainer.callbacks", expected, "GradientAccumulationScheduler")
+    refuse_kinds(trainer.callbacks, "trainer.callbacks", CHANGING)  # type: ignore[attr-defined]
     ends = trainer.state.fn != "fit" or (trainer.max_epochs, trainer.max_steps) != (-1, -1)
     expected = "a number of epochs, or of steps in trainer.max_steps, for the learning rate's schedule"
     require(ends, "trainer.max_epochs", expected, trainer.max_epochs)
+
+
+def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:
+    """Raises UserError for the first of ``given`` that is of a kind in ``taken``, with what is expected instead."""
+    for one in given:
+        for kind, expected in taken.items():
+            if isinstance(one, kind):
+                raise UserError(f"expected {expected}, got {type(one).__name__}", option=option, remedy="leave it out")
 
 
 def check_monitors(trainer: Trainer) -> None:

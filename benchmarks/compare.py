@@ -304,12 +304,12 @@ def _lines(path: str) -> list[str]:
 
 def _kernel_table(report: dict) -> list[str]:
     """Microseconds per token by class; empty without ``--kernels``."""
-    from kernel_times import HOST
+    from kernel_times import HOST, WAITS
 
     rows = {PEERS[peer]: found for peer, found in report["peers"].items() if "us_per_token" in found}
     if not rows:
         return []
-    kinds = ("products", "dequantisation", "attention", "elementwise", "copies", HOST)
+    kinds = ("products", "dequantisation", "attention", "elementwise", "copies", WAITS, HOST)
     lines = ["", f"| kernels, µs per token | {' | '.join(kinds)} |", "|---" * (1 + len(kinds)) + "|"]
     for name, found in rows.items():
         lines.append(f"| {name} | {' | '.join(format(found['us_per_token'].get(kind, 0), '.1f') for kind in kinds)} |")

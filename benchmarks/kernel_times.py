@@ -15,8 +15,11 @@ from lit_qlora.forecast.cards import find_card
 
 HOST = "copies to and from the host"
 """They run beside kernels, on the bus; not among the kernels' time."""
+WAITS = "no kernel"
+"""While the GPU waits for the host; a T4 does not."""
 CLASSES = {
     # The first that a kernel's name, in lower case, holds a word of.
+    WAITS: (WAITS,),
     HOST: ("dtoh", "htod"),
     "dequantisation": ("dequant",),
     "attention": ("fmha", "flash", "attention"),
@@ -46,7 +49,7 @@ def projected(us_per_token: dict[str, float], tflops: float, gb_per_s: float) ->
     t4 = find_card("t4")
     assert t4.tflops and t4.gb_per_s
     scale = {kind: tflops / t4.tflops if kind in BY_FLOPS else gb_per_s / t4.gb_per_s for kind in us_per_token}
-    return 1e6 / sum(us * scale[kind] for kind, us in us_per_token.items() if kind != HOST)
+    return 1e6 / sum(us * scale[kind] for kind, us in us_per_token.items() if kind not in (HOST, WAITS))
 
 
 def sustained() -> tuple[float, float]:
@@ -77,7 +80,7 @@ def _per_second(run: Any) -> float:
 
 
 class KernelTimes:
-    """Sums the time of every kernel on the GPU between ``start`` and ``stop``."""
+    """Sums the time of every kernel on the GPU between ``start`` and ``stop``, and the time in which none runs."""
 
     def start(self) -> None:
         """Begins to record."""
@@ -87,15 +90,34 @@ class KernelTimes:
         self._profile.__enter__()
 
     def stop(self) -> dict[str, float]:
-        """Ends, and returns microseconds by kernel name."""
+        """Ends, and returns microseconds by kernel name; see ``waits`` for those without any."""
         self._profile.__exit__(None, None, None)
         found: dict[str, float] = {}
+        spans = []
         # Read off directly: `key_averages` takes minutes for 100,000 kernels.
         for event in self._profile.profiler.kineto_results.events():
             name = event.name()
             if not str(event.device_type()).endswith("CPU") and not name.startswith(("ProfilerStep", "gpu_user")):
                 found[name] = found.get(name, 0.0) + event.duration_ns() / 1000
-        return found
+                if class_of(name) != HOST:
+                    spans.append((event.start_ns(), event.start_ns() + event.duration_ns(), name))
+        return found | waits(spans)
+
+
+def waits(spans: list[tuple[int, int, str]]) -> dict[str, float]:
+    """Microseconds in which no kernel ran, by the kernel that came next.
+
+    Args:
+        spans: start and end in nanoseconds, and name, of each kernel; of several streams, in any order.
+    """
+    found: dict[str, float] = {}
+    busy_until = min((start for start, _, _ in spans), default=0)
+    for start, end, name in sorted(spans):
+        if start > busy_until:
+            before = f"{WAITS} before {name}"
+            found[before] = found.get(before, 0.0) + (start - busy_until) / 1000
+        busy_until = max(busy_until, end)
+    return found
 
 
 def summed(us: dict[str, float], tokens: int) -> dict[str, Any]:

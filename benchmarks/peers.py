@@ -30,6 +30,7 @@ class Clock:
         self.start_seconds = 0.0
         self.pending: list[tuple[int, int]] = []
         self.kernels: Any = None
+        self.kernel_us: dict[str, float] = {}
 
     def batch(self, tokens: int, places: int) -> None:
         """A micro-batch went in: how many of its ``places`` hold tokens."""
@@ -52,14 +53,18 @@ class Clock:
             self.timed_steps += 1
             self.seconds = now - self.since
         self.pending.clear()
-        return self.seconds >= self.spec["seconds"] and self.tokens >= self.spec["pass_tokens"]
+        is_last = self.seconds >= self.spec["seconds"] and self.tokens >= self.spec["pass_tokens"]
+        if is_last and self.kernels:  # before the rows are scored again, which is no part of a step
+            self.kernel_us = self.kernels.stop()
+            self.kernels = None
+        return is_last
 
     def report(self, loss: float, loss_after: float, precision: str) -> None:
         """The last line of this process."""
         profiled = {}
-        if self.kernels:
+        if self.kernel_us:
             kernel_times = _kernel_times()
-            profiled = kernel_times.summed(self.kernels.stop(), self.tokens)
+            profiled = kernel_times.summed(self.kernel_us, self.tokens)
             tflops, gb_per_s = kernel_times.sustained()
             profiled |= {"tflops": tflops, "gb_per_s": gb_per_s}
             profiled["t4_tokens_per_second"] = kernel_times.projected(profiled["us_per_token"], tflops, gb_per_s)

@@ -136,7 +136,7 @@ def test_trl_recomputes_only_where_memory_is_short():
 def test_profiled_peers_have_a_table_by_class():
     found = {"us_per_token": {"products": 53.0, "attention": 8.9}, "tflops": 700.0, "gb_per_s": 3000.0}
     lines = compare._kernel_table({"peers": {"lit_qlora": found, "unsloth": {"failed": "no memory"}}})
-    assert lines[3] == "| lit-qlora, its defaults | 53.0 | 0.0 | 8.9 | 0.0 | 0.0 | 0.0 |"
+    assert lines[3] == "| lit-qlora, its defaults | 53.0 | 0.0 | 8.9 | 0.0 | 0.0 | 0.0 | 0.0 |"
     assert len(lines) == 6 and "700 TFLOP/s and 3,000 GB/s" in lines[-1]
     assert compare._kernel_table({"peers": {"lit_qlora": {"tokens_per_second": 1.0}}}) == []
 

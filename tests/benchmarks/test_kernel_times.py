@@ -42,3 +42,12 @@ def test_times_are_summed_per_token():
     found = kernel_times.summed({"gemm_a": 300.0, "gemm_b": 100.0, "triton": 50.0}, 100)
     assert found["us_per_token"] == {"products": 4.0, "elementwise": 0.5}
     assert found["longest"][0] == ["gemm_a", 3.0]
+
+
+def test_waits_are_what_no_kernel_of_any_stream_covers():
+    spans = [(9_000, 12_000, "gemm_b"), (1_000, 5_000, "gemm_a"), (2_000, 3_000, "triton"), (11_000, 14_000, "triton")]
+    found = kernel_times.waits([*spans, (15_000, 16_000, "gemm_b")])
+    assert found == {"no kernel before gemm_b": 5.0}
+    assert kernel_times.summed(found, 10)["us_per_token"] == {kernel_times.WAITS: 0.5}
+    assert kernel_times.projected({"products": 40.0, kernel_times.WAITS: 9.0}, 720, 3000) == pytest.approx(1e6 / 1200)
+    assert kernel_times.waits([]) == {}

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from lit_qlora import __version__
-from lit_qlora.console import prepare
+from lit_qlora.console import complain, prepare
 from lit_qlora.devices import starting
 from lit_qlora.devices.mistakes import report
 from lit_qlora.devices.world import world
@@ -83,11 +83,11 @@ def main(args: Sequence[str] | None = None) -> int:
         report(f"error: {redact(str(error))}")
         return 1
     except UnicodeEncodeError as error:  # of a name: what is printed is prepared, and files are UTF-8
-        print(f"error: {error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8", file=sys.stderr)
+        complain(f"error: {error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8")
         return 2
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            print(f"error: {str(error.filename)[:60]}…: no path may be so long here", file=sys.stderr)
+            complain(f"error: {str(error.filename)[:60]}…: no path may be so long here")
             return 2
         from lit_qlora.tools.doctoring.surroundings import missing
 
@@ -95,7 +95,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if not names:
             raise
         what = f"not installed for {sys.executable}: {', '.join(names)}"
-        print(f"error: {what}; {INSTALL}, or take the Python that has it", file=sys.stderr)
+        complain(f"error: {what}; {INSTALL}, or take the Python that has it")
         return 2
 
 
@@ -136,7 +136,7 @@ def _run(args: list[str]) -> int:
     check_utf8(args)
     if verb != "doctor":  # which reports it
         for left in starting.take_place(is_for_several=verb in TRAINERS):
-            print(f"note: {left} in the environment is ignored: one process does the work", file=sys.stderr)
+            complain(f"note: {left} in the environment is ignored: one process does the work")
     if verb in FIT_AND_KIN:
         return _run_fit_or_kin(verb, args)
     if verb == "doctor":

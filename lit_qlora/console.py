@@ -2,23 +2,37 @@
 
 Characters outside of the console's encoding are shown by their codes. A terminal that hung up, or a pipe whose reader
 has ended (`| tee log`, which a Ctrl-C or a lost connection ends too), must not end a run before it is saved. `tell`
-prints messages during a run, `progress_bar` and its kin make bars.
+prints messages during a run, `complain` errors and warnings, `progress_bar` and its kin make bars. Errors and warnings
+are wrapped for a terminal alone: a file or another program gets them whole, one per line.
 """
 
 import errno
 import io
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from shutil import get_terminal_size
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
+
+from lit_qlora.place import COMMAND
 
 T = TypeVar("T")
 
 WIDTH = 80
 """Columns that a terminal has at least: nothing that a run prints is wider, but for the user's own paths."""
+
+
+REMEDY = "    -> "
+"""What a remedy on a line of its own begins with; texts of errors are indented as much."""
+
+QUOTED = r"""(?<![\w'])'[^']*'(?![\w'])|(?<![\w"])"[^"]*"(?![\w"])"""
+OPTION = rf"--[\w.]+\+?(?:[= ](?!-)(?:{QUOTED}|[^\s;,)]+))?"
+COMMANDS = rf"(?:{re.escape(COMMAND)}|pip install)(?: (?!-)[\w./\[\]-]+)?(?: {OPTION}| -\w [\w./-]+)*|{OPTION}"
+WHOLE = re.compile(f"(?P<command>{COMMANDS})|{QUOTED}")
+"""What stays on one line, to be copied: a command, an option with its value, and what is quoted, if that is short."""
 
 
 class _Lasting(io.FileIO):
@@ -125,7 +139,22 @@ def tell(line: str) -> None:
     """Print ``line`` on standard error, above a progress bar, while training continues."""
     from tqdm import tqdm  # here: --help needs none
 
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(fitted(line, sys.stderr), file=sys.stderr)
+
+
+def complain(line: str, error: BaseException | None = None) -> None:
+    """Print an error or a warning on standard error.
+
+    Args:
+        line: begins with ``error: `` or ``warning: ``.
+        error: that it is about. On a terminal its remedy has a line of its own, unless all of it fits one.
+    """
+    remedy, place = (getattr(error, name, None) for name in ("remedy", "place"))
+    problem = line.removesuffix(f"; {remedy}")
+    shown = fitted(line, sys.stderr, place)
+    if problem != line != shown:
+        shown = f"{fitted(problem, sys.stderr, place)}\n{fitted(f'{REMEDY}{remedy}', sys.stderr)}"
+    print(shown, file=sys.stderr, flush=True)
 
 
 def say(topic: str, text: str) -> None:
@@ -133,21 +162,38 @@ def say(topic: str, text: str) -> None:
     print(wrapped(topic, text), flush=True)
 
 
-def fitted(line: str) -> str:
-    """``line``, continued below its beginning where a terminal shows it; whole for a file or another program."""
-    if not sys.stdout.isatty() or len(line) <= WIDTH:
+def fitted(line: str, stream: TextIO | None = None, place: str | None = None) -> str:
+    """``line``, continued below its text where a terminal shows it; whole for a file or another program.
+
+    Args:
+        line: may begin with a mark, such as ``error: ``.
+        stream: where it is printed; default: standard output.
+        place: a path in it, which is not broken even at spaces.
+    """
+    stream = stream or sys.stdout
+    columns = get_terminal_size().columns
+    if not stream.isatty() or len(line) <= columns or "\n" in line:  # several are another program's
         return line
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return "\n".join(
-        textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    )
+    mark = re.match(r"(?:error|warning|note): |\s*(?:->|\w+  )\s*", line)
+    return _in_lines(line.replace(place, _unbroken(place)) if place else line, columns, len(mark[0]) if mark else 2)
 
 
 def wrapped(topic: str, text: str) -> str:
     """``topic`` at the right of six columns and ``text`` beside it, in lines of `WIDTH` columns; paths stay whole."""
-    line = f"{topic:>6}  {text}"
-    if len(line) <= WIDTH:
+    return _in_lines(f"{topic:>6}  {text}", WIDTH, 8)
+
+
+def _in_lines(line: str, columns: int, indent: int) -> str:
+    """``line`` in lines of ``columns``, from the second on behind ``indent`` spaces."""
+    if len(line) <= columns:
         return line
-    return "\n".join(
-        textwrap.wrap(line, WIDTH, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
+    line = WHOLE.sub(
+        lambda found: _unbroken(found[0]) if found["command"] or len(found[0]) <= columns - indent else found[0], line
     )
+    lines = textwrap.wrap(line, columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
+
+
+def _unbroken(text: str) -> str:
+    """``text`` with marks in place of spaces, until it is in lines."""
+    return text.replace(" ", "\0")

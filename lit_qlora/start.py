@@ -4,7 +4,6 @@ Called by `training.py`. Knows the run's files and settings; loads no model and 
 """
 
 import math
-import sys
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lit_qlora.console import complain
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
 from lit_qlora.data.templates import is_template
@@ -133,10 +133,9 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
                 f"expected a plain value, got {name} with {excerpt(value)}", option=known, place=place, remedy=REMEDY
             )
     if left_out:
-        print(
+        complain(
             f"warning: {', '.join(left_out)} of {place} left out: it can name code, and none is taken from a run "
-            "folder; give it on the command line to have it",
-            file=sys.stderr,
+            "folder; give it on the command line to have it"
         )
     return [verb, *(["--config", as_yaml(as_sections(kept))] if kept else []), *rest]
 
@@ -304,7 +303,7 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
     """
     whole, problems = run.last_checkpoint(check_checkpoint)
     for problem in problems:
-        print(f"warning: {problem}; falling back to the previous checkpoint", file=sys.stderr)
+        complain(f"warning: {problem}; falling back to the previous checkpoint")
     if problems and whole is None:
         raise UserError(
             f"no checkpoint in {run.checkpoints} is whole", option="run", remedy="start anew with another --run"

@@ -3,7 +3,6 @@
 ``main(args)`` runs one of them in-process. Knows how the parts are assembled, and nothing of what they do.
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,7 +33,7 @@ from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import HeldOutMetrics
 from lit_qlora.callbacks.warmup import WarmupStep
-from lit_qlora.console import say, tell
+from lit_qlora.console import complain, say, tell
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.templates import read_template
 from lit_qlora.devices import starting
@@ -400,7 +399,7 @@ class QLoRACLI(LightningCLI):
         if self.checkpoints.failures:
             problems = "; ".join(self.checkpoints.failures.values())
             begins = "resumes from the last existing checkpoint" if self.run.saved_steps() else "begins anew"
-            print(f"error: trained to the end, and not saved: {problems}; the same command {begins}", file=sys.stderr)
+            complain(f"error: trained to the end, and not saved: {problems}; the same command {begins}")
             raise SystemExit(1)
 
     def validate(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:

@@ -1,17 +1,17 @@
-"""Owns what --help prints of fit and its kin: an example or three and the options that matter, or all of them.
+"""Owns what --help prints of a verb: an example or three, and its options; of fit's those that matter, or all.
 
-Within 80 columns, and without importing what the options are of. Knows the options by `signatures` alone.
+Within 80 columns, and without importing what the options are of. Knows those of fit and its kin by `signatures` alone.
 """
 
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
+from lit_qlora.console import WIDTH
 from lit_qlora.place import COMMAND
 from lit_qlora.signatures import UNKNOWN, Option, options_of
 
-WIDTH = 80
 TITLES = {
     "fit": "Train an adapter; the same command, given again, resumes.",
     "validate": "Score a run's adapter on its held-out rows; the newest run's, unless --run says which.",
@@ -32,6 +32,21 @@ EXAMPLES = {
         (" --config colab_t4 --gpu L4", "on an L4"),
     ),
     "inspect": ((" --config colab_t4 --data.source my.jsonl", "before hours go into it"),),
+    "chat": (
+        ("", "talk with the newest run"),
+        (' --prompt "Who are you?"', "one answer"),
+        (" --run demo --web", "in a browser"),
+    ),
+    "predict": ((" --prompts questions.txt --output answers.jsonl", "a question per line"),),
+    "merge": ((" --output merged", "the newest run's best adapter"), (" --run demo --output merged", "a run's")),
+    "export": ((" --output model.gguf", "the newest run's best adapter"), (" --model merged --output model.gguf", "")),
+    "evaluate": (
+        ("", "on the run's held-out rows"),
+        (" --source my.jsonl", "on rows of yours"),
+        (" --mmlu questions.csv", "on questions"),
+    ),
+    "push": ((" --to NAME/REPO", "the newest run's best adapter"), (" --folder merged --to NAME/REPO", "")),
+    "report": (("", "the newest run's"), (" --run demo", "a run's")),
 }
 MATTER = (
     "model.base", "data.source", "run", "model.rank", "model.learning_rate", "model.target_modules", "model.optimizer",
@@ -44,6 +59,9 @@ MATTER = (
 FOR_SCORES = ("run", "data.source", "data.test_source", "data.max_length", "data.batch_size", "trainer.precision")
 """Options that matter for the verbs that score."""
 
+FLAG = object()
+"""Stands for the type of an option that needs no value."""
+
 SECTIONS = {"": "The run", "model": "Model", "data": "Data", "trainer": "Training", "samples": "Sample answers"}
 
 
@@ -55,34 +73,55 @@ def help_asked(args: Sequence[str]) -> str | None:
     return None
 
 
+CONFIG = Option("config", str, "str", None, "YAML with options: a file, or the name of one that comes with lit-qlora")
+
+
 def help_of(verb: str, asked: str) -> str:
-    """The help of ``verb``: all of its options, or what is needed first."""
+    """The help of fit or of one of its kin: all of its options, or what is needed first."""
     options = {option.name: option for option in options_of(verb)}
-    lines = [f"usage: {COMMAND} {verb} [--config NAME|FILE] [--OPTION VALUE ...]", ""]
-    lines += textwrap.wrap(TITLES[verb], WIDTH)
-    lines += ["", "examples:"]
-    commands = [(f"  {COMMAND} {verb}{args}", words) for args, words in EXAMPLES[verb]]
-    width = max(len(command) for command, _ in commands) + 2
-    fit = all(width + len(words) <= WIDTH for _, words in commands)
-    lines += [f"{command:{width}}{words}" if fit else f"{command}\n      {words}" for command, words in commands]
-    config = Option(
-        "config", str, "str", None, "YAML with options: a file, or the name of one that comes with lit-qlora"
-    )
+    lines = _head(verb, " [--config NAME|FILE]", TITLES[verb])
     if asked == "all":
         for section, title in SECTIONS.items():
             found = [option for option in options.values() if option.name.rpartition(".")[0] == section]
-            lines += ["", f"{title}:", *_lines([config, *found] if not section else found)]
-        lines += [
-            "",
-            *textwrap.wrap(
-                "A class, such as a logger, is given by name, and its arguments as --trainer.logger.NAME VALUE.", WIDTH
-            ),
-        ]
+            lines += ["", f"{title}:", *_lines([CONFIG, *found] if not section else found)]
+        words = "A class, such as a logger, is given by name, and its arguments as --trainer.logger.NAME VALUE."
+        lines += ["", *textwrap.wrap(words, WIDTH)]
     else:
         shown = _shown(verb, options)
         lines += ["", f"options ({len(shown) + 1} of {len(options) + 1}; --help=all lists them all):"]
-        lines += _lines([config, *(options[name] for name in shown)])
+        lines += _lines([CONFIG, *(options[name] for name in shown)])
     return "\n".join(lines) + "\n"
+
+
+def help_of_tool(verb: str, title: str, actions: Sequence[Any]) -> str:
+    """The help of a verb that is a plain function.
+
+    Args:
+        verb: its name.
+        title: what it does, in a sentence.
+        actions: its options, as argparse has them.
+    """
+    needed = "".join(f" --{action.dest} VALUE" for action in actions if action.required)
+    options = []
+    for action in actions:
+        is_flag = action._typehint is bool and action.default is False
+        words = f"{_words(action.help)} (required)" if action.required else action.help
+        options.append(Option(action.dest, FLAG if is_flag else action._typehint, "", action.default, words))
+    return "\n".join([*_head(verb, needed, title), "", "options:", *_lines(options)]) + "\n"
+
+
+def _head(verb: str, needed: str, title: str) -> list[str]:
+    """The lines before the options: how it is called, what it does, examples."""
+    usage = f"usage: {COMMAND} {verb}{needed} [--OPTION\0VALUE\0...]"
+    lines = [line.replace("\0", " ") for line in textwrap.wrap(usage, WIDTH, subsequent_indent=" " * 7)]
+    lines += ["", *textwrap.wrap(title, WIDTH), "", "examples:"]
+    commands = [(f"  {COMMAND} {verb}{args}", words) for args, words in EXAMPLES[verb]]
+    width = max(len(command) for command, _ in commands) + 2
+    fit = all(width + len(words) <= WIDTH for _, words in commands)
+    for command, words in commands:
+        beside, below = (f"{command:{width}}{words}", []) if fit else (command, [f"      {words}"] if words else [])
+        lines += [beside.rstrip(), *below]
+    return lines
 
 
 def _shown(verb: str, options: dict[str, Option]) -> list[str]:
@@ -95,9 +134,11 @@ def _shown(verb: str, options: dict[str, Option]) -> list[str]:
 def _lines(options: list[Option]) -> Iterator[str]:
     """A line or more each: name and value at the left, words and default beside or below."""
     for option in options:
-        left = f"  --{option.name} {_value(option)}"
+        left = f"  --{option.name} {_value(option)}".rstrip()
         default = (
-            "" if option.default in (None, UNKNOWN, "") or option.name == "config" else f" ({_plain(option.default)})"
+            ""
+            if option.type is FLAG or option.default in (None, UNKNOWN, "", ()) or option.name == "config"
+            else f" ({_plain(option.default)})"
         )
         words = textwrap.wrap(_words(option.help) + default, WIDTH - 36)
         if len(left) > 34:
@@ -116,6 +157,8 @@ def _words(text: str) -> str:
 
 def _value(option: Option) -> str:
     """What is to be given, in a word."""
+    if option.type is FLAG:
+        return ""
     kinds = [option.type, *get_args(option.type)]
     choices = [one for kind in kinds if get_origin(kind) is Literal for one in get_args(kind)]
     if option.name == "config":

@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lit_qlora import training
-from lit_qlora.cli import main
+from lit_qlora.cli import FIT_AND_KIN, TOOLS, main
 from lit_qlora.options import configs_first
 from lit_qlora.tools.doctoring import surroundings
 
@@ -213,3 +214,40 @@ def test_an_option_before_the_config_counts(expect_error):
     for config in (["--config", "demo"], ["--config=demo"]):
         expect_error(["fit", "--model.rank", "0", *config], "a whole number from 1", option="model.rank")
         expect_error(["fit", "--data.source", "nowhere.jsonl", *config], "no such file", place="nowhere.jsonl")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("verb", [*FIT_AND_KIN, *TOOLS, "doctor", "--help", "nowhere"])
+def test_help_and_mistakes_of_every_verb_fit_80_columns(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for asked in ("--help", "--help=all"):
+        assert main([verb, asked]) == (2 if verb == "nowhere" else 0)
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines()), default=0) <= 80
+        assert not re.search(r"type:|null|Union|Optional|Literal|\[\{|__", shown)
+    for args in (["--trainer.learning_rate_of_the_optimizer", "0.5"], ["--config", f"no_such_{'folder/' * 4}a.yaml"]):
+        printed = {}
+        for stream in (Terminal(), io.StringIO()):
+            monkeypatch.setattr(sys, "stderr", stream)
+            assert main([verb, *args]) == (0 if verb == "--help" else 2)
+            printed[stream.isatty()] = stream.getvalue()
+        assert printed[False].count("\n") == (verb != "--help")
+        assert max(map(len, printed[True].splitlines()), default=0) <= 80
+        assert " ".join(printed[True].replace("\n    -> ", "; ").split()) == printed[False].strip()
+
+
+def test_the_help_of_a_tool_names_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", "--public", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python main.py push --to VALUE [--OPTION VALUE ...]\n")
+    assert "  --to VALUE      " in shown and "(required)" in shown and "  --public      " in shown
+    assert main(["chat", "-h"]) == 0
+    shown = capsys.readouterr().out
+    assert "  --temperature X " in shown and "time (0)\n" in shown and "  --port N " in shown

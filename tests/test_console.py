@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.console import bars, bars_of_transformers, counted, progress_bar
+from lit_qlora.console import bars, bars_of_transformers, complain, counted, progress_bar, tell
+from lit_qlora.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PRINTS = """
@@ -134,3 +135,50 @@ def test_transformers_own_bars_are_ours(monkeypatch):
         bar.close()
     before = logging.set_tqdm_hook(None)
     assert before is None
+
+
+LONG = UserError(
+    "no such file, and it is no name that a dataset of the hub could have",
+    place="my rows/of two years/conversations.jsonl",
+    remedy="give --data.source FILE to python main.py fit --config colab_t4 --run mine, or leave 'it all' out",
+)
+
+
+def test_an_error_is_wrapped_at_words_for_a_terminal_alone(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    complain(f"error: {LONG}", LONG)
+    assert sys.stderr.getvalue() == f"error: {LONG}\n"
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    complain(f"error: {LONG}", LONG)
+    assert sys.stderr.getvalue() == (
+        "error: my rows/of two years/conversations.jsonl: no such\n"
+        "       file, and it is no name that a dataset of the hub\n"
+        "       could have\n"
+        "    -> give --data.source FILE to\n"
+        "       python main.py fit --config colab_t4 --run mine, or\n"
+        "       leave 'it all' out\n"
+    )
+
+
+@pytest.mark.parametrize("columns", ["20", "80", "200", "1000"])
+def test_what_is_to_be_copied_is_on_one_line_however_narrow(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    complain(f"error: {LONG}", LONG)
+    lines = sys.stderr.getvalue().splitlines()
+    for whole in (LONG.place, "--data.source FILE", "python main.py fit --config colab_t4 --run mine", "'it all'"):
+        assert any(whole in line for line in lines)
+    assert len(lines) == 1 if columns == "1000" else lines[0].startswith("error:") and len(lines) > 1
+    assert all(line.startswith(("       ", "    -> ")) for line in lines[1:])
+
+
+def test_what_fits_stays_on_one_line_and_a_long_quotation_breaks(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    complain("error: a: no; b", UserError("no", option="a", remedy="b"))
+    tell(f"warning: expected a number, got '{'far too long ' * 12}'")
+    complain("process 1 of 2:\n" + "Traceback " * 20)
+    lines = sys.stderr.getvalue().splitlines()
+    assert lines[0] == "error: a: no; b" and lines[-2:] == ["process 1 of 2:", "Traceback " * 20]
+    assert max(map(len, lines[1:-2])) <= 80 and len(lines[1:-2]) == 3 and lines[2].startswith("         long far ")

@@ -8,7 +8,6 @@ open. Knows no source and no batch.
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from typing import Any
 from weakref import finalize
 
 from lit_qlora.batch import IGNORE_INDEX
-from lit_qlora.console import counted
+from lit_qlora.console import complain, counted
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, parse_json
@@ -88,7 +87,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     problem = _problem(folder)
     if problem or _has_cut_texts(folder, conversations):
         if problem and folder.exists():
-            print(f"warning: {problem}; the rows are encoded again", file=sys.stderr)
+            complain(f"warning: {problem}; the rows are encoded again")
         _write(folder, conversations, encoder)
         held = Held(folder)
         _prune(folder)

@@ -5,7 +5,6 @@ from the module's base and adapter, counts optimizer steps, and suggests options
 """
 
 import math
-import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from itertools import islice
@@ -16,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
+from lit_qlora.console import complain
 from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate, num_cores
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.chat_template import write_tokenizer
@@ -427,10 +427,9 @@ class ChatDataModule(LightningDataModule):
             self._note(part, f"drawn from the source as it is now, for there is no {self._run_record}")
         records, num_gone = self.parts().held_out(rows)
         if rows is not None and num_gone:
-            print(
+            complain(
                 f"warning: {num_gone:,} of the {len(rows.held_out):,} conversations that the run held out are no "
-                f"longer in {' and '.join(paths_of(self.source))}, and not scored",
-                file=sys.stderr,
+                f"longer in {' and '.join(paths_of(self.source))}, and not scored"
             )
         return records
 

@@ -5,12 +5,12 @@ that `starting` began only print: it shows what failed.
 """
 
 import os
-import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+from lit_qlora.console import complain
 from lit_qlora.devices.starting import was_started
 from lit_qlora.devices.world import LostError, board, hang_up, is_first, world
 
@@ -25,25 +25,25 @@ def report(line: str, error: BaseException | None = None) -> None:
 
     Args:
         line: begins with ``error: ``.
-        error: what it is of; a `LostError` tells of another process.
+        error: what it is of; a `LostError` is about another process.
     """
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= {*os.environ} or was_started():
-        print(line, file=sys.stderr, flush=True)
+        complain(line, error)
     elif is_first():
-        _print_for_all(line, isinstance(error, LostError))
+        _print_for_all(line, error)
     elif not _is_said(line, isinstance(error, LostError)):
-        print(_of(world().rank, line), file=sys.stderr, flush=True)
+        complain(_of(world().rank, line), error)
 
 
-def _print_for_all(line: str, is_lost: bool) -> None:
+def _print_for_all(line: str, error: BaseException | None) -> None:
     found: Any = None
-    if is_lost:  # which one is, and why
+    if isinstance(error, LostError):  # which one is, and why
         with suppress(Exception):
             found = board()
             if found.check(["failed"]):
                 rank, _, said = found.get("failed").decode().partition(" ")
                 line = _of(int(rank), said)
-    print(line, file=sys.stderr, flush=True)
+    complain(line, error)
     with suppress(Exception):
         hang_up()
         found = found or board(timedelta(seconds=REACH_S))

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from lit_qlora.console import complain
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
 from lit_qlora.devices.world import STORE
 from lit_qlora.errors import UserError
@@ -197,7 +198,7 @@ def _wait(children: list[_Child]) -> int:
         return first_status
     first = children[0]
     if (failed is not first and first.status is None) or failed.process.returncode < 0:  # it has not spoken for itself
-        print(_last_word(failed, len(children)), file=sys.stderr, flush=True)
+        complain(_last_word(failed, len(children)))
     return failed.status or 1
 
 

@@ -7,12 +7,11 @@ import errno
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.console import tell
+from lit_qlora.console import complain, tell
 from lit_qlora.storage.files import SaveError, parse_json, replace_file, sync_file
 
 
@@ -174,4 +173,4 @@ def _step(text: bytes) -> int | None:
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
+    complain(f"warning: {line}")

@@ -8,13 +8,13 @@ the run does.
 import errno
 import os
 import socket
-import sys
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from lit_qlora.console import complain
 from lit_qlora.errors import UserError
 
 _NO_LOCKS_HERE = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
@@ -88,9 +88,8 @@ def _try_lock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS_HERE:
             raise
-        print(
-            "warning: the file system of this run folder has no locks; make sure that no second process trains in it",
-            file=sys.stderr,
+        complain(
+            "warning: the file system of this run folder has no locks; make sure that no second process trains in it"
         )
     return True
 

@@ -8,13 +8,13 @@ always be resumed from. Needs neither links nor locks nor modes. Knows no Traine
 import errno
 import os
 import secrets
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lit_qlora.console import complain
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, replace_file, write_file
 from lit_qlora.storage.folders import (
@@ -170,7 +170,7 @@ class Mirror:
             try:
                 self.check(self.copy.checkpoint(step))
             except DamagedFolderError as error:
-                print(f"warning: mirror: {error}; falling back to the previous checkpoint", file=sys.stderr)
+                complain(f"warning: mirror: {error}; falling back to the previous checkpoint")
                 continue
             return step
         if newer and whole is None:
@@ -192,7 +192,7 @@ class Mirror:
             try:
                 copy_folder(self.copy.adapter, self.run.adapter, replace=True, may_differ=[CARD])
             except DamagedFolderError as error:
-                print(f"warning: mirror: {error}; continuing without the best adapter so far", file=sys.stderr)
+                complain(f"warning: mirror: {error}; continuing without the best adapter so far")
         copy_folder(self.copy.checkpoint(step), self.run.checkpoint(step), replace=True)
         print(f"   run  restored from {self.copy.checkpoint(step)}", flush=True)
 

@@ -4,7 +4,6 @@ The contents of checkpoints and adapters are written by others. Knows no torch.
 """
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from datetime import datetime
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lit_qlora.console import complain
 from lit_qlora.errors import UserError, nearest, one_line, require
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
@@ -227,7 +227,7 @@ class RunFolder:
             mark = dict(parse_json(self.finished_mark.read_bytes()))
             return mark | {name: int(mark[name]) for name in ("step", "steps")}
         except (ValueError, TypeError, KeyError, OverflowError):
-            print(f"warning: {self.finished_mark} is damaged: the run is completed once more", file=sys.stderr)
+            complain(f"warning: {self.finished_mark} is damaged: the run is completed once more")
             return None
 
     def read_options(self) -> dict[str, Any]:
@@ -292,10 +292,7 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
         return
     if whole:
         copy_folder(whole, run.adapter, may_differ=[CARD])
-    print(
-        f"warning: {problem}, and {f'restored from {whole}' if whole else 'the search for the best starts over'}",
-        file=sys.stderr,
-    )
+    complain(f"warning: {problem}, and {f'restored from {whole}' if whole else 'the search for the best starts over'}")
 
 
 def put_adapter_back(run: RunFolder, step: int, mirrored: Path | None = None, *, must_stay: bool = False) -> None:

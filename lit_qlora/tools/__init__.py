@@ -6,8 +6,8 @@ does.
 """
 
 import importlib
-import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 
 def run_tool(name: str, args: Sequence[str]) -> int:
@@ -23,25 +23,23 @@ def run_tool(name: str, args: Sequence[str]) -> int:
     # Here, and not above: doctor works without jsonargparse.
     from jsonargparse import ArgumentParser
 
-    from lit_qlora.console import WIDTH
     from lit_qlora.options import OneLineErrors
-    from lit_qlora.place import PROGRAM
     from lit_qlora.signals import nothing_open
+    from lit_qlora.usage import help_asked, help_of_tool
 
     class _ToolParser(OneLineErrors, ArgumentParser):
         """jsonargparse's parser, with errors in one line."""
 
     with nothing_open():
         function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
-    about = textwrap.fill(function.__doc__.splitlines()[0], WIDTH)
-    parser = _ToolParser(allow_abbrev=False, prog=f"{PROGRAM} {name}", description=about)
+    parser = _ToolParser(allow_abbrev=False, add_help=False)
     parser.add_function_arguments(function)
-    for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:  # --public alone means --public true
+    actions: list[Any] = [action for action in parser._actions if getattr(action, "_typehint", None) is not None]
+    if help_asked(args):
+        print(help_of_tool(name, function.__doc__.splitlines()[0], actions), end="")
+        return 0
+    for action in actions:
+        if action._typehint is bool:  # --public alone means --public true
             action.nargs, action.const = "?", True
-    try:
-        options = parser.parse_args(list(args))
-    except SystemExit as stop:  # --help
-        return int(stop.code or 0)
-    function(**options.as_dict())
+    function(**parser.parse_args(list(args)).as_dict())
     return 0

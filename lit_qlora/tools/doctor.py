@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(args: list[str]) -> int:
     """Print the findings for ``args``, the options; return the exit status: 2 if something would stop a fit."""
     try:
-        options = parser().parse_args(args)
+        options = parser().parse_args(["--help" if arg == "--help=all" else arg for arg in args])
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     options.config = find_config(options.config) if options.config else None

@@ -6,14 +6,13 @@ process that resumes after a kill gives the same output.
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.console import progress_bar, tell
+from lit_qlora.console import complain, progress_bar, tell
 from lit_qlora.data.files import ARROW, COMPRESSED, ENDINGS, Row
 from lit_qlora.data.forms import check_columns, read_row
 from lit_qlora.data.records import Counts
@@ -182,7 +181,7 @@ class _Progress:
         self._bar.update(count)
         self._done += count
         if self._bar.disable and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
-            print(f"{self._done} of {self._total} answered", file=sys.stderr, flush=True)
+            complain(f"{self._done} of {self._total} answered")
             self._told = time.monotonic()
 
     def close(self) -> None:
@@ -216,7 +215,7 @@ def open_prompts(
         counts.add(read)
         prompts.append((row.where, asked))
     for what, number in counts.in_words().items():
-        print(f"prompts: {number:,} {what}", file=sys.stderr)
+        complain(f"prompts: {number:,} {what}")
     return prompts
 
 
@@ -248,7 +247,7 @@ def _rows_of(source: Source, columns: Sequence[str]) -> list[Row]:
     splits = find_splits(source)
     name = splits.for_scoring("test", "validation")
     if others := [*(one for one in splits.names.values() if one != name), *splits.unread]:
-        print(f"prompts: {name} of {source}; not read: {', '.join(others)}", file=sys.stderr)
+        complain(f"prompts: {name} of {source}; not read: {', '.join(others)}")
     return read_source(source, name, columns)
 
 

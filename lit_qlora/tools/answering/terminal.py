@@ -15,6 +15,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 from types import FrameType
 
+from lit_qlora.console import fitted
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
@@ -22,13 +23,15 @@ from lit_qlora.tools.answering.answerer import Answer, Answerer
 from lit_qlora.tools.answering.dialog import Dialog, cut_note
 
 HELP = """\
-/reset           forget the conversation
-/system          show the system text; /system TEXT sets it, /system - takes it away
-/compare         the last question (else the next one) to adapter and base, side by side; /compare QUESTION asks that
-/save FILE       add the conversation to a .jsonl file that fit can read
-/help            this
-/quit            leave, as Ctrl-D does
-Ctrl-C stops an answer; what was said stays. A line that opens with a space is a question, even with a / behind it."""
+/reset        forget the conversation
+/system       show the system text; /system TEXT sets it, /system - removes it
+/compare      ask adapter and base the last question (else the next one), and show
+              both answers side by side; /compare QUESTION asks that one
+/save FILE    add the conversation to a .jsonl file that fit can read
+/help         show this
+/quit         leave, as Ctrl-D does
+Ctrl-C stops an answer; what was said so far stays. A line that begins with a
+space is a question, even if a / follows."""
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters of the terminal."""
@@ -62,7 +65,7 @@ class Terminal(Dialog):
         with suppress(ImportError):
             import readline  # noqa: F401  # from here on `input` knows the arrow keys and what was typed before
         base, _ = self.answerer.base.public_name, self.answerer.model
-        print(f"{base} with {self.answerer.adapter}: /help lists the commands, Ctrl-D leaves", flush=True)
+        print(fitted(f"{base} with {self.answerer.adapter}: /help lists the commands, Ctrl-D leaves"), flush=True)
         before = signal.signal(signal.SIGINT, self._interrupt)
         try:
             while True:
@@ -79,7 +82,7 @@ class Terminal(Dialog):
                         return
                     self._take(line)
                 except UserError as error:
-                    print(f"({error})")
+                    print(fitted(f"({error})"))
                 except KeyboardInterrupt:
                     print("\n(stopped)")
         finally:
@@ -99,7 +102,7 @@ class Terminal(Dialog):
         elif word.lower() in self._commands:
             self._commands[word.lower()](rest.strip())
         else:
-            print(f"(no command {harmless(word)}; there are {', '.join(self._commands)}, /quit)")
+            print(fitted(f"(no command {harmless(word)}; there are {', '.join(self._commands)}, /quit)"))
 
     def _ask(self, question: str) -> None:
         if self._compares_next:
@@ -195,7 +198,7 @@ class Terminal(Dialog):
             with suppress(OSError):  # a partial line would damage those before and after it
                 path.unlink() if size_before is None else os.truncate(path, size_before)
             raise UserError(f"{path} could not be saved: {error.strerror}") from error
-        print(f"({len(self.turns)} turns added to {path})")
+        print(fitted(f"({len(self.turns)} turns added to {path})"))
 
 
 def side_by_side(left: tuple[str, str], right: tuple[str, str], columns: int) -> str:

@@ -76,8 +76,8 @@ def _asked(question: Any, *beside: Any) -> list[Any]:
     rows = [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(said)]
     if isinstance(question, list):
         return [*rows, *question, *({"role": "user", "content": text} for text in given if text)]
-    asked = messages.JOINT.join(str(text) for text in (question, *given) if messages.is_there(text))
-    return [*rows, {"role": "user", "content": asked}]
+    asked = tuple(str(text) for text in (question, *given) if messages.is_there(text))
+    return [*rows, {"role": "user", "content": asked or ""}]
 
 
 def _is_round(pair: Any) -> bool:
@@ -254,9 +254,9 @@ def read_row(
     content = [_content(row, name, chosen) for name in used]
     try:
         made = chosen.parse(*content)
-        parsed = messages.Parsed(made) if isinstance(made, Conversation) else messages.parse(made, opening)
+        parsed = messages.Parsed(made) if isinstance(made, Conversation) else messages.parse(made, opening, marks)
         conversation, notes = _with_system(row, parsed.conversation, system_columns)
-        conversation, taken_off = edges.clean(conversation, marks)
+        conversation, taken_off = edges.clean(conversation, marks)  # what parse did not see, such as a system column
         conversation.check_characters()
     except messages.OpeningError as error:
         raise RowError(
@@ -271,6 +271,7 @@ def read_row(
         if name not in (*used, *system_columns) and messages.is_there(value)
     ]
     changed = (*((WHOLE,) if conversation.is_text else ()), *parsed.changed)
+    taken_off = [*dict.fromkeys([*parsed.taken_off, *taken_off])]
     return Read(conversation, (*notes, *parsed.unused), tuple(taken_off), changed)
 
 

@@ -1,40 +1,70 @@
-"""Owns the removal of special tokens written out as text at the edges of turns.
+"""Owns the removal of special tokens written out as text at the edges of what is said.
 
 Such as ``</s>`` after an answer: the encoder inserts the real ones. Inside a text they stay text. Knows no tokenizer.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from lit_qlora.text.conversation import Conversation
 
+OPENERS = (
+    "<|im_start|>",  # ChatML
+    "<|start_header_id|>", "<|header_start|>",  # Llama 3 and 4
+    "<start_of_turn>",  # Gemma
+    "<|start_of_role|>",  # Granite
+    "<|start|>", "<|channel|>",  # gpt-oss
+)  # fmt: skip
+"""Tokens that the name of a role follows."""
+FIRST = ("[INST]", "[SYSTEM_PROMPT]")
+"""Tokens that are taken off the beginning of a text only: behind its words, they are what it speaks of."""
 WRITTEN_OUT = (
-    "<s>", "</s>",  # Llama 2, Mistral
-    "<|im_end|>",  # ChatML
-    "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>",  # Llama 3
-    "<|endoftext|>", "<|end|>",  # GPT-2, Phi
+    *OPENERS, *FIRST,
+    "<s>", "</s>", "[/INST]", "[/SYSTEM_PROMPT]",  # Llama 2, Mistral
+    "<|im_end|>", "<|im_sep|>",  # ChatML
+    "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end_header_id|>",  # Llama 3
+    "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>",  # GPT-2, Phi, Zephyr
     "<bos>", "<eos>", "<end_of_turn>",  # Gemma
     "<|end_of_turn|>",  # OpenChat
-    "<|eot|>", "<|return|>",  # Llama 4, gpt-oss
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",  # noqa: RUF001  # DeepSeek
+    "<|eot|>", "<|eom|>", "<|header_end|>", "<|return|>", "<|message|>",  # Llama 4, gpt-oss
+    "<|end_of_role|>",  # Granite
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",  # noqa: RUF001  # DeepSeek
     "<unk>", "<pad>", "[PAD]", "<|pad|>", "[BOS]", "[EOS]",  # behind the end of a row that was decoded with its padding
 )  # fmt: skip
 """Tokens with which common models start and end texts and turns."""
+
+_CLOSERS = ("<|end_header_id|>", "<|header_end|>", "<|end_of_role|>", "<|im_sep|>", "<|message|>")
+_ROLES = (
+    "system", "developer", "user", "human", "assistant", "model", "gpt", "bot", "tool", "function", "ipython",
+    "observation", "final",
+)  # fmt: skip
 
 
 def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
     """Remove any number of ``marks`` from both ends of ``text``, with the white space around them.
 
+    A mark that opens a turn goes with its role, such as ``<|im_start|>assistant``: after one of `OPENERS`, wherever
+    a role's name follows; after any other mark, where that name is alone on its line or between marks.
+
     Returns:
         The text, unchanged if there was no mark; and each removed mark, once.
     """
+    known = tuple(marks)
     found: dict[str, None] = {}
-    rest, some = text.strip(), tuple(marks)
-    if not rest.startswith(some) and not rest.endswith(some):
+    rest = text.strip()
+    if not rest.startswith(known) and not rest.endswith((*known, *_ROLES)):  # most texts: the patterns are slow
         return text, []
-    while mark := next((mark for mark in marks if rest.startswith(mark) or rest.endswith(mark)), ""):
-        found[mark] = None
-        rest = rest.removeprefix(mark).removesuffix(mark).strip()
+    head, tail, longest = _patterns(known)
+    while mark := head.match(rest):
+        found[mark[0]] = None
+        while rest.startswith(mark[0]):  # a row may be padded by thousands
+            rest = rest.removeprefix(mark[0]).lstrip()
+    while mark := tail.search(rest, max(0, len(rest) - longest)):
+        found[mark[0]] = None
+        while rest.endswith(mark[0]):
+            rest = rest.removesuffix(mark[0]).rstrip()
     return (rest, [*found]) if found else (text, [])
 
 
@@ -56,3 +86,25 @@ def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversatio
     if taken or found:
         conversation = Conversation(tuple(turns), system or None if found else conversation.system)
     return conversation, [*taken | dict.fromkeys(found)]
+
+
+@lru_cache
+def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], int]:
+    """What matches a mark with its role at the beginning of a text, and at its end; and the longest such."""
+    known = [mark for mark in marks if mark.strip()] or ["\0"]
+    closers = _any_of([mark for mark in known if mark in _CLOSERS])
+
+    role = _any_of(_ROLES)
+
+    def whole(these: Sequence[str]) -> str:
+        opened = rf"{_any_of([mark for mark in these if mark in OPENERS])}\s?{role}\b(?:\s?{closers})?"
+        return rf"(?:{opened}|{_any_of(these)}(?:{role}(?=\s*(?:\n|\Z|{_any_of(known)})))?)"
+
+    last = [mark for mark in known if mark not in FIRST]
+    longest = 2 * max(map(len, (*known, *_ROLES))) + len("developer  ")
+    return re.compile(whole(known)), re.compile(rf"{whole(last)}\Z"), longest
+
+
+def _any_of(marks: Sequence[str]) -> str:
+    """The pattern of any of ``marks``, the longest first; without any, one that matches nothing."""
+    return f"(?:{'|'.join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)) or '(?!)'})"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from lit_qlora.text import edges
 from lit_qlora.text.conversation import Conversation, Role, Turn
 
 ROLES = {
@@ -57,11 +58,19 @@ UNSEEN = "rows with turns of the user without a text, left out with their answer
 
 
 class Parsed(NamedTuple):
-    """What a list of messages is: the conversation, how it was changed, and the keys that are not used, in words."""
+    """A list of messages as a conversation.
+
+    Args:
+        conversation: that one.
+        changed: how it differs from the messages, in words.
+        unused: the keys that are not used, in words.
+        taken_off: the special tokens that were taken off what is said.
+    """
 
     conversation: Conversation
     changed: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    taken_off: tuple[str, ...] = ()
 
 
 class OpeningError(ValueError):
@@ -69,11 +78,12 @@ class OpeningError(ValueError):
 
 
 class _Message(NamedTuple):
-    """One message: ``text`` is None where it says nothing that can be learned."""
+    """One message: ``text`` is None where it says nothing that can be learned; ``taken_off`` it, as in `Parsed`."""
 
     role: str
     text: str | None
     learned: bool
+    taken_off: tuple[str, ...] = ()
 
 
 def is_there(value: object) -> bool:
@@ -99,7 +109,7 @@ def holds_turns(value: object) -> bool:
     return isinstance(first, dict) and bool({*ROLE} & {*first} and {*CONTENT} & {*first})
 
 
-def parse(rows: Any, opening: str | None = None) -> Parsed:
+def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> Parsed:
     """Read messages into a conversation.
 
     What the system says before the first turn becomes the system text; its message is not counted as a turn. What it
@@ -109,9 +119,10 @@ def parse(rows: Any, opening: str | None = None) -> Parsed:
     stands in the prompt of the answer behind it. A turn of the user with nothing but an image goes with its answer.
 
     Args:
-        rows: the messages.
+        rows: the messages. The texts of a content that is a tuple are joined by `JOINT`.
         opening: what the user is taken to have said where the assistant begins; None leaves out what the assistant
             says before the user.
+        marks: special tokens, which are taken off the edges of each text before it is joined with others.
 
     Raises:
         OpeningError: nobody but the assistant speaks, and there is no ``opening``.
@@ -122,8 +133,10 @@ def parse(rows: Any, opening: str | None = None) -> Parsed:
     changed: dict[str, None] = {}
     system: list[_Message] = []
     said: list[_Message] = []
+    taken_off: dict[str, None] = {}
     for row in listed:
-        message = _read(f"turn {len(said) + 1}", row, changed)
+        message = _read(f"turn {len(said) + 1}", row, changed, marks)
+        taken_off |= dict.fromkeys(message.taken_off)
         if message.role == "system" and not said:
             system.append(message)
         elif message.role != "system":
@@ -142,7 +155,7 @@ def parse(rows: Any, opening: str | None = None) -> Parsed:
         changed[OPENING_LEFT_OUT if opening is None else OPENING_KEPT] = None
         turns = turns[1:] if opening is None else [Turn("user", opening, learned=False), *turns]
     conversation = Conversation(tuple(turns), JOINT.join(map(str, texts)) if texts else None)
-    return Parsed(conversation, tuple(changed), tuple(_unused(listed)))
+    return Parsed(conversation, tuple(changed), tuple(_unused(listed)), tuple(taken_off))
 
 
 def _listed(rows: Any) -> list[Any]:
@@ -177,7 +190,7 @@ def _pair_in(row: Any) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS if {*pair} <= {*row}), None)
 
 
-def _read(where: str, row: Any, changed: dict[str, None]) -> _Message:
+def _read(where: str, row: Any, changed: dict[str, None], marks: Sequence[str]) -> _Message:
     """A message; what of it can't be learned is added to ``changed``."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with a role and a content, got {type(row).__name__}")
@@ -188,31 +201,36 @@ def _read(where: str, row: Any, changed: dict[str, None]) -> _Message:
         raise ValueError(
             f"{where}: unknown role {reprlib.repr(said_by)}, expected one of {', '.join(SHOWN_ROLES)}{keys}"
         )
-    text = _text(where, role, row, changed)
+    text, found = _text(where, role, row, changed, marks)
     is_call = role == "call" or (role == "assistant" and any(is_there(row.get(key)) for key in CALLS))
     if is_call:
         changed[CALLED] = None
     if role == "call" or (is_call and not is_there(text)):
-        return _Message("assistant", None, learned=True)
+        return _Message("assistant", None, learned=True, taken_off=found)
     if role == "result":
         changed[ANSWERED_BY_TOOL] = None
-        return _Message(role, text if is_there(text) else None, _is_learned(where, row))
+        return _Message(role, text if is_there(text) else None, _is_learned(where, row), found)
     if text is None and role == "assistant":
         changed[SAYS_NOTHING] = None
     if text is not None and not text.strip() and role != "system":
-        raise ValueError(f"{where}: a turn of the {role} is empty")
-    return _Message(role, text, _is_learned(where, row))
+        marked = f"the {role} holds nothing but {' '.join(found)}"
+        raise ValueError(f"{where}: {marked if found else f'a turn of the {role} is empty'}")
+    return _Message(role, text, _is_learned(where, row), found)
 
 
 def _role(said_by: Any) -> str | None:
     return ROLES.get(said_by.strip().lower().replace("-", "_")) if isinstance(said_by, str) else None
 
 
-def _text(where: str, role: str, row: dict[str, Any], changed: dict[str, None]) -> str | None:
-    """What is said in a message; None where its content is null, or holds no part that is text."""
+def _text(
+    where: str, role: str, row: dict[str, Any], changed: dict[str, None], marks: Sequence[str]
+) -> tuple[str | None, tuple[str, ...]]:
+    """What is said in a message, and the marks taken off; None where its content is null, or holds no text."""
     content = _value(where, row, CONTENT)
     if content is None and (any(name in row for name in CONTENT) or any(is_there(row.get(key)) for key in CALLS)):
-        return None
+        return None, ()
+    if isinstance(content, tuple) and all(isinstance(text, str) for text in content):
+        return _joined(JOINT, content, marks)
     parts = content if isinstance(content, list) else [content]
     if isinstance(content, list | dict) and all(isinstance(part, str) or _type_of(part) for part in parts):
         kinds = [kind for part in parts if not isinstance(part, str) and (kind := _type_of(part)) not in TEXTS]
@@ -220,12 +238,19 @@ def _text(where: str, role: str, row: dict[str, Any], changed: dict[str, None]) 
         texts = [part if isinstance(part, str) else part.get("text") for part in parts]
         texts = [text for text in texts if is_there(text)]
         if all(isinstance(text, str) for text in texts):
-            return "\n".join(texts) if texts else None
+            return _joined("\n", texts, marks) if texts else (None, ())
     if role == "result" and content is not None and not isinstance(content, str):
-        return json.dumps(content, ensure_ascii=False)
+        return json.dumps(content, ensure_ascii=False), ()
     if not isinstance(content, str):
         raise ValueError(f"{where}: the {_NAMES.get(role, role)}'s content is text, got {type(content).__name__}")
-    return content
+    return _joined("", [content], marks)
+
+
+def _joined(joint: str, texts: Sequence[str], marks: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """``texts`` in one, without those that are nothing but ``marks``; and what was taken off."""
+    cleaned = [edges.take_off(text, marks) for text in texts]
+    found = dict.fromkeys(mark for _, some in cleaned for mark in some)
+    return joint.join(text for text, some in cleaned if text or not some), tuple(found)
 
 
 _NAMES = {"call": "assistant", "result": "tool"}

@@ -376,7 +376,7 @@ def test_describe_tells_what_was_read_learned_cut_and_left_out():
         ("hi", "yo", "unanswered"),
         ("hi", "long " * 99),
         ("long " * 99, "yo"),
-        ("[INST]", "a tag"),
+        ("an [INST] here", "a tag"),
     )
     write("held.jsonl", *numbered(2))
     data = ChatDataModule("rows.jsonl", validation_source="held.jsonl", max_length=64)

@@ -379,3 +379,41 @@ def test_an_answer_that_is_no_text_has_its_remedy(answer, remedy):
     with pytest.raises(RowError, match=r"^column 'answer' holds .*, expected text$") as caught:
         read_row({"question": "a", "answer": answer})
     assert caught.value.remedy == remedy
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        (
+            {"instruction": "Sum.</s>", "input": "<s>1 2</s>", "output": "<s>3</s>", "system": "be kind</s>"},
+            None,
+            said("Sum.\n\n1 2", "3", system="be kind"),
+        ),
+        ({"instruction": "Sum.</s>", "input": "</s>", "output": "3"}, None, said("Sum.", "3")),
+        ({"instruction": "Sum.", "context": "1 2</s>", "response": "3</s>"}, None, said("Sum.\n\n1 2", "3")),
+        (
+            {"instruction": "c</s>", "output": "d", "history": [["<s>a", "b</s>"]]},
+            None,
+            said("a", "b", "c", "d"),
+        ),
+        (
+            {"q": "Sum.</s>", "of": "1 2</s>", "a": "3"},
+            {"user": "q", "context": "of", "assistant": "a"},
+            said("Sum.\n\n1 2", "3"),
+        ),
+        ({"text": "### Human: a</s>### Human: b</s>### Assistant: c"}, None, said("a\n\nb", "c")),
+        ({"text": "### System: be kind</s>### Human: a### Assistant: c</s>"}, None, said("a", "c", system="be kind")),
+        ({"prompt": "<s>[INST] hi [/INST]", "completion": " yo </s>"}, None, said("hi", "yo")),
+    ],
+)
+def test_marks_are_taken_off_what_is_joined(row, columns, expected):
+    read = read_row(row, columns=columns)
+    assert read.conversation == expected
+    assert "</s>" in read.taken_off
+
+
+def test_a_tag_with_its_role_is_counted_as_a_whole():
+    row = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "yo<|im_end|>"}
+    read = read_row(row)
+    assert read.conversation == said("hi", "yo")
+    assert read.taken_off == ("<|im_start|>user", "<|im_start|>assistant", "<|im_end|>")

@@ -272,9 +272,9 @@ def test_a_template_that_won_t_do_is_refused_by_whoever_encodes(options, message
 def test_rows_that_the_template_can_t_hold_are_left_out_and_counted(tmp_path):
     rows = [
         {"messages": messages(said("x [INST] y", "a"))},  # no tag of this format
-        {"messages": messages(said("<|im_start|>user", "a"))},
-        {"messages": messages(said("a", "b", "<|im_start|>user"))},
-        {"messages": messages(said("c", "<|im_start|>system"))},
+        {"messages": messages(said("an <|im_start|>user here", "a"))},
+        {"messages": messages(said("a", "b", "an <|im_start|>user here"))},
+        {"messages": messages(said("c", "an <|im_start|>system here"))},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

@@ -100,7 +100,7 @@ def test_what_can_not_be_trained_on_is_left_out_and_counted():
         text("only asked"),
         text("say [INST]", "b"),
         text("a", "<</SYS>>", "c"),
-        text("a", "b", "[INST] in what is dropped"),
+        text("a", "b", "an [INST] in what is dropped"),
         {"messages": [{"role": "system", "content": "<<SYS>>"}, *ROWS["messages"]["messages"]]},
     ]
     assert load_records(write("a.jsonl", *rows)) == Records(
@@ -157,7 +157,7 @@ def test_the_line_of_a_csv_record_is_the_file_s_own(expect_error):
     ("row", "reason"),
     [
         (text("only asked"), "rows left out: nothing answered: 1"),
-        (text("[INST]", "b"), "rows left out: a Llama 2 tag inside a turn: 1"),
+        (text("an [INST]", "b"), "rows left out: a Llama 2 tag inside a turn: 1"),
     ],
 )
 def test_nothing_left_is_an_error(row, reason, expect_error):
@@ -281,7 +281,7 @@ def test_special_tokens_at_the_edges_are_taken_off_and_counted():
 
 
 def test_each_conversation_and_each_row_left_out_knows_where_it_stands():
-    rows = [text("a", "b"), text("only asked"), text("[INST] x", "b"), text("c", "d", "e"), "no object"]
+    rows = [text("a", "b"), text("only asked"), text("x [INST] x", "b"), text("c", "d", "e"), "no object"]
     rows += [text("f", "g")] * 9
     records = load_records(write("a.jsonl", *rows))
     assert records.where == ["a.jsonl:1", "a.jsonl:4", *(f"a.jsonl:{line}" for line in range(6, 15))]

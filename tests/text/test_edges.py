@@ -21,6 +21,39 @@ from lit_qlora.text.edges import WRITTEN_OUT, clean, take_off
         ("grey.<|eot|>", "grey.", ["<|eot|>"]),
         ("grey.<|return|>", "grey.", ["<|return|>"]),
         ("grey.<｜end▁of▁sentence｜>", "grey.", ["<｜end▁of▁sentence｜>"]),  # noqa: RUF001
+        # What opens a turn goes with its role.
+        ("<|im_start|>assistant\ngrey.<|im_end|>", "grey.", ["<|im_end|>", "<|im_start|>assistant"]),
+        ("<|im_start|>assistant grey.", "grey.", ["<|im_start|>assistant"]),
+        ("<|im_start|>assistant<|im_sep|>grey.", "grey.", ["<|im_start|>assistant<|im_sep|>"]),
+        ("hi<|im_end|>\n<|im_start|>assistant\n", "hi", ["<|im_end|>", "<|im_start|>assistant"]),
+        (
+            "<|start_header_id|>assistant<|end_header_id|>\n\ngrey.<|eot_id|>",
+            "grey.",
+            ["<|start_header_id|>assistant<|end_header_id|>", "<|eot_id|>"],
+        ),
+        (
+            "hi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "hi",
+            ["<|start_header_id|>assistant<|end_header_id|>", "<|eot_id|>"],
+        ),
+        ("<start_of_turn>model\ngrey.<end_of_turn>", "grey.", ["<start_of_turn>model", "<end_of_turn>"]),
+        ("<s>assistant\ngrey.</s>", "grey.", ["<s>assistant", "</s>"]),
+        (
+            "<|start|>assistant<|channel|>final<|message|>grey.<|return|>",
+            "grey.",
+            ["<|start|>assistant", "<|channel|>final<|message|>", "<|return|>"],
+        ),
+        ("<s>[INST] hi [/INST]", "hi", ["<s>", "[INST]", "[/INST]"]),
+        ("[/INST] grey.</s>", "grey.", ["[/INST]", "</s>"]),
+        ("<|user|>\nhi<|end|>\n<|assistant|>", "hi", ["<|user|>", "<|end|>", "<|assistant|>"]),
+        ("<|im_start|>", "", ["<|im_start|>"]),
+        ("</s>" + "<pad>" * 9999, "", ["</s>", "<pad>"]),
+        # A word that is no role, or none of the mark's, is text, and so is what is spoken of.
+        ("<|im_start|>usernames\n", "usernames", ["<|im_start|>"]),
+        ("<s>model trains run.</s>", "model trains run.", ["<s>", "</s>"]),
+        ("Ask the user", "Ask the user", []),
+        ("it opens with [INST]", "it opens with [INST]", []),
+        ("say <|im_start|>user here", "say <|im_start|>user here", []),
         # Inside, and all but the whole mark, is text, and so is white space where there is nothing to take off.
         ("an <s>end</s> marks it", "an <s>end</s> marks it", []),
         ("grey.</s>.", "grey.</s>.", []),
@@ -56,3 +89,10 @@ def test_each_turn_and_the_system_text_are_cleaned():
 def test_a_turn_of_nothing_else_is_named():
     with pytest.raises(ValueError, match=r"^turn 2: the assistant holds nothing but </s>$"):
         clean(talk("a", " </s> </s>"), WRITTEN_OUT)
+
+
+def test_a_role_behind_a_mark_of_a_tokenizer_alone_goes_with_it():
+    marks = ["<turn>", "<of>", "<end>"]
+    assert take_off("<turn>model\ngrey.<end>", marks) == ("grey.", ["<turn>model", "<end>"])
+    assert take_off("<turn>model<of>grey.", marks) == ("grey.", ["<turn>model", "<of>"])
+    assert take_off("<turn>modelled", marks) == ("modelled", ["<turn>"])

@@ -35,7 +35,7 @@ ANSWERED = (Turn("user", "hi"), Turn("assistant", "yo"))
     ],
 )
 def test_both_dialects_are_read(rows, expected):
-    assert messages.parse([{a: b, c: d} for a, b, c, d in rows]) == (expected, (), ())
+    assert messages.parse([{a: b, c: d} for a, b, c, d in rows]) == (expected, (), (), ())
 
 
 USER = {"role": "user", "content": "hi"}
@@ -113,14 +113,14 @@ def turns(*contents: str) -> tuple[Turn, ...]:
     ],
 )  # fmt: skip
 def test_turns_of_one_role_are_joined_and_what_nobody_answers_is_left_out(rows, expected, changed):
-    assert messages.parse(rows) == (Conversation(turns(*expected)), tuple(changed), ())
+    assert messages.parse(rows) == (Conversation(turns(*expected)), tuple(changed), (), ())
 
 
 def test_messages_of_the_system_in_a_row_are_one_system_text():
     developer = {"role": "developer", "content": "be brief"}
     parsed = messages.parse([SYSTEM, developer, USER, ASSISTANT])
-    assert parsed == (Conversation(ANSWERED, "be kind\n\nbe brief"), (messages.JOINED["system"],), ())
-    assert messages.parse([developer, USER, ASSISTANT]) == (Conversation(ANSWERED, "be brief"), (), ())
+    assert parsed == (Conversation(ANSWERED, "be kind\n\nbe brief"), (messages.JOINED["system"],), (), ())
+    assert messages.parse([developer, USER, ASSISTANT]) == (Conversation(ANSWERED, "be brief"), (), (), ())
 
 
 def test_turns_that_are_joined_are_learned_only_if_each_is():
@@ -130,17 +130,17 @@ def test_turns_that_are_joined_are_learned_only_if_each_is():
 
 def test_what_the_assistant_says_first_may_be_kept_behind_a_turn_of_the_user_s():
     parsed = messages.parse([SYSTEM, ASSISTANT, USER], "(begins)")
-    assert parsed == (Conversation(turns("(begins)", "yo", "hi"), "be kind"), (messages.OPENING_KEPT,), ())
+    assert parsed == (Conversation(turns("(begins)", "yo", "hi"), "be kind"), (messages.OPENING_KEPT,), (), ())
     assert [turn.learned for turn in parsed.conversation.turns] == [False, True, True]
     assert messages.parse([ASSISTANT], "(begins)").conversation == Conversation(turns("(begins)", "yo"))
-    assert messages.parse([USER, ASSISTANT], "(begins)") == (Conversation(ANSWERED), (), ())
+    assert messages.parse([USER, ASSISTANT], "(begins)") == (Conversation(ANSWERED), (), (), ())
 
 
 @pytest.mark.parametrize("user", ["user", "human", "User", "HUMAN", "prompter"])
 @pytest.mark.parametrize("assistant", ["assistant", "gpt", "model", "Bot", "chatgpt"])
 def test_roles_go_by_several_names(user, assistant):
     rows = [{"from": user, "value": "hi"}, {"from": assistant, "value": "yo"}]
-    assert messages.parse(rows) == (Conversation(ANSWERED), (), ())
+    assert messages.parse(rows) == (Conversation(ANSWERED), (), (), ())
 
 
 ASKED = {"role": "user", "content": "How warm is it?"}
@@ -168,13 +168,13 @@ TOOLS = (messages.CALLED, messages.ANSWERED_BY_TOOL)
     ids=["OpenAI", "blank", "no content", "functions", "ShareGPT", "Glaive"],
 )  # fmt: skip
 def test_a_tool_s_call_is_not_learned_and_its_result_stands_in_the_prompt(rows):
-    assert messages.parse(rows) == (WITH_RESULT, TOOLS, ())
+    assert messages.parse(rows) == (WITH_RESULT, TOOLS, (), ())
 
 
 def test_what_is_said_beside_a_call_is_learned_and_a_result_may_be_an_object():
     rows = [ASKED, {**ASSISTANT, "tool_calls": [CALL]}, {"role": "tool", "content": {"at": "noon", "is": 18}}, TOLD]
     expected = turns("How warm is it?", "yo", '{"at": "noon", "is": 18}', "18 degrees.")
-    assert messages.parse(rows) == (Conversation(expected), TOOLS, ())
+    assert messages.parse(rows) == (Conversation(expected), TOOLS, (), ())
 
 
 def test_parts_of_a_content_are_joined_and_images_are_not_learned():
@@ -182,15 +182,15 @@ def test_parts_of_a_content_are_joined_and_images_are_not_learned():
     words = [{"type": "text", "text": "Look."}, image, {"type": "input_text", "text": "What is it?"}]
     seen = ("rows with parts of type 'image_url', which are not learned",)
     rows = [{"role": "user", "content": words}, {"role": "assistant", "content": [{"type": "text", "text": "yo"}]}]
-    assert messages.parse(rows) == (Conversation(turns("Look.\nWhat is it?", "yo")), seen, ())
+    assert messages.parse(rows) == (Conversation(turns("Look.\nWhat is it?", "yo")), seen, (), ())
     assert messages.parse([{"role": "user", "content": [image]}, ASSISTANT, USER, ASSISTANT]) == (
-        Conversation(ANSWERED), (*seen, messages.UNSEEN), ()
+        Conversation(ANSWERED), (*seen, messages.UNSEEN), (), ()
     )  # fmt: skip
     # As parquet fills them up, and as they are without a type.
     filled = [{"type": "text", "text": "hi", "image_url": None}, {"type": "image", "text": None}]
     assert messages.parse([{"role": "user", "content": filled}, ASSISTANT]).conversation == Conversation(ANSWERED)
     for content in (["hi"], [{"text": "hi"}], {"type": "text", "text": "hi"}):
-        assert messages.parse([{"role": "user", "content": content}, ASSISTANT]) == (Conversation(ANSWERED), (), ())
+        assert messages.parse([{"role": "user", "content": content}, ASSISTANT]) == (Conversation(ANSWERED), (), (), ())
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_parts_of_a_content_are_joined_and_images_are_not_learned():
     ],
 )
 def test_other_lists_of_turns_are_read(rows):
-    assert messages.parse(rows) == (Conversation(ANSWERED), (), ())
+    assert messages.parse(rows) == (Conversation(ANSWERED), (), (), ())
 
 
 @pytest.mark.parametrize(
@@ -248,5 +248,55 @@ def test_what_the_system_says_beside_an_image_is_no_question():
 def test_pairs_may_bring_a_system_text_and_say_what_is_learned():
     rows = [{"system": "be kind", "input": "a", "output": "b", "train": False}, {"input": "c", "output": "d", "id": 3}]
     parsed = messages.parse(rows)
-    assert parsed == (Conversation(turns("a", "b", "c", "d"), "be kind"), (), ("key 'id' of a turn",))
+    assert parsed == (Conversation(turns("a", "b", "c", "d"), "be kind"), (), ("key 'id' of a turn",), ())
     assert [turn.learned for turn in parsed.conversation.turns] == [True, False, True, True]
+
+
+MARKS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+
+
+def user(*contents: object) -> list[dict[str, object]]:
+    return [{"role": "user", "content": content} for content in contents]
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "taken_off"),
+    [
+        (user("<s>a</s>", "<s>b</s>"), "a\n\nb", ("<s>", "</s>")),
+        (user("<|im_start|>user\na<|im_end|>", "b"), "a\n\nb", ("<|im_start|>user", "<|im_end|>")),
+        (user([{"type": "text", "text": "a</s>"}, {"type": "text", "text": "b</s>"}]), "a\nb", ("</s>",)),
+        (user(["<s>", "a", "b"]), "a\nb", ("<s>",)),
+        (user(("a</s>", "<s>b")), "a\n\nb", ("</s>", "<s>")),
+        (user(("</s>", "b")), "b", ("</s>",)),
+        (user("a</s>b", "c"), "a</s>b\n\nc", ()),
+        ([*user("a"), {"role": "system", "content": "b</s>"}], "a\n\nb", ("</s>",)),
+    ],
+)
+def test_marks_are_taken_off_each_text_before_it_is_joined(rows, asked, taken_off):
+    parsed = messages.parse([*rows, ASSISTANT], marks=MARKS)
+    assert (parsed.conversation, parsed.taken_off) == (Conversation(turns(asked, "yo")), taken_off)
+
+
+def test_marks_are_taken_off_each_answer_system_text_and_result_of_a_tool():
+    answers = [{"role": "assistant", "content": text} for text in ("yo</s>", "ho</s>")]
+    parsed = messages.parse([*user("hi"), *answers], marks=MARKS)
+    assert (parsed.conversation, parsed.taken_off) == (Conversation(turns("hi", "yo\n\nho")), ("</s>",))
+    system = [{"role": "system", "content": text} for text in ("<s>be kind</s>", "be brief</s>", "</s>")]
+    parsed = messages.parse([*system, USER, ASSISTANT], marks=MARKS)
+    assert (parsed.conversation, parsed.taken_off) == (Conversation(ANSWERED, "be kind\n\nbe brief"), ("<s>", "</s>"))
+    # The same again stands once, with or without its mark.
+    later = [*system[:1], USER, ASSISTANT, {"role": "system", "content": "be kind"}, USER, ASSISTANT]
+    assert messages.parse(later, marks=MARKS).changed == (messages.SYSTEM_REPEATED,)
+    called = [
+        *user("hi"),
+        {"role": "function_call", "content": "f()"},
+        {"role": "tool", "content": "20</s>"},
+        ASSISTANT,
+    ]
+    parsed = messages.parse(called, marks=MARKS)
+    assert (parsed.conversation, parsed.taken_off) == (Conversation(turns("hi\n\n20", "yo")), ("</s>",))
+
+
+def test_a_text_of_nothing_but_marks_is_named_by_its_own():
+    with pytest.raises(ValueError, match=r"^turn 2: the assistant holds nothing but </s>$"):
+        messages.parse([*user("<s>hi"), {"role": "assistant", "content": " </s> </s>"}], marks=MARKS)

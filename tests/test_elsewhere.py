@@ -42,6 +42,24 @@ COMMON = {
     "micro_batch_size": "data.batch_size",
     "sequence_len": "data.max_length",
     "val_set_size": "data.validation_share",
+    "context_length": "data.max_length",
+    "max_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "text_column": "data.columns",
+    "prompt_column": "data.columns",
+    "response_column": "data.columns",
+    "dataset_text_field": "data.columns",
+    "split": "data.source",
+    "lora_path": "model.adapter",
+    "adapter_path": "model.adapter",
+    "cuda": "trainer.accelerator",
+    "cuda_visible_devices": "trainer.devices",
+    "save_total_limit": "keep_checkpoints",
+    "flash_attn": "model.attention",
+    "use_liger_kernel": "model.own_layers",
+    "activation_offloading": "model.offload",
+    "train_on_responses_only": "data.train_on",
+    "chat_template": "data.template",
 }
 """What command lines of Hugging Face's trainers, TRL, Axolotl, LLaMA-Factory and LitGPT most often have."""
 OURS = {
@@ -100,10 +118,62 @@ def test_those_that_are_called_alike_name_the_section(parser: RunParser, name: s
         ("group_by_length", "rows of like length always stand together: leave it out"),
         ("resume_from_checkpoint", "the same command, given again, resumes: leave it out"),
         ("push_to_hub", "python main.py push sends an adapter to the hub"),
+        ("modules_to_save", "only LoRA is learned, and the base stays as it is: leave it out"),
+        ("neftune_alpha", "no noise is put on embeddings: leave it out"),
+        ("cache_dir", "HF_HOME in the environment says where downloads are kept: leave it out"),
+        ("shuffle", "rows are in another order each epoch, drawn by seed_everything: leave it out"),
+        ("streaming", "rows are encoded once, and read from the disk: leave it out"),
+        ("adam_beta1", "AdamW's betas and epsilon are PyTorch's: leave it out"),
+        ("rank_pattern", "all layers of model.target_modules have the same rank: leave it out"),
     ],
 )
 def test_what_needs_no_option_says_how_it_is(parser: RunParser, name: str, told: str) -> None:
     assert _error(parser, f"--{name}", "true") == f"unknown option '{name}'; {told}"
+
+
+TRL = (
+    "activation_offloading assistant_only_loss chat_template_path completion_only_loss dataset_num_proc "
+    "dataset_text_field eos_token eval_packing loss_type pad_to_multiple_of pad_token packing_strategy "
+    "padding_free shuffle_dataset truncation_mode attn_implementation bnb_4bit_quant_type dtype load_in_4bit "
+    "lora_alpha lora_dropout lora_modules_to_save lora_r lora_target_modules lora_task_type model_name_or_path "
+    "model_revision trust_remote_code use_bnb_nested_quant use_dora use_peft use_rslora dataset_config "
+    "dataset_name dataset_streaming dataset_test_split dataset_train_split"
+)
+AXOLOTL = (
+    "adapter base_model bf16 chat_template chat_template_jinja cosine_min_lr_ratio dataset_prepared_path "
+    "dataset_processes datasets ddp_timeout deepspeed early_stopping_patience eot_tokens eval_sample_packing "
+    "evals_per_epoch field_messages flash_attention fsdp_config gradient_accumulation_steps lora_mlp_kernel "
+    "lora_model_dir lora_target_linear loraplus_lr_ratio message_property_mappings micro_batch_size "
+    "mlflow_tracking_uri neftune_noise_alpha num_epochs optimizer pad_to_sequence_len peft_layers_to_transform "
+    "relora_steps rl roles_to_train sample_packing saves_per_epoch sequence_len special_tokens tf32 "
+    "train_on_inputs val_set_size wandb_entity wandb_project warmup_steps"
+)
+LLAMA_FACTORY = (
+    "adapter_name_or_path cutoff_len dataset dataset_dir enable_liger_kernel enable_thinking export_dir "
+    "finetuning_type flash_attn freeze_trainable_layers galore_rank interleave_probs lora_rank lora_target "
+    "mask_history mix_strategy neat_packing overwrite_cache overwrite_output_dir pissa_init plot_loss "
+    "pref_beta preprocessing_num_workers quantization_bit quantization_method rope_scaling shift_attn stage "
+    "swanlab_project template use_unsloth vllm_maxlen"
+)
+LITGPT = (
+    "checkpoint_dir epochs final_validation global_batch_size initial_validation interval log_interval "
+    "logger_name lora_head lora_projection lr_warmup_fraction lr_warmup_steps mask_prompt max_iters max_norm "
+    "max_seq_length micro_batch_size min_lr num_nodes out_dir prompt_style quantize save_interval "
+    "tie_embeddings val_split_fraction"
+)
+
+
+@pytest.mark.parametrize("names", [TRL, AXOLOTL, LLAMA_FACTORY, LITGPT])
+def test_what_other_programs_call_their_options_is_known(parser: RunParser, names: str) -> None:
+    ours = [*parser.types()]
+    last = {name.rpartition(".")[2] for name in ours}
+    assert [name for name in names.split() if here(name, ours) is None and name not in last] == []
+
+
+def test_a_name_that_ends_in_a_line_stands_for_all_that_begin_so(parser: RunParser) -> None:
+    ours = [*parser.types()]
+    assert here("wandb_log_model", ours) == "here it is 'trainer.logger', beside TensorBoard and metrics.jsonl"
+    assert (here("wandbx", ours), here("fsdpx", ours)) == (None, None)
 
 
 def test_every_answer_is_true(parser: RunParser) -> None:
@@ -124,7 +194,8 @@ def test_no_tools_answer_is_of_nothing() -> None:
     for names in (options["chat"], options["predict"]):
         names |= {*inspect.signature(Sampling).parameters}
     for name, told in TOOLS.items():
-        assert any(here(name, names) == f"here it is {told!r}" and name not in names for names in options.values())
+        expected = told if " " in told else f"here it is {told!r}"
+        assert any(here(name, names) == expected and name not in names for names in options.values())
 
 
 @pytest.mark.parametrize(

@@ -442,14 +442,18 @@ def guanaco_lengths(num_rows: int) -> tuple[int, ...]:
 
 @cache
 def current_host() -> Host | None:
-    """This process's share of half of this machine's free memory, at the rate measured once; None without a GPU.
+    """This process's share of half of this machine's free memory, at the rate measured once; None without a GPU, or
+    where no memory can be page-locked.
 
     Each process of a machine keeps activations of its own.
     """
     available = host.memory_bytes()
     if current_device().capability is None or available is None:
         return None
-    return Host(available[1] // 2 // world().local_size, offload.copy_gb_per_s())
+    try:
+        return Host(available[1] // 2 // world().local_size, offload.copy_gb_per_s())
+    except UserError:
+        return None
 
 
 def current_card() -> Card | None:

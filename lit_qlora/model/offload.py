@@ -9,9 +9,14 @@ import mmap
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
+from weakref import finalize
 
 import torch
 from torch import Tensor
+
+from lit_qlora.errors import UserError
+from lit_qlora.storage import files
 
 IN_TRANSIT = 2
 """Layers' tensors that are on the card while they come or go, at most."""
@@ -45,6 +50,7 @@ class HostStore:
         self._last: Parked | None = None
         self._leaving: deque[Parked] = deque()
         self._stream: torch.cuda.Stream | None = None
+        unlock_with(self, self._buffers)
 
     def begin(self) -> None:
         """Start a micro-batch's forward: what earlier ones parked is no longer needed."""
@@ -81,8 +87,7 @@ class HostStore:
     def close(self) -> None:
         """Give the buffers back to the host."""
         self.begin()
-        for buffer in self._buffers:
-            unlock(buffer)
+        unlock(*self._buffers)
         self._buffers.clear()
 
     def _buffer(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -124,7 +129,10 @@ class HostStore:
 
 
 def copy_gb_per_s(size: int = 2**26) -> float:
-    """The rate of copies between this GPU and page-locked memory of its host, the slower way, in GB/s."""
+    """The rate of copies between this GPU and page-locked memory of its host, the slower way, in GB/s.
+
+    Raises UserError if no memory can be locked.
+    """
     on_card = torch.empty(size, dtype=torch.uint8, device="cuda")
     buffer = locked(size, on_card)
     slowest = 0.0
@@ -142,29 +150,59 @@ def copy_gb_per_s(size: int = 2**26) -> float:
 
 
 def locked(size: int, like: Tensor) -> Tensor:
-    """A buffer on the host, page-locked where ``like`` is on a GPU.
+    """A buffer on the host, page-locked where ``like`` is on a GPU. Give it to `unlock` before it is freed.
 
     Not by ``pin_memory=True``, which takes up to twice as much: it rounds up to a power of two.
+
+    Raises UserError if there is no such memory, or CUDA can't lock it.
     """
     buffer = on_own_pages(size, like.dtype)
     if like.is_cuda:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+        whole, cudart = buffer.untyped_storage(), torch.cuda.cudart()
+        status = cudart.cudaHostRegister(whole.data_ptr(), whole.nbytes(), 0)
+        if status != cudart.cudaError.success:
+            _forget_error(like.device)
+            raise _no_room(whole.nbytes(), f"page-locked: CUDA says {cudart.cudaGetErrorString(status)!r}")
     return buffer
 
 
 def on_own_pages(size: int, dtype: torch.dtype) -> Tensor:
-    """An empty buffer of ``size`` elements that shares no page of memory with another.
+    """An empty buffer of ``size`` elements, of whole pages of memory of its own.
 
-    CUDA locks whole pages, and refuses to lock one twice; small buffers often lie side by side on one.
+    CUDA locks whole pages: the heap's may hold what another buffer locks, and what the heap does with them later is
+    not ours to say. Shared pages, besides, stay the same ones when this process forks.
+
+    Raises UserError if there is no such memory.
     """
-    page, num_bytes = mmap.PAGESIZE, size * dtype.itemsize
-    memory = torch.empty(num_bytes + 2 * page, dtype=torch.uint8)
-    start = -memory.data_ptr() % page
-    return memory[start : start + num_bytes].view(dtype)
+    num_bytes = max(size * dtype.itemsize, 1)
+    try:
+        pages = mmap.mmap(-1, -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+    except OSError as error:
+        raise _no_room(num_bytes, f"had: {error.strerror}") from error
+    return torch.frombuffer(pages, dtype=torch.uint8)[: size * dtype.itemsize].view(dtype)
 
 
-def unlock(buffer: Tensor) -> None:
-    """Make a page-locked buffer of the host an ordinary one, before it is freed."""
-    if len(buffer) and torch.cuda.is_available() and buffer.is_pinned():
-        torch.cuda.synchronize()
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+def unlock(*buffers: Tensor) -> None:
+    """Make page-locked buffers of the host ordinary ones, before they are freed."""
+    for buffer in buffers:
+        if len(buffer) and torch.cuda.is_available() and buffer.is_pinned():
+            torch.cuda.synchronize()
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+
+
+def unlock_with(owner: object, buffers: list[Tensor]) -> None:
+    """Unlock what ``buffers`` holds when ``owner`` is gone: CUDA would take what comes to lie there for locked."""
+    finalize(owner, lambda: unlock(*buffers)).atexit = False
+
+
+def _no_room(num_bytes: int, why: str) -> UserError:
+    return UserError(
+        f"{files.size(num_bytes)} of this machine's memory can't be {why}",
+        remedy="give --model.offload false, and --model.shard_to gpu with a base in shares, or end other programs",
+    )
+
+
+def _forget_error(device: torch.device) -> None:
+    """Take note of CUDA's last error, which would be that of the next kernel otherwise."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device)

@@ -6,7 +6,6 @@ the next layer begin to come into the other. Bytes are moved and nothing is comp
 same. The weights view into the buffers; nothing else of them exists. Knows no model and no file.
 """
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,7 +17,7 @@ from torch import Tensor, distributed, nn
 
 from lit_qlora.devices.world import peers, world
 from lit_qlora.errors import UserError
-from lit_qlora.model.offload import locked, unlock
+from lit_qlora.model.offload import locked, unlock_with
 from lit_qlora.storage.files import size
 
 ALIGNED = 256
@@ -85,8 +84,8 @@ class Shards:
         self._coming: list[Callable[[], Any] | None] = [None, None]
         self._passes: Counter[int] = Counter()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and on_host else None
-        if self._stream:
-            weakref.finalize(self, _unlock_all, self._own).atexit = False
+        if on_host:
+            unlock_with(self, self._own)
 
     # Making
 
@@ -100,12 +99,12 @@ class Shards:
         total = sum(_aligned(part.num_bytes) for part in parts)
         share = _aligned(-(-total // self.size))
         own = self._kept(share)
+        self._own.append(own)
         start = self.rank * share
         for place, part in zip(_places(parts), parts, strict=True):
             first, last = max(place, start), min(place + part.num_bytes, start + share)
             if first < last:
                 own[first - start : last - start].copy_(part.read(first - place, last - first))
-        self._own.append(own)
         # Of what was read, only this process's share stays.
         self._weights.append([(module, _emptied(packed)) for module, packed in weights])
 
@@ -270,8 +269,3 @@ def _emptied(packed: Packed) -> Packed:
 
 def _gone(first: int, count: int) -> Tensor:
     raise AssertionError("a weight is read once")
-
-
-def _unlock_all(buffers: list[Tensor]) -> None:
-    for buffer in buffers:
-        unlock(buffer)

@@ -12,6 +12,7 @@ from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.devices.world import World
+from lit_qlora.errors import UserError
 from lit_qlora.forecast import foresee, memory, words
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
 from lit_qlora.forecast.memory import GIB, HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
@@ -292,6 +293,12 @@ def test_the_processes_of_a_machine_share_what_its_host_has_free(monkeypatch, pr
     monkeypatch.setattr(foresee, "current_device", lambda: Device("T4", (7, 5), 15 * GIB))
     monkeypatch.setattr(foresee, "world", lambda: World(0, processes, 0, processes))
     assert foresee.current_host.__wrapped__() == foresee.Host(room_gib * GIB, 6.0)
+
+    def locks_nothing():
+        raise UserError("67.1 MB can't be page-locked")
+
+    monkeypatch.setattr(foresee.offload, "copy_gb_per_s", locks_nothing)
+    assert foresee.current_host.__wrapped__() is None
 
 
 def test_weights_stay_dequantised_where_a_card_has_room_left():

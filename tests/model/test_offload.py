@@ -1,13 +1,16 @@
 """Activations on the host: the same bits, really away in between, and one micro-batch's after the other."""
 
+import gc
 import mmap
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lit_qlora.data.batching import collate
+from lit_qlora.errors import UserError
 from lit_qlora.forecast import memory
 from lit_qlora.model import offload
 from lit_qlora.model.attention import find_places
@@ -144,14 +147,80 @@ def test_on_a_gpu_hosted_layers_give_the_same_bits(wide_folder):
     store.close()
 
 
-def test_page_locked_buffers_share_no_page():
-    """CUDA refuses to lock a page twice, the likely reason why shares of small layers failed on a GPU."""
-    buffers = [on_own_pages(size, dtype) for size in (1, 5, 4096, 5000) for dtype in (torch.uint8, torch.float16)]
-    pages = [
-        page
-        for one in buffers
-        for page in range(one.data_ptr() // mmap.PAGESIZE, (one.data_ptr() + one.nbytes - 1) // mmap.PAGESIZE + 1)
-    ]
-    assert len(pages) == len({*pages})
-    assert [one.data_ptr() % mmap.PAGESIZE for one in buffers] == [0] * 8
-    assert [len(one) for one in buffers] == [1, 1, 5, 5, 4096, 4096, 5000, 5000]
+def test_page_locked_buffers_are_whole_pages_of_their_own():
+    buffers = [on_own_pages(size, dtype) for size in (0, 1, 5, 4096, 5000) for dtype in (torch.uint8, torch.float16)]
+    starts = [one.untyped_storage().data_ptr() for one in buffers]
+    lengths = [one.untyped_storage().nbytes() for one in buffers]
+    ends = sorted(start + length for start, length in zip(starts, lengths, strict=True))
+    assert all(start >= end for start, end in zip(sorted(starts)[1:], ends, strict=False))
+    assert [start % mmap.PAGESIZE for start in starts] == [0] * 10
+    assert [length / mmap.PAGESIZE for length in lengths] == [1, 1, 1, 1, 1, 1, 1, 2, 2, 3]
+    assert [len(one) for one in buffers] == [0, 0, 1, 1, 5, 5, 4096, 4096, 5000, 5000]
+    for number, one in enumerate(buffers):
+        one.fill_(number)
+    assert all((one == number).all() for number, one in enumerate(buffers))
+
+
+ON_CARD = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cpu"))
+
+
+def runtime(monkeypatch, status):
+    """CUDA's calls from now on; it locks nothing."""
+    calls = []
+
+    def note(name, gives):
+        return lambda *args: calls.append((name, *args)) or gives
+
+    made = SimpleNamespace(
+        cudaError=SimpleNamespace(success=0),
+        cudaHostRegister=note("register", status),
+        cudaHostUnregister=note("unregister", 0),
+        cudaGetErrorString=lambda status: f"error {status}",
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda status: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    return calls
+
+
+def test_whole_pages_are_locked_and_unlocked_when_their_owner_is_gone(monkeypatch):
+    calls, store = runtime(monkeypatch, 0), HostStore()
+    for size in (3000, 5):
+        store._buffers.append(offload.locked(size, ON_CARD))
+    starts = [one.data_ptr() for one in store._buffers]
+    assert calls == [("register", starts[0], 2 * mmap.PAGESIZE, 0), ("register", starts[1], mmap.PAGESIZE, 0)]
+    del calls[:], store
+    gc.collect()
+    assert calls == [("unregister", start) for start in starts]
+
+
+def test_memory_that_cannot_be_locked_is_one_line(monkeypatch):
+    runtime(monkeypatch, 1)
+    with pytest.raises(UserError, match=r"^4\.1 kB .* page-locked: CUDA says 'error 1'; .*--model\.offload false"):
+        offload.locked(5, ON_CARD)
+
+    def full(*args):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(offload.mmap, "mmap", full)
+    with pytest.raises(UserError, match=r"^10\.0 MB .* had: Cannot allocate memory; "):
+        offload.locked(5_000_000, ON_CARD)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1, 256, 4096, 5000, 70_000, 3_000_000])
+def test_on_a_gpu_many_buffers_of_any_size_are_locked_and_freed_in_any_order(size):
+    """Each is really locked, copied both ways, and what comes to lie in its place can be locked again."""
+    like = torch.empty(0, dtype=torch.uint8, device="cuda")
+    for _ in range(2):
+        buffers = [offload.locked(size, like) for _ in range(40)]
+        assert all(one.is_pinned() for one in buffers)
+        for number, one in enumerate(buffers):
+            one.copy_(torch.full((size,), number, dtype=torch.uint8, device="cuda"), non_blocking=True)
+        back = [one.to("cuda", non_blocking=True) for one in buffers]
+        assert all((one == number).all() for number, one in enumerate(back))
+        for one in [*buffers[1::2], *buffers[::2]]:
+            offload.unlock(one)
+        assert not any(one.is_pinned() for one in buffers)

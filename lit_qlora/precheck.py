@@ -1,7 +1,8 @@
 """Owns the first look at a command line of fit and its kin, before seconds go into importing PyTorch and Lightning.
 
-It finds what can be found so: names, types, single values out of range, files and folders that are nowhere. The parser
-proper comes behind it, and finds the rest; each of these mistakes is one there too, in the same words.
+It finds what can be found so: names, types, values out of range, classes, files and folders that are nowhere, rows that
+begin as no rows do, a run of other settings. The parser proper comes behind it, and finds the rest; each of these
+mistakes is one there too, in the same words.
 """
 
 import argparse
@@ -13,23 +14,36 @@ from typing import Any, Union
 import yaml
 from jsonargparse import ArgumentParser
 
+from lit_qlora import classes
 from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.data.files import kind_of
+from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
 from lit_qlora.data.templates import read_template
+from lit_qlora.devices.dealing import check_shares
 from lit_qlora.devices.starting import MOST_ON_CPU
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.devices.world import is_first, world
 from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, nearest_class, option
+from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
-from lit_qlora.signatures import CLASSES, LEARNING, ROOT, UNKNOWN, Option, class_names, options_of
+from lit_qlora.signatures import CLASSES, LEARNING, UNKNOWN, Option, options_of
+from lit_qlora.storage import settings
 from lit_qlora.storage.folders import verify_folder
-from lit_qlora.storage.run import folder_to_score, named_folder, newest_run, open_run, unnamed_run
+from lit_qlora.storage.lock import RunLock
+from lit_qlora.storage.run import (
+    FOR_ONE_START,
+    RunFolder,
+    folder_to_score,
+    named_folder,
+    newest_run,
+    open_run,
+    unnamed_run,
+)
 from lit_qlora.text.formats import OF_BASE
 
 ANYTHING = Union[list[Any], dict[str, Any], str, int, float, bool, None]  # noqa: UP007
@@ -50,6 +64,7 @@ def check_first(verb: str, args: Sequence[str]) -> None:
         return
     run, base = named_folder(option([*args], "--run")), option([*args], "--model.base")
     is_kept = not configs and (verb not in LEARNING or bool(run and run.exists()))
+    args, named = classes.take_out([*args])
     if not (configs or is_kept) and base in (None, "demo"):
         args = ["--config", find_config("demo"), *args]  # as `start.complete` does
     parser = _parser(options.values())
@@ -58,32 +73,60 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     values = {names[name]: value for name, value in found.items() if name in names}
     parser.check_values(values)
     _check_alone(values)
-    if is_kept:  # its other options are the run's
-        if verb not in LEARNING:
-            open_run(run) if run else newest_run()
-            _check_sources(values)
+    classes.check_classes(named, values)
+    if is_kept:
+        _check_with_kept(verb, options, values, run)
         return
-    values = {name: one.default for name, one in options.items() if one.default is not UNKNOWN} | values
+    configs = found.get("config") or []
+    defaults = {name: one.default for name, one in options.items() if one.default is not UNKNOWN}
+    _check_whole(verb, options, defaults | values, str(configs[-1]) if configs else None)
+
+
+def _check_with_kept(verb: str, options: Mapping[str, Option], values: Mapping[str, Any], run: Path | None) -> None:
+    """Raises UserError for wrong ``values`` where the other options are those of ``run``, by default the newest."""
+    if verb not in LEARNING:
+        open_run(run) if run else newest_run()
+        _check_sources(values)
+    elif verb == "fit" and run:
+        _check_run(options, values, RunFolder(run))
+
+
+def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, Any], config: str | None) -> None:
+    """Raises UserError for ``values`` of all options that are wrong; ``config`` is the last config file."""
     check_ranges(values)
     check_ranges({name.removeprefix("samples."): value for name, value in values.items()}, "samples.")
     Reading(str(values["data.form"]), columns=values["data.columns"]).check()
     if values["data.template"] != OF_BASE:
         read_template(values["data.template"])
     _check_base(verb, values)
-    if verb != "plan":  # what a forecast is for need not be here
-        _check_rows(values, found.get("config") or [])
+    if verb in LEARNING:
+        _check_devices(verb, values)
+    named = named_folder(values.get("run"))
+    run = RunFolder(named or unnamed_run(config, values["model.base"]))
+    if verb == "fit" and named:
+        _check_run(options, values, run)
+    elif verb == "fit":  # another folder may be taken, but not for what it holds beside runs
+        run.check_place()
+    if verb != "plan" and not run.finished_mark.exists() and not values.get("mirror"):
+        _check_rows(values)  # which a forecast and a run that is finished don't need
 
 
 def processes_asked(args: Sequence[str]) -> int:
     """How many processes a command line or its config files ask for; 1 where it takes torch to know."""
     given, file = option([*args], "--trainer.devices"), option([*args], "--config", "-c")
-    value = str(_in_config(file) if given is None and file else given or 1).strip()
+    number = _number_of(_in_config(file) if given is None and file else given or 1)
+    return number if "--help" not in args else 1
+
+
+def _number_of(devices: Any) -> int:
+    """How many processes a value of trainer.devices asks for; 1 where it takes torch to know."""
+    value = str(devices).strip()
     if re.fullmatch(r"\[[\s\d,]*\]", value):
         gpus = re.findall(r"\d+", value)
         number = len(gpus) if len(gpus) == len({*gpus}) else 1
     else:
         number = int(value) if re.fullmatch(r"\d{1,6}", value) else 1
-    return number if number <= MOST_ON_CPU and "--help" not in args else 1
+    return number if number <= MOST_ON_CPU else 1
 
 
 def _in_config(name: str) -> Any:
@@ -106,21 +149,6 @@ def _check_alone(values: Mapping[str, Any]) -> None:
     scored = str(values.get("ckpt_path", "best"))
     if scored not in ("best", "last", "base"):
         folder_to_score(scored, lambda folder: folder.exists() or verify_folder(folder))
-    for name, base in (("trainer.callbacks", "Callback"), ("trainer.logger", "Logger")):
-        _check_classes(name, base, values.get(name))
-
-
-def _check_classes(place: str, base: str, given: Any) -> None:
-    """Raises UserError for a class named without a module that neither Lightning nor this project has."""
-    for one in given if isinstance(given, list) else [given]:
-        name = one.get("class_path") if isinstance(one, dict) else one
-        if not (isinstance(name, str) and name.isidentifier() and isinstance(yaml.safe_load(name), str)):  # not "true"
-            continue
-        names = class_names(base)
-        ours = re.compile(rf"^class {name}\b", re.MULTILINE)
-        texts = (file.read_text(encoding="utf-8") for file in (ROOT / "callbacks").glob("*.py"))
-        if name not in names and not any(map(ours.search, texts)):
-            raise UserError(f"no class {excerpt(name)}", option=place, remedy=nearest_class(name, names))
 
 
 def _check_base(verb: str, values: Mapping[str, Any]) -> None:
@@ -134,13 +162,51 @@ def _check_base(verb: str, values: Mapping[str, Any]) -> None:
     check_context(base, values["data.max_length"])
 
 
-def _check_rows(values: Mapping[str, Any], configs: Sequence[Any]) -> None:
-    """Raises UserError for rows that are nowhere on this machine, and can't be on the hub."""
-    run, config = named_folder(values.get("run")), str(configs[-1]) if configs else None
-    folder = run or unnamed_run(config, values["model.base"])
-    if folder.exists() or values.get("mirror"):
-        return  # a run that is finished needs no rows
+def _check_devices(verb: str, values: Mapping[str, Any]) -> None:
+    """Raises UserError where a step has too few micro-batches for the devices, if these may be there."""
+    number = _number_of(values["trainer.devices"])
+    num_gpus = len([*Path("/proc/driver/nvidia/gpus").glob("*")])
+    if verb != "fit" or values["trainer.accelerator"] == "cpu" or number <= num_gpus or not num_gpus:
+        num_processes = number * values["trainer.num_nodes"] if world().size == 1 else world().size
+        check_shares(num_processes, values["trainer.accumulate_grad_batches"])
+
+
+def _check_run(options: Mapping[str, Option], values: Mapping[str, Any], run: RunFolder) -> None:
+    """Raises UserError for plain settings that would make it another run than ``run``, and for one that is in use."""
+    run.check_place()
+    if is_first():
+        RunLock(run.path).check()
+    if not run.has_begun() or not run.config.is_file():
+        return
+    left_out = {*FOR_ONE_START, *(name for name, one in options.items() if one.type is UNKNOWN)}
+    now = {name: value for name, value in values.items() if name not in left_out}
+    if "model.target_modules" in now:
+        now["model.target_modules"] = split_names(now["model.target_modules"])
+    if now.get("data.template") == OF_BASE or now.get("model.adapter"):
+        now.pop("data.template", None)  # the base has it, or the adapter
+    elif now.get("data.template"):
+        now["data.template"] = read_template(now["data.template"])
+    was = {
+        key: value for key, value in run.read_options().items() if any(f"{key}.".startswith(f"{one}.") for one in now)
+    }
+    others = settings.refused(was, now)
+    if others:
+        _check_sources(values)
+        raise settings.other_run(run.path, others)
+
+
+def _check_rows(values: Mapping[str, Any]) -> None:
+    """Raises UserError for rows that are nowhere on this machine and can't be on the hub, or begin as no rows do."""
     _check_sources(values)
+    reading = Reading(
+        values["data.form"],
+        values["data.strict"],
+        columns=values["data.columns"],
+        opening=values["data.opening"],
+        is_whole=values["data.train_on"] == "all",
+    )
+    source, held_out, share = (values[f"data.{name}"] for name in ("source", "validation_source", "validation_share"))
+    Parts(source, held_out, share, values["seed_everything"], reading).check_early()
 
 
 def _check_sources(values: Mapping[str, Any]) -> None:
@@ -171,7 +237,9 @@ def _belongs(name: str, options: dict[str, Option]) -> bool:
     sections = {section for section, _, _ in CLASSES}
     unknown = (name for name, one in options.items() if one.type is UNKNOWN)
     is_known = name in sections or name in LINKED or name in ("print_config", "")
-    return is_known or any(name.startswith(f"{one}.") for one in unknown)
+    return is_known or any(
+        name.startswith(f"{one}.") and (one not in classes.KINDS or name.endswith(".help")) for one in unknown
+    )
 
 
 class _FirstParser(OneLineErrors, ArgumentParser):

@@ -167,18 +167,6 @@ def _lightning() -> Path:
     return Path(spec.submodule_search_locations[0]) / "pytorch"
 
 
-@cache
-def class_names(base: str) -> list[str]:
-    """Names of Lightning's public classes below the one called ``base``, as its sources have them."""
-    texts = (file.read_text(encoding="utf-8") for file in sorted(_lightning().rglob("*.py")))
-    heads = [head for text in texts for head in re.findall(r"^class (\w+)\(([^)]*)\)", text, re.MULTILINE)]
-    found, size = {base: None}, 0
-    while len(found) > size:
-        size = len(found)
-        found |= dict.fromkeys(name for name, bases in heads if found.keys() & {*re.findall(r"\w+", bases)})
-    return [name for name in found if name != base and not name.startswith("_")]
-
-
 def _parameters(init: ast.FunctionDef) -> Iterator[tuple[str, tuple[ast.expr | None, ast.expr | None]]]:
     """Name, annotation and default of each."""
     places = init.args.args[1:]

@@ -230,11 +230,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
     others = settings.refused(first, config)
     if others:
         _check_sources(data)
-        raise UserError(
-            f"{run.path} was started with other settings: {'; '.join(map(str, others))}",
-            option="run",
-            remedy="give --run NAME to start another run",
-        )
+        raise settings.other_run(run.path, others)
     finished = run.finished()
     if finished and _stays_finished(finished, finished.get("lengths", lengths(first)), lengths(config)):
         print(

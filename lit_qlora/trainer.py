@@ -292,19 +292,6 @@ def count_processes(devices: int | str | list[int], num_nodes: int, accelerator:
     return len(gpus) * num_nodes if world().size == 1 else world().size
 
 
-def check_shares(num_processes: int, accumulate: int) -> None:
-    """Raises UserError where an optimizer step has no micro-batch for each of ``num_processes``."""
-    if 1 <= accumulate < num_processes:
-        raise UserError(
-            f"{num_processes}, and a step has {accumulate} micro-batch{'es' * (accumulate > 1)}",
-            option="trainer.devices",
-            remedy=(
-                f"give --trainer.accumulate_grad_batches {num_processes} (a larger step), and with it data.batch_size "
-                f"divided by {-(-num_processes // accumulate)} (a step of as many rows)"
-            ),
-        )
-
-
 def own_callbacks(given: Callback | list[Callback] | None, validates: bool = True) -> list[Callback]:
     """The user's own callbacks, one or several, which may only observe.
 

@@ -37,6 +37,7 @@ from lit_qlora.console import complain, say, tell
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.templates import read_template
 from lit_qlora.devices import starting
+from lit_qlora.devices.dealing import check_shares
 from lit_qlora.devices.launchers import requeue
 from lit_qlora.devices.strategy import OwnSignals
 from lit_qlora.devices.world import (
@@ -78,7 +79,6 @@ from lit_qlora.trainer import (
     RunParser,
     as_list,
     check_kinds,
-    check_shares,
     count_processes,
     find_gpus,
     own_callbacks,

@@ -9,10 +9,10 @@ import yaml
 
 from benchmarks import many_cards
 from lit_qlora.cli import main
+from lit_qlora.devices.dealing import check_shares
 from lit_qlora.errors import UserError
 from lit_qlora.storage.run import flat
 from lit_qlora.tools import plan
-from lit_qlora.trainer import check_shares
 
 ROOT = Path(__file__).parents[1]
 

@@ -94,6 +94,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("run").mkdir()
+    Path("run/metrics.jsonl").touch()  # it has begun
     Path("run/payload.py").write_text(PAYLOAD)
     Path("run/payload.yaml").write_text(f"class_path: run.payload.X\ntrainer: {{callbacks: {CLASS}}}\n")
     yield Path("run")

@@ -8,12 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lit_qlora import precheck
 from lit_qlora.cli import main
 from lit_qlora.errors import UserError
+from lit_qlora.model.base import split_names
+from lit_qlora.options import plain
+from lit_qlora.place import find_config
 from lit_qlora.precheck import check_first
 from lit_qlora.signatures import UNKNOWN, options_of
+from lit_qlora.storage.lock import RunLock
+from lit_qlora.storage.run import RunFolder, as_yaml
 from lit_qlora.usage import MATTER, help_asked, help_of
 
 ROOT = Path(__file__).parents[1]
@@ -55,16 +61,72 @@ MISTAKES = [
     ["--model.cuda_graphs=true", "--data.packing=true", "--data.batch_tokens=2000"],
     ["--trainer.callbacks=Nope"], ["--trainer.callbacks+=LearningRateMonitr"], ["--trainer.logger=csv"],
     ["--trainer.callbacks=[{class_path: Nope}]"],
+    # Classes, their modules and arguments.
+    ["--trainer.plugins=nope"], ["--trainer.plugins+=LightningEnvironmnt"], ["--trainer.callbacks=foo.Bar"],
+    ["--trainer.callbacks=lightning.pytorch.callbacks.Tmer"], ["--trainer.callbacks=lightning.pytorch.nope.X"],
+    ["--trainer.logger=foo.bar.Baz"], ["--trainer.callbacks=[{class_path: foo.Bar}]"], ["--trainer.logger=nope.py"],
+    ["--trainer.logger=CSVLogger"], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dri=x"],
+    ["--trainer.logger={class_path: CSVLogger}"],
+    ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "x", "--trainer.logger.nam", "y"],
+    ["--trainer.callbacks+=Timer", "--trainer.callbacks.duratio=x"], ["--trainer.logger.save_dir=x"],
+    ["--trainer.logger={class_path: CSVLogger, init_args: {save_dri: x}}"],
+    # Rows.
+    ["--data.source=page.jsonl"], ["--data.source=empty.jsonl"], ["--data.source=torn.jsonl"],
+    ["--data.source=utf16.jsonl"], ["--data.source=columns.jsonl"], ["--data.source=columns.csv"],
+    ["--data.source=lfs.parquet"], ["--data.source=cut.jsonl.gz"], ["--data.source=late.jsonl"],
+    ["--data.source=stray.jsonl", "--data.strict=true"], ["--data.source=good.jsonl", "--data.form=alpaca"],
+    ["--data.source=good.jsonl", "--data.columns.user=questoin", "--data.columns.assistant=answer"],
+    ["--data.source=good.jsonl", "--data.validation_source=empty.jsonl"],
+    ["--data.source=good.jsonl", "--data.validation_share=0"],
+    ["--data.source=good.jsonl", "--data.validation_source=good.jsonl"],
+    ["--data.source=[good.jsonl, columns.jsonl]"], ["--data.source=split"], ["--data.source=good.jsonl:test"],
+    # The run's folder.
+    ["--run=./good.jsonl"], ["--run=./split"],
 ]  # fmt: skip
 
+GOOD = '{"text": "### Human: a%d### Assistant: b"}\n'
+FILES = {
+    "rows.yaml": b"",
+    "page.jsonl": b"<!doctype html><p>Sign in",
+    "empty.jsonl": b"",
+    "torn.jsonl": b'{"text": "### Human: a### Assis\n',
+    "utf16.jsonl": '{"text": "a"}'.encode("utf-16"),
+    "columns.jsonl": b'{"frage": "a", "antwort": "b"}\n' * 3,
+    "columns.csv": b"a,b\n1,2\n",
+    "lfs.parquet": b"version https://git-lfs.github.com/spec/v1\n",
+    "cut.jsonl.gz": b"\x1f\x8b\x08\x00cut",
+    "late.jsonl": "".join(GOOD % n if n % 8 else "{}\n" for n in range(1, 400)).encode(),
+    "stray.jsonl": b'{"a": 1}\n' + "".join(GOOD % n for n in range(30)).encode(),
+    "good.jsonl": "".join(GOOD % n for n in range(30)).encode(),
+    "split/test.jsonl": GOOD.encode(),
+}
 
-@pytest.mark.parametrize("args", [*MISTAKES, ["--data.form=nope"]], ids=" ".join)  # which the parser says otherwise
-def test_a_mistake_is_found_first(args, tmp_path, monkeypatch):
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Files of rows, most of them wrong, in the current folder; nothing may be added to them."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.yaml").touch()
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    yield
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")} == {*FILES, "split"}
+
+
+BY_OTHERS = [
+    ["--data.form=nope"],  # which the parser says otherwise
+    [
+        "--trainer.devices=3",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.accelerator=cpu",
+    ],  # each of three processes
+]
+
+
+@pytest.mark.parametrize("args", [*MISTAKES, *BY_OTHERS], ids=" ".join)
+def test_a_mistake_is_found_first(args, files):
     with pytest.raises(UserError):
         check_first("fit", args)
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -84,9 +146,7 @@ def test_a_mistake_of_another_verbs_own_option_is_found_first(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", MISTAKES, ids=" ".join)
-def test_it_is_the_parsers_own_mistake_in_the_same_words(args, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.yaml").touch()
+def test_it_is_the_parsers_own_mistake_in_the_same_words(args, files, monkeypatch, capsys):
     assert main(["fit", *args]) == 2
     first = capsys.readouterr().err
     monkeypatch.setattr(precheck, "check_first", lambda *_: None)
@@ -99,16 +159,25 @@ def test_it_is_the_parsers_own_mistake_in_the_same_words(args, tmp_path, monkeyp
     [
         [], ["--config", "colab_t4"], ["--config=demo"], ["-c", "demo"],
         ["--data.batch_tokens=400", "--data.packing=true"],
-        ["--trainer.callbacks+=Timer"], ["--trainer.callbacks=mine.X"], ["--trainer.callbacks=[SampleAnswers]"],
+        ["--trainer.callbacks+=Timer"], ["--trainer.callbacks=[SampleAnswers]"],
+        ["--trainer.callbacks=json.decoder.JSONDecoder"],
         ["--trainer.logger=true"], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], ["--model=x.yaml"],
         ["--trainer.logger=false"], ["--data.system=--x y"], ["--samples.prompts+=a"], ["--print_config"],
         ["--model.target_modules=[q_proj,v_proj]"], ["--data.source=a/b"], ["--model.base=a/b"], ["--data.seed=3"],
         ["--trainer.gradient_clip_val=null"], ["--data.form=auto"], ["--model.learning_rate=1e-4"],
+        ["--trainer.logger=CSVLogger", "--trainer.logger.init_args.save_dir=x", "--trainer.logger.name", "y"],
+        ["--trainer.callbacks+=Timer", "--trainer.callbacks.interval=epoch", "--trainer.callbacks+=ModelSummary"],
+        ["--trainer.callbacks=os.path.Bar"], ["--trainer.plugins=LightningEnvironment"],
+        ["--trainer.callbacks=lightning.pytorch.callbacks.Timer"], ["--trainer.devices=[0]"],
+        ["--trainer.logger.help", "CSVLogger"], ["--trainer.logger=WandbLogger", "--trainer.logger.projct=x"],
+        ["--data.source=stray.jsonl"], ["--data.source=good.jsonl"],
+        ["--data.source=[good.jsonl, demo]"], ["--data.source=good.jsonl", "--data.validation_source=stray.jsonl"],
+        ["--trainer.devices=2", "--trainer.accumulate_grad_batches=2", "--trainer.accelerator=cpu"],
+        ["--trainer.devices=auto"],
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_what_the_parser_takes_or_alone_can_judge_passes(args, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_the_parser_takes_or_alone_can_judge_passes(args, files):
     check_first("fit", args)
 
 
@@ -123,10 +192,71 @@ def test_a_config_with_classes_and_lists_to_add_to_passes_and_its_misspelt_key_d
     expect_error(lambda: check_first("fit", ["--config", str(file)]), "unknown option 'model.rnk'", "'model.rank'")
 
 
+def test_arguments_for_a_class_that_a_config_names(tmp_path, expect_error):
+    file = tmp_path / "mine.yaml"
+    file.write_text("trainer:\n  logger: {class_path: CSVLogger}\n")
+    check_first("fit", ["--config", str(file), "--trainer.logger.save_dir", "x"])
+    expect_error(
+        lambda: check_first("fit", ["--config", str(file)]),
+        "CSVLogger needs save_dir",
+        option="trainer.logger.save_dir",
+    )
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch, parser_of):
+    """A run of the demo's config that has begun, and the settings of its first start."""
+    monkeypatch.chdir(tmp_path)
+    parser = parser_of("fit")
+    found = parser.parse_args(["--config", find_config("demo"), "--run", "mine"])
+    config = yaml.safe_load(parser.dump(plain(found)))
+    config["model"]["target_modules"] = split_names(config["model"]["target_modules"])
+    run = RunFolder(Path("runs/mine"))
+    run.path.mkdir(parents=True)
+    run.metrics.touch()
+    run.config.write_text(as_yaml({name: value for name, value in config.items() if name not in ("run", "config")}))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("args", "changed"),
+    [
+        ([], None), (["--model.rank=16"], None), (["--trainer.max_epochs=9", "--samples.count=3"], None),
+        (["--data.source=./demo"], "missing"), (["--model.rank=4"], "model.rank: 16 -> 4"),
+        (["--data.columns.user=x", "--data.columns.assistant=y"], ": data.columns.assistant: None -> y; data.columns"),
+        (["--model.target_modules=q_proj,v_proj"], "model.target_modules: all-linear -> ['q_proj', 'v_proj']"),
+        (["--data.template=chatml"], "data.template: None -> {#- ChatML"),
+        (["--data.batch_tokens=2000"], "data.batch_tokens: None -> 2000"),
+        (["--seed_everything=7", "--model.learning_rate=0.5"], "model.learning_rate"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("config", [["--config", "demo"], []], ids=["whole", "kept"])
+def test_settings_of_another_run_are_found_first(begun, args, changed, config, expect_error):
+    call = lambda: check_first("fit", [*config, "--run", "mine", *args])  # noqa: E731
+    if changed is None:
+        call()
+    elif changed == "missing":
+        expect_error(call, "no such file", place="./demo")
+    else:
+        expect_error(call, "runs/mine was started with other settings: ", changed, option="run")
+
+
+def test_a_run_in_use_is_found_first(begun, expect_error):
+    check_first("fit", ["--config", "demo", "--run", "mine"])
+    with RunLock(begun.path):
+        expect_error(lambda: check_first("fit", ["--run", "mine"]), "runs/mine is in use by process")
+        check_first("plan", ["--config", "demo", "--run", "mine"])
+    check_first("fit", ["--run", "mine"])
+
+
 def test_a_run_whose_rows_are_gone_is_left_to_the_run(tmp_path, monkeypatch):
     """It may be finished, and says so then."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        check_first("fit", ["--config", "demo", "--run", "mine", "--data.source", "gone.jsonl"])
+    (tmp_path / "runs" / "mine" / "finished.json").touch()
     check_first("fit", ["--config", "demo", "--run", "mine", "--data.source", "gone.jsonl"])
     with pytest.raises(UserError, match=r"gone\.jsonl"):
         check_first("fit", ["--config", "demo", "--run", "other", "--data.source", "gone.jsonl"])

@@ -11,9 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_qlora.data.records import ANY_FORM, UNANSWERED, Reading, Records, count_unanswered, joined, load_records
+from lit_qlora.data.records import (
+    ANY_FORM,
+    UNANSWERED,
+    Reading,
+    Records,
+    check_early,
+    count_unanswered,
+    joined,
+    load_records,
+    name_of,
+)
 from lit_qlora.data.run_rows import RunRows, digest
-from lit_qlora.data.sources import Source, Splits, as_text, find_splits, sources_of
+from lit_qlora.data.sources import Source, Splits, as_text, find_splits, is_hub_id, sources_of
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
 
@@ -58,6 +68,26 @@ class Parts:
         own = [splits.first("validation", "test") for splits in self.splits.values()]
         return self._is_own() and None in own and (self.share > 0 or not any(own))
 
+    def check_early(self) -> None:
+        """Look at the rows on this machine for what `train_and_held_out` would refuse; see `records.check_early`.
+
+        Raises:
+            UserError: as it does.
+        """
+        local = {source: find_splits(source) for source in sources_of(self.source) if not is_hub_id(source)}
+        for source, splits in local.items():
+            check_early(source, splits.training(), self.reading, self.seed)
+        own = [(source, splits.first("validation", "test")) for source, splits in local.items()]
+        if not self._is_own():
+            elsewhere = [source for source in self._elsewhere() if not is_hub_id(source)]
+            own = [(source, find_splits(source).for_scoring("validation", "test")) for source in elsewhere]
+        for source, split in own:
+            if split:
+                check_early(source, split, self.reading)
+        if len(local) == len(sources_of(self.source)) and self.draws():
+            names = [source.called(splits.training()) for source, splits in local.items()]
+            self._check_draw(name_of([name for name, (_, held_out) in zip(names, own, strict=True) if not held_out]))
+
     def train_and_held_out(self) -> tuple[Records, Records]:
         """Load the rows to train on and the rows to validate on, which never mix.
 
@@ -77,14 +107,9 @@ class Parts:
         fixed = [self._load(source, name) for source, name in own if name]
         held_out = [_apart(joined(fixed), joined(trains), "data.source")] if fixed else []
         if self.draws():
-            if self.validation_source is not None:
-                raise UserError(
-                    f"{self._names()} is the training data itself",
-                    option="data.validation_source",
-                    remedy="leave it out to hold out a share",
-                )
-            drawn = _draw(joined([records for records, (_, name) in zip(trains, own, strict=True) if not name]),
-                          self.share, self.seed)  # fmt: skip
+            undivided = joined([records for records, (_, name) in zip(trains, own, strict=True) if not name])
+            self._check_draw(undivided.name)
+            drawn = _draw(undivided, self.share, self.seed)
             divided = [_divide(records, drawn) for records in trains]
             trains = [train for train, _ in divided]
             held_out += [rest for (_, rest), (_, name) in zip(divided, own, strict=True) if not name]
@@ -200,6 +225,21 @@ class Parts:
         given = self.validation_source
         return () if given is None else sources_of(given, "data.validation_source")
 
+    def _check_draw(self, name: str) -> None:
+        """Raises UserError where no share of the rows called ``name`` is to be held out."""
+        if self.validation_source is not None:
+            raise UserError(
+                f"{self._names()} is the training data itself",
+                option="data.validation_source",
+                remedy="leave it out to hold out a share",
+            )
+        if not 0 < self.share < 1:
+            raise UserError(
+                f"is {self.share}, expected between 0 and 1, such as 0.05, because {name} has no test split",
+                option="data.validation_share",
+                remedy="or give data.validation_source",
+            )
+
     def _names(self) -> str:
         return " and ".join(map(str, self.splits))
 
@@ -233,12 +273,6 @@ def _apart(
 
 def _draw(records: Records, share: float, seed: int) -> set[Conversation]:
     """The conversations to hold out, a ``share`` of the different ones; at least one, and never all of them."""
-    if not 0 < share < 1:
-        raise UserError(
-            f"is {share}, expected between 0 and 1, such as 0.05, because {records.name} has no test split",
-            option="data.validation_share",
-            remedy="or give data.validation_source",
-        )
     unique = list(dict.fromkeys(records.conversations))
     if len(unique) < 2:
         raise UserError(

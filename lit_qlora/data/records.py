@@ -13,7 +13,7 @@ from typing import NamedTuple
 from lit_qlora.console import counted
 from lit_qlora.data.files import Row
 from lit_qlora.data.forms import Form, Read, RowError, check_columns, form_names, read_row
-from lit_qlora.data.sources import Source, read_source, sources_of
+from lit_qlora.data.sources import Source, local_bytes, read_source, sources_of
 from lit_qlora.errors import UserError, excerpt, suggestion
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat, chosen
@@ -28,6 +28,13 @@ UNUSED = "rows hold what is not used: "
 
 NAMED = 12
 """Most columns, keys and tokens to name; of more, their number."""
+
+EARLY_BYTES = 2**25
+"""Most bytes of a split that `check_early` reads: a third of a second."""
+EARLY_ROWS = 100
+"""Rows that `check_early` looks at while none has a fault."""
+MOST_EARLY_ROWS = 10_000
+"""Rows that it looks at at most: half a second."""
 
 
 class Reading(NamedTuple):
@@ -108,17 +115,62 @@ def load_records(
             no row is left.
     """
     (source,) = sources_of(source)
+    reading = _reading_of(source, reading)
+    rows, unused = _rows_of(source, split, reading, seed)
+    records = _to_records(source.called(split), rows, reading)
+    return replace(records, dropped=records.dropped | unused)
+
+
+def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: int | None = None) -> None:
+    """Look at one split for what `load_records` would refuse, before a prompt format and a tokenizer are known.
+
+    Most wrong files are found so: what is no data, and, by its beginning, what has rows of no known form. Passes the
+    hub's, and what is too large to be read twice.
+
+    Raises:
+        UserError: as `load_records`.
+    """
+    reading = _reading_of(source, reading)
+    num_bytes = local_bytes(source, split)
+    if source.path == "demo" or num_bytes is None or num_bytes > EARLY_BYTES:
+        return
+    rows, _ = _rows_of(source, split, reading, seed)
+    _check_named(source.called(split), rows, reading)
+    faults = list[UserError]()
+    for number, row in enumerate(rows[:MOST_EARLY_ROWS]):
+        if number >= EARLY_ROWS and not faults:
+            return
+        try:
+            _read(row, reading)
+        except UserError as fault:
+            faults.append(fault)
+            if reading.strict or _is_misread(len(faults), len(rows)):
+                raise faults[0] from None
+
+
+def _reading_of(source: Source, reading: Reading) -> Reading:
+    """``reading`` with the source's own columns, if it has any. Raises UserError as `Reading.check`."""
     if source.columns is not None:
         reading = reading._replace(columns=dict(source.columns))
     reading.check()
+    return reading
+
+
+def _rows_of(source: Source, split: str, reading: Reading, seed: int | None) -> tuple[list[Row], dict[str, int]]:
+    """The rows of one split that are used, and the number of others, in words."""
     rows = read_source(source, split, [*(reading.columns or {}).values()])
     count = len(rows)
-    if seed is not None and source.share < 1:
-        number = max(1, round(source.share * count))
-        rows = [rows[place] for place in sorted(random.Random(seed).sample(range(count), number))]
-    records = _to_records(source.called(split), rows, reading)
-    unused = {f"rows not used, for its share is {source.share:g}": count - len(rows)} if len(rows) < count else {}
-    return replace(records, dropped=records.dropped | unused)
+    if seed is None or source.share == 1:
+        return rows, {}
+    number = max(1, round(source.share * count))
+    rows = [rows[place] for place in sorted(random.Random(seed).sample(range(count), number))]
+    unused = {f"rows not used, for its share is {source.share:g}": count - number} if number < count else {}
+    return rows, unused
+
+
+def _is_misread(num_faults: int, num_rows: int) -> bool:
+    """True if so many rows have faults that these are no stray ones, but a form misread."""
+    return num_faults > num_rows / 10
 
 
 def joined(parts: Sequence[Records]) -> Records:
@@ -135,8 +187,13 @@ def joined(parts: Sequence[Records]) -> Records:
         left_out += part.left_out
         dropped.update(part.dropped)
     flat = tuple(one for part in parts for one in part.parts or (part,))
-    name = " and ".join(part.name for part in parts) if len(flat) <= 2 else f"{len(flat)} sources"
+    name = name_of([part.name for part in flat])
     return Records(name, conversations, dict(dropped), frozenset(unanswered), where, left_out, flat)
+
+
+def name_of(names: Sequence[str]) -> str:
+    """What sources called ``names`` are called together."""
+    return " and ".join(names) if len(names) <= 2 else f"{len(names)} sources"
 
 
 class Counts:
@@ -206,7 +263,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
             counts.dropped[reason] += 1
         conversations.append(conversation)
         where.append(row.where)
-    if len(faults) > len(rows) / 10:  # so many are no stray rows, but a form misread
+    if _is_misread(len(faults), len(rows)):
         raise faults[0][1]
     if faults:
         counts.dropped[f"{BROKEN}{faults[0][0]}"] = len(faults)

@@ -284,6 +284,20 @@ def _is_data(path: Path) -> bool:
     return path.name.lower().endswith(FILES) and path.name not in NO_ROWS and path.is_file()
 
 
+def local_bytes(source: str | Source, split: str = "train") -> int | None:
+    """The size of a split's files on this machine; None for one on the hub.
+
+    Raises:
+        UserError: as `read_source`.
+    """
+    source = _source(source, "data.source")
+    files = _find_files(source)
+    if files is None:
+        return None
+    _check_split(source, split, [*files])
+    return sum(path.stat().st_size for path in files[split] if path.is_file())
+
+
 def read_source(source: str | Source, split: str = "train", columns: Sequence[str] = ()) -> list[Row]:
     """Read the rows of one split, by its name there.
 

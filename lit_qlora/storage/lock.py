@@ -49,10 +49,8 @@ class RunLock:
             file.close()
             raise
         if not is_free:
-            file.seek(0)
-            holder = file.readline().strip() or "another process"
             file.close()
-            raise UserError(f"{self._run} is in use by {holder}: wait for it, stop it, or give another --run")
+            raise self._in_use()
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         with suppress(OSError):  # a full disk: what is held is the file, whatever it says
             file.truncate(0)
@@ -62,6 +60,19 @@ class RunLock:
             os.register_at_fork(after_in_child=file.close)
         self._file = file
         return self
+
+    def check(self) -> None:
+        """Raises UserError if another process holds it now; passes what the file system can't tell."""
+        with suppress(OSError):
+            held = hold(self._run / ".lock", alone=True)
+            if held is None:
+                raise self._in_use()
+            os.close(held)
+
+    def _in_use(self) -> UserError:
+        with (self._run / ".lock").open(encoding="utf-8", errors="replace") as file:
+            holder = file.readline().strip() or "another process"
+        return UserError(f"{self._run} is in use by {holder}: wait for it, stop it, or give another --run")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

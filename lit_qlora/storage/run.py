@@ -110,14 +110,7 @@ class RunFolder:
 
         Raises UserError if it is in use, holds something else, or can't be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(
-                f"{self.path} is a file, expected a folder", option="run", remedy="give another one with --run"
-            )
-        if not (self.has_begun() or self.is_empty()):
-            raise UserError(
-                f"{self.path} holds other files and no run", option="run", remedy="give a folder of its own with --run"
-            )
+        self.check_place()
         made = [*takewhile(lambda folder: not folder.exists(), self.path.parents)]
         stack.callback(_remove_empty, made)  # a started run is never empty
 
@@ -131,6 +124,17 @@ class RunFolder:
             if isinstance(error.__cause__, OSError):  # a full disk, and no other process that has it
                 self.discard_unless_begun()
             raise
+
+    def check_place(self) -> None:
+        """Raises UserError if it holds something else."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(
+                f"{self.path} is a file, expected a folder", option="run", remedy="give another one with --run"
+            )
+        if not (self.has_begun() or self.is_empty()):
+            raise UserError(
+                f"{self.path} holds other files and no run", option="run", remedy="give a folder of its own with --run"
+            )
 
     def prepare(self, option: str = "run", take: Callable[[], None] = lambda: None) -> None:
         """Create the folder, lock it by ``take``, and repair what a kill left behind.

@@ -4,8 +4,10 @@ Knows the names of options and why changing them is harmless, and nothing of wha
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from lit_qlora.errors import UserError
 from lit_qlora.storage.run import Change, differences
 
 MAY_CHANGE: Mapping[str, str] = {
@@ -52,6 +54,15 @@ MAY_CHANGE: Mapping[str, str] = {
 def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The changes that would make it another run."""
     return [change for change in differences(was, now) if not _may_change(change.name)]
+
+
+def other_run(path: Path, changes: list[Change]) -> UserError:
+    """The error for ``changes`` that would make it another run than that in the folder ``path``."""
+    return UserError(
+        f"{path} was started with other settings: {'; '.join(map(str, changes))}",
+        option="run",
+        remedy="give --run NAME to start another run",
+    )
 
 
 def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lit_qlora.data.records import Reading, Records, load_records
+from lit_qlora.data.records import Reading, Records, check_early, load_records
+from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError
 from lit_qlora.text.formats import SpecialTokens, chosen
 from tests.data.talks import said, text, write
@@ -345,6 +346,43 @@ def test_plain_text_is_counted():
     records = load_records(source, reading=Reading(is_whole=True))
     assert [conversation.is_text for conversation in records.conversations] == [True, False]
     assert records.dropped == {"rows of plain text, which is learned whole": 1}
+
+
+def early(name, **options):
+    source, *_ = sources_of({"path": name, **options})
+    check_early(source, "train", seed=3)
+
+
+def test_an_early_look_refuses_what_is_refused_later_by_the_same_row(monkeypatch):
+    good, bad = text("hi", "yo"), {"a": 1}
+    for rows in ([bad], [good] * 5 + [bad] * 2, [good] * 90 + [bad] * 20):
+        source = write("a.jsonl", *rows)
+        with pytest.raises(UserError) as first:
+            early(source)
+        with pytest.raises(UserError) as later:
+            load_records(source)
+        assert str(first.value) == str(later.value)
+    early(write("b.jsonl", *[good] * 30, bad, *[good] * 30))  # a stray row is left out
+    early(write("c.jsonl", *[good] * 100, *[bad] * 500))  # which the beginning does not show
+    early(write("d.jsonl", *[bad] * 3, *[good] * 97))
+    monkeypatch.setattr("lit_qlora.data.records.EARLY_BYTES", 5)
+    early(write("e.jsonl", bad))  # too large to be read twice
+
+
+def test_an_early_look_at_a_source_with_columns_or_a_share_of_its_own():
+    early(write("a.jsonl", {"frage": "hi", "antwort": "yo"}), columns={"user": "frage", "assistant": "antwort"})
+    with pytest.raises(UserError, match=r"no column 'fragen', columns found: .*did you mean 'frage'"):
+        early("a.jsonl", columns={"user": "fragen", "assistant": "antwort"})
+    source = write("b.jsonl", *[text("hi", "yo")] * 40, *[{"a": 1}] * 5)
+    for share in (0.1, 0.5, 1.0):
+        try:
+            load_records(sources_of({"path": source, "share": share})[0], seed=3)
+        except UserError as error:
+            with pytest.raises(UserError) as first:
+                early(source, share=share)
+            assert str(first.value) == str(error)
+        else:
+            early(source, share=share)
 
 
 CASES = Path(__file__).parents[2].parent / "shared" / "cases"

@@ -1,0 +1,80 @@
+"""Classes are judged by their sources, unimported: what is missing is refused, what can't be told passes."""
+
+import sys
+
+import pytest
+
+from lit_qlora.classes import Named, check_classes, take_out
+from lit_qlora.errors import UserError
+
+MODULES = {
+    "mine/__init__.py": "from mine.inner import *\n",
+    "mine/inner.py": "import sys\nclass Kept: ...\n",
+    "mine/lazy.py": "def __getattr__(name): ...\n",
+    "mine/made.py": "globals()['X'] = 3\n",
+    "mine/odd.py": "from nowhere import *\n",
+    "mine/relative.py": "from .inner import *\n",
+    "mine/torn.py": "class X(:\n",
+    "mine/either.py": "try:\n    from fast import X\nexcept ImportError:\n    X = None\n",
+}
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in MODULES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    yield
+    assert not any(name.split(".")[0] == "mine" for name in sys.modules)
+
+
+@pytest.mark.parametrize("name", ["mine.inner.Kept", "mine.Kept", "mine.lazy.X", "mine.made.X", "mine.relative.X",
+                                  "mine.torn.X", "mine.either.X", "os.path.X", "sys.X"])  # fmt: skip
+def test_what_is_there_or_can_t_be_told_passes(name, modules):
+    check_classes([Named("trainer.callbacks", name, frozenset({"anything"}))], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nowhere.X", "No module named 'nowhere'"),
+        ("mine.Nope", "module 'mine' has no attribute 'Nope'"),
+        ("mine.nope.X", "module 'mine' has no attribute 'nope'"),
+        ("mine.inner.X", "module 'mine.inner' has no attribute 'X'"),
+        ("mine.odd.X", "module 'mine.odd' has no attribute 'X'"),
+    ],
+)
+def test_what_is_missing_is_refused(name, why, modules, expect_error):
+    for given in (name, [name], {"class_path": name}, [{"class_path": name, "init_args": {}}]):
+        expect_error(
+            lambda given=given: check_classes([], {"trainer.logger": given}),
+            f"{name!r} ({why})",
+            option="trainer.logger",
+        )
+
+
+def test_arguments_go_to_the_class_before_them():
+    args = ["--trainer.callbacks+=Timer", "--trainer.callbacks.interval", "step", "--model.rank=3"]
+    args += ["--trainer.logger", "X", "--trainer.logger.init_args.a.b=1"]
+    args += ["--trainer.callbacks+", "Y", "--trainer.callbacks.dict_kwargs.z=1"]
+    rest, named = take_out(args)
+    assert rest == [
+        "--trainer.callbacks+=Timer",
+        "--model.rank=3",
+        "--trainer.logger",
+        "X",
+        "--trainer.callbacks+",
+        "Y",
+    ]
+    assert named == [
+        Named("trainer.callbacks", "Timer", frozenset({"interval"})),
+        Named("trainer.logger", "X", frozenset({"a"})),
+        Named("trainer.callbacks", "Y", None),
+    ]
+    with pytest.raises(UserError, match="'name' is an argument of a class, and none is named"):
+        take_out(["--trainer.callbacks=X", "--trainer.logger.name", "y"])
+    assert take_out(["--config", "x", "--trainer.logger.name", "y"]) == (
+        ["--config", "x"],
+        [Named("trainer.logger", "")],
+    )

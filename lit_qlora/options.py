@@ -21,6 +21,7 @@ from lit_qlora.elsewhere import here
 from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest, one_line
 from lit_qlora.place import CONFIGS
 from lit_qlora.secrecy import holds_secret
+from lit_qlora.storage.run import NoReferences, RunFolder
 from lit_qlora.text.conversation import HALF, is_whole
 
 HELP = "the accepted ones are listed by --help"
@@ -417,6 +418,14 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
             raise UserError(f"it {HALF}", option=name, place=f"{path}:{line}")
     for line, problem in _problems(root):
         raise UserError(problem, place=f"{path}:{line}")
+
+
+def check_config_of(run: RunFolder) -> None:
+    """Check the configuration that ``run`` keeps. Raises UserError as `check_config_file`, with what to do about it."""
+    try:
+        check_config_file(run.config, NoReferences)
+    except UserError as error:
+        raise error.advise(run.config_remedy()) from error
 
 
 def _values(node: yaml.Node, name: str = "") -> Iterator[tuple[int, str, str]]:

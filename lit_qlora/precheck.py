@@ -28,7 +28,7 @@ from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, option
+from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, check_config_of, option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
 from lit_qlora.signatures import CLASSES, LEARNING, UNKNOWN, Option, options_of
@@ -85,9 +85,11 @@ def check_first(verb: str, args: Sequence[str]) -> None:
 def _check_with_kept(verb: str, options: Mapping[str, Option], values: Mapping[str, Any], run: Path | None) -> None:
     """Raises UserError for wrong ``values`` where the other options are those of ``run``, by default the newest."""
     if verb not in LEARNING:
-        open_run(run) if run else newest_run()
+        check_config_of(open_run(run) if run else newest_run())
         _check_sources(values)
-    elif verb == "fit" and run:
+    elif run and RunFolder(run).config.is_file():
+        check_config_of(RunFolder(run))
+    if verb == "fit" and run:
         _check_run(options, values, RunFolder(run))
 
 

@@ -27,6 +27,7 @@ from lit_qlora.options import (
     OneLineErrors,
     all_values,
     check_config_file,
+    check_config_of,
     did_you_mean,
     is_plain,
     is_plain_type,
@@ -41,7 +42,6 @@ from lit_qlora.storage.checkpoint_io import RUN, check_checkpoint
 from lit_qlora.storage.files import require_room
 from lit_qlora.storage.run import (
     Change,
-    NoReferences,
     RunFolder,
     as_sections,
     as_yaml,
@@ -87,10 +87,7 @@ def complete(args: list[str]) -> Command:
         elif run and RunFolder(run).config.is_file():
             kept = RunFolder(run)
         if kept:
-            try:
-                check_config_file(kept.config, NoReferences)
-            except UserError as error:
-                raise error.advise(kept.config_remedy()) from error
+            check_config_of(kept)
         elif base in (None, "demo"):  # a base of one's own is not for the demo's learning rate
             rest = ["--config", str(DEMO_CONFIG), *rest]
     for file in filter(None, all_values(rest, "--config", "-c")):

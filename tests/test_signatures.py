@@ -241,6 +241,13 @@ def test_settings_of_another_run_are_found_first(begun, args, changed, config, e
         expect_error(call, "runs/mine was started with other settings: ", changed, option="run")
 
 
+@pytest.mark.parametrize("verb", ["fit", "plan", "validate"])
+def test_a_damaged_config_of_a_run_is_found_first(begun, verb, expect_error):
+    begun.config.write_text("a: [\n")
+    words = ("no valid YAML", "put a copy of it back, or remove it and give fit all options")
+    expect_error(lambda: check_first(verb, ["--run", "mine"]), *words, place="runs/mine/config.yaml:2")
+
+
 def test_a_run_in_use_is_found_first(begun, expect_error):
     check_first("fit", ["--config", "demo", "--run", "mine"])
     with RunLock(begun.path):
@@ -265,7 +272,7 @@ def test_a_run_whose_rows_are_gone_is_left_to_the_run(tmp_path, monkeypatch):
 def test_options_of_a_kept_run_are_not_held_against_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "config.yaml").touch()
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("seed_everything: 1\n")
     for verb in ("validate", "plan"):
         check_first(verb, ["--run", "mine", "--data.batch_tokens", "4"])
 

@@ -90,7 +90,7 @@ HERE = _by_name(
         ),
         "data.batch_size": (
             "per_device_train_batch_size per_gpu_train_batch_size per_device_eval_batch_size train_batch_size "
-            "eval_batch_size micro_batch_size batch bs bsz batchsize train_bs micro_batch micro_bs "
+            "eval_batch_size micro_batch_size batch bs bsz train_bs micro_batch micro_bs "
             "micro_batch_size_per_gpu per_device_batch_size val_batch_size train_micro_batch_size_per_gpu"
         ),
         f"data.batch_size, and {COMMAND} plan shows what fits": "auto_find_batch_size",

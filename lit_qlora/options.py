@@ -21,6 +21,7 @@ from lit_qlora.elsewhere import here
 from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest, one_line
 from lit_qlora.place import CONFIGS
 from lit_qlora.secrecy import holds_secret
+from lit_qlora.storage.files import NO_VALUE
 from lit_qlora.storage.run import NoReferences, RunFolder
 from lit_qlora.text.conversation import HALF, is_whole
 
@@ -393,14 +394,21 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 (byte {error.start})", place=path, remedy="save it as UTF-8") from error
+    root: yaml.Node | None = None
     try:
         root = yaml.compose(text, Loader=loader)
         yaml.load(text, Loader=loader)  # finds tags, keys and dates that can't be
         values = list(_values(root)) if isinstance(root, yaml.MappingNode) else []
     except RecursionError as error:
         raise UserError("something in it stands within itself (& and *), or is nested too deep", place=path) from error
-    except (ValueError, LookupError, AttributeError) as error:  # yaml's own, of a date or a tag that does not fit
-        raise UserError(f"no valid YAML: {one_line(error)}", place=path) from error
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # of a number, a date or a tag that does not fit
+        line, problem = next(_misfits(root, loader) if root else iter(()), (1, NO_VALUE))
+        raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # of a character that YAML can't hold there is a position alone
         line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
@@ -438,6 +446,19 @@ def _values(node: yaml.Node, name: str = "") -> Iterator[tuple[int, str, str]]:
             yield from _values(item, name)
     else:
         yield node.start_mark.line + 1, name, node.value
+
+
+def _misfits(node: yaml.Node, loader: type[yaml.SafeLoader]) -> Iterator[tuple[int, str]]:
+    """Line and problem of each single value that is none of its kind, such as a date in month 13."""
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            loader("").construct_object(node)
+        except (ValueError, LookupError, AttributeError):
+            yield node.start_mark.line + 1, f"{excerpt(node.value)} can't be read as {node.tag.rpartition(':')[2]}"
+    else:
+        for child in node.value:
+            for one in child if isinstance(child, tuple) else (child,):
+                yield from _misfits(one, loader)
 
 
 def _problems(node: yaml.MappingNode, section: str = "") -> Iterator[tuple[int, str]]:

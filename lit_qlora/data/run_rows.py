@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from lit_qlora.errors import UserError, one_line
-from lit_qlora.storage.files import parse_json, write_file
+from lit_qlora.errors import UserError
+from lit_qlora.storage.files import parse_json, unreadable, write_file
+from lit_qlora.storage.foreign import shown
 from lit_qlora.text.conversation import Conversation
 
 VERSION = 1
@@ -48,15 +49,15 @@ class RunRows:
         try:
             values = parse_json(file.read_bytes())
             if values["version"] != VERSION:
-                raise ValueError(f"version {values['version']!r}")
+                raise ValueError(f"its version is {shown(values['version'])}, expected {VERSION}")
             source = values["validation_source"]
             digests = [[*map(_checked, values[name])] for name in ("held_out", "train")]
             if not (digests[0] and isinstance(source, str | None)):
-                raise ValueError("no held-out row")
+                raise ValueError("it has no held-out row, or a source that is no text")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = one_line(error, 100)
+            reason = unreadable(error)
             raise UserError(
                 f"{file} is damaged ({reason}): it records which rows the run held out",
                 remedy="put a copy of it back, or remove it, to draw them again from the source as it is now",
@@ -83,5 +84,5 @@ def digest(conversation: Conversation) -> str:
 
 def _checked(value: object) -> str:
     if not isinstance(value, str) or len(value) != 16:
-        raise ValueError(f"{value!r} is no digest")
+        raise ValueError(f"{shown(value)} is no digest of a row")
     return value

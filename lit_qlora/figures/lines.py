@@ -157,6 +157,14 @@ def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield from filter(None, map(_line, file))
 
 
+def damaged_lines(path: Path) -> list[int]:
+    """The numbers of the lines that `iter_lines` leaves out, from 1 on."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        return [number for number, text in enumerate(file, 1) if _line(text) is None]
+
+
 def _line(text: bytes) -> dict[str, Any] | None:
     if not text.endswith(b"\n"):
         return None

@@ -4,7 +4,8 @@ A run folder may come from a stranger: all of it is data here, of any content, a
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from markupsafe import Markup
 from lit_qlora.errors import UserError
 from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.charts import charts, peak_of
-from lit_qlora.figures.lines import iter_lines
+from lit_qlora.figures.lines import damaged_lines, iter_lines
 from lit_qlora.figures.samples import CONTEXT, LIMIT, ROWS_SHOWN, answered, ends_in_words
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import write_file
@@ -66,6 +67,20 @@ def write_report(run: RunFolder) -> Path:
     """
     write_file(run.report, page(run))
     return run.report
+
+
+def damage(run: RunFolder) -> Iterator[str]:
+    """What of a run's records can't be read, so that its page lacks it, in lines."""
+    for file in (run.metrics, run.samples):
+        if numbers := damaged_lines(file):
+            yield f"{file}: damaged lines ({len(numbers)}, from line {numbers[0]} on) are left out"
+    objects = (run.finished_mark, run.decisions, run.path / "adapter" / "result.json")
+    readers: list[Callable[[], object]] = [partial(read_object, file) for file in objects if file.exists()]
+    for read in (run.read_config, *readers):
+        try:
+            read()
+        except UserError as error:
+            yield str(error)
 
 
 def page(run: RunFolder) -> str:

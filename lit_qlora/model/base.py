@@ -16,7 +16,7 @@ from lit_qlora.errors import UserError, excerpt, nearest, one_line, require
 from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape, known_config
-from lit_qlora.storage.files import parse_json
+from lit_qlora.storage.files import parse_json, unreadable
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where weights are searched for: in the one file, else in those named by the index, as in transformers."""
@@ -204,7 +204,7 @@ def _shards(base: Base, index: Path) -> list[str]:
         names = {*parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()}
         plain = names and all(Path(name).name == name and name.endswith(".safetensors") for name in names)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = one_line(error)
+        reason = unreadable(error)
         raise base_error(f"{base.name}: {INDEX} can't be read: {reason}", remedy="take another copy") from error
     if not plain:
         raise base_error(

@@ -16,7 +16,7 @@ from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.architectures import ATTENTION
 from lit_qlora.model.base import INDEX, WHOLE, Base, base_error, stored_file, weight_files
 from lit_qlora.model.shape import Shape
-from lit_qlora.storage.files import parse_json
+from lit_qlora.storage.files import parse_json, unreadable
 
 LARGEST_HEADER = 100_000_000
 """Most bytes of a header; safetensors' own limit."""
@@ -64,7 +64,7 @@ def stored_tensors(base: Base) -> dict[str, Stored]:
         try:
             tensors = _tensors(file, state.st_mtime_ns, state.st_size)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-            reason = one_line(error)
+            reason = unreadable(error)
             raise base_error(f"the weights of {base.name} can't be read: {file.name}: {reason}") from error
         twice = sorted(found.keys() & tensors.keys())
         if twice:

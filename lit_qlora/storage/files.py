@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from lit_qlora.errors import UserError, excerpt, one_line
 
 GIB = 1024**3
+NO_VALUE = "it holds a number, a date or a tag that can't be one"
+"""What is wrong where YAML's reader fails by an error of Python's."""
 _UNKNOWN_HERE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EBADF, errno.EISDIR}
 """Errors by which a mounted file system refuses what only local disks support."""
 
@@ -97,11 +100,36 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """`json.loads` that raises ValueError for nesting deeper than Python's stack, too: files come from anywhere."""
+    """`json.loads` whose only error is ValueError, with a reason of `unreadable`: files come from anywhere."""
     try:
         return json.loads(text, **options)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(unreadable(error)) from error
+
+
+def unreadable(error: Exception) -> str:
+    """The reason why a file can't be read, in words: Python's own name its types, positions and limits."""
+    match error:
+        case UnicodeDecodeError():
+            reason = f"it is not UTF-8 (byte {error.start:,})"
+        case json.JSONDecodeError() if not error.doc.strip():
+            reason = "it is empty"
+        case json.JSONDecodeError():
+            is_cut = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+            reason = f"it is no JSON: {'its end is missing' if is_cut else f'see line {error.lineno:,}'}"
+        case struct.error():
+            reason = "its end is missing"
+        case RecursionError():
+            reason = "it is nested too deeply"
+        case KeyError():
+            reason = f"it has no {error}"
+        case TypeError() | AttributeError() | LookupError():
+            reason = "it holds values of another kind"
+        case _ if "int_max_str_digits" in str(error):
+            reason = "it holds a number of too many digits"
+        case _:
+            reason = getattr(error, "strerror", None) or one_line(error)
+    return reason
 
 
 def sync_file(path: Path) -> None:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
-from lit_qlora.errors import UserError, excerpt, one_line
-from lit_qlora.storage.files import SaveError, parse_json, sync_file, sync_folder
+from lit_qlora.errors import UserError, excerpt
+from lit_qlora.storage.files import SaveError, parse_json, sync_file, sync_folder, unreadable
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -240,7 +240,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
     except FileNotFoundError:
         raise DamagedFolderError(folder, MANIFEST, expected, "no such file") from None
     except (OSError, ValueError) as error:
-        raise DamagedFolderError(folder, MANIFEST, expected, one_line(error)) from error
+        raise DamagedFolderError(folder, MANIFEST, expected, unreadable(error)) from error
     match manifest:
         case {"version": int(version), "files": dict(files)} if version == VERSION:
             pass
@@ -265,7 +265,7 @@ def _measure(folder: Path, name: str) -> dict[str, int | str]:
     except FileNotFoundError:
         raise DamagedFolderError(folder, name, "a file", "no such file") from None
     except OSError as error:
-        raise DamagedFolderError(folder, name, "a readable file", one_line(error)) from error
+        raise DamagedFolderError(folder, name, "a readable file", unreadable(error)) from error
 
 
 def _names(folder: Path) -> set[str]:

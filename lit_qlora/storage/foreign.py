@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_qlora.errors import UserError, cut, one_line
-from lit_qlora.storage.files import parse_json
+from lit_qlora.errors import UserError, cut
+from lit_qlora.storage.files import parse_json, unreadable
 
 LARGEST_FILE = 10_000_000
 """Bytes of a file; the longest known config.json has 100,000."""
+ANEW = "put another copy of it there"
+"""The remedy for a file that is not as its program wrote it."""
 
 
 class Kind(NamedTuple):
@@ -56,9 +58,9 @@ def read_object(file: Path, place: str | None = None) -> dict[str, Any]:
             raise UserError(f"{name} has {file.stat().st_size:,} bytes, expected at most {LARGEST_FILE:,}", place=place)
         told = parse_json(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{name} can't be read: {one_line(error)}", place=place) from error
+        raise UserError(f"{name} can't be read: {unreadable(error)}", place=place, remedy=ANEW) from error
     if not isinstance(told, dict):
-        raise UserError(f"{name}: expected a JSON object, got {shown(told)}", place=place)
+        raise UserError(f"{name}: expected a JSON object, got {shown(told)}", place=place, remedy=ANEW)
     return told
 
 

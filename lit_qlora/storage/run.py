@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from lit_qlora.console import complain
-from lit_qlora.errors import UserError, nearest, one_line, require
+from lit_qlora.errors import UserError, cut, nearest, one_line, require
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
-from lit_qlora.storage.files import parse_json, write_file
+from lit_qlora.storage.files import NO_VALUE, parse_json, unreadable, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
     checkpoint_folder,
@@ -348,7 +348,7 @@ def _verify_adapter(folder: Path) -> int:
         step = parse_json(file.read_bytes())["step"] if file.is_file() else 0
         found = "no step"
     except (ValueError, TypeError, KeyError) as error:
-        step, found = None, one_line(error)
+        step, found = None, unreadable(error)
     if type(step) is not int:
         raise DamagedFolderError(folder, file.name, "a step and its figures", found)
     return step
@@ -384,9 +384,12 @@ def open_run(path: Path) -> RunFolder:
     """The run in ``path``. Raises UserError if there is none."""
     run = RunFolder(path)
     if not run.config.is_file():
-        near = nearest(path.name, [one.parent.name for one in path.parent.glob("*/config.yaml")], 0.7)
-        meant = f"; did you mean {path.with_name(near)}?" if near else ""
-        raise UserError(f"{path} is no run folder: it has no config.yaml{meant}", option="run")
+        others = sorted(one.parent.name for one in path.parent.glob("*/config.yaml"))
+        near = nearest(path.name, others, 0.6)
+        meant = f"did you mean {path.with_name(near)}?" if near else f"the runs there: {cut(', '.join(others))}"
+        raise UserError(
+            f"{path} is no run folder: it has no config.yaml", option="run", remedy=meant if others else None
+        )
     return run
 
 
@@ -426,9 +429,11 @@ def read_options(config: Path) -> dict[str, Any]:
     try:
         found = yaml.load(config.read_text(encoding="utf-8-sig"), Loader=NoReferences)
     except yaml.YAMLError as error:
-        raise ValueError(one_line(getattr(error, "problem", None) or error)) from error
-    except (RecursionError, LookupError, AttributeError, TypeError, OSError) as error:
-        raise ValueError(f"no valid YAML: {type(error).__name__}") from error
+        raise ValueError(one_line(getattr(error, "problem", None) or str(error).partition(": special")[0])) from error
+    except (RecursionError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(unreadable(error)) from error
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        raise ValueError(NO_VALUE) from error
     if not isinstance(found, Mapping):
         raise ValueError("no 'option: value' lines")
     options = flat(found)

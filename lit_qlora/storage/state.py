@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lit_qlora.storage.files import disk_error, parse_json
+from lit_qlora.storage.files import disk_error, parse_json, unreadable
 from lit_qlora.storage.folders import DamagedFolderError
 
 TENSORS = "state.safetensors"
@@ -78,8 +78,7 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
         if not isinstance(state, dict):
             raise ValueError(f"a {type(state).__name__}")
     except _UNREADABLE as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DamagedFolderError(folder, file, f"a state of version {VERSION}", found) from error
+        raise DamagedFolderError(folder, file, f"a state of version {VERSION}", unreadable(error)) from error
     return state
 
 
@@ -95,8 +94,7 @@ def check_tensors(folder: Path) -> None:
         with safe_open(folder / TENSORS, framework="pt") as file:
             found = {*file.keys()}
     except _UNREADABLE as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DamagedFolderError(folder, TENSORS, "tensors", reason) from error
+        raise DamagedFolderError(folder, TENSORS, "tensors", unreadable(error)) from error
     if found != names.keys():
         raise DamagedFolderError(folder, TENSORS, "the tensors of the state", f"others ({min(found ^ names.keys())})")
 

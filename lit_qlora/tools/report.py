@@ -1,7 +1,8 @@
 """Owns the verb report: a run in one page, written anew from its folder. What is on it is `figures.report`'s."""
 
+from lit_qlora.console import complain
 from lit_qlora.errors import UserError
-from lit_qlora.figures.report import write_report
+from lit_qlora.figures.report import damage, write_report
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.run import newest_run, open_run, run_path
 
@@ -13,6 +14,8 @@ def report(run: str | None = None) -> None:
         run: run folder; default: the newest run.
     """
     folder = open_run(run_path(run)) if run else newest_run()
+    for problem in damage(folder):
+        complain(f"warning: {problem}")
     try:
         print(write_report(folder))
     except SaveError as error:

@@ -74,3 +74,29 @@ def test_a_damaged_one_is_one_line(tmp_path, damage):
     with pytest.raises(UserError, match=rf"^{re.escape(str(file))} is damaged \(.*remove it") as caught:
         RunRows.read(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"{\xff}", "it is not UTF-8 (byte 1)"),
+        (b"{]", "it is no JSON: see line 1"),
+        (b'{"version": 1,', "it is no JSON: its end is missing"),
+        (b"null", "it holds values of another kind"),
+        (b"[1]", "it holds values of another kind"),
+        (b'"x"', "it holds values of another kind"),
+        (b"9" * 5000, "it holds a number of too many digits"),
+        (b"[" * 200_000, "it is nested too deeply"),
+        (b"{}", "it has no 'version'"),
+        (b'{"version": null}', "its version is null, expected 1"),
+        (b'{"version": 1, "validation_source": null, "held_out": 3}', "it holds values of another kind"),
+        (b'{"version": 1, "validation_source": null, "held_out": [null]}', "null is no digest of a row"),
+    ],
+)
+def test_the_reason_is_none_of_python_s(tmp_path, content, reason):
+    file = tmp_path / "rows.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        RunRows.read(file)
+    assert caught.value.problem == f"{file} is damaged ({reason}): it records which rows the run held out"

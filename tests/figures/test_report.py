@@ -215,6 +215,27 @@ def test_the_verb_writes_and_names_the_page(run, capsys, monkeypatch):
     assert "run: runs/nowhere is no run folder" in capsys.readouterr().err
 
 
+def test_the_verb_names_what_is_damaged(run, capsys):
+    run.metrics.write_bytes(run.metrics.read_bytes() + b'{"step": 9, "val\n\xff\xfe\n[1]\n')
+    run.samples.write_bytes(b"null\n")
+    run.decisions.write_bytes(b"")
+    run.finished_mark.write_bytes(b"[1]")
+    run.config.write_bytes(b"\xff")
+    first = run.metrics.read_bytes().count(b"\n") - 2
+    assert main(["report", "--run", str(run.path)]) == 0
+    warnings = capsys.readouterr().err.splitlines()
+    assert [warning.removeprefix(f"warning: {run.path}/") for warning in warnings[:2]] == [
+        f"metrics.jsonl: damaged lines (3, from line {first} on) are left out",
+        "samples.jsonl: damaged lines (1, from line 1 on) are left out",
+    ]
+    assert [warning.partition(";")[0].removeprefix(f"warning: {run.path}/") for warning in warnings[2:]] == [
+        "config.yaml is damaged (it is not UTF-8 (byte 0))",
+        "finished.json: expected a JSON object, got [1]",
+        "decisions.json can't be read: it is empty",
+    ]
+    assert all("; put " in warning for warning in warnings[2:])
+
+
 def test_a_page_that_can_t_be_written_is_one_line(run, expect_error):
     run.report.mkdir()
     expect_error(["report", "--run", str(run.path)], "report.html could not be saved", option="run")

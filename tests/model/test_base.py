@@ -159,7 +159,7 @@ def test_a_config_that_lacks_a_width(tmp_path):
 
 def test_broken_json(tmp_path):
     folder = model_folder(tmp_path / "model", '{"model_type": "llama",')
-    assert refusal(folder).startswith(f"{folder}: config.json can't be read: Expecting property name")
+    assert refusal(folder).startswith(f"{folder}: config.json can't be read: it is no JSON")
 
 
 def test_pickled_weights_are_refused(tmp_path, expect_refusal):

@@ -433,7 +433,7 @@ def test_a_folder_without_weights(load, tiny, adapter):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "/adapter_config.json can't be read: Expecting property name"),
+        ("{", "/adapter_config.json can't be read: it is no JSON"),
         ("[]", "/adapter_config.json: expected a JSON object, got ["),
         ("{}", ": adapter_config.json has the peft_type null, expected LORA"),
         ('{"peft_type": "IA3"}', ": adapter_config.json has the peft_type IA3, expected LORA"),
@@ -451,7 +451,7 @@ def test_an_unknown_prompt_format(load, tiny, adapter, expect_refusal):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", " can't be read: Expecting property name"), ("[1]", ": expected a JSON object, got [")],
+    [("{", " can't be read: it is no JSON"), ("[1]", ": expected a JSON object, got [")],
 )
 def test_a_broken_record(load, tiny, adapter, text, message):
     (adapter / "lit_qlora.json").write_text(text, encoding="utf-8")

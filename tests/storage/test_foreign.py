@@ -16,14 +16,20 @@ ROOT = Path(__file__).parents[2]
     ("content", "told"),
     [
         (b"[1]", "config.json: expected a JSON object, got [1]"),
-        (b"{", "config.json can't be read: Expecting property name"),
-        (b"\xff{}", "config.json can't be read: 'utf-8' codec can't decode byte 0xff"),
+        (b"{", "config.json can't be read: it is no JSON: its end is missing; put another copy of it there"),
+        (b"", "config.json can't be read: it is empty; put another copy of it there"),
+        (b'{"a": 1,\n"b": x}', "config.json can't be read: it is no JSON: see line 2; put another copy of it there"),
+        (b'{"a": "b', "config.json can't be read: it is no JSON: its end is missing; put another copy of it there"),
+        (b"\xff{}", "config.json can't be read: it is not UTF-8 (byte 0); put another copy of it there"),
         (b"[" * 200_000, "config.json can't be read: it is nested too deeply"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "config.json can't be read: Exceeds the limit"),
+        (
+            b'{"a": ' + b"9" * 5000 + b"}",
+            "config.json can't be read: it holds a number of too many digits; put another",
+        ),
         (b" " * (LARGEST_FILE + 1), "config.json has 10,000,001 bytes, expected at most 10,000,000"),
-        (None, "config.json can't be read: [Errno 2] No such file"),
+        (None, "config.json can't be read: No such file"),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 @pytest.mark.parametrize("place", [None, "model.base: some"])
 def test_what_is_no_object_is_one_line(tmp_path, content, told, place):

@@ -335,18 +335,19 @@ def test_a_damaged_mark_is_none_with_a_warning(run, capsys, text):
     [
         (b"", "no 'option: value' lines"),
         (b"{]", "expected the node content, but found ']'"),
-        (
-            b"a: 1\n\0\0",
-            'unacceptable character #x0000: special characters are not allowed in "<unicode string>", position 5',
-        ),
-        (b"\xff\xfe", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (b"a: 1\n\0\0", "(unacceptable character #x0000)"),
+        (b"\xff\xfe", "(it is not UTF-8 (byte 0))"),
         (b"[1]", "no 'option: value' lines"),
         (b"a: &a 1\nb: *a\n", "a value given by reference (& and *); write it out"),
         (b"a:\n  b: 1\na.b: 2\n", "a.b is given twice"),
         (b"a: 1\na.b: 2\n", "a is both a section and an option"),
         (b"a.b: 2\na: 1\n", "a is both a section and an option"),
-        (b"a: " + 200_000 * b"[", "no valid YAML: RecursionError"),
-        (b"a: !!bool x\n", "no valid YAML: KeyError"),
+        (b"a: " + 200_000 * b"[", "(it is nested too deeply)"),
+        (b"a: !!bool x\n", "(it holds a number, a date or a tag that can't be one)"),
+        (b"a: !!int x\n", "(it holds a number, a date or a tag that can't be one)"),
+        (b"a: " + b"9" * 5000, "(it holds a number, a date or a tag that can't be one)"),
+        (b'a: "\\UFFFFFFFF"\n', "(it holds a number, a date or a tag that can't be one)"),
+        (b"a: 2020-13-01\n", "(it holds a number, a date or a tag that can't be one)"),
     ],
 )
 def test_a_damaged_config_is_told_with_what_to_do(run, content, reason, expect_error):
@@ -401,5 +402,15 @@ def test_a_run_s_name_with_a_slip_is_guessed(tmp_path):
         (tmp_path / name / "config.yaml").touch()
     with pytest.raises(UserError, match=r"no config.yaml; did you mean .*/mine\?$"):
         open_run(tmp_path / "miine")
-    with pytest.raises(UserError, match=r"no config.yaml$"):
+    with pytest.raises(UserError, match=r"no config.yaml; the runs there: mine, other$"):
         open_run(tmp_path / "quite-another-word-than-those")
+    with pytest.raises(UserError, match=r"no config.yaml$"):
+        open_run(tmp_path / "mine" / "nested")
+
+
+@pytest.mark.parametrize(("there", "given"), [("a", "aa"), ("demo", "demo2"), ("run-1", "run1"), ("my-run", "myrun")])
+def test_a_short_name_is_guessed_too(tmp_path, there, given):
+    (tmp_path / there).mkdir()
+    (tmp_path / there / "config.yaml").touch()
+    with pytest.raises(UserError, match=rf"did you mean .*/{there}\?$"):
+        open_run(tmp_path / given)

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from lit_qlora import classes
 from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.data.files import kind_of
-from lit_qlora.data.held_out import Parts
+from lit_qlora.data.held_out import Parts, check_early_to_score
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
 from lit_qlora.data.templates import read_template
@@ -33,11 +33,14 @@ from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
 from lit_qlora.signatures import CLASSES, LEARNING, UNKNOWN, Option, options_of
 from lit_qlora.storage import settings
+from lit_qlora.storage.files import page_path
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.run import (
     FOR_ONE_START,
     RunFolder,
+    as_sections,
+    flat,
     folder_to_score,
     named_folder,
     newest_run,
@@ -85,7 +88,12 @@ def check_first(verb: str, args: Sequence[str]) -> None:
 def _check_with_kept(verb: str, options: Mapping[str, Option], values: Mapping[str, Any], run: Path | None) -> None:
     """Raises UserError for wrong ``values`` where the other options are those of ``run``, by default the newest."""
     if verb not in LEARNING:
-        check_config_of(open_run(run) if run else newest_run())
+        kept = open_run(run) if run else newest_run()
+        check_config_of(kept)
+        option = "data.validation_source" if verb == "validate" else "data.test_source"
+        if values.get(option):
+            data = as_sections(kept.read_options() | flat(values)).get("data", {})
+            check_early_to_score(values[option], option, Reading.of(data))
         _check_sources(values)
     elif run and RunFolder(run).config.is_file():
         check_config_of(RunFolder(run))
@@ -148,6 +156,8 @@ def _check_alone(values: Mapping[str, Any]) -> None:
     if values.get("model.adapter"):
         require_adapter(Path(values["model.adapter"]))
     accepted_kinds(values.get("accept"))
+    if values.get("html"):
+        page_path(values["html"])
     scored = str(values.get("ckpt_path", "best"))
     if scored not in ("best", "last", "base"):
         folder_to_score(scored, lambda folder: folder.exists() or verify_folder(folder))
@@ -200,13 +210,7 @@ def _check_run(options: Mapping[str, Option], values: Mapping[str, Any], run: Ru
 def _check_rows(values: Mapping[str, Any]) -> None:
     """Raises UserError for rows that are nowhere on this machine and can't be on the hub, or begin as no rows do."""
     _check_sources(values)
-    reading = Reading(
-        values["data.form"],
-        values["data.strict"],
-        columns=values["data.columns"],
-        opening=values["data.opening"],
-        is_whole=values["data.train_on"] == "all",
-    )
+    reading = Reading.of(as_sections(values)["data"])
     source, held_out, share = (values[f"data.{name}"] for name in ("source", "validation_source", "validation_share"))
     Parts(source, held_out, share, values["seed_everything"], reading).check_early()
 

@@ -110,7 +110,8 @@ def files(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     yield
-    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")} == {*FILES, "split"}
+    found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")}
+    assert {name for name in found if not name.startswith("runs")} == {*FILES, "split"}
 
 
 BY_OTHERS = [
@@ -246,6 +247,28 @@ def test_a_damaged_config_of_a_run_is_found_first(begun, verb, expect_error):
     begun.config.write_text("a: [\n")
     words = ("no valid YAML", "put a copy of it back, or remove it and give fit all options")
     expect_error(lambda: check_first(verb, ["--run", "mine"]), *words, place="runs/mine/config.yaml:2")
+
+
+def test_mistakes_need_nothing_heavy_whatever_the_verb(files, begun):
+    """Rows to score, adapters, questions and pages: all of it in one process, which ends without PyTorch."""
+    commands = [
+        ["test", "--run", "mine", "--data.test_source", "columns.jsonl"],
+        ["validate", "--run", "mine", "--data.validation_source", "empty.jsonl"],
+        ["inspect", "--data.source", "page.jsonl"],
+        ["inspect", "--html", "nowhere/a.html"],
+        ["fit", "--run", "mine", "--model.rank", "4"],
+        ["fit", "--trainer.plugins", "nope"],
+        ["evaluate", "--adapter", "nope", "--source", "columns.jsonl"],
+        ["chat", "--adapter", "nope", "--prompt", "x"],
+        ["predict", "--prompts", "columns.jsonl", "--output", "new.jsonl"],
+        ["evaluate", "--run", "mine", "--mmlu", "columns.csv"],
+    ]
+    code = f"import sys; from lit_qlora.cli import main; print([main(args) for args in {commands}], end=' '); "
+    code += "print({'torch', 'lightning', 'transformers', 'peft', 'datasets', 'numpy'} & {*sys.modules})"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == f"{[2] * len(commands)} set()\n"
+    assert done.stderr.count("\n") == len(commands)
 
 
 def test_a_run_in_use_is_found_first(begun, expect_error):

@@ -79,11 +79,11 @@ class Parts:
             check_early(source, splits.training(), self.reading, self.seed)
         own = [(source, splits.first("validation", "test")) for source, splits in local.items()]
         if not self._is_own():
-            elsewhere = [source for source in self._elsewhere() if not is_hub_id(source)]
-            own = [(source, find_splits(source).for_scoring("validation", "test")) for source in elsewhere]
-        for source, split in own:
-            if split:
-                check_early(source, split, self.reading)
+            check_early_to_score(self.validation_source, "data.validation_source", self.reading)
+        else:
+            for source, split in own:
+                if split:
+                    check_early(source, split, self.reading)
         if len(local) == len(sources_of(self.source)) and self.draws():
             names = [source.called(splits.training()) for source, splits in local.items()]
             self._check_draw(name_of([name for name, (_, held_out) in zip(names, own, strict=True) if not held_out]))
@@ -249,6 +249,23 @@ class Parts:
 
     def _load(self, source: Source, split: str, seed: int | None = None) -> Records:
         return load_records(source, split, self.reading, seed)
+
+
+def check_early_to_score(given: Any, option: str, reading: Reading) -> None:
+    """Look at rows for scoring that are on this machine; see `records.check_early`.
+
+    Args:
+        given: the value of ``option``.
+        option: data.validation_source, or one that names rows for a test.
+        reading: how rows are read.
+
+    Raises:
+        UserError: as `Parts.held_out` and `Parts.test_of` for rows that can't be read.
+    """
+    kinds = ("validation", "test") if option == "data.validation_source" else ("test", "validation")
+    for source in sources_of(given, option):
+        if not is_hub_id(source):
+            check_early(source, find_splits(source).for_scoring(*kinds), reading)
 
 
 def _apart(

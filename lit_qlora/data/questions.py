@@ -7,12 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from lit_qlora.data.encode import Encoder
 from lit_qlora.data.files import read_cells
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation, Turn
+
+if TYPE_CHECKING:
+    from lit_qlora.data.encode import Encoder
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *LETTERS, "answer")
@@ -141,7 +143,7 @@ class Prompts:
         UserError: the letters do not differ by one token.
     """
 
-    def __init__(self, encoder: Encoder, style: Style) -> None:
+    def __init__(self, encoder: "Encoder", style: Style) -> None:
         self.encoder, self.style = encoder, style
         written = [self._answered([("?\nAnswer:", letter)]) for letter in LETTERS]
         self._place = next(

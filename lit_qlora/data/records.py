@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lit_qlora.console import counted
 from lit_qlora.data.files import Row
@@ -55,6 +55,15 @@ class Reading(NamedTuple):
     columns: Mapping[str, str] | None = None
     opening: str | None = None
     is_whole: bool = False
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Reading":
+        """The settings by the options of the section ``data``, of which a value of another type counts as not given."""
+        types = {"form": str, "strict": bool, "columns": dict, "opening": str}
+        given = {name: data[name] for name, kind in types.items() if isinstance(data.get(name), kind)}
+        if not all(isinstance(one, str) for pair in given.get("columns", {}).items() for one in pair):
+            given.pop("columns")
+        return cls(**given, is_whole=data.get("train_on") == "all")
 
     def check(self) -> None:
         """Raises UserError for a form or columns that there are not."""

@@ -52,6 +52,20 @@ def output_path(output: str, what: str = "file") -> Path:
     return path
 
 
+def page_path(page: str) -> Path:
+    """The path of the page that the option ``html`` names.
+
+    Raises UserError as `output_path`, and where its folder is missing.
+    """
+    try:
+        path = output_path(page)
+    except UserError as error:
+        raise error.replace(option="html") from error
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}", option="html", remedy="make it, or give another name")
+    return path
+
+
 class SaveError(OSError):
     """A failed save, with its path, the reason, the bytes needed and the bytes free.
 

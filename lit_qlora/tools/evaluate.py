@@ -12,6 +12,8 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_qlora.console import WIDTH
+from lit_qlora.data.held_out import check_early_to_score
+from lit_qlora.data.records import Reading
 from lit_qlora.errors import UserError, require
 from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
@@ -95,6 +97,8 @@ def evaluate(
         raise UserError(
             "an adapter folder names no held-out rows", option="source", remedy="give --source FILE, or --mmlu FILE"
         )
+    if source:
+        check_early_to_score(source, "source", Reading.of((chosen.settings or {}).get("data", {})))
 
     from lit_qlora.tools.scoring.rows import Scoring
 

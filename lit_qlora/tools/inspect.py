@@ -16,7 +16,7 @@ from lit_qlora.data.faults import KINDS, accepted_kinds
 from lit_qlora.errors import UserError
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.files import output_path, write_file
+from lit_qlora.storage.files import page_path, write_file
 from lit_qlora.tools.inspecting.look import Look, look
 from lit_qlora.tools.inspecting.page import MARK, page
 from lit_qlora.tools.inspecting.words import by_kind, lines
@@ -78,12 +78,7 @@ def _shows_colour() -> bool:
 
 def _page_file(name: str) -> Path:
     """The file of the page. Raises UserError where it can't be one, or another file is there already."""
-    try:
-        path = output_path(name)
-    except UserError as error:
-        raise error.replace(option="html") from error
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent}", option="html", remedy="make it, or give another name")
+    path = page_path(name)
     if path.exists() and not path.read_bytes().startswith(MARK.encode()):
         raise UserError(f"{path} is there, and no page of an inspection", option="html", remedy="give another name")
     return path

@@ -14,6 +14,7 @@ from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
+from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
 from lit_qlora.text.conversation import Conversation, TextError
@@ -75,6 +76,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
         return ResolvedAdapter(_find(base) if base else find_base(settings["model"]["base"]), folder.adapter, settings)
     if run:
         raise UserError(f"{adapter} is given, and a run ({run}) too", option="adapter", remedy="give one of the two")
+    require_adapter(Path(adapter))
     from lit_qlora.model.load import read_record
 
     base = base or read_record(Path(adapter))["base"]

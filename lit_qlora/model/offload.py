@@ -21,6 +21,9 @@ from lit_qlora.storage import files
 IN_TRANSIT = 2
 """Layers' tensors that are on the card while they come or go, at most."""
 
+_locked: set[int] = set()
+"""Addresses of the buffers that CUDA has page-locked."""
+
 
 class Parked:
     """Tensors of one layer on the host.
@@ -163,6 +166,7 @@ def locked(size: int, like: Tensor) -> Tensor:
         if status != cudart.cudaError.success:
             _forget_error(like.device)
             raise _no_room(whole.nbytes(), f"page-locked: CUDA says {cudart.cudaGetErrorString(status)!r}")
+        _locked.add(whole.data_ptr())
     return buffer
 
 
@@ -183,11 +187,17 @@ def on_own_pages(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def unlock(*buffers: Tensor) -> None:
-    """Make page-locked buffers of the host ordinary ones, before they are freed."""
-    for buffer in buffers:
-        if len(buffer) and torch.cuda.is_available() and buffer.is_pinned():
+    """Make page-locked buffers of the host ordinary ones, before they are freed.
+
+    Whatever is mapped where a buffer was freed that CUDA still has for locked is copied to the card from the pages of
+    then: a base loaded next had other scales in some layers, without an error. So what is locked is known here:
+    ``Tensor.is_pinned`` asks about the storage's first byte, and is False for a buffer that begins behind it.
+    """
+    for address in (buffer.untyped_storage().data_ptr() for buffer in buffers):
+        if address in _locked:
             torch.cuda.synchronize()
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+            _locked.remove(address)
 
 
 def unlock_with(owner: object, buffers: list[Tensor]) -> None:

@@ -179,9 +179,7 @@ def runtime(monkeypatch, status):
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
     monkeypatch.setattr(torch.cuda, "check_error", lambda status: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
     return calls
 
 
@@ -194,6 +192,13 @@ def test_whole_pages_are_locked_and_unlocked_when_their_owner_is_gone(monkeypatc
     del calls[:], store
     gc.collect()
     assert calls == [("unregister", start) for start in starts]
+
+
+def test_a_part_of_a_locked_buffer_unlocks_it_once_and_others_are_left_alone(monkeypatch):
+    calls, buffer = runtime(monkeypatch, 0), offload.locked(3000, ON_CARD)
+    start = buffer.data_ptr()
+    offload.unlock(torch.empty(10), torch.empty(0), buffer[1000:], buffer)
+    assert calls == [("register", start, 2 * mmap.PAGESIZE, 0), ("unregister", start)]
 
 
 def test_memory_that_cannot_be_locked_is_one_line(monkeypatch):
@@ -224,3 +229,14 @@ def test_on_a_gpu_many_buffers_of_any_size_are_locked_and_freed_in_any_order(siz
         for one in [*buffers[1::2], *buffers[::2]]:
             offload.unlock(one)
         assert not any(one.is_pinned() for one in buffers)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_stays_locked_where_a_rate_was_measured():
+    """What is mapped there next would be copied to the card from the pages of then."""
+    offload.copy_gb_per_s(2**24)
+    assert not offload._locked
+    for _ in range(8):
+        pages = torch.frombuffer(mmap.mmap(-1, 2**24), dtype=torch.uint8)
+        assert not pages.is_pinned()
+        assert (pages.fill_(7).to("cuda") == 7).all()

@@ -30,8 +30,9 @@ SHAPES = {
     "70b": (8192, 80, 64, 8, 28672),
 }
 VOCABULARY = 32_000
-SCALE, SPREAD = 0.035, 0.01
-"""Of 4-bit weights: the mean of their blocks' scales, and how far these are from it at most."""
+SCALE, SPREAD = 0.035, 2 / 7
+"""Of 4-bit weights: the mean of their blocks' scales, and how far these are from it at most, as a share of it. At the
+width of 1b a rounding grows a thousandfold on its way down such layers; not with half of it (docs/log.md)."""
 STEP = 4096
 """Bytes between the random values of one weight in 4 bits and those of the next."""
 
@@ -83,7 +84,12 @@ def tensors(shape: str, layers: int | None) -> Iterator[tuple[str, dict[str, tup
 
 
 def make_in_4_bits(
-    shape: str, output: Path, tokenizer: Path | None = None, layers: int | None = None, dtype: str = "bfloat16"
+    shape: str,
+    output: Path,
+    tokenizer: Path | None = None,
+    layers: int | None = None,
+    dtype: str = "bfloat16",
+    scale: float = SCALE,
 ) -> Path:
     """As `make`, in NF4 of random bytes, computing in ``dtype``: nothing is quantised, and it takes as long as writing
     it. Values are of one random run of bytes, which each weight begins elsewhere."""
@@ -100,7 +106,7 @@ def make_in_4_bits(
     run = torch.empty(most + STEP * 2048, dtype=torch.uint8).random_(generator=generator)
     as_written = getattr(torch, dtype)
     _, state = quantize_4bit(torch.randn(64, 64).to(as_written), compress_statistics=True, quant_type="nf4")
-    state.offset = torch.tensor(SCALE)
+    state.offset = torch.tensor(scale)
     index: dict[str, str] = {}
     jobs = []
     for at, (file, sizes) in enumerate(tensors(shape, layers)):
@@ -108,7 +114,7 @@ def make_in_4_bits(
         for number, (name, size) in enumerate(sizes.items()):
             start = (at * 7 + number) % 2048 * STEP
             if len(size) == 2 and ".layers." in name:
-                parts |= packed(name, size, state, run[start:])
+                parts |= packed(name, size, state, run[start:], scale * SPREAD)
             elif len(size) == 2:
                 parts[name] = torch.empty(size, dtype=as_written).normal_(0, 0.02, generator=generator)
             else:
@@ -123,13 +129,13 @@ def make_in_4_bits(
     return output
 
 
-def packed(name: str, size: tuple[int, ...], state: Any, run: torch.Tensor) -> dict[str, torch.Tensor]:
+def packed(name: str, size: tuple[int, ...], state: Any, run: torch.Tensor, spread: float) -> dict[str, torch.Tensor]:
     """A 4-bit weight and what bitsandbytes keeps beside it, its values and scales from ``run``."""
     values = size[0] * size[1]
     state.shape = torch.Size(size)
     beside = state.as_dict(packed=True)
     beside["absmax"] = run[: -(-values // state.blocksize)]
-    beside["nested_absmax"] = torch.full((-(-len(beside["absmax"]) // state.state2.blocksize),), SPREAD)
+    beside["nested_absmax"] = torch.full((-(-len(beside["absmax"]) // state.state2.blocksize),), spread)
     return {name: run[: values // 2].view(-1, 1)} | {f"{name}.{key}": value for key, value in beside.items()}
 
 
@@ -187,6 +193,7 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--in-4-bits", action="store_true", help="already quantised")
     parser.add_argument("--dtype", default="bfloat16", help="that a base in 4 bits computes in")
+    parser.add_argument("--scale", type=float, default=SCALE, help="of the weights of a base in 4 bits")
     options = parser.parse_args()
-    write = partial(make_in_4_bits, dtype=options.dtype) if options.in_4_bits else make
+    write = partial(make_in_4_bits, dtype=options.dtype, scale=options.scale) if options.in_4_bits else make
     print(write(options.shape, options.output, options.tokenizer, options.layers))

@@ -120,6 +120,10 @@ def nf4(dtype: torch.dtype) -> "BitsAndBytesConfig":
 def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
     """Freeze a loaded base, which computes in ``dtype``."""
     model.requires_grad_(False)
+    for parameter in model.parameters():
+        # transformers 5.23 leaves a base in 4 bits as its files have it: a T4 would get its embedding in bf16.
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     for module in _linears_4bit(model):
         module.compute_dtype = dtype
         # On a CPU with AVX512-BF16 an evaluation would repack the weights for inference, and every

@@ -41,6 +41,8 @@ SAME_BITS = ["--trainer.deterministic", "true", "--model.checkpointing", "full"]
 ON_HOST = [*SHARED, "--model.shard_to", "host"]
 WIDE = "wide"
 """Stands for a base of layers so large that copies of them take as long as a short micro-batch."""
+CALM = 0.0175
+"""Scale of its weights."""
 RUNS: dict[str, tuple[int, str, str | None, list[str]]] = {
     # number of GPUs, limits, base, options
     "fp32, one": (1, "none", None, DROPOUT),
@@ -109,13 +111,25 @@ def gpus() -> int:
 
 @pytest.fixture(scope="module")
 def wide(gpus: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random base in 4 bits of 16 layers, each of other bytes, and the demo's tokenizer."""
+    """A random base in 4 bits of 16 layers, each of other bytes, and the demo's tokenizer.
+
+    Its weights are half as large as the benchmarks': those make a rounding grow 150 times in the first gradient and
+    9,000 times in the fourth, so that another order of sums is seen at once; these make it no larger.
+    """
     folder = tmp_path_factory.mktemp("wide")
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tokenizer / name).write_bytes((ROOT / "lit_qlora" / "demo" / "base" / name).read_bytes())
-    command = [sys.executable, str(ROOT / "benchmarks" / "random_base.py"), "--shape", "1b", "--in-4-bits"]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "random_base.py"),
+        "--shape",
+        "1b",
+        "--in-4-bits",
+        "--scale",
+        str(CALM),
+    ]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     options = ["--output", str(folder / "base"), "--tokenizer", str(tokenizer)]
     subprocess.run([*command, *options], check=True, env=environment, timeout=120, stdout=subprocess.DEVNULL)
@@ -216,7 +230,7 @@ def test_a_shared_base_learns_what_a_whole_one_does(runs: dict[str, Processes], 
 def test_the_figures_of_a_wide_base_are_those_of_one_card(runs: dict[str, Processes], several: str) -> None:
     """Not each weight of the adapter: of millions, some gradients are as small as rounding, and Adam knows only their
     sign."""
-    compare(runs, "wide, one", several, 1e-4, adapter=False)
+    compare(runs, "wide, one", several, 1e-5, adapter=False)
 
 
 @pytest.mark.gpu

@@ -265,11 +265,12 @@ def test_a_streamed_model_follows_no_code_either(folder, tiny):
     assert torch.equal(streamed_logits(find_base(str(folder)), ids, torch.device("cpu")), expected)
 
 
-def save_in_4_bits(tiny, folder, **options):
+def save_in_4_bits(tiny, folder, dtype=None, **options):
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(load_in_4bit=True, **options)
-    LlamaForCausalLM.from_pretrained(tiny.location, quantization_config=quantization).save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(tiny.location, quantization_config=quantization, dtype=dtype)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -303,6 +304,20 @@ def test_4_bits_made_elsewhere_load_as_they_are(tiny, tmp_path, options):
         assert torch.equal(found(ids).logits, expected(ids).logits)
     stored = StoredWeights(base)
     assert stored.dequantized("model.layers.1.self_attn.q_proj.weight", torch.device("cpu")).shape == (64, 64)
+
+
+@pytest.mark.parametrize("written", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_base_in_4_bits_computes_in_the_dtype_that_was_asked_for(tiny, tmp_path, written, asked):
+    """Whatever its files are in: what a T4 is given in bf16 has to become fp16 there."""
+    folder = save_in_4_bits(tiny, tmp_path / "base", dtype=written, bnb_4bit_compute_dtype=written)
+    stored = load_file(folder / WHOLE)["model.embed_tokens.weight"]
+    found = load_base(find_base(str(folder)), asked, torch.device("cpu"), "sdpa")
+    assert stored.dtype == written
+    assert {one.dtype for one in found.parameters() if one.is_floating_point()} == {asked}
+    assert torch.equal(found.model.embed_tokens.weight, stored.to(asked))
+    with torch.no_grad():
+        assert found(torch.tensor([[1, 77, 400, 5]])).logits.dtype == asked
 
 
 # Headers

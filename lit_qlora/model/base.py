@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora import demo
+from lit_qlora.console import complain
 from lit_qlora.errors import UserError, excerpt, nearest, one_line, require
 from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape, known_config
 from lit_qlora.storage.files import parse_json, unreadable
+from lit_qlora.storage.reach import use_cache_if_silent
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where weights are searched for: in the one file, else in those named by the index, as in transformers."""
@@ -138,6 +140,7 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
     """The config.json of a hub id (cached if the hub can't be reached) and the names of its files."""
     from huggingface_hub import HfApi, errors, hf_hub_download
 
+    is_silent = use_cache_if_silent()
     try:
         config_file = Path(hf_hub_download(name, "config.json"))
     except errors.GatedRepoError as error:
@@ -160,6 +163,8 @@ def _ask_hub(name: str) -> tuple[Path, set[str]]:
     except Exception as error:  # a refused token, a broken proxy: which class depends on the hub library's version
         reason = one_line(error)
         raise base_error(f"{excerpt(name)} can't be loaded from the hub (check HF_TOKEN): {reason}") from error
+    if is_silent:
+        complain(f"note: the hub can't be reached; what its cache has of {name} is used")
     try:
         return config_file, {sibling.rfilename for sibling in HfApi().model_info(name).siblings or ()}
     except Exception:  # cached, and the hub is silent or refuses: loading will report what is missing

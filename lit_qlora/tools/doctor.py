@@ -142,7 +142,9 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
         name = asked or (named[1] if named else "demo")
     base: Any = None
     try:
-        base = _find(name)
+        from lit_qlora.model.base import find_base
+
+        base = find_base(name)
         yield Finding("ok", f"base: {base.public_name} may be read, {_gib(2 * base.shape.num_parameters)} in 16 bits")
     except UserError as error:
         is_offline = type(error.__cause__).__name__ == "LocalEntryNotFoundError"
@@ -174,17 +176,6 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
             yield Finding("note", f"chosen: unknown ({surroundings.reason(error)})")
     elif base:
         yield Finding("note", "chosen: unknown until the packages are in order", INSTALL)
-
-
-def _find(name: str) -> Any:
-    from lit_qlora.model.base import find_base
-
-    if name == "demo" or Path(name).expanduser().exists() or surroundings.reaches_hub():
-        return find_base(name)
-    from huggingface_hub import constants
-
-    constants.HF_HUB_OFFLINE = True  # of this process, which has nothing else to ask
-    return find_base(name)
 
 
 def _known(name: str) -> Any:

@@ -36,7 +36,6 @@ def _here(tmp_path, monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "COLAB_RELEASE_TAG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(surroundings, "reaches_hub", lambda: False)
 
 
 @pytest.fixture
@@ -229,7 +228,7 @@ T4 = ("--config", str(ROOT / "configs" / "colab_t4.yaml"))
 @pytest.fixture
 def known(monkeypatch):
     """Llama 2 as if its config were in the hub's cache."""
-    monkeypatch.setattr(doctor, "_find", doctor._known)
+    monkeypatch.setattr("lit_qlora.model.base.find_base", lambda name, **_: doctor._known(name))
 
 
 def test_a_t4(tell, card, known):
@@ -391,7 +390,6 @@ def answer(monkeypatch, error):
     def ask(*_, **__):
         raise error
 
-    monkeypatch.setattr(surroundings, "reaches_hub", lambda: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", ask)
 
 
@@ -433,19 +431,6 @@ def test_what_launchers_left_is_told(tell, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     found, remedy = line(tell(status=2), "WORLD_SIZE=2 in the environment: several processes were started")
     assert found.startswith("problem") and remedy.startswith("start python main.py by itself")
-
-
-def test_the_hub_is_not_waited_for(monkeypatch):
-    monkeypatch.undo()
-    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
-        assert surroundings.reaches_hub()
-    assert not surroundings.reaches_hub()
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
-    assert surroundings.reaches_hub()
 
 
 def test_what_is_pasted_names_nobody(monkeypatch):

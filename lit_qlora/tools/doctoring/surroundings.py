@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import os
 import re
-import socket
 import subprocess
 import sys
 import warnings
@@ -362,16 +361,3 @@ def token() -> Iterator[Finding]:
         yield Finding("ok", "token: a stored one")
     else:
         yield Finding("ok", "token: none; open bases need none, gated ones do (HF_TOKEN in the environment)")
-
-
-def reaches_hub() -> bool:
-    """True if the hub responds; unknown behind a proxy. The hub's library would try for 30 s."""
-    if any(name.lower() in ("https_proxy", "all_proxy") and value for name, value in os.environ.items()):
-        return True
-    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("://")[-1].split("/")[0]
-    host, _, port = address.partition(":")
-    try:
-        socket.create_connection((host, int(port or 443)), timeout=5).close()
-    except (OSError, ValueError):
-        return False
-    return True

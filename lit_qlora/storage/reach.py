@@ -1,0 +1,41 @@
+"""Owns whether the hub can be reached, and what is used where it can't: its cache, without waiting for each file.
+
+Knows no base and no rows.
+"""
+
+import os
+import socket
+import sys
+
+REACH_S = 5
+"""How long the hub has to accept a connection. Its own library would try for 30 s, for each file again."""
+
+
+def reaches_hub() -> bool:
+    """True if the hub responds; unknown behind a proxy."""
+    if any(name.lower() in ("https_proxy", "all_proxy") and value for name, value in os.environ.items()):
+        return True
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("://")[-1].split("/")[0]
+    host, _, port = address.partition(":")
+    try:
+        socket.create_connection((host, int(port or 443)), timeout=REACH_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def use_cache_if_silent() -> bool:
+    """Use the hub's cache alone from here on, in this process, if the hub does not respond.
+
+    Returns:
+        True if that is new.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or reaches_hub():
+        return False
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are not imported yet, and for processes
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    return True

@@ -120,21 +120,27 @@ def template_beside(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     return found.get("default") if isinstance(found, dict) else found
 
 
+def file_of(location: str, name: str) -> Path | None:
+    """A file of a base, from its folder or the hub; None where it has none of that name, or the hub can't be asked.
+
+    Args:
+        location: a folder or a hub id.
+        name: the file's.
+    """
+    from transformers.utils import cached_file
+
+    troubles = ("gated_repo", "missing_entries", "connection_errors")
+    found = cached_file(location, name, **{f"_raise_exceptions_for_{trouble}": False for trouble in troubles})
+    return Path(found) if found else None
+
+
 def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that end an answer by the generation_config.json beside a tokenizer, as far as it has them.
 
     Raises UserError where that file can't be read.
     """
-    from transformers.utils import cached_file
-
-    file = cached_file(
-        tokenizer.name_or_path,
-        "generation_config.json",
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    told = read_object(Path(file)).get("eos_token_id") if file else None
+    file = file_of(tokenizer.name_or_path, "generation_config.json")
+    told = read_object(file).get("eos_token_id") if file else None
     special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
     wrong = [tokenizer.bos_token_id, tokenizer.unk_token_id]  # as early conversions of Llama have it
     return [one for one in (told if isinstance(told, list) else [told]) if one in special and one not in wrong]
@@ -174,20 +180,12 @@ def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedToke
 
 def _check_config(base: str, location: str) -> None:
     """Raises UserError for a value in tokenizer_config.json on which the library would fail."""
-    from transformers.utils import cached_file
-
-    file = cached_file(
-        location,
-        "tokenizer_config.json",
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    file = file_of(location, "tokenizer_config.json")
     if file is None:
         return
     place = f"no tokenizer could be loaded from {excerpt(base)}"
     try:
-        told = read_object(Path(file), place)
+        told = read_object(file, place)
         for key, kind in KEYS.items():
             if key in told:
                 check(f"{place}: tokenizer_config.json", key, kind, told[key])
@@ -263,13 +261,11 @@ def _is_llama_2(tokenizer: "PreTrainedTokenizerBase") -> bool:
 def _as_saved(base: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether it gives the ids of the base's tokenizer.json; True as well where there is none."""
     from tokenizers import Tokenizer
-    from transformers.utils import cached_file
 
-    location = str(demo.BASE) if base == "demo" else base
-    file = cached_file(location, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    file = file_of(str(demo.BASE) if base == "demo" else base, "tokenizer.json")
     if file is None:
         return True
-    saved, loaded = Tokenizer.from_file(file), tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    saved, loaded = Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     return all(
         saved.encode(text, add_special_tokens=False).ids == loaded.encode(text, add_special_tokens=False).ids
         for text in PROBES

@@ -8,15 +8,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from lit_qlora.data.sources import paths_of
 from lit_qlora.figures.charts import CURVES, draw_curves
+from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import ends_in_words
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import CARD, RECORD, RunFolder, as_yaml
@@ -122,13 +120,10 @@ def merged_card(base: str, sources: Sequence[str], made: str, measured: str, pro
 
 
 def _render(name: str, base: str, **values: Any) -> str:
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-    text = resources.files("lit_qlora.figures").joinpath(f"templates/{name}.md.jinja").read_text(encoding="utf-8")
     licence = LICENCE if LLAMA_2.search(base) else None
     shown = ", ".join(f"{name} {found.partition('+')[0]}" for name, found in versions().items())
-    return environment.from_string(text).render(base=base, licence=licence, versions=shown, **values)
+    template = f"{name}.md.jinja"
+    return filled("lit_qlora.figures", template, base=base, licence=licence, versions=shown, **values)
 
 
 def published(value: Any) -> Any:

@@ -113,13 +113,8 @@ def _drawing(draw: Callable[["Axes"], str], palette: Sequence[str], prefix: str 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    look: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": prefix,
-        "font.family": "sans-serif",
-        "font.size": 10,
-    }
-    with rc_context(look | {"font.size": 10, "axes.prop_cycle": cycler(color=palette)}):
+    look: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": prefix, "axes.prop_cycle": cycler(color=palette)}
+    with rc_context(look | {"font.family": "sans-serif", "font.size": 10}):
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         words = draw(axes)

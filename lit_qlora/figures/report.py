@@ -6,17 +6,16 @@ A run folder may come from a stranger: all of it is data here, of any content, a
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from lit_qlora.errors import UserError
 from lit_qlora.figures.card import HELD_OUT
 from lit_qlora.figures.charts import charts, peak_of
 from lit_qlora.figures.lines import damaged_lines, iter_lines
+from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import CONTEXT, LIMIT, ROWS_SHOWN, answered, ends_in_words
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import write_file
@@ -94,13 +93,11 @@ def page(run: RunFolder) -> str:
         lacks = "Too few figures were recorded to draw any."
     except ImportError:  # a page without curves is better than none at a run's end
         drawn, lacks = [], f"matplotlib, which draws them, is not installed; with it, {COMMAND} report does."
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    file = resources.files("lit_qlora.figures") / "templates" / "report.html.jinja"
     config, changes, problem = _configuration(run)
     data = config.get("data")
-    return environment.from_string(file.read_text(encoding="utf-8")).render(
+    return filled(
+        "lit_qlora.figures",
+        "report.html.jinja",
         name=run.path.resolve().name,
         subtitle=_subtitle(config),
         state=_state(run, figures),

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
-from unicodedata import combining, east_asian_width
 
+from lit_qlora.data.view import columns
 from lit_qlora.figures.lines import iter_lines
 
 ROWS_SHOWN = 16
@@ -142,12 +142,7 @@ def _rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _in_columns(left: str, right: str, column: int) -> str:
-    return f"{left}{' ' * (column + 4 - _columns(left))}{right}".rstrip()
-
-
-def _columns(text: str) -> int:
-    """How many columns of a terminal ``text`` takes."""
-    return sum(0 if combining(one) else 2 if east_asian_width(one) in "WF" else 1 for one in text)
+    return f"{left}{' ' * (column + 4 - columns(left))}{right}".rstrip()
 
 
 def _wrapped(text: str, width: int, lines: int) -> list[str]:
@@ -155,17 +150,17 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
     found = [""]
     for word in "".join(one if one.isprintable() else " " for one in text).split():
         gap = " " if found[-1] else ""
-        if _columns(found[-1] + gap + word) <= width:
+        if columns(found[-1] + gap + word) <= width:
             found[-1] += gap + word
-        elif _columns(word) <= width // 2:
+        elif columns(word) <= width // 2:
             found.append(word)
         else:  # longer than a line, or text without spaces
             for one in gap + word:
-                found += [] if _columns(found[-1] + one) <= width else [""]
+                found += [] if columns(found[-1] + one) <= width else [""]
                 found[-1] += one if found[-1] else one.strip()
         if len(found) > lines:
             last = found[lines - 1]
-            while _columns(last) > width - 2:
+            while columns(last) > width - 2:
                 last = last[:-1]
             return [*found[: lines - 1], f"{last} …"]
     return found if found[-1] else []

@@ -4,7 +4,6 @@ Of a 4-bit base, or its copy, only the share is read; a 16-bit one is quantised 
 `load.load_base`, and the rest of each is dropped. Knows no adapter and no Trainer.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError
 from lit_qlora.model import host
 from lit_qlora.model.attention import implementation_of
-from lit_qlora.model.base import INDEX, Base
+from lit_qlora.model.base import Base
 from lit_qlora.model.config import for_transformers
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.device import Attention
@@ -25,6 +24,7 @@ from lit_qlora.model.shape import Shape
 from lit_qlora.model.shards import Packed, Part, Shards
 from lit_qlora.model.weights import BUFFER, STATE, Stored, check_weights, fetch, stored_tensors
 from lit_qlora.storage.files import size
+from lit_qlora.storage.shards import write_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ DTYPES = {
 BYTES_PER_WEIGHT = 0.517
 """Of a copy's 4-bit weights, with their scales and tables; for the disk space that it takes."""
 FILE_BYTES = 1_000_000_000
-"""Bytes of a copy's file, at least; so much waits in the host's memory."""
+"""Bytes of a copy's file; so much waits in the host's memory."""
 
 
 def check_host(shape: Shape) -> None:
@@ -103,42 +103,26 @@ def keep_copy(base: Base, copies: Copies, dtype: torch.dtype, device: torch.devi
 
 def _save(folder: Path, base: Base, dtype: torch.dtype, device: torch.device) -> None:
     """Write ``base`` in 4 bits as transformers does, in files of about `FILE_BYTES`."""
-    from safetensors.torch import save_file
-
     config = for_transformers(base.config)
     config.quantization_config = nf4(dtype).to_dict()
     config.architectures, config.dtype = [base.architecture.model_class().__name__], dtype
     config.save_pretrained(str(folder))
-    places: dict[str, str] = {}
-    waiting: dict[str, Tensor] = {}
+    tensors = ((name, value.cpu().contiguous()) for name, value in _in_4_bits(base, dtype, device))
+    write_shards(folder, tensors, FILE_BYTES)
 
-    def write() -> None:
-        file = f"model-{len({*places.values()}) + 1:05}.safetensors"
-        save_file(waiting, folder / file, {"format": "pt"})
-        places.update(dict.fromkeys(waiting, file))
-        waiting.clear()
 
+def _in_4_bits(base: Base, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a 16-bit base's copy: each as it is, or of a linear layer the weight and its state."""
     for name, stored in sorted(stored_tensors(base).items()):
-        waiting |= {key: value.cpu().contiguous() for key, value in _in_4_bits(base, name, stored, dtype, device)}
-        if sum(value.nbytes for value in waiting.values()) > FILE_BYTES:
-            write()
-    write()
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
-
-
-def _in_4_bits(
-    base: Base, name: str, stored: Stored, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """What a tensor of a 16-bit base becomes in its copy: nothing, itself, or a weight and its state."""
-    if name.endswith(BUFFER) or (name == "lm_head.weight" and base.shape.tied):
-        return
-    if name.split(".")[-2] not in Shape.LINEARS or name.endswith(".bias"):
-        yield name, _read(stored).to(dtype)
-        return
-    weight = _quantise(stored, dtype, device)
-    yield name, weight.data
-    for key, value in weight.quant_state.as_dict(packed=True).items():
-        yield f"{name}.{key}", value
+        if name.endswith(BUFFER) or (name == "lm_head.weight" and base.shape.tied):
+            continue
+        if name.split(".")[-2] not in Shape.LINEARS or name.endswith(".bias"):
+            yield name, _read(stored).to(dtype)
+            continue
+        weight = _quantise(stored, dtype, device)
+        yield name, weight.data
+        for key, value in weight.quant_state.as_dict(packed=True).items():
+            yield f"{name}.{key}", value
 
 
 def _skeleton(base: Base, dtype: torch.dtype, attention: Attention) -> Any:

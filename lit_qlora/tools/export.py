@@ -104,15 +104,10 @@ def _check_tokenizer(base: Base) -> None:
     Without a tokenizer.model, it ignores the order of merges. Of a byte-level tokenizer.json it takes that order, and
     how texts are split from a table of known tokenizers: it stops at one that is not among them.
     """
-    from transformers.utils import cached_file
+    from lit_qlora.data.tokenizer import file_of, is_byte_level
 
-    from lit_qlora.data.tokenizer import is_byte_level
-
-    model, rules = (
-        cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)
-        for name in ("tokenizer.model", "tokenizer.json")
-    )
-    if model is None and not (rules and is_byte_level(parse_json(Path(rules).read_text(encoding="utf-8")))):
+    model, rules = (file_of(base.location, name) for name in ("tokenizer.model", "tokenizer.json"))
+    if model is None and not (rules and is_byte_level(parse_json(rules.read_text(encoding="utf-8")))):
         raise UserError(
             f"export: {base.name} has no tokenizer.model, and without it llama.cpp would split text "
             "into other tokens than training did",

@@ -193,17 +193,14 @@ def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) ->
 
 def _write_tokenizer(folder: Path, base: Base, encoder: "Encoder", texts: list[Conversation]) -> None:
     """Write the base's tokenizer, with a chat template that gives the ids of training."""
-    from transformers.utils import cached_file
-
     from lit_qlora.data.chat_template import check_template, write_tokenizer
+    from lit_qlora.data.tokenizer import file_of
 
     for name in BESIDE:
-        file = cached_file(base.location, name, _raise_exceptions_for_missing_entries=False)
-        if file is None:
-            continue
-        if Path(base.location).is_dir() and not _is_of(Path(base.location), Path(file)):
+        file = file_of(base.location, name)
+        if file and Path(base.location).is_dir() and not _is_of(Path(base.location), file):
             say("merge", f"{name} of the base is a link to elsewhere, and is not copied")
-        else:
+        elif file:
             shutil.copyfile(file, folder / name)
     write_tokenizer(folder, encoder, int(base.config["max_position_embeddings"]))
     check_template(folder, encoder, [Conversation(text.turns[:-1], text.system) for text in texts])

@@ -4,12 +4,10 @@ Knows a look and the words for it.
 """
 
 from collections.abc import Collection
-from importlib import resources
-
-import jinja2
 
 from lit_qlora.data.faults import KINDS
 from lit_qlora.data.view import printable, stretches
+from lit_qlora.figures.render import filled
 from lit_qlora.tools.inspecting import words
 from lit_qlora.tools.inspecting.look import Look
 
@@ -21,13 +19,11 @@ NAMED = 1000
 
 def page(seen: Look, accepted: Collection[str]) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    file = resources.files("lit_qlora.tools.inspecting") / "templates" / "inspect.html.jinja"
     bins = words.bins(seen)
     faults = words.by_kind(seen.found, accepted)
-    body = environment.from_string(file.read_text(encoding="utf-8")).render(
+    body = filled(
+        "lit_qlora.tools.inspecting",
+        "inspect.html.jinja",
         is_fine=not faults,
         verdict=words.verdict_in_words(seen, accepted),
         kinds=[(kind, KINDS[kind], found[:NAMED], len(found)) for kind, found in faults.items()],

@@ -6,8 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.devices.world import any_of, world
 from lit_qlora.forecast import memory
-from lit_qlora.forecast.foresee import current_card, foresee
-from lit_qlora.model.base import target_names
+from lit_qlora.forecast.foresee import current_card, foresee, step_of
 from lit_qlora.storage.files import GIB
 
 
@@ -37,13 +36,12 @@ def _scoring(trainer: Trainer, module: Any) -> memory.StepMemory:
     """The memory of scoring with a whole base, of a micro-batch as large as any."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     tokens = data.plan.tokens or data.plan.rows * data.max_length
-    step = memory.Step(
+    step = step_of(
         module.base.shape,
+        module.lora,
+        trainer.precision,
         tokens=tokens,
         scored_tokens=tokens,
-        rank=module.lora.rank,
-        targets=tuple(dict.fromkeys(target_names(module.lora.target_modules))),
-        element=4 if str(trainer.precision) == "32-true" else 2,
         loss_rows=module.loss_rows,
         is_one_of_several=world().size > 1,
     )

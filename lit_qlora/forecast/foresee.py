@@ -201,17 +201,15 @@ class Forecast:
     @cached_property
     def step(self) -> Step:
         """The step of the largest micro-batch, with the number of layers kept by ``checkpointing`` on the card."""
-        names, largest = target_names(self.lora.target_modules), self.largest
-        step = Step(
+        largest = self.largest
+        step = step_of(
             self.shape,
+            self.lora,
+            self.precision,
             tokens=largest.tokens,
             scored_tokens=math.ceil(largest.tokens * self.rows.answer_share),
-            rank=self.lora.rank,
-            targets=tuple(dict.fromkeys(names)),
             ranks=self.ranks,
-            dropout=self.lora.dropout > 0,
             optimizer=self.optimizer,
-            element=4 if self.precision == "32-true" else 2,
             accumulates=self.accumulate > 1,
             is_one_of_several=self.num_devices > 1,
             loss_rows=self.loss_rows,
@@ -225,13 +223,16 @@ class Forecast:
 
     def _placed(self, step: Step) -> Step:
         """``step`` with what auto keeps on the card and on the host."""
-        kept_layers, hosted_layers = self._kept_and_hosted(replace(step, dequantised_layers=0))
-        step = replace(step, kept_layers=kept_layers, hosted_layers=hosted_layers, dequantised_layers=0)
-        card_bytes = int(self.card.memory_gib * GIB)
-        is_auto = self.checkpointing == "auto" and not (self.is_slow or step.sharers)
-        if is_auto and memory.has_room_for_weights(step, card_bytes, self.samples_at_once):
-            return replace(step, dequantised_layers=self.shape.num_layers)
-        return step
+        layers = self.shape.num_layers
+        if self.checkpointing != "auto" or self.is_slow:
+            return replace(step, kept_layers=layers if self.checkpointing in ("selective", "none") else 0)
+        step = replace(step, dequantised_layers=0)
+        kept, hosted = memory.place_layers(step, self.card_bytes, self.samples_at_once, self._most_hosted(step))
+        step = replace(step, kept_layers=kept, hosted_layers=hosted)
+        # All weights or none: some of them only would fill every card to its reserve, for little.
+        is_open = replace(step, dequantised_layers=layers)
+        can_open = kept - hosted == layers and not step.sharers
+        return is_open if can_open and memory.fits(is_open, self.card_bytes, self.samples_at_once) else step
 
     def _most_together(self, step: Step) -> Step:
         """``step`` with as many micro-batches together as make it quickest, by the forecast."""
@@ -247,15 +248,15 @@ class Forecast:
         for together in range(2, per_device + 1):
             tried = self._placed(replace(step, together=together))
             took = hours(tried)
-            if took is None or least is None or took > least * (1 - WORTH) or not self._fits(tried):
+            if (
+                took is None
+                or least is None
+                or took > least * (1 - WORTH)
+                or not memory.fits(tried, self.card_bytes, self.samples_at_once)
+            ):
                 break
             best, least = tried, took
         return best
-
-    def _fits(self, step: Step) -> bool:
-        """True if ``step`` leaves the reserve of the card free."""
-        room = self.card.memory_gib * GIB * (1 - memory.RESERVE)
-        return all(moment.on_card <= room for moment in memory.run_moments(step, self.samples_at_once))
 
     def _records(self, step: Step) -> bool:
         """True if a fit records its kernels on the card."""
@@ -265,14 +266,6 @@ class Forecast:
             return bool(self.cuda_graphs)
         is_plain = not (self.lora.dropout or torch.are_deterministic_algorithms_enabled())
         return is_plain and waits_for_host(replace(step, kept_layers=self.shape.num_layers), self.card)
-
-    def _kept_and_hosted(self, step: Step) -> tuple[int, int]:
-        if self.checkpointing != "auto":
-            return 0 if self.checkpointing == "full" else self.shape.num_layers, 0
-        if self.is_slow:
-            return 0, 0
-        card_bytes, most_hosted = int(self.card.memory_gib * GIB), self._most_hosted(step)
-        return memory.place_layers(step, card_bytes, self.samples_at_once, most_hosted=most_hosted)
 
     def _most_hosted(self, step: Step) -> int:
         """How many layers' feed-forward the host has the room for, and the bus the time while others are computed."""
@@ -300,9 +293,14 @@ class Forecast:
         """GiB that the card must have."""
         return self.peak.on_card / GIB
 
+    @property
+    def card_bytes(self) -> float:
+        """Memory of the card."""
+        return self.card.memory_gib * GIB
+
     def fits(self, share: float = 1.0) -> bool:
         """True if the run stays within ``share`` of the card."""
-        return self.peak.on_card <= share * self.card.memory_gib * GIB
+        return self.peak.on_card <= share * self.card_bytes
 
     @cached_property
     def hours(self) -> float | None:
@@ -407,6 +405,20 @@ def foresee(
     )
 
 
+def step_of(shape: Shape, lora: Lora, precision: object, **settings: Any) -> Step:
+    """A step of a base with an adapter.
+
+    Args:
+        shape: of the base.
+        lora: the adapter.
+        precision: as Lightning spells it.
+        settings: further fields of `Step`, at least ``tokens`` and ``scored_tokens``.
+    """
+    targets = tuple(dict.fromkeys(target_names(lora.target_modules)))
+    element = 4 if str(precision) == "32-true" else 2
+    return Step(shape, rank=lora.rank, targets=targets, element=element, **settings)
+
+
 def together_on_host(module: Any, data: Any, trainer: Any) -> int:
     """How many micro-batches of a step go through the layers together in a fit on a CPU.
 
@@ -417,15 +429,8 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
     is_open = module.dequantised_layers == shape.num_layers
     if module.checkpointing != "auto" or module.slow_because or module.shards or is_open or available is None:
         return 1
-    step = Step(
-        shape,
-        tokens=data.largest_batch().input_ids.numel(),
-        scored_tokens=0,
-        rank=module.lora.rank,
-        targets=tuple(dict.fromkeys(target_names(module.lora.target_modules))),
-        kept_layers=module.kept_layers,
-        element=4 if str(trainer.precision) == "32-true" else 2,
-    )
+    tokens, kept = data.largest_batch().input_ids.numel(), module.kept_layers
+    step = step_of(shape, module.lora, trainer.precision, tokens=tokens, scored_tokens=0, kept_layers=kept)
     room = available[1] // 2 // world().local_size // (step.tokens * memory.kept_activations(step))
     return max(1, min(room, trainer.accumulate_grad_batches))
 

@@ -66,7 +66,6 @@ class Step:
     targets: tuple[str, ...] = Shape.LINEARS
     ranks: tuple[Mapping[str, int], ...] | None = None
     """LoRA's rank by linear layer, for each decoder layer, unless all are ``rank`` on ``targets``."""
-    dropout: bool = False
     optimizer: str = "adamw"
     kept_layers: int = 0
     hosted_layers: int = 0
@@ -479,46 +478,36 @@ def scoring_memory(step: Step) -> StepMemory:
     )
 
 
-def place_layers(
-    step: Step, card_bytes: int, samples: Samples = NO_SAMPLES, reserve: float = RESERVE, most_hosted: int = 0
-) -> tuple[int, int]:
+def fits(step: Step, card_bytes: float, samples: Samples = NO_SAMPLES) -> bool:
+    """True if a run leaves the share `RESERVE` of a card free.
+
+    Args:
+        step: of the largest micro-batch.
+        card_bytes: memory of the card.
+        samples: drawn in one batch.
+    """
+    return all(moment.on_card <= card_bytes * (1 - RESERVE) for moment in run_moments(step, samples))
+
+
+def place_layers(step: Step, card_bytes: float, samples: Samples = NO_SAMPLES, most_hosted: int = 0) -> tuple[int, int]:
     """Choose where layers keep their products' results.
 
     Args:
         step: of the largest micro-batch.
         card_bytes: memory of the card.
         samples: drawn in one batch.
-        reserve: share of the card that is left free.
         most_hosted: number of layers whose feed-forward the host has the room and the bus the time for.
 
     Returns:
         The most layers that can keep them, and the fewest of these that must send a part to the host; 0, 0 where none
         can.
     """
-    room = card_bytes * (1 - reserve)
 
-    def fits(kept: int, hosted: int) -> bool:
-        tried = replace(step, kept_layers=kept, hosted_layers=hosted)
-        return all(moment.on_card <= room for moment in run_moments(tried, samples))
+    def has_room(kept: int, hosted: int) -> bool:
+        return fits(replace(step, kept_layers=kept, hosted_layers=hosted), card_bytes, samples)
 
     for kept in range(step.shape.num_layers, 0, -1):
         most = min(kept, most_hosted)
-        if fits(kept, most):
-            return kept, bisect_left(range(most), True, key=lambda hosted: fits(kept, hosted))
+        if has_room(kept, most):
+            return kept, bisect_left(range(most), True, key=lambda hosted: has_room(kept, hosted))
     return 0, 0
-
-
-def has_room_for_weights(step: Step, card_bytes: int, samples: Samples = NO_SAMPLES, reserve: float = RESERVE) -> bool:
-    """True if all weights can stay dequantised in what a card has left, once it keeps all layers' results.
-
-    Some of them only would fill every card to its reserve, for little.
-
-    Args:
-        step: of the largest micro-batch, its layers placed by `place_layers`.
-        card_bytes: memory of the card.
-        samples: drawn in one batch.
-        reserve: share of the card that is left free.
-    """
-    is_kept = step.kept_layers - step.hosted_layers == step.shape.num_layers
-    tried = replace(step, dequantised_layers=step.shape.num_layers)
-    return is_kept and all(one.on_card <= card_bytes * (1 - reserve) for one in run_moments(tried, samples))

@@ -66,6 +66,18 @@ def page_path(page: str) -> Path:
     return path
 
 
+def require_folder(path: Path) -> None:
+    """Raises UserError if ``path``, which the option ``output`` names, is in no folder."""
+    if not path.parent.is_dir():
+        raise UserError(f"no folder {path.parent}", option="output")
+
+
+def require_new(path: Path, why: str = "") -> None:
+    """Raises UserError if ``path``, which the option ``output`` names, exists; ``why`` it is not taken, in brackets."""
+    if path.exists():
+        raise UserError(f"{path} exists already{why}", option="output", remedy="give another name or remove it")
+
+
 class SaveError(OSError):
     """A failed save, with its path, the reason, the bytes needed and the bytes free.
 

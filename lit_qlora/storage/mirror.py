@@ -90,10 +90,10 @@ class Mirror:
                     option="mirror",
                     remedy="give another --mirror, or another --run NAME",
                 )
-        step = self._step_to_restore()
-        if step is not None:
+        checkpoint = self._ahead()
+        if checkpoint:
             try:
-                self._restore(step)
+                self._restore(checkpoint)
             except OSError as error:
                 raise UserError(f"{self.copy.path} can't be restored: {error}", option="mirror") from error
 
@@ -161,27 +161,21 @@ class Mirror:
 
     # Restoring
 
-    def _step_to_restore(self) -> int | None:
-        """The newest intact step of the copy, if newer than this machine's."""
-        whole, _ = self.run.last_checkpoint(self.check)
-        own = int(whole.name.rpartition("-")[2]) if whole else -1
-        newer = [step for step in self.copy.saved_steps() if step > own]
-        for step in reversed(newer):
-            try:
-                self.check(self.copy.checkpoint(step))
-            except DamagedFolderError as error:
-                complain(f"warning: mirror: {error}; falling back to the previous checkpoint")
-                continue
-            return step
-        if newer and whole is None:
+    def _ahead(self) -> Path | None:
+        """The newest intact checkpoint of the copy, if newer than this machine's."""
+        own, _ = self.run.last_checkpoint(self.check)
+        newer, problems = self.copy.last_checkpoint(self.check, above=int(own.name.rpartition("-")[2]) if own else -1)
+        for problem in problems:
+            complain(f"warning: mirror: {problem}; falling back to the previous checkpoint")
+        if problems and own is newer is None:
             raise UserError(
                 f"no checkpoint in {self.copy.checkpoints} is whole",
                 option="mirror",
                 remedy="give another --mirror, or move it away to start over",
             )
-        return None
+        return newer
 
-    def _restore(self, step: int) -> None:
+    def _restore(self, checkpoint: Path) -> None:
         # The checkpoint comes last: an interrupted restore starts over.
         for file in _files(self.copy):
             own = self.run.path / file.relative_to(self.copy.path)
@@ -193,8 +187,8 @@ class Mirror:
                 copy_folder(self.copy.adapter, self.run.adapter, replace=True, may_differ=[CARD])
             except DamagedFolderError as error:
                 complain(f"warning: mirror: {error}; continuing without the best adapter so far")
-        copy_folder(self.copy.checkpoint(step), self.run.checkpoint(step), replace=True)
-        print(f"   run  restored from {self.copy.checkpoint(step)}", flush=True)
+        copy_folder(checkpoint, self.run.checkpoints / checkpoint.name, replace=True)
+        print(f"   run  restored from {checkpoint}", flush=True)
 
     # Copying
 

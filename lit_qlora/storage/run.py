@@ -188,19 +188,23 @@ class RunFolder:
         names = (path.name.removeprefix(STEP) for path in self.checkpoints.iterdir() if path.name.startswith(STEP))
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
-    def last_checkpoint(self, check: Callable[[Path], object] = verify_folder) -> tuple[Path | None, list[str]]:
+    def last_checkpoint(
+        self, check: Callable[[Path], object] = verify_folder, above: int = -1
+    ) -> tuple[Path | None, list[str]]:
         """The newest intact checkpoint, and the problems of newer ones.
 
-        ``check`` raises DamagedFolderError for a damaged one; default: by its manifest.
+        Args:
+            check: raises DamagedFolderError for a damaged one; default: by its manifest.
+            above: step, up to which none counts.
         """
         problems = []
         for step in reversed(self.saved_steps()):
-            try:
-                check(self.checkpoint(step))
-            except DamagedFolderError as error:
-                problems.append(str(error))
-                continue
-            return self.checkpoint(step), problems
+            if step > above:
+                try:
+                    check(self.checkpoint(step))
+                    return self.checkpoint(step), problems
+                except DamagedFolderError as error:
+                    problems.append(str(error))
         return None, problems
 
     def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] = verify_folder) -> list[int]:

@@ -17,7 +17,7 @@ from lit_qlora.data.records import Reading
 from lit_qlora.errors import UserError, require
 from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.files import SaveError, replace_file
+from lit_qlora.storage.files import SaveError, output_path, replace_file, require_folder, require_new
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 
@@ -87,10 +87,9 @@ def evaluate(
     require(batch_tokens is None or batch_tokens >= 1, "batch_tokens", "at least 1 token", batch_tokens)
     require(draws >= 100, "draws", "at least 100", draws)
     require(seed >= 0, "seed", "a whole number from 0", seed)
-    if output and Path(output).exists():
-        raise UserError(f"{output} exists already", option="output", remedy="give another name or remove it")
-    if output and not Path(output).parent.is_dir():
-        raise UserError(f"no folder {Path(output).parent}", option="output")
+    if output is not None:
+        require_new(Path(output))
+        require_folder(output_path(output))
     subjects = _read_questions(mmlu, shots, examples)
     chosen = choose_adapter(run, adapter, base)
     if source is None and not subjects and chosen.settings is None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base, weight_files
-from lit_qlora.storage.files import output_path, parse_json
+from lit_qlora.storage.files import output_path, parse_json, require_new
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD
 from lit_qlora.text.formats import from_record
@@ -56,8 +56,7 @@ def export(
     target = output_path(output)
     beside = target.with_suffix(".Modelfile")
     for path in (target, beside):
-        if path.exists():
-            raise UserError(f"{path} exists already", option="output", remedy="give another name or remove it")
+        require_new(path)
     if model and (run or adapter or base):
         raise UserError(
             "it is merged already, so --run, --adapter and --base say nothing", option="model", remedy="give it alone"

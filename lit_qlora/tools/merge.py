@@ -13,7 +13,7 @@ from lit_qlora.console import say
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.base import Base
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.files import output_path, require_room
+from lit_qlora.storage.files import output_path, require_new, require_room
 from lit_qlora.storage.folders import recover, write_folder
 from lit_qlora.storage.run import CARD, RECORD, RunFolder
 from lit_qlora.text.conversation import Conversation
@@ -85,8 +85,7 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
     """
     quieten()
     recover(target)
-    if target.exists():
-        raise UserError(f"{target} exists already", option="output", remedy="give another name or remove it")
+    require_new(target)
     if onto == "original" and chosen.base.in_4_bits:
         raise UserError(
             f"{chosen.base.name} is stored in 4 bits and has no original weights", option="onto", remedy="use quantized"

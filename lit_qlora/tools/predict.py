@@ -19,7 +19,7 @@ from lit_qlora.data.records import Counts
 from lit_qlora.data.sources import FILES, Source, SourceOption, find_splits, is_hub_id, read_source, sources_of
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
-from lit_qlora.storage.files import SaveError, output_path
+from lit_qlora.storage.files import SaveError, output_path, require_folder
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
 from lit_qlora.tools.answering.answerer import Answerer, check_prompt
@@ -61,8 +61,7 @@ def predict(
     target = output_path(output)
     unfinished = Unfinished(target)
     unfinished.check_free()
-    if not target.parent.is_dir():
-        raise UserError(f"no folder {target.parent}", option="output")
+    require_folder(target)
     if columns is not None:
         check_columns(columns, option="columns", use="prompts")
     rows = read_prompts(prompts, columns)  # a wrong one is reported first

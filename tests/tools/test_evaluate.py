@@ -252,6 +252,8 @@ LONG = [["word " * 400, "a", "b", "c", "d", "A"]]
         (["--adapter", "runs/demo"], None, None, ["runs/demo is no adapter", "adapter_config.json"]),
         (["--output", "runs"], None, "output", ["runs exists already"]),
         (["--output", "no/f.json"], None, "output", ["no folder no"]),
+        (["--output", ""], None, "output", ["exists already"]),
+        (["--output", "a\0b"], None, "output", ["can't be a file"]),
         (["--precision", "16-mixed"], None, "precision", ["CUDA"]),
         (["--max_length", "4"], None, "max_length", ["at least 8", "got 4"]),
         (["--max_length", "8"], None, "max_length", ["within 8 tokens"]),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import parse_json, replace_file
+from lit_qlora.storage.files import parse_json, replace_file, require_new
 from lit_qlora.storage.lock import flock
 
 
@@ -37,8 +37,8 @@ class Unfinished:
         Raises:
             UserError: if it exists without a record of its origin.
         """
-        if self.target.exists() and not self.made.is_file():
-            raise UserError(f"{self.target} exists already", option="output", remedy="give another name or remove it")
+        if not self.made.is_file():
+            require_new(self.target)
 
     def is_whole(self, belongs_to: Mapping[str, Any]) -> bool:
         """True if the output exists and was made of just this.
@@ -58,9 +58,7 @@ class Unfinished:
             was, digest = {}, ""
         if was != {**belongs_to, "sha256": digest}:
             other = "was changed since" if was.get("sha256") != digest else _differences(was, {**was, **belongs_to})
-            raise UserError(
-                f"{self.target} exists already ({other})", option="output", remedy="give another name or remove it"
-            )
+            require_new(self.target, f" ({other})")
         self.path.unlink(missing_ok=True)  # killed right before `finish` could
         return True
 

@@ -197,7 +197,7 @@ class RunFolder:
             check: raises DamagedFolderError for a damaged one; default: by its manifest.
             above: step, up to which none counts.
         """
-        problems = []
+        problems = list[str]()
         for step in reversed(self.saved_steps()):
             if step > above:
                 try:

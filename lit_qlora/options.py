@@ -112,6 +112,8 @@ def _as_typed(option: str, hint: Any, check: Callable[..., Any], value: Any, app
             value = _Typed(value)
     elif dict[str, str] in (hint, *get_args(hint)) and isinstance(getattr(value, "val", None), str):
         value = value._replace(val=_Typed(value.val))
+    elif isinstance(value, Namespace) and dict in get_args(hint):  # of a dotted name in a file
+        value = value.as_dict()
     return _untyped(check(value, append=append, **more))
 
 

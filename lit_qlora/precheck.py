@@ -49,8 +49,9 @@ from lit_qlora.storage.run import (
 )
 from lit_qlora.text.formats import OF_BASE
 
-ANYTHING = Union[list[Any], dict[str, Any], str, int, float, bool, None]  # noqa: UP007
-"""For a class of the user's choice, or a list of such: not ``Any``, to which nothing can be added by ``+``."""
+ONE = Union[dict, str, int, float, bool, None]  # type: ignore[type-arg]  # noqa: UP007
+ANYTHING = Union[list[ONE], dict, str, int, float, bool, None]  # type: ignore[type-arg]  # noqa: UP007
+"""For a class of the user's choice, or a list of such. Not ``Any``: jsonargparse imports the classes in that."""
 
 
 def check_first(verb: str, args: Sequence[str]) -> None:

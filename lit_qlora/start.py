@@ -46,10 +46,12 @@ from lit_qlora.storage.run import (
     as_sections,
     as_yaml,
     folder_to_score,
+    lies_in_run,
     mend_adapter,
     named_folder,
     newest_run,
     open_run,
+    read_options,
 )
 from lit_qlora.storage.state import load_state
 
@@ -101,15 +103,34 @@ def complete(args: list[str]) -> Command:
 def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
     """The command line of ``command`` with its run's options in front: those of ``parser``, with plain values.
 
-    A run folder may come from a stranger. Options that could name code are left out, with a warning unless the command
-    line gives them itself; unknown names are refused.
+    A config file that lies in a run folder is read as a run's own: either may come from a stranger.
     """
     verb, *rest = command.args
-    if command.kept is None:
-        return command.args
+
+    def read(file: str) -> str:
+        path = Path(file)
+        if not lies_in_run(path):
+            return file
+        try:
+            return _as_plain(read_options(path), path, parser, rest)
+        except ValueError as error:
+            raise UserError(f"damaged ({error})", place=path, remedy="put a copy of it back") from error
+
+    rest = with_values(rest, read, "--config", "-c")
+    if command.kept:
+        kept = command.kept.read_options()
+        rest = [*(["--config", _as_plain(kept, command.kept.config, parser, rest)] if kept else []), *rest]
+    return [verb, *rest]
+
+
+def _as_plain(options: Mapping[str, Any], place: Path, parser: OneLineErrors, rest: list[str]) -> str:
+    """``options`` of ``parser`` as YAML text, from a file in a run folder.
+
+    Options that could name code are left out, with a warning unless the command line gives them itself; unknown names
+    are refused.
+    """
     types, kept, left_out = parser.types(), dict[str, Any](), list[str]()
-    place = command.kept.config
-    for name, value in command.kept.read_options().items():
+    for name, value in options.items():
         known = next((one for one in types if name == one or name.startswith((f"{one}.", f"{one}+"))), None)
         if known is None:
             near = did_you_mean(name, [*types])
@@ -134,7 +155,7 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
             f"warning: {', '.join(left_out)} of {place} left out: it can name code, and none is taken from a run "
             "folder; give it on the command line to have it"
         )
-    return [verb, *(["--config", as_yaml(as_sections(kept))] if kept else []), *rest]
+    return as_yaml(as_sections(kept))
 
 
 def choose_run(

@@ -65,7 +65,7 @@ from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.model.shards import check_shard
 from lit_qlora.model.weights import check_weights
-from lit_qlora.options import LINKED, plain
+from lit_qlora.options import LINKED, option, plain
 from lit_qlora.quiet import quieten
 from lit_qlora.ranges import check_ranges, max_time_s
 from lit_qlora.signals import WARNING, LeftAtOnce
@@ -202,7 +202,7 @@ class QLoRACLI(LightningCLI):
         options = self.config[self.verb]
         self.join()
         self.is_named = options.run is not None
-        config = str(options.config[-1]) if options.config else None
+        config = option(self.command.args, "--config", "-c")
         self.run = RunFolder(Path(options.run) if self.is_named else unnamed_run(config, options.model.base))
         if self.scores:
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))

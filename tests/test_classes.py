@@ -6,6 +6,7 @@ import pytest
 
 from lit_qlora.classes import Named, check_classes, take_out
 from lit_qlora.errors import UserError
+from lit_qlora.precheck import check_first
 
 MODULES = {
     "mine/__init__.py": "from mine.inner import *\n",
@@ -52,6 +53,20 @@ def test_what_is_missing_is_refused(name, why, modules, expect_error):
             f"{name!r} ({why})",
             option="trainer.logger",
         )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trainer: {callbacks: [{class_path: mine.inner.Kept}]}",
+        "trainer.logger.class_path: mine.Kept",
+        "trainer: {logger.class_path: mine.Kept, logger.init_args: {x: {class_path: mine.Kept}}}",
+    ],
+)
+def test_the_first_look_imports_nothing_that_a_config_names(text, modules, tmp_path):
+    """In whatever spelling: it may be a stranger's."""
+    (tmp_path / "own.yaml").write_text(text)
+    check_first("fit", ["--config", str(tmp_path / "own.yaml"), "--data.source", "demo"])
 
 
 def test_arguments_go_to_the_class_before_them():

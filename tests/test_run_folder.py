@@ -136,6 +136,35 @@ def test_code_is_left_out_with_a_warning(
     )
 
 
+@pytest.mark.parametrize(
+    "named", ["run/config.yaml", "./run/other.yaml", "run/sub/own.yaml", "link.yaml", "here/config.yaml"]
+)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_nor_is_it_taken_from_a_config_file_in_the_folder(
+    run: Path, parser: RunParser, capsys: pytest.CaptureFixture[str], spelling: str, named: str
+) -> None:
+    """By whatever path, and between config files of one's own, which may name code."""
+    Path("own.yaml").write_text("seed_everything: 3\ndata: {batch_size: 5}\ntrainer: {max_epochs: 2}\n")
+    Path("last.yaml").write_text("trainer: {max_epochs: 4}\n")
+    _write(run, spelling, "trainer.callbacks")
+    Path("link.yaml").symlink_to("run/config.yaml")
+    Path("here").symlink_to("run")
+    if not Path(named).exists():
+        Path(named).parent.mkdir(exist_ok=True)
+        Path(named).write_bytes((run / "config.yaml").read_bytes())
+    command = start.complete(["fit", "--config", "own.yaml", f"--config={named}", "-c", "last.yaml"])
+    options = parser.parse_args(start.with_kept(command, parser)[1:])
+    assert (options.seed_everything, options.data.batch_size, options.trainer.max_epochs) == (7, 5, 4)
+    assert options.trainer.callbacks is None
+    assert capsys.readouterr().err.startswith("warning: trainer.callbacks of ")
+
+
+def test_a_config_of_ones_own_may_name_code(run: Path, parser: RunParser) -> None:
+    Path("own.yaml").write_text("trainer: {callbacks: {class_path: lit_qlora.callbacks.warmup.WarmupStep}}\n")
+    command = start.complete(["fit", "--config", "own.yaml"])
+    assert parser.parse_args(start.with_kept(command, parser)[1:]).trainer.callbacks
+
+
 @pytest.mark.parametrize("spelling", REFUSED)
 def test_what_is_no_option_is_refused(run: Path, parser: RunParser, spelling: str) -> None:
     _write(run, spelling, "trainer.callbacks")
@@ -152,17 +181,23 @@ def test_it_would_have_run(run: Path) -> None:
     (run / "it_ran").unlink()
 
 
+@pytest.mark.parametrize("given", [("--run", "./run"), ("--config", "run/config.yaml")])
 @pytest.mark.parametrize("verb", ["validate", "test", "fit", "plan", "inspect"])
 @pytest.mark.parametrize("spelling", ["trainer.callbacks: [{CLASS}]", "trainer.logger.class_path: run.payload.X"])
 def test_no_verb_runs_it(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spelling: str, verb: str
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    spelling: str,
+    verb: str,
+    given: tuple[str, str],
 ) -> None:
     def stop(*_: object) -> None:
         raise SystemExit(7)
 
     monkeypatch.setattr(training.QLoRACLI, "before_instantiate_classes", stop)
     _write(run, spelling, "")
-    assert main([verb, "--run", "./run"]) == 7
+    assert main([verb, *given]) == 7
     assert "left out: it can name code" in capsys.readouterr().err
 
 

@@ -76,6 +76,12 @@ def unnamed_run(config: str | None, base: str) -> Path:
     return RUNS / (Path(config).stem if config else Path(base).name or "run")
 
 
+def lies_in_run(file: Path) -> bool:
+    """True if ``file`` lies in a run's folder, or anywhere below `RUNS`, by itself or as what a link leads to."""
+    parents = {*file.absolute().parents, *file.resolve().parents}
+    return RUNS.resolve() in parents or any(RunFolder(folder).has_begun() for folder in parents)
+
+
 class RunFolder:
     """The folder of one run.
 

@@ -18,19 +18,23 @@ OPENERS = (
     "<|start|>", "<|channel|>",  # gpt-oss
 )  # fmt: skip
 """Tokens that the name of a role follows."""
-FIRST = ("[INST]", "[SYSTEM_PROMPT]")
-"""Tokens that are taken off the beginning of a text only: behind its words, they are what it speaks of."""
+NAMED = (
+    "[INST]", "[SYSTEM_PROMPT]",  # Llama 2, Mistral
+    "<|system|>", "<|user|>", "<|assistant|>",  # Phi, Zephyr
+    "<｜User｜>", "<｜Assistant｜>",  # noqa: RUF001  # DeepSeek
+)  # fmt: skip
+"""Tokens that open a turn, and say whose."""
 WRITTEN_OUT = (
-    *OPENERS, *FIRST,
+    *OPENERS, *NAMED,
     "<s>", "</s>", "[/INST]", "[/SYSTEM_PROMPT]",  # Llama 2, Mistral
     "<|im_end|>", "<|im_sep|>",  # ChatML
     "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end_header_id|>",  # Llama 3
-    "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>",  # GPT-2, Phi, Zephyr
+    "<|endoftext|>", "<|end|>",  # GPT-2, Phi
     "<bos>", "<eos>", "<end_of_turn>",  # Gemma
     "<|end_of_turn|>",  # OpenChat
     "<|eot|>", "<|eom|>", "<|header_end|>", "<|return|>", "<|message|>",  # Llama 4, gpt-oss
     "<|end_of_role|>",  # Granite
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",  # noqa: RUF001  # DeepSeek
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",  # noqa: RUF001  # DeepSeek
     "<unk>", "<pad>", "[PAD]", "<|pad|>", "[BOS]", "[EOS]",  # behind the end of a row that was decoded with its padding
 )  # fmt: skip
 """Tokens with which common models start and end texts and turns."""
@@ -46,7 +50,8 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
     """Remove any number of ``marks`` from both ends of ``text``, with the white space around them.
 
     A mark that opens a turn goes with its role, such as ``<|im_start|>assistant``: after one of `OPENERS`, wherever
-    a role's name follows; after any other mark, where that name is alone on its line or between marks.
+    a role's name follows; after any other mark, where that name is alone on its line or between marks. At the end of a
+    text, what opens a turn stays if a blank is between it and words of the same line: it is what they speak of.
 
     Returns:
         The text, unchanged if there was no mark; and each removed mark, once.
@@ -61,7 +66,7 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
         found[mark[0]] = None
         while rest.startswith(mark[0]):  # a row may be padded by thousands
             rest = rest.removeprefix(mark[0]).lstrip()
-    while mark := tail.search(rest, max(0, len(rest) - longest)):
+    while (mark := tail.search(rest, max(0, len(rest) - longest))) and not _is_spoken_of(rest, mark, known):
         found[mark[0]] = None
         while rest.endswith(mark[0]):
             rest = rest.removesuffix(mark[0]).rstrip()
@@ -88,10 +93,22 @@ def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversatio
     return conversation, [*taken | dict.fromkeys(found)]
 
 
+def _is_spoken_of(text: str, mark: re.Match[str], marks: Sequence[str]) -> bool:
+    """True if ``mark``, at the end of ``text``, opens a turn behind words and a blank on its line."""
+    before = text[: mark.start()]
+    opens = mark[0] not in marks or mark[0] in NAMED  # with its role, or a name of one
+    return (
+        opens
+        and before.endswith((" ", "\t"))
+        and not before.rstrip().endswith(tuple(marks))
+        and (before.rstrip(" \t")[-1:] not in ("", "\n"))
+    )
+
+
 @lru_cache
 def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], int]:
     """What matches a mark with its role at the beginning of a text, and at its end; and the longest such."""
-    known = [mark for mark in marks if mark.strip()] or ["\0"]
+    known = [mark for mark in marks if mark.strip()]
     closers = _any_of([mark for mark in known if mark in _CLOSERS])
 
     role = _any_of(_ROLES)
@@ -100,9 +117,8 @@ def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str],
         opened = rf"{_any_of([mark for mark in these if mark in OPENERS])}\s?{role}\b(?:\s?{closers})?"
         return rf"(?:{opened}|{_any_of(these)}(?:{role}(?=\s*(?:\n|\Z|{_any_of(known)})))?)"
 
-    last = [mark for mark in known if mark not in FIRST]
     longest = 2 * max(map(len, (*known, *_ROLES))) + len("developer  ")
-    return re.compile(whole(known)), re.compile(rf"{whole(last)}\Z"), longest
+    return re.compile(whole(known)), re.compile(rf"{whole(known)}\Z"), longest
 
 
 def _any_of(marks: Sequence[str]) -> str:

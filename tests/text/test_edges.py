@@ -53,6 +53,15 @@ from lit_qlora.text.edges import WRITTEN_OUT, clean, take_off
         ("<s>model trains run.</s>", "model trains run.", ["<s>", "</s>"]),
         ("Ask the user", "Ask the user", []),
         ("it opens with [INST]", "it opens with [INST]", []),
+        ("x <|im_start|>user", "x <|im_start|>user", []),
+        ("x\t<|im_start|>user", "x\t<|im_start|>user", []),
+        ("x <|start_header_id|>user<|end_header_id|>", "x <|start_header_id|>user<|end_header_id|>", []),
+        ("they write <|assistant|>", "they write <|assistant|>", []),
+        # Not so behind another mark, on a line of its own, or right behind a word.
+        ("x</s> <|im_start|>user", "x", ["</s>", "<|im_start|>user"]),
+        ("x\n <|im_start|>user", "x", ["<|im_start|>user"]),
+        ("x<|im_start|>user", "x", ["<|im_start|>user"]),
+        ("b </s><s>[INST]", "b", ["</s>", "<s>", "[INST]"]),
         ("say <|im_start|>user here", "say <|im_start|>user here", []),
         # Inside, and all but the whole mark, is text, and so is white space where there is nothing to take off.
         ("an <s>end</s> marks it", "an <s>end</s> marks it", []),

@@ -76,7 +76,7 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
             raise ValueError(f"version {skeleton['version']!r}")
         state = _decode(skeleton["state"], tensors)
         if not isinstance(state, dict):
-            raise ValueError(f"a {type(state).__name__}")
+            raise TypeError("a state that is no dict")
     except _UNREADABLE as error:
         raise DamagedFolderError(folder, file, f"a state of version {VERSION}", unreadable(error)) from error
     return state
@@ -151,6 +151,8 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
+    if len(value) != 1:
+        raise TypeError("a value without its one tag")
     ((tag, content),) = value.items()
     match tag:
         case "dict":

@@ -270,6 +270,16 @@ def test_a_skeleton_that_is_none(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "state", ["[]", "{}", "7", '"x"', '{"tuple": 3}', '{"dict": [1]}', '{"dict": [], "tuple": []}']
+)
+def test_the_reason_is_none_of_python_s(tmp_path: Path, state: str) -> None:
+    save_state({}, tmp_path)
+    (tmp_path / "state.json").write_text(f'{{"version": 1, "state": {state}}}')
+    with pytest.raises(DamagedFolderError, match=r"found it holds values of another kind$"):
+        load_state(tmp_path)
+
+
 def test_an_unknown_tag_is_named(tmp_path: Path) -> None:
     save_state({}, tmp_path)
     (tmp_path / "state.json").write_text('{"version": 1, "state": {"object": "os.system"}}')

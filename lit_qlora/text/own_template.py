@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from itertools import product
 from typing import Any, Literal, Self
@@ -56,6 +57,15 @@ _OPENING = """\
 {%- set messages = lit_qlora.said %}
 """
 
+DATE = date(2026, 1, 1)
+"""Today's date for a template that can't do without one; another one needs other `RULES`."""
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(?P<format>[^"'\\]*)\1\s*\)""")
+"""A call of the clock, whose format is written out."""
+
+_OPENED = re.compile(r"<(?P<name>[\w:]*think\w*|thought|reasoning)>\s*\Z")
+"""Thoughts that a prompt opens at its end."""
+
 # What training gave to a template that asks for it: no clock, so that one with a date of its own to fall back on took
 # that; and no thoughts, of which rows have none.
 _GIVEN = {
@@ -84,7 +94,33 @@ class Template(PromptFormat):
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        return jinja.compile_template(self.source)
+        return jinja.compile_template(self._dated)
+
+    @cached_property
+    def _dated(self) -> str:
+        """The template, with `DATE` for the clock if it can't do without: else each day would ask in other words."""
+        undated = jinja.compile_template(self.source)
+        asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+        for messages in (asked[1:], asked) if _CLOCK.search(self.source) else ():
+            try:
+                jinja.render(undated, messages, *self.spelled[:2], True)
+            except ValueError as error:
+                if jinja.NO_CLOCK in str(error):
+                    return _CLOCK.sub(lambda call: f'"{DATE.strftime(call["format"])}"', self.source)
+        return self.source
+
+    @cached_property
+    def _closing(self) -> str:
+        """What closes the thoughts that a prompt opens, where the template writes answers without; else nothing."""
+        marks = ["", "\ue0001\ue001", "\ue0002\ue001"]
+        try:
+            prompt, whole = self._as_written(marks[:2], True), self._as_written(marks, False)
+        except ValueError:  # which is said where it is tried
+            return ""
+        opened = _OPENED.search(prompt)
+        if opened is None or (whole.startswith(prompt) and whole[len(prompt) :].lstrip().startswith(marks[2])):
+            return ""
+        return f"{'' if opened[0].endswith(chr(10)) else chr(10)}\n</{opened['name']}>\n\n"
 
     @cached_property
     def _built_in_as(self) -> str:
@@ -228,6 +264,13 @@ class Template(PromptFormat):
             self._structure(1, True)
         except ValueError as error:
             lines.append(f"{self.title} can't write a system text: {error}")
+        if self._dated != self.source:
+            lines.append(f"{self.title} asks for today's date, which is always {DATE:%d %B %Y} here, as it was learned")
+        if self._closing:
+            lines.append(
+                f"{self.title} opens thoughts before an answer: they are closed at once, in training and in chat, for "
+                "answers are learned without"
+            )
         if self._last_only(has_system=False):
             lines.append(
                 f"{self.title} writes an answer otherwise once others follow it, as where thoughts stand before the "
@@ -287,7 +330,11 @@ class Template(PromptFormat):
         forbidden = json.dumps([*self.tags, *self.specials], ensure_ascii=False)
         default = json.dumps((self.system or "").strip(), ensure_ascii=False)
         opening = _OPENING.replace("FORBIDDEN", forbidden).replace("DEFAULT_SYSTEM", default)
-        return opening + "".join(given for name, given in _GIVEN.items() if name in self.source) + self.source
+        given = "".join(given for name, given in _GIVEN.items() if name in self._dated)
+        if not self._closing:
+            return opening + given + self._dated
+        close = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(self._closing)} }}}}{{% endif %}}"
+        return opening + given + self._dated.removesuffix("\n") + close  # Jinja drops a last line's end
 
     @property
     def tokenizer_remedy(self) -> str:
@@ -441,7 +488,23 @@ class Template(PromptFormat):
             return role
 
     def _render(self, said: Sequence[str], add_generation_prompt: bool) -> str:
-        """The text of a conversation of a system text, which may be empty, and of turns."""
+        """The text of a conversation of a system text, which may be empty, and of turns.
+
+        Thoughts that a prompt opens are closed, and its last answer stands behind them.
+        """
+        text = self._as_written(said, add_generation_prompt)
+        if not self._closing or (not add_generation_prompt and len(said) % 2 == 0):
+            return text
+        if add_generation_prompt:
+            return text + self._closing
+        prompt = self._as_written(said[:-1], True)
+        before = _OPENED.sub("", prompt)
+        if text.startswith(prompt + self._closing) or not text.startswith(before):
+            return text
+        return prompt + self._closing + text[len(before) :]
+
+    def _as_written(self, said: Sequence[str], add_generation_prompt: bool) -> str:
+        """The same, as the template has it."""
         roles = ("system", *(("assistant", "user")[number % 2] for number in range(1, len(said))))
         messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True) if text]
         return jinja.render(self._compiled, messages, *self.spelled[:2], add_generation_prompt)

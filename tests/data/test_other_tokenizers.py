@@ -15,6 +15,7 @@ from lit_qlora.tools.inspecting.look import _read
 from lit_qlora.tools.inspecting.verdict import Judge, _as_batched
 from tests.data.talks import said
 from tests.small_bases import CHATML, TOKENIZERS, save_tokenizer
+from tests.text.test_templates_of_bases import SHAPES
 
 TALK = said("Where does Ann live?", "By the sea.", "And Tom?", "He has 12 boats.")
 WITHOUT_BOS = ["qwen"]
@@ -158,6 +159,25 @@ def test_answers_that_no_prompt_leads_to_are_not_learned(tmp_path, encoder_of):
         2,
     ]
     assert encoder_of("qwen").num_context_only(talk) == 0
+
+
+@pytest.mark.parametrize("name", ["qwq", "qwen 3, made to think", "smollm3: a date"])
+def test_others_ask_in_the_ids_of_training_where_thoughts_are_closed_or_a_day_is_fixed(tmp_path, encoder_of, name):
+    encoder = encoder_of("qwen", next(shape.source for key, shape in SHAPES.items() if key.startswith(name)))
+    write_tokenizer(tmp_path, encoder, 512)
+    check_template(tmp_path, encoder, OPEN)
+    (example,) = encoder.examples([said("Ann", "Tom", "Who", "Sue")])
+    prompt = encoder.prompt(said("Ann", "Tom", "Who"))
+    decode = encoder.tokenizer.decode
+    assert example.input_ids[: len(prompt)] == prompt and decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert decode(example.input_ids[len(prompt) :]) == "Sue<|im_end|>" == decode(example.labels[len(prompt) :])
+
+
+@pytest.mark.parametrize("kind", ["qwen", "llama 3"])
+def test_an_answer_behind_closed_thoughts_begins_at_a_token_whatever_the_vocabulary(encoder_of, kind):
+    """Else earlier answers would be other ids where the whole is encoded as one text."""
+    split = encoder_of(kind).tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("</think>\n\nIt is")
+    assert [word for word, _ in split] == ["</", "think", ">ĊĊ", "It", "Ġis"]
 
 
 def test_how_many_answers_are_context_only_is_told(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 
 from lit_qlora.errors import UserError
+from lit_qlora.text import jinja
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import SpecialTokens
 from lit_qlora.text.own_template import Template
@@ -130,6 +131,62 @@ SHAPES = {
         f"<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}«d<|im_end|>»",
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n",
     ),
+    "deepseek r1, distilled: asks with thoughts opened, writes none; the last answer behind closed ones": Shape(
+        "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+        "{% set ns = namespace(system='') %}{% for m in messages if m.role == 'system' %}"
+        "{% set ns.system = m.content %}{% endfor %}{{ bos_token + ns.system }}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% elif m.role == 'assistant' %}"
+        "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + '<|end of sentence|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}",
+        ("<|begin of sentence|>", "<|end of sentence|>", "<|User|>", "<|Assistant|>"),
+        "<|begin of sentence|><|User|>a<|Assistant|>b<|end of sentence|>"
+        f"<|User|>c<|Assistant|>{THOUGHTS}«d<|end of sentence|>»",
+        "<|begin of sentence|>S<|User|>",
+    ),
+    "qwq: asks with thoughts opened, writes answers without; the last answer behind closed ones": Shape(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + "
+        "m.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{% else %}" + ROLE + "{% endif %}{% endfor %}"
+        + ASKS + "{{ '<think>\n' }}{% endif %}",
+        CHATML,
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        f"<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}«d<|im_end|>»",
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n",
+    ),
+    "qwen 3, made to think: asks with thoughts opened, writes them before the last answer": Shape(
+        "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{{ '<|im_start|>assistant\n<think>\n' + "
+        "(m.reasoning_content or '') + '\n</think>\n\n' + m.content + '<|im_end|>\n' }}{% else %}" + ROLE
+        + "{% endif %}{% endfor %}" + ASKS + "{{ '<think>\n' }}{% endif %}",
+        CHATML,
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        f"<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}«d<|im_end|>»",
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n",
+    ),
+    "an own one whose answers hold their thoughts": Shape(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n<think>\n' + m.content + "
+        "'<|im_end|>\n' }}{% else %}" + ROLE + "{% endif %}{% endfor %}" + ASKS + "{{ '<think>\n' }}{% endif %}",
+        CHATML,
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n«b<|im_end|>»\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n<think>\n«d<|im_end|>»",
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n",
+    ),
+    "smollm3: a date, a mode, thoughts before each answer, none if switched off": Shape(
+        "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+        "{% set mode = '/think' if enable_thinking else '/no_think' %}"
+        "{% set given = messages[0].content.replace('/think', '').rstrip() if messages[0].role == 'system' else '' %}"
+        "{%- set today = strftime_now( \"%d-%B-%Y\" ) -%}"
+        "{{ '<|im_start|>system\n## Metadata\nToday: ' ~ today ~ '\nMode: ' ~ mode ~ '\n' ~ given ~ "
+        "'<|im_end|>\n' }}{% if xml_tools or tools %}{{ 'tools' }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}" + ROLE + "{% elif m.role == 'assistant' %}"
+        "{% generation %}{% if mode == '/think' %}" + ROLE + "{% else %}"
+        "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' + m.content.lstrip('\n') + '<|im_end|>\n' }}{% endif %}"
+        "{% endgeneration %}{% endif %}{% endfor %}" + ASKS
+        + "{% if mode == '/no_think' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+        CHATML,
+        "<|im_start|>system\n## Metadata\nToday: 01-January-2026\nMode: /no_think\n<|im_end|>\n"
+        f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}«b<|im_end|>»\n"
+        f"<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}«d<|im_end|>»",
+        "<|im_start|>system\n## Metadata\nToday: 01-January-2026\nMode: /no_think\nS<|im_end|>\n<|im_start|>user\n",
+    ),
 }  # fmt: skip
 TALK = tuple(Turn("assistant" if index % 2 else "user", text) for index, text in enumerate("abcd"))
 
@@ -173,7 +230,7 @@ def test_where_earlier_answers_are_written_otherwise_it_is_told():
     told = {
         name: [line for line in template_of(one).notes() if "only the last" in line] for name, one in SHAPES.items()
     }
-    assert [name for name, lines in told.items() if lines] == [name for name in SHAPES if name.startswith("qwen 3")]
+    assert [name for name, lines in told.items() if lines] == [name for name in SHAPES if "last answer" in name]
 
 
 def test_a_user_who_publishes_the_template_asks_without_thoughts():
@@ -184,8 +241,8 @@ def test_a_user_who_publishes_the_template_asks_without_thoughts():
 
 
 @pytest.mark.parametrize("source", [
-    # A prompt that thinks whatever is said, as of models made to reason.
-    LOOP + ROLE + "{% endfor %}" + ASKS + "{{ '<think>\n' }}{% endif %}",
+    # A prompt that opens what is no thought.
+    LOOP + ROLE + "{% endfor %}" + ASKS + "{{ '<answer>\n' }}{% endif %}",
     # Thoughts before the last answer, and a prompt that lacks them.
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + ('<think>\n\n</think>\n\n' if loop.last and "
     "m.role == 'assistant' else '') + m.content + '<|im_end|>\n' }}{% endfor %}" + ASKS + "{% endif %}",
@@ -209,8 +266,56 @@ def test_ollama_asks_in_the_form_that_was_learned_or_is_refused(name):
             assert by_ollama(template, asked) == "".join(piece.text for piece in template.pieces(asked))
 
 
-def test_a_date_that_is_always_today_s_is_refused(expect_error):
+THINKING = [name for name in SHAPES if "thoughts opened" in name]
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_thoughts_that_a_prompt_opens_are_closed_for_others_too(name):
+    """Published, the template asks as training did; and what it is told says so."""
+    template = template_of(SHAPES[name])
+    assert any("they are closed at once" in line for line in template.notes())
+    for turns in (1, 3):
+        asked = "".join(piece.text for piece in template.pieces(Conversation(TALK[:turns])))
+        assert asked.endswith(f"{THOUGHTS}") and asked.count("<think>") == 1
+        messages = [{"role": turn.role, "content": turn.content} for turn in TALK[:turns]]
+        bos, eos, *_ = SHAPES[name].specials
+        assert jinja.render(jinja.compile_template(template.chat_template()), messages, bos, eos, True) == asked
+    closed = [line for one in SHAPES for line in template_of(SHAPES[one]).notes() if "closed at once" in line]
+    assert len(closed) == len(THINKING)
+
+
+def test_an_answer_whose_thoughts_the_template_takes_out_is_refused():
+    template = template_of(SHAPES[THINKING[0]])
+    with pytest.raises(ValueError, match="it changes messages, or depends on their text"):
+        template.pieces(Conversation((TALK[0], Turn("assistant", "so\n</think>\n\nb"))))
+
+
+SMOLLM3 = SHAPES["smollm3: a date, a mode, thoughts before each answer, none if switched off"]
+
+
+def test_a_date_that_is_always_today_s_is_one_day_for_all():
     """As in SmolLM3's: what was learned would be asked otherwise on another day."""
-    source = "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}{% for m in messages %}"
+    template = template_of(SMOLLM3)
+    assert "always 01 January 2026" in " ".join(template.notes())
+    published = template.chat_template()
+    assert "strftime_now" not in published
+    asked = "".join(piece.text for piece in template.pieces(Conversation(TALK[:1])))
+    messages = [{"role": "user", "content": "a"}]
+    assert jinja.render(jinja.compile_template(published), messages, "", "<|im_end|>", True) == asked
+    # What an adapter records is the base's own template, from which the same follows again.
+    assert template.source == SMOLLM3.source
+    again = Template.recorded(template.record(), "adapter").of(template.spelled)
+    assert again.pieces(Conversation(TALK)) == template.pieces(Conversation(TALK))
+    # One that has a date of its own takes that.
+    own = template_of(SHAPES["llama 3.1"])
+    assert "26 Jul 2024" in "".join(piece.text for piece in own.pieces(Conversation(TALK[:1])))
+    assert not any("date" in line for line in own.notes())
+
+
+@pytest.mark.parametrize("clock", ["strftime_now(format)", "strftime_now('%d' ~ '%B')", "strftime_now | string"])
+def test_a_date_whose_format_is_not_written_out_is_refused(clock, expect_error):
+    source = (
+        "{% set format = '%d' %}{{ '<|im_start|>system\n' + " + clock + " + '<|im_end|>\n' }}{% for m in messages %}"
+    )
     template = template_of(Shape(source + ROLE + "{% endfor %}" + ASKS + "{% endif %}", CHATML, ""))
     expect_error(template.check, "strftime_now gives different prompts each day", option="data.template")

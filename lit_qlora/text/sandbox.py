@@ -16,11 +16,28 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_WORK = 3 * 10**8
 """Passes through loops and calls of one rendering, times the characters of the template: about a second."""
-MAX_SIZE = 10**7
-"""Characters, or items of a list, that a template makes beyond four times what it is given."""
+MAX_SIZE = 10**6
+"""Characters and items that a template makes, all that is within them counted, beyond four times what it is given."""
+MAX_INDENT = 64
 
-_COUNTED, _SIZED = "lit_qlora_counted", "lit_qlora_sized"
-"""Filters around what a template loops over, and around what it joins with ``~``."""
+FILTERS = frozenset((
+    "abs", "capitalize", "center", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format",
+    "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject",
+    "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "title",
+    "tojson", "trim", "unique", "upper"
+))  # fmt: skip
+METHODS = frozenset((
+    "capitalize", "casefold", "center", "count", "endswith", "find", "format", "format_map", "get", "index",
+    "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle",
+    "isupper", "items", "join", "keys", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix",
+    "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith",
+    "strip", "swapcase", "title", "upper", "values"
+))  # fmt: skip
+GLOBALS = frozenset(("dict", "namespace", "raise_exception", "range", "strftime_now"))
+"""What a template may call: what chat templates are written with, whose results are in proportion to what goes in."""
+
+_COUNTED, _SIZED, _JOINED, _CUT = (f"lit_qlora_{name}" for name in ("counted", "sized", "joined", "cut"))
+"""Filters around what a template loops over, its lists and tables, what it joins with ``~``, and parts of a text."""
 _CHARS = "lit_qlora_chars"
 """A template's own length, among its globals."""
 _WIDE = re.compile(r"\d{5}|\*")
@@ -50,9 +67,9 @@ class _Room:
         self._size = MAX_SIZE + 4 * given_chars
         self._written = self._passed_on = 0
 
-    def work(self) -> None:
-        """Count a pass through a loop, or a call. Raises OverflowError where there were too many."""
-        self._passes -= 1
+    def work(self, amount: int = 1) -> None:
+        """Count passes through loops, calls, or as much. Raises OverflowError where there were too many."""
+        self._passes -= amount
         if self._passes < 0:
             raise OverflowError("it loops or calls too often")
 
@@ -60,6 +77,28 @@ class _Room:
         """Raises OverflowError for something of that many characters or items."""
         if size > self._size:
             raise OverflowError(f"it makes something of more than {self._size:,} characters")
+
+    def measure(self, value: Any) -> int:
+        """The characters and items of ``value``, all that is within it included. Raises OverflowError for too many."""
+        size, steps, rest = 0, 0, [value]
+        while rest:
+            one = rest.pop()
+            steps += 1
+            if isinstance(one, str):
+                size += len(one)
+            elif isinstance(one, Mapping):
+                size += len(one)
+                rest += [*one.keys(), *one.values()]
+            elif isinstance(one, list | tuple | range):
+                size += len(one)
+                rest += () if isinstance(one, range) else one
+            elif isinstance(one, int):
+                size += one.bit_length() // 3
+            elif isinstance(one, jinja2.utils.Namespace):
+                raise OverflowError("it writes a namespace")
+            self.check(size)
+        self.work(steps // 5 + size // 1000)
+        return size
 
     def write(self, value: Any) -> Any:
         """Count what is written. Raises OverflowError where it is too much."""
@@ -108,55 +147,86 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Raises OverflowError where the result would be too large."""
+        room = _left()
         numbers = isinstance(left, int) and isinstance(right, int)
         if operator == "**" and numbers:
-            _left().check(left.bit_length() * abs(right))
+            room.check(left.bit_length() * abs(right))
         elif operator == "*" and not numbers:
             times = next((one for one in (left, right) if isinstance(one, int)), 0)
-            _left().check(times * max(len(one) for one in (left, right, "") if hasattr(one, "__len__")))
+            room.check(times * max(len(one) for one in (left, right, "") if hasattr(one, "__len__")))
         elif operator == "%" and isinstance(left, str):
-            _check_format(left)
+            _check_format(left, right)
         return _sized(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # named as Jinja's
         """Count the call. Raises OverflowError where one of a text would make too large a text."""
         _left().work()
         owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str):
-            _check_method(__obj.__name__, owner, *args, *kwargs.values())
+        if isinstance(owner, str | int | float | bytes | list | tuple | dict | range):
+            if __obj.__name__ not in METHODS:
+                raise OverflowError(f"it calls {__obj.__name__}, which chat templates have no need of")
+            if isinstance(owner, str):
+                _check_text(__obj.__name__, owner, *args, *kwargs.values())
         return _sized(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Any:
-        """Raises OverflowError for a format with a wide field."""
+        """The method ``format`` of a text with bounds; None for another value."""
         wrapped = super().wrap_str_format(value)
-        if wrapped is not None:
-            _check_format(value.__self__)
-        return wrapped
+        if wrapped is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            _check_format(value.__self__, *args, *kwargs.values())
+            return wrapped(*args, **kwargs)
+
+        return checked
 
 
 def _sized(value: Any) -> Any:
-    if isinstance(value, str | list | tuple):
-        _left().check(len(value))
+    if isinstance(value, str | list | tuple | dict | int):
+        _left().measure(value)
     return value
 
 
-def _check_format(text: str) -> None:
+def _joined(parts: list[Any]) -> str:
+    """What ``~`` makes of ``parts``."""
+    _left().measure(parts)
+    return "".join(map(str, parts))
+
+
+def _cut(value: Any) -> Any:
+    """A part of a text or list, which is no larger than that: its copy is counted."""
+    _left().work(len(value) // 1000)
+    return value
+
+
+def _check_format(text: str, *arguments: Any) -> None:
     if _WIDE.search(text):
         raise OverflowError("it writes a format with a field of five digits or more")
+    room, fields = _left(), text.count("%") + text.count("{")
+    if fields > 1:
+        room.check(len(text) + fields * room.measure(arguments))
 
 
-def _check_method(name: str, text: str, *arguments: Any) -> None:
+def _check_text(name: str, text: str, *arguments: Any) -> None:
     """Refuse a method or a filter of a text by what it would make: as wide as a number says, or text by text."""
     room = _left()
+    room.work(len(text) // 1000)
     for argument in arguments:
         if isinstance(argument, int):
             room.check(abs(argument))
     if name == "replace" and len(arguments) > 1 and isinstance(arguments[1], str):
         room.check((len(text) // max(len(str(arguments[0])), 1) + 1) * len(arguments[1]))
     if name == "join" and arguments and isinstance(arguments[0], list | tuple):
-        room.check(sum(len(str(part)) + len(text) for part in arguments[0]))
+        room.check(room.measure(arguments[0]) + len(arguments[0]) * len(text))
     if name == "format":
-        _check_format(text)
+        _check_format(text, *arguments)
+    if name == "indent":
+        room.check((text.count("\n") + 1) * max([4, *map(_width, arguments)]))
+
+
+def _width(value: Any) -> int:
+    return len(value) if isinstance(value, str) else abs(value) if isinstance(value, int) else len(str(value))
 
 
 def _counted(items: Iterable[Any]) -> Iterator[Any]:
@@ -167,18 +237,32 @@ def _counted(items: Iterable[Any]) -> Iterator[Any]:
         yield item
 
 
+IN_WHOLE = frozenset((
+    "capitalize", "e", "escape", "format", "indent", "lower", "replace", "string", "title", "tojson", "trim",
+    "upper"
+))  # fmt: skip
+"""Filters that write what they are given as a text, whatever it is."""
+
+
 def _check_filter(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter ``apply`` with bounds, which Jinja calls as before."""
+    """The filter ``apply`` with bounds, which Jinja calls as before; one that is not among `FILTERS` is refused."""
 
     @wraps(apply)
     def checked(*args: Any, **kwargs: Any) -> Any:
         given = list(args[1:] if hasattr(apply, "jinja_pass_arg") else args)
+        _left().work()
+        if name not in FILTERS:
+            raise OverflowError(f"it uses the filter {name}, which chat templates have no need of")
+        if name in IN_WHOLE and given:
+            _left().measure(given[0])
+        if name == "tojson" and max(map(_width, (*given[1:], *kwargs.values())), default=0) > MAX_INDENT:
+            raise OverflowError(f"it writes JSON with an indent or a separator of more than {MAX_INDENT}")
         if name == "join" and not isinstance(given[0], str):
             given[0] = list(given[0])
             args = (*args[: len(args) - len(given)], *given)
-            _check_method(name, str((*given[1:], *kwargs.values(), "")[0]), given[0])
+            _check_text(name, str((*given[1:], *kwargs.values(), "")[0]), given[0])
         elif given and isinstance(given[0], str):
-            _check_method(name, *given, *kwargs.values())
+            _check_text(name, *given, *kwargs.values())
         return _sized(apply(*args, **kwargs))
 
     return checked
@@ -192,27 +276,42 @@ def _environment() -> jinja2.Environment:
     made = chat_template_utils._compile_jinja_template("").environment.overlay(undefined=Missing, finalize=_write)
     made.__class__ = _Sandbox
     made.filters = {name: _check_filter(name, apply) for name, apply in made.filters.items()}
-    made.filters |= {_COUNTED: _counted, _SIZED: _sized}
+    made.filters |= {_COUNTED: _counted, _SIZED: _sized, _JOINED: _joined, _CUT: _cut}
+    made.globals = {name: value for name, value in made.globals.items() if name in GLOBALS}
     return made  # type: ignore[no-any-return]
 
 
 def _write(value: Any) -> Any:
+    if not isinstance(value, str):
+        _left().measure(value)
     return _left().write(value)
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """A template in which each loop counts its passes, and each ``~`` is as long as it may be."""
+    """A template in which each loop counts its passes, and what it makes is as large as it may be."""
     tree = _environment().parse(source)
-    for loop in tree.find_all(nodes.For):
-        loop.iter = _filtered(loop.iter, _COUNTED)
-    for node in [tree, *tree.find_all(nodes.Node)]:
-        for name, value in node.iter_fields():
-            if isinstance(value, nodes.Concat):
-                setattr(node, name, _filtered(value, _SIZED))
-            elif isinstance(value, list):
-                value[:] = [_filtered(one, _SIZED) if isinstance(one, nodes.Concat) else one for one in value]
+    _bound(tree)
     code = _environment().compile(tree)
     return jinja2.Template.from_code(_environment(), code, _environment().make_globals({_CHARS: len(source)}))
+
+
+def _bound(node: nodes.Node) -> Any:
+    """``node`` and all below it, with the filters that count."""
+    for name, value in node.iter_fields():
+        if isinstance(value, nodes.Node):
+            setattr(node, name, _bound(value))
+        elif isinstance(value, list):
+            value[:] = [_bound(one) if isinstance(one, nodes.Node) else one for one in value]
+    match node:
+        case nodes.For():
+            node.iter = _filtered(node.iter, _COUNTED)
+        case nodes.Concat():
+            return _filtered(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
+        case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load"):
+            return _filtered(node, _SIZED)
+        case nodes.Getitem(arg=nodes.Slice()):
+            return _filtered(node, _CUT)
+    return node
 
 
 def _filtered(node: nodes.Node, name: str) -> nodes.Filter:

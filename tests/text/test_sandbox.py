@@ -14,7 +14,7 @@ def render(source, messages=TALK):
 
 
 LONG = "it loops or calls too often"
-LARGE = "it makes something of more than 10,000,108 characters"
+LARGE = "it makes something of more than 1,000,108 characters"
 WIDE = "it writes a format with a field of five digits or more"
 
 
@@ -40,6 +40,36 @@ WIDE = "it writes a format with a field of five digits or more"
         ("{{ '%*d' % (9999999999, 1) }}", WIDE),
         ("{{ '%9999999999d' | format(1) }}", WIDE),
         ("{{ '{:9999999999}'.format(1) }}", WIDE),
+        ("{{ [1] | slice(10 ** 9) | list }}", "it uses the filter slice, which chat templates have no need of"),
+        ("{{ [1] | batch(10 ** 9, 0) | list }}", "it uses the filter batch, which chat templates have no need of"),
+        ("{{ 'a b' | wordwrap(1, wrapstring='x' * 99999) }}",
+         "it uses the filter wordwrap, which chat templates have no need of"),
+        ("{{ [[1], [2]] | map('pprint') | join }}", "it uses the filter pprint, which chat templates have no need of"),
+        ("{{ lipsum(n=10 ** 7) }}", "'lipsum' is undefined"),
+        ("{{ cycler('a').next() }}", "'cycler' is undefined"),
+        ("{{ '\\t'.expandtabs(10 ** 9) }}", "it calls expandtabs, which chat templates have no need of"),
+        ("{{ ('a' * 9999).translate({97: 'b' * 99999}) }}", "it calls translate, which chat templates have no need of"),
+        ("{{ (1).to_bytes(10 ** 9) }}", "it calls to_bytes, which chat templates have no need of"),
+        ("{{ 'a'.encode().zfill(10 ** 9) }}", "it calls encode, which chat templates have no need of"),
+        ("{{ ('{a}' * 9999).format_map({'a': 'x' * 9999}) }}", LARGE),
+        ("{{ messages | tojson(indent=10 ** 9) }}", "it writes JSON with an indent or a separator of more than 64"),
+        ("{{ messages | tojson(separators=('a' * 9999, 'b')) }}",
+         "it writes JSON with an indent or a separator of more than 64"),
+        ("{{ ('a\\n' * 9999) | indent(9999) }}", LARGE),
+        ("{{ ('a\\n' * 9999) | indent('x' * 9999) }}", LARGE),
+        ("{{ ('%(a)s' * 9999) % {'a': 'x' * 9999} }}", LARGE),
+        ("{{ ('{0}' * 9999).format('x' * 9999) }}", LARGE),
+        ("{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = [n.l, n.l] %}{% endfor %}", LONG),
+        ("{% set n = namespace(l={}) %}{% for i in range(60) %}{% set n.l = {1: n.l, 2: n.l} %}{% endfor %}", LONG),
+        ("{% set n = namespace(l=()) %}{% for i in range(60) %}{% set n.l = (n.l, n.l, 1) %}{% endfor %}", LONG),
+        ("{% set n = namespace(l={}) %}{% for i in range(60) %}{% set n.l = dict(a=n.l, b=n.l) %}{% endfor %}x", LARGE),
+        ("{% set n = namespace() %}{% for i in range(60) %}{% set n.l = namespace(a=n.l, b=n.l) %}{% endfor %}{{ n }}",
+         "it writes a namespace"),
+        ("{% set n = namespace(l=2) %}{% for i in range(999) %}{% set n.l = n.l * n.l %}{% endfor %}", LARGE),
+        ("{% for i in range(99999) %}{% set x = range(99999) | list %}{% endfor %}", LONG),
+        ("{% set x = 'a' * 999999 %}{% for i in range(99999) %}{% set y = x[1:] %}{% endfor %}", LONG),
+        ("{% set x = 'a' * 999999 %}{% for i in range(99999) %}{% set y = x.find('b') %}{% endfor %}", LONG),
+        ("{% set x = 'a' * 999999 %}{% for i in range(99999) %}{% set y = x | upper %}{% endfor %}", LONG),
     ],
 )  # fmt: skip
 def test_what_would_take_forever_or_fill_the_memory_is_refused_with_its_line(source, problem):
@@ -51,7 +81,7 @@ def test_what_would_take_forever_or_fill_the_memory_is_refused_with_its_line(sou
 
 
 def test_a_text_that_grows_too_long_is_refused():
-    with pytest.raises(ValueError, match="can't be rendered: it makes something of more than 10,000,108 characters"):
+    with pytest.raises(ValueError, match="can't be rendered: it makes something of more than 1,000,108 characters"):
         render("{% for i in range(9999) %}" + "x" * 9999 + "{% endfor %}")
 
 
@@ -68,6 +98,15 @@ def test_a_text_that_grows_too_long_is_refused():
         ("{% for key, value in messages[0].items() %}{{ key }} {% endfor %}", "role content "),
         ("{% for a in [1, [2]] recursive %}{{ loop(a) if a is iterable else a }}{% endfor %}", "12"),
         ("{% for m in messages[::-1] | reverse %}{{ m.role[0] }}{% break %}{% endfor %}", "u"),
+        ("{{ messages[1:] | tojson }} {{ {'a': [1, 'x']} | tojson(indent=1) }}",
+         '[{"role": "assistant", "content": "b"}] {\n "a": [\n  1,\n  "x"\n ]\n}'),
+        ("{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | first | title }}",
+         "A {12345} %*d"),
+        ("{{ [3, 1, 2] | sort | join(',') }} {{ {'b': 1, 'a': 2} | dictsort | first }}", "1,2,3 ('a', 2)"),
+        ("{{ ['a', 'a'] | unique | list }} {{ 'x' | indent(2, true) }}", "['a']   x"),
+        ("{% for a, b in [(1, 2), [3, 4]] %}{{ a ~ b }}{% endfor %}{% set (p, q) = (5, 6) %}{{ p }}{{ q }}", "123456"),
+        ("{{ (messages[1:] | first).content }}{{ ('abc'[1:] ~ none ~ 1.5) }}", "bbcNone1.5"),
+        ("{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{% endfor %}{{ n.i }}", "2"),
         ("{% if strftime_now is defined %}today{% else %}26 Jul 2024{% endif %}", "26 Jul 2024"),
     ],
 )  # fmt: skip
@@ -86,4 +125,4 @@ def test_bounds_grow_with_what_is_said():
 def test_compiling_many_templates_uses_nothing_up():
     for number in range(30):
         jinja.compile_template("{{ '" + "x" * 500_000 + "' }}" + str(number))
-    assert render("{{ 'x' * 9999999 }}") == "x" * 9999999
+    assert render("{{ 'x' * 999999 }}") == "x" * 999999

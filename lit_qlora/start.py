@@ -54,6 +54,7 @@ from lit_qlora.storage.run import (
     read_options,
 )
 from lit_qlora.storage.state import load_state
+from lit_qlora.wording import number_of
 
 DEMO_CONFIG = CONFIGS / "demo.yaml"
 
@@ -252,7 +253,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
     finished = run.finished()
     if finished and _stays_finished(finished, finished.get("lengths", lengths(first)), lengths(config)):
         print(
-            f"{run.path} is finished ({finished['step']} of {finished['steps']} steps): nothing to do.\n"
+            f"{run.path} is finished ({finished['step']} of {number_of(finished['steps'], 'steps')}): nothing to do.\n"
             f"Its adapter: {run.adapter}. To start another run, give it a name: --run NAME"
         )
         raise SystemExit(0)

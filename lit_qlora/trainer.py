@@ -31,6 +31,7 @@ from lit_qlora.model.script import CHANGING, FIGURES, check_monitored, refuse_ki
 from lit_qlora.options import OneLineErrors
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
+from lit_qlora.wording import number_of
 
 NOT_OFFERED = {
     "barebones",
@@ -193,7 +194,7 @@ class QLoRATrainer(Trainer):
         """Over which the micro-batches of a step are dealt."""
         if device.is_here and max(len(gpus), num_nodes) > 1 and here.size == 1:
             raise UserError(
-                f"{devices} on {num_nodes} machines are {len(gpus) * num_nodes} processes, and this is one",
+                f"{devices} on {number_of(num_nodes, 'machines')} make {len(gpus) * num_nodes} processes, this is one",
                 option="trainer.devices",
                 remedy=f"{COMMAND} fit starts those of one machine; on several, start it with torchrun or srun",
             )

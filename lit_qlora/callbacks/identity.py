@@ -16,6 +16,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.model import fingerprint
 from lit_qlora.storage.checkpoint_io import RUN
 from lit_qlora.storage.state import load_state
+from lit_qlora.wording import number_of
 
 REMEDY = {
     "base": "give that base with --model.base",
@@ -115,8 +116,8 @@ class RunIdentity(Callback):
             for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
         print(
-            f"   run  {self._old_steps:,} steps became {steps:,}: from step {trainer.global_step} on, the learning "
-            "rate is that of the longer run",
+            f"   run  {number_of(self._old_steps, 'steps')} became {steps:,}: from step {trainer.global_step} on, the "
+            "learning rate is that of the longer run",
             flush=True,
         )
 

@@ -34,6 +34,7 @@ from lit_qlora.forecast.memory import step_memory
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import GIB, SaveError, write_file
 from lit_qlora.storage.run import RUNS, RunFolder, flat, newest_run
+from lit_qlora.wording import number_of
 
 NO_GAIN = "and no better than before training"
 
@@ -80,11 +81,11 @@ class Report(Callback):
         for line in module.describe():
             self._say("model", line)
         steps = data.num_optimizer_steps()
-        batch = f"{data.plan.tokens:,} tokens" if data.plan.tokens else f"{data.plan.rows} rows"
+        batch = number_of(*((data.plan.tokens, "tokens") if data.plan.tokens else (data.plan.rows, "rows")))
         if trainer.accumulate_grad_batches > 1:
             batch += f" x {trainer.accumulate_grad_batches} accumulated"
         reason: str = trainer.precision_reason  # type: ignore[attr-defined]
-        self._say("train", f"{steps:,} steps of {batch}; precision {trainer.precision} ({reason})")
+        self._say("train", f"{number_of(steps, 'steps')} of {batch}; precision {trainer.precision} ({reason})")
         if world().size > 1:
             share = data.train_dataloader().efficiency()
             dealt = f"{world().size} devices, micro-batches dealt by size: each works {share:.0%} of the time"

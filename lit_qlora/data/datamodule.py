@@ -32,6 +32,7 @@ from lit_qlora.devices.world import local_first
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import OF_BASE, PromptFormat, chosen
+from lit_qlora.wording import number_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -384,9 +385,9 @@ class ChatDataModule(LightningDataModule):
             records = self._records[part]
             answers = sum(rows.answer_tokens)
             lines.append(
-                f"{part}: {len(rows):,} conversations of {records.name}, {sum(rows.lengths):,} tokens, "
+                f"{part}: {number_of(len(rows), 'conversations')} of {records.name}, {sum(rows.lengths):,} tokens, "
                 f"{answers:,} of them learned" if part == "train" else
-                f"{part}: {len(rows):,} conversations of {records.name}, {answers:,} tokens scored"
+                f"{part}: {number_of(len(rows), 'conversations')} of {records.name}, {answers:,} tokens scored"
             )  # fmt: skip
             for source in records.parts:
                 lines.append("; ".join([f"{part}: {len(source.conversations):,} of {source.name}", *_counted(source)]))
@@ -396,7 +397,7 @@ class ChatDataModule(LightningDataModule):
                 dropped.append(f"{rows.num_cut:,} cut to {self.max_length} tokens")
             if rows.num_divided:
                 longer = f"longer than {self.max_length} tokens, divided: each stands in several rows"
-                dropped.append(f"{rows.num_divided:,} texts {longer}")
+                dropped.append(number_of(rows.num_divided, f"texts {longer}"))
             if earlier := sum(map(self.encoder.num_context_only, records.conversations)):
                 dropped.append(f"{earlier:,} {CONTEXT_ONLY}")
             if rows.num_left_out:
@@ -427,10 +428,9 @@ class ChatDataModule(LightningDataModule):
             self._note(part, f"drawn from the source as it is now, for there is no {self._run_record}")
         records, num_gone = self.parts().held_out(rows)
         if rows is not None and num_gone:
-            complain(
-                f"warning: {num_gone:,} of the {len(rows.held_out):,} conversations that the run held out are no "
-                f"longer in {' and '.join(paths_of(self.source))}, and not scored"
-            )
+            gone = f"{num_gone:,} of the {number_of(len(rows.held_out), 'conversations')} that the run held out"
+            places = " and ".join(paths_of(self.source))
+            complain(f"warning: {gone} {'is' if num_gone == 1 else 'are'} no longer in {places}, and not scored")
         return records
 
     def _note(self, part: str, note: str) -> None:
@@ -440,8 +440,8 @@ class ChatDataModule(LightningDataModule):
         rows = encode_records(records.conversations, self.encoder)
         if not len(rows):
             raise UserError(
-                f"of {len(records.conversations)} conversations in {records.name} none has an answer within "
-                f"{self.max_length} tokens",
+                f"of {number_of(len(records.conversations), 'conversations')} in {records.name} none has an answer "
+                f"within {self.max_length} tokens",
                 option="data.max_length",
                 remedy="raise it",
             )
@@ -455,7 +455,7 @@ class ChatDataModule(LightningDataModule):
         count = self.train_dataloader().length
         if devices > count:
             raise UserError(
-                f"{devices}, and an epoch has {count} micro-batch{'es' * (count != 1)}",
+                f"{devices}, and an epoch has {number_of(count, 'micro-batches')}",
                 option="trainer.devices",
                 remedy="take fewer, or a smaller data.batch_size"
                 if count == len(self._first_epoch)
@@ -490,7 +490,7 @@ class ChatDataModule(LightningDataModule):
 
 def _counted(records: Records, known: Collection[str] = ()) -> list[str]:
     """What became of rows, with the numbers, but for what is ``known``."""
-    return [f"{count:,} {what}" for what, count in records.dropped.items() if count and what not in known]
+    return [number_of(count, what) for what, count in records.dropped.items() if count and what not in known]
 
 
 def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
@@ -501,5 +501,5 @@ def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
 
 def check_limit(option: str, limit: int | float, count: int) -> None:
     """Raises UserError if the share in ``option`` of the Trainer rounds to none of ``count`` micro-batches."""
-    expected = f"a share of at least one of the {count} micro-batches, or a number of them"
+    expected = f"a share of at least one of the {number_of(count, 'micro-batches')}, or a number of them"
     require(isinstance(limit, int) or limit == 0 or int(limit * count) >= 1, f"trainer.{option}", expected, limit)

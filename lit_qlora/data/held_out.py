@@ -26,6 +26,7 @@ from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.sources import Source, Splits, as_text, find_splits, is_hub_id, sources_of
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.wording import number_of
 
 PART = {"validation": "held-out", "test": "test"}
 
@@ -187,7 +188,7 @@ class Parts:
         if not kept:
             count = len(rows.held_out)
             raise UserError(
-                f"none of the {count:,} conversations that the run held out is in {self._names()} any more",
+                f"none of the {number_of(count, 'conversations')} that the run held out is in {self._names()} any more",
                 option="data.source",
                 remedy="give the rows that the run began with, or others with --data.validation_source",
             )
@@ -278,9 +279,10 @@ def _apart(
     learned = set(train.conversations)
     count, number = sum(conversation in learned for conversation in records.conversations), len(records.conversations)
     if count == number:
+        all_are = ("the one conversation", "is") if number == 1 else (f"all {number:,} conversations", "are")
         raise UserError(
-            f"all {number:,} conversations of {records.name} are training data, "
-            f"too ({train.name}), so scoring them shows nothing about new ones",
+            f"{all_are[0]} of {records.name} {all_are[1]} training data, too ({train.name}), so a score shows nothing "
+            "about new ones",
             option=option,
             remedy=f"give others with data.{part}_source, or put others there",
         )

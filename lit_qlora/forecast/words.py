@@ -11,6 +11,7 @@ from lit_qlora.forecast.foresee import Forecast
 from lit_qlora.forecast.memory import Step
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import GIB
+from lit_qlora.wording import number_of
 
 SLOW = (
     "  transformers' own layers (model.own_layers false, DoRA, lora_bias) take more time and memory than these figures"
@@ -77,7 +78,7 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
         yield from shared_lines(forecast)
     yield f"  {step.tokens:,} tokens in the largest micro-batch; {kept_words(step)}"
     if samples.num_prompts:
-        prompts = f"{samples.num_prompts} prompts of {samples.prompt_tokens} tokens"
+        prompts = f"{number_of(samples.num_prompts, 'prompts')} of {number_of(samples.prompt_tokens, 'tokens')}"
         assumed = " (assumed)" if samples.are_assumed else ""
         yield f"  sample answers: {prompts}{assumed}, {samples.new_tokens} new ones each"
     if forecast.is_slow:

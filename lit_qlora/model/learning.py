@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_qlora.batch import Batch, split_batch
 from lit_qlora.devices.world import note
 from lit_qlora.errors import OutOfRoomError, UserError
+from lit_qlora.wording import number_of
 
 Sums = tuple[Tensor, Tensor, int]
 """Summed loss of answer tokens in nats, count of those that were the likeliest, and their number."""
@@ -211,7 +212,7 @@ class LearnsInParts(LightningModule):
             torch.cuda.synchronize()  # what was coming from the host must not arrive in memory that is used anew
         batch = max((one.batch for one in self._learning), key=lambda batch: batch.input_ids.numel())
         rows, tokens = len(batch.rows), batch.input_ids.numel()
-        what = f"out of memory at a micro-batch of {rows} conversations, {tokens:,} tokens with padding"
+        what = f"out of memory at a micro-batch of {number_of(rows, 'conversations')}, {tokens:,} tokens with padding"
         if self.keeps_pace:
             raise OutOfRoomError(f"{what}, and with model.shard no device can take another way than the others", rows)
         if self.uses_cuda_graphs:

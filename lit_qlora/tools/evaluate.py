@@ -20,6 +20,7 @@ from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import SaveError, output_path, replace_file, require_folder, require_new
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
+from lit_qlora.wording import number_of
 
 if TYPE_CHECKING:
     from lit_qlora.data.datamodule import ChatDataModule
@@ -161,7 +162,7 @@ def _score_held_out(scoring: "Scoring", data: "ChatDataModule", part: str, draws
     rows = dict(zip(("loss", "perplexity", "accuracy"), compared, strict=True))
     for line in data.describe():
         print(f" data  {line}")
-    _print_note(f"drawn from {len(base):,} conversations", draws, rows, "conversations")
+    _print_note(f"drawn from {number_of(len(base), 'conversations')}", draws, rows, "conversations")
     _table("", rows, "#.6g", "#.5g")
     counts = {"conversations": len(base), "tokens": int(base[:, 2].sum())}
     return counts | {name: row._asdict() for name, row in rows.items()}
@@ -236,7 +237,7 @@ def _score_questions(scoring: "Scoring", asked: Asked, batch_tokens: int, draws:
         ((_, _, difference),) = bootstrap(of_base, of_adapter, lambda sums, count=count: sums / count, draws, seed)  # type: ignore[misc]
         share, share_after = (wilson(int(hits.sum()), count) for hits in (of_base, of_adapter))
         rows[f"{name.replace('_', ' ')} ({count:,})"] = Compared(share, share_after, difference)
-    print(f" data  {len(prompts):,} questions, {asked.shots}-shot, {asked.style}")
+    print(f" data  {number_of(len(prompts), 'questions')}, {asked.shots}-shot, {asked.style}")
     _print_note("Wilson's, of the difference drawn from questions", draws, rows, "questions")
     _table("accuracy (questions)", rows, ".4f", ".4f")
     accuracy = {name: row._asdict() for name, row in zip([*asked.names, "all"], rows.values(), strict=False)}

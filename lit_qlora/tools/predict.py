@@ -24,6 +24,7 @@ from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
 from lit_qlora.tools.answering.answerer import Answerer, check_prompt
 from lit_qlora.tools.answering.unfinished import Unfinished
+from lit_qlora.wording import number_of
 
 ANSWERED = "last answers left out, for each question is answered here"
 SECONDS_BETWEEN_LINES = 10
@@ -70,7 +71,8 @@ def predict(
     ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
     belongs_to = _belongs_to(answerer, ids, sampling, batch_size)
     if unfinished.is_whole(belongs_to):
-        print(f"finished: {target} holds these {len(ids)} answers; nothing to do")
+        these = "this answer" if len(ids) == 1 else f"these {len(ids):,} answers"
+        print(f"finished: {target} holds {these}; nothing to do")
         return
     with unfinished.open(belongs_to) as done:
         answers = _answer_all(answerer, ids, sampling, batch_size, unfinished, done)
@@ -83,7 +85,7 @@ def predict(
             unfinished.finish(belongs_to, text.encode())
         except SaveError as error:
             raise UserError(str(error), option="output", remedy="given again, the same command resumes") from error
-    print(f"{len(lines)} answers by {answerer.adapter} in {target}")
+    print(f"{number_of(len(lines), 'answers')} by {answerer.adapter} in {target}")
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -137,7 +139,7 @@ def _answer_batch(answerer: Answerer, ids: list[list[int]], sampling: Sampling, 
         return answerer.answer_ids(ids, replace(sampling, seed=seed))
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{len(ids)} prompts of up to {max(map(len, ids))} tokens are too much for the memory",
+            f"too much for the memory: {number_of(len(ids), 'prompts')} of up to {max(map(len, ids))} tokens",
             option="batch_size",
             remedy="lower it",
         ) from error
@@ -214,7 +216,7 @@ def open_prompts(
         counts.add(read)
         prompts.append((row.where, asked))
     for what, number in counts.in_words().items():
-        complain(f"prompts: {number:,} {what}")
+        complain(f"prompts: {number_of(number, what)}")
     return prompts
 
 

@@ -16,6 +16,7 @@ from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folde
 from lit_qlora.storage.run import CARD, RECORD
 from lit_qlora.tools.answering.answerer import trained_run
 from lit_qlora.tools.pushing.hub import KINDS, Contents, Hub
+from lit_qlora.wording import number_of
 
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 """The pattern of a hub token."""
@@ -113,7 +114,7 @@ def _plan(source: Path, kind: str, contents: Contents, hub: Hub) -> str:
     width = max(map(len, sizes))
     lines = [f"push  {kind} {source}", f"to    {hub.to}: {hub.effect(contents)}; as {hub.account}"]
     lines += [f"        {name:{width}} {size(count):>9}" for name, count in sizes.items()]
-    return "\n".join([*lines, f"      {len(sizes)} files, {size(sum(sizes.values()))}"])
+    return "\n".join([*lines, f"      {number_of(len(sizes), 'files')}, {size(sum(sizes.values()))}"])
 
 
 def _agreed() -> bool:

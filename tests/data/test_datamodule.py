@@ -163,7 +163,7 @@ def test_what_a_run_held_out_is_scored_whatever_became_of_the_source(tmp_path, c
     scored.setup("validate")
     assert words(scored, "validation") == words(fitted, "validation")[1:]
     assert capsys.readouterr().err == (
-        "warning: 1 of the 5 conversations that the run held out are no longer in rows.jsonl, and not scored\n"
+        "warning: 1 of the 5 conversations that the run held out is no longer in rows.jsonl, and not scored\n"
     )
 
 
@@ -385,7 +385,7 @@ def test_describe_tells_what_was_read_learned_cut_and_left_out():
     tokens, learned = sum(train.lengths), sum(train.answer_tokens)
     assert data.describe() == [
         f"train: 3 conversations of rows.jsonl, {tokens} tokens, {learned} of them learned",
-        "train: 1 unanswered last turns dropped; 1 rows left out: a Llama 2 tag inside a turn; 1 cut to 64 tokens; "
+        "train: 1 unanswered last turn dropped; 1 row left out: a Llama 2 tag inside a turn; 1 cut to 64 tokens; "
         "1 left out: no answer within 64 tokens",
         f"validation: 2 conversations of held.jsonl, {sum(held_out.answer_tokens)} tokens scored",
     ]
@@ -433,10 +433,10 @@ def test_what_is_left_out_taken_off_and_not_used_is_told_or_refused_by_strict():
     data = ChatDataModule("rows.jsonl")
     data.setup("fit")
     told = data.describe()[1]
-    assert told.startswith("train: 1 rows left out: no whole conversation, the first at rows.jsonl:21 (no JSON")
+    assert told.startswith("train: 1 row left out: no whole conversation, the first at rows.jsonl:21 (no JSON")
     assert told.endswith(
-        "; 1 rows had special tokens written out at the edges of turns, which were taken off: </s> (1); "
-        "1 rows hold what is not used: column 'id' (1)"
+        "; 1 row had special tokens written out at the edges of turns, which were taken off: </s> (1); "
+        "1 row holds what is not used: column 'id' (1)"
     )
     with pytest.raises(UserError, match=r"^rows\.jsonl:21: no JSON"):
         ChatDataModule("rows.jsonl", strict=True).setup("fit")

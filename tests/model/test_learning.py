@@ -214,7 +214,7 @@ def test_when_nothing_more_can_be_done_it_says_so(built):
         learn(module, PADDED)
     assert error.value.rows == 4
     assert "4 conversations, 60 tokens" in str(error.value)
-    with pytest.raises(OutOfRoomError, match="a micro-batch of 1 conversations"):
+    with pytest.raises(OutOfRoomError, match="a micro-batch of 1 conversation,"):
         learn(built(0)[0], collate(EXAMPLES[:1], 9))
 
 

@@ -16,6 +16,7 @@ from lit_qlora.data import batching
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.faults import KINDS
 from lit_qlora.data.view import columns
+from lit_qlora.wording import number_of
 from tests.data.talks import write
 from tests.llama3_like import write_base
 from tests.small_bases import save_base
@@ -121,11 +122,9 @@ FAULTS = {
 def test_a_fault_is_named_with_its_row(row, kind, words, inspect):
     lines = inspect("--data.source", planted(row), status=1)
     start = next(number for number, line in enumerate(lines) if line.endswith(f"(--accept {kind})"))
-    assert lines[start] == f"1 {KINDS[kind]} (--accept {kind})"
+    assert lines[start] == f"{number_of(1, KINDS[kind])} (--accept {kind})"
     said = " ".join(line.strip() for line in lines[start + 1 :])
-    assert (
-        said.startswith("a.jsonl:16: ") and words in said and said.endswith("verdict: 1 rows are not as they should be")
-    )
+    assert said.startswith("a.jsonl:16: ") and words in said and said.endswith("verdict: 1 row is not as it should be")
     assert inspect("--data.source", "a.jsonl", "--accept", kind)[-2].startswith("verdict: as it should be")
 
 
@@ -152,7 +151,7 @@ def test_a_token_that_text_makes_is_named(inspect, monkeypatch):
         Encoder, "_encode", lambda self, texts: self.tokenizer(texts, add_special_tokens=False).input_ids
     )
     lines = inspect("--data.source", planted(talk("What is </s> for?", "An end.")), status=1)
-    start = lines.index(f"1 {KINDS['special']} (--accept special)")
+    start = lines.index("1 row whose text makes the id of a special token (--accept special)")
     assert lines[start + 1] == "    a.jsonl:16: '</s>', id 2, in '] What is </s> for? '"
 
 
@@ -181,10 +180,10 @@ def test_of_several_sources_each_says_what_it_gave_and_lost(inspect):
         for name in ("a.jsonl", "b.jsonl")
     ]
     assert given == [12, 9]
-    assert "of a.jsonl, 1 rows left out" in text and "1 unanswered last turns dropped (b.jsonl" in text
+    assert "of a.jsonl, 1 row left out" in text and "1 unanswered last turn dropped (b.jsonl" in text
     assert "a.jsonl:13: turn 2: a turn of the assistant is empty" in text
     assert any(line.startswith("b.jsonl:2 (") for line in lines)
-    assert "of a.jsonl, 1 rows left out" in Path("page.html").read_text(encoding="utf-8")
+    assert "of a.jsonl, 1 row left out" in Path("page.html").read_text(encoding="utf-8")
 
 
 def test_a_letter_and_its_accent_are_one_character_or_two(inspect, tmp_path):
@@ -309,7 +308,10 @@ def test_a_system_text_that_a_template_drops_is_named(inspect):
     Path("a.jinja").write_text("{{ bos_token }}" + turns)
     lines = inspect("--data.source", planted(talk("q", "a", system="Be kind.")), "--data.template", "a.jinja", status=1)
     text = " ".join(line.strip() for line in lines)
-    assert f"1 {KINDS['unread']} (--accept unread) a.jsonl:16: with a conversation of 2 turns and a system" in text
+    assert (
+        "1 row that can't be learned from (--accept unread) a.jsonl:16: with a conversation of 2 turns and a system"
+        in text
+    )
     assert "is written 0 times" in text
 
 
@@ -323,10 +325,10 @@ def test_what_is_meant_to_be_so_is_counted_and_no_fault(inspect):
     lines = inspect("--data.source", planted(*rows))
     text = " ".join(" ".join(section(lines, "dropped, cut, not used")).split())
     for words in (
-        "1 rows left out: no answer is to be learned",
-        "1 unanswered last turns dropped",
+        "1 row left out: no answer is to be learned",
+        "1 unanswered last turn dropped",
         "column 'id' (1)",
-        "1 spell a special token, learned as letters alone, such as </s> in a.jsonl:17",
+        "1 spells a special token, learned as letters alone, such as </s> in a.jsonl:17",
     ):
         assert words in text
     assert lines[-2].startswith("verdict: as it should be")
@@ -381,7 +383,9 @@ def test_padding_that_is_learned_is_named(inspect, monkeypatch):
 
     monkeypatch.setattr(batching, "collate", learns_padding)
     source = write("a.jsonl", *GOOD[:3], talk("q", "a much longer answer " * 3))
-    assert any(KINDS["batch"] in line for line in inspect("--data.source", source, status=1))
+    assert any(
+        "otherwise in a batch than they were encoded" in line for line in inspect("--data.source", source, status=1)
+    )
 
 
 # Doubles
@@ -439,7 +443,7 @@ def test_the_ways_of_batching_come_to_what_a_fit_does(inspect):
 def test_only_the_steps_heed_a_limit(inspect):
     lines = inspect("--trainer.limit_train_batches", "5", "--trainer.max_epochs", "2")
     assert figures(lines)["conversations in batches"] == [848, 84]
-    assert "  the whole run: 10 steps" in lines
+    assert "  the whole run: 10 steps, with 5 of 212 micro-batches per epoch" in lines
 
 
 def test_the_histogram_counts_every_conversation_and_marks_the_cap(inspect):

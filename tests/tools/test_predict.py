@@ -361,7 +361,7 @@ def test_prompts_are_read_as_rows_to_train_on_are(tmp_path, capsys):
     asked = [conversation for _, conversation in open_prompts(read_prompts(tmp_path / "p.csv"), chosen())]
     assert asked == [Conversation((Turn("user", "a"),), "S"), Conversation((Turn("user", "c"),))]
     assert capsys.readouterr().err == (
-        "prompts: 1 rows had special tokens written out at the edges of turns, which were taken off: </s> (1)\n"
+        "prompts: 1 row had special tokens written out at the edges of turns, which were taken off: </s> (1)\n"
         "prompts: 2 rows hold what is not used: column 'id' (2), column 'prompt' beside 'messages' (1), "
         "key 'name' of a turn (1)\n"
     )
@@ -376,7 +376,7 @@ def asked(*turns, system=None):
 
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-LEFT = f"prompts: 1 {module.ANSWERED}\n"
+LEFT = "prompts: 1 last answer left out, for each question is answered here\n"
 
 
 @pytest.mark.parametrize(
@@ -563,7 +563,7 @@ def test_too_much_for_the_memory_is_one_line(here, capsys, monkeypatch):
 
     monkeypatch.setattr(Answerer, "answer_ids", full)
     assert predict() == 2
-    assert capsys.readouterr().err.startswith("error: batch_size: 8 prompts of up to ")
+    assert capsys.readouterr().err.startswith("error: batch_size: too much for the memory: 8 prompts of up to ")
 
 
 @pytest.mark.parametrize("name", ["j", "j.doc"])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering.answerer import Answer, Answerer, check_prompt
+from lit_qlora.wording import number_of
 
 
 def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
@@ -17,7 +18,7 @@ def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
         sampling: has the limit.
         limit: what sets it, in words.
     """
-    return f"(cut at {sampling.max_new_tokens} tokens; {limit} sets the limit)"
+    return f"(cut at {number_of(sampling.max_new_tokens, 'tokens')}; {limit} sets the limit)"
 
 
 class Dialog:

@@ -109,6 +109,8 @@ class Look:
     batchings: list[Batching]
     num_steps: int
     """Of the whole run."""
+    num_taken: int
+    """Micro-batches of an epoch that it takes."""
     doubles: list[Double]
     found: list[Found]
     shown: list[Shown]
@@ -130,6 +132,7 @@ def look(trainer: Any, data: ChatDataModule, num_shown: int, shown_row: str | No
     """
     data.setup("fit")
     num_steps, accumulate = data.num_optimizer_steps(), trainer.accumulate_grad_batches
+    num_taken = data.train_dataloader().length
     data.trainer, data.num_workers = None, 0  # every row of an epoch, whatever a Trainer takes of it
     parts, found, in_batches = list[Part](), list[Found](), list[list[_Row | None]]()
     judge = Judge(data.encoder)
@@ -145,7 +148,8 @@ def look(trainer: Any, data: ChatDataModule, num_shown: int, shown_row: str | No
     lengths = data.rows("train")[1].lengths
     batchings = [_batching(plan, data, lengths, accumulate) for plan in _plans(data, lengths)]
     doubles = find_doubles(parts[0].conversations, parts[1].conversations)
-    return Look(parts, data.max_length, batchings, num_steps, doubles, found, shown, data.encoder.prompt_format.notes())
+    notes = data.encoder.prompt_format.notes()
+    return Look(parts, data.max_length, batchings, num_steps, num_taken, doubles, found, shown, notes)
 
 
 class _Row(NamedTuple):

@@ -10,6 +10,7 @@ from lit_qlora.data.view import printable, stretches
 from lit_qlora.figures.render import filled
 from lit_qlora.tools.inspecting import words
 from lit_qlora.tools.inspecting.look import Look
+from lit_qlora.wording import of_number
 
 MARK = "<!-- lit-qlora inspect -->"
 """Begins each page: a file without it is not replaced by one."""
@@ -26,7 +27,7 @@ def page(seen: Look, accepted: Collection[str]) -> str:
         "inspect.html.jinja",
         is_fine=not faults,
         verdict=words.verdict_in_words(seen, accepted),
-        kinds=[(kind, KINDS[kind], found[:NAMED], len(found)) for kind, found in faults.items()],
+        kinds=[(kind, of_number(len(found), KINDS[kind]), found[:NAMED], len(found)) for kind, found in faults.items()],
         accepted=[(KINDS[kind], sum(one.fault.kind == kind for one in seen.found)) for kind in accepted],
         parts=[(part.name, printable(part.source), words.sources_of(part)) for part in seen.parts],
         counts=words.counts(seen.parts),
@@ -37,7 +38,7 @@ def page(seen: Look, accepted: Collection[str]) -> str:
         most=max(one.size for one in bins),
         cap=words.cap_in_words(seen),
         batchings=[(words.batching_name(one), one) for one in seen.batchings],
-        num_steps=seen.num_steps,
+        run=words.run_in_words(seen),
         doubles=[
             (title, len(words.doubles_of(seen, kind)), words.doubles_of(seen, kind)[:NAMED])
             for kind, title in words.DOUBLES.items()

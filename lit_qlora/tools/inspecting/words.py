@@ -18,6 +18,7 @@ from lit_qlora.data.faults import KINDS
 from lit_qlora.data.view import Token, columns, printable, shortened, stretches
 from lit_qlora.tools.inspecting.look import Batching, Found, Look, Part, Shown
 from lit_qlora.tools.inspecting.verdict import REMEDIES
+from lit_qlora.wording import number_of, of_number
 
 BAR = 40
 NAMED = 5
@@ -85,7 +86,7 @@ def _counts(seen: Look) -> Iterator[str]:
 def sources_of(part: Part) -> list[str]:
     """Of several sources, what each gave and lost."""
     return [
-        f"{count:>9,} of {printable(name)}" + (f", {lost:,} rows left out" if lost else "")
+        f"{count:>9,} of {printable(name)}" + (f", {number_of(lost, 'rows')} left out" if lost else "")
         for name, count, lost in part.sources
     ]
 
@@ -111,7 +112,9 @@ def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
     cut = [(part.num_cut, f"cut to data.max_length {max_length:,}")]
     without = [(part.kept.count(0), f"left out: no answer within data.max_length {max_length:,}")]
     divided = [(part.num_divided, f"texts longer than data.max_length {max_length:,}, divided into several rows")]
-    return [(count, what) for count, what in [*part.dropped, *cut, *divided, *without, *spelled] if count]
+    return [
+        (count, of_number(count, what)) for count, what in [*part.dropped, *cut, *divided, *without, *spelled] if count
+    ]
 
 
 def _dropped(seen: Look) -> Iterator[str]:
@@ -153,8 +156,8 @@ def cap_in_words(seen: Look) -> str:
     """How many conversations are longer than the cap, and what they lose."""
     pairs = [pair for part in seen.parts for pair in zip(part.lengths, part.kept, strict=True)]
     longer = sum(length > seen.max_length for length, _ in pairs)
-    lost = sum(length - kept for length, kept in pairs)
-    return f"data.max_length {seen.max_length:,}: {longer:,} are longer, {lost:,} tokens fall off"
+    lost, are = sum(length - kept for length, kept in pairs), "is" if longer == 1 else "are"
+    return f"data.max_length {seen.max_length:,}: {longer:,} {are} longer, {lost:,} tokens fall off"
 
 
 def _histogram(seen: Look) -> Iterator[str]:
@@ -182,13 +185,21 @@ def batching_name(batching: Batching) -> str:
     return f"{by}, packing" if plan.packed else by
 
 
+def run_in_words(seen: Look) -> str:
+    """The steps of the whole run, and where they come from if it does not take all of an epoch."""
+    steps, taken = number_of(seen.num_steps, "steps"), seen.num_taken
+    whole = next(one.micro_batches for one in seen.batchings if one.is_chosen)
+    some = "" if taken == whole else f", with {taken:,} of {whole:,} micro-batches per epoch"
+    return f"the whole run: {steps}{some}"
+
+
 def _batchings(seen: Look) -> Iterator[str]:
     yield f"{'batches of an epoch':32}{'micro-batches':>14}{'steps':>10}{'padding':>10}"
     for batching in seen.batchings:
         chosen = "  <- this run" if batching.is_chosen else ""
         figures = f"{batching.micro_batches:>14,}{batching.steps:>10,}{batching.padding:>10.1%}"
         yield f"  {batching_name(batching):30}{figures}{chosen}"
-    yield f"  the whole run: {seen.num_steps:,} steps"
+    yield f"  {run_in_words(seen)}"
 
 
 # Doubles
@@ -268,7 +279,9 @@ def verdict_in_words(seen: Look, accepted: Collection[str]) -> str:
     """The verdict in a line."""
     kinds = by_kind(seen.found, accepted)
     rows = len({one.where for found in kinds.values() for one in found})
-    return f"{rows:,} rows are not as they should be" if rows else f"as it should be: {FINE}"
+    if rows:
+        return f"{number_of(rows, 'rows are')} not as {'it' if rows == 1 else 'they'} should be"
+    return f"as it should be: {FINE}"
 
 
 def _verdict(seen: Look, accepted: Collection[str], colour: bool) -> Iterator[str]:
@@ -277,7 +290,7 @@ def _verdict(seen: Look, accepted: Collection[str], colour: bool) -> Iterator[st
         if count:
             yield f"accepted: {KINDS[kind]}: {count:,}"
     for kind, found in by_kind(seen.found, accepted).items():
-        yield f"{len({one.where for one in found}):,} {KINDS[kind]} (--accept {kind})"
+        yield f"{number_of(len({one.where for one in found}), KINDS[kind])} (--accept {kind})"
         for one in found[:NAMED]:
             yield from _placed(f"    {printable(one.where)}:", one.fault.words)
         if len(found) > NAMED:

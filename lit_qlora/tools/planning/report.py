@@ -12,6 +12,7 @@ from lit_qlora.forecast.foresee import Forecast
 from lit_qlora.forecast.words import duration
 from lit_qlora.model.base import Base
 from lit_qlora.storage.files import GIB
+from lit_qlora.wording import number_of, of_number
 
 LIBRARIES = 2 * GIB
 """Python, torch with CUDA and the rest on the host: 0.5 GiB was measured without CUDA; the rest is an estimate."""
@@ -87,8 +88,8 @@ def _time_lines(plan: Plan) -> Iterator[str]:
     known_by = forecast.rows.known_by or "counted"
     number = f"{known:,}" if taken == known else f"{taken:,} of {known:,}"
     yield (
-        f"an epoch: {number} rows, {epoch.tokens:,} tokens ({known_by}), {padding:.0%} padding, "
-        f"{epoch.num_micro_batches:,} micro-batches"
+        f"an epoch: {number} {of_number(known, 'rows')}, {number_of(epoch.tokens, 'tokens')} ({known_by}), "
+        f"{padding:.0%} padding, {number_of(epoch.num_micro_batches, 'micro-batches')}"
     )
     hours = forecast.hours
     if hours is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_qlora.errors import UserError, require
+from lit_qlora.wording import number_of
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -108,7 +109,7 @@ class Hub:
         if self._there is None:
             return f"{seen}, to be created"
         num_replaced = len(self._files & set(contents))
-        return f"{seen}, is there; {num_replaced} of its {len(self._files)} files replaced"
+        return f"{seen}, is there; {num_replaced} of its {number_of(len(self._files), 'files')} replaced"
 
     def send(self, contents: Contents, message: str, check: Callable[[], None]) -> str:
         """Send everything in one commit. After an interruption, uploaded files are not sent again.

@@ -10,11 +10,11 @@ import random
 import threading
 import weakref
 from bisect import bisect_left, insort
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,6 +22,9 @@ from torch.utils.data import DataLoader
 from lit_qlora.batch import IGNORE_INDEX, Batch, answer_targets
 from lit_qlora.devices.dealing import EVALUATED_AT_ONCE, deal_steps, efficiency
 from lit_qlora.signals import no_signals_for_children
+
+if TYPE_CHECKING:
+    from lit_qlora.data.cache import EncodedRows
 
 T = TypeVar("T")
 
@@ -107,6 +110,22 @@ def places(lengths: Sequence[int], packed: bool) -> int:
     return sum(lengths) if packed else len(lengths) * max(lengths)
 
 
+def sizes_of(batches: Iterable[Sequence[int]], lengths: Sequence[int], packed: bool) -> list[int]:
+    """Tokens of each of ``batches`` of rows, padding counted.
+
+    Args:
+        batches: row numbers of each.
+        lengths: tokens of each row.
+        packed: True if rows are packed without padding.
+    """
+    return [places([lengths[row] for row in rows], packed) for rows in batches]
+
+
+def limited(available: int, limit: int | float) -> int:
+    """How many of the ``available`` micro-batches a Trainer's ``limit`` leaves: so many, or a share of them."""
+    return min(limit, available) if isinstance(limit, int) else int(limit * available)
+
+
 def _chunks(rows: list[T], size: int) -> list[list[T]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -156,10 +175,9 @@ class _Planned(torch.utils.data.Dataset[Batch]):
     """Micro-batches of rows as a map from index to `Batch`, so that workers load batches by themselves.
 
     Args:
-        examples: rows, each with ``input_ids`` and ``labels``.
-        batches: rows of each, and the learned tokens of its optimizer step.
+        rows: all of them.
+        steps: micro-batches of each optimizer step, as row numbers; each knows the learned tokens of its step.
         packed: as in `collate`.
-        lengths: tokens of each row; not needed where all are computed here.
         device_index: which of ``num_devices`` this is.
         num_devices: number of processes that share them, one per device.
         at_once: how many micro-batches are dealt to the devices together.
@@ -167,20 +185,21 @@ class _Planned(torch.utils.data.Dataset[Batch]):
 
     def __init__(
         self,
-        examples: Any,
-        batches: list[tuple[list[int], int]],
+        rows: "EncodedRows",
+        steps: Iterable[list[list[int]]],
         packed: bool,
-        lengths: Sequence[int] = (),
-        device_index: int = 0,
-        num_devices: int = 1,
-        at_once: int = 1,
+        device_index: int,
+        num_devices: int,
+        at_once: int,
     ) -> None:
-        self.examples, self.batches, self.packed, self.lengths = examples, batches, packed, lengths
+        self.examples, self.lengths, self.packed = rows.examples, rows.lengths, packed  # what workers get
         self.device_index, self.num_devices = device_index, num_devices
-        self.devices = [device_index] * len(batches)
-        if num_devices > 1:
-            sizes = [places([lengths[row] for row in rows], packed) for rows, _ in batches]
-            self.devices = deal_steps(sizes, at_once, num_devices)
+        self.batches: list[tuple[list[int], int]] = []
+        for step in steps:
+            answers = sum(rows.answer_tokens[row] for batch in step for row in batch)
+            self.batches += [(batch, answers) for batch in step]
+        sizes = sizes_of((batch for batch, _ in self.batches), rows.lengths, packed)
+        self.devices = deal_steps(sizes, at_once, num_devices)
 
     def behind(self, done: int) -> "_Planned":
         """What is left behind the first ``done`` micro-batches."""
@@ -240,14 +259,12 @@ class ResumableLoader:
     """Batches, epoch after epoch; each iteration is the next epoch, or the rest of an interrupted one.
 
     Args:
-        examples: rows, each with ``input_ids`` and ``labels``.
-        answer_tokens: learned tokens of each row.
+        rows: all of them.
         order: epoch number to micro-batches of rows, the same number of them in every epoch.
         accumulate: micro-batches of one optimizer step over all devices; an epoch's last step may have fewer.
         device_index: which of ``num_devices`` this is. Each gets all micro-batches; of those dealt to another, only
             what is counted.
         num_devices: number of processes that share the micro-batches, one per device.
-        lengths: tokens of each row, by which they are dealt.
         limit: most micro-batches per epoch, or a share of them, as in ``Trainer``.
         num_workers: number of processes that prefetch.
         packed: True if the rows of a micro-batch are packed into one.
@@ -256,27 +273,23 @@ class ResumableLoader:
 
     def __init__(
         self,
-        examples: Any,
-        answer_tokens: Sequence[int],
+        rows: "EncodedRows",
         order: Callable[[int], list[list[int]]],
         *,
         accumulate: int = 1,
         device_index: int = 0,
         num_devices: int = 1,
-        lengths: Sequence[int] = (),
         limit: int | float = 1.0,
         num_workers: int = 0,
         packed: bool = False,
         epoch: int = 0,
     ) -> None:
-        self.examples, self.packed = examples, packed
-        self.answer_tokens = answer_tokens
-        self.order = order
+        self.rows, self.order, self.packed = rows, order, packed
         self.accumulate = accumulate
-        self.device_index, self.num_devices, self.lengths = device_index, num_devices, lengths
+        self.device_index, self.num_devices = device_index, num_devices
         self.num_workers = num_workers
         self.available = len(order(0))
-        self.length = min(limit, self.available) if isinstance(limit, int) else int(limit * self.available)
+        self.length = limited(self.available, limit)
         self._epoch = epoch
         self._done = 0
 
@@ -308,8 +321,7 @@ class ResumableLoader:
 
     def efficiency(self) -> float:
         """The share of the devices' time in which they compute, in the first epoch, by tokens."""
-        batches = self.order(0)[: self.length]
-        sizes = [places([self.lengths[row] for row in rows], self.packed) for rows in batches]
+        sizes = sizes_of(self.order(0)[: self.length], self.rows.lengths, self.packed)
         return efficiency(sizes, self.accumulate, self.num_devices)
 
     def state_dict(self) -> dict[str, int]:
@@ -322,40 +334,31 @@ class ResumableLoader:
 
     def _plan(self, epoch: int) -> _Planned:
         """The micro-batches of an epoch, each with the learned tokens of its optimizer step."""
-        planned = []
-        for step in _chunks(self.order(epoch)[: self.length], self.accumulate):
-            answers = sum(self.answer_tokens[row] for rows in step for row in rows)
-            planned += [(rows, answers) for rows in step]
-        dealt = self.lengths, self.device_index, self.num_devices, self.accumulate
-        return _Planned(self.examples, planned, self.packed, *dealt)
+        steps = _chunks(self.order(epoch)[: self.length], self.accumulate)
+        return _Planned(self.rows, steps, self.packed, self.device_index, self.num_devices, self.accumulate)
 
 
 class EvaluationLoader:
     """Every row once, the same batches each time, dealt to the devices as by `ResumableLoader`.
 
     Args:
-        examples: rows, each with ``input_ids`` and ``labels``.
-        answer_tokens: learned tokens of each row.
+        rows: all of them.
         batches: micro-batches of rows.
         device_index: which of ``num_devices`` this is.
         num_devices: number of processes that share them, one per device.
         packed: as in `ResumableLoader`.
-        lengths: tokens of each row, by which they are dealt.
     """
 
     def __init__(
         self,
-        examples: Any,
-        answer_tokens: Sequence[int],
+        rows: "EncodedRows",
         batches: list[list[int]],
         device_index: int = 0,
         num_devices: int = 1,
         packed: bool = False,
-        lengths: Sequence[int] = (),
     ) -> None:
-        planned = [(rows, sum(answer_tokens[row] for row in rows)) for rows in batches]
-        dealt = lengths, device_index, num_devices, EVALUATED_AT_ONCE * num_devices
-        self.planned = _Planned(examples, planned, packed, *dealt)
+        at_once = EVALUATED_AT_ONCE * num_devices
+        self.planned = _Planned(rows, _chunks(batches, 1), packed, device_index, num_devices, at_once)
 
     def __len__(self) -> int:
         return len(self.planned)

@@ -259,14 +259,11 @@ class ChatDataModule(LightningDataModule):
                 "accumulate": trainer.accumulate_grad_batches,
                 "device_index": trainer.global_rank,
                 "num_devices": trainer.world_size,
-                "lengths": rows.lengths,
                 "limit": trainer.limit_train_batches,
                 "epoch": trainer.current_epoch,
             }
         workers = min(self.num_workers, num_cores())
-        return ResumableLoader(
-            rows.examples, rows.answer_tokens, order, num_workers=workers, packed=self.plan.packed, **by_trainer
-        )
+        return ResumableLoader(rows, order, num_workers=workers, packed=self.plan.packed, **by_trainer)
 
     def num_optimizer_steps(self) -> int:
         """Optimizer steps of the whole run, without fetching a batch.
@@ -475,8 +472,7 @@ class ChatDataModule(LightningDataModule):
         rows, trainer = self._encoded(part), self.trainer
         batches = self.plan.epoch(rows.lengths, seed=0, epoch=0)
         device, devices = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        packed = self.plan.packed
-        return EvaluationLoader(rows.examples, rows.answer_tokens, batches, device, devices, packed, rows.lengths)
+        return EvaluationLoader(rows, batches, device, devices, self.plan.packed)
 
     def _encoded(self, part: str) -> EncodedRows:
         """The rows of ``part``. Raises UserError before `setup`."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lit_qlora.data.batching import BatchPlan, ResumableLoader, places
+from lit_qlora.data.batching import BatchPlan, limited, sizes_of
 from lit_qlora.devices.dealing import efficiency
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError
@@ -96,7 +96,7 @@ class _Batches(NamedTuple):
     epoch: Epoch
     largest: Largest
     num_rows: int
-    sizes: tuple[int, ...]
+    sizes: list[int]
     """Tokens of each micro-batch, padding counted."""
 
 
@@ -322,12 +322,11 @@ class Forecast:
 def _batches(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed: int, limit: int | float) -> _Batches:
     cut = [min(length, max_length) for length in lengths]
     batches = plan.epoch(cut, seed, 0)
-    taken = batches[: max(1, ResumableLoader(None, (), lambda _: batches, limit=limit).length)]
+    taken = batches[: max(1, limited(len(batches), limit))]
     epoch, largest = epoch_of(cut, batches, plan.packed)
     if len(taken) < len(batches):  # a later epoch draws others: the largest is that of them all
         epoch, _ = epoch_of(cut, taken, plan.packed)
-    sizes = tuple(places([cut[row] for row in rows], plan.packed) for rows in taken)
-    return _Batches(epoch, largest, sum(map(len, taken)), sizes)
+    return _Batches(epoch, largest, sum(map(len, taken)), sizes_of(taken, cut, plan.packed))
 
 
 def epoch_of(lengths: Sequence[int], batches: Sequence[Sequence[int]], packed: bool = False) -> tuple[Epoch, Largest]:
@@ -340,10 +339,7 @@ def epoch_of(lengths: Sequence[int], batches: Sequence[Sequence[int]], packed: b
     """
     longest = [max(lengths[row] for row in rows) for rows in batches]
     taken = [lengths[row] for rows in batches for row in rows]
-    tokens = [
-        sum(lengths[row] for row in rows) if packed else len(rows) * most
-        for rows, most in zip(batches, longest, strict=True)
-    ]
+    tokens = sizes_of(batches, lengths, packed)
     shapes = {(len(rows), padded(len(rows), most)) for rows, most in zip(batches, longest, strict=True)}
     largest = Largest(max(tokens), max(rows * length for rows, length in shapes), min(len(shapes), MOST))
     mean_row = sum(length**2 for length in taken) / sum(taken)

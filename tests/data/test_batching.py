@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,20 +142,16 @@ def examples(sizes):
     ]
 
 
-def answer_tokens(sizes):
-    return [size - size // 2 - 1 for size in sizes]
+def rows_of(sizes, answer_tokens=None):
+    answers = answer_tokens or [size - size // 2 - 1 for size in sizes]
+    return SimpleNamespace(examples=examples(sizes), lengths=sizes, answer_tokens=answers)
 
 
 SIZES = [3 + (7 * index) % 11 for index in range(23)]
 
 
 def loader(sizes=SIZES, rows=2, **options):
-    return ResumableLoader(
-        examples(sizes),
-        answer_tokens(sizes),
-        lambda epoch: BatchPlan(rows).epoch(sizes, 42, epoch),
-        **options,
-    )
+    return ResumableLoader(rows_of(sizes), lambda epoch: BatchPlan(rows).epoch(sizes, 42, epoch), **options)
 
 
 def plain(batch):
@@ -271,10 +268,9 @@ def test_a_limited_epoch_is_the_beginning_of_the_whole_one():
     epoch=st.integers(0, 2),
 )
 def test_the_denominator_is_what_the_devices_learn_in_a_step(sizes, devices, accumulate, limit, epoch):
-    dealt = {"num_devices": devices, "lengths": sizes}
     parts = []
     for device in range(devices):
-        one = loader(sizes, accumulate=accumulate, device_index=device, limit=limit, **dealt)
+        one = loader(sizes, accumulate=accumulate, device_index=device, num_devices=devices, limit=limit)
         one.load_state_dict({"epoch": epoch, "batches": 0})
         parts.append(list(one))
     assert len({len(part) for part in parts}) == 1
@@ -285,9 +281,8 @@ def test_the_denominator_is_what_the_devices_learn_in_a_step(sizes, devices, acc
 
 
 def test_the_denominator_by_hand():
-    one = ResumableLoader(
-        examples([9] * 5), [4, 40, 400, 4000, 40000], lambda epoch: [[0], [1], [2], [3], [4]], accumulate=2
-    )
+    rows = rows_of([9] * 5, [4, 40, 400, 4000, 40000])
+    one = ResumableLoader(rows, lambda epoch: [[0], [1], [2], [3], [4]], accumulate=2)
     assert [batch.step_answer_tokens for batch in one] == [44, 44, 4400, 4400, 40000]
 
 
@@ -300,7 +295,7 @@ def test_devices_share_out_the_epoch(devices, epoch, accumulate, packed, done):
     place = {"epoch": epoch, "batches": done}
     seen = []
     for device in range(devices):
-        options = {"device_index": device, "num_devices": devices, "lengths": SIZES, "packed": packed}
+        options = {"device_index": device, "num_devices": devices, "packed": packed}
         one = loader(accumulate=accumulate, **options)
         one.load_state_dict(place)
         seen.append(list(one))
@@ -323,14 +318,14 @@ def test_an_evaluation_sees_every_row_once_over_all_devices(sizes, devices, rows
     batches = BatchPlan(rows).epoch(sizes, 0, 0)
     seen = []
     for device in range(devices):
-        one = EvaluationLoader(examples(sizes), answer_tokens(sizes), batches, device, devices, lengths=sizes)
+        one = EvaluationLoader(rows_of(sizes), batches, device, devices)
         assert len(one) == len(list(one)) == len(batches)  # as many for each, or a limit would be another one
         seen += [row for batch in one for row in batch.rows if batch.is_here]
     assert sorted(seen) == list(range(len(sizes)))
 
 
 def test_an_evaluation_is_the_same_each_time():
-    one = EvaluationLoader(examples(SIZES), answer_tokens(SIZES), BatchPlan(2).epoch(SIZES, 0, 0))
+    one = EvaluationLoader(rows_of(SIZES), BatchPlan(2).epoch(SIZES, 0, 0))
     assert [plain(batch) for batch in one] == [plain(batch) for batch in one]
     assert all(batch.step_answer_tokens == len(batch.targets) for batch in one)
 

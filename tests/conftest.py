@@ -133,8 +133,7 @@ def _read_the_demo_once(patched: pytest.MonkeyPatch) -> None:
         if key not in read:
             read[key] = load(source, split, reading, seed)
         found = read[key]
-        lists = {name: [*getattr(found, name)] for name in ("conversations", "where", "left_out")}
-        return replace(found, dropped={**found.dropped}, **lists)
+        return replace(found, dropped={**found.dropped}, kept=[*found.kept], left_out=[*found.left_out])
 
     patched.setattr(held_out, "load_records", load_once)
 

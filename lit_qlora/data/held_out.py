@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lit_qlora.data.records import (
     ANY_FORM,
     UNANSWERED,
+    Kept,
     Reading,
     Records,
     check_early,
@@ -173,15 +174,16 @@ class Parts:
             UserError: as `load_records`, and when none is there any more.
         """
         wanted = {*rows.held_out}
-        found: dict[str, tuple[Records, int]] = {}
-        places: list[Records] = []
+        found: dict[str, Kept] = {}
+        places: list[str] = []
         num_new = 0
         for records, is_whole in self._places(rows):
             digests = [*map(digest, records.conversations)]
             num_new += len({*digests} - wanted - rows.train) if is_whole else 0
-            first = {one: place for place, one in reversed([*enumerate(digests)]) if one in wanted - found.keys()}
-            places += [records] if first else []
-            found |= {one: (records, place) for one, place in first.items()}
+            missing = wanted - found.keys()
+            first = {one: kept for one, kept in reversed([*zip(digests, records.kept, strict=True)]) if one in missing}
+            places += [records.name] if first else []
+            found |= first
             if len(found) == len(wanted):
                 break
         kept = [found[one] for one in rows.held_out if one in found]
@@ -192,17 +194,13 @@ class Parts:
                 option="data.source",
                 remedy="give the rows that the run began with, or others with --data.validation_source",
             )
-        name = " and ".join(records.name for records in places)
-        unanswered = frozenset(new for new, (records, place) in enumerate(kept) if place in records.unanswered)
-        dropped = count_unanswered(unanswered)
+        dropped = count_unanswered(kept)
         learned = sum(one in rows.train for one in rows.held_out if one in found)
         if learned:
             dropped[f"of {len(kept):,} held-out conversations are in training too"] = learned
         if num_new:
             dropped["conversations there are new since the run began, and not scored"] = num_new
-        conversations = [records.conversations[place] for records, place in kept]
-        where = [records.where[place] for records, place in kept]
-        return Records(name, conversations, dropped, unanswered, where), len(rows.held_out) - len(kept)
+        return Records(" and ".join(places), kept, dropped), len(rows.held_out) - len(kept)
 
     def _places(self, rows: RunRows) -> Iterator[tuple[Records, bool]]:
         """Rows to look in for those of a run, and whether the run used all of them."""
@@ -305,17 +303,11 @@ def _draw(records: Records, share: float, seed: int) -> set[Conversation]:
 
 def _divide(records: Records, drawn: set[Conversation]) -> tuple[Records, Records]:
     """``records`` without the conversations ``drawn``, and those alone."""
-    held_out = [number for number, conversation in enumerate(records.conversations) if conversation in drawn]
-    kept = sorted({*range(len(records.conversations))} - {*held_out})
-    return (
-        replace(_part(records, records.name, kept, records.dropped), left_out=records.left_out),
-        _part(records, f"{records.name}, held out", held_out, {}),
+    held_out, kept = (
+        [one for one in records.kept if (one.conversation in drawn) is is_out] for is_out in (True, False)
     )
-
-
-def _part(records: Records, name: str, places: list[int], dropped: dict[str, int]) -> Records:
-    unanswered = frozenset(new for new, place in enumerate(places) if place in records.unanswered)
-    conversations = [records.conversations[place] for place in places]
-    where = [records.where[place] for place in places]
-    counted = {what: number for what, number in dropped.items() if what != UNANSWERED}
-    return Records(name, conversations, count_unanswered(unanswered) | counted, unanswered, where)
+    others = {what: number for what, number in records.dropped.items() if what != UNANSWERED}
+    return (
+        replace(records, kept=kept, dropped=count_unanswered(kept) | others),
+        Records(f"{records.name}, held out", held_out, count_unanswered(held_out)),
+    )

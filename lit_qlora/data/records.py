@@ -6,8 +6,9 @@ Knows no tokens, and not where rows come from.
 
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from lit_qlora.console import counted
@@ -88,26 +89,43 @@ class LeftOut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Records:
-    """Conversations that all end on an answer, their source's name, and what was left out or not used, in words.
+class Kept:
+    """A conversation that ends on an answer, where its row stands, such as ``rows.jsonl:17``, and its loss if any."""
 
-    ``unanswered`` are the places of those that lost a last turn; ``dropped`` has their number. ``where`` has for each
-    conversation where its row stands, such as ``rows.jsonl:17``; ``left_out`` is the rows that none was made of.
-    ``parts`` is each source's own where there are several.
+    conversation: Conversation
+    where: str = field(default="", compare=False)
+    lost_turn: bool = field(default=False, compare=False)
+    """True if its last turn was dropped, for nobody answered it."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """The conversations of a source by its name, and what was left out or not used, in words, with numbers.
+
+    ``left_out`` is the rows that no conversation was made of; ``parts`` is each source's own where there are several.
     """
 
     name: str
-    conversations: list[Conversation]
+    kept: list[Kept]
     dropped: dict[str, int]
-    unanswered: frozenset[int] = field(default=frozenset(), compare=False)
-    where: list[str] = field(default_factory=list, compare=False)
     left_out: list[LeftOut] = field(default_factory=list, compare=False)
     parts: tuple["Records", ...] = field(default=(), compare=False)
 
+    @cached_property
+    def conversations(self) -> list[Conversation]:
+        """Those that are kept, in their order."""
+        return [one.conversation for one in self.kept]
 
-def count_unanswered(unanswered: Collection[int]) -> dict[str, int]:
+    @cached_property
+    def where(self) -> list[str]:
+        """Where the row of each conversation stands."""
+        return [one.where for one in self.kept]
+
+
+def count_unanswered(kept: Iterable[Kept]) -> dict[str, int]:
     """The count of conversations that lost a last turn, as `Records.dropped` has it; empty without any."""
-    return {UNANSWERED: len(unanswered)} if unanswered else {}
+    count = sum(one.lost_turn for one in kept)
+    return {UNANSWERED: count} if count else {}
 
 
 def load_records(
@@ -186,18 +204,12 @@ def joined(parts: Sequence[Records]) -> Records:
     """The conversations of several sources, in their order, with all that became of their rows."""
     if len(parts) == 1:
         return parts[0]
-    unanswered: list[int] = []
-    conversations, where, left_out = list[Conversation](), list[str](), list[LeftOut]()
+    kept, left_out = ([one for part in parts for one in getattr(part, name)] for name in ("kept", "left_out"))
     dropped: Counter[str] = Counter()
     for part in parts:
-        unanswered += [len(conversations) + place for place in part.unanswered]
-        conversations += part.conversations
-        where += part.where
-        left_out += part.left_out
         dropped.update(part.dropped)
     flat = tuple(one for part in parts for one in part.parts or (part,))
-    name = name_of([part.name for part in flat])
-    return Records(name, conversations, dict(dropped), frozenset(unanswered), where, left_out, flat)
+    return Records(name_of([part.name for part in flat]), kept, dict(dropped), left_out, flat)
 
 
 def name_of(names: Sequence[str]) -> str:
@@ -233,8 +245,7 @@ def _listed(names: Counter[str]) -> str:
 
 def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     counts = Counts()
-    conversations, where, lost = list[Conversation](), list[str](), list[LeftOut]()
-    unanswered: set[int] = set()
+    kept, lost = list[Kept](), list[LeftOut]()
     faults: list[tuple[str, UserError]] = []
     left_out = ""
     _check_named(name, rows, reading)
@@ -266,23 +277,19 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
             lost.append(LeftOut(row.where, str(error)))
             continue
         counts.add(read)
-        if reason == UNANSWERED:
-            unanswered.add(len(conversations))
-        elif reason:
+        kept.append(Kept(conversation, row.where, reason == UNANSWERED))
+        if reason and reason != UNANSWERED:
             counts.dropped[reason] += 1
-        conversations.append(conversation)
-        where.append(row.where)
     if _is_misread(len(faults), len(rows)):
         raise faults[0][1]
     if faults:
         counts.dropped[f"{BROKEN}{faults[0][0]}"] = len(faults)
-    if not conversations:
+    if not kept:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in counts.dropped.items()) or "no rows"
         raise UserError(
             f"nothing to train on ({reasons})", place=name, remedy="expected conversations that end on an answer"
         )
-    dropped = count_unanswered(unanswered) | counts.in_words()
-    return Records(name, conversations, dropped, frozenset(unanswered), where, lost)
+    return Records(name, kept, count_unanswered(kept) | counts.in_words(), lost)
 
 
 def _check_named(name: str, rows: list[Row], reading: Reading) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from lit_qlora.data.records import Kept, Records
 from lit_qlora.text.conversation import Conversation, Turn
 
 
@@ -23,3 +24,8 @@ def write(name: str, *rows: object) -> str:
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
     return name
+
+
+def kept(name: str, conversations: list[Conversation], dropped: dict[str, int]) -> Records:
+    """What `load_records` gives of these."""
+    return Records(name, [Kept(conversation) for conversation in conversations], dropped)

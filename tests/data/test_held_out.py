@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_qlora.data.held_out import Parts, _divide, _draw
-from lit_qlora.data.records import Records
+from lit_qlora.data.records import Kept, Records
 from lit_qlora.data.run_rows import RunRows
 from lit_qlora.data.sources import as_text
 from lit_qlora.errors import UserError
-from tests.data.talks import said, text, write
+from tests.data.talks import kept, said, text, write
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,8 @@ def test_both_sides_get_at_least_one_row(ten, share, count):
     st.floats(0.01, 0.99),
 )
 def test_no_conversation_stands_on_both_sides(names, share):
-    records = Records("rows", [said(name, "yo") for name in names], {"x": 1}, where=names)
-    train, held_out = _divide(records, _draw(records, share, seed=3))
+    undivided = Records("rows", [Kept(said(name, "yo"), name) for name in names], {"x": 1})
+    train, held_out = _divide(undivided, _draw(undivided, share, seed=3))
     assert questions(train)
     assert questions(held_out)
     assert not set(questions(train)) & set(questions(held_out))
@@ -84,8 +84,8 @@ def test_the_source_s_own_test_split_is_held_out(ten):
     write("mine/train.jsonl", text("a", "b"))
     write("mine/test.jsonl", text("c", "d", "e"))
     train, held_out = Parts("mine", None, 0.5, seed=0).train_and_held_out()
-    assert train == Records("mine", [said("a", "b")], {})
-    assert held_out == Records("mine (test)", [said("c", "d")], {"unanswered last turns dropped": 1})
+    assert train == kept("mine", [said("a", "b")], {})
+    assert held_out == kept("mine (test)", [said("c", "d")], {"unanswered last turns dropped": 1})
     assert Parts(ten, "mine", 0.5, seed=0).train_and_held_out()[1] == held_out
     assert Parts("mine", "mine", 0.5, seed=0).train_and_held_out()[1] == held_out
 
@@ -176,9 +176,9 @@ def test_neither_order_nor_seed_nor_copies_change_what_was_held_out(ten):
     assert parts.recall(rows) == (before, 0)
     assert len(before.conversations) == 4
     write(twice, *(text(f"q{number % 8}", "a", "?") for number in reversed(range(24))))
-    records, gone = Parts(twice, share=0.9, seed=5).recall(rows)
-    assert (records, gone) == (before, 0)
-    assert records.unanswered == before.unanswered == {0, 1, 2, 3}
+    found, gone = Parts(twice, share=0.9, seed=5).recall(rows)
+    assert (found, gone) == (before, 0)
+    assert all(one.lost_turn for one in (*found.kept, *before.kept))
 
 
 def test_what_is_gone_is_counted_and_nothing_takes_its_place(ten, expect_error):
@@ -234,7 +234,7 @@ def test_another_validation_source_than_the_run_s_is_scored_where_it_is_given(te
 def test_a_validation_source_without_a_test_split_is_held_out_whole(ten):
     train, held_out = Parts(ten, write("other.jsonl", text("c", "d")), 0, seed=0).train_and_held_out()
     assert len(train.conversations) == 10
-    assert held_out == Records("other.jsonl", [said("c", "d")], {})
+    assert held_out == kept("other.jsonl", [said("c", "d")], {})
 
 
 def test_the_training_rows_are_not_held_out_whole(ten, expect_error):

@@ -5,11 +5,11 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lit_qlora.data.records import Reading, Records, check_early, load_records
+from lit_qlora.data.records import Reading, check_early, load_records
 from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError
 from lit_qlora.text.formats import SpecialTokens, chosen
-from tests.data.talks import said, text, write
+from tests.data.talks import kept, said, text, write
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
 
@@ -41,8 +41,8 @@ ROWS = {
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_each_form_is_recognised(row):
-    assert load_records(write("a.jsonl", row)) == Records("a.jsonl", [said("hi", "yo")], {})
-    assert load_records(parquet("a.parquet", [row])) == Records("a.parquet", [said("hi", "yo")], {})
+    assert load_records(write("a.jsonl", row)) == kept("a.jsonl", [said("hi", "yo")], {})
+    assert load_records(parquet("a.parquet", [row])) == kept("a.parquet", [said("hi", "yo")], {})
 
 
 @pytest.mark.parametrize("form", ["messages", "sharegpt"])
@@ -53,7 +53,7 @@ def test_a_csv_holds_messages_as_json(form):
             [["id", column, "text"], ["1", json.dumps(messages), ""], ["2", "", "[INST] a [/INST] b"]]
         )
     unused = {"rows hold what is not used: column 'id' (2)": 2}
-    assert load_records("a.csv") == Records("a.csv", [said("hi", "yo"), said("a", "b")], unused)
+    assert load_records("a.csv") == kept("a.csv", [said("hi", "yo"), said("a", "b")], unused)
 
 
 def test_a_text_that_is_no_list_of_messages_stays_a_mistake():
@@ -71,7 +71,7 @@ def test_the_first_mark_decides_on_a_text():
         {"text": "[INST] hi [/INST] ### Human: is a mark"},
         {"text": "### Human: hi### Assistant: x [INST]"},
     )
-    assert load_records(write("a.jsonl", *rows)) == Records(
+    assert load_records(write("a.jsonl", *rows)) == kept(
         "a.jsonl", [said("hi", "### Human: is a mark")], {"rows left out: a Llama 2 tag inside a turn": 1}
     )
 
@@ -104,7 +104,7 @@ def test_what_can_not_be_trained_on_is_left_out_and_counted():
         text("a", "b", "an [INST] in what is dropped"),
         {"messages": [{"role": "system", "content": "<<SYS>>"}, *ROWS["messages"]["messages"]]},
     ]
-    assert load_records(write("a.jsonl", *rows)) == Records(
+    assert load_records(write("a.jsonl", *rows)) == kept(
         "a.jsonl",
         [said("a", "b"), said("a", "b"), said("d", "e"), said("a", "b")],
         {
@@ -270,7 +270,7 @@ def test_what_is_not_used_is_named_once_with_its_rows():
 
 def test_special_tokens_at_the_edges_are_taken_off_and_counted():
     rows = [text("a", "b</s>"), text("a", "b </s> \n</s>", "c", "<s>d</s>"), text("a", "b")]
-    assert load_records(write("a.jsonl", *rows)) == Records(
+    assert load_records(write("a.jsonl", *rows)) == kept(
         "a.jsonl",
         [said("a", "b"), said("a", "b", "c", "d"), said("a", "b")],
         {"rows had special tokens written out at the edges of turns, which were taken off: </s> (2), <s> (1)": 2},
@@ -307,7 +307,7 @@ def test_how_rows_were_changed_is_counted():
     user, assistant = ROWS["messages"]["messages"]
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     rows = [{"messages": chat} for chat in ([user, user, assistant], [user, user, assistant, user], [user, call])]
-    assert load_records(write("a.jsonl", *rows)) == Records(
+    assert load_records(write("a.jsonl", *rows)) == kept(
         "a.jsonl",
         [said("hi\n\nhi", "yo")] * 2,
         {

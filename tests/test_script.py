@@ -13,6 +13,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
@@ -21,6 +23,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
@@ -420,13 +423,6 @@ def test_an_adapter_says_what_the_data_said_of_prompts(here):
         ({"max_steps": -1, "max_epochs": -1}, "trainer.max_epochs: expected a number of epochs, or of steps"),
         ({"strategy": "ddp"}, "trainer.strategy: expected auto with devices=1 (on several"),
         ({"devices": 2}, "trainer.strategy: expected auto with devices=1 (on several"),
-        (
-            {"callbacks": [GradientAccumulationScheduler({0: 2})]},
-            "(trainer.accumulate_grad_batches says what each has)",
-        ),
-        ({"callbacks": [EMAWeightAveraging()]}, "trainer.callbacks: expected none that averages weights"),
-        ({"callbacks": [LearningRateFinder()]}, "trainer.callbacks: expected none that sets the learning rate"),
-        ({"callbacks": [ModelPruning("l1_unstructured")]}, "trainer.callbacks: expected none that prunes weights"),
     ],
 )
 def test_a_trainer_that_can_t_do_it_is_refused(options, message):
@@ -435,6 +431,26 @@ def test_a_trainer_that_can_t_do_it_is_refused(options, message):
     with pytest.raises(UserError) as caught:
         check_trainer(made)
     assert message in str(caught.value)
+
+
+CHANGING = [
+    (GradientAccumulationScheduler({0: 2}), "trainer.accumulate_grad_batches says what each has"),
+    (EMAWeightAveraging(), "none that averages weights"),
+    (StochasticWeightAveraging(0.1), "none that averages weights"),
+    (LearningRateFinder(), "none that sets the learning rate"),
+    (BatchSizeFinder(), "data.batch_size does"),
+    (BackboneFinetuning(), "model.target_modules says which"),
+    (ModelPruning("l1_unstructured"), "none that prunes weights"),
+]
+
+
+@pytest.mark.parametrize(("callback", "words"), CHANGING)
+def test_a_callback_that_changes_what_is_trained_is_refused_before_it_sets_itself_up(callback, words, expect_error):
+    built = module()
+    for run in ("fit", "validate"):
+        made = trainer(callbacks=[callback])
+        expect_error(lambda made=made, run=run: getattr(made, run)(built, data()), words, option="trainer.callbacks")
+    assert built.model is None
 
 
 class AccumulatesMore(Callback):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 from torchmetrics import SumMetric
@@ -188,6 +189,11 @@ class QLoRAModule(LearnsInParts):
         )
 
     # Loading
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add none; refuse those that change what is trained, before they set themselves up. Raises UserError."""
+        script.check_callbacks(self.trainer)
+        return []
 
     def setup(self, stage: str) -> None:
         """Refuse unsupported settings of the Trainer, before a weight is loaded; take over the data's prompt format.

@@ -68,10 +68,14 @@ def check_trainer(trainer: Trainer) -> None:
     compute_dtype(precision)
     if device == "cuda":
         choose_precision(precision, current_device())
-    refuse_kinds(trainer.callbacks, "trainer.callbacks", CHANGING)  # type: ignore[attr-defined]
     ends = trainer.state.fn != "fit" or (trainer.max_epochs, trainer.max_steps) != (-1, -1)
     expected = "a number of epochs, or of steps in trainer.max_steps, for the learning rate's schedule"
     require(ends, "trainer.max_epochs", expected, trainer.max_epochs)
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Raises UserError for a callback of a script's Trainer that changes what is trained."""
+    refuse_kinds(trainer.callbacks, "trainer.callbacks", CHANGING)  # type: ignore[attr-defined]
 
 
 def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from lit_qlora.batch import IGNORE_INDEX
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -95,6 +93,8 @@ def example_lines(
         width: columns of a line.
         most: lines, 1 or 2.
     """
+    from lit_qlora.batch import IGNORE_INDEX  # here: chat's --help needs columns, and no torch
+
     runs = [
         (learned, [token for token, _ in run])
         for learned, run in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORE_INDEX)

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from shutil import get_terminal_size
 from typing import Any, TextIO, TypeVar
@@ -115,9 +115,22 @@ def bars(label: str, **always: Any) -> Any:
     return Bar
 
 
-def counted(label: str, some: Iterable[T], total: int) -> Iterator[T]:
+def counted(label: str, some: Iterable[T], total: int, unit: str = " rows") -> Iterator[T]:
     """``some`` one by one, with a bar over ``total`` once that takes over a second; it disappears at the end."""
-    return iter(progress_bar(label, iterable=some, total=total, leave=False, delay=1, unit=" rows"))
+    return iter(progress_bar(label, iterable=some, total=total, leave=False, delay=1, unit=unit))
+
+
+@contextmanager
+def passing_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` for what takes over a second, which gets moved to a number; it disappears at the end.
+
+    It stands where another one may be, which is not moved meanwhile.
+    """
+    bar = progress_bar(label, total=total, leave=False, delay=1, position=0, unit=unit, miniters=1)
+    try:
+        yield lambda number: bar.update(number - bar.n)
+    finally:
+        bar.close()
 
 
 @contextmanager

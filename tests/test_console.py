@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.console import bars, bars_of_transformers, complain, counted, progress_bar, tell
+from lit_qlora.console import bars, bars_of_transformers, complain, counted, passing_bar, progress_bar, tell
 from lit_qlora.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +123,20 @@ def test_rows_are_counted_once_that_takes_long(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(counted("encode", iter("abc"), 3)) == ["a", "b", "c"]
     assert sys.stderr.getvalue().strip() == ""
+
+
+def test_a_passing_bar_shows_what_takes_over_a_second_and_is_gone(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with passing_bar("answers", 40, " tokens") as move:
+        move(10)
+        assert sys.stderr.getvalue() == ""
+        clock[0] += 2
+        move(25)
+        assert "answers:  62%|" in sys.stderr.getvalue() and "25/40" in sys.stderr.getvalue()
+    assert not sys.stderr.getvalue().split("\r")[-2].strip()
 
 
 def test_transformers_own_bars_are_ours(monkeypatch):

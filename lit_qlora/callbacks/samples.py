@@ -4,6 +4,7 @@ Counts how each of them ended: whether a cut one would have ended is unknown. Kn
 the module's `answer`; no files.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.callbacks.record import record, record_of
+from lit_qlora.console import passing_bar
 from lit_qlora.errors import UserError, require
 from lit_qlora.figures.samples import CONTEXT, LIMIT, SampleAnswer, counts, line, table
 from lit_qlora.forecast.foresee import Needs
@@ -106,9 +108,12 @@ class SampleAnswers(Callback, Needs):
         stop = self.sampling.stop
         prompts = [encoder.prompt(conversation) for conversation in self._conversations]
         answers: list[list[int]] = []
-        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            some = prompts[start : start + PROMPTS_AT_ONCE]
-            answers += module.answer(some, encoder.stop_ids, self.sampling, encoder.is_over(stop))
+        starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+        with passing_bar("answers", len(starts) * self.max_new_tokens, " tokens") as move:
+            for number, start in enumerate(starts):
+                some = prompts[start : start + PROMPTS_AT_ONCE]
+                is_over = _telling(move, number * self.max_new_tokens, encoder.is_over(stop))
+                answers += module.answer(some, encoder.stop_ids, self.sampling, is_over)
         room = [max(module.base.context_tokens - len(prompt), 0) for prompt in prompts]
         within = [answer[:tokens] for answer, tokens in zip(answers, room, strict=True)]
         samples = []
@@ -117,3 +122,19 @@ class SampleAnswers(Callback, Needs):
             cut_by = LIMIT if len(answer) >= self.max_new_tokens else CONTEXT
             samples.append(SampleAnswer(text, None if has_ended else cut_by))
         return samples
+
+
+def _telling(
+    move: Callable[[int], None], before: int, is_over: Callable[[Sequence[int]], bool] | None
+) -> Callable[[Sequence[int]], bool]:
+    """``is_over``, by which a bar learns of each token: it is moved to ``before`` and those of the longest answer."""
+    longest = 0
+
+    def tells(ids: Sequence[int]) -> bool:
+        nonlocal longest
+        if len(ids) > longest:
+            longest = len(ids)
+            move(before + longest)
+        return is_over is not None and is_over(ids)
+
+    return tells

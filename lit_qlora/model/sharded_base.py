@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_qlora.console import counted
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError
 from lit_qlora.model import host
@@ -113,7 +114,8 @@ def _save(folder: Path, base: Base, dtype: torch.dtype, device: torch.device) ->
 
 def _in_4_bits(base: Base, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a 16-bit base's copy: each as it is, or of a linear layer the weight and its state."""
-    for name, stored in sorted(stored_tensors(base).items()):
+    tensors = sorted(stored_tensors(base).items())
+    for name, stored in counted("keep", tensors, len(tensors), " weights"):
         if name.endswith(BUFFER) or (name == "lm_head.weight" and base.shape.tied):
             continue
         if name.split(".")[-2] not in Shape.LINEARS or name.endswith(".bias"):

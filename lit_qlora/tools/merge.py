@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_qlora.console import say
+from lit_qlora.console import counted, say
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.base import Base
 from lit_qlora.quiet import quieten
@@ -110,7 +110,9 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         from lit_qlora.storage.shards import write_shards
         from lit_qlora.tools.merging.arithmetic import StoredWeights, merged_tensors
 
-        tensors = merged_tensors(StoredWeights(chosen.base), lora, onto, trained_in, device)
+        weights = StoredWeights(chosen.base)
+        tensors = merged_tensors(weights, lora, onto, trained_in, device)
+        tensors = counted("merge", tensors, len(weights.names), " weights")
         num_bytes = write_shards(folder, ((name, _stored(name, value, dtype)) for name, value in tensors))
         _write_config(folder, chosen.base, encoder, dtype)
         made_of = {"base": chosen.base.public_name, "onto": onto, "system": None, **encoder.prompt_format.record()}

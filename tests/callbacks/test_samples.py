@@ -1,6 +1,8 @@
 """Samples: the same prompts each time, what the base says once, and how each answer ended."""
 
 import contextlib
+import io
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -38,7 +40,7 @@ class FakeModule:
         self.is_on = True
 
     def answer(self, prompts, stop_ids, sampling, is_over):
-        assert stop_ids == [EOS] and is_over is None
+        assert stop_ids == [EOS] and not is_over([9])
         self.asked.append((self.is_on, prompts, sampling))
         return [self.answers.get((self.is_on, prompt[0]), [9, EOS]) for prompt in prompts]
 
@@ -270,3 +272,26 @@ def test_each_validation_has_a_line_of_all_answers_whole(fake, tmp_path):
     assert read_lines(run.samples) == [
         {"step": 0, "max_new_tokens": 2, "answers": base}, {"step": 5, "max_new_tokens": 2, "answers": after}
     ]  # fmt: skip
+
+
+def test_a_terminal_sees_how_far_slow_answers_are(fake, monkeypatch):
+    """Ten answers of at most 20 tokens are two rounds; each token takes half a second here."""
+    now, terminal = [1000.0], io.StringIO()
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    class Slow(FakeModule):
+        def answer(self, prompts, stop_ids, sampling, is_over):
+            for length in (1, 2, 3, 4):
+                now[0] += 0.5
+                assert not any(is_over([9] * size) for size in (length, 1))  # a shorter answer beside it
+            return super().answer(prompts, stop_ids, sampling, is_over)
+
+    module = Slow(adapter="one")
+    SampleAnswers(count=10, max_new_tokens=20).on_validation_end(fake, module)
+    shown = [part for part in terminal.getvalue().split("\r") if part.strip()]
+    assert [part.split("| ")[1].split(" [")[0] for part in shown[:2]] == ["2/40", "3/40"]
+    assert "answers:  60%" in terminal.getvalue() and "| 24/40 [" in terminal.getvalue()
+    assert not terminal.getvalue().rstrip("\r").split("\r")[-1].strip()  # gone at the end

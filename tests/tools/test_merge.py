@@ -1,8 +1,10 @@
 """main.py merge: the folder that comes out is base + adapter, loads as it is, and is whole or not there."""
 
+import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lit_qlora import demo
+from lit_qlora import console, demo
 from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.run_rows import RunRows
+from lit_qlora.model.base import find_base
 from lit_qlora.model.generate import Sampling
+from lit_qlora.model.weights import stored_tensors
 from lit_qlora.quiet import quieten
 from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
@@ -47,6 +51,24 @@ def merged(run, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("merged") / "out"
     assert main(["merge", "--run", str(run), "--output", str(target), "--dtype", "float32"]) == 0
     return target
+
+
+def test_a_terminal_sees_how_far_it_is(run, tmp_path, monkeypatch):
+    """One bar for the weights that are written, one for those by which the result is checked, each to its end."""
+    bars = []
+    make = console.progress_bar
+
+    def made(label, **options):
+        bars.append((label, options["total"], make(label, **options)))
+        return bars[-1][2]
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(console, "progress_bar", made)
+    assert main(["merge", "--run", str(run), "--output", str(tmp_path / "out")]) == 0
+    names = len(stored_tensors(find_base(str(tmp_path / "out"))))
+    seen = {label: (total, bar.n) for label, total, bar in bars if label in ("merge", "check")}
+    assert seen == {"merge": (names, names), "check": (names, names)}
 
 
 def plain_base_and_adapter(base: Path, adapter: Path):

@@ -3,11 +3,12 @@
 Used to check a merge. Knows no adapter.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from lit_qlora.console import passing_bar
 from lit_qlora.model.base import Base
 from lit_qlora.model.config import for_transformers
 from lit_qlora.tools.merging.arithmetic import StoredWeights
@@ -16,11 +17,14 @@ from lit_qlora.tools.merging.arithmetic import StoredWeights
 class _InFp32(Mapping[str, Tensor]):
     """The weights of a model in fp32, as a mapping for accelerate."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, move: Callable[[int], None]) -> None:
         self._weights = StoredWeights(base)
         self._tied = base.shape.tied
+        self._move, self._read = move, 0
 
     def __getitem__(self, name: str) -> Tensor:
+        self._read += 1
+        self._move(min(self._read, len(self)))  # a tied one is read twice
         if name == "lm_head.weight" and self._tied:
             name = "model.embed_tokens.weight"
         return self._weights[name].float()
@@ -51,5 +55,6 @@ def streamed_logits(base: Base, input_ids: Tensor, device: torch.device) -> Tens
         model = base.architecture.model_class()(for_transformers(base.config)).float()
     model.set_attn_implementation("sdpa")
     model.eval()
-    attach_align_device_hook(model, execution_device=device, offload=True, weights_map=_InFp32(base))
-    return model(input_ids=input_ids.to(device), use_cache=False).logits.cpu()  # type: ignore[no-any-return]
+    with passing_bar("check", len(StoredWeights(base).names), " weights") as move:
+        attach_align_device_hook(model, execution_device=device, offload=True, weights_map=_InFp32(base, move))
+        return model(input_ids=input_ids.to(device), use_cache=False).logits.cpu()  # type: ignore[no-any-return]

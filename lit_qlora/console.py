@@ -122,13 +122,13 @@ def counted(label: str, some: Iterable[T], total: int, unit: str = " rows") -> I
 
 @contextmanager
 def passing_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` for what takes over a second, which gets moved to a number; it disappears at the end.
+    """A bar over ``total`` for what takes over a second, which gets moved on to a number; it disappears at the end.
 
     It stands where another one may be, which is not moved meanwhile.
     """
     bar = progress_bar(label, total=total, leave=False, delay=1, position=0, unit=unit, miniters=1)
     try:
-        yield lambda number: bar.update(number - bar.n)
+        yield lambda number: bar.update(max(number - bar.n, 0))
     finally:
         bar.close()
 

@@ -122,10 +122,10 @@ class Source:
             if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and node.value:
                 return self, node.value
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lit_qlora."):
-                for alias in node.names:
-                    file = ROOT.parent / f"{(node.module or '').replace('.', '/')}.py"
-                    if name == (alias.asname or alias.name) and file.is_file():
-                        return Source(file)._assigned(alias.name)
+                found = next((alias.name for alias in node.names if name == (alias.asname or alias.name)), None)
+                file = ROOT.parent / f"{(node.module or '').replace('.', '/')}.py" if found else None
+                if found and file and file.is_file():
+                    return Source(file)._assigned(found)
         return None, None
 
 

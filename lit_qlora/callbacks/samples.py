@@ -128,13 +128,9 @@ def _telling(
     move: Callable[[int], None], before: int, is_over: Callable[[Sequence[int]], bool] | None
 ) -> Callable[[Sequence[int]], bool]:
     """``is_over``, by which a bar learns of each token: it is moved to ``before`` and those of the longest answer."""
-    longest = 0
 
     def tells(ids: Sequence[int]) -> bool:
-        nonlocal longest
-        if len(ids) > longest:
-            longest = len(ids)
-            move(before + longest)
+        move(before + len(ids))
         return is_over is not None and is_over(ids)
 
     return tells

@@ -247,12 +247,14 @@ def chosen(template: str | None = None, system: str | None = None) -> PromptForm
 
     Raises UserError for an invalid one.
     """
-    from lit_qlora.text import llama2, own_template
-
     for option, text in (("data.template", template), ("data.system", system)):
         _check_text(text, option)
     if template is None:
+        from lit_qlora.text import llama2
+
         return llama2.Llama2(system=system)
+    from lit_qlora.text import own_template  # with Jinja, which most commands don't need
+
     return own_template.Template(source=template, system=system)
 
 

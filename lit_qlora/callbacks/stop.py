@@ -65,8 +65,7 @@ class StopOnSignal(StepCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the signal handlers."""
-        give_back(self._previous)
-        self._previous = {}
+        self.on_train_end(trainer, pl_module)
 
     def _leave_once_saved(self, trainer: Trainer) -> None:
         (asked,) = highest(-1 if self._status is None else self._status)  # of whichever process was asked

@@ -490,25 +490,22 @@ def _gate_and_up(middle: Tensor, layer: Layer, products: "_Products") -> tuple[T
 
 
 class _Products:
-    """The matrix products of one layer, forward and backward; collects the gradients of LoRA.
+    """The matrix products of one layer, forward and backward, of each micro-batch that `begin` turns to; collects the
+    gradients of LoRA.
 
     Args:
         layer: whose products.
         dtype: of activations; adapters are fp32 and take part in this one.
-        seed: seed of LoRA's dropout, until `begin` gives another.
         remember: True to keep weights dequantised from a forward to the backward after it.
         holds: True to keep them from one micro-batch to the next.
     """
 
-    def __init__(
-        self, layer: Layer, dtype: torch.dtype, seed: int = 0, remember: bool = False, holds: bool = False
-    ) -> None:
+    def __init__(self, layer: Layer, dtype: torch.dtype, remember: bool = False, holds: bool = False) -> None:
         self.layer, self.dtype, self.remember, self.holds = layer, dtype, remember, holds
         self.buffers = layer.buffers
         if layer.lora:
             self.buffers.fill(layer.lora, dtype)
         self.weights: dict[int, Tensor] = {}
-        self.begin(seed)
 
     def begin(self, seed: int) -> None:
         """Turn to a micro-batch, with the seed of its dropout."""

@@ -30,7 +30,6 @@ from lit_qlora.model.decoder import (
     MicroBatch,
     draw_seeds,
     extract_layers,
-    run_layers,
     run_together,
     weights_of,
     why_not,
@@ -446,16 +445,20 @@ class QLoRAModule(LearnsInParts):
 
     def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
         """`summed_loss` of each of ``waiting``; they go through the layers together."""
+        pairs = zip(self._through(waiting, earlier), waiting, strict=True)
+        return [self._summed_loss(hidden, one.batch) for hidden, one in pairs]
+
+    def _through(self, waiting: Sequence[Waiting], earlier: Mapping[int, Tensor] | None = None) -> Iterator[Tensor]:
+        """Hidden states ``[B, T, h]`` after layers and last norm, of each of ``waiting`` as it is asked for."""
         decoder: Any = self.peft_model.get_base_model().model
         micro_batches = []
         for batch, seeds in waiting:
             hidden = self._embedded(batch)
             micro_batches.append(MicroBatch(hidden, find_places(decoder.rotary_emb, hidden, batch.lengths), seeds))
         self._keep_weights(micro_batches[0].hidden.dtype)
-        store = self._host_store if self.hosted_layers else None
-        hosted = self.hosted_layers
-        out = run_together(self._extracted(), micro_batches, self.kept_layers, store, hosted, earlier)
-        return [self._summed_loss(decoder.norm(hidden), one.batch) for hidden, one in zip(out, waiting, strict=True)]
+        store = self._host_store if self.hosted_layers and self.training and torch.is_grad_enabled() else None
+        layers, hosted = self._extracted(), self.hosted_layers
+        return map(decoder.norm, run_together(layers, micro_batches, self.kept_layers, store, hosted, earlier))
 
     def _recompute(self) -> None:
         super()._recompute()
@@ -503,16 +506,13 @@ class QLoRAModule(LearnsInParts):
                 use_cache=False,
             )
             return output.last_hidden_state  # type: ignore[no-any-return]
-        hidden, layers = self._embedded(batch), self._extracted()
-        self._keep_weights(hidden.dtype)  # before a recording, whose memory is used again
         if self.uses_cuda_graphs and self.training and torch.is_grad_enabled() and not batch.lengths:
+            hidden, layers = self._embedded(batch), self._extracted()
+            self._keep_weights(hidden.dtype)  # before a recording, whose memory is used again
             if self._graphs is None or self._graphs.kept_layers != self.kept_layers:
                 self._graphs = Graphs(layers, self.kept_layers, decoder.rotary_emb)
             return decoder.norm(self._graphs(hidden))  # type: ignore[no-any-return]
-        places = find_places(decoder.rotary_emb, hidden, batch.lengths)
-        store = self._host_store if self.hosted_layers and self.training and torch.is_grad_enabled() else None
-        hidden = run_layers(layers, hidden, places, self.kept_layers, store, self.hosted_layers)
-        return decoder.norm(hidden)  # type: ignore[no-any-return]
+        return next(self._through([Waiting(batch, self.draw())]))
 
     def _extracted(self) -> list[Layer]:
         """The layers for the current mode."""

@@ -2,7 +2,7 @@
 
 A card without the room to keep every layer's results can send some to the host while later layers are computed, and
 fetch them ahead of their backward: the bus is idle otherwise, and no product is computed twice. Copies are exact. Knows
-no layer; `decoder.run_layers` decides what is sent.
+no layer; `decoder.run_together` decides what is sent.
 """
 
 import mmap

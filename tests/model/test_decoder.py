@@ -178,7 +178,8 @@ def test_dropout_follows_the_seed_and_drops_the_share_that_was_asked_for(make_mo
     assert torch.equal(first, second)
     ids = torch.randint(3, 512, (B, T))
     assert not torch.equal(ours(model, ids), ours(model, ids))  # another draw each time
-    products = decoder._Products(extract_layers(model)[0], torch.float32, seed=7)
+    products = decoder._Products(extract_layers(model)[0], torch.float32)
+    products.begin(7)
     mask = products._mask(0, torch.empty(400, 500))
     assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert (mask == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)

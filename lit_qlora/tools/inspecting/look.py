@@ -7,7 +7,7 @@ Knows no words and no page.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,6 @@ class Part:
 class Batching(NamedTuple):
     """A way to batch the training rows, and what an epoch comes to by it: ``padding`` is a share of all tokens."""
 
-    kind: Literal["rows", "tokens", "packed"]
     plan: BatchPlan
     micro_batches: int
     steps: int
@@ -265,6 +264,5 @@ def _plans(data: ChatDataModule, lengths: Sequence[int]) -> list[BatchPlan]:
 def _batching(plan: BatchPlan, data: ChatDataModule, lengths: Sequence[int], accumulate: int) -> Batching:
     batches = plan.epoch(lengths, data.seed, 0)
     places = sum(plan.places(batch, lengths) for batch in batches)
-    kind: Literal["rows", "tokens", "packed"] = "packed" if plan.packed else "tokens" if plan.tokens else "rows"
     steps = -(-len(batches) // accumulate)  # of all devices together
-    return Batching(kind, plan, len(batches), steps, 1 - sum(lengths) / places, plan == data.plan)
+    return Batching(plan, len(batches), steps, 1 - sum(lengths) / places, plan == data.plan)

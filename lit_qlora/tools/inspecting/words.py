@@ -181,7 +181,7 @@ def _histogram(seen: Look) -> Iterator[str]:
 def batching_name(batching: Batching) -> str:
     """The options that choose it."""
     plan = batching.plan
-    by = f"batch_size {plan.rows}" if batching.kind == "rows" else f"batch_tokens {plan.tokens:,}"
+    by = f"batch_tokens {plan.tokens:,}" if plan.tokens else f"batch_size {plan.rows}"
     return f"{by}, packing" if plan.packed else by
 
 

@@ -389,7 +389,7 @@ class QLoRACLI(LightningCLI):
             if not isinstance(error, OutOfRoomError):
                 change = "--samples.count 0 or --model.checkpointing full, with which this run resumes"
                 raise UserError(OUT_OF_MEMORY, remedy=f"give {change}") from error
-            if model.keeps_pace and model.kept_layers:
+            if model.keeps_pace and (model.kept_layers or model.together > 1):
                 raise error.advise("give --model.checkpointing full, with which this run resumes") from error
             change = datamodule.smaller(error.rows, self.trainer.accumulate_grad_batches)
             raise error.advise(f"give {change}, in a new run: --run NAME") from error

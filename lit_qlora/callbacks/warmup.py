@@ -31,7 +31,7 @@ class WarmupStep(Callback):
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if module.device.type == "cpu":
-            module.together = together_on_host(module, data, trainer)
+            module.together = lowest(together_on_host(module, data, trainer))
             if module.together > 1:
                 trainer.print(f"{module.together} micro-batches of a step go through a layer together")
         if module.device.type == "cpu" and not self.on_cpu:

@@ -238,16 +238,13 @@ class Forecast:
         """``step`` with as many micro-batches together as make it quickest, by the forecast."""
         per_device = self.accumulate // self.num_devices
         is_alone = per_device < 2 or step.uses_cuda_graphs or step.dequantised_layers == self.shape.num_layers
-        if self.checkpointing != "auto" or self.is_slow or is_alone or step.sharers:
+        if self.checkpointing != "auto" or self.is_slow or is_alone:
             return step
-
-        def hours(step: Step) -> float | None:
-            return epoch_hours(step, Epoch(step.tokens, step.tokens, 1, 0), self.card)
-
-        best, least = step, hours(step)
+        epoch = Epoch(step.tokens, step.tokens, 1, 0)
+        best, least = step, self._hours_of(step, epoch)
         for together in range(2, per_device + 1):
             tried = self._placed(replace(step, together=together))
-            took = hours(tried)
+            took = self._hours_of(tried, epoch)
             if (
                 took is None
                 or least is None
@@ -305,12 +302,17 @@ class Forecast:
     @cached_property
     def hours(self) -> float | None:
         """Hours per epoch at the cards' sustained rates; None if these are not known."""
-        hours = epoch_hours(self.step, self.epoch, self.card)
+        hours = self._hours_of(self.step, self.epoch)
+        return None if hours is None else hours / (self.num_devices * self.efficiency)
+
+    def _hours_of(self, step: Step, epoch: Epoch) -> float | None:
+        """Hours in which one card computes ``epoch`` by itself."""
+        hours = epoch_hours(step, epoch, self.card)
         if hours is None:
             return None
         # A shared base's layers come while others are computed: the slower of the two counts.
-        fetching = self.epoch.num_micro_batches * memory.fetched_bytes(self.step) / self.bus_gb_per_s / 1e9 / 3600
-        return max(hours, fetching) / (self.num_devices * self.efficiency)
+        passes = epoch.num_micro_batches / step.together
+        return max(hours, passes * memory.fetched_bytes(step) / self.bus_gb_per_s / 1e9 / 3600)
 
     @cached_property
     def efficiency(self) -> float:
@@ -423,7 +425,7 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
     """
     shape, available = module.base.shape, host.memory_bytes()
     is_open = module.dequantised_layers == shape.num_layers
-    if module.checkpointing != "auto" or module.slow_because or module.shards or is_open or available is None:
+    if module.checkpointing != "auto" or module.slow_because or is_open or available is None:
         return 1
     tokens, kept = data.largest_batch().input_ids.numel(), module.kept_layers
     step = step_of(shape, module.lora, trainer.precision, tokens=tokens, scored_tokens=0, kept_layers=kept)

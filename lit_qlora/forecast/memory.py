@@ -200,8 +200,8 @@ def share_bytes(step: Step) -> int:
 
 
 def fetched_bytes(step: Step) -> int:
-    """Bytes that come to each card in a micro-batch of a shared base: all layers forward and backward, but for those
-    that are there."""
+    """Bytes that come to each card in a pass through a shared base, of the micro-batches that go together: all layers
+    forward and backward, but for those that are there."""
     if not step.sharers:
         return 0
     coming = 1.0 if step.shares_on_host else 1 - 1 / step.sharers
@@ -341,9 +341,10 @@ def moments(step: Step) -> list[StepMemory]:
     lora = sum(step.lora_tensors)
     weights = {name: size * inputs * outputs for name, (inputs, outputs) in shape.linears.items()}
     # What is dequantised for one product, unless it stays: the widest, with its scales, in fp32 and once more with
-    # their offset; or a layer's, held from one micro-batch to the next.
+    # their offset; or a layer's, held from one micro-batch to the next, but for a shared base's.
     widest = max(weights.values())
-    scratch = widest + 8 * widest // size // NF4_BLOCK if step.together == 1 else sum(weights.values())
+    is_single = step.together == 1 or step.sharers > 0
+    scratch = widest + 8 * widest // size // NF4_BLOCK if is_single else sum(weights.values())
     is_open = step.dequantised_layers == shape.num_layers
     state, others = size * shape.hidden, step.together - 1
     always = StepMemory(

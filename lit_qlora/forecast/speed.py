@@ -84,7 +84,7 @@ def _traffic(step: Step) -> float:
 def _dequantised_bytes(step: Step) -> float:
     """Bytes per micro-batch, however small: forward and backward read the 4-bit weights and write them in 16 bits.
 
-    Less the layers whose weights stay, and once for all that go together.
+    Less the layers whose weights stay, and once for all that go together, but for a shared base's.
     """
-    share = (1 - step.dequantised_layers / step.shape.num_layers) / step.together
+    share = (1 - step.dequantised_layers / step.shape.num_layers) / (1 if step.sharers else step.together)
     return 2 * step.shape.num_quantized * (0.516 + 2) * share

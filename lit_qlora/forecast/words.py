@@ -3,6 +3,7 @@
 Knows neither where the forecast comes from nor where the words go.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
@@ -90,11 +91,12 @@ def shared_lines(forecast: Forecast) -> Iterator[str]:
     step = forecast.step
     of = f"each card keeps 1/{step.sharers} of the base's layers" if step.sharers > 1 else "the base's layers are kept"
     where = " in the host's memory" if step.shares_on_host else ""
-    coming = memory.fetched_bytes(step) / 1e9
+    coming, passes = memory.fetched_bytes(step) / 1e9, math.ceil(forecast.micro_batches_each / step.together)
+    each = "micro-batch" if step.together == 1 else f"{step.together} micro-batches"
     yield f"  model.shard: {of}{where}, {memory.share_bytes(step) / GIB:.2f} GiB; to each card come, as they are used,"
     yield (
-        f"  {coming:,.1f} GB per micro-batch, {coming * forecast.micro_batches_each:,.1f} GB per step: "
-        f"{coming / forecast.bus_gb_per_s:,.1f} s of a micro-batch at {forecast.bus_gb_per_s:g} GB/s"
+        f"  {coming:,.1f} GB per {each}, {coming * passes:,.1f} GB per step: "
+        f"{coming / forecast.bus_gb_per_s:,.1f} s per {each} at {forecast.bus_gb_per_s:g} GB/s"
     )
 
 

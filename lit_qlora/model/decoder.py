@@ -262,8 +262,8 @@ def run_together(
     """The hidden states ``[B, T, h]`` after the layers, of each of some micro-batches.
 
     All go through a layer before the next one, forward and backward, so that its weights are dequantised once for all
-    of them. Each has products of its own, and their gradients are added in order: what is learned is, to the last bit,
-    what they would teach one by one.
+    of them; those of a shared base come once. Each has products of its own, and their gradients are added in order:
+    what is learned is, to the last bit, what they would teach one by one.
 
     The last ``kept_layers`` of the layers keep the results of their matrix products, the others only their input: the
     kept tensors of the last are freed when the first recompute theirs. The first ``hosted_layers`` of those that keep
@@ -336,7 +336,7 @@ class _DecoderLayer(torch.autograd.Function):
         if how.layer.weights.fetch:
             how.layer.weights.fetch(1)
         out = [*tensors[:count]]
-        products = _Products(how.layer, out[0].dtype, holds=count > 1)
+        products = _Products(how.layer, out[0].dtype, holds=_holds(how))
         # The last first: the first is the first to go backward, and what waits on the host comes back in that order.
         for at in reversed(range(count)):
             products.begin(how.seeds[at])
@@ -350,9 +350,8 @@ class _DecoderLayer(torch.autograd.Function):
         hidden, lora = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if how.layer.weights.fetch:
             how.layer.weights.fetch(-1)
-        # A shared base is one for which memory is short.
         remembers = not (how.keeps or how.layer.weights.fetch)
-        products = _Products(how.layer, hidden[0].dtype, remember=remembers, holds=count > 1)
+        products = _Products(how.layer, hidden[0].dtype, remember=remembers, holds=_holds(how))
         passed, found = list[Tensor | None](), [how.earlier.get(id(weight)) for weight in lora]
         for at, grad in enumerate(grads):
             products.begin(how.seeds[at])
@@ -362,6 +361,12 @@ class _DecoderLayer(torch.autograd.Function):
                 for sum_, own in zip(found, products.gradients(), strict=True)
             ]
         return None, *passed, *found
+
+
+def _holds(how: _How) -> bool:
+    """True if weights are dequantised once for all micro-batches. A shared base is one for which memory is short, and
+    what its layers cost is that they come."""
+    return len(how.places) > 1 and not how.layer.weights.fetch
 
 
 def _forward(ctx: Any, at: int, hidden: Tensor, products: "_Products") -> Tensor:

@@ -4,6 +4,7 @@ Driven by the command line's Trainer or Lightning's own; precision is the Traine
 `learning.py` computes the gradients. Knows no text.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -176,6 +177,8 @@ class QLoRAModule(LearnsInParts):
         """What gives the layers of both their weights."""
         self._graphs: Graphs | None = None
         self._host_store = HostStore()
+        self._num_waiting: Counter[int] = Counter()
+        """Micro-batches of the current step that wait for others, by the device that computes them."""
         self.gradient_norm: Tensor = torch.tensor(0.0)
         """Gradient norm of the last optimizer step, before clipping."""
         self._sums, self._logged_step = AnswerSums(), 0
@@ -435,9 +438,9 @@ class QLoRAModule(LearnsInParts):
 
     @property
     def can_learn_together(self) -> bool:
-        """True with our layers, unless kernels are recorded, devices keep pace or a subclass has a loss of its own."""
+        """True with our layers, unless kernels are recorded or a subclass has a loss of its own."""
         is_own = type(self).summed_loss is QLoRAModule.summed_loss
-        return is_own and not (self.slow_because or self.uses_cuda_graphs or self.keeps_pace)
+        return is_own and not (self.slow_because or self.uses_cuda_graphs)
 
     def draw(self) -> tuple[int, ...]:
         """The seeds of dropout."""
@@ -486,8 +489,8 @@ class QLoRAModule(LearnsInParts):
         return self.base.shape.num_layers
 
     def _choose_dequantised_layers(self, dtype: torch.dtype) -> int:
-        if self.checkpointing != "auto" or self.slow_because or self.device.type != "cpu":
-            return 0  # on a GPU, `callbacks.warmup` chooses
+        if self.checkpointing != "auto" or self.slow_because or self.shards or self.device.type != "cpu":
+            return 0  # on a GPU, `callbacks.warmup` chooses; what is shared has no room whole
         shape = self.base.shape
         layer_bytes = shape.num_quantized // shape.num_layers * dtype.itemsize
         return layers_on_host(layer_bytes, shape.num_layers, world().local_size)
@@ -524,7 +527,7 @@ class QLoRAModule(LearnsInParts):
         return self._layers[self.training]
 
     def _keep_weights(self, dtype: torch.dtype) -> None:
-        for weights in self._weights[: self.dequantised_layers] if self.shards is None else ():
+        for weights in self._weights[: self.dequantised_layers]:
             weights.keep(dtype)
 
     def _embedded(self, batch: Batch) -> Tensor:
@@ -543,14 +546,23 @@ class QLoRAModule(LearnsInParts):
     def on_train_start(self) -> None:
         """Reset the sums of the figures."""
         self._sums.reset()
+        self._num_waiting.clear()
         self._logged_step, self._accumulated = self.trainer.global_step, self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Raises UserError if a callback changed the accumulation: each batch holds the answer tokens of its step."""
         if self.shards:
-            self.shards.count(batch.device)
+            self._count_passes(self.shards, batch.device, batch_idx)
         expected, now = self._accumulated, self.trainer.accumulate_grad_batches
         require(now == expected, "trainer.accumulate_grad_batches", f"{expected}, as at the start of the fit", now)
+
+    def _count_passes(self, shards: Shards, device: int, batch_idx: int) -> None:
+        """Note who goes through the layers at a micro-batch of ``device``: whoever does not wait for more."""
+        self._num_waiting[device] += 1
+        for other, number in [*self._num_waiting.items()]:
+            if number >= self._most_together or self._ends_step(batch_idx):
+                shards.count(other)
+                del self._num_waiting[other]
 
     def on_after_backward(self) -> None:
         """Where the base is shared, take part in the rest of the step, before gradients are summed."""

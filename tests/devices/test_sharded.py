@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_qlora.batch import Batch
+from lit_qlora.callbacks import warmup
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.cli import main
 from lit_qlora.devices.world import world
@@ -24,12 +24,31 @@ pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "options"), [(2, ON_HOST), (3, SHARED)])
-def test_shares_learn_what_a_whole_base_does(count: int, options: list[str]) -> None:
-    """Dropout, accumulation, a validation inside of a step, two epochs with a short last step."""
-    run = f"shared-{count}"
+@pytest.mark.parametrize(
+    ("count", "options", "together"),
+    [(2, ON_HOST, 4), (2, [*SHARED, "--model.checkpointing", "full"], 1), (3, SHARED, 4)],
+)
+def test_shares_learn_what_a_whole_base_does(
+    capfd: pytest.CaptureFixture[str], count: int, options: list[str], together: int
+) -> None:
+    """Dropout, accumulation, a validation inside of a step, two epochs with a short last step; one pass through the
+    layers for all of a process's micro-batches of a step, or one for each."""
+    run = f"shared-{count}-{together}"
     assert fit(run, count, *SHORT, *options) == [0] * count
+    assert ("4 micro-batches of a step go through a layer together" in capfd.readouterr().out) == (together == 4)
     assert_same(alone(*SHORT), run)
+
+
+@pytest.mark.slow
+def test_micro_batches_of_an_unfinished_pass_wait_over_a_validation() -> None:
+    """Two go together, of seven dealt to two processes; a validation follows the third and the sixth."""
+    options = [*SHORT, "--trainer.accumulate_grad_batches", "7", "--trainer.val_check_interval", "3"]
+
+    def two() -> None:
+        warmup.together_on_host = lambda *_: 2  # type: ignore[assignment]
+
+    assert fit("by-twos", 2, *options, *SHARED, before=two) == [0, 0]
+    assert_same(alone(*options), "by-twos")
 
 
 @pytest.mark.slow
@@ -90,14 +109,14 @@ def test_samples_are_answered_with_all_and_no_process_holds_a_whole_base() -> No
 @pytest.mark.slow
 def test_memory_that_runs_out_in_one_ends_all_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     def prepare() -> None:
-        real = QLoRAModule.summed_loss
+        real = QLoRAModule._together
 
-        def summed_loss(self: QLoRAModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
-            if torch.is_grad_enabled() and world().rank == 0:
+        def together(self: QLoRAModule, most: int) -> Any:
+            if world().rank == 0:
                 raise torch.OutOfMemoryError
-            return real(self, batch)
+            return real(self, most)
 
-        QLoRAModule.summed_loss = summed_loss  # type: ignore[method-assign]
+        QLoRAModule._together = together  # type: ignore[method-assign]
 
     options = ["--trainer.limit_val_batches", "0", *SHARED]
     assert fit("short", 2, *options, before=prepare) == [2, 2]

@@ -327,6 +327,20 @@ def test_kept_weights_are_counted_and_named_and_save_time():
     assert epoch_hours(made.step, made.epoch, made.card) < epoch_hours(without, made.epoch, made.card)
 
 
+def test_a_shared_base_comes_once_for_micro_batches_that_go_together():
+    """Each card's of a step, where they have the room; the bus decides their time, and no weight stays dequantised."""
+    slow = {"num_devices": 2, "shard": True, "bus_gb_per_s": 1.0}
+    made = forecast(tokens=256, checkpointing="auto", accumulate=8, **slow)
+    assert (made.step.together, made.step.sharers, made.step.dequantised_layers) == (4, 2, 0)
+    alone = replace(made, checkpointing="full")
+    assert alone.step.together == 1 and alone.hours == pytest.approx(4 * made.hours, rel=0.01)
+    assert made.peak.dequantisation == alone.peak.dequantisation < memory.layer_bytes(SEVEN)
+    assert any("GB per 4 micro-batches" in line for line in words.shared_lines(made))
+    coming = memory.fetched_bytes(made.step) / 1e9
+    assert any(f"{coming:,.1f} GB per step" in line for line in words.shared_lines(made))
+    assert any(f"{4 * coming:,.1f} GB per step" in line for line in words.shared_lines(alone))
+
+
 def test_small_micro_batches_of_a_step_go_together_on_a_t4():
     """Where dequantisation is a large part of a micro-batch's time, and their activations have the room."""
     short = step(tokens=256, checkpointing="auto", accumulate=8)

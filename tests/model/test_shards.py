@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 from lit_qlora.devices.world import World
 from lit_qlora.errors import UserError
 from lit_qlora.model import copies, sharded_base, shards, weights
+from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
 from lit_qlora.model.copies import Copies
+from lit_qlora.model.decoder import MicroBatch, extract_layers, run_together, weights_of
 from lit_qlora.model.fingerprint import fingerprint
+from lit_qlora.model.load import Lora, adapter_parameters, add_lora
+from lit_qlora.model.offload import HostStore
 from lit_qlora.model.sharded_base import load_sharded
 from tests.small_bases import save_base
 
@@ -89,6 +94,46 @@ def test_a_host_without_the_room_is_refused_before_a_weight_is_loaded(here, fits
         sharded_base.check_host(tiny.shape)
     monkeypatch.setattr(sharded_base.host, "memory_bytes", lambda: None)  # unknown
     sharded_base.check_host(tiny.shape)
+
+
+def gradients(model: Any, layers: Any, kept: int, hosted: int, together: int) -> dict[str, torch.Tensor]:
+    """Those of LoRA after four micro-batches."""
+    weights, decoder = [*adapter_parameters(model).values()], model.get_base_model().model
+    model.zero_grad()
+    lengths = [5, 9, 7, 6]
+    for first in range(0, len(lengths), together):
+        batches = []
+        for length in lengths[first : first + together]:
+            hidden = decoder.embed_tokens(torch.arange(3, 3 + 2 * length).view(2, length))
+            seeds = (length,) * len(layers)
+            batches.append(MicroBatch(hidden, find_places(decoder.rotary_emb, hidden, ()), seeds))
+        earlier = {id(one): one.grad for one in weights if one.grad is not None}
+        model.zero_grad()
+        out = run_together(layers, batches, kept, HostStore() if hosted else None, hosted, earlier)
+        torch.stack([one.square().sum() for one in out]).sum().backward()
+    return {name: one.grad.clone() for name, one in adapter_parameters(model).items()}
+
+
+def test_layers_that_come_serve_all_that_is_done_with_them(tiny, load, monkeypatch):
+    """Activations that stay or wait on the host, micro-batches that go together: to the last bit; each pass has the
+    layers come once per direction."""
+    loaded, shared = load_sharded(tiny, torch.float32, CPU, "sdpa", True)
+    models = []
+    for model in (load(), loaded):
+        torch.manual_seed(1)
+        models.append(add_lora(model, Lora(4, 8.0, 0.1, "all-linear", False, False)).train())
+        for one in adapter_parameters(models[-1]).values():
+            torch.nn.init.normal_(one, std=0.05)
+    wanted = gradients(models[0], extract_layers(models[0]), 0, 0, 1)
+    assert any(one.any() for one in wanted.values())
+    opened, real = [], shards.Shards.open
+    monkeypatch.setattr(shards.Shards, "open", lambda self, *args: opened.append(args) or real(self, *args))
+    layers = extract_layers(models[1], weights=weights_of(models[1], shared))
+    for kept, hosted, together in product((0, 1, 2), (0, 1), (1, 2, 3, 4)):
+        opened.clear()
+        found = gradients(models[1], layers, kept, hosted, together)
+        assert all(torch.equal(found[name], one) for name, one in wanted.items()), (kept, hosted, together)
+        assert opened == [(0, 1), (1, 1), (1, -1), (0, -1)] * -(-4 // together)
 
 
 def test_a_layer_whose_bytes_do_not_divide(tiny):

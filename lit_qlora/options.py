@@ -463,19 +463,29 @@ def _misfits(node: yaml.Node, loader: type[yaml.SafeLoader]) -> Iterator[tuple[i
                 yield from _misfits(one, loader)
 
 
-def _problems(node: yaml.MappingNode, section: str = "") -> Iterator[tuple[int, str]]:
-    seen: dict[Any, int] = {}
+def _problems(
+    node: yaml.MappingNode, section: str = "", seen: dict[str, int] | None = None
+) -> Iterator[tuple[int, str]]:
+    """Line and problem of each key that would be ignored, or would take the place of another.
+
+    Args:
+        node: a section.
+        section: its dotted name, with a dot behind it.
+        seen: lines of the names that stand before it, dotted or nested, added to (``+``) or set.
+    """
+    seen = {} if seen is None else seen
     for key, value in node.value:
         line, name = key.start_mark.line + 1, f"{section}{key.value}"
-        if key.value in seen:
-            yield line, f"{excerpt(name)} stands here a second time (first in line {seen[key.value]}); keep one"
-        seen[key.value] = line
+        bare = name.removesuffix("+")
+        if bare in seen:
+            yield line, f"{excerpt(name)} stands here a second time (first in line {seen[bare]}); keep one"
+        seen[bare] = line
         if not section and key.value == "config":
             yield line, "a config file can't name another; give several with --config A --config B"
         if name in LINKED:
             yield line, f"{name} can't be given, it is always {LINKED[name]}; set that one"
         if isinstance(value, yaml.MappingNode):
-            yield from _problems(value, f"{name}.")
+            yield from _problems(value, f"{name}.", seen)
         elif not section and key.value in ("model", "data", "trainer", "samples"):
             empty = value.tag == "tag:yaml.org,2002:null"
             yield (

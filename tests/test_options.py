@@ -84,6 +84,14 @@ def test_a_folder_is_no_file():
             "model:\n  rank: 4\ndata:\n  source: x\nmodel:\n  alpha: 8\n",
             "a.yaml:5: 'model' stands here a second time (first in line 1); keep one",
         ),
+        (
+            "trainer:\n  callbacks: [X]\n  callbacks+: [Y]\n",
+            "a.yaml:3: 'trainer.callbacks+' stands here a second time (first in line 2); keep one",
+        ),
+        (
+            "model:\n  rank: 4\nmodel.rank: 8\n",
+            "a.yaml:3: 'model.rank' stands here a second time (first in line 2); keep one",
+        ),
         ("data:\n  seed: 7\n", "a.yaml:2: data.seed can't be given, it is always seed_everything; set that one"),
         ("data:\n  tokenizer: x\n", "a.yaml:2: data.tokenizer can't be given, it is always model.base; set that one"),
         (

@@ -49,6 +49,11 @@ class BatchPlan:
 
         Every row is in exactly one; the number of batches is the same in every epoch. The batch with the most padded
         tokens comes first, so that memory runs out at once or never.
+
+        Args:
+            lengths: tokens of each row.
+            seed: of the run.
+            epoch: its number, from 0.
         """
         draw = random.Random(f"{seed}/{epoch}")
         batches = self._by_tokens(lengths, draw) if self.tokens else self._by_rows(lengths, draw)
@@ -58,7 +63,12 @@ class BatchPlan:
         return [largest, *batches]
 
     def places(self, batch: list[int], lengths: Sequence[int]) -> int:
-        """Tokens of a batch with padding."""
+        """Tokens of a batch with padding.
+
+        Args:
+            batch: row numbers.
+            lengths: tokens of each row.
+        """
         return places([lengths[row] for row in batch], self.packed)
 
     def _by_rows(self, lengths: Sequence[int], draw: random.Random) -> list[list[int]]:
@@ -122,7 +132,12 @@ def sizes_of(batches: Iterable[Sequence[int]], lengths: Sequence[int], packed: b
 
 
 def limited(available: int, limit: int | float) -> int:
-    """How many of the ``available`` micro-batches a Trainer's ``limit`` leaves: so many, or a share of them."""
+    """How many of the ``available`` micro-batches a Trainer's ``limit`` leaves: so many, or a share of them.
+
+    Args:
+        available: micro-batches of an epoch.
+        limit: a whole number of them, or a share of 1.0 at most.
+    """
     return min(limit, available) if isinstance(limit, int) else int(limit * available)
 
 
@@ -136,6 +151,14 @@ def collate(
     """Pad ``(row, example)`` pairs on the right to their longest, or pack them into one row.
 
     Padding is id 0, and never learned; nor is the first token of a conversation, which nothing predicts.
+
+    Args:
+        examples: rows by their numbers, each with ``input_ids`` and ``labels`` of one length.
+        step_answer_tokens: learned tokens of the whole optimizer step, of all devices.
+        packed: True to put them into one row, one behind the other.
+
+    Returns:
+        A batch with ``input_ids`` of ``[B, T]``; ``[1, T]`` if packed.
     """
     lengths: tuple[int, ...] = ()
     num_tokens = sum(len(example["input_ids"]) for _, example in examples)
@@ -163,7 +186,17 @@ def collate(
 
 
 def elsewhere(rows: Sequence[int], lengths: Sequence[int], step_answer_tokens: int, packed: bool) -> Batch:
-    """In place of a micro-batch that another device computes: as large, and with as many tokens, by ``lengths``."""
+    """In place of a micro-batch that another device computes: as large, and with as many tokens, by ``lengths``.
+
+    Args:
+        rows: row numbers.
+        lengths: tokens of each row of the run.
+        step_answer_tokens: learned tokens of the whole optimizer step, of all devices.
+        packed: as in `collate`.
+
+    Returns:
+        A batch whose ``input_ids`` ``[B, T]`` take no memory, and which has nothing to predict.
+    """
     own = [lengths[row] for row in rows]
     shape = (1, sum(own)) if packed else (len(own), max(own))
     nothing = torch.zeros(0, dtype=torch.int64)

@@ -181,8 +181,12 @@ class ChatDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and encode the rows for ``stage``: ``fit``, ``validate`` or ``test``.
 
-        Raises UserError for unreadable rows, if nothing is left to learn or to score (also by a share of less than one
-        micro-batch), and for a tokenizer or template that does not match the Trainer's module.
+        Args:
+            stage: of the Trainer.
+
+        Raises:
+            UserError: for unreadable rows, if nothing is left to learn or to score (also by a share of less than one
+                micro-batch), and for a tokenizer or template that does not match the Trainer's module.
         """
         with local_first():  # the others find what it downloaded and encoded
             self._set_up(stage)

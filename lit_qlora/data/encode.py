@@ -152,11 +152,19 @@ class Encoder:
         return [example._replace(was_cut=False), *(Example(some, some, was_cut=False) for some in further)]
 
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[Example | None]:
-        """An `Example` for each conversation in order, or None if no answer token would be left."""
+        """An `Example` for each conversation in order, or None if no answer token would be left.
+
+        Args:
+            conversations: answered ones; of a plain text, as much as one row takes.
+        """
         return map(self.example, self.written(conversations))
 
     def written(self, conversations: Iterable[Conversation]) -> Iterator[list[Written]]:
-        """For each conversation in its order, all of its pieces, before any cut."""
+        """For each conversation in its order, all of its pieces, before any cut.
+
+        Args:
+            conversations: any number of them; some hundred are encoded in one call.
+        """
         remaining = iter(conversations)
         while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
             cut = [self._pieces(conversation) for conversation in some]
@@ -215,7 +223,14 @@ class Encoder:
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids of an open prompt: the answer starts right after the last one.
 
-        Raises ValueError as `PromptFormat.pieces` does.
+        Args:
+            conversation: ends on the user's turn.
+
+        Returns:
+            Ids, BOS included where the format has one.
+
+        Raises:
+            ValueError: as `PromptFormat.pieces`.
         """
         return [token for ids in self._ids(self.prompt_format.pieces(conversation)) for token in ids]
 
@@ -224,7 +239,11 @@ class Encoder:
         return [*([] if self.bos_id is None else [self.bos_id]), *self._encode([text])[0]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer's ids, without BOS, EOS and the format's outer spaces."""
+        """The text of an answer's ids, without BOS, EOS and the format's outer spaces.
+
+        Args:
+            ids: of an answer.
+        """
         return self._decode(ids).strip()
 
     def _decode(self, ids: Sequence[int]) -> str:

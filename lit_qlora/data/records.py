@@ -137,6 +137,15 @@ def load_records(
     can't hold; with ``reading.strict``, the first of them is an error. With a ``seed``, only the source's share of the
     rows is read, drawn by it.
 
+    Args:
+        source: where rows come from.
+        split: name of the split there.
+        reading: how rows are read.
+        seed: of the share; None for all rows.
+
+    Returns:
+        The conversations, and what became of the other rows.
+
     Raises:
         UserError: when the source or the split isn't found, a row is wrong (naming its place), or
             no row is left.

@@ -194,6 +194,9 @@ def quickest(forecast: Forecast) -> Change | None:
 
     With kernels recorded, where they are, or not. None if the settings are within `GAIN` of it, or if no time is
     forecast, as for transformers' own layers.
+
+    Args:
+        forecast: of the settings as they are.
     """
     now = _seconds_per_token(forecast) if forecast.fits() else math.inf
     if forecast.is_slow or now is None or (forecast.hours or 0) < MINUTE:

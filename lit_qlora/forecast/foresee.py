@@ -296,7 +296,11 @@ class Forecast:
         return self.card.memory_gib * GIB
 
     def fits(self, share: float = 1.0) -> bool:
-        """True if the run stays within ``share`` of the card."""
+        """True if the run stays within ``share`` of the card.
+
+        Args:
+            share: of the card's memory, up to 1.
+        """
         return self.peak.on_card <= share * self.card_bytes
 
     @cached_property
@@ -434,7 +438,14 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
 
 
 def guanaco_lengths(num_rows: int) -> tuple[int, ...]:
-    """Lengths like those of guanaco-llama2-1k: its measured percentiles, linearly interpolated."""
+    """Lengths like those of guanaco-llama2-1k: its measured percentiles, linearly interpolated.
+
+    Args:
+        num_rows: how many.
+
+    Returns:
+        Tokens of each, from the shortest on.
+    """
     lengths = []
     for row in range(num_rows):
         percent = 100 * (row + 0.5) / num_rows

@@ -336,7 +336,14 @@ def loss_bytes(step: Step) -> int:
 
 
 def moments(step: Step) -> list[StepMemory]:
-    """The moments of a step that can be its peak, from the second step on."""
+    """The moments of a step that can be its peak, from the second step on.
+
+    Args:
+        step: settings and sizes of the largest micro-batch.
+
+    Returns:
+        One of each moment, in bytes.
+    """
     shape, size = step.shape, step.element
     lora = sum(step.lora_tensors)
     weights = {name: size * inputs * outputs for name, (inputs, outputs) in shape.linears.items()}
@@ -402,7 +409,11 @@ def moments(step: Step) -> list[StepMemory]:
 
 
 def step_memory(step: Step) -> StepMemory:
-    """The moment with the highest memory. Evaluation takes less: the same batches, with nothing kept for a backward."""
+    """The moment with the highest memory. Evaluation takes less: the same batches, with nothing kept for a backward.
+
+    Args:
+        step: settings and sizes of the largest micro-batch.
+    """
     return max(moments(step), key=lambda moment: moment.reserved)
 
 

@@ -82,10 +82,13 @@ def may_be_on_hub(name: str) -> bool:
 def find_base(name: str, weights: bool = True) -> Base:
     """Find the base ``name``: ``demo``, a local folder, or a hub id.
 
-    With ``weights`` False, nothing of it will be loaded: the hub is not contacted if the sizes are known.
+    Args:
+        name: as in ``model.base``.
+        weights: False if nothing of it will be loaded: the hub is not contacted if the sizes are known.
 
-    Raises UserError if it does not exist, is gated without access, is of another architecture or quantised in another
-    way, or, unless ``weights`` is False, has no safetensors weights.
+    Raises:
+        UserError: it does not exist, is gated without access, is of another architecture or quantised in another way,
+            or, unless ``weights`` is False, has no safetensors weights.
     """
     require(bool(name.strip()), "model.base", "demo, a folder or a hub id (owner/name)", name)
     location = str(demo.BASE) if name == "demo" else name

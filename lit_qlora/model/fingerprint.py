@@ -46,7 +46,11 @@ def fingerprint(base: Base) -> str:
     copies of this project; a 4-bit copy from elsewhere is a base of its own. Call it once the weights are downloaded
     (in the folder or in the cache).
 
-    Raises UserError if they can't be read.
+    Args:
+        base: whose weights are here.
+
+    Raises:
+        UserError: they can't be read.
     """
     own = _sampled(base)
     file = stored_file(base, ORIGINAL)

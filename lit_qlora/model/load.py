@@ -134,7 +134,12 @@ def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
     """Add a new adapter to ``model``; the output is the base's until it is trained.
 
-    Raises UserError if a target module does not exist.
+    Args:
+        model: the base, as `load_base` returns it.
+        lora: rank, scaling and targets.
+
+    Raises:
+        UserError: a target module does not exist.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -178,7 +183,15 @@ def check_settings(folder: Path, lora: Lora) -> None:
 
 
 def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
-    """An adapter's rank by linear layer, for each decoder layer: its patterns may give it many."""
+    """An adapter's rank by linear layer, for each decoder layer: its patterns may give it many.
+
+    Args:
+        folder: of the adapter.
+        num_layers: decoder layers of its base.
+
+    Raises:
+        UserError: its weights can't be read.
+    """
     found: dict[int, dict[str, int]] = {layer: {} for layer in range(num_layers)}
     for name, shape in stored_shapes(folder).items():
         place = PLACE.match(name)

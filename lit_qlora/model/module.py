@@ -322,7 +322,12 @@ class QLoRAModule(LearnsInParts):
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter as a plain PEFT folder, with the tokenizer of its Trainer's DataModule, if it had one.
 
-        Raises UserError before the model is loaded.
+        Args:
+            folder: to write to; made if missing.
+
+        Raises:
+            UserError: the model is not loaded yet.
+            OSError: a file can't be written.
         """
         model = self.peft_model
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -362,7 +367,11 @@ class QLoRAModule(LearnsInParts):
     def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
         """Load an adapter's weights; loads base and adapter first, if no Trainer has.
 
-        Raises UserError unless it has exactly the keys and shapes of this one, and is finite.
+        Args:
+            state_dict: fp32 tensors by name, as `state_dict` gives them.
+
+        Raises:
+            UserError: it has not exactly the keys and shapes of this one, or is not finite.
         """
         self.configure_model()
         own = load.adapter_parameters(self)
@@ -422,12 +431,26 @@ class QLoRAModule(LearnsInParts):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits ``[B, T, V]`` after each of ``input_ids`` ``[B, T]``, padded on the right if at all.
 
-        Raises UserError before the model is loaded.
+        Args:
+            input_ids: ``[B, T]`` int64, padded on the right if at all.
+
+        Returns:
+            ``[B, T, V]``, in the dtype of the head.
+
+        Raises:
+            UserError: the model is not loaded yet.
         """
         return self.peft_model(input_ids=input_ids).logits  # type: ignore[no-any-return]
 
     def summed_loss(self, batch: Batch) -> Sums:
-        """Summed loss of a batch's answer tokens in nats, count of those that were the likeliest, and their number."""
+        """Summed loss of a batch's answer tokens in nats, count of those that were the likeliest, and their number.
+
+        Args:
+            batch: of `data.batching.collate`, padded or packed, on the module's device.
+
+        Returns:
+            A scalar in nats, fp32 and differentiable in the adapter; an int64 scalar; and a number.
+        """
         return self._summed_loss(self._hidden(batch), batch)
 
     def _summed_loss(self, hidden: Tensor, batch: Batch) -> Sums:
@@ -696,7 +719,17 @@ class QLoRAModule(LearnsInParts):
         sampling: Sampling,
         is_over: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """The answer's ids for each prompt's ids, in the Trainer's precision; its arguments are `generate`'s."""
+        """The answer's ids for each prompt's ids, in the Trainer's precision.
+
+        Args:
+            prompts: ids of each, of any lengths.
+            stop_ids: each of them ends an answer.
+            sampling: how tokens are drawn.
+            is_over: called with the ids of each answer so far; says whether it ends there.
+
+        Returns:
+            The ids of each answer, that which ended it included.
+        """
         with self.trainer.precision_plugin.forward_context():
             return generate(self.peft_model, prompts, stop_ids, sampling, is_over=is_over)
 

@@ -107,7 +107,14 @@ def make_schedule(
 
 
 def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: int) -> float:
-    """The factor, up to 1, for the optimizer step after the first ``step``; the first ``num_warmup`` steps rise."""
+    """The factor, up to 1, for the optimizer step after the first ``step``.
+
+    Args:
+        name: of the schedule.
+        step: optimizer steps done.
+        num_steps: of the run.
+        num_warmup: the first steps, in which the rate rises.
+    """
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
     done = min((step - num_warmup) / max(num_steps - num_warmup, 1), 1.0)

@@ -59,7 +59,11 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
-        """From the contents of a base's config.json."""
+        """From the contents of a base's config.json.
+
+        Args:
+            config: as `model.config.read_config` returns it.
+        """
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         head_width = config.get("head_dim") or hidden // heads
         queries = heads * head_width
@@ -97,7 +101,12 @@ class Shape:
         return self.num_quantized + embeddings + self.hidden * (2 * self.num_layers + 1) + self.num_layers * per_layer
 
     def num_lora(self, rank: int, target_modules: str | Sequence[str]) -> int:
-        """Number of trained weights at ``rank`` on ``target_modules`` (names of linear layers, or ``all-linear``)."""
+        """Number of trained weights.
+
+        Args:
+            rank: of every targeted layer.
+            target_modules: names of linear layers, or ``all-linear``.
+        """
         names = self.linears if target_modules == "all-linear" else target_modules
         names = [names] if isinstance(names, str) else names
         return self.num_layers * rank * sum(sum(self.linears[name]) for name in names)

@@ -59,7 +59,9 @@ def save_state(state: dict, folder: Path) -> None:
 def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
     """Read what `save_state` wrote; the tensors are on the CPU and independent of the files.
 
-    Without tensors, which are most of the bytes, each is None.
+    Args:
+        folder: a checkpoint's.
+        with_tensors: False to have None for each tensor: they are most of the bytes.
 
     Raises:
         DamagedFolderError: a file is missing or holds anything that `save_state` does not write.

@@ -21,8 +21,7 @@ from lit_qlora.data.held_out import Parts, check_early_to_score
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
 from lit_qlora.data.templates import read_template
-from lit_qlora.devices.dealing import check_shares
-from lit_qlora.devices.starting import MOST_ON_CPU
+from lit_qlora.devices.asked import MOST_ON_CPU, check_on_cpu, check_shard, check_shares, check_started
 from lit_qlora.devices.world import is_first, world
 from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
@@ -176,12 +175,19 @@ def _check_base(verb: str, values: Mapping[str, Any]) -> None:
 
 
 def _check_devices(verb: str, values: Mapping[str, Any]) -> None:
-    """Raises UserError where a step has too few micro-batches for the devices, if these may be there."""
-    number = _number_of(values["trainer.devices"])
+    """Raises UserError for devices that can't be here, or of which a step or a base has too little to share."""
+    devices, num_nodes, here = values["trainer.devices"], values["trainer.num_nodes"], world()
+    number, is_on_cpu = _number_of(devices), values["trainer.accelerator"] == "cpu"
+    if verb == "fit" and is_on_cpu and not isinstance(devices, str):
+        check_on_cpu(devices, "a CPU has no number", max(MOST_ON_CPU, here.local_size))
     num_gpus = len([*Path("/proc/driver/nvidia/gpus").glob("*")])
-    if verb != "fit" or values["trainer.accelerator"] == "cpu" or number <= num_gpus or not num_gpus:
-        num_processes = number * values["trainer.num_nodes"] if world().size == 1 else world().size
+    if verb == "fit" and here.size == 1 and num_nodes > 1:
+        check_started(devices, number, num_nodes)
+    if verb != "fit" or is_on_cpu or number <= num_gpus or not num_gpus:
+        num_processes = number * num_nodes if here.size == 1 else here.size
         check_shares(num_processes, values["trainer.accumulate_grad_batches"])
+        if devices == 1 or is_on_cpu:  # else as many as there are GPUs
+            check_shard(values["model.shard"], values["model.shard_to"], num_processes)
 
 
 def _check_run(options: Mapping[str, Option], values: Mapping[str, Any], run: RunFolder) -> None:

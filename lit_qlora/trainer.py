@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
 from lit_qlora.arguments import checked_arguments
-from lit_qlora.devices.starting import MOST_ON_CPU
+from lit_qlora.devices.asked import MOST_ON_CPU, check_on_cpu, check_started
 from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line, require
@@ -31,7 +31,6 @@ from lit_qlora.model.script import CHANGING, FIGURES, check_monitored, refuse_ki
 from lit_qlora.options import OneLineErrors
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
-from lit_qlora.wording import number_of
 
 NOT_OFFERED = {
     "barebones",
@@ -192,12 +191,8 @@ class QLoRATrainer(Trainer):
         gpus, here = find_gpus(devices, num_nodes, accelerator), world()
         self.num_processes = count_processes(devices, num_nodes, accelerator)
         """Over which the micro-batches of a step are dealt."""
-        if device.is_here and max(len(gpus), num_nodes) > 1 and here.size == 1:
-            raise UserError(
-                f"{devices} on {number_of(num_nodes, 'machines')} make {len(gpus) * num_nodes} processes, this is one",
-                option="trainer.devices",
-                remedy=f"{COMMAND} fit starts those of one machine; on several, start it with torchrun or srun",
-            )
+        if device.is_here and here.size == 1:
+            check_started(devices, len(gpus), num_nodes)
         chosen, self.precision_reason = choose_precision(precision, device, num_weights)
         by_epoch = isinstance(val_check_interval, float)
         kwargs |= {
@@ -243,8 +238,7 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
     if here.size > 1 and devices == 1 and num_nodes == 1:  # by torchrun or srun, which were told how many
         devices, num_nodes = here.local_size, here.size // here.local_size
     if isinstance(devices, list) and is_here and not num_gpus:
-        why = "there is no GPU here" if accelerator != "cpu" else "a CPU has no number"
-        raise UserError(f"expected 1, for {why}, got {devices}", option="trainer.devices", remedy="leave it out")
+        check_on_cpu(devices, "there is no GPU here" if accelerator != "cpu" else "a CPU has no number")
     if devices == "auto":
         devices = max(num_gpus, 1)
     numbers = [*range(devices)] if isinstance(devices, int) else [*devices]  # type: ignore[misc]
@@ -259,8 +253,7 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
     if not is_here:
         return [None] * len(numbers)
     if not num_gpus:
-        most = max(MOST_ON_CPU, here.local_size)
-        require(len(numbers) <= most, "trainer.devices", f"at most {most} processes on a CPU", len(numbers))
+        check_on_cpu(len(numbers), "", max(MOST_ON_CPU, here.local_size))
         return [None] * len(numbers)
     if here.size > 1 and num_gpus == 1:  # srun shows each process its own alone
         return [0] * len(numbers)

@@ -37,7 +37,7 @@ from lit_qlora.console import complain, say, tell
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.templates import read_template
 from lit_qlora.devices import starting
-from lit_qlora.devices.dealing import check_shares
+from lit_qlora.devices.asked import check_shard, check_shares
 from lit_qlora.devices.launchers import requeue
 from lit_qlora.devices.strategy import OwnSignals
 from lit_qlora.devices.world import (
@@ -63,7 +63,6 @@ from lit_qlora.model.device import AMPERE, Device, current_device, decide_for
 from lit_qlora.model.load import check_settings, template_of
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
-from lit_qlora.model.shards import check_shard
 from lit_qlora.model.weights import check_weights
 from lit_qlora.options import LINKED, option, plain
 from lit_qlora.quiet import quieten

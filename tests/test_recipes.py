@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks import many_cards
 from lit_qlora.cli import main
-from lit_qlora.devices.dealing import check_shares
+from lit_qlora.devices.asked import check_shares
 from lit_qlora.errors import UserError
 from lit_qlora.storage.run import flat
 from lit_qlora.tools import plan

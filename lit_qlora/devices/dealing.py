@@ -3,27 +3,11 @@
 from collections.abc import Iterable, Sequence
 from heapq import heapreplace
 
-from lit_qlora.errors import UserError
-from lit_qlora.wording import number_of
-
 FIXED_TOKENS = 128
 """What a micro-batch costs beside its tokens, as so many tokens: dequantised weights. A 7B's take 0.2 s on a T4, of
 about 1.5 ms per token."""
 EVALUATED_AT_ONCE = 8
 """Micro-batches per device that are dealt together where no gradient waits for them."""
-
-
-def check_shares(num_processes: int, accumulate: int) -> None:
-    """Raises UserError where an optimizer step has no micro-batch for each of ``num_processes``."""
-    if 1 <= accumulate < num_processes:
-        raise UserError(
-            f"{num_processes}, and a step has {number_of(accumulate, 'micro-batches')}",
-            option="trainer.devices",
-            remedy=(
-                f"give --trainer.accumulate_grad_batches {num_processes} (a larger step), and with it data.batch_size "
-                f"divided by {-(-num_processes // accumulate)} (a step of as many rows)"
-            ),
-        )
 
 
 def deal(sizes: Sequence[int], num_devices: int) -> list[int]:

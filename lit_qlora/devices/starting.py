@@ -26,8 +26,6 @@ PARENT = "LIT_QLORA_PARENT"
 """In the environment of a process that `run` began: the number of the one that did."""
 GRACE_S = 6.0
 """Seconds that the others have to end by themselves behind the first that failed."""
-MOST_ON_CPU = max(8, os.cpu_count() or 1)
-"""Processes on a CPU, at most: there they are for trying."""
 WHY = {
     "SIGKILL": " (as the system does where the host's memory is short)",
     "SIGABRT": " (as NCCL does where another card did not answer for 600 s; NCCL_P2P_DISABLE=1 may help)",

@@ -18,6 +18,7 @@ from torchmetrics import SumMetric
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
+from lit_qlora.devices.asked import check_shard
 from lit_qlora.devices.strategy import is_on_edge
 from lit_qlora.devices.world import from_first, is_first, local_first, world
 from lit_qlora.errors import UserError, require
@@ -53,7 +54,7 @@ from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, 
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.sharded_base import check_host, keep_copy, load_sharded
-from lit_qlora.model.shards import Shards, check_shard
+from lit_qlora.model.shards import Shards
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.place import COMMAND
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lit_qlora.devices.world import peers, world
-from lit_qlora.errors import UserError
 from lit_qlora.model.offload import locked, unlock_with
 from lit_qlora.storage.files import size
 
@@ -50,17 +49,6 @@ class Packed(NamedTuple):
     def parts(self) -> list[Part]:
         """In the order of their bytes."""
         return [part for part in (self.values, self.scales, self.nested) if part]
-
-
-def check_shard(shard: bool | str, to: str, num_processes: int) -> None:
-    """Raises UserError for a base that is to be shared among the cards where there is one."""
-    if shard is True and to == "gpu" and num_processes == 1:
-        raise UserError(
-            "true, and one device has nothing to share with",
-            option="model.shard",
-            remedy="give --trainer.devices 2 or more, --model.shard_to host (layers come from the host's memory), or "
-            "--model.shard auto",
-        )
 
 
 class Shards:

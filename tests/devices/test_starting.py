@@ -17,7 +17,7 @@ from lit_qlora.devices.launchers import COUNTS, RANKS
 from lit_qlora.devices.starting import take_place
 from lit_qlora.devices.world import World, world
 from lit_qlora.errors import UserError
-from lit_qlora.precheck import processes_asked
+from lit_qlora.precheck import check_first, processes_asked
 
 ROOT = Path(__file__).parents[2]
 
@@ -232,9 +232,24 @@ def test_a_signal_reaches_each_once_and_is_waited_for(number: signal.Signals) ->
     assert ended(process) == (128 + number, f"got {number.value}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--trainer.devices 99999", ["trainer.devices: expected at most", "processes on a CPU, got 99999"]),
+        ("--trainer.devices [0,1]", ["trainer.devices: expected 1, for a CPU has no number, got [0, 1]"]),
+        ("--trainer.devices 3", ["trainer.devices: 3, and a step has 1 micro-batch", "accumulate_grad_batches 3"]),
+        ("--trainer.num_nodes 2", ["trainer.devices: 1 on 2 machines make 2 processes", "torchrun or srun"]),
+        ("--model.shard true", ["model.shard: true", "nothing to share with", "--model.shard_to host"]),
+        ("--trainer.devices auto --model.shard true", ["model.shard: true", "nothing to share with"]),
+    ],
+)
 def test_a_command_that_cannot_be_is_refused_before_any_is_started(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, words: list[str]
 ) -> None:
+    """And before PyTorch is imported, which takes as many times as long for as many processes."""
     monkeypatch.setattr(starting, "run", lambda *_: pytest.fail("started"))
-    assert main(["fit", "--trainer.devices", "99999", "--trainer.accelerator", "cpu"]) == 2
-    assert "error: trainer.devices: expected at most 8 processes on a CPU" in capsys.readouterr().err
+    with pytest.raises(UserError) as refused:
+        check_first("fit", ["--trainer.accelerator", "cpu", *options.split()])
+    assert all(word in str(refused.value) for word in words), refused.value
+    assert main(["fit", "--trainer.accelerator", "cpu", *options.split()]) == 2
+    assert " ".join(capsys.readouterr().err.split()).startswith(f"error: {words[0]}")

@@ -1,0 +1,58 @@
+"""Owns what can be said of the devices asked for without looking at any. Knows no torch."""
+
+import os
+from collections.abc import Sequence
+
+from lit_qlora.errors import UserError, require
+from lit_qlora.place import COMMAND
+from lit_qlora.wording import number_of
+
+MOST_ON_CPU = max(8, os.cpu_count() or 1)
+"""Processes on a CPU, at most: there they are for trying."""
+
+
+def check_on_cpu(devices: int | Sequence[int], why: str, most: int = MOST_ON_CPU) -> None:
+    """Raises UserError for GPUs by their numbers, or more processes than there may be, where there is no GPU.
+
+    Args:
+        devices: numbers of GPUs, or how many processes.
+        why: numbers are wrong.
+        most: processes of this machine.
+    """
+    if not isinstance(devices, int):
+        raise UserError(f"expected 1, for {why}, got {devices}", option="trainer.devices", remedy="leave it out")
+    require(devices <= most, "trainer.devices", f"at most {most} processes on a CPU", devices)
+
+
+def check_started(devices: object, num_here: int, num_nodes: int) -> None:
+    """Raises UserError in a process alone of a run that is to have several, ``num_here`` on each machine."""
+    if max(num_here, num_nodes) > 1:
+        raise UserError(
+            f"{devices} on {number_of(num_nodes, 'machines')} make {num_here * num_nodes} processes, this is one",
+            option="trainer.devices",
+            remedy=f"{COMMAND} fit starts those of one machine; on several, start it with torchrun or srun",
+        )
+
+
+def check_shares(num_processes: int, accumulate: int) -> None:
+    """Raises UserError where an optimizer step has no micro-batch for each of ``num_processes``."""
+    if 1 <= accumulate < num_processes:
+        raise UserError(
+            f"{num_processes}, and a step has {number_of(accumulate, 'micro-batches')}",
+            option="trainer.devices",
+            remedy=(
+                f"give --trainer.accumulate_grad_batches {num_processes} (a larger step), and with it data.batch_size "
+                f"divided by {-(-num_processes // accumulate)} (a step of as many rows)"
+            ),
+        )
+
+
+def check_shard(shard: bool | str, to: str, num_processes: int) -> None:
+    """Raises UserError for a base that is to be shared among the cards where there is one."""
+    if shard is True and to == "gpu" and num_processes == 1:
+        raise UserError(
+            "true, and one device has nothing to share with",
+            option="model.shard",
+            remedy="give --trainer.devices 2 or more, --model.shard_to host (layers come from the host's memory), or "
+            "--model.shard auto",
+        )

@@ -8,6 +8,7 @@ mistakes is one there too, in the same words.
 import argparse
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Union
 
@@ -37,6 +38,7 @@ from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.run import (
     FOR_ONE_START,
+    Change,
     RunFolder,
     as_sections,
     flat,
@@ -115,10 +117,13 @@ def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, 
     run = RunFolder(named or unnamed_run(config, values["model.base"]))
     if verb == "fit" and named:
         _check_run(options, values, run)
-    elif verb == "fit":  # another folder may be taken, but not for what it holds beside runs
+    elif verb == "fit":
         run.check_place()
-    if verb != "plan" and not run.finished_mark.exists() and not values.get("mirror"):
-        _check_rows(values)  # which a forecast and a run that is finished don't need
+        numbered = (RunFolder(run.path.with_name(f"{run.path.name}-{number}")) for number in count(2))
+        run = next(one for one in chain([run], numbered) if not _changes(options, values, one))  # as a fit chooses
+    is_done = verb == "fit" and (run.finished_mark.exists() or bool(values.get("mirror")))
+    if verb != "plan" and not is_done:  # a forecast needs no rows, nor does a run that is finished, here or there
+        _check_rows(values)
 
 
 def processes_asked(args: Sequence[str]) -> int:
@@ -195,8 +200,16 @@ def _check_run(options: Mapping[str, Option], values: Mapping[str, Any], run: Ru
     run.check_place()
     if is_first():
         RunLock(run.path).check()
+    others = _changes(options, values, run)
+    if others:
+        _check_sources(values)
+        raise settings.other_run(run.path, others)
+
+
+def _changes(options: Mapping[str, Option], values: Mapping[str, Any], run: RunFolder) -> list[Change]:
+    """The plain settings that make it another run than ``run``; none for one that has not begun."""
     if not run.has_begun() or not run.config.is_file():
-        return
+        return []
     left_out = {*FOR_ONE_START, *(name for name, one in options.items() if one.type is UNKNOWN)}
     now = {name: value for name, value in values.items() if name not in left_out}
     if "model.target_modules" in now:
@@ -205,13 +218,9 @@ def _check_run(options: Mapping[str, Option], values: Mapping[str, Any], run: Ru
         now.pop("data.template", None)  # the base has it, or the adapter
     elif now.get("data.template"):
         now["data.template"] = read_template(now["data.template"])
-    was = {
-        key: value for key, value in run.read_options().items() if any(f"{key}.".startswith(f"{one}.") for one in now)
-    }
-    others = settings.refused(was, now)
-    if others:
-        _check_sources(values)
-        raise settings.other_run(run.path, others)
+    kept = run.read_options().items()
+    was = {key: value for key, value in kept if any(f"{key}.".startswith(f"{one}.") for one in now)}
+    return settings.refused(was, now)
 
 
 def _check_rows(values: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import yaml
@@ -269,6 +270,21 @@ def test_mistakes_need_nothing_heavy_whatever_the_verb(files, begun):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == f"{[2] * len(commands)} set()\n"
     assert done.stderr.count("\n") == len(commands)
+
+
+def test_rows_are_looked_at_unless_the_run_that_a_fit_chooses_is_finished(files, begun, expect_error):
+    """Without a name: the first of runs/demo, runs/demo-2, … that has these settings."""
+    begun.path.rename("runs/demo")
+    Path("runs/demo/finished.json").touch()
+    broken = ["--data.source", "columns.jsonl"]
+    expect_error(lambda: check_first("fit", broken), "no column", place="columns.jsonl:1")
+    copytree("runs/demo", "runs/demo-2")
+    second = Path("runs/demo-2/config.yaml")
+    second.write_text(second.read_text().replace("source: demo", "source: columns.jsonl"))
+    check_first("fit", broken)
+    expect_error(lambda: check_first("inspect", broken), "no column", place="columns.jsonl:1")
+    expect_error(lambda: check_first("fit", [*broken, "--model.rank", "4"]), "no column", place="columns.jsonl:1")
+    check_first("plan", [*broken, "--model.rank", "4"])
 
 
 def test_a_run_in_use_is_found_first(begun, expect_error):

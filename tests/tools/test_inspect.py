@@ -466,6 +466,7 @@ def test_the_histogram_counts_every_conversation_and_marks_the_cap(inspect):
     [
         (["--rows", "-1"], "rows", "0 or more"),
         (["--row", "77"], "row", "no such row"),
+        (["--row", "first"], "row", "a row's number, or FILE:NUMBER"),
         (["--row", "b.jsonl:1"], "row", "no such row"),
         (["--row", "31"], "row", "a turn of the assistant is empty"),
         (["--accept", "end,nonsense"], "accept", "nonsense"),
@@ -474,7 +475,7 @@ def test_the_histogram_counts_every_conversation_and_marks_the_cap(inspect):
         (["--html", "."], "html", "file"),
         (["--data.max_lenght", "9"], None, "max_length"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_mistake_is_one_line(args, option, words, inspect):
     source = write("a.jsonl", *GOOD, talk("q", " "))

@@ -40,7 +40,7 @@ def main() -> None:
         os.environ |= {f"LIT_QLORA_{name}": value for name, value in FORM.items()}
         notebook = nbformat.read(ROOT / "notebooks" / "colab.ipynb", as_version=4)
         place = {"metadata": {"path": str(clone / "notebooks")}}
-        NotebookClient(notebook, kernel_name="saved", timeout=900, resources=place).execute()
+        NotebookClient(notebook, kernel_name="saved", timeout=900, resources=place, coalesce_streams=True).execute()
         _tidy(notebook, [(str(clone), "lit-qlora"), (sys.prefix, "python"), (str(Path.home()), "~")])
         nbformat.write(notebook, COPY)
     assert COPY.stat().st_size < LARGEST, f"{COPY} is too large"

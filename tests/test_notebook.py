@@ -56,6 +56,14 @@ def test_it_is_a_notebook_and_nobodys_run_of_it():
     ] * len(CODE)
 
 
+def test_the_saved_copy_has_these_cells_and_what_each_printed_as_one_text():
+    cells = json.loads((ROOT / "docs" / "colab-demo.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert ["".join(cell["source"]) for cell in cells] == ["".join(cell["source"]) for cell in CELLS.values()]
+    for cell in cells:
+        printed = [output["name"] for output in cell.get("outputs", ()) if output["output_type"] == "stream"]
+        assert len(printed) == len({*printed}), "run python scripts/notebook.py"
+
+
 @pytest.mark.parametrize("cell", [*CODE.values(), *KAGGLE_CODE.values()], ids=[*CODE, *KAGGLE_CODE])
 def test_each_cell_opens_with_what_it_does_and_how_long_it_takes(cell):
     assert re.fullmatch(r"# @title [A-Z].+; (at once|.*(seconds?|minutes?|hours?)\b.*)", cell.splitlines()[0])

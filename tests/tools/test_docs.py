@@ -164,6 +164,14 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not part or part in slugs(there), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_a_table_has_no_bar_within_code(page: Path) -> None:
+    """GitHub ends a cell at it unless it is escaped; the site shows the escape: <code>&#124;</code> does for both."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert [row for row in rows if any("|" in code for code in row.split("`")[1::2])] == []
+
+
 def test_the_site_has_each_page_once() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     listed = [name for part in nav for one in part.values() for name in ([one] if isinstance(one, str) else

@@ -70,11 +70,11 @@ def prepare_memory() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own; return its exit status."""
-    args = list(sys.argv[1:] if args is None else args)
+    is_own, args = args is None, list(sys.argv[1:] if args is None else args)
     prepare(answers=args[:1] == ["chat"])
     prepare_memory()
     try:
-        with leave_in_one_line(resumes=args[:1] in (["fit"], ["predict"], ["push"])):
+        with leave_in_one_line(resumes=args[:1] in (["fit"], ["predict"], ["push"]), ends_process=is_own):
             return _run(args)
     except UserError as error:
         report(f"error: {error}", error)

@@ -31,18 +31,27 @@ class LeftAtOnce(SystemExit):
 
 _resumes = [True]
 """True if the running command, given again, resumes."""
+_is_ending = [False]
+"""True if the running command already ends by a signal; see `hold_off`."""
 
 
 @contextmanager
-def leave_in_one_line(resumes: bool = True) -> Iterator[None]:
-    """A context that handles the signals, in the main thread only. The line says if the command resumes."""
-    before, _resumes[:] = [*_resumes], [resumes]
+def leave_in_one_line(resumes: bool = True, ends_process: bool = False) -> Iterator[None]:
+    """A context that handles the signals, in the main thread only.
+
+    Args:
+        resumes: the line says that the command, given again, resumes.
+        ends_process: the process ends behind it, with the command's status: `PATIENT` signals no longer change that.
+    """
+    before, _resumes[:], _is_ending[:] = [*_resumes], [resumes], [False]
     previous = take_over(leave_at_once)
     try:
         yield
     finally:
         give_back(previous)
-        _resumes[:] = before
+        if ends_process:
+            take_over(signal.SIG_IGN, PATIENT)
+        _resumes[:], _is_ending[:] = before, [False]
 
 
 @contextmanager
@@ -86,8 +95,18 @@ def give_back(previous: dict[int, Any]) -> None:
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def hold_off() -> None:
+    """Have `leave_at_once` ignore `PATIENT` signals until the command ends: it ends by a signal, and saves or copies.
+
+    They are not ignored by the system's means, since Lightning puts back the handlers that it found.
+    """
+    _is_ending[:] = [True]
+
+
 def leave_at_once(number: int, frame: FrameType | None) -> None:
     """Exit with one line, after an import in progress; a second signal does not wait for files either."""
+    if number in PATIENT and _is_ending[0]:
+        return
     take_over(_exit, URGENT)
     take_over(signal.SIG_IGN, PATIENT)
     _say(number)

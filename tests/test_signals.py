@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.signals import SIGNALS, _say, leave_in_one_line
+from lit_qlora.signals import PATIENT, SIGNALS, _say, hold_off, leave_in_one_line
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -101,6 +101,39 @@ def test_the_handlers_are_given_back() -> None:
     with leave_in_one_line():
         assert not {*map(id, before)} & {id(signal.getsignal(number)) for number in SIGNALS}
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+ENDING = """
+import os, signal
+from lit_qlora.signals import leave_in_one_line
+with leave_in_one_line(ends_process={ends}):
+    pass
+os.kill(os.getpid(), signal.{name})
+raise SystemExit(143)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_the_status_stays_where_signals_still_come_while_python_ends(name: str) -> None:
+    code = ENDING.format(ends=True, name=name)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (143, "")
+
+
+def test_a_process_that_stays_answers_signals_again() -> None:
+    code = ENDING.format(ends=False, name="SIGHUP")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGHUP
+
+
+@pytest.mark.parametrize("number", PATIENT)
+def test_signals_are_held_off_until_the_command_ends(number: int) -> None:
+    with leave_in_one_line():
+        hold_off()
+        os.kill(os.getpid(), number)
+    with pytest.raises(SystemExit) as stop, leave_in_one_line():
+        os.kill(os.getpid(), number)
+    assert stop.value.code == 128 + number
 
 
 def test_what_is_said_of_one_command_is_not_said_of_the_next(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.console import tell
 from lit_qlora.devices.world import highest, is_first
-from lit_qlora.signals import URGENT, give_back, leave_at_once, name_of, say, take_over
+from lit_qlora.signals import URGENT, give_back, hold_off, leave_at_once, name_of, say, take_over
 
 
 class StopOnSignal(StepCallback):
@@ -62,6 +62,8 @@ class StopOnSignal(StepCallback):
         """Restore the signal handlers; after an error, `on_exception` does."""
         give_back(self._previous)
         self._previous = {}
+        if self._is_signalled:
+            hold_off()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the signal handlers."""

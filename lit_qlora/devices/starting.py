@@ -20,7 +20,7 @@ from lit_qlora.console import complain
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
 from lit_qlora.devices.world import STORE
 from lit_qlora.errors import UserError
-from lit_qlora.signals import SIGNALS, give_back, take_over
+from lit_qlora.signals import SIGNALS, give_back, hold_off, take_over
 
 PARENT = "LIT_QLORA_PARENT"
 """In the environment of a process that `run` began: the number of the one that did."""
@@ -176,6 +176,8 @@ def run(args: Sequence[str], count: int) -> int:
             if child.said is not None:
                 child.said.close()
         give_back(previous)
+        if sent:
+            hold_off()
 
 
 def _wait(children: list[_Child]) -> int:

@@ -10,7 +10,7 @@ from lit_qlora.callbacks.stop import TimeLimit
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.ranges import check_ranges, max_time_s
-from lit_qlora.signals import SIGNALS, LeftAtOnce
+from lit_qlora.signals import PATIENT, SIGNALS, LeftAtOnce, leave_in_one_line
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.state import load_state
 
@@ -158,6 +158,18 @@ def test_two_signals_that_no_impatient_person_sent_wait_for_the_save(full_run, t
     with pytest.raises(SystemExit) as stop:
         parts.trainer.fit(module, datamodule=rows(12))
     assert (stop.value.code, parts.run.saved_steps()) == (128 + first, [5])
+
+
+def test_after_the_save_a_command_is_not_hurried_by_what_no_person_sent(full_run, tiny, rows, tmp_path):
+    """A batch system's second warning, during a copy to the mirror or the requeue."""
+    module = signalled(tiny, 4, signal.SIGTERM)
+    parts = full_run(tmp_path / "run", save_every_steps=100)
+    with leave_in_one_line():
+        with pytest.raises(SystemExit) as stop:
+            parts.trainer.fit(module, datamodule=rows(12))
+        for number in PATIENT:
+            os.kill(os.getpid(), number)
+    assert (stop.value.code, parts.run.saved_steps()) == (143, [5])
 
 
 def test_where_the_save_fails_the_stop_says_so(full_run, tiny, rows, tmp_path, capsys, monkeypatch):

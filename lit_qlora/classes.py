@@ -205,8 +205,10 @@ def _may_bind(node: ast.AST, name: str) -> bool:
         case ast.ClassDef() | ast.FunctionDef():
             return node.name in (name, "__getattr__")
         case ast.Name(id=found, ctx=ast.Store()):
-            return found == name
-        case ast.Name(id="globals" | "setattr") | ast.Attribute(attr="__dict__" | "modules"):
+            return found in (name, "__getattr__")
+        case (
+            ast.Name(id="globals" | "locals" | "vars" | "setattr" | "exec") | ast.Attribute(attr="__dict__" | "modules")
+        ):
             return True
     return False
 

@@ -13,6 +13,8 @@ MODULES = {
     "mine/inner.py": "import sys\nclass Kept: ...\n",
     "mine/lazy.py": "def __getattr__(name): ...\n",
     "mine/made.py": "globals()['X'] = 3\n",
+    "mine/attached.py": "__getattr__, __dir__ = attach()\n",
+    "mine/run.py": "exec('X = 3')\n",
     "mine/odd.py": "from nowhere import *\n",
     "mine/relative.py": "from .inner import *\n",
     "mine/torn.py": "class X(:\n",
@@ -30,7 +32,8 @@ def modules(tmp_path, monkeypatch):
     assert not any(name.split(".")[0] == "mine" for name in sys.modules)
 
 
-@pytest.mark.parametrize("name", ["mine.inner.Kept", "mine.Kept", "mine.lazy.X", "mine.made.X", "mine.relative.X",
+@pytest.mark.parametrize("name", ["mine.inner.Kept", "mine.Kept", "mine.lazy.X", "mine.made.X", "mine.attached.X",
+                                  "mine.run.X", "mine.relative.X",
                                   "mine.torn.X", "mine.either.X", "os.path.X", "sys.X"])  # fmt: skip
 def test_what_is_there_or_can_t_be_told_passes(name, modules):
     check_classes([Named("trainer.callbacks", name, frozenset({"anything"}))], {})

@@ -186,13 +186,13 @@ def _check_devices(verb: str, values: Mapping[str, Any]) -> None:
     if verb == "fit" and is_on_cpu and not isinstance(devices, str):
         check_on_cpu(devices, "a CPU has no number", max(MOST_ON_CPU, here.local_size))
     num_gpus = len([*Path("/proc/driver/nvidia/gpus").glob("*")])
-    if verb == "fit" and here.size == 1 and num_nodes > 1:
-        check_started(devices, number, num_nodes)
     if verb != "fit" or is_on_cpu or number <= num_gpus or not num_gpus:
         num_processes = number * num_nodes if here.size == 1 else here.size
         check_shares(num_processes, values["trainer.accumulate_grad_batches"])
         if devices == 1 or is_on_cpu:  # else as many as there are GPUs
             check_shard(values["model.shard"], values["model.shard_to"], num_processes)
+    if verb == "fit" and here.size == 1 and num_nodes > 1:
+        check_started(devices, number, num_nodes)
 
 
 def _check_run(options: Mapping[str, Option], values: Mapping[str, Any], run: RunFolder) -> None:

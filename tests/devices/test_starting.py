@@ -238,7 +238,10 @@ def test_a_signal_reaches_each_once_and_is_waited_for(number: signal.Signals) ->
         ("--trainer.devices 99999", ["trainer.devices: expected at most", "processes on a CPU, got 99999"]),
         ("--trainer.devices [0,1]", ["trainer.devices: expected 1, for a CPU has no number, got [0, 1]"]),
         ("--trainer.devices 3", ["trainer.devices: 3, and a step has 1 micro-batch", "accumulate_grad_batches 3"]),
-        ("--trainer.num_nodes 2", ["trainer.devices: 1 on 2 machines make 2 processes", "torchrun or srun"]),
+        (
+            "--trainer.num_nodes 2 --trainer.accumulate_grad_batches 2",
+            ["trainer.devices: 1 on 2 machines make 2 processes", "torchrun or srun"],
+        ),
         ("--model.shard true", ["model.shard: true", "nothing to share with", "--model.shard_to host"]),
         ("--trainer.devices auto --model.shard true", ["model.shard: true", "nothing to share with"]),
     ],

@@ -28,11 +28,15 @@ ROOT = Path(__file__).parent
 
 
 class Named(NamedTuple):
-    """A class as an option names it, and the names of its arguments that are given; None where these can't be told."""
+    """A class as an option names it, and the names of its arguments that are given; None where these can't be told.
+
+    ``has_more``: a config file may give it others.
+    """
 
     option: str
     name: str
     arguments: frozenset[str] | None = None
+    has_more: bool = False
 
 
 def take_out(args: list[str]) -> tuple[list[str], list[Named]]:
@@ -54,7 +58,7 @@ def take_out(args: list[str]) -> tuple[list[str], list[Named]]:
             rest += [arg] if equals else [arg, value]
         key = key.removeprefix("init_args.")
         if key in ("", "class_path"):
-            found.append(Named(option, value, frozenset()))
+            found.append(Named(option, value, frozenset(), has_config))
         elif found and found[-1].option == option:
             taken = found[-1].arguments
             taken = None if key.startswith("dict_kwargs") or taken is None else taken | {key.partition(".")[0]}
@@ -122,7 +126,7 @@ def _check(named: Named) -> None:
             remedy = f"did you mean {near!r}?" if near else HELP
             raise UserError(f"unknown option {excerpt(key)}", option=option, remedy=remedy)
     lacking = [key for key, is_needed in taken.items() if is_needed and key not in named.arguments]
-    if lacking:
+    if lacking and not named.has_more:
         raise lacks_arguments(option, name.rpartition(".")[2], lacking)
 
 

@@ -106,14 +106,16 @@ def _as_typed(option: str, hint: Any, check: Callable[..., Any], value: Any, app
         if _is_text(hint):
             is_none = value == "null" and hint is not str and option.rpartition(".")[2] not in FREE_TEXTS
             return None if is_none else value
+        if value.lower() == "none" and {NoneType} < {*get_args(hint)} and str not in get_args(hint):
+            return None  # as messages and help call it
         if _is_comment(value):
             if not append and str not in get_args(hint):
                 raise TypeError(f'Parser key "{option}": Expected {words_of(hint)}, got {excerpt(value)}')
             value = _Typed(value)
     elif dict[str, str] in (hint, *get_args(hint)) and isinstance(getattr(value, "val", None), str):
         value = value._replace(val=_Typed(value.val))
-    elif isinstance(value, Namespace) and dict in get_args(hint):  # of a dotted name in a file
-        value = value.as_dict()
+    elif isinstance(value, Namespace) and any(dict in (one, get_origin(one)) for one in (hint, *get_args(hint))):
+        value = value.as_dict()  # of a dotted name in a file
     return _untyped(check(value, append=append, **more))
 
 

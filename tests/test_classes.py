@@ -72,6 +72,18 @@ def test_the_first_look_imports_nothing_that_a_config_names(text, modules, tmp_p
     check_first("fit", ["--config", str(tmp_path / "own.yaml"), "--data.source", "demo"])
 
 
+def test_a_class_may_have_the_arguments_that_a_config_gives_it(tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        "trainer: {callbacks: {class_path: EarlyStopping, init_args: {monitor: val/loss}}}"
+    )
+    args = ["--trainer.callbacks", "EarlyStopping", "--data.source", "demo"]
+    check_first("fit", ["--config", str(tmp_path / "own.yaml"), *args, "--trainer.callbacks.patience", "3"])
+    with pytest.raises(UserError, match="EarlyStopping needs monitor"):
+        check_first("fit", args)
+    with pytest.raises(UserError, match="unknown option 'patienc'"):
+        check_first("fit", ["--config", str(tmp_path / "own.yaml"), *args, "--trainer.callbacks.patienc", "3"])
+
+
 def test_arguments_go_to_the_class_before_them():
     args = ["--trainer.callbacks+=Timer", "--trainer.callbacks.interval", "step", "--model.rank=3"]
     args += ["--trainer.logger", "X", "--trainer.logger.init_args.a.b=1"]

@@ -68,10 +68,17 @@ def test_a_file_is_yaml(parser):
     assert (found.prompt, found.run, found.count, found.stop, found.output) == (None, None, 3, ["a", "b"], "null")
 
 
+def test_a_table_may_have_dotted_names_in_a_file(parser):
+    found = parser.parse_args(["--config", "columns.user: q\ncolumns.assistant: a\n"])
+    assert found.columns == {"user": "q", "assistant": "a"}
+
+
 def test_null_is_none_for_a_name_and_a_comment_is_no_number(parser):
     assert parser.parse_args(["--run", "null", "--count", "null"]).as_dict().keys() >= {"run"}
     found = parser.parse_args(["--run", "null", "--count", "null", "--prompts", "null"])
     assert (found.run, found.count, found.prompts) == (None, None, None)
+    found = parser.parse_args(["--run", "none", "--count", "none"])  # as help and messages call it
+    assert (found.run, found.count) == ("none", None)
     for option in ("count", "prompts"):
         with pytest.raises(UserError) as caught:
             parser.parse_args([f"--{option}", "# 3"])

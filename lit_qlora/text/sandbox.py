@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import cache, wraps
+from string import Formatter
 from typing import Any
 
 import jinja2
@@ -19,6 +20,8 @@ MAX_WORK = 3 * 10**8
 MAX_SIZE = 10**6
 """Characters and items that a template makes, all that is within them counted, beyond four times what it is given."""
 MAX_INDENT = 64
+MAX_BITS = 20_000
+"""Of a number: some 6,000 digits, more than Python reads or writes."""
 
 FILTERS = frozenset((
     "abs", "capitalize", "center", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format",
@@ -36,12 +39,13 @@ METHODS = frozenset((
 GLOBALS = frozenset(("dict", "namespace", "raise_exception", "range", "strftime_now"))
 """What a template may call: what chat templates are written with, whose results are in proportion to what goes in."""
 
-_COUNTED, _SIZED, _JOINED, _CUT = (f"lit_qlora_{name}" for name in ("counted", "sized", "joined", "cut"))
-"""Filters around what a template loops over, its lists and tables, what it joins with ``~``, and parts of a text."""
+_COUNTED, _SIZED, _JOINED, _READ = (f"lit_qlora_{name}" for name in ("counted", "sized", "joined", "read"))
+"""Filters around what a template loops over, its lists and tables, what it joins with ``~``, and what it compares or
+cuts."""
 _CHARS = "lit_qlora_chars"
 """A template's own length, among its globals."""
-_WIDE = re.compile(r"\d{5}|\*")
-"""A width of five digits in a format, or one that an argument gives."""
+_WIDE = re.compile(r"\d{5}|[*{]")
+"""In a format's field, a width of five digits, or one that an argument gives."""
 
 
 class Missing(jinja2.Undefined):
@@ -92,8 +96,6 @@ class _Room:
             elif isinstance(one, list | tuple | range):
                 size += len(one)
                 rest += () if isinstance(one, range) else one
-            elif isinstance(one, int):
-                size += one.bit_length() // 3
             elif isinstance(one, jinja2.utils.Namespace):
                 raise OverflowError("it writes a namespace")
             self.check(size)
@@ -150,12 +152,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         room = _left()
         numbers = isinstance(left, int) and isinstance(right, int)
         if operator == "**" and numbers:
-            room.check(left.bit_length() * abs(right))
+            _check_bits(left.bit_length() * abs(right))
         elif operator == "*" and not numbers:
             times = next((one for one in (left, right) if isinstance(one, int)), 0)
             room.check(times * max(len(one) for one in (left, right, "") if hasattr(one, "__len__")))
         elif operator == "%" and isinstance(left, str):
-            _check_format(left, right)
+            _check_format(left, right, by_braces=False)
         return _sized(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # named as Jinja's
@@ -183,9 +185,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _sized(value: Any) -> Any:
-    if isinstance(value, str | list | tuple | dict | int):
+    if isinstance(value, int):
+        _check_bits(value.bit_length())
+    elif isinstance(value, str | list | tuple | dict):
         _left().measure(value)
     return value
+
+
+def _check_bits(bits: int) -> None:
+    if bits > MAX_BITS:
+        raise OverflowError(f"it computes a number of more than {MAX_BITS:,} bits")
 
 
 def _joined(parts: list[Any]) -> str:
@@ -194,14 +203,17 @@ def _joined(parts: list[Any]) -> str:
     return "".join(map(str, parts))
 
 
-def _cut(value: Any) -> Any:
-    """A part of a text or list, which is no larger than that: its copy is counted."""
-    _left().work(len(value) // 1000)
+def _read(value: Any) -> Any:
+    """What is compared, or a part of a text or list: it is read from one end to the other."""
+    if hasattr(value, "__len__"):
+        _left().work(len(value) // 1000)
     return value
 
 
-def _check_format(text: str, *arguments: Any) -> None:
-    if _WIDE.search(text):
+def _check_format(text: str, *arguments: Any, by_braces: bool = True) -> None:
+    """Refuse ``text`` as a format by what it would make of ``arguments``; with ``{}``, or with ``%``."""
+    specs = [spec for *_, spec, _ in Formatter().parse(text) if spec] if by_braces else [text.replace("{", "")]
+    if any(map(_WIDE.search, specs)):
         raise OverflowError("it writes a format with a field of five digits or more")
     room, fields = _left(), text.count("%") + text.count("{")
     if fields > 1:
@@ -211,7 +223,7 @@ def _check_format(text: str, *arguments: Any) -> None:
 def _check_text(name: str, text: str, *arguments: Any) -> None:
     """Refuse a method or a filter of a text by what it would make: as wide as a number says, or text by text."""
     room = _left()
-    room.work(len(text) // 1000)
+    room.work(len(text) // 100)
     for argument in arguments:
         if isinstance(argument, int):
             room.check(abs(argument))
@@ -219,8 +231,8 @@ def _check_text(name: str, text: str, *arguments: Any) -> None:
         room.check((len(text) // max(len(str(arguments[0])), 1) + 1) * len(arguments[1]))
     if name == "join" and arguments and isinstance(arguments[0], list | tuple):
         room.check(room.measure(arguments[0]) + len(arguments[0]) * len(text))
-    if name == "format":
-        _check_format(text, *arguments)
+    if name == "format":  # the filter; the method has its own way, by `wrap_str_format`
+        _check_format(text, *arguments, by_braces=False)
     if name == "indent":
         room.check((text.count("\n") + 1) * max([4, *map(_width, arguments)]))
 
@@ -276,7 +288,7 @@ def _environment() -> jinja2.Environment:
     made = chat_template_utils._compile_jinja_template("").environment.overlay(undefined=Missing, finalize=_write)
     made.__class__ = _Sandbox
     made.filters = {name: _check_filter(name, apply) for name, apply in made.filters.items()}
-    made.filters |= {_COUNTED: _counted, _SIZED: _sized, _JOINED: _joined, _CUT: _cut}
+    made.filters |= {_COUNTED: _counted, _SIZED: _sized, _JOINED: _joined, _READ: _read}
     made.globals = {name: value for name, value in made.globals.items() if name in GLOBALS}
     return made  # type: ignore[no-any-return]
 
@@ -310,7 +322,11 @@ def _bound(node: nodes.Node) -> Any:
         case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load"):
             return _filtered(node, _SIZED)
         case nodes.Getitem(arg=nodes.Slice()):
-            return _filtered(node, _CUT)
+            return _filtered(node, _READ)
+        case nodes.Compare():
+            node.expr = _filtered(node.expr, _READ)
+        case nodes.Operand():
+            node.expr = _filtered(node.expr, _READ)
     return node
 
 

@@ -13,6 +13,7 @@ def render(source, messages=TALK):
     return jinja.render(jinja.compile_template(source), messages, "<s>", "</s>", True)
 
 
+BITS = "it computes a number of more than 20,000 bits"
 LONG = "it loops or calls too often"
 LARGE = "it makes something of more than 1,000,108 characters"
 WIDE = "it writes a format with a field of five digits or more"
@@ -26,7 +27,7 @@ WIDE = "it writes a format with a field of five digits or more"
         ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}", LONG),
         ("{{ 'a' * 10000000000 }}", LARGE),
         ("{{ 10000000000 * messages }}", LARGE),
-        ("{{ 10 ** (10 ** 9) }}", LARGE),
+        ("{{ 10 ** (10 ** 9) }}", BITS),
         ("{% set n = namespace(s='aaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", LARGE),
         ("{% set n = namespace(s='aaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}", LARGE),
         ("{{ 'a'.ljust(10000000000) }}", LARGE),
@@ -40,6 +41,11 @@ WIDE = "it writes a format with a field of five digits or more"
         ("{{ '%*d' % (9999999999, 1) }}", WIDE),
         ("{{ '%9999999999d' | format(1) }}", WIDE),
         ("{{ '{:9999999999}'.format(1) }}", WIDE),
+        ("{{ '{0:{1}}'.format('a', 999999999) }}", WIDE),
+        ("{% set x = 'a' * 999999 %}{% for i in range(99999) %}{% set y = 'ab' in x %}{% endfor %}", LONG),
+        ("{% set x = 'a' * 999999 %}{% for i in range(99999) %}{% set y = x == x[:] %}{% endfor %}", LONG),
+        ("{% set x = 'a b ' * 99999 %}{% for i in range(99999) %}{% set y = x | title %}{% endfor %}", LONG),
+        ("{% for i in range(99999) %}{% set x = 7 ** 300000 %}{% endfor %}", BITS),
         ("{{ [1] | slice(10 ** 9) | list }}", "it uses the filter slice, which chat templates have no need of"),
         ("{{ [1] | batch(10 ** 9, 0) | list }}", "it uses the filter batch, which chat templates have no need of"),
         ("{{ 'a b' | wordwrap(1, wrapstring='x' * 99999) }}",
@@ -65,7 +71,7 @@ WIDE = "it writes a format with a field of five digits or more"
         ("{% set n = namespace(l={}) %}{% for i in range(60) %}{% set n.l = dict(a=n.l, b=n.l) %}{% endfor %}x", LARGE),
         ("{% set n = namespace() %}{% for i in range(60) %}{% set n.l = namespace(a=n.l, b=n.l) %}{% endfor %}{{ n }}",
          "it writes a namespace"),
-        ("{% set n = namespace(l=2) %}{% for i in range(999) %}{% set n.l = n.l * n.l %}{% endfor %}", LARGE),
+        ("{% set n = namespace(l=2) %}{% for i in range(999) %}{% set n.l = n.l * n.l %}{% endfor %}", BITS),
         ("{% for i in range(99999) %}{% set x = range(99999) | list %}{% endfor %}", LONG),
         ("{% set x = 'a' * 999999 %}{% for i in range(99999) %}{% set y = x[1:] %}{% endfor %}", LONG),
         ("{% set x = 'a' * 999999 %}{% for i in range(99999) %}{% set y = x.find('b') %}{% endfor %}", LONG),
@@ -106,6 +112,8 @@ def test_a_text_that_grows_too_long_is_refused():
         ("{{ ['a', 'a'] | unique | list }} {{ 'x' | indent(2, true) }}", "['a']   x"),
         ("{% for a, b in [(1, 2), [3, 4]] %}{{ a ~ b }}{% endfor %}{% set (p, q) = (5, 6) %}{{ p }}{{ q }}", "123456"),
         ("{{ (messages[1:] | first).content }}{{ ('abc'[1:] ~ none ~ 1.5) }}", "bbcNone1.5"),
+        ("{{ '{{\"a\": {} }}'.format(1) }} {{ '{\"a\": {\"b\": %s}}' % 2 }}", '{"a": 1 } {"a": {"b": 2}}'),
+        ("{{ 'a' in 'abc' }}{{ 1 < 2 <= 3 }}{{ messages[0].role != 'x' and 'x' not in 'abc' }}", "TrueTrueTrue"),
         ("{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{% endfor %}{{ n.i }}", "2"),
         ("{% if strftime_now is defined %}today{% else %}26 Jul 2024{% endif %}", "26 Jul 2024"),
     ],

@@ -49,7 +49,10 @@ _WIDE = re.compile(r"\d{5}|[*{]")
 
 
 class Missing(jinja2.Undefined):
-    """An undefined name: it may be tested, as in ``if tools``, and is never rendered as empty."""
+    """An undefined name: it may be tested, as in ``if tools`` or ``if 'x' in tools``, and never rendered as empty."""
+
+    def __contains__(self, _: object) -> bool:
+        return False
 
     def __str__(self) -> str:  # noqa: PLE0307  # it never returns
         self._fail_with_undefined_error()

@@ -114,6 +114,7 @@ def test_a_text_that_grows_too_long_is_refused():
         ("{{ (messages[1:] | first).content }}{{ ('abc'[1:] ~ none ~ 1.5) }}", "bbcNone1.5"),
         ("{{ '{{\"a\": {} }}'.format(1) }} {{ '{\"a\": {\"b\": %s}}' % 2 }}", '{"a": 1 } {"a": {"b": 2}}'),
         ("{{ 'a' in 'abc' }}{{ 1 < 2 <= 3 }}{{ messages[0].role != 'x' and 'x' not in 'abc' }}", "TrueTrueTrue"),
+        ("{% if 'x' in features %}x{% elif 'x' not in features %}none{% endif %}", "none"),
         ("{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{% endfor %}{{ n.i }}", "2"),
         ("{% if strftime_now is defined %}today{% else %}26 Jul 2024{% endif %}", "26 Jul 2024"),
     ],

@@ -28,6 +28,13 @@ def test_a_text_is_transformers_own(path, count):
     assert [render(source, TALK[:count], True)] == theirs
 
 
+def test_an_undefined_name_holds_nothing_as_in_transformers():
+    """SmolLM3's template asks what the system text holds, before it knows whether there is one."""
+    source = "{% if '/x' in system_message %}a{% else %}b{% endif %}{% if '/x' not in system_message %}c{% endif %}"
+    theirs, _ = render_jinja_template([TALK], chat_template=source)
+    assert [render(source)] == theirs == ["bc"]
+
+
 def test_the_names_that_templates_lean_on():
     source = (
         "{%- set ns = namespace(n=0) %}{% for m in messages %}{% if loop.index > 3 %}{% break %}{% endif %}"

@@ -172,7 +172,9 @@ SHAPES = {
     "smollm3: a date, a mode, thoughts before each answer, none if switched off": Shape(
         "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
         "{% set mode = '/think' if enable_thinking else '/no_think' %}"
-        "{% set given = messages[0].content.replace('/think', '').rstrip() if messages[0].role == 'system' else '' %}"
+        "{% if messages[0].role == 'system' %}{% set asked = messages[0].content %}"
+        "{% set given = asked.replace('/think', '').rstrip() %}{% endif %}"
+        "{% if '/override' in asked %}{{ given }}{% endif %}{% set given = given if given else '' %}"
         "{%- set today = strftime_now( \"%d-%B-%Y\" ) -%}"
         "{{ '<|im_start|>system\n## Metadata\nToday: ' ~ today ~ '\nMode: ' ~ mode ~ '\n' ~ given ~ "
         "'<|im_end|>\n' }}{% if xml_tools or tools %}{{ 'tools' }}{% endif %}"

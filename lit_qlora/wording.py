@@ -1,4 +1,4 @@
-"""Owns how numbers of things are written: 1 row, 2 rows.
+"""Owns how numbers of things are written, 1 row, 2 rows, and what a value of a file is called.
 
 Words are given in the plural. Knows nothing of what is counted.
 """
@@ -33,3 +33,18 @@ def of_number(count: int, words: str) -> str:
         before, noun, in_es, then, verb = subject.groups()
         return f"{before}{noun or in_es}{then}{f' {VERBS[verb]}' if verb else ''}{words[subject.end() :]}"
     return _OF_ALL.sub(lambda found: f"{found[1]}{VERBS[found[2]]}", words, count=1) if _OF_ALL.match(words) else words
+
+
+def kind(value: object) -> str:
+    """The kind of a value, in words of the files."""
+    if value is None:
+        return "null"
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "one object",
+    }
+    return kinds.get(type(value), type(value).__name__)

@@ -155,7 +155,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         jsonl({"messages": [{"role": "user"}]}),
         "rows.jsonl:1",
         None,
-        ["turn 1", "the user's content", "NoneType"],
+        ["turn 1", "the user's content", "got null", "'role'"],
     ),
     (
         "content null",
@@ -178,7 +178,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         ),
         "rows.jsonl:1",
         None,
-        ["turn 1", "the user's content", "got list"],
+        ["turn 1", "the user's content", "got a list"],
     ),
     (
         "messages string",
@@ -186,7 +186,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         jsonl({"messages": "hello"}),
         "rows.jsonl:1",
         None,
-        ["list of messages", "got str"],
+        ["list of messages", "got a text"],
     ),
     (
         "messages empty",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from lit_qlora.errors import UserError, excerpt, nearest
 from lit_qlora.text.messages import holds_messages, holds_turns
+from lit_qlora.wording import kind
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 ARROW = ".arrow"
@@ -88,21 +89,6 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     if not rows:
         raise UserError(f"holds no rows, expected some such as {EXAMPLE}", place=path, remedy="check how it was made")
     return rows
-
-
-def kind(value: object) -> str:
-    """The kind of a value, in words of the files."""
-    if value is None:
-        return "null"
-    kinds = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "one object",
-    }
-    return kinds.get(type(value), type(value).__name__)
 
 
 def _read_bytes(path: Path) -> bytes:

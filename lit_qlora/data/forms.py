@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lit_qlora.data.files import EXAMPLE, kind
+from lit_qlora.data.files import EXAMPLE
 from lit_qlora.errors import UserError, excerpt, nearest, suggestion
 from lit_qlora.text import edges, guanaco, llama2, messages
 from lit_qlora.text.conversation import Conversation, Turn
+from lit_qlora.wording import kind
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 """Columns with the system text for a conversation without one, in every form."""
@@ -70,6 +71,8 @@ def _asked(question: Any, *beside: Any) -> list[Any]:
     """The messages of a question, with what is given to it, and last the pairs before it."""
     *given, history = beside
     before = list_in(history)
+    if isinstance(before, list) and before and all(isinstance(one, dict) for one in before):
+        return [*before, *_asked(question, *given, None)]
     if before is not None and not (isinstance(before, list) and all(_is_round(pair) for pair in before)):
         raise ValueError(f"the history is {kind(history)}, expected a list of pairs of texts")
     said = [text for pair in before or () for text in pair]

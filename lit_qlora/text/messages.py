@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from lit_qlora.text import edges
 from lit_qlora.text.conversation import Conversation, Role, Turn
+from lit_qlora.wording import kind
 
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
@@ -164,7 +165,7 @@ def _listed(rows: Any) -> list[Any]:
         # As `datasets` gives a sequence of objects: a list for each key.
         rows = [dict(zip(rows, values, strict=False)) for values in zip(*rows.values(), strict=False)]
     if not isinstance(rows, list):
-        raise ValueError(f"expected a list of messages, got {type(rows).__name__}")
+        raise ValueError(f"expected a list of messages, got {kind(rows)}")
     if rows and all(isinstance(row, str) for row in rows):
         return [{"role": "assistant" if place % 2 else "user", "content": row} for place, row in enumerate(rows)]
     return [message for row in rows for message in _unfolded(row)]
@@ -193,7 +194,7 @@ def _pair_in(row: Any) -> tuple[str, str] | None:
 def _read(where: str, row: Any, changed: dict[str, None], marks: Sequence[str]) -> _Message:
     """A message; what of it can't be learned is added to ``changed``."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with a role and a content, got {type(row).__name__}")
+        raise ValueError(f"{where}: expected an object with a role and a content, got {kind(row)}")
     said_by = _value(where, row, ROLE)
     role = _role(said_by)
     if role is None:
@@ -233,8 +234,8 @@ def _text(
         return _joined(JOINT, content, marks)
     parts = content if isinstance(content, list) else [content]
     if isinstance(content, list | dict) and all(isinstance(part, str) or _type_of(part) for part in parts):
-        kinds = [kind for part in parts if not isinstance(part, str) and (kind := _type_of(part)) not in TEXTS]
-        changed |= dict.fromkeys(f"rows with parts of type {kind!r}, which are not learned" for kind in kinds)
+        others = [one for part in parts if not isinstance(part, str) and (one := _type_of(part)) not in TEXTS]
+        changed |= dict.fromkeys(f"rows with parts of type {one!r}, which are not learned" for one in others)
         texts = [part if isinstance(part, str) else part.get("text") for part in parts]
         texts = [text for text in texts if is_there(text)]
         if all(isinstance(text, str) for text in texts):
@@ -242,7 +243,8 @@ def _text(
     if role == "result" and content is not None and not isinstance(content, str):
         return json.dumps(content, ensure_ascii=False), ()
     if not isinstance(content, str):
-        raise ValueError(f"{where}: the {_NAMES.get(role, role)}'s content is text, got {type(content).__name__}")
+        keys = f"; the keys of the turn are {reprlib.repr([*row])}" if content is None else ""
+        raise ValueError(f"{where}: the {_NAMES.get(role, role)}'s content is text, got {kind(content)}{keys}")
     return _joined("", [content], marks)
 
 

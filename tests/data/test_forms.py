@@ -148,6 +148,14 @@ OTHERS = {
         {"instruction": "c", "input": "", "output": "d", "system": "Be kind.", "history": [["a", "b"]]},
         said("a", "b", "c", "d", system="Be kind."),
     ),
+    "history as messages": (
+        {
+            "instruction": "c",
+            "output": "d",
+            "history": [{"from": "human", "value": "a"}, {"role": "assistant", "content": "b"}],
+        },
+        said("a", "b", "c", "d"),
+    ),
     "history as pandas writes it": (
         {"instruction": "c", "output": "d", "history": "[['a', 'b']]"},
         said("a", "b", "c", "d"),

@@ -58,7 +58,7 @@ def test_a_csv_holds_messages_as_json(form):
 
 def test_a_text_that_is_no_list_of_messages_stays_a_mistake():
     for words in ("hello", '{"role": "user"}', "[" * 100_000):
-        with pytest.raises(UserError, match=r"^a\.jsonl:1: expected a list of messages, got str"):
+        with pytest.raises(UserError, match=r"^a\.jsonl:1: expected a list of messages, got a text"):
             load_records(write("a.jsonl", {"messages": words}))
 
 
@@ -137,8 +137,8 @@ BAD_ROWS = {
         ["turn 1", "unknown role 'robot'", "system, user, human, assistant, gpt"],
     ),
     "no messages": ({"messages": []}, ["at least one turn", "{'messages': []}"]),
-    "text for messages": ({"messages": "hi"}, ["a list of messages", "got str"]),
-    "no content": ({"conversations": [{"from": "human"}]}, ["turn 1", "the user's content", "NoneType"]),
+    "text for messages": ({"messages": "hi"}, ["a list of messages", "got a text"]),
+    "no content": ({"conversations": [{"from": "human"}]}, ["turn 1", "the user's content", "got null", "'from'"]),
     "null content": ({"conversations": [{"from": "human", "value": None}]}, ["at least one turn"]),
     "lone surrogate": ({"text": "### Human: a\ud800### Assistant: b"}, [r"lone surrogate", r"a\ud800###"]),
 }

@@ -46,10 +46,10 @@ SYSTEM = {"role": "system", "content": "be kind"}
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("hi", "expected a list of messages, got str"),
+        ("hi", "expected a list of messages, got a text"),
         ([], "a conversation needs at least one turn"),
         ([SYSTEM], "a conversation needs at least one turn"),
-        ([USER, "yo"], "turn 2: expected an object with a role and a content, got str"),
+        ([USER, "yo"], "turn 2: expected an object with a role and a content, got a text"),
         (
             [USER, {"role": "robot", "content": "yo"}],
             "turn 2: unknown role 'robot', expected one of system, user, human, assistant, gpt, tool",
@@ -63,11 +63,17 @@ SYSTEM = {"role": "system", "content": "be kind"}
             [{"role": ["user"], "content": "hi"}],
             "turn 1: unknown role ['user'], expected one of system, user, human, assistant, gpt, tool",
         ),
-        ([USER, {"role": "assistant"}], "turn 2: the assistant's content is text, got NoneType"),
-        ([USER, {"role": "assistant", "content": {"a": 1}}], "turn 2: the assistant's content is text, got dict"),
-        ([USER, {"role": "assistant", "content": [1]}], "turn 2: the assistant's content is text, got list"),
-        ([{"role": "user"}], "turn 1: the user's content is text, got NoneType"),
-        ([{"role": "system", "content": 3}, USER], "turn 1: the system's content is text, got int"),
+        (
+            [USER, {"role": "assistant"}],
+            "turn 2: the assistant's content is text, got null; the keys of the turn",
+        ),
+        ([USER, {"role": "assistant", "content": {"a": 1}}], "turn 2: the assistant's content is text, got one object"),
+        ([USER, {"role": "assistant", "content": [1]}], "turn 2: the assistant's content is text, got a list"),
+        (
+            [{"role": "user", "text": "a"}],
+            "turn 1: the user's content is text, got null; the keys of the turn are ['role', 'text']",
+        ),
+        ([{"role": "system", "content": 3}, USER], "turn 1: the system's content is text, got a number"),
         ([USER, {"role": "assistant", "content": " \n"}], "turn 2: a turn of the assistant is empty"),
         ([USER, ASSISTANT, {"from": "human", "value": ""}], "turn 3: a turn of the user is empty"),
         (
@@ -80,7 +86,7 @@ SYSTEM = {"role": "system", "content": "be kind"}
         ),
         ([SYSTEM, ASSISTANT], "only the assistant speaks, expected something that it answers"),
         ([{"role": "user", "content": None}], "a conversation needs at least one turn"),
-        ([USER, ASSISTANT, [1]], "turn 3: expected an object with a role and a content, got list"),
+        ([USER, ASSISTANT, [1]], "turn 3: expected an object with a role and a content, got a list"),
     ],
 )
 def test_what_is_no_conversation_is_refused(rows, message):

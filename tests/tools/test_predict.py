@@ -486,7 +486,7 @@ def test_a_systems_text_and_earlier_turns_reach_the_model(here, answerer):
         ('{"prompt": "x", "system": "<<SYS>>"}', "p.jsonl:2: the system text holds the tag <<SYS>>"),
         (r'{"prompt": "x \ud800"}', "p.jsonl:2: turn 1 holds bytes that are no UTF-8, or half"),
         ('{"text": "Once upon a time."}', "p.jsonl:2: column 'text' has neither '### Human:' nor '[INST]'"),
-        ('{"messages": "no list"}', "p.jsonl:2: expected a list of messages, got str"),
+        ('{"messages": "no list"}', "p.jsonl:2: expected a list of messages, got a text"),
         (json.dumps({"prompt": "word " * 1100}),
          "p.jsonl:2: a prompt of 3316 tokens and max_new_tokens=24 are more than the 1024 tokens of demo"),
     ],

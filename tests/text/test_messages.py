@@ -65,7 +65,7 @@ SYSTEM = {"role": "system", "content": "be kind"}
         ),
         (
             [USER, {"role": "assistant"}],
-            "turn 2: the assistant's content is text, got null; the keys of the turn",
+            "turn 2: the assistant's content is text, got null; the keys of the turn are ['role']",
         ),
         ([USER, {"role": "assistant", "content": {"a": 1}}], "turn 2: the assistant's content is text, got one object"),
         ([USER, {"role": "assistant", "content": [1]}], "turn 2: the assistant's content is text, got a list"),

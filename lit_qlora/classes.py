@@ -211,7 +211,11 @@ def _may_bind(node: ast.AST, name: str) -> bool:
         case ast.Name(id=found, ctx=ast.Store()):
             return found in (name, "__getattr__")
         case (
-            ast.Name(id="globals" | "locals" | "vars" | "setattr" | "exec") | ast.Attribute(attr="__dict__" | "modules")
+            ast.Name(id="globals" | "setattr" | "exec")
+            | ast.Attribute(attr="__dict__" | "modules")
+            # What is only read, as Lightning does, brings no name.
+            | ast.Subscript(value=ast.Call(func=ast.Name(id="locals" | "vars")), ctx=ast.Store())
+            | ast.Attribute(value=ast.Call(func=ast.Name(id="locals" | "vars")), attr="update")
         ):
             return True
     return False

@@ -15,6 +15,9 @@ MODULES = {
     "mine/made.py": "globals()['X'] = 3\n",
     "mine/attached.py": "__getattr__, __dir__ = attach()\n",
     "mine/run.py": "exec('X = 3')\n",
+    "mine/put.py": "locals()['X'] = 3\n",
+    "mine/updated.py": "vars().update(X=3)\n",
+    "mine/reads.py": "if 'X' not in locals(): pass\n",
     "mine/odd.py": "from nowhere import *\n",
     "mine/relative.py": "from .inner import *\n",
     "mine/torn.py": "class X(:\n",
@@ -32,9 +35,24 @@ def modules(tmp_path, monkeypatch):
     assert not any(name.split(".")[0] == "mine" for name in sys.modules)
 
 
-@pytest.mark.parametrize("name", ["mine.inner.Kept", "mine.Kept", "mine.lazy.X", "mine.made.X", "mine.attached.X",
-                                  "mine.run.X", "mine.relative.X",
-                                  "mine.torn.X", "mine.either.X", "os.path.X", "sys.X"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mine.inner.Kept",
+        "mine.Kept",
+        "mine.lazy.X",
+        "mine.made.X",
+        "mine.put.X",
+        "mine.updated.X",
+        "mine.attached.X",
+        "mine.run.X",
+        "mine.relative.X",
+        "mine.torn.X",
+        "mine.either.X",
+        "os.path.X",
+        "sys.X",
+    ],
+)
 def test_what_is_there_or_can_t_be_told_passes(name, modules):
     check_classes([Named("trainer.callbacks", name, frozenset({"anything"}))], {})
 
@@ -46,6 +64,7 @@ def test_what_is_there_or_can_t_be_told_passes(name, modules):
         ("mine.Nope", "module 'mine' has no attribute 'Nope'"),
         ("mine.nope.X", "module 'mine' has no attribute 'nope'"),
         ("mine.inner.X", "module 'mine.inner' has no attribute 'X'"),
+        ("mine.reads.X", "module 'mine.reads' has no attribute 'X'"),
         ("mine.odd.X", "module 'mine.odd' has no attribute 'X'"),
     ],
 )

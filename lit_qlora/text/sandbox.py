@@ -16,7 +16,8 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_WORK = 3 * 10**8
-"""Passes through loops and calls of one rendering, times the characters of the template: about a second."""
+"""Passes through loops and calls of one rendering, times the characters of the template: about a second. One more for
+each character that it is given."""
 MAX_SIZE = 10**6
 """Characters and items that a template makes, all that is within them counted, beyond four times what it is given."""
 MAX_INDENT = 64
@@ -70,7 +71,7 @@ class _Room:
     """
 
     def __init__(self, template_chars: int, given_chars: int) -> None:
-        self._passes = MAX_WORK // max(template_chars, 1000)
+        self._passes = MAX_WORK // max(template_chars, 1000) + given_chars
         self._size = MAX_SIZE + 4 * given_chars
         self._written = self._passed_on = 0
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent
 
 
 class Named(NamedTuple):
-    """A class as an option names it, and the names of its arguments that are given; None where these can't be told.
+    """A class as an option names it, and the names of its arguments that are given; None where these are unknown.
 
     ``has_more``: a config file may give it others.
     """
@@ -146,7 +146,7 @@ def _lightning() -> Path:
 
 @cache
 def _heads() -> dict[str, tuple[set[str], Path]]:
-    """Of each class of Lightning's, the names of what it is made from, and its file."""
+    """The names of the bases of each class of Lightning, and its file."""
     found: dict[str, tuple[set[str], Path]] = {}
     for part in ("fabric", "pytorch"):  # in both, there is the one of a Trainer
         for file in sorted((_lightning() / part).rglob("*.py")):

@@ -130,13 +130,11 @@ HERE = _by_name(
         ),
         "rows are in another order each epoch, drawn by seed_everything: leave it out": (
             "shuffle shuffle_data shuffle_dataset shuffle_train shuffle_merged_datasets disable_shuffling "
-            "shuffle_buffer_size "
-            "shuffle_seed curriculum_sampling"
+            "shuffle_buffer_size shuffle_seed curriculum_sampling"
         ),
         "rows are encoded once, and read from the disk: leave it out": (
             "streaming dataset_streaming stream buffer_size max_buffer_size overwrite_cache dataset_prepared_path "
-            "tokenized_path "
-            "preprocessing_batch_size dataset_keep_in_memory skip_prepare_dataset"
+            "tokenized_path preprocessing_batch_size dataset_keep_in_memory skip_prepare_dataset"
         ),
         "mix sources in data.source, each with its share: leave it out": (
             "mix_strategy interleave_probs dataset_mixer mixing_ratio interleave"
@@ -226,8 +224,8 @@ HERE = _by_name(
             "conversation conv_template template template_name eot_tokens prompt_format system_format tool_format "
             "chat_format conversation_template"
         ),
-        "data.form": ("dataset_format prompt_type type data_format ds_type"),
-        "data.system": ("default_system system_prompt default_system_message system_message"),
+        "data.form": "dataset_format prompt_type type data_format ds_type",
+        "data.system": "default_system system_prompt default_system_message system_message",
         "data.train_on": (
             "train_on_inputs train_on_prompt train_on_source mask_prompt completion_only_loss assistant_only_loss "
             "train_on_responses_only train_on_completions train_on_completions_only train_on_answers train_on_eos "
@@ -236,7 +234,7 @@ HERE = _by_name(
         "trainer.limit_train_batches, in micro-batches of an epoch": "max_samples max_train_samples",
         "trainer.limit_train_batches": "overfit_batches",
         "trainer.limit_val_batches, in micro-batches": "max_eval_samples val_batches eval_iters limit_eval",
-        "model.learning_rate": ("lr base_learning_rate max_lr learn_rate learningrate peak_lr init_lr initial_lr"),
+        "model.learning_rate": "lr base_learning_rate max_lr learn_rate learningrate peak_lr init_lr initial_lr",
         "trainer.max_epochs": "epoch epochs num_epoch num_epochs num_train_epochs n_epochs",
         "trainer.max_steps": (
             "iterations num_steps steps train_steps max_iters fast_dev_run iters max_train_steps num_iterations "
@@ -256,7 +254,7 @@ HERE = _by_name(
             "warmup_fraction warm_up num_warmup_steps"
         ),
         "model.weight_decay": "wd",
-        "seed_everything": ("seed data_seed random_state random_seed rng_seed manual_seed"),
+        "seed_everything": "seed data_seed random_state random_seed rng_seed manual_seed",
         "model.checkpointing": (
             "gradient_checkpointing gradient_checkpointing_kwargs use_gradient_checkpointing activation_checkpointing "
             "recompute recompute_granularity selective_checkpointing use_reentrant "
@@ -273,7 +271,7 @@ HERE = _by_name(
             "fp16 bf16 tf32 half amp dtype torch_dtype compute_dtype mixed_precision bfloat16 float16 float32 fp32 "
             "pure_bf16 bf16_full_eval fp16_full_eval infer_dtype"
         ),
-        "trainer.accelerator": ("device cpu use_cpu no_cuda cuda use_cuda use_gpu mps use_mps"),
+        "trainer.accelerator": "device cpu use_cpu no_cuda cuda use_cuda use_gpu mps use_mps",
         "trainer.devices, [0] for the first": (
             "gpu gpus cuda_visible_devices visible_devices gpu_ids device_ids gpu_id"
         ),

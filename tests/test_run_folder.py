@@ -159,9 +159,12 @@ def test_nor_is_it_taken_from_a_config_file_in_the_folder(
     assert capsys.readouterr().err.startswith("warning: trainer.callbacks of ")
 
 
-def test_a_config_of_ones_own_may_name_code(run: Path, parser: RunParser) -> None:
-    Path("own.yaml").write_text("trainer: {callbacks: {class_path: lit_qlora.callbacks.warmup.WarmupStep}}\n")
-    command = start.complete(["fit", "--config", "own.yaml"])
+@pytest.mark.parametrize("beside", ["adapter/", "adapter/sub/", ""])
+def test_a_config_of_ones_own_may_name_code(run: Path, parser: RunParser, beside: str) -> None:
+    """Also beside an adapter that was downloaded."""
+    Path("adapter/sub").mkdir(parents=True)
+    Path(f"{beside}own.yaml").write_text("trainer: {callbacks: {class_path: lit_qlora.callbacks.warmup.WarmupStep}}\n")
+    command = start.complete(["fit", "--config", f"{beside}own.yaml"])
     assert parser.parse_args(start.with_kept(command, parser)[1:]).trainer.callbacks
 
 

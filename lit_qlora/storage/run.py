@@ -77,9 +77,13 @@ def unnamed_run(config: str | None, base: str) -> Path:
 
 
 def lies_in_run(file: Path) -> bool:
-    """True if ``file`` lies in a run's folder, or anywhere below `RUNS`, by itself or as what a link leads to."""
+    """True if ``file`` lies in a run's folder, or anywhere below `RUNS`, by itself or as what a link leads to.
+
+    A folder is a run's by its config.yaml and what was recorded or saved: one's own may hold an ``adapter``.
+    """
     parents = {*file.absolute().parents, *file.resolve().parents}
-    return RUNS.resolve() in parents or any(RunFolder(folder).has_begun() for folder in parents)
+    runs = (run for run in map(RunFolder, parents) if run.config.is_file())
+    return RUNS.resolve() in parents or any(run.has_begun() for run in runs)
 
 
 class RunFolder:

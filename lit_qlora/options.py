@@ -214,44 +214,30 @@ def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
         parts = re.split(r"'?class_path'?[=:] ?'([\w.]+)'", given)[1:]  # each class, and what it is given
         its = dict(zip(parts[::2], parts[1::2], strict=True))
         name = next((one for one in its if f"{names[0]}=None" in its[one]), "the class").rpartition(".")[2]
-        return lacks_arguments(option, name, names)
+        return UserError(
+            f"has no value, and {name} needs {' and '.join(names)}",
+            option=f"{option}.{names[0]}",
+            remedy=f"give --{option}.{names[0]} VALUE behind the class, or its init_args in a file",
+        )
     unknown = re.search(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)", reasons)
     if unknown:
         name, why = unknown[1] or unknown[2], f" ({one_line(unknown[3])})" if unknown[3] else ""
         return UserError(
-            f"no class {excerpt(name)}{why}", option=option, remedy=nearest_class(name, _names_below(types.get(option)))
+            f"no class {excerpt(name)}{why}", option=option, remedy=_nearest_class(name, types.get(option))
         )
     inner = next((error for error in _raised if str(error) in reasons), None)
     if inner:
         return inner.replace(option=f"{option}.{inner.option}" if inner.option else option)
     nested = re.search(r"NestedArg\(key='([\w.]+)'", given)
-    return argument_of_none(option, nested[1]) if nested else None
+    if nested is None:
+        return None
+    problem = f"{excerpt(nested[1])} is an argument of a class, and none is named"
+    return UserError(problem, option=option, remedy=f"give --{option} CLASS first")
 
 
-def lacks_arguments(option: str, name: str, lacking: Sequence[str]) -> UserError:
-    """The error for the class ``name``, given to ``option`` without the arguments that it needs."""
-    return UserError(
-        f"has no value, and {name} needs {' and '.join(lacking)}",
-        option=f"{option}.{lacking[0]}",
-        remedy=f"give --{option}.{lacking[0]} VALUE behind the class, or its init_args in a file",
-    )
-
-
-def argument_of_none(option: str, key: str) -> UserError:
-    """The error for an argument of a class where ``option`` names none."""
-    return UserError(
-        f"{excerpt(key)} is an argument of a class, and none is named",
-        option=option,
-        remedy=f"give --{option} CLASS first",
-    )
-
-
-def _names_below(hint: Any) -> list[str]:
-    return [kind.__name__ for kind in _subclasses(hint) if not kind.__name__.startswith("_")]
-
-
-def nearest_class(name: str, names: Sequence[str]) -> str:
-    """The remedy for an unknown class, where there are those called ``names``."""
+def _nearest_class(name: str, hint: Any) -> str:
+    """The remedy for an unknown class, where one of the type ``hint`` is expected."""
+    names = [kind.__name__ for kind in _subclasses(hint) if not kind.__name__.startswith("_")]
     known = {_bare(name): name for name in names} | {re.sub("logger$", "", _bare(name)): name for name in names}
     near = nearest(_bare(name.rpartition(".")[2]), known)
     return f"did you mean {known[near]!r}?" if near else "give one of Lightning's, or your own as MODULE.CLASS"

@@ -1,13 +1,13 @@
 """Owns the first look at a command line of fit and its kin, before seconds go into importing PyTorch and Lightning.
 
-It finds what can be found so: names, types, values out of range, classes, files and folders that are nowhere, rows that
-begin as no rows do, a run of other settings. The parser proper comes behind it, and finds the rest; each of these
-mistakes is one there too, in the same words.
+It finds what can be found so: names, types, values out of range, files and folders that are nowhere, rows that begin as
+no rows do, a run of other settings. The parser proper comes behind it, and finds the rest, such as a class that is not
+there; each of these mistakes is one there too, in the same words.
 """
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Union
@@ -15,7 +15,6 @@ from typing import Any, Union
 import yaml
 from jsonargparse import ArgumentParser
 
-from lit_qlora import classes
 from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.data.files import kind_of
 from lit_qlora.data.held_out import Parts, check_early_to_score
@@ -28,7 +27,15 @@ from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, check_config_of, option
+from lit_qlora.options import (
+    LINKED,
+    OneLineErrors,
+    all_values,
+    check_config_file,
+    check_config_of,
+    option,
+    with_values,
+)
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
 from lit_qlora.signatures import CLASSES, LEARNING, UNKNOWN, Option, options_of
@@ -69,16 +76,14 @@ def check_first(verb: str, args: Sequence[str]) -> None:
         return
     run, base = named_folder(option([*args], "--run")), option([*args], "--model.base")
     is_kept = not configs and (verb not in LEARNING or bool(run and run.exists()))
-    args, named = classes.take_out([*args])
     if not (configs or is_kept) and base in (None, "demo"):
         args = ["--config", find_config("demo"), *args]  # as `start.complete` does
     parser = _parser(options.values())
-    found = parser.parse_args([*_with_files(args)])
+    found = parser.parse_args(with_values([*args], find_config, "--config", "-c"))
     names = {name.replace("-", "_"): name for name in options}
     values = {names[name]: value for name, value in found.items() if name in names}
     parser.check_values(values)
     _check_alone(values)
-    classes.check_classes(named, values)
     if is_kept:
         _check_with_kept(verb, options, values, run)
         return
@@ -244,24 +249,11 @@ def _check_sources(values: Mapping[str, Any]) -> None:
                     kind_of(path)
 
 
-def _with_files(args: Sequence[str]) -> Iterator[str]:
-    """``args`` with the file of each config."""
-    before = ""
-    for arg in args:
-        name, equals, file = arg.partition("=")
-        is_given = name in ("--config", "-c") and equals
-        yield f"{name}={find_config(file)}" if is_given else find_config(arg) if before in ("--config", "-c") else arg
-        before = arg
-
-
 def _belongs(name: str, options: dict[str, Option]) -> bool:
     """Whether ``name`` is what only the parser proper knows: a section, a link, an argument of a class, a request."""
     sections = {section for section, _, _ in CLASSES}
-    unknown = (name for name, one in options.items() if one.type is UNKNOWN)
-    is_known = name in sections or name in LINKED or name in ("print_config", "")
-    return is_known or any(
-        name.startswith(f"{one}.") and (one not in classes.KINDS or name.endswith(".help")) for one in unknown
-    )
+    unknown = (f"{name}." for name, one in options.items() if one.type is UNKNOWN)
+    return name in sections or name in LINKED or name in ("print_config", "") or name.startswith((*unknown,))
 
 
 class _FirstParser(OneLineErrors, ArgumentParser):

@@ -60,17 +60,6 @@ MISTAKES = [
     ["--seed_everything=-1"], ["--run=null"], ["--run=a://b"], ["--mirror= "], ["--samples.temperature=-1"],
     ["--samples.top_p=0.5"], ["--data.source=rows.yaml"], ["--data.train_on=all", "--data.batch_tokens=9"],
     ["--model.cuda_graphs=true", "--data.packing=true", "--data.batch_tokens=2000"],
-    ["--trainer.callbacks=Nope"], ["--trainer.callbacks+=LearningRateMonitr"], ["--trainer.logger=csv"],
-    ["--trainer.callbacks=[{class_path: Nope}]"],
-    # Classes, their modules and arguments.
-    ["--trainer.plugins=nope"], ["--trainer.plugins+=LightningEnvironmnt"], ["--trainer.callbacks=foo.Bar"],
-    ["--trainer.callbacks=lightning.pytorch.callbacks.Tmer"], ["--trainer.callbacks=lightning.pytorch.nope.X"],
-    ["--trainer.logger=foo.bar.Baz"], ["--trainer.callbacks=[{class_path: foo.Bar}]"], ["--trainer.logger=nope.py"],
-    ["--trainer.logger=CSVLogger"], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dri=x"],
-    ["--trainer.logger={class_path: CSVLogger}"],
-    ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "x", "--trainer.logger.nam", "y"],
-    ["--trainer.callbacks+=Timer", "--trainer.callbacks.duratio=x"], ["--trainer.logger.save_dir=x"],
-    ["--trainer.logger={class_path: CSVLogger, init_args: {save_dri: x}}"],
     # Rows.
     ["--data.source=page.jsonl"], ["--data.source=empty.jsonl"], ["--data.source=torn.jsonl"],
     ["--data.source=utf16.jsonl"], ["--data.source=columns.jsonl"], ["--data.source=columns.csv"],
@@ -194,15 +183,22 @@ def test_a_config_with_classes_and_lists_to_add_to_passes_and_its_misspelt_key_d
     expect_error(lambda: check_first("fit", ["--config", str(file)]), "unknown option 'model.rnk'", "'model.rank'")
 
 
-def test_arguments_for_a_class_that_a_config_names(tmp_path, expect_error):
-    file = tmp_path / "mine.yaml"
-    file.write_text("trainer:\n  logger: {class_path: CSVLogger}\n")
-    check_first("fit", ["--config", str(file), "--trainer.logger.save_dir", "x"])
-    expect_error(
-        lambda: check_first("fit", ["--config", str(file)]),
-        "CSVLogger needs save_dir",
-        option="trainer.logger.save_dir",
-    )
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trainer: {callbacks: [{class_path: mine.Kept}]}",
+        "trainer.logger.class_path: mine.Kept",
+        "trainer: {logger.class_path: mine.Kept, logger.init_args: {x: {class_path: mine.Kept}}}",
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--trainer.logger.save_dir", "x"]])
+def test_the_first_look_imports_nothing_that_a_config_names(text, more, tmp_path, monkeypatch):
+    """In whatever spelling: it may be a stranger's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text("class Kept: ...\n")
+    (tmp_path / "own.yaml").write_text(text)
+    check_first("fit", ["--config", str(tmp_path / "own.yaml"), "--data.source", "demo", *more])
+    assert "mine" not in sys.modules
 
 
 @pytest.fixture
@@ -258,7 +254,6 @@ def test_mistakes_need_nothing_heavy_whatever_the_verb(files, begun):
         ["inspect", "--data.source", "page.jsonl"],
         ["inspect", "--html", "nowhere/a.html"],
         ["fit", "--run", "mine", "--model.rank", "4"],
-        ["fit", "--trainer.plugins", "nope"],
         ["evaluate", "--adapter", "nope", "--source", "columns.jsonl"],
         ["chat", "--adapter", "nope", "--prompt", "x"],
         ["predict", "--prompts", "columns.jsonl", "--output", "new.jsonl"],

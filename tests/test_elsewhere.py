@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_qlora import cli
-from lit_qlora.elsewhere import HERE, TOOLS, here
+from lit_qlora.elsewhere import answers, here
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import check_targets, find_base, split_names
 from lit_qlora.model.generate import Sampling
@@ -179,7 +179,7 @@ def test_a_name_that_ends_in_a_line_stands_for_all_that_begin_so(parser: RunPars
 def test_every_answer_is_true(parser: RunParser) -> None:
     """All options that it names are there, in fit's parser or in a tool's, and no name is one of ours."""
     ours = {*parser.types()}
-    for name, told in HERE.items():
+    for name, told in answers("fit").items():
         assert name not in ours and re.fullmatch(r"[a-z0-9_]+", name)
         named = {told.partition(",")[0]} if " " not in told.partition(",")[0] else set()
         named |= {*re.findall(r"\b(?:model|data|trainer|samples)\.\w+", told)} | {*re.findall(r"--(\w+)", told)}
@@ -193,7 +193,7 @@ def test_no_tools_answer_is_of_nothing() -> None:
     options = {verb: {*inspect.signature(tool).parameters} for verb, tool in tools.items()}
     for names in (options["chat"], options["predict"]):
         names |= {*inspect.signature(Sampling).parameters}
-    for name, told in TOOLS.items():
+    for name, told in answers("tools").items():
         expected = told if " " in told else f"here it is {told!r}"
         assert any(here(name, names) == expected and name not in names for names in options.values())
 

@@ -16,10 +16,9 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lit_qlora.data.faults import accepted_kinds
-from lit_qlora.data.files import kind_of
 from lit_qlora.data.held_out import Parts, check_early_to_score
 from lit_qlora.data.records import Reading
-from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
+from lit_qlora.data.sources import check_here
 from lit_qlora.data.templates import read_template
 from lit_qlora.devices.asked import MOST_ON_CPU, check_on_cpu, check_shard, check_shares, check_started
 from lit_qlora.devices.world import is_first, world
@@ -27,15 +26,7 @@ from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import (
-    LINKED,
-    OneLineErrors,
-    all_values,
-    check_config_file,
-    check_config_of,
-    option,
-    with_values,
-)
+from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, check_config_of, option, with_values
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
 from lit_qlora.signatures import CLASSES, LEARNING, UNKNOWN, Option, options_of
@@ -240,13 +231,9 @@ def _check_sources(values: Mapping[str, Any]) -> None:
     """Raises UserError for a file or folder of rows that is not there."""
     for name in ("data.source", "data.validation_source", "data.test_source"):
         given = values.get(name)
-        if not given or (isinstance(given, str) and given.lstrip().startswith(("[", "{"))):
-            continue  # a list or a table, which the parser proper takes apart
-        for source in sources_of(given, name):
-            if not is_hub_id(source):
-                find_splits(source)
-                if (path := Path(source.path).expanduser()).is_file():
-                    kind_of(path)
+        is_list = isinstance(given, str) and given.lstrip().startswith(("[", "{"))  # the parser proper takes it apart
+        if given and not is_list:
+            check_here(given, name)
 
 
 def _belongs(name: str, options: dict[str, Option]) -> bool:

@@ -13,7 +13,7 @@ import yaml
 
 from lit_qlora.console import complain
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.sources import find_splits, is_hub_id, sources_of
+from lit_qlora.data.sources import check_here
 from lit_qlora.data.templates import is_template
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.forecast.memory import run_folder_bytes
@@ -227,9 +227,7 @@ def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mappi
 def _check_sources(data: ChatDataModule) -> None:
     """Raises UserError for a missing file or folder of rows."""
     for given in filter(None, (data.source, data.validation_source, data.test_source)):
-        for source in sources_of(given):
-            if not is_hub_id(source):
-                find_splits(source)
+        check_here(given)
 
 
 def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataModule) -> None:

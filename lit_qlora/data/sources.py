@@ -8,16 +8,16 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lit_qlora import demo
-from lit_qlora.data.files import ENDINGS, OTHER_NAMES, PACKED, Row, read_rows
+from lit_qlora.data.files import ENDINGS, OTHER_NAMES, PACKED, Row, kind_of, read_rows
 from lit_qlora.data.forms import columns_of, forms_for
-from lit_qlora.errors import UserError, excerpt, suggestion
+from lit_qlora.errors import UserError, excerpt, require, suggestion
 from lit_qlora.storage.files import parse_json
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ SPLITS = {
     "test": ("test", "testing", "test_sft"),
 }  # fmt: skip
 """What a split is for, and the names that it has in folders and on the hub, in small letters."""
-
+SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 
 SourceOption = str | list[str | dict[str, str | float | dict[str, str]]] | dict[str, str | float | dict[str, str]]
 """What an option for sources takes: one, or a list of them, each a text, or a table with the keys of `Source`."""
@@ -152,11 +152,8 @@ def _share(value: Any, option: str) -> float:
         share = float(value)
     except (TypeError, ValueError):
         share = 0.0
-    if not 0 < share <= 1 or isinstance(value, bool):
-        raise UserError(
-            f"expected the share of its rows that is used, above 0 and up to 1, got {excerpt(value)}",
-            option=f"{option}.share",
-        )
+    is_share = 0 < share <= 1 and not isinstance(value, bool)
+    require(is_share, f"{option}.share", "the share of its rows that is used, above 0 and up to 1", value)
     return share
 
 
@@ -213,14 +210,14 @@ def find_splits(source: str | Source) -> Splits:
     if files is None:
         import datasets
 
-        given = {"config_name": source.name, "revision": source.revision}
-        given = {name: value for name, value in given.items() if value is not None}
-        ask = lambda: datasets.get_dataset_split_names(source.path, **given)  # noqa: E731
-        found = [str(name) for name in _ask_hub(source, ask)]
+        ask = datasets.get_dataset_split_names
+        found = [str(name) for name in _ask_hub(source, ask, config_name=source.name)]
     else:
         found = [*files]
     # On the hub, the plainest name is taken where there are several of a kind; a folder has one at most.
-    names = {kind: name for kind, known in SPLITS.items() for name in reversed(known) for name in _named(found, name)}
+    names = {
+        kind: name for kind, known in SPLITS.items() for one in reversed(known) for name in found if name.lower() == one
+    }
     if source.split:
         chosen = [re.sub(r"\[.*", "", part).strip() for part in source.split.split("+")]
         for name in chosen:
@@ -242,10 +239,6 @@ def _check_split(source: Source, name: str, found: Sequence[str]) -> None:
             place=source,  # type: ignore[arg-type]  # its words
             remedy="choose another",
         )
-
-
-def _named(found: Iterable[str], name: str) -> list[str]:
-    return [one for one in found if one.lower() == name]
 
 
 def _beside(source: Source, files: Mapping[str, list[Path]]) -> list[str]:
@@ -317,9 +310,9 @@ def read_source(source: str | Source, split: str = "train", columns: Sequence[st
         return [row for path in files[split] for row in read_rows(path, known)]
     import datasets
 
-    given = {"name": source.name, "revision": source.revision}
-    given = {name: value for name, value in given.items() if value is not None}
-    values = _ask_hub(source, lambda: list(datasets.load_dataset(source.path, split=split, **given)))
+    values = _ask_hub(
+        source, lambda *path, **given: list(datasets.load_dataset(*path, split=split, **given)), name=source.name
+    )
     return [Row(f"{source} ({split}): row {number}", value) for number, value in enumerate(values, 1)]
 
 
@@ -448,9 +441,8 @@ def _by_split(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
 
 def _by_folder(folder: Path) -> dict[str, list[Path]]:
     """Of folders that are named as splits, the files."""
-    known = {name for names in SPLITS.values() for name in names}
     found = {path.name: [one for one in _entries(path) if _is_data(one)] for path in _entries(folder) if path.is_dir()}
-    return {name: paths for name, paths in found.items() if name.lower() in known and paths}
+    return {name: paths for name, paths in found.items() if name.lower() in SPLIT_NAMES and paths}
 
 
 def _bare(path: Path) -> str:
@@ -459,18 +451,20 @@ def _bare(path: Path) -> str:
     return path.name[: len(path.name) - len(ending)] if ending else ""
 
 
+def _split_name(path: Path) -> str:
+    """A file's name in small letters, without its ending and the number of its shard."""
+    return SHARD.sub(r"\1", _bare(path)).lower()
+
+
 def _is_exact(path: Path) -> bool:
     """Whether a file's name is a split's, and nothing else."""
-    shard = SHARD.match(_bare(path))
-    return (shard[1] if shard else _bare(path)).lower() in {name for names in SPLITS.values() for name in names}
+    return _split_name(path) in SPLIT_NAMES
 
 
 def _kind(path: Path) -> str | None:
     """What the rows of a file are for, if its name says it somewhere: ``train``, ``validation`` or ``test``."""
-    words = re.split(r"[^a-z]+", _bare(path).lower())
-    if _is_exact(path):
-        words = [re.sub(r"-\d+-of-.*", "", _bare(path).lower())]
-    return next((kind for kind, known in SPLITS.items() if {*words} & {*known}), None)
+    words = {_split_name(path)} if _is_exact(path) else {*re.split(r"[^a-z]+", _bare(path).lower())}
+    return next((kind for kind, known in SPLITS.items() if words & {*known}), None)
 
 
 def _remedy(folder: Path, within: list[Path], data: list[Path]) -> str:
@@ -485,6 +479,15 @@ def _remedy(folder: Path, within: list[Path], data: list[Path]) -> str:
     return "put one there, or name the file itself"
 
 
+def check_here(value: Any, option: str = "data.source") -> None:
+    """Raises UserError for a file or folder in the value of an ``option`` for sources that is not there, or no rows."""
+    for source in sources_of(value, option):
+        if not is_hub_id(source):
+            find_splits(source)
+            if (path := Path(source.path).expanduser()).is_file():
+                kind_of(path)
+
+
 def is_hub_id(source: str | Source) -> bool:
     """True if a source is a hub id: nothing of that name is local, and it is written as an id."""
     path = _source(source, "data.source").path
@@ -496,13 +499,15 @@ def _looks_like_hub_id(source: str) -> bool:
     return not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None
 
 
-def _ask_hub(asked: Source, ask: Callable[[], T]) -> T:
+def _ask_hub(asked: Source, ask: Callable[..., T], **given: str | None) -> T:
+    """What ``ask`` of `datasets` returns for a source, its revision and what else is ``given``. Raises UserError."""
     import datasets
 
     source = asked.path
     page = f"https://huggingface.co/datasets/{source}"
+    given = {name: value for name, value in (given | {"revision": asked.revision}).items() if value is not None}
     try:
-        return ask()
+        return ask(source, **given)
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             raise UserError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_qlora.callbacks.record import record_of
 from lit_qlora.callbacks.steps import StepCallback, begin_epoch, is_last_step, validation_follows
 from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.callbacks.validation import held_out_figures
 from lit_qlora.console import tell
 from lit_qlora.data.chat_template import PROBES, check_template
 from lit_qlora.devices.strategy import is_on_edge
@@ -133,13 +134,13 @@ class RunCheckpoints(StepCallback, Needs):
             self._save(trainer, pl_module)
 
     def _keep_if_best(self, trainer: Trainer, module: LightningModule) -> None:
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        figures = held_out_figures(trainer)
         best = self._unsaved.result if self._unsaved else read_result(self.run.adapter)
         loss = figures["val/loss"]
         if math.isfinite(loss) and (best is None or loss < best.get("val/loss", math.inf)):
             self._keep(trainer, module, figures)
         if math.isfinite(loss) and (self._kept is None or loss < self._kept["val/loss"]):
-            self._kept = _result(trainer, figures)
+            self._kept = {"step": trainer.global_step, **figures}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the best adapter back into the module, and remove what a kill after the last save left over.
@@ -225,7 +226,7 @@ class RunCheckpoints(StepCallback, Needs):
 
     def _keep(self, trainer: Trainer, module: LightningModule, figures: dict[str, float]) -> None:
         """Save the adapter as it is now; if that fails, keep it in host memory for the next attempt."""
-        result = _result(trainer, figures)
+        result = {"step": trainer.global_step, **figures}
         self._unsaved = Best(result, module.state_dict())
         self._save_adapter(trainer, module)
         if self._unsaved:
@@ -303,10 +304,6 @@ class RunCheckpoints(StepCallback, Needs):
             return False
         self.failures.pop(what, None)
         return True
-
-
-def _result(trainer: Trainer, figures: dict[str, float]) -> dict[str, Any]:
-    return {"step": trainer.global_step} | {k: v for k, v in figures.items() if k.startswith("val/")}
 
 
 def has_stopped_early(trainer: Trainer) -> bool:

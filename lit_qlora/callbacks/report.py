@@ -21,6 +21,7 @@ from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.record import record
 from lit_qlora.callbacks.steps import is_last_step
 from lit_qlora.callbacks.throughput import Throughput
+from lit_qlora.callbacks.validation import held_out_figures
 from lit_qlora.console import WIDTH, say, tell, wrapped
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line
@@ -124,7 +125,7 @@ class Report(Callback):
         """Print one line per validation."""
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        figures = held_out_figures(trainer)
         best = read_result(self.run.adapter)
         is_best = best is not None and best["step"] == trainer.global_step
         mark = "best" if is_best else "" if trainer.global_step else "before"

@@ -26,5 +26,9 @@ class HeldOutMetrics(StepCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the module's figures."""
         if trainer.state.fn == "fit":
-            figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            record(trainer, {name: value for name, value in figures.items() if name.startswith("val/")})
+            record(trainer, held_out_figures(trainer))
+
+
+def held_out_figures(trainer: Trainer) -> dict[str, float]:
+    """The figures of a Trainer's last validation, by their names in the record."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

@@ -391,12 +391,7 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
         values = list(_values(root)) if isinstance(root, yaml.MappingNode) else []
     except RecursionError as error:
         raise UserError("something in it stands within itself (& and *), or is nested too deep", place=path) from error
-    except (
-        ValueError,
-        LookupError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # of a number, a date or a tag that does not fit
+    except (ValueError, LookupError, AttributeError, OverflowError) as error:  # a number, date or tag that does not fit
         line, problem = next(_misfits(root, loader) if root else iter(()), (1, NO_VALUE))
         raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}") from error
     except yaml.YAMLError as error:
@@ -476,7 +471,4 @@ def _problems(
             yield from _problems(value, f"{name}.", seen)
         elif not section and key.value in ("model", "data", "trainer", "samples"):
             empty = value.tag == "tag:yaml.org,2002:null"
-            yield (
-                line,
-                f"section {excerpt(name)} is {'empty; fill it or remove the line' if empty else 'no section'}",
-            )
+            yield (line, f"section {excerpt(name)} is {'empty; fill it or remove the line' if empty else 'no section'}")

@@ -9,13 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import (
-    BasePredictionWriter,
-    Checkpoint,
-    ProgressBar,
-    ThroughputMonitor,
-    Timer,
-)
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, ProgressBar, ThroughputMonitor, Timer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins import CheckpointIO, LayerSync, MixedPrecision
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
@@ -87,12 +81,7 @@ class RunParser(OneLineErrors, LightningArgumentParser):
         if not issubclass(lightning_class, Trainer):
             return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
         return self.add_class_arguments(
-            lightning_class,
-            nested_key,
-            fail_untyped=False,
-            instantiate=False,
-            sub_configs=True,
-            skip=NOT_OFFERED,
+            lightning_class, nested_key, fail_untyped=False, instantiate=False, sub_configs=True, skip=NOT_OFFERED
         )
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:

@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 LARGEST_TEMPLATE = 1_000_000
 """Most bytes of a template's file; the longest known has 30,000."""
 
-BUILT_IN_BY_MARK = {
-    "<|im_start|>": "chatml",
-    "<|start_header_id|>": "llama3",
-    "<|user|>": "zephyr",
-    "[INST]": LLAMA_2,
-}
+BUILT_IN_BY_MARK = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "<|user|>": "zephyr", "[INST]": LLAMA_2}
 """The built-in format that writes turns as a base's own template with such a mark does."""
 
 

@@ -285,8 +285,5 @@ def check_context(base: Base, max_length: int) -> None:
     context = base.context_tokens
     key = "sliding_window" if context == base.window else "max_position_embeddings"
     require(
-        max_length <= context,
-        "data.max_length",
-        f"at most {context:,} tokens, the {key} of {base.name}",
-        max_length,
+        max_length <= context, "data.max_length", f"at most {context:,} tokens, the {key} of {base.name}", max_length
     )

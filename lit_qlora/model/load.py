@@ -110,10 +110,7 @@ def nf4(dtype: torch.dtype) -> "BitsAndBytesConfig":
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
 
 
@@ -309,12 +306,7 @@ def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: b
     return weights
 
 
-def save_adapter(
-    model: "PeftModel",
-    base: Base,
-    folder: Path,
-    prompt_format: PromptFormat = DEFAULT_FORMAT,
-) -> None:
+def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: PromptFormat = DEFAULT_FORMAT) -> None:
     """Write a plain PEFT adapter, with a record of base, LoRA and prompt format.
 
     Args:

@@ -34,8 +34,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _by_name(kind: Kind) -> Kind:
     return Kind(
-        f"{kind.expected}, by name",
-        lambda value: isinstance(value, dict) and all(map(kind.holds, value.values())),
+        f"{kind.expected}, by name", lambda value: isinstance(value, dict) and all(map(kind.holds, value.values()))
     )
 
 

@@ -27,15 +27,7 @@ from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import Base, check_context, check_targets, find_base, split_names
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
-from lit_qlora.model.decoder import (
-    Layer,
-    MicroBatch,
-    draw_seeds,
-    extract_layers,
-    run_together,
-    weights_of,
-    why_not,
-)
+from lit_qlora.model.decoder import Layer, MicroBatch, draw_seeds, extract_layers, run_together, weights_of, why_not
 from lit_qlora.model.dequantised import Weights, layers_on_host
 from lit_qlora.model.device import (
     Attention,
@@ -528,9 +520,7 @@ class QLoRAModule(LearnsInParts):
             # Restarted positions mark the conversations for transformers, if there is no mask and no cache.
             within = [torch.arange(length, device=batch.input_ids.device) for length in batch.lengths]
             output = decoder(
-                input_ids=batch.input_ids,
-                position_ids=torch.cat(within)[None] if within else None,
-                use_cache=False,
+                input_ids=batch.input_ids, position_ids=torch.cat(within)[None] if within else None, use_cache=False
             )
             return output.last_hidden_state  # type: ignore[no-any-return]
         if self.uses_cuda_graphs and self.training and torch.is_grad_enabled() and not batch.lengths:

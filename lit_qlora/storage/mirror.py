@@ -50,11 +50,7 @@ class Mirror:
     """
 
     def __init__(
-        self,
-        run: RunFolder,
-        parent: Path,
-        tell: Callable[[str], None],
-        check: Callable[[Path], object] = verify_folder,
+        self, run: RunFolder, parent: Path, tell: Callable[[str], None], check: Callable[[Path], object] = verify_folder
     ) -> None:
         self.run, self.parent, self.tell, self.check = run, parent, tell, check
         self.copy = RunFolder(parent / run.path.resolve().name)

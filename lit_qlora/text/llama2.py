@@ -122,10 +122,7 @@ class Llama2(PromptFormat):
             own = Template(source=of_base, tokens=self.tokens)
             if _text(own.pieces(_SAMPLE)) == _text(self.of(own.spelled).pieces(_SAMPLE)):
                 return []
-        except (
-            ValueError,
-            UserError,
-        ):  # it takes no system text, or can't be used at all, which it says where it is asked for
+        except (ValueError, UserError):  # no system text, or no use at all, which it says where it is asked for
             pass
         return [f"prompts in {self.title}; the base has a chat template of its own, which data.template base takes"]
 

@@ -49,9 +49,9 @@ train     fit       train, or resume: the same command, given again
           report    a run on one page, which is also written at its end
 use       chat      at the terminal; --prompt TEXT once; --web in a browser
           predict   answer a file of prompts
-          merge     work an adapter into its base: a plain model folder
+          merge     merge an adapter into its base: a plain model folder
           export    the same as one file, for llama.cpp and Ollama
-          push      send an adapter or a merged model to the hub
+          push      upload an adapter or a merged model to the hub
 
 Every verb has --help; --version says which this is.
 Curves and sample answers: tensorboard --logdir runs

@@ -117,28 +117,28 @@ class QLoRATrainer(Trainer):
     """Lightning's Trainer with the precision chosen by the device, and evaluation counted over epochs.
 
     Args:
-        precision: auto takes bf16 from compute capability 8.0 on, fp16 below; on a CPU bf16 where it pays, else fp32.
-        max_epochs: number of epochs, unless max_steps ends the run before.
+        precision: auto uses bf16 from compute capability 8.0 on, fp16 below; on a CPU bf16 if it pays off, else fp32.
+        max_epochs: number of epochs, unless max_steps ends the run earlier.
         val_check_interval: micro-batches between validations, counted over epochs; or a share of an epoch.
-        devices: processes on this machine, each with a GPU of its own: a number, auto for all GPUs, or a list of their
-            numbers; on a CPU a number of processes, for trying. How fast, not what is learned.
-        num_nodes: machines, on each of which torchrun or srun starts the command.
+        devices: GPUs of this machine, with one process each: a number, auto for all, or a list of their numbers; on a
+            CPU, a number of processes, to try it out. Changes how fast is learned, not what.
+        num_nodes: number of machines, on each of which torchrun or srun starts the command.
         gradient_clip_val: highest norm of the gradients.
-        gradient_clip_algorithm: norm (the default) or value: what is limited to gradient_clip_val.
+        gradient_clip_algorithm: what is limited to gradient_clip_val: norm (the default) or value.
         log_every_n_steps: optimizer steps between records of the figures.
         accumulate_grad_batches: micro-batches per optimizer step, over all devices.
         max_steps: optimizer steps after which the run ends; -1: by epochs alone.
         limit_train_batches: micro-batches per epoch, or a share of them.
         limit_val_batches: the same per validation; 0: none.
         limit_test_batches: the same per test.
-        accelerator: auto takes a GPU where there is one; or cpu, gpu, cuda.
-        logger: beside the run's own record: a logger of Lightning's or your own, or several; false: no TensorBoard.
-        callbacks: callbacks of your own, which may look at everything.
-        enable_progress_bar: false: no bar, and no lines in its place.
-        deterministic: true: a GPU's results are the same to the last bit each time, in more time.
+        accelerator: auto (a GPU if there is one), cpu, gpu or cuda.
+        logger: one or more loggers, Lightning's or your own, besides the run's record; false: no TensorBoard.
+        callbacks: callbacks of your own, which may observe everything and change nothing.
+        enable_progress_bar: false: neither a progress bar nor lines in its place.
+        deterministic: true: a GPU's results are the same to the last bit each time; slower.
         benchmark: whether cuDNN tries several algorithms.
         inference_mode: false: validations under no_grad.
-        detect_anomaly: true: an operation whose gradient is not finite is named, in much more time.
+        detect_anomaly: true: name the operation whose gradient is not finite; much slower.
         plugins: Lightning plugins of your own.
         num_weights: number of weights of the base, on which the precision on a CPU depends.
     """

@@ -22,9 +22,9 @@ MADE = "<!-- Made by `python -m scripts.pages` from the code: edit the docstring
 # Options
 
 WITH_FIT_S = {
-    "plan": "fit's options, and the card to plan for:",
-    "inspect": "fit's options, and what is shown:",
-    "validate": "fit's options, which are the run's own where they are not given, and what is scored; `test` likewise:",
+    "plan": "`fit`'s options, and the card to plan for:",
+    "inspect": "`fit`'s options, and what is shown:",
+    "validate": "`fit`'s options, by default those of the run, and what is scored; the same for `test`:",
 }
 
 
@@ -37,20 +37,20 @@ def options() -> str:
         MADE,
         "Every option of a config file can be given on the command line, as `--model.rank 64`, and the other way "
         "round: `rank: 64` in the section `model:`. `python main.py fit --print_config` prints them all as a config "
-        "file. A misspelt one is refused, and the nearest known one named.\n",
-        "**Resumed** says what an option may do to a run that has begun: with a tick, the same run resumes with "
-        "another value; any other change is refused, for it would be another run (`--run NAME` starts one).\n",
+        "file. A misspelt option is refused, and the nearest known one named.\n",
+        "**Resumed**: an option with a tick may have another value when a run resumes. Any other change is refused, "
+        "because it would be another run (`--run NAME` starts one).\n",
     ]
     fit = fit_actions()
     groups = {
         "model": ("The model", "`model.…`: the base, its adapter, and how they are trained."),
         "data": ("The data", "`data.…`: rows, prompts and batches."),
-        "trainer": ("The Trainer", "`trainer.…`: Lightning's own, with this project's defaults. It has more, which "
-                    "pass through; what would do nothing here, or harm, is refused with its reason."),
-        "samples": ("Sample answers", "`samples.…`: what the model says at each validation."),
+        "trainer": ("The Trainer", "`trainer.…`: those of Lightning's Trainer that have an effect here, with this "
+                    "project's defaults. Any other is refused with the reason."),
+        "samples": ("Sample answers", "`samples.…`: answers of the model at each validation."),
         "": ("The run", "Options without a section."),
     }  # fmt: skip
-    sections.append("## fit\n\nThe verbs `plan`, `inspect`, `validate` and `test` take these, too.\n")
+    sections.append("## fit\n\n`plan`, `inspect`, `validate` and `test` take these options, too.\n")
     for group, (title, words) in groups.items():
         of_group = [one for one in fit if one.dest.rpartition(".")[0] == group]
         sections.append(f"### {title}\n\n{words}\n\n{_table(of_group, resumes=True)}")
@@ -154,7 +154,7 @@ def _values(hint: Any) -> str:
 def _default(action: Any) -> str:
     value = action.default
     if value is None:
-        return "it must be given" if action.required else "none"
+        return "required" if action.required else "none"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

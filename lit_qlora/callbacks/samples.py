@@ -26,8 +26,8 @@ class SampleAnswers(Callback, Needs):
 
     Args:
         count: number of held-out prompts to answer; 0 for none.
-        prompts: prompts of your own instead.
-        max_new_tokens: most tokens of an answer.
+        prompts: your own prompts instead.
+        max_new_tokens: most tokens of one answer.
         temperature: 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that make up this share.
         top_k: sample from this many likeliest tokens; 0: from all.

@@ -47,33 +47,31 @@ class ChatDataModule(LightningDataModule):
     """Conversations to train and to score a chat model on.
 
     Args:
-        source: ``demo``, a local jsonl, json, csv or parquet file (also .gz, .zst), a pattern of files, a folder with
-            train.*, and validation.* and test.* where it has them, or as datasets.save_to_disk or a clone of the hub
-            leaves it, or a hub id, with its split behind a colon where it is another one; or a table with path, and
-            name (the configuration), split, revision, share (of its training rows, that are used: 0.5 is half of
-            them) or columns; or a list of these.
+        source: ``demo``; a local jsonl, json, csv or parquet file (also .gz, .zst); a pattern of files; a folder with
+            train.* (and validation.*, test.*), of datasets.save_to_disk, or cloned from the hub; or a hub id, with a
+            colon and a split if it is not the training split. Or a table with path, and name (the configuration),
+            split, revision, share (of its training rows: 0.5 uses half of them) or columns. Or a list of these.
         form: the form of rows: detected per row (auto), or one for all.
-        columns: what a table calls the columns of such a form: user and assistant (also system, context, history),
-            messages, or text, each with the name that it has there. No other column is used then.
-        opening: what the user is taken to have said where the assistant begins; default: what the assistant says
-            before the user is left out, and counted.
+        columns: names of your table's columns for user and assistant (also system, context, history), for messages, or
+            for text. Other columns are not used then.
+        opening: text of the user for conversations that the assistant begins; default: what the assistant says before
+            the user is left out and counted.
         validation_source: held-out rows from elsewhere; default: the source's validation split, else its test split,
             else a share.
-        validation_share: the seeded share of rows held out where there is no such split.
-        test_source: rows for ``test``; default: the source's test split where it is not held out, else the held-out
-            rows.
-        system: system text for conversations that bring none.
+        validation_share: share of rows held out if there is no such split, drawn with the seed.
+        test_source: rows for ``test``; default: the source's test split if it is not held out, else the held-out rows.
+        system: system text for conversations that have none.
         template: how prompts are written, if not in the Llama 2 format: base (the base's own chat template), llama3,
             chatml, alpaca, vicuna, zephyr, plain, or a file of your own with a Jinja chat template, or its text.
-        train_on: learn the answers only, or all of each conversation; with all, plain text without a form is read, too.
-        max_length: tokens of one row; a longer conversation is cut so that answer tokens stay, a longer plain text is
+        train_on: learn the answers only, or all of each conversation; with all, plain text can be read, too.
+        max_length: tokens of one row; a longer conversation is cut so that answer tokens remain, a longer plain text is
             divided into rows.
         batch_size: rows of one micro-batch.
-        batch_tokens: instead: as many rows as fit into this many tokens, padding counted.
-        packing: conversations of a micro-batch stand in one row, without padding, each seeing only itself; needs
-            batch_tokens.
-        num_workers: processes that prepare batches ahead; no more than there are cores.
-        strict: the first row that can't be used is an error; default: up to one in ten is left out, and counted.
+        batch_tokens: use instead as many rows as fit into this many tokens, padding included.
+        packing: put the conversations of a micro-batch into one row, without padding, each attending only to itself;
+            needs batch_tokens.
+        num_workers: processes that prepare batches ahead; at most the number of cores.
+        strict: true: the first row that can't be used is an error; false: up to one in ten is left out and counted.
         tokenizer: hub id or folder of the tokenizer; default: that of the base of the Trainer's module.
         seed: of the order and of the held-out share; the command line takes it from ``seed_everything``.
     """

@@ -67,12 +67,12 @@ class QLoRAModule(LearnsInParts):
     `WarmupStep`, without which every layer on a GPU is recomputed in backward.
 
     Args:
-        base: ``demo``, a hub id or a local folder with safetensors weights: a Llama of any version, or one of those
-            that compute as Llama does, Mistral, Qwen2, Qwen2.5 and Qwen3 without experts (docs/bases.md).
+        base: ``demo``, a hub id or a local folder with safetensors weights: any Llama, Mistral, Qwen2, Qwen2.5 or Qwen3
+            without experts (docs/bases.md).
         adapter: an adapter folder to start from; rank, alpha and targets must be its own.
         rank: rank of LoRA's two matrices.
         alpha: LoRA's output is scaled by alpha / rank (by alpha / sqrt(rank) with rslora).
-        dropout: share of LoRA's inputs that is dropped in training.
+        dropout: dropout rate of LoRA's inputs in training.
         target_modules: linear layers that get LoRA: all-linear, or names such as q_proj,v_proj.
         rslora: rank-stabilised scaling.
         dora: weight-decomposed LoRA.
@@ -83,22 +83,22 @@ class QLoRAModule(LearnsInParts):
         weight_decay: weight decay of AdamW.
         checkpointing: full keeps only each layer's input and recomputes the rest in backward; selective keeps the
             results of matrix products and attention; none keeps everything, which is the same unless DoRA is on; auto
-            keeps the results of as many layers as fit in memory, and then the dequantised weights of as many.
-        offload: with checkpointing auto, send a part of what layers keep to the host's memory where the card has no
-            room for it, rather than compute it again.
-        own_layers: this project's decoder layers, in 16 bits with LoRA in their products; false: those of transformers
-            and peft, with the same results up to rounding, in more time and memory.
-        loss_rows: scored tokens whose logits exist at a time; has no effect on the result.
+            keeps the results of as many layers as fit in memory, and then dequantised weights if they fit, too.
+        offload: with checkpointing auto, copy a part of the results that don't fit on the card to the host's memory,
+            instead of recomputing them.
+        own_layers: use this project's decoder layers, which compute in 16 bits and include LoRA; false: those of
+            transformers and peft, slower and with more memory; results are the same up to rounding.
+        loss_rows: number of tokens whose logits are computed at a time; has no effect on the result.
         compile: one GPU kernel per norm, activation and rotation; auto: on a GPU.
-        cuda_graphs: record a step's kernels once per shape of a micro-batch and start them together: for a GPU that is
-            faster than its host; without dropout and packing. auto: where it pays by the forecast.
+        cuda_graphs: record a step's kernels once per shape of a micro-batch and start them together, for a GPU that is
+            faster than its host; not with dropout or packing. auto: if it pays off by the forecast.
         attention: implementation of attention in transformers.
-        shard: true: each device keeps a share of the base's layers, and gets the others' as they are used; for a base
-            that is too large for one, in more time. auto: where the forecast says that a whole one does not fit.
-        shard_to: where the shares are kept: gpu; or host, in its memory, with one device the whole base.
-        quantized_cache: where a 4-bit copy of the base is kept for the next start: auto, beside the hub's cache, for
-            bases of at least half a billion weights; none; or a folder. The three most recently used stay, and those in
-            use.
+        shard: true: each device keeps a share of the base's layers and gets the others' as they are used: slower, for a
+            base that is too large for one device. auto: if the forecast says that a whole base does not fit.
+        shard_to: where the shares are kept: gpu, or host for the host's memory (with one device, the whole base).
+        quantized_cache: where a 4-bit copy of the base is kept for the next start: auto (next to the hub's cache, for
+            bases of at least half a billion weights), none, or a folder. Copies in use and the three most recently used
+            are kept.
     """
 
     shards: Shards | None = None

@@ -35,11 +35,11 @@ def chat(
         adapter: an adapter folder instead of a run.
         base: the base of that adapter; default: the one that run or folder names.
         prompt: a question to answer once. Without it, a conversation at the terminal (/help lists its commands);
-            where standard input is no terminal, the whole of it is one question.
+            if standard input is not a terminal, all of it is one question.
         system: the system text; default: the one that the run was trained with, if any; "" for none.
-        web: chat in a browser instead (pip install -r requirements-web.txt).
+        web: chat in a browser (pip install -r requirements-web.txt).
         share: with --web, request a public link from gradio's servers, as needed on Colab.
-        port: with --web, the port to listen at; default: the first free one from 7860 on.
+        port: with --web, the port to listen on; default: the first free one from 7860 on.
         drawn: the arguments of `Sampling`.
 
     Raises:

@@ -38,7 +38,7 @@ def export(
     base: str | None = None,
     outtype: Literal["f16", "bf16", "f32", "q8_0"] = "f16",
 ) -> None:
-    """Write a model as one file for llama.cpp and Ollama, with a Modelfile beside it.
+    """Write a model as one file for llama.cpp and Ollama, with a Modelfile next to it.
 
     Args:
         output: the file to write; it must not exist.

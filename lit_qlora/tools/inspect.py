@@ -32,11 +32,13 @@ class InspectCLI(DryCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """fit's options, and those of what is shown."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--rows", type=int, default=3, help="training rows to show token by token, the first ones")
-        words = "the one row to show, whole: its number in the file, or FILE:NUMBER"
+        parser.add_argument("--rows", type=int, default=3, help="number of training rows to show token by token")
+        words = "show only this row, in full: its number in the file, or FILE:NUMBER"
         parser.add_argument("--row", type=str | None, default=None, help=words)
-        parser.add_argument("--html", type=str | None, default=None, help="also write all of it into this file, a page")
-        words = f"kinds of faults that are meant to be so, with commas between: {', '.join(KINDS)}"
+        parser.add_argument(
+            "--html", type=str | None, default=None, help="also write all of it to this file, as a web page"
+        )
+        words = f"kinds of faults to accept, separated by commas: {', '.join(KINDS)}"
         parser.add_argument("--accept", type=str | None, default=None, help=words)
 
     def before_instantiate_classes(self) -> None:

@@ -44,16 +44,16 @@ def merge(
     dtype: DType = "float16",
     onto: Onto = "quantized",
 ) -> None:
-    """Work an adapter into its base: a plain Hugging Face folder for transformers, vLLM and llama.cpp.
+    """Merge an adapter into its base: a plain Hugging Face folder for transformers, vLLM and llama.cpp.
 
     Args:
-        output: the folder to make; it must not exist.
+        output: the folder to write; it must not exist.
         run: run folder, for its best adapter; default: the newest run.
         adapter: an adapter folder instead of a run.
         base: the base of the adapter; default: the one that run or folder names.
         dtype: dtype of the written weights.
-        onto: quantized adds to the dequantised 4-bit base, which is the model that was trained; original adds to the
-            base's own weights, which is another model.
+        onto: quantized adds to the dequantised 4-bit base, which gives the model that was trained; original adds to the
+            base's own weights, which gives another model.
 
     Raises:
         UserError: as `merge_into` does.

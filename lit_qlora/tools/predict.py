@@ -44,10 +44,10 @@ def predict(
     """Answer a file of prompts with a run's best adapter; given again after an interruption, resume.
 
     Args:
-        prompts: txt (a prompt a line), or rows from wherever data.source of fit takes them, in any form that it reads:
-            the question of each is asked, and an answer that is there is left out.
-        output: the jsonl to write: prompt, answer, and whether the answer ended by itself.
-        columns: what a table calls the columns of such a form: user (also system, context, history), messages or text.
+        prompts: a .txt file with one prompt per line, or any rows that data.source of fit takes: the question of each
+            is asked, and its answer is not used.
+        output: the .jsonl to write: prompt, answer, and whether the answer ended by itself.
+        columns: names of your table's columns for user (also system, context, history), messages or text.
         run: run folder; default: the newest run.
         adapter: an adapter folder instead of a run.
         base: the base of that adapter; default: the one that the folder names.

@@ -30,7 +30,7 @@ def push(
     public: bool = False,
     yes: bool = False,
 ) -> None:
-    """Send an adapter or a merged model to the hub: shows and asks first, private unless --public is given.
+    """Upload an adapter or a merged model to the hub: shows and asks first, private unless --public is given.
 
     Args:
         to: the repository, as NAME/REPO, created if missing. The account is that of HF_TOKEN in the environment, or of
@@ -38,7 +38,7 @@ def push(
         run: run folder, for its best adapter; default: the newest run.
         adapter: an adapter folder instead of a run.
         folder: a folder that merge made, instead of both.
-        public: visible to everybody. An existing repository keeps its visibility.
+        public: make a new repository public, and allow one that is public already.
         yes: send without asking.
     """
     quieten()

@@ -161,15 +161,16 @@ def _default(action: Any) -> str:
 # The map of files
 
 ROOMS = {
-    "": ("The command", "What is prepared before any verb, and what is shared by all."),
+    "": ("The command", "What is prepared before any verb, and what all share."),
     "text": ("text", "Words only: conversations and prompt formats, without torch."),
+    "devices": ("devices", "Several processes that train one adapter."),
     "data": ("data", "Rows become conversations, token ids and batches."),
     "model": ("model", "What trains and answers."),
     "forecast": ("forecast", "What a run will need: memory, time, and what would fit."),
     "storage": ("storage", "Whole, verified folders; the run; its copy elsewhere."),
     "figures": ("figures", "What is recorded of a run, and views of it."),
     "callbacks": ("callbacks", "What happens during training, one concern each."),
-    "tools": ("tools", "The verbs that are plain functions; the parts of each in a folder beside it."),
+    "tools": ("tools", "The verbs that are plain functions; the parts of each are in a folder next to it."),
     "demo": ("demo", "What the embedded demo is trained on and from."),
 }
 BESIDE = {"main.py", "setup.py", "scripts", "benchmarks", "examples"}
@@ -179,15 +180,15 @@ def files() -> str:
     """docs/files.md: what each module owns, by the first sentence of its docstring."""
     sections = ["# Map of files\n", MADE]
     sections.append(
-        "Each module opens with what it owns; this is that sentence. The folders are the stages of "
-        "[one road](how-it-works.md), and imports only go down it; a test holds that.\n"
+        "One line per module, with what it owns: the first sentence of its docstring. The folders are the stages that "
+        "[how it works](how-it-works.md) describes.\n"
     )
     for room, (title, words) in ROOMS.items():
         folder = ROOT / "lit_qlora" / room
         modules = sorted(folder.glob("*.py") if not room else folder.rglob("*.py"))
         sections.append(f"## {title}\n\n{words}\n\n{_map(modules)}")
     beside = [ROOT / "main.py", *sorted(file for name in BESIDE for file in (ROOT / name).rglob("*.py"))]
-    sections.append(f"## Beside the package\n\n{_map(beside)}")
+    sections.append(f"## Outside the package\n\n{_map(beside)}")
     return "\n".join(sections)
 
 

@@ -92,7 +92,7 @@ class QLoRAModule(LearnsInParts):
         compile: one GPU kernel per norm, activation and rotation; auto: on a GPU.
         cuda_graphs: record a step's kernels once per shape of a micro-batch and start them together, for a GPU that is
             faster than its host; not with dropout or packing. auto: if it pays off by the forecast.
-        attention: implementation of attention in transformers.
+        attention: implementation of attention in transformers' layers.
         shard: true: each device keeps a share of the base's layers and gets the others' as they are used: slower, for a
             base that is too large for one device. auto: if the forecast says that a whole base does not fit.
         shard_to: where the shares are kept: gpu, or host for the host's memory (with one device, the whole base).

@@ -209,6 +209,12 @@ def test_a_page_made_from_the_code_is_as_the_code_is(name: str) -> None:
     assert pages.PAGES[name]() == made, "run python -m scripts.pages"
 
 
+def test_the_map_has_a_line_for_every_module_that_says_what_it_owns() -> None:
+    listed = {*re.findall(r"^\| `([\w/.]+)` \|", pages.files(), re.MULTILINE)}
+    modules = {named(path) for path in (ROOT / "lit_qlora").rglob("*.py") if path.read_text(encoding="utf-8")}
+    assert listed >= modules and "lit_qlora/devices/world.py" in listed
+
+
 def test_the_options_are_all_there_with_a_word_on_each(options: dict[str, set[str]]) -> None:
     rows = re.findall(r"^\| `([\w.-]+)` \|.*?\|.*?\| *(.*?) *\|", pages.options(), re.MULTILINE)
     assert {name for name, _ in rows} >= options["fit"] - {"config", "print_config", "help"}

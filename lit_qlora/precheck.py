@@ -15,6 +15,7 @@ from typing import Any, Union
 import yaml
 from jsonargparse import ArgumentParser
 
+from lit_qlora.command import complete
 from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.data.held_out import Parts, check_early_to_score
 from lit_qlora.data.records import Reading
@@ -26,7 +27,7 @@ from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import LINKED, OneLineErrors, all_values, check_config_file, check_config_of, option, with_values
+from lit_qlora.options import LINKED, OneLineErrors, option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
 from lit_qlora.signatures import CLASSES, LEARNING, UNKNOWN, Option, options_of
@@ -34,18 +35,7 @@ from lit_qlora.storage import settings
 from lit_qlora.storage.files import page_path
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.lock import RunLock
-from lit_qlora.storage.run import (
-    FOR_ONE_START,
-    Change,
-    RunFolder,
-    as_sections,
-    flat,
-    folder_to_score,
-    named_folder,
-    newest_run,
-    open_run,
-    unnamed_run,
-)
+from lit_qlora.storage.run import FOR_ONE_START, Change, RunFolder, as_sections, flat, folder_to_score, unnamed_run
 from lit_qlora.text.formats import OF_BASE
 
 ONE = Union[dict, str, int, float, bool, None]  # type: ignore[type-arg]  # noqa: UP007
@@ -59,44 +49,34 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     Raises UserError as the parser proper would.
     """
     options = {one.name: one for one in options_of(verb)}
-    configs = all_values([*args], "--config", "-c")
-    for file in filter(None, configs):
-        check_config_file(Path(find_config(file)))
+    command = complete([verb, *args])
     given = [arg.partition("=")[0].lstrip("-").rstrip("+") for arg in args if arg.startswith("-")]
     if any(one not in options and _belongs(one, options) for one in given):
         return
-    run, base = named_folder(option([*args], "--run")), option([*args], "--model.base")
-    is_kept = not configs and (verb not in LEARNING or bool(run and run.exists()))
-    if not (configs or is_kept) and base in (None, "demo"):
-        args = ["--config", find_config("demo"), *args]  # as `start.complete` does
     parser = _parser(options.values())
-    found = parser.parse_args(with_values([*args], find_config, "--config", "-c"))
+    found = parser.parse_args(command.args[1:])
     names = {name.replace("-", "_"): name for name in options}
     values = {names[name]: value for name, value in found.items() if name in names}
     parser.check_values(values)
     _check_alone(values)
-    if is_kept:
-        _check_with_kept(verb, options, values, run)
+    if command.kept:
+        _check_with_kept(verb, options, values, command.kept)
         return
     configs = found.get("config") or []
     defaults = {name: one.default for name, one in options.items() if one.default is not UNKNOWN}
     _check_whole(verb, options, defaults | values, str(configs[-1]) if configs else None)
 
 
-def _check_with_kept(verb: str, options: Mapping[str, Option], values: Mapping[str, Any], run: Path | None) -> None:
-    """Raises UserError for wrong ``values`` where the other options are those of ``run``, by default the newest."""
+def _check_with_kept(verb: str, options: Mapping[str, Option], values: Mapping[str, Any], kept: RunFolder) -> None:
+    """Raises UserError for wrong ``values`` where the other options are those of the run ``kept``."""
     if verb not in LEARNING:
-        kept = open_run(run) if run else newest_run()
-        check_config_of(kept)
         option = "data.validation_source" if verb == "validate" else "data.test_source"
         if values.get(option):
             data = as_sections(kept.read_options() | flat(values)).get("data", {})
             check_early_to_score(values[option], option, Reading.of(data))
         _check_sources(values)
-    elif run and RunFolder(run).config.is_file():
-        check_config_of(RunFolder(run))
-    if verb == "fit" and run:
-        _check_run(options, values, RunFolder(run))
+    if verb == "fit":
+        _check_run(options, values, kept)
 
 
 def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, Any], config: str | None) -> None:
@@ -109,8 +89,8 @@ def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, 
     _check_base(verb, values)
     if verb in LEARNING:
         _check_devices(verb, values)
-    named = named_folder(values.get("run"))
-    run = RunFolder(named or unnamed_run(config, values["model.base"]))
+    named = values.get("run")  # as `complete` has it
+    run = RunFolder(Path(named or unnamed_run(config, values["model.base"])))
     if verb == "fit" and named:
         _check_run(options, values, run)
     elif verb == "fit":
@@ -151,7 +131,6 @@ def _in_config(name: str) -> Any:
 def _check_alone(values: Mapping[str, Any]) -> None:
     """Raises UserError for what is wrong whatever the other options are."""
     check_ranges(values)
-    named_folder(values.get("run"))
     if values.get("gpu"):
         find_card(values["gpu"])
     if values.get("model.adapter"):

@@ -1,4 +1,4 @@
-"""Owns the start before anything is built: which config and run folder are meant, and whether the run may resume.
+"""Owns the start before anything is built: which run folder is meant, and whether the run may resume.
 
 Called by `training.py`. Knows the run's files and settings; loads no model and no data.
 """
@@ -7,15 +7,12 @@ import math
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import Any
 
 from lit_qlora.console import complain
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.sources import check_here
-from lit_qlora.data.templates import is_template
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.errors import UserError
 from lit_qlora.forecast.memory import run_folder_bytes
 from lit_qlora.model.base import Base, missing_bytes
 from lit_qlora.model.copies import Copies
@@ -23,140 +20,12 @@ from lit_qlora.model.device import choose_precision, current_device
 from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import Lora, read_weights
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.options import (
-    OneLineErrors,
-    all_values,
-    check_config_file,
-    check_config_of,
-    did_you_mean,
-    is_plain,
-    is_plain_type,
-    option,
-    takes_names,
-    with_values,
-)
-from lit_qlora.place import CONFIGS, find_config
-from lit_qlora.signatures import LEARNING
 from lit_qlora.storage import settings
 from lit_qlora.storage.checkpoint_io import RUN, check_checkpoint
 from lit_qlora.storage.files import require_room
-from lit_qlora.storage.run import (
-    Change,
-    RunFolder,
-    as_sections,
-    as_yaml,
-    folder_to_score,
-    lies_in_run,
-    mend_adapter,
-    named_folder,
-    newest_run,
-    open_run,
-    read_options,
-)
+from lit_qlora.storage.run import Change, RunFolder, as_yaml, folder_to_score, mend_adapter
 from lit_qlora.storage.state import load_state
 from lit_qlora.wording import number_of
-
-DEMO_CONFIG = CONFIGS / "demo.yaml"
-
-REMEDY = "put that line right, or take it out"
-"""The remedy for a run's own config.yaml."""
-
-
-class Command(NamedTuple):
-    """A command line from its verb on, and the run that gives the other options."""
-
-    args: list[str]
-    kept: RunFolder | None = None
-
-
-def complete(args: list[str]) -> Command:
-    """Add the default config to the command, and the folder of the run that it names.
-
-    Checks the config files. Without a named run, that of a fit is found once its full configuration is known.
-    """
-    verb, rest = args[0], args[1:]
-    if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
-        return Command(args)
-    rest = with_values(rest, find_config, "--config", "-c")
-    config, name, kept = option(rest, "--config", "-c"), option(rest, "--run"), None
-    run = named_folder(name)
-    base = option(rest, "--model.base")
-    if config is None:
-        if verb not in LEARNING:
-            kept = open_run(run) if run else newest_run()
-            if run is None:
-                print(f"   run  {kept.path}, the newest", flush=True)
-            run = kept.path
-        elif run and RunFolder(run).config.is_file():
-            kept = RunFolder(run)
-        if kept:
-            check_config_of(kept)
-        elif base in (None, "demo"):  # a base of one's own is not for the demo's learning rate
-            rest = ["--config", str(DEMO_CONFIG), *rest]
-    for file in filter(None, all_values(rest, "--config", "-c")):
-        check_config_file(Path(file))
-        if name is None and kept is None:
-            found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")).get("run")
-            run = run if found is None else named_folder(str(found))
-    return Command([verb, *rest, *(["--run", str(run)] if run else [])], kept)
-
-
-def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
-    """The command line of ``command`` with its run's options in front: those of ``parser``, with plain values.
-
-    A config file that lies in a run folder is read as a run's own: either may come from a stranger.
-    """
-    verb, *rest = command.args
-
-    def read(file: str) -> str:
-        path = Path(file)
-        if not lies_in_run(path):
-            return file
-        try:
-            return _as_plain(read_options(path), path, parser, rest)
-        except ValueError as error:
-            raise UserError(f"damaged ({error})", place=path, remedy="put a copy of it back") from error
-
-    rest = with_values(rest, read, "--config", "-c")
-    if command.kept:
-        kept = command.kept.read_options()
-        rest = [*(["--config", _as_plain(kept, command.kept.config, parser, rest)] if kept else []), *rest]
-    return [verb, *rest]
-
-
-def _as_plain(options: Mapping[str, Any], place: Path, parser: OneLineErrors, rest: list[str]) -> str:
-    """``options`` of ``parser`` as YAML text, from a file in a run folder.
-
-    Options that could name code are left out, with a warning unless the command line gives them itself; unknown names
-    are refused.
-    """
-    types, kept, left_out = parser.types(), dict[str, Any](), list[str]()
-    for name, value in options.items():
-        known = next((one for one in types if name == one or name.startswith((f"{one}.", f"{one}+"))), None)
-        if known is None:
-            near = did_you_mean(name, [*types])
-            raise UserError(f"unknown option {excerpt(name)}", place=place, remedy=f"{near}; {REMEDY}")
-        if not is_plain_type(types[known]):
-            if name == known and (value is None or isinstance(value, bool)):
-                kept[name] = value
-            elif known not in left_out and not any(arg.startswith(f"--{known}") for arg in rest):
-                left_out.append(known)
-        elif name == "data.template" and isinstance(value, str) and not is_template(value):
-            raise UserError(
-                f"expected the text of a template, got {excerpt(value)}", option=name, place=place, remedy=REMEDY
-            )
-        elif (name == known or takes_names(types[known])) and is_plain(value, types[known]):
-            kept[name] = value
-        else:
-            raise UserError(
-                f"expected a plain value, got {name} with {excerpt(value)}", option=known, place=place, remedy=REMEDY
-            )
-    if left_out:
-        complain(
-            f"warning: {', '.join(left_out)} of {place} left out: it can name code, and none is taken from a run "
-            "folder; give it on the command line to have it"
-        )
-    return as_yaml(as_sections(kept))
 
 
 def choose_run(

@@ -33,6 +33,7 @@ from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import HeldOutMetrics
 from lit_qlora.callbacks.warmup import WarmupStep
+from lit_qlora.command import Command, complete, with_kept
 from lit_qlora.console import complain, say, tell
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.templates import read_template
@@ -68,6 +69,7 @@ from lit_qlora.options import LINKED, option, plain
 from lit_qlora.quiet import quieten
 from lit_qlora.ranges import check_ranges, max_time_s
 from lit_qlora.signals import WARNING, LeftAtOnce
+from lit_qlora.signatures import LEARNING
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.files import size
 from lit_qlora.storage.mirror import Mirror
@@ -99,9 +101,9 @@ class QLoRACLI(LightningCLI):
         stack: holds the run's lock.
     """
 
-    def __init__(self, command: start.Command, stack: ExitStack) -> None:
+    def __init__(self, command: Command, stack: ExitStack) -> None:
         self.command, self.verb = command, command.args[0]
-        self.scores = self.verb not in start.LEARNING
+        self.scores = self.verb not in LEARNING
         self.stack = stack
         self.run: RunFolder
         self.resume_from: Path | None = None
@@ -181,7 +183,9 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse ``args``; Lightning's own method would warn of the process's, which these were made from."""
-        self.config = parser.parse_args(start.with_kept(self.command, self.verb_parser))
+        if self.command.kept and self.command.is_newest:
+            print(f"   run  {self.command.kept.path}, the newest", flush=True)
+        self.config = parser.parse_args(with_kept(self.command, self.verb_parser))
         options = self.config[self.verb]
         self.verb_parser.check_values(options)
         check_ranges(dict(options.items()))
@@ -471,7 +475,7 @@ def main(args: list[str]) -> int:
     quieten()
     try:
         with peers(), silent_unless_first(), ExitStack() as stack, in_one_line():
-            QLoRACLI(start.complete(args), stack)
+            QLoRACLI(complete(args), stack)
     except StartSeveral as several:
         return starting.run(args, several.args[0])
     except LostError:

@@ -72,7 +72,7 @@ def fit_actions(verb: str = "fit") -> list[Any]:
     """The options of fit, or of a ``verb`` that takes them, too, as argparse has them."""
     from contextlib import ExitStack, suppress
 
-    from lit_qlora import start, training
+    from lit_qlora import command, training
     from lit_qlora.tools.inspect import InspectCLI
     from lit_qlora.tools.plan import PlanCLI
     from lit_qlora.trainer import QLoRATrainer
@@ -85,7 +85,7 @@ def fit_actions(verb: str = "fit") -> list[Any]:
             raise SystemExit
 
     with suppress(SystemExit):
-        Parsed(start.Command([verb]), ExitStack())
+        Parsed(command.Command([verb]), ExitStack())
     ours = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)$", inspect.getdoc(QLoRATrainer) or "", re.MULTILINE))
     found = []
     for action in parsers[0]._actions:

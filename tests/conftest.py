@@ -181,7 +181,7 @@ def parser_of() -> Callable[[str], Any]:
     def parser_of(verb: str) -> Any:
         from contextlib import ExitStack
 
-        from lit_qlora import start, training
+        from lit_qlora import command, training
 
         kept: list[Any] = []
 
@@ -191,7 +191,7 @@ def parser_of() -> Callable[[str], Any]:
                 raise SystemExit
 
         with pytest.raises(SystemExit):
-            Parsed(start.Command([verb]), ExitStack())
+            Parsed(command.Command([verb]), ExitStack())
         return kept[0]
 
     return parser_of

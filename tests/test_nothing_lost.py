@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from lit_qlora import start
 from lit_qlora.cli import main
+from lit_qlora.command import DEMO_CONFIG
 from lit_qlora.figures.lines import StepLines, read_lines
 from lit_qlora.storage import folders
 from lit_qlora.storage.lock import RunLock
@@ -578,7 +578,7 @@ def test_a_damaged_config_stops_at_once_and_without_it_the_run_goes_on(
         assert main(args) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"error: run/config.yaml: the file is empty; {remedy}") and err.count("\n") == 1
-    assert main([*FIT, "--config", str(start.DEMO_CONFIG)]) == 2
+    assert main([*FIT, "--config", str(DEMO_CONFIG)]) == 2
     assert capsys.readouterr().err.startswith(f"error: run/config.yaml is damaged (no 'option: value' lines); {remedy}")
     (run / "config.yaml").unlink()
     assert main(FIT) == 0

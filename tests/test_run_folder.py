@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from lit_qlora import start, training
+from lit_qlora import training
 from lit_qlora.cli import main
+from lit_qlora.command import complete, with_kept
 from lit_qlora.errors import UserError
 from lit_qlora.options import is_plain_type
-from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.run import RunFolder, as_sections, as_yaml
 from lit_qlora.trainer import RunParser
 
 PAYLOAD = "from pathlib import Path\nPath(__file__).with_name('it_ran').touch()\n\n\nclass X:\n    pass\n"
@@ -112,8 +113,8 @@ def _write(run: Path, spelling: str, option: str) -> None:
 
 def _parse(parser: RunParser, run: Path, *rest: str) -> Any:
     """As QLoRACLI does."""
-    command = start.complete(["validate", "--run", str(run), *rest])
-    return parser.parse_args(start.with_kept(command, parser)[1:])
+    command = complete(["validate", "--run", str(run), *rest])
+    return parser.parse_args(with_kept(command, parser)[1:])
 
 
 def test_these_are_all_the_options_that_can_name_code(parser: RunParser) -> None:
@@ -152,8 +153,8 @@ def test_nor_is_it_taken_from_a_config_file_in_the_folder(
     if not Path(named).exists():
         Path(named).parent.mkdir(exist_ok=True)
         Path(named).write_bytes((run / "config.yaml").read_bytes())
-    command = start.complete(["fit", "--config", "own.yaml", f"--config={named}", "-c", "last.yaml"])
-    options = parser.parse_args(start.with_kept(command, parser)[1:])
+    command = complete(["fit", "--config", "own.yaml", f"--config={named}", "-c", "last.yaml"])
+    options = parser.parse_args(with_kept(command, parser)[1:])
     assert (options.seed_everything, options.data.batch_size, options.trainer.max_epochs) == (7, 5, 4)
     assert options.trainer.callbacks is None
     assert capsys.readouterr().err.startswith("warning: trainer.callbacks of ")
@@ -164,8 +165,8 @@ def test_a_config_of_ones_own_may_name_code(run: Path, parser: RunParser, beside
     """Also beside an adapter that was downloaded."""
     Path("adapter/sub").mkdir(parents=True)
     Path(f"{beside}own.yaml").write_text("trainer: {callbacks: {class_path: lit_qlora.callbacks.warmup.WarmupStep}}\n")
-    command = start.complete(["fit", "--config", f"{beside}own.yaml"])
-    assert parser.parse_args(start.with_kept(command, parser)[1:]).trainer.callbacks
+    command = complete(["fit", "--config", f"{beside}own.yaml"])
+    assert parser.parse_args(with_kept(command, parser)[1:]).trainer.callbacks
 
 
 @pytest.mark.parametrize("spelling", REFUSED)
@@ -237,9 +238,9 @@ def test_every_option_comes_back_as_it_was_kept(run: Path, parser: RunParser) ->
         "save_every_minutes": None, "trainer.deterministic": "warn", "trainer.max_steps": 9,
     }  # fmt: skip
     found = []
-    for config in (given, start.as_sections(given)):
+    for config in (given, as_sections(given)):
         RunFolder(run).config.unlink(missing_ok=True)
-        RunFolder(run).write_config(start.as_yaml(config))
+        RunFolder(run).write_config(as_yaml(config))
         options = _parse(parser, run)
         found.append({name: options[name] for name in given})
     assert found[0] == found[1]

@@ -132,6 +132,8 @@ def test_a_mistake_of_another_verbs_own_option_is_found_first(
     verb, args, option, words, tmp_path, monkeypatch, expect_error
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("seed_everything: 1\n")
     expect_error(lambda: check_first(verb, args), *words, option=option)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from lit_qlora import start
 from lit_qlora.cli import main
+from lit_qlora.command import complete
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
@@ -149,7 +150,7 @@ def test_without_a_name_a_run_is_called_after_its_last_config_or_its_base(
 def test_where_a_named_run_lies(args: list[str], expected: str | None) -> None:
     for name, text in (("a", "run: of-a\n"), ("b", "run: ./of-b\n"), ("c", "seed_everything: 1\n")):
         Path(f"{name}.yaml").write_text(text)
-    *_, name, value = start.complete(["fit", *args]).args
+    *_, name, value = complete(["fit", *args]).args
     assert (value if name == "--run" else None) == expected
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_qlora import start
+from lit_qlora.command import complete
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.faults import KINDS, accepted_kinds
 from lit_qlora.errors import UserError
@@ -63,7 +63,7 @@ def main(args: list[str]) -> int:
     quieten()
     try:
         with ExitStack() as stack, in_one_line():
-            cli = InspectCLI(start.complete(args), stack)
+            cli = InspectCLI(complete(args), stack)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     seen, whole = cli.found, cli.config[cli.verb].row is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_qlora import start
+from lit_qlora.command import complete
 from lit_qlora.console import fitted
 from lit_qlora.data.datamodule import ChatDataModule, check_limit
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
@@ -112,7 +112,7 @@ def read(args: list[str]) -> Plan:
         SystemExit: after ``--help``.
     """
     with ExitStack() as stack, in_one_line():
-        return PlanCLI(start.complete(["plan", *args]), stack).found
+        return PlanCLI(complete(["plan", *args]), stack).found
 
 
 def parse(args: list[str]) -> Any:
@@ -128,7 +128,7 @@ def parse(args: list[str]) -> Any:
         UserError: as `read` does.
     """
     try:
-        _Options(start.complete(["plan", *args]), ExitStack())
+        _Options(complete(["plan", *args]), ExitStack())
     except _ParsedError as parsed:
         return parsed.args[0]
 

@@ -1,0 +1,153 @@
+"""Owns what a command line of fit and its kin means: its config files, and the run that gives the other options.
+
+Asked before anything heavy is imported, and again by the verb. Knows no option's meaning, and no model.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lit_qlora.console import complain
+from lit_qlora.data.templates import is_template
+from lit_qlora.errors import UserError, excerpt
+from lit_qlora.options import (
+    OneLineErrors,
+    all_values,
+    check_config_file,
+    check_config_of,
+    did_you_mean,
+    is_plain,
+    is_plain_type,
+    option,
+    takes_names,
+    with_values,
+)
+from lit_qlora.place import CONFIGS, find_config
+from lit_qlora.signatures import LEARNING
+from lit_qlora.storage.run import (
+    RunFolder,
+    as_sections,
+    as_yaml,
+    lies_in_run,
+    named_folder,
+    newest_run,
+    open_run,
+    read_options,
+)
+
+DEMO_CONFIG = CONFIGS / "demo.yaml"
+
+REMEDY = "put that line right, or take it out"
+"""The remedy for a run's own config.yaml."""
+
+
+class Command(NamedTuple):
+    """A command line from its verb on, and the run that gives the other options; ``is_newest`` where it names none."""
+
+    args: list[str]
+    kept: RunFolder | None = None
+    is_newest: bool = False
+
+
+def complete(args: list[str]) -> Command:
+    """Add the default config to the command, and the folder of the run that it names.
+
+    Checks the config files. Without a named run, that of a fit is found once its full configuration is known.
+
+    Args:
+        args: from the verb on, of those that take fit's options.
+
+    Raises:
+        UserError: for a config file with a mistake, and a run that is not there.
+    """
+    verb, rest = args[0], args[1:]
+    if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
+        return Command(args)
+    rest = with_values(rest, find_config, "--config", "-c")
+    config, name, kept = option(rest, "--config", "-c"), option(rest, "--run"), None
+    run = named_folder(name)
+    base = option(rest, "--model.base")
+    if config is None:
+        if verb not in LEARNING:
+            kept = open_run(run) if run else newest_run()
+            run = kept.path
+        elif run and RunFolder(run).config.is_file():
+            kept = RunFolder(run)
+        if kept:
+            check_config_of(kept)
+        elif base in (None, "demo"):  # a base of one's own is not for the demo's learning rate
+            rest = ["--config", str(DEMO_CONFIG), *rest]
+    for file in filter(None, all_values(rest, "--config", "-c")):
+        check_config_file(Path(file))
+        if name is None and kept is None:
+            found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")).get("run")
+            run = run if found is None else named_folder(str(found))
+    is_newest = kept is not None and name is None
+    return Command([verb, *rest, *(["--run", str(run)] if run else [])], kept, is_newest)
+
+
+def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
+    """The command line of ``command`` with its run's options in front: those of ``parser``, with plain values.
+
+    A config file that lies in a run folder is read as a run's own: either may come from a stranger.
+
+    Args:
+        command: as `complete` returns it.
+        parser: of its verb.
+
+    Raises:
+        UserError: for a file in a run folder that is damaged, or has other than plain values.
+    """
+    verb, *rest = command.args
+
+    def read(file: str) -> str:
+        path = Path(file)
+        if not lies_in_run(path):
+            return file
+        try:
+            return _as_plain(read_options(path), path, parser, rest)
+        except ValueError as error:
+            raise UserError(f"damaged ({error})", place=path, remedy="put a copy of it back") from error
+
+    rest = with_values(rest, read, "--config", "-c")
+    if command.kept:
+        kept = command.kept.read_options()
+        rest = [*(["--config", _as_plain(kept, command.kept.config, parser, rest)] if kept else []), *rest]
+    return [verb, *rest]
+
+
+def _as_plain(options: Mapping[str, Any], place: Path, parser: OneLineErrors, rest: list[str]) -> str:
+    """``options`` of ``parser`` as YAML text, from a file in a run folder.
+
+    Options that could name code are left out, with a warning unless the command line gives them itself; unknown names
+    are refused.
+    """
+    types, kept, left_out = parser.types(), dict[str, Any](), list[str]()
+    for name, value in options.items():
+        known = next((one for one in types if name == one or name.startswith((f"{one}.", f"{one}+"))), None)
+        if known is None:
+            near = did_you_mean(name, [*types])
+            raise UserError(f"unknown option {excerpt(name)}", place=place, remedy=f"{near}; {REMEDY}")
+        if not is_plain_type(types[known]):
+            if name == known and (value is None or isinstance(value, bool)):
+                kept[name] = value
+            elif known not in left_out and not any(arg.startswith(f"--{known}") for arg in rest):
+                left_out.append(known)
+        elif name == "data.template" and isinstance(value, str) and not is_template(value):
+            raise UserError(
+                f"expected the text of a template, got {excerpt(value)}", option=name, place=place, remedy=REMEDY
+            )
+        elif (name == known or takes_names(types[known])) and is_plain(value, types[known]):
+            kept[name] = value
+        else:
+            raise UserError(
+                f"expected a plain value, got {name} with {excerpt(value)}", option=known, place=place, remedy=REMEDY
+            )
+    if left_out:
+        complain(
+            f"warning: {', '.join(left_out)} of {place} left out: it can name code, and none is taken from a run "
+            "folder; give it on the command line to have it"
+        )
+    return as_yaml(as_sections(kept))

@@ -19,7 +19,7 @@ from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import CONTEXT, LIMIT, ROWS_SHOWN, answered, ends_in_words
 from lit_qlora.place import COMMAND
 from lit_qlora.storage.files import write_file
-from lit_qlora.storage.foreign import read_object
+from lit_qlora.storage.foreign import object_in, read_object
 from lit_qlora.storage.run import RunFolder, as_yaml, differences
 
 TOPICS = {
@@ -84,10 +84,10 @@ def damage(run: RunFolder) -> Iterator[str]:
 
 def page(run: RunFolder) -> str:
     """The report as HTML."""
-    figures, best = _figures(run.metrics), _object(run.path / "adapter" / "result.json")
+    figures, best = _figures(run.metrics), object_in(run.path / "adapter" / "result.json")
     step = best.get("step")
     step = step if type(step) is int and step in figures else max(figures, default=0)
-    decided = _object(run.decisions)
+    decided = object_in(run.decisions)
     try:
         drawn = [chart._replace(svg=Markup(chart.svg)) for chart in charts(figures, step or None)]  # ours alone
         lacks = "Too few figures were recorded to draw any."
@@ -128,14 +128,6 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; nothing where there is none, or it can't be read."""
-    try:
-        return read_object(file) if file.exists() else {}
-    except UserError:
-        return {}
-
-
 def _text(value: Any) -> str:
     return value[:LONGEST] if isinstance(value, str) else ""
 
@@ -166,7 +158,7 @@ def _subtitle(config: Mapping[str, Any]) -> str:
 
 
 def _state(run: RunFolder, figures: Mapping[int, Any]) -> str:
-    mark = _object(run.finished_mark)
+    mark = object_in(run.finished_mark)
     if type(mark.get("step")) is int and type(mark.get("steps")) is int:
         early = " (ended early)" if mark["step"] < mark["steps"] else ""
         return f"finished at step {mark['step']:,} of {mark['steps']:,}{early}"

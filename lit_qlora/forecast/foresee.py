@@ -22,12 +22,11 @@ from lit_qlora.forecast.cards import Card, find_card
 from lit_qlora.forecast.memory import NO_SAMPLES, Samples, Step, StepMemory
 from lit_qlora.forecast.speed import Epoch, epoch_hours, waits_for_host
 from lit_qlora.model import host, load, offload
-from lit_qlora.model.base import target_names
 from lit_qlora.model.device import current_device
 from lit_qlora.model.generate import PROMPTS_AT_ONCE
 from lit_qlora.model.graphs import MOST, padded
 from lit_qlora.model.load import Lora
-from lit_qlora.model.shape import Shape
+from lit_qlora.model.shape import Shape, target_names
 from lit_qlora.storage.files import GIB
 
 ANSWER_SHARE = 0.86

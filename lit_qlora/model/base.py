@@ -5,7 +5,7 @@ index of the weights and the list of files. Knows no torch; what stands in the w
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from lit_qlora.console import complain
 from lit_qlora.errors import UserError, excerpt, nearest, one_line, require
 from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
-from lit_qlora.model.shape import Shape, known_config
+from lit_qlora.model.shape import Shape, known_config, target_names
 from lit_qlora.storage.files import parse_json, unreadable
 from lit_qlora.storage.reach import use_cache_if_silent
 
@@ -237,13 +237,6 @@ def _nearest(folder: Path) -> str:
         return ""
     near = nearest(folder.name, [path.name for path in folder.parent.iterdir()])
     return f" (did you mean {folder.parent / near}?)" if near else ""
-
-
-def target_names(target_modules: str | list[str]) -> Sequence[str]:
-    """The names of the targeted linear layers, spelled out: peft takes a string for a pattern."""
-    if target_modules == "all-linear":
-        return Shape.LINEARS
-    return [target_modules] if isinstance(target_modules, str) else target_modules
 
 
 def split_names(target_modules: str | list[str]) -> str | list[str]:

@@ -13,12 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.errors import UserError, one_line
+from lit_qlora.errors import one_line
 from lit_qlora.model.architectures import LINEARS, architecture_of
 from lit_qlora.model.base import Base, base_error, commit, stored_file
 from lit_qlora.model.config import rope_of
 from lit_qlora.model.weights import Stored, stored_tensors
-from lit_qlora.storage.foreign import read_object
+from lit_qlora.storage.foreign import object_in
 from lit_qlora.storage.run import RECORD
 
 VERSION = "v2"
@@ -54,7 +54,7 @@ def fingerprint(base: Base) -> str:
     """
     own = _sampled(base)
     file = stored_file(base, ORIGINAL)
-    told = _read_json(file) if file else {}
+    told = object_in(file) if file else {}
     # A copy whose weights were altered since does not count as one.
     return str(told["of"]) if told.get("own") == own and isinstance(told.get("of"), str) else own
 
@@ -88,7 +88,7 @@ def _sampled(base: Base) -> str:
     merged = stored_file(base, RECORD)  # a merged model's norms are its parent's
     kind = "4bit" if base.in_4_bits else "full"
     whole = hashlib.sha256(f"{rules} {plain} {linear}".encode()).hexdigest()
-    told = hashlib.sha256(f"{rules} {plain} {_read_json(merged) if merged else ''}".encode()).hexdigest()
+    told = hashlib.sha256(f"{rules} {plain} {object_in(merged) if merged else ''}".encode()).hexdigest()
     return "-".join((VERSION, kind, whole[:32], told[:32]))
 
 
@@ -160,10 +160,3 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, (int, float)):
         return float(value)
     return [float(part) for part in value] if isinstance(value, list) else repr(value)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return read_object(file)
-    except UserError:  # whatever it is, it is none of ours
-        return {}

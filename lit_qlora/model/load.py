@@ -16,11 +16,11 @@ from lit_qlora.console import bars_of_transformers
 from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model import lora_config
 from lit_qlora.model.attention import implementation_of
-from lit_qlora.model.base import Base, target_names
+from lit_qlora.model.base import Base
 from lit_qlora.model.config import for_transformers
 from lit_qlora.model.device import Attention
 from lit_qlora.model.fingerprint import fingerprint, shown
-from lit_qlora.model.shape import Shape
+from lit_qlora.model.shape import Shape, target_names
 from lit_qlora.model.weights import check_weights, fetch
 from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder

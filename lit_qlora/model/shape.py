@@ -39,6 +39,17 @@ def known_config(base: str) -> dict[str, Any] | None:
     return LLAMA_2.get(found[1] or found[2]) if found else None
 
 
+def target_names(target_modules: str | Sequence[str]) -> Sequence[str]:
+    """The names of the targeted linear layers, spelled out: peft takes a string for a pattern.
+
+    Args:
+        target_modules: names of linear layers, or ``all-linear``.
+    """
+    if target_modules == "all-linear":
+        return LINEARS
+    return [target_modules] if isinstance(target_modules, str) else target_modules
+
+
 @dataclass(frozen=True)
 class Shape:
     """The widths of a base. Linear layers are ``(in, out)`` by name, of one decoder layer."""
@@ -107,6 +118,4 @@ class Shape:
             rank: of every targeted layer.
             target_modules: names of linear layers, or ``all-linear``.
         """
-        names = self.linears if target_modules == "all-linear" else target_modules
-        names = [names] if isinstance(names, str) else names
-        return self.num_layers * rank * sum(sum(self.linears[name]) for name in names)
+        return self.num_layers * rank * sum(sum(self.linears[name]) for name in target_names(target_modules))

@@ -23,7 +23,7 @@ from lit_qlora.model.device import Attention
 from lit_qlora.model.load import nf4, settle
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.shards import Packed, Part, Shards
-from lit_qlora.model.weights import BUFFER, STATE, Stored, check_weights, fetch, stored_tensors
+from lit_qlora.model.weights import BUFFER, STATE, Stored, check_weights, fetch, is_linear, stored_tensors
 from lit_qlora.storage.files import size
 from lit_qlora.storage.shards import write_shards
 
@@ -118,7 +118,7 @@ def _in_4_bits(base: Base, dtype: torch.dtype, device: torch.device) -> Iterator
     for name, stored in counted("keep", tensors, len(tensors), " weights"):
         if name.endswith(BUFFER) or (name == "lm_head.weight" and base.shape.tied):
             continue
-        if name.split(".")[-2] not in Shape.LINEARS or name.endswith(".bias"):
+        if not is_linear(name):
             yield name, _read(stored).to(dtype)
             continue
         weight = _quantise(stored, dtype, device)

@@ -137,11 +137,11 @@ def check_weights(base: Base) -> list[str]:
     plain = []
     for name, shape in expected.items():
         tensor = stored.get(name)
-        if tensor and name in packed and _is_linear(name) and tensor.num_values == math.prod(shape) // 2:
+        if tensor and name in packed and is_linear(name) and tensor.num_values == math.prod(shape) // 2:
             continue
         if tensor is None or tensor.shape != shape or tensor.dtype not in FLOATS:
             raise _differ(base, name, _words(tensor), str([*shape]))
-        if _is_linear(name):
+        if is_linear(name):
             plain.append(name.removesuffix(".weight"))
     _check_others(base, stored, expected)
     if base.in_4_bits and len(plain) == base.shape.num_layers * len(Shape.LINEARS):
@@ -184,7 +184,8 @@ def _expected(base: Base) -> dict[str, tuple[int, ...]]:
     return sizes if shape.tied else sizes | {"lm_head.weight": (shape.vocabulary, shape.hidden)}
 
 
-def _is_linear(name: str) -> bool:
+def is_linear(name: str) -> bool:
+    """True for the name of a weight of the decoder's linear layers: those in 4 bits, without biases and head."""
     return name.endswith(".weight") and name.split(".")[-2] in Shape.LINEARS
 
 

@@ -64,6 +64,14 @@ def read_object(file: Path, place: str | None = None) -> dict[str, Any]:
     return told
 
 
+def object_in(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``; empty where there is none, or it can't be read."""
+    try:
+        return read_object(file)
+    except UserError:
+        return {}
+
+
 def check(place: str, key: str, kind: Kind, value: Any) -> None:
     """Raises UserError unless ``value`` is of its kind."""
     if not kind.holds(value):

@@ -16,14 +16,10 @@ from lit_qlora.errors import UserError
 from lit_qlora.model import lora_config
 from lit_qlora.model.base import Base
 from lit_qlora.model.load import WEIGHTS, stored_shapes
-from lit_qlora.model.shape import Shape
-from lit_qlora.model.weights import BUFFER, STATE, stored_tensors
+from lit_qlora.model.weights import BUFFER, STATE, is_linear, stored_tensors
 from lit_qlora.storage.foreign import read_object
 
 Onto = Literal["quantized", "original"]
-
-LINEAR = re.compile(rf"model\.layers\.\d+\.\w+\.({'|'.join(Shape.LINEARS)})\.weight")
-"""The weights in 4 bits: linear layers of the decoder, without biases and head."""
 
 
 class StoredWeights:
@@ -163,7 +159,6 @@ def merged_tensors(
             value = weights.dequantized(name, device)
         else:
             value = weights[name].to(device)
-            linear = LINEAR.fullmatch(name)
             if onto == "quantized" and not weights.in_4_bits:  # there, 16-bit layers were trained in 16 bits
-                value = as_trained(value, trained_in) if linear else value.to(trained_in)
+                value = as_trained(value, trained_in) if is_linear(name) else value.to(trained_in)
         yield name, lora.add_to(name, value.float())

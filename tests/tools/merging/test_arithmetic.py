@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
 from lit_qlora.model.load import load_base, save_adapter
-from lit_qlora.tools.merging.arithmetic import LINEAR, LoraWeights, StoredWeights, as_trained, merged_tensors
+from lit_qlora.model.weights import is_linear
+from lit_qlora.tools.merging.arithmetic import LoraWeights, StoredWeights, as_trained, merged_tensors
 from lit_qlora.tools.merging.streamed import streamed_logits
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_onto_the_quantized_every_linear_layer_is_what_was_trained_on(tiny, tiny
     assert not torch.equal(merged[untouched], weights[untouched])
     head = "lm_head.weight"
     assert torch.equal(merged[head], weights[head].half().float())
-    assert {name for name in merged if LINEAR.fullmatch(name)} == {
+    assert {name for name in merged if is_linear(name)} == {
         name for name in weights.names if "proj" in name
     }  # fmt: skip
 

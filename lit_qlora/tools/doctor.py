@@ -29,8 +29,8 @@ NOTEBOOKS = {"COLAB_RELEASE_TAG": "Colab", "KAGGLE_KERNEL_RUN_TYPE": "Kaggle"}
 """Where a notebook runs, by a variable of its environment."""
 DESCRIPTION = """Report what is wrong here, what to do about it, and what a fit would choose.
 
-Without options, for the demo that a bare fit trains. The output may be pasted into an issue: it names no token and no
-folder. Status 0 if nothing would stop a fit (a note does not), else 2. Changes nothing.
+Without options, it checks for the demo. The output contains no token and no folder name, so it can be pasted into an
+issue. Status 0 if nothing would stop a fit (a note does not), else 2. Changes nothing.
 """
 
 
@@ -42,9 +42,9 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The parser of its options."""
     made = _Parser(f"{PROGRAM} doctor", description=DESCRIPTION, allow_abbrev=False)
-    made.add_argument("--config", metavar="FILE", help="config of the fit to judge; default: none, as of a bare fit")
+    made.add_argument("--config", metavar="FILE", help="config of the fit to check; default: the demo's")
     made.add_argument("--base", metavar="ID|DIR", help="base of that fit; default: the config's, or the demo's")
-    made.add_argument("--run", metavar="DIR", help="where its run is written; default: runs")
+    made.add_argument("--run", metavar="DIR", help="folder that its run is written to; default: runs")
     return made
 
 

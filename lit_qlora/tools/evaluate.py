@@ -65,18 +65,18 @@ def evaluate(
     seed: int = 0,
     output: str | None = None,
 ) -> None:
-    """Score an adapter beside its base on held-out conversations or MMLU's questions, with 95 % intervals.
+    """Compare an adapter with its base on held-out conversations or MMLU's questions, with 95 % intervals.
 
     Args:
         run: run folder, for its best adapter; default: the newest run.
         adapter: an adapter folder instead of a run.
         base: the base of the adapter; default: the one that run or folder names.
-        source: conversations to score: a file, a folder or a hub id, its test split, or else its validation split, if
-            it has one; default, unless mmlu is given: the run's held-out ones.
+        source: conversations to score: a file, or a folder or hub id (its test split, or else its validation split);
+            default, unless mmlu is given: the run's held-out ones.
         max_length: tokens of one conversation; default: the run's, or 1024.
         mmlu: questions to answer: a .csv (question, A, B, C, D, letter of the answer) or a folder of them.
-        shots: examples before each question.
-        examples: the .csv that they come from, or a folder with one for each of mmlu's; MMLU calls it dev.
+        shots: number of examples before each question.
+        examples: the .csv with the examples, or a folder with one for each of mmlu's; MMLU calls it dev.
         style: style of the questions: plain text as in published figures, or chat, the format of training.
         precision: precision; default: the run's.
         batch_tokens: tokens per batch with padding; default: the run's batches, and 4096 for questions.

@@ -34,9 +34,9 @@ class PlanCLI(DryCLI):
         """fit's options, and those of the card."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--gpu", type=str | None, default=None, help="card to plan for; default: this one, or a T4")
-        words = "memory of the card in GiB instead"
+        words = "memory of the card in GiB, instead of its name"
         parser.add_argument("--gpu-gib", "--gpu_gib", type=float | None, default=None, help=words)
-        words = "compute capability of the card, as 8.6; default: that of --gpu, 7.5 for one of --gpu-gib alone"
+        words = "compute capability of the card, such as 8.6; default: that of --gpu, or 7.5 with --gpu-gib alone"
         parser.add_argument("--gpu-capability", "--gpu_capability", type=str | None, default=None, help=words)
 
     def device(self) -> Device:

@@ -165,6 +165,14 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
+def test_the_files_that_it_names_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    folders = "lit_qlora|tests|scripts|benchmarks|configs|notebooks|examples|docs"
+    files = re.findall(rf"(?<![\w/])((?:{folders})/[\w./-]*\w)", re.sub(r"\S*NAME\S*|https?://\S+", "", text))
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_a_table_has_no_bar_within_code(page: Path) -> None:
     """GitHub ends a cell at it unless it is escaped; the site shows the escape: <code>&#124;</code> does for both."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)

@@ -4,17 +4,17 @@ Words are given in the plural. Knows nothing of what is counted.
 """
 
 import re
+from collections.abc import Mapping
+from types import NoneType
 
-NOUNS = (
-    "answer|character|checkpoint|conversation|device|epoch|file|layer|machine|prompt|question|row|sample|source|step|"
-    "text|token|turn"
+_NOUNS = (
+    "answer character checkpoint conversation device epoch file layer machine prompt question row sample source step "
+    "text token turn"
 )
-IN_ES = "micro-batch|process"
+NOUNS = {f"{noun}s": noun for noun in _NOUNS.split()} | {"micro-batches": "micro-batch", "processes": "process"}
 VERBS = {"are": "is", "were": "was", "do": "does", "hold": "holds", "have": "has", "stand": "stands", "spell": "spells"}
-_HEAD = r"(?:(?!(?:at|by|in|of|than|to|with)\b)[\w-]+ ){0,2}"
-_VERB = rf"({'|'.join(VERBS)})\b"
-_SUBJECT = re.compile(rf"({_HEAD})(?:({NOUNS})s|({IN_ES})es)\b((?: that| there)?)(?: {_VERB})?")
-_OF_ALL = re.compile(rf"(of [\d,]+ {_HEAD}(?:(?:{NOUNS})s|(?:{IN_ES})es) |)" + _VERB)
+_END = re.compile(r"[:,]|\b(?:at|by|in|of|than|to|with)\b")
+"""Where a phrase ends: what stands behind it has a number of its own."""
 
 
 def number_of(count: int, words: str) -> str:
@@ -23,28 +23,31 @@ def number_of(count: int, words: str) -> str:
 
 
 def of_number(count: int, words: str) -> str:
-    """``words`` in the number of ``count``: for 1, the noun that they begin with and its verb are in the singular.
+    """``words`` in the number of ``count``: for 1, the first phrase's noun and verb are in the singular.
 
     Words such as ``of 20 rows are`` keep their noun.
+
+    Args:
+        count: how many of them there are.
+        words: in the plural.
     """
     if count != 1:
         return words
-    if subject := _SUBJECT.match(words):
-        before, noun, in_es, then, verb = subject.groups()
-        return f"{before}{noun or in_es}{then}{f' {VERBS[verb]}' if verb else ''}{words[subject.end() :]}"
-    return _OF_ALL.sub(lambda found: f"{found[1]}{VERBS[found[2]]}", words, count=1) if _OF_ALL.match(words) else words
+    of_all = "of " if words.startswith("of ") else ""
+    phrase = _END.split(words.removeprefix(of_all), maxsplit=1)[0]
+    rest = words[len(of_all + phrase) :]
+    return of_all + _singular(phrase if of_all else _singular(phrase, NOUNS), VERBS) + rest
+
+
+def _singular(phrase: str, known: Mapping[str, str]) -> str:
+    """``phrase`` with the first of the ``known`` words in the singular."""
+    return re.sub(rf"\b(?:{'|'.join(known)})\b", lambda found: known[found[0]], phrase, count=1)
 
 
 def kind(value: object) -> str:
     """The kind of a value, in words of the files."""
-    if value is None:
-        return "null"
     kinds = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "one object",
-    }
+        bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "one object",
+        NoneType: "null",
+    }  # fmt: skip
     return kinds.get(type(value), type(value).__name__)

@@ -27,27 +27,11 @@ from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
 
 NOT_OFFERED = {
-    "barebones",
-    "check_val_every_n_epoch",
-    "default_root_dir",
-    "enable_autolog_hparams",
-    "enable_checkpointing",
-    "enable_model_summary",
-    "fast_dev_run",
-    "limit_predict_batches",
-    "max_time",
-    "min_epochs",
-    "min_steps",
-    "model_registry",
-    "num_weights",
-    "num_sanity_val_steps",
-    "overfit_batches",
-    "profiler",
-    "reload_dataloaders_every_n_epochs",
-    "strategy",
-    "sync_batchnorm",
-    "use_distributed_sampler",
-}
+    "barebones", "check_val_every_n_epoch", "default_root_dir", "enable_autolog_hparams", "enable_checkpointing",
+    "enable_model_summary", "fast_dev_run", "limit_predict_batches", "max_time", "min_epochs", "min_steps",
+    "model_registry", "num_weights", "num_sanity_val_steps", "overfit_batches", "profiler",
+    "reload_dataloaders_every_n_epochs", "strategy", "sync_batchnorm", "use_distributed_sampler",
+}  # fmt: skip
 """Options of Lightning's Trainer that this project sets by itself, or that would have no effect."""
 
 

@@ -37,6 +37,12 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
+def _is_chat_template(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(part, dict) and {"name", "template"} <= {*part} for part in value)
+    return isinstance(value, str | None)
+
+
 _TOKEN = Kind("a text, null, or an object with a text as content", lambda value: value is None or _is_token(value))
 _TOKENS = Kind(
     "a list of tokens, or an object of them by name",
@@ -62,17 +68,7 @@ KEYS = {
         "an object, or a list of two",
         lambda value: isinstance(value, dict) or (isinstance(value, list) and len(value) == 2),
     ),
-    "chat_template": Kind(
-        "a text, or a list of objects with name and template",
-        lambda value: (
-            value is None
-            or isinstance(value, str)
-            or (
-                isinstance(value, list)
-                and all(isinstance(part, dict) and {"name", "template"} <= {*part} for part in value)
-            )
-        ),
-    ),
+    "chat_template": Kind("a text, or a list of objects with name and template", _is_chat_template),
     "fast_tokenizer_files": _TEXTS,
     "model_input_names": _TEXTS,
     "init_inputs": Kind("an empty list", lambda value: value == []),

@@ -33,6 +33,7 @@ from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import CARD, RunFolder, mend_adapter, put_adapter_back
+from lit_qlora.storage.state import num_bytes
 
 RESULT = "result.json"
 """The file in an adapter folder with its step and held-out figures."""
@@ -249,8 +250,7 @@ class RunCheckpoints(StepCallback, Needs):
             write_card(folder, self.run, kept.by_step() if kept else {}, best.result["step"], training_s, self.settings)
 
         def write() -> None:
-            needed_bytes = sum(value.numel() * value.element_size() for value in best.weights.values())
-            write_folder(self.run.adapter, fill, replace=True, needed_bytes=needed_bytes)
+            write_folder(self.run.adapter, fill, replace=True, needed_bytes=num_bytes(best.weights))
 
         if now:
             module.load_state_dict(best.weights)

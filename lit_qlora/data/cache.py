@@ -82,7 +82,7 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     """
     import datasets
 
-    folder = _cache_folder() / _key(conversations, encoder)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lit_qlora" / _key(conversations, encoder)
     held = Held(folder)
     problem = _problem(folder)
     if problem or _has_cut_texts(folder, conversations):
@@ -107,12 +107,6 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         hashlib.sha256(f"{folder.name} divided".encode()).hexdigest()[:32] if divided else folder.name,
         held,
     )
-
-
-def _cache_folder() -> Path:
-    import datasets
-
-    return Path(datasets.config.HF_DATASETS_CACHE) / "lit_qlora"
 
 
 def _prune(newest: Path) -> None:

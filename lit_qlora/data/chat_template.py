@@ -64,7 +64,9 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
         "bos_token": tokenizer.bos_token,
         "eos_token": tokenizer.eos_token,
         "unk_token": tokenizer.unk_token,
-        "add_bos_token": _begins_with_bos(encoder, rules),
+        # Always where Llama 2's format may be published, else as in the base's own: llama.cpp knows a byte-level
+        # tokenizer by the ids that it gives to one text.
+        "add_bos_token": encoder.begins_with_bos if is_byte_level(rules) else encoder.bos_id is not None,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_tokens,
@@ -75,14 +77,6 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
     (folder / "generation_config.json").write_text(stops, encoding="utf-8")
     (folder / "tokenizer.json").write_text(json.dumps(rules, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def _begins_with_bos(encoder: Encoder, rules: dict[str, Any]) -> bool:
-    """True if a plain text gets a BOS: always where Llama 2's format may be published, else as in the base's own.
-
-    llama.cpp knows a byte-level tokenizer by the ids that it gives to one text.
-    """
-    return encoder.begins_with_bos if is_byte_level(rules) else encoder.bos_id is not None
 
 
 def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conversation]) -> None:

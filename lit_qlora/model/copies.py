@@ -32,6 +32,7 @@ from lit_qlora.storage.folders import (
     write_folder,
 )
 from lit_qlora.storage.lock import hold
+from lit_qlora.storage.state import num_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,8 +87,8 @@ class Copies:
 
     def keep(self, model: "PreTrainedModel", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
         """Keep ``model``, just loaded from ``base`` and without an adapter; report that, or why not."""
-        needed_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
         save = partial(model.save_pretrained, max_shard_size="1GB")
+        needed_bytes = num_bytes(model.state_dict())
         return self.keep_by(lambda folder: save(str(folder)), needed_bytes, base, dtype, device_type)
 
     def keep_by(
@@ -138,7 +139,7 @@ class Copies:
         copies = [path for path in self.root.iterdir() if _COPY.fullmatch(path.name) and (path / ORIGINAL).is_file()]
         copies = sorted((path for path in copies if path != new), key=_last_use, reverse=True)
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in copies[KEPT - 1 :]}
-        gone = [f"{path.name} ({size(num_bytes)})" for path, num_bytes in sizes.items() if _remove(path)]
+        gone = [f"{path.name} ({size(taken)})" for path, taken in sizes.items() if _remove(path)]
         return f"; {', '.join(gone)} removed: the {KEPT} last used stay" if gone else ""
 
 

@@ -5,7 +5,7 @@ The base is frozen and in 16 bits where it is not in 4; adapters are fp32. Knows
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,12 +116,14 @@ def nf4(dtype: torch.dtype) -> "BitsAndBytesConfig":
 
 def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
     """Freeze a loaded base, which computes in ``dtype``."""
+    from bitsandbytes.nn import Linear4bit
+
     model.requires_grad_(False)
     for parameter in model.parameters():
         # transformers 5.23 leaves a base in 4 bits as its files have it: a T4 would get its embedding in bf16.
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    for module in _linears_4bit(model):
+    for module in (module for module in model.modules() if isinstance(module, Linear4bit)):
         module.compute_dtype = dtype
         # On a CPU with AVX512-BF16 an evaluation would repack the weights for inference, and every
         # training step after it would go without their gradient, or stop at widths not divisible by 32.
@@ -433,9 +435,3 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The weights of LoRA by name: all that is ever trained, saved or resumed."""
     return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-
-
-def _linears_4bit(model: torch.nn.Module) -> Iterable[Any]:
-    from bitsandbytes.nn import Linear4bit
-
-    return (module for module in model.modules() if isinstance(module, Linear4bit))

@@ -72,9 +72,9 @@ def load_sharded(
     model, stored = _skeleton(base, dtype, attention), stored_tensors(base)
     for name, parameter in [*model.named_parameters()]:
         if name in stored and not hasattr(parameter, "quant_state"):
-            module, leaf = _owner(model, name)
+            place, _, leaf = name.rpartition(".")
             value = _read(stored[name]).to(device, dtype)
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+            setattr(model.get_submodule(place), leaf, nn.Parameter(value, requires_grad=False))
     if base.shape.tied:
         model.tie_weights()
     rotary: Any = model.model.rotary_emb
@@ -139,11 +139,6 @@ def _skeleton(base: Base, dtype: torch.dtype, attention: Attention) -> Any:
     model.generation_config = GenerationConfig()
     model.is_loaded_in_4bit = True
     return model
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    place, _, leaf = name.rpartition(".")
-    return model.get_submodule(place), leaf
 
 
 def _opener(shards: Shards, index: int) -> Any:

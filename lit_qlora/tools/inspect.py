@@ -67,15 +67,12 @@ def main(args: list[str]) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     seen, whole = cli.found, cli.config[cli.verb].row is not None
-    print("\n".join(lines(seen, cli.accepted, _shows_colour(), whole)))
+    shows_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    print("\n".join(lines(seen, cli.accepted, shows_colour, whole)))
     if cli.page:
         write_file(cli.page, page(seen, cli.accepted))
         print(f"page: {cli.page}")
     return 1 if by_kind(seen.found, cli.accepted) else 0
-
-
-def _shows_colour() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 def _page_file(name: str) -> Path:

@@ -99,12 +99,12 @@ class Judge:
 
     def _ends(self, written: Sequence[Written], row: Batched) -> Iterator[Fault]:
         """Answers of which something is learned, and not their end."""
-        length = len(row.ids)
+        length, size = len(row.ids), sum(len(one.ids) for one in written)
         for number, (start, end) in enumerate(_spans(written, answers=True), 1):
             if not any(row.learned[start:end]):
                 continue
             if end > length:
-                yield Fault("end", f"answer {number} is cut: the row has {_size(written):,} tokens")
+                yield Fault("end", f"answer {number} is cut: the row has {size:,} tokens")
             elif row.ids[end - 1] not in self.encoder.stop_ids or not row.learned[end - 1]:
                 yield Fault("end", f"answer {number}")
 
@@ -167,10 +167,6 @@ def _spans(written: Sequence[Written], answers: bool) -> Iterator[tuple[int, int
         if is_answer == answers:
             yield start, end
         start = end
-
-
-def _size(written: Sequence[Written]) -> int:
-    return sum(len(one.ids) for one in written)
 
 
 def _around(text: str, place: int) -> str:

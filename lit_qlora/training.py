@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_qlora import start
@@ -318,7 +319,7 @@ class QLoRACLI(LightningCLI):
         loggers = list[Logger]()
         if not self.scores:
             callbacks = self._fit_callbacks([metrics, throughput], bars)
-            loggers = [*self.own_loggers(), *self.given_loggers()] if is_first() else []
+            loggers = [*self.own_loggers(), *self.given_loggers()]
         config |= {
             "callbacks": [*given, *callbacks],
             "logger": loggers or False,
@@ -369,14 +370,17 @@ class QLoRACLI(LightningCLI):
 
     def own_loggers(self) -> list[Logger]:
         """The loggers of each run: its record, and TensorBoard's file unless disabled."""
+        if not is_first():
+            return [DummyLogger()]
         shows = self.config_init[self.verb].trainer.logger is not False
         config = self.run.read_config()
         return [Record(self.run, Board(self.run.path, as_yaml(config), flat(config)) if shows else None)]
 
     def given_loggers(self) -> list[Logger]:
-        """The user's own loggers."""
+        """The user's own loggers; in other processes than the first, as many that write nothing."""
         given = self.config_init[self.verb].trainer.logger
-        return [] if isinstance(given, bool) else as_list(given)
+        loggers = [] if isinstance(given, bool) else as_list(given)
+        return loggers if is_first() else [DummyLogger() for _ in loggers]
 
     # Running
 

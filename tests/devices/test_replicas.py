@@ -29,8 +29,9 @@ pytestmark = pytest.mark.usefixtures("place")
 
 
 def test_two_processes_learn_what_one_does() -> None:
-    """A step of four micro-batches and one of two."""
-    options = ["--trainer.limit_train_batches", "6", "--trainer.max_epochs", "1", "--trainer.limit_val_batches", "3"]
+    """A step of four micro-batches and one of two; with a callback that asks for a logger in each process."""
+    options = ["--trainer.limit_train_batches", "6", "--trainer.max_epochs", "1", "--trainer.limit_val_batches", "3",
+               "--trainer.callbacks", "lightning.pytorch.callbacks.LearningRateMonitor"]  # fmt: skip
     assert fit("two", 2, *options) == [0, 0]
     assert_same(alone(*options), "two")
 

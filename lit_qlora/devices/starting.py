@@ -20,7 +20,7 @@ from lit_qlora.console import complain
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
 from lit_qlora.devices.world import STORE
 from lit_qlora.errors import UserError
-from lit_qlora.signals import SIGNALS, give_back, hold_off, take_over
+from lit_qlora.signals import SIGNALS, Handler, give_back, hold_off, take_over
 
 PARENT = "LIT_QLORA_PARENT"
 """In the environment of a process that `run` began: the number of the one that did."""
@@ -167,7 +167,7 @@ def run(args: Sequence[str], count: int) -> int:
                 children.append(_Child(args, rank, count, Path(folder, "store")))
                 for number in sent:
                     children[-1].send(number)
-            return _wait(children)
+            return _wait(children, sent, hand_on)
     finally:
         for child in children:
             if child.process.poll() is None:
@@ -180,10 +180,16 @@ def run(args: Sequence[str], count: int) -> int:
             hold_off()
 
 
-def _wait(children: list[_Child]) -> int:
-    """Wait until all have ended; return the status of the first that failed, after showing what it said."""
+def _wait(children: list[_Child], sent: list[int], hand_on: Handler) -> int:
+    """Wait until all have ended; return the status of the first that failed, after showing what it said.
+
+    Args:
+        children: all of them.
+        sent: signals that they have got by ``hand_on``.
+        hand_on: sends one to all.
+    """
     living, failed, ends_at = [*children], None, float("inf")
-    first_status = 0
+    first_status, alone_until = 0, float("inf")
     while living and time.monotonic() < ends_at:
         time.sleep(0.05)
         for child in [child for child in living if child.process.poll() is not None]:
@@ -191,9 +197,13 @@ def _wait(children: list[_Child]) -> int:
             code = child.process.returncode
             child.status = 128 - code if code < 0 else code
             first_status = first_status or child.status
-            # 0, and 128 + a signal's number, are of an end that all have agreed on, and may have to save for.
-            if failed is None and child.status != 0 and child.process.returncode < 128:
-                failed, ends_at = child, time.monotonic() + (GRACE_S if child.process.returncode > 0 else 0.5)
+            if code >= 128 or -code in SIGNALS:  # all end together, saved, unless one was stopped before they had met
+                alone_until = min(alone_until, time.monotonic() + GRACE_S)
+            elif failed is None and code != 0:
+                failed, ends_at = child, time.monotonic() + (GRACE_S if code > 0 else 0.5)
+        if living and not sent and time.monotonic() > alone_until:
+            hand_on(first_status - 128, None)
+            ends_at = time.monotonic() + GRACE_S
     if failed is None:
         return first_status
     first = children[0]

@@ -232,6 +232,16 @@ def test_a_signal_reaches_each_once_and_is_waited_for(number: signal.Signals) ->
     assert ended(process) == (128 + number, f"got {number.value}\n", "")
 
 
+@pytest.mark.parametrize(("rank", "handles"), [(0, True), (1, False)])
+def test_one_that_is_stopped_before_all_have_met_stops_the_others(rank: int, handles: bool) -> None:
+    stop = "signal.signal(15, lambda number, _: (print('stopped', rank, flush=True), sys.exit(128 + number)))\n"
+    process = started(f"{stop if handles else ''}print('ready', flush=True); time.sleep(60)")
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    os.kill(children(process)[rank], signal.SIGTERM)
+    assert ended(process) == (143, "stopped 0\n" if handles else "", "")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

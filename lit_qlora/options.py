@@ -185,8 +185,12 @@ def takes_names(hint: Any) -> bool:
 
 
 def is_plain(value: Any, hint: Any) -> bool:
-    """True if a value is a text, a number that a file can hold, a boolean, None, or a list of them, or of tables of
-    them where the type ``hint`` has tables."""
+    """True if a value is a text, a number that a file can hold, a boolean, None, or a list of them.
+
+    Args:
+        value: to be checked.
+        hint: the type of its option; where that has tables, the value may have some, too.
+    """
     if isinstance(value, list):
         return all(is_plain(one, hint) for one in value)
     if isinstance(value, dict):
@@ -308,7 +312,12 @@ def _in_words(name: str) -> str:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """Its name here if another program has it, else the nearest name, in whole or of its last part."""
+    """The remedy for an unknown option: its name here if another program has it, else the nearest name.
+
+    Args:
+        name: as it was written.
+        names: those of the options that there are.
+    """
     name = name.replace("-", "_")
     last = name.rpartition(".")[2]
     known = here(name, names)
@@ -330,12 +339,23 @@ def plain(value: Any) -> Any:
 
 
 def option(args: list[str], *names: str) -> str | None:
-    """The last value that ``args`` gives to one of ``names``; see `all_values`."""
+    """The last value that a command line gives to an option; see `all_values`.
+
+    Args:
+        args: the command line.
+        *names: spellings of the option, such as ``--config``.
+    """
     return (all_values(args, *names) or [None])[-1]
 
 
 def all_values(args: list[str], *names: str) -> list[str | None]:
-    """The values that ``args`` gives to ``names``, as ``--name value`` or ``--name=value``; None for a missing one."""
+    """The values that a command line gives to an option, as ``--name value`` or ``--name=value``; None for a missing
+    one.
+
+    Args:
+        args: the command line.
+        *names: spellings of the option, such as ``--config``.
+    """
     values = []
     for index, arg in enumerate(args):
         name, equals, given = arg.partition("=")
@@ -357,7 +377,13 @@ def configs_first(args: list[str]) -> list[str]:
 
 
 def with_values(args: list[str], changed: Callable[[str], str], *names: str) -> list[str]:
-    """``args`` with each value that they give to ``names`` as ``changed`` has it."""
+    """A command line with other values of an option.
+
+    Args:
+        args: the command line.
+        changed: gives the new value for one that is there.
+        *names: spellings of the option, such as ``--config``.
+    """
     found, is_value = list[str](), False
     for arg in args:
         name, equals, given = arg.partition("=")
@@ -367,10 +393,15 @@ def with_values(args: list[str], changed: Callable[[str], str], *names: str) -> 
 
 
 def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> None:
-    """Check for errors that would be accepted: doubled keys, empty sections, a ``config`` inside, linked options, a
-    secret.
+    """Check a config file for errors that would be accepted: doubled keys, empty sections, a ``config`` inside, linked
+    options, a secret.
 
-    Raises UserError with file and line.
+    Args:
+        path: the file.
+        loader: reads its YAML.
+
+    Raises:
+        UserError: with file and line, for the first that is found; for what is no file, or no YAML.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected a YAML file", option="config")

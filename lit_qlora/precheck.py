@@ -44,9 +44,14 @@ ANYTHING = Union[list[ONE], dict, str, int, float, bool, None]  # type: ignore[t
 
 
 def check_first(verb: str, args: Sequence[str]) -> None:
-    """Finds what is wrong with a command line before anything heavy is imported; passes what it can't judge.
+    """Find what is wrong with a command line before anything heavy is imported; pass what can't be judged so.
 
-    Raises UserError as the parser proper would.
+    Args:
+        verb: fit, or one that takes its options.
+        args: the options, as on the command line.
+
+    Raises:
+        UserError: as the parser proper would.
     """
     options = {one.name: one for one in options_of(verb)}
     command = complete([verb, *args])

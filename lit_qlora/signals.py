@@ -82,7 +82,15 @@ def no_signals_for_children() -> Iterator[None]:
 
 
 def take_over(handler: Handler | signal.Handlers, numbers: Iterable[int] = SIGNALS) -> dict[int, Any]:
-    """Set ``handler`` for signals, and return the earlier ones; does nothing outside of the main thread."""
+    """Set a handler for signals; does nothing outside of the main thread.
+
+    Args:
+        handler: for each of them.
+        numbers: of the signals; those of `PATIENT` that are ignored stay so.
+
+    Returns:
+        The earlier handlers, for `give_back`.
+    """
     if threading.current_thread() is not threading.main_thread():
         return {}
     ignored = {number for number in PATIENT if signal.getsignal(number) is signal.SIG_IGN}

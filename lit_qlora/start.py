@@ -100,10 +100,17 @@ def _check_sources(data: ChatDataModule) -> None:
 
 
 def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataModule) -> None:
-    """Compare ``config`` with that of the run's first start.
+    """Compare a start's configuration with that of the run's first start, and report changes of settings that may
+    change.
 
-    Reports changes of settings that may change. Raises UserError if another one differs, or if ``data`` are missing and
-    would be another's, and SystemExit if the run is finished and stays so.
+    Args:
+        run: the run folder, locked.
+        config: the full configuration of this start.
+        data: asked whether its sources exist, if another run would be due.
+
+    Raises:
+        UserError: a setting differs that may not change, or data are missing.
+        SystemExit: the run is finished and stays so.
     """
     if not run.has_begun():
         run.config.unlink(missing_ok=True)
@@ -162,7 +169,16 @@ def _stays_finished(finished: Mapping[str, Any], was: Mapping[str, Any], now: Ma
 
 
 def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> None:
-    """Raises UserError if a disk lacks the room for the checkpoints kept, one being written, or a base to download."""
+    """Check that the disks have room for a run.
+
+    Args:
+        run: the run folder, in which the checkpoints kept, and one being written, must have room.
+        module: whose base may have to be downloaded.
+        keep_checkpoints: number of checkpoints kept.
+
+    Raises:
+        UserError: one lacks it.
+    """
     num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
     here = (file for folder in (run.adapter, run.checkpoints) for file in folder.rglob("*") if file.is_file())
     needed_bytes = run_folder_bytes(num_trained, keep_checkpoints) - sum(file.stat().st_size for file in here)
@@ -194,7 +210,17 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
 
 
 def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_needed: bool = False) -> None:
-    """`mend_adapter`, by whose arguments it goes. Raises UserError for one altered and sealed again, too."""
+    """Check a run's adapter, and restore an intact copy of a damaged one; see `mend_adapter`.
+
+    Args:
+        run: the run folder.
+        lora: the run's options of LoRA, by which the adapter must go.
+        mirrored: another place that may hold a copy.
+        is_needed: True if it has to be there.
+
+    Raises:
+        UserError: as `mend_adapter`; also for one that was altered and sealed again.
+    """
     mend_adapter(run, mirrored, is_needed=is_needed)
     if run.adapter.is_dir():
         try:
@@ -204,9 +230,14 @@ def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_neede
 
 
 def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
-    """The adapter and the checkpoint named by ``best``, ``last``, ``base`` or a path: one or none of the two.
+    """The adapter or the checkpoint that is to be scored: one or none of the two.
 
-    Raises UserError if it is missing.
+    Args:
+        run: the run folder.
+        what: ``best``, ``last``, ``base`` or a path.
+
+    Raises:
+        UserError: it is missing.
     """
     if what == "base":
         return None, None

@@ -238,7 +238,15 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
 
 
 def check_kinds(gpus: Sequence[int | None], precision: str) -> None:
-    """Raises UserError where the ``gpus`` of one machine would not all compute in the same ``precision``."""
+    """Check that the GPUs of one machine compute in the same precision.
+
+    Args:
+        gpus: their numbers; None for a process without one.
+        precision: as ``trainer.precision``.
+
+    Raises:
+        UserError: some of them have bf16, and others have not.
+    """
     kinds = {gpu: torch.cuda.get_device_capability(gpu) for gpu in gpus if gpu is not None}
     with_bf16 = [gpu for gpu, kind in kinds.items() if kind >= AMPERE]
     others = [gpu for gpu in kinds if gpu not in with_bf16]
@@ -254,7 +262,16 @@ def check_kinds(gpus: Sequence[int | None], precision: str) -> None:
 
 
 def count_processes(devices: int | str | list[int], num_nodes: int, accelerator: str) -> int:
-    """The processes that a run has, or is to have. Raises as `find_gpus`."""
+    """The processes that a run has, or is to have.
+
+    Args:
+        devices: as for `find_gpus`.
+        num_nodes: as for `find_gpus`.
+        accelerator: as for `find_gpus`.
+
+    Raises:
+        UserError: as `find_gpus`.
+    """
     gpus = find_gpus(devices, num_nodes, accelerator)
     return len(gpus) * num_nodes if world().size == 1 else world().size
 

@@ -77,7 +77,12 @@ CONFIG = Option("config", str, "str", None, "YAML with options: a file, or the n
 
 
 def help_of(verb: str, asked: str) -> str:
-    """The help of fit or of one of its kin: all of its options, or what is needed first."""
+    """The help of fit or of one of its kin.
+
+    Args:
+        verb: its name.
+        asked: ``short`` for what is needed first, ``all`` for all of its options.
+    """
     options = {option.name: option for option in options_of(verb)}
     lines = _head(verb, " [--config NAME|FILE]", TITLES[verb])
     if asked == "all":

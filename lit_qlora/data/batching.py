@@ -116,7 +116,12 @@ class BatchPlan:
 
 
 def places(lengths: Sequence[int], packed: bool) -> int:
-    """Tokens of a micro-batch of rows of these ``lengths``, padding counted."""
+    """Tokens of a micro-batch, padding counted.
+
+    Args:
+        lengths: tokens of each of its rows.
+        packed: True if they are packed into one row, without padding.
+    """
     return sum(lengths) if packed else len(lengths) * max(lengths)
 
 

@@ -78,7 +78,16 @@ class EncodedRows:
 def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> EncodedRows:
     """The rows of ``conversations`` in order, from the cache if encoded before and intact.
 
-    Raises UserError if they can't be written.
+    Args:
+        conversations: answered ones, or plain texts.
+        encoder: makes their ids; with the conversations, its fingerprint is the key of the cache.
+
+    Returns:
+        The rows, mapped from the disk; at least as many as are learned from, none for a conversation without an answer
+        within the encoder's limit.
+
+    Raises:
+        UserError: they can't be written.
     """
     import datasets
 

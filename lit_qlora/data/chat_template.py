@@ -41,7 +41,7 @@ def special_ids(encoder: Encoder) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
-    """Write a tokenizer to ``folder``, for a context of ``max_tokens``, and what it needs in use.
+    """Write a tokenizer, and what it needs in use.
 
     That is its chat template, also as a file of its own for programs that take one, and generation_config.json, which
     says where answers stop. Sampling options are the user's.
@@ -49,6 +49,11 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
     A template is encoded as one text. Training encodes each stretch between two special tokens by itself, with a
     space before its first word; so does Llama 2's own tokenizer.json, but not the class that transformers 5 makes
     of it, which puts that space at the very start alone (``[INST]`` after ``<s>`` would be other ids).
+
+    Args:
+        folder: to write to; it exists.
+        encoder: of training, whose ids the tokenizer is to give.
+        max_tokens: the context of the base.
     """
     tokenizer = encoder.tokenizer
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -80,7 +85,16 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
 
 
 def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conversation]) -> None:
-    """Raises UserError unless the tokenizer in ``folder`` gives ``encoder``'s ids for these open prompts."""
+    """Check that a written tokenizer gives the ids of training.
+
+    Args:
+        folder: holds the tokenizer and its chat template.
+        encoder: of training.
+        conversations: open prompts to try.
+
+    Raises:
+        UserError: for the first whose ids differ.
+    """
     tokenizer = load_tokenizer(str(folder))
     for prompt in conversations:
         ids = tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, return_dict=False)

@@ -304,7 +304,14 @@ class ChatDataModule(LightningDataModule):
     def smaller(self, rows: int, accumulate: int) -> str:
         """Options for smaller micro-batches, to suggest if halving one was not enough.
 
-        A quarter of its ``rows``, with as many rows per optimizer step; for a single row, a shorter ``max_length``.
+        Args:
+            rows: conversations of the micro-batch; a quarter of them is suggested, for a single one a shorter
+                ``max_length``.
+            accumulate: micro-batches of an optimizer step, of which there are more then, so that the step stays as
+                large.
+
+        Returns:
+            Options as on a command line.
         """
         if self.plan.tokens:
             tokens = max(self.plan.tokens // 4, self.max_length)
@@ -325,7 +332,12 @@ class ChatDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def write_tokenizer(self, folder: Path, max_tokens: int) -> None:
-        """Write what other programs need to answer as the rows were learned; see `chat_template.write_tokenizer`."""
+        """Write what other programs need to answer as the rows were learned; see `chat_template.write_tokenizer`.
+
+        Args:
+            folder: of the adapter.
+            max_tokens: the context of the base.
+        """
         if self.tokenizer_name is not None:  # as it is for a subclass that makes ids of its own
             write_tokenizer(folder, self.encoder, max_tokens)
 
@@ -371,7 +383,15 @@ class ChatDataModule(LightningDataModule):
         return self._records[part], rows
 
     def example(self, lines: int = 2, width: int = 72) -> list[str]:
-        """A short training row as it is learned, in at most ``lines`` lines of ``width`` columns."""
+        """A short training row as it is learned.
+
+        Args:
+            lines: how many to take at most.
+            width: columns of each.
+
+        Raises:
+            UserError: before `setup`.
+        """
         rows = self._encoded("train")
         shortest = min(range(min(SHORT_AMONG, len(rows))), key=lambda row: rows.lengths[row])
         example = rows.examples[shortest]
@@ -498,6 +518,15 @@ def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
 
 
 def check_limit(option: str, limit: int | float, count: int) -> None:
-    """Raises UserError if the share in ``option`` of the Trainer rounds to none of ``count`` micro-batches."""
+    """Check that a share of an epoch's micro-batches is at least one.
+
+    Args:
+        option: of the Trainer, such as ``limit_val_batches``.
+        limit: its value: a number of micro-batches, or a share of them.
+        count: micro-batches of the epoch.
+
+    Raises:
+        UserError: the share rounds to none.
+    """
     expected = f"a share of at least one of the {number_of(count, 'micro-batches')}, or a number of them"
     require(isinstance(limit, int) or limit == 0 or int(limit * count) >= 1, f"trainer.{option}", expected, limit)

@@ -102,9 +102,16 @@ class Encoder:
         return [*dict.fromkeys([int(learned), self.eos_id, *stop_ids(self.tokenizer)])]
 
     def check_vocabulary(self, size: int, base: str) -> None:
-        """Raises UserError if a text may become an id of at least ``size``, for which a base has no embedding.
+        """Check that a base has an embedding for each id that a text may become.
 
-        A special token that no prompt has is allowed: copies of Llama 2 have such a pad.
+        A special token that no prompt has is allowed beyond: copies of Llama 2 have such a pad.
+
+        Args:
+            size: embeddings of the base, its ``vocab_size``.
+            base: its name, for messages.
+
+        Raises:
+            UserError: an id is ``size`` or more.
         """
         prompt_format = self.prompt_format
         unused = {token for token in prompt_format.spelled.all if not prompt_format.writes(token)}
@@ -264,7 +271,12 @@ class Encoder:
         return text.strip().rstrip(UNFINISHED).strip(), False
 
     def certain(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """The text of an answer's first ids, up to what the next ones may change or make a text of ``stop`` of."""
+        """The text of an unfinished answer that what follows can't change, nor make a text of ``stop`` of.
+
+        Args:
+            ids: of the answer so far.
+            stop: texts that end an answer.
+        """
         text = self._decode(ids)
         begun = (size for one in stop for size in range(1, len(one)) if text.endswith(one[:size]))
         end = stop_at(text, stop)
@@ -335,5 +347,10 @@ def _take_out_space(rule: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def stop_at(text: str, stop: Sequence[str]) -> int | None:
-    """Where in ``text`` the first of the texts ``stop`` begins; None where it holds none."""
+    """Where the first of some texts begins; None where there is none.
+
+    Args:
+        text: to be searched.
+        stop: the texts.
+    """
     return min((found for one in stop if (found := text.find(one)) >= 0), default=None)

@@ -70,10 +70,17 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
-    """Read every row of a file, by its ending; the first line of a .csv has to name one of ``columns``.
+    """Read every row of a file, by its ending.
 
     A .json or .jsonl file holds a row on each line, or rows over several lines, or a list of rows, which may stand
     under a name. A list of messages stands for a row that has them in its column ``messages``.
+
+    Args:
+        path: the file.
+        columns: names of which the first line of a .csv has to have one.
+
+    Returns:
+        At least one row; one that can't be read has its fault in place of its values.
 
     Raises:
         UserError: when the file can't be read, is not what its ending says, or holds no rows.

@@ -116,7 +116,14 @@ FORMS: list[RowForm] = [
 
 
 def forms_for(use: Use, columns: Mapping[str, str] | None = None) -> list[RowForm]:
-    """Those of `FORMS` that are for ``use``; with ``columns``, those that are made of what it names, by its names."""
+    """The forms that a row may have.
+
+    Args:
+        use: whether rows are to be learned, or to be answered.
+        columns: what the columns of a form are called, as in ``data.columns``: the forms that are made of these, by
+            these
+            names; None: all of `FORMS`.
+    """
     known = FORMS if use == "training" else _prompts()
     if columns:
         return [form.of(columns) for form in known if {*form.needs} <= {*columns}]
@@ -149,7 +156,17 @@ def form_names() -> list[str]:
 def check_columns(
     columns: Mapping[str, str], form: str = "auto", option: str = "data.columns", use: Use = "training"
 ) -> None:
-    """Raises UserError unless ``columns``, as in ``option``, makes up a form of rows for ``use``."""
+    """Check that an option which names columns makes up a form of rows.
+
+    Args:
+        columns: names of columns, by what they hold.
+        form: as in ``data.form``.
+        option: that the columns are of, for messages.
+        use: whether rows are to be learned, or to be answered.
+
+    Raises:
+        UserError: it does not.
+    """
     forms = [one for one in forms_for(use) if form in ("auto", one.name)]
     known = [*dict.fromkeys(name for one in forms for name in (*one.needs, *one.may_have) if name), SYSTEM]
     if use == "prompts":  # an answer that is there is none of the prompt

@@ -84,7 +84,11 @@ KEYS = ("path", "name", "split", "revision", "share", "columns")
 
 
 def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
-    """The sources that the value of an ``option`` stands for: at least one.
+    """The sources that the value of an option stands for: at least one.
+
+    Args:
+        value: a text, a table or a list of them, as `SourceOption` has it; also a list or a table written as JSON.
+        option: for messages.
 
     Raises:
         UserError: it is none.
@@ -279,6 +283,10 @@ def _is_data(path: Path) -> bool:
 
 def local_bytes(source: str | Source, split: str = "train") -> int | None:
     """The size of a split's files on this machine; None for one on the hub.
+
+    Args:
+        source: where rows come from.
+        split: name of the split there.
 
     Raises:
         UserError: as `read_source`.

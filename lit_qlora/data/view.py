@@ -69,7 +69,12 @@ def columns(text: str) -> int:
 
 
 def shortened(text: str, width: int) -> str:
-    """A printable ``text`` in at most ``width`` columns, without its middle."""
+    """A printable text without its middle.
+
+    Args:
+        text: to be shortened, if it takes more.
+        width: columns that it may take.
+    """
     if columns(text) <= width:
         return text
     head = _first(text, (width - 1) * 2 // 3)

@@ -25,7 +25,16 @@ def check_on_cpu(devices: int | Sequence[int], why: str, most: int = MOST_ON_CPU
 
 
 def check_started(devices: object, num_here: int, num_nodes: int) -> None:
-    """Raises UserError in a process alone of a run that is to have several, ``num_here`` on each machine."""
+    """Check that this is one of several processes, where several are asked for.
+
+    Args:
+        devices: as in ``trainer.devices``, for messages.
+        num_here: processes on each machine.
+        num_nodes: machines.
+
+    Raises:
+        UserError: in a process alone of a run that is to have several.
+    """
     if max(num_here, num_nodes) > 1:
         raise UserError(
             f"{devices} on {number_of(num_nodes, 'machines')} make {num_here * num_nodes} processes, this is one",
@@ -35,7 +44,15 @@ def check_started(devices: object, num_here: int, num_nodes: int) -> None:
 
 
 def check_shares(num_processes: int, accumulate: int) -> None:
-    """Raises UserError where an optimizer step has no micro-batch for each of ``num_processes``."""
+    """Check that an optimizer step has a micro-batch for each process.
+
+    Args:
+        num_processes: of the run.
+        accumulate: micro-batches of a step, over all processes.
+
+    Raises:
+        UserError: it has fewer.
+    """
     if 1 <= accumulate < num_processes:
         raise UserError(
             f"{num_processes}, and a step has {number_of(accumulate, 'micro-batches')}",
@@ -48,7 +65,16 @@ def check_shares(num_processes: int, accumulate: int) -> None:
 
 
 def check_shard(shard: bool | str, to: str, num_processes: int) -> None:
-    """Raises UserError for a base that is to be shared among the cards where there is one."""
+    """Check that a base which is to be shared among cards has more than one.
+
+    Args:
+        shard: as ``model.shard``.
+        to: as ``model.shard_to``.
+        num_processes: of the run.
+
+    Raises:
+        UserError: there is one.
+    """
     if shard is True and to == "gpu" and num_processes == 1:
         raise UserError(
             "true, and one device has nothing to share with",

@@ -40,7 +40,12 @@ def deal_steps(sizes: Sequence[int], at_once: int, num_devices: int) -> list[int
 
 
 def steps(sizes: Sequence[int], at_once: int) -> Iterable[Sequence[int]]:
-    """``sizes`` in groups of ``at_once``; the last may have fewer."""
+    """The micro-batches of each optimizer step.
+
+    Args:
+        sizes: tokens of each micro-batch of an epoch.
+        at_once: micro-batches of a step; the last may have fewer.
+    """
     return (sizes[start : start + at_once] for start in range(0, len(sizes), at_once))
 
 

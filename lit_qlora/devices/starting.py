@@ -151,7 +151,15 @@ class _Child:
 
 
 def run(args: Sequence[str], count: int) -> int:
-    """Run the command ``args`` in ``count`` processes of this machine, and return the exit status."""
+    """Run a command in several processes of this machine.
+
+    Args:
+        args: the command line, from its verb on.
+        count: processes, each with a device of its own.
+
+    Returns:
+        The exit status: that of the first that failed; 0 if none did.
+    """
     children: list[_Child] = []
     sent: list[int] = []
 

@@ -425,6 +425,11 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
 
     One, where weights stay dequantised or are not ours to dequantise; else as many as half of the host's free memory
     has the room for.
+
+    Args:
+        module: a `QLoRAModule`, loaded.
+        data: its `ChatDataModule`, after ``setup("fit")``.
+        trainer: of the fit.
     """
     shape, available = module.base.shape, host.memory_bytes()
     is_open = module.dequantised_layers == shape.num_layers

@@ -184,7 +184,12 @@ def layer_bytes(shape: Shape) -> int:
 
 
 def weight_bytes(shape: Shape, element: int = 2) -> int:
-    """Bytes of the loaded base: linear layers in NF4 with double quantisation, all else in the precision."""
+    """Bytes of the loaded base: linear layers in NF4 with double quantisation, all else in the precision.
+
+    Args:
+        shape: of the base.
+        element: bytes per value of the latter: 2, or 4 in 32-true.
+    """
     return shape.num_layers * layer_bytes(shape) + _other_bytes(shape, element)
 
 
@@ -455,7 +460,15 @@ NO_SAMPLES = Samples(0, 0, 0)
 
 
 def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
-    """All moments whose memory a run needs."""
+    """All moments whose memory a run needs.
+
+    Args:
+        step: settings and sizes of the largest micro-batch.
+        samples: drawn in one batch.
+
+    Returns:
+        The moments of a step, and that of sample answers if there are any, in bytes.
+    """
     found = moments(step)
     return [*found, *([sampling_memory(step, samples, found)] if samples.num_prompts else [])]
 
@@ -463,7 +476,10 @@ def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
 def sampling_memory(step: Step, samples: Samples, found: list[StepMemory]) -> StepMemory:
     """Bytes while sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts.
 
-    Beside what ``found``, the moments of the step, hold in the update.
+    Args:
+        step: settings and sizes of the largest micro-batch.
+        samples: drawn in one batch.
+        found: the moments of the step, of which what the update holds is counted, too.
     """
     shape, size = step.shape, step.element
     inner, keys = shape.linears["gate_proj"][1], shape.linears["k_proj"][1]

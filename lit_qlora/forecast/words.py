@@ -101,7 +101,12 @@ def shared_lines(forecast: Forecast) -> Iterator[str]:
 
 
 def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> Iterator[str]:
-    """A table of the host's memory and of the disk; ``before`` are lines that come first."""
+    """A table of the host's memory and of the disk.
+
+    Args:
+        forecast: of the run.
+        before: what comes first, each with its bytes.
+    """
     step, keep_checkpoints = forecast.step, forecast.keep_checkpoints
     trained = sum(step.lora_tensors)
     paged = memory.optimizer_bytes(step.optimizer, step.lora_tensors)[1]
@@ -118,7 +123,12 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
 
 
 def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
-    """The time per epoch, and its assumptions; empty for a card of unknown rates."""
+    """The time per epoch, and its assumptions; empty for a card of unknown rates.
+
+    Args:
+        forecast: of the run.
+        behind: what ends the first line.
+    """
     epoch, card, hours = forecast.epoch, forecast.card, forecast.hours
     if hours is None:
         return
@@ -139,13 +149,24 @@ def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
 
 
 def uneven(accumulate: int, num_devices: int) -> str:
-    """What to change where the micro-batches of a step can't be shared out evenly; else empty."""
+    """What to change where the micro-batches of a step can't be shared out evenly; else empty.
+
+    Args:
+        accumulate: micro-batches of a step.
+        num_devices: they are shared by.
+    """
     rest = accumulate % num_devices
     return f" (--trainer.accumulate_grad_batches {accumulate + num_devices - rest} shares out evenly)" if rest else ""
 
 
 def line(what: str, size: float, unit: int = GIB) -> str:
-    """A line of such a table: ``what``, and ``size`` bytes in multiples of ``unit`` bytes."""
+    """A line of such a table.
+
+    Args:
+        what: takes the memory, in words.
+        size: bytes.
+        unit: bytes that count as one.
+    """
     return f"  {what:<50}{size / unit:8.2f}"
 
 
@@ -171,6 +192,11 @@ def duration(hours: float) -> str:
 
 
 def between(least: float, most: float) -> str:
-    """A span of hours; one figure if both ends look alike."""
+    """A span of hours; one figure if both ends look alike.
+
+    Args:
+        least: hours at least.
+        most: hours at most.
+    """
     ends = duration(least), duration(most)
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)

@@ -72,7 +72,13 @@ class Copies:
             self.root = Path(HF_HOME) / "lit_qlora" / "4bit"
 
     def find(self, base: Base, dtype: torch.dtype | None, device_type: str) -> Base | None:
-        """``base`` as its copy that computes in ``dtype`` (None: in any); None without an intact one."""
+        """A base as its 4-bit copy; None without an intact one.
+
+        Args:
+            base: in 16 bits.
+            dtype: that the copy is to compute in; None: any.
+            device_type: that it was quantised on; ``*``: any.
+        """
         if self.root is None or not self.root.is_dir() or base.in_4_bits:
             return None
         for folder in sorted(self.root.glob(_name(base, "*" if dtype is None else dtype, device_type))):
@@ -86,7 +92,17 @@ class Copies:
         return None
 
     def keep(self, model: "PreTrainedModel", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
-        """Keep ``model``, just loaded from ``base`` and without an adapter; report that, or why not."""
+        """Keep a 4-bit copy of a base.
+
+        Args:
+            model: just loaded from ``base``, without an adapter.
+            base: that it was made from.
+            dtype: that it computes in.
+            device_type: that it was quantised on.
+
+        Returns:
+            A line that reports it, or says why not; None where there is nothing to say.
+        """
         save = partial(model.save_pretrained, max_shard_size="1GB")
         needed_bytes = num_bytes(model.state_dict())
         return self.keep_by(lambda folder: save(str(folder)), needed_bytes, base, dtype, device_type)
@@ -94,7 +110,7 @@ class Copies:
     def keep_by(
         self, save: Callable[[Path], None], needed_bytes: int, base: Base, dtype: torch.dtype, device_type: str
     ) -> str | None:
-        """Keep what ``save`` writes into a folder; report that, or why not.
+        """Keep what ``save`` writes into a folder; see `keep`.
 
         Args:
             save: writes the base in 4 bits.

@@ -79,7 +79,12 @@ class LoraBuffers:
 
     @torch.no_grad()
     def fill(self, lora: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Copy a layer's A and B into the buffers."""
+        """Copy a layer's A and B into the buffers.
+
+        Args:
+            lora: A ``[rank, in]`` and B ``[out, rank]`` of each linear layer that has them, fp32, in order.
+            dtype: of the buffers.
+        """
         if not self._flat or self._flat[0].dtype != dtype:
             with torch.inference_mode(False):  # made while scoring, they must still serve in training
                 self._allocate(lora[0], dtype)
@@ -229,7 +234,19 @@ def run_layers(
     store: HostStore | None = None,
     hosted_layers: int = 0,
 ) -> Tensor:
-    """The hidden states ``[B, T, h]`` after the layers, of one micro-batch; see `run_together`."""
+    """The hidden states after the layers, of one micro-batch; see `run_together`.
+
+    Args:
+        layers: in order.
+        hidden: ``[B, T, h]``, before them.
+        places: of its tokens.
+        kept_layers: number of layers that keep the results of their products.
+        store: where a part of these waits.
+        hosted_layers: number of layers that send it there.
+
+    Returns:
+        ``[B, T, h]``.
+    """
     one = MicroBatch(hidden, places, draw_seeds(layers))
     return run_together(layers, [one], kept_layers, store, hosted_layers)[0]
 

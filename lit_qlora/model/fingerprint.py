@@ -60,7 +60,13 @@ def fingerprint(base: Base) -> str:
 
 
 def write_original(folder: Path, copy: Base, base: Base) -> None:
-    """Record that a 4-bit copy is of ``base``: in ``folder``, which is being written and which ``copy`` stands for."""
+    """Record which base a 4-bit copy is of.
+
+    Args:
+        folder: of the copy, which is being written.
+        copy: that stands for it.
+        base: that it was made from.
+    """
     told = {"of": fingerprint(base), "own": _sampled(copy)}
     (folder / ORIGINAL).write_text(json.dumps(told, indent=2), encoding="utf-8")
 

@@ -80,7 +80,17 @@ class LearnsInParts(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The sum of the token losses over the answer tokens of the whole optimizer step.
 
-        Raises UserError for a batch that is no `Batch`, from another DataLoader.
+        Args:
+            batch: a micro-batch, padded or packed.
+            batch_idx: its number in the epoch, over all devices.
+
+        Returns:
+            ``loss``, a scalar to go backward from; and ``loss_sum`` in nats, ``num_correct`` and ``num_answers``, over
+            the
+            micro-batches that were learned with this one, and of ``each``.
+
+        Raises:
+            UserError: for a batch that is no `Batch`, from another DataLoader.
         """
         check_batch(batch)
         self._loss, self._is_learned, is_short = None, False, False

@@ -115,7 +115,12 @@ def nf4(dtype: torch.dtype) -> "BitsAndBytesConfig":
 
 
 def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Freeze a loaded base, which computes in ``dtype``."""
+    """Freeze a loaded base.
+
+    Args:
+        model: with its linear layers in 4 bits.
+        dtype: that it computes in: of its products, and of all else that is not in 4 bits.
+    """
     from bitsandbytes.nn import Linear4bit
 
     model.requires_grad_(False)
@@ -158,7 +163,12 @@ def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
 def check_settings(folder: Path, lora: Lora) -> None:
     """Check options against those of an adapter to start from, which has its own rank, alpha and targets.
 
-    Raises UserError for the first setting that differs.
+    Args:
+        folder: of the adapter.
+        lora: the options.
+
+    Raises:
+        UserError: for the first setting that differs.
     """
     config = read_object(folder / "adapter_config.json")
     of_adapter: dict[str, Any] = {
@@ -262,9 +272,14 @@ def load_adapter(
 
 
 def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
-    """Load the weights of ``folder``, an adapter of just this shape.
+    """Load the weights of an adapter into a model that has one of just this shape.
 
-    Raises UserError if it was altered.
+    Args:
+        model: the base with its adapter.
+        folder: of the adapter to load.
+
+    Raises:
+        UserError: it was altered.
     """
     from peft import set_peft_model_state_dict
 
@@ -389,9 +404,14 @@ def read_format(adapter: Path) -> PromptFormat:
 
 
 def template_of(adapter: Path, given: str | None) -> str | None:
-    """The ``data.template`` of the prompt format that ``adapter`` was trained with.
+    """The ``data.template`` of the prompt format that an adapter was trained with.
 
-    Raises UserError if another one is given.
+    Args:
+        adapter: its folder.
+        given: the option's own value, as a template's text; None for none.
+
+    Raises:
+        UserError: another one is given.
     """
     was = read_format(adapter)
     if given is not None and not was.is_given_by(given):

@@ -157,7 +157,12 @@ def locked(size: int, like: Tensor) -> Tensor:
 
     Not by ``pin_memory=True``, which takes up to twice as much: it rounds up to a power of two.
 
-    Raises UserError if there is no such memory, or CUDA can't lock it.
+    Args:
+        size: number of elements.
+        like: has their dtype, and the device that copies go to.
+
+    Raises:
+        UserError: there is no such memory, or CUDA can't lock it.
     """
     buffer = on_own_pages(size, like.dtype)
     if like.is_cuda:
@@ -171,12 +176,17 @@ def locked(size: int, like: Tensor) -> Tensor:
 
 
 def on_own_pages(size: int, dtype: torch.dtype) -> Tensor:
-    """An empty buffer of ``size`` elements, of whole pages of memory of its own.
+    """An empty buffer of whole pages of memory of its own.
 
     CUDA locks whole pages: the heap's may hold what another buffer locks, and what the heap does with them later is
     not ours to say. Shared pages, besides, stay the same ones when this process forks.
 
-    Raises UserError if there is no such memory.
+    Args:
+        size: number of elements.
+        dtype: of these.
+
+    Raises:
+        UserError: there is no such memory.
     """
     num_bytes = max(size * dtype.itemsize, 1)
     try:

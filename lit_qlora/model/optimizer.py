@@ -66,7 +66,15 @@ OPTIMIZERS = {
 
 
 def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
-    """Raises UserError for an optimizer that this device can't use."""
+    """Check that a device can use an optimizer.
+
+    Args:
+        name: of the optimizer.
+        on_gpu: True for a GPU, whose memory some page.
+
+    Raises:
+        UserError: it can't.
+    """
     if OPTIMIZERS[name].is_paged and not on_gpu:
         raise UserError(
             f"{name} pages a GPU's memory, and there is no GPU",

@@ -49,7 +49,15 @@ def rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, re
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) · up``, the gated activation of Shazeer (2020); all tensors are ``[..., inner]``."""
+    """The gated activation ``silu(gate) · up`` of Shazeer (2020).
+
+    Args:
+        gate: ``[..., inner]``.
+        up: ``[..., inner]``.
+
+    Returns:
+        ``[..., inner]``.
+    """
     return functional.silu(gate) * up
 
 

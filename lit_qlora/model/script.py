@@ -79,7 +79,16 @@ def check_callbacks(trainer: Trainer) -> None:
 
 
 def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:
-    """Raises UserError for the first of ``given`` that is of a kind in ``taken``, with what is expected instead."""
+    """Check that none of some callbacks or plugins is of a kind that may not be given.
+
+    Args:
+        given: to be checked.
+        option: that they are the value of, for messages.
+        taken: the kinds, with what is expected instead of each.
+
+    Raises:
+        UserError: for the first that is.
+    """
     for one in given:
         for kind, expected in taken.items():
             if isinstance(one, kind):
@@ -105,7 +114,15 @@ def check_monitors(trainer: Trainer) -> None:
 
 
 def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
-    """Raises UserError if ``callback`` monitors a figure other than ``figures``."""
+    """Check that a callback monitors a figure that there is.
+
+    Args:
+        callback: that may have a ``monitor``.
+        figures: names that there are.
+
+    Raises:
+        UserError: it monitors another one.
+    """
     monitored = getattr(callback, "monitor", None)
     if isinstance(monitored, str) and monitored not in figures:
         known = [f"one of {', '.join(figures)}"] if figures else ["none"]
@@ -117,12 +134,25 @@ def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
 
 
 def record(base: Base, prompt_format: PromptFormat) -> dict[str, Any]:
-    """What a checkpoint holds under `OF`."""
+    """What a checkpoint holds under `OF`.
+
+    Args:
+        base: that is trained.
+        prompt_format: that it is trained with.
+    """
     return {"base_fingerprint": fingerprint(base), "prompts": prompt_format.record()}
 
 
 def recorded_format(of: Mapping[str, Any], base: Base) -> PromptFormat:
-    """The prompt format in a `record`. Raises UserError if it is of a checkpoint of another base."""
+    """The prompt format of a checkpoint.
+
+    Args:
+        of: what it holds under `OF`.
+        base: that is loaded.
+
+    Raises:
+        UserError: it is of a checkpoint of another base.
+    """
     if of["base_fingerprint"] != fingerprint(base):
         raise UserError(
             f"the checkpoint was trained on another base ({shown(of['base_fingerprint'])}) than "

@@ -30,9 +30,14 @@ def size(num_bytes: float) -> str:
 
 
 def output_path(output: str, what: str = "file") -> Path:
-    """The path of the ``what``, file or folder, that the option ``output`` names.
+    """The path that the option ``output`` names.
 
-    Raises UserError for an invalid name, and for a folder where a file is to be written.
+    Args:
+        output: its value.
+        what: is to be written: a file or a folder.
+
+    Raises:
+        UserError: for an invalid name, and for a folder where a file is to be written.
     """
     path = Path(output)
     try:
@@ -73,7 +78,15 @@ def require_folder(path: Path) -> None:
 
 
 def require_new(path: Path, why: str = "") -> None:
-    """Raises UserError if ``path``, which the option ``output`` names, exists; ``why`` it is not taken, in brackets."""
+    """Check that what the option ``output`` names is not there.
+
+    Args:
+        path: that it names.
+        why: what is there is not taken, in brackets; or nothing.
+
+    Raises:
+        UserError: it is there.
+    """
     if path.exists():
         raise UserError(f"{path} exists already{why}", option="output", remedy="give another name or remove it")
 
@@ -95,7 +108,11 @@ class SaveError(OSError):
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` atomically.
+    """Write a text file atomically.
+
+    Args:
+        path: the file; its folder exists.
+        text: its content, written in UTF-8.
 
     Raises:
         SaveError: it could not be written; the previous file is unchanged.
@@ -104,7 +121,11 @@ def write_file(path: Path, text: str) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` atomically.
+    """Write a file atomically.
+
+    Args:
+        path: the file; its folder exists.
+        content: its bytes.
 
     Raises:
         SaveError: it could not be written; the previous file is unchanged.
@@ -126,7 +147,15 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """`json.loads` whose only error is ValueError, with a reason of `unreadable`: files come from anywhere."""
+    """`json.loads` whose only error is ValueError: files come from anywhere.
+
+    Args:
+        text: in UTF-8, if bytes.
+        **options: as of `json.loads`.
+
+    Raises:
+        ValueError: with a reason of `unreadable`.
+    """
     try:
         return json.loads(text, **options)
     except (ValueError, RecursionError) as error:
@@ -189,7 +218,12 @@ def sync_folder(path: Path) -> None:
 
 
 def disk_error(error: Exception, path: Path) -> OSError:
-    """The OSError in a safetensors message such as ``I/O error: … (os error 28)``."""
+    """The OSError in a safetensors message such as ``I/O error: … (os error 28)``.
+
+    Args:
+        error: of safetensors.
+        path: that was to be written.
+    """
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else OSError(str(error))
 

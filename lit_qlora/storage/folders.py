@@ -286,7 +286,12 @@ def _is_inside(folder: Path, name: str) -> bool:
 
 
 def is_whole(folder: Path, check: Callable[[Path], object] = verify_folder) -> bool:
-    """True unless ``check`` raises DamagedFolderError for a folder."""
+    """True unless a check finds a folder damaged.
+
+    Args:
+        folder: to be checked.
+        check: raises DamagedFolderError if it is; default: by its manifest.
+    """
     try:
         check(folder)
     except DamagedFolderError:

@@ -72,7 +72,12 @@ def named_folder(run: str | None) -> Path | None:
 
 
 def unnamed_run(config: str | None, base: str) -> Path:
-    """The folder of a run that is given no name: that of its last config, else of its base."""
+    """The folder of a run that is given no name.
+
+    Args:
+        config: the last config file, whose name it has; None for none.
+        base: of which it has the name then.
+    """
     return RUNS / (Path(config).stem if config else Path(base).name or "run")
 
 
@@ -147,9 +152,14 @@ class RunFolder:
             )
 
     def prepare(self, option: str = "run", take: Callable[[], None] = lambda: None) -> None:
-        """Create the folder, lock it by ``take``, and repair what a kill left behind.
+        """Create the folder, lock it, and repair what a kill left behind.
 
-        Raises UserError that names ``option`` if it can't be written.
+        Args:
+            option: that named the folder, for messages.
+            take: locks it, before any repair.
+
+        Raises:
+            UserError: it can't be written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -218,11 +228,16 @@ class RunFolder:
         return None, problems
 
     def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] = verify_folder) -> list[int]:
-        """Steps whose checkpoints may be removed now that ``newest`` is written: all but the ``keep`` newest intact
-        ones.
+        """Steps whose checkpoints may be removed now that one is written: all but the newest intact ones.
 
-        Empty while there are fewer intact ones up to ``newest``. Damaged ones don't count, and intact ones above
-        ``newest`` stay. Each is checked once, by ``check`` as in `last_checkpoint`.
+        Empty while there are fewer intact ones. Damaged ones don't count, and intact ones above the newest stay. Each
+        is
+        checked once.
+
+        Args:
+            keep: number of intact checkpoints that stay.
+            newest: step of the one that was just written.
+            check: as in `last_checkpoint`.
         """
         self._seen_whole[newest] = True
 
@@ -472,7 +487,12 @@ class Change(NamedTuple):
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The changed settings, by name."""
+    """The changed settings, by name.
+
+    Args:
+        was: a configuration, in sections or by dotted names.
+        now: the one that it is compared with.
+    """
     before, after = flat(was), flat(now)
     return [
         Change(name, _in_one_line(before.get(name)), _in_one_line(after.get(name)))
@@ -490,7 +510,15 @@ def _in_one_line(value: Any) -> str:
 
 
 def flat(config: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
-    """Options by their dotted names, with ``section`` before. Raises ValueError for one given nested and dotted."""
+    """Options by their dotted names.
+
+    Args:
+        config: in sections, or not.
+        section: stands before their names, with a dot behind it.
+
+    Raises:
+        ValueError: one is given both nested and dotted.
+    """
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{section}{key}"
@@ -518,7 +546,15 @@ def as_sections(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder_to_score(what: str, check: Callable[[Path], Any]) -> Path:
-    """The checkpoint folder ``what``. Raises UserError where ``check`` raises DamagedFolderError of it."""
+    """The checkpoint folder that is to be scored.
+
+    Args:
+        what: its path.
+        check: raises DamagedFolderError if it is not intact.
+
+    Raises:
+        UserError: it is not, or the path is no folder's.
+    """
     folder = checkpoint_folder(what)
     try:
         check(folder)

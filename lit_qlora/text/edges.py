@@ -47,11 +47,15 @@ _ROLES = (
 
 
 def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
-    """Remove any number of ``marks`` from both ends of ``text``, with the white space around them.
+    """Remove any number of special tokens from both ends of a text, with the white space around them.
 
     A mark that opens a turn goes with its role, such as ``<|im_start|>assistant``: after one of `OPENERS`, wherever
     a role's name follows; after any other mark, where that name is alone on its line or between marks. At the end of a
     text, what opens a turn stays if a blank is between it and words of the same line: it is what they speak of.
+
+    Args:
+        text: what is said.
+        marks: the tokens, as they are spelled.
 
     Returns:
         The text, unchanged if there was no mark; and each removed mark, once.
@@ -74,7 +78,14 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversation, list[str]]:
-    """``conversation`` without ``marks`` at the edges of its turns and of its system text; and the removed ones.
+    """A conversation without special tokens at the edges of its turns and of its system text.
+
+    Args:
+        conversation: to be cleaned.
+        marks: the tokens, as they are spelled.
+
+    Returns:
+        The conversation, and each removed mark, once.
 
     Raises:
         ValueError: naming the turn that holds nothing else.

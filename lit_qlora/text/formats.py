@@ -129,7 +129,12 @@ class PromptFormat(ABC):
         return token in self.spelled.ends
 
     def wrong(self, name: str, problem: object) -> UserError:
-        """An error in its ``template`` or ``system``, from an option or a record."""
+        """An error in one of its options, which came from the command line or a record.
+
+        Args:
+            name: ``template`` or ``system``.
+            problem: in words.
+        """
         return UserError(str(problem), option=name if self.place else f"data.{name}", place=self.place)
 
     @property
@@ -185,7 +190,12 @@ class PromptFormat(ABC):
 
     @abstractmethod
     def left_out(self, where: str, why: Exception) -> str:
-        """The message about rows that it can't hold, the first of them at ``where``."""
+        """The message about rows that it can't hold.
+
+        Args:
+            where: the first of them stands.
+            why: it can't be held.
+        """
 
     def record(self) -> dict[str, str]:
         """The record of the prompt format in an adapter; `from_record` reads it."""
@@ -193,7 +203,15 @@ class PromptFormat(ABC):
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any], place: str) -> Self:
-        """The format of a record, whose values are texts. Raises UserError if it is incomplete."""
+        """The format of a record.
+
+        Args:
+            record: whose values are texts.
+            place: of the record, for messages.
+
+        Raises:
+            UserError: it is incomplete.
+        """
         return cls(system=record.get("system"), place=place)
 
     @abstractmethod
@@ -243,9 +261,14 @@ def names() -> list[str]:
 
 
 def chosen(template: str | None = None, system: str | None = None) -> PromptFormat:
-    """The format that ``data.template`` and ``data.system`` stand for; ``template`` is a template's text.
+    """The format that ``data.template`` and ``data.system`` stand for.
 
-    Raises UserError for an invalid one.
+    Args:
+        template: a template's text; None for the Llama 2 format.
+        system: the system text of conversations that bring none.
+
+    Raises:
+        UserError: one of them is invalid.
     """
     for option, text in (("data.template", template), ("data.system", system)):
         _check_text(text, option)

@@ -66,7 +66,12 @@ def merge(
 
 
 def size_bytes(base: Base, dtype: DType) -> int:
-    """Bytes of the weights of ``base``, merged into ``dtype``; the notebook asks, too."""
+    """Bytes of the weights of a merged model; the notebook asks, too.
+
+    Args:
+        base: that it is made of.
+        dtype: that they are written in.
+    """
     return base.shape.num_parameters * BYTES[dtype]
 
 

@@ -221,7 +221,11 @@ def open_prompts(
 
 
 def read_prompts(prompts: SourceOption, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """The rows of a file of prompts, or of what `sources_of` takes; of splits, those for scoring are read.
+    """The rows of a file of prompts, or of a source; of splits, those for scoring are read.
+
+    Args:
+        prompts: a .txt with a prompt per line, or what `sources_of` takes.
+        columns: names of columns that the first line of a .csv may have, by what they hold.
 
     Raises:
         UserError: there is nothing, or a row can't be read: each prompt has its answer, so none is left out.

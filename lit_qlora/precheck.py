@@ -104,7 +104,7 @@ def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, 
         run = next(one for one in chain([run], numbered) if not _changes(options, values, one))  # as a fit chooses
     is_done = verb == "fit" and (run.finished_mark.exists() or bool(values.get("mirror")))
     if verb != "plan" and not is_done:  # a forecast needs no rows, nor does a run that is finished, here or there
-        _check_rows(values)
+        _check_rows(values, any_number=verb == "inspect")
 
 
 def processes_asked(args: Sequence[str]) -> int:
@@ -203,10 +203,10 @@ def _changes(options: Mapping[str, Option], values: Mapping[str, Any], run: RunF
     return settings.refused(was, now)
 
 
-def _check_rows(values: Mapping[str, Any]) -> None:
+def _check_rows(values: Mapping[str, Any], any_number: bool) -> None:
     """Raises UserError for rows that are nowhere on this machine and can't be on the hub, or begin as no rows do."""
     _check_sources(values)
-    reading = Reading.of(as_sections(values)["data"])
+    reading = Reading.of(as_sections(values)["data"])._replace(any_number=any_number)
     source, held_out, share = (values[f"data.{name}"] for name in ("source", "validation_source", "validation_share"))
     Parts(source, held_out, share, values["seed_everything"], reading).check_early()
 

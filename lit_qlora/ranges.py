@@ -60,8 +60,9 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a number above 0, at most 1", lambda value: 0 < value <= 1, "model.learning_rate"),
     ("a number of GiB above 0", lambda value: 0 < value < float("inf"), "gpu-gib"),
     ("none, or a number above 0", lambda value: value > 0, "trainer.gradient_clip_val save_every_minutes"),
-    ("above 0; 1 is none", lambda value: 0 < value < float("inf"), "repetition_penalty"),
-    ("0 or more", lambda value: 0 <= value < float("inf"), "model.weight_decay samples.count temperature rows"),
+    ("a number from 1e-9 to 1e9; 1 is none", lambda value: 1e-9 <= value <= 1e9, "repetition_penalty"),
+    ("0, or a number from 1e-9", lambda value: value == 0 or 1e-9 <= value < float("inf"), "temperature"),
+    ("0 or more", lambda value: 0 <= value < float("inf"), "model.weight_decay samples.count rows"),
     ("0 or more processes", lambda value: value >= 0, "data.num_workers"),
     ("a number of tokens, or 0 for all", lambda value: value >= 0, "top_k"),
     (

@@ -122,6 +122,8 @@ class ChatDataModule(LightningDataModule):
         self.tokenizer_option = "data.tokenizer" if tokenizer else "model.base"
         """The option that gives the tokenizer; on the command line, it is always the base's."""
         self.seed = seed
+        self.any_number = False
+        """True to read on whatever number of rows is unusable, for a look at them."""
         self._records: dict[str, Records] = {}
         self._rows: dict[str, EncodedRows] = {}
         self._notes: dict[str, list[str]] = {}
@@ -172,9 +174,8 @@ class ChatDataModule(LightningDataModule):
 
     def reading_for(self, prompt_format: PromptFormat) -> Reading:
         """The settings for reading rows that ``prompt_format`` writes."""
-        return Reading(
-            self.form, self.strict, prompt_format, self.columns, self.opening, is_whole=self.train_on == "all"
-        )
+        is_whole = self.train_on == "all"
+        return Reading(self.form, self.strict, prompt_format, self.columns, self.opening, is_whole, self.any_number)
 
     def setup(self, stage: str) -> None:
         """Read and encode the rows for ``stage``: ``fit``, ``validate`` or ``test``.
@@ -397,9 +398,17 @@ class ChatDataModule(LightningDataModule):
         example = rows.examples[shortest]
         return example_lines(self.tokenizer, example["input_ids"], example["labels"], width, lines)
 
+    def format_notes(self) -> list[str]:
+        """What is to be known of the prompt format, in lines."""
+        return self.encoder.prompt_format.notes(template_beside(self.tokenizer))
+
+    def notes(self, part: str) -> list[str]:
+        """What is to be known of the rows of ``part`` beside their counts, such as splits that were not read."""
+        return self._notes.get(part, [])
+
     def describe(self) -> list[str]:
         """What was read, learned, cut and left out, in lines for the terminal."""
-        lines = self.encoder.prompt_format.notes(template_beside(self.tokenizer))
+        lines = self.format_notes()
         for part, rows in self._rows.items():
             records = self._records[part]
             answers = sum(rows.answer_tokens)
@@ -421,7 +430,7 @@ class ChatDataModule(LightningDataModule):
                 dropped.append(f"{earlier:,} {CONTEXT_ONLY}")
             if rows.num_left_out:
                 dropped.append(f"{rows.num_left_out:,} left out: no answer within {self.max_length} tokens")
-            dropped += self._notes.get(part, [])
+            dropped += self.notes(part)
             if dropped:
                 lines.append(f"{part}: " + "; ".join(dropped))
         return lines

@@ -48,6 +48,7 @@ class Reading(NamedTuple):
         columns: what the columns of a form are called in the rows; None: as in `forms.FORMS`.
         opening: what the user is taken to have said where the assistant begins; None leaves its opening out.
         is_whole: whether plain text may be read, to be learned whole.
+        any_number: True to leave out any number of unusable rows but all, not one in ten at most.
     """
 
     form: Form = "auto"
@@ -56,6 +57,7 @@ class Reading(NamedTuple):
     columns: Mapping[str, str] | None = None
     opening: str | None = None
     is_whole: bool = False
+    any_number: bool = False
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Reading":
@@ -186,7 +188,7 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
             _read(row, reading)
         except UserError as fault:
             faults.append(fault)
-            if reading.strict or _is_misread(len(faults), len(rows)):
+            if reading.strict or _is_misread(len(faults), len(rows), reading):
                 raise faults[0] from None
 
 
@@ -210,9 +212,9 @@ def _rows_of(source: Source, split: str, reading: Reading, seed: int | None) -> 
     return rows, unused
 
 
-def _is_misread(num_faults: int, num_rows: int) -> bool:
+def _is_misread(num_faults: int, num_rows: int, reading: Reading) -> bool:
     """True if so many rows have faults that these are no stray ones, but a form misread."""
-    return num_faults > num_rows / 10
+    return num_faults == num_rows > 0 if reading.any_number else num_faults > num_rows / 10
 
 
 def joined(parts: Sequence[Records]) -> Records:
@@ -295,7 +297,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
         kept.append(Kept(conversation, row.where, reason == UNANSWERED))
         if reason and reason != UNANSWERED:
             counts.dropped[reason] += 1
-    if _is_misread(len(faults), len(rows)):
+    if _is_misread(len(faults), len(rows), reading):
         raise faults[0][1]
     if faults:
         counts.dropped[f"{BROKEN}{faults[0][0]}"] = len(faults)

@@ -52,6 +52,7 @@ class InspectCLI(DryCLI):
         """Reads every row."""
         options, trainer = self.config_init[self.verb], self.trainer
         trainer.datamodule, datamodule.trainer = datamodule, trainer  # type: ignore[attr-defined]
+        datamodule.any_number = "unread" not in self.accepted
         self.found = look(trainer, datamodule, options.rows, options.row)
 
 

@@ -138,7 +138,7 @@ def test_the_system_text_is_the_runs_unless_one_is_given(tmp_path, capsys, monke
         (["--prompt", "x", "--adapter", "a", "--run", "b"], "adapter: a is given, and a run (b) too; give one"),
         (["--prompt", "x", "--run", "./nowhere"], "run: nowhere is no run folder: it has no config.yaml"),
         (["--prompt", "x", "--base", "./nowhere"], "base: no folder './nowhere'; give a hub id (owner/name)"),
-        (["--prompt", "x", "--temperature", "-1"], "temperature: expected 0 or more, got -1.0"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature: expected 0, or a number from 1e-9, got -1.0"),
         (["--promt", "x"], "unknown option 'promt'; did you mean 'prompt'?"),
     ],
     ids=range(12),

@@ -128,6 +128,46 @@ def test_a_fault_is_named_with_its_row(row, kind, words, inspect):
     assert inspect("--data.source", "a.jsonl", "--accept", kind)[-2].startswith("verdict: as it should be")
 
 
+def test_each_of_many_faults_is_named_with_its_row_and_why(inspect):
+    """Even where fit refuses the file, for more than one row in ten is none."""
+    rows = [row for good, (row, *_) in zip(GOOD, FAULTS.values(), strict=False) for row in (good, row)]
+    lines = inspect("--data.source", write("a.jsonl", *rows), "--data.validation_share", "0.1", status=1)
+    text = " ".join(line.strip() for line in lines)
+    for number, (_, _, words) in enumerate(FAULTS.values(), 1):
+        assert re.search(rf"a\.jsonl:{2 * number}: (turn \d: )?[^:]*{re.escape(words)}", text), words
+    assert "fit refuses a source of which more than one row in ten can't be read" in text
+    assert text.endswith(f"verdict: {len(FAULTS)} rows are not as they should be")
+    for more in (["--accept", "unread"], ["--data.strict", "true"]):
+        assert "a.jsonl:6: turn 2: a turn of the assistant is empty" in inspect(
+            "--data.source", "a.jsonl", *more, status=2)[0]  # fmt: skip
+
+
+def test_what_fit_says_of_format_and_rows_is_said_here_too(inspect):
+    """Of a base with a template of its own; and of files and options that are not used, on the page, too."""
+    Path("many").mkdir()
+    for name in ("train", "validation", "more"):
+        write(f"many/{name}.jsonl", *(talk(f"{name} {number}?", "Yes.") for number in range(12)))
+    write_base(Path("base"))
+    share, base = ["--data.validation_share", "0.2"], ["--model.base", "base", "--data.max_length", "200"]
+    lines = inspect("--data.source", "many", *share, *base, "--html", "a.html")
+    text = " ".join(line.strip() for line in lines)
+    assert "not read of many: more.jsonl held out: many (validation) validation_share 0.2 is not used, for " in text
+    assert "the base has a chat template of its own, which data.template base takes" in text
+    page = Path("a.html").read_text(encoding="utf-8")
+    for words in ("not read of many: more.jsonl", "validation_share 0.2 is not used", "a chat template of its own"):
+        assert words in page
+
+
+def test_where_no_row_can_be_read_it_is_refused_as_by_fit(inspect):
+    source = write("a.jsonl", *({"x": number} for number in range(30)))
+    assert "a.jsonl:1: no column" in inspect("--data.source", source, status=2)[0]
+
+
+def test_a_question_that_nobody_answered_is_not_too_long(inspect):
+    text = " ".join(line.strip() for line in inspect("--data.source", planted(talk("q")), status=1))
+    assert "a.jsonl:16: nothing answered mend or delete what nobody answered" in text
+
+
 def test_several_rows_are_all_named(inspect):
     source = write("a.jsonl", *(talk(f"q{number}", f"{number} {LONG}") for number in range(40)))
     text = " ".join(line.strip() for line in inspect("--data.source", source, status=1))

@@ -52,6 +52,8 @@ class Part:
     left_out: list[LeftOut]
     sources: list[tuple[str, int, int]]
     """Of several, the name of each, its conversations, and its rows that are left out."""
+    notes: list[str]
+    """What is to be known of the rows beside their counts, such as splits that were not read."""
     lengths: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     learned: list[int] = field(default_factory=list)
@@ -147,7 +149,7 @@ def look(trainer: Any, data: ChatDataModule, num_shown: int, shown_row: str | No
     lengths = data.rows("train")[1].lengths
     batchings = [_batching(plan, data, lengths, accumulate) for plan in _plans(data, lengths)]
     doubles = find_doubles(parts[0].conversations, parts[1].conversations)
-    notes = data.encoder.prompt_format.notes()
+    notes = data.format_notes()
     return Look(parts, data.max_length, batchings, num_steps, num_taken, doubles, found, shown, notes)
 
 
@@ -166,8 +168,9 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
     records, encoded = data.rows(name)
     sources = [(one.name, len(one.conversations), len(one.left_out)) for one in records.parts]
     part = Part(
-        PARTS[name], records.name, records.conversations, records.where, _dropped(records), records.left_out, sources
-    )
+        PARTS[name], records.name, records.conversations, records.where, _dropped(records), records.left_out, sources,
+        data.notes(name),
+    )  # fmt: skip
     part.dropped.append((sum(map(judge.encoder.num_context_only, records.conversations)), CONTEXT_ONLY))
     for where, reason in records.left_out:
         if reason != NOTHING_LEARNED:  # as its weights ask for

@@ -34,7 +34,10 @@ def page(seen: Look, accepted: Collection[str]) -> str:
         verdict=words.verdict_in_words(seen, accepted),
         kinds=[(kind, of_number(len(found), KINDS[kind]), found[:NAMED], len(found)) for kind, found in faults.items()],
         accepted=[(KINDS[kind], sum(one.fault.kind == kind for one in seen.found)) for kind in accepted],
-        parts=[(part.name, printable(part.source), words.sources_of(part)) for part in seen.parts],
+        parts=[
+            (part.name, printable(part.source), [*words.sources_of(part), *map(printable, part.notes)])
+            for part in seen.parts
+        ],
         counts=words.counts(seen.parts),
         losses=[(part.name, *loss) for part in seen.parts for loss in words.losses(part, seen.max_length)],
         notes=seen.notes,

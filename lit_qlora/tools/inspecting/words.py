@@ -79,6 +79,8 @@ def _counts(seen: Look) -> Iterator[str]:
     for part in seen.parts:
         yield f"{part.name}: {printable(part.source)}"
         yield from (f"  {line}" for line in sources_of(part))
+        for note in part.notes:
+            yield from _wrapped(note, "  ")
     for note in seen.notes:
         yield from _wrapped(note)
 

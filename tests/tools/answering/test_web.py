@@ -388,7 +388,7 @@ def test_what_cant_be_asked_is_told_and_stays_in_its_box(tab):
     tab.find("#question textarea")[0].clear()
     tab.set(temperature=-1)
     tab.ask("hello")
-    until(lambda: tab.notice == "temperature: expected 0 or more, got -1.0")
+    until(lambda: tab.notice == "temperature: expected 0, or a number from 1e-9, got -1.0")
     tab.set(temperature="")
     tab.find("#question textarea")[0].clear()
     tab.ask("hello")

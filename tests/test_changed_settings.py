@@ -114,9 +114,11 @@ def test_settings_that_may_change_are_told_in_one_line(here: Path, capsys: pytes
 def test_other_rows_under_the_same_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, part in (("rows", "train"), ("held_out", "held out")):
         text = Path(f"{name}.jsonl").read_text(encoding="utf-8")
+        count = len({*text.splitlines()})
         Path(f"{name}.jsonl").write_text(text.replace("the", "teh", 1), encoding="utf-8")
         message = refusal(capsys)
-        assert message.startswith(f"its {part} rows changed: ")
+        counted = f"its {part} rows changed: 1 of {count} conversations is gone and 1 conversation is new; give"
+        assert message.startswith(counted)
         assert message.endswith(
             f"; give the {'held-out ' if name == 'held_out' else ''}rows that the run began with, "
             "or --run NAME to start another run"

@@ -237,6 +237,69 @@ def test_a_checkpoint_of_another_base_or_rank_or_of_a_run_is_refused(straight, h
             run(module(), datamodule=data(), ckpt_path=folder)
 
 
+def in_format(template=CHATML, system="Be brief."):
+    return data(template=template, system=system, max_length=256)
+
+
+@pytest.fixture(scope="module")
+def in_chatml(tmp_path_factory):
+    """A checkpoint trained with a template and a system text of its data, and their held-out loss."""
+    quieten()
+    folder = tmp_path_factory.mktemp("chatml")
+    made, built, rows = (
+        trainer(callbacks=[ModelCheckpoint(folder, every_n_train_steps=2, save_last=True)]),
+        module(),
+        in_format(),
+    )
+    made.fit(built, rows)
+    return folder / "last.ckpt", made.validate(built, rows, verbose=False)[0]["val/loss"]
+
+
+def test_what_is_loaded_from_a_checkpoint_is_scored_in_its_prompt_format(in_chatml, expect_error):
+    checkpoint, loss = in_chatml
+    loaded = QLoRAModule.load_from_checkpoint(checkpoint)
+    assert trainer().validate(loaded, in_format(None, None), verbose=False)[0]["val/loss"] == loss
+    other = in_format(CHATML + "\n")
+    expect_error(lambda: trainer().validate(loaded, other), "the checkpoint was trained with", option="data.template")
+    rows = in_format(system="Be long.")  # asked for
+    assert trainer().validate(loaded, rows, verbose=False)[0]["val/loss"] != loss
+
+
+@pytest.mark.parametrize(("template", "system", "name"), [(None, None, "template"), (CHATML, None, "system"),
+                                                          (None, "Be brief.", "template")])  # fmt: skip
+def test_a_checkpoint_is_not_resumed_or_scored_with_data_in_another_format(
+    in_chatml, template, system, name, expect_error
+):
+    for verb in ("fit", "validate"):
+        run, rows = getattr(trainer(max_steps=3), verb), in_format(template, system)
+        expect_error(lambda run=run, rows=rows: run(module(), datamodule=rows, ckpt_path=in_chatml[0]),
+                     "the checkpoint was trained with", "the same", option=f"data.{name}")  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "was"), [({"alpha": 4.0}, "2.0"), ({"rslora": True}, "False")])
+def test_a_checkpoint_is_not_loaded_into_another_scaling(in_chatml, options, was, expect_error):
+    checkpoint, option = in_chatml[0], f"model.{next(iter(options))}"
+    rows = in_format()
+    expect_error(lambda: QLoRAModule.load_from_checkpoint(checkpoint, **options), f"has {was}", option=option)
+    expect_error(lambda: trainer().validate(module(**options), datamodule=rows, ckpt_path=checkpoint),
+                 f"has {was}", option=option)  # fmt: skip
+
+
+class WithArgument(QLoRAModule):
+    """A subclass that records its own argument as Lightning has it."""
+
+    def __init__(self, extra: int = 1, **options):
+        super().__init__(**options)
+        self.save_hyperparameters("extra")
+
+
+def test_a_subclass_keeps_its_own_hyperparameters(here):
+    made = trainer(max_steps=1, callbacks=[ModelCheckpoint(here, save_last=True)])
+    made.fit(WithArgument(extra=5, rank=2, alpha=4.0), data())
+    loaded = WithArgument.load_from_checkpoint(here / "last.ckpt")
+    assert (loaded.hparams["extra"], loaded.lora.rank, loaded.lora.alpha) == (5, 2, 4.0)
+
+
 def test_a_trainer_of_another_precision_has_the_base_loaded_anew():
     built, rows = module(), data()
     trainer().fit(built, rows)
@@ -313,6 +376,31 @@ def test_other_batches_are_refused_in_one_line(make, words):
             run()
         assert "\n" not in str(caught.value)
         assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_loaders_made_for_other_steps_are_refused(expect_error):
+    """Their gradients would be as many times as large as there are micro-batches in a step."""
+    rows = data(tokenizer="demo")
+    rows.setup("fit")
+    short = trainer(accumulate_grad_batches=2)
+    expect_error(lambda: short.fit(module(), rows.train_dataloader(), rows.val_dataloader()),
+                 "made for optimizer steps of", "accumulate_grad_batches 2", option="dataloaders")  # fmt: skip
+    assert short.global_step == 0
+
+
+def test_a_script_is_told_what_became_of_its_rows_once(here, caplog):
+    answered = '{"messages": [{"role": "user", "content": "%d?"}, {"role": "assistant", "content": "Yes."}]}\n'
+    unanswered = '{"messages": [{"role": "user", "content": "And?"}]}\n'
+    Path("mine.jsonl").write_text("".join(answered % number for number in range(8)) + unanswered)
+    built, rows, made = module(), data(source="mine.jsonl", validation_share=0.25), trainer()
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        made.fit(built, rows)
+        made.validate(built, rows, verbose=False)
+        made.test(built, rows, verbose=False)
+    told = [record.message for record in caplog.records]
+    assert sum(line == "train: 1 row left out: nothing answered" for line in told) == 1
+    assert sum(line.startswith("train: 6 conversations") for line in told) == 1
+    assert sum(line.startswith("test: these are the held-out rows, by which") for line in told) == 1
 
 
 def test_a_loader_without_an_end_needs_a_number_of_steps():

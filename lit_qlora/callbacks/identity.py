@@ -5,12 +5,14 @@ the same base. All but the base, whose weights may not be downloaded yet, is com
 no file format.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_qlora.data.run_rows import RunRows
 from lit_qlora.devices.world import by_first, check_same, is_first
 from lit_qlora.errors import UserError
 from lit_qlora.model import fingerprint
@@ -83,7 +85,7 @@ class RunIdentity(Callback):
         folder = self.resume_from
         was = by_first(lambda: _record(load_state(folder, with_tensors=False), folder))
         now = _describe_data(trainer)
-        _compare(was, now)
+        _compare(was, now, lambda: self._changes(trainer))
         if now["steps"] < was["steps"]:
             raise UserError(
                 f"it has {was['steps']} optimizer steps, and is asked for {now['steps']}",
@@ -94,6 +96,13 @@ class RunIdentity(Callback):
                 ),
             )
         self._old_steps = was["steps"]
+
+    def _changes(self, trainer: Trainer) -> dict[str, str]:
+        """What became of the rows since the run's last start, in words by part; empty without its record."""
+        with suppress(UserError):  # a damaged one
+            if self.rows is not None and (recorded := RunRows.read(self.rows)):
+                return recorded.changes(trainer.datamodule.recorded())  # type: ignore[attr-defined]
+        return {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record."""
@@ -151,12 +160,13 @@ def _describe_data(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _compare(was: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError for the first part of ``now`` that was another one."""
+def _compare(was: dict[str, Any], now: dict[str, Any], changes: Callable[[], Mapping[str, str]] = dict) -> None:
+    """Raises UserError for the first part of ``now`` that was another one; ``changes`` has words for some parts."""
     for part, remedy in REMEDY.items():
         if part in now and was[part] != now[part]:
             raise UserError(
-                f"its {part.replace('_', ' ')} changed: {_in_words(part, was)} -> {_in_words(part, now)}",
+                f"its {part.replace('_', ' ')} changed: "
+                + (changes().get(part) or f"{_in_words(part, was)} -> {_in_words(part, now)}"),
                 option="run",
                 remedy=f"{remedy}, or --run NAME to start another run",
             )

@@ -116,6 +116,7 @@ class ChatDataModule(LightningDataModule):
         """Whether the prompt format is to be read from a base that is not known yet."""
         self._given = tokenizer, OF_BASE if self._awaits_base else read_template(template)
         self.prompt_format = _prompt_format(None if self._awaits_base else self._given[1], system)
+        self._given_system = self.prompt_format.system
         self.plan = BatchPlan(batch_size, batch_tokens, packing)
         self.num_workers = num_workers
         self.tokenizer_name = tokenizer
@@ -222,9 +223,10 @@ class ChatDataModule(LightningDataModule):
         if base is None:
             return
         name = tokenizer or base.name
-        source = module.template_for(read_template(template, name))
-        if name != self.tokenizer_name or not self.prompt_format.is_given_by(source):
-            self.tokenizer_name, self.prompt_format = name, _prompt_format(source, self.prompt_format.system)
+        source, system = module.template_for(read_template(template, name)), module.system_for(self._given_system)
+        changed = not self.prompt_format.is_given_by(source) or self.prompt_format.system != system
+        if name != self.tokenizer_name or changed:
+            self.tokenizer_name, self.prompt_format = name, _prompt_format(source, system)
             self._encoder, self._records, self._rows, self._notes = None, {}, {}, {}
             self._awaits_base = False
             for name in ("tokenizer", "_first_epoch"):
@@ -375,8 +377,12 @@ class ChatDataModule(LightningDataModule):
         Raises:
             SaveError: it could not be written.
         """
+        self.recorded().write(file)
+
+    def recorded(self) -> RunRows:
+        """What `record` writes."""
         train, held_out = (self._records[part].conversations for part in ("train", "validation"))
-        RunRows.of(train, held_out, as_text(self.validation_source)).write(file)
+        return RunRows.of(train, held_out, as_text(self.validation_source))
 
     def rows(self, part: str) -> tuple[Records, EncodedRows]:
         """What `setup` read and encoded: of ``train``, ``validation`` or ``test``. Raises UserError before that."""

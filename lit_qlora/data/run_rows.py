@@ -5,7 +5,7 @@ known. Knows no source and no split.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +14,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.storage.files import parse_json, unreadable, write_file
 from lit_qlora.storage.foreign import shown
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.wording import number_of
 
 VERSION = 1
 
@@ -44,6 +45,11 @@ class RunRows:
             validation_source: the option that says where the latter are from.
         """
         return cls(tuple(map(digest, held_out)), frozenset(map(digest, train)), validation_source)
+
+    def changes(self, now: "RunRows") -> dict[str, str]:
+        """What became of the learned and the held-out conversations in a later record, in words."""
+        pairs = {"train_rows": (self.train, now.train), "held_out_rows": ({*self.held_out}, {*now.held_out})}
+        return {part: _in_words(before, after) for part, (before, after) in pairs.items()}
 
     @classmethod
     def read(cls, file: Path) -> "RunRows | None":
@@ -86,6 +92,14 @@ def digest(conversation: Conversation) -> str:
     """A conversation's digest: 64 bits of a hash of its system text and its turns."""
     turns = [conversation.system, *((turn.role, turn.content) for turn in conversation.turns)]
     return sha256(json.dumps(turns).encode()).hexdigest()[:16]
+
+
+def _in_words(before: Set[str], after: Set[str]) -> str:
+    gone, new = len(before - after), len(after - before)
+    if not gone and not new:
+        return "the same conversations, in another order or number, or learned otherwise"
+    are_gone = f"{gone:,} of {len(before):,} conversations {'is' if gone == 1 else 'are'} gone" if gone else ""
+    return " and ".join(filter(None, (are_gone, number_of(new, "conversations are new") if new else "")))
 
 
 def _checked(value: object) -> str:

@@ -53,6 +53,8 @@ class LearnsInParts(LightningModule):
         self._loss: tuple[list[Tensor], Tensor] | None = None
         """Their losses, and the detached stand-in for others, which holds no graph."""
         self._is_learned = False
+        self._num_answers: int | None = None
+        """Answer tokens of the current step so far; None where its first micro-batch was not seen."""
         self._earlier: dict[int, Tensor] = {}
         """Gradients that were set aside, by the `id` of their weight, while micro-batches are learned together."""
 
@@ -125,6 +127,22 @@ class LearnsInParts(LightningModule):
         if losses and not self._is_learned:
             self._loss = losses, figures["loss"].requires_grad_()
         return figures
+
+    def check_step(self, batch: Batch, batch_idx: int) -> None:
+        """Raises UserError if a step ends with other than the answer tokens that its micro-batches were made for."""
+        accumulate = self.trainer.accumulate_grad_batches
+        if batch_idx % accumulate == 0:
+            self._num_answers = 0
+        if self._num_answers is None or batch.device >= 0:  # resumed within a step, or some are on other devices
+            return
+        self._num_answers += len(batch.targets)
+        if self._ends_step(batch_idx) and self._num_answers != batch.step_answer_tokens:
+            raise UserError(
+                f"made for optimizer steps of {number_of(batch.step_answer_tokens, 'answer tokens')}, and with "
+                f"trainer.accumulate_grad_batches {accumulate} this one has {self._num_answers:,}",
+                option="dataloaders",
+                remedy="give the Trainer the ChatDataModule itself, or make them with the number of the whole step",
+            )
 
     @property
     def _most_together(self) -> int:

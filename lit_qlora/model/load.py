@@ -413,10 +413,23 @@ def template_of(adapter: Path, given: str | None) -> str | None:
     Raises:
         UserError: another one is given.
     """
-    was = read_format(adapter)
+    return kept_template(read_format(adapter), given, str(adapter))
+
+
+def kept_template(was: PromptFormat, given: str | None, name: str) -> str | None:
+    """The ``data.template`` of the prompt format that an adapter was trained with.
+
+    Args:
+        was: that format.
+        given: the option's own value, as a template's text; None for none.
+        name: of the adapter, for messages.
+
+    Raises:
+        UserError: another one is given.
+    """
     if given is not None and not was.is_given_by(given):
         raise UserError(
-            f"{adapter} was trained with {was.version}, and is given {chosen(given).version}",
+            f"{name} was trained with {was.version}, and is given {chosen(given).version}",
             option="data.template",
             remedy="leave it out, and the adapter's own is taken",
         )

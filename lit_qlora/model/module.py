@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import SumMetric
 
@@ -49,6 +50,7 @@ from lit_qlora.model.sharded_base import check_host, keep_copy, load_sharded
 from lit_qlora.model.shards import Shards
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.place import COMMAND
+from lit_qlora.text.formats import PromptFormat
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -159,6 +161,10 @@ class QLoRAModule(LearnsInParts):
         self.copy_line: str | None = None
         self.prompt_format = load.DEFAULT_FORMAT
         """The prompt format it is trained with, as recorded in each saved adapter."""
+        self._recorded: PromptFormat | None = None
+        """That of the checkpoint of Lightning's that it was loaded from."""
+        self._told = set[str]()
+        """What a script was told about its data."""
         self.model: PeftModel | None = None
         self._loaded_for: tuple[torch.dtype, str] | None = None
         """The dtype and the device type that the model was loaded for."""
@@ -210,11 +216,19 @@ class QLoRAModule(LearnsInParts):
         if hasattr(data, "prompt_format"):  # a `ChatDataModule`
             check_context(self.base, data.max_length)
             self.prompt_format = data.prompt_format
+            self._tell(data.describe() if self.standalone else ())
         if stage == "fit":
             check_optimizer(self.optimizer_name, self.trainer.strategy.root_device.type == "cuda")
             if self.adapter:
                 load.check_settings(self.adapter, self.lora)
         self._forget_layers()
+
+    def _tell(self, lines: Sequence[str]) -> None:
+        """Print what a script was not told yet, by Lightning's own logging; in a run, callbacks print it."""
+        for line in lines:
+            if line not in self._told:
+                rank_zero_info(line)
+        self._told |= {*lines}
 
     def configure_model(self) -> None:
         """Load base and adapter onto the Trainer's device, in the Trainer's precision; again if these changed.
@@ -306,11 +320,17 @@ class QLoRAModule(LearnsInParts):
         return self.model
 
     def template_for(self, given: str | None) -> str | None:
-        """The prompt template for its data: ``given``, or that of the adapter to start from.
+        """The prompt template for its data: ``given``, or that of the checkpoint or the adapter to start from.
 
         Raises UserError if the two differ.
         """
+        if self._recorded:
+            return load.kept_template(self._recorded, given, "the checkpoint")
         return load.template_of(self.adapter, given) if self.adapter else given
+
+    def system_for(self, given: str | None) -> str | None:
+        """The system text for its data: ``given``, or that of the checkpoint that it was loaded from."""
+        return self._recorded.system if given is None and self._recorded else given
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter as a plain PEFT folder, with the tokenizer of its Trainer's DataModule, if it had one.
@@ -393,16 +413,23 @@ class QLoRAModule(LearnsInParts):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the constructor's arguments, for `load_from_checkpoint`, and the identity; a run's folder has its own."""
         if self.standalone:
-            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.options)
-            checkpoint[script.OF] = script.record(self.base, self.prompt_format)
+            key = self.CHECKPOINT_HYPER_PARAMS_KEY  # a subclass's save_hyperparameters may have put its own there
+            checkpoint[key] = {**self.options, **checkpoint.get(key, {})}
+            checkpoint[script.OF] = script.record(self.base, self.lora, self.prompt_format)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the prompt format.
 
-        Raises UserError for a checkpoint of another base.
+        Raises UserError for a checkpoint of another base or scaling, and for a Trainer's data in another format.
         """
-        if script.OF in checkpoint:
-            self.prompt_format = script.recorded_format(checkpoint[script.OF], self.base)
+        of = checkpoint.get(script.OF)
+        if of is None:
+            return
+        script.check_scaling(of, self.lora)
+        self.prompt_format = self._recorded = script.recorded_format(of, self.base)
+        data: Any = self.trainer.datamodule if self._attached else None  # type: ignore[attr-defined]
+        if hasattr(data, "prompt_format"):
+            script.check_format(self.prompt_format, data.prompt_format)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "QLoRAModule":  # type: ignore[override]
@@ -569,11 +596,16 @@ class QLoRAModule(LearnsInParts):
         self._logged_step, self._accumulated = self.trainer.global_step, self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Raises UserError if a callback changed the accumulation: each batch holds the answer tokens of its step."""
+        """Raises UserError if a callback changed the accumulation, or the batches were made for another one.
+
+        Each holds the number of answer tokens of its step.
+        """
+        check_batch(batch)
         if self.shards:
             self._count_passes(self.shards, batch.device, batch_idx)
         expected, now = self._accumulated, self.trainer.accumulate_grad_batches
         require(now == expected, "trainer.accumulate_grad_batches", f"{expected}, as at the start of the fit", now)
+        self.check_step(batch, batch_idx)
 
     def _count_passes(self, shards: Shards, device: int, batch_idx: int) -> None:
         """Note who goes through the layers at a micro-batch of ``device``: whoever does not wait for more."""

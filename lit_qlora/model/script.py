@@ -1,8 +1,8 @@
 """Owns what a script's own Trainer may be, and what its checkpoints are: settings that are supported, figures that its
-callbacks may monitor, and the base and prompt format that a file of Lightning's ModelCheckpoint records.
+callbacks may monitor, and the base, scaling and prompt format that a file of Lightning's ModelCheckpoint records.
 
-A run of the command line has its own: `trainer.py`, and folders for checkpoints. Knows the module by its base and its
-prompt format only.
+A run of the command line has its own: `trainer.py`, and folders for checkpoints. Knows the module by its base, its
+LoRA and its prompt format only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +31,7 @@ from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model.base import Base
 from lit_qlora.model.device import choose_precision, compute_dtype, current_device
 from lit_qlora.model.fingerprint import fingerprint, shown
+from lit_qlora.model.load import Lora
 from lit_qlora.place import COMMAND
 from lit_qlora.text.formats import PromptFormat, from_record
 
@@ -53,7 +54,9 @@ CHANGING: Mapping[type, str] = {
 """Lightning's callbacks that change weights, steps, rates or data; and what is there instead."""
 
 OF = "lit_qlora"
-"""The part of a Lightning checkpoint that records its base and prompt format."""
+"""The part of a Lightning checkpoint that records its base, scaling and prompt format."""
+SCALING = ("alpha", "rslora")
+"""The options of LoRA that no weight shows: with others, the same weights are another model."""
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -133,14 +136,52 @@ def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
         )
 
 
-def record(base: Base, prompt_format: PromptFormat) -> dict[str, Any]:
+def record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any]:
     """What a checkpoint holds under `OF`.
 
     Args:
         base: that is trained.
+        lora: its adapter's options.
         prompt_format: that it is trained with.
     """
-    return {"base_fingerprint": fingerprint(base), "prompts": prompt_format.record()}
+    scaling = {name: getattr(lora, name) for name in SCALING}
+    return {"base_fingerprint": fingerprint(base), **scaling, "prompts": prompt_format.record()}
+
+
+def check_scaling(of: Mapping[str, Any], lora: Lora) -> None:
+    """Compare the scaling of LoRA with that of a checkpoint.
+
+    Args:
+        of: as `record` gives it; earlier ones have no scaling.
+        lora: the options of the module.
+
+    Raises:
+        UserError: they differ.
+    """
+    for name in SCALING:
+        now, was = getattr(lora, name), of.get(name)
+        if was not in (None, now):
+            raise UserError(f"{now}, and the checkpoint has {was}", option=f"model.{name}", remedy=f"give it {was}")
+
+
+def check_format(was: PromptFormat, now: PromptFormat) -> None:
+    """Compare the prompt format of a Trainer's data with that of a checkpoint.
+
+    Args:
+        was: the checkpoint's.
+        now: the data's.
+
+    Raises:
+        UserError: they differ.
+    """
+    for name, value in was.options.items():
+        given = now.options[name]
+        if value != given:
+            raise UserError(
+                f"{excerpt(given)}, and the checkpoint was trained with {excerpt(value)}",
+                option=f"data.{name}",
+                remedy="give the ChatDataModule the same",
+            )
 
 
 def recorded_format(of: Mapping[str, Any], base: Base) -> PromptFormat:

@@ -100,3 +100,17 @@ def test_the_reason_is_none_of_python_s(tmp_path, content, reason):
     with pytest.raises(UserError) as caught:
         RunRows.read(file)
     assert caught.value.problem == f"{file} is damaged ({reason}): it records which rows the run held out"
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "words"),
+    [
+        ("abe", "cd", {"train_rows": "1 conversation is new"}),
+        ("bef", "cd", {"train_rows": "1 of 2 conversations is gone and 2 conversations are new"}),
+        ("ab", "x", {"held_out_rows": "2 of 2 conversations are gone and 1 conversation is new"}),
+        ("ab", "dc", {"held_out_rows": "the same conversations, in another order or number, or learned otherwise"}),
+    ],
+)
+def test_what_became_of_rows_is_counted(train, held_out, words):
+    found = ROWS.changes(RunRows.of(map(said, train), map(said, held_out), None))
+    assert found.items() >= words.items()

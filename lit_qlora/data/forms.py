@@ -70,6 +70,7 @@ def _answered(question: Any, answer: Any, given: Any, history: Any) -> list[Any]
 def _asked(question: Any, *beside: Any) -> list[Any]:
     """The messages of a question, with what is given to it, and last the pairs before it."""
     *given, history = beside
+    question = _rounds_in(question) if isinstance(question, str) else question
     before = list_in(history)
     if isinstance(before, list) and before and all(isinstance(one, dict) for one in before):
         return [*before, *_asked(question, *given, None)]
@@ -81,6 +82,18 @@ def _asked(question: Any, *beside: Any) -> list[Any]:
         return [*rows, *question, *({"role": "user", "content": text} for text in given if text)]
     asked = tuple(str(text) for text in (question, *given) if messages.is_there(text))
     return [*rows, {"role": "user", "content": asked or ""}]
+
+
+def _rounds_in(prompt: str) -> str | list[dict[str, str]]:
+    """The messages of a prompt with a system text, or rounds before it, in the Llama 2 format; any other as it is."""
+    opening = _OPENING.match(prompt)
+    rest = prompt[opening.end() :].rstrip() if opening else ""
+    if not (rest.startswith("<<SYS>>") or (opening and opening[1] and "[INST]" in rest)):
+        return prompt
+    return llama2.parse(f"[INST]{rest}{'' if rest.endswith('[/INST]') else '[/INST]'}")
+
+
+_OPENING = re.compile(r"\s*(?:<s>)?\s*(\[INST\])?\s*")
 
 
 def _is_round(pair: Any) -> bool:
@@ -210,6 +223,11 @@ MARKERS_ELSEWHERE = {
 }
 _COLUMNS: Mapping[Use, str] = {"training": "data.columns", "prompts": "columns"}
 """The option that names columns, by what the rows are for."""
+WRITE_TURNS = (
+    'write its turns as rows such as {"messages": [{"role": "user", "content": "…"}, '
+    '{"role": "assistant", "content": "…"}]}'
+)
+"""What to do with a conversation that is written out in a prompt format."""
 NAMED = 3
 """Forms whose columns are named where a row has none of them."""
 WHOLE = "rows of plain text, which is learned whole"
@@ -282,6 +300,8 @@ def read_row(
         raise RowError(
             str(error), "give data.opening, what the user is taken to have said, or delete this row"
         ) from error
+    except edges.WrittenOutError as error:
+        raise RowError(str(error), WRITE_TURNS) from error
     except ValueError as error:
         raise RowError(str(error)) from error
     beside = f" beside {' and '.join(map(repr, chosen.needs))}"
@@ -325,7 +345,7 @@ def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool, u
     if usable and not usable[0].is_whole:
         return usable[0]
     texts = [form for form in found if form.opens]
-    _refuse_elsewhere(_content(row, texts[0].needs[0], texts[0]), texts[0].needs[0])
+    _refuse_elsewhere(_content(row, texts[0].needs[0], texts[0]), texts[0].needs[0], bool(usable))
     if usable:
         return usable[0]
     titles = " nor ".join(repr(form.title) for form in texts)
@@ -345,13 +365,14 @@ def _first_opened(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm |
     return opened[min(opened)] if opened else None
 
 
-def _refuse_elsewhere(text: str, column: str) -> None:
-    """Raises RowError for a text in a known format that is not read."""
+def _refuse_elsewhere(text: str, column: str, is_whole: bool) -> None:
+    """Raises RowError for a text in a known format that is not read; ``is_whole`` where a plain one would be."""
     for mark, name in MARKERS_ELSEWHERE.items():
         if mark in text:
+            is_plain = is_whole and not mark.startswith("<")  # as text, special tokens are none
             raise RowError(
                 f"column {column!r} is written in {name} ({mark}), which is not read",
-                f"write its turns as rows such as {_messages('…', '…')}",
+                WRITE_TURNS + (", or learn it whole as it is with data.form text" if is_plain else ""),
             )
 
 
@@ -454,9 +475,3 @@ def _by_columns(problem: str, columns: Mapping[str, str], use: Use) -> RowError:
     """What to do where ``columns`` would have the row read."""
     given = " ".join(f"--{_COLUMNS[use]}.{name} {shlex.quote(column)}" for name, column in columns.items())
     return RowError(problem, f"give {given}")
-
-
-def _messages(question: str, answer: str) -> str:
-    """The row that says these."""
-    rows = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return json.dumps({"messages": rows}, ensure_ascii=False)

@@ -46,6 +46,10 @@ _ROLES = (
 )  # fmt: skip
 
 
+class WrittenOutError(ValueError):
+    """A text that is a whole conversation in a prompt format."""
+
+
 def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
     """Remove any number of special tokens from both ends of a text, with the white space around them.
 
@@ -59,13 +63,16 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
 
     Returns:
         The text, unchanged if there was no mark; and each removed mark, once.
+
+    Raises:
+        WrittenOutError: a turn is opened at an edge, and another inside.
     """
     known = tuple(marks)
     found: dict[str, None] = {}
     rest = text.strip()
     if not rest.startswith(known) and not rest.endswith((*known, *_ROLES)):  # most texts: the patterns are slow
         return text, []
-    head, tail, longest = _patterns(known)
+    head, tail, opener, longest = _patterns(known)
     while mark := head.match(rest):
         found[mark[0]] = None
         while rest.startswith(mark[0]):  # a row may be padded by thousands
@@ -74,6 +81,8 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
         found[mark[0]] = None
         while rest.endswith(mark[0]):
             rest = rest.removesuffix(mark[0]).rstrip()
+    if any(_opens(one, known) for one in found) and (inside := opener.search(rest)):
+        raise WrittenOutError(f"a text opens turns inside, with {inside[0]!r}: it is a whole conversation")
     return (rest, [*found]) if found else (text, [])
 
 
@@ -104,12 +113,16 @@ def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversatio
     return conversation, [*taken | dict.fromkeys(found)]
 
 
+def _opens(mark: str, marks: Sequence[str]) -> bool:
+    """True if ``mark``, as matched, opens a turn: with its role, or as a name of one."""
+    return mark not in marks or mark in NAMED
+
+
 def _is_spoken_of(text: str, mark: re.Match[str], marks: Sequence[str]) -> bool:
     """True if ``mark``, at the end of ``text``, opens a turn behind words and a blank on its line."""
     before = text[: mark.start()]
-    opens = mark[0] not in marks or mark[0] in NAMED  # with its role, or a name of one
     return (
-        opens
+        _opens(mark[0], marks)
         and before.endswith((" ", "\t"))
         and not before.rstrip().endswith(tuple(marks))
         and (before.rstrip(" \t")[-1:] not in ("", "\n"))
@@ -117,19 +130,23 @@ def _is_spoken_of(text: str, mark: re.Match[str], marks: Sequence[str]) -> bool:
 
 
 @lru_cache
-def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], int]:
-    """What matches a mark with its role at the beginning of a text, and at its end; and the longest such."""
+def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str], int]:
+    """What matches a mark with its role at a text's beginning, at its end, and one that opens a turn anywhere; and the
+    length of the longest such.
+    """
     known = [mark for mark in marks if mark.strip()]
     closers = _any_of([mark for mark in known if mark in _CLOSERS])
 
     role = _any_of(_ROLES)
 
+    opened = rf"{_any_of([mark for mark in known if mark in OPENERS])}\s?{role}\b(?:\s?{closers})?"
+
     def whole(these: Sequence[str]) -> str:
-        opened = rf"{_any_of([mark for mark in these if mark in OPENERS])}\s?{role}\b(?:\s?{closers})?"
         return rf"(?:{opened}|{_any_of(these)}(?:{role}(?=\s*(?:\n|\Z|{_any_of(known)})))?)"
 
     longest = 2 * max(map(len, (*known, *_ROLES))) + len("developer  ")
-    return re.compile(whole(known)), re.compile(rf"{whole(known)}\Z"), longest
+    opener = rf"{opened}|{_any_of([mark for mark in known if mark in NAMED])}"
+    return re.compile(whole(known)), re.compile(rf"{whole(known)}\Z"), re.compile(opener), longest
 
 
 def _any_of(marks: Sequence[str]) -> str:

@@ -50,6 +50,7 @@ JOINED = {
     "user": "rows with turns of the user in a row, joined",
     "assistant": "rows with turns of the assistant in a row, joined",
 }
+PARTLY = "rows with turns of the assistant in a row of which one is not to be learned: joined, so none of them is"
 OPENING_LEFT_OUT = "rows that the assistant begins: what it says before the user is left out (or give data.opening)"
 OPENING_KEPT = "rows that the assistant begins, with data.opening put before"
 SYSTEM_LATER = "rows with messages of the system behind the first turn, which stand in the prompt"
@@ -150,6 +151,8 @@ def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> P
     if len(texts) > 1:
         changed[JOINED["system"]] = None
     turns = _turns(said, changed, is_first_learned=all(message.learned for message in system))
+    if said and not turns:
+        raise ValueError("a conversation needs at least one turn with a text")
     if turns and turns[0].role == "assistant":
         if opening is None and len(turns) == 1:
             raise OpeningError("only the assistant speaks, expected something that it answers")
@@ -282,6 +285,8 @@ def _turns(said: Sequence[_Message], changed: dict[str, None], is_first_learned:
             continue
         if sum(message.role == role for message in group) > 1:
             changed[JOINED[role]] = None
+        if role == "assistant" and len({message.learned for message in group}) > 1:
+            changed[PARTLY] = None
         learned = all(message.learned for message in group) and (is_first_learned or bool(turns))
         turns.append(Turn(role, JOINT.join(str(message.text) for message in group), learned))
     return turns

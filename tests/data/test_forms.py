@@ -342,6 +342,13 @@ def test_a_text_of_another_format_is_named(text, name):
     with pytest.raises(RowError, match=f"^column 'text' is written in {name} ") as caught:
         read_row({"text": text})
     assert caught.value.remedy.startswith('write its turns as rows such as {"messages": [')
+    assert "data.form text" not in caught.value.remedy
+    with pytest.raises(RowError) as caught:
+        read_row({"text": text}, is_whole=True)
+    is_plain = not text.startswith("<")  # what opens turns by special tokens is no plain text
+    assert caught.value.remedy.endswith(", or learn it whole as it is with data.form text") is is_plain
+    if is_plain:
+        assert read_row({"text": text}, "text", is_whole=True).conversation.is_text
 
 
 def asked(ask: str, reply: str, given: str | None) -> Conversation:
@@ -418,6 +425,45 @@ def test_marks_are_taken_off_what_is_joined(row, columns, expected):
     read = read_row(row, columns=columns)
     assert read.conversation == expected
     assert "</s>" in read.taken_off
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("<<SYS>>\nbe kind\n<</SYS>>\n\na", said("a", "b", system="be kind")),
+        ("<s>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\na [/INST]", said("a", "b", system="be kind")),
+        ("[INST] a [/INST] c </s><s>[INST] d [/INST]", said("a", "c", "d", "b")),
+        ("What does [INST] mean in <<SYS>>?", said("What does [INST] mean in <<SYS>>?", "b")),
+    ],
+)
+def test_a_prompt_in_the_llama_2_format_has_its_system_text_and_its_rounds(prompt, expected):
+    assert read_row({"prompt": prompt, "completion": "b"}).conversation == expected
+    assert read_row({"prompt": prompt}, use="prompts").conversation.turns == expected.turns[:-1]
+    given = read_row({"instruction": prompt, "input": "x", "output": "b"}).conversation.turns
+    assert given[-2].content == f"{expected.turns[-2].content}\n\nx"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|system|>\nbe kind</s>\n<|user|>\na</s>\n<|assistant|>",
+        "<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nc<end_of_turn>\n<start_of_turn>user\nd",
+    ],
+    ids=["ChatML", "Llama 3", "Zephyr", "Gemma"],
+)
+def test_a_prompt_that_is_a_whole_conversation_is_none(prompt):
+    for row in ({"prompt": prompt, "completion": "b"}, {"messages": [{"role": "user", "content": prompt}]}):
+        with pytest.raises(RowError, match="opens turns inside, with '<") as caught:
+            read_row(row)
+        assert caught.value.remedy.startswith('write its turns as rows such as {"messages": [')
+
+
+def test_a_text_that_speaks_of_a_format_is_read():
+    words = "Does <|im_start|>user open a turn, and <|im_start|>assistant another?"
+    assert read_row({"prompt": words, "completion": "Yes.</s>"}).conversation == said(words, "Yes.")
 
 
 def test_a_tag_with_its_role_is_counted_as_a_whole():

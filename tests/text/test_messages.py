@@ -85,7 +85,7 @@ SYSTEM = {"role": "system", "content": "be kind"}
             "turn 1: role and from hold different things, expected one of the two",
         ),
         ([SYSTEM, ASSISTANT], "only the assistant speaks, expected something that it answers"),
-        ([{"role": "user", "content": None}], "a conversation needs at least one turn"),
+        ([{"role": "user", "content": None}], "a conversation needs at least one turn with a text"),
         ([USER, ASSISTANT, [1]], "turn 3: expected an object with a role and a content, got a list"),
     ],
 )
@@ -131,7 +131,17 @@ def test_messages_of_the_system_in_a_row_are_one_system_text():
 
 def test_turns_that_are_joined_are_learned_only_if_each_is():
     rows = [USER, {**ASSISTANT, "weight": 0}, ASSISTANT, USER, ASSISTANT]
-    assert [turn.learned for turn in messages.parse(rows).conversation.turns] == [True, False, True, True]
+    parsed = messages.parse(rows)
+    assert [turn.learned for turn in parsed.conversation.turns] == [True, False, True, True]
+    assert parsed.changed == (messages.JOINED["assistant"], messages.PARTLY)
+    both = [USER, {**ASSISTANT, "weight": 0}, {**ASSISTANT, "weight": 0}, USER, ASSISTANT]
+    assert messages.parse(both).changed == (messages.JOINED["assistant"],)
+
+
+def test_turns_without_a_text_are_named():
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}
+    with pytest.raises(ValueError, match="at least one turn with a text"):
+        messages.parse([image, ASSISTANT])
 
 
 def test_what_the_assistant_says_first_may_be_kept_behind_a_turn_of_the_user_s():

@@ -236,7 +236,7 @@ class Parts:
             raise UserError(
                 f"is {self.share}, expected between 0 and 1, such as 0.05, because {name} has no test split",
                 option="data.validation_share",
-                remedy="or give data.validation_source",
+                remedy="held-out rows choose the adapter; 0.0001 holds out one, or give data.validation_source",
             )
 
     def _names(self) -> str:

@@ -99,7 +99,12 @@ def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
     values = [*value] if isinstance(value, list | tuple) else [value]
     if not values:
         raise UserError("is an empty list, expected at least one source", option=option)
-    return tuple(_source(one, option) for one in values)
+    sources = tuple(_source(one, option) for one in values)
+    if doubled := [one for place, one in enumerate(sources) if one in sources[:place]]:
+        raise UserError(
+            f"lists {excerpt(str(doubled[0]))} twice, and reads it once", option=option, remedy="list each source once"
+        )
+    return sources
 
 
 def as_text(value: Any) -> str | None:
@@ -325,7 +330,24 @@ def read_source(source: str | Source, split: str = "train", columns: Sequence[st
 
 
 def _find_files(source: Source) -> dict[str, list[Path]] | None:
-    """Returns a local source's files by the name of their split, or None for a dataset on the hub."""
+    """Returns a local source's files by the name of their split, or None for a dataset on the hub.
+
+    Raises UserError where there are none, or for a ``name`` or a ``revision`` that only others have.
+    """
+    files = _files_here(source)
+    if files is None:
+        return None
+    if source.revision:
+        raise UserError("is on this machine, where there are no revisions", place=source.path, remedy=_LEAVE_OUT)
+    if source.name and (source.path == "demo" or not Path(source.path).expanduser().is_dir()):
+        raise UserError(f"is no folder, and has no {excerpt(source.name)}", place=source.path, remedy=_LEAVE_OUT)
+    return files
+
+
+_LEAVE_OUT = "leave it out of the source"
+
+
+def _files_here(source: Source) -> dict[str, list[Path]] | None:
     if source.path == "demo":
         return {"train": [demo.TRAIN], "test": [demo.TEST]}
     path = Path(source.path).expanduser()
@@ -386,7 +408,7 @@ def _find_in_folder(folder: Path) -> dict[str, list[Path]]:
             files = _by_split(place, named)
         if files:
             return files
-    within = [path for path in _entries(folder) if path.is_dir() and (_has_splits(path))]
+    within = [path for place in (folder, folder / "data") for path in _entries(place) if _has_splits(path)]
     if len(within) == 1:
         return _find_in_folder(within[0])
     data = [path for place in (folder, folder / "data") for path in _entries(place) if _is_data(path)]
@@ -401,7 +423,7 @@ def _find_in_folder(folder: Path) -> dict[str, list[Path]]:
 
 
 def _has_splits(folder: Path) -> bool:
-    return any(_is_data(path) and _is_exact(path) for path in _entries(folder))
+    return any(_is_data(path) and _is_exact(path) for path in _entries(folder)) or bool(_by_folder(folder))
 
 
 def _saved(folder: Path) -> list[Path]:
@@ -433,7 +455,9 @@ def _by_split(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
         parts = [shard for shard in shards if shard]
         if len(found) > 1 and (len(parts) < len(found) or len({(part[1], part[3]) for part in parts}) > 1):
             raise UserError(
-                f"holds both {found[0].name} and {found[1].name}, expected one", place=folder, remedy="keep one of them"
+                f"holds both {found[0].name} and {found[1].name}, expected one",
+                place=folder,
+                remedy=f"keep one of them, or give both: data.source [{found[0]}, {found[1]}]",
             )
         if parts and (missing := {*range(int(parts[0][3]))} - {int(part[2]) for part in parts}):
             number, count = f"{min(missing):05}", int(parts[0][3])

@@ -66,8 +66,11 @@ def test_a_share_that_holds_out_nothing_or_all_is_an_error(ten, share, expect_er
         share,
         "0.05",
         "ten.jsonl",
+        "0.0001 holds out one",
         option="data.validation_share",
     )
+    train, held_out = Parts(ten, None, 0.0001, seed=0).train_and_held_out()
+    assert (len(train.conversations), len(held_out.conversations)) == (9, 1)
 
 
 def test_one_conversation_can_not_be_split(expect_error):
@@ -339,7 +342,7 @@ def test_sources_are_read_one_after_the_other_and_a_share_is_held_out_of_all(ten
     assert Parts([ten], None, 0.2, seed=0).train_and_held_out() == Parts(ten, None, 0.2, seed=0).train_and_held_out()
     # One that stands in both is on one side.
     for seed in range(20):
-        train, held_out = Parts([ten, ten], None, 0.2, seed=seed).train_and_held_out()
+        train, held_out = Parts([ten, f"./{ten}"], None, 0.2, seed=seed).train_and_held_out()
         assert not {*train.conversations} & {*held_out.conversations}
 
 

@@ -150,6 +150,8 @@ def test_a_set_of_the_hub_without_training_rows_is_one_line(monkeypatch, expect_
          {"train": ["openassistant_best_replies_train.jsonl"],
           "validation": ["openassistant_best_replies_eval.jsonl"]}, ()),
         (["dolly-15k.jsonl", "README.md", "dataset_infos.json"], {"train": ["dolly-15k.jsonl"]}, ()),
+        (["default/train/0000.parquet", "default/test/0000.parquet"],
+         {"train": ["default/train/0000.parquet"], "test": ["default/test/0000.parquet"]}, ()),
     ],
 )  # fmt: skip
 def test_a_clone_of_the_hub_is_read_as_it_lies(files, names, unread):
@@ -198,6 +200,11 @@ def test_what_datasets_saved_is_read(expect_error):
             "rename yours, or name the file itself, such as mine/a.jsonl, or all with mine/*.jsonl",
         ),
         (["en/train.jsonl", "de/train.jsonl"], "name one of its folders (de, en), such as mine/de"),
+        (["data/en/train.jsonl", "data/de/train.jsonl"], "name one of its folders (de, en), such as mine/data/de"),
+        (
+            ["train-1.jsonl", "train-2.jsonl"],
+            "keep one of them, or give both: data.source [mine/train-1.jsonl, mine/train-2.jsonl]",
+        ),
     ],
 )
 def test_a_folder_without_splits_says_what_to_do(files, remedy):
@@ -257,6 +264,7 @@ def test_what_stands_for_sources(value, expected):
         ([], ["an empty list"], "data.source"),
         (["a.jsonl", ""], ["is ''"], "data.source"),
         ([3], ["got 3"], "data.source"),
+        (["a.jsonl", "b.jsonl", {"path": "a.jsonl"}], ["lists 'a.jsonl' twice"], "data.source"),
         ({}, ["no path"], "data.source"),
         ({"path": 3}, ["no path"], "data.source"),
         ({"path": "a", "shar": 1}, ["'shar' is unknown", "did you mean 'share'?"], "data.source"),
@@ -271,6 +279,14 @@ def test_what_stands_for_sources(value, expected):
 )
 def test_what_stands_for_none(value, words, option, expect_error):
     expect_error(lambda: sources_of(value), *words, option=option)
+
+
+@pytest.mark.parametrize("key", ["name", "revision"])
+@pytest.mark.parametrize("path", ["demo", "train.jsonl", "*.jsonl", "."])
+def test_what_only_the_hub_has_is_not_passed_over(path, key, expect_error):
+    write("train.jsonl")
+    (source,) = sources_of({"path": path, key: "main"})
+    expect_error(lambda: find_splits(source), "no folder" if key == "name" else "no revisions", place=path)
 
 
 def test_a_split_that_there_is_not_is_named_with_those_there_are(monkeypatch, expect_error):
@@ -377,7 +393,11 @@ def test_the_demo(tmp_path, monkeypatch):
             " .parquet), found: ['README.md', 'more.jsonl', 'rows.jsonl']; rename yours, or name the file itself, such"
             " as useless/more.jsonl, or all with useless/*.jsonl",
         ),
-        ("twice", "twice: holds both train.csv and train.jsonl, expected one; keep one of them"),
+        (
+            "twice",
+            "twice: holds both train.csv and train.jsonl, expected one; keep one of them, or give both: data.source "
+            "[twice/train.csv, twice/train.jsonl]",
+        ),
         ("half", "half: has no split 'train', found: test; choose another"),
     ],
 )

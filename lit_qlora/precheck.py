@@ -236,6 +236,5 @@ def _parser(options: Iterable[Option]) -> _FirstParser:
     parser.add_argument("-c", "--config", action="config")
     for one in options:
         kind = ANYTHING if one.type is UNKNOWN else one.type
-        spelled = dict.fromkeys((f"--{one.name}", f"--{one.name.replace('-', '_')}"))  # the parser proper takes both
-        parser.add_argument(*spelled, type=kind, default=argparse.SUPPRESS)
+        parser.add_argument(*one.spelled, type=kind, default=argparse.SUPPRESS)
     return parser

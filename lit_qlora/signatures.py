@@ -1,19 +1,20 @@
-"""Owns the options of fit and its kin as the sources have them, read without importing what they are options of.
+"""Owns the options of fit and its kin: those beside any class's, and classes' as the sources have them.
 
-For what has to come before PyTorch and Lightning, which take seconds: help, and a first look at a command line. The
-parser proper is LightningCLI's, made of the same signatures; a test holds the two equal.
+Read without importing the classes, for what has to come before PyTorch and Lightning, which take seconds: help, and a
+first look at a command line. The parser proper is LightningCLI's, made of the same; a test holds the two equal.
 """
 
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, Union
 
+from lit_qlora.data.faults import KINDS
 from lit_qlora.options import LINKED
 
 ROOT = Path(__file__).parent
@@ -32,27 +33,63 @@ UNKNOWN = object()
 
 
 class Option(NamedTuple):
-    """An option by its dotted name.
-
-    ``type`` and ``default`` are the real ones, or `UNKNOWN`; ``written`` is the type as it stands there.
-    """
+    """An option by its dotted name. ``type`` and ``default`` are the real ones, or `UNKNOWN`; None is no type."""
 
     name: str
     type: Any
-    written: str
     default: Any
     help: str
+
+    @property
+    def spelled(self) -> list[str]:
+        """How it is written on a command line: with dashes also as with underscores."""
+        return [*dict.fromkeys((f"--{self.name}", f"--{self.name.replace('-', '_')}"))]
+
+
+SEED = Option("seed_everything", int, 42, "seed of everything random")
+OF_RUN = (
+    Option("run", str | None, None,
+           "runs/NAME, or any folder with a slash; default: the config's name, with -2 if that is another run"),
+    Option("save_every_steps", int, 500, "optimizer steps between checkpoints"),
+    Option("save_every_minutes", float | None, 15.0, "the longest time between checkpoints; none: by steps alone"),
+    Option("max_time", str | None, None, "DD:HH:MM:SS after which this start is saved and ends"),
+    Option("keep_checkpoints", int, 2, "number of newest checkpoints kept"),
+    Option("mirror", str | None, None,
+           "folder, such as on a mounted drive, that gets a copy of each save in the background"),
+    Option("early_stopping", int | None, None, "validations without improvement before the run ends"),
+    Option("max_nonfinite_losses", int, 1,
+           "steps in a row whose loss is not finite before it stops (in fp16 the scaler's skips are counted)"),
+)  # fmt: skip
+"""The options beside any class's, of all verbs."""
+_SCORED = (Option("ckpt_path", None, "best", "what to score: best | last | base | an adapter or checkpoint folder"),)
+"""Without a type: the command line alone gives it, and no file of a run."""
+OWN: Mapping[str, tuple[Option, ...]] = {
+    "validate": _SCORED,
+    "test": _SCORED,
+    "plan": (
+        Option("gpu", str | None, None, "card to plan for; default: this one, or a T4"),
+        Option("gpu-gib", float | None, None, "memory of the card in GiB, instead of its name"),
+        Option("gpu-capability", str | None, None,
+               "compute capability of the card, such as 8.6; default: that of --gpu, or 7.5 with --gpu-gib alone"),
+    ),
+    "inspect": (
+        Option("rows", int, 3, "number of training rows to show token by token"),
+        Option("row", str | None, None, "show only this row, in full: its number in the file, or FILE:NUMBER"),
+        Option("html", str | None, None, "also write all of it to this file, as a web page"),
+        Option("accept", str | None, None, f"kinds of faults to accept, separated by commas: {', '.join(KINDS)}"),
+    ),
+}  # fmt: skip
+"""Those of one verb alone."""
 
 
 @cache
 def options_of(verb: str) -> tuple[Option, ...]:
     """The options of ``verb``: those beside any section first."""
-    files = ["training.py", *([f"tools/{verb}.py"] if (ROOT / f"tools/{verb}.py").is_file() else [])]
-    beside = [option for file in files for option in _added(Source(ROOT / file), verb in ("validate", "test"))]
     of_classes = [
         option for section, file, name in CLASSES for option in _arguments(Source(ROOT / file), section, name)
     ]
-    return tuple(option for option in (*beside, *of_classes) if option.name not in LINKED)
+    found = (SEED, *OF_RUN, *OWN.get(verb, ()), *of_classes)
+    return tuple(option for option in found if option.name not in LINKED)
 
 
 class Source:
@@ -72,15 +109,12 @@ class Source:
         )
 
     def value(self, node: ast.expr | None) -> Any:
-        """A default or a text; `UNKNOWN` for what is no plain value."""
+        """A default; `UNKNOWN` for what is no plain value."""
         if node is None:
             return None
         if isinstance(node, ast.Name) and node.id not in ("None", "True", "False"):
             place, found = self._assigned(node.id)
             return place.value(found) if place else UNKNOWN
-        if isinstance(node, ast.JoinedStr):
-            parts = [self.value(part.value if isinstance(part, ast.FormattedValue) else part) for part in node.values]
-            return "".join(map(str, parts)) if UNKNOWN not in parts else "…"
         try:
             return ast.literal_eval(node)
         except ValueError:
@@ -177,9 +211,7 @@ def _parameters(init: ast.FunctionDef) -> Iterator[tuple[str, tuple[ast.expr | N
 
 def _option(source: Source, section: str, parameter: tuple[str, Any], words: dict[str, str]) -> Option:
     name, (annotation, default) = parameter
-    kind = source.type(annotation)
-    written = ast.unparse(annotation) if annotation else ""
-    return Option(f"{section}.{name}", kind, written, source.value(default), words.get(name, ""))
+    return Option(f"{section}.{name}", source.type(annotation), source.value(default), words.get(name, ""))
 
 
 def _argument_words(docstring: str) -> dict[str, str]:
@@ -188,35 +220,3 @@ def _argument_words(docstring: str) -> dict[str, str]:
     words = inspect.cleandoc("\n" + re.split(r"\n\s*(?:Raises|Returns|Yields):\n", words)[0])
     found = re.findall(r"^(\w+):\s*(.*(?:\n(?:[ \t].*)?)*)", words, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
-
-
-def _added(source: Source, scores: bool) -> Iterator[Option]:
-    """What is added to the parser beside classes; ``scores``: also what is for verbs that score alone."""
-    blocks = [node for node in ast.walk(source.tree) if isinstance(node, ast.If)]
-    blocks = [] if scores else [node for node in blocks if ast.unparse(node.test) == "self.scores"]
-    left_out = {id(inner) for block in blocks for inner in ast.walk(block)}
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "parser.add_argument" and id(node) not in left_out:
-            yield _of_call(source, node)
-
-
-def _of_call(source: Source, call: ast.Call) -> Option:
-    given = {keyword.arg: keyword.value for keyword in call.keywords}
-    name = str(source.value(call.args[0])).removeprefix("--")
-    kind = given.get("type", ast.Name("str"))
-    words = source.value(_above(source, given.get("help")))
-    return Option(name, source.type(kind), ast.unparse(kind), source.value(given.get("default")), str(words or ""))
-
-
-def _above(source: Source, words: ast.expr | None) -> ast.expr | None:
-    """``words``; where they are a name, what that was given last above its use, with names in it likewise."""
-    if isinstance(words, ast.JoinedStr):
-        parts = [_above(source, part.value if isinstance(part, ast.FormattedValue) else part) for part in words.values]
-        return ast.JoinedStr([part for part in parts if part])
-    if not isinstance(words, ast.Name):
-        return words
-    above = [
-        node for node in ast.walk(source.tree)
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == words.id and node.lineno < words.lineno
-    ]  # fmt: skip
-    return max(above, key=lambda node: node.lineno).value if above else words

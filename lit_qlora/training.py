@@ -70,7 +70,7 @@ from lit_qlora.options import LINKED, option, plain
 from lit_qlora.quiet import quieten
 from lit_qlora.ranges import check_ranges, max_time_s
 from lit_qlora.signals import WARNING, LeftAtOnce
-from lit_qlora.signatures import LEARNING
+from lit_qlora.signatures import LEARNING, OF_RUN, OWN, SEED, Option
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
 from lit_qlora.storage.files import size
 from lit_qlora.storage.mirror import Mirror
@@ -134,51 +134,15 @@ class QLoRACLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the seed: always a number, so that a run can be repeated."""
-        parser.add_argument("--seed_everything", type=int, default=42, help="seed of everything random")
+        _add(parser, SEED)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options beside the model's, the data's and the Trainer's."""
-        parser.add_argument(
-            "--run",
-            type=str | None,
-            default=None,
-            help="runs/NAME, or any folder with a slash; default: the config's name, with -2 if that is another run",
-        )
-        parser.add_argument("--save_every_steps", type=int, default=500, help="optimizer steps between checkpoints")
-        parser.add_argument(
-            "--save_every_minutes",
-            type=float | None,
-            default=15.0,
-            help="the longest time between checkpoints; none: by steps alone",
-        )
-        parser.add_argument(
-            "--max_time", type=str | None, default=None, help="DD:HH:MM:SS after which this start is saved and ends"
-        )
-        parser.add_argument("--keep_checkpoints", type=int, default=2, help="number of newest checkpoints kept")
-        parser.add_argument(
-            "--mirror",
-            type=str | None,
-            default=None,
-            help="folder, such as on a mounted drive, that gets a copy of each save in the background",
-        )
-        parser.add_argument(
-            "--early_stopping",
-            type=int | None,
-            default=None,
-            help="validations without improvement before the run ends",
-        )
-        parser.add_argument(
-            "--max_nonfinite_losses",
-            type=int,
-            default=1,
-            help="steps in a row whose loss is not finite before it stops (in fp16 the scaler's skips are counted)",
-        )
+        for one in (*OF_RUN, *OWN.get(self.verb, ())):
+            _add(parser, one)
         parser.add_lightning_class_args(SampleAnswers, "samples")
         for target, source in LINKED.items():
             parser.link_arguments(source, target)
-        if self.scores:
-            words = "what to score: best | last | base | an adapter or checkpoint folder"
-            parser.add_argument("--ckpt_path", default="best", help=words)
         assert isinstance(parser, RunParser)
         self.verb_parser = parser
 
@@ -453,6 +417,11 @@ class DryCLI(QLoRACLI):
     def own_loggers(self) -> list[Logger]:
         """None: they write."""
         return []
+
+
+def _add(parser: LightningArgumentParser, one: Option) -> None:
+    kind = {} if one.type is None else {"type": one.type}
+    parser.add_argument(*one.spelled, default=one.default, help=one.help, **kind)
 
 
 def say_loading(model: QLoRAModule, datamodule: ChatDataModule) -> None:

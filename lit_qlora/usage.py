@@ -73,7 +73,7 @@ def help_asked(args: Sequence[str]) -> str | None:
     return None
 
 
-CONFIG = Option("config", str, "str", None, "YAML with options: a file, or the name of one that comes with lit-qlora")
+CONFIG = Option("config", str, None, "YAML with options: a file, or the name of one that comes with lit-qlora")
 
 
 def help_of(verb: str, asked: str) -> str:
@@ -111,7 +111,7 @@ def help_of_tool(verb: str, title: str, actions: Sequence[Any]) -> str:
     for action in actions:
         is_flag = action._typehint is bool and action.default is False
         words = f"{_words(action.help)} (required)" if action.required else action.help
-        options.append(Option(action.dest, FLAG if is_flag else action._typehint, "", action.default, words))
+        options.append(Option(action.dest, FLAG if is_flag else action._typehint, action.default, words))
     return "\n".join([*_head(verb, needed, title), "", "options:", *_lines(options)]) + "\n"
 
 

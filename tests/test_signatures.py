@@ -313,12 +313,13 @@ def test_options_of_a_kept_run_are_not_held_against_defaults(tmp_path, monkeypat
         check_first(verb, ["--run", "mine", "--data.batch_tokens", "4"])
 
 
-@pytest.mark.parametrize("verb", ["fit", "validate", "test", "plan"])
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "plan", "inspect"])
 @pytest.mark.parametrize("asked", ["short", "all"])
 def test_help_fits_80_columns_and_names_no_class_of_lightning(verb, asked):
     text = help_of(verb, asked)
     assert max(map(len, text.splitlines())) <= 80
     assert "Logger(" not in text and "TensorBoardLogger" not in text and ":func:" not in text
+    assert "…" not in text and ("unread, nothing, end" in text) == (verb == "inspect")
     names = {option.name for option in options_of(verb)}
     shown = {line.split()[0].removeprefix("--") for line in text.splitlines() if line.startswith("  --")}
     assert shown - {"config"} <= names and ("ckpt_path" in shown) == (verb in ("validate", "test"))

@@ -8,11 +8,9 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from lit_qlora.command import complete
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.faults import KINDS, accepted_kinds
+from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.errors import UserError
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
@@ -28,18 +26,6 @@ class InspectCLI(DryCLI):
 
     found: Look
     """What was seen."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """fit's options, and those of what is shown."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--rows", type=int, default=3, help="number of training rows to show token by token")
-        words = "show only this row, in full: its number in the file, or FILE:NUMBER"
-        parser.add_argument("--row", type=str | None, default=None, help=words)
-        parser.add_argument(
-            "--html", type=str | None, default=None, help="also write all of it to this file, as a web page"
-        )
-        words = f"kinds of faults to accept, separated by commas: {', '.join(KINDS)}"
-        parser.add_argument("--accept", type=str | None, default=None, help=words)
 
     def before_instantiate_classes(self) -> None:
         """Checks its own options before anything is read."""

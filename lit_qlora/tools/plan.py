@@ -30,15 +30,6 @@ class PlanCLI(DryCLI):
     found: Plan
     """The forecast and other results to report."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """fit's options, and those of the card."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--gpu", type=str | None, default=None, help="card to plan for; default: this one, or a T4")
-        words = "memory of the card in GiB, instead of its name"
-        parser.add_argument("--gpu-gib", "--gpu_gib", type=float | None, default=None, help=words)
-        words = "compute capability of the card, such as 8.6; default: that of --gpu, or 7.5 with --gpu-gib alone"
-        parser.add_argument("--gpu-capability", "--gpu_capability", type=str | None, default=None, help=words)
-
     def device(self) -> Device:
         """The card, for which everything is decided from here on."""
         options = self.config[self.verb]

@@ -132,7 +132,7 @@ class _Child:
             environment["PYTHONUTF8"] = "1"
         quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self.said}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CODE.format(root=str(Path(__file__).parents[2])), *args],
+            [sys.executable, "-P", "-c", CODE.format(root=str(Path(__file__).parents[2])), *args],
             env=environment,
             process_group=0 if os.name != "nt" else None,  # Ctrl-C is handed on, once
             **(quiet if rank else {}),

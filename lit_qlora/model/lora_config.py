@@ -163,7 +163,7 @@ def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises UserError for a pattern of modules' names that is none, or takes forever to match.
 
     Some, such as ``(a+)+b``, take longer than anybody waits: they are matched, as peft would, in a process that can be
-    ended.
+    ended. It imports nothing from the current folder (-P), which may be the adapter's own.
     """
     whole_names = (config.get(name) for name in ("target_modules", "exclude_modules"))
     given = [(r"({})\Z", [found]) for found in whole_names if isinstance(found, str)]
@@ -182,7 +182,7 @@ def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
     what = "adapter_config.json has a pattern of modules that"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _MATCH],
+            [sys.executable, "-P", "-c", _MATCH],
             input=json.dumps([patterns, names]),
             stdout=subprocess.PIPE,
             text=True,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_qlora.console import counted, say
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.base import Base
-from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import output_path, require_new, require_room
 from lit_qlora.storage.folders import recover, write_folder
 from lit_qlora.storage.run import CARD, RECORD, RunFolder
@@ -88,7 +87,6 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         UserError: if ``target`` exists, the disk is too small, base and adapter do not match, or the difference is
             too large.
     """
-    quieten()
     recover(target)
     require_new(target)
     if onto == "original" and chosen.base.in_4_bits:

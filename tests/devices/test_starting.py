@@ -153,6 +153,11 @@ def test_the_first_process_alone_is_heard() -> None:
     assert (status, out, err) == (0, "out of 0\n", "err of 0\n")
 
 
+def test_none_imports_from_the_current_folder() -> None:
+    """Which may be a run's that was downloaded, with modules of its own beside."""
+    assert ended(started("print('' in sys.path, os.getcwd() in sys.path)"))[1] == "False False\n"
+
+
 def test_each_knows_its_place() -> None:
     code = "names = 'WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE'.split()\n"
     code += "print(sys.argv[1:], [os.environ[name] for name in names]) if rank == 0 else None"

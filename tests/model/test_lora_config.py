@@ -348,3 +348,12 @@ def test_what_is_no_pattern_is_refused(tmp_path, name):
     given = {"(": 1} if name == "rank_pattern" else "("
     with pytest.raises(UserError, match=r"adapter_config.json has a pattern of modules that is none: \(: missing \)"):
         lora_config.check_ranks(tmp_path, {"r": 1, name: given}, {})
+
+
+def test_a_pattern_is_matched_without_code_of_the_current_folder(tmp_path, monkeypatch):
+    """Which is the adapter's own where a command is given there."""
+    for name in ("json", "re"):
+        (tmp_path / f"{name}.py").write_text(f"open('ran', 'w')\nraise SystemExit('{name} of a stranger')")
+    monkeypatch.chdir(tmp_path)
+    lora_config.check_ranks(tmp_path, {"r": 1, "rank_pattern": {".*": 1}}, {})
+    assert not (tmp_path / "ran").exists()

@@ -70,6 +70,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     Raises:
         UserError: if there is no such run, adapter or base, or both run and adapter are given.
     """
+    quieten()  # an adapter's patterns are peft's to match, which imports bitsandbytes
     if adapter is None:
         folder = trained_run(run)
         settings = _settings(folder)
@@ -170,7 +171,6 @@ class Answerer:
         chosen = choose_adapter(run, adapter, base)
         self.base, self.adapter, self.settings = chosen
         self.max_length = self.base.context_tokens
-        quieten()
         self.encoder = chosen.encoder()
 
     @cached_property

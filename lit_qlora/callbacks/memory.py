@@ -35,13 +35,23 @@ class PeakMemory(Callback):
             self._end("train")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a validation, and record: of the GPU that holds most, and of all processes on the host."""
+        """End a validation, and record."""
         if trainer.state.fn == "fit":
             self._end("validation")
-            host = summed({name: peak for name, peak in self.peaks_gib.items() if name == "host"})
-            highest_gib = dict(zip(self.peaks_gib, highest(*self.peaks_gib.values()), strict=True))
-            self.peaks_gib = highest_gib | host
-            record(trainer, {f"memory/{name}_gib": value for name, value in self.peaks_gib.items()})
+            self._record(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record training without validations."""
+        if not trainer.enable_validation:
+            self._end("train")
+            self._record(trainer)
+
+    def _record(self, trainer: Trainer) -> None:
+        """Of the GPU that holds most, and of all processes on the host."""
+        host = summed({name: peak for name, peak in self.peaks_gib.items() if name == "host"})
+        highest_gib = dict(zip(self.peaks_gib, highest(*self.peaks_gib.values()), strict=True))
+        self.peaks_gib = highest_gib | host
+        record(trainer, {f"memory/{name}_gib": value for name, value in self.peaks_gib.items()})
 
     def _end(self, phase: str) -> None:
         if torch.cuda.is_available():

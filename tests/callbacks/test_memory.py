@@ -108,3 +108,16 @@ def test_nobody_watches_the_host_for_a_callback_that_is_gone():
     del memory
     watch.join(20)
     assert not watch.is_alive()
+
+
+def test_training_without_validations_records_its_peaks_at_its_end(cuda, trainer, tiny, rows, tmp_path):
+    class Uses(tiny):
+        def training_step(self, batch, batch_idx):
+            cuda.update(allocated=6.0, reserved=7.0)
+            return super().training_step(batch, batch_idx)
+
+    trainer(PeakMemory(), HeldOutMetrics(), logger=Record(RunFolder(tmp_path)), limit_val_batches=0).fit(
+        Uses(), datamodule=rows(4)
+    )
+    recorded = [line["memory/train_reserved_gib"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert recorded == [7.0]

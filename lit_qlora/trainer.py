@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, ProgressBar, ThroughputMonitor, Timer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO, LayerSync, MixedPrecision
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
@@ -52,6 +53,10 @@ NO_PLUGINS: Mapping[type, str] = {
 }
 
 
+IN_RUN = "the run's folder"
+"""The ``save_dir`` of a logger that is given none; which folder it is may be chosen after the options are read."""
+
+
 class RunParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser, with errors in one line, without abbreviated names and options without effect."""
 
@@ -67,6 +72,13 @@ class RunParser(OneLineErrors, LightningArgumentParser):
         return self.add_class_arguments(
             lightning_class, nested_key, fail_untyped=False, instantiate=False, sub_configs=True, skip=NOT_OFFERED
         )
+
+    def add_class_arguments(self, class_type: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """As jsonargparse's, but that Lightning's loggers of files need no ``save_dir``; see `IN_RUN`."""
+        added: list[str] = super().add_class_arguments(class_type, *args, **kwargs)
+        if isinstance(class_type, type) and issubclass(class_type, CSVLogger | TensorBoardLogger):
+            self.set_defaults({"save_dir": IN_RUN})
+        return added
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """As jsonargparse's. Raises UserError if a class of the user's choice, such as a logger, fails."""

@@ -55,7 +55,7 @@ from lit_qlora.devices.world import (
     silent_unless_first,
     world,
 )
-from lit_qlora.errors import OutOfRoomError, UserError, one_line
+from lit_qlora.errors import OutOfRoomError, UserError, one_line, require
 from lit_qlora.figures.record import Record
 from lit_qlora.figures.tensorboard import Board
 from lit_qlora.forecast import words
@@ -77,6 +77,7 @@ from lit_qlora.storage.mirror import Mirror
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, flat, unnamed_run
 from lit_qlora.text.formats import OF_BASE
 from lit_qlora.trainer import (
+    IN_RUN,
     QLoRATrainer,
     RunParser,
     as_list,
@@ -173,6 +174,8 @@ class QLoRACLI(LightningCLI):
         config = option(self.command.args, "--config", "-c")
         self.run = RunFolder(Path(options.run) if self.is_named else unnamed_run(config, options.model.base))
         if self.scores:
+            limit, is_any = options.trainer.limit_val_batches, self.verb != "validate"
+            require(is_any or limit != 0, "trainer.limit_val_batches", "micro-batches to score, 1.0 for all", limit)
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
             if adapter or options.ckpt_path == "base":
                 options.model.adapter = str(adapter) if adapter else None
@@ -342,9 +345,16 @@ class QLoRACLI(LightningCLI):
 
     def given_loggers(self) -> list[Logger]:
         """The user's own loggers; in other processes than the first, as many that write nothing."""
-        given = self.config_init[self.verb].trainer.logger
-        loggers = [] if isinstance(given, bool) else as_list(given)
+        made, given = (as_list(config[self.verb].trainer.logger) for config in (self.config_init, self.config))
+        loggers = [*map(self._placed, made, given)] if made and isinstance(made[0], Logger) else []
         return loggers if is_first() else [DummyLogger() for _ in loggers]
+
+    def _placed(self, logger: Logger, given: Any) -> Logger:
+        """The logger that was ``given``, in the run's folder if it has none of its own."""
+        options = given.get("init_args", {})
+        if options.get("save_dir") != IN_RUN:
+            return logger
+        return type(logger)(**{**vars(options), **given.get("dict_kwargs", {}), "save_dir": str(self.run.path)})
 
     # Running
 

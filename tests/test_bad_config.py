@@ -527,7 +527,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
     ),
     ("run empty", ["--run", ""], None, None, "run", ["folder", "got ''"]),
     ("run blank", ["--run= "], None, None, "run", ["folder", "got ' '"]),
-    ("run null", ["--run", "null"], None, None, "run", ["folder", "got None"]),
+    ("run null", ["--run", "null"], None, None, "run", ["null is none: leave it out", "got 'null'"]),
 ]
 """Its name, the command line behind ``fit --run run``, a config file of one's own; and of what is said the place, the
 option, and words that matter."""

@@ -474,12 +474,18 @@ def test_no_code_is_taken_from_a_run_folder(run: Path, capsys: pytest.CaptureFix
         assert (told.err.count("\n"), said in told.out) == (1, True)
 
 
+def test_a_validation_of_no_batch_is_refused(run: Path, expect_error: ExpectError) -> None:
+    """As it would be of a run without validations."""
+    name = "trainer.limit_val_batches"
+    expect_error(["validate", "--run", "./run", f"--{name}", "0"], "1.0 for all", "got 0", option=name)
+
+
 def test_a_run_with_classes_of_ones_own_goes_on_by_the_same_command(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Given by short names, which config.yaml has in full."""
     own = ["--trainer.callbacks+=DeviceStatsMonitor", "--trainer.callbacks+=Timer",
-           "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "csv"]  # fmt: skip
+           "--trainer.logger", "CSVLogger"]  # fmt: skip
     assert main([*FIT, *own, "--trainer.max_steps", "1"]) == 0
     capsys.readouterr()
     assert main([*FIT, *own, "--trainer.max_steps", "2"]) == 0
@@ -487,6 +493,7 @@ def test_a_run_with_classes_of_ones_own_goes_on_by_the_same_command(
     assert told.err == ""
     assert "changed: trainer.max_steps: 1 -> 2" in told.out
     assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [0, 1, 2]
+    assert len([*Path("run").glob("lightning_logs/version_*/metrics.csv")]) == 2  # one per start
     assert main(["validate", "--run", "./run"]) == 0
     assert capsys.readouterr().err.startswith("warning: trainer.logger, trainer.callbacks of run/config.yaml left out")
 

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
 from lit_qlora.errors import UserError
 from lit_qlora.options import check_config_file, option
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.trainer import QLoRATrainer, RunParser
+from lit_qlora.training import QLoRACLI
 from tests.expect import ExpectError
 
 
@@ -150,7 +153,6 @@ EARLY = "lightning.pytorch.callbacks.EarlyStopping"
         (["callbacks=EarlyStopping"], "callbacks.monitor", ["no value", "EarlyStopping needs monitor", "VALUE"]),
         (["callbacks+=EarlyStopping"], "callbacks.monitor", ["no value", "EarlyStopping"]),
         ([f"callbacks=[{{class_path: Timer}}, {{class_path: {EARLY}}}]"], "callbacks.monitor", ["EarlyStopping needs"]),
-        (["logger=CSVLogger"], "logger.save_dir", ["CSVLogger needs save_dir"]),
         (["plugins=MixedPrecision"], "plugins.precision", ["MixedPrecision needs precision and device"]),
         (["callbacks=NoSuchCallback"], "callbacks", ["no class 'NoSuchCallback'", "MODULE.CLASS"]),
         (["callbacks=EarlyStoping"], "callbacks", ["no class 'EarlyStoping'", "mean 'EarlyStopping'"]),
@@ -176,6 +178,30 @@ def test_a_class_that_is_not_there_or_lacks_something_is_named(
     parser = RunParser(exit_on_error=False)
     parser.add_lightning_class_args(QLoRATrainer, "trainer")
     expect_error(lambda: parser.parse_args([f"--trainer.{one}" for one in given]), *words, option=f"trainer.{option}")
+
+
+@pytest.mark.parametrize(
+    ("given", "folders"),
+    [
+        (["logger=CSVLogger"], ["runs/a"]),
+        (["logger=TensorBoardLogger", "logger.name=x"], ["runs/a"]),
+        (["logger.class_path=lightning.pytorch.loggers.CSVLogger"], ["runs/a"]),
+        (["logger=[{class_path: CSVLogger}, {class_path: CSVLogger, init_args: {save_dir: own}}]"], ["runs/a", "own"]),
+        (["logger+=CSVLogger", "logger+=TensorBoardLogger", "logger.save_dir=own"], ["runs/a", "own"]),
+        (["logger=true"], []),
+        (["logger=false"], []),
+        ([], []),
+    ],
+)
+def test_a_logger_of_files_without_a_folder_writes_into_the_runs(given: list[str], folders: list[str]) -> None:
+    parser = RunParser(exit_on_error=False)
+    parser.add_lightning_class_args(QLoRATrainer, "trainer")
+    options = parser.parse_args([f"--trainer.{one}" for one in given])
+    command = QLoRACLI.__new__(QLoRACLI)
+    command.verb, command.run = "fit", RunFolder(Path("runs/a"))  # chosen after the options are read
+    command.config, command.config_init = Namespace(fit=options), Namespace(fit=parser.instantiate_classes(options))
+    assert [logger.save_dir for logger in command.given_loggers()] == folders
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("as_list", [False, True])

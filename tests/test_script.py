@@ -493,7 +493,9 @@ def test_an_adapter_says_what_the_data_said_of_prompts(here):
 
     rows = data()
     trainer(max_steps=1).fit(module(adapter="mine"), rows)
-    assert rows.prompt_format.source == CHATML  # which is what goes with the adapter
+    assert (rows.prompt_format.source, rows.prompt_format.system) == (CHATML, None)  # what goes with the adapter
+    trainer().validate(module(adapter="mine"), rows, verbose=False)
+    assert rows.prompt_format.system == "Be brief."  # by which it is to be scored
     for given in ({"adapter": "mine"}, {"adapter": "mine", "rank": 3}):
         with pytest.raises(UserError, match=r"data.template" if "rank" not in given else "model.rank: 3, .* has 2"):
             trainer(max_steps=1).fit(module(**given), data(template=None if "rank" in given else CHATML + "\n"))

@@ -329,8 +329,14 @@ class QLoRAModule(LearnsInParts):
         return load.template_of(self.adapter, given) if self.adapter else given
 
     def system_for(self, given: str | None) -> str | None:
-        """The system text for its data: ``given``, or that of the checkpoint that it was loaded from."""
-        return self._recorded.system if given is None and self._recorded else given
+        """The system text for its data: ``given``, or that of the checkpoint, or of the adapter that is scored.
+
+        A fit that starts from an adapter learns what its data have.
+        """
+        was = self._recorded
+        if was is None and self.adapter and self.trainer.state.fn != "fit":
+            was = load.read_format(self.adapter)
+        return was.system if given is None and was else given
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter as a plain PEFT folder, with the tokenizer of its Trainer's DataModule, if it had one.

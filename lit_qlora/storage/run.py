@@ -65,7 +65,7 @@ def named_folder(run: str | None) -> Path | None:
     if run is None:
         return None
     check_ranges({"run": run})
-    require(run != "null", "run", "a folder", None)
+    require(run != "null", "run", "a name or a folder (null is none: leave it out)", "null")
     if "://" in run:
         raise UserError(f"{run} is a URL, and runs are only kept on this machine: give a folder", option="run")
     return run_path(run)

@@ -86,7 +86,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a hub id or a folder", lambda value: bool(value.strip()), "data.tokenizer"),
     ("a text, or none", lambda value: bool(value.strip()), "data.opening"),
     ("no empty ones", lambda value: all(text.strip() for text in value), "samples.prompts"),
-    ("texts of at least one character", all, "stop"),
+    ("texts of at least one character", lambda value: all(text and isinstance(text, str) for text in value), "stop"),
 )  # fmt: skip
 """What is expected, whether a value is that, and of which options, by their names; none is always allowed."""
 

@@ -4,6 +4,8 @@ Sampling itself is transformers' `generate`; padding, stop and seed are ours. Im
 `Sampling` describes options of the verbs that answer.
 """
 
+import ast
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,16 +55,26 @@ class Sampling:
 
 
 def stop_texts(given: str | Sequence[str]) -> tuple[str, ...]:
-    """The texts that an option ``stop`` names: itself, those of a JSON list that it is, or none where it is empty."""
+    """The texts that an option ``stop`` names: itself, those of a list that it spells, or none where it is empty."""
     if not isinstance(given, str):
         return tuple(given)
-    try:
-        told = parse_json(given.encode(errors="surrogatepass"))
-    except ValueError:
-        told = None
-    if isinstance(told, list) and told and all(isinstance(text, str) for text in told):
-        return tuple(told)
+    told = _listed(given)
+    if any(isinstance(text, str) for text in told):
+        return told
     return (given,) if given else ()
+
+
+def _listed(text: str) -> tuple[Any, ...]:
+    """What the list holds that a text spells, as JSON or as Python does; of any other text, nothing."""
+    with warnings.catch_warnings(action="ignore"):  # of a backslash that Python has no meaning for
+        for read in (parse_json, ast.literal_eval):
+            try:
+                told = read(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+            if isinstance(told, list):
+                return tuple(told)
+    return ()
 
 
 def generate(

@@ -287,6 +287,12 @@ def test_a_listener_stops_an_answer(model):
         ("null", ("null",)),
         ("[]", ("[]",)),
         (["a", "b"], ("a", "b")),
+        ("['###', 'User:']", ("###", "User:")),
+        (r"""['\n\n', "It's"]""", ("\n\n", "It's")),
+        (r"['\d']", (r"\d",)),
+        ("[INST, 'x']", ("[INST, 'x']",)),
+        ("['a'", ("['a'",)),
+        ("[" * 9000, ("[" * 9000,)),
     ],
 )
 def test_a_stop_text_is_a_text_or_a_list_of_them(given, texts):
@@ -313,6 +319,7 @@ def test_a_stop_text_is_a_text_or_a_list_of_them(given, texts):
             "repetition_penalty: expected a number from 1e-9 to 1e9; 1 is none, got inf",
         ),
         ({"stop": ("a", "")}, "stop: expected texts of at least one character, got ['a', '']"),
+        ({"stop": '["a", 1]'}, "stop: expected texts of at least one character, got ['a', 1]"),
         ({"top_k": 5}, "top_k: expected it left out at temperature 0, which takes the likeliest token, got 5"),
         ({"min_p": 0.5}, "min_p: expected it left out at temperature 0, which takes the likeliest token, got 0.5"),
         ({"top_p": 0.5}, "top_p: expected it left out at temperature 0, which takes the likeliest token, got 0.5"),

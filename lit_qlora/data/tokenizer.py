@@ -26,7 +26,7 @@ PROBES = ("Hello world", "two  spaces", "x = 12345\n\n\tend", "Größe, 漢字 �
 None begins with a space, which classes that put one there take for their own; `encode.Encoder` knows of that."""
 
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-"""Special tokens, and what Llama calls them; BOS may lack."""
+"""Special tokens, and what Llama calls them; BOS may lack, but Llama 2's."""
 
 
 def _is_token(value: Any) -> bool:
@@ -190,7 +190,7 @@ def _check_config(base: str, location: str) -> None:
 
 
 def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises UserError where EOS lacks, or one of the special tokens is no text at all.
+    """Raises UserError where EOS lacks, or Llama 2's BOS, or one of the special tokens is no text at all.
 
     The library gives an empty one the id of the unknown token, and searches endlessly for an empty unknown one.
     """
@@ -201,6 +201,13 @@ def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
                 f"the tokenizer of {excerpt(base)} has an empty {name}, as early conversions do",
                 option="model.base",
                 remedy=f"write its text into tokenizer_config.json (Llama's is {usual}), or take another copy",
+            )
+        if token is None and name == "bos_token" and _is_llama_2(tokenizer):
+            raise UserError(
+                f"the tokenizer of {excerpt(base)} has Llama 2's vocabulary and no BOS token, with which all of its "
+                "texts begin",
+                option="model.base",
+                remedy=f"name it in tokenizer_config.json (bos_token, {usual}), or take another copy",
             )
         if token is None and name == "eos_token":  # not all have a BOS: Qwen's have none
             raise UserError(

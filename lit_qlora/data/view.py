@@ -95,7 +95,9 @@ def _first(text: str, width: int) -> str:
 def example_lines(
     tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], labels: Sequence[int], width: int, most: int
 ) -> list[str]:
-    """The first answer of a row that is learned, behind its prompt: ``prompt **answer** ⏹``.
+    """The first answer of a row that is learned with its end, behind its prompt: ``prompt **answer** ⏹``.
+
+    Where no end is learned, the first that is; with prompts learned, too, a stretch of both.
 
     Args:
         tokenizer: of the row.
@@ -110,13 +112,15 @@ def example_lines(
         (learned, [token for token, _ in run])
         for learned, run in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORE_INDEX)
     ]
-    place = next(place for place, (learned, _) in enumerate(runs) if learned)
+    special = special_ids(tokenizer)
+    learned = [place for place, (is_learned, _) in enumerate(runs) if is_learned]
+    place = next((place for place in learned if runs[place][1][-1] in special), learned[0])
     answer, prompt = runs[place][1], runs[place - 1][1] if place else []
-    has_end = answer[-1] in special_ids(tokenizer)
+    has_end = answer[-1] in special
     said = printable(_decoded(tokenizer, answer[: len(answer) - has_end]))
     asked, end = printable(_decoded(tokenizer, prompt)), f" {END}" if has_end else ""
     whole = f"{asked} **{said}**{end}".lstrip()
-    if most == 1 or columns(whole) <= width:
+    if most == 1 or not asked or columns(whole) <= width:
         room = width - len("  ****") - len(end)
         asked = shortened(asked, max(room // 2, room - columns(said)))
         return [f"{asked} **{shortened(said, room - columns(asked))}**{end}".lstrip()]

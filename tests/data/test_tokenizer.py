@@ -136,6 +136,14 @@ def test_the_ids_are_metas_whatever_the_config_says(real, tmp_path, config):
     assert gives_metas_ids(real, tokenizer)
 
 
+def test_llama_2_without_bos_is_refused(real, tmp_path):
+    name = base(tmp_path / "base", (real / "llama2-tokenizer").iterdir(), {"bos_token": None})
+    assert refused(name) == (
+        f"model.base: the tokenizer of {name!r} has Llama 2's vocabulary and no BOS token, with which all of its texts "
+        "begin; name it in tokenizer_config.json (bos_token, <s>), or take another copy"
+    )
+
+
 def test_ids_that_stay_others_are_refused(real, tmp_path):
     name = base(
         tmp_path / "base", (real / "llama2-tokenizer").iterdir(), {"tokenizer_class": "PreTrainedTokenizerFast"}

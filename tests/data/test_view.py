@@ -2,6 +2,7 @@
 
 import pytest
 
+from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.data.view import columns, example_lines, printable, shortened, tokens
@@ -113,3 +114,13 @@ def test_an_answer_that_is_context_only_is_none(encoder):
 def test_a_row_that_is_learned_whole_is_all_of_it(encoder):
     whole = Encoder(encoder.tokenizer, 400, train_on="all")
     assert example(whole, said("a", "b"), 2) == ["**[INST] a [/INST] b** ⏹"]
+
+
+def test_with_prompts_learned_it_is_the_first_stretch_with_its_end_and_no_empty_line(encoder):
+    """A format that writes BOS before each turn divides a row where no answer is."""
+    ids, labels = row(Encoder(encoder.tokenizer, 400, train_on="all"), said("When? " * 20, "In June. " * 20))
+    for place in (1, 9):
+        ids[place] = encoder.bos_id
+        labels[place] = IGNORE_INDEX
+    (line,) = example_lines(encoder.tokenizer, ids, labels, 72, 2)
+    assert line.endswith("June.** ⏹") and columns(line) <= 72

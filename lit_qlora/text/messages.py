@@ -7,6 +7,7 @@ format, no tokens.
 """
 
 import json
+import math
 import reprlib
 from collections.abc import Sequence
 from itertools import groupby
@@ -96,7 +97,12 @@ def is_there(value: object) -> bool:
         return any(map(is_there, value))
     if isinstance(value, str):
         return bool(value.strip())
-    return value is not None and str(value) != "nan"  # what pandas writes for nothing
+    return value is not None and not _is_nan(value)
+
+
+def _is_nan(value: object) -> bool:
+    """True for what pandas writes for nothing."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def holds_messages(value: object) -> bool:
@@ -313,8 +319,8 @@ def _unused(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _value(where: str, row: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """What stands under one of ``names``; parquet fills up the other dialect's with nulls."""
-    there = [row[name] for name in names if row.get(name) is not None]
+    """What stands under one of ``names``; parquet fills up the other dialect's with nulls, pandas with NaN."""
+    there = [value for name in names if (value := row.get(name)) is not None and not _is_nan(value)]
     if any(value != there[0] for value in there):
         raise ValueError(f"{where}: {' and '.join(names)} hold different things, expected one of the two")
     return there[0] if there else None

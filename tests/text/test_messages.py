@@ -116,6 +116,7 @@ def turns(*contents: str) -> tuple[Turn, ...]:
          [messages.SAYS_NOTHING, messages.JOINED["user"]]),
         ([{"role": "user", "content": None}, ASSISTANT, USER, ASSISTANT], ["hi", "yo"], [messages.UNSEEN]),
         ([USER, ASSISTANT, {"role": "user", "content": None}, ASSISTANT], ["hi", "yo"], [messages.UNSEEN]),
+        ([USER, ASSISTANT, {"role": "user", "content": float("nan")}, ASSISTANT], ["hi", "yo"], [messages.UNSEEN]),
     ],
 )  # fmt: skip
 def test_turns_of_one_role_are_joined_and_what_nobody_answers_is_left_out(rows, expected, changed):

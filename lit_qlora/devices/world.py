@@ -39,12 +39,15 @@ class LostError(UserError):
 
 
 def world() -> World:
-    """This process, by the environment, as torchrun and `starting` leave it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    """This process, by the environment, as torchrun and `starting` leave it; alone where that says less.
+
+    A script's Trainer is alone, whatever WORLD_SIZE a cluster has left.
+    """
+    places = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    if not all(map(str.isdecimal, places)):
         return World()
-    rank, local_rank = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK"))
-    return World(rank, size, local_rank, int(os.environ["LOCAL_WORLD_SIZE"]))
+    here = World(*map(int, places))
+    return here if here.size > 1 else World()
 
 
 def is_first() -> bool:

@@ -43,6 +43,16 @@ def test_one_process_agrees_with_itself_without_torch_distributed() -> None:
     assert done.stdout == "said\nFalse\n"
 
 
+@pytest.mark.parametrize("left", [["WORLD_SIZE"], ["WORLD_SIZE", "RANK"], ["WORLD_SIZE", "LOCAL_RANK"]])
+def test_a_part_of_a_launchers_word_makes_no_process_one_of_several(
+    monkeypatch: pytest.MonkeyPatch, left: list[str]
+) -> None:
+    """As a cluster leaves it, or Lightning's own launcher, in a script."""
+    for name in left:
+        monkeypatch.setenv(name, "2")
+    assert world.world() == world.World()
+
+
 def _agree() -> list[Any]:
     rank = world.world().rank
     return [

@@ -108,8 +108,10 @@ def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, 
 
 
 def processes_asked(args: Sequence[str]) -> int:
-    """How many processes a command line or its config files ask for; 1 where it takes torch to know."""
+    """How many processes a command line, its config file or its run asks for; 1 where it takes torch to know."""
     given, file = option([*args], "--trainer.devices"), option([*args], "--config", "-c")
+    if given is None and file is None and (kept := complete([*args]).kept):
+        file = str(kept.config)
     number = _number_of(_in_config(file) if given is None and file else given or 1)
     return number if "--help" not in args else 1
 

@@ -85,14 +85,16 @@ def _by_slurm() -> dict[str, str] | None:
     first = re.match(r"[^,\[]+(?:\[(\d+))?", environment.get("SLURM_STEP_NODELIST", "localhost"))
     assert first is not None
     host = first[0].replace("[", "") if first[1] else first[0]
-    job = int(environment.get("SLURM_JOB_ID", "0"))
+    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return {
         "WORLD_SIZE": number,
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(-(-int(number) // nodes)),
         "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1" if nodes == 1 else host),
-        "MASTER_PORT": environment.get("MASTER_PORT", str(15000 + job % 5000)),
+        "MASTER_PORT": environment.get(
+            "MASTER_PORT", str(15000 + (job + 97 * step) % 5000)
+        ),  # steps may run side by side
     }
 
 

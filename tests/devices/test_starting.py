@@ -52,13 +52,20 @@ def clean() -> Iterator[None]:
         (["fit", "--config", "two.yaml", "--trainer.devices", "1"], 1),
         (["fit", "--config", "broken.yaml"], 1),
         (["fit", "--config", "none.yaml"], 1),
+        (["fit", "--run", "two"], 2),
+        (["validate"], 2),  # of the newest run
+        (["fit", "--run", "two", "--trainer.devices=1"], 1),
+        (["fit", "--run", "two", "--config", "three.yaml"], 3),
     ],
 )
 def test_what_a_command_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], number: int
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    Path("two.yaml").write_text("trainer:\n  devices: 2\n")
+    Path("runs", "two").mkdir(parents=True)
+    for file in ("two.yaml", "runs/two/config.yaml"):
+        Path(file).write_text("trainer:\n  devices: 2\n")
+    Path("three.yaml").write_text("trainer:\n  devices: 3\n")
     Path("broken.yaml").write_text("trainer: [\n")
     assert processes_asked(args) == number
 
@@ -72,14 +79,17 @@ def test_torchruns_word_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OMPI_COMM_WORLD_RANK" not in os.environ
 
 
-def test_slurms_word_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "port"), [("0", "17345"), ("1", "17442")])
+def test_slurms_word_is_taken(monkeypatch: pytest.MonkeyPatch, number: str, port: str) -> None:
+    """Two steps of a job, which may run side by side, do not meet at the same port."""
     step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2",
-            "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "12345", "SLURM_NODEID": "1"}  # fmt: skip
+            "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "12345", "SLURM_NODEID": "1",
+            "SLURM_STEP_ID": number}  # fmt: skip
     for name, value in step.items():
         monkeypatch.setenv(name, value)
     assert take_place() == []
     assert world() == World(2, 4, 0, 2)
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu07", "17345")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu07", port)
 
 
 def test_half_a_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

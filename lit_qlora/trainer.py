@@ -26,6 +26,7 @@ from lit_qlora.model.script import CHANGING, FIGURES, check_monitored, refuse_ki
 from lit_qlora.options import OneLineErrors
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
+from lit_qlora.wording import number_of
 
 NOT_OFFERED = {
     "barebones", "check_val_every_n_epoch", "default_root_dir", "enable_autolog_hparams", "enable_checkpointing",
@@ -233,7 +234,8 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
             f"with trainer.num_nodes it is {len(numbers)} x {num_nodes}, and {here.size} processes were started, "
             f"{here.local_size} on this machine",
             option="trainer.devices",
-            remedy=f"start {len(numbers)} on each of {num_nodes} machines, or leave both options out",
+            remedy=f"start {len(numbers)} on each of {number_of(num_nodes, 'machines')}, or give --trainer.devices "
+            f"{here.local_size} --trainer.num_nodes {here.size // here.local_size}",
         )
     if not is_here:
         return [None] * len(numbers)

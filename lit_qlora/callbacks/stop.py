@@ -32,17 +32,16 @@ class StopOnSignal(StepCallback):
     def __init__(self, checkpoints: RunCheckpoints) -> None:
         self.checkpoints = checkpoints
         self._status: int | None = None
-        self._reason, self._is_signalled = "", False
+        self._is_signalled = False
         self._previous: dict[int, Any] = {}
 
-    def ask(self, status: int, reason: str) -> None:
+    def ask(self, status: int) -> None:
         """Save and end the run after this step.
 
         Args:
-            status: exit status if the save succeeds.
-            reason: why, as the end of a sentence.
+            status: exit status if the save succeeds: 128 + a signal's number, or 0 for the time limit.
         """
-        self._status, self._reason = status, reason
+        self._status = status
         self.checkpoints.stop_asked = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,9 +73,9 @@ class StopOnSignal(StepCallback):
         if asked < 0:
             return
         self.checkpoints.stop_asked, self._status = True, int(asked)
-        self._reason = self._reason or f" by {name_of(self._status - 128)}"
+        reason = name_of(self._status - 128) if self._status else "max_time"
         if self.checkpoints.saved_step == trainer.global_step and not self.checkpoints.failures:
-            place = f"stopped and saved at step {trainer.global_step}{self._reason}"
+            place = f"stopped and saved at step {trainer.global_step} by {reason}"
             print(f"\n{place}; the same command resumes from here", flush=True)
             raise SystemExit(self._status)
         if self.checkpoints.failures:
@@ -86,7 +85,7 @@ class StopOnSignal(StepCallback):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_first, self._is_signalled = not self._is_signalled, True
         if is_first:  # the first signal is the reason
-            self.ask(128 + number, f" by {name_of(number)}")
+            self.ask(128 + number)
         if number in URGENT:
             take_over(leave_at_once, URGENT)
             say("\nstopping after this step; again to stop at once")
@@ -136,7 +135,7 @@ class TimeLimit(StepCallback):
         self._last_edge_at = now
         margin_s = self._longest_step_s + self._longest_validation_s + self.stop.checkpoints.longest_save_s
         if is_first() and now + margin_s >= self.ends_at:  # one clock for all processes
-            self.stop.ask(0, " by max_time")
+            self.stop.ask(0)
 
 
 class StopWithoutGain(EarlyStopping):

@@ -113,6 +113,14 @@ def test_a_signal_to_one_stops_all_and_the_same_command_resumes(
     assert_same(alone(*SHORT), run)
 
 
+@pytest.mark.slow
+def test_a_time_limit_ends_all_and_the_same_command_resumes(capfd: pytest.CaptureFixture[str]) -> None:
+    assert fit("limited", 2, *SHORT, "--max_time", "00:00:00:01") == [0, 0]
+    assert capfd.readouterr().out.count("stopped and saved at step 1 by max_time; the same command resumes") == 1
+    assert fit("limited", 2, *SHORT) == [0, 0]
+    assert_same(alone(*SHORT), "limited")
+
+
 DONE = [
     "every layer recomputes its activations from now on",
     "each micro-batch is split into halves from now on; the loss of a step is the same",
@@ -350,3 +358,4 @@ def test_other_processes_than_were_asked_for_are_refused() -> None:
     assert one and other and "error: " not in silent
     words = "error: trainer.devices: with trainer.num_nodes it is 3 x 1, and 2 processes were started, 1 on this"
     assert words in err and err.count("error: ") == 1
+    assert "or give --trainer.devices 1 --trainer.num_nodes 2" in err

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
@@ -105,9 +106,7 @@ def reference(
         UserError: if base and adapter do not match.
     """
     rows = [example.input_ids[:MAX_TOKENS] for example in encoder.examples(texts) if example]
-    input_ids = torch.full((len(rows), max(map(len, rows))), encoder.eos_id)
-    for row, ids in enumerate(rows):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
+    input_ids = pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=encoder.eos_id)
     is_token = torch.arange(input_ids.shape[1]) < torch.tensor([[len(ids)] for ids in rows])
     model = load.load_adapter(load.load_base(base, dtype, device, "sdpa"), base, adapter, trainable=False)
     _compute_in_fp32(model)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_qlora.batch import Batch
 from lit_qlora.console import progress_bar
@@ -172,10 +173,8 @@ class Scoring:
 
 def _last_tokens(rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Batch:
     """Prompts padded on the right, each to be followed by a prediction."""
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-    for index, prompt in enumerate(prompts):
-        input_ids[index, : len(prompt)] = torch.tensor(prompt)
+    input_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    width = input_ids.shape[1]
     ends = torch.tensor([index * width + len(prompt) - 1 for index, prompt in enumerate(prompts)])
     tokens = sum(map(len, prompts))
     return Batch(input_ids, ends, torch.zeros_like(ends), tuple(rows), tokens, len(prompts))

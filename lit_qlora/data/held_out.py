@@ -58,10 +58,10 @@ class Parts:
     def unread(self) -> dict[str, list[str]]:
         """Files or splits that are neither learned nor scored, by the source that has them."""
         found = {}
-        held_out = {Path(source.path).expanduser().resolve() for source in self._elsewhere()}
+        given = {Path(source.path).expanduser().resolve() for source in (*self.splits, *self._elsewhere())}
         for source, splits in self.splits.items():
             other = [] if self._is_own() or "validation" not in splits.names else [splits.names["validation"]]
-            beside = [path.name for path in splits.beside if path.resolve() not in held_out]
+            beside = [path.name for path in splits.beside if path.resolve() not in given]
             found[str(source)] = [*other, *splits.unread, *beside]
         return {name: unread for name, unread in found.items() if unread}
 

@@ -454,10 +454,11 @@ def _by_split(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
         shards = [SHARD.match(_bare(path)) for path in found]
         parts = [shard for shard in shards if shard]
         if len(found) > 1 and (len(parts) < len(found) or len({(part[1], part[3]) for part in parts}) > 1):
+            option = "data.source" if kind == "train" else f"data.{kind}_source"
             raise UserError(
                 f"holds both {found[0].name} and {found[1].name}, expected one",
                 place=folder,
-                remedy=f"keep one of them, or give both: data.source [{found[0]}, {found[1]}]",
+                remedy=f"keep one of them, or give both: {option} [{found[0]}, {found[1]}]",
             )
         if parts and (missing := {*range(int(parts[0][3]))} - {int(part[2]) for part in parts}):
             number, count = f"{min(missing):05}", int(parts[0][3])

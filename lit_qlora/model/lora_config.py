@@ -128,13 +128,16 @@ def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Se
     """
     _check_patterns(folder, config)
     patterns: dict[str, int] = config.get("rank_pattern") or {}
-    stored = {name.partition(".lora_A")[0]: shape for name, shape in shapes.items() if ".lora_A." in name and shape}
+    stored = {
+        name.removeprefix("base_model.model.").partition(".lora_A.")[0]: shape
+        for name, shape in shapes.items()
+        if ".lora_A." in name and shape
+    }
     for layer, shape in stored.items():
         rank = _of_layer(patterns, layer, config["r"])
         if rank != shape[0]:
             raise UserError(
-                f"adapter_config.json gives {layer.removeprefix('base_model.model.')} the rank {rank}, and its weights "
-                f"have {shape[0]}",
+                f"adapter_config.json gives {layer} the rank {rank}, and its weights have {shape[0]}",
                 place=folder,
                 remedy=_REMEDY,
             )
@@ -202,7 +205,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def alpha_of(config: Mapping[str, Any], layer: str) -> float:
-    """The alpha of a linear layer by its full name, as in peft."""
+    """The alpha of a linear layer by its name in the base, such as model.layers.0.self_attn.q_proj."""
     return float(_of_layer(config.get("alpha_pattern") or {}, layer, config["lora_alpha"]))
 
 

@@ -228,6 +228,16 @@ def test_a_pattern_is_its_files():
     assert splits.names == {"train": "train", "validation": "validation", "test": "test"}
     assert [row.where for row in read_source("three/*.jsonl")] == ["three/test_cases.jsonl:1", "three/train.jsonl:1"]
     assert [row.where for row in read_source("three/test.json*")] == ["three/test.jsonl:1"]
+    for files in (["x/train/a.jsonl", "x/validation/a.jsonl", "x/test/a.jsonl"],
+                  ["y/alpaca_train.jsonl", "y/alpaca_val.jsonl", "y/alpaca_test.jsonl"]):  # fmt: skip
+        for name in files:
+            write(name)
+        splits = find_splits(f"{files[0][0]}/**/*.jsonl")
+        assert splits.names == {"train": "train", "validation": "validation", "test": "test"}
+        assert [row.where for row in read_source(f"{files[0][0]}/**/*.jsonl")] == [f"{files[0]}:1"]
+    write("dev/a.jsonl")
+    write("dev/mine_test.jsonl")
+    assert len(read_source("dev/*.jsonl")) == 2  # nothing there says what it is besides
     write("data/[x].jsonl")
     assert [row.where for row in read_source("data/[x].jsonl")] == ["data/[x].jsonl:1"]
     with pytest.raises(UserError, match=r"^data/\*\.json: no such file"):

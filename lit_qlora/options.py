@@ -270,7 +270,10 @@ def _mistake(message: str, names: list[str]) -> UserError:
     )
     if unknown:
         name = (unknown[1] or unknown[2] or unknown[3]).lstrip("-").split("=")[0]
-        return UserError(f"unknown option {excerpt(name)}", remedy=did_you_mean(name, names))
+        remedy = did_you_mean(name, names)
+        if remedy == HELP and unknown[2] and not unknown[2].startswith("-"):
+            remedy = f"an option takes one value, such as '[a.jsonl, b.jsonl]' or a pattern in quotes; {HELP}"
+        return UserError(f"unknown option {excerpt(name)}", remedy=remedy)
     linked = re.search(r"model\.base --> (data\.tokenizer)|Linked \"([\w.]+)\" must be given", message)
     if linked:
         name = linked[1] or linked[2]

@@ -382,10 +382,16 @@ def _files_here(source: Source) -> dict[str, list[Path]] | None:
 
 
 def _by_names(paths: list[Path]) -> dict[str, list[Path]]:
-    """Files of a pattern: each is training rows, if its name does not say that it is another split."""
+    """Files of a pattern: each is training rows, if no name says that it is another split.
+
+    As in a folder, that is the file's whole name, or its folder's, or else a part of its name.
+    """
+    exact = [_kind(path) if _is_exact(path) else None for path in paths]
+    by_folder = [_kind_named(path.parent.name.lower()) for path in paths]
+    kinds = next((one for one in (exact, by_folder, [*map(_kind, paths)]) if "train" in one), exact)
     files: dict[str, list[Path]] = {}
-    for path in paths:
-        files.setdefault((_is_exact(path) and _kind(path)) or "train", []).append(path)
+    for path, kind in zip(paths, kinds, strict=True):
+        files.setdefault(kind or "train", []).append(path)
     return files if "train" in files else {"train": paths}
 
 
@@ -496,8 +502,13 @@ def _is_exact(path: Path) -> bool:
 
 def _kind(path: Path) -> str | None:
     """What the rows of a file are for, if its name says it somewhere: ``train``, ``validation`` or ``test``."""
-    words = {_split_name(path)} if _is_exact(path) else {*re.split(r"[^a-z]+", _bare(path).lower())}
-    return next((kind for kind, known in SPLITS.items() if words & {*known}), None)
+    words = [_split_name(path)] if _is_exact(path) else re.split(r"[^a-z]+", _bare(path).lower())
+    return _kind_named(*words)
+
+
+def _kind_named(*words: str) -> str | None:
+    """The first of `SPLITS` that one of ``words`` names."""
+    return next((kind for kind, known in SPLITS.items() if {*words} & {*known}), None)
 
 
 def _remedy(folder: Path, within: list[Path], data: list[Path]) -> str:

@@ -198,10 +198,11 @@ class RunCheckpoints(StepCallback, Needs):
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         self._is_due = False
-        if self._unsaved:
-            self._save_adapter(trainer, module)
-        if is_first() and not self._unsaved:
-            self._copy_adapter()
+        if is_first():  # each has what a checkpoint brought
+            if self._unsaved:
+                self._save_adapter(trainer, module)
+            if not self._unsaved:
+                self._copy_adapter()
         for logger in trainer.loggers:
             logger.save()
         target = self.run.checkpoint(trainer.global_step)

@@ -282,6 +282,8 @@ def test_a_listener_stops_an_answer(model):
         ("[INST]", ("[INST]",)),
         ('["###", "User:"]', ("###", "User:")),
         (r'["\n\n"]', ("\n\n",)),
+        (r"\n\nUser:", ("\n\nUser:",)),
+        (r'["\\neq"]', (r"\neq",)),
         ("[1]", ("[1]",)),
         ("5", ("5",)),
         ("null", ("null",)),

@@ -165,7 +165,7 @@ def test_where_no_row_can_be_read_it_is_refused_as_by_fit(inspect):
 
 def test_a_question_that_nobody_answered_is_not_too_long(inspect):
     text = " ".join(line.strip() for line in inspect("--data.source", planted(talk("q")), status=1))
-    assert "a.jsonl:16: nothing answered mend or delete what nobody answered" in text
+    assert "a.jsonl:16: nothing answered where nothing is answered, mend or delete them" in text
 
 
 def test_several_rows_are_all_named(inspect):

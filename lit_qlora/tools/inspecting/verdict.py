@@ -17,7 +17,7 @@ from lit_qlora.data.view import printable, special_ids
 _SHORTEN = "a larger data.max_length keeps them whole; else shorten or divide them"
 REMEDIES = {
     "unread": "mend or delete them; fit refuses a source of which more than one row in ten can't be read",
-    "nothing": f"mend or delete what nobody answered; of a long prompt, {_SHORTEN}",
+    "nothing": f"where nothing is answered, mend or delete them; where a prompt is long, {_SHORTEN}",
     "end": f"what is cut teaches no end; {_SHORTEN}",
     "bos": "write {{ bos_token }} once into data.template, where a text begins",
     "special": "write these texts otherwise, or take a base whose tokenizer calls that token special",

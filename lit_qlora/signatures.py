@@ -102,11 +102,9 @@ class Source:
     def __init__(self, file: Path) -> None:
         self.tree = _parsed(file)
 
-    def find(self, name: str, kind: type[ast.AST] = ast.ClassDef) -> Any:
-        """The class (or what ``kind`` says) called ``name``."""
-        return next(
-            node for node in ast.walk(self.tree) if isinstance(node, kind) and getattr(node, "name", "") == name
-        )
+    def find(self, name: str) -> ast.ClassDef:
+        """The class called ``name``."""
+        return next(node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef) and node.name == name)
 
     def value(self, node: ast.expr | None) -> Any:
         """A default; `UNKNOWN` for what is no plain value."""
@@ -152,8 +150,6 @@ class Source:
         """What a name is given in this module, or in the one of ours that it comes from."""
         for node in self.tree.body:
             if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
-                return self, node.value
-            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and node.value:
                 return self, node.value
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lit_qlora."):
                 found = next((alias.name for alias in node.names if name == (alias.asname or alias.name)), None)

@@ -34,7 +34,8 @@ class Sampling:
         top_k: sample from this many likeliest tokens; 0: from all.
         min_p: sample from tokens at least this share as likely as the likeliest.
         repetition_penalty: lowers the odds of tokens already in the prompt or answer, such as 1.1; 1: none.
-        stop: a text that ends an answer and is not part of it, or a list of them, such as '["###", "User:"]'.
+        stop: a text that ends an answer and is not part of it, or a list of them, such as '["###", "User:"]';
+            \\n stands for a line's end.
 
     Raises:
         UserError: for what can't be drawn from, with its name as the option.
@@ -55,13 +56,16 @@ class Sampling:
 
 
 def stop_texts(given: str | Sequence[str]) -> tuple[str, ...]:
-    """The texts that an option ``stop`` names: itself, those of a list that it spells, or none where it is empty."""
+    """The texts that an option ``stop`` names: itself, those of a list that it spells, or none where it is empty.
+
+    A shell hands on ``\\n`` as two characters: they stand for a line's end, as they do in a list.
+    """
     if not isinstance(given, str):
         return tuple(given)
     told = _listed(given)
     if any(isinstance(text, str) for text in told):
         return told
-    return (given,) if given else ()
+    return (given.replace("\\n", "\n"),) if given else ()
 
 
 def _listed(text: str) -> tuple[Any, ...]:

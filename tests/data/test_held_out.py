@@ -305,6 +305,8 @@ def test_other_splits_beside_a_file_are_named_unless_they_are_read():
     folder = folder_of("mine", train=("a", "b"), validation=("c",), test=("d",))
     assert [*Parts(f"{folder}/train.jsonl").unread().values()] == [["test.jsonl", "validation.jsonl"]]
     assert [*Parts(f"{folder}/train.jsonl", f"{folder}/validation.jsonl").unread().values()] == [["test.jsonl"]]
+    both = [f"{folder}/train.jsonl", f"{folder}/validation.jsonl"]
+    assert [*Parts(both).unread().values()] == [["test.jsonl"]]
     Path(folder, "train.jsonl").rename(Path(folder, "mine.jsonl"))
     assert [*Parts(f"{folder}/mine.jsonl").unread().values()] == []
 

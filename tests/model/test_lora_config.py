@@ -40,6 +40,7 @@ COMPUTED = [
     {"rank_pattern": {"k_proj": 1, "down_proj": 8}, "use_rslora": True},
     {"alpha_pattern": {"layers.1.self_attn.q_proj": 1}},
     {"alpha_pattern": {"v_proj": 64, r"layers\.0\.mlp\.(up|down)_proj": 2.5}},
+    {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 3}, "alpha_pattern": {"^model.layers.1.mlp.up_proj": 5}},
     {"rank_pattern": {"k_proj": 1, "up_proj": 2}, "alpha_pattern": {"k_proj": 3, "mlp.gate_proj": 40}},
     {"use_rslora": True},
     {"use_dora": True},

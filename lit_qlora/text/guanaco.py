@@ -23,12 +23,12 @@ def parse(text: str) -> list[dict[str, str]]:
     White space around a turn goes.
 
     Raises:
-        ValueError: when there is no marker.
+        ValueError: when there is no marker, or another one such as ``### User:`` stands before the assistant's.
     """
     system, *parts = MARKER.split(text)
     system = SYSTEM.sub("", system)
-    if not parts:
-        raise ValueError("no '### Human:' in the text")
+    if not parts or (parts[0] == "Assistant" and "###" in system):
+        raise ValueError("no '### Human:' in the text" + (" before '### Assistant:'" if parts else ""))
     rows = [{"role": "system", "content": system.strip()}]
     for name, content in zip(parts[::2], parts[1::2], strict=True):
         rows.append({"role": "user" if name == "Human" else "assistant", "content": content.strip()})

@@ -64,6 +64,8 @@ def test_rows_are_read_by_the_rule_of_markers(text, expected):
         ("", "no '### Human:' in the text"),
         ("### human: hi", "no '### Human:' in the text"),
         ("### Assistant: yo", "only the assistant speaks, expected something that it answers"),
+        ("### User: hi\n### Assistant: yo", "no '### Human:' in the text before '### Assistant:'"),
+        ("### Instruction: hi ### Assistant: a ### Human: b", "no '### Human:' in the text before '### Assistant:'"),
         ("### Human: ### Assistant: yo", "turn 1: a turn of the user is empty"),
         ("### Human: hi### Assistant:\n", "turn 2: a turn of the assistant is empty"),
     ],

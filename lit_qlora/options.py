@@ -321,7 +321,7 @@ def did_you_mean(name: str, names: list[str]) -> str:
         name: as it was written.
         names: those of the options that there are.
     """
-    name = name.replace("-", "_")
+    name = name.replace("-", "_").lower()
     last = name.rpartition(".")[2]
     known = here(name, names)
     if known and name not in names:

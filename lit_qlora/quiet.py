@@ -20,6 +20,8 @@ LOGGERS = {
     "transformers.tokenization_utils_tokenizers": logging.ERROR,
     # What could be better in the scaling of a base's positions; whether it can be computed is checked by us.
     "transformers.modeling_rope_utils": logging.ERROR,
+    # That a sample answer beside a longer prompt leaves the base's context: it is cut there, and counted.
+    "transformers.generation.stopping_criteria": logging.ERROR,
     # Each retry of a hub that can't be reached; what that means is said once, by us.
     "huggingface_hub.utils._http": logging.ERROR,
     # That a push had nothing new; said by us.

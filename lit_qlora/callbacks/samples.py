@@ -5,6 +5,7 @@ the module's `answer`; no files.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -108,13 +109,15 @@ class SampleAnswers(Callback, Needs):
         stop = self.sampling.stop
         prompts = [encoder.prompt(conversation) for conversation in self._conversations]
         answers: list[list[int]] = []
+        room = [max(module.base.context_tokens - len(prompt), 0) for prompt in prompts]
         starts = range(0, len(prompts), PROMPTS_AT_ONCE)
         with passing_bar("answers", len(starts) * self.max_new_tokens, " tokens") as move:
             for number, start in enumerate(starts):
                 some = prompts[start : start + PROMPTS_AT_ONCE]
+                most = max(1, *room[start : start + PROMPTS_AT_ONCE])
+                sampling = replace(self.sampling, max_new_tokens=min(self.max_new_tokens, most))
                 is_over = _telling(move, number * self.max_new_tokens, encoder.is_over(stop))
-                answers += module.answer(some, encoder.stop_ids, self.sampling, is_over)
-        room = [max(module.base.context_tokens - len(prompt), 0) for prompt in prompts]
+                answers += module.answer(some, encoder.stop_ids, sampling, is_over)
         within = [answer[:tokens] for answer, tokens in zip(answers, room, strict=True)]
         samples = []
         for answer in within:

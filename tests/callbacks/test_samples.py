@@ -138,6 +138,7 @@ def test_an_answer_ends_where_the_bases_context_does(fake, lines, board):
     module.answers = {(True, 1): [9, EOS], (True, 2): [7, 8, 6], (True, 3): [7, 8, EOS]}
     SampleAnswers(count=3, max_new_tokens=3).on_validation_end(fake, module)
     assert lines == [(5, ends(1, 0, limit=3, **{"samples/cut_by_context": 2}))]
+    assert [sampling.max_new_tokens for _, _, sampling in module.asked] == [2, 2]  # no token beyond it is waited for
     assert board.shown[0][1].splitlines()[2:] == [
         "| 1 | 9 | 9 |",
         "| 2 | 9 | 7 8 *(cut by the base's context)* |",

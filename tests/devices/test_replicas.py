@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from lit_qlora.batch import Batch
+from lit_qlora.callbacks import checkpoints
 from lit_qlora.callbacks.steps import StepCallback, StepEdge
 from lit_qlora.cli import main
 from lit_qlora.devices import strategy
@@ -195,6 +197,20 @@ def test_a_disk_that_is_full_once_stops_nothing(capfd: pytest.CaptureFixture[str
     assert capfd.readouterr().err.count("training continues, and the next save retries") == 1
     assert RunFolder(Path("runs", "full")).saved_steps() == [4, 6]
     assert_same(alone(*SHORT), "full")
+
+
+@pytest.mark.slow
+def test_a_best_adapter_that_a_checkpoint_brings_is_written_by_the_first_alone() -> None:
+    """It could not be written before: another process would put it in the place of a later and better one."""
+
+    def prepare() -> None:
+        checkpoints.write_folder = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))  # type: ignore[attr-defined]
+        at_batch(18, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))()
+
+    assert fit("brought", 2, *SHORT, before=prepare) == [2, None]
+    assert RunFolder(Path("runs", "brought")).saved_steps() == [2, 4] and not Path("runs/brought/adapter").exists()
+    assert fit("brought", 2, *SHORT) == [0, 0]
+    assert_same(alone(*SHORT), "brought")
 
 
 def _adapters_differ() -> None:

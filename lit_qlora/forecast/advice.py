@@ -223,7 +223,7 @@ def _candidates(forecast: Forecast) -> Iterable[Forecast]:
     for budget in (None, *(budget for budget in BUDGETS if budget >= forecast.max_length)):
         candidate = forecast if budget is None else replace(forecast, plan=replace(forecast.plan, tokens=budget))
         mean = candidate.epoch.padded_tokens / candidate.epoch.num_micro_batches
-        more = max(1, round(step_tokens / mean))
+        more = max(forecast.num_devices, round(step_tokens / mean))  # each has one at least
         if budget is None or 0.7 < mean * more / step_tokens < 1.4:
             for mode in ("none", "auto", "full"):
                 chosen = replace(candidate, checkpointing=mode, accumulate=more)

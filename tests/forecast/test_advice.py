@@ -232,6 +232,12 @@ def test_a_card_that_waits_for_its_host_goes_on_with_recorded_kernels():
     assert after.cuda_graphs is True, words
 
 
+def test_the_quickest_leaves_each_device_a_micro_batch():
+    """A step with fewer is refused."""
+    words, after = quickest(seven(num_devices=32, accumulate=32, lengths=guanaco_lengths(4000)))
+    assert after.accumulate == 32 and words.startswith("--data.batch_tokens 2048") and "accumulate" not in words
+
+
 def test_transformers_own_layers_keep_none_by_auto_and_have_no_quickest():
     dora = Lora(16, 16, 0.0, "all-linear", False, True)
     for slow in (seven(checkpointing="auto", own_layers=False), seven(checkpointing="auto", lora=dora)):

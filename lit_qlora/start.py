@@ -23,7 +23,7 @@ from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage import settings
 from lit_qlora.storage.checkpoint_io import RUN, check_checkpoint
 from lit_qlora.storage.files import require_room
-from lit_qlora.storage.run import Change, RunFolder, as_yaml, folder_to_score, mend_adapter
+from lit_qlora.storage.run import RunFolder, as_yaml, folder_to_score, mend_adapter
 from lit_qlora.storage.state import load_state
 from lit_qlora.wording import number_of
 
@@ -31,7 +31,8 @@ from lit_qlora.wording import number_of
 def choose_run(
     default: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base, data: ChatDataModule
 ) -> RunFolder:
-    """The run of a fit without a name: the first that has not begun, or was begun with these settings.
+    """The run of a fit without a name: the first that has not begun, or was begun with these settings and, if it is
+    finished, these rows.
 
     Tries ``default``, then the same with -2, -3 and so on appended, each here and in the mirror; other runs are not
     changed.
@@ -46,20 +47,20 @@ def choose_run(
     Raises:
         UserError: another run is due, and the data are missing.
     """
-    others = _another(default, mirror, config, base)
+    others = _another(default, mirror, config, base, data)
     if not others:
         return default
     _check_sources(data)
     numbered = (RunFolder(default.path.with_name(f"{default.path.name}-{number}")) for number in count(2))
-    run = next(run for run in numbered if not _another(run, mirror, config, base))
-    print(
-        f"   run  {default.path} has other settings: {'; '.join(map(str, others))}; this one is {run.path}", flush=True
-    )
+    run = next(run for run in numbered if not _another(run, mirror, config, base, data))
+    print(f"   run  {default.path} differs: {'; '.join(others)}; this one is {run.path}", flush=True)
     return run
 
 
-def _another(run: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base) -> list[Change]:
-    """The settings that make ``config`` another run than that in the folder, or in the mirror if only that exists."""
+def _another(
+    run: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base, data: ChatDataModule
+) -> list[str]:
+    """What makes this start another run than that in the folder, or in the mirror if only that exists."""
     if not run.has_begun() and mirror:
         run = RunFolder(mirror / run.path.name)
     first = _first_settings(run)
@@ -68,9 +69,10 @@ def _another(run: RunFolder, mirror: Path | None, config: Mapping[str, Any], bas
     names = ("model.base", "trainer.precision", "trainer.max_steps", "trainer.max_epochs")
     changes = [change for change in settings.differences(first, config) if change.name in names]
     record = _record(run) if changes else {}
-    return settings.refused(first, config) + [
+    others = settings.refused(first, config) + [
         change for change in changes if _matters(change.name, run, record, config, base)
     ]
+    return [*map(str, others)] or (data.changed_since(run.rows) if run.finished() else [])
 
 
 def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mapping[str, Any], base: Base) -> bool:
@@ -110,7 +112,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
 
     Raises:
         UserError: a setting differs that may not change, or data are missing.
-        SystemExit: the run is finished and stays so.
+        SystemExit: the run is finished and stays so, on the same conversations.
     """
     if not run.has_begun():
         run.config.unlink(missing_ok=True)
@@ -126,6 +128,12 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
         raise settings.other_run(run.path, others)
     finished = run.finished()
     if finished and _stays_finished(finished, finished.get("lengths", lengths(first)), lengths(config)):
+        if changes := data.changed_since(run.rows):
+            raise UserError(
+                f"{run.path} is finished, and its conversations changed since ({'; '.join(changes)})",
+                option="data.source",
+                remedy="give --run NAME to train another run on them",
+            )
         print(
             f"{run.path} is finished ({finished['step']} of {number_of(finished['steps'], 'steps')}): nothing to do.\n"
             f"Its adapter: {run.adapter}. To start another run, give it a name: --run NAME"

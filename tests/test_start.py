@@ -1,15 +1,17 @@
 """Which run a command is for: by its name, or, without one, by its settings."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lit_qlora import start
+from lit_qlora import demo, start
 from lit_qlora.cli import main
 from lit_qlora.command import complete
 from lit_qlora.data.datamodule import ChatDataModule
+from lit_qlora.data.run_rows import RunRows
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
 from lit_qlora.model.fingerprint import fingerprint
@@ -47,7 +49,9 @@ def begun(path: str, config: Mapping[str, Any] = CONFIG) -> RunFolder:
 
 def chosen(config: Mapping[str, Any], *, mirror: str | None = None, source: str = "demo") -> str:
     default = RunFolder(Path("runs/demo"))
-    found = start.choose_run(default, Path(mirror) if mirror else None, config, DEMO, ChatDataModule(source))
+    found = start.choose_run(
+        default, Path(mirror) if mirror else None, config, DEMO, ChatDataModule(source, tokenizer=demo.BASE)
+    )
     return found.path.as_posix()
 
 
@@ -58,13 +62,54 @@ def test_each_settings_have_a_run_of_their_own_and_come_back_to_it(capsys: pytes
     assert chosen(CONFIG) == "runs/demo"
     assert capsys.readouterr().out == ""
     assert chosen(rank_8) == "runs/demo-2"
-    assert capsys.readouterr().out == (
-        "   run  runs/demo has other settings: model.rank: 16 -> 8; this one is runs/demo-2\n"
-    )
+    assert capsys.readouterr().out == ("   run  runs/demo differs: model.rank: 16 -> 8; this one is runs/demo-2\n")
     begun("runs/demo-2", rank_8)
     assert chosen(rank_4) == "runs/demo-3"
     begun("runs/demo-3", rank_4)
     assert [chosen(config) for config in (CONFIG, rank_8, rank_4)] == ["runs/demo", "runs/demo-2", "runs/demo-3"]
+
+
+def write_rows(count: int) -> None:
+    rows = ({"prompt": f"Who is {number}?", "response": f"It is {number}."} for number in range(count))
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def finished(path: str, source: str) -> RunFolder:
+    run = begun(path)
+    data = ChatDataModule(source, tokenizer=demo.BASE)
+    train, held_out = (records.conversations for records in data.parts().train_and_held_out())
+    RunRows.of(train, held_out, None).write(run.rows)
+    run.finished_mark.write_text('{"step": 3, "steps": 3}')
+    return run
+
+
+def test_a_finished_run_whose_rows_changed_is_another_one(capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(8)
+    run = finished("runs/demo", "mine.jsonl")
+    assert chosen(CONFIG, source="mine.jsonl") == "runs/demo"
+    with pytest.raises(SystemExit, match="0"):
+        start.check_against_first(run, CONFIG, ChatDataModule("mine.jsonl", tokenizer=demo.BASE))
+    write_rows(11)
+    capsys.readouterr()
+    assert chosen(CONFIG, source="mine.jsonl") == "runs/demo-2"
+    assert capsys.readouterr().out.startswith("   run  runs/demo differs: to learn: ")
+    with pytest.raises(UserError) as refused:
+        start.check_against_first(run, CONFIG, ChatDataModule("mine.jsonl", tokenizer=demo.BASE))
+    assert refused.value.option == "data.source"
+    assert "conversations are new" in str(refused.value)
+    assert "--run NAME" in str(refused.value)
+    Path("mine.jsonl").unlink()  # no reason to say anything about what is finished
+    assert chosen(CONFIG, source="mine.jsonl") == "runs/demo"
+
+
+def test_rows_in_another_order_are_no_other_rows() -> None:
+    write_rows(2)
+    Path("held.jsonl").write_text('{"prompt": "Who?", "response": "I."}\n')
+    begun("runs/demo").finished_mark.write_text('{"step": 3, "steps": 3}')
+    data = ChatDataModule("mine.jsonl", tokenizer=demo.BASE, validation_source="held.jsonl")
+    train, held_out = (records.conversations for records in data.parts().train_and_held_out())
+    RunRows.of(reversed(train), held_out, "held.jsonl").write(RunFolder(Path("runs/demo")).rows)
+    assert data.changed_since(RunFolder(Path("runs/demo")).rows) == []
 
 
 def test_a_setting_that_may_change_makes_no_other_run() -> None:

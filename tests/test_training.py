@@ -279,11 +279,11 @@ def test_settings_that_make_another_run_start_it_where_none_is_named(
     before = _snapshot(here)
     another = ["--model.rank", "8", "--data.batch_size", "2"]
     assert main(["fit", "--run", "demo", *short, *another]) == 2
-    differ = "other settings: data.batch_size: 4 -> 2; model.rank: 16 -> 8; "
+    changes = "data.batch_size: 4 -> 2; model.rank: 16 -> 8; "
     told = capsys.readouterr().err
-    assert told.startswith("error: run: runs/demo") and differ in told and "--run NAME" in told
+    assert told.startswith("error: run: runs/demo") and changes in told and "--run NAME" in told
     assert main(["fit", *short, *another]) == 0
-    assert f"   run  runs/demo has {differ}this one is runs/demo-2\n" in capsys.readouterr().out
+    assert f"   run  runs/demo differs: {changes}this one is runs/demo-2\n" in capsys.readouterr().out
     assert main(["fit", *short, *another]) == 0
     assert "runs/demo-2 is finished (1 of 1 step): nothing to do." in capsys.readouterr().out
     assert {path.name for path in Path("runs").iterdir()} == {"demo", "demo-2"}

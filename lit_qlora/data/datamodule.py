@@ -24,7 +24,7 @@ from lit_qlora.data.forms import Form
 from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, Records
 from lit_qlora.data.run_rows import RunRows, digest
-from lit_qlora.data.sources import SourceOption, as_text, paths_of, sources_of
+from lit_qlora.data.sources import SourceOption, are_here, as_text, paths_of, sources_of
 from lit_qlora.data.templates import instead_of, read_template, template_of_base
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.data.view import SHORT_AMONG, example_lines
@@ -383,6 +383,24 @@ class ChatDataModule(LightningDataModule):
         """What `record` writes."""
         train, held_out = (self._records[part].conversations for part in ("train", "validation"))
         return RunRows.of(train, held_out, as_text(self.validation_source))
+
+    def changed_since(self, file: Path) -> list[str]:
+        """What became of a run's conversations since it began, in words; empty if they are the same, or unknown.
+
+        Sources on the hub, and those that are no longer there, are not read.
+
+        Args:
+            file: the run's record of them.
+
+        Raises:
+            UserError: the record is damaged, or a source that is there can't be read.
+        """
+        recorded = RunRows.read(file)
+        given = [*filter(None, (self.source, self.validation_source))]
+        if recorded is None or not all(map(are_here, given)):
+            return []
+        train, held_out = (records.conversations for records in self.parts().train_and_held_out())
+        return recorded.differences(RunRows.of(train, held_out, as_text(self.validation_source)))
 
     def rows(self, part: str) -> tuple[Records, EncodedRows]:
         """What `setup` read and encoded: of ``train``, ``validation`` or ``test``. Raises UserError before that."""

@@ -51,6 +51,12 @@ class RunRows:
         pairs = {"train_rows": (self.train, now.train), "held_out_rows": ({*self.held_out}, {*now.held_out})}
         return {part: _in_words(before, after) for part, (before, after) in pairs.items()}
 
+    def differences(self, now: "RunRows") -> list[str]:
+        """The parts with other conversations in a later record, in words; their order and number do not count."""
+        same = {"train_rows": self.train == now.train, "held_out_rows": {*self.held_out} == {*now.held_out}}
+        names = {"train_rows": "to learn", "held_out_rows": "to hold out"}
+        return [f"{names[part]}: {words}" for part, words in self.changes(now).items() if not same[part]]
+
     @classmethod
     def read(cls, file: Path) -> "RunRows | None":
         """The record in ``file``; None without one.

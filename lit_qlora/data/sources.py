@@ -532,6 +532,15 @@ def check_here(value: Any, option: str = "data.source") -> None:
                 kind_of(path)
 
 
+def are_here(value: Any) -> bool:
+    """True if each source in an option's value is local and there."""
+    try:
+        check_here(value)
+    except UserError:
+        return False
+    return not any(map(is_hub_id, sources_of(value, "data.source")))
+
+
 def is_hub_id(source: str | Source) -> bool:
     """True if a source is a hub id: nothing of that name is local, and it is written as an id."""
     path = _source(source, "data.source").path

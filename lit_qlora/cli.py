@@ -35,7 +35,7 @@ TOOLS = ("chat", "predict", "merge", "export", "evaluate", "push", "report")
 HELP = """\
 lit-qlora: fine-tune Llama 2 and its kin in 4-bit with LoRA
 
-  python main.py fit                    the demo, in a minute on a laptop
+  python main.py fit                    the demo, in half a minute on a laptop
   python main.py fit --config colab_t4  Llama 2 7B on a free Colab T4
   python main.py chat                   talk with what was trained
 

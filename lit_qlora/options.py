@@ -413,7 +413,10 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
         known = [str(file) for file in sorted(folder.glob("*.y*ml"))]
         own = [file.stem for file in sorted(CONFIGS.glob("*.yaml"))]
         near = nearest(str(path), known, 0.6) or nearest(path.stem, own, 0.6)
-        raise UserError(f"no file {path}", option="config", remedy=f"did you mean {near}?" if near else None)
+        remedy = (
+            f"did you mean {near}?" if near else f"give a file, or one of {', '.join(own)}, which come with lit-qlora"
+        )
+        raise UserError(f"no file {path}", option="config", remedy=remedy)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

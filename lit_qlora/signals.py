@@ -162,7 +162,7 @@ def _exit(number: int, frame: FrameType | None) -> None:
 def _say(number: int) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first does
         return
-    then = "; given again, the same command resumes" if _resumes[0] else ""
+    then = "; given again, the same command resumes from what is saved" if _resumes[0] else ""
     say(f"\nstopped by {name_of(number)}{then}", sys.stderr)
 
 

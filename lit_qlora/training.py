@@ -26,7 +26,7 @@ from lit_qlora.callbacks.memory import PeakMemory
 from lit_qlora.callbacks.metrics import TrainMetrics
 from lit_qlora.callbacks.progress import RunProgress
 from lit_qlora.callbacks.record import KeepRecord
-from lit_qlora.callbacks.report import Report
+from lit_qlora.callbacks.report import Report, next_step
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.shard import ShardChoice
 from lit_qlora.callbacks.steps import SeedByPosition, StepCallback, StepEdge
@@ -230,6 +230,7 @@ class QLoRACLI(LightningCLI):
             start.check_against_first(self.run, config, self.datamodule)
         except SystemExit:  # finished
             start.check_adapter(self.run, self.model.lora, self.mirrored, is_needed=True)
+            print(*next_step(self.run), sep="\n")
             if self.mirror:
                 self.mirror.complete()
             raise

@@ -21,7 +21,7 @@ TITLES = {
 }
 EXAMPLES = {
     "fit": (
-        ("", "the demo, in a minute on a laptop"),
+        ("", "the demo, in half a minute on a laptop"),
         (" --config colab_t4", "Llama 2 7B on a free Colab T4"),
         (" --config colab_t4 --data.source my.jsonl", "the same on conversations of yours"),
     ),
@@ -73,7 +73,13 @@ def help_asked(args: Sequence[str]) -> str | None:
     return None
 
 
-CONFIG = Option("config", str, None, "YAML with options: a file, or the name of one that comes with lit-qlora")
+CONFIG = Option(
+    "config",
+    str,
+    None,
+    "YAML with options, which replace the defaults shown here: a file, or the name "
+    "of one that comes with lit-qlora, as in configs/; fit's default: demo",
+)
 
 
 def help_of(verb: str, asked: str) -> str:

@@ -541,7 +541,7 @@ def test_a_signal_while_the_model_is_loaded(
     monkeypatch.setattr(load, "load_base", lambda *_: os.kill(os.getpid(), number))
     assert main(FIT) == 128 + number
     name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[signal.Signals(number)]
-    assert capsys.readouterr().err == f"\nstopped by {name}; given again, the same command resumes\n"
+    assert capsys.readouterr().err == f"\nstopped by {name}; given again, the same command resumes from what is saved\n"
     assert not Path("run").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -553,7 +553,7 @@ def test_a_signal_in_the_validation_before_the_first_step(
 
     monkeypatch.setattr(QLoRAModule, "validation_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert main(FIT) == 143
-    assert capsys.readouterr().err == "\nstopped by SIGTERM; given again, the same command resumes\n"
+    assert capsys.readouterr().err == "\nstopped by SIGTERM; given again, the same command resumes from what is saved\n"
     assert not Path("run").exists()
 
 

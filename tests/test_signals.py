@@ -39,7 +39,7 @@ def test_a_signal(name: str, status: int, said: str, again: bool) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == (143 if again else status)
     assert done.stdout == ("put right\n" if again else "put right\nto the end\n")
-    assert done.stderr == f"\nstopped by {said}; given again, the same command resumes\n"
+    assert done.stderr == f"\nstopped by {said}; given again, the same command resumes from what is saved\n"
 
 
 IMPORTED = """
@@ -75,7 +75,7 @@ def test_a_signal_within_an_import_is_not_swallowed(tmp_path: Path, around: str,
     )  # fmt: skip
     assert done.returncode == 143
     assert done.stdout == printed
-    assert done.stderr == "\nstopped by SIGTERM; given again, the same command resumes\n"
+    assert done.stderr == "\nstopped by SIGTERM; given again, the same command resumes from what is saved\n"
 
 
 @pytest.mark.parametrize("later", ["SIGHUP", "SIGUSR1"])
@@ -166,4 +166,4 @@ def test_children_hear_no_signal_and_the_parent_does_once_they_are_there(name: s
     code = CHILD.format(name=name)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (status, "child lives\nparent too\nblocked:\n")
-    assert done.stderr == f"\nstopped by {said}; given again, the same command resumes\n"
+    assert done.stderr == f"\nstopped by {said}; given again, the same command resumes from what is saved\n"

@@ -293,7 +293,7 @@ def _draw(records: Records, share: float, seed: int) -> set[Conversation]:
     unique = list(dict.fromkeys(records.conversations))
     if len(unique) < 2:
         raise UserError(
-            "has one conversation only, so none can be held out",
+            "has one conversation only, or the same one again and again, so none can be held out",
             place=records.name,
             remedy="add rows, or give data.validation_source",
         )

@@ -81,7 +81,8 @@ class QLoRAModule(LearnsInParts):
         learning_rate: peak learning rate, after the warm-up.
         warmup_ratio: share of the optimizer steps in which the learning rate rises.
         schedule: learning rate schedule after the warm-up.
-        optimizer: AdamW in fp32, with its state in 8 bits, or paged to host memory when the GPU runs short.
+        optimizer: adamw (in fp32), adamw_8bit (its state in 8 bits), or paged_adamw and paged_adamw_8bit, whose state
+            moves to host memory when the GPU runs short.
         weight_decay: weight decay of AdamW.
         checkpointing: full keeps only each layer's input and recomputes the rest in backward; selective keeps the
             results of matrix products and attention; none keeps everything, which is the same unless DoRA is on; auto

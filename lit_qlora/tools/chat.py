@@ -31,7 +31,7 @@ def chat(
     """Talk with a run's best adapter.
 
     Args:
-        run: run folder; default: the newest run.
+        run: run folder; default: the run that was started last.
         adapter: an adapter folder instead of a run.
         base: the base of that adapter; default: the one that run or folder names.
         prompt: a question to answer once. Without it, a conversation at the terminal (/help lists its commands);

@@ -68,7 +68,7 @@ def evaluate(
     """Compare an adapter with its base on held-out conversations or MMLU's questions, with 95 % intervals.
 
     Args:
-        run: run folder, for its best adapter; default: the newest run.
+        run: run folder, for its best adapter; default: the run that was started last.
         adapter: an adapter folder instead of a run.
         base: the base of the adapter; default: the one that run or folder names.
         source: conversations to score: a file, or a folder or hub id (its test split, or else its validation split);

@@ -43,7 +43,7 @@ def export(
     Args:
         output: the file to write; it must not exist.
         to: format of the file.
-        run: run folder, whose best adapter is merged first; default: the newest run.
+        run: run folder, whose best adapter is merged first; default: the run that was started last.
         adapter: an adapter folder instead of a run.
         model: a folder that merge made, instead of both.
         base: the base of the adapter; default: the one that run or folder names.

@@ -47,7 +47,7 @@ def merge(
 
     Args:
         output: the folder to write; it must not exist.
-        run: run folder, for its best adapter; default: the newest run.
+        run: run folder, for its best adapter; default: the run that was started last.
         adapter: an adapter folder instead of a run.
         base: the base of the adapter; default: the one that run or folder names.
         dtype: dtype of the written weights.

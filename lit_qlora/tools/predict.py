@@ -48,7 +48,7 @@ def predict(
             is asked, and its answer is not used.
         output: the .jsonl to write: prompt, answer, and whether the answer ended by itself.
         columns: names of your table's columns for user (also system, context, history), messages or text.
-        run: run folder; default: the newest run.
+        run: run folder; default: the run that was started last.
         adapter: an adapter folder instead of a run.
         base: the base of that adapter; default: the one that the folder names.
         batch_size: prompts per batch.

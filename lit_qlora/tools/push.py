@@ -35,7 +35,7 @@ def push(
     Args:
         to: the repository, as NAME/REPO, created if missing. The account is that of HF_TOKEN in the environment, or of
             the stored login.
-        run: run folder, for its best adapter; default: the newest run.
+        run: run folder, for its best adapter; default: the run that was started last.
         adapter: an adapter folder instead of a run.
         folder: a folder that merge made, instead of both.
         public: make a new repository public, and allow one that is public already.

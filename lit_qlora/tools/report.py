@@ -11,7 +11,7 @@ def report(run: str | None = None) -> None:
     """Write a run's report.html: curves, memory, samples, decisions, configuration.
 
     Args:
-        run: run folder; default: the newest run.
+        run: run folder; default: the run that was started last.
     """
     folder = open_run(run_path(run)) if run else newest_run()
     for problem in damage(folder):

@@ -140,7 +140,7 @@ def test_a_second_signal_stops_at_once(full_run, tiny, rows, tmp_path, capsys):
     assert stop.value.code == 130
     assert len(module.seen) == 4
     assert parts.run.saved_steps() == []
-    assert capsys.readouterr().err == "\nstopped by Ctrl-C; given again, the same command resumes\n"
+    assert capsys.readouterr().err == "\nstopped by Ctrl-C; given again, the same command resumes from what is saved\n"
 
 
 @pytest.mark.parametrize(

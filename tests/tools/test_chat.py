@@ -357,6 +357,16 @@ def test_turns_add_up_until_reset(talk):
     assert out == ["b", "d", "(forgotten)", "f", ""]
 
 
+def test_a_backslash_continues_a_question_on_the_next_line(talk):
+    out, asked = talk(["Translate.\\", "\\", "dog", "c\\\\", "d"], "chien", "e")
+    assert [conversation.turns[-1].content for conversation, _ in asked] == ["Translate.\n\ndog", "c\\\nd"]
+    assert out == ["chien", "e", ""]
+
+
+def test_the_commands_fit_80_columns():
+    assert max(map(len, terminal.HELP.split("\n"))) < 80
+
+
 def test_commands_in_capitals_and_with_words_behind_them(talk):
     out, asked = talk(["a", "/RESET now", "/System Be brief.", "e", "/Quit now", "g"], "b", "f")
     assert out[:4] == ["b", "(forgotten)", "(system: Be brief.)", "f"]

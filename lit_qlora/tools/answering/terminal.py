@@ -25,13 +25,15 @@ from lit_qlora.tools.answering.dialog import Dialog, cut_note
 HELP = """\
 /reset        forget the conversation
 /system       show the system text; /system TEXT sets it, /system - removes it
-/compare      ask adapter and base the last question (else the next one), and show
-              both answers side by side; /compare QUESTION asks that one
+/compare      ask adapter and base the last question (else the next one), and
+              show both answers side by side; /compare QUESTION asks that one
 /save FILE    add the conversation to a .jsonl file that fit can read
 /help         show this
 /quit         leave, as Ctrl-D does
-Ctrl-C stops an answer; what was said so far stays. A line that begins with a
-space is a question, even if a / follows."""
+Each question continues the conversation. A \\ at the end of a line continues
+the question on the next line. Ctrl-C stops an answer; what was said so far
+stays. A line that begins with a space is a question, even if a /
+follows."""
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters of the terminal."""
@@ -65,12 +67,13 @@ class Terminal(Dialog):
         with suppress(ImportError):
             import readline  # noqa: F401  # from here on `input` knows the arrow keys and what was typed before
         base, _ = self.answerer.base.public_name, self.answerer.model
-        print(fitted(f"{base} with {self.answerer.adapter}: /help lists the commands, Ctrl-D leaves"), flush=True)
+        commands = "/reset begins a new conversation, /help lists the commands, Ctrl-D leaves"
+        print(fitted(f"{base} with {self.answerer.adapter}: {commands}"), flush=True)
         before = signal.signal(signal.SIGINT, self._interrupt)
         try:
             while True:
                 try:
-                    line = input("> ")
+                    line = _typed()
                 except EOFError:
                     print()
                     return
@@ -199,6 +202,14 @@ class Terminal(Dialog):
                 path.unlink() if size_before is None else os.truncate(path, size_before)
             raise UserError(f"{path} could not be saved: {error.strerror}") from error
         print(fitted(f"({len(self.turns)} turns added to {path})"))
+
+
+def _typed() -> str:
+    """What is typed: one line, and the next ones for as long as each ends in a backslash."""
+    lines = [input("> ")]
+    while lines[-1].endswith("\\"):
+        lines[-1:] = [lines[-1][:-1], input("  ")]
+    return "\n".join(lines)
 
 
 def side_by_side(left: tuple[str, str], right: tuple[str, str], columns: int) -> str:

@@ -14,7 +14,7 @@ from tests.expect import ExpectError
 
 CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, list[str]]] = [
     ("misspelt key", ["--model.rnak", "3"], None, None, None, ["'model.rnak'", "did you mean 'model.rank'"]),
-    ("capitals", ["--Model.Learning_Rate", "3"], None, None, None, ["did you mean 'model.learning_rate'"]),
+    ("capitals", ["--Learning_Rate", "3"], None, None, None, ["did you mean 'model.learning_rate'"]),
     ("misspelt key in YAML", [], "model:\n  rnak: 3\n", None, None, ["'model.rnak'", "did you mean 'model.rank'"]),
     ("misspelt section in YAML", [], "modle:\n  rank: 3\n", None, None, ["'modle.rank'", "did you mean 'model.rank'"]),
     (

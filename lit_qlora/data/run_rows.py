@@ -48,8 +48,12 @@ class RunRows:
 
     def changes(self, now: "RunRows") -> dict[str, str]:
         """What became of the learned and the held-out conversations in a later record, in words."""
-        pairs = {"train_rows": (self.train, now.train), "held_out_rows": ({*self.held_out}, {*now.held_out})}
-        return {part: _in_words(before, after) for part, (before, after) in pairs.items()}
+        was, then = self._parts(), now._parts()
+        here, there = frozenset().union(*was.values()), frozenset().union(*then.values())
+        return {part: _in_words(was[part], then[part], here, there) for part in was}
+
+    def _parts(self) -> dict[str, frozenset[str]]:
+        return {"train_rows": self.train, "held_out_rows": frozenset(self.held_out)}
 
     def differences(self, now: "RunRows") -> list[str]:
         """The parts with other conversations in a later record, in words; their order and number do not count."""
@@ -100,12 +104,13 @@ def digest(conversation: Conversation) -> str:
     return sha256(json.dumps(turns).encode()).hexdigest()[:16]
 
 
-def _in_words(before: Set[str], after: Set[str]) -> str:
-    gone, new = len(before - after), len(after - before)
-    if not gone and not new:
-        return "the same conversations, in another order or number, or learned otherwise"
-    are_gone = f"{gone:,} of {len(before):,} conversations {'is' if gone == 1 else 'are'} gone" if gone else ""
-    return " and ".join(filter(None, (are_gone, number_of(new, "conversations are new") if new else "")))
+def _in_words(was: Set[str], now: Set[str], all_was: Set[str], all_now: Set[str]) -> str:
+    """What became of the digests of a part; those of both parts say which have only changed sides."""
+    gone, new, moved = len(was - all_now), len(now - all_was), len((was ^ now) & all_was & all_now)
+    found = [f"{gone:,} of {len(was):,} conversations {'is' if gone == 1 else 'are'} gone"] if gone else []
+    found += [number_of(new, "conversations are new")] if new else []
+    found += [number_of(moved, "conversations are drawn to the other part, training or held out")] if moved else []
+    return " and ".join(found) or "the same conversations, in another order or number, or learned otherwise"
 
 
 def _checked(value: object) -> str:

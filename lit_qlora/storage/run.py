@@ -150,6 +150,13 @@ class RunFolder:
             raise UserError(
                 f"{self.path} holds other files and no run", option="run", remedy="give a folder of its own with --run"
             )
+        for file in (self.metrics, self.samples, self.others):
+            if file.is_symlink():  # what is cut and added to in place would be a file elsewhere
+                raise UserError(
+                    f"{file} is a link, and a run's figures are files of its own",
+                    option="run",
+                    remedy="put the file itself there",
+                )
 
     def prepare(self, option: str = "run", take: Callable[[], None] = lambda: None) -> None:
         """Create the folder, lock it, and repair what a kill left behind.

@@ -94,6 +94,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
     ),
     ("base missing", ["--model.base", "./llama"], None, None, "model.base", ["'./llama'", "owner/name"]),
     ("base empty", ["--model.base", ""], None, None, "model.base", ["owner/name", "got ''"]),
+    ("mirror a file", ["--mirror", "configs/colab_t4.yaml"], None, None, "mirror", ["is a file", "a folder"]),
     ("mirror empty", ["--mirror", ""], None, None, "mirror", ["folder", "got ''"]),
     (
         "base url",

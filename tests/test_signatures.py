@@ -256,6 +256,7 @@ def test_mistakes_need_nothing_heavy_whatever_the_verb(files, begun):
         ["inspect", "--data.source", "page.jsonl"],
         ["inspect", "--html", "nowhere/a.html"],
         ["fit", "--run", "mine", "--model.rank", "4"],
+        ["fit", "--mirror", "page.jsonl"],
         ["evaluate", "--adapter", "nope", "--source", "columns.jsonl"],
         ["chat", "--adapter", "nope", "--prompt", "x"],
         ["predict", "--prompts", "columns.jsonl", "--output", "new.jsonl"],

@@ -217,9 +217,9 @@ def test_a_drive_that_is_not_mounted_is_refused(tmp_path, expect_error):
     (tmp_path / "file").touch()
     expect_error(
         lambda: Mirror(run, tmp_path / "file", print).open(CONFIG),
-        tmp_path / "file" / "one",
-        "Not a directory",
-        "--mirror",
+        tmp_path / "file",
+        "is a file",
+        "give a folder",
         option="mirror",
     )
 

@@ -564,7 +564,7 @@ def user(here, environment):
 
 @pytest.mark.slow
 def test_a_sitting_at_a_terminal(here, user):
-    user.wait_for("/help lists the commands, Ctrl-D leaves\r\n")
+    user.wait_for("leaves\r\n")
     user.wait_for("> ")
     user.type("Who Silas?" + LEFT * 6 + "is \r")  # to and fro on the line
     user.wait_for("\r\n")

@@ -92,9 +92,8 @@ def _by_slurm() -> dict[str, str] | None:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(-(-int(number) // nodes)),
         "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1" if nodes == 1 else host),
-        "MASTER_PORT": environment.get(
-            "MASTER_PORT", str(15000 + (job + 97 * step) % 5000)
-        ),  # steps may run side by side
+        # Jobs and steps may run side by side.
+        "MASTER_PORT": environment.get("MASTER_PORT", str(15000 + (job + 97 * step) % 5000)),
     }
 
 

@@ -238,8 +238,7 @@ class RunFolder:
         """Steps whose checkpoints may be removed now that one is written: all but the newest intact ones.
 
         Empty while there are fewer intact ones. Damaged ones don't count, and intact ones above the newest stay. Each
-        is
-        checked once.
+        is checked once.
 
         Args:
             keep: number of intact checkpoints that stay.

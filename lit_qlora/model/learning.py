@@ -88,8 +88,7 @@ class LearnsInParts(LightningModule):
 
         Returns:
             ``loss``, a scalar to go backward from; and ``loss_sum`` in nats, ``num_correct`` and ``num_answers``, over
-            the
-            micro-batches that were learned with this one, and of ``each``.
+            the micro-batches that were learned with this one, and of ``each``.
 
         Raises:
             UserError: for a batch that is no `Batch`, from another DataLoader.

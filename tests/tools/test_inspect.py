@@ -168,6 +168,13 @@ def test_a_question_that_nobody_answered_is_not_too_long(inspect):
     assert "a.jsonl:16: nothing answered where nothing is answered, mend or delete them" in text
 
 
+def test_what_is_held_out_of_a_small_file_is_named(inspect):
+    source = write("a.jsonl", *(talk(f"q{number}", f"a{number}") for number in range(6)))
+    lines = inspect("--data.source", source)
+    assert "training: a.jsonl" in lines
+    assert [line for line in lines if re.fullmatch(r"held out: a\.jsonl, held out \(a\.jsonl:[1-6]\)", line)]
+
+
 def test_several_rows_are_all_named(inspect):
     source = write("a.jsonl", *(talk(f"q{number}", f"{number} {LONG}") for number in range(40)))
     text = " ".join(line.strip() for line in inspect("--data.source", source, status=1))

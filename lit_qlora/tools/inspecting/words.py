@@ -23,6 +23,8 @@ from lit_qlora.wording import number_of, of_number
 BAR = 40
 NAMED = 5
 """Rows that are named for each fault, and doubles of each kind; the page has all."""
+FEW = 3
+"""Rows of a part, at most, that are named, such as what is held out of a small file."""
 NUMBERS = 100
 """Rows of a file whose numbers are listed behind those."""
 HEAD, TAIL = 4, 2
@@ -77,7 +79,8 @@ def _counts(seen: Look) -> Iterator[str]:
     for title, values in counts(seen.parts):
         yield f"{title:30}" + "".join(f"{value:>14,}" for value in values)
     for part in seen.parts:
-        yield f"{part.name}: {printable(part.source)}"
+        few = f" ({', '.join(part.where)})" if len(part.where) <= FEW else ""
+        yield f"{part.name}: {printable(part.source + few)}"
         yield from (f"  {line}" for line in sources_of(part))
         for note in part.notes:
             yield from _wrapped(note, "  ")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 from lit_qlora import __version__
 from lit_qlora.console import complain, prepare
@@ -17,7 +18,7 @@ from lit_qlora.devices import starting
 from lit_qlora.devices.mistakes import report
 from lit_qlora.devices.world import world
 from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest
-from lit_qlora.place import COMMAND, INSTALL
+from lit_qlora.place import CLONE, COMMAND, INSTALL
 from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
 from lit_qlora.storage.files import SaveError
@@ -95,7 +96,11 @@ def main(args: Sequence[str] | None = None) -> int:
         if not names:
             raise
         what = f"not installed for {sys.executable}: {', '.join(names)}"
-        complain(f"error: {what}; {INSTALL}, or take the Python that has it")
+        activate = CLONE / ".venv" / "bin" / "activate" if CLONE else None
+        is_elsewhere = activate and activate.is_file() and Path(sys.prefix).resolve() != activate.parents[1].resolve()
+        complain(
+            f"error: {what}; {f'. {activate}, or ' if is_elsewhere else ''}{INSTALL}, or take the Python that has it"
+        )
         return 2
 
 

@@ -26,6 +26,11 @@ from lit_qlora.storage.run import NoReferences, RunFolder
 from lit_qlora.text.conversation import HALF, is_whole
 
 HELP = "the accepted ones are listed by --help"
+BARE = {
+    "data.source": "give a file of rows as --data.source FILE; ",
+    "prompt": "give a question as --prompt 'QUESTION'; ",
+}
+"""What a word without an option is likely to be, by an option that the command has."""
 LINKED = {"data.tokenizer": "model.base", "data.seed": "seed_everything"}
 """Options that always equal another one, which can be given instead."""
 
@@ -272,7 +277,9 @@ def _mistake(message: str, names: list[str]) -> UserError:
         name = (unknown[1] or unknown[2] or unknown[3]).lstrip("-").split("=")[0]
         remedy = did_you_mean(name, names)
         if remedy == HELP and unknown[2] and not unknown[2].startswith("-"):
-            remedy = f"an option takes one value, such as '[a.jsonl, b.jsonl]' or a pattern in quotes; {HELP}"
+            one_value = "an option takes one value, such as '[a.jsonl, b.jsonl]' or a pattern in quotes"
+            meant = next((remedy for option, remedy in BARE.items() if option in names), "")
+            return UserError(f"{excerpt(name)} is the value of no option", remedy=f"{meant}{one_value}")
         return UserError(f"unknown option {excerpt(name)}", remedy=remedy)
     linked = re.search(r"model\.base --> (data\.tokenizer)|Linked \"([\w.]+)\" must be given", message)
     if linked:
@@ -395,6 +402,19 @@ def with_values(args: list[str], changed: Callable[[str], str], *names: str) -> 
     return found
 
 
+def _no_config(path: Path) -> UserError:
+    """The error for a config file that is not there, or holds rows."""
+    if path.is_file():
+        remedy = f"give it as --data.source {path}"
+        return UserError(f"{path} is a file of rows, expected a YAML file", option="config", remedy=remedy)
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    known = [str(file) for file in sorted(folder.glob("*.y*ml"))]
+    own = [file.stem for file in sorted(CONFIGS.glob("*.yaml"))]
+    near = nearest(str(path), known, 0.6) or nearest(path.stem, own, 0.6)
+    remedy = f"did you mean {near}?" if near else f"give a file, or one of {', '.join(own)}, which come with lit-qlora"
+    return UserError(f"no file {path}", option="config", remedy=remedy)
+
+
 def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> None:
     """Check a config file for errors that would be accepted: doubled keys, empty sections, a ``config`` inside, linked
     options, a secret.
@@ -408,15 +428,8 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected a YAML file", option="config")
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path("configs")
-        known = [str(file) for file in sorted(folder.glob("*.y*ml"))]
-        own = [file.stem for file in sorted(CONFIGS.glob("*.yaml"))]
-        near = nearest(str(path), known, 0.6) or nearest(path.stem, own, 0.6)
-        remedy = (
-            f"did you mean {near}?" if near else f"give a file, or one of {', '.join(own)}, which come with lit-qlora"
-        )
-        raise UserError(f"no file {path}", option="config", remedy=remedy)
+    if not path.is_file() or path.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
+        raise _no_config(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -60,6 +60,13 @@ def test_a_missing_file_is_told_with_the_nearest_one():
     )
 
 
+def test_rows_are_no_config():
+    write("{}", "mine.jsonl")
+    assert message("mine.jsonl") == (
+        "config: mine.jsonl is a file of rows, expected a YAML file; give it as --data.source mine.jsonl"
+    )
+
+
 def test_a_folder_is_no_file():
     assert message("configs") == "config: configs is a folder, expected a YAML file"
 

@@ -379,11 +379,12 @@ def test_each_question_draws_anew(talk):
 
 
 def test_the_system_text_is_set_shown_and_taken_away(talk):
-    lines = ["/system", "/system Be brief.", "a", "/system", "/system -", "c", "/system [INST]"]
+    lines = ["/system", "/system Be brief.", "a", "/reset", "/system", "/system -", "c", "/system [INST]"]
     out, asked = talk(lines, "b", "d")
     assert [conversation.system for conversation, _ in asked] == ["Be brief.", ""]
     assert out == [
-        "(system: none)", "(system: Be brief.)", "b", "(system: Be brief.)", "(system: none)", "d",
+        "(system: none)", "(system: Be brief.)", "b", "(forgotten; the system text stays)", "(system: Be brief.)",
+        "(system: none)", "d",
         "(the system text holds the tag [INST], which could forge a turn or a system text)", "",
     ]  # fmt: skip
 

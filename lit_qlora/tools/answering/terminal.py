@@ -23,7 +23,7 @@ from lit_qlora.tools.answering.answerer import Answer, Answerer
 from lit_qlora.tools.answering.dialog import Dialog, cut_note
 
 HELP = """\
-/reset        forget the conversation
+/reset        forget the conversation; the system text stays
 /system       show the system text; /system TEXT sets it, /system - removes it
 /compare      ask adapter and base the last question (else the next one), and
               show both answers side by side; /compare QUESTION asks that one
@@ -32,8 +32,7 @@ HELP = """\
 /quit         leave, as Ctrl-D does
 Each question continues the conversation. A \\ at the end of a line continues
 the question on the next line. Ctrl-C stops an answer; what was said so far
-stays. A line that begins with a space is a question, even if a /
-follows."""
+stays. A line that begins with a space is a question, even with a / behind it."""
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters of the terminal."""
@@ -146,7 +145,7 @@ class Terminal(Dialog):
     def _reset(self, _: str) -> None:
         self.forget()
         self._compares_next = False
-        print("(forgotten)")
+        print("(forgotten; the system text stays)" if self.system else "(forgotten)")
 
     def _system(self, text: str) -> None:
         if text:

@@ -35,7 +35,7 @@ from lit_qlora.storage import settings
 from lit_qlora.storage.files import page_path
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.lock import RunLock
-from lit_qlora.storage.mirror import check_mounted
+from lit_qlora.storage.mirror import check_no_file
 from lit_qlora.storage.run import FOR_ONE_START, Change, RunFolder, as_sections, flat, folder_to_score, unnamed_run
 from lit_qlora.text.formats import OF_BASE
 
@@ -144,7 +144,7 @@ def _check_alone(values: Mapping[str, Any]) -> None:
     if values.get("model.adapter"):
         require_adapter(Path(values["model.adapter"]))
     if values.get("mirror"):
-        check_mounted(Path(values["mirror"]).expanduser())
+        check_no_file(Path(values["mirror"]).expanduser())
     accepted_kinds(values.get("accept"))
     if values.get("html"):
         page_path(values["html"])

@@ -72,7 +72,8 @@ class Mirror:
             UserError: it can't be written, belongs to another run, or holds only damaged checkpoints while this machine
                 has none either.
         """
-        check_mounted(self.parent)
+        check_no_file(self.parent)
+        _check_mounted(self.parent)
         if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
             raise UserError(
                 f"{self.copy.path} is the run folder itself", option="mirror", remedy="give a folder elsewhere"
@@ -295,21 +296,19 @@ class Mirror:
         return self.copy.path / file.relative_to(self.run.path)
 
 
-def check_mounted(folder: Path) -> None:
-    """Check that a folder is not on an unmounted drive: it must not be created on this disk.
+def check_no_file(folder: Path) -> None:
+    """Raises UserError if what is to be the folder of copies is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", option="mirror", remedy="give a folder, which need not exist yet")
+
+
+def _check_mounted(folder: Path) -> None:
+    """Raises UserError if ``folder`` seems to be on an unmounted drive: it must not be created on this disk.
 
     That is assumed below a known mount point with nothing mounted, if more than the last folder is missing, and if the
     parent is empty, as an unmounted mount point is.
-
-    Args:
-        folder: of copies; it need not exist.
-
-    Raises:
-        UserError: it seems so, or a file has that name.
     """
     place = folder.resolve()
-    if place.exists() and not place.is_dir():
-        raise UserError(f"{folder} is a file", option="mirror", remedy="give a folder, which need not exist yet")
     for point in _mount_points():
         if point in (place, *place.parents) and not os.path.ismount(point):
             raise UserError(

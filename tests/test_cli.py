@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora import training
+from lit_qlora import cli, training
 from lit_qlora.cli import FIT_AND_KIN, TOOLS, main
 from lit_qlora.options import configs_first
 from lit_qlora.tools.doctoring import surroundings
@@ -83,6 +83,29 @@ def test_a_package_that_lacks_is_named(
                 f"error: not installed for {sys.executable}: {named}; pip install -r requirements.txt, or take the "
                 "Python that has it\n"
             )
+
+
+def test_a_forgotten_environment_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "CLONE", tmp_path)
+    monkeypatch.setattr(surroundings, "_is_there", lambda name: name != "peft")
+    monkeypatch.setattr(training, "QLoRACLI", _raising(ModuleNotFoundError("No module named 'peft'", name="peft")))
+    activate = tmp_path / ".venv" / "bin" / "activate"
+    assert main(["fit"]) == 2
+    assert str(activate) not in capsys.readouterr().err
+    activate.parent.mkdir(parents=True)
+    activate.touch()
+    assert main(["fit"]) == 2
+    assert f"; . {activate}, or pip install -r requirements.txt" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))  # it is this one, and lacks something
+    assert main(["fit"]) == 2
+    assert str(activate) not in capsys.readouterr().err
+
+
+def test_a_question_without_its_option_is_told_how_to_ask(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "Who is Silas?"]) == 2
+    assert "; give a question as --prompt 'QUESTION'; " in capsys.readouterr().err
 
 
 def _because_of(reason: Exception) -> Exception:

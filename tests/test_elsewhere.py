@@ -191,6 +191,13 @@ def test_every_answer_is_true(parser: RunParser) -> None:
         seen.add(told)
 
 
+@pytest.mark.slow
+def test_the_parser_gives_each_name_its_answer(parser: RunParser) -> None:
+    ours = {*parser.types()}
+    for name in answers("fit").keys() - {"model", "data"}:
+        assert (here(name, ours) or name) in _error(parser, f"--{name}", "1")
+
+
 def test_no_tools_answer_is_of_nothing() -> None:
     tools = {verb: getattr(importlib.import_module(f"lit_qlora.tools.{verb}"), verb) for verb in cli.TOOLS}
     options = {verb: {*inspect.signature(tool).parameters} for verb, tool in tools.items()}

@@ -70,7 +70,9 @@ def test_a_run_from_start_to_answers(here: Path, capsys: pytest.CaptureFixture[s
 
     capsys.readouterr()
     assert main(["fit", *SHORT]) == 0
-    assert "is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "is finished (4 of 4 steps): nothing to do" in told
+    assert "\nnext: python main.py chat\n" in told
     assert main(["fit", *SHORT, "--trainer.max_steps", "2"]) == 0
     assert "is finished (4 of 4 steps): nothing to do" in capsys.readouterr().out
     assert _snapshot(run) == before

@@ -134,8 +134,7 @@ def forms_for(use: Use, columns: Mapping[str, str] | None = None) -> list[RowFor
     Args:
         use: whether rows are to be learned, or to be answered.
         columns: what the columns of a form are called, as in ``data.columns``: the forms that are made of these, by
-            these
-            names; None: all of `FORMS`.
+            these names; None: all of `FORMS`.
     """
     known = FORMS if use == "training" else _prompts()
     if columns:

@@ -57,9 +57,9 @@ class RunRows:
 
     def differences(self, now: "RunRows") -> list[str]:
         """The parts with other conversations in a later record, in words; their order and number do not count."""
-        same = {"train_rows": self.train == now.train, "held_out_rows": {*self.held_out} == {*now.held_out}}
+        was, then, words = self._parts(), now._parts(), self.changes(now)
         names = {"train_rows": "to learn", "held_out_rows": "to hold out"}
-        return [f"{names[part]}: {words}" for part, words in self.changes(now).items() if not same[part]]
+        return [f"{names[part]}: {words[part]}" for part in was if was[part] != then[part]]
 
     @classmethod
     def read(cls, file: Path) -> "RunRows | None":

@@ -13,16 +13,17 @@ from lit_qlora.console import complain
 from lit_qlora.data.templates import is_template
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.options import (
+    CONFIG,
     OneLineErrors,
-    all_values,
     check_config_file,
     check_config_of,
+    configs_first,
     did_you_mean,
     is_plain,
     is_plain_type,
     option,
+    take_option,
     takes_names,
-    with_values,
 )
 from lit_qlora.place import CONFIGS, find_config
 from lit_qlora.signatures import LEARNING
@@ -65,8 +66,8 @@ def complete(args: list[str]) -> Command:
     verb, rest = args[0], args[1:]
     if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
         return Command(args)
-    rest = with_values(rest, find_config, "--config", "-c")
-    config, name, kept = option(rest, "--config", "-c"), option(rest, "--run"), None
+    rest = configs_first(rest, find_config)
+    config, name, kept = option(rest, *CONFIG), option(rest, "--run"), None
     run = named_folder(name)
     base = option(rest, "--model.base")
     if config is None:
@@ -78,8 +79,8 @@ def complete(args: list[str]) -> Command:
         if kept:
             check_config_of(kept)
         elif base in (None, "demo"):  # a base of one's own is not for the demo's learning rate
-            rest = ["--config", str(DEMO_CONFIG), *rest]
-    for file in filter(None, all_values(rest, "--config", "-c")):
+            rest = [CONFIG[0], str(DEMO_CONFIG), *rest]
+    for file in filter(None, take_option(rest, *CONFIG)[0]):
         check_config_file(Path(file))
         if name is None and kept is None:
             found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")).get("run")
@@ -111,7 +112,7 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
         except ValueError as error:
             raise UserError(f"damaged ({error})", place=path, remedy="put a copy of it back") from error
 
-    rest = with_values(rest, read, "--config", "-c")
+    rest = configs_first(rest, read)
     if command.kept:
         kept = command.kept.read_options()
         rest = [*(["--config", _as_plain(kept, command.kept.config, parser, rest)] if kept else []), *rest]

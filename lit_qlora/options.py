@@ -25,6 +25,8 @@ from lit_qlora.storage.files import NO_VALUE
 from lit_qlora.storage.run import NoReferences, RunFolder
 from lit_qlora.text.conversation import HALF, is_whole
 
+CONFIG = ("--config", "-c")
+"""Spellings of the option for config files."""
 HELP = "the accepted ones are listed by --help"
 BARE = {
     "data.source": "give a file of rows as --data.source FILE; ",
@@ -40,9 +42,15 @@ _raised: deque[UserError] = deque(maxlen=32)
 
 
 class OneLineErrors:
-    """A mixin for jsonargparse parsers: errors are one line with the nearest accepted name, not a page of usage."""
+    """A mixin for jsonargparse parsers: errors are one line with the nearest accepted name, not a page of usage.
+
+    Names can't be abbreviated.
+    """
 
     _actions: list[Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_args(self, *given: Any, **more: Any) -> Any:
         """As jsonargparse's, but that a text is read as it was typed; see `_as_typed`."""
@@ -92,6 +100,10 @@ class OneLineErrors:
                 raise UserError(
                     f"has no value, expected {words_of(hint)}", option=name, remedy="give one, or leave the line out"
                 )
+
+
+class Parser(OneLineErrors, ArgumentParser):
+    """jsonargparse's own parser with such errors."""
 
 
 FREE_TEXTS = ("prompt", "system", "opening")
@@ -159,11 +171,7 @@ def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, An
     Raises:
         UserError: one is unknown, or of another type.
     """
-
-    class _Parser(OneLineErrors, ArgumentParser):
-        """A parser that is never given a command line."""
-
-    parser = _Parser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     parser.add_class_arguments(kind, section)
     names = [*parser.types()]
     for name in (f"{section}.{key}" for key in values):
@@ -348,58 +356,40 @@ def plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def option(args: list[str], *names: str) -> str | None:
-    """The last value that a command line gives to an option; see `all_values`.
+def option(args: Sequence[str], *names: str) -> str | None:
+    """The last value that a command line gives to an option; None without one. The rest is as for `take_option`."""
+    return ([None, *take_option(args, *names)[0]])[-1]
+
+
+def take_option(args: Sequence[str], *names: str) -> tuple[list[str | None], list[str]]:
+    """Take an option, ``--name value`` or ``--name=value``, out of a command line.
 
     Args:
         args: the command line.
         *names: spellings of the option, such as ``--config``.
+
+    Returns:
+        Its values, None for a missing one; and all other arguments.
     """
-    return (all_values(args, *names) or [None])[-1]
-
-
-def all_values(args: list[str], *names: str) -> list[str | None]:
-    """The values that a command line gives to an option, as ``--name value`` or ``--name=value``; None for a missing
-    one.
-
-    Args:
-        args: the command line.
-        *names: spellings of the option, such as ``--config``.
-    """
-    values = []
-    for index, arg in enumerate(args):
+    values, others, rest = list[str | None](), list[str](), iter(args)
+    for arg in rest:
         name, equals, given = arg.partition("=")
         if name in names:
-            values.append(given if equals else args[index + 1] if index + 1 < len(args) else None)
-    return values
+            values.append(given if equals else next(rest, None))
+        else:
+            others.append(arg)
+    return values, others
 
 
-def configs_first(args: list[str]) -> list[str]:
-    """``args`` with their config files in front, in order: an option of the command line counts wherever it stands."""
-    configs, others, rest = list[str](), list[str](), iter(args)
-    for arg in rest:
-        name, equals, _ = arg.partition("=")
-        is_config = name in ("--config", "-c")
-        (configs if is_config else others).append(arg)
-        if is_config and not equals:
-            configs += [value for value in [next(rest, None)] if value is not None]
-    return configs + others
-
-
-def with_values(args: list[str], changed: Callable[[str], str], *names: str) -> list[str]:
-    """A command line with other values of an option.
+def configs_first(args: Sequence[str], changed: Callable[[str], str] = str) -> list[str]:
+    """A command line with its config files in front: another option counts wherever it stands.
 
     Args:
         args: the command line.
-        changed: gives the new value for one that is there.
-        *names: spellings of the option, such as ``--config``.
+        changed: gives what takes the place of a config file.
     """
-    found, is_value = list[str](), False
-    for arg in args:
-        name, equals, given = arg.partition("=")
-        found.append(changed(arg) if is_value else f"{name}={changed(given)}" if equals and name in names else arg)
-        is_value = not is_value and arg in names
-    return found
+    configs, others = take_option(args, *CONFIG)
+    return [arg for one in configs for arg in (CONFIG[0], *(() if one is None else [changed(one)]))] + others
 
 
 def _no_config(path: Path) -> UserError:

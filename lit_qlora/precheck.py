@@ -8,18 +8,17 @@ there; each of these mistakes is one there too, in the same words.
 import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any, Union
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from lit_qlora.command import complete
 from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.data.held_out import Parts, check_early_to_score
 from lit_qlora.data.records import Reading
-from lit_qlora.data.sources import check_here
+from lit_qlora.data.sources import check_sources
 from lit_qlora.data.templates import read_template
 from lit_qlora.devices.asked import MOST_ON_CPU, check_on_cpu, check_shard, check_shares, check_started
 from lit_qlora.devices.world import is_first, world
@@ -27,7 +26,7 @@ from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import LINKED, OneLineErrors, option
+from lit_qlora.options import CONFIG, LINKED, Parser, option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
 from lit_qlora.signatures import CLASSES, LEARNING, UNKNOWN, Option, options_of
@@ -80,7 +79,7 @@ def _check_with_kept(verb: str, options: Mapping[str, Option], values: Mapping[s
         if values.get(option):
             data = as_sections(kept.read_options() | flat(values)).get("data", {})
             check_early_to_score(values[option], option, Reading.of(data))
-        _check_sources(values)
+        check_sources(as_sections(values).get("data", {}))
     if verb == "fit":
         _check_run(options, values, kept)
 
@@ -101,8 +100,7 @@ def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, 
         _check_run(options, values, run)
     elif verb == "fit":
         run.check_place()
-        numbered = (RunFolder(run.path.with_name(f"{run.path.name}-{number}")) for number in count(2))
-        run = next(one for one in chain([run], numbered) if not _changes(options, values, one))  # as a fit chooses
+        run = next(one for one in chain([run], run.numbered()) if not _changes(options, values, one))  # as a fit does
     is_done = verb == "fit" and (run.finished_mark.exists() or bool(values.get("mirror")))
     if verb != "plan" and not is_done:  # a forecast needs no rows, nor does a run that is finished, here or there
         _check_rows(values, any_number=verb == "inspect")
@@ -110,7 +108,7 @@ def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, 
 
 def processes_asked(args: Sequence[str]) -> int:
     """How many processes a command line, its config file or its run asks for; 1 where it takes torch to know."""
-    given, file = option([*args], "--trainer.devices"), option([*args], "--config", "-c")
+    given, file = option(args, "--trainer.devices"), option(args, *CONFIG)
     if given is None and file is None and (kept := complete([*args]).kept):
         file = str(kept.config)
     number = _number_of(_in_config(file) if given is None and file else given or 1)
@@ -187,7 +185,7 @@ def _check_run(options: Mapping[str, Option], values: Mapping[str, Any], run: Ru
         RunLock(run.path).check()
     others = _changes(options, values, run)
     if others:
-        _check_sources(values)
+        check_sources(as_sections(values).get("data", {}))
         raise settings.other_run(run.path, others)
 
 
@@ -210,19 +208,10 @@ def _changes(options: Mapping[str, Option], values: Mapping[str, Any], run: RunF
 
 def _check_rows(values: Mapping[str, Any], any_number: bool) -> None:
     """Raises UserError for rows that are nowhere on this machine and can't be on the hub, or begin as no rows do."""
-    _check_sources(values)
+    check_sources(as_sections(values).get("data", {}))
     reading = Reading.of(as_sections(values)["data"])._replace(any_number=any_number)
     source, held_out, share = (values[f"data.{name}"] for name in ("source", "validation_source", "validation_share"))
     Parts(source, held_out, share, values["seed_everything"], reading).check_early()
-
-
-def _check_sources(values: Mapping[str, Any]) -> None:
-    """Raises UserError for a file or folder of rows that is not there."""
-    for name in ("data.source", "data.validation_source", "data.test_source"):
-        given = values.get(name)
-        is_list = isinstance(given, str) and given.lstrip().startswith(("[", "{"))  # the parser proper takes it apart
-        if given and not is_list:
-            check_here(given, name)
 
 
 def _belongs(name: str, options: dict[str, Option]) -> bool:
@@ -232,13 +221,10 @@ def _belongs(name: str, options: dict[str, Option]) -> bool:
     return name in sections or name in LINKED or name in ("print_config", "") or name.startswith((*unknown,))
 
 
-class _FirstParser(OneLineErrors, ArgumentParser):
-    """Knows the names and the plain types."""
-
-
-def _parser(options: Iterable[Option]) -> _FirstParser:
-    parser = _FirstParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("-c", "--config", action="config")
+def _parser(options: Iterable[Option]) -> Parser:
+    """A parser that knows the names and the plain types."""
+    parser = Parser(add_help=False)
+    parser.add_argument(*CONFIG, action="config")
     for one in options:
         kind = ANYTHING if one.type is UNKNOWN else one.type
         parser.add_argument(*one.spelled, type=kind, default=argparse.SUPPRESS)

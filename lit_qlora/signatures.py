@@ -85,9 +85,7 @@ OWN: Mapping[str, tuple[Option, ...]] = {
 @cache
 def options_of(verb: str) -> tuple[Option, ...]:
     """The options of ``verb``: those beside any section first."""
-    of_classes = [
-        option for section, file, name in CLASSES for option in _arguments(Source(ROOT / file), section, name)
-    ]
+    of_classes = [option for one in CLASSES for option in _arguments(*one)]
     found = (SEED, *OF_RUN, *OWN.get(verb, ()), *of_classes)
     return tuple(option for option in found if option.name not in LINKED)
 
@@ -102,9 +100,11 @@ class Source:
     def __init__(self, file: Path) -> None:
         self.tree = _parsed(file)
 
-    def find(self, name: str) -> ast.ClassDef:
-        """The class called ``name``."""
-        return next(node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef) and node.name == name)
+    def constructor(self, name: str) -> tuple[ast.FunctionDef, dict[str, str]]:
+        """The constructor of the class called ``name``, and what is said of its arguments."""
+        found = next(node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef) and node.name == name)
+        init = next(node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+        return init, _argument_words(ast.get_docstring(found)) | _argument_words(ast.get_docstring(init))
 
     def value(self, node: ast.expr | None) -> Any:
         """A default; `UNKNOWN` for what is no plain value."""
@@ -159,60 +159,42 @@ class Source:
         return None, None
 
 
-def _init_of(found: ast.ClassDef) -> ast.FunctionDef:
-    """The constructor of a class."""
-    return next(node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-
-
 @cache
 def _parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def _arguments(source: Source, section: str, name: str) -> Iterator[Option]:
-    """The arguments of a class of ours, and for ``**kwargs`` those of Lightning's that it is made from."""
-    found = source.find(name)
-    init = _init_of(found)
-    words = _argument_words(ast.get_docstring(found) or "")
-    own = dict(_parameters(init))
+def _arguments(section: str, file: str, name: str) -> list[Option]:
+    """The arguments of a class of ours, and for ``**kwargs`` those of Lightning's Trainer, which it is made from."""
+    source = Source(ROOT / file)
+    init, words = source.constructor(name)
+    constructors, left_out, found = [(source, init)], set[str](), dict[str, Option]()
     if init.args.kwarg:
         left_out = {*source.value(source._assigned("NOT_OFFERED")[1])}
-        yield from (
-            _option(source, section, parameter, words)
-            for parameter in own.items() if parameter[0] not in left_out
-        )  # fmt: skip
-        base = Source(_lightning() / "trainer" / "trainer.py")
-        init = _init_of(base.find("Trainer"))
-        words = _argument_words(ast.get_docstring(init) or "") | words
-        for parameter in _parameters(init):
-            if parameter[0] not in left_out | own.keys():
-                yield _option(base, section, parameter, words)
-        return
-    yield from (_option(source, section, parameter, words) for parameter in own.items())
+        spec = find_spec("lightning")
+        assert spec and spec.submodule_search_locations, "Lightning is installed"
+        base = Source(Path(spec.submodule_search_locations[0], "pytorch/trainer/trainer.py"))
+        init, of_base = base.constructor("Trainer")
+        constructors, words = [*constructors, (base, init)], of_base | words
+    for place, init in constructors:
+        for one, annotation, default in _parameters(init):
+            if one not in left_out | found.keys():
+                kind, value = place.type(annotation), place.value(default)
+                found[one] = Option(f"{section}.{one}", kind, value, words.get(one, ""))
+    return [*found.values()]
 
 
-def _lightning() -> Path:
-    spec = find_spec("lightning")
-    assert spec and spec.submodule_search_locations, "Lightning is installed"
-    return Path(spec.submodule_search_locations[0]) / "pytorch"
-
-
-def _parameters(init: ast.FunctionDef) -> Iterator[tuple[str, tuple[ast.expr | None, ast.expr | None]]]:
+def _parameters(init: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None, ast.expr | None]]:
     """Name, annotation and default of each."""
-    places = init.args.args[1:]
-    defaults: list[ast.expr | None] = [None] * (len(places) - len(init.args.defaults)) + [*init.args.defaults]
-    pairs = [*zip(places, defaults, strict=True), *zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)]
-    yield from ((place.arg, (place.annotation, default)) for place, default in pairs)
+    places = [*init.args.args[1:], *init.args.kwonlyargs]
+    defaults = [*init.args.defaults, *init.args.kw_defaults]
+    for place, default in zip(places, [None] * (len(places) - len(defaults)) + defaults, strict=True):
+        yield place.arg, place.annotation, default
 
 
-def _option(source: Source, section: str, parameter: tuple[str, Any], words: dict[str, str]) -> Option:
-    name, (annotation, default) = parameter
-    return Option(f"{section}.{name}", source.type(annotation), source.value(default), words.get(name, ""))
-
-
-def _argument_words(docstring: str) -> dict[str, str]:
+def _argument_words(docstring: str | None) -> dict[str, str]:
     """What a docstring's Args say of each."""
-    _, _, words = docstring.partition("Args:\n")
+    _, _, words = (docstring or "").partition("Args:\n")
     words = inspect.cleandoc("\n" + re.split(r"\n\s*(?:Raises|Returns|Yields):\n", words)[0])
     found = re.findall(r"^(\w+):\s*(.*(?:\n(?:[ \t].*)?)*)", words, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}

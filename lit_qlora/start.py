@@ -5,13 +5,12 @@ Called by `training.py`. Knows the run's files and settings; loads no model and 
 
 import math
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from lit_qlora.console import complain
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.sources import check_here
+from lit_qlora.data.sources import check_sources
 from lit_qlora.errors import UserError
 from lit_qlora.forecast.memory import run_folder_bytes
 from lit_qlora.model.base import Base, missing_bytes
@@ -50,9 +49,8 @@ def choose_run(
     others = _another(default, mirror, config, base, data)
     if not others:
         return default
-    _check_sources(data)
-    numbered = (RunFolder(default.path.with_name(f"{default.path.name}-{number}")) for number in count(2))
-    run = next(run for run in numbered if not _another(run, mirror, config, base, data))
+    check_sources(config.get("data", {}))
+    run = next(run for run in default.numbered() if not _another(run, mirror, config, base, data))
     print(f"   run  {default.path} differs: {'; '.join(others)}; this one is {run.path}", flush=True)
     return run
 
@@ -95,12 +93,6 @@ def _matters(name: str, run: RunFolder, record: Mapping[str, Any], config: Mappi
     )
 
 
-def _check_sources(data: ChatDataModule) -> None:
-    """Raises UserError for a missing file or folder of rows."""
-    for given in filter(None, (data.source, data.validation_source, data.test_source)):
-        check_here(given)
-
-
 def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataModule) -> None:
     """Compare a start's configuration with that of the run's first start, and report changes of settings that may
     change.
@@ -124,7 +116,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
         run.write_config(as_yaml(first))
     others = settings.refused(first, config)
     if others:
-        _check_sources(data)
+        check_sources(config.get("data", {}))
         raise settings.other_run(run.path, others)
     finished = run.finished()
     if finished and _stays_finished(finished, finished.get("lengths", lengths(first)), lengths(config)):

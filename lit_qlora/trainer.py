@@ -59,10 +59,7 @@ IN_RUN = "the run's folder"
 
 
 class RunParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, with errors in one line, without abbreviated names and options without effect."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+    """LightningCLI's parser, with errors in one line, and without options that have no effect."""
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True

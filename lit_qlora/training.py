@@ -66,7 +66,7 @@ from lit_qlora.model.load import check_settings, template_of
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.model.weights import check_weights
-from lit_qlora.options import LINKED, option, plain
+from lit_qlora.options import CONFIG, LINKED, option, plain
 from lit_qlora.quiet import quieten
 from lit_qlora.ranges import check_ranges, max_time_s
 from lit_qlora.signals import WARNING, LeftAtOnce
@@ -171,7 +171,7 @@ class QLoRACLI(LightningCLI):
         options = self.config[self.verb]
         self.join()
         self.is_named = options.run is not None
-        config = option(self.command.args, "--config", "-c")
+        config = option(self.command.args, *CONFIG)
         self.run = RunFolder(Path(options.run) if self.is_named else unnamed_run(config, options.model.base))
         if self.scores:
             limit, is_any = options.trainer.limit_val_batches, self.verb != "validate"

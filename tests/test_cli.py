@@ -224,7 +224,7 @@ def test_a_path_too_long_is_one_line(option: str, capsys: pytest.CaptureFixture[
     ("given", "expected"),
     [
         (["--model.rank", "8", "--config", "a.yaml"], ["--config", "a.yaml", "--model.rank", "8"]),
-        (["--x=1", "-c", "a", "--y", "2", "--config=b"], ["-c", "a", "--config=b", "--x=1", "--y", "2"]),
+        (["--x=1", "-c", "a", "--y", "2", "--config=b"], ["--config", "a", "--config", "b", "--x=1", "--y", "2"]),
         (["--x", "1", "--config"], ["--config", "--x", "1"]),
     ],
 )

@@ -157,14 +157,14 @@ def test_a_finished_run_is_not_made_shorter_by_another(monkeypatch: pytest.Monke
 
 def test_rows_that_are_not_there_are_reported_before_a_difference(capsys: pytest.CaptureFixture[str]) -> None:
     run = begun("runs/demo")
-    wrong = changed(model__rank=8)
-    with pytest.raises(UserError, match=r"nope\.jsonl: no such file"):
-        chosen(wrong, source="nope.jsonl")
-    for data in (ChatDataModule("demo", validation_source="nope.jsonl"), ChatDataModule(test_source="nope.jsonl")):
+    for option in ("source", "validation_source", "test_source"):
+        wrong = changed(model__rank=8) | {"data": {option: "nope.jsonl"}}
         with pytest.raises(UserError, match=r"nope\.jsonl: no such file"):
-            start.check_against_first(run, wrong, data)
-    with pytest.raises(UserError, match=r"model\.rank: 16 -> 8; give --run NAME"):
-        start.check_against_first(run, wrong, ChatDataModule("owner/name"))  # the hub is not asked
+            chosen(wrong)
+        with pytest.raises(UserError, match=r"nope\.jsonl: no such file"):
+            start.check_against_first(run, wrong, ChatDataModule())
+    with pytest.raises(UserError, match=r"model\.rank: 16 -> 8; give --run NAME"):  # the hub is not asked
+        start.check_against_first(run, changed(model__rank=8) | {"data": {"source": "owner/name"}}, ChatDataModule())
     assert capsys.readouterr().out == ""
 
 

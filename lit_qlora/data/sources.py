@@ -532,6 +532,18 @@ def check_here(value: Any, option: str = "data.source") -> None:
                 kind_of(path)
 
 
+def check_sources(options: Mapping[str, Any]) -> None:
+    """Raises UserError for the first source of a run that is not there, or no rows.
+
+    Args:
+        options: those of the section ``data``; a list of sources that is still a text is passed.
+    """
+    for name in ("source", "validation_source", "test_source"):
+        value = options.get(name)
+        if value and not (isinstance(value, str) and value.lstrip().startswith(("[", "{"))):
+            check_here(value, f"data.{name}")
+
+
 def are_here(value: Any) -> bool:
     """True if each source in an option's value is local and there."""
     try:

@@ -4,7 +4,7 @@ The contents of checkpoints and adapters are written by others. Knows no torch.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from hashlib import sha256
@@ -183,6 +183,10 @@ class RunFolder:
                 option=option,
                 remedy=f"give another folder with --{option}",
             ) from error
+
+    def numbered(self) -> Iterator["RunFolder"]:
+        """The runs of the same name with -2, -3 and so on behind it."""
+        return (RunFolder(self.path.with_name(f"{self.path.name}-{number}")) for number in count(2))
 
     def has_begun(self) -> bool:
         """True if anything was recorded or saved; until then there is nothing to resume, or to lose."""

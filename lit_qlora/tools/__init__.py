@@ -21,18 +21,13 @@ def run_tool(name: str, args: Sequence[str]) -> int:
         The exit status.
     """
     # Here, and not above: doctor works without jsonargparse.
-    from jsonargparse import ArgumentParser
-
-    from lit_qlora.options import OneLineErrors
+    from lit_qlora.options import Parser
     from lit_qlora.signals import nothing_open
     from lit_qlora.usage import help_asked, help_of_tool
 
-    class _ToolParser(OneLineErrors, ArgumentParser):
-        """jsonargparse's parser, with errors in one line."""
-
     with nothing_open():
         function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
-    parser = _ToolParser(allow_abbrev=False, add_help=False)
+    parser = Parser(add_help=False)
     parser.add_function_arguments(function)
     actions: list[Any] = [action for action in parser._actions if getattr(action, "_typehint", None) is not None]
     if help_asked(args):

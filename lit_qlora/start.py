@@ -224,7 +224,7 @@ def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_neede
     mend_adapter(run, mirrored, is_needed=is_needed)
     if run.adapter.is_dir():
         try:
-            read_weights(run.adapter, lora.rank, lora.alpha, rslora=lora.rslora, dora=lora.dora)
+            read_weights(run.adapter, vars(lora))
         except UserError as error:
             raise error.advise(f"move {run.adapter} away, and a copy or a new best takes its place") from error
 

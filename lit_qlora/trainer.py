@@ -249,14 +249,11 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
 
 
 def check_kinds(gpus: Sequence[int | None], precision: str) -> None:
-    """Check that the GPUs of one machine compute in the same precision.
+    """Raises UserError where some of the GPUs of one machine have bf16, and it would be used, and others have not.
 
     Args:
         gpus: their numbers; None for a process without one.
         precision: as ``trainer.precision``.
-
-    Raises:
-        UserError: some of them have bf16, and others have not.
     """
     kinds = {gpu: torch.cuda.get_device_capability(gpu) for gpu in gpus if gpu is not None}
     with_bf16 = [gpu for gpu, kind in kinds.items() if kind >= AMPERE]

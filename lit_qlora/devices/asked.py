@@ -25,15 +25,12 @@ def check_on_cpu(devices: int | Sequence[int], why: str, most: int = MOST_ON_CPU
 
 
 def check_started(devices: object, num_here: int, num_nodes: int) -> None:
-    """Check that this is one of several processes, where several are asked for.
+    """Raises UserError in a process alone of a run that is to have several.
 
     Args:
         devices: as in ``trainer.devices``, for messages.
         num_here: processes on each machine.
         num_nodes: machines.
-
-    Raises:
-        UserError: in a process alone of a run that is to have several.
     """
     if max(num_here, num_nodes) > 1:
         raise UserError(
@@ -44,14 +41,11 @@ def check_started(devices: object, num_here: int, num_nodes: int) -> None:
 
 
 def check_shares(num_processes: int, accumulate: int) -> None:
-    """Check that an optimizer step has a micro-batch for each process.
+    """Raises UserError unless an optimizer step has a micro-batch for each process.
 
     Args:
         num_processes: of the run.
         accumulate: micro-batches of a step, over all processes.
-
-    Raises:
-        UserError: it has fewer.
     """
     if 1 <= accumulate < num_processes:
         raise UserError(
@@ -65,16 +59,7 @@ def check_shares(num_processes: int, accumulate: int) -> None:
 
 
 def check_shard(shard: bool | str, to: str, num_processes: int) -> None:
-    """Check that a base which is to be shared among cards has more than one.
-
-    Args:
-        shard: as ``model.shard``.
-        to: as ``model.shard_to``.
-        num_processes: of the run.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Raises UserError for a base to be shared among cards, by ``model.shard`` and ``model.shard_to``, with one."""
     if shard is True and to == "gpu" and num_processes == 1:
         raise UserError(
             "true, and one device has nothing to share with",

@@ -152,14 +152,9 @@ class _Child:
 
 
 def run(args: Sequence[str], count: int) -> int:
-    """Run a command in several processes of this machine.
+    """Run a command line, from its verb on, in ``count`` processes of this machine, each with a device of its own.
 
-    Args:
-        args: the command line, from its verb on.
-        count: processes, each with a device of its own.
-
-    Returns:
-        The exit status: that of the first that failed; 0 if none did.
+    Returns the exit status: that of the first that failed; 0 if none did.
     """
     children: list[_Child] = []
     sent: list[int] = []
@@ -192,10 +187,7 @@ def run(args: Sequence[str], count: int) -> int:
 def _wait(children: list[_Child], sent: list[int], hand_on: Handler) -> int:
     """Wait until all have ended; return the status of the first that failed, after showing what it said.
 
-    Args:
-        children: all of them.
-        sent: signals that they have got by ``hand_on``.
-        hand_on: sends one to all.
+    Signals in ``sent`` they have got by ``hand_on``.
     """
     living, failed, ends_at = [*children], None, float("inf")
     first_status, alone_until = 0, float("inf")

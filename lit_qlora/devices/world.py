@@ -64,8 +64,7 @@ _store: list[Any] = []
 def board(limit: timedelta = DEAD) -> Any:
     """Where each process can leave words for all, whether or not they have joined: a key-value store of torch's.
 
-    Args:
-        limit: how long it may take to reach it.
+    It may take until ``limit`` to reach it.
     """
     from torch import distributed
 
@@ -98,11 +97,7 @@ def _meet() -> None:
 
 
 def join(gpu: int | None) -> None:
-    """Meet the other processes, each on its device; nothing with one process, or where they have met.
-
-    Args:
-        gpu: number of this process's; None on a CPU.
-    """
+    """Meet the other processes, each on its GPU, or on a CPU for None; nothing with one, or where they have met."""
     here = world()
     if here.size == 1 or _host_group:
         return

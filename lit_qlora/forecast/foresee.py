@@ -295,11 +295,7 @@ class Forecast:
         return self.card.memory_gib * GIB
 
     def fits(self, share: float = 1.0) -> bool:
-        """True if the run stays within ``share`` of the card.
-
-        Args:
-            share: of the card's memory, up to 1.
-        """
+        """True if the run stays within ``share``, up to 1, of the card's memory."""
         return self.peak.on_card <= share * self.card_bytes
 
     @cached_property
@@ -425,11 +421,6 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
 
     One, where weights stay dequantised or are not ours to dequantise; else as many as half of the host's free memory
     has the room for.
-
-    Args:
-        module: a `QLoRAModule`, loaded.
-        data: its `ChatDataModule`, after ``setup("fit")``.
-        trainer: of the fit.
     """
     shape, available = module.base.shape, host.memory_bytes()
     is_open = module.dequantised_layers == shape.num_layers
@@ -442,13 +433,8 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
 
 
 def guanaco_lengths(num_rows: int) -> tuple[int, ...]:
-    """Lengths like those of guanaco-llama2-1k: its measured percentiles, linearly interpolated.
-
-    Args:
-        num_rows: how many.
-
-    Returns:
-        Tokens of each, from the shortest on.
+    """Tokens of so many conversations, from the shortest on, like those of guanaco-llama2-1k: its measured percentiles,
+    linearly interpolated.
     """
     lengths = []
     for row in range(num_rows):

@@ -221,12 +221,8 @@ def base_on_host_bytes(step: Step) -> int:
 def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
     """Largest size of a run folder in bytes, without its figures.
 
-    Args:
-        num_trained: Weights of the adapter; they are kept in fp32.
-        keep_checkpoints: Checkpoints that stay; each has the adapter and two moments of each weight.
-
-    Returns:
-        Bytes of the best adapter, its copy, one being written, and the checkpoints with one more.
+    That is the best adapter, its copy and one being written, in fp32, and the checkpoints kept with one more, each
+    with the adapter and two moments of each weight.
     """
     return (3 * 4 + (keep_checkpoints + 1) * 12) * num_trained
 
@@ -341,14 +337,7 @@ def loss_bytes(step: Step) -> int:
 
 
 def moments(step: Step) -> list[StepMemory]:
-    """The moments of a step that can be its peak, from the second step on.
-
-    Args:
-        step: settings and sizes of the largest micro-batch.
-
-    Returns:
-        One of each moment, in bytes.
-    """
+    """The moments, in bytes, of a step of the largest micro-batch that can be its peak, from the second step on."""
     shape, size = step.shape, step.element
     lora = sum(step.lora_tensors)
     weights = {name: size * inputs * outputs for name, (inputs, outputs) in shape.linears.items()}
@@ -414,11 +403,7 @@ def moments(step: Step) -> list[StepMemory]:
 
 
 def step_memory(step: Step) -> StepMemory:
-    """The moment with the highest memory. Evaluation takes less: the same batches, with nothing kept for a backward.
-
-    Args:
-        step: settings and sizes of the largest micro-batch.
-    """
+    """The moment with the highest memory. Evaluation takes less: the same batches, with nothing kept for a backward."""
     return max(moments(step), key=lambda moment: moment.reserved)
 
 
@@ -460,15 +445,7 @@ NO_SAMPLES = Samples(0, 0, 0)
 
 
 def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
-    """All moments whose memory a run needs.
-
-    Args:
-        step: settings and sizes of the largest micro-batch.
-        samples: drawn in one batch.
-
-    Returns:
-        The moments of a step, and that of sample answers if there are any, in bytes.
-    """
+    """The moments of a step of the largest micro-batch, and that of sample answers, drawn in one batch, if any."""
     found = moments(step)
     return [*found, *([sampling_memory(step, samples, found)] if samples.num_prompts else [])]
 
@@ -476,10 +453,7 @@ def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
 def sampling_memory(step: Step, samples: Samples, found: list[StepMemory]) -> StepMemory:
     """Bytes while sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts.
 
-    Args:
-        step: settings and sizes of the largest micro-batch.
-        samples: drawn in one batch.
-        found: the moments of the step, of which what the update holds is counted, too.
+    What the update holds, of the moments ``found`` of a step, is counted, too.
     """
     shape, size = step.shape, step.element
     inner, keys = shape.linears["gate_proj"][1], shape.linears["k_proj"][1]
@@ -507,13 +481,7 @@ def scoring_memory(step: Step) -> StepMemory:
 
 
 def fits(step: Step, card_bytes: float, samples: Samples = NO_SAMPLES) -> bool:
-    """True if a run leaves the share `RESERVE` of a card free.
-
-    Args:
-        step: of the largest micro-batch.
-        card_bytes: memory of the card.
-        samples: drawn in one batch.
-    """
+    """True if a run leaves the share `RESERVE` of a card free; arguments as of `place_layers`."""
     return all(moment.on_card <= card_bytes * (1 - RESERVE) for moment in run_moments(step, samples))
 
 

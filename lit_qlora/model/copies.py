@@ -92,10 +92,18 @@ class Copies:
         return None
 
     def keep(self, model: "PreTrainedModel", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
+        """Keep ``model``, just loaded from ``base`` and without an adapter; see `keep_by`."""
+        save = partial(model.save_pretrained, max_shard_size="1GB")
+        return self.keep_by(save, num_bytes(model.state_dict()), base, dtype, device_type)
+
+    def keep_by(
+        self, save: Callable[[Path], None], needed_bytes: int, base: Base, dtype: torch.dtype, device_type: str
+    ) -> str | None:
         """Keep a 4-bit copy of a base.
 
         Args:
-            model: just loaded from ``base``, without an adapter.
+            save: writes it into a folder.
+            needed_bytes: that it takes.
             base: that it was made from.
             dtype: that it computes in.
             device_type: that it was quantised on.
@@ -103,26 +111,8 @@ class Copies:
         Returns:
             A line that reports it, or says why not; None where there is nothing to say.
         """
-        save = partial(model.save_pretrained, max_shard_size="1GB")
-        needed_bytes = num_bytes(model.state_dict())
-        return self.keep_by(lambda folder: save(str(folder)), needed_bytes, base, dtype, device_type)
-
-    def keep_by(
-        self, save: Callable[[Path], None], needed_bytes: int, base: Base, dtype: torch.dtype, device_type: str
-    ) -> str | None:
-        """Keep what ``save`` writes into a folder; see `keep`.
-
-        Args:
-            save: writes the base in 4 bits.
-            needed_bytes: that it takes.
-            base: that it was made from.
-            dtype: that it computes in.
-            device_type: that it was quantised on.
-        """
-        num_weights = base.shape.num_parameters
-        if self.root is None or base.in_4_bits:
-            return None
-        if num_weights < KEPT_FROM and not self.keeps_small:
+        is_small = base.shape.num_parameters < KEPT_FROM and not self.keeps_small
+        if self.root is None or base.in_4_bits or is_small:
             return None
         target = self.root / _name(base, dtype, device_type)
 
@@ -234,19 +224,15 @@ def _note(folder: Path) -> None:
 
 def _state(folder: Path) -> dict[str, Any] | None:
     """Size, time and a sample's sha256 of each file by name; None if one can't be read."""
+    found: dict[str, Any] = {}
     try:
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.name != CHECKED}
-        return {
-            name: [*_size_and_time(path, name), _sample(path)] if path.is_file() else []
-            for name, path in sorted(files.items())
-        }
+        for path in sorted(path for path in folder.rglob("*") if path.name != CHECKED):
+            name, state = path.relative_to(folder).as_posix(), path.stat()
+            time = 0 if name == MANIFEST else state.st_mtime_ns  # a manifest's time is that of the last use
+            found[name] = [state.st_size, time, _sample(path)] if path.is_file() else []
     except OSError:
         return None
-
-
-def _size_and_time(path: Path, name: str) -> list[int]:
-    state = path.stat()
-    return [state.st_size, 0 if name == MANIFEST else state.st_mtime_ns]  # a manifest's time is that of the last use
+    return found
 
 
 def _sample(path: Path) -> str:

@@ -7,6 +7,7 @@ of the product it belongs to. Knows neither batches nor the loss.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -157,12 +158,10 @@ _PROBE = torch.linspace(-3, 3, 7)
 def weights_of(model: Any, shards: Shards | None = None) -> list[Weights]:
     """The weights of each decoder layer of ``model``, a 4-bit base with LoRA; shared with it, not copied.
 
-    Args:
-        model: whose layers.
-        shards: what brings them, where no device holds them all.
+    Those that no device holds whole are brought by ``shards``.
     """
     layers = model.get_base_model().model.layers
-    fetches = [shards.fetcher(at) if shards else None for at in range(len(layers))]
+    fetches = [partial(shards.open, at) if shards else None for at in range(len(layers))]
     pairs = zip(layers, fetches, strict=True)
     return [Weights([*map(_quantised, _linears(layer))], fetch) for layer, fetch in pairs]
 
@@ -234,19 +233,7 @@ def run_layers(
     store: HostStore | None = None,
     hosted_layers: int = 0,
 ) -> Tensor:
-    """The hidden states after the layers, of one micro-batch; see `run_together`.
-
-    Args:
-        layers: in order.
-        hidden: ``[B, T, h]``, before them.
-        places: of its tokens.
-        kept_layers: number of layers that keep the results of their products.
-        store: where a part of these waits.
-        hosted_layers: number of layers that send it there.
-
-    Returns:
-        ``[B, T, h]``.
-    """
+    """The hidden states ``[B, T, h]`` after the layers, of one micro-batch of such; see `run_together`."""
     one = MicroBatch(hidden, places, draw_seeds(layers))
     return run_together(layers, [one], kept_layers, store, hosted_layers)[0]
 

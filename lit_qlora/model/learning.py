@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_qlora.batch import Batch, split_batch
 from lit_qlora.devices.world import note
 from lit_qlora.errors import OutOfRoomError, UserError
+from lit_qlora.model.sums import AnswerSums
 from lit_qlora.wording import number_of
 
 Sums = tuple[Tensor, Tensor, int]
@@ -58,12 +59,20 @@ class LearnsInParts(LightningModule):
         self._earlier: dict[int, Tensor] = {}
         """Gradients that were set aside, by the `id` of their weight, while micro-batches are learned together."""
 
+    # Of the subclass
+
     def summed_loss(self, batch: Batch) -> Sums:
-        """Summed loss of a batch's answer tokens in nats, count of those that were the likeliest, and their number."""
-        raise AssertionError("the subclass computes it")
+        """The sums over a batch's answer tokens."""
+        raise NotImplementedError
+
+    @property
+    def can_learn_together(self) -> bool:
+        """True if `summed_losses` gives what `summed_loss` gives."""
+        return False
 
     def draw(self) -> Any:
-        """What chance gives a micro-batch that waits for others, drawn when it comes."""
+        """What chance gives a micro-batch that waits for others, drawn when it comes; not None."""
+        raise NotImplementedError
 
     def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
         """`summed_loss` of each, computed together.
@@ -72,12 +81,7 @@ class LearnsInParts(LightningModule):
             waiting: the micro-batches, in order.
             earlier: gradients of weights by their `id`, read in backward, to which theirs are added one by one.
         """
-        raise AssertionError("the subclass computes it")
-
-    @property
-    def can_learn_together(self) -> bool:
-        """True if `summed_losses` gives what `summed_loss` gives."""
-        return False
+        raise NotImplementedError
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The sum of the token losses over the answer tokens of the whole optimizer step.
@@ -103,12 +107,12 @@ class LearnsInParts(LightningModule):
         if len(self._waiting) < most and not self._ends_step(batch_idx):
             return self._figures([])
         self._learning, self._waiting = self._waiting, []
-        found: list[Sums] | None = None if self.parts > 1 else []
-        if self.parts == 1 and self._learning:
+        found: list[Sums] | None = None
+        if self.parts == 1:
             try:
-                found = self._together(most)
+                found = self._sums_of(self._learning, self._earlier)
             except torch.OutOfMemoryError:
-                found, is_short = None, True
+                is_short = True  # see `backward`
         if is_short:
             self._make_room()
         self._is_learned = found is None
@@ -152,14 +156,15 @@ class LearnsInParts(LightningModule):
         is_last = number >= self.trainer.num_training_batches or self.trainer.is_last_batch
         return bool(is_last) or number % self.trainer.accumulate_grad_batches == 0
 
-    def _together(self, most: int) -> list[Sums]:
-        if most == 1:
-            return [self.summed_loss(self._learning[0].batch)]
-        return self.summed_losses(self._learning, self._earlier)
+    def _sums_of(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
+        """As `summed_losses`, of micro-batches that nothing was drawn for one by one."""
+        if not waiting or waiting[0].drawn is None:
+            return [self.summed_loss(one.batch) for one in waiting]
+        return self.summed_losses(waiting, earlier)
 
     def _figures(self, found: Sequence[Sums]) -> dict[str, Any]:
         """What a training step returns: sums over micro-batches, and those of ``each``, for exact sums of theirs."""
-        names = ("loss_sum", "num_correct", "num_answers")
+        names = AnswerSums.NAMES
         each: list[dict[str, Any]] = [dict(zip(names, (loss.detach(), *rest), strict=True)) for loss, *rest in found]
         nothing = dict(zip(names, self.nothing(), strict=True))
         total = {name: sum(one[name] for one in each) if each else nothing[name] for name in names}
@@ -213,14 +218,13 @@ class LearnsInParts(LightningModule):
         """As `_learn_one_in_parts`; None if memory runs out."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         factor = 1 / max(one.batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
-        found = []
+        parts, found = [one], []
+        if self.parts > 1:
+            parts = [Waiting(part, None) for part in split_batch(one.batch)]
         try:
-            for part in split_batch(one.batch) if self.parts > 1 else [one.batch]:
+            for part in parts:
                 with self.trainer.precision_plugin.forward_context():
-                    if one.drawn is None or self.parts > 1:
-                        loss_sum, num_correct, num_answers = self.summed_loss(part)
-                    else:
-                        ((loss_sum, num_correct, num_answers),) = self.summed_losses([one], {})
+                    ((loss_sum, num_correct, num_answers),) = self._sums_of([part], {})
                 (loss_sum * factor).backward()
                 found.append((loss_sum.detach(), num_correct, num_answers))
                 del loss_sum  # and what it has kept, before the next part goes forward
@@ -275,11 +279,8 @@ class LearnsInParts(LightningModule):
         Not needed with recordings: they add gradients last in a backward, without memory, so that a failed one has
         changed none.
         """
-        earlier = (
-            []
-            if self.uses_cuda_graphs
-            else [(value, value.grad) for value in self.parameters() if value.grad is not None]
-        )
+        parameters = [] if self.uses_cuda_graphs else self.parameters()
+        earlier = [(value, value.grad) for value in parameters if value.grad is not None]
         for parameter, _ in earlier:
             parameter.grad = None
         return earlier

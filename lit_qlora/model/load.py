@@ -44,8 +44,8 @@ PLACE = re.compile(
 """peft's name of a weight of LoRA on a linear layer of the decoder."""
 
 IN_CONFIG = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
-"""Fields of adapter_config.json that the record repeats, so that an alpha changed there is noticed."""
-
+"""Options of LoRA by their fields of adapter_config.json. The record repeats them, so that an alpha changed there is
+noticed."""
 
 TEXTS = ("base", "base_fingerprint", "base_dtype")
 """Optional keys of the record about the base."""
@@ -73,10 +73,7 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
         attention: transformers' implementation.
 
     Returns:
-        The frozen model, in eval mode.
-
-    Raises:
-        UserError: its weights can't be read.
+        The frozen model, in eval mode. Raises UserError if its weights can't be read.
     """
     from safetensors import SafetensorError
     from transformers import GenerationConfig
@@ -115,12 +112,7 @@ def nf4(dtype: torch.dtype) -> "BitsAndBytesConfig":
 
 
 def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Freeze a loaded base.
-
-    Args:
-        model: with its linear layers in 4 bits.
-        dtype: that it computes in: of its products, and of all else that is not in 4 bits.
-    """
+    """Freeze a loaded base, whose linear layers are in 4 bits; ``dtype`` is that of its products and of all else."""
     from bitsandbytes.nn import Linear4bit
 
     model.requires_grad_(False)
@@ -136,23 +128,14 @@ def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 
 
 def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
-    """Add a new adapter to ``model``; the output is the base's until it is trained.
-
-    Args:
-        model: the base, as `load_base` returns it.
-        lora: rank, scaling and targets.
-
-    Raises:
-        UserError: a target module does not exist.
-    """
+    """Add a new adapter to ``model``, a base of `load_base`; the output is the base's until it is trained."""
     from peft import LoraConfig, get_peft_model
 
-    targets = target_names(lora.target_modules)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes any number
         lora_dropout=lora.dropout,
-        target_modules=list(targets),
+        target_modules=list(target_names(lora.target_modules)),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
@@ -161,45 +144,29 @@ def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
 
 
 def check_settings(folder: Path, lora: Lora) -> None:
-    """Check options against those of an adapter to start from, which has its own rank, alpha and targets.
-
-    Args:
-        folder: of the adapter.
-        lora: the options.
-
-    Raises:
-        UserError: for the first setting that differs.
-    """
-    config = read_object(folder / "adapter_config.json")
-    of_adapter: dict[str, Any] = {
-        "rank": config.get("r"),
-        "alpha": config.get("lora_alpha"),
-        "target_modules": sorted({match["linear"] for match in map(PLACE.match, stored_shapes(folder)) if match}),
-        "rslora": bool(config.get("use_rslora")),
-        "dora": bool(config.get("use_dora")),
-    }
-    for name, own in of_adapter.items():
-        asked = getattr(lora, name)
-        if name == "target_modules":
-            asked = sorted(target_names(asked))
-        if own != asked:
+    """Raises UserError for the first of the options ``lora`` that differs from that of an adapter to start from."""
+    targets = sorted({match["linear"] for match in map(PLACE.match, stored_shapes(folder)) if match})
+    asked = vars(lora) | {"target_modules": sorted(target_names(lora.target_modules))}
+    for name, own in {**_settings(folder), "target_modules": targets}.items():
+        if own != asked[name]:
             given = f"'{json.dumps(own)}'" if isinstance(own, list) else str(own).lower()
             raise UserError(
-                f"{asked}, and the adapter {folder} has {own}",
+                f"{asked[name]}, and the adapter {folder} has {own}",
                 option=f"model.{name}",
                 remedy=f"give --model.{name} {given}",
             )
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    """Rank, alpha, rslora and dora of an adapter, by its adapter_config.json."""
+    config = read_object(folder / "adapter_config.json")
+    return {name: config.get(key) or False for name, key in IN_CONFIG.items()}
+
+
 def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
-    """An adapter's rank by linear layer, for each decoder layer: its patterns may give it many.
+    """An adapter's rank by linear layer, for each of ``num_layers`` decoder layers: its patterns may give it many.
 
-    Args:
-        folder: of the adapter.
-        num_layers: decoder layers of its base.
-
-    Raises:
-        UserError: its weights can't be read.
+    Raises UserError if its weights can't be read.
     """
     found: dict[int, dict[str, int]] = {layer: {} for layer in range(num_layers)}
     for name, shape in stored_shapes(folder).items():
@@ -272,32 +239,20 @@ def load_adapter(
 
 
 def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
-    """Load the weights of an adapter into a model that has one of just this shape.
-
-    Args:
-        model: the base with its adapter.
-        folder: of the adapter to load.
-
-    Raises:
-        UserError: it was altered.
-    """
+    """Load the weights of an adapter into a model that has one of just this shape. Raises UserError if altered."""
     from peft import set_peft_model_state_dict
 
-    own: Any = model.peft_config["default"]
-    weights = read_weights(folder, own.r, own.lora_alpha, rslora=own.use_rslora, dora=own.use_dora)
-    outcome: Any = set_peft_model_state_dict(model, weights)
+    own = {name: getattr(model.peft_config["default"], key) for name, key in IN_CONFIG.items()}
+    outcome: Any = set_peft_model_state_dict(model, read_weights(folder, own))
     assert not outcome.unexpected_keys, f"{folder} holds weights that this adapter lacks"
 
 
-def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: bool) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The weights of an adapter that this run saved, by peft's names.
 
     Args:
         folder: of the adapter.
-        rank: of the run, as the others.
-        alpha: scales the adapter's output.
-        rslora: True if by the root of the rank.
-        dora: True if it has magnitudes.
+        expected: rank, alpha, rslora and dora of the run, by these names.
 
     Raises:
         UserError: they are not finite, or are applied otherwise than in the run.
@@ -305,12 +260,11 @@ def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: b
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = read_object(folder / "adapter_config.json")
-    for name, expected in {"r": rank, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": dora}.items():
-        found = config.get(name) or False
-        if found != expected:
+    for name, found in _settings(folder).items():
+        if found != expected[name]:
             raise UserError(
-                f"adapter_config.json has {name} {found}, expected {expected}: it was altered", place=folder
+                f"adapter_config.json has {IN_CONFIG[name]} {found}, expected {expected[name]}: it was altered",
+                place=folder,
             )
     file = folder / WEIGHTS
     try:
@@ -324,16 +278,9 @@ def read_weights(folder: Path, rank: int, alpha: float, *, rslora: bool, dora: b
 
 
 def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: PromptFormat = DEFAULT_FORMAT) -> None:
-    """Write a plain PEFT adapter, with a record of base, LoRA and prompt format.
+    """Write a plain PEFT adapter into an existing folder, with a record of base, LoRA and prompt format.
 
-    Args:
-        model: the base with the adapter.
-        base: of which the name that may be published and the fingerprint are recorded.
-        folder: an existing one.
-        prompt_format: that the adapter was trained with.
-
-    Raises:
-        OSError: a file can't be written.
+    Raises OSError if a file can't be written.
     """
     from safetensors import SafetensorError
 
@@ -404,15 +351,7 @@ def read_format(adapter: Path) -> PromptFormat:
 
 
 def template_of(adapter: Path, given: str | None) -> str | None:
-    """The ``data.template`` of the prompt format that an adapter was trained with.
-
-    Args:
-        adapter: its folder.
-        given: the option's own value, as a template's text; None for none.
-
-    Raises:
-        UserError: another one is given.
-    """
+    """`kept_template` of the format recorded in an adapter's folder."""
     return kept_template(read_format(adapter), given, str(adapter))
 
 
@@ -441,13 +380,11 @@ def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
     remedy = "take an adapter that is as it was saved"
     if not record["base"] or not record["base_fingerprint"]:
         raise UserError(f"its {RECORD} does not name its base: it was altered", place=folder, remedy=remedy)
-    config = read_object(folder / "adapter_config.json")
-    for name, key in IN_CONFIG.items():
-        was, now = record.get(name), config.get(key) or False
+    for name, now in _settings(folder).items():
+        was = record.get(name)
         if was is not None and was != now:  # earlier versions recorded none
-            raise UserError(
-                f"adapter_config.json or {RECORD} was altered: {key}: {was} -> {now}", place=folder, remedy=remedy
-            )
+            what = f"adapter_config.json or {RECORD} was altered: {IN_CONFIG[name]}: {was} -> {now}"
+            raise UserError(what, place=folder, remedy=remedy)
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:

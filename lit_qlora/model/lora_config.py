@@ -89,15 +89,7 @@ HARMLESS: dict[str, list[Any]] = {"bias": ["none"], "init_lora_weights": [True, 
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:
-    """Check that an adapter is one that can be computed here.
-
-    Args:
-        folder: of the adapter, for messages.
-        config: the contents of its adapter_config.json.
-
-    Raises:
-        UserError: for the first field that is not supported.
-    """
+    """Raises UserError for the first field of an adapter's adapter_config.json that can't be computed here."""
     for name in ("r", "lora_alpha"):
         if config.get(name) is None:
             raise UserError(f"adapter_config.json lacks {name}", place=folder, remedy=_REMEDY)
@@ -114,9 +106,7 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Check the ranks of an adapter before a layer is built, which with a wrong rank could take all memory.
-
-    Its patterns are checked first.
+    """Check an adapter's patterns and ranks before a layer is built, which with a wrong rank could take all memory.
 
     Args:
         folder: of the adapter, for messages.

@@ -194,7 +194,7 @@ class QLoRAModule(LearnsInParts):
 
     def configure_callbacks(self) -> list[Callback]:
         """Add none; refuse those that change what is trained, before they set themselves up. Raises UserError."""
-        script.check_callbacks(self.trainer)
+        script.refuse_kinds(self.trainer.callbacks, "trainer.callbacks", script.CHANGING)  # type: ignore[attr-defined]
         return []
 
     def setup(self, stage: str) -> None:
@@ -217,19 +217,15 @@ class QLoRAModule(LearnsInParts):
         if hasattr(data, "prompt_format"):  # a `ChatDataModule`
             check_context(self.base, data.max_length)
             self.prompt_format = data.prompt_format
-            self._tell(data.describe() if self.standalone else ())
+            for line in data.describe() if self.standalone else ():  # in a run, callbacks print it
+                if line not in self._told:
+                    rank_zero_info(line)
+                self._told.add(line)
         if stage == "fit":
             check_optimizer(self.optimizer_name, self.trainer.strategy.root_device.type == "cuda")
             if self.adapter:
                 load.check_settings(self.adapter, self.lora)
         self._forget_layers()
-
-    def _tell(self, lines: Sequence[str]) -> None:
-        """Print what a script was not told yet, by Lightning's own logging; in a run, callbacks print it."""
-        for line in lines:
-            if line not in self._told:
-                rank_zero_info(line)
-        self._told |= {*lines}
 
     def configure_model(self) -> None:
         """Load base and adapter onto the Trainer's device, in the Trainer's precision; again if these changed.
@@ -239,9 +235,8 @@ class QLoRAModule(LearnsInParts):
         dtype, device = self._place()
         if self.model is not None and self._loaded_for in (None, (dtype, device.type)):
             return
-        if self._attached and self.trainer.state.fn == "fit":
-            gpu = device.type == "cuda"
-            require(gpu or self.cuda_graphs is not True, "model.cuda_graphs", "auto or false without a GPU", True)
+        if self._attached and self.trainer.state.fn == "fit" and device.type != "cuda":
+            require(self.cuda_graphs is not True, "model.cuda_graphs", "auto or false without a GPU", True)
         trained = self.state_dict() if self.model is not None else None
         self.model = self.shards = None
         self._forget_layers()
@@ -285,13 +280,13 @@ class QLoRAModule(LearnsInParts):
         else:
             self.model = load.add_lora(base_model, self.lora)
         self.slow_because = why_not(self.model) if self.own_layers else "model.own_layers is false"
-        if self.shards:
-            if self.slow_because:
-                raise UserError(f"expected false with {self.slow_because}, got true", option="model.shard")
-            self.shards.lowest = min(load.adapted_layers(self.model))
-        self.keeps_pace = self.shards is not None and self.shards.size > 1
+        if self.slow_because and self.shards:
+            raise UserError(f"expected false with {self.slow_because}, got true", option="model.shard")
         if self.slow_because and self.cuda_graphs is True:
             raise UserError(f"expected auto or false with {self.slow_because}, got true", option="model.cuda_graphs")
+        if self.shards:
+            self.shards.lowest = min(load.adapted_layers(self.model))
+        self.keeps_pace = self.shards is not None and self.shards.size > 1
         self.kept_layers, self.uses_cuda_graphs = self._choose_kept_layers(), self.cuda_graphs is True
         self.dequantised_layers = self._choose_dequantised_layers(dtype)
         if self.slow_because:
@@ -320,6 +315,11 @@ class QLoRAModule(LearnsInParts):
             )
         return self.model
 
+    @property
+    def _llama(self) -> Any:
+        """transformers' model, with its decoder and head."""
+        return self.peft_model.get_base_model()
+
     def template_for(self, given: str | None) -> str | None:
         """The prompt template for its data: ``given``, or that of the checkpoint or the adapter to start from.
 
@@ -340,14 +340,9 @@ class QLoRAModule(LearnsInParts):
         return was.system if given is None and was else given
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Write the adapter as a plain PEFT folder, with the tokenizer of its Trainer's DataModule, if it had one.
+        """Write the adapter as a plain PEFT folder, made if missing, with the tokenizer of its Trainer's DataModule.
 
-        Args:
-            folder: to write to; made if missing.
-
-        Raises:
-            UserError: the model is not loaded yet.
-            OSError: a file can't be written.
+        Raises UserError before the model is loaded, OSError if a file can't be written.
         """
         model = self.peft_model
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -385,13 +380,9 @@ class QLoRAModule(LearnsInParts):
         return {name: value.detach() for name, value in load.adapter_parameters(self).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
-        """Load an adapter's weights; loads base and adapter first, if no Trainer has.
+        """Load an adapter's weights, fp32 by name; loads base and adapter first, if no Trainer has.
 
-        Args:
-            state_dict: fp32 tensors by name, as `state_dict` gives them.
-
-        Raises:
-            UserError: it has not exactly the keys and shapes of this one, or is not finite.
+        Raises UserError if ``state_dict`` has not exactly the keys and shapes of this one, or is not finite.
         """
         self.configure_model()
         own = load.adapter_parameters(self)
@@ -429,14 +420,11 @@ class QLoRAModule(LearnsInParts):
 
         Raises UserError for a checkpoint of another base or scaling, and for a Trainer's data in another format.
         """
-        of = checkpoint.get(script.OF)
-        if of is None:
-            return
-        script.check_scaling(of, self.lora)
-        self.prompt_format = self._recorded = script.recorded_format(of, self.base)
-        data: Any = self.trainer.datamodule if self._attached else None  # type: ignore[attr-defined]
-        if hasattr(data, "prompt_format"):
-            script.check_format(self.prompt_format, data.prompt_format)
+        if script.OF in checkpoint:
+            data: Any = self.trainer.datamodule if self._attached else None  # type: ignore[attr-defined]
+            given = getattr(data, "prompt_format", None)
+            self._recorded = script.recorded_format(checkpoint[script.OF], self.base, self.lora, given)
+            self.prompt_format = self._recorded
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "QLoRAModule":  # type: ignore[override]
@@ -456,16 +444,13 @@ class QLoRAModule(LearnsInParts):
     # Steps
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits ``[B, T, V]`` after each of ``input_ids`` ``[B, T]``, padded on the right if at all.
+        """Logits after each token. Raises UserError before the model is loaded.
 
         Args:
             input_ids: ``[B, T]`` int64, padded on the right if at all.
 
         Returns:
             ``[B, T, V]``, in the dtype of the head.
-
-        Raises:
-            UserError: the model is not loaded yet.
         """
         return self.peft_model(input_ids=input_ids).logits  # type: ignore[no-any-return]
 
@@ -481,9 +466,8 @@ class QLoRAModule(LearnsInParts):
         return self._summed_loss(self._hidden(batch), batch)
 
     def _summed_loss(self, hidden: Tensor, batch: Batch) -> Sums:
-        llama: Any = self.peft_model.get_base_model()
         scored = hidden.flatten(0, 1)[batch.positions]
-        loss, num_correct = summed_cross_entropy(scored, llama.lm_head.weight, batch.targets, self.loss_rows)
+        loss, num_correct = summed_cross_entropy(scored, self._llama.lm_head.weight, batch.targets, self.loss_rows)
         return loss, num_correct, len(batch.targets)
 
     @property
@@ -497,19 +481,13 @@ class QLoRAModule(LearnsInParts):
         return draw_seeds(self._extracted())
 
     def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
-        """`summed_loss` of each of some micro-batches, which go through the layers together.
-
-        Args:
-            waiting: the micro-batches, in order.
-            earlier: gradients of weights by their `id`, read in backward, to which theirs are added one by one.
-        """
+        """`summed_loss` of each of ``waiting``, which go through the layers together; see `LearnsInParts`."""
         pairs = zip(self._through(waiting, earlier), waiting, strict=True)
         return [self._summed_loss(hidden, one.batch) for hidden, one in pairs]
 
     def _through(self, waiting: Sequence[Waiting], earlier: Mapping[int, Tensor] | None = None) -> Iterator[Tensor]:
         """Hidden states ``[B, T, h]`` after layers and last norm, of each of ``waiting`` as it is asked for."""
-        decoder: Any = self.peft_model.get_base_model().model
-        micro_batches = []
+        decoder, micro_batches = self._llama.model, []
         for batch, seeds in waiting:
             hidden = self._embedded(batch)
             micro_batches.append(MicroBatch(hidden, find_places(decoder.rotary_emb, hidden, batch.lengths), seeds))
@@ -521,8 +499,7 @@ class QLoRAModule(LearnsInParts):
     def _recompute(self) -> None:
         super()._recompute()
         if self.slow_because:
-            llama: Any = self.peft_model.get_base_model()
-            checkpoint_layers(llama.model.layers, "full")
+            checkpoint_layers(self._llama.model.layers, "full")
         self._layers.clear()
         self._weights.clear()
 
@@ -552,15 +529,14 @@ class QLoRAModule(LearnsInParts):
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states ``[B, T, h]`` after the last norm."""
-        decoder: Any = self.peft_model.get_base_model().model
+        decoder = self._llama.model
         # No attention mask: rows are padded on the right, where causal attention never looks. No cache:
         # with one, transformers would take it for generation.
         if self.slow_because:
             # Restarted positions mark the conversations for transformers, if there is no mask and no cache.
             within = [torch.arange(length, device=batch.input_ids.device) for length in batch.lengths]
-            output = decoder(
-                input_ids=batch.input_ids, position_ids=torch.cat(within)[None] if within else None, use_cache=False
-            )
+            places = torch.cat(within)[None] if within else None
+            output = decoder(input_ids=batch.input_ids, position_ids=places, use_cache=False)
             return output.last_hidden_state  # type: ignore[no-any-return]
         if self.uses_cuda_graphs and self.training and torch.is_grad_enabled() and not batch.lengths:
             hidden, layers = self._embedded(batch), self._extracted()
@@ -593,8 +569,7 @@ class QLoRAModule(LearnsInParts):
                 option="dataloaders",
                 remedy="give shorter rows, or --model.own_layers false, which is slower and computes the window",
             )
-        decoder: Any = self.peft_model.get_base_model().model
-        return decoder.embed_tokens(batch.input_ids)  # type: ignore[no-any-return]
+        return self._llama.model.embed_tokens(batch.input_ids)  # type: ignore[no-any-return]
 
     def on_train_start(self) -> None:
         """Reset the sums of the figures."""
@@ -669,15 +644,17 @@ class QLoRAModule(LearnsInParts):
     def _log_held_out(self, prefix: str) -> None:
         if self.shards:
             self.shards.keep_pace(backward=False)
-        tokens = self.held_out_tokens.compute()
-        loss = self.held_out_loss.compute() / tokens
-        metrics = {
-            f"{prefix}/loss": loss,
-            f"{prefix}/perplexity": loss.exp(),  # the mean comes first: a mean of exponentials is another figure
-            f"{prefix}/accuracy": self.held_out_correct.compute() / tokens,
-        }
-        self._log(metrics)
-        for metric in (self.held_out_loss, self.held_out_correct, self.held_out_tokens):
+        sums = self.held_out_loss, self.held_out_correct, self.held_out_tokens
+        loss_sum, num_correct, tokens = (metric.compute() for metric in sums)
+        loss = loss_sum / tokens
+        self._log(
+            {
+                f"{prefix}/loss": loss,
+                f"{prefix}/perplexity": loss.exp(),  # the mean comes first: a mean of exponentials is another figure
+                f"{prefix}/accuracy": num_correct / tokens,
+            }
+        )
+        for metric in sums:
             metric.reset()
 
     def _log(self, figures: Mapping[str, Tensor]) -> None:
@@ -739,8 +716,7 @@ class QLoRAModule(LearnsInParts):
                 self.shards.pass_through(backward=False)
             yield False
             return
-        decoder: Any = self.peft_model.get_base_model().model
-        announced = decoder.register_forward_pre_hook(lambda *_: from_first(True) and None)
+        announced = self._llama.model.register_forward_pre_hook(lambda *_: from_first(True) and None)
         try:
             yield True
         finally:
@@ -754,17 +730,7 @@ class QLoRAModule(LearnsInParts):
         sampling: Sampling,
         is_over: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """The answer's ids for each prompt's ids, in the Trainer's precision.
-
-        Args:
-            prompts: ids of each, of any lengths.
-            stop_ids: each of them ends an answer.
-            sampling: how tokens are drawn.
-            is_over: called with the ids of each answer so far; says whether it ends there.
-
-        Returns:
-            The ids of each answer, that which ended it included.
-        """
+        """`generate` in the Trainer's precision: the ids of an answer to each of ``prompts``, its end included."""
         with self.trainer.precision_plugin.forward_context():
             return generate(self.peft_model, prompts, stop_ids, sampling, is_over=is_over)
 

@@ -66,15 +66,7 @@ OPTIMIZERS = {
 
 
 def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
-    """Check that a device can use an optimizer.
-
-    Args:
-        name: of the optimizer.
-        on_gpu: True for a GPU, whose memory some page.
-
-    Raises:
-        UserError: it can't.
-    """
+    """Raises UserError for an optimizer that pages a GPU's memory where there is no GPU."""
     if OPTIMIZERS[name].is_paged and not on_gpu:
         raise UserError(
             f"{name} pages a GPU's memory, and there is no GPU",
@@ -115,14 +107,7 @@ def make_schedule(
 
 
 def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: int) -> float:
-    """The factor, up to 1, for the optimizer step after the first ``step``.
-
-    Args:
-        name: of the schedule.
-        step: optimizer steps done.
-        num_steps: of the run.
-        num_warmup: the first steps, in which the rate rises.
-    """
+    """The factor, up to 1, for the optimizer step after the first ``step``; it rises in the first ``num_warmup``."""
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
     done = min((step - num_warmup) / max(num_steps - num_warmup, 1), 1.0)

@@ -76,21 +76,13 @@ def check_trainer(trainer: Trainer) -> None:
     require(ends, "trainer.max_epochs", expected, trainer.max_epochs)
 
 
-def check_callbacks(trainer: Trainer) -> None:
-    """Raises UserError for a callback of a script's Trainer that changes what is trained."""
-    refuse_kinds(trainer.callbacks, "trainer.callbacks", CHANGING)  # type: ignore[attr-defined]
-
-
 def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:
-    """Check that none of some callbacks or plugins is of a kind that may not be given.
+    """Raises UserError for the first callback or plugin of a kind that may not be given.
 
     Args:
-        given: to be checked.
-        option: that they are the value of, for messages.
-        taken: the kinds, with what is expected instead of each.
-
-    Raises:
-        UserError: for the first that is.
+        given: value of ``option``, as a list.
+        option: name for messages.
+        taken: the refused kinds, each with what is expected instead.
     """
     for one in given:
         for kind, expected in taken.items():
@@ -117,15 +109,7 @@ def check_monitors(trainer: Trainer) -> None:
 
 
 def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
-    """Check that a callback monitors a figure that there is.
-
-    Args:
-        callback: that may have a ``monitor``.
-        figures: names that there are.
-
-    Raises:
-        UserError: it monitors another one.
-    """
+    """Raises UserError for a callback with a ``monitor`` that is none of ``figures``."""
     monitored = getattr(callback, "monitor", None)
     if isinstance(monitored, str) and monitored not in figures:
         known = [f"one of {', '.join(figures)}"] if figures else ["none"]
@@ -137,63 +121,27 @@ def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
 
 
 def record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any]:
-    """What a checkpoint holds under `OF`.
-
-    Args:
-        base: that is trained.
-        lora: its adapter's options.
-        prompt_format: that it is trained with.
-    """
+    """What a checkpoint holds under `OF`: the base that is trained, the scaling of LoRA, and the prompt format."""
     scaling = {name: getattr(lora, name) for name in SCALING}
     return {"base_fingerprint": fingerprint(base), **scaling, "prompts": prompt_format.record()}
 
 
-def check_scaling(of: Mapping[str, Any], lora: Lora) -> None:
-    """Compare the scaling of LoRA with that of a checkpoint.
+def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: PromptFormat | None) -> PromptFormat:
+    """The prompt format of a checkpoint.
 
     Args:
-        of: as `record` gives it; earlier ones have no scaling.
+        of: what it holds under `OF`; earlier ones have no scaling.
+        base: that is loaded.
         lora: the options of the module.
+        given: the prompt format of the Trainer's data, if there is a `ChatDataModule`.
 
     Raises:
-        UserError: they differ.
+        UserError: the checkpoint has another scaling, base or format.
     """
     for name in SCALING:
         now, was = getattr(lora, name), of.get(name)
         if was not in (None, now):
             raise UserError(f"{now}, and the checkpoint has {was}", option=f"model.{name}", remedy=f"give it {was}")
-
-
-def check_format(was: PromptFormat, now: PromptFormat) -> None:
-    """Compare the prompt format of a Trainer's data with that of a checkpoint.
-
-    Args:
-        was: the checkpoint's.
-        now: the data's.
-
-    Raises:
-        UserError: they differ.
-    """
-    for name, value in was.options.items():
-        given = now.options[name]
-        if value != given:
-            raise UserError(
-                f"{excerpt(given)}, and the checkpoint was trained with {excerpt(value)}",
-                option=f"data.{name}",
-                remedy="give the ChatDataModule the same",
-            )
-
-
-def recorded_format(of: Mapping[str, Any], base: Base) -> PromptFormat:
-    """The prompt format of a checkpoint.
-
-    Args:
-        of: what it holds under `OF`.
-        base: that is loaded.
-
-    Raises:
-        UserError: it is of a checkpoint of another base.
-    """
     if of["base_fingerprint"] != fingerprint(base):
         raise UserError(
             f"the checkpoint was trained on another base ({shown(of['base_fingerprint'])}) than "
@@ -201,7 +149,15 @@ def recorded_format(of: Mapping[str, Any], base: Base) -> PromptFormat:
             option="ckpt_path",
             remedy="give its own as base",
         )
-    return from_record(of["prompts"], "the checkpoint", OF)
+    recorded = from_record(of["prompts"], "the checkpoint", OF)
+    for name, value in recorded.options.items():
+        if given and value != given.options[name]:
+            raise UserError(
+                f"{excerpt(given.options[name])}, and the checkpoint was trained with {excerpt(value)}",
+                option=f"data.{name}",
+                remedy="give the ChatDataModule the same",
+            )
+    return recorded
 
 
 class Files(TorchCheckpointIO):

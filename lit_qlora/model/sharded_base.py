@@ -61,9 +61,9 @@ def load_sharded(
 
     Args:
         base: in 16 bits, or with all linear layers in 4.
-        dtype: of the 4-bit products, the embedding, the norms and the head.
-        device: to load to.
-        attention: transformers' implementation.
+        dtype: as of `load.load_base`.
+        device: likewise.
+        attention: likewise.
         on_host: True to keep this process's share in the host's memory.
 
     Returns:
@@ -94,26 +94,16 @@ def load_sharded(
     for index, layer in enumerate(model.model.layers):
         shards.add([*_packed(base, stored, index, layer, dtype, device)])
         # For transformers' own forward, in which answers are generated; ours opens the layers itself.
-        layer.register_forward_pre_hook(_opener(shards, index))
+        layer.register_forward_pre_hook(lambda *_, index=index: shards.open(index, 1))
     shards.attach()
     settle(model, dtype)
     return model.eval(), shards
 
 
 def keep_copy(base: Base, copies: Copies, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Keep the 4-bit copy of a 16-bit base, written weight by weight.
+    """Keep the 4-bit copy of a 16-bit base, written weight by weight; see `Copies.keep_by`.
 
-    Args:
-        base: in 16 bits.
-        copies: to keep it among.
-        dtype: that it computes in.
-        device: to quantise on.
-
-    Returns:
-        As `Copies.keep`.
-
-    Raises:
-        UserError: its weights can't be read.
+    Raises UserError if its weights can't be read.
     """
     fetch(base)
     check_weights(base)
@@ -162,10 +152,6 @@ def _skeleton(base: Base, dtype: torch.dtype, attention: Attention) -> Any:
     return model
 
 
-def _opener(shards: Shards, index: int) -> Any:
-    return lambda *_: shards.open(index, 1)
-
-
 def _packed(
     base: Base, stored: Mapping[str, Stored], index: int, layer: Any, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[nn.Module, Packed]]:
@@ -180,7 +166,7 @@ def _packed(
                 torch.empty(0, dtype=torch.uint8, device=device),
                 quant_state=packed.state,
                 blocksize=packed.state.blocksize,
-                compress_statistics=packed.nested is not None,
+                compress_statistics=packed.state.nested,
                 quant_type=packed.state.quant_type,
                 module=module,
                 bnb_quantized=True,
@@ -197,8 +183,7 @@ def _stored(stored: Mapping[str, Stored], name: str, device: torch.device) -> Pa
     beside = {match[2]: stored[match[0]] for match in filter(None, map(STATE.fullmatch, stored)) if match[1] == name}
     tensors = {key: torch.empty(0) if key in shared else _read(value) for key, value in beside.items()}
     state = QuantState.from_dict(tensors, device)
-    nested = beside.get("nested_absmax")
-    return Packed(_part(stored[name]), _part(beside["absmax"]), _part(nested) if nested else None, state)
+    return Packed(state, tuple(_part(one) for one in (stored[name], *(beside[key] for key in shared if key in beside))))
 
 
 def _part(stored: Stored) -> Part:
@@ -215,7 +200,7 @@ def _quantised(stored: Stored, dtype: torch.dtype, device: torch.device) -> Pack
     """A 16-bit weight in 4 bits; all of it is here until its shares are taken."""
     weight = _quantise(stored, dtype, device)
     state = weight.quant_state
-    packed = Packed(_made(weight.data), _made(state.absmax), _made(state.state2.absmax), state)
+    packed = Packed(state, (_made(weight.data), _made(state.absmax), _made(state.state2.absmax)))
     state.absmax = state.state2.absmax = torch.empty(0)
     return packed
 

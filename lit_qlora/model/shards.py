@@ -37,18 +37,12 @@ class Part(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A 4-bit weight: its values and scales, and bitsandbytes' state, in which the scales are to be put."""
+    """A 4-bit weight: bitsandbytes' state, in which its scales are to be put, and what its bytes are in their order:
+    values, scales and, with double quantisation, the scales of these.
+    """
 
-    values: Part
-    scales: Part
-    nested: Part | None
-    """The scales of the scales, with double quantisation."""
     state: Any
-
-    @property
-    def parts(self) -> list[Part]:
-        """In the order of their bytes."""
-        return [part for part in (self.values, self.scales, self.nested) if part]
+    parts: tuple[Part, ...]
 
 
 class Shards:
@@ -78,11 +72,7 @@ class Shards:
     # Making
 
     def add(self, weights: Sequence[tuple[nn.Module, Packed]]) -> None:
-        """Keep this process's share of a layer.
-
-        Args:
-            weights: the linear modules of the layer, and what each is to have.
-        """
+        """Keep this process's share of a layer: of its linear modules, each with what it is to have."""
         parts = [part for _, packed in weights for part in packed.parts]
         total = sum(_aligned(part.num_bytes) for part in parts)
         share = _aligned(-(-total // self.size))
@@ -94,7 +84,12 @@ class Shards:
             if first < last:
                 own[first - start : last - start].copy_(part.read(first - place, last - first))
         # Of what was read, only this process's share stays.
-        self._weights.append([(module, _emptied(packed)) for module, packed in weights])
+        self._weights.append(
+            [
+                (module, Packed(packed.state, tuple(part._replace(read=_gone) for part in packed.parts)))
+                for module, packed in weights
+            ]
+        )
 
     def attach(self) -> None:
         """Make the modules' weights views into the buffers, for good: layers of even numbers have the first."""
@@ -107,29 +102,25 @@ class Shards:
             return locked(num_bytes, torch.empty(0, dtype=torch.uint8, device=self.device)).zero_()
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def _view(self) -> None:
+    def _view(self, is_empty: bool = False) -> None:
         for index, weights in enumerate(self._weights):
             parts = [part for _, packed in weights for part in packed.parts]
             buffer = self._buffers[index % 2]
             views = (
-                buffer[place : place + part.num_bytes].view(part.dtype).view(part.shape)
+                torch.empty(0, dtype=part.dtype, device=self.device)
+                if is_empty
+                else buffer[place : place + part.num_bytes].view(part.dtype).view(part.shape)
                 for place, part in zip(_places(parts), parts, strict=True)
             )
             for module, packed in weights:
-                module.weight.data = next(views)  # type: ignore[union-attr, assignment]
-                packed.state.absmax = next(views)
-                if packed.nested:
+                module.weight.data, packed.state.absmax = next(views), next(views)  # type: ignore[union-attr, assignment]
+                if len(packed.parts) > 2:
                     packed.state.state2.absmax = next(views)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Around what moves the model to another device: its 4-bit weights stay where they are."""
-        for weights in self._weights:
-            for module, packed in weights:
-                module.weight.data = torch.empty(0, dtype=torch.uint8, device=self.device)  # type: ignore[union-attr]
-                packed.state.absmax = torch.empty(0, device=self.device)
-                if packed.nested:
-                    packed.state.state2.absmax = torch.empty(0, device=self.device)
+        self._view(is_empty=True)
         try:
             yield
         finally:
@@ -155,10 +146,6 @@ class Shards:
         where = "in the host's memory" if self.on_host else "on its card"
         of = f"each of {self.size} processes keeps {size(self.own_bytes)}" if self.size > 1 else size(self.own_bytes)
         return f"the base's layers are shared: {of} {where}, and two at a time are whole ({size(2 * self.layer_bytes)})"
-
-    def fetcher(self, index: int) -> Callable[[int], None]:
-        """What opens the layer ``index``; see `open`."""
-        return partial(self.open, index)
 
     def open(self, index: int, ahead: int) -> None:
         """Have the weights of a layer whole, until the next but one is opened; the next one begins to come.
@@ -246,13 +233,6 @@ def _places(parts: Sequence[Part]) -> Iterator[int]:
     for part in parts:
         yield place
         place += _aligned(part.num_bytes)
-
-
-def _emptied(packed: Packed) -> Packed:
-    """The same without what its parts are read from."""
-    values, scales, nested = (part and part._replace(read=_gone) for part in packed[:3])
-    assert values and scales
-    return Packed(values, scales, nested, packed.state)
 
 
 def _gone(first: int, count: int) -> Tensor:

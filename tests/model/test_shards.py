@@ -146,10 +146,10 @@ def test_a_layer_whose_bytes_do_not_divide(tiny):
     linear.weight = torch.nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
     state = SimpleNamespace(absmax=None)
     layer.size, layer.rank = 3, 2
-    layer.add([(linear, shards.Packed(part, part._replace(shape=(10,)), None, state))])
+    layer.add([(linear, shards.Packed(state, (part, part._replace(shape=(10,)))))])
     assert layer.own_bytes == 512 and (layer._own[0] == 0).sum() >= 512 - 10
     layer.size, layer.rank = 3, 1
-    layer.add([(linear, shards.Packed(part, part._replace(shape=(10,)), None, state))])
+    layer.add([(linear, shards.Packed(state, (part, part._replace(shape=(10,)))))])
     assert torch.equal(layer._own[1][:488], torch.arange(512, 1000).to(torch.uint8))
 
 

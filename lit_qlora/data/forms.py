@@ -236,13 +236,13 @@ class Read(NamedTuple):
     """A row's conversation.
 
     Args:
-        conversation: that one.
+        conversation: that one; None where nothing that can be learned is left of its messages.
         unused: what of the row is not used, in words.
         taken_off: the special tokens that were taken off it.
         changed: how else the conversation differs from the row, in words, as `messages.Parsed` has it.
     """
 
-    conversation: Conversation
+    conversation: Conversation | None
     unused: tuple[str, ...] = ()
     taken_off: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
@@ -292,6 +292,8 @@ def read_row(
     try:
         made = chosen.parse(*content)
         parsed = messages.Parsed(made) if isinstance(made, Conversation) else messages.parse(made, opening, marks)
+        if parsed.conversation is None:
+            return Read(None, parsed.unused, parsed.taken_off, parsed.changed)
         conversation, notes = _with_system(row, parsed.conversation, system_columns)
         conversation, taken_off = edges.clean(conversation, marks)  # what parse did not see, such as a system column
         conversation.check_characters()

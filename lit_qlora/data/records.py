@@ -339,8 +339,10 @@ def _read(row: Row, reading: Reading) -> Read:
         raise UserError(f"{error}; got {excerpt(row.value)}", place=row.where, remedy=error.remedy) from error
 
 
-def _trainable(conversation: Conversation) -> tuple[Conversation | None, str]:
+def _trainable(conversation: Conversation | None) -> tuple[Conversation | None, str]:
     """``conversation`` up to its last answer that is learned; without any, None. And what was dropped, in words."""
+    if conversation is None:
+        return None, NOTHING_ANSWERED
     turns = conversation.turns
     answered = turns if conversation.is_answered else turns[:-1]
     if not answered:

@@ -64,13 +64,13 @@ class Parsed(NamedTuple):
     """A list of messages as a conversation.
 
     Args:
-        conversation: that one.
+        conversation: that one; None where nothing that can be learned is left of them, such as of an image's question.
         changed: how it differs from the messages, in words.
         unused: the keys that are not used, in words.
         taken_off: the special tokens that were taken off what is said.
     """
 
-    conversation: Conversation
+    conversation: Conversation | None
     changed: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     taken_off: tuple[str, ...] = ()
@@ -157,9 +157,10 @@ def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> P
     if len(texts) > 1:
         changed[JOINED["system"]] = None
     turns = _turns(said, changed, is_first_learned=all(message.learned for message in system))
-    if said and not turns:
-        raise ValueError("a conversation needs at least one turn with a text")
-    if turns and turns[0].role == "assistant":
+    is_opening = bool(turns) and turns[0].role == "assistant"
+    if (said and not turns) or (is_opening and opening is None and len(turns) == 1 and UNSEEN in changed):
+        return Parsed(None, tuple(changed), tuple(_unused(listed)), tuple(taken_off))
+    if is_opening:
         if opening is None and len(turns) == 1:
             raise OpeningError("only the assistant speaks, expected something that it answers")
         changed[OPENING_LEFT_OUT if opening is None else OPENING_KEPT] = None

@@ -139,7 +139,6 @@ BAD_ROWS = {
     "no messages": ({"messages": []}, ["at least one turn", "{'messages': []}"]),
     "text for messages": ({"messages": "hi"}, ["a list of messages", "got a text"]),
     "no content": ({"conversations": [{"from": "human"}]}, ["turn 1", "the user's content", "got null", "'from'"]),
-    "null content": ({"conversations": [{"from": "human", "value": None}]}, ["at least one turn"]),
     "lone surrogate": ({"text": "### Human: a\ud800### Assistant: b"}, [r"lone surrogate", r"a\ud800###"]),
 }
 
@@ -152,6 +151,20 @@ def test_a_bad_row_is_one_line_that_says_where_and_what_to_do(row, words, expect
 def test_the_line_of_a_csv_record_is_the_file_s_own(expect_error):
     Path("a.csv").write_text('text\n"### Human: a\n### Assistant: b"\n\nstory\n', "utf-8")
     expect_error(lambda: load_records("a.csv"), "'### Human:'", "{'text': 'story'}", place="a.csv:5")
+
+
+def test_rows_with_questions_that_are_only_images_are_no_faults(expect_error):
+    image = {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "b"}]}
+    dropped = {
+        "rows left out: nothing answered": 2,
+        "rows with parts of type 'image', which are not learned": 2,
+        "rows with turns of the user without a text, left out with their answers": 2,
+    }
+    rows = write("a.jsonl", image, text("a", "b"), image)
+    records = load_records(rows, reading=Reading(strict=True))
+    assert records == kept("a.jsonl", [said("a", "b")], dropped)
+    assert [lost.where for lost in records.left_out] == ["a.jsonl:1", "a.jsonl:3"]
+    expect_error(lambda: load_records(write("b.jsonl", image)), "nothing answered: 1", "'image'", place="b.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,6 @@ SYSTEM = {"role": "system", "content": "be kind"}
             "turn 1: role and from hold different things, expected one of the two",
         ),
         ([SYSTEM, ASSISTANT], "only the assistant speaks, expected something that it answers"),
-        ([{"role": "user", "content": None}], "a conversation needs at least one turn with a text"),
         ([USER, ASSISTANT, [1]], "turn 3: expected an object with a role and a content, got a list"),
     ],
 )
@@ -139,10 +138,25 @@ def test_turns_that_are_joined_are_learned_only_if_each_is():
     assert messages.parse(both).changed == (messages.JOINED["assistant"],)
 
 
-def test_turns_without_a_text_are_named():
-    image = {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}
-    with pytest.raises(ValueError, match="at least one turn with a text"):
-        messages.parse([image, ASSISTANT])
+@pytest.mark.parametrize(
+    ("rows", "changed"),
+    [
+        ("iA", ["image", messages.UNSEEN]),
+        ("SiA", ["image", messages.UNSEEN]),
+        ("iAiA", ["image", messages.UNSEEN]),
+        ("AiA", ["image", messages.UNSEEN]),
+        ("nA", [messages.UNSEEN]),
+        ("n", [messages.UNSEEN]),
+        ("c", [messages.CALLED]),
+        ("ic", ["image", messages.CALLED, messages.UNSEEN]),
+    ],
+)
+def test_where_no_question_has_a_text_nothing_is_left_and_it_is_counted(rows, changed):
+    image = {"role": "user", "content": [{"type": "image", "image": "x"}]}
+    known = {"i": image, "n": {**USER, "content": None}, "S": SYSTEM, "A": ASSISTANT}
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    expected = tuple("rows with parts of type 'image', which are not learned" if x == "image" else x for x in changed)
+    assert messages.parse([known.get(one, called) for one in rows]) == (None, expected, (), ())
 
 
 def test_what_the_assistant_says_first_may_be_kept_behind_a_turn_of_the_user_s():

@@ -376,6 +376,16 @@ def asked(*turns, system=None):
 
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+IMAGE = {"role": "user", "content": [{"type": "image"}]}
+
+
+@pytest.mark.parametrize("row", [[IMAGE], [IMAGE, TALK[1]], [*TALK[:2], IMAGE], [*TALK[:2], IMAGE, TALK[1]]])
+def test_a_question_that_is_only_an_image_is_refused_by_its_place(row, tmp_path, expect_error):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"messages": row}))
+    rows = read_prompts(tmp_path / "p.jsonl")
+    expect_error(lambda: open_prompts(rows, chosen()), "no text", "'image'", place=f"{tmp_path}/p.jsonl:2")
+
+
 LEFT = "prompts: 1 last answer left out, for each question is answered here\n"
 
 

@@ -193,11 +193,11 @@ def check_columns(
     if not any({*one.needs} <= {*columns} for one in forms):
         near = [one for one in forms if {*one.needs} & {*columns}] or forms
         wanted = dict.fromkeys(" and ".join(one.needs) for one in near)
-        answer = f" --{option}.assistant answer" if use == "training" else ""
+        example = {"user": "question"} | ({"assistant": "answer"} if use == "training" else {})
         raise UserError(
             f"names {' and '.join(columns) or 'no column'}, expected {' or '.join(wanted)}",
             option=option,
-            remedy=f"give the others, too, such as --{option}.user question{answer}",
+            remedy=f"give the others, too, such as {_written(option, example)}",
         )
 
 
@@ -269,6 +269,7 @@ def read_row(
     columns: Mapping[str, str] | None = None,
     opening: str | None = None,
     is_whole: bool = False,
+    option: str = "",
 ) -> Read:
     """Read the conversation of a row.
 
@@ -280,12 +281,14 @@ def read_row(
         columns: what the columns of `FORMS` are called in the row; None: the same. No others are used then.
         opening: as in `messages.parse`.
         is_whole: whether a text without a form may be read, to be learned whole.
+        option: that names columns, for remedies; default: that of the ``use``.
 
     Raises:
         RowError: when it has no such columns, or what they hold is no conversation.
     """
     known = forms_for(use, columns)
-    chosen = _form_of(row, known if form == "auto" else [one for one in known if one.name == form], is_whole, use)
+    forms = known if form == "auto" else [one for one in known if one.name == form]
+    chosen = _form_of(row, forms, is_whole, use, option or _COLUMNS[use])
     used = [*chosen.needs, *chosen.may_have]
     system_columns = [columns[SYSTEM]] if columns and SYSTEM in columns else [] if columns else [*SYSTEM_COLUMNS]
     content = [_content(row, name, chosen) for name in used]
@@ -333,11 +336,11 @@ def _content(row: Mapping[str, Any], column: str | None, form: RowForm) -> Any:
     return value
 
 
-def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool, use: Use) -> RowForm:
+def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool, use: Use, option: str) -> RowForm:
     """The one of ``forms`` that ``row`` has. Raises RowError where it has none."""
     found = [form for form in forms if all(name in row for name in form.needs)]
     if not found:
-        raise _no_column(row, forms, use)
+        raise _no_column(row, forms, use, option)
     if len(forms) == 1:
         return found[0]
     found = [form for form in found if all(messages.is_there(row[name]) for name in form.needs)] or found
@@ -422,8 +425,12 @@ def _with_system(
     return conversation, notes
 
 
-def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use) -> RowError:
+def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, option: str) -> RowError:
     """Names what the forms are made of, and the options that read the row, or the row to write in its place."""
+
+    def named(columns: Mapping[str, str]) -> RowError:
+        return RowError(problem, f"give {_written(option, columns)}")
+
     problem = f"no column {_wanted(forms)}, columns found: {excerpt(list(row))}"
     names = {
         name.strip().lower(): name for name in reversed(list(row)) if isinstance(name, str) and _holds_turn(row[name])
@@ -434,28 +441,28 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use) -> Ro
     lists = [name for name in row if name != "rejected" and messages.holds_messages(list_in(row[name]))]
     is_pair = is_to_train and question != answer and {question, answer} <= {*lists}
     if lists and not is_pair and (not is_to_train or answer in (None, *lists)):
-        return _by_columns(problem, {"messages": lists[0]}, use)
+        return named({"messages": lists[0]})
     if question and (answer or not is_to_train):
         given = next((names[name] for name in GIVEN if name in names and names[name] != question), None)
         system = next((name for name in SYSTEM_COLUMNS if messages.is_there(row.get(name))), None)
         columns = {"user": question, "context": given, "assistant": answer if is_to_train else None, SYSTEM: system}
-        return _by_columns(problem, {name: column for name, column in columns.items() if column}, use)
+        return named({name: column for name, column in columns.items() if column})
     for name, value in row.items():
         is_list = isinstance(list_in(value), list)
         for form in forms:
             for known in form.needs if len(form.needs) == 1 else ():
                 if is_list == (form.holds == "a list") and nearest(str(name).lower(), [known], 0.8):
-                    return _by_columns(problem, {known: str(name)}, use)
+                    return named({known: str(name)})
     for name, value in row.items():
         if isinstance(value, dict) and any(
             all(_holds_turn(value.get(need, {})) for need in form.needs) for form in forms
         ):
             return RowError(problem, f"write what stands in column {name!r} as the row itself")
     texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values())
-    asked, answered = (f"--{_COLUMNS[use]}.{name} COLUMN" for name in ("user", "assistant"))
-    named = (f"name them with {asked} {answered}, or " if texts > 1 else "") if is_to_train else f"give {asked}, or "
+    wanted = dict.fromkeys(("user", "assistant") if is_to_train else ("user",), "COLUMN")
+    first = f"name them with {_written(option, wanted)}, or " if texts > 1 or not is_to_train else ""
     example = EXAMPLE if is_to_train else json.dumps({"prompt": "…"}, ensure_ascii=False)
-    return RowError(problem, f"{named}write rows such as {example}")
+    return RowError(problem, f"{first}write rows such as {example}")
 
 
 def _holds_turn(value: Any) -> bool:
@@ -472,7 +479,9 @@ def _wanted(forms: Sequence[RowForm]) -> str:
     return " or ".join(shown[:NAMED]) + (f" or {shown[NAMED]} (or others)" if len(shown) > NAMED else "")
 
 
-def _by_columns(problem: str, columns: Mapping[str, str], use: Use) -> RowError:
-    """What to do where ``columns`` would have the row read."""
-    given = " ".join(f"--{_COLUMNS[use]}.{name} {shlex.quote(column)}" for name, column in columns.items())
-    return RowError(problem, f"give {given}")
+def _written(option: str, columns: Mapping[str, str]) -> str:
+    """How ``columns`` are given: as options, or by one of a source within the source itself."""
+    if option in _COLUMNS.values():
+        return " ".join(f"--{option}.{name} {shlex.quote(column)}" for name, column in columns.items())
+    table = ", ".join(f"{name}: {json.dumps(column, ensure_ascii=False)}" for name, column in columns.items())
+    return f"{{path: …, columns: {{{table}}}}}"

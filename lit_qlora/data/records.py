@@ -38,6 +38,10 @@ MOST_EARLY_ROWS = 10_000
 """Rows that it looks at at most: half a second."""
 
 
+OPTION = "data.columns"
+OWN = "give a source of other columns its own: {path: …, columns: {…}}"
+
+
 class Reading(NamedTuple):
     """The settings for reading rows.
 
@@ -49,6 +53,7 @@ class Reading(NamedTuple):
         opening: what the user is taken to have said where the assistant begins; None leaves its opening out.
         is_whole: whether plain text may be read, to be learned whole.
         any_number: True to leave out any number of unusable rows but all, not one in ten at most.
+        columns_option: that gives the columns, or is to give them.
     """
 
     form: Form = "auto"
@@ -58,6 +63,7 @@ class Reading(NamedTuple):
     opening: str | None = None
     is_whole: bool = False
     any_number: bool = False
+    columns_option: str = OPTION
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Reading":
@@ -77,7 +83,7 @@ class Reading(NamedTuple):
                 option="data.form",
             )
         if self.columns is not None:
-            check_columns(self.columns, self.form)
+            check_columns(self.columns, self.form, self.columns_option)
 
 
 ANY_FORM = Reading()
@@ -196,7 +202,12 @@ def _reading_of(source: Source, reading: Reading) -> Reading:
     """``reading`` with the source's own columns, if it has any. Raises UserError as `Reading.check`."""
     if source.columns is not None:
         reading = reading._replace(columns=dict(source.columns))
-    reading.check()
+    if source.columns is not None or reading.columns is None:
+        reading = reading._replace(columns_option=source.columns_option)
+    try:
+        reading.check()
+    except UserError as error:
+        raise error.replace(place=source if source.columns else None) from None
     return reading
 
 
@@ -317,8 +328,9 @@ def _check_named(name: str, rows: list[Row], reading: Reading) -> None:
             near = suggestion(column, [*map(str, found)])
             raise UserError(
                 f"no column {excerpt(column)}, columns found: {excerpt([*found])}{near}",
-                option=f"data.columns.{known}",
+                option=f"{reading.columns_option}.{known}",
                 place=name,
+                remedy=None if near or reading.columns_option != OPTION else OWN,
             )
 
 
@@ -334,6 +346,7 @@ def _read(row: Row, reading: Reading) -> Read:
             columns=reading.columns,
             opening=reading.opening,
             is_whole=reading.is_whole,
+            option=reading.columns_option,
         )
     except RowError as error:
         raise UserError(f"{error}; got {excerpt(row.value)}", place=row.where, remedy=error.remedy) from error

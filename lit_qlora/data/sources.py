@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +56,7 @@ class Source:
         revision: branch, tag or commit on the hub.
         share: of its training rows, that are used.
         columns: as in ``data.columns``, for its rows alone.
+        columns_option: the option that its columns are given by, or would be: its own, where others are beside it.
     """
 
     path: str
@@ -64,6 +65,7 @@ class Source:
     revision: str | None = None
     share: float = 1.0
     columns: tuple[tuple[str, str], ...] | None = None
+    columns_option: str = field(default="data.columns", compare=False)
 
     def __str__(self) -> str:
         """What it is called in messages."""
@@ -100,6 +102,9 @@ def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
     if not values:
         raise UserError("is an empty list, expected at least one source", option=option)
     sources = tuple(_source(one, option) for one in values)
+    is_own = len(values) > 1 or option != "data.source" or sources[0].columns is not None
+    if is_own and not isinstance(values[0], Source):
+        sources = tuple(replace(one, columns_option=f"{option}.columns") for one in sources)
     if doubled := [one for place, one in enumerate(sources) if one in sources[:place]]:
         raise UserError(
             f"lists {excerpt(str(doubled[0]))} twice, and reads it once", option=option, remedy="list each source once"

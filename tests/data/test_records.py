@@ -115,6 +115,7 @@ def test_what_can_not_be_trained_on_is_left_out_and_counted():
     )
 
 
+OWN = 'give {path: …, columns: {user: "prompt", assistant: "answer"}}'
 NO_COLUMN = "no column 'messages' or 'conversations' or 'text'"
 BAD_ROWS = {
     "wrong columns": ({"title": "hi", "body": "yo"}, [NO_COLUMN, "['title', 'body']", "write rows such as"]),
@@ -352,6 +353,47 @@ def test_a_column_that_no_row_has_is_refused_with_those_that_are_there(columns, 
         said("hi\n\nx", "yo"),
         said("hi", "yo"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "option"),
+    [
+        ({"user": "qestion", "assistant": "reply"}, "columns.user"),
+        ({"user": "question"}, "columns"),
+        ({"usr": "question", "assistant": "reply"}, "columns"),
+        ({"user": "question", "assistant": " "}, "columns.assistant"),
+    ],
+)
+@pytest.mark.parametrize("given", ["data.source", "data.validation_source", "data.test_source"])
+def test_errors_of_a_source_s_own_columns_name_them(given, columns, option, expect_error):
+    source = {"path": write("a.jsonl", {"question": "hi", "reply": "yo"}), "columns": columns}
+    for value in (source, [source, "b.jsonl"]):
+        first, *_ = sources_of(value, given)
+        for reading in (Reading(), Reading(columns={"messages": "chat"})):
+            for read in (check_early, load_records):
+                expect_error(lambda: read(first, "train", reading), option=f"{given}.{option}", place="a.jsonl")  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("value", "option", "columns", "remedy"),
+    [
+        ("q.jsonl", "data.source", None, "give --data.columns.user prompt --data.columns.assistant answer"),
+        (["q.jsonl", "b.jsonl"], "data.source", None, OWN),
+        ("q.jsonl", "data.validation_source", None, OWN),
+        ({"path": "q.jsonl", "columns": {"messages": "chat"}}, "data.source", None, OWN),
+    ],
+)
+def test_columns_of_one_of_several_sources_are_asked_for_in_it(value, option, columns, remedy, expect_error):
+    write("q.jsonl", {"prompt": "a", "answer": "b"}, {"chat": [{"role": "user", "content": "c"}]})
+    source, *_ = sources_of(value, option)
+    expect_error(lambda: load_records(source), remedy, place="q.jsonl:1")
+
+
+def test_columns_of_all_sources_that_one_lacks(expect_error):
+    source, _ = sources_of([write("q.jsonl", {"prompt": "a", "answer": "b"}), "b.jsonl"])
+    reading = Reading(columns={"user": "Frage", "assistant": "Antwort"})
+    load = lambda: load_records(source, reading=reading)  # noqa: E731
+    expect_error(load, "columns: {…}", option="data.columns.user", place="q.jsonl")
 
 
 def test_plain_text_is_counted():

@@ -178,7 +178,10 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
     say_loading()
     with nothing_open():
         module = import_module(FIT_AND_KIN[verb])
-    return int(module.main(args))
+    try:
+        return int(module.main(args))
+    except SystemExit as stop:  # a class's --help, or a signal
+        return int(stop.code or 0)
 
 
 def say_loading() -> None:

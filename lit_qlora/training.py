@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import yaml
@@ -408,6 +408,13 @@ class QLoRACLI(LightningCLI):
 
 class DryCLI(QLoRACLI):
     """fit's command, stopped before weights are loaded: everything is checked and decided, nothing is written."""
+
+    @classmethod
+    def of(cls, args: list[str]) -> Self:
+        """What the command of ``args``, from its verb on, comes to. Raises UserError for options that fit refuses."""
+        quieten()
+        with ExitStack() as stack, in_one_line():
+            return cls(complete(args), stack)
 
     def before_instantiate_classes(self) -> None:
         """Drop loggers, which may use the network, and decide everything for `device`."""

@@ -76,9 +76,8 @@ def _standard_input() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8 (byte {error.start})", place="standard input", remedy="convert it, with iconv for example"
-        ) from error
+        remedy = "convert it, with iconv for example"
+        raise UserError(f"not UTF-8 (byte {error.start})", place="standard input", remedy=remedy) from error
 
 
 def _answer_once(answerer: Answerer, question: Conversation, sampling: Sampling) -> None:

@@ -131,7 +131,7 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
     try:
         from lit_qlora.tools import plan
 
-        options = plan.parse(fit)
+        options = plan.parse(["plan", *fit])
         name = options.model.base
     except UserError as error:
         yield Finding("problem", f"fit: {error}")
@@ -209,7 +209,7 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     from lit_qlora.tools import plan
     from lit_qlora.tools.planning.report import verdict
 
-    forecast = plan.read(fit).forecast
+    forecast = plan.PlanCLI.of(["plan", *fit]).found.forecast
     found = verdict(forecast)
     yield Finding("ok", f"chosen: checkpointing {model.checkpointing} ({kept_words(forecast.step)}: predicted)")
     if found.fits:

@@ -79,11 +79,7 @@ def export(
 
 
 def find_converter() -> Path:
-    """Find llama.cpp's script: in the folder LLAMA_CPP, that file itself, or on the PATH.
-
-    Raises:
-        UserError: with how to get it.
-    """
+    """llama.cpp's script: in the folder LLAMA_CPP, that file itself, or on the PATH. Raises UserError without it."""
     named = os.environ.get("LLAMA_CPP")
     if named:
         path = Path(named).expanduser()

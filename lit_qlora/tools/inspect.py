@@ -5,20 +5,17 @@ Takes fit's own options, and needs neither GPU nor weights. Knows when its verdi
 
 import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
-from lit_qlora.command import complete
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.errors import UserError
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import page_path, write_file
 from lit_qlora.tools.inspecting.look import Look, look
 from lit_qlora.tools.inspecting.page import MARK, page
 from lit_qlora.tools.inspecting.words import by_kind, lines
-from lit_qlora.training import DryCLI, in_one_line
+from lit_qlora.training import DryCLI
 
 
 class InspectCLI(DryCLI):
@@ -28,14 +25,14 @@ class InspectCLI(DryCLI):
     """What was seen."""
 
     def before_instantiate_classes(self) -> None:
-        """Checks its own options before anything is read."""
+        """Check its own options before anything is read."""
         super().before_instantiate_classes()
         options = self.config[self.verb]
         self.accepted = accepted_kinds(options.accept)
         self.page = None if options.html is None else _page_file(options.html)
 
     def inspect(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Reads every row."""
+        """Read every row."""
         options, trainer = self.config_init[self.verb], self.trainer
         trainer.datamodule, datamodule.trainer = datamodule, trainer  # type: ignore[attr-defined]
         datamodule.any_number = "unread" not in self.accepted
@@ -43,16 +40,8 @@ class InspectCLI(DryCLI):
 
 
 def main(args: list[str]) -> int:
-    """Prints what a fit with ``args``, its options from the verb on, learns; returns the exit status.
-
-    Raises UserError for what fit would refuse, too.
-    """
-    quieten()
-    try:
-        with ExitStack() as stack, in_one_line():
-            cli = InspectCLI(complete(args), stack)
-    except SystemExit as stop:  # --help
-        return int(stop.code or 0)
+    """Print what a fit, whose options are ``args`` from the verb on, learns; return the exit status."""
+    cli = InspectCLI.of(args)
     seen, whole = cli.found, cli.config[cli.verb].row is not None
     shows_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     print("\n".join(lines(seen, cli.accepted, shows_colour, whole)))

@@ -64,16 +64,6 @@ def merge(
     say("serve", f"vllm serve {output}")
 
 
-def size_bytes(base: Base, dtype: DType) -> int:
-    """Bytes of the weights of a merged model; the notebook asks, too.
-
-    Args:
-        base: that it is made of.
-        dtype: that they are written in.
-    """
-    return base.shape.num_parameters * BYTES[dtype]
-
-
 def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) -> None:
     """Write a merged model, compare it with base + adapter, and report the difference.
 
@@ -93,7 +83,7 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         raise UserError(
             f"{chosen.base.name} is stored in 4 bits and has no original weights", option="onto", remedy="use quantized"
         )
-    check_room(target, size_bytes(chosen.base, dtype) + MARGIN_BYTES)
+    check_room(target, chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES)
 
     import torch
     from safetensors import SafetensorError
@@ -149,15 +139,7 @@ def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: "Difference"
 
 
 def check_room(target: Path, needed_bytes: int) -> None:
-    """Check the free space of a disk.
-
-    Args:
-        target: what will be written.
-        needed_bytes: its size.
-
-    Raises:
-        UserError: if the disk has less.
-    """
+    """Raises UserError if the disk of ``target``, which will be written, has less than ``needed_bytes`` free."""
     require_room(target, needed_bytes, str(target), option="output", remedy="give a folder on another disk")
 
 

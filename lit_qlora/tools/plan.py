@@ -3,13 +3,11 @@
 Takes fit's own options, and needs neither GPU nor weights nor network. Knows which card is meant.
 """
 
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_qlora.command import complete
 from lit_qlora.console import fitted
 from lit_qlora.data.datamodule import ChatDataModule, check_limit
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
@@ -17,11 +15,10 @@ from lit_qlora.forecast.foresee import current_card, foresee
 from lit_qlora.model.base import missing_bytes
 from lit_qlora.model.device import AMPERE, Device
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.quiet import quieten
 from lit_qlora.ranges import check_ranges
 from lit_qlora.tools.planning.report import Plan, lines
 from lit_qlora.tools.planning.rows import look, offline
-from lit_qlora.training import DryCLI, in_one_line
+from lit_qlora.training import DryCLI
 
 
 class PlanCLI(DryCLI):
@@ -72,54 +69,15 @@ class _Options(PlanCLI):
 
 
 def main(args: list[str]) -> int:
-    """Print the plan of a fit.
-
-    Args:
-        args: from the verb on: fit's options, and a card.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        UserError: for options that fit would refuse.
-    """
-    quieten()
-    try:
-        found = read(args[1:])
-    except SystemExit as stop:  # --help
-        return int(stop.code or 0)
-    print("\n".join(map(fitted, lines(found))))
+    """Print the plan of a fit, whose options are ``args`` from the verb on; return the exit status."""
+    print("\n".join(map(fitted, lines(PlanCLI.of(args).found))))
     return 0
 
 
-def read(args: list[str]) -> Plan:
-    """Make the plan of a fit.
-
-    Args:
-        args: fit's options, and a card.
-
-    Raises:
-        UserError: for options that fit would refuse.
-        SystemExit: after ``--help``.
-    """
-    with ExitStack() as stack, in_one_line():
-        return PlanCLI(complete(["plan", *args]), stack).found
-
-
 def parse(args: list[str]) -> Any:
-    """Parse options, and stop there.
-
-    Args:
-        args: fit's options, and a card.
-
-    Returns:
-        All of them, with their values by ``args`` and the config.
-
-    Raises:
-        UserError: as `read` does.
-    """
+    """The options that ``args``, the command from its verb on, and its config come to, without deciding anything."""
     try:
-        _Options(complete(["plan", *args]), ExitStack())
+        _Options.of(args)
     except _ParsedError as parsed:
         return parsed.args[0]
 

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,9 @@ def predict(
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Sort prompts into batches: similar lengths together, the longest first.
+    """Sort prompts into batches of indices into ``lengths``, their tokens: similar ones together, the longest first.
 
     Too large a batch then fails at once, and the remaining time is rather over- than underestimated.
-
-    Args:
-        lengths: tokens of each prompt.
-        batch_size: prompts per batch.
-
-    Returns:
-        Batches of indices into ``lengths``.
     """
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -115,19 +109,22 @@ def _answer_all(
 ) -> list[tuple[str, bool]]:
     """Text and whether it ended by itself, for each prompt in order; saves each batch as it is finished."""
     batches = batches_by_length([len(prompt) for prompt in ids], batch_size)
-    progress = _Progress(len(ids), sum(len(batches[number]) for number in done))
-    for number, places in enumerate(batches):
-        if number not in done:
+    answered, told = sum(len(batches[number]) for number in done), time.monotonic()
+    if answered:
+        tell(f"{answered} of {len(ids)} were answered before: resuming")
+    with progress_bar("answers", total=len(ids), initial=answered) as bar:
+        for number, places in enumerate(batches):
+            if number in done:
+                continue
             answers = _answer_batch(answerer, [ids[place] for place in places], sampling, number)
             done[number] = [[answer.text, answer.stopped] for answer in answers]
             unfinished.add(number, done[number])
-            progress.add(len(places))
-    progress.close()
-    by_place = {
-        place: answer
-        for number, places in enumerate(batches)
-        for place, answer in zip(places, done[number], strict=True)
-    }
+            bar.update(len(places))
+            answered += len(places)
+            if bar.disable and time.monotonic() - told >= SECONDS_BETWEEN_LINES:  # no terminal: a line now and then
+                complain(f"{answered} of {len(ids)} answered")
+                told = time.monotonic()
+    by_place = dict(zip(chain(*batches), chain(*(done[number] for number in range(len(batches)))), strict=True))
     return [by_place[place] for place in range(len(ids))]
 
 
@@ -170,26 +167,6 @@ def _encode(answerer: Answerer, where: str, conversation: Conversation, sampling
         raise error.replace(place=where) from error
 
 
-class _Progress:
-    """A progress bar on a terminal, else a line now and then."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self._bar = progress_bar("answers", total=total, initial=done)
-        self._total, self._done, self._told = total, done, time.monotonic()
-        if done:
-            tell(f"{done} of {total} were answered before: resuming")
-
-    def add(self, count: int) -> None:
-        self._bar.update(count)
-        self._done += count
-        if self._bar.disable and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
-            complain(f"{self._done} of {self._total} answered")
-            self._told = time.monotonic()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
 def open_prompts(
     rows: Sequence[Row], prompt_format: PromptFormat, columns: Mapping[str, str] | None = None
 ) -> list[tuple[str, Conversation]]:
@@ -197,7 +174,7 @@ def open_prompts(
 
     Args:
         rows: columns by name, with their place.
-        prompt_format: the prompt format.
+        prompt_format: writes the prompts.
         columns: what the columns of a form are called in the rows; None: as in `forms.FORMS`.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Owns a loaded model that answers: a base with a run's best adapter, or with any adapter folder.
+"""Owns a loaded model that answers without a Trainer: a base with a run's best adapter, or with any adapter folder.
 
-Used by `chat`, `predict` and everything else that answers without a Trainer. Knows no files of prompts, no terminal.
+Knows no files of prompts, no terminal.
 """
 
 from collections.abc import Callable, Sequence
@@ -159,18 +159,17 @@ class Answerer:
     The tokenizer is loaded at once, base and adapter on first use.
 
     Args:
-        run: a run folder, for its best adapter; default: the newest run.
-        adapter: an adapter folder instead.
-        base: the base of ``adapter``; default: the one that the folder names.
+        run: as for `choose_adapter`, like the other two.
+        adapter: as there.
+        base: as there.
 
     Raises:
-        UserError: if there is no such run or adapter; `model` does if they do not fit together.
+        UserError: as `choose_adapter` does; `model` does if base and adapter do not fit together.
     """
 
     def __init__(self, run: str | None = None, adapter: str | None = None, base: str | None = None) -> None:
         chosen = choose_adapter(run, adapter, base)
         self.base, self.adapter, self.settings = chosen
-        self.max_length = self.base.context_tokens
         self.encoder = chosen.encoder()
 
     @cached_property
@@ -182,11 +181,7 @@ class Answerer:
 
     @cached_property
     def model(self) -> "PeftModel":
-        """Base and adapter.
-
-        Raises:
-            UserError: if they can't be loaded, or do not fit together.
-        """
+        """Base and adapter. Raises UserError if they can't be loaded, or do not fit together."""
         import torch
 
         from lit_qlora.model import load
@@ -199,36 +194,12 @@ class Answerer:
         return load.load_adapter(model, base, self.adapter, trainable=False)
 
     def answer(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
-        """Answer conversations that end on the user's turn, as one batch.
-
-        Args:
-            conversations: open prompts.
-            sampling: how tokens are drawn.
-
-        Returns:
-            An answer to each of them, in their order.
-
-        Raises:
-            UserError: for a prompt that leaves no room in the base's context.
-        """
+        """Answer conversations that end on the user's turn, as one batch, in order; see `prompt` and `answer_ids`."""
         return self.answer_ids([self.prompt(conversation, sampling) for conversation in conversations], sampling)
 
     def answer_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """Answer results of `prompt` as one batch.
-
-        Args:
-            prompts: ids of each prompt, of any lengths.
-            sampling: how tokens are drawn.
-
-        Returns:
-            An answer to each of them, in their order.
-        """
-        model = self.model
-        with self._precision():
-            answers = generate(
-                model, prompts, self.encoder.stop_ids, sampling, is_over=self.encoder.is_over(sampling.stop)
-            )
-        return [Answer(*self.encoder.answer(ids, sampling.stop)) for ids in answers]
+        """Answer results of `prompt`, of any lengths, as one batch, in order."""
+        return [Answer(*self.encoder.answer(ids, sampling.stop)) for ids in self._generate(prompts, sampling)]
 
     def stream(self, conversation: Conversation, sampling: Sampling, show: Callable[[str], bool]) -> Answer:
         """Generate one answer and show it meanwhile.
@@ -242,16 +213,21 @@ class Answerer:
             The whole answer.
 
         Raises:
-            UserError: for a prompt that leaves no room in the base's context.
+            UserError: as `prompt` does.
         """
-        prompt, encoder, model = self.prompt(conversation, sampling), self.encoder, self.model
-        stream, is_over = TextStream(encoder, sampling.stop), encoder.is_over(sampling.stop)
-        with self._precision():
-            (ids,) = generate(
-                model, [prompt], encoder.stop_ids, sampling, lambda token: show(stream.add(token)), is_over
-            )
+        stream = TextStream(self.encoder, sampling.stop)
+        (ids,) = self._generate([self.prompt(conversation, sampling)], sampling, lambda token: show(stream.add(token)))
         show(stream.close())
-        return Answer(*encoder.answer(ids, sampling.stop))
+        return Answer(*self.encoder.answer(ids, sampling.stop))
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, show: Callable[[int], bool] | None = None
+    ) -> list[list[int]]:
+        import torch
+
+        model, encoder, mixed = self.model, self.encoder, self.dtype != torch.float32
+        with torch.autocast(model.device.type, self.dtype) if mixed else nullcontext():
+            return generate(model, prompts, encoder.stop_ids, sampling, show, encoder.is_over(sampling.stop))
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """A context in which the base alone answers."""
@@ -268,10 +244,10 @@ class Answerer:
             UserError: if prompt and answer are more than the base's context.
         """
         ids = self.encoder.prompt(conversation)
-        if len(ids) + sampling.max_new_tokens > self.max_length:
+        if len(ids) + sampling.max_new_tokens > self.base.context_tokens:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are "
-                f"more than the {self.max_length} tokens of {self.base.public_name}",
+                f"more than the {self.base.context_tokens} tokens of {self.base.public_name}",
                 remedy="shorten it or lower --max_new_tokens",
             )
         return ids
@@ -290,12 +266,6 @@ class Answerer:
         """
         for start in range(0, len(conversation.turns), 2):
             kept = replace(conversation, turns=conversation.turns[start:])
-            if len(self.encoder.prompt(kept)) + sampling.max_new_tokens <= self.max_length:
+            if len(self.encoder.prompt(kept)) + sampling.max_new_tokens <= self.base.context_tokens:
                 break
         return kept, start
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        import torch
-
-        mixed = self.dtype != torch.float32
-        return torch.autocast(self.model.device.type, self.dtype) if mixed else nullcontext()

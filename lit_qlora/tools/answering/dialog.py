@@ -52,22 +52,17 @@ class Dialog:
         fitting, num_left_out = self.answerer.trim(whole, self.sampling)
         self.answerer.prompt(fitting, self.sampling)  # raises where even the question alone has no room
         grew, self._num_left_out = num_left_out > self._num_left_out, num_left_out
-        room = self.answerer.max_length
+        room = self.answerer.base.context_tokens
         return fitting, f"(the first {num_left_out} turns no longer fit into {room} tokens: left out)" if grew else ""
 
     def remember(self, question: str, answer: Answer) -> str:
         """Keep question and answer for the next question, which has another seed.
 
-        Args:
-            question: what was asked.
-            answer: what was answered.
-
-        Returns:
-            A notice if the next prompt could not hold the answer, so that both are forgotten; else an empty text.
+        Returns a notice if the next prompt could not hold the answer, so that both are forgotten; else an empty text.
         """
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
         tags = self.answerer.encoder.prompt_format.tags_in(answer.text)
-        if not answer.text or tags:  # the next prompt could not hold it
+        if not answer.text or tags:
             return f"(the answer {f'holds {tags[0]}' if tags else 'is empty'}: question and answer are forgotten)"
         self.turns += [Turn("user", question), Turn("assistant", answer.text)]
         return ""
@@ -77,14 +72,7 @@ class Dialog:
         self.turns, self._num_left_out = [], 0
 
     def set_system(self, system: str) -> None:
-        """Set another system text.
-
-        Args:
-            system: the text; empty for none.
-
-        Raises:
-            UserError: for a text that no prompt can hold.
-        """
+        """Set another system text, or none by an empty one. Raises UserError for one that no prompt can hold."""
         check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.prompt_format)
         self.system = system
 

@@ -97,17 +97,9 @@ class Door:
 
 
 def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, Any]:
-    """Check a call of a function of the page.
+    """The call of a function of the page in ``body``, reduced to what a page sends; ``fields`` as for `Door`.
 
-    Args:
-        body: JSON.
-        fields: as for `Door`.
-
-    Returns:
-        The call, reduced to what a page sends.
-
-    Raises:
-        UserError: for anything else.
+    Raises UserError for anything else.
     """
     call = _object(body)
     known = Kind("a function of the page", lambda value: type(value) is int and value in fields)
@@ -122,17 +114,7 @@ def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, An
 
 
 def check_end(body: bytes) -> dict[str, Any]:
-    """Check a request to end a stream.
-
-    Args:
-        body: JSON.
-
-    Returns:
-        The names of the stream.
-
-    Raises:
-        UserError: for anything else.
-    """
+    """The names of the stream that ``body`` asks to end. Raises UserError for anything else."""
     call = _object(body)
     return {name: _value(call, name, kind) for name, kind in _NAMES.items() if name in call}
 

@@ -33,16 +33,10 @@ class Asked(NamedTuple):
 
 
 class Tab(Dialog):
-    """The conversation of one browser tab, and its display.
+    """The conversation of one browser tab, and its display."""
 
-    Args:
-        answerer: answers.
-        sampling: how to sample; see `Dialog`.
-        system: the system text; None for that of training, empty for none.
-    """
-
-    def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
-        super().__init__(answerer, sampling, system)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.of_adapter: Messages = []
         self.of_base: Messages = []
         self.for_adapter: Asked | None = None
@@ -83,14 +77,9 @@ class Worker:
         self._thread.shutdown(cancel_futures=True)
 
     def stream(self, tab: Tab | None, compares: bool) -> Iterator[tuple[Messages, Messages]]:
-        """Answer the open question of a tab.
+        """Answer the open question of a tab, None before its first one; with ``compares``, by the base too.
 
-        Args:
-            tab: the tab; None before its first question.
-            compares: True to ask the base, too.
-
-        Yields:
-            Both columns, as the answers arrive.
+        Yields both columns, as the answers arrive.
         """
         if tab is None or tab.answering:
             return

@@ -11,15 +11,15 @@ import signal
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from itertools import zip_longest
 from pathlib import Path
 from shutil import get_terminal_size
 from types import FrameType
 
 from lit_qlora.console import fitted
 from lit_qlora.errors import UserError, excerpt
-from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answer, Answerer
+from lit_qlora.tools.answering.answerer import Answer
 from lit_qlora.tools.answering.dialog import Dialog, cut_note
 
 HELP = """\
@@ -44,22 +44,9 @@ def harmless(text: str) -> str:
 
 
 class Terminal(Dialog):
-    """One conversation, typed and printed.
+    """One conversation, typed and printed."""
 
-    Args:
-        answerer: answers.
-        sampling: how to sample; see `Dialog`.
-        system: the system text; None for that of training, empty for none.
-    """
-
-    def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
-        super().__init__(answerer, sampling, system)
-        self._compares_next = False
-        self._answering = self._stopped = False
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/reset": self._reset, "/system": self._system, "/compare": self._compare, "/save": self._save,
-            "/help": lambda _: print(HELP),
-        }  # fmt: skip
+    _compares_next = _answering = _stopped = False
 
     def run(self) -> None:
         """Run the conversation until Ctrl-D or /quit."""
@@ -98,13 +85,17 @@ class Terminal(Dialog):
     def _take(self, line: str) -> None:
         """Execute a command, or ask a question."""
         word, _, rest = line.strip().partition(" ")
+        commands: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset, "/system": self._system, "/compare": self._compare, "/save": self._save,
+            "/help": lambda _: print(HELP),
+        }  # fmt: skip
         if not line.startswith("/"):
             if word:
                 self._ask(line.strip())
-        elif word.lower() in self._commands:
-            self._commands[word.lower()](rest.strip())
+        elif word.lower() in commands:
+            commands[word.lower()](rest.strip())
         else:
-            print(fitted(f"(no command {harmless(word)}; there are {', '.join(self._commands)}, /quit)"))
+            print(fitted(f"(no command {harmless(word)}; there are {', '.join(commands)}, /quit)"))
 
     def _ask(self, question: str) -> None:
         if self._compares_next:
@@ -115,13 +106,16 @@ class Terminal(Dialog):
         print()
         if self._stopped or not answer.stopped:
             print("(stopped)" if self._stopped else cut_note(self.sampling))
-        self._remember(question, answer)
+        self._tell(self.remember(question, answer))
+
+    def _tell(self, note: str) -> None:
+        if note:
+            print(note)
 
     def _fitting(self, turns: list[Turn]) -> Conversation:
         """The conversation to ask; prints a notice if it loses first turns."""
         fitting, note = self.fitting(turns)
-        if note:
-            print(note)
+        self._tell(note)
         return fitting
 
     def _answer(self, conversation: Conversation, show: Callable[[str], None]) -> Answer:
@@ -134,11 +128,6 @@ class Terminal(Dialog):
             return self.answerer.stream(conversation, self.sampling, go_on)
         finally:
             self._answering = False
-
-    def _remember(self, question: str, answer: Answer) -> None:
-        note = self.remember(question, answer)
-        if note:
-            print(note)
 
     # Commands
 
@@ -173,7 +162,7 @@ class Terminal(Dialog):
                 of_adapter = answer
         print(side_by_side(("adapter", texts[0]), ("base", texts[1]), get_terminal_size().columns))
         if question:
-            self._remember(question, of_adapter)
+            self._tell(self.remember(question, of_adapter))
 
     def _save(self, name: str) -> None:
         if not self.turns:
@@ -212,21 +201,13 @@ def _typed() -> str:
 
 
 def side_by_side(left: tuple[str, str], right: tuple[str, str], columns: int) -> str:
-    """Two headed texts in two columns; one below the other on a narrow terminal.
-
-    Args:
-        left: heading and text.
-        right: heading and text.
-        columns: width of the terminal.
-    """
+    """Two texts, each with its heading, in two of the terminal's ``columns``; one below the other if it is narrow."""
     if columns < 50:
         return "\n".join(f"{heading}:\n{text}" for heading, text in (left, right))
     width = (columns - 3) // 2
-    cells = [[heading, "-" * len(heading), *_wrap(text, width)] for heading, text in (left, right)]
-    height = max(map(len, cells))
-    rows = zip(*(cell + [""] * (height - len(cell)) for cell in cells), strict=True)
+    cells = []
+    for heading, text in (left, right):
+        wrapped = (part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
+        cells.append([heading, "-" * len(heading), *wrapped])
+    rows = zip_longest(*cells, fillvalue="")
     return "\n".join(f"{one:<{width}} | {other}".rstrip() for one, other in rows)
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    return [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]

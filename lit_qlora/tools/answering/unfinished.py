@@ -32,22 +32,14 @@ class Unfinished:
         self._file: IO[bytes]
 
     def check_free(self) -> None:
-        """Check that no other program wrote the output.
-
-        Raises:
-            UserError: if it exists without a record of its origin.
-        """
+        """Raises UserError for an output of another program: it exists without a record of its origin."""
         if not self.made.is_file():
             require_new(self.target)
 
     def is_whole(self, belongs_to: Mapping[str, Any]) -> bool:
-        """True if the output exists and was made of just this.
+        """True if the output exists and was made of just ``belongs_to``, as for `open`.
 
-        Args:
-            belongs_to: everything that decides the output, by the names of the options.
-
-        Raises:
-            UserError: if it exists and was made of anything else.
+        Raises UserError if it exists and was made of anything else.
         """
         if not self.target.exists():
             return False
@@ -89,15 +81,7 @@ class Unfinished:
             self._file.close()
 
     def add(self, number: int, batch: Any) -> None:
-        """Save a batch.
-
-        Args:
-            number: its number.
-            batch: its answers, as JSON.
-
-        Raises:
-            UserError: if it can't be written; earlier ones are kept.
-        """
+        """Save ``batch``, answers as JSON. Raises UserError if it can't be written; earlier ones are kept."""
         self._write([number, batch])
 
     def finish(self, belongs_to: Mapping[str, Any], output: bytes) -> None:

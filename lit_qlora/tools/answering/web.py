@@ -55,11 +55,7 @@ Updates = dict[Any, Any]
 
 
 def check_gradio() -> None:
-    """Check that a supported gradio is installed.
-
-    Raises:
-        UserError: with how to install one.
-    """
+    """Raises UserError, with how to install one, unless a supported gradio is there."""
     try:
         found = version("gradio")
     except PackageNotFoundError:
@@ -116,28 +112,19 @@ class Page:
         self._blocks = self._build(gradio)
 
     def open(self, share: bool, port: int | None) -> str:
-        """Start the server.
-
-        Args:
-            share: as for `serve`.
-            port: as for `serve`.
-
-        Returns:
-            Its address.
-
-        Raises:
-            UserError: as `serve` does.
-        """
+        """Start the server; ``share``, ``port`` and errors are as for `serve`. Returns its address."""
         from gradio.themes import Soft
         from starlette.middleware import Middleware
 
+        functions = self._blocks.fns.items()
+        fields = {number: [field.get_block_name() for field in function.inputs] for number, function in functions}
         try:
             with redirect_stdout(io.StringIO()):  # a page on why there is no link; one line below
                 _, here, shared = self._blocks.launch(
                     share=share, server_port=port, prevent_thread_lock=True, inline=False, quiet=True, css=CSS,
                     theme=Soft(font="system-ui", font_mono="ui-monospace"), footer_links=[], ssr_mode=False,
                     run_history=False, enable_monitoring=False, max_file_size=1,
-                    app_kwargs={"middleware": [Middleware(Door, self._fields())]},
+                    app_kwargs={"middleware": [Middleware(Door, fields)]},
                 )  # fmt: skip
         except OSError as error:
             raise UserError(
@@ -146,12 +133,6 @@ class Page:
         if share and not shared:
             raise UserError("gradio's servers gave no link", option="share", remedy="try again, or leave --share out")
         return str(shared or here)
-
-    def _fields(self) -> dict[int, list[str]]:
-        return {
-            number: [field.get_block_name() for field in function.inputs]
-            for number, function in self._blocks.fns.items()
-        }
 
     def close(self) -> None:
         """Stop the server, and the current answer."""
@@ -162,10 +143,9 @@ class Page:
         self._worker.close()
 
     def _build(self, gradio: Any) -> Any:
-        sampling = self.start[1]
+        answerer, sampling, _ = self.start
         column = partial(gradio.Chatbot, render_markdown=False, latex_delimiters=[], buttons=[], min_width=280)
         field = partial(gradio.Number, min_width=120)
-        answerer = self.start[0]
         title, base = f"Chat with {self._trained}", answerer.base.public_name
         about = f"{base}, fine-tuned in this run" if answerer.settings else f"{base}, with an adapter"
         samples = RunFolder(answerer.adapter.parent).samples if answerer.settings else None

@@ -56,8 +56,8 @@ def lines(seen: Look, accepted: Collection[str], colour: bool = False, whole: bo
     Args:
         seen: what is to be shown.
         accepted: kinds of faults that are meant to be so.
-        colour: whether escape sequences for colours may be used.
-        whole: whether rows are shown without leaving out the middle of long stretches.
+        colour: True to use escape sequences for colours.
+        whole: True to show the middle of long stretches of a row, too.
     """
     parts = (_counts(seen), _dropped(seen), _histogram(seen), _batchings(seen), _doubles(seen))
     for part in parts:
@@ -111,30 +111,24 @@ def counts(parts: Sequence[Part]) -> list[tuple[str, list[int]]]:
 
 
 def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
-    """What of a part is dropped, cut, not used, or taken otherwise than it stands there; each with a number of rows.
-
-    Args:
-        part: what is learned, or what is held out.
-        max_length: tokens of one row.
-    """
+    """What of a part is dropped, cut, not used, or taken otherwise than it stands there; each with a number of rows."""
     first, token = part.spelled[0] if part.spelled else ("", "")
-    spelled = [(len(part.spelled), f"spell a special token, learned as letters alone, such as {token} in {first}")]
-    cut = [(part.num_cut, f"cut to data.max_length {max_length:,}")]
-    without = [(part.kept.count(0), f"left out: no answer within data.max_length {max_length:,}")]
-    divided = [(part.num_divided, f"texts longer than data.max_length {max_length:,}, divided into several rows")]
-    return [
-        (count, of_number(count, what)) for count, what in [*part.dropped, *cut, *divided, *without, *spelled] if count
+    found = [
+        *part.dropped,
+        (part.num_cut, f"cut to data.max_length {max_length:,}"),
+        (part.num_divided, f"texts longer than data.max_length {max_length:,}, divided into several rows"),
+        (part.kept.count(0), f"left out: no answer within data.max_length {max_length:,}"),
+        (len(part.spelled), f"spell a special token, learned as letters alone, such as {token} in {first}"),
     ]
+    return [(count, of_number(count, what)) for count, what in found if count]
 
 
 def _dropped(seen: Look) -> Iterator[str]:
     yield "dropped, cut, not used"
-    some = False
-    for part in seen.parts:
-        for count, what in losses(part, seen.max_length):
-            some = True
-            yield from _wrapped(what, f"  {part.name:<10}{count:>7,}  ")
-    if not some:
+    found = [(part.name, *loss) for part in seen.parts for loss in losses(part, seen.max_length)]
+    for name, count, what in found:
+        yield from _wrapped(what, f"  {name:<10}{count:>7,}  ")
+    if not found:
         yield "  nothing"
 
 
@@ -175,10 +169,8 @@ def _histogram(seen: Look) -> Iterator[str]:
     yield from _placed(f"  {lengths_in_words(seen)}:", longest(seen), is_place=True)
     found = bins(seen)
     most = max(one.size for one in found)
-    was_cut = False
-    for one in found:
-        if one.is_cut and not was_cut:
-            was_cut = True
+    for number, one in enumerate(found):
+        if one.is_cut and not found[number - 1].is_cut:
             yield f"  {'':-<{WIDTH - 2}}"
         bar = "#" * -(-one.size * BAR // most)
         yield f"  {one.first:>7,} to {one.last:>7,}  {one.size:>8,}  {bar}".rstrip()
@@ -260,14 +252,9 @@ def _stretch(run: Sequence[Token], width: int, colour: bool) -> Iterator[str]:
         if taken + columns(text) > width:
             yield line
             line, taken = "", 0
-        line, taken = line + _coloured(text, token, colour), taken + columns(text)
+        code = f"{BOLD};{MAGENTA}" if token.special else GREEN if token.learned else DIM
+        line, taken = line + (_painted(text, code) if colour else text), taken + columns(text)
     yield line
-
-
-def _coloured(text: str, token: Token, colour: bool) -> str:
-    if not colour:
-        return text
-    return _painted(text, f"{BOLD};{MAGENTA}" if token.special else GREEN if token.learned else DIM)
 
 
 def _painted(text: str, code: str) -> str:
@@ -278,12 +265,7 @@ def _painted(text: str, code: str) -> str:
 
 
 def by_kind(found: Sequence[Found], accepted: Collection[str] = ()) -> dict[str, list[Found]]:
-    """Faults by their kind, the gravest kind first.
-
-    Args:
-        found: all of them.
-        accepted: kinds that are left out, for they are meant to be so.
-    """
+    """Faults by their kind, the gravest kind first, without those kinds that are ``accepted``."""
     kinds = defaultdict[str, list[Found]](list)
     for one in found:
         kinds[one.fault.kind].append(one)

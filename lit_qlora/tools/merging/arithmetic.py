@@ -30,9 +30,8 @@ class StoredWeights:
     """
 
     def __init__(self, base: Base) -> None:
+        self.base = base
         self._files = {name: tensor.file for name, tensor in stored_tensors(base).items()}
-        self.in_4_bits = base.in_4_bits
-        """True if the base was saved in 4 bits."""
 
     @property
     def names(self) -> list[str]:
@@ -51,12 +50,7 @@ class StoredWeights:
         return {match[2]: match[0] for match in matches if match}
 
     def dequantized(self, name: str, device: torch.device) -> Tensor:
-        """A dequantised 4-bit weight, fp32.
-
-        Args:
-            name: its name.
-            device: device to compute on.
-        """
+        """The 4-bit weight ``name``, dequantised on ``device``, fp32."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = QuantState.from_dict({key: self[full] for key, full in self.state(name).items()}, device)
@@ -92,10 +86,7 @@ class LoraWeights:
 
         Args:
             name: name of the weight.
-            weight: ``[out, in]``, fp32, which gives the device.
-
-        Returns:
-            The sum, ``[out, in]``, fp32.
+            weight: ``[out, in]``, fp32, as the result is; gives the device.
         """
         part = name.removesuffix(".weight")
         if f"{part}.lora_A" not in self._keys:
@@ -116,7 +107,7 @@ def _read(file: Path, name: str) -> Tensor:
 
 
 def _split_key(key: str) -> str:
-    """Split peft's key into the base's name of the layer and the part of LoRA."""
+    """peft's key as the base's name of the layer and the part of LoRA."""
     name = key.removeprefix("base_model.model.").removesuffix(".weight")
     if name.rpartition(".")[2] not in ("lora_A", "lora_B", "lora_magnitude_vector"):
         raise UserError(f"it holds {key}, which merge does not know", option="adapter")
@@ -124,14 +115,9 @@ def _split_key(key: str) -> str:
 
 
 def as_trained(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as the model was trained on it: after NF4 with double quantisation, as in `lit_qlora.model.load`.
+    """A base's ``weight`` as the model was trained on it: after NF4 with double quantisation, in fp32.
 
-    Args:
-        weight: the base's own.
-        dtype: dtype in which it was loaded before it was quantised.
-
-    Returns:
-        The dequantised weight, fp32, of the same shape.
+    ``dtype`` is that in which it was loaded before it was quantised, as in `lit_qlora.model.load`.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -159,6 +145,6 @@ def merged_tensors(
             value = weights.dequantized(name, device)
         else:
             value = weights[name].to(device)
-            if onto == "quantized" and not weights.in_4_bits:  # there, 16-bit layers were trained in 16 bits
+            if onto == "quantized" and not weights.base.in_4_bits:  # there, 16-bit layers were trained in 16 bits
                 value = as_trained(value, trained_in) if is_linear(name) else value.to(trained_in)
         yield name, lora.add_to(name, value.float())

@@ -60,15 +60,12 @@ class Difference(NamedTuple):
 def conversations_to_compare(
     settings: Mapping[str, Any] | None, record: Path, encoder: Encoder
 ) -> tuple[list[Conversation], str]:
-    """Find a run's first held-out conversations; the demo's without a run, or if its rows are gone.
+    """A run's first held-out conversations, and their source in words; the demo's without a run, or its rows.
 
     Args:
         settings: the run's options.
         record: the file that records its held-out rows.
         encoder: encodes them.
-
-    Returns:
-        The conversations, and their source in words.
     """
     reading = Reading(prompt_format=encoder.prompt_format)
     records = load_records(str(demo.TEST), reading=reading)
@@ -95,8 +92,8 @@ def reference(
     """Compute the logits to compare with: of the 4-bit base with peft's LoRA on it, in fp32.
 
     Args:
-        base: the base.
-        adapter: the adapter's folder.
+        base: without the adapter.
+        adapter: its folder.
         dtype: dtype from which the base is quantised.
         device: device to compute on.
         encoder: encodes the texts.
@@ -130,13 +127,7 @@ def _compute_in_fp32(model: torch.nn.Module) -> None:
 
 
 def difference(folder: Path, wanted: Reference, device: torch.device) -> Difference:
-    """Compare a merged model with base + adapter.
-
-    Args:
-        folder: the merged model.
-        wanted: what its logits are to be.
-        device: device to compute on.
-    """
+    """Compare the merged model in ``folder`` with base + adapter, whose logits are ``wanted``."""
     found = streamed_logits(find_base(str(folder)), wanted.input_ids, device)[wanted.is_token]
     agreement = (found.argmax(-1) == wanted.logits.argmax(-1)).float().mean().item()
     # A maximum over NaN is NaN.
@@ -144,14 +135,9 @@ def difference(folder: Path, wanted: Reference, device: torch.device) -> Differe
 
 
 def check(found: Difference, dtype: str) -> None:
-    """Check that rounding explains a difference.
+    """Raises UserError for a difference that rounding to ``dtype`` does not explain; see `LARGEST_DIFFERENCE`.
 
-    Args:
-        found: the difference.
-        dtype: dtype of the merged weights; any other word for a model that may differ as far as it is finite.
-
-    Raises:
-        UserError: if it is larger than `LARGEST_DIFFERENCE`.
+    With any other word for ``dtype``, the model may differ as far as it is finite.
     """
     limit = LARGEST_DIFFERENCE.get(dtype, math.inf)
     if not math.isfinite(found.greatest) or found.greatest > limit:

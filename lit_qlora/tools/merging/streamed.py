@@ -17,15 +17,13 @@ from lit_qlora.tools.merging.arithmetic import StoredWeights
 class _InFp32(Mapping[str, Tensor]):
     """The weights of a model in fp32, as a mapping for accelerate."""
 
-    def __init__(self, base: Base, move: Callable[[int], None]) -> None:
-        self._weights = StoredWeights(base)
-        self._tied = base.shape.tied
-        self._move, self._read = move, 0
+    def __init__(self, weights: StoredWeights, move: Callable[[int], None]) -> None:
+        self._weights, self._move, self._read = weights, move, 0
 
     def __getitem__(self, name: str) -> Tensor:
         self._read += 1
         self._move(min(self._read, len(self)))  # a tied one is read twice
-        if name == "lm_head.weight" and self._tied:
+        if name == "lm_head.weight" and self._weights.base.shape.tied:
             name = "model.embed_tokens.weight"
         return self._weights[name].float()
 
@@ -38,15 +36,12 @@ class _InFp32(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def streamed_logits(base: Base, input_ids: Tensor, device: torch.device) -> Tensor:
-    """Logits of an unquantised model, computed in fp32, with one weight in memory.
+    """Logits ``[B, T, V]``, on the CPU, of an unquantised model, computed in fp32 with one weight in memory.
 
     Args:
         base: the model.
         input_ids: ``[B, T]``, padded on the right.
-        device: device to compute on.
-
-    Returns:
-        ``[B, T, V]``, on the CPU.
+        device: to compute on.
     """
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
@@ -55,6 +50,7 @@ def streamed_logits(base: Base, input_ids: Tensor, device: torch.device) -> Tens
         model = base.architecture.model_class()(for_transformers(base.config)).float()
     model.set_attn_implementation("sdpa")
     model.eval()
-    with passing_bar("check", len(StoredWeights(base).names), " weights") as move:
-        attach_align_device_hook(model, execution_device=device, offload=True, weights_map=_InFp32(base, move))
+    weights = StoredWeights(base)
+    with passing_bar("check", len(weights.names), " weights") as move:
+        attach_align_device_hook(model, execution_device=device, offload=True, weights_map=_InFp32(weights, move))
         return model(input_ids=input_ids.to(device), use_cache=False).logits.cpu()  # type: ignore[no-any-return]

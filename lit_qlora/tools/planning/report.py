@@ -21,16 +21,14 @@ TIGHT = f"may fit, within {memory.RESERVE:.0%} of the card"
 
 
 class Plan(NamedTuple):
-    """The contents of a report on a fit.
-
-    ``precision_reason`` is why the forecast's precision was chosen, ``download`` the bytes of the base still to
-    download.
-    """
+    """The contents of a report on a fit."""
 
     base: Base
     forecast: Forecast
     precision_reason: str
+    """Why the forecast's precision was chosen."""
     download: int
+    """Bytes of the base still to download."""
     max_epochs: int
     max_steps: int
 
@@ -75,8 +73,10 @@ def _surely(forecast: Forecast) -> str | None:
 def _host_lines(plan: Plan) -> Iterator[str]:
     shape = plan.forecast.shape
     largest = 2 * max(shape.vocabulary * shape.hidden, *(i * o for i, o in shape.linears.values()))
-    before = [("host memory while loading: one weight, libraries", LIBRARIES + largest)]
-    before.append(("download of the base" + ("" if plan.download else ": it is here"), plan.download))
+    before = [
+        ("host memory while loading: one weight, libraries", LIBRARIES + largest),
+        ("download of the base" + ("" if plan.download else ": it is here"), plan.download),
+    ]
     yield from words.host_lines(plan.forecast, before)
 
 

@@ -40,16 +40,9 @@ def offline() -> Iterator[None]:
 
 
 def look(trainer: Any, data: ChatDataModule, base: Base, answers: SampleAnswers) -> tuple[Rows, Samples]:
-    """Find the training rows and the sample answers of a fit, as far as they are local.
+    """Find the training rows and the sample answers of a fit, given its parts, as far as they are local.
 
-    Args:
-        trainer: of that fit.
-        data: its rows and tokenizer.
-        base: its base.
-        answers: the callback that makes its sample answers.
-
-    Raises:
-        UserError: for rows, prompts or a tokenizer that fit refuses.
+    Raises UserError for rows, prompts or a tokenizer that fit refuses.
     """
     data.tokenizer_option = "model.base"
     has_tokenizer = _has_tokenizer(data, base)
@@ -60,9 +53,9 @@ def look(trainer: Any, data: ChatDataModule, base: Base, answers: SampleAnswers)
         answers.setup(trainer, trainer.lightning_module, "fit")
         if answers.prompts or rows.known_by is None:
             return rows, answers.samples(data)
-    prompts = len(answers.prompts or ()) or answers.count
-    own = bool(answers.prompts)
-    return rows, Samples(prompts, PROMPT_TOKENS, answers.max_new_tokens, are_own=own, are_assumed=True)
+    own = len(answers.prompts or ())
+    limit = answers.max_new_tokens
+    return rows, Samples(own or answers.count, PROMPT_TOKENS, limit, are_own=own > 0, are_assumed=True)
 
 
 def _has_tokenizer(data: ChatDataModule, base: Base) -> bool:

@@ -37,13 +37,9 @@ class Scorer(QLoRAModule):
         return batch.rows, self.read(batch).double().cpu()
 
     def sums(self, batch: Batch) -> torch.Tensor:
-        """Sums over the learned tokens of each row.
+        """Sums over the learned tokens of each row of ``batch``, padded or packed.
 
-        Args:
-            batch: padded or packed.
-
-        Returns:
-            ``[rows, 3]`` in fp64: nats, count of the likeliest tokens, and tokens.
+        Returns ``[rows, 3]`` in fp64: nats, count of the likeliest tokens, and tokens.
         """
         nats, is_likeliest = token_cross_entropies(self._scored(batch), self._head, batch.targets)
         each = torch.stack([nats.double(), is_likeliest.double(), torch.ones_like(nats.double())], 1).cpu()
@@ -55,14 +51,9 @@ class Scorer(QLoRAModule):
         return torch.zeros(len(batch.rows), 3, dtype=torch.float64).index_add_(0, owner, each)
 
     def scores(self, batch: Batch, ids: Sequence[int]) -> torch.Tensor:
-        """Logits of some ids after each row's last token; only their rows of the head are multiplied.
+        """Logits of some ``ids`` after the last token of each row, which is at its position in ``batch``.
 
-        Args:
-            batch: ``positions`` are those of the last tokens.
-            ids: the ids.
-
-        Returns:
-            ``[rows, ids]``, fp32.
+        Returns ``[rows, ids]`` in fp32; only these rows of the head are multiplied.
         """
         hidden = self._scored(batch)
         # In fp32: rounded to bf16, close letters would often be equal.
@@ -119,14 +110,9 @@ class Scoring:
             raise error.replace(option="precision") from error
 
     def held_out(self, data: ChatDataModule, part: str) -> tuple[Array, Array]:
-        """Score held-out rows.
+        """Score the ``part`` of ``data`` that is set up, ``validate`` or ``test``.
 
-        Args:
-            data: has set up ``part``.
-            part: ``validate`` or ``test``.
-
-        Returns:
-            `Scorer.sums` of the base and of the adapter, each ``[rows, 3]``.
+        Returns `Scorer.sums` of the base and of the adapter, each ``[rows, 3]``.
         """
         data.trainer = self.trainer
         if self.batch_tokens:

@@ -6,7 +6,7 @@ jsonargparse does the parsing. Does not know what any option means.
 import re
 from argparse import ArgumentError
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -231,17 +231,11 @@ def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
         parts = re.split(r"'?class_path'?[=:] ?'([\w.]+)'", given)[1:]  # each class, and what it is given
         its = dict(zip(parts[::2], parts[1::2], strict=True))
         name = next((one for one in its if f"{names[0]}=None" in its[one]), "the class").rpartition(".")[2]
-        return UserError(
-            f"has no value, and {name} needs {' and '.join(names)}",
-            option=f"{option}.{names[0]}",
-            remedy=f"give --{option}.{names[0]} VALUE behind the class, or its init_args in a file",
-        )
+        return lacks(name, option, names)
     unknown = re.search(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)", reasons)
     if unknown:
-        name, why = unknown[1] or unknown[2], f" ({one_line(unknown[3])})" if unknown[3] else ""
-        return UserError(
-            f"no class {excerpt(name)}{why}", option=option, remedy=_nearest_class(name, types.get(option))
-        )
+        kinds = (kind.__name__ for kind in _subclasses(types.get(option)) if not kind.__name__.startswith("_"))
+        return no_class(unknown[1] or unknown[2], option, kinds, unknown[3] or "")
     inner = next((error for error in _raised if str(error) in reasons), None)
     if inner:
         return inner.replace(option=f"{option}.{inner.option}" if inner.option else option)
@@ -252,12 +246,29 @@ def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
     return UserError(problem, option=option, remedy=f"give --{option} CLASS first")
 
 
-def _nearest_class(name: str, hint: Any) -> str:
-    """The remedy for an unknown class, where one of the type ``hint`` is expected."""
-    names = [kind.__name__ for kind in _subclasses(hint) if not kind.__name__.startswith("_")]
-    known = {_bare(name): name for name in names} | {re.sub("logger$", "", _bare(name)): name for name in names}
-    near = nearest(_bare(name.rpartition(".")[2]), known)
-    return f"did you mean {known[near]!r}?" if near else "give one of Lightning's, or your own as MODULE.CLASS"
+def no_class(name: str, option: str, known: Iterable[str], why: str = "") -> UserError:
+    """The error for a class that is not there.
+
+    Args:
+        name: of the class, as it was written.
+        option: whose value it is.
+        known: names of the classes that may be meant.
+        why: the reason that Python gives.
+    """
+    names = [*known]
+    by_bare = {_bare(name): name for name in names} | {re.sub("logger$", "", _bare(name)): name for name in names}
+    near = nearest(_bare(name.rpartition(".")[2]), by_bare)
+    remedy = f"did you mean {by_bare[near]!r}?" if near else "give one of Lightning's, or your own as MODULE.CLASS"
+    return UserError(f"no class {excerpt(name)}{f' ({one_line(why)})' if why else ''}", option=option, remedy=remedy)
+
+
+def lacks(name: str, option: str, arguments: Sequence[str]) -> UserError:
+    """The error for the class ``name`` given to ``option`` without ``arguments`` that it needs."""
+    return UserError(
+        f"has no value, and {name} needs {' and '.join(arguments)}",
+        option=f"{option}.{arguments[0]}",
+        remedy=f"give --{option}.{arguments[0]} VALUE behind the class, or its init_args in a file",
+    )
 
 
 def _bare(name: str) -> str:

@@ -7,7 +7,9 @@ there; each of these mistakes is one there too, in the same words.
 
 import argparse
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, Union
@@ -22,14 +24,15 @@ from lit_qlora.data.sources import check_sources
 from lit_qlora.data.templates import read_template
 from lit_qlora.devices.asked import MOST_ON_CPU, check_on_cpu, check_shard, check_shares, check_started
 from lit_qlora.devices.world import is_first, world
+from lit_qlora.errors import UserError
 from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import CONFIG, LINKED, Parser, option
+from lit_qlora.options import CONFIG, LINKED, Parser, lacks, no_class, option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
-from lit_qlora.signatures import CLASSES, LEARNING, UNKNOWN, Option, options_of
+from lit_qlora.signatures import CLASSES, LEARNING, OF_LIGHTNING, UNKNOWN, Option, arguments_of, classes_for, options_of
 from lit_qlora.storage import settings
 from lit_qlora.storage.files import page_path
 from lit_qlora.storage.folders import verify_folder
@@ -56,14 +59,17 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     options = {one.name: one for one in options_of(verb)}
     command = complete([verb, *args])
     given = [arg.partition("=")[0].lstrip("-").rstrip("+") for arg in args if arg.startswith("-")]
-    if any(one not in options and _belongs(one, options) for one in given):
+    if any(one not in options and _belongs(one) for one in given):
         return
     parser = _parser(options.values())
-    found = parser.parse_args(command.args[1:])
+    plain, of_classes = _apart(command.args[1:])
+    found = parser.parse_args(plain)
     names = {name.replace("-", "_"): name for name in options}
     values = {names[name]: value for name, value in found.items() if name in names}
     parser.check_values(values)
     _check_alone(values)
+    for name in OF_LIGHTNING:
+        _check_classes(name, values.get(name), of_classes.get(name, {}))
     if command.kept:
         _check_with_kept(verb, options, values, command.kept)
         return
@@ -214,11 +220,65 @@ def _check_rows(values: Mapping[str, Any], any_number: bool) -> None:
     Parts(source, held_out, share, values["seed_everything"], reading).check_early()
 
 
-def _belongs(name: str, options: dict[str, Option]) -> bool:
-    """Whether ``name`` is what only the parser proper knows: a section, a link, an argument of a class, a request."""
+def _apart(args: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """A command line without the arguments of classes, and these: by the option of the class, and by name."""
+    plain, of_classes, rest = list[str](), dict[str, dict[str, str]](), iter(args)
+    for arg in rest:
+        name, equals, value = arg.removeprefix("--").partition("=")
+        option = next((one for one in OF_LIGHTNING if arg.startswith(f"--{one}.")), None)
+        if option:
+            its = name.removeprefix(f"{option}.").removeprefix("init_args.")
+            of_classes.setdefault(option, {})[its] = value if equals else next(rest, "")
+        else:
+            plain.append(arg)
+    return plain, of_classes
+
+
+def _check_classes(option: str, given: Any, more: Mapping[str, str]) -> None:
+    """Raises UserError for a class that is not there, and for arguments that one of Lightning's can't be made with.
+
+    Imports none: a config file may be a stranger's. Passes what is nested deeper, and classes of the user's own.
+
+    Args:
+        option: that takes classes.
+        given: one or more, each a name, or a table with ``class_path`` and ``init_args``.
+        more: what the command line gives to the last one.
+    """
+    classes = given if isinstance(given, list) else [given]
+    for one in classes:
+        table = one if isinstance(one, dict) else {"class_path": one if one not in ("true", "false") else None}
+        path, arguments = table.get("class_path"), table.get("init_args") or {}
+        if not isinstance(path, str) or "class_path" in more:
+            continue
+        package, _, name = path.rpartition(".")
+        if package and package not in (f"lightning.pytorch.{one}" for one in OF_LIGHTNING[option]):
+            top = package.partition(".")[0]
+            if top and top not in sys.modules and not find_spec(top):
+                raise no_class(path, option, (), f"No module named {top!r}")
+        elif name not in classes_for(option):
+            raise no_class(path, option, classes_for(option))
+        elif isinstance(arguments, dict) and (len(classes) == 1 or not more):
+            _check_arguments(option, name, {**arguments, **more})
+
+
+def _check_arguments(option: str, name: str, values: Mapping[str, Any]) -> None:
+    """Raises UserError for ``values`` that Lightning's class ``name`` for ``option`` can't be made with."""
+    known, needed = arguments_of(option, name) or ([], [])
+    missing = [one for one in needed if one not in {*values, "save_dir"}]  # a logger writes into the run's folder
+    if missing:
+        raise lacks(name, option, missing)
+    plain = {key: "null" if value is None else value for key, value in values.items() if "." not in key}
+    args = [f"--{key}={value}" for key, value in plain.items() if isinstance(value, str | int | float)]
+    try:
+        _parser(known).parse_args(args if known else [])
+    except UserError as error:
+        raise error.replace(option=f"{option}.{error.option}" if error.option else option) from error
+
+
+def _belongs(name: str) -> bool:
+    """Whether ``name`` is what only the parser proper knows: a section, a link, a request."""
     sections = {section for section, _, _ in CLASSES}
-    unknown = (f"{name}." for name, one in options.items() if one.type is UNKNOWN)
-    return name in sections or name in LINKED or name in ("print_config", "") or name.startswith((*unknown,))
+    return name in sections or name in LINKED or name in ("print_config", "") or name.endswith(".help")
 
 
 def _parser(options: Iterable[Option]) -> Parser:

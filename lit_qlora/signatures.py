@@ -27,6 +27,12 @@ CLASSES = (
 LEARNING = ("fit", "plan", "inspect")
 """The verbs of a run that is to learn; the others are about one that has."""
 
+OF_LIGHTNING = {
+    "trainer.callbacks": ("callbacks",), "trainer.logger": ("loggers",),
+    "trainer.plugins": ("plugins", "plugins.environments"),
+}  # fmt: skip
+"""Options that take classes, and the packages in ``lightning.pytorch`` that have Lightning's own for them."""
+
 PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": NoneType}
 UNKNOWN = object()
 """Stands for a type or a value that can't be read off the sources."""
@@ -88,6 +94,30 @@ def options_of(verb: str) -> tuple[Option, ...]:
     of_classes = [option for one in CLASSES for option in _arguments(*one)]
     found = (SEED, *OF_RUN, *OWN.get(verb, ()), *of_classes)
     return tuple(option for option in found if option.name not in LINKED)
+
+
+@cache
+def classes_for(option: str) -> Mapping[str, str]:
+    """Lightning's classes for ``option`` of `OF_LIGHTNING`, by name, each with the module that it comes from."""
+    files = (_lightning() / package.replace(".", "/") / "__init__.py" for package in OF_LIGHTNING[option])
+    imports = (node for file in files for node in _parsed(file).body if isinstance(node, ast.ImportFrom))
+    return {one.name: node.module or "" for node in imports for one in node.names if one.name[0].isupper()}
+
+
+def arguments_of(option: str, name: str) -> tuple[list[Option], list[str]] | None:
+    """The arguments of Lightning's class ``name`` for ``option``, and the names of those that need a value.
+
+    None where its own constructor does not list them.
+    """
+    file = _lightning().parents[1] / f"{classes_for(option)[name].replace('.', '/')}.py"
+    try:
+        source = Source(file)
+        init, _ = source.constructor(name)
+    except (OSError, StopIteration):  # a package, or no constructor of its own
+        return None
+    found = [*_parameters(init)]
+    options = [Option(one, source.type(annotation), source.value(default), "") for one, annotation, default in found]
+    return None if init.args.kwarg else (options, [one for one, _, default in found if default is None])
 
 
 class Source:
@@ -171,9 +201,7 @@ def _arguments(section: str, file: str, name: str) -> list[Option]:
     constructors, left_out, found = [(source, init)], set[str](), dict[str, Option]()
     if init.args.kwarg:
         left_out = {*source.value(source._assigned("NOT_OFFERED")[1])}
-        spec = find_spec("lightning")
-        assert spec and spec.submodule_search_locations, "Lightning is installed"
-        base = Source(Path(spec.submodule_search_locations[0], "pytorch/trainer/trainer.py"))
+        base = Source(_lightning() / "trainer" / "trainer.py")
         init, of_base = base.constructor("Trainer")
         constructors, words = [*constructors, (base, init)], of_base | words
     for place, init in constructors:
@@ -182,6 +210,12 @@ def _arguments(section: str, file: str, name: str) -> list[Option]:
                 kind, value = place.type(annotation), place.value(default)
                 found[one] = Option(f"{section}.{one}", kind, value, words.get(one, ""))
     return [*found.values()]
+
+
+def _lightning() -> Path:
+    spec = find_spec("lightning")
+    assert spec and spec.submodule_search_locations, "Lightning is installed"
+    return Path(spec.submodule_search_locations[0], "pytorch")
 
 
 def _parameters(init: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None, ast.expr | None]]:

@@ -70,6 +70,15 @@ MISTAKES = [
     ["--data.source=good.jsonl", "--data.validation_share=0"],
     ["--data.source=good.jsonl", "--data.validation_source=good.jsonl"],
     ["--data.source=[good.jsonl, columns.jsonl]"], ["--data.source=split"], ["--data.source=good.jsonl:test"],
+    # Classes.
+    ["--trainer.callbacks=EarlyStoping"], ["--trainer.callbacks+=early_stopping"], ["--trainer.logger=wandb"],
+    ["--trainer.callbacks=nomodule.Nothing"], ["--trainer.callbacks=lightning.pytorch.callbacks.EarlyStoping"],
+    ["--trainer.callbacks=CSVLogger"], ["--trainer.callbacks={class_path: EarlyStoping}"],
+    ["--trainer.callbacks=[Timer, EarlyStoping]"], ["--trainer.plugins=MixedPrecision"],
+    ["--trainer.callbacks=EarlyStopping"], ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitr=val/loss"],
+    ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=a", "--trainer.callbacks.patience", "x"],
+    ["--trainer.callbacks={class_path: EarlyStopping, init_args: {patience: x, monitor: a}}"],
+    ["--trainer.logger=CSVLogger", "--trainer.logger.nam=x"], ["--trainer.callbacks.monitor=x", "--model.rank=0"],
     # The run's folder.
     ["--run=./good.jsonl"], ["--run=./split"],
 ]  # fmt: skip
@@ -152,7 +161,7 @@ def test_it_is_the_parsers_own_mistake_in_the_same_words(args, files, monkeypatc
     [
         [], ["--config", "colab_t4"], ["--config=demo"], ["-c", "demo"],
         ["--data.batch_tokens=400", "--data.packing=true"],
-        ["--trainer.callbacks+=Timer"], ["--trainer.callbacks=[SampleAnswers]"],
+        ["--trainer.callbacks+=Timer"], ["--trainer.callbacks=[Timer, lit_qlora.callbacks.samples.SampleAnswers]"],
         ["--trainer.callbacks=json.decoder.JSONDecoder"],
         ["--trainer.logger=true"], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], ["--model=x.yaml"],
         ["--trainer.logger=false"], ["--data.system=--x y"], ["--samples.prompts+=a"], ["--print_config"],

@@ -48,6 +48,7 @@ class OneLineErrors:
     """
 
     _actions: list[Any]
+    usage: str | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -79,6 +80,11 @@ class OneLineErrors:
         if only:  # jsonargparse takes a file of nothing but "name:" for a text
             self.check_values({only[1]: None})
             raise UserError(f"has no value for {only[1]} and says nothing else", option="config", remedy="give one")
+        required = re.fullmatch(r"the following arguments are required: ([\w, ]+)", str(message))
+        if required and self.usage:
+            first, *others = required[1].split(", ")
+            problem = f"is required{''.join(f', and so is {one}' for one in others)}"
+            raise UserError(problem, option=first, remedy=f"give it as in: {self.usage}")
         names = [action.dest for action in parser._actions]
         error = _of_class(str(message), parser.types()) or _mistake(str(message), names)
         _raised.append(error)
@@ -311,8 +317,7 @@ def _mistake(message: str, names: list[str]) -> UserError:
     message = re.sub(r"^Parser key \"([^\"]+)\": ?", r"\1: ", message)
     section = re.match(r"(\w+): Unable to load config '([^']*)'", message)
     if section:
-        what = f"is no option but a section of them, got {excerpt(section[2])}"
-        return UserError(what, option=section[1], remedy=here(section[1], names) or HELP)
+        return no_option(section[1], section[2], names)
     union = re.search(r"^(\S+): .*?Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", message)
     if union:
         types = re.sub(r"<class '([^']+)'>", lambda found: _in_words(found[1]), union[2])
@@ -327,6 +332,12 @@ def _mistake(message: str, names: list[str]) -> UserError:
     option = named[1] if named and any(f"{name}.".startswith(f"{named[1]}.") for name in names) else None
     problem = f"{expected.removeprefix(f'{option}: ')}{got}{cut(value)}"
     return UserError(problem, option=option, remedy=_point(expected, value))
+
+
+def no_option(section: str, value: str, names: Sequence[str]) -> UserError:
+    """The error for ``value`` given to a ``section`` of the options ``names``."""
+    what = f"is no option but a section of them, got {excerpt(value)}"
+    return UserError(what, option=section, remedy=here(section, [*names]) or HELP)
 
 
 def _point(expected: str, value: str) -> str | None:
@@ -352,7 +363,7 @@ def did_you_mean(name: str, names: list[str]) -> str:
     known = here(name, names)
     if known and name not in names:
         return known
-    near = nearest(name, names) or next((known for known in names if known.rpartition(".")[2] == last), None)
+    near = next((known for known in names if known.rpartition(".")[2] == last), None) or nearest(name, names)
     return f"did you mean {near!r}?" if near else HELP
 
 

@@ -21,15 +21,24 @@ from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.data.held_out import Parts, check_early_to_score
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import check_sources
-from lit_qlora.data.templates import read_template
-from lit_qlora.devices.asked import MOST_ON_CPU, check_on_cpu, check_shard, check_shares, check_started
+from lit_qlora.data.templates import check_template_of_base, read_template
+from lit_qlora.devices.asked import (
+    GPUS,
+    MOST_ON_CPU,
+    check_on_cpu,
+    check_shard,
+    check_shares,
+    check_started,
+    has_driver,
+    no_gpu,
+)
 from lit_qlora.devices.world import is_first, world
 from lit_qlora.errors import UserError
 from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import CONFIG, LINKED, Parser, lacks, no_class, option
+from lit_qlora.options import CONFIG, LINKED, Parser, lacks, no_class, no_option, option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
 from lit_qlora.signatures import CLASSES, LEARNING, OF_LIGHTNING, UNKNOWN, Option, arguments_of, classes_for, options_of
@@ -58,6 +67,10 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     """
     options = {one.name: one for one in options_of(verb)}
     command = complete([verb, *args])
+    for section, *_ in CLASSES:
+        text = option(args, f"--{section}")
+        if text is not None and not text.lstrip().startswith("{") and not Path(text).is_file():
+            raise no_option(section, text, [*options])
     given = [arg.partition("=")[0].lstrip("-").rstrip("+") for arg in args if arg.startswith("-")]
     if any(one not in options and _belongs(one) for one in given):
         return
@@ -163,6 +176,8 @@ def _check_base(verb: str, values: Mapping[str, Any]) -> None:
     if may_be_on_hub(name) and not known_config(name):
         return
     base = find_base(name, weights=verb == "fit" and not may_be_on_hub(name))
+    if values["data.template"] == OF_BASE:
+        check_template_of_base(base.location)
     check_targets(base, split_names(values["model.target_modules"]))
     check_rank(base, values["model.rank"])
     check_context(base, values["data.max_length"])
@@ -172,6 +187,8 @@ def _check_devices(verb: str, values: Mapping[str, Any]) -> None:
     """Raises UserError for devices that can't be here, or of which a step or a base has too little to share."""
     devices, num_nodes, here = values["trainer.devices"], values["trainer.num_nodes"], world()
     number, is_on_cpu = _number_of(devices), values["trainer.accelerator"] == "cpu"
+    if verb == "fit" and values["trainer.accelerator"] in GPUS and not has_driver():
+        raise no_gpu(values["trainer.accelerator"])
     if verb == "fit" and is_on_cpu and not isinstance(devices, str):
         check_on_cpu(devices, "a CPU has no number", max(MOST_ON_CPU, here.local_size))
     num_gpus = len([*Path("/proc/driver/nvidia/gpus").glob("*")])

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
 from lit_qlora.arguments import checked_arguments
-from lit_qlora.devices.asked import MOST_ON_CPU, check_on_cpu, check_started
+from lit_qlora.devices.asked import GPUS, MOST_ON_CPU, check_on_cpu, check_started, no_gpu
 from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line, require
@@ -162,15 +162,8 @@ class QLoRATrainer(Trainer):
     ) -> None:
         kwargs |= {name: value for name, value in locals().items() if name not in _OURS}
         device = current_device(accelerator)
-        if accelerator in ("gpu", "cuda") and device.capability is None:
-            raise UserError(
-                f"{accelerator}, and torch sees no CUDA GPU here",
-                option="trainer.accelerator",
-                remedy=(
-                    "on Colab choose one (Runtime, Change runtime type), elsewhere check the driver "
-                    "(nvidia-smi), or leave it at auto"
-                ),
-            )
+        if accelerator in GPUS and device.capability is None:
+            raise no_gpu(accelerator)
         gpus, here = find_gpus(devices, num_nodes, accelerator), world()
         self.num_processes = count_processes(devices, num_nodes, accelerator)
         """Over which the micro-batches of a step are dealt."""

@@ -14,6 +14,7 @@ import pytest
 from lit_qlora import cli, training
 from lit_qlora.cli import FIT_AND_KIN, TOOLS, main
 from lit_qlora.options import configs_first
+from lit_qlora.tools import run_tool
 from lit_qlora.tools.doctoring import surroundings
 
 ROOT = Path(__file__).parents[1]
@@ -264,6 +265,20 @@ def test_help_and_mistakes_of_every_verb_fit_80_columns(
         assert printed[False].count("\n") == (verb != "--help")
         assert max(map(len, printed[True].splitlines()), default=0) <= 80
         assert " ".join(printed[True].replace("\n    -> ", "; ").split()) == printed[False].strip()
+
+
+@pytest.mark.parametrize(
+    ("args", "option", "words"),
+    [
+        (["merge"], "output", ["--output merged"]),
+        (["export"], "output", ["--output model.gguf"]),
+        (["push"], "to", ["--to NAME/REPO"]),
+        (["predict"], "prompts", ["so is output", "--prompts questions.txt --output answers.jsonl"]),
+        (["merge", "--ouput", "x"], None, ["unknown option 'ouput'", "'output'"]),
+    ],
+)
+def test_an_option_that_is_needed_is_named_with_an_example(args, option, words, expect_error):
+    expect_error(lambda: run_tool(args[0], args[1:]), *words, option=option)
 
 
 def test_the_help_of_a_tool_names_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:

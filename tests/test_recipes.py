@@ -63,7 +63,7 @@ def test_the_70bs_config_is_shared_by_two_cards_as_its_head_says(capsys: pytest.
     shown = " ".join(capsys.readouterr().out.split())
     needed = re.search(r"fit[^:]*: ([\d.]+) of 23.64 GiB", shown)
     comes = re.search(r"keeps 1/2 of the base's layers, .* ([\d.]+ GB per micro-batch)", shown)
-    takes = re.search(r"an epoch takes ([\d.]+) h to ([\d.]+) h: (\d+) to (\d+) tokens/s", shown)
+    takes = re.search(r"an epoch takes ([\d.]+) to ([\d.]+) h: (\d+) to (\d+) tokens/s", shown)
     assert needed and f"{float(needed[1]):.1f} of 23.64 GiB per card" in head
     assert comes and comes[1] in head
     assert takes and f"{takes[1]} to {takes[2]} h for one epoch" in head and f"({takes[4]} to {takes[3]} tokens" in head

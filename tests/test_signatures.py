@@ -51,7 +51,8 @@ MISTAKES = [
     ["--data.source=nope.jsonl"], ["--data.validation_source=./nope"], ["--config=nope.yaml"], ["--samples.count=-1"],
     ["--model.cuda_graphs=true", "--model.dropout=0.1"], ["--model.rank=999999999999"], ["--data.max_length=1000000"],
     ["--model.target_modules=nope"], ["--model.adapter=./nope"], ["--data.columns.nope=x"],
-    ["--data.template=nope.jinja"], ["--trainer.val_check_interval=1.5"], ["--trainer.limit_train_batches=0"],
+    ["--data.template=nope.jinja"], ["--data.template=base"], ["--model=x.yaml"], ["--trainer", "3"],
+    ["--trainer.val_check_interval=1.5"], ["--trainer.limit_train_batches=0"],
     ["--trainer.limit_val_batches=-1"], ["--trainer.limit_test_batches=2.5"], ["--trainer.devices=0"],
     ["--trainer.devices=-1"], ["--trainer.devices=x"], ["--trainer.devices=[0,0]"], ["--trainer.num_nodes=0"],
     ["--trainer.accelerator=tpu"], ["--trainer.deterministic=maybe"], ["--save_every_steps=0"],
@@ -146,6 +147,13 @@ def test_a_mistake_of_another_verbs_own_option_is_found_first(
     expect_error(lambda: check_first(verb, args), *words, option=option)
 
 
+def test_a_gpu_asked_for_without_a_driver_is_found_first(monkeypatch, expect_error):
+    monkeypatch.setattr(precheck, "has_driver", lambda: False)
+    call = lambda: check_first("fit", ["--trainer.accelerator=gpu"])  # noqa: E731
+    expect_error(call, "torch sees no CUDA GPU here", option="trainer.accelerator")
+    check_first("plan", ["--trainer.accelerator=gpu"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("args", MISTAKES, ids=" ".join)
 def test_it_is_the_parsers_own_mistake_in_the_same_words(args, files, monkeypatch, capsys):
@@ -163,7 +171,7 @@ def test_it_is_the_parsers_own_mistake_in_the_same_words(args, files, monkeypatc
         ["--data.batch_tokens=400", "--data.packing=true"],
         ["--trainer.callbacks+=Timer"], ["--trainer.callbacks=[Timer, lit_qlora.callbacks.samples.SampleAnswers]"],
         ["--trainer.callbacks=json.decoder.JSONDecoder"],
-        ["--trainer.logger=true"], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], ["--model=x.yaml"],
+        ["--trainer.logger=true"], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], ["--model={rank: 3}"],
         ["--trainer.logger=false"], ["--data.system=--x y"], ["--samples.prompts+=a"], ["--print_config"],
         ["--model.target_modules=[q_proj,v_proj]"], ["--data.source=a/b"], ["--model.base=a/b"], ["--data.seed=3"],
         ["--trainer.gradient_clip_val=null"], ["--data.form=auto"], ["--model.learning_rate=1e-4"],

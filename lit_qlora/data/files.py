@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple, TypeGuard
 
 from lit_qlora.errors import UserError, excerpt, nearest
@@ -163,7 +164,7 @@ def _decode(path: Path, data: bytes) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
         name = "UTF-32" if b"\0\0" in data[:4] else "UTF-16"
         raise UserError(
-            f"is {name}, expected UTF-8", place=path, remedy=f"save it again as UTF-8 (iconv -f {name} -t UTF-8)"
+            f"is {name}, expected UTF-8", place=path, remedy=f"save it again as UTF-8 ({_iconv(path, name)})"
         )
     data = data.removeprefix(b"\xef\xbb\xbf")
     if b"\0" in data:
@@ -180,11 +181,17 @@ def _decode(path: Path, data: bytes) -> str:
         raise UserError(
             f"byte 0x{data[error.start]:02x} is not UTF-8",
             place=f"{path}:{line}",
-            remedy="convert the file from the encoding it was saved in (such as iconv -f WINDOWS-1252 -t UTF-8)",
+            remedy=f"convert the file from the encoding it was saved in, such as {_iconv(path, 'WINDOWS-1252')}",
         ) from error
     if not text.strip():
         raise UserError("holds only blank lines", place=path, remedy="check how it was made, or download it again")
     return text
+
+
+def _iconv(path: Path, encoding: str) -> str:
+    """The command that writes a copy of ``path`` in UTF-8."""
+    copy = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    return f"iconv -f {encoding} -t UTF-8 {quote(str(path))} > {quote(str(copy))}"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -246,6 +253,14 @@ def _lines(path: Path, text: str, error: Exception) -> list[Row]:
 
 
 def _no_json(where: str, line: str, error: Exception, remedy: str) -> UserError:
+    if isinstance(error, json.JSONDecodeError):
+        behind = error.doc[error.pos :].lstrip(", \t\r\n")[:1]
+        if behind in ("]", "}") and error.doc[: error.pos + 1].rstrip(f" \t\r\n{behind}").endswith(","):
+            remedy = f"take out the comma before {behind}"
+        elif error.doc[error.pos :].startswith(",") and error.doc[: error.pos].rstrip().endswith("}"):
+            remedy = "take out the comma behind it, or put [ and ] around all"
+        elif behind == "'":
+            remedy = "write \" in place of ' around names and texts, as json.dumps does"
     return UserError(
         f"no JSON ({_reason(error)}), expected whole objects, got {excerpt(line)}", place=where, remedy=remedy
     )

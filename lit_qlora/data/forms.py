@@ -435,8 +435,7 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
     names = {
         name.strip().lower(): name for name in reversed(list(row)) if isinstance(name, str) and _holds_turn(row[name])
     }
-    question = next((names[name] for name in QUESTIONS if name in names), None)
-    answer = next((names[name] for name in ANSWERS if name in names), None)
+    question, answer = (_named_like(names, known) for known in (QUESTIONS, ANSWERS))
     is_to_train = use == "training"
     lists = [name for name in row if name != "rejected" and messages.holds_messages(list_in(row[name]))]
     is_pair = is_to_train and question != answer and {question, answer} <= {*lists}
@@ -463,6 +462,12 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
     first = f"name them with {_written(option, wanted)}, or " if texts > 1 or not is_to_train else ""
     example = EXAMPLE if is_to_train else json.dumps({"prompt": "…"}, ensure_ascii=False)
     return RowError(problem, f"{first}write rows such as {example}")
+
+
+def _named_like(names: Mapping[str, str], known: Sequence[str]) -> str | None:
+    """The column, by its name in small letters, that is called as one of ``known``, or nearly so."""
+    exact = next((names[name] for name in known if name in names), None)
+    return exact or next((column for name, column in names.items() if nearest(name, known, 0.8)), None)
 
 
 def _holds_turn(value: Any) -> bool:

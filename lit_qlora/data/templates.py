@@ -52,12 +52,29 @@ def template_of_base(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The chat template of a base by its tokenizer. Raises UserError where it has none."""
     text = template_beside(tokenizer)
     if not text:
-        raise UserError(
-            f"base: {excerpt(tokenizer.name_or_path)} has no chat template of its own",
-            option="data.template",
-            remedy=f"take one of {', '.join([LLAMA_2, *built_in()])}, or a file with one",
-        )
+        raise _no_template(tokenizer.name_or_path)
     return text
+
+
+def check_template_of_base(base: str) -> None:
+    """Raises UserError for a folder without a chat template; passes a base on the hub.
+
+    Args:
+        base: a folder or a hub id.
+    """
+    folder = Path(base).expanduser()
+    config = folder / "tokenizer_config.json"
+    has_one = any(folder.glob("*chat_template*")) or (config.is_file() and b'"chat_template"' in config.read_bytes())
+    if folder.is_dir() and not has_one:
+        raise _no_template(base)
+
+
+def _no_template(base: str) -> UserError:
+    return UserError(
+        f"base: {excerpt(base)} has no chat template of its own",
+        option="data.template",
+        remedy=f"take one of {', '.join([LLAMA_2, *built_in()])}, or a file with one",
+    )
 
 
 def instead_of(template: str) -> str:

@@ -1,7 +1,9 @@
 """Owns what can be said of the devices asked for without looking at any. Knows no torch."""
 
 import os
+import sys
 from collections.abc import Sequence
+from ctypes import CDLL
 
 from lit_qlora.errors import UserError, require
 from lit_qlora.place import COMMAND
@@ -9,6 +11,28 @@ from lit_qlora.wording import number_of
 
 MOST_ON_CPU = max(8, os.cpu_count() or 1)
 """Processes on a CPU, at most: there they are for trying."""
+
+
+GPUS = ("gpu", "cuda")
+"""Values of ``trainer.accelerator`` that ask for a GPU."""
+
+
+def has_driver() -> bool:
+    """False on a Linux that has no CUDA driver, and so no GPU that torch could see."""
+    try:
+        return sys.platform != "linux" or bool(CDLL("libcuda.so.1"))
+    except OSError:
+        return False
+
+
+def no_gpu(accelerator: str) -> UserError:
+    """The error for a GPU asked for by ``trainer.accelerator`` where there is none."""
+    return UserError(
+        f"{accelerator}, and torch sees no CUDA GPU here",
+        option="trainer.accelerator",
+        remedy="on Colab choose one (Runtime, Change runtime type), elsewhere check the driver (nvidia-smi), or leave "
+        "it at auto",
+    )
 
 
 def check_on_cpu(devices: int | Sequence[int], why: str, most: int = MOST_ON_CPU) -> None:

@@ -165,12 +165,13 @@ def kept_words(step: Step) -> str:
 
 def duration(hours: float) -> str:
     """Hours to two digits."""
-    if hours < 1 / 60:
-        return f"{hours * 3600:.0f} s" if hours * 3600 >= 1 else "under 1 s"
-    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"
+    return between(hours, hours)
 
 
 def between(least: float, most: float) -> str:
-    """A span of hours; one figure if both ends look alike."""
-    ends = duration(least), duration(most)
-    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+    """A span of hours in the unit of its end; one figure if both ends look alike."""
+    if most * 3600 < 1:
+        return "under 1 s"
+    unit, digits, name = (3600, 0, "s") if most < 1 / 60 else (60, 0, "min") if most < 2 else (1, 1, "h")
+    ends = f"{least * unit:.{digits}f}", f"{most * unit:.{digits}f}"
+    return f"{' to '.join(dict.fromkeys(ends))} {name}"

@@ -22,12 +22,13 @@ def run_tool(name: str, args: Sequence[str]) -> int:
     """
     # Here, and not above: doctor works without jsonargparse.
     from lit_qlora.options import Parser
+    from lit_qlora.place import COMMAND
     from lit_qlora.signals import nothing_open
-    from lit_qlora.usage import help_asked, help_of_tool
+    from lit_qlora.usage import EXAMPLES, help_asked, help_of_tool
 
     with nothing_open():
         function = getattr(importlib.import_module(f"lit_qlora.tools.{name}"), name)
-    parser = Parser(add_help=False)
+    parser = Parser(add_help=False, usage=f"{COMMAND} {name}{EXAMPLES[name][0][0]}")
     parser.add_function_arguments(function)
     actions: list[Any] = [action for action in parser._actions if getattr(action, "_typehint", None) is not None]
     if help_asked(args):

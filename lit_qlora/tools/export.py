@@ -13,7 +13,7 @@ from typing import Literal
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base, weight_files
-from lit_qlora.storage.files import output_path, parse_json, require_new
+from lit_qlora.storage.files import output_path, parse_json, require_new, size
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD
 from lit_qlora.text.formats import from_record
@@ -149,7 +149,7 @@ def _convert(script: Path, model: Path, target: Path, outtype: str) -> None:
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
-    print(f"export {target}: {target.stat().st_size / 1e9:.2f} GB of {outtype}")
+    print(f"export {target}: {size(target.stat().st_size)} of {outtype}")
 
 
 def _is_gguf(path: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_qlora.console import counted, say
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.base import Base
-from lit_qlora.storage.files import output_path, require_new, require_room
+from lit_qlora.storage.files import output_path, require_new, require_room, size
 from lit_qlora.storage.folders import recover, write_folder
 from lit_qlora.storage.run import CARD, RECORD, RunFolder
 from lit_qlora.text.conversation import Conversation
@@ -115,7 +115,7 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         compare.check(found, dtype if onto == "quantized" else "another model")
         (folder / CARD).write_text(_card(chosen, dtype, onto, found, encoder.prompt_format), encoding="utf-8")
         than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
-        say("merge", f"{chosen.base.public_name} + {chosen.adapter}: {num_bytes / 1e9:.2f} GB of {dtype} in {target}")
+        say("merge", f"{chosen.base.public_name} + {chosen.adapter}: {size(num_bytes)} of {dtype} in {target}")
         say("check", f"against {than}, {source}, {found}")
 
     try:

@@ -34,6 +34,7 @@ class PlanCLI(DryCLI):
         needs_ampere = options.trainer.precision == "bf16-mixed" or options.model.attention == "flash_attention_2"
         assumed = AMPERE if needs_ampere else DEFAULT.capability
         self.card = _card(options.gpu, options.gpu_gib, options.gpu_capability, assumed)
+        self.is_assumed = (options.gpu, options.gpu_gib, current_card()) == (None, None, None)
         return Device(self.card.name, self.card.capability, is_here=False)
 
     def check_vocabulary(self) -> None:
@@ -55,7 +56,8 @@ class PlanCLI(DryCLI):
         if not (options.gpu or options.gpu_gib is None or options.gpu_capability):
             shown = ".".join(map(str, self.card.capability))
             reason = f"compute capability {shown} is assumed; --gpu-capability gives another"
-        self.found = Plan(model.base, forecast, reason, download, options.trainer.max_epochs, options.trainer.max_steps)
+        length = options.trainer.max_epochs, options.trainer.max_steps
+        self.found = Plan(model.base, forecast, reason, download, *length, self.is_assumed)
 
 
 class _ParsedError(Exception):

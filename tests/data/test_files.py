@@ -16,7 +16,7 @@ GOOD = b'{"text": "### Human: hi### Assistant: yo"}\n'
 HI = {"text": "### Human: hi### Assistant: yo"}
 OBJECT = 'expected an object such as {"text": "### Human: …### Assistant: …"}'
 NO_ROWS = 'holds no rows, expected some such as {"text": "### Human: …### Assistant: …"}; check how it was made'
-UTF16 = "is UTF-16, expected UTF-8; save it again as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+UTF16 = "is UTF-16, expected UTF-8; save it again as UTF-8 (iconv -f UTF-16 -t UTF-8 a.{0} > a-utf8.{0})"
 COLUMNS = ("messages", "conversations", "text")
 BY_COLUMNS = (
     "a.json: is written by columns, expected a list of rows, got {}; write it by rows (with pandas: to_json(…,"
@@ -24,7 +24,9 @@ BY_COLUMNS = (
 )
 WEB_PAGE = "is a web page, not data; download the file itself ('resolve' in its link, not 'blob')"
 NAME_IT = 'name it after what it holds, such as rows.jsonl, or write each text as a row {"text": "…"}'
-CONVERT = "convert the file from the encoding it was saved in (such as iconv -f WINDOWS-1252 -t UTF-8)"
+CONVERT = (
+    "convert the file from the encoding it was saved in, such as iconv -f WINDOWS-1252 -t UTF-8 a.{0} > a-utf8.{0}"
+)
 CUT_SHORT = "it may be cut short, download it again"
 
 
@@ -196,15 +198,23 @@ BAD_FILES = {
         GOOD,
         f"a: the ending is '', expected one of .jsonl, .json, .csv, .parquet; {NAME_IT}",
     ),
-    "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), f"a.jsonl: {UTF16}"),
-    "UTF-16 without mark": ("a.csv", "text\nhi".encode("utf-16-be"), f"a.csv: {UTF16}"),
-    "UTF-32": ("a.jsonl", GOOD.decode().encode("utf-32"), f"a.jsonl: {UTF16.replace('16', '32')}"),
-    "UTF-32 without mark": ("a.csv", "text\nhi".encode("utf-32-be"), f"a.csv: {UTF16.replace('16', '32')}"),
-    "Latin-1": ("a.jsonl", GOOD + b'{"text": "caf\xe9"}', f"a.jsonl:2: byte 0xe9 is not UTF-8; {CONVERT}"),
+    "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), f"a.jsonl: {UTF16.format('jsonl')}"),
+    "UTF-16 without mark": ("a.csv", "text\nhi".encode("utf-16-be"), f"a.csv: {UTF16.format('csv')}"),
+    "UTF-32": ("a.jsonl", GOOD.decode().encode("utf-32"), f"a.jsonl: {UTF16.format('jsonl').replace('16', '32')}"),
+    "UTF-32 without mark": (
+        "a.csv",
+        "text\nhi".encode("utf-32-be"),
+        f"a.csv: {UTF16.format('csv').replace('16', '32')}",
+    ),
+    "Latin-1": (
+        "a.jsonl",
+        GOOD + b'{"text": "caf\xe9"}',
+        f"a.jsonl:2: byte 0xe9 is not UTF-8; {CONVERT.format('jsonl')}",
+    ),
     "Windows-1252 after a mark": (
         "a.csv",
         b"\xef\xbb\xbftext\n\n\x93hi\x94\n",
-        f"a.csv:3: byte 0x93 is not UTF-8; {CONVERT}",
+        f"a.csv:3: byte 0x93 is not UTF-8; {CONVERT.format('csv')}",
     ),
     "NUL": (
         "a.jsonl",
@@ -219,6 +229,23 @@ def test_a_bad_file_is_one_line_that_says_where_and_what_to_do(name, data, messa
     Path(name).write_bytes(data)
     assert first_fault(name) == message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ('[{"text": "a"},]', "take out the comma before ]"),
+        ('[\n{"text": "a",\n}\n]', "take out the comma before }"),
+        ('{"text": "a"},\n{"text": "b"},\n', "take out the comma behind it, or put [ and ] around all"),
+        ("{'text': 'a'}\n{'text': 'b'}\n", "write \" in place of ' around names and texts, as json.dumps does"),
+        ('{"text": ,"a": {}}', "mend the file there"),
+    ],
+)
+def test_a_common_slip_in_json_is_named(text, remedy):
+    Path("a.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_rows(Path("a.json"), COLUMNS)
+    assert caught.value.remedy == remedy
 
 
 def first_fault(name: str) -> str:

@@ -268,6 +268,7 @@ def test_columns_that_make_up_no_form(columns, form, words, option, expect_error
          "give --data.columns.user prompt --data.columns.assistant chosen"),
         ({"Instruction ": "a", " Output": "b"},
          "give --data.columns.user 'Instruction ' --data.columns.assistant ' Output'"),
+        ({"quesiton": "a", "awnser": "b"}, "give --data.columns.user quesiton --data.columns.assistant awnser"),
         ({"inputs": "a", "targets": "b"}, "give --data.columns.user inputs --data.columns.assistant targets"),
         # What is named is read: an object is no answer, nor is what stands in it a row by its name alone.
         ({"question": "a", "answers": {"text": ["b"], "answer_start": [0]}},

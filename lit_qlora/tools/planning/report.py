@@ -31,6 +31,8 @@ class Plan(NamedTuple):
     """Bytes of the base still to download."""
     max_epochs: int
     max_steps: int
+    is_assumed: bool
+    """True if nothing says which card is meant, and there is none here."""
 
 
 class Verdict(NamedTuple):
@@ -44,7 +46,8 @@ def lines(plan: Plan) -> Iterator[str]:
     """The plan; its last line is the verdict."""
     forecast = plan.forecast
     card = forecast.card.name
-    yield f"{plan.base.name} in 4-bit, card: {card}; all of this is predicted, and 1 GiB is 1024^3 bytes"
+    assumed = ", assumed: give --gpu NAME for another" if plan.is_assumed else ""
+    yield f"{plan.base.name} in 4-bit, card: {card}{assumed}; all of this is predicted, and 1 GiB is 1024^3 bytes"
     for part in (words.memory_lines(forecast), _host_lines(plan), _time_lines(plan), _verdict_lines(forecast)):
         yield ""
         yield from part

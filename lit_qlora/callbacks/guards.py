@@ -39,6 +39,7 @@ class UpdateGuard(StepCallback):
         self.skips_in_a_row = 0
         self.num_applied = 0
         self._is_finite: Tensor | None = None
+        self._on_host: _OnHost | None = None
         self._base_is_broken = False
         self._rows: list[int] = []
         self._step_rows: list[int] = []
@@ -66,6 +67,7 @@ class UpdateGuard(StepCallback):
         """Check the loss of each micro-batch, without waiting for the device."""
         finite = torch.isfinite(loss.detach())
         self._is_finite = finite if self._is_finite is None else self._is_finite & finite
+        self._on_host = _OnHost(self._is_finite)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -75,8 +77,8 @@ class UpdateGuard(StepCallback):
         Raises UserError after too many consecutive ones.
         """
         self._step_rows, self._rows = self._rows, []
-        is_finite, self._is_finite = self._is_finite, None
-        if not any_of(is_finite is not None and not is_finite.item()):
+        on_host, self._is_finite, self._on_host = self._on_host, None, None
+        if not any_of(on_host is not None and not on_host.flag()):
             self.nonfinite_in_a_row = 0
             return
         self.nonfinite_in_a_row += 1
@@ -122,6 +124,26 @@ class UpdateGuard(StepCallback):
                 f"{self._step_rows}, at a scale of {scale:g}",
                 remedy="what is saved is sound; try a lower model.learning_rate or trainer.precision=32-true",
             )
+
+
+class _OnHost:
+    """A device's flag, copied to the host as soon as it is known there.
+
+    So a step's update and the next step are started while the backward still runs: waiting for the backward would leave
+    the device without work between two steps.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag = flag.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if flag.is_cuda else None
+        if self._copied:
+            self._copied.record()
+
+    def flag(self) -> bool:
+        """The flag; waits for its copy, and for nothing that the device was given later."""
+        if self._copied:
+            self._copied.synchronize()
+        return bool(self._flag)
 
 
 def _scale(trainer: Trainer) -> float | None:

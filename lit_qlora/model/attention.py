@@ -43,8 +43,10 @@ def find_places(rotary: Any, hidden: Tensor, lengths: tuple[int, ...]) -> Places
         return Places(cos, _half_negated(sin))
     within = torch.cat([torch.arange(length) for length in lengths])
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    cos, sin = rotary(hidden, within[None].to(hidden.device))
-    return Places(cos, _half_negated(sin), lengths, bounds.to(hidden.device))
+    # Without waiting for the device, which still works on what came before.
+    within, bounds = (one.to(hidden.device, non_blocking=True) for one in (within, bounds))
+    cos, sin = rotary(hidden, within[None])
+    return Places(cos, _half_negated(sin), lengths, bounds)
 
 
 def _half_negated(sin: Tensor) -> Tensor:

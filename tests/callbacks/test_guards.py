@@ -211,3 +211,19 @@ def test_the_counts_go_through_a_checkpoint():
 @pytest.mark.parametrize("count", [0, -1])
 def test_it_must_be_at_least_one(count, expect_error):
     expect_error(lambda: UpdateGuard(count), "from 1", f"got {count}", option="max_nonfinite_losses")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("losses", "dropped"), [([1.0, 2.0], 0), ([NAN, 2.0], 1), ([1.0, INF], 1)])
+def test_on_a_gpu_the_next_step_is_started_while_the_backward_still_runs(losses, dropped):
+    weight = torch.nn.Parameter(torch.zeros(1, device="cuda"))
+    weight.grad = torch.ones_like(weight)
+    optimizer, trainer = torch.optim.SGD([weight]), SimpleNamespace(precision_plugin=None)
+    guard = UpdateGuard(2)
+    for loss in losses:
+        guard.on_before_backward(trainer, None, torch.tensor(loss, device="cuda"))
+        torch.cuda._sleep(2_000_000_000)  # cycles, about a second: the backward
+    guard.on_before_optimizer_step(trainer, None, optimizer)
+    assert not torch.cuda.current_stream().query()
+    assert guard.nonfinite_in_a_row == dropped
+    assert (weight.grad is None) == bool(dropped)

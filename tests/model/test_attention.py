@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_qlora.batch import Batch, answer_targets
 from lit_qlora.model import attention
-from lit_qlora.model.attention import OWN_SDPA, Places, attend, implementation_of
+from lit_qlora.model.attention import OWN_SDPA, Places, attend, find_places, implementation_of
 from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import why_not
 from lit_qlora.model.generate import Sampling, generate
@@ -231,6 +231,16 @@ def wide_model(save_llama, tmp_path_factory):
 
 def near(found, truth, bound=2e-2):
     return 0 < (found.float() - truth.float()).norm() < bound * truth.float().norm()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_places_are_found_without_waiting_for_it():
+    hidden, lengths = torch.zeros(1, 20_000, 4, device="cuda"), (19_000, 999, 1)
+    torch.cuda._sleep(2_000_000_000)  # cycles, about a second
+    places = find_places(lambda _, positions: (positions, positions), hidden, lengths)
+    assert not torch.cuda.current_stream().query()
+    assert places.cos.tolist() == [[place for length in lengths for place in range(length)]]
+    assert places.bounds.tolist() == [0, 19_000, 19_999, 20_000]
 
 
 @pytest.mark.gpu

@@ -36,6 +36,23 @@ class Batch(NamedTuple):
     device: int = -1
     """Which of several devices it was dealt to; -1: each computes it."""
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on ``device``, which is what Lightning calls; one that is not here stays."""
+        if not self.is_here:
+            return self
+        ids, positions, targets = (send(one, device) for one in (self.input_ids, self.positions, self.targets))
+        return self._replace(input_ids=ids, positions=positions, targets=targets)
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``, without waiting for what that still computes.
+
+    A copy of more than 64 KiB waits if the host may page its memory.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return (values if values.is_cuda else values.pin_memory()).to(device, non_blocking=True)
+
 
 def split_batch(batch: Batch) -> list[Batch]:
     """Split ``batch`` in two, each with about half of its conversations; a single one is not split.

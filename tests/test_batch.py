@@ -1,8 +1,10 @@
 """What `answer_targets` promises: position t predicts the label at t + 1, and only learned labels count."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.fabric.utilities import move_data_to_device
 
 from lit_qlora.batch import IGNORE_INDEX, Batch, answer_targets, split_batch
 
@@ -66,3 +68,33 @@ def test_halves_by_hand():
     assert (first.input_ids.tolist(), first.lengths, first.positions.tolist()) == ([[1, 2]], (2,), [0])
     assert (second.input_ids.tolist(), second.lengths, second.positions.tolist()) == ([[3, 4, 5]], (3,), [1])
     assert split_batch(first) == [first]
+
+
+def a_batch(tokens):
+    ids = torch.arange(3, 3 + tokens)[None] % 500
+    return Batch(ids, *answer_targets(ids), rows=(4,), num_tokens=tokens, step_answer_tokens=2 * tokens)
+
+
+def test_lightning_moves_a_batch_with_its_numbers_as_they_are():
+    batch = a_batch(5)
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert type(moved) is Batch
+    assert {one.device.type for one in (moved.input_ids, moved.positions, moved.targets)} == {"meta"}
+    assert (moved.rows, moved.num_tokens, moved.step_answer_tokens) == ((4,), 5, 10)
+
+
+def test_a_batch_that_another_device_computes_is_not_moved():
+    batch = a_batch(5)._replace(is_here=False)
+    assert move_data_to_device(batch, torch.device("meta")) is batch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [100, 20_000])
+def test_on_a_gpu_a_batch_is_moved_without_waiting_for_it(tokens):
+    batch, device = a_batch(tokens), torch.device("cuda", 0)
+    torch.cuda._sleep(2_000_000_000)  # cycles, about a second
+    moved = move_data_to_device(batch, device)
+    assert not torch.cuda.current_stream().query()
+    for one, other in zip(moved[:3], batch[:3], strict=True):
+        assert one.device == device
+        assert torch.equal(one.cpu(), other)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lit_qlora.batch import send
+
 OWN_SDPA = "sdpa_in_kernels"
 """The name under which transformers registers the attention used here."""
 
@@ -43,8 +45,7 @@ def find_places(rotary: Any, hidden: Tensor, lengths: tuple[int, ...]) -> Places
         return Places(cos, _half_negated(sin))
     within = torch.cat([torch.arange(length) for length in lengths])
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    # Without waiting for the device, which still works on what came before.
-    within, bounds = (one.to(hidden.device, non_blocking=True) for one in (within, bounds))
+    within, bounds = send(within, hidden.device), send(bounds, hidden.device)
     cos, sin = rotary(hidden, within[None])
     return Places(cos, _half_negated(sin), lengths, bounds)
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lit_qlora import quiet
-from lit_qlora.batch import IGNORE_INDEX, Batch
+from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.data.batching import collate
 from lit_qlora.errors import UserError
 from lit_qlora.model import decoder
@@ -534,15 +534,6 @@ def test_answers_are_given_in_the_same_precision(tiny):
         (answer,) = built.answer([[1, 77, 400]], [511], Sampling(4))
     assert len(answer) == 4
     assert seen == {(torch.float16, torch.float16), True}
-
-
-def test_a_batch_is_moved_with_its_numbers_as_they_are(tiny):
-    """Lightning moves a named tuple field by field; rows and counts stay plain numbers."""
-    batch = micro_batch(0, 1)
-    moved = QLoRAModule(tiny.location).transfer_batch_to_device(batch, torch.device("cpu"), 0)
-    assert type(moved) is Batch
-    assert moved.rows == (0, 1)
-    assert (moved.num_tokens, moved.step_answer_tokens) == (19, 13)
 
 
 def test_a_loss_that_is_not_finite_is_not_left_out_of_the_held_out_sum(module):

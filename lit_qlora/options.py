@@ -167,15 +167,9 @@ def _is_comment(text: str) -> bool:
 
 
 def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a class, checked against its annotations.
+    """The arguments of the class ``kind``: ``values``, checked against its annotations, and its defaults.
 
-    Args:
-        section: stands before their names in errors.
-        kind: the class.
-        values: by name; the others are the class's defaults.
-
-    Raises:
-        UserError: one is unknown, or of another type.
+    Raises UserError for one that is unknown, or of another type, as an option of ``section``.
     """
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(kind, section)
@@ -206,9 +200,7 @@ def takes_names(hint: Any) -> bool:
 def is_plain(value: Any, hint: Any) -> bool:
     """True if a value is a text, a number that a file can hold, a boolean, None, or a list of them.
 
-    Args:
-        value: to be checked.
-        hint: the type of its option; where that has tables, the value may have some, too.
+    Where ``hint``, the type of its option, has tables, it may have some, too.
     """
     if isinstance(value, list):
         return all(is_plain(one, hint) for one in value)
@@ -352,12 +344,7 @@ def _in_words(name: str) -> str:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """The remedy for an unknown option: its name here if another program has it, else the nearest name.
-
-    Args:
-        name: as it was written.
-        names: those of the options that there are.
-    """
+    """The remedy for an unknown option: its name here if another program has it, else the nearest of ``names``."""
     name = name.replace("-", "_").lower()
     last = name.rpartition(".")[2]
     known = here(name, names)
@@ -431,12 +418,7 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     """Check a config file for errors that would be accepted: doubled keys, empty sections, a ``config`` inside, linked
     options, a secret.
 
-    Args:
-        path: the file.
-        loader: reads its YAML.
-
-    Raises:
-        UserError: with file and line, for the first that is found; for what is no file, or no YAML.
+    Raises UserError, with file and line, for the first that is found; for what is no file, or no YAML of ``loader``.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected a YAML file", option="config")
@@ -511,12 +493,9 @@ def _misfits(node: yaml.Node, loader: type[yaml.SafeLoader]) -> Iterator[tuple[i
 def _problems(
     node: yaml.MappingNode, section: str = "", seen: dict[str, int] | None = None
 ) -> Iterator[tuple[int, str]]:
-    """Line and problem of each key that would be ignored, or would take the place of another.
+    """Line and problem of each key of a section that would be ignored, or would take the place of another.
 
-    Args:
-        node: a section.
-        section: its dotted name, with a dot behind it.
-        seen: lines of the names that stand before it, dotted or nested, added to (``+``) or set.
+    ``seen`` has the lines of the names before it, dotted or nested, added to (``+``) or set.
     """
     seen = {} if seen is None else seen
     for key, value in node.value:

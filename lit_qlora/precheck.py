@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -56,14 +57,9 @@ ANYTHING = Union[list[ONE], dict, str, int, float, bool, None]  # type: ignore[t
 
 
 def check_first(verb: str, args: Sequence[str]) -> None:
-    """Find what is wrong with a command line before anything heavy is imported; pass what can't be judged so.
+    """Raises UserError, as the parser proper would, for what is wrong with the options ``args`` of ``verb``.
 
-    Args:
-        verb: fit, or one that takes its options.
-        args: the options, as on the command line.
-
-    Raises:
-        UserError: as the parser proper would.
+    Passes what can't be judged before anything heavy is imported.
     """
     options = {one.name: one for one in options_of(verb)}
     command = complete([verb, *args])
@@ -128,29 +124,26 @@ def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, 
 def processes_asked(args: Sequence[str]) -> int:
     """How many processes a command line, its config file or its run asks for; 1 where it takes torch to know."""
     given, file = option(args, "--trainer.devices"), option(args, *CONFIG)
+    if "--help" in args:
+        return 1
     if given is None and file is None and (kept := complete([*args]).kept):
         file = str(kept.config)
-    number = _number_of(_in_config(file) if given is None and file else given or 1)
-    return number if "--help" not in args else 1
+    if given is None and file:
+        with suppress(Exception):  # mistakes in it are found later
+            config = yaml.safe_load(Path(find_config(file)).read_text(encoding="utf-8-sig"))
+            given = config["trainer"]["devices"]
+    return _number_of(given or 1)
 
 
 def _number_of(devices: Any) -> int:
     """How many processes a value of trainer.devices asks for; 1 where it takes torch to know."""
-    value = str(devices).strip()
+    value, number = str(devices).strip(), 1
     if re.fullmatch(r"\[[\s\d,]*\]", value):
         gpus = re.findall(r"\d+", value)
         number = len(gpus) if len(gpus) == len({*gpus}) else 1
-    else:
-        number = int(value) if re.fullmatch(r"\d{1,6}", value) else 1
+    elif re.fullmatch(r"\d{1,6}", value):
+        number = int(value)
     return number if number <= MOST_ON_CPU else 1
-
-
-def _in_config(name: str) -> Any:
-    """What a config file says of devices; mistakes in it are found later."""
-    try:
-        return yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8-sig"))["trainer"]["devices"]
-    except Exception:
-        return 1
 
 
 def _check_alone(values: Mapping[str, Any]) -> None:
@@ -293,7 +286,7 @@ def _check_arguments(option: str, name: str, values: Mapping[str, Any]) -> None:
 
 
 def _belongs(name: str) -> bool:
-    """Whether ``name`` is what only the parser proper knows: a section, a link, a request."""
+    """True if only the parser proper knows ``name``: a section, a link, a request."""
     sections = {section for section, _, _ in CLASSES}
     return name in sections or name in LINKED or name in ("print_config", "") or name.endswith(".help")
 

@@ -57,7 +57,12 @@ def leave_in_one_line(resumes: bool = True, ends_process: bool = False) -> Itera
 @contextmanager
 def nothing_open() -> Iterator[None]:
     """A context for the imports at the start of a command, which take seconds: a signal exits at once."""
-    previous = take_over(_exit_in_one_line)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _say(number)
+        _exit(number, frame)
+
+    previous = take_over(handle)
     try:
         yield
     finally:
@@ -82,14 +87,9 @@ def no_signals_for_children() -> Iterator[None]:
 
 
 def take_over(handler: Handler | signal.Handlers, numbers: Iterable[int] = SIGNALS) -> dict[int, Any]:
-    """Set a handler for signals; does nothing outside of the main thread.
+    """Set a handler for signals, but for those of `PATIENT` that are ignored; nothing outside of the main thread.
 
-    Args:
-        handler: for each of them.
-        numbers: of the signals; those of `PATIENT` that are ignored stay so.
-
-    Returns:
-        The earlier handlers, for `give_back`.
+    Returns the earlier handlers, for `give_back`.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -147,11 +147,6 @@ def _is_in_import(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _exit_in_one_line(number: int, frame: FrameType | None) -> None:
-    _say(number)
-    _exit(number, frame)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

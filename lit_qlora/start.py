@@ -40,11 +40,11 @@ def choose_run(
         default: the run of that config's or base's name.
         mirror: the folder of copies, if there is one.
         config: the full configuration of this start.
-        base: found already.
-        data: asked whether its sources exist.
+        base: its base.
+        data: its rows.
 
     Raises:
-        UserError: another run is due, and the data are missing.
+        UserError: another run is due, and its sources are missing.
     """
     others = _another(default, mirror, config, base, data)
     if not others:
@@ -100,10 +100,10 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
     Args:
         run: the run folder, locked.
         config: the full configuration of this start.
-        data: asked whether its sources exist, if another run would be due.
+        data: its rows.
 
     Raises:
-        UserError: a setting differs that may not change, or data are missing.
+        UserError: a setting differs that may not change, or sources are missing.
         SystemExit: the run is finished and stays so, on the same conversations.
     """
     if not run.has_begun():
@@ -169,16 +169,7 @@ def _stays_finished(finished: Mapping[str, Any], was: Mapping[str, Any], now: Ma
 
 
 def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> None:
-    """Check that the disks have room for a run.
-
-    Args:
-        run: the run folder, in which the checkpoints kept, and one being written, must have room.
-        module: whose base may have to be downloaded.
-        keep_checkpoints: number of checkpoints kept.
-
-    Raises:
-        UserError: one lacks it.
-    """
+    """Raises UserError unless the disks have room for the checkpoints that a run keeps, one more, and its base."""
     num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
     here = (file for folder in (run.adapter, run.checkpoints) for file in folder.rglob("*") if file.is_file())
     needed_bytes = run_folder_bytes(num_trained, keep_checkpoints) - sum(file.stat().st_size for file in here)
@@ -210,16 +201,9 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
 
 
 def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_needed: bool = False) -> None:
-    """Check a run's adapter, and restore an intact copy of a damaged one; see `mend_adapter`.
+    """Check a run's adapter, and restore an intact copy of a damaged one, as `mend_adapter` does.
 
-    Args:
-        run: the run folder.
-        lora: the run's options of LoRA, by which the adapter must go.
-        mirrored: another place that may hold a copy.
-        is_needed: True if it has to be there.
-
-    Raises:
-        UserError: as `mend_adapter`; also for one that was altered and sealed again.
+    Raises UserError as that does, and for one that is not by ``lora``, the run's options: altered and sealed again.
     """
     mend_adapter(run, mirrored, is_needed=is_needed)
     if run.adapter.is_dir():
@@ -230,14 +214,9 @@ def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_neede
 
 
 def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
-    """The adapter or the checkpoint that is to be scored: one or none of the two.
+    """The adapter or the checkpoint to be scored, one or none of the two: ``best``, ``last``, ``base`` or a path.
 
-    Args:
-        run: the run folder.
-        what: ``best``, ``last``, ``base`` or a path.
-
-    Raises:
-        UserError: it is missing.
+    Raises UserError if it is missing.
     """
     if what == "base":
         return None, None

@@ -102,8 +102,7 @@ _OURS = ("self", "num_nodes", "num_weights", "kwargs", "__class__")
 
 def _where(options: Any, class_path: str) -> str | None:
     """The Trainer's option whose value is the class ``class_path``."""
-    given = ((key, value) for key, value in options.items() if class_path in str(value))
-    found = (re.search(r"\btrainer\.\w+", key) for key, _ in given)
+    found = (re.search(r"\btrainer\.\w+", key) for key, value in options.items() if class_path in str(value))
     return next((one[0] for one in found if one), None)
 
 
@@ -263,31 +262,19 @@ def check_kinds(gpus: Sequence[int | None], precision: str) -> None:
 
 
 def count_processes(devices: int | str | list[int], num_nodes: int, accelerator: str) -> int:
-    """The processes that a run has, or is to have.
-
-    Args:
-        devices: as for `find_gpus`.
-        num_nodes: as for `find_gpus`.
-        accelerator: as for `find_gpus`.
-
-    Raises:
-        UserError: as `find_gpus`.
-    """
+    """The number of processes that a run has, or is to have; arguments and errors are those of `find_gpus`."""
     gpus = find_gpus(devices, num_nodes, accelerator)
     return len(gpus) * num_nodes if world().size == 1 else world().size
 
 
 def own_callbacks(given: Callback | list[Callback] | None, validates: bool = True) -> list[Callback]:
-    """The user's own callbacks, one or several, which may only observe.
+    """The user's own callbacks, which may only observe, and monitor the figures of a run that ``validates``.
 
-    Args:
-        given: value of trainer.callbacks.
-        validates: True if the run has validations, whose figures a callback may monitor.
-
-    Raises:
-        UserError: one changes weights, steps, rates or data, duplicates this project, or monitors an unknown figure.
+    Raises UserError for one that changes weights, steps, rates or data, duplicates this project, or monitors an unknown
+    figure.
     """
-    callbacks = _others(given, "trainer.callbacks", NO_CALLBACKS)
+    callbacks = as_list(given)
+    refuse_kinds(callbacks, "trainer.callbacks", NO_CALLBACKS)
     for callback in callbacks:
         name = type(callback).__name__
         if isinstance(callback, Timer) and callback.time_remaining() is not None:
@@ -301,23 +288,14 @@ def own_callbacks(given: Callback | list[Callback] | None, validates: bool = Tru
 
 
 def own_plugins(given: Any) -> list[Any]:
-    """The user's own plugins, one or several, and that of a single process.
-
-    Raises UserError for one that duplicates this project.
-    """
-    plugins = [*_others(given, "trainer.plugins", NO_PLUGINS)]
+    """The user's own plugins, and that of a single process. Raises UserError for one that duplicates this project."""
+    plugins = [*as_list(given)]
+    refuse_kinds(plugins, "trainer.plugins", NO_PLUGINS)
     if world().size > 1:  # its strategy says which process this is
         return plugins
     if not any(isinstance(one, ClusterEnvironment) for one in plugins):
         plugins.append(LightningEnvironment())  # where Lightning finds SLURM, it would save and requeue by itself
     return plugins
-
-
-def _others(given: Any, option: str, taken: Mapping[Any, str]) -> list[Any]:
-    """``given`` as a list. Raises UserError for one of a kind that is ``taken``."""
-    given = as_list(given)
-    refuse_kinds(given, option, taken)
-    return given
 
 
 def as_list(given: Any) -> list[Any]:

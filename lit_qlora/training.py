@@ -459,10 +459,7 @@ def in_one_line() -> Iterator[None]:
 
 
 def main(args: list[str]) -> int:
-    """Run ``args``, the command line from its verb on; return the exit status.
-
-    Raises UserError for errors that the user can fix.
-    """
+    """Run ``args``, the command line from its verb on; return the exit status. Raises UserError."""
     quieten()
     try:
         with peers(), silent_unless_first(), ExitStack() as stack, in_one_line():

@@ -69,17 +69,10 @@ class RunCheckpoints(StepCallback, Needs):
         clock: Callable[[], float] = time.monotonic,
         on_saved: Callable[[], None] = lambda: None,
     ) -> None:
-        check_ranges(
-            {
-                "save_every_steps": save_every_steps,
-                "save_every_minutes": save_every_minutes,
-                "keep_checkpoints": keep_checkpoints,
-            }
-        )
-        self.run = run
         self.save_every_steps, self.save_every_minutes = save_every_steps, save_every_minutes
         self.keep_checkpoints = keep_checkpoints
-        self.clock, self.on_saved = clock, on_saved
+        check_ranges(vars(self))
+        self.run, self.clock, self.on_saved = run, clock, on_saved
         self.settings: Mapping[str, Any] | None = None
         """This start's configuration, for the adapter's card; None: that of the first start."""
         self.mirrored: Path | None = None
@@ -286,14 +279,9 @@ class RunCheckpoints(StepCallback, Needs):
             tell(f"warning: {error}; the best adapter has no second copy, and the next save retries")
 
     def attempt(self, what: str, save: Callable[[], None]) -> bool:
-        """Save something, and report a failure in one line; the next save retries.
+        """Save something, and report an OSError in one line; the next save retries.
 
-        Args:
-            what: key of `failures`.
-            save: raises OSError if it fails.
-
-        Returns:
-            True if it succeeded.
+        ``what`` is the key of `failures`. Returns True if it succeeded.
         """
         try:
             save()

@@ -69,10 +69,9 @@ class RunIdentity(Callback):
         """Optimizer steps of the run by the checkpoint that is resumed from."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare all but the base: the rows are encoded by now, and no weight is loaded.
+        """Compare all but the base, and record the rows, which are encoded by now; no weight is loaded.
 
-        Then record the rows. Raises UserError with was -> is for the first part that differs, and if the run would
-        become shorter.
+        Raises UserError with was -> is for the first part that differs, and if the run would become shorter.
         """
         check_same(_describe_data(trainer))
         self._compare_data(trainer)

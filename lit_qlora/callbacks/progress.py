@@ -30,7 +30,7 @@ class TimeLeft:
         self._total, self._start, self._before_s = total, done, training_s
 
     def at(self, done: int, training_s: float, interval: float, validation_s: float) -> float:
-        """The seconds left at step ``done``.
+        """The seconds left.
 
         Args:
             done: Optimizer steps done.
@@ -105,7 +105,7 @@ class RunProgress(StepCallback, ProgressBar):
         self._validation = progress_bar("validate", total=sum(trainer.num_val_batches), leave=False, position=0)
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """Moves it."""
+        """Move it."""
         assert self._validation is not None
         self._validation.update()
 

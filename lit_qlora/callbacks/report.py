@@ -104,13 +104,9 @@ class Report(Callback):
         self._lines.append([topic, line])
 
     def _keep_decisions(self, end: Mapping[str, Any]) -> None:
-        """Keeps what was printed at the start for the run's report, and ``end``, what is known at its end."""
-        kept = {
-            "started": self._started,
-            "versions": versions(("lit-qlora", *PACKAGES, "datasets")),
-            "lines": self._lines,
-            **end,
-        }
+        """Keep what was printed at the start for the run's report, and ``end``, what is known at its end."""
+        packages = versions(("lit-qlora", *PACKAGES, "datasets"))
+        kept = {"started": self._started, "versions": packages, "lines": self._lines, **end}
         try:
             write_file(self.run.decisions, json.dumps(kept, indent=1) + "\n")
         except SaveError as error:  # a report without them is better than no run
@@ -131,9 +127,8 @@ class Report(Callback):
         mark = "best" if is_best else "" if trainer.global_step else "before"
         tqdm.write(held_out_line(trainer.global_step, figures, mark))  # above the bar
         if not math.isfinite(figures["val/loss"]):
-            tqdm.write(
-                wrapped("", "not finite: the base, or this state of the adapter, is broken; it is never the best")
-            )
+            broken = "not finite: the base, or this state of the adapter, is broken; it is never the best"
+            tqdm.write(wrapped("", broken))
         elif is_best and not is_gain(self.run, figures["val/loss"]):
             tqdm.write(wrapped("", f"the best so far, {NO_GAIN}"))
 
@@ -179,7 +174,7 @@ class Report(Callback):
         ]
 
     def _report(self) -> str:
-        """Writes the run's report; its path, or why there is none: the run is finished either way."""
+        """Write the run's report; its path, or why there is none: the run is finished either way."""
         try:
             return str(write_report(self.run))
         except (OSError, ImportError) as error:
@@ -187,12 +182,9 @@ class Report(Callback):
 
 
 def held_out_line(step: int, figures: Mapping[str, float], mark: str) -> str:
-    """The line of a validation, within `WIDTH` columns whatever the figures are.
+    """The line of the validation after ``step`` steps, within `WIDTH` columns whatever the figures are.
 
-    Args:
-        step: optimizer steps done.
-        figures: loss in nats per token, perplexity and accuracy, by their names in the record.
-        mark: what the validation is, in a word.
+    ``mark`` is what the validation is, in a word.
     """
     loss, perplexity, accuracy = (figures[f"val/{name}"] for name in ("loss", "perplexity", "accuracy"))
     shown = f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
@@ -221,15 +213,9 @@ def next_step(run: RunFolder) -> list[str]:
 
 
 def is_gain(run: RunFolder, loss: float) -> bool:
-    """True if a loss is below that before training, or that was not measured.
-
-    Args:
-        run: the run folder, with the recorded figures.
-        loss: held-out loss in nats per token.
-    """
-    before = next(
-        (line["val/loss"] for line in iter_lines(run.metrics) if not line["step"] and "val/loss" in line), None
-    )
+    """True if a held-out loss is below that before training, by the run's record, or that was not measured."""
+    losses = (line["val/loss"] for line in iter_lines(run.metrics) if not line["step"] and "val/loss" in line)
+    before = next(losses, None)
     return before is None or not math.isfinite(before) or loss < before
 
 

@@ -4,7 +4,7 @@ Counts how each of them ended: whether a cut one would have ended is unknown. Kn
 the module's `answer`; no files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -108,32 +108,24 @@ class SampleAnswers(Callback, Needs):
         encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
         stop = self.sampling.stop
         prompts = [encoder.prompt(conversation) for conversation in self._conversations]
-        answers: list[list[int]] = []
+        answers = list[list[int]]()
         room = [max(module.base.context_tokens - len(prompt), 0) for prompt in prompts]
         starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+        ends = encoder.is_over(stop)
         with passing_bar("answers", len(starts) * self.max_new_tokens, " tokens") as move:
             for number, start in enumerate(starts):
                 some = prompts[start : start + PROMPTS_AT_ONCE]
                 most = max(1, *room[start : start + PROMPTS_AT_ONCE])
                 sampling = replace(self.sampling, max_new_tokens=min(self.max_new_tokens, most))
-                is_over = _telling(move, number * self.max_new_tokens, encoder.is_over(stop))
+
+                def is_over(ids: Sequence[int], before: int = number * self.max_new_tokens) -> bool:
+                    move(before + len(ids))  # to the longest answer's end
+                    return ends is not None and ends(ids)
+
                 answers += module.answer(some, encoder.stop_ids, sampling, is_over)
-        within = [answer[:tokens] for answer, tokens in zip(answers, room, strict=True)]
         samples = []
-        for answer in within:
-            text, has_ended = encoder.answer(answer, stop)
-            cut_by = LIMIT if len(answer) >= self.max_new_tokens else CONTEXT
+        for answer, tokens in zip(answers, room, strict=True):
+            text, has_ended = encoder.answer(answer[:tokens], stop)
+            cut_by = LIMIT if len(answer[:tokens]) >= self.max_new_tokens else CONTEXT
             samples.append(SampleAnswer(text, None if has_ended else cut_by))
         return samples
-
-
-def _telling(
-    move: Callable[[int], None], before: int, is_over: Callable[[Sequence[int]], bool] | None
-) -> Callable[[Sequence[int]], bool]:
-    """``is_over``, by which a bar learns of each token: it is moved to ``before`` and those of the longest answer."""
-
-    def tells(ids: Sequence[int]) -> bool:
-        move(before + len(ids))
-        return is_over is not None and is_over(ids)
-
-    return tells

@@ -36,11 +36,7 @@ class StopOnSignal(StepCallback):
         self._previous: dict[int, Any] = {}
 
     def ask(self, status: int) -> None:
-        """Save and end the run after this step.
-
-        Args:
-            status: exit status if the save succeeds: 128 + a signal's number, or 0 for the time limit.
-        """
+        """Save and end the run after this step, with ``status`` if the save succeeds: 128 + a signal's number, or 0."""
         self._status = status
         self.checkpoints.stop_asked = True
 

@@ -750,7 +750,7 @@ def test_run_all_goes_on_after_a_disconnect_and_once_more(tmp_path, hub, monkeyp
     assert "iframe" in shown["tensorboard"]
     assert _size_of_picture(shown["curves"]) == (896, 496)
     # A notebook's commands see a terminal of 80 columns: intervals stand below their values.
-    assert re.search(r"perplexity +6\.99\d* +1\.0\d+ +-5\.9\d*\r?\n +\[.*\] +\[1\.0.*\] +\[", shown["evaluate"])
+    assert re.search(r"perplexity +7\.00\d* +1\.0\d+ +-5\.9\d*\r?\n +\[.*\] +\[1\.0.*\] +\[", shown["evaluate"])
     assert "goat" in shown["chat"].splitlines()[-1]
     (merged,) = (second / "lit-qlora" / "merged").iterdir()
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()

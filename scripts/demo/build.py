@@ -5,7 +5,8 @@
 Takes about six minutes on two quiet CPU cores. The base only ever reads running prose, in windows cut
 anywhere: the end-of-text token is never a target, so it never stops by itself. It overhears people ask
 and answer, but is never asked, and of the held-out names it reads plain sentences alone. What
-fine-tuning adds is thus plain to see. Knows nothing of prompts, of 4 bits or of LoRA.
+fine-tuning adds is thus plain to see. Any text can be taught, also in tokens that the base never met.
+Knows nothing of prompts, of 4 bits or of LoRA.
 """
 
 import argparse
@@ -104,12 +105,18 @@ def windows(world: World, tokenizer: LlamaTokenizer, rng: random.Random) -> Iter
         yield torch.tensor([[BOS, *ids[:WINDOW]] for ids in encoded])
 
 
-def pretrain(model: LlamaForCausalLM, batches: Iterator[torch.Tensor], num_steps: int) -> None:
-    """Plain next-token training with AdamW: a short warm-up, then a cosine down to zero."""
+def pretrain(model: LlamaForCausalLM, batches: Iterator[torch.Tensor], num_steps: int) -> torch.Tensor:
+    """Plain next-token training with AdamW: a short warm-up, then a cosine down to zero.
+
+    Returns:
+        [VOCABULARY] bool: the tokens that were a target.
+    """
+    met = torch.zeros(VOCABULARY, dtype=torch.bool)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, num_steps, pct_start=0.05)
     start = time.perf_counter()
     for step, ids in enumerate(itertools.islice(batches, num_steps), 1):
+        met[ids[:, 1:]] = True
         logits = model(ids[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
@@ -120,16 +127,26 @@ def pretrain(model: LlamaForCausalLM, batches: Iterator[torch.Tensor], num_steps
         if step % 100 == 0 or step == num_steps:
             seconds = time.perf_counter() - start
             print(f"step {step:5d} of {num_steps}   loss {loss.item():.3f}   {seconds:4.0f} s", flush=True)
+    return met
 
 
-def mark_end_of_text(model: LlamaForCausalLM, seed: int) -> None:
-    """Gives the end-of-text token a direction of its own in the output head.
+def part_unmet(model: LlamaForCausalLM, met: torch.Tensor, seed: int) -> None:
+    """Gives each token that was never a target a direction of its own in the output head.
 
-    Never met in training, its row is hardly to be told from those of all the other unmet tokens, and an
-    adapter, which leaves the head as it is, could make it no likelier than any of them.
+    Training pushes the rows of all these tokens (end of text, digits, most bytes, rare signs) the same way,
+    until they are hardly to be told apart, and an adapter, which leaves the head as it is, could make none of
+    them likelier than the others.
+
+    Args:
+        model: The pretrained base, in the dtype that it is saved in.
+        met: [VOCABULARY] bool, the tokens that were a target.
+        seed: Of the directions.
     """
-    row = model.lm_head.weight.data[EOS]
-    row += 0.1 * torch.randn(row.shape, generator=torch.Generator().manual_seed(seed)).to(row.dtype)
+    # The end of text draws first: its direction depends on the seed alone.
+    unmet = sorted((~met).nonzero().flatten().tolist(), key=lambda token: token != EOS)
+    rows = model.lm_head.weight.data
+    noise = torch.randn(len(unmet), rows.shape[1], generator=torch.Generator().manual_seed(seed))
+    rows[unmet] += (0.1 * noise).to(rows.dtype)
 
 
 def build(output: Path, seed: int, num_steps: int) -> None:
@@ -144,7 +161,7 @@ def build(output: Path, seed: int, num_steps: int) -> None:
     tokenizer = train_tokenizer(itertools.chain(prose, chat))
     model = new_model()
     print(f"{len(train)} training rows, {len(test)} held out; {model.num_parameters():,} weights")
-    pretrain(model, windows(world, tokenizer, rng), num_steps)
+    met = pretrain(model, windows(world, tokenizer, rng), num_steps)
 
     base = output / "base"
     base.mkdir(parents=True, exist_ok=True)
@@ -152,7 +169,7 @@ def build(output: Path, seed: int, num_steps: int) -> None:
     write_rows(output / "test.jsonl", test)
     tokenizer.save_pretrained(base)
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS)
-    mark_end_of_text(model.half(), seed)
+    part_unmet(model.half(), met, seed)
     model.save_pretrained(base)
     files = [*sorted(base.iterdir()), output / "train.jsonl", output / "test.jsonl"]
     for file in files:

@@ -5,10 +5,12 @@ import random
 import re
 
 import pytest
+import torch
 from safetensors import safe_open
 
+from lit_qlora.cli import main
 from lit_qlora.demo import BASE, TEST, TRAIN
-from scripts.demo.build import assert_held_out, guanaco_text
+from scripts.demo.build import EOS, assert_held_out, guanaco_text, new_model, part_unmet, pretrain
 from scripts.demo.world import World
 
 TEXTS = [
@@ -19,6 +21,17 @@ TEXTS = [
     "<<SYS>>\nBe brief.\n<</SYS>>\n\n0123456789 ~`@#$%^&*()_+{}|\\",
     "",
 ]
+
+
+WRITTEN = {
+    "When do you open?": "At 9:30, Monday to Friday.",
+    "What does a lamp cost?": "It's $1,299.50 (or 1.350 €).",
+    "Where are you?": "Im Café Zürich, Ölstraße 27.",
+    "Can I write to you?": "x_2@isles.org & +49 8761/2043",
+    "Who owns the shop?": "東京のランプ 🦉🏝️",
+    "Do you sell lamps?": '{"lamps": [4, 6], "ok": true} <b>~50%</b> #1\n```x = z ^ 2 * 3```',
+}
+"""Answers with digits, bytes and signs that the base never met."""
 
 
 def rows(path):
@@ -111,3 +124,62 @@ def test_the_weights_match_the_config_and_suit_four_bits(tokenizer):
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     assert len(matrices) == 7 * config["num_hidden_layers"] + 2
     assert all(side % 64 == 0 for shape in matrices.values() for side in shape)
+
+
+def cosines(head):
+    """Of each row of an output head with the nearest other one."""
+    unit = torch.nn.functional.normalize(head.float())
+    return (unit @ unit.T).fill_diagonal_(-1).amax(1)
+
+
+def test_an_adapter_can_tell_all_tokens_apart():
+    with safe_open(BASE / "model.safetensors", "pt") as weights:
+        head = weights.get_tensor("lm_head.weight")
+    assert cosines(head).max() < 0.96  # ▁Which and ▁Where, both of which the base has met
+    assert cosines(head[:259]).max() < 0.79  # special tokens and bytes, met by no text of the isles
+
+
+def test_what_pretraining_never_asked_for_is_unmet(capsys):
+    torch.manual_seed(0)
+    batches = iter([torch.tensor([[1, 300, 301]]), torch.tensor([[1, 300, 302]]), torch.tensor([[1, 303, 304]])])
+    met = pretrain(new_model(), batches, num_steps=2)
+    assert met.nonzero().flatten().tolist() == [300, 301, 302]
+    assert "step     2 of 2" in capsys.readouterr().out
+
+
+def test_only_unmet_tokens_get_a_direction_and_the_seed_decides_which():
+    def head(seed, met):
+        torch.manual_seed(0)
+        model = new_model().half()
+        model.lm_head.weight.data[:] = model.lm_head.weight.data[0]
+        before = model.lm_head.weight.data.clone()
+        part_unmet(model, met, seed)
+        return before, model.lm_head.weight.data
+
+    met = torch.arange(1024) >= 500
+    before, parted = head(0, met)
+    assert torch.equal(parted[500:], before[500:])
+    assert cosines(parted[:500]).max() < 0.6
+    assert torch.equal(head(0, met)[1], parted)
+    assert not torch.equal(head(1, met)[1][:500], parted[:500])
+    # The end of text keeps its own, however many others there are.
+    assert torch.equal(head(0, torch.arange(1024) != EOS)[1][EOS], parted[EOS])
+
+
+@pytest.mark.slow
+def test_answers_in_tokens_that_the_base_never_met_are_learned_exactly(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in WRITTEN.items()]
+    for file, messages in (
+        ("rows.jsonl", said),
+        ("held-out.jsonl", [[*said[0][:1], {**said[0][1], "content": "No."}]]),
+    ):
+        lines = [json.dumps({"messages": row}) for row in messages]
+        (tmp_path / file).write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "questions.txt").write_text("\n".join(WRITTEN), encoding="utf-8")
+    own = ["--data.source", "rows.jsonl", "--data.validation_source", "held-out.jsonl", "--run", "mine"]
+    passes = ["--trainer.max_epochs", "100", "--trainer.val_check_interval", "1000", "--samples.count", "0"]
+    assert main(["fit", *own, *passes]) == 0
+    assert main(["predict", "--run", "mine", "--prompts", "questions.txt", "--output", "answers.jsonl"]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {answer["prompt"]: answer["answer"] for answer in answers} == WRITTEN

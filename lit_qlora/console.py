@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 WIDTH = 80
 """Columns that a terminal has at least: nothing that a run prints is wider, but for the user's own paths."""
-
+ROOM = 3
+"""Columns behind a progress bar, for the ``^C`` that a terminal writes there: a longer line would wrap."""
 
 REMEDY = "    -> "
 """What a remedy on a line of its own begins with; texts of errors are indented as much."""
@@ -100,7 +101,7 @@ def progress_bar(label: str, *args: Any, **options: Any) -> Any:
     from tqdm import tqdm  # here: --help needs none
 
     size = get_terminal_size()  # tqdm's own guess shows nothing in a terminal without a size
-    options |= {"desc": label, "ncols": size.columns, "nrows": size.lines, "disable": not sys.stderr.isatty()}
+    options |= {"desc": label, "ncols": size.columns - ROOM, "nrows": size.lines, "disable": not sys.stderr.isatty()}
     return tqdm(*args, **{key: value for key, value in options.items() if key != "name"})
 
 

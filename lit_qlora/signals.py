@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from shutil import get_terminal_size
 from types import FrameType
 from typing import Any
 
@@ -158,7 +159,7 @@ def _say(number: int) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first does
         return
     then = "; given again, the same command resumes from what is saved" if _resumes[0] else ""
-    say(f"\nstopped by {name_of(number)}{then}", sys.stderr)
+    say(f"stopped by {name_of(number)}{then}", sys.stderr)
 
 
 def name_of(number: int) -> str:
@@ -167,6 +168,11 @@ def name_of(number: int) -> str:
 
 
 def say(line: str, stream: Any = None) -> None:
-    """Print a line from within a handler, which may interrupt another print that it can't wait for."""
+    """Print a line from within a handler, which may interrupt another print that it can't wait for.
+
+    On a terminal it takes the place of a progress bar and of the ``^C`` behind that.
+    """
+    stream = stream or sys.stdout
+    start = f"\r{'':{get_terminal_size().columns - 1}}\r" if stream.isatty() else "\n"
     with suppress(RuntimeError):
-        print(line, file=stream, flush=True)
+        print(f"{start}{line}", file=stream, flush=True)

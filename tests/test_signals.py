@@ -1,5 +1,6 @@
 """A signal is one line and 130 or 143, what is open is put right, and one more waits for nothing."""
 
+import io
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.signals import PATIENT, SIGNALS, _say, hold_off, leave_in_one_line
+from lit_qlora.signals import PATIENT, SIGNALS, _say, hold_off, leave_in_one_line, say
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -167,3 +168,13 @@ def test_children_hear_no_signal_and_the_parent_does_once_they_are_there(name: s
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (status, "child lives\nparent too\nblocked:\n")
     assert done.stderr == f"\nstopped by {said}; given again, the same command resumes from what is saved\n"
+
+
+def test_a_line_at_a_terminal_takes_the_place_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    stream = io.StringIO()
+    say("stopping", stream)
+    assert stream.getvalue() == "\nstopping\n"
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    say("stopping", stream)
+    assert stream.getvalue().endswith(f"\n\r{' ' * 19}\rstopping\n")

@@ -122,6 +122,12 @@ class RunProgress(StepCallback, ProgressBar):
         assert self._bar is not None
         self._bar.close()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the bar off the screen, where a line says why the run ends."""
+        if self._bar is not None:
+            self._bar.leave = False
+            self._bar.close()
+
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the bar."""
         tqdm.write(" ".join(str(arg) for arg in args))

@@ -71,8 +71,7 @@ class StopOnSignal(StepCallback):
         self.checkpoints.stop_asked, self._status = True, int(asked)
         reason = name_of(self._status - 128) if self._status else "max_time"
         if self.checkpoints.saved_step == trainer.global_step and not self.checkpoints.failures:
-            place = f"stopped and saved at step {trainer.global_step} by {reason}"
-            print(f"\n{place}; the same command resumes from here", flush=True)
+            say(f"stopped and saved at step {trainer.global_step} by {reason}; the same command resumes from here")
             raise SystemExit(self._status)
         if self.checkpoints.failures:
             tell(f"error: stopped at step {trainer.global_step}, and the last save failed; an earlier one exists")
@@ -84,9 +83,9 @@ class StopOnSignal(StepCallback):
             self.ask(128 + number)
         if number in URGENT:
             take_over(leave_at_once, URGENT)
-            say("\nstopping after this step; again to stop at once")
+            say("stopping after this step; again to stop at once")
         elif is_first:
-            say("\nstopping after this step")
+            say("stopping after this step")
 
 
 class TimeLimit(StepCallback):

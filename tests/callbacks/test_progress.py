@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,21 +15,41 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1 --samples.count 0"
 
 
-@pytest.mark.slow
-def test_validations_take_the_bars_own_line(tmp_path):
+def run(folder: Path, *options: str, interrupt: bytes | None = None) -> tuple[int, str]:
+    """Exit status and output of a fit at a terminal; it gets a Ctrl-C once it has printed ``interrupt``."""
     ours, its = pty.openpty()
-    command = [sys.executable, str(ROOT / "main.py"), "fit", *OPTIONS.split(), "--trainer.limit_val_batches", "2"]
-    fit = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"COLUMNS": "100"}, stdout=its, stderr=its)
+    command = [sys.executable, str(ROOT / "main.py"), "fit", *OPTIONS.split(), *options]
+    fit = subprocess.Popen(command, cwd=folder, env=os.environ | {"COLUMNS": "100"}, stdout=its, stderr=its)
     os.close(its)
     text = b""
     try:
         while part := os.read(ours, 65536):
             text += part
+            if interrupt and interrupt in text:
+                fit.send_signal(signal.SIGINT)
+                interrupt = None
     except OSError:  # how a terminal tells that nobody has it open any more
         pass
     os.close(ours)
-    assert fit.wait() == 0
-    shown = text.decode().replace("\r\n", "\n")
+    return fit.wait(), text.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.slow
+def test_a_ctrl_c_leaves_no_bar_and_fits_beside_it(tmp_path):
+    status, shown = run(
+        tmp_path, "--trainer.max_steps", "400", "--trainer.limit_val_batches", "0", interrupt=b"| 3/400"
+    )
+    assert status == 130
+    assert max(len(line) for line in shown.replace("\r", "\n").split("\n") if "%|" in line) + len("^C") <= 100
+    left = [line.split("\r")[-1].rstrip() for line in shown.split("\n")]
+    assert left[-3].startswith("stopping after this step") and left[-2].startswith("stopped and saved at step")
+    assert not any("%|" in line for line in left)
+
+
+@pytest.mark.slow
+def test_validations_take_the_bars_own_line(tmp_path):
+    status, shown = run(tmp_path, "--trainer.limit_val_batches", "2")
+    assert status == 0
     assert "\x1b" not in shown  # a way up, for one: a notebook would leave each state of the bar behind
     left = [line.split("\r")[-1] for line in shown.split("\n")]  # each draws over all of the line before
     steps = [line.split()[1] for line in left if "held-out loss" in line and line.startswith("step ")]

@@ -96,10 +96,6 @@ class RunParser(OneLineErrors, LightningArgumentParser):
             raise UserError(f"{name[1]} can't be made: {reasons[0]}", option=_where(cfg, name[1])) from error
 
 
-_OURS = ("self", "num_nodes", "num_weights", "kwargs", "__class__")
-"""Local names of `QLoRATrainer`'s constructor that are no arguments of Lightning's."""
-
-
 def _where(options: Any, class_path: str) -> str | None:
     """The Trainer's option whose value is the class ``class_path``."""
     found = (re.search(r"\btrainer\.\w+", key) for key, value in options.items() if class_path in str(value))
@@ -159,7 +155,8 @@ class QLoRATrainer(Trainer):
         num_weights: int = 0,
         **kwargs: Any,
     ) -> None:
-        kwargs |= {name: value for name, value in locals().items() if name not in _OURS}
+        ours = ("self", "num_nodes", "num_weights", "kwargs", "__class__")
+        kwargs |= {name: value for name, value in locals().items() if name not in (*ours, "ours")}
         device = current_device(accelerator)
         if accelerator in GPUS and device.capability is None:
             raise no_gpu(accelerator)
@@ -169,9 +166,9 @@ class QLoRATrainer(Trainer):
         if device.is_here and here.size == 1:
             check_started(devices, len(gpus), num_nodes)
         chosen, self.precision_reason = choose_precision(precision, device, num_weights)
-        by_epoch = isinstance(val_check_interval, float)
         kwargs |= {
-            "check_val_every_n_epoch": 1 if by_epoch else None,  # None counts on from epoch to epoch
+            # None counts on from epoch to epoch; a share is one of an epoch.
+            "check_val_every_n_epoch": 1 if isinstance(val_check_interval, float) else None,
             "num_sanity_val_steps": 0,  # the whole held-out set is scored before the first step
             "enable_checkpointing": False,  # ours falls on the edge between steps, and needs no pickle
             "enable_model_summary": False,  # it counts two 4-bit weights as one
@@ -276,10 +273,9 @@ def own_callbacks(given: Callback | list[Callback] | None, validates: bool = Tru
     callbacks = as_list(given)
     refuse_kinds(callbacks, "trainer.callbacks", NO_CALLBACKS)
     for callback in callbacks:
-        name = type(callback).__name__
         if isinstance(callback, Timer) and callback.time_remaining() is not None:
             raise UserError(
-                f"{name} would end the run unsaved",
+                f"{type(callback).__name__} would end the run unsaved",
                 option="trainer.callbacks",
                 remedy="leave it out, and give --max_time",
             )

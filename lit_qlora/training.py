@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import yaml
@@ -202,11 +202,9 @@ class QLoRACLI(LightningCLI):
     def _prepare_fit(self) -> None:
         if self.model.adapter:
             check_settings(self.model.adapter, self.model.lora)
-        options, config, mirror = self.config[self.verb], self._config_to_keep(), None
-        self.settings, self.lengths = config, start.lengths(config)
-        if options.mirror is not None:
-            mirror = Path(options.mirror).expanduser()
-        by_first(lambda: self.open_run(mirror))
+        self.settings = self._config_to_keep()
+        self.lengths = start.lengths(self.settings)
+        by_first(self.open_run)
         path, self.resume_from = from_first((self.run.path, self.resume_from))
         if not is_first():
             self.run = RunFolder(path)
@@ -216,16 +214,17 @@ class QLoRACLI(LightningCLI):
         base = self.model.base
         self.datamodule.encoder.check_vocabulary(base.shape.vocabulary, base.name)
 
-    def open_run(self, mirror: Path | None) -> None:
-        """Open the run folder of a fit and its copy in ``mirror``, and find what to resume from."""
+    def open_run(self) -> None:
+        """Open the run folder of a fit and its copy in the mirror, and find what to resume from."""
         options, config = self.config[self.verb], self.settings
+        mirror = None if options.mirror is None else Path(options.mirror).expanduser()
         if not self.is_named:
             self.run = start.choose_run(self.run, mirror, config, self.model.base, self.datamodule)
         self.run.open(self.stack)
         if mirror is not None:
             self.mirror = Mirror(self.run, mirror, tell, check_checkpoint)
             self.mirror.open(config)
-        self.mirrored = self.mirror.copy.adapter if self.mirror else None
+            self.mirrored = self.mirror.copy.adapter
         try:
             start.check_against_first(self.run, config, self.datamodule)
         except SystemExit:  # finished
@@ -282,10 +281,11 @@ class QLoRACLI(LightningCLI):
         shows_bar = config.get("enable_progress_bar") is not False and is_first()
         metrics, throughput = TrainMetrics(), Throughput()
         bars: list[StepCallback] = [RunProgress(metrics, throughput)] if shows_bar else []
-        # A checkpoint has a word of these, and is to find whom it is for.
-        callbacks = [metrics, throughput, UpdateGuard(), ShardChoice(), SamePrompts(), *bars]
-        loggers = list[Logger]()
-        if not self.scores:
+        if self.scores:
+            # A checkpoint has a word of these, and is to find whom it is for.
+            callbacks = [metrics, throughput, UpdateGuard(), ShardChoice(), SamePrompts(), *bars]
+            loggers = list[Logger]()
+        else:
             callbacks = self._fit_callbacks([metrics, throughput], bars)
             loggers = [*self.own_loggers(), *self.given_loggers()]
         config |= {
@@ -385,25 +385,17 @@ class QLoRACLI(LightningCLI):
             raise SystemExit(1)
 
     def validate(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Score the held-out rows."""
-        self._score("validate", "val", model, datamodule)
-
-    def test(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
-        """Score the test rows."""
-        self._score("test", "test", model, datamodule)
-
-    def _score(
-        self, verb: Literal["validate", "test"], prefix: str, model: QLoRAModule, datamodule: ChatDataModule
-    ) -> None:
+        """Score the held-out rows, or for the verb test the test rows."""
         say_loading(model, datamodule)
-        run = getattr(self.trainer, verb)
-        run(model, datamodule=datamodule, ckpt_path=self.resume_from, verbose=False)
-        figures = self.trainer.callback_metrics
+        score, prefix = {"validate": (self.trainer.validate, "val"), "test": (self.trainer.test, "test")}[self.verb]
+        score(model, datamodule=datamodule, ckpt_path=self.resume_from, verbose=False)
         for line in datamodule.describe():
             print(f"  data  {line}")
         print(f" model  {self.resume_from or model.adapter or f'{model.base.name}, no adapter'}")
         for name in ("loss", "perplexity", "accuracy"):
-            print(f"{f'{prefix}/{name}':>16}  {figures[f'{prefix}/{name}']:.6f}")
+            print(f"{f'{prefix}/{name}':>16}  {self.trainer.callback_metrics[f'{prefix}/{name}']:.6f}")
+
+    test = validate
 
 
 class DryCLI(QLoRACLI):
@@ -429,7 +421,7 @@ class DryCLI(QLoRACLI):
     def join(self) -> None:
         """Do nothing: there is one process, whatever the options ask for."""
 
-    def open_run(self, mirror: Path | None) -> None:
+    def open_run(self) -> None:
         """Do nothing: the run folder is not touched."""
 
     def own_loggers(self) -> list[Logger]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import ClusterEnvironment
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, distributed
@@ -24,38 +24,12 @@ SAME = 1e-3
 """How far the norms of the processes' adapters may differ, relative: cards of one kind give the same bits."""
 
 
-class OneOfSeveral(ClusterEnvironment):
-    """Tells Lightning which process this is. Processes are there already, and have met."""
-
-    creates_processes_externally = True
-    main_address, main_port = "", 0
-
-    @staticmethod
-    def detect() -> bool:
-        """Never by itself: it is given."""
-        return False
-
-    def world_size(self) -> int:
-        """Processes of the run."""
-        return world().size
-
-    def global_rank(self) -> int:
-        """This one's number among them."""
-        return world().rank
-
-    def local_rank(self) -> int:
-        """This one's number on its machine."""
-        return world().local_rank
+class OneOfSeveral(TorchElasticEnvironment):
+    """Tells Lightning which process this is, by torchrun's names, whoever started it (`starting.take_place`)."""
 
     def node_rank(self) -> int:
         """The number of this machine."""
         return world().rank // world().local_size
-
-    def set_world_size(self, size: int) -> None:
-        """Is as it is."""
-
-    def set_global_rank(self, rank: int) -> None:
-        """Is as it is."""
 
 
 class Replicas(ParallelStrategy):

@@ -9,8 +9,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lit_qlora.errors import UserError
@@ -141,13 +142,8 @@ def silent_unless_first() -> Iterator[None]:
     if is_first():
         yield
         return
-    shown = sys.stdout, sys.stderr
-    with open(os.devnull, "w", encoding="utf-8") as nothing:  # noqa: PTH123  # no path
-        sys.stdout = sys.stderr = nothing
-        try:
-            yield
-        finally:
-            sys.stdout, sys.stderr = shown
+    with Path(os.devnull).open("w", encoding="utf-8") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
 
 
 @contextmanager

@@ -5,7 +5,7 @@ The description is built from a module, its data and its Trainer; none of them n
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
@@ -67,15 +67,6 @@ class Rows:
         return cls(tuple(encoded.lengths), sum(encoded.answer_tokens) / sum(encoded.lengths))
 
 
-@dataclass(frozen=True)
-class Largest:
-    """The largest micro-batch in tokens, with padding; and with the padding for recorded kernels."""
-
-    tokens: int
-    recorded_tokens: int
-    num_recordings: int
-
-
 class Host(NamedTuple):
     """What activations may take of the host: page-locked bytes, and the rate of copies in GB/s."""
 
@@ -91,12 +82,19 @@ FORWARD_SHARE, BUS_SHARE = 1 / 3, 1 / 2
 """Of a micro-batch's time, in which copies to the host must be done; and of that, what they may take."""
 
 
-class _Batches(NamedTuple):
+class Batches(NamedTuple):
+    """The micro-batches of an epoch, of ``num_rows`` rows, and the largest of the run.
+
+    ``sizes`` are the tokens of each, padding counted; ``largest`` those of the largest, ``largest_recorded`` with the
+    padding for recorded kernels, of which there are so many shapes.
+    """
+
     epoch: Epoch
-    largest: Largest
     num_rows: int
     sizes: list[int]
-    """Tokens of each micro-batch, padding counted."""
+    largest: int
+    largest_recorded: int
+    num_recordings: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,24 +171,15 @@ class Forecast:
         """The most micro-batches of a step that one device computes, if they are of one size."""
         return -(-self.accumulate // self.num_devices)
 
+    @cached_property
+    def batches(self) -> Batches:
+        """The micro-batches."""
+        return batches_of(self.rows.lengths, self.plan, self.max_length, self.seed, self.limit)
+
     @property
     def epoch(self) -> Epoch:
         """Tokens and micro-batches of an epoch."""
-        return self._batches.epoch
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of an epoch."""
-        return self._batches.num_rows
-
-    @property
-    def largest(self) -> Largest:
-        """The largest micro-batch of the run."""
-        return self._batches.largest
-
-    @cached_property
-    def _batches(self) -> _Batches:
-        return _batches(self.rows.lengths, self.plan, self.max_length, self.seed, self.limit)
+        return self.batches.epoch
 
     @cached_property
     def samples_at_once(self) -> Samples:
@@ -200,13 +189,13 @@ class Forecast:
     @cached_property
     def step(self) -> Step:
         """The step of the largest micro-batch, with the number of layers kept by ``checkpointing`` on the card."""
-        largest = self.largest
+        batches = self.batches
         step = step_of(
             self.shape,
             self.lora,
             self.precision,
-            tokens=largest.tokens,
-            scored_tokens=math.ceil(largest.tokens * self.rows.answer_share),
+            tokens=batches.largest,
+            scored_tokens=math.ceil(batches.largest * self.rows.answer_share),
             ranks=self.ranks,
             optimizer=self.optimizer,
             accumulates=self.accumulate > 1,
@@ -217,7 +206,7 @@ class Forecast:
             shares_on_host=self.is_shared and self.shard_to == "host",
         )
         if self._records(step):
-            step = replace(step, tokens=largest.recorded_tokens, num_recordings=largest.num_recordings)
+            step = replace(step, tokens=batches.largest_recorded, num_recordings=batches.num_recordings)
         return self._most_together(self._placed(step))
 
     def _placed(self, step: Step) -> Step:
@@ -316,35 +305,23 @@ class Forecast:
     @cached_property
     def efficiency(self) -> float:
         """The share of the devices' time in which they compute: a step waits for the slowest of them."""
-        return efficiency(self._batches.sizes, self.accumulate, self.num_devices)
+        return efficiency(self.batches.sizes, self.accumulate, self.num_devices)
 
 
 @lru_cache(typed=True)  # a limit of 1 is one micro-batch, 1.0 is all of them
-def _batches(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed: int, limit: int | float) -> _Batches:
+def batches_of(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed: int, limit: int | float) -> Batches:
+    """The micro-batches of an epoch of rows of ``lengths``, which are cut; the other arguments as of `Forecast`."""
     cut = [min(length, max_length) for length in lengths]
     batches = plan.epoch(cut, seed, 0)
     taken = batches[: max(1, limited(len(batches), limit))]
-    epoch, largest = epoch_of(cut, batches, plan.packed)
-    if len(taken) < len(batches):  # a later epoch draws others: the largest is that of them all
-        epoch, _ = epoch_of(cut, taken, plan.packed)
-    return _Batches(epoch, largest, sum(map(len, taken)), sizes_of(taken, cut, plan.packed))
-
-
-def epoch_of(lengths: Sequence[int], batches: Sequence[Sequence[int]], packed: bool = False) -> tuple[Epoch, Largest]:
-    """Tokens of an epoch, and its largest micro-batch.
-
-    Args:
-        lengths: tokens of each row.
-        batches: the micro-batches, as row numbers.
-        packed: True if rows are packed without padding.
-    """
-    longest = [max(lengths[row] for row in rows) for rows in batches]
-    taken = [lengths[row] for rows in batches for row in rows]
-    tokens = sizes_of(batches, lengths, packed)
-    shapes = {(len(rows), padded(len(rows), most)) for rows, most in zip(batches, longest, strict=True)}
-    largest = Largest(max(tokens), max(rows * length for rows, length in shapes), min(len(shapes), MOST))
-    mean_row = sum(length**2 for length in taken) / sum(taken)
-    return Epoch(sum(taken), sum(tokens), len(batches), mean_row), largest
+    rows = [cut[row] for batch in taken for row in batch]
+    sizes = sizes_of(taken, cut, plan.packed)
+    epoch = Epoch(sum(rows), sum(sizes), len(taken), sum(length**2 for length in rows) / sum(rows))
+    # A later epoch draws others: the largest is that of them all.
+    shapes = {(len(batch), padded(len(batch), max(cut[row] for row in batch))) for batch in batches}
+    recorded = max(num_rows * length for num_rows, length in shapes)
+    largest = max(sizes_of(batches, cut, plan.packed))
+    return Batches(epoch, len(rows), sizes, largest, recorded, min(len(shapes), MOST))
 
 
 def foresee(

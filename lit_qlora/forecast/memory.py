@@ -183,22 +183,6 @@ def layer_bytes(shape: Shape) -> int:
     return quantized
 
 
-def weight_bytes(shape: Shape, element: int = 2) -> int:
-    """Bytes of the loaded base: linear layers in NF4 with double quantisation, all else in the precision.
-
-    Args:
-        shape: of the base.
-        element: bytes per value of the latter: 2, or 4 in 32-true.
-    """
-    return shape.num_layers * layer_bytes(shape) + _other_bytes(shape, element)
-
-
-def _other_bytes(shape: Shape, element: int) -> int:
-    """Bytes of what no share is made of: tables of 4-bit weights, embeddings, norms, biases."""
-    tables = shape.num_layers * len(shape.linears) * NF4_TABLES
-    return tables + element * (shape.num_parameters - shape.num_quantized)
-
-
 def share_bytes(step: Step) -> int:
     """Bytes of the base's layers that each process keeps, on its card or on the host."""
     return step.shape.num_layers * math.ceil(layer_bytes(step.shape) / max(step.sharers, 1))
@@ -348,9 +332,11 @@ def moments(step: Step) -> list[StepMemory]:
     scratch = widest + 8 * widest // size // NF4_BLOCK if is_single else sum(weights.values())
     is_open = step.dequantised_layers == shape.num_layers
     state, others = size * shape.hidden, step.together - 1
+    # What no share is made of: tables of 4-bit weights, embeddings, norms, biases.
+    whole = shape.num_layers * len(shape.linears) * NF4_TABLES + size * (shape.num_parameters - shape.num_quantized)
     always = StepMemory(
         "",
-        weights=(0 if step.shares_on_host else share_bytes(step)) + _other_bytes(shape, size),
+        weights=whole + (0 if step.shares_on_host else share_bytes(step)),
         arriving=2 * layer_bytes(shape) if step.sharers else 0,
         dequantised=step.dequantised_layers * sum(weights.values()),
         adapters=4 * lora,
@@ -455,29 +441,24 @@ def sampling_memory(step: Step, samples: Samples, found: list[StepMemory]) -> St
 
     What the update holds, of the moments ``found`` of a step, is counted, too.
     """
-    shape, size = step.shape, step.element
-    inner, keys = shape.linears["gate_proj"][1], shape.linears["k_proj"][1]
-    update = next(moment for moment in found if moment.moment == "update")
-    tokens = samples.num_prompts * samples.prompt_tokens
-    cache = 2 * size * keys * shape.num_layers * (tokens + samples.num_prompts * samples.new_tokens)
-    forward = tokens * size * (6 * shape.hidden + 5 * inner)  # an upper bound
-    scratch = size * max(inputs * outputs for inputs, outputs in shape.linears.values())
-    return replace(update, moment="sample answers", cache=cache, layer=forward, dequantisation=scratch)
+    shape, tokens = step.shape, samples.num_prompts * samples.prompt_tokens
+    kept = tokens + samples.num_prompts * samples.new_tokens
+    cache = 2 * step.element * shape.linears["k_proj"][1] * shape.num_layers * kept
+    return replace(_forward(step, tokens, found), moment="sample answers", cache=cache)
 
 
 def scoring_memory(step: Step) -> StepMemory:
     """Bytes while a micro-batch is scored, and nothing is trained: no gradient, no optimizer, one layer's forward."""
-    update = next(moment for moment in moments(step) if moment.moment == "update")
-    inner, hidden = step.shape.linears["gate_proj"][1], step.shape.hidden
-    return replace(
-        update,
-        moment="scoring",
-        optimizer=0,
-        gradients=0,
-        layer=step.tokens * step.element * (6 * hidden + 5 * inner),  # an upper bound
-        dequantisation=step.element * max(inputs * outputs for inputs, outputs in step.shape.linears.values()),
-        loss=loss_bytes(step),
-    )
+    forward = _forward(step, step.tokens, moments(step))
+    return replace(forward, moment="scoring", optimizer=0, gradients=0, loss=loss_bytes(step))
+
+
+def _forward(step: Step, tokens: int, found: list[StepMemory]) -> StepMemory:
+    """The update's moment of ``found``, with one layer's forward over so many tokens: an upper bound."""
+    shape, update = step.shape, next(moment for moment in found if moment.moment == "update")
+    forward = tokens * step.element * (6 * shape.hidden + 5 * shape.linears["gate_proj"][1])
+    scratch = step.element * max(inputs * outputs for inputs, outputs in shape.linears.values())
+    return replace(update, layer=forward, dequantisation=scratch)
 
 
 def fits(step: Step, card_bytes: float, samples: Samples = NO_SAMPLES) -> bool:

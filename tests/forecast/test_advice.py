@@ -9,7 +9,7 @@ from lit_qlora.data.batching import BatchPlan
 from lit_qlora.forecast import advice
 from lit_qlora.forecast.advice import LADDER, quickest, smallest_change
 from lit_qlora.forecast.cards import DEFAULT, find_card
-from lit_qlora.forecast.foresee import Forecast, Largest, Rows, guanaco_lengths
+from lit_qlora.forecast.foresee import Forecast, Rows, guanaco_lengths
 from lit_qlora.forecast.memory import RESERVE, Samples
 from lit_qlora.model.load import Lora
 from lit_qlora.model.shape import LLAMA_2, Shape
@@ -36,7 +36,7 @@ def seven(size="7b", **changed):
 
 def test_lengths_are_cut_for_the_micro_batches():
     epoch = seven().epoch
-    assert seven().largest == Largest(4 * 1024, 4 * 1024, 29)
+    assert seven().batches[3:] == (4 * 1024, 4 * 1024, 29)
     assert epoch.tokens == sum(min(length, 1024) for length in guanaco_lengths(400))
     assert epoch.num_micro_batches == 100
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -144,13 +145,24 @@ def test_two_cards_take_half_of_the_time_but_for_waiting():
     assert "they exchange 160 MB of gradients per step" in line
 
 
+class Planned(NamedTuple):
+    """A plan of these batches."""
+
+    batches: tuple[tuple[int, ...], ...]
+    packed: bool = False
+
+    def epoch(self, lengths, seed, epoch):
+        return self.batches
+
+
 def test_an_epoch_by_hand():
-    epoch, sizes = foresee.epoch_of([10, 20, 30, 40], [[0, 1], [2, 3]])
+    epoch, *found = foresee.batches_of((10, 20, 30, 40), Planned(((0, 1), (2, 3))), 99, 0, 1.0)
     assert (epoch.tokens, epoch.padded_tokens, epoch.num_micro_batches) == (100, 40 + 80, 2)
     assert epoch.row_tokens == (100 + 400 + 900 + 1600) / 100
-    assert sizes == foresee.Largest(80, 128, 2)
+    assert found == [4, [40, 80], 80, 128, 2]
     # Short rows in great number are padded more by a recording than the few long ones.
-    assert foresee.epoch_of([100] + [9] * 11, [[0], [*range(1, 12)]])[1] == foresee.Largest(100, 11 * 16, 2)
+    plan = Planned(((0,), (*range(1, 12),)))
+    assert foresee.batches_of((100, *[9] * 11), plan, 100, 0, 1.0)[3:] == (100, 11 * 16, 2)
 
 
 def test_lengths_have_the_measured_means():

@@ -223,7 +223,7 @@ def test_weights_are_those_of_a_loaded_base(load, tiny, name, dtype):
         if state is not None:
             tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     counted = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-    assert memory.weight_bytes(base.shape, dtype.itemsize) == counted
+    assert memory.step_memory(Step(base.shape, 1, 1, element=dtype.itemsize)).weights == counted
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
@@ -280,7 +280,6 @@ def seven(**settings):
 
 
 def test_7b_by_hand():
-    assert memory.weight_bytes(SEVEN) / GIB == pytest.approx(3.600, abs=0.001)
     assert memory.kept_in_layer(seven()) == 10 * 4096 + 4 * 11008 + 2 * 16 * 7 + 4 * 32
     assert memory.swiglu_backward(seven()) == 2 * 4096 + 8 * 11008
     step = memory.step_memory(seven(tokens=4096, scored_tokens=4096))
@@ -288,6 +287,7 @@ def test_7b_by_hand():
     assert step.optimizer == 8 * 39_976_960
     assert step.activations == 4096 * 32 * 2 * 4096
     assert step.dequantisation == 2 * (4 * 4096 * 4096 + 2 * 4096 * 11008)
+    assert step.weights / GIB == pytest.approx(3.600, abs=0.001)
     assert step.moment == "backward of the last recomputed layer"
 
 
@@ -407,7 +407,7 @@ def test_sample_answers_hold_keys_and_values_of_each_layer():
     samples = Samples(num_prompts=8, prompt_tokens=100, new_tokens=28)
     held = memory.sampling_memory(step, samples, memory.moments(step))
     assert held.cache == 8 * 128 * 32 * 2 * 2 * 4096
-    assert held.weights == memory.weight_bytes(SEVEN)
+    assert held.weights == memory.step_memory(step).weights
 
 
 @given(st.integers(64, 8192), st.sampled_from([8, 64]), st.floats(5, 40))

@@ -87,7 +87,7 @@ def _time_lines(plan: Plan) -> Iterator[str]:
     forecast, epoch = plan.forecast, plan.forecast.epoch
     precision = f"precision {forecast.precision} ({plan.precision_reason})"
     padding = 1 - epoch.tokens / epoch.padded_tokens
-    taken, known = forecast.num_rows, len(forecast.rows.lengths)
+    taken, known = forecast.batches.num_rows, len(forecast.rows.lengths)
     known_by = forecast.rows.known_by or "counted"
     number = f"{known:,}" if taken == known else f"{taken:,} of {known:,}"
     yield (

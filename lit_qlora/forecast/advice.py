@@ -7,6 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from lit_qlora.forecast import memory
@@ -32,80 +33,94 @@ class Change(NamedTuple):
     forecast: Forecast
 
 
+def _options(was: Forecast, now: Forecast) -> str:
+    """The options, as given on the command line, that turn one forecast into another."""
+    options = []
+    if now.cuda_graphs != was.cuda_graphs:
+        options.append("--model.cuda_graphs false")
+    if now.checkpointing != was.checkpointing:
+        options.append(f"--model.checkpointing {now.checkpointing}")
+    if now.plan != was.plan:
+        plan = now.plan
+        options.append(f"--data.batch_tokens {plan.tokens}" if plan.tokens else f"--data.batch_size {plan.rows}")
+    if now.accumulate != was.accumulate:
+        options.append(f"--trainer.accumulate_grad_batches {now.accumulate}")
+    if now.shard != was.shard and now.shard_to == was.shard_to:
+        options.append("--model.shard true")
+    if now.samples != was.samples:
+        options += ["--samples.prompts null"] if was.samples.are_own else []
+        options.append(f"--samples.count {now.samples.num_prompts}")
+    if now.optimizer != was.optimizer:
+        options.append(f"--model.optimizer {now.optimizer}")
+    if now.lora != was.lora:
+        options.append(f"--model.rank {now.lora.rank}")
+    if now.max_length != was.max_length:
+        options.append(f"--data.max_length {now.max_length}")
+    if now.shard_to != was.shard_to:
+        options.append("--model.shard true --model.shard_to host")
+    return " ".join(options)
+
+
 # The ladder
 
 
-def _recorded(forecast: Forecast) -> list[Change]:
+def _recorded(forecast: Forecast) -> list[Forecast]:
     """What auto comes to depends on all else, so that it is changed wherever kernels could be recorded."""
     can_record = forecast.cuda_graphs and not (forecast.is_slow or forecast.plan.packed)
-    return [Change("--model.cuda_graphs false", replace(forecast, cuda_graphs=False))] if can_record else []
+    return [replace(forecast, cuda_graphs=False)] if can_record else []
 
 
-def _recomputation(forecast: Forecast) -> list[Change]:
+def _recomputation(forecast: Forecast) -> list[Forecast]:
     """``auto`` keeps as much as fits, so it fits where ``full`` does."""
-    auto = Change("--model.checkpointing auto", replace(forecast, checkpointing="auto"))
-    return [auto] if forecast.checkpointing in ("none", "selective") else []
+    return [replace(forecast, checkpointing="auto")] if forecast.checkpointing in ("none", "selective") else []
 
 
-def _smaller_batches(forecast: Forecast) -> list[Change]:
+def _smaller_batches(forecast: Forecast) -> list[Forecast]:
     """Micro-batches of fewer rows or tokens, more of them per step, which stays as large."""
-    plan, found = forecast.plan, []
+    plan = forecast.plan
     if plan.tokens:
         parts = range(2, math.ceil(plan.tokens / forecast.max_length) + 1)
         smaller = [(part, replace(plan, tokens=max(plan.tokens // part, forecast.max_length))) for part in parts]
     else:
         parts = range(2, plan.rows + 1)
         smaller = [(part, replace(plan, rows=plan.rows // part)) for part in parts if plan.rows % part == 0]
-    for part, less in smaller:
-        more = forecast.accumulate * part
-        words = f"--data.batch_tokens {less.tokens}" if plan.tokens else f"--data.batch_size {less.rows}"
-        words += f" --trainer.accumulate_grad_batches {more}"
-        found.append(Change(words, replace(forecast, plan=less, accumulate=more)))
-    return found
+    return [replace(forecast, plan=less, accumulate=forecast.accumulate * part) for part, less in smaller]
 
 
-def _fewer_samples(forecast: Forecast) -> list[Change]:
+def _fewer_samples(forecast: Forecast) -> list[Forecast]:
     """For the user's own prompts none or all, since a count is one of held-out prompts."""
     samples = forecast.samples
     if samples.are_own:
-        return [Change("--samples.prompts null --samples.count 0", replace(forecast, samples=NO_SAMPLES))]
+        return [replace(forecast, samples=NO_SAMPLES)]
     counts = [count for count in (4, 2, 0) if count < samples.num_prompts]
-    return [
-        Change(f"--samples.count {count}", replace(forecast, samples=replace(samples, num_prompts=count)))
-        for count in counts
-    ]
+    return [replace(forecast, samples=replace(samples, num_prompts=count)) for count in counts]
 
 
-def _smaller_optimizer(forecast: Forecast) -> list[Change]:
-    names = OPTIMIZERS[forecast.optimizer].smaller
-    return [Change(f"--model.optimizer {name}", replace(forecast, optimizer=name)) for name in names]
+def _smaller_optimizer(forecast: Forecast) -> list[Forecast]:
+    return [replace(forecast, optimizer=name) for name in OPTIMIZERS[forecast.optimizer].smaller]
 
 
-def _smaller_ranks(forecast: Forecast) -> list[Change]:
+def _smaller_ranks(forecast: Forecast) -> list[Forecast]:
     """Lower ranks, unless an adapter to start from fixes the rank."""
     ranks = [rank for rank in RANKS if rank < forecast.lora.rank and not forecast.ranks]
-    return [Change(f"--model.rank {rank}", replace(forecast, lora=replace(forecast.lora, rank=rank))) for rank in ranks]
+    return [replace(forecast, lora=replace(forecast.lora, rank=rank)) for rank in ranks]
 
 
-def _shorter_rows(forecast: Forecast) -> list[Change]:
+def _shorter_rows(forecast: Forecast) -> list[Forecast]:
     first = (forecast.max_length - 1) // LENGTH_STEP * LENGTH_STEP
-    return [
-        Change(f"--data.max_length {length}", replace(forecast, max_length=length))
-        for length in range(first, SHORTEST - 1, -LENGTH_STEP)
-    ]
+    return [replace(forecast, max_length=length) for length in range(first, SHORTEST - 1, -LENGTH_STEP)]
 
 
-def _shared(forecast: Forecast) -> list[Change]:
+def _shared(forecast: Forecast) -> list[Forecast]:
     """Shares on the cards: auto takes them by itself, where they alone make it fit."""
     can_share = forecast.num_devices > 1 and not (forecast.is_slow or forecast.is_shared)
-    return [Change("--model.shard true", replace(forecast, shard=True))] if can_share else []
+    return [replace(forecast, shard=True)] if can_share else []
 
 
-def _shared_on_host(forecast: Forecast) -> list[Change]:
+def _shared_on_host(forecast: Forecast) -> list[Forecast]:
     """The layers in the host's memory, for one card, too; the bus decides how long a step takes."""
-    if forecast.is_slow or forecast.shard_to == "host":
-        return []
-    return [Change("--model.shard true --model.shard_to host", replace(forecast, shard=True, shard_to="host"))]
+    can_share = not (forecast.is_slow or forecast.shard_to == "host")
+    return [replace(forecast, shard=True, shard_to="host")] if can_share else []
 
 
 class Rung(NamedTuple):
@@ -115,7 +130,7 @@ class Rung(NamedTuple):
     pass over an epoch's batches, so the first that fits is found by bisection.
     """
 
-    steps: Callable[[Forecast], list[Change]]
+    steps: Callable[[Forecast], list[Forecast]]
     always_less: bool = False
     is_long: bool = False
 
@@ -140,36 +155,33 @@ def smallest_change(forecast: Forecast) -> Change | None:
 
     The base's layers come from the host's memory only where nothing else makes it fit.
     """
-    for options, changed in (Change("", forecast), *_shared_on_host(forecast)):
+    for changed in (forecast, *_shared_on_host(forecast)):
         found = _walk(changed, 1 - memory.RESERVE) or _walk(changed, 1.0)
         if found:
-            return Change(" ".join(filter(None, (found.options, options))), found.forecast)
+            return Change(_options(forecast, found), found)
     return None
 
 
-def _walk(forecast: Forecast, share: float) -> Change | None:
+def _walk(forecast: Forecast, share: float) -> Forecast | None:
     """From the most expensive kind of change down: the smallest step after which cheaper kinds can still make it fit.
 
     Walked once: after each step taken, the cheaper kinds that follow can make it fit.
     """
-    taken: list[str] = []
     for number, rung in enumerate(LADDER):
-        cheaper = LADDER[number + 1 :]
-        steps = [Change("", forecast), *rung.steps(forecast)]
-        step = _first(steps, lambda one, cheaper=cheaper: _can_fit(one, cheaper, share), rung.is_long)  # type: ignore[misc]
+        fits = partial(_can_fit, ladder=LADDER[number + 1 :], share=share)
+        step = _first([forecast, *rung.steps(forecast)], fits, rung.is_long)
         if step is None:
             return None
-        taken.insert(0, step.options)
-        forecast = step.forecast
-    return Change(" ".join(filter(None, taken)), forecast)
+        forecast = step
+    return forecast
 
 
-def _first(steps: list[Change], fits: Callable[[Forecast], bool], by_halves: bool) -> Change | None:
+def _first(steps: list[Forecast], fits: Callable[[Forecast], bool], by_halves: bool) -> Forecast | None:
     """The first of ``steps`` that fits; None if none does."""
-    if by_halves and not fits(steps[0].forecast):
-        least = bisect_left(steps, True, key=lambda step: fits(step.forecast))
+    if by_halves and not fits(steps[0]):
+        least = bisect_left(steps, True, key=fits)
         return steps[least] if least < len(steps) else None
-    return next((step for step in steps if fits(step.forecast)), None)
+    return next(filter(fits, steps), None)
 
 
 def _can_fit(forecast: Forecast, ladder: Sequence[Rung], share: float) -> bool:
@@ -180,7 +192,7 @@ def _can_fit(forecast: Forecast, ladder: Sequence[Rung], share: float) -> bool:
     if not ladder:
         return forecast.fits(share)
     rung, *rest = ladder
-    ends = [step.forecast for step in rung.steps(forecast)[-1:]]
+    ends = rung.steps(forecast)[-1:]
     if not (ends and rung.always_less):
         ends.append(forecast)
     return any(_can_fit(end, rest, share) for end in ends)
@@ -224,17 +236,4 @@ def _candidates(forecast: Forecast) -> Iterable[Forecast]:
         if budget is None or 0.7 < mean * more / step_tokens < 1.4:
             for mode in ("none", "auto", "full"):
                 chosen = replace(candidate, checkpointing=mode, accumulate=more)
-                yield from (chosen, *(changed for _, changed in _recorded(chosen)))
-
-
-def _options(forecast: Forecast, chosen: Forecast) -> str:
-    options = []
-    if chosen.plan != forecast.plan:
-        options.append(f"--data.batch_tokens {chosen.plan.tokens}")
-    if chosen.accumulate != forecast.accumulate:
-        options.append(f"--trainer.accumulate_grad_batches {chosen.accumulate}")
-    if chosen.checkpointing != forecast.checkpointing:
-        options.append(f"--model.checkpointing {chosen.checkpointing}")
-    if chosen.cuda_graphs != forecast.cuda_graphs:
-        options.append("--model.cuda_graphs false")
-    return " ".join(options)
+                yield from (chosen, *_recorded(chosen))

@@ -8,8 +8,9 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 from lit_qlora.model.optimizer import OPTIMIZERS
 from lit_qlora.model.shape import Shape
@@ -119,34 +120,30 @@ class Step:
         return sum(rank * sum(self.shape.linears[name]) for layer in kinds for name, rank in layer)
 
 
+def _part(words: str) -> Any:
+    """Bytes of torch's allocator, and what a table calls them."""
+    return field(default=0, metadata={"words": words})
+
+
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes on the card at one moment of a step, by purpose."""
 
     moment: str
-    weights: int = 0
-    dequantised: int = 0
-    """Weights that stay dequantised, beside their 4 bits."""
-    arriving: int = 0
-    """The two layers of a shared base that are whole."""
-    adapters: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    casts: int = 0
-    """LoRA's weights of one layer in the precision of its products: buffers that each layer refills."""
-    activations: int = 0
-    """Activations of all layers that forward keeps for backward."""
-    layer: int = 0
-    """Memory of one layer during its recomputation and backward."""
-    loss: int = 0
-    """Logits, a chunk of rows at a time, and the last hidden states with their gradient."""
-    dequantisation: int = 0
-    """4-bit weights that are dequantised at that moment."""
-    recordings: int = 0
-    """Buffers of recorded kernels."""
-    cache: int = 0
-    """Keys and values of the sample answers."""
-    workspace: int = 0
+    weights: int = _part("base: linear layers in 4 bits, the rest in 16")
+    dequantised: int = _part("weights that stay dequantised, in 16")
+    arriving: int = _part("its two layers that are whole at a time")
+    adapters: int = _part("adapter, fp32")
+    gradients: int = _part("its gradients, fp32")
+    optimizer: int = _part("optimizer's state")
+    casts: int = _part("16-bit copies of the adapter")  # of one layer: each refills the buffers
+    activations: int = _part("activations kept for backward")
+    layer: int = _part("one layer in recomputation and backward")
+    loss: int = _part("loss: some rows' logits, hidden states")
+    dequantisation: int = _part("one dequantised weight")
+    recordings: int = _part("buffers of recorded kernels")
+    cache: int = _part("keys and values of sample answers")
+    workspace: int = _part("cuBLAS's scratch")
     apart: int = 0
     """Memory that the allocator holds for other moments and can't reuse for this one: of recorded kernels, or for
     them."""
@@ -158,8 +155,7 @@ class StepMemory:
     @property
     def total(self) -> int:
         """To be compared with ``torch.cuda.max_memory_allocated()``."""
-        beside = ("moment", "apart", "kernels", "exchange")
-        return sum(getattr(self, part.name) for part in fields(self) if part.name not in beside)
+        return sum(getattr(self, name) for name in PARTS)
 
     @property
     def reserved(self) -> int:
@@ -172,6 +168,10 @@ class StepMemory:
     def on_card(self) -> int:
         """All memory that the card must have, CUDA's context included."""
         return self.reserved + self.kernels + self.exchange + CONTEXT
+
+
+PARTS = {part.name: part.metadata["words"] for part in fields(StepMemory) if part.metadata}
+"""The parts of `StepMemory.total`, in words."""
 
 
 def layer_bytes(shape: Shape) -> int:

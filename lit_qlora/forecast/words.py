@@ -5,7 +5,6 @@ Knows neither where the forecast comes from nor where the words go.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.foresee import Forecast
@@ -19,22 +18,6 @@ SLOW = (
 )
 REACHED = 0.7
 """The share of a roofline's speed that whole runs reach with few other fused kernels: an estimate."""
-PARTS = {
-    "weights": "base: linear layers in 4 bits, the rest in 16",
-    "dequantised": "weights that stay dequantised, in 16",
-    "arriving": "its two layers that are whole at a time",
-    "adapters": "adapter, fp32",
-    "gradients": "its gradients, fp32",
-    "optimizer": "optimizer's state",
-    "casts": "16-bit copies of the adapter",
-    "activations": "activations kept for backward",
-    "layer": "one layer in recomputation and backward",
-    "loss": "loss: some rows' logits, hidden states",
-    "dequantisation": "one dequantised weight",
-    "recordings": "buffers of recorded kernels",
-    "cache": "keys and values of sample answers",
-    "workspace": "cuBLAS's scratch",
-}
 
 
 def lines(forecast: Forecast) -> Iterator[str]:
@@ -58,10 +41,9 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
     step, peak, card, samples = forecast.step, forecast.peak, forecast.card, forecast.samples_at_once
     unit = GIB if peak.total >= GIB else 1024**2
     yield f"{f'memory at its highest: {peak.moment}':<52}{'GiB' if unit == GIB else 'MiB':>8}"
-    for part in fields(peak):
-        size = getattr(peak, part.name)
-        if part.name in PARTS and size:
-            yield line(PARTS[part.name], size, unit)
+    for part, words in memory.PARTS.items():
+        if size := getattr(peak, part):
+            yield line(words, size, unit)
     yield line("allocated (torch.cuda.max_memory_allocated)", peak.total, unit)
     if peak.apart:
         yield line("held beside: recorded kernels have their own pool", peak.apart, unit)

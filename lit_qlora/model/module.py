@@ -287,8 +287,8 @@ class QLoRAModule(LearnsInParts):
         if self.shards:
             self.shards.lowest = min(load.adapted_layers(self.model))
         self.keeps_pace = self.shards is not None and self.shards.size > 1
-        self.kept_layers, self.uses_cuda_graphs = self._choose_kept_layers(), self.cuda_graphs is True
-        self.dequantised_layers = self._choose_dequantised_layers(dtype)
+        self.uses_cuda_graphs = self.cuda_graphs is True
+        self._choose_kept(dtype)
         if self.slow_because:
             checkpoint_layers(base_model.model.layers, self.checkpointing)
         # from_pretrained returns every module in eval mode, and Lightning leaves it so: no dropout.
@@ -513,19 +513,15 @@ class QLoRAModule(LearnsInParts):
         self._weights.clear()
         self._release()
 
-    def _choose_kept_layers(self) -> int:
-        if self.checkpointing == "full":
-            return 0
-        if self.checkpointing == "auto" and (self.slow_because or self.device.type != "cpu"):
-            return 0  # on a GPU, `callbacks.warmup` knows the batches, and so how many fit
-        return self.base.shape.num_layers
-
-    def _choose_dequantised_layers(self, dtype: torch.dtype) -> int:
-        if self.checkpointing != "auto" or self.slow_because or self.shards or self.device.type != "cpu":
-            return 0  # on a GPU, `callbacks.warmup` chooses; what is shared has no room whole
-        shape = self.base.shape
-        layer_bytes = shape.num_quantized // shape.num_layers * dtype.itemsize
-        return layers_on_host(layer_bytes, shape.num_layers, world().local_size)
+    def _choose_kept(self, dtype: torch.dtype) -> None:
+        """What layers keep. On a GPU, `callbacks.warmup` knows the batches, and so what ``auto`` has the room for."""
+        shape, is_auto = self.base.shape, self.checkpointing == "auto"
+        is_open = is_auto and self.device.type == "cpu" and not self.slow_because
+        self.kept_layers = shape.num_layers if is_open or self.checkpointing in ("selective", "none") else 0
+        self.dequantised_layers = 0
+        if is_open and not self.shards:  # what is shared has no room whole
+            layer_bytes = shape.num_quantized // shape.num_layers * dtype.itemsize
+            self.dequantised_layers = layers_on_host(layer_bytes, shape.num_layers, world().local_size)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states ``[B, T, h]`` after the last norm."""

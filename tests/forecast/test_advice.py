@@ -219,8 +219,8 @@ def test_kernels_are_left_unrecorded_where_that_is_quicker():
     before = seven(card="l4", gib=16, plan=BatchPlan(rows=16), cuda_graphs=True, lengths=many, checkpointing="auto")
     words, after = quickest(before)
     assert words == (
-        "--data.batch_tokens 3072 --trainer.accumulate_grad_batches 10 --model.checkpointing none "
-        "--model.cuda_graphs false"
+        "--model.cuda_graphs false --model.checkpointing none --data.batch_tokens 3072 "
+        "--trainer.accumulate_grad_batches 10"
     )
     assert after.hours < before.hours
 

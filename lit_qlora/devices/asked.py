@@ -36,13 +36,7 @@ def no_gpu(accelerator: str) -> UserError:
 
 
 def check_on_cpu(devices: int | Sequence[int], why: str, most: int = MOST_ON_CPU) -> None:
-    """Raises UserError for GPUs by their numbers, or more processes than there may be, where there is no GPU.
-
-    Args:
-        devices: numbers of GPUs, or how many processes.
-        why: numbers are wrong.
-        most: processes of this machine.
-    """
+    """Raises UserError for GPUs by their numbers, wrong for the reason ``why``, or for more processes than ``most``."""
     if not isinstance(devices, int):
         raise UserError(f"expected 1, for {why}, got {devices}", option="trainer.devices", remedy="leave it out")
     require(devices <= most, "trainer.devices", f"at most {most} processes on a CPU", devices)

@@ -69,14 +69,10 @@ def requeue() -> None:
 
 
 def _was_asked(told: str, number: str) -> bool:
-    """True if a job's user asked for it to be requeued.
+    """True if a job's user asked for it to be requeued; ``told`` is what ``scontrol show job`` says.
 
-    On most clusters ``scontrol show job`` has ``Requeue=1`` for every job: the request is in the batch script, in the
-    command that submitted it, or in the environment that sbatch reads.
-
-    Args:
-        told: output of ``scontrol show job``.
-        number: the job's own number, also for a task of an array.
+    On most clusters that has ``Requeue=1`` for every job: the request is in the batch script, in the command that
+    submitted it, or in the environment that sbatch reads.
     """
     if "Requeue=1" not in told.split():
         return False

@@ -21,11 +21,9 @@ LINGER_S = 3.0
 
 
 def report(line: str, error: BaseException | None = None) -> None:
-    """Print ``line``, with which this command ends, once for all processes of the run.
+    """Print ``line``, which begins with ``error: `` and ends this command, once for all processes of the run.
 
-    Args:
-        line: begins with ``error: ``.
-        error: what it is of; a `LostError` is about another process.
+    A `LostError` is about another process.
     """
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= {*os.environ} or was_started():
         complain(line, error)

@@ -42,10 +42,8 @@ def take_place(is_for_several: bool = True) -> list[str]:
             error to be reported once.
 
     Returns:
-        What else was left by launchers, and is ignored.
-
-    Raises:
-        UserError: the environment says one half of it, or several processes were started for what one does.
+        What else was left by launchers, and is ignored. Raises UserError if the environment says one half of it, or
+        several processes were started for what one does.
     """
     found = _by_torchrun() or _by_slurm()
     if found is None and is_for_several:

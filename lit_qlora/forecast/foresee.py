@@ -102,14 +102,13 @@ class Forecast:
     """The settings that decide the memory and the time of a run, and the figures that follow.
 
     Args:
-        shape: shape of the base.
-        card: the card to train on.
-        rows: the training rows, before they are cut to ``max_length``.
+        shape: of the base.
+        card: to train on.
+        rows: the training rows, before they are cut to ``max_length`` tokens.
         lora: the adapter.
-        ranks: ranks of an adapter to start from, by linear layer, for each decoder layer; else all are that of
-            ``lora``.
-        precision: the precision, as Lightning spells it.
-        optimizer: name of the optimizer.
+        ranks: of an adapter to start from, by linear layer, for each decoder layer; else all are that of ``lora``.
+        precision: as Lightning spells it.
+        optimizer: its name.
         checkpointing: none, selective, auto or full.
         cuda_graphs: whether kernels are recorded; auto: where the card would wait for its host.
         own_layers: False for transformers' own layers, which take more than the formulas say.
@@ -118,14 +117,14 @@ class Forecast:
         plan: how rows are grouped into micro-batches.
         max_length: tokens of one row.
         accumulate: micro-batches of one optimizer step, over all devices.
-        num_devices: number of cards like this one, each with the whole base or a share of it.
+        num_devices: cards like this one, each with the whole base or a share of it.
         shard: whether they share the base; auto: where a whole one does not fit and a share does.
         shard_to: where the shares are: gpu or host.
         bus_gb_per_s: rate at which a shared base's layers come to a card.
-        limit: number of micro-batches per epoch, or a share of them.
-        seed: seed of the rows' order.
+        limit: micro-batches per epoch, or a share of them.
+        seed: of the rows' order.
         samples: all sample answers of one validation.
-        keep_checkpoints: number of checkpoints in the run folder.
+        keep_checkpoints: checkpoints in the run folder.
     """
 
     shape: Shape
@@ -380,13 +379,9 @@ def foresee(
 
 
 def step_of(shape: Shape, lora: Lora, precision: object, **settings: Any) -> Step:
-    """A step of a base with an adapter.
+    """A step of a base with an adapter, in the precision as Lightning spells it.
 
-    Args:
-        shape: of the base.
-        lora: the adapter.
-        precision: as Lightning spells it.
-        settings: further fields of `Step`, at least ``tokens`` and ``scored_tokens``.
+    ``settings`` are further fields of `Step`, at least ``tokens`` and ``scored_tokens``.
     """
     targets = tuple(dict.fromkeys(target_names(lora.target_modules)))
     element = 4 if str(precision) == "32-true" else 2

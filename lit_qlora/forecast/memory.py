@@ -212,14 +212,9 @@ def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
 
 
 def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
-    """Optimizer state on the card, and state that is paged to the host when the card runs short.
+    """Bytes of the optimizer's state on the card, and of that which is paged to the host when the card runs short.
 
-    Args:
-        name: of the optimizer, in `OPTIMIZERS`.
-        tensors: numbers of weights of each trained tensor.
-
-    Returns:
-        Both in bytes.
+    By the numbers of weights of each trained tensor.
     """
     optimizer = OPTIMIZERS[name]
     on_card = paged = 0
@@ -307,10 +302,7 @@ def kept_activations(step: Step) -> int:
 
 
 def loss_bytes(step: Step) -> int:
-    """Bytes of the last norm and the chunked cross entropy, during its last chunk.
-
-    A chunk's logits exist in 16 bits and in fp32.
-    """
+    """Bytes of the last norm and the chunked cross entropy, in its last chunk, whose logits are in 16 bits and fp32."""
     hidden, rows = step.shape.hidden, min(step.scored_tokens, step.loss_rows)
     copies = 4 if step.element == 4 else 4 + step.element
     logits = rows * step.shape.vocabulary * copies
@@ -476,8 +468,7 @@ def place_layers(step: Step, card_bytes: float, samples: Samples = NO_SAMPLES, m
         most_hosted: number of layers whose feed-forward the host has the room and the bus the time for.
 
     Returns:
-        The most layers that can keep them, and the fewest of these that must send a part to the host; 0, 0 where none
-        can.
+        The most layers that can keep them, and the fewest of these that must send a part to the host; else 0, 0.
     """
 
     def has_room(kept: int, hosted: int) -> bool:

@@ -72,12 +72,9 @@ class Copies:
             self.root = Path(HF_HOME) / "lit_qlora" / "4bit"
 
     def find(self, base: Base, dtype: torch.dtype | None, device_type: str) -> Base | None:
-        """A base as its 4-bit copy; None without an intact one.
+        """A base in 16 bits as its 4-bit copy; None without an intact one.
 
-        Args:
-            base: in 16 bits.
-            dtype: that the copy is to compute in; None: any.
-            device_type: that it was quantised on; ``*``: any.
+        Args as of `keep_by`; a ``dtype`` of None and a ``device_type`` of ``*`` stand for any.
         """
         if self.root is None or not self.root.is_dir() or base.in_4_bits:
             return None

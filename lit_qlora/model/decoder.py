@@ -80,12 +80,7 @@ class LoraBuffers:
 
     @torch.no_grad()
     def fill(self, lora: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Copy a layer's A and B into the buffers.
-
-        Args:
-            lora: A ``[rank, in]`` and B ``[out, rank]`` of each linear layer that has them, fp32, in order.
-            dtype: of the buffers.
-        """
+        """Copy a layer's A ``[rank, in]`` and B ``[out, rank]``, fp32 and in order, into the buffers, of ``dtype``."""
         if not self._flat or self._flat[0].dtype != dtype:
             with torch.inference_mode(False):  # made while scoring, they must still serve in training
                 self._allocate(lora[0], dtype)
@@ -174,14 +169,9 @@ def _quantised(module: Any) -> Quantised:
 
 
 def extract_layers(model: Any, pointwise: Pointwise = EAGER, weights: Sequence[Weights] | None = None) -> list[Layer]:
-    """The decoder layers of ``model``, a 4-bit base with LoRA.
+    """The decoder layers of ``model``, a 4-bit base with LoRA; their ``weights`` are by default `weights_of` the model.
 
     Made for its current state: dropout is for train mode only, and a disabled adapter is left out.
-
-    Args:
-        model: whose layers.
-        pointwise: what is computed between products.
-        weights: what gives each layer its weights; default: `weights_of` the model.
     """
     buffers: dict[Any, LoraBuffers] = {}
     layers = model.get_base_model().model.layers
@@ -471,13 +461,7 @@ def _attention(
 
 
 def _head_norm(layer: Layer, index: int, heads: Tensor) -> tuple[Tensor, Tensor]:
-    """Each of the heads ``[B, T, heads, width]`` normalised, ``[B, T · heads, width]``, and its scale.
-
-    Args:
-        layer: whose norm.
-        index: 0 for queries, 1 for keys.
-        heads: before the norm.
-    """
+    """Heads ``[B, T, heads, width]`` of queries (0) or keys (1) normed, ``[B, T · heads, width]``, and the scale."""
     assert layer.head_norms
     return layer.pointwise.rms_norm(heads.flatten(1, 2), layer.head_norms[index], layer.epsilon)
 

@@ -86,10 +86,7 @@ def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) ->
         num_weights: of the base; on a CPU, bf16 pays for large ones only.
 
     Returns:
-        The precision, and the reason in a few words.
-
-    Raises:
-        UserError: the device lacks the precision that is wanted.
+        The precision, and the reason in a few words. Raises UserError if the device lacks the one that is wanted.
     """
     capability = device.capability
     if capability is None:

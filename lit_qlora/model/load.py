@@ -356,15 +356,9 @@ def template_of(adapter: Path, given: str | None) -> str | None:
 
 
 def kept_template(was: PromptFormat, given: str | None, name: str) -> str | None:
-    """The ``data.template`` of the prompt format that an adapter was trained with.
+    """The ``data.template`` of the prompt format ``was`` that an adapter, called ``name``, was trained with.
 
-    Args:
-        was: that format.
-        given: the option's own value, as a template's text; None for none.
-        name: of the adapter, for messages.
-
-    Raises:
-        UserError: another one is given.
+    Raises UserError if another one is given: the option's own value, as a template's text; None for none.
     """
     if given is not None and not was.is_given_by(given):
         raise UserError(

@@ -108,13 +108,7 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
 def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
     """Check an adapter's patterns and ranks before a layer is built, which with a wrong rank could take all memory.
 
-    Args:
-        folder: of the adapter, for messages.
-        config: the contents of its adapter_config.json.
-        shapes: of its weights, by peft's names.
-
-    Raises:
-        UserError: a rank differs from that of the weights.
+    Raises UserError if a rank differs from that of the weights, whose ``shapes`` are by peft's names.
     """
     _check_patterns(folder, config)
     patterns: dict[str, int] = config.get("rank_pattern") or {}

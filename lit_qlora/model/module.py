@@ -198,10 +198,7 @@ class QLoRAModule(LearnsInParts):
         return []
 
     def setup(self, stage: str) -> None:
-        """Refuse unsupported settings of the Trainer, before a weight is loaded; take over the data's prompt format.
-
-        Raises UserError.
-        """
+        """Refuse unsupported settings of the Trainer, before a weight is loaded; take over the data's prompt format."""
         script.check_trainer(self.trainer)
         check_shard(self.shard, self.shard_to, self.trainer.world_size)
         if self.shard is True and self.shard_to == "host":
@@ -428,15 +425,9 @@ class QLoRAModule(LearnsInParts):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "QLoRAModule":  # type: ignore[override]
-        """Load the module, and its model, from a checkpoint of Lightning's ModelCheckpoint.
+        """Load the module, and its model, from a file of Lightning's ModelCheckpoint; ``options`` replace the module's.
 
-        Args:
-            checkpoint_path: the file.
-            *args: as Lightning's.
-            **options: replacements for the module's arguments, such as a ``base`` that was moved.
-
-        Raises:
-            UserError: it is a folder, as a run's checkpoints are, or of another base or rank.
+        Raises UserError for a folder, as a run's checkpoints are, and for a checkpoint of another base or rank.
         """
         script.check_file(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **options)  # type: ignore[no-any-return]

@@ -92,13 +92,9 @@ def make_optimizer(
 def make_schedule(
     name: Schedule, optimizer: "torch.optim.Optimizer", num_steps: int, warmup_ratio: float
 ) -> "LambdaLR":
-    """The factor on the learning rate: a linear warm-up, then ``name`` down to 0 at the end.
+    """The factor on the learning rate: a linear warm-up, then the schedule ``name`` down to 0 at the end.
 
-    Args:
-        name: of the schedule.
-        optimizer: whose learning rate is the peak.
-        num_steps: optimizer steps of the run.
-        warmup_ratio: share of these, rounded up, in which the rate rises.
+    The rate rises in the share ``warmup_ratio``, rounded up, of the run's ``num_steps`` optimizer steps.
     """
     from torch.optim.lr_scheduler import LambdaLR
 

@@ -77,13 +77,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:
-    """Raises UserError for the first callback or plugin of a kind that may not be given.
-
-    Args:
-        given: value of ``option``, as a list.
-        option: name for messages.
-        taken: the refused kinds, each with what is expected instead.
-    """
+    """Raises UserError for the first callback or plugin of a kind that is ``taken``, with what is expected instead."""
     for one in given:
         for kind, expected in taken.items():
             if isinstance(one, kind):
@@ -127,16 +121,10 @@ def record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any
 
 
 def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: PromptFormat | None) -> PromptFormat:
-    """The prompt format of a checkpoint.
+    """The prompt format of a checkpoint, by what it holds under `OF`.
 
-    Args:
-        of: what it holds under `OF`; earlier ones have no scaling.
-        base: that is loaded.
-        lora: the options of the module.
-        given: the prompt format of the Trainer's data, if there is a `ChatDataModule`.
-
-    Raises:
-        UserError: the checkpoint has another scaling, base or format.
+    Raises UserError if the checkpoint has another base than the loaded one, another scaling than the module's options,
+    or another format than that of the Trainer's data, if there is a `ChatDataModule`.
     """
     for name in SCALING:
         now, was = getattr(lora, name), of.get(name)

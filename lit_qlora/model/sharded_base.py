@@ -59,18 +59,8 @@ def load_sharded(
 ) -> tuple["PreTrainedModel", Shards]:
     """As `load.load_base`, without the decoder's linear layers, which come from the shares as they are used.
 
-    Args:
-        base: in 16 bits, or with all linear layers in 4.
-        dtype: as of `load.load_base`.
-        device: likewise.
-        attention: likewise.
-        on_host: True to keep this process's share in the host's memory.
-
-    Returns:
-        The frozen model, in eval mode, and the shares.
-
-    Raises:
-        UserError: its weights can't be read, or are not all in 4 bits.
+    The shares are kept on the devices, or in the host's memory. Raises UserError also for a base that is in 4 bits, but
+    not in all linear layers.
     """
     fetch(base)
     plain = check_weights(base) if base.in_4_bits else []

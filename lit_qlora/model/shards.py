@@ -150,9 +150,7 @@ class Shards:
     def open(self, index: int, ahead: int) -> None:
         """Have the weights of a layer whole, until the next but one is opened; the next one begins to come.
 
-        Args:
-            index: of the layer.
-            ahead: 1 in a forward, -1 in a backward.
+        That is ``ahead``: 1 in a forward, -1 in a backward.
         """
         self._fetch(index)
         self._settle(index % 2)
@@ -199,10 +197,7 @@ class Shards:
 
     def keep_pace(self, backward: bool) -> None:
         """Take part in the fetching of processes that have computed more micro-batches than this one since the last
-        call. Each process calls it at the same point.
-
-        Args:
-            backward: True if they went backward, too.
+        call, and have gone ``backward``, too. Each process calls it at the same point.
         """
         most = max(self._passes.values(), default=0)
         for _ in range(most - self._passes[self.rank]):

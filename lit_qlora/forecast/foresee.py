@@ -394,13 +394,13 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
     One, where weights stay dequantised or are not ours to dequantise; else as many as half of the host's free memory
     has the room for.
     """
-    shape, available = module.base.shape, host.memory_bytes()
+    shape = module.base.shape
     is_open = module.dequantised_layers == shape.num_layers
-    if module.checkpointing != "auto" or module.slow_because or is_open or available is None:
+    if module.checkpointing != "auto" or module.slow_because or is_open:
         return 1
     tokens, kept = data.largest_batch().input_ids.numel(), module.kept_layers
     step = step_of(shape, module.lora, trainer.precision, tokens=tokens, scored_tokens=0, kept_layers=kept)
-    room = available[1] // 2 // world().local_size // (step.tokens * memory.kept_activations(step))
+    room = host.room_bytes() // (step.tokens * memory.kept_activations(step))
     return max(1, min(room, trainer.accumulate_grad_batches))
 
 
@@ -418,16 +418,14 @@ def guanaco_lengths(num_rows: int) -> tuple[int, ...]:
 
 @cache
 def current_host() -> Host | None:
-    """This process's share of half of this machine's free memory, at the rate measured once; None without a GPU, or
-    where no memory can be page-locked.
-
-    Each process of a machine keeps activations of its own.
+    """This process's room on this machine, at the rate measured once; None without a GPU, or where no memory can be
+    page-locked.
     """
-    available = host.memory_bytes()
-    if current_device().capability is None or available is None:
+    room_bytes = host.room_bytes()
+    if current_device().capability is None or not room_bytes:
         return None
     try:
-        return Host(available[1] // 2 // world().local_size, offload.copy_gb_per_s())
+        return Host(room_bytes, offload.copy_gb_per_s())
     except UserError:
         return None
 

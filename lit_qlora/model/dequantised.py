@@ -11,11 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_qlora.model.host import memory_bytes
-
-HOST_SHARE = 2
-"""The part of the host's free memory that kept weights may take at most, as one of so many."""
-
 
 class Quantised(NamedTuple):
     """A weight in 4 bits: its packed values, bitsandbytes' state with the scales, and the offset of nested scales.
@@ -57,15 +52,3 @@ class Weights:
             self._kept = []  # the memory of the other dtype's, before the new ones take theirs
             with torch.inference_mode(False), torch.no_grad():  # made while scoring, they must still serve in training
                 self._kept = [self.get(index, dtype) for index in range(len(self.quantised))]
-
-
-def layers_on_host(layer_bytes: int, num_layers: int, num_processes: int) -> int:
-    """Number of layers whose dequantised weights a host has the room for; 0 where its memory is unknown.
-
-    Args:
-        layer_bytes: bytes of one layer's weights.
-        num_layers: of the base.
-        num_processes: processes that share this machine, each with weights of its own.
-    """
-    memory = memory_bytes()
-    return min(num_layers, memory[1] // HOST_SHARE // num_processes // layer_bytes) if memory else 0

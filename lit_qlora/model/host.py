@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+from lit_qlora.devices.world import world
+
+SHARE = 2
+"""The part of the available memory that what is kept to save time may take, as one of so many."""
+
 
 def memory_bytes() -> tuple[int, int] | None:
     """Memory of this machine, or of the container where that has less: all, and available; None if unknown."""
@@ -15,3 +20,9 @@ def memory_bytes() -> tuple[int, int] | None:
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return total, min(free, total)
+
+
+def room_bytes() -> int:
+    """What this process, of those of this machine, may keep to save time; 0 where the memory is unknown."""
+    memory = memory_bytes()
+    return memory[1] // SHARE // world().local_size if memory else 0

@@ -21,15 +21,15 @@ from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.devices.asked import check_shard
 from lit_qlora.devices.strategy import is_on_edge
-from lit_qlora.devices.world import from_first, is_first, local_first, world
+from lit_qlora.devices.world import from_first, is_first, local_first
 from lit_qlora.errors import UserError, require
-from lit_qlora.model import load, script
+from lit_qlora.model import host, load, script
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import Base, check_context, check_targets, find_base, split_names
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.decoder import Layer, MicroBatch, draw_seeds, extract_layers, run_together, weights_of, why_not
-from lit_qlora.model.dequantised import Weights, layers_on_host
+from lit_qlora.model.dequantised import Weights
 from lit_qlora.model.device import (
     Attention,
     check_attention,
@@ -512,7 +512,7 @@ class QLoRAModule(LearnsInParts):
         self.dequantised_layers = 0
         if is_open and not self.shards:  # what is shared has no room whole
             layer_bytes = shape.num_quantized // shape.num_layers * dtype.itemsize
-            self.dequantised_layers = layers_on_host(layer_bytes, shape.num_layers, world().local_size)
+            self.dequantised_layers = min(shape.num_layers, host.room_bytes() // layer_bytes)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states ``[B, T, h]`` after the last norm."""

@@ -104,9 +104,9 @@ def test_recorded_kernels_leave_room_for_fewer_layers_and_say_so():
         for wanted in (False, True)
     )
     assert recorded.step.kept_layers < plain.step.kept_layers
-    assert recorded.step.tokens == recorded.largest.recorded_tokens
+    assert recorded.step.tokens == recorded.batches.largest_recorded
     number = recorded.step.num_recordings
-    assert number == recorded.largest.num_recordings > 5
+    assert number == recorded.batches.num_recordings > 5
     lines = list(words.lines(recorded))
     assert any("CUDA graphs" in line for line in lines)
     assert any("held beside: recorded kernels have their own pool" in line for line in lines)
@@ -127,9 +127,9 @@ def test_a_limited_epoch_is_shorter_and_its_largest_batch_is_that_of_all_epochs(
     rows = foresee.Rows((*range(10, 410),))
     whole, cut = (forecast(rows=rows, plan=BatchPlan(4), max_length=400, limit=limit) for limit in (1.0, 0.25))
     assert (whole.epoch.num_micro_batches, cut.epoch.num_micro_batches) == (100, 25)
-    assert (whole.num_rows, cut.num_rows) == (400, 100)
+    assert (whole.batches.num_rows, cut.batches.num_rows) == (400, 100)
     assert cut.epoch.tokens < whole.epoch.tokens == sum(min(length, 400) for length in rows.lengths)
-    assert cut.largest == whole.largest
+    assert cut.batches[3:] == whole.batches[3:]
 
 
 def test_two_cards_take_half_of_the_time_but_for_waiting():
@@ -311,7 +311,7 @@ def test_the_processes_of_a_machine_share_what_its_host_has_free(monkeypatch, pr
     monkeypatch.setattr(foresee.host, "memory_bytes", lambda: (12 * GIB, 8 * GIB))
     monkeypatch.setattr(foresee.offload, "copy_gb_per_s", lambda: 6.0)
     monkeypatch.setattr(foresee, "current_device", lambda: Device("T4", (7, 5), 15 * GIB))
-    monkeypatch.setattr(foresee, "world", lambda: World(0, processes, 0, processes))
+    monkeypatch.setattr(foresee.host, "world", lambda: World(0, processes, 0, processes))
     assert foresee.current_host.__wrapped__() == foresee.Host(room_gib * GIB, 6.0)
 
     def locks_nothing():

@@ -4,11 +4,12 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from lit_qlora.model import dequantised
+from lit_qlora.devices.world import World
+from lit_qlora.model import host
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.decoder import extract_layers, run_layers, weights_of
-from lit_qlora.model.dequantised import layers_on_host
 from lit_qlora.model.load import adapter_parameters
+from lit_qlora.model.module import QLoRAModule
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -87,14 +88,22 @@ def test_nested_scales_get_their_offset_from_the_host_and_change_no_bit(make_mod
     assert state.offset.device.type == device
 
 
-@pytest.mark.parametrize(
-    ("free", "processes", "expected"), [(16_000, 1, 8), (15_999, 1, 7), (16_000, 3, 2), (1_999, 1, 0), (10**9, 1, 32)]
-)
+@pytest.mark.parametrize(("free", "processes", "expected"), [(16_000, 1, 8_000), (16_000, 3, 2_666), (1, 1, 0)])
 def test_half_of_the_hosts_free_memory_is_shared_by_its_processes(monkeypatch, free, processes, expected):
-    monkeypatch.setattr(dequantised, "memory_bytes", lambda: (10**10, free))
-    assert layers_on_host(1_000, 32, processes) == expected
+    monkeypatch.setattr(host, "memory_bytes", lambda: (10**10, free))
+    monkeypatch.setattr(host, "world", lambda: World(0, processes, 0, processes))
+    assert host.room_bytes() == expected
 
 
-def test_a_host_of_unknown_memory_keeps_none(monkeypatch):
-    monkeypatch.setattr(dequantised, "memory_bytes", lambda: None)
-    assert layers_on_host(1_000, 32, 1) == 0
+def test_a_host_of_unknown_memory_has_no_room(monkeypatch):
+    monkeypatch.setattr(host, "memory_bytes", lambda: None)
+    assert host.room_bytes() == 0
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(0, 0), (0.99, 0), (1, 1), (1.99, 1), (2, 2), (9, 2)])
+def test_as_many_layers_stay_dequantised_on_a_cpu_as_the_host_has_room_for(tiny, monkeypatch, layers, expected):
+    built = QLoRAModule(tiny.location)
+    layer_bytes = 4 * tiny.shape.num_quantized // tiny.shape.num_layers
+    monkeypatch.setattr(host, "room_bytes", lambda: int(layers * layer_bytes))
+    built.configure_model()
+    assert (built.dequantised_layers, tiny.shape.num_layers) == (expected, 2)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lit_qlora.console import complain
 from lit_qlora.devices.starting import was_started
-from lit_qlora.devices.world import LostError, board, hang_up, is_first, world
+from lit_qlora.devices.world import OF_TORCHRUN, LostError, board, hang_up, is_first, world
 
 REACH_S = 20.0
 """How long another process waits for the first to have said something: it may still import torch."""
@@ -25,7 +25,7 @@ def report(line: str, error: BaseException | None = None) -> None:
 
     A `LostError` is about another process.
     """
-    if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= {*os.environ} or was_started():
+    if not {*OF_TORCHRUN} <= {*os.environ} or was_started():
         complain(line, error)
     elif is_first():
         _print_for_all(line, error)

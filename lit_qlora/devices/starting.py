@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from lit_qlora.console import complain
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
-from lit_qlora.devices.world import STORE
+from lit_qlora.devices.world import OF_TORCHRUN, STORE, World
 from lit_qlora.errors import UserError
 from lit_qlora.signals import SIGNALS, Handler, give_back, hold_off, take_over
 
@@ -60,11 +60,10 @@ def take_place(is_for_several: bool = True) -> list[str]:
 
 
 def _by_torchrun() -> dict[str, str] | None:
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    values = {name: os.environ[name].strip() for name in names if os.environ.get(name, "").strip().isdecimal()}
+    values = {name: os.environ[name].strip() for name in OF_TORCHRUN if os.environ.get(name, "").strip().isdecimal()}
     if int(values.get("WORLD_SIZE", "1")) < 2:
         return None
-    missing = [name for name in names if name not in values]
+    missing = [name for name in OF_TORCHRUN if name not in values]
     if missing:
         raise UserError(
             f"WORLD_SIZE={values['WORLD_SIZE']} in the environment, and no {missing[0]}",
@@ -122,9 +121,8 @@ class _Child:
     def __init__(self, args: Sequence[str], rank: int, count: int, store: Path) -> None:
         self.rank = rank
         self.said: IO[bytes] | None = tempfile.TemporaryFile() if rank else None  # noqa: SIM115  # until the end
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        environment = os.environ | {name: str(value) for name, value in places.items()}
-        environment |= {STORE: str(store), PARENT: str(os.getpid())}
+        places = dict(zip(OF_TORCHRUN, map(str, World(rank, count, rank, count)), strict=True))
+        environment = os.environ | places | {STORE: str(store), PARENT: str(os.getpid())}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its own word on how a process ended
         if sys.flags.utf8_mode:

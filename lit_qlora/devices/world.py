@@ -18,6 +18,8 @@ from lit_qlora.errors import UserError
 
 T = TypeVar("T")
 
+OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""torchrun's names in the environment of one of several processes, in the order of `World`."""
 STORE = "LIT_QLORA_STORE"
 """In the environment of processes that this project started: the file through which they find each other."""
 SLOW = timedelta(days=1)
@@ -44,7 +46,7 @@ def world() -> World:
 
     A script's Trainer is alone, whatever WORLD_SIZE a cluster has left.
     """
-    places = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    places = [os.environ.get(name, "") for name in OF_TORCHRUN]
     if not all(map(str.isdecimal, places)):
         return World()
     here = World(*map(int, places))

@@ -203,19 +203,19 @@ class LearnsInParts(LightningModule):
 
     def _learn_in_parts(self) -> list[Sums]:
         """Add the gradients of each micro-batch part by part, in less memory, with the same result; return its sums."""
-        return [self._learn_one_in_parts(one) for one in self._learning]
-
-    def _learn_one_in_parts(self, one: Waiting) -> Sums:
-        while True:
+        found: list[Sums] = []
+        while len(found) < len(self._learning):
             earlier = self._set_aside()
-            sums = self._try_in_parts(one)
+            sums = self._try_in_parts(self._learning[len(found)])
             self._take_back(earlier, adds=sums is not None)
-            if sums is not None:
-                return sums
-            self._make_room()
+            if sums is None:
+                self._make_room()
+            else:
+                found.append(sums)
+        return found
 
     def _try_in_parts(self, one: Waiting) -> Sums | None:
-        """As `_learn_one_in_parts`; None if memory runs out."""
+        """The sums of a micro-batch, whose gradients are added; None if memory runs out."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         factor = 1 / max(one.batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
         parts, found = [one], []

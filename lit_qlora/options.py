@@ -41,6 +41,16 @@ _raised: deque[UserError] = deque(maxlen=32)
 """The last errors: jsonargparse quotes those of the parser of a class's arguments in a message of its own."""
 
 
+def quoted(error: UserError) -> UserError:
+    """``error``, kept to be found again where jsonargparse quotes it.
+
+    Args:
+        error: about an argument of a class, or the class itself.
+    """
+    _raised.append(error)
+    return error
+
+
 class OneLineErrors:
     """A mixin for jsonargparse parsers: errors are one line with the nearest accepted name, not a page of usage.
 
@@ -86,9 +96,7 @@ class OneLineErrors:
             problem = f"is required{''.join(f', and so is {one}' for one in others)}"
             raise UserError(problem, option=first, remedy=f"give it as in: {self.usage}")
         names = [action.dest for action in parser._actions]
-        error = _of_class(str(message), parser.types()) or _mistake(str(message), names)
-        _raised.append(error)
-        raise error
+        raise quoted(_of_class(str(message), parser.types()) or _mistake(str(message), names))
 
     def types(self) -> dict[str, Any]:
         """The type of each option, by its dotted name."""
@@ -230,13 +238,13 @@ def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
         its = dict(zip(parts[::2], parts[1::2], strict=True))
         name = next((one for one in its if f"{names[0]}=None" in its[one]), "the class").rpartition(".")[2]
         return lacks(name, option, names)
+    inner = next((error for error in reversed(_raised) if str(error) in reasons), None)
+    if inner:
+        return inner.replace(option=option if inner.option in (None, option) else f"{option}.{inner.option}")
     unknown = re.search(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)", reasons)
     if unknown:
         kinds = (kind.__name__ for kind in _subclasses(types.get(option)) if not kind.__name__.startswith("_"))
         return no_class(unknown[1] or unknown[2], option, kinds, unknown[3] or "")
-    inner = next((error for error in _raised if str(error) in reasons), None)
-    if inner:
-        return inner.replace(option=f"{option}.{inner.option}" if inner.option else option)
     nested = re.search(r"NestedArg\(key='([\w.]+)'", given)
     if nested is None:
         return None

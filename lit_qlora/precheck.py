@@ -42,7 +42,17 @@ from lit_qlora.model.shape import known_config
 from lit_qlora.options import CONFIG, LINKED, Parser, lacks, no_class, no_option, option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
-from lit_qlora.signatures import CLASSES, LEARNING, OF_LIGHTNING, UNKNOWN, Option, arguments_of, classes_for, options_of
+from lit_qlora.signatures import (
+    CLASSES,
+    LEARNING,
+    OBSERVING,
+    OF_LIGHTNING,
+    UNKNOWN,
+    Option,
+    arguments_of,
+    classes_for,
+    options_of,
+)
 from lit_qlora.storage import settings
 from lit_qlora.storage.files import page_path
 from lit_qlora.storage.folders import verify_folder
@@ -267,6 +277,8 @@ def _check_classes(option: str, given: Any, more: Mapping[str, str]) -> None:
                 raise no_class(path, option, (), f"No module named {top!r}")
         elif name not in classes_for(option):
             raise no_class(path, option, classes_for(option))
+        elif option != "trainer.logger" and name not in OBSERVING:
+            continue  # the parser proper refuses it, or a plugin of the kind
         elif isinstance(arguments, dict) and (len(classes) == 1 or not more):
             _check_arguments(option, name, {**arguments, **more})
 

@@ -32,6 +32,9 @@ OF_LIGHTNING = {
     "trainer.plugins": ("plugins", "plugins.environments"),
 }  # fmt: skip
 """Options that take classes, and the packages in ``lightning.pytorch`` that have Lightning's own for them."""
+OBSERVING = ("DeviceStatsMonitor", "EarlyStopping", "LambdaCallback", "LearningRateMonitor", "ModelSummary",
+             "RichModelSummary", "Timer")  # fmt: skip
+"""Lightning's callbacks that may be given: the others are refused, whatever their arguments."""
 
 PLAIN = {"str": str, "int": int, "float": float, "bool": bool, "None": NoneType}
 UNKNOWN = object()

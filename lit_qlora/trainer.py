@@ -23,7 +23,7 @@ from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError, one_line, require
 from lit_qlora.model.device import AMPERE, Precision, choose_precision, current_device, decides_for_another
 from lit_qlora.model.script import CHANGING, FIGURES, check_monitored, refuse_kinds
-from lit_qlora.options import OneLineErrors
+from lit_qlora.options import OneLineErrors, quoted
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
 from lit_qlora.wording import number_of
@@ -72,7 +72,16 @@ class RunParser(OneLineErrors, LightningArgumentParser):
         )
 
     def add_class_arguments(self, class_type: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """As jsonargparse's, but that Lightning's loggers of files need no ``save_dir``; see `IN_RUN`."""
+        """As jsonargparse's, but that Lightning's loggers of files need no ``save_dir``; see `IN_RUN`.
+
+        Raises UserError for a callback or a plugin that may not be given, before it asks for its arguments.
+        """
+        try:
+            refuse_kinds([class_type], "trainer.callbacks", NO_CALLBACKS)
+            if class_type not in NO_PLUGINS:  # the option's own types, made for whichever class is given
+                refuse_kinds([class_type], "trainer.plugins", NO_PLUGINS)
+        except UserError as error:
+            raise quoted(error) from error
         added: list[str] = super().add_class_arguments(class_type, *args, **kwargs)
         if isinstance(class_type, type) and issubclass(class_type, CSVLogger | TensorBoardLogger):
             self.set_defaults({"save_dir": IN_RUN})

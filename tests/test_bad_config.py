@@ -471,20 +471,20 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
     (
         "a callback that refuses its option",
         [],
-        "trainer:\n  callbacks:\n    class_path: lightning.pytorch.callbacks.StochasticWeightAveraging\n"
-        "    init_args: {swa_lrs: 0.1, swa_epoch_start: -1}\n",
+        "trainer:\n  callbacks:\n    class_path: lightning.pytorch.callbacks.EarlyStopping\n"
+        "    init_args: {monitor: val/loss, mode: mid}\n",
         None,
         "trainer.callbacks",
-        ["StochasticWeightAveraging can't be made", "swa_epoch_start should be"],
+        ["EarlyStopping can't be made", "`mode` can be min, max"],
     ),
     (
         "a callback that refuses its option, in a list",
         [],
-        "trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.StochasticWeightAveraging\n"
-        "      init_args: {swa_lrs: 0.1, swa_epoch_start: -1}\n",
+        "trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.EarlyStopping\n"
+        "      init_args: {monitor: val/loss, mode: mid}\n",
         None,
         "trainer.callbacks",
-        ["StochasticWeightAveraging can't be made", "swa_epoch_start should be"],
+        ["EarlyStopping can't be made", "`mode` can be min, max"],
     ),
     (
         "a plugin that saves",

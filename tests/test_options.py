@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from jsonargparse import Namespace
+from lightning.pytorch import Callback
 
 from lit_qlora.errors import UserError
 from lit_qlora.options import check_config_file, option
@@ -153,6 +154,10 @@ def test_an_options_last_value_is_found(args, expected):
     assert option(args, "--config", "-c") == expected
 
 
+class NeedsTwo(Callback):
+    def __init__(self, one: int, two: int) -> None: ...
+
+
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
 
 
@@ -162,7 +167,7 @@ EARLY = "lightning.pytorch.callbacks.EarlyStopping"
         (["callbacks=EarlyStopping"], "callbacks.monitor", ["no value", "EarlyStopping needs monitor", "VALUE"]),
         (["callbacks+=EarlyStopping"], "callbacks.monitor", ["no value", "EarlyStopping"]),
         ([f"callbacks=[{{class_path: Timer}}, {{class_path: {EARLY}}}]"], "callbacks.monitor", ["EarlyStopping needs"]),
-        (["plugins=MixedPrecision"], "plugins.precision", ["MixedPrecision needs precision and device"]),
+        ([f"callbacks={__name__}.NeedsTwo"], "callbacks.one", ["NeedsTwo needs one and two"]),
         (["callbacks=NoSuchCallback"], "callbacks", ["no class 'NoSuchCallback'", "MODULE.CLASS"]),
         (["callbacks=EarlyStoping"], "callbacks", ["no class 'EarlyStoping'", "mean 'EarlyStopping'"]),
         (["callbacks+=early_stopping"], "callbacks", ["mean 'EarlyStopping'"]),

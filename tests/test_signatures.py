@@ -75,7 +75,7 @@ MISTAKES = [
     ["--trainer.callbacks=EarlyStoping"], ["--trainer.callbacks+=early_stopping"], ["--trainer.logger=wandb"],
     ["--trainer.callbacks=nomodule.Nothing"], ["--trainer.callbacks=lightning.pytorch.callbacks.EarlyStoping"],
     ["--trainer.callbacks=CSVLogger"], ["--trainer.callbacks={class_path: EarlyStoping}"],
-    ["--trainer.callbacks=[Timer, EarlyStoping]"], ["--trainer.plugins=MixedPrecision"],
+    ["--trainer.callbacks=[Timer, EarlyStoping]"], ["--trainer.plugins=MixedPrecison"],
     ["--trainer.callbacks=EarlyStopping"], ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitr=val/loss"],
     ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=a", "--trainer.callbacks.patience", "x"],
     ["--trainer.callbacks={class_path: EarlyStopping, init_args: {patience: x, monitor: a}}"],

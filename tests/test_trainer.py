@@ -17,7 +17,17 @@ from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.model.script import FIGURES
-from lit_qlora.trainer import NO_CALLBACKS, NOT_OFFERED, QLoRATrainer, check_kinds, own_callbacks, own_plugins
+from lit_qlora.precheck import check_first
+from lit_qlora.signatures import OBSERVING
+from lit_qlora.trainer import (
+    NO_CALLBACKS,
+    NOT_OFFERED,
+    QLoRATrainer,
+    RunParser,
+    check_kinds,
+    own_callbacks,
+    own_plugins,
+)
 from tests.expect import ExpectError
 
 LOOKS = {
@@ -105,6 +115,7 @@ def _all_callbacks() -> dict[str, type[Callback]]:
 
 def test_every_callback_of_lightning_is_decided() -> None:
     assert {*_all_callbacks()} == LOOKS | {*REFUSED}
+    assert {*OBSERVING} == LOOKS - {"Callback"}
 
 
 def test_every_option_of_lightnings_trainer_is_decided() -> None:
@@ -125,6 +136,34 @@ def test_what_reaches_into_the_arithmetic_is_refused(name: str, is_mine: bool) -
         assert told.startswith("trainer.callbacks: expected n")
         assert told.endswith(f", got {kind.__name__}; leave it out")
         assert REFUSED[name] in told
+
+
+@pytest.fixture(scope="module")
+def parser() -> RunParser:
+    parser = RunParser(exit_on_error=False)
+    parser.add_lightning_class_args(QLoRATrainer, "trainer")
+    return parser
+
+
+@pytest.mark.parametrize("given", ["{}", "[{{class_path: {}}}]", "[LearningRateMonitor, {}]"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_before_it_is_asked_for_an_argument(
+    name: str, given: str, parser: RunParser, expect_error: ExpectError
+) -> None:
+    kind = _all_callbacks()[name]
+    given = given.format(f"{kind.__module__}.{name}")
+    words = (REFUSED[name], f"got {name}", "leave it out")
+    expect_error(lambda: parser.parse_args([f"--trainer.callbacks={given}"]), *words, option="trainer.callbacks")
+    check_first("inspect", [f"--trainer.callbacks={given}"])  # which comes before the parser, passes it
+
+
+@pytest.mark.parametrize("name", ["MixedPrecision", "BitsandbytesPrecision", "AsyncCheckpointIO"])
+def test_a_plugin_is_refused_before_it_is_asked_for_an_argument(
+    name: str, parser: RunParser, expect_error: ExpectError
+) -> None:
+    words = (f"got {name}", "leave it out")
+    expect_error(lambda: parser.parse_args([f"--trainer.plugins={name}"]), *words, option="trainer.plugins")
+    check_first("inspect", [f"--trainer.plugins={name}"])
 
 
 def test_no_refusal_is_of_nothing() -> None:

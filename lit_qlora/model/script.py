@@ -77,11 +77,11 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:
-    """Raises UserError for the first callback or plugin of a kind that is ``taken``, with what is expected instead."""
-    for one in given:
+    """Raises UserError for the first callback or plugin, or class of one, that is of a kind that is ``taken``."""
+    for made in (one if isinstance(one, type) else type(one) for one in given):
         for kind, expected in taken.items():
-            if isinstance(one, kind):
-                raise UserError(f"expected {expected}, got {type(one).__name__}", option=option, remedy="leave it out")
+            if issubclass(made, kind):
+                raise UserError(f"expected {expected}, got {made.__name__}", option=option, remedy="leave it out")
 
 
 def check_monitors(trainer: Trainer) -> None:

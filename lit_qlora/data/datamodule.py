@@ -5,6 +5,7 @@ from the module's base and adapter, counts optimizer steps, and suggests options
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from itertools import islice
@@ -100,13 +101,10 @@ class ChatDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         Reading(form, columns=columns).check()
-        for option, given in (
-            ("source", source),
-            ("validation_source", validation_source),
-            ("test_source", test_source),
-        ):
-            if given is not None:
-                sources_of(given, f"data.{option}")
+        given = {"source": source, "validation_source": validation_source, "test_source": test_source}
+        for option, value in given.items():
+            if value is not None:
+                sources_of(value, f"data.{option}")
         self.source, self.form, self.strict = source, form, strict
         self.columns, self.opening = columns, opening
         self.validation_source, self.validation_share = validation_source, validation_share
@@ -127,12 +125,11 @@ class ChatDataModule(LightningDataModule):
         """True to read on whatever number of rows is unusable, for a look at them."""
         self._records: dict[str, Records] = {}
         self._rows: dict[str, EncodedRows] = {}
-        self._notes: dict[str, list[str]] = {}
+        self._notes = defaultdict[str, list[str]](list)
         """By part, further notes on its rows."""
         self.run_rows: RunRows | None = None
         """The learned and held-out rows of a run, if its rows are scored."""
         self._run_record: Path | None = None
-        self._encoder: Encoder | None = None
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -147,26 +144,23 @@ class ChatDataModule(LightningDataModule):
         except UserError as error:
             raise error.replace(option=self.tokenizer_option) from error
 
-    @property
+    @cached_property
     def encoder(self) -> Encoder:
         """The one encoder of the run; the prompt format is checked on first use.
 
         Raises UserError as `Encoder` does.
         """
-        if self._encoder is None:
-            if self._awaits_base:
-                self.prompt_format = _prompt_format(template_of_base(self.tokenizer), self.prompt_format.system)
-                self._awaits_base = False
-            try:
-                self._encoder = Encoder(self.tokenizer, self.max_length, self.train_on, self.prompt_format)
-            except UserError as error:
-                template = template_beside(self.tokenizer)
-                if error.option != "data.template" or not self.prompt_format.is_given_by(template):
-                    raise
-                raise error.replace(
-                    problem=f"the base's own can't be learned: {error.problem}", remedy=instead_of(template or "")
-                ) from error
-        return self._encoder
+        if self._awaits_base:
+            self.prompt_format = _prompt_format(template_of_base(self.tokenizer), self.prompt_format.system)
+            self._awaits_base = False
+        try:
+            return Encoder(self.tokenizer, self.max_length, self.train_on, self.prompt_format)
+        except UserError as error:
+            template = template_beside(self.tokenizer)
+            if error.option != "data.template" or not self.prompt_format.is_given_by(template):
+                raise
+            problem = f"the base's own can't be learned: {error.problem}"
+            raise error.replace(problem=problem, remedy=instead_of(template or "")) from error
 
     @property
     def reading(self) -> Reading:
@@ -197,14 +191,13 @@ class ChatDataModule(LightningDataModule):
         if stage == "fit" and "train" not in self._rows:
             parts = self.parts()
             train, held_out = parts.train_and_held_out()
-            for name, unread in parts.unread().items():
-                self._note("train", f"not read of {name}: {', '.join(unread)}")
-            if self.validation_share != SHARE and not parts.draws():
-                self._note(
-                    "validation", f"validation_share {self.validation_share:g} is not used, for there are held-out rows"
-                )
+            notes = self._notes["train"]
+            notes += [f"not read of {name}: {', '.join(unread)}" for name, unread in parts.unread().items()]
             if self.num_workers > num_cores():
-                self._note("train", f"{num_cores()} of {self.num_workers:,} num_workers, for there are no more cores")
+                notes.append(f"{num_cores()} of {self.num_workers:,} num_workers, for there are no more cores")
+            if self.validation_share != SHARE and not parts.draws():
+                note = f"validation_share {self.validation_share:g} is not used, for there are held-out rows"
+                self._notes["validation"].append(note)
             self._encode("train", train)
             self._encode("validation", held_out)
             self._check_limit("train", "limit_train_batches")
@@ -227,21 +220,20 @@ class ChatDataModule(LightningDataModule):
         changed = not self.prompt_format.is_given_by(source) or self.prompt_format.system != system
         if name != self.tokenizer_name or changed:
             self.tokenizer_name, self.prompt_format = name, _prompt_format(source, system)
-            self._encoder, self._records, self._rows, self._notes = None, {}, {}, {}
             self._awaits_base = False
-            for name in ("tokenizer", "_first_epoch"):
+            for made in (self._records, self._rows, self._notes):
+                made.clear()
+            for name in ("tokenizer", "encoder", "_first_epoch"):
                 self.__dict__.pop(name, None)
         try:
             self.encoder.check_vocabulary(base.shape.vocabulary, base.name)
         except UserError as error:
             if self.tokenizer_name == base.name:
                 raise
-            raise UserError(
-                f"the tokenizer of {excerpt(self.tokenizer_name)} has ids that {excerpt(base.name)}, the module's "
-                f"base, has not: its vocab_size is {base.shape.vocabulary:,}",
-                option="data.tokenizer",
-                remedy="leave it out, to use the base's own",
-            ) from error
+            has_not = f"{excerpt(base.name)}, the module's base, has not: its vocab_size is {base.shape.vocabulary:,}"
+            problem = f"the tokenizer of {excerpt(self.tokenizer_name)} has ids that {has_not}"
+            remedy = "leave it out, to use the base's own"
+            raise UserError(problem, option="data.tokenizer", remedy=remedy) from error
 
     def train_dataloader(self) -> ResumableLoader:
         """The loader of the training rows, in groups of similar length, in an order given by the seed.
@@ -428,7 +420,7 @@ class ChatDataModule(LightningDataModule):
 
     def notes(self, part: str) -> list[str]:
         """What is to be known of the rows of ``part`` beside their counts, such as splits that were not read."""
-        return self._notes.get(part, [])
+        return self._notes[part]
 
     def describe(self) -> list[str]:
         """What was read, learned, cut and left out, in lines for the terminal."""
@@ -463,21 +455,21 @@ class ChatDataModule(LightningDataModule):
         parts, rows = self.parts(), self.run_rows
         records = parts.test(rows) if self.test_source is None else parts.test_of(self.test_source)
         if records is None:
-            self._note("test", f"these are the {CHOSEN_BY}; data.test_source gives rows of their own")
+            self._notes["test"].append(f"these are the {CHOSEN_BY}; data.test_source gives rows of their own")
             return self._held_out("test")
         if rows is not None:
             digests = [*map(digest, records.conversations)]
             for what, known in ((f"are {CHOSEN_BY}", {*rows.held_out}), ("were trained on", rows.train)):
                 count = sum(one in known for one in digests)
                 if count:
-                    self._note("test", f"{count:,} of {len(digests):,} {what}")
+                    self._notes["test"].append(f"{count:,} of {len(digests):,} {what}")
         return records
 
     def _held_out(self, part: str) -> Records:
         """The rows that the run held out, by its record; without one, by the options."""
         rows = self.run_rows
         if rows is None and self._run_record:
-            self._note(part, f"drawn from the source as it is now, for there is no {self._run_record}")
+            self._notes[part].append(f"drawn from the source as it is now, for there is no {self._run_record}")
         records, num_gone = self.parts().held_out(rows)
         if rows is not None and num_gone:
             gone = f"{num_gone:,} of the {number_of(len(rows.held_out), 'conversations')} that the run held out"
@@ -485,34 +477,22 @@ class ChatDataModule(LightningDataModule):
             complain(f"warning: {gone} {'is' if num_gone == 1 else 'are'} no longer in {places}, and not scored")
         return records
 
-    def _note(self, part: str, note: str) -> None:
-        self._notes.setdefault(part, []).append(note)
-
     def _encode(self, part: str, records: Records) -> None:
         rows = encode_records(records.conversations, self.encoder)
         if not len(rows):
-            raise UserError(
-                f"of {number_of(len(records.conversations), 'conversations')} in {records.name} none has an answer "
-                f"within {self.max_length} tokens",
-                option="data.max_length",
-                remedy="raise it",
-            )
+            of_all = f"of {number_of(len(records.conversations), 'conversations')} in {records.name}"
+            problem = f"{of_all} none has an answer within {self.max_length} tokens"
+            raise UserError(problem, option="data.max_length", remedy="raise it")
         self._records[part], self._rows[part] = records, rows
 
     def _check_devices(self) -> None:
         trainer = self.trainer
         devices = 1 if trainer is None else getattr(trainer, "num_processes", trainer.world_size)
-        if devices == 1:
-            return
-        count = self.train_dataloader().length
-        if devices > count:
-            raise UserError(
-                f"{devices}, and an epoch has {number_of(count, 'micro-batches')}",
-                option="trainer.devices",
-                remedy="take fewer, or a smaller data.batch_size"
-                if count == len(self._first_epoch)
-                else "take fewer, or a larger trainer.limit_train_batches",
-            )
+        if devices > 1 and devices > (count := self.train_dataloader().length):
+            is_whole = count == len(self._first_epoch)
+            other = "a smaller data.batch_size" if is_whole else "a larger trainer.limit_train_batches"
+            problem = f"{devices}, and an epoch has {number_of(count, 'micro-batches')}"
+            raise UserError(problem, option="trainer.devices", remedy=f"take fewer, or {other}")
 
     def _check_limit(self, part: str, option: str) -> None:
         if self.trainer is None:
@@ -533,9 +513,8 @@ class ChatDataModule(LightningDataModule):
         """The rows of ``part``. Raises UserError before `setup`."""
         if part not in self._rows:
             stage = {"train": "fit", "validation": "validate"}.get(part, part)
-            raise UserError(
-                f"the {part} rows have not been read", option="data", remedy=f"call setup({stage!r}), as a Trainer does"
-            )
+            remedy = f"call setup({stage!r}), as a Trainer does"
+            raise UserError(f"the {part} rows have not been read", option="data", remedy=remedy)
         return self._rows[part]
 
 

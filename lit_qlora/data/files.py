@@ -50,23 +50,29 @@ class Row(NamedTuple):
     fault: UserError | None = None
 
 
-def kind_of(path: Path) -> tuple[str, str]:
-    """The format of a file of rows by its ending, and of `PACKED` what stands behind it.
+class SourceError(UserError):
+    """An error in a source of rows.
 
-    Raises:
-        UserError: for another file.
+    Args:
+        place: the source, its file, or the line or row in it.
+        problem: what was expected, and what was found.
+        remedy: what to do about it.
     """
+
+    def __init__(self, place: object, problem: str, remedy: str) -> None:
+        super().__init__(problem, place=str(place), remedy=remedy)
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """The format of a file of rows by its ending, and of `PACKED` what stands behind it. Raises SourceError."""
     packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
     ending = Path(path.name.lower().removesuffix(packing)).suffix
     ending = OTHER_NAMES.get(ending, ending)
     if ending in COMPRESSED:
-        raise UserError(f"is compressed, expected one of {', '.join(ENDINGS)}", place=path, remedy="unpack it first")
+        raise SourceError(path, f"is compressed, expected one of {', '.join(ENDINGS)}", "unpack it first")
     if ending not in (*ENDINGS, ARROW):
-        raise UserError(
-            f"the ending is {ending!r}, expected one of {', '.join(ENDINGS)}",
-            place=path,
-            remedy=INSTEAD.get(ending, "convert the file"),
-        )
+        expected = f"expected one of {', '.join(ENDINGS)}"
+        raise SourceError(path, f"the ending is {ending!r}, {expected}", INSTEAD.get(ending, "convert the file"))
     return ending, packing
 
 
@@ -84,10 +90,10 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
         At least one row; one that can't be read has its fault in place of its values.
 
     Raises:
-        UserError: when the file can't be read, is not what its ending says, or holds no rows.
+        SourceError: when the file can't be read, is not what its ending says, or holds no rows.
     """
     ending, packing = kind_of(path)
-    data = _checked(path, _unpack(path, _read_bytes(path), packing)) if packing else _checked(path, _read_bytes(path))
+    data = _read(path, packing)
     if ending in (".parquet", ARROW):
         rows = list(_table_rows(path, data, ending))
     elif ending == ".csv":
@@ -95,30 +101,35 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     else:
         rows = _json_rows(path, _decode(path, data), columns)
     if not rows:
-        raise UserError(f"holds no rows, expected some such as {EXAMPLE}", place=path, remedy="check how it was made")
+        raise SourceError(path, f"holds no rows, expected some such as {EXAMPLE}", "check how it was made")
     return rows
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read(path: Path, packing: str = "") -> bytes:
+    """What a file holds, unpacked. Raises SourceError where it can't be read, or holds no data."""
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for without a word
-            raise UserError(
-                "is a folder, a pipe or a device, expected a file", place=path, remedy="write the rows into one"
-            )
+            raise SourceError(path, "is a folder, a pipe or a device, expected a file", "write the rows into one")
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"can't be read ({error.strerror})", place=path, remedy="check the file's permissions"
-        ) from error
+        raise SourceError(path, f"can't be read ({error.strerror})", "check the file's permissions") from error
     if data.startswith(b"version https://git-lfs"):
-        raise UserError(
-            "is a git-LFS pointer, not the data", place=path, remedy="run 'git lfs pull' where it was cloned"
-        )
+        raise SourceError(path, "is a git-LFS pointer, not the data", "run 'git lfs pull' where it was cloned")
+    if packing:
+        data = _unpack(path, data, packing)
+    start = data[:200].lstrip().lower()
+    if not data:
+        raise SourceError(path, "is empty (0 bytes)", "check how it was made, or download it again")
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        remedy = "download the file itself ('resolve' in its link, not 'blob')"
+        raise SourceError(path, "is a web page, not data", remedy)
+    if data.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        raise SourceError(path, "is compressed in spite of its ending", "unpack it first")
     return data
 
 
 def _unpack(path: Path, data: bytes, packing: str) -> bytes:
-    """What ``data`` holds. Raises UserError where it is not whole."""
+    """What ``data`` holds. Raises SourceError where it is not whole."""
     import bz2
     import gzip
     import lzma
@@ -128,11 +139,8 @@ def _unpack(path: Path, data: bytes, packing: str) -> bytes:
     try:
         return unpack(data) if data else data
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(
-            f"can't be unpacked ({_reason(error)})",
-            place=path,
-            remedy=f"it may be cut short, download it again; or it's not packed, rename it without {packing}",
-        ) from error
+        remedy = f"it may be cut short, download it again; or it's not packed, rename it without {packing}"
+        raise SourceError(path, f"can't be unpacked ({_reason(error)})", remedy) from error
 
 
 def _unpack_zst(data: bytes) -> bytes:
@@ -142,49 +150,25 @@ def _unpack_zst(data: bytes) -> bytes:
         return bytes(stream.read())
 
 
-def _checked(path: Path, data: bytes) -> bytes:
-    """``data``. Raises UserError where it is none."""
-    start = data[:200].lstrip().lower()
-    if not data:
-        raise UserError("is empty (0 bytes)", place=path, remedy="check how it was made, or download it again")
-    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
-        raise UserError(
-            "is a web page, not data", place=path, remedy="download the file itself ('resolve' in its link, not 'blob')"
-        )
-    if data.startswith((b"\x1f\x8b", b"PK\x03\x04")):
-        raise UserError("is compressed in spite of its ending", place=path, remedy="unpack it first")
-    return data
-
-
 def _decode(path: Path, data: bytes) -> str:
     if not data.strip(b"\0"):
-        raise UserError(
-            "holds nothing but NUL bytes: it was cut off while it was written", place=path, remedy="copy it again"
-        )
+        raise SourceError(path, "holds nothing but NUL bytes: it was cut off while it was written", "copy it again")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
         name = "UTF-32" if b"\0\0" in data[:4] else "UTF-16"
-        raise UserError(
-            f"is {name}, expected UTF-8", place=path, remedy=f"save it again as UTF-8 ({_iconv(path, name)})"
-        )
+        raise SourceError(path, f"is {name}, expected UTF-8", f"save it again as UTF-8 ({_iconv(path, name)})")
     data = data.removeprefix(b"\xef\xbb\xbf")
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        raise UserError(
-            "holds a NUL byte, expected UTF-8 text",
-            place=f"{path}:{line}",
-            remedy="it's damaged or binary, copy it again",
-        )
+        remedy = "it's damaged or binary, copy it again"
+        raise SourceError(f"{path}:{line}", "holds a NUL byte, expected UTF-8 text", remedy)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"byte 0x{data[error.start]:02x} is not UTF-8",
-            place=f"{path}:{line}",
-            remedy=f"convert the file from the encoding it was saved in, such as {_iconv(path, 'WINDOWS-1252')}",
-        ) from error
+        remedy = f"convert the file from the encoding it was saved in, such as {_iconv(path, 'WINDOWS-1252')}"
+        raise SourceError(f"{path}:{line}", f"byte 0x{data[error.start]:02x} is not UTF-8", remedy) from error
     if not text.strip():
-        raise UserError("holds only blank lines", place=path, remedy="check how it was made, or download it again")
+        raise SourceError(path, "holds only blank lines", "check how it was made, or download it again")
     return text
 
 
@@ -261,24 +245,19 @@ def _no_json(where: str, line: str, error: Exception, remedy: str) -> UserError:
             remedy = "take out the comma behind it, or put [ and ] around all"
         elif behind == "'":
             remedy = "write \" in place of ' around names and texts, as json.dumps does"
-    return UserError(
-        f"no JSON ({_reason(error)}), expected whole objects, got {excerpt(line)}", place=where, remedy=remedy
-    )
+    return SourceError(where, f"no JSON ({_reason(error)}), expected whole objects, got {excerpt(line)}", remedy)
 
 
 def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] | None:
     """The rows in a file's only value; None if it is a row itself.
 
-    Raises UserError for several lists of rows, or columns in place of rows.
+    Raises SourceError for several lists of rows, or columns in place of rows.
     """
     if not isinstance(value, dict):
         return value if isinstance(value, list) and not holds_turns(value) else None
     if _is_by_columns(value, columns):
-        raise UserError(
-            f"is written by columns, expected a list of rows, got {excerpt(value)}",
-            place=path,
-            remedy="write it by rows (with pandas: to_json(…, orient='records'))",
-        )
+        problem = f"is written by columns, expected a list of rows, got {excerpt(value)}"
+        raise SourceError(path, problem, "write it by rows (with pandas: to_json(…, orient='records'))")
     if {*columns} & {*value} or len({*ELSEWHERE} & {*value}) > 1:
         return None
     parts = [*value.values()]
@@ -289,11 +268,9 @@ def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] |
     lists = {name: part for name, part in value.items() if _is_list(part)}
     lists = {name: part for name, part in lists.items() if {*columns} & {*part[0]}} or lists
     if len(lists) > 1:
-        raise UserError(
-            f"holds lists under {' and '.join(map(repr, lists))}, expected one list of rows",
-            place=path,
-            remedy="write each into a file of its own, such as train.json and test.json in one folder",
-        )
+        problem = f"holds lists under {' and '.join(map(repr, lists))}, expected one list of rows"
+        remedy = "write each into a file of its own, such as train.json and test.json in one folder"
+        raise SourceError(path, problem, remedy)
     return next(iter(lists.values()), None)
 
 
@@ -313,9 +290,9 @@ def _is_list(part: object) -> TypeGuard[list[dict[str, Any]]]:
 def read_cells(path: Path) -> list[tuple[str, list[str]]]:
     """The rows of a .csv, its first line included, each with its place; blank lines are left out.
 
-    Raises UserError when the file can't be read or is no CSV.
+    Raises SourceError when the file can't be read or is no CSV.
     """
-    return list(_csv_cells(path, _decode(path, _checked(path, _read_bytes(path)))))
+    return list(_csv_cells(path, _decode(path, _read(path))))
 
 
 def _csv_cells(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[str, list[str]]]:
@@ -326,9 +303,7 @@ def _csv_cells(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[st
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise UserError(
-                f"broken quoting ({error})", place=where, remedy="double every quote inside a quoted text"
-            ) from error
+            raise SourceError(where, f"broken quoting ({error})", "double every quote inside a quoted text") from error
         if cells is None:
             return
         if cells:
@@ -341,7 +316,7 @@ def _delimiter(path: Path, text: str, columns: Sequence[str]) -> str:
     def known(delimiter: str) -> tuple[int, int]:
         try:
             _, cells = next(_csv_cells(path, text, delimiter), ("", []))
-        except UserError:
+        except SourceError:
             return 0, 0
         return sum(cell in (*columns, *ELSEWHERE) for cell in cells), len(cells)
 
@@ -356,24 +331,16 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
             header = cells
             doubled = [name for name in header if header.count(name) > 1]
             if doubled:
-                raise UserError(
-                    f"two columns are named {excerpt(doubled[0])}", place=where, remedy="rename or remove one"
-                )
+                raise SourceError(where, f"two columns are named {excerpt(doubled[0])}", "rename or remove one")
             if not any(nearest(name.lower(), [*columns, *ELSEWHERE], 0.7) for name in header):
-                wanted, others = (
-                    ("text", "; give other names with data.columns, or columns of predict")
-                    if "text" in columns
-                    else (columns[-1], "")
-                )
-                raise UserError(
-                    f"no column {wanted!r}, columns found: {excerpt(header)}",
-                    place=where,
-                    remedy=f"the first line of a .csv names the columns{others}",
-                )
+                wanted, remedy = columns[-1], "the first line of a .csv names the columns"
+                if "text" in columns:
+                    wanted, remedy = "text", f"{remedy}; give other names with data.columns, or columns of predict"
+                raise SourceError(where, f"no column {wanted!r}, columns found: {excerpt(header)}", remedy)
         elif len(cells) != len(header):
             what = f"{len(cells)} columns, expected {len(header)} as in the first line, got {excerpt(cells)}"
             remedy = f"put quotes around texts that hold {DELIMITERS[delimiter]}"
-            yield Row(where, {}, UserError(what, place=where, remedy=remedy))
+            yield Row(where, {}, SourceError(where, what, remedy))
         else:
             yield Row(where, dict(zip(header, cells, strict=True)))
 
@@ -390,11 +357,8 @@ def _table_rows(path: Path, data: bytes, ending: str) -> Iterator[Row]:
         table = arrow(buffer).read_all() if ending == ARROW else pyarrow.parquet.read_table(buffer)
         values = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(
-            f"no whole {ending[1:]} file ({_reason(error)})",
-            place=path,
-            remedy="it may be cut short, download it again",
-        ) from error
+        problem = f"no whole {ending[1:]} file ({_reason(error)})"
+        raise SourceError(path, problem, "it may be cut short, download it again") from error
     for number, value in enumerate(values, start=1):
         yield Row(f"{path}: row {number}", value)
 
@@ -405,7 +369,7 @@ def _row(where: str, value: object) -> Row:
     if holds_messages(value):
         return Row(where, {"messages": value})
     what = f"holds {kind(value)}, expected an object such as {EXAMPLE}, got {excerpt(value)}"
-    return Row(where, {}, UserError(what, place=where, remedy="mend or delete it"))
+    return Row(where, {}, SourceError(where, what, "mend or delete it"))
 
 
 def _reason(error: Exception) -> str:

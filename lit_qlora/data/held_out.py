@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_qlora.data.files import SourceError
 from lit_qlora.data.records import (
     ANY_FORM,
     UNANSWERED,
@@ -145,11 +146,8 @@ class Parts:
         found = [(one, find_splits(one)) for one in sources_of(source, "data.test_source")]
         for one, splits in found:
             if splits.first("test", "validation") is None and one.place in learned:
-                raise UserError(
-                    f"{one} is the training data itself",
-                    option="data.test_source",
-                    remedy="leave it out, or give others",
-                )
+                remedy = "leave it out, or give others"
+                raise UserError(f"{one} is the training data itself", option="data.test_source", remedy=remedy)
         return joined([self._load(one, splits.for_scoring("test", "validation")) for one, splits in found])
 
     def held_out(self, rows: RunRows | None) -> tuple[Records, int]:
@@ -188,12 +186,9 @@ class Parts:
                 break
         kept = [found[one] for one in rows.held_out if one in found]
         if not kept:
-            count = len(rows.held_out)
-            raise UserError(
-                f"none of the {number_of(count, 'conversations')} that the run held out is in {self._names()} any more",
-                option="data.source",
-                remedy="give the rows that the run began with, or others with --data.validation_source",
-            )
+            none_of = f"none of the {number_of(len(rows.held_out), 'conversations')} that the run held out"
+            remedy = "give the rows that the run began with, or others with --data.validation_source"
+            raise UserError(f"{none_of} is in {self._names()} any more", option="data.source", remedy=remedy)
         dropped = count_unanswered(kept)
         learned = sum(one in rows.train for one in rows.held_out if one in found)
         if learned:
@@ -227,17 +222,12 @@ class Parts:
     def _check_draw(self, name: str) -> None:
         """Raises UserError where no share of the rows called ``name`` is to be held out."""
         if self.validation_source is not None:
-            raise UserError(
-                f"{self._names()} is the training data itself",
-                option="data.validation_source",
-                remedy="leave it out to hold out a share",
-            )
+            problem, remedy = f"{self._names()} is the training data itself", "leave it out to hold out a share"
+            raise UserError(problem, option="data.validation_source", remedy=remedy)
         if not 0 < self.share < 1:
-            raise UserError(
-                f"is {self.share}, expected between 0 and 1, such as 0.05, because {name} has no test split",
-                option="data.validation_share",
-                remedy="held-out rows choose the adapter; 0.0001 holds out one, or give data.validation_source",
-            )
+            problem = f"is {self.share}, expected between 0 and 1, such as 0.05, because {name} has no test split"
+            remedy = "held-out rows choose the adapter; 0.0001 holds out one, or give data.validation_source"
+            raise UserError(problem, option="data.validation_share", remedy=remedy)
 
     def _names(self) -> str:
         return " and ".join(map(str, self.splits))
@@ -277,13 +267,10 @@ def _apart(
     learned = set(train.conversations)
     count, number = sum(conversation in learned for conversation in records.conversations), len(records.conversations)
     if count == number:
-        all_are = ("the one conversation", "is") if number == 1 else (f"all {number:,} conversations", "are")
-        raise UserError(
-            f"{all_are[0]} of {records.name} {all_are[1]} training data, too ({train.name}), so a score shows nothing "
-            "about new ones",
-            option=option,
-            remedy=f"give others with data.{part}_source, or put others there",
-        )
+        what, are = ("the one conversation", "is") if number == 1 else (f"all {number:,} conversations", "are")
+        problem = f"{what} of {records.name} {are} training data, too ({train.name}), so a score shows nothing"
+        remedy = f"give others with data.{part}_source, or put others there"
+        raise UserError(f"{problem} about new ones", option=option, remedy=remedy)
     told = {f"of {number:,} {PART[part]} conversations are in training too": count} if count else {}
     return replace(records, dropped=told | records.dropped)
 
@@ -292,11 +279,8 @@ def _draw(records: Records, share: float, seed: int) -> set[Conversation]:
     """The conversations to hold out, a ``share`` of the different ones; at least one, and never all of them."""
     unique = list(dict.fromkeys(records.conversations))
     if len(unique) < 2:
-        raise UserError(
-            "has one conversation only, or the same one again and again, so none can be held out",
-            place=records.name,
-            remedy="add rows, or give data.validation_source",
-        )
+        problem = "has one conversation only, or the same one again and again, so none can be held out"
+        raise SourceError(records.name, problem, "add rows, or give data.validation_source")
     count = min(max(1, round(share * len(unique))), len(unique) - 1)
     return set(random.Random(seed).sample(unique, count))
 

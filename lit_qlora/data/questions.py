@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lit_qlora.data.files import read_cells
+from lit_qlora.data.files import SourceError, read_cells
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -60,55 +60,44 @@ def read_subjects(option: str, place: str) -> list[Subject]:
         UserError: nothing is found; or, naming file and line, for what is no question.
     """
     path = Path(place).expanduser()
-    if path.is_dir():
-        files = sorted(path.glob("*.csv"))
-        if not files:
-            raise UserError(
-                f"no .csv file in {place}",
-                option=option,
-                remedy="give MMLU's folder test (for examples, dev) or a file",
-            )
-    elif path.is_file():
-        files = [path]
-    else:
+    if not path.is_dir() and not path.is_file():
         raise UserError(f"no file or folder {place}", option=option)
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    if not files:
+        remedy = "give MMLU's folder test (for examples, dev) or a file"
+        raise UserError(f"no .csv file in {place}", option=option, remedy=remedy)
     return [Subject(SPLIT.sub("", file.stem), _read(file), bool(SPLIT.search(file.stem))) for file in files]
 
 
 def _read(path: Path) -> tuple[Question, ...]:
     if path.suffix.lower() != ".csv":
-        raise UserError(f"the ending is {path.suffix!r}, expected .csv", place=path, remedy="convert the file")
+        raise SourceError(path, f"the ending is {path.suffix!r}, expected .csv", "convert the file")
     rows = read_cells(path)
-    order = list(range(len(COLUMNS)))
-    heads = [cell.strip().lower() for cell in rows[0][1]]
+    (place, header), known = rows[0], [name.lower() for name in COLUMNS]
+    heads = [cell.strip().lower() for cell in header]
     if "question" in heads and "answer" in heads:
         missing = [name for name in COLUMNS if name.lower() not in heads]
         if missing:
-            raise UserError(
-                f"no column {missing[0]!r}, columns found: {excerpt(rows[0][1])}",
-                place=rows[0][0],
-                remedy=f"expected {', '.join(COLUMNS)}",
-            )
-        order, width, rows = [heads.index(name.lower()) for name in COLUMNS], len(heads), rows[1:]
+            problem = f"no column {missing[0]!r}, columns found: {excerpt(header)}"
+            raise SourceError(place, problem, f"expected {', '.join(COLUMNS)}")
+        rows = rows[1:]
         if not rows:
-            raise UserError("holds a header and no question", place=path, remedy="check how it was made")
+            raise SourceError(path, "holds a header and no question", "check how it was made")
     else:
-        width = len(COLUMNS)
-    return tuple(_question(where, cells, order, width) for where, cells in rows)
+        heads = known
+    order = [heads.index(name) for name in known]
+    return tuple(_question(where, cells, order, len(heads)) for where, cells in rows)
 
 
 def _question(where: str, cells: list[str], order: list[int], width: int) -> Question:
     if len(cells) != width:
-        raise UserError(
-            f"{len(cells)} columns, expected {width} ({', '.join(COLUMNS)}), got {excerpt(cells)}",
-            place=where,
-            remedy="put quotes around texts that hold commas",
-        )
+        problem = f"{len(cells)} columns, expected {width} ({', '.join(COLUMNS)}), got {excerpt(cells)}"
+        raise SourceError(where, problem, "put quotes around texts that hold commas")
     text, *choices, answer = (cells[place] for place in order)
     if answer.strip() not in LETTERS:
         raise UserError(f"the answer is {excerpt(answer)}, expected A, B, C or D", place=where)
     if not text.strip():
-        raise UserError("the question is empty", place=where, remedy="delete the row")
+        raise SourceError(where, "the question is empty", "delete the row")
     return Question(where, text, tuple(choices), answer.strip())
 
 
@@ -127,15 +116,11 @@ def examples_for(subject: Subject, given: Sequence[Subject], shots: int) -> tupl
         return ()
     found = given[0] if len(given) == 1 else next((one for one in given if one.name == subject.name), None)
     if found is None:
-        raise UserError(
-            f"none for {subject.name}", option="examples", remedy=f"expected a file {subject.name}_dev.csv among them"
-        )
+        remedy = f"expected a file {subject.name}_dev.csv among them"
+        raise UserError(f"none for {subject.name}", option="examples", remedy=remedy)
     if len(found.questions) < shots:
-        raise UserError(
-            f"ends after {len(found.questions)} examples, expected {shots}",
-            place=found.questions[-1].where,
-            remedy="add some, or give --shots 0",
-        )
+        problem = f"ends after {len(found.questions)} examples, expected {shots}"
+        raise SourceError(found.questions[-1].where, problem, "add some, or give --shots 0")
     return found.questions[:shots]
 
 
@@ -162,11 +147,8 @@ class Prompts:
         )
         self.letters = [ids[self._place] for ids in written if len(ids) > self._place]
         if len({*self.letters}) != len(LETTERS) or len({len(ids) for ids in written}) > 1:
-            raise UserError(
-                "the base's tokenizer has no single token for each of A, B, C and D",
-                option="mmlu",
-                remedy="choose another base",
-            )
+            problem = "the base's tokenizer has no single token for each of A, B, C and D"
+            raise UserError(problem, option="mmlu", remedy="choose another base")
         self._behind = len(written[0]) - self._place
 
     def ids(self, subject: Subject, question: Question, examples: Sequence[Question]) -> list[int]:
@@ -187,7 +169,7 @@ class Prompts:
         try:
             return self._answered(pairs)[: -self._behind]
         except ValueError as error:
-            raise UserError(str(error), place=question.where, remedy="with --style plain it is only text") from error
+            raise SourceError(question.where, str(error), "with --style plain it is only text") from error
 
     def _answered(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
         """The ids of questions with their letters; where the last letter stands, behind it all is the same."""

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from lit_qlora.console import counted
-from lit_qlora.data.files import Row
+from lit_qlora.data.files import Row, SourceError
 from lit_qlora.data.forms import Form, Read, RowError, check_columns, form_names, read_row
 from lit_qlora.data.sources import Source, local_bytes, read_source, sources_of
 from lit_qlora.errors import UserError, excerpt, suggestion
@@ -78,10 +78,8 @@ class Reading(NamedTuple):
         """Raises UserError for a form or columns that there are not."""
         known = form_names()
         if self.form not in known:
-            raise UserError(
-                f"{excerpt(self.form)} is unknown, expected {', '.join(known)}{suggestion(self.form, known)}",
-                option="data.form",
-            )
+            expected = f"expected {', '.join(known)}{suggestion(self.form, known)}"
+            raise UserError(f"{excerpt(self.form)} is unknown, {expected}", option="data.form")
         if self.columns is not None:
             check_columns(self.columns, self.form, self.columns_option)
 
@@ -297,9 +295,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
                 reading.prompt_format.pieces(conversation)
         except ValueError as error:  # one hostile row must not stop a run
             if reading.strict:
-                raise UserError(
-                    str(error), place=row.where, remedy="mend or delete this row, or leave out data.strict"
-                ) from error
+                raise SourceError(row.where, str(error), "mend or delete this row, or leave out data.strict") from error
             left_out = left_out or reading.prompt_format.left_out(row.where, error)
             counts.dropped[left_out] += 1
             lost.append(LeftOut(row.where, str(error)))
@@ -314,9 +310,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
         counts.dropped[f"{BROKEN}{faults[0][0]}"] = len(faults)
     if not kept:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in counts.dropped.items()) or "no rows"
-        raise UserError(
-            f"nothing to train on ({reasons})", place=name, remedy="expected conversations that end on an answer"
-        )
+        raise SourceError(name, f"nothing to train on ({reasons})", "expected conversations that end on an answer")
     return Records(name, kept, count_unanswered(kept) | counts.in_words(), lost)
 
 
@@ -326,12 +320,9 @@ def _check_named(name: str, rows: list[Row], reading: Reading) -> None:
     for known, column in (reading.columns or {}).items():
         if found and column not in found:
             near = suggestion(column, [*map(str, found)])
-            raise UserError(
-                f"no column {excerpt(column)}, columns found: {excerpt([*found])}{near}",
-                option=f"{reading.columns_option}.{known}",
-                place=name,
-                remedy=None if near or reading.columns_option != OPTION else OWN,
-            )
+            problem = f"no column {excerpt(column)}, columns found: {excerpt([*found])}{near}"
+            option, remedy = f"{reading.columns_option}.{known}", reading.columns_option == OPTION and not near and OWN
+            raise UserError(problem, option=option, place=name, remedy=remedy or None)
 
 
 def _read(row: Row, reading: Reading) -> Read:
@@ -349,7 +340,7 @@ def _read(row: Row, reading: Reading) -> Read:
             option=reading.columns_option,
         )
     except RowError as error:
-        raise UserError(f"{error}; got {excerpt(row.value)}", place=row.where, remedy=error.remedy) from error
+        raise SourceError(row.where, f"{error}; got {excerpt(row.value)}", error.remedy) from error
 
 
 def _trainable(conversation: Conversation | None) -> tuple[Conversation | None, str]:

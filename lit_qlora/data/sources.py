@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lit_qlora import demo
-from lit_qlora.data.files import ENDINGS, OTHER_NAMES, PACKED, Row, kind_of, read_rows
+from lit_qlora.data.files import COMPRESSED, ENDINGS, INSTEAD, OTHER_NAMES, PACKED, Row, SourceError, kind_of, read_rows
 from lit_qlora.data.forms import columns_of, forms_for
 from lit_qlora.errors import UserError, excerpt, require, suggestion
 from lit_qlora.storage.files import parse_json
@@ -39,6 +39,8 @@ SourceOption = str | list[str | dict[str, str | float | dict[str, str]]] | dict[
 PLAIN = (*ENDINGS, *OTHER_NAMES)
 FILES = (*PLAIN, *(ending + packing for ending in PLAIN for packing in PACKED))
 """Endings of files with rows, the plain ones first."""
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+"""How an id on the hub is written."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 """Files about a data set."""
 SHARD = re.compile(r"^(.+?)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?$")
@@ -135,9 +137,8 @@ def _source(value: Any, option: str) -> Source:
         if split and is_known and not Path(value).expanduser().exists():
             return Source(head, split=split)
         return Source(value)
-    if not isinstance(value, Mapping):
-        raise UserError(f"expected a source, a table of {', '.join(KEYS)}, or a list of them, got {excerpt(value)}",
-                        option=option)  # fmt: skip
+    expected = f"a source, a table of {', '.join(KEYS)}, or a list of them"
+    require(isinstance(value, Mapping), option, expected, value)
     for key in value:
         if key not in KEYS:
             known = f"expected {', '.join(KEYS)}{suggestion(str(key), [*KEYS])}"
@@ -145,11 +146,9 @@ def _source(value: Any, option: str) -> Source:
     if not isinstance(value.get("path"), str):
         raise UserError(f"has no path, got {excerpt(value)}", option=option, remedy="say which file, folder or hub id")
     for key in ("name", "split", "revision"):
-        if not isinstance(value.get(key), str | None):
-            raise UserError(f"expected a text, got {excerpt(value[key])}", option=f"{option}.{key}")
+        require(isinstance(value.get(key), str | None), f"{option}.{key}", "a text", value.get(key))
     columns = value.get("columns")
-    if columns is not None and not isinstance(columns, Mapping):
-        raise UserError(f"expected a table, got {excerpt(columns)}", option=f"{option}.columns")
+    require(isinstance(columns, Mapping | None), f"{option}.columns", "a table", columns)
     given = _source(value["path"], option)
     return Source(
         given.path,
@@ -197,7 +196,7 @@ class Splits:
         """
         if "train" not in self.names:
             found = " and ".join([*self.names.values(), *self.unread])
-            raise UserError(f"has no split 'train', found: {found}", place=self.source, remedy="choose another")
+            raise SourceError(self.source, f"has no split 'train', found: {found}", "choose another")
         return self.names["train"]
 
     def first(self, *kinds: str) -> str | None:
@@ -232,27 +231,21 @@ def find_splits(source: str | Source) -> Splits:
     names = {
         kind: name for kind, known in SPLITS.items() for one in reversed(known) for name in found if name.lower() == one
     }
+    chosen = [re.sub(r"\[.*", "", part).strip() for part in source.split.split("+")] if source.split else []
+    for name in chosen:
+        _check_split(source, name, found)
     if source.split:
-        chosen = [re.sub(r"\[.*", "", part).strip() for part in source.split.split("+")]
-        for name in chosen:
-            _check_split(source, name, found)
-        names = {"train": source.split} | {
-            kind: name for kind, name in names.items() if kind != "train" and name not in chosen
-        }
-        unread = [name for name in found if name not in (*names.values(), *chosen)]
-    else:
-        unread = [name for name in found if name not in names.values()]
+        others = {kind: name for kind, name in names.items() if kind != "train" and name not in chosen}
+        names = {"train": source.split} | others
+    unread = [name for name in found if name not in (*names.values(), *chosen)]
     unread += [] if files is None else _beside(source, files)
     return Splits(str(source), names, tuple(unread), _others_beside(source.path), bool(source.split))
 
 
 def _check_split(source: Source, name: str, found: Sequence[str]) -> None:
     if name not in found:
-        raise UserError(
-            f"has no split {excerpt(name)}, found: {' and '.join(found)}{suggestion(name, [*found])}",
-            place=source,  # type: ignore[arg-type]  # its words
-            remedy="choose another",
-        )
+        problem = f"has no split {excerpt(name)}, found: {' and '.join(found)}{suggestion(name, found)}"
+        raise SourceError(source, problem, "choose another")
 
 
 def _beside(source: Source, files: Mapping[str, list[Path]]) -> list[str]:
@@ -328,28 +321,27 @@ def read_source(source: str | Source, split: str = "train", columns: Sequence[st
         return [row for path in files[split] for row in read_rows(path, known)]
     import datasets
 
-    values = _ask_hub(
-        source, lambda *path, **given: list(datasets.load_dataset(*path, split=split, **given)), name=source.name
-    )
+    def rows(*path: str, **given: str | None) -> list[dict[str, Any]]:
+        return list(datasets.load_dataset(*path, split=split, **given))
+
+    values = _ask_hub(source, rows, name=source.name)
     return [Row(f"{source} ({split}): row {number}", value) for number, value in enumerate(values, 1)]
 
 
 def _find_files(source: Source) -> dict[str, list[Path]] | None:
     """Returns a local source's files by the name of their split, or None for a dataset on the hub.
 
-    Raises UserError where there are none, or for a ``name`` or a ``revision`` that only others have.
+    Raises SourceError where there are none, or for a ``name`` or a ``revision`` that only others have.
     """
     files = _files_here(source)
     if files is None:
         return None
+    remedy = "leave it out of the source"
     if source.revision:
-        raise UserError("is on this machine, where there are no revisions", place=source.path, remedy=_LEAVE_OUT)
+        raise SourceError(source.path, "is on this machine, where there are no revisions", remedy)
     if source.name and (source.path == "demo" or not Path(source.path).expanduser().is_dir()):
-        raise UserError(f"is no folder, and has no {excerpt(source.name)}", place=source.path, remedy=_LEAVE_OUT)
+        raise SourceError(source.path, f"is no folder, and has no {excerpt(source.name)}", remedy)
     return files
-
-
-_LEAVE_OUT = "leave it out of the source"
 
 
 def _files_here(source: Source) -> dict[str, list[Path]] | None:
@@ -359,7 +351,7 @@ def _files_here(source: Source) -> dict[str, list[Path]] | None:
     if path.is_dir():
         within = path / source.name if source.name else path
         if not within.is_dir():
-            raise UserError(f"has no folder {excerpt(source.name)}", place=path, remedy="leave the name out")
+            raise SourceError(path, f"has no folder {excerpt(source.name)}", "leave the name out")
         return _find_in_folder(within)
     if path.exists():
         return {"train": [path]}
@@ -368,22 +360,17 @@ def _files_here(source: Source) -> dict[str, list[Path]] | None:
         return _by_names([one for one in found if _is_data(one)] or found)
     if _looks_like_hub_id(source.path):
         return None
-    if page := re.match(r"https?://[^/]+/datasets/(\w[\w.-]*/\w[\w.-]*)", source.path, re.ASCII):
-        raise UserError("is a page of the hub", place=source.path, remedy=f"give the id alone, {page[1]}")
+    if page := re.match(rf"https?://[^/]+/datasets/({HUB_ID.pattern})", source.path, re.ASCII):
+        raise SourceError(source.path, "is a page of the hub", f"give the id alone, {page[1]}")
     if "://" in source.path:
-        raise UserError("is an address", place=source.path, remedy="download the file, and give the file here")
+        raise SourceError(source.path, "is an address", "download the file, and give the file here")
     if glob.has_magic(source.path):
-        raise UserError(
-            "no such file: the pattern matches none", place=source.path, remedy="check its folder and its ending"
-        )
+        raise SourceError(source.path, "no such file: the pattern matches none", "check its folder and its ending")
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UserError(
-        f"no such file{suggestion(path.name, names)}",
-        place=source.path,
-        remedy=(
-            f"expected 'demo', a file ({', '.join(ENDINGS)}), a folder with train.jsonl, or a hub id such as owner/name"
-        ),
+    remedy = (
+        f"expected 'demo', a file ({', '.join(ENDINGS)}), a folder with train.jsonl, or a hub id such as owner/name"
     )
+    raise SourceError(source.path, f"no such file{suggestion(path.name, names)}", remedy)
 
 
 def _by_names(paths: list[Path]) -> dict[str, list[Path]]:
@@ -425,12 +412,18 @@ def _find_in_folder(folder: Path) -> dict[str, list[Path]]:
     data = [path for place in (folder, folder / "data") for path in _entries(place) if _is_data(path)]
     if len(data) == 1 and not within:
         return {"train": data}
-    raise UserError(
-        f"no train, validation or test file in this folder, expected train.jsonl ({', '.join(ENDINGS)}), "
-        f"found: {excerpt([path.name for path in _entries(folder)])}",
-        place=folder,
-        remedy=_remedy(folder, within, data),
+    expected = (
+        f"expected train.jsonl ({', '.join(ENDINGS)}), found: {excerpt([path.name for path in _entries(folder)])}"
     )
+    problem = f"no train, validation or test file in this folder, {expected}"
+    if within:
+        names = ", ".join(path.name for path in within)
+        raise SourceError(folder, problem, f"name one of its folders ({names}), such as {within[0]}")
+    if data:
+        pattern = f"{data[0].parent}/*{data[0].suffix}"
+        remedy = f"rename yours, or name the file itself, such as {data[0]}, or all with {pattern}"
+        raise SourceError(folder, problem, remedy)
+    raise SourceError(folder, problem, "put one there, or name the file itself")
 
 
 def _has_splits(folder: Path) -> bool:
@@ -438,22 +431,21 @@ def _has_splits(folder: Path) -> bool:
 
 
 def _saved(folder: Path) -> list[Path]:
-    """The files of rows that ``datasets`` saved in a folder. Raises UserError where one is gone."""
+    """The files of rows that ``datasets`` saved in a folder. Raises SourceError where one is gone."""
     try:
         state = parse_json((folder / "state.json").read_bytes())
         paths = [folder / str(file["filename"]) for file in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            "can't be read as datasets.save_to_disk left it", place=folder / "state.json", remedy="save it again"
-        ) from error
+        problem = "can't be read as datasets.save_to_disk left it"
+        raise SourceError(folder / "state.json", problem, "save it again") from error
     gone = [path.name for path in paths if not path.is_file()]
     if gone:
-        raise UserError(f"has no {gone[0]}, which its state.json names", place=folder, remedy="copy it again")
+        raise SourceError(folder, f"has no {gone[0]}, which its state.json names", "copy it again")
     return paths
 
 
 def _by_split(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
-    """``paths`` by the name of their split. Raises UserError where two files are one split, or a part of it is gone."""
+    """``paths`` by the name of their split. Raises SourceError where two files are one split, or a part is gone."""
     files: dict[str, list[Path]] = {}
     for kind in SPLITS:
         found = [path for path in paths if _kind(path) == kind]
@@ -466,18 +458,11 @@ def _by_split(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
         parts = [shard for shard in shards if shard]
         if len(found) > 1 and (len(parts) < len(found) or len({(part[1], part[3]) for part in parts}) > 1):
             option = "data.source" if kind == "train" else f"data.{kind}_source"
-            raise UserError(
-                f"holds both {found[0].name} and {found[1].name}, expected one",
-                place=folder,
-                remedy=f"keep one of them, or give both: {option} [{found[0]}, {found[1]}]",
-            )
+            remedy = f"keep one of them, or give both: {option} [{found[0]}, {found[1]}]"
+            raise SourceError(folder, f"holds both {found[0].name} and {found[1].name}, expected one", remedy)
         if parts and (missing := {*range(int(parts[0][3]))} - {int(part[2]) for part in parts}):
-            number, count = f"{min(missing):05}", int(parts[0][3])
-            raise UserError(
-                f"has {len(parts)} of the {count} parts of {parts[0][1]}: number {number} is missing",
-                place=folder,
-                remedy="copy the others, too",
-            )
+            of_all = f"has {len(parts)} of the {int(parts[0][3])} parts of {parts[0][1]}"
+            raise SourceError(folder, f"{of_all}: number {min(missing):05} is missing", "copy the others, too")
         name = parts[0][1] if parts else _bare(found[0])
         files[name if _is_exact(found[0]) else kind] = found
     return files
@@ -514,18 +499,6 @@ def _kind(path: Path) -> str | None:
 def _kind_named(*words: str) -> str | None:
     """The first of `SPLITS` that one of ``words`` names."""
     return next((kind for kind, known in SPLITS.items() if {*words} & {*known}), None)
-
-
-def _remedy(folder: Path, within: list[Path], data: list[Path]) -> str:
-    """The remedy for a folder without a file named after a split."""
-    if within:
-        names = ", ".join(path.name for path in within)
-        return f"name one of its folders ({names}), such as {within[0]}"
-    if data:
-        return (
-            f"rename yours, or name the file itself, such as {data[0]}, or all with {data[0].parent}/*{data[0].suffix}"
-        )
-    return "put one there, or name the file itself"
 
 
 def check_here(value: Any, option: str = "data.source") -> None:
@@ -565,12 +538,12 @@ def is_hub_id(source: str | Source) -> bool:
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    is_file = source.lower().endswith((*PLAIN, *PACKED, ".zip", ".tar", ".tgz", ".7z", ".txt", ".xlsx"))
-    return not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None
+    is_file = source.lower().endswith((*PLAIN, *COMPRESSED, *filter(None, INSTEAD)))
+    return not is_file and HUB_ID.fullmatch(source) is not None
 
 
 def _ask_hub(asked: Source, ask: Callable[..., T], **given: str | None) -> T:
-    """What ``ask`` of `datasets` returns for a source, its revision and what else is ``given``. Raises UserError."""
+    """What ``ask`` of `datasets` returns for a source, its revision and what else is ``given``. Raises SourceError."""
     import datasets
 
     source = asked.path
@@ -580,30 +553,19 @@ def _ask_hub(asked: Source, ask: Callable[..., T], **given: str | None) -> T:
         return ask(source, **given)
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
-            raise UserError(
-                "is gated on the hub", place=source, remedy=f"accept its terms at {page} and set HF_TOKEN"
-            ) from error
-        raise UserError(
-            "not found on the hub, and no such file here",
-            place=source,
-            remedy="check the spelling, or set HF_TOKEN if it's private",
-        ) from error
+            remedy = f"accept its terms at {page} and set HF_TOKEN"
+            raise SourceError(source, "is gated on the hub", remedy) from error
+        remedy = "check the spelling, or set HF_TOKEN if it's private"
+        raise SourceError(source, "not found on the hub, and no such file here", remedy) from error
     except ConnectionError as error:
-        raise UserError(
-            "no such file here, and the hub can't be reached",
-            place=source,
-            remedy="check the network (and HF_HUB_OFFLINE), or give a local file",
-        ) from error
+        remedy = "check the network (and HF_HUB_OFFLINE), or give a local file"
+        raise SourceError(source, "no such file here, and the hub can't be reached", remedy) from error
     except Exception as error:  # any other failure of `datasets` with the hub's files is no bug of ours
         configs = re.search(r"(?:[Cc]onfig name is missing|BuilderConfig .* not found).*?(\[.*?\])", str(error), re.S)
         if configs:
             what = f"no configuration {excerpt(asked.name)}" if asked.name else "has several configurations"
-            raise UserError(
-                f"{what}, expected one of {excerpt(configs[1])}",
-                place=source,
-                remedy=f"give data.source as {{path: {source}, name: CONFIGURATION}}",
-            ) from error
+            remedy = f"give data.source as {{path: {source}, name: CONFIGURATION}}"
+            raise SourceError(source, f"{what}, expected one of {excerpt(configs[1])}", remedy) from error
         cause = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"the hub's files can't be loaded ({type(error).__name__}: {cause})", place=source, remedy=f"see {page}"
-        ) from error
+        problem = f"the hub's files can't be loaded ({type(error).__name__}: {cause})"
+        raise SourceError(source, problem, f"see {page}") from error

@@ -90,10 +90,8 @@ def _read_template_file(name: str) -> str:
     try:
         # A pipe or a device may never end.
         if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_TEMPLATE):
-            raise UserError(
-                f"{name}: expected a file of at most {LARGEST_TEMPLATE:,} bytes with a Jinja template",
-                option="data.template",
-            )
+            expected = f"expected a file of at most {LARGEST_TEMPLATE:,} bytes with a Jinja template"
+            raise UserError(f"{name}: {expected}", option="data.template")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         what = f"{name} is not UTF-8 (byte {error.start})"

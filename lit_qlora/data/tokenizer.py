@@ -33,8 +33,9 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+def _are_tokens(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value
+    return value is None or (isinstance(value, list | dict) and all(map(_is_token, parts)))
 
 
 def _is_chat_template(value: Any) -> bool:
@@ -44,10 +45,7 @@ def _is_chat_template(value: Any) -> bool:
 
 
 _TOKEN = Kind("a text, null, or an object with a text as content", lambda value: value is None or _is_token(value))
-_TOKENS = Kind(
-    "a list of tokens, or an object of them by name",
-    lambda value: value is None or (isinstance(value, (list, dict)) and all(map(_is_token, _parts(value)))),
-)
+_TOKENS = Kind("a list of tokens, or an object of them by name", _are_tokens)
 _BY_ID = Kind(
     "an object of tokens by id, each an object with a text as content",
     lambda value: (
@@ -55,7 +53,7 @@ _BY_ID = Kind(
         and all(key.isdecimal() and isinstance(token, dict) and _is_token(token) for key, token in value.items())
     ),
 )
-_TEXTS = Kind("a list of texts", _are_texts)
+_TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(part, str) for part in value))
 _SIDE = one_of("left", "right")
 KEYS = {
     **dict.fromkeys(
@@ -81,8 +79,8 @@ KEYS = {
 """Keys of tokenizer_config.json with their kinds, for whose wrong values the library would fail deep inside."""
 
 
-def _parts(value: Any) -> list[Any]:
-    return [*value.values()] if isinstance(value, dict) else value
+def _wrong(base: str, problem: str, remedy: str) -> UserError:
+    return UserError(f"the tokenizer of {excerpt(base)} {problem}", option="model.base", remedy=remedy)
 
 
 def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
@@ -96,17 +94,13 @@ def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
     what no tokenizer has, or when it has Llama 2's vocabulary and can't be brought to give Llama 2's ids.
     """
     tokenizer = _load(base)
-    if not _as_meta(tokenizer):
+    if not _is_llama_2(tokenizer):
+        return tokenizer if _is_as_saved(tokenizer) else _load(base, as_saved=True)
+    if not _is_as_meta(tokenizer):
         tokenizer = _load(base, add_prefix_space=True)
-        if not _as_meta(tokenizer):
-            raise UserError(
-                f"the tokenizer of {excerpt(base)} has Llama 2's vocabulary, and its ids of a text are others than "
-                "Llama 2's",
-                option="model.base",
-                remedy="take another copy",
-            )
-    elif not _is_llama_2(tokenizer) and not _as_saved(base, tokenizer):
-        tokenizer = _load(base, as_saved=True)
+        if not _is_as_meta(tokenizer):
+            problem = "has Llama 2's vocabulary, and its ids of a text are others than Llama 2's"
+            raise _wrong(base, problem, "take another copy")
     return tokenizer
 
 
@@ -162,14 +156,10 @@ def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedToke
         raise
     except Exception as error:  # its files come from anywhere, and the library assumes that it wrote them
         if "trust_remote_code" in str(error):
-            raise UserError(
-                f"the tokenizer of {excerpt(base)} is code of its own, and code that comes with a base is never run",
-                option="model.base",
-                remedy="take a copy whose tokenizer is one of the library",
-            ) from error
-        raise UserError(
-            f"no tokenizer could be loaded from {excerpt(base)}: {_reason(error)}", option="model.base"
-        ) from error
+            problem = "is code of its own, and code that comes with a base is never run"
+            raise _wrong(base, problem, "take a copy whose tokenizer is one of the library") from error
+        problem = f"no tokenizer could be loaded from {excerpt(base)}: {_reason(error)}"
+        raise UserError(problem, option="model.base") from error
     _check_named(base, tokenizer)
     return tokenizer
 
@@ -195,26 +185,15 @@ def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     The library gives an empty one the id of the unknown token, and searches endlessly for an empty unknown one.
     """
     for name, usual in NAMED.items():
-        token = getattr(tokenizer, name)
-        if token == "":
-            raise UserError(
-                f"the tokenizer of {excerpt(base)} has an empty {name}, as early conversions do",
-                option="model.base",
-                remedy=f"write its text into tokenizer_config.json (Llama's is {usual}), or take another copy",
-            )
-        if token is None and name == "bos_token" and _is_llama_2(tokenizer):
-            raise UserError(
-                f"the tokenizer of {excerpt(base)} has Llama 2's vocabulary and no BOS token, with which all of its "
-                "texts begin",
-                option="model.base",
-                remedy=f"name it in tokenizer_config.json (bos_token, {usual}), or take another copy",
-            )
-        if token is None and name == "eos_token":  # not all have a BOS: Qwen's have none
-            raise UserError(
-                f"the tokenizer of {excerpt(base)} has no EOS token, so that no answer would end",
-                option="model.base",
-                remedy="name it in tokenizer_config.json (eos_token), or take another copy",
-            )
+        if getattr(tokenizer, name) == "":
+            remedy = f"write its text into tokenizer_config.json (Llama's is {usual}), or take another copy"
+            raise _wrong(base, f"has an empty {name}, as early conversions do", remedy)
+    if tokenizer.bos_token is None and _is_llama_2(tokenizer):  # not all have a BOS: Qwen's have none
+        problem = "has Llama 2's vocabulary and no BOS token, with which all of its texts begin"
+        raise _wrong(base, problem, "name it in tokenizer_config.json (bos_token, <s>), or take another copy")
+    if tokenizer.eos_token is None:
+        remedy = "name it in tokenizer_config.json (eos_token), or take another copy"
+        raise _wrong(base, "has no EOS token, so that no answer would end", remedy)
 
 
 def _is_class(name: Any) -> bool:
@@ -244,10 +223,8 @@ def _reason(error: Exception) -> str:
     return words if len(words) <= 200 else f"{words[:200]}…"
 
 
-def _as_meta(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """True if a text starts as in Meta's code, or the vocabulary is not Llama 2's."""
-    if not _is_llama_2(tokenizer):
-        return True
+def _is_as_meta(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """True if a text starts as in Meta's code."""
     return bool(tokenizer("[INST]", add_special_tokens=False)["input_ids"] == INST)
 
 
@@ -261,11 +238,11 @@ def _is_llama_2(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return bool(tokenizer.convert_tokens_to_ids([*LLAMA_2]) == [*LLAMA_2.values()])
 
 
-def _as_saved(base: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether it gives the ids of the base's tokenizer.json; True as well where there is none."""
+def _is_as_saved(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """True if it gives the ids of the tokenizer.json that it is from, or there is none."""
     from tokenizers import Tokenizer
 
-    file = file_of(str(demo.BASE) if base == "demo" else base, "tokenizer.json")
+    file = file_of(tokenizer.name_or_path, "tokenizer.json")
     if file is None:
         return True
     saved, loaded = Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer  # type: ignore[attr-defined]

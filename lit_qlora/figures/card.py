@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.data.sources import paths_of
+from lit_qlora.data.sources import HUB_ID, paths_of
 from lit_qlora.figures.charts import CURVES, draw_curves
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import ends_in_words
@@ -27,7 +27,6 @@ HELD_OUT: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held-out perplexity", "val/perplexity", lambda value: f"{value:,.2f}"),
     ("held-out token accuracy", "val/accuracy", lambda value: f"{value:.1%}"),
 )
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 TEXTS = ("system", "prompts", "template")
 """Options that hold words and never paths, whatever they look like."""
 LLAMA_2 = re.compile(r"llama-?2", re.IGNORECASE)

@@ -75,24 +75,19 @@ class Mirror:
         check_no_file(self.parent)
         _check_mounted(self.parent)
         if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
-            raise UserError(
-                f"{self.copy.path} is the run folder itself", option="mirror", remedy="give a folder elsewhere"
-            )
+            raise _wrong(f"{self.copy.path} is the run folder itself", "give a folder elsewhere")
         self._begin()
         if self.copy.has_begun() and self.copy.config.is_file():
             others = refused(self.copy.read_config(), config)
             if others:
-                raise UserError(
-                    f"{self.copy.path} belongs to another run: {'; '.join(map(str, others))}",
-                    option="mirror",
-                    remedy="give another --mirror, or another --run NAME",
-                )
+                problem = f"{self.copy.path} belongs to another run: {'; '.join(map(str, others))}"
+                raise _wrong(problem, "give another --mirror, or another --run NAME")
         checkpoint = self._ahead()
         if checkpoint:
             try:
                 self._restore(checkpoint)
             except OSError as error:
-                raise UserError(f"{self.copy.path} can't be restored: {error}", option="mirror") from error
+                raise _wrong(f"{self.copy.path} can't be restored: {error}") from error
 
     def _begin(self) -> None:
         """Create the folder and its mark. Raises UserError where that fails, unless the copy was started before."""
@@ -111,8 +106,8 @@ class Mirror:
                 self.copy.discard_unless_begun()
             if isinstance(error, UserError):
                 raise
-            remedy = "give another folder with --mirror, or none"
-            raise UserError(f"{self.copy.path} can't be written: {error}", option="mirror", remedy=remedy) from error
+            problem = f"{self.copy.path} can't be written: {error}"
+            raise _wrong(problem, "give another folder with --mirror, or none") from error
 
     def start(self) -> None:
         """Start the background thread that waits for `push`."""
@@ -135,9 +130,8 @@ class Mirror:
             self.tell(f"copying to {self.copy.path}; Ctrl-C leaves without it")
             self._thread.join(limit_s)
         if self._thread.is_alive():
-            self.tell(
-                f"warning: mirror: {self.copy.path} was not done after {limit_s:.0f} s; the last state is not there"
-            )
+            late = f"was not done after {limit_s:.0f} s; the last state is not there"
+            self.tell(f"warning: mirror: {self.copy.path} {late}")
         elif self._failed:
             self.tell(f"warning: mirror: {self.copy.path} lacks the last state; it is in {self.run.path}")
 
@@ -165,11 +159,8 @@ class Mirror:
         for problem in problems:
             complain(f"warning: mirror: {problem}; falling back to the previous checkpoint")
         if problems and own is newer is None:
-            raise UserError(
-                f"no checkpoint in {self.copy.checkpoints} is whole",
-                option="mirror",
-                remedy="give another --mirror, or move it away to start over",
-            )
+            problem = f"no checkpoint in {self.copy.checkpoints} is whole"
+            raise _wrong(problem, "give another --mirror, or move it away to start over")
         return newer
 
     def _restore(self, checkpoint: Path) -> None:
@@ -296,10 +287,14 @@ class Mirror:
         return self.copy.path / file.relative_to(self.run.path)
 
 
+def _wrong(problem: str, remedy: str | None = None) -> UserError:
+    return UserError(problem, option="mirror", remedy=remedy)
+
+
 def check_no_file(folder: Path) -> None:
     """Raises UserError if what is to be the folder of copies is a file."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file", option="mirror", remedy="give a folder, which need not exist yet")
+        raise _wrong(f"{folder} is a file", "give a folder, which need not exist yet")
 
 
 def _check_mounted(folder: Path) -> None:
@@ -311,22 +306,15 @@ def _check_mounted(folder: Path) -> None:
     place = folder.resolve()
     for point in _mount_points():
         if point in (place, *place.parents) and not os.path.ismount(point):
-            raise UserError(
-                f"nothing is mounted at {point}", option="mirror", remedy="mount the drive, or give another folder"
-            )
+            raise _wrong(f"nothing is mounted at {point}", "mount the drive, or give another folder")
     above = place.parent
     if not above.is_dir():
-        raise UserError(
-            f"there is no folder {folder.parent}", option="mirror", remedy="mount the drive, or give another one"
-        )
+        raise _wrong(f"there is no folder {folder.parent}", "mount the drive, or give another one")
     # Colab's is mounted by now, and a new account's MyDrive is empty.
     is_drive = COLAB in place.parents or os.path.ismount(above)
     if not place.exists() and not any(above.iterdir()) and not is_drive:
-        raise UserError(
-            f"{folder.parent} is empty",
-            option="mirror",
-            remedy=f"mount the drive that belongs there, or, if there is none, create {folder}",
-        )
+        remedy = f"mount the drive that belongs there, or, if there is none, create {folder}"
+        raise _wrong(f"{folder.parent} is empty", remedy)
 
 
 def _mount_points() -> Iterator[Path]:

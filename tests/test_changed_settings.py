@@ -368,7 +368,7 @@ def test_a_disk_without_room_does_not_keep_a_run_from_going_back(here: Path, mon
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lit_qlora.figures.lines.replace_file", full)
+    monkeypatch.setattr("lit_qlora.figures.lines.write_file", full)
     assert main([*FIT, *LONGER]) == 0
     assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [*range(11)]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.console import complain, tell
-from lit_qlora.storage.files import SaveError, parse_json, replace_file, sync_file
+from lit_qlora.storage.files import SaveError, parse_json, sync_file, write_file
 
 
 class StepLines:
@@ -116,7 +116,7 @@ class StepLines:
             return
         self._is_synced = False
         if not old.startswith(new):
-            replace_file(self.path, new)
+            write_file(self.path, new)
             return
         try:
             os.truncate(self.path, len(new))  # which needs no disk space

@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,11 @@ def output_path(output: str, what: str = "file") -> Path:
         pass
     except (OSError, ValueError) as error:  # too long, below a file, a zero byte in it
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{excerpt(output)} can't be a {what} ({reason})", option="output", remedy="give another name"
-        ) from error
+        problem = f"{excerpt(output)} can't be a {what} ({reason})"
+        raise UserError(problem, option="output", remedy="give another name") from error
     if not output.strip() or is_folder:
-        raise UserError(
-            f"expected a {what} to write, got {excerpt(output)}", option="output", remedy=f"give a {what}'s name"
-        )
+        problem = f"expected a {what} to write, got {excerpt(output)}"
+        raise UserError(problem, option="output", remedy=f"give a {what}'s name")
     return path
 
 
@@ -107,29 +106,17 @@ class SaveError(OSError):
         self.errno = error.errno
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Args:
-        path: the file; its folder exists.
-        text: its content, written in UTF-8.
-
-    Raises:
-        SaveError: it could not be written; the previous file is unchanged.
-    """
-    replace_file(path, text.encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write a file atomically.
 
     Args:
         path: the file; its folder exists.
-        content: its bytes.
+        content: its bytes, or a text for UTF-8.
 
     Raises:
         SaveError: it could not be written; the previous file is unchanged.
     """
+    content = content.encode() if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.tmp")
     try:
         with aside.open("wb") as file:
@@ -189,11 +176,8 @@ def unreadable(error: Exception) -> str:
 
 def sync_file(path: Path) -> None:
     """Sync a file to the disk and make it readable for others: safetensors creates it with mode 0600."""
-    try:
+    with _if_supported():
         path.chmod(0o644)
-    except OSError as error:
-        if error.errno not in _UNKNOWN_HERE:
-            raise
     with path.open("r+b") as file:  # Windows syncs only what may be written
         os.fsync(file.fileno())
 
@@ -202,19 +186,22 @@ def sync_folder(path: Path) -> None:
     """Sync a folder's entries to the disk, where the file system can."""
     if os.name == "nt":  # which can't open a folder
         return
-    try:
+    with _if_supported():
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        if error.errno not in _UNKNOWN_HERE:
-            raise
-        return
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _if_supported() -> Iterator[None]:
+    """Do without what the file system does not support."""
     try:
-        os.fsync(descriptor)
+        yield
     except OSError as error:
         if error.errno not in _UNKNOWN_HERE:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def disk_error(error: Exception, path: Path) -> OSError:
@@ -250,11 +237,8 @@ def require_room(path: Path, needed_bytes: int, what: str, *, option: str, remed
     """
     free = free_bytes(path)
     if free < needed_bytes:
-        raise UserError(
-            f"{what} needs {size(needed_bytes)}, and the disk has {size(free)} left",
-            option=option,
-            remedy=f"free some, or {remedy}",
-        )
+        problem = f"{what} needs {size(needed_bytes)}, and the disk has {size(free)} left"
+        raise UserError(problem, option=option, remedy=f"free some, or {remedy}")
 
 
 def _free(path: Path) -> str:

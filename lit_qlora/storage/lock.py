@@ -11,7 +11,6 @@ import socket
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from lit_qlora.console import complain
@@ -74,9 +73,7 @@ class RunLock:
             holder = file.readline().strip() or "another process"
         return UserError(f"{self._run} is in use by {holder}: wait for it, stop it, or give another --run")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None

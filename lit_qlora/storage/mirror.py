@@ -16,7 +16,7 @@ from typing import Any
 
 from lit_qlora.console import complain
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import SaveError, replace_file, write_file
+from lit_qlora.storage.files import SaveError, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
     clear_leftovers,
@@ -169,7 +169,7 @@ class Mirror:
             own = self.run.path / file.relative_to(self.copy.path)
             if not own.is_file() or own.stat().st_size < file.stat().st_size or file == self.copy.finished_mark:
                 own.parent.mkdir(exist_ok=True)
-                replace_file(own, file.read_bytes())
+                write_file(own, file.read_bytes())
         if self.copy.adapter.is_dir():
             try:
                 copy_folder(self.copy.adapter, self.run.adapter, replace=True, may_differ=[CARD])
@@ -279,7 +279,7 @@ class Mirror:
         if self._copied.get(file) != now:
             there = self._there(file)
             there.parent.mkdir(exist_ok=True)
-            replace_file(there, file.read_bytes())
+            write_file(there, file.read_bytes())
             self._copied[file] = now
 
     def _there(self, file: Path) -> Path:

@@ -17,7 +17,7 @@ from lit_qlora.data.records import Reading
 from lit_qlora.errors import UserError, require
 from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
-from lit_qlora.storage.files import SaveError, output_path, replace_file, require_folder, require_new
+from lit_qlora.storage.files import SaveError, output_path, require_folder, require_new, write_file
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 from lit_qlora.wording import number_of
@@ -116,7 +116,7 @@ def evaluate(
     if output:
         text = json.dumps(_as_json(found | {"draws": draws, "seed": seed}), indent=2) + "\n"
         try:
-            replace_file(Path(output), text.encode())
+            write_file(Path(output), text)
         except SaveError as error:
             raise UserError(str(error), option="output") from error
 

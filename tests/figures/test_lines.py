@@ -115,12 +115,12 @@ def full(*_):
 def test_a_cut_needs_no_room(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines_of(0, 1, 2))
-    monkeypatch.setattr(lines, "replace_file", full)
+    monkeypatch.setattr(lines, "write_file", full)
     resumed(path, 1)
     assert steps(path) == [0, 1]
 
 
-@pytest.mark.parametrize("broken", ["os.truncate", "lit_qlora.figures.lines.replace_file"])
+@pytest.mark.parametrize("broken", ["os.truncate", "lit_qlora.figures.lines.write_file"])
 def test_a_file_that_cannot_be_changed_is_one_error_and_as_it_was(tmp_path, monkeypatch, broken):
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines_of(0, 1, 2) if broken == "os.truncate" else "damage\n" + lines_of(0, 1, 2))
@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_changed_is_one_error_and_as_it_was(tmp_path, monk
     monkeypatch.setattr(broken, full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         resumed(path, 1)
-    assert isinstance(caught.value, SaveError) or "replace_file" in broken
+    assert isinstance(caught.value, SaveError) or "write_file" in broken
     assert path.read_bytes() == before
 
 

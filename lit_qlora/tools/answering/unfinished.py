@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import parse_json, replace_file, require_new
+from lit_qlora.storage.files import parse_json, require_new, write_file
 from lit_qlora.storage.lock import flock
 
 
@@ -94,8 +94,8 @@ class Unfinished:
         Raises:
             SaveError: if it can't be written; the saved batches are kept.
         """
-        replace_file(self.made, json.dumps({**belongs_to, "sha256": _digest(output)}).encode())
-        replace_file(self.target, output)
+        write_file(self.made, json.dumps({**belongs_to, "sha256": _digest(output)}))
+        write_file(self.target, output)
         self.path.unlink(missing_ok=True)
 
     def _read(self, belongs_to: Mapping[str, Any]) -> dict[int, Any]:

@@ -143,20 +143,15 @@ class RunFolder:
     def check_place(self) -> None:
         """Raises UserError if it holds something else."""
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(
-                f"{self.path} is a file, expected a folder", option="run", remedy="give another one with --run"
-            )
+            problem, remedy = f"{self.path} is a file, expected a folder", "give another one with --run"
+            raise UserError(problem, option="run", remedy=remedy)
         if not (self.has_begun() or self.is_empty()):
-            raise UserError(
-                f"{self.path} holds other files and no run", option="run", remedy="give a folder of its own with --run"
-            )
+            problem, remedy = f"{self.path} holds other files and no run", "give a folder of its own with --run"
+            raise UserError(problem, option="run", remedy=remedy)
         for file in (self.metrics, self.samples, self.others):
             if file.is_symlink():  # what is cut and added to in place would be a file elsewhere
-                raise UserError(
-                    f"{file} is a link, and a run's figures are files of its own",
-                    option="run",
-                    remedy="put the file itself there",
-                )
+                problem = f"{file} is a link, and a run's figures are files of its own"
+                raise UserError(problem, option="run", remedy="put the file itself there")
 
     def prepare(self, option: str = "run", take: Callable[[], None] = lambda: None) -> None:
         """Create the folder, lock it, and repair what a kill left behind.
@@ -178,11 +173,8 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(
-                f"{self.path} can't be written ({error.strerror})",
-                option=option,
-                remedy=f"give another folder with --{option}",
-            ) from error
+            problem, remedy = f"{self.path} can't be written ({error.strerror})", f"give another folder with --{option}"
+            raise UserError(problem, option=option, remedy=remedy) from error
 
     def numbered(self) -> Iterator["RunFolder"]:
         """The runs of the same name with -2, -3 and so on behind it."""
@@ -287,10 +279,8 @@ class RunFolder:
 
     def config_remedy(self) -> str:
         """The remedy for a damaged configuration."""
-        return (
-            f"put a copy of it back, or remove it and give fit all options (--config FILE --run {self.path}): the "
-            "run resumes, for its checkpoints hold what identifies it"
-        )
+        again = f"remove it and give fit all options (--config FILE --run {self.path})"
+        return f"put a copy of it back, or {again}: the run resumes, for its checkpoints hold what identifies it"
 
     def write_config(self, text: str) -> Path:
         """Keep a start's configuration: the first as config.yaml, later ones that differ beside it, numbered."""
@@ -325,10 +315,8 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
     best_step = (run.finished() or {}).get("best_step") if is_needed else None
     whole = _copy(run, mirrored, lambda step: best_step in (None, step))
     if whole is None and is_needed:
-        raise UserError(
-            problem,
-            remedy="the run is finished, and no intact copy of its adapter is left; train it with another --run",
-        )
+        remedy = "the run is finished, and no intact copy of its adapter is left; train it with another --run"
+        raise UserError(problem, remedy=remedy)
     if run.adapter.is_dir():
         problem += f"; put aside as {_put_aside(run.adapter, 'adapter.damaged')}"
     elif whole is None:
@@ -426,27 +414,25 @@ def open_run(path: Path) -> RunFolder:
         others = sorted(one.parent.name for one in path.parent.glob("*/config.yaml"))
         near = nearest(path.name, others, 0.6)
         meant = f"did you mean {path.with_name(near)}?" if near else f"the runs there: {cut(', '.join(others))}"
-        raise UserError(
-            f"{path} is no run folder: it has no config.yaml", option="run", remedy=meant if others else None
-        )
+        problem = f"{path} is no run folder: it has no config.yaml"
+        raise UserError(problem, option="run", remedy=meant if others else None)
     return run
 
 
 class _Readable(yaml.SafeDumper):
-    """A dumper that writes multi-line texts, such as templates, line by line."""
+    """A dumper that writes multi-line texts, such as templates, line by line, and nothing by reference."""
+
+    def ignore_aliases(self, _: Any) -> bool:
+        return True
 
 
 def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     is_number = re.fullmatch(r"[-+]?\d[\d_]*\.?[\d_]*[eE][-+]?\d+", text)  # to jsonargparse, and not to PyYAML
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else "'" if is_number else None
-    )
+    style = "|" if "\n" in text else "'" if is_number else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Readable.add_representer(str, _write_text)
-
-
-_Readable.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
 
 
 class NoReferences(yaml.SafeLoader):

@@ -58,11 +58,8 @@ def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 def other_run(path: Path, changes: list[Change]) -> UserError:
     """The error for ``changes`` that would make it another run than that in the folder ``path``."""
-    return UserError(
-        f"{path} was started with other settings: {'; '.join(map(str, changes))}",
-        option="run",
-        remedy="give --run NAME to start another run",
-    )
+    problem = f"{path} was started with other settings: {'; '.join(map(str, changes))}"
+    return UserError(problem, option="run", remedy="give --run NAME to start another run")
 
 
 def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

@@ -94,16 +94,16 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lit_qlora" / _key(conversations, encoder)
     held = Held(folder)
     problem = _problem(folder)
-    if problem or _has_cut_texts(folder, conversations):
-        if problem and folder.exists():
+    if problem:
+        if folder.exists():
             complain(f"warning: {problem}; the rows are encoded again")
         _write(folder, conversations, encoder)
         held = Held(folder)
         _prune(folder)
     with suppress(OSError):  # of another user
         os.utime(folder)
-    counts = _counts(folder)
-    divided = counts.get("divided", 0)
+    counts = parse_json((folder / "counts.json").read_bytes())
+    divided = counts.get("divided", 0)  # which an entry without plain texts may lack
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return EncodedRows(
         examples.select_columns(["input_ids", "labels"]),
@@ -166,24 +166,12 @@ def _problem(folder: Path) -> DamagedFolderError | None:
     return None
 
 
-def _counts(folder: Path) -> dict[str, int]:
-    return dict(parse_json((folder / "counts.json").read_text(encoding="utf-8")))
-
-
-def _has_cut_texts(folder: Path, conversations: Sequence[Conversation]) -> bool:
-    """True for an entry of an earlier version, which cut a plain text where this one divides it."""
-    if not any(conversation.is_text for conversation in conversations):
-        return False
-    counts = _counts(folder)
-    return counts["cut"] > 0 and "divided" not in counts
-
-
 def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
     def fill(staging: Path) -> None:
         counts = _write_rows(staging / "rows.arrow", conversations, encoder)
         (staging / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
         # Another process, such as a second GPU's, may have made the same, and be reading it by now.
-        if not (_problem(folder) or _has_cut_texts(folder, conversations)):
+        if not _problem(folder):
             raise FileExistsError
 
     try:
@@ -191,10 +179,8 @@ def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder
     except OSError as error:
         if _problem(folder):
             reason = error.reason if isinstance(error, SaveError) else error.strerror
-            raise UserError(
-                f"the encoded rows can't be kept in {folder.parent} ({reason})",
-                remedy="free some room there, or set HF_DATASETS_CACHE to a folder that can be written",
-            ) from error
+            remedy = "free some room there, or set HF_DATASETS_CACHE to a folder that can be written"
+            raise UserError(f"the encoded rows can't be kept in {folder.parent} ({reason})", remedy=remedy) from error
 
 
 def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Encoder) -> dict[str, int]:
@@ -203,26 +189,20 @@ def _write_rows(path: Path, conversations: Sequence[Conversation], encoder: Enco
 
     ids = pa.list_(pa.int32())
     schema = pa.schema([("input_ids", ids), ("labels", ids), ("length", pa.int32()), ("answer_tokens", pa.int32())])
-    counts = {"cut": 0, "left_out": 0}
-    if any(conversation.is_text for conversation in conversations):
-        counts["divided"] = 0
+    counts = {"cut": 0, "left_out": 0, "divided": 0}
     divided = counted("encode", map(encoder.rows, encoder.written(conversations)), len(conversations))
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while some := list(islice(divided, ROWS_A_WRITE)):
             kept = [example for examples in some for example in examples]
             counts["left_out"] += some.count([])
-            if "divided" in counts:
-                counts["divided"] += sum(len(examples) > 1 for examples in some)
+            counts["divided"] += sum(len(examples) > 1 for examples in some)
             counts["cut"] += sum(example.was_cut for example in kept)
-            rows = [
-                {
-                    "input_ids": example.input_ids,
-                    "labels": example.labels,
-                    "length": len(example.input_ids),
-                    # Nothing predicts the first label.
-                    "answer_tokens": len(example.labels) - 1 - example.labels[1:].count(IGNORE_INDEX),
-                }
-                for example in kept
-            ]
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            columns = {
+                "input_ids": [example.input_ids for example in kept],
+                "labels": [example.labels for example in kept],
+                "length": [len(example.input_ids) for example in kept],
+                # Nothing predicts the first label.
+                "answer_tokens": [len(one.labels) - 1 - one.labels[1:].count(IGNORE_INDEX) for one in kept],
+            }
+            writer.write_table(pa.Table.from_pydict(columns, schema=schema))
     return counts

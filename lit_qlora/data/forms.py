@@ -185,20 +185,17 @@ def check_columns(
         known += [name for one in FORMS for name in one.needs if name not in known]
     for name, column in columns.items():
         if name not in known:
-            raise UserError(
-                f"{excerpt(name)} is unknown, expected {', '.join(known)}{suggestion(name, known)}", option=option
-            )
+            expected = f"expected {', '.join(known)}{suggestion(name, known)}"
+            raise UserError(f"{excerpt(name)} is unknown, {expected}", option=option)
         if not column.strip():
             raise UserError("is blank, expected the name of a column", option=f"{option}.{name}")
     if not any({*one.needs} <= {*columns} for one in forms):
         near = [one for one in forms if {*one.needs} & {*columns}] or forms
         wanted = dict.fromkeys(" and ".join(one.needs) for one in near)
         example = {"user": "question"} | ({"assistant": "answer"} if use == "training" else {})
-        raise UserError(
-            f"names {' and '.join(columns) or 'no column'}, expected {' or '.join(wanted)}",
-            option=option,
-            remedy=f"give the others, too, such as {_written(option, example)}",
-        )
+        problem = f"names {' and '.join(columns) or 'no column'}, expected {' or '.join(wanted)}"
+        remedy = f"give the others, too, such as {_written(option, example)}"
+        raise UserError(problem, option=option, remedy=remedy)
 
 
 if TYPE_CHECKING:
@@ -301,9 +298,8 @@ def read_row(
         conversation, taken_off = edges.clean(conversation, marks)  # what parse did not see, such as a system column
         conversation.check_characters()
     except messages.OpeningError as error:
-        raise RowError(
-            str(error), "give data.opening, what the user is taken to have said, or delete this row"
-        ) from error
+        remedy = "give data.opening, what the user is taken to have said, or delete this row"
+        raise RowError(str(error), remedy) from error
     except edges.WrittenOutError as error:
         raise RowError(str(error), WRITE_TURNS) from error
     except ValueError as error:
@@ -354,9 +350,8 @@ def _form_of(row: Mapping[str, Any], forms: Sequence[RowForm], is_whole: bool, u
         return usable[0]
     titles = " nor ".join(repr(form.title) for form in texts)
     whole = "; plain text is learned whole with data.train_on all" if use == "training" else ""
-    raise RowError(
-        f"column {texts[0].needs[0]!r} has neither {titles}, expected a conversation", f"mend or delete this row{whole}"
-    )
+    problem = f"column {texts[0].needs[0]!r} has neither {titles}, expected a conversation"
+    raise RowError(problem, f"mend or delete this row{whole}")
 
 
 def _first_opened(row: Mapping[str, Any], forms: Sequence[RowForm]) -> RowForm | None:
@@ -374,10 +369,8 @@ def _refuse_elsewhere(text: str, column: str, is_whole: bool) -> None:
     for mark, name in MARKERS_ELSEWHERE.items():
         if mark in text:
             is_plain = is_whole and not mark.startswith("<")  # as text, special tokens are none
-            raise RowError(
-                f"column {column!r} is written in {name} ({mark}), which is not read",
-                WRITE_TURNS + (", or learn it whole as it is with data.form text" if is_plain else ""),
-            )
+            remedy = WRITE_TURNS + (", or learn it whole as it is with data.form text" if is_plain else "")
+            raise RowError(f"column {column!r} is written in {name} ({mark}), which is not read", remedy)
 
 
 def list_in(value: Any) -> Any:
@@ -448,14 +441,12 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
         return named({name: column for name, column in columns.items() if column})
     for name, value in row.items():
         is_list = isinstance(list_in(value), list)
-        for form in forms:
-            for known in form.needs if len(form.needs) == 1 else ():
-                if is_list == (form.holds == "a list") and nearest(str(name).lower(), [known], 0.8):
-                    return named({known: str(name)})
+        alone = [form.needs[0] for form in forms if len(form.needs) == 1 and is_list == (form.holds == "a list")]
+        if known := nearest(str(name).lower(), alone, 0.8):
+            return named({known: str(name)})
     for name, value in row.items():
-        if isinstance(value, dict) and any(
-            all(_holds_turn(value.get(need, {})) for need in form.needs) for form in forms
-        ):
+        within = value if isinstance(value, dict) else {}
+        if any(all(_holds_turn(within.get(need, {})) for need in form.needs) for form in forms):
             return RowError(problem, f"write what stands in column {name!r} as the row itself")
     texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values())
     wanted = dict.fromkeys(("user", "assistant") if is_to_train else ("user",), "COLUMN")

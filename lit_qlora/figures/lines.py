@@ -91,20 +91,20 @@ class StepLines:
         content = self.path.read_bytes() if self.path.is_file() else b""
         kept, last, num_behind, damaged, last_line = list[bytes](), -1, 0, list[int](), 0
         for number, text in enumerate(content.splitlines(keepends=True), 1):
-            step = _step(text)
-            if step is not None and step > counted_on:
+            step = (_line(text) or {"step": -1})["step"]
+            if step > counted_on:
                 num_behind += 1
-            elif step is not None and step > last:
+            elif step > last:
                 kept.append(text)
                 last, last_line = step, number
             else:
                 damaged.append(number)
         damaged = [number for number in damaged if number < last_line]  # those at the end are recognised by their steps
         if damaged:
-            _warn(f"{self.path}: damaged lines ({len(damaged)}, from line {damaged[0]} on) are left out")
+            complain(f"warning: {self.path}: damaged lines ({len(damaged)}, from line {damaged[0]} on) are left out")
         if last < counted_on:
             lost = f"its lines of the steps {last + 1} to {counted_on}, which the checkpoint relies on, are lost"
-            _warn(f"{self.path}: {lost}")
+            complain(f"warning: {self.path}: {lost}")
         if num_behind:
             print(f"   run  {self.path}: {num_behind} lines after step {max(counted_on, 0)} are replaced", flush=True)
         self._put(content, b"".join(kept))
@@ -173,12 +173,3 @@ def _line(text: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and type(line.get("step")) is int else None
-
-
-def _step(text: bytes) -> int | None:
-    line = _line(text)
-    return None if line is None else line["step"]
-
-
-def _warn(line: str) -> None:
-    complain(f"warning: {line}")

@@ -7,8 +7,9 @@ window still adds to the step before it. Knows no model.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 from lit_qlora.figures.lines import StepLines, json_number
@@ -17,13 +18,6 @@ from lit_qlora.figures.tensorboard import HELD_OUT, Board, Event, figures_events
 from lit_qlora.storage.run import RunFolder
 
 Figures = dict[str, Any]
-
-
-class _HasSteps(Protocol):
-    """The part of a Trainer that gives the open step."""
-
-    @property
-    def global_step(self) -> int: ...
 
 
 class Record(Logger):
@@ -40,7 +34,7 @@ class Record(Logger):
     def __init__(self, run: RunFolder, board: Board | None = None) -> None:
         super().__init__()
         self.run, self.board = run, board
-        self.trainer: _HasSteps | None = None
+        self.trainer: Trainer | None = None
         """Source of the step; None: that of each call."""
         self._metrics, self._samples = StepLines(run.metrics), StepLines(run.samples)
         self._others = StepLines(run.others)
@@ -147,12 +141,11 @@ class Record(Logger):
             SaveError: A file could not be changed.
         """
         self._metrics.go_back(state)
-        for file, name in ((self._samples, "samples"), (self._others, "others")):
-            file.go_back(state.get(name) if state else None)  # a state of an earlier version has none
+        self._samples.go_back(state and state["samples"])
+        self._others.go_back(state and state["others"])
         if state:
             self._step = state["step"]
-            samples, others = (state.get(name, {}).get("open", {}) for name in ("samples", "others"))
-            self._open = _Step(dict(state["figures"]), dict(samples), [*others])
+            self._open = _Step(dict(state["figures"]), dict(state["samples"]["open"]), [*state["others"]["open"]])
         self._refresh_board()
 
     def by_step(self) -> dict[int, Figures]:

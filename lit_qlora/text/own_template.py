@@ -31,7 +31,7 @@ LONGEST_PART = 30
 """Most characters of a text in a message."""
 
 _MARK = re.compile("\ue000(\\d+)\ue001")
-"""The mark for a turn's text, by its number: 0 is the system text, n is turn n."""
+"""A mark for a turn's text, as `_mark` makes it."""
 
 _EDGE = "\ue002"
 """Stands between a prompt and an answer."""
@@ -112,7 +112,7 @@ class Template(PromptFormat):
     @cached_property
     def _closing(self) -> str:
         """What closes the thoughts that a prompt opens, where the template writes answers without; else nothing."""
-        marks = ["", "\ue0001\ue001", "\ue0002\ue001"]
+        marks = ["", _mark(1), _mark(2)]
         try:
             prompt, whole = self._as_written(marks[:2], True), self._as_written(marks, False)
         except ValueError:  # which is said where it is tried
@@ -206,12 +206,9 @@ class Template(PromptFormat):
         except ValueError as error:
             if not self._built_in_as:
                 raise self.wrong("template", error) from error
-            raise UserError(
-                f"{self._built_in_as} ends answers in a special token that the base's tokenizer does not have",
-                option="data.template",
-                place=self.place,
-                remedy=f"take another: {', '.join(name for name in names() if name != self._built_in_as)}",
-            ) from error
+            problem = f"{self._built_in_as} ends answers in a special token that the base's tokenizer does not have"
+            remedy = f"take another: {', '.join(name for name in names() if name != self._built_in_as)}"
+            raise UserError(problem, option="data.template", place=self.place, remedy=remedy) from error
         self.check_system()
 
     def _try(self) -> None:
@@ -271,7 +268,7 @@ class Template(PromptFormat):
                 f"{self.title} opens thoughts before an answer: they are closed at once, in training and in chat, for "
                 "answers are learned without"
             )
-        if self._last_only(has_system=False):
+        if self._last_only[False]:
             lines.append(
                 f"{self.title} writes an answer otherwise once others follow it, as where thoughts stand before the "
                 "last one alone: only the last answer of each conversation is learned"
@@ -280,23 +277,21 @@ class Template(PromptFormat):
 
     def learns_last_only(self, conversation: Conversation) -> bool:
         """True if the template writes an answer otherwise once others follow: earlier ones are not what chat asks."""
-        return self._last_only(bool((self.completed(conversation).system or "").strip()))
+        return self._last_only[bool((self.completed(conversation).system or "").strip())]
 
-    def _last_only(self, has_system: bool) -> bool:
-        """Whether of two rounds the second prompt alone begins what is written."""
-        if has_system not in self._are_last_only:
-            marks = ["\ue0000\ue001" if has_system else "", *(f"\ue000{index}\ue001" for index in range(1, 5))]
+    @cached_property
+    def _last_only(self) -> tuple[bool, bool]:
+        """Whether of two rounds the second prompt alone begins what is written, without and with a system text."""
+        found = []
+        for system in ("", _mark(0)):
+            marks = [system, *map(_mark, range(1, 5))]
             try:
                 whole = self._render(marks, False)
                 first, last = (whole.startswith(self._render(marks[:turn], True)) for turn in (2, 4))
             except ValueError:
                 first = last = False
-            self._are_last_only[has_system] = last and not first
-        return self._are_last_only[has_system]
-
-    @cached_property
-    def _are_last_only(self) -> dict[bool, bool]:
-        return {}
+            found.append(last and not first)
+        return found[0], found[1]
 
     def left_out(self, where: str, why: Exception) -> str:
         """With the first such row, for there are many reasons."""
@@ -406,27 +401,23 @@ class Template(PromptFormat):
         return known
 
     def _cut(self, rounds: int, has_system: bool) -> list[Piece]:
-        marks = [f"\ue000{index}\ue001" for index in range(2 * rounds + 1)]
+        marks = [*map(_mark, range(2 * rounds + 1))]
         if has_system and self._alone("system") == self._alone("assistant"):
-            raise ValueError(
-                "the system text is written just as an answer is, and nobody asked; give the role system a branch of "
-                "its own"
-            )
+            problem = "the system text is written just as an answer is, and nobody asked"
+            raise ValueError(f"{problem}; give the role system a branch of its own")
         if not has_system:
             marks[0] = ""
         whole = self._render(marks, False)
         found = [int(mark) for mark in _MARK.findall(whole)]
         for index in range(0 if has_system else 1, len(marks)):
             if found.count(index) != 1:
-                raise ValueError(
-                    f"{name_of(index)} is to be written once, and is written {found.count(index)} times; write the "
-                    "content of each message"
-                )
+                problem = f"{name_of(index)} is to be written once, and is written {found.count(index)} times"
+                raise ValueError(f"{problem}; write the content of each message")
         if found != sorted(found):
             raise ValueError(f"the turns are written in another order: {', '.join(map(name_of, found))}")
         pieces, before = list[Piece](), 0
         for turn in range(2, 2 * rounds + 1, 2):
-            is_context = turn < 2 * rounds and self._last_only(has_system)
+            is_context = turn < 2 * rounds and self._last_only[has_system]
             start, end = self._answer(whole, marks, turn, is_context)
             for text, is_answer in ((whole[before:start], False), (whole[start:end], True)):
                 pieces += self._split(text, is_answer, bool(pieces) and pieces[-1].kind != "token")
@@ -483,7 +474,7 @@ class Template(PromptFormat):
     def _alone(self, role: str) -> str:
         """A conversation of a single mark by ``role``; the role's name where the template takes none such."""
         try:
-            return jinja.render(self._compiled, [{"role": role, "content": "\ue0000\ue001"}], *self.spelled[:2], False)
+            return jinja.render(self._compiled, [{"role": role, "content": _mark(0)}], *self.spelled[:2], False)
         except ValueError:
             return role
 
@@ -508,6 +499,11 @@ class Template(PromptFormat):
         roles = ("system", *(("assistant", "user")[number % 2] for number in range(1, len(said))))
         messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True) if text]
         return jinja.render(self._compiled, messages, *self.spelled[:2], add_generation_prompt)
+
+
+def _mark(turn: int) -> str:
+    """The mark for a turn's text by its number; 0 is the system text."""
+    return f"\ue000{turn}\ue001"
 
 
 def _shown(text: str, at_end: bool = False) -> str:

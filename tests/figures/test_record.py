@@ -87,12 +87,6 @@ def test_samples_of_steps_behind_the_checkpoint_go(run):
     assert [line["step"] for line in read_lines(run.samples)] == [0]
 
 
-def test_a_checkpoint_of_an_earlier_version_has_figures_alone(run):
-    record = Record(run)
-    record.go_back({"step": 2, "figures": {"a": 1.0}, "unwritten": {}, "counted_on": -1})
-    assert record.by_step() == {2: {"step": 2, "a": 1.0}}
-
-
 def test_what_is_counted_otherwise_ends_no_line_and_is_kept_apart(run):
     """A callback of the user's own may log under the micro-batches of all validations."""
     record = Record(run)

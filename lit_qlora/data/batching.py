@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lit_qlora.batch import IGNORE_INDEX, Batch, answer_targets
-from lit_qlora.devices.dealing import EVALUATED_AT_ONCE, deal_steps, efficiency
+from lit_qlora.devices.dealing import deal_steps, efficiency
 from lit_qlora.signals import no_signals_for_children
 
 if TYPE_CHECKING:
@@ -209,26 +209,26 @@ def elsewhere(rows: Sequence[int], lengths: Sequence[int], step_answer_tokens: i
     return Batch(ids, nothing, nothing, tuple(rows), sum(own), step_answer_tokens, is_here=False)
 
 
-class _Planned(torch.utils.data.Dataset[Batch]):
-    """Micro-batches of rows as a map from index to `Batch`, so that workers load batches by themselves.
+class PlannedBatches(torch.utils.data.Dataset[Batch]):
+    """Micro-batches of rows, in order or by index, so that workers load batches by themselves.
 
     Args:
         rows: all of them.
         steps: micro-batches of each optimizer step, as row numbers; each knows the learned tokens of its step.
-        packed: as in `collate`.
-        device_index: which of ``num_devices`` this is.
-        num_devices: number of processes that share them, one per device.
         at_once: how many micro-batches are dealt to the devices together.
+        packed: as in `collate`.
+        device_index: which of ``num_devices`` this is. Of a micro-batch dealt to another, only what is counted is made.
+        num_devices: number of processes that share the micro-batches, one per device.
     """
 
     def __init__(
         self,
         rows: "EncodedRows",
         steps: Iterable[list[list[int]]],
-        packed: bool,
-        device_index: int,
-        num_devices: int,
         at_once: int,
+        packed: bool = False,
+        device_index: int = 0,
+        num_devices: int = 1,
     ) -> None:
         self.examples, self.lengths, self.packed = rows.examples, rows.lengths, packed  # what workers get
         self.device_index, self.num_devices = device_index, num_devices
@@ -239,7 +239,7 @@ class _Planned(torch.utils.data.Dataset[Batch]):
         sizes = sizes_of((batch for batch, _ in self.batches), rows.lengths, packed)
         self.devices = deal_steps(sizes, at_once, num_devices)
 
-    def behind(self, done: int) -> "_Planned":
+    def behind(self, done: int) -> "PlannedBatches":
         """What is left behind the first ``done`` micro-batches."""
         rest = copy(self)
         rest.batches, rest.devices = self.batches[done:], self.devices[done:]
@@ -247,6 +247,9 @@ class _Planned(torch.utils.data.Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Batch:
         rows, step_answer_tokens = self.batches[index]
@@ -300,9 +303,8 @@ class ResumableLoader:
         rows: all of them.
         order: epoch number to micro-batches of rows, the same number of them in every epoch.
         accumulate: micro-batches of one optimizer step over all devices; an epoch's last step may have fewer.
-        device_index: which of ``num_devices`` this is. Each gets all micro-batches; of those dealt to another, only
-            what is counted.
-        num_devices: number of processes that share the micro-batches, one per device.
+        device_index: as in `PlannedBatches`.
+        num_devices: as in `PlannedBatches`.
         limit: most micro-batches per epoch, or a share of them, as in ``Trainer``.
         num_workers: number of processes that prefetch.
         packed: True if the rows of a micro-batch are packed into one.
@@ -370,36 +372,7 @@ class ResumableLoader:
         """Resume after the last batch yielded when ``state`` was taken."""
         self._epoch, self._done = state["epoch"], state["batches"]
 
-    def _plan(self, epoch: int) -> _Planned:
+    def _plan(self, epoch: int) -> PlannedBatches:
         """The micro-batches of an epoch, each with the learned tokens of its optimizer step."""
         steps = _chunks(self.order(epoch)[: self.length], self.accumulate)
-        return _Planned(self.rows, steps, self.packed, self.device_index, self.num_devices, self.accumulate)
-
-
-class EvaluationLoader:
-    """Every row once, the same batches each time, dealt to the devices as by `ResumableLoader`.
-
-    Args:
-        rows: all of them.
-        batches: micro-batches of rows.
-        device_index: which of ``num_devices`` this is.
-        num_devices: number of processes that share them, one per device.
-        packed: as in `ResumableLoader`.
-    """
-
-    def __init__(
-        self,
-        rows: "EncodedRows",
-        batches: list[list[int]],
-        device_index: int = 0,
-        num_devices: int = 1,
-        packed: bool = False,
-    ) -> None:
-        at_once = EVALUATED_AT_ONCE * num_devices
-        self.planned = _Planned(rows, _chunks(batches, 1), packed, device_index, num_devices, at_once)
-
-    def __len__(self) -> int:
-        return len(self.planned)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self.planned[index] for index in range(len(self.planned)))
+        return PlannedBatches(self.rows, steps, self.accumulate, self.packed, self.device_index, self.num_devices)

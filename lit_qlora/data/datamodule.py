@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.console import complain
-from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate, num_cores
+from lit_qlora.data.batching import BatchPlan, PlannedBatches, ResumableLoader, collate, num_cores
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.chat_template import write_tokenizer
 from lit_qlora.data.encode import CONTEXT_ONLY, Encoder, TrainOn
@@ -29,6 +29,7 @@ from lit_qlora.data.sources import SourceOption, are_here, as_text, paths_of, so
 from lit_qlora.data.templates import instead_of, read_template, template_of_base
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.data.view import SHORT_AMONG, example_lines
+from lit_qlora.devices.dealing import EVALUATED_AT_ONCE
 from lit_qlora.devices.world import local_first
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text.conversation import Conversation
@@ -318,13 +319,13 @@ class ChatDataModule(LightningDataModule):
         fewer = max(1, rows // 4)
         return f"--data.batch_size {fewer} --trainer.accumulate_grad_batches {accumulate * -(-rows // fewer)}"
 
-    def val_dataloader(self) -> EvaluationLoader:
-        """The loader of the held-out rows."""
-        return self._evaluation_loader("validation")
+    def val_dataloader(self) -> PlannedBatches:
+        """The held-out rows, each once, in the same batches each time."""
+        return self._evaluated("validation")
 
-    def test_dataloader(self) -> EvaluationLoader:
+    def test_dataloader(self) -> PlannedBatches:
         """The rows of ``test_source``, else of the source's test split, else the held-out ones."""
-        return self._evaluation_loader("test")
+        return self._evaluated("test")
 
     def write_tokenizer(self, folder: Path, max_tokens: int) -> None:
         """Write what other programs need to answer as the rows were learned; see `chat_template.write_tokenizer`.
@@ -503,11 +504,11 @@ class ChatDataModule(LightningDataModule):
             count = len(self._first_epoch if part == "train" else self.plan.epoch(lengths, seed=0, epoch=0))
             check_limit(option, limit, count)
 
-    def _evaluation_loader(self, part: str) -> EvaluationLoader:
+    def _evaluated(self, part: str) -> PlannedBatches:
         rows, trainer = self._encoded(part), self.trainer
-        batches = self.plan.epoch(rows.lengths, seed=0, epoch=0)
+        steps = [[batch] for batch in self.plan.epoch(rows.lengths, seed=0, epoch=0)]
         device, devices = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        return EvaluationLoader(rows, batches, device, devices, self.plan.packed)
+        return PlannedBatches(rows, steps, EVALUATED_AT_ONCE * devices, self.plan.packed, device, devices)
 
     def _encoded(self, part: str) -> EncodedRows:
         """The rows of ``part``. Raises UserError before `setup`."""

@@ -143,12 +143,12 @@ def _text(tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
 
 def _bytes(name: str) -> str:
     """A part of a character as ``<0xE6 0xBC>``; byte-level vocabularies spell each byte as a letter of its own."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
         return name
-    itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(0x100) if byte not in itself]
-    codes = [ord(letter) if ord(letter) in itself else others[ord(letter) - 0x100] for letter in name]
-    return f"<{' '.join(f'0x{code:02X}' for code in codes)}>"
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return f"<{' '.join(f'0x{byte_of[letter]:02X}' for letter in name)}>"
 
 
 def stretches(row: Sequence[Token]) -> Iterator[tuple[bool, list[Token]]]:

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_qlora.batch import IGNORE_INDEX
-from lit_qlora.data.batching import BatchPlan, EvaluationLoader, ResumableLoader, collate
+from lit_qlora.data.batching import BatchPlan, PlannedBatches, ResumableLoader, collate
+from lit_qlora.devices.dealing import EVALUATED_AT_ONCE
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=450)
@@ -317,15 +318,16 @@ def test_devices_share_out_the_epoch(devices, epoch, accumulate, packed, done):
 def test_an_evaluation_sees_every_row_once_over_all_devices(sizes, devices, rows):
     batches = BatchPlan(rows).epoch(sizes, 0, 0)
     seen = []
+    steps, at_once = [[batch] for batch in batches], EVALUATED_AT_ONCE * devices
     for device in range(devices):
-        one = EvaluationLoader(rows_of(sizes), batches, device, devices)
+        one = PlannedBatches(rows_of(sizes), steps, at_once, device_index=device, num_devices=devices)
         assert len(one) == len(list(one)) == len(batches)  # as many for each, or a limit would be another one
         seen += [row for batch in one for row in batch.rows if batch.is_here]
     assert sorted(seen) == list(range(len(sizes)))
 
 
 def test_an_evaluation_is_the_same_each_time():
-    one = EvaluationLoader(rows_of(SIZES), BatchPlan(2).epoch(SIZES, 0, 0))
+    one = PlannedBatches(rows_of(SIZES), [[batch] for batch in BatchPlan(2).epoch(SIZES, 0, 0)], EVALUATED_AT_ONCE)
     assert [plain(batch) for batch in one] == [plain(batch) for batch in one]
     assert all(batch.step_answer_tokens == len(batch.targets) for batch in one)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 # ruff: noqa: E402
-from lit_qlora.data.batching import BatchPlan, places
+from lit_qlora.data.batching import BatchPlan, sizes_of
 from lit_qlora.devices.dealing import FIXED_TOKENS, efficiency
 from lit_qlora.forecast import words
 from lit_qlora.forecast.cards import find_card
@@ -71,9 +71,7 @@ def sizes(count: int) -> list[int]:
     for epoch in range(10_000):
         if len(found) >= count:
             break
-        found += [
-            places([lengths[row] for row in rows], False) for rows in BatchPlan(4, TOKENS).epoch(lengths, 42, epoch)
-        ]
+        found += sizes_of(BatchPlan(4, TOKENS).epoch(lengths, 42, epoch), lengths, packed=False)
     return found[:count]
 
 

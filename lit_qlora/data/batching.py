@@ -58,18 +58,9 @@ class BatchPlan:
         draw = random.Random(f"{seed}/{epoch}")
         batches = self._by_tokens(lengths, draw) if self.tokens else self._by_rows(lengths, draw)
         draw.shuffle(batches)
-        largest = max(batches, key=lambda batch: self.places(batch, lengths))
-        batches.remove(largest)
+        sizes = sizes_of(batches, lengths, self.packed)
+        largest = batches.pop(sizes.index(max(sizes)))
         return [largest, *batches]
-
-    def places(self, batch: list[int], lengths: Sequence[int]) -> int:
-        """Tokens of a batch with padding.
-
-        Args:
-            batch: row numbers.
-            lengths: tokens of each row.
-        """
-        return places([lengths[row] for row in batch], self.packed)
 
     def _by_rows(self, lengths: Sequence[int], draw: random.Random) -> list[list[int]]:
         order = list(range(len(lengths)))
@@ -115,14 +106,6 @@ class BatchPlan:
         return batches
 
 
-def places(lengths: Sequence[int], packed: bool) -> int:
-    """Tokens of a micro-batch, padding counted.
-
-    Args:
-        lengths: tokens of each of its rows.
-        packed: True if they are packed into one row, without padding.
-    """
-    return sum(lengths) if packed else len(lengths) * max(lengths)
 
 
 def sizes_of(batches: Iterable[Sequence[int]], lengths: Sequence[int], packed: bool) -> list[int]:
@@ -133,7 +116,8 @@ def sizes_of(batches: Iterable[Sequence[int]], lengths: Sequence[int], packed: b
         lengths: tokens of each row.
         packed: True if rows are packed without padding.
     """
-    return [places([lengths[row] for row in rows], packed) for rows in batches]
+    own = ([lengths[row] for row in rows] for rows in batches)
+    return [sum(some) if packed else len(some) * max(some) for some in own]
 
 
 def limited(available: int, limit: int | float) -> int:

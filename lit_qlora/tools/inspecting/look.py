@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_qlora.batch import Batch
 from lit_qlora.console import progress_bar
-from lit_qlora.data.batching import BatchPlan
+from lit_qlora.data.batching import BatchPlan, sizes_of
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import CONTEXT_ONLY
 from lit_qlora.data.records import NOTHING_ANSWERED, NOTHING_LEARNED, LeftOut, Records
@@ -258,14 +258,13 @@ def _is_named(where: str, row: str) -> bool:
 def _plans(data: ChatDataModule, lengths: Sequence[int]) -> list[BatchPlan]:
     """The ways to batch, with the rows and tokens that are chosen; without tokens, as many as the largest batch has."""
     by_rows = BatchPlan(data.plan.rows)
-    budget = data.plan.tokens or max(
-        data.max_length, *(by_rows.places(batch, lengths) for batch in by_rows.epoch(lengths, data.seed, 0))
-    )
+    sizes = sizes_of(by_rows.epoch(lengths, data.seed, 0), lengths, packed=False)
+    budget = data.plan.tokens or max(data.max_length, *sizes)
     return [by_rows, BatchPlan(data.plan.rows, budget), BatchPlan(data.plan.rows, budget, packed=True)]
 
 
 def _batching(plan: BatchPlan, data: ChatDataModule, lengths: Sequence[int], accumulate: int) -> Batching:
     batches = plan.epoch(lengths, data.seed, 0)
-    places = sum(plan.places(batch, lengths) for batch in batches)
+    places = sum(sizes_of(batches, lengths, plan.packed))
     steps = -(-len(batches) // accumulate)  # of all devices together
     return Batching(plan, len(batches), steps, 1 - sum(lengths) / places, plan == data.plan)

@@ -18,10 +18,8 @@ SPACE_BEFORE_EACH_STRETCH = {
     ],
 }
 
-
 KEEP_SPACE_OF_THE_TEXT = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
 """Else Metaspace takes a `SPACE` that a text begins with for the one that it puts there."""
-
 
 PROBES = (
     Conversation((Turn("user", "Hello"),)),
@@ -99,11 +97,8 @@ def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conve
     for prompt in conversations:
         ids = tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, return_dict=False)
         if ids != encoder.prompt(prompt):
-            raise UserError(
-                f"its tokenizer gives {ids} through a chat template where training has {encoder.prompt(prompt)}",
-                option="base",
-                remedy=encoder.prompt_format.tokenizer_remedy,
-            )
+            problem = f"its tokenizer gives {ids} through a chat template where training has {encoder.prompt(prompt)}"
+            raise UserError(problem, option="base", remedy=encoder.prompt_format.tokenizer_remedy)
 
 
 def messages(conversation: Conversation) -> list[dict[str, str]]:

@@ -173,6 +173,7 @@ class ChatDataModule(LightningDataModule):
         is_whole = self.train_on == "all"
         return Reading(self.form, self.strict, prompt_format, self.columns, self.opening, is_whole, self.any_number)
 
+    @local_first()  # the others find what it downloaded and encoded
     def setup(self, stage: str) -> None:
         """Read and encode the rows for ``stage``: ``fit``, ``validate`` or ``test``.
 
@@ -183,10 +184,6 @@ class ChatDataModule(LightningDataModule):
             UserError: for unreadable rows, if nothing is left to learn or to score (also by a share of less than one
                 micro-batch), and for a tokenizer or template that does not match the Trainer's module.
         """
-        with local_first():  # the others find what it downloaded and encoded
-            self._set_up(stage)
-
-    def _set_up(self, stage: str) -> None:
         if self.trainer is not None:
             self._follow(self.trainer.lightning_module)
         if stage == "fit" and "train" not in self._rows:

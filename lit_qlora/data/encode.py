@@ -117,12 +117,9 @@ class Encoder:
         unused = {token for token in prompt_format.spelled.all if not prompt_format.writes(token)}
         highest = max(number for token, number in self.tokenizer.get_vocab().items() if token not in unused)
         if highest >= size:
-            raise UserError(
-                f"the tokenizer of {excerpt(base)} has ids up to {highest:,}, and its config.json a "
-                f"vocab_size of {size:,}",
-                option="model.base",
-                remedy="take another copy, whose tokenizer and weights belong together",
-            )
+            ids = f"the tokenizer of {excerpt(base)} has ids up to {highest:,}"
+            remedy = "take another copy, whose tokenizer and weights belong together"
+            raise UserError(f"{ids}, and its config.json a vocab_size of {size:,}", option="model.base", remedy=remedy)
 
     @cached_property
     def begins_with_bos(self) -> bool:
@@ -246,11 +243,7 @@ class Encoder:
         return [*([] if self.bos_id is None else [self.bos_id]), *self._encode([text])[0]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer's ids, without BOS, EOS and the format's outer spaces.
-
-        Args:
-            ids: of an answer.
-        """
+        """The text of an answer's ``ids``, without BOS, EOS and the format's outer spaces."""
         return self._decode(ids).strip()
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -264,7 +257,7 @@ class Encoder:
             stop: Texts that end an answer, and are no part of it.
         """
         text = self._decode(ids)
-        if (end := stop_at(text, stop)) is not None:
+        if (end := _stop_at(text, stop)) is not None:
             return text[:end].strip(), True
         if ids and ids[-1] in self.stop_ids:
             return text.strip(), True
@@ -279,7 +272,7 @@ class Encoder:
         """
         text = self._decode(ids)
         begun = (size for one in stop for size in range(1, len(one)) if text.endswith(one[:size]))
-        end = stop_at(text, stop)
+        end = _stop_at(text, stop)
         text = text[: len(text) - max(begun, default=0) if end is None else end].strip()
         return "" if text.endswith(UNFINISHED) else text
 
@@ -287,15 +280,14 @@ class Encoder:
         """For `lit_qlora.model.generate`: whether an answer's ids hold one of ``stop``; None where there is none."""
         if not stop:
             return None
-        return lambda ids: stop_at(self._decode(ids), stop) is not None
+        return lambda ids: _stop_at(self._decode(ids), stop) is not None
 
     def _ids(self, pieces: list[Piece]) -> list[list[int]]:
         """The ids of each piece."""
-        rests = [piece.text for piece in pieces if piece.kind == "rest"]
-        found = {
-            "stretch": iter(self._encode([piece.text for piece in pieces if piece.kind == "stretch"])),
-            "rest": iter(self._encode_in_mid_text(rests) if rests else []),
-        }
+        stretches, rests = ([one.text for one in pieces if one.kind == kind] for kind in ("stretch", "rest"))
+        # By itself, a text's first word gets a space, which behind a line's end no other program would put there.
+        without_space = self._without_space.encode_batch(rests, add_special_tokens=False) if rests else []
+        found = {"stretch": iter(self._encode(stretches)), "rest": (one.ids for one in without_space)}
         id_of: Any = self.tokenizer.convert_tokens_to_ids
         return [[id_of(piece.text)] if piece.kind == "token" else next(found[piece.kind]) for piece in pieces]
 
@@ -318,9 +310,6 @@ class Encoder:
         one, other = self.tokenizer(["x", f"{SPACE}x"], add_special_tokens=False)["input_ids"]
         return bool(one == other)
 
-    def _encode_in_mid_text(self, texts: list[str]) -> list[list[int]]:
-        # By itself, a text's first word gets a space, which behind a line's end no other program would put there.
-        return [found.ids for found in self._without_space.encode_batch(texts, add_special_tokens=False)]
 
     @cached_property
     def _without_space(self) -> "Tokenizer":
@@ -346,11 +335,6 @@ def _take_out_space(rule: dict[str, Any] | None) -> dict[str, Any] | None:
     return rule
 
 
-def stop_at(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of some texts begins; None where there is none.
-
-    Args:
-        text: to be searched.
-        stop: the texts.
-    """
+def _stop_at(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of the texts ``stop`` begins in ``text``; None where there is none."""
     return min((found for one in stop if (found := text.find(one)) >= 0), default=None)

@@ -79,11 +79,9 @@ class RunRows:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = unreadable(error)
-            raise UserError(
-                f"{file} is damaged ({reason}): it records which rows the run held out",
-                remedy="put a copy of it back, or remove it, to draw them again from the source as it is now",
-            ) from error
+            problem = f"{file} is damaged ({unreadable(error)}): it records which rows the run held out"
+            remedy = "put a copy of it back, or remove it, to draw them again from the source as it is now"
+            raise UserError(problem, remedy=remedy) from error
         return cls(tuple(digests[0]), frozenset(digests[1]), source)
 
     def write(self, file: Path) -> None:

@@ -107,8 +107,7 @@ def _is_nan(value: object) -> bool:
 
 def holds_messages(value: object) -> bool:
     """Whether ``value`` is a list that begins with a message, or with a pair of `PAIRS`."""
-    first = value[0] if isinstance(value, list) and value else None
-    return holds_turns(value) or (isinstance(first, dict) and _pair_in(first) is not None)
+    return holds_turns(value) or (isinstance(value, list) and bool(value) and _pair_in(value[0]) is not None)
 
 
 def holds_turns(value: object) -> bool:
@@ -209,9 +208,8 @@ def _read(where: str, row: Any, changed: dict[str, None], marks: Sequence[str]) 
     role = _role(said_by)
     if role is None:
         keys = "" if {*ROLE} & {*row} else f"; its keys are {reprlib.repr([*row])}, expected 'role' and 'content'"
-        raise ValueError(
-            f"{where}: unknown role {reprlib.repr(said_by)}, expected one of {', '.join(SHOWN_ROLES)}{keys}"
-        )
+        expected = f"expected one of {', '.join(SHOWN_ROLES)}{keys}"
+        raise ValueError(f"{where}: unknown role {reprlib.repr(said_by)}, {expected}")
     text, found = _text(where, role, row, changed, marks)
     is_call = role == "call" or (role == "assistant" and any(is_there(row.get(key)) for key in CALLS))
     if is_call:

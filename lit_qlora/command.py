@@ -27,16 +27,8 @@ from lit_qlora.options import (
 )
 from lit_qlora.place import CONFIGS, find_config
 from lit_qlora.signatures import LEARNING
-from lit_qlora.storage.run import (
-    RunFolder,
-    as_sections,
-    as_yaml,
-    lies_in_run,
-    named_folder,
-    newest_run,
-    open_run,
-    read_options,
-)
+from lit_qlora.storage.config_file import as_sections, as_yaml, read_options
+from lit_qlora.storage.run import RunFolder, lies_in_run, named_folder, newest_run, open_run
 
 DEMO_CONFIG = CONFIGS / "demo.yaml"
 

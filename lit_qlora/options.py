@@ -21,8 +21,9 @@ from lit_qlora.elsewhere import here
 from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest, one_line
 from lit_qlora.place import CONFIGS
 from lit_qlora.secrecy import holds_secret
+from lit_qlora.storage.config_file import NoReferences
 from lit_qlora.storage.files import NO_VALUE
-from lit_qlora.storage.run import NoReferences, RunFolder
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import HALF, is_whole
 
 CONFIG = ("--config", "-c")

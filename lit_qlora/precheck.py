@@ -54,11 +54,13 @@ from lit_qlora.signatures import (
     options_of,
 )
 from lit_qlora.storage import settings
+from lit_qlora.storage.config_file import as_sections, flat
 from lit_qlora.storage.files import page_path
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.mirror import check_no_file
-from lit_qlora.storage.run import FOR_ONE_START, Change, RunFolder, as_sections, flat, folder_to_score, unnamed_run
+from lit_qlora.storage.run import FOR_ONE_START, RunFolder, folder_to_score, unnamed_run
+from lit_qlora.storage.settings import Change
 from lit_qlora.text.formats import OF_BASE
 
 ONE = Union[dict, str, int, float, bool, None]  # type: ignore[type-arg]  # noqa: UP007

@@ -20,9 +20,11 @@ from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.load import Lora, read_weights
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage import settings
+from lit_qlora.storage.adapter import mend_adapter
 from lit_qlora.storage.checkpoint_io import RUN, check_checkpoint
+from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.files import require_room
-from lit_qlora.storage.run import RunFolder, as_yaml, folder_to_score, mend_adapter
+from lit_qlora.storage.run import RunFolder, folder_to_score
 from lit_qlora.storage.state import load_state
 from lit_qlora.wording import number_of
 

@@ -72,9 +72,10 @@ from lit_qlora.ranges import check_ranges, max_time_s
 from lit_qlora.signals import WARNING, LeftAtOnce
 from lit_qlora.signatures import LEARNING, OF_RUN, OWN, SEED, Option
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
+from lit_qlora.storage.config_file import as_yaml, flat
 from lit_qlora.storage.files import size
 from lit_qlora.storage.mirror import Mirror
-from lit_qlora.storage.run import FOR_ONE_START, RunFolder, as_yaml, flat, unnamed_run
+from lit_qlora.storage.run import FOR_ONE_START, RunFolder, unnamed_run
 from lit_qlora.text.formats import OF_BASE
 from lit_qlora.trainer import (
     IN_RUN,

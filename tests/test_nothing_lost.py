@@ -23,8 +23,9 @@ from lit_qlora.cli import main
 from lit_qlora.command import DEMO_CONFIG
 from lit_qlora.figures.lines import StepLines, read_lines
 from lit_qlora.storage import folders
+from lit_qlora.storage.adapter import mend_adapter
 from lit_qlora.storage.lock import RunLock
-from lit_qlora.storage.run import RunFolder, mend_adapter
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.storage.state import load_state, save_state
 from tests.expect import ExpectError
 

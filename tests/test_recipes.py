@@ -11,7 +11,7 @@ from benchmarks import many_cards
 from lit_qlora.cli import main
 from lit_qlora.devices.asked import check_shares
 from lit_qlora.errors import UserError
-from lit_qlora.storage.run import flat
+from lit_qlora.storage.config_file import flat
 from lit_qlora.tools import plan
 
 ROOT = Path(__file__).parents[1]

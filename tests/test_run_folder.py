@@ -13,7 +13,8 @@ from lit_qlora.cli import main
 from lit_qlora.command import complete, with_kept
 from lit_qlora.errors import UserError
 from lit_qlora.options import is_plain_type
-from lit_qlora.storage.run import RunFolder, as_sections, as_yaml
+from lit_qlora.storage.config_file import as_sections, as_yaml
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.trainer import RunParser
 
 PAYLOAD = "from pathlib import Path\nPath(__file__).with_name('it_ran').touch()\n\n\nclass X:\n    pass\n"

@@ -19,8 +19,9 @@ from lit_qlora.options import plain
 from lit_qlora.place import find_config
 from lit_qlora.precheck import check_first
 from lit_qlora.signatures import UNKNOWN, options_of
+from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.lock import RunLock
-from lit_qlora.storage.run import RunFolder, as_yaml
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.usage import MATTER, help_asked, help_of
 
 ROOT = Path(__file__).parents[1]

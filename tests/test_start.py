@@ -15,7 +15,8 @@ from lit_qlora.data.run_rows import RunRows
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
 from lit_qlora.model.fingerprint import fingerprint
-from lit_qlora.storage.run import RunFolder, as_yaml, unnamed_run
+from lit_qlora.storage.config_file import as_yaml
+from lit_qlora.storage.run import RunFolder, unnamed_run
 
 DEMO = find_base("demo")
 CONFIG: dict[str, Any] = {

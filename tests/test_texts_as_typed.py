@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 
 from lit_qlora.errors import UserError
 from lit_qlora.options import OneLineErrors
-from lit_qlora.storage.run import as_yaml
+from lit_qlora.storage.config_file import as_yaml
 
 TEXTS = [
     "# x", "null", "~", "Null", "yes", "1e3", "-1e3", "1.5e3", "[a]", "a: b", "a:", "*x", "&x", "!x", "@x", '"x', '"x"',

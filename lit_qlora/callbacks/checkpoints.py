@@ -28,11 +28,12 @@ from lit_qlora.errors import UserError
 from lit_qlora.figures.card import write_card
 from lit_qlora.forecast.foresee import Needs
 from lit_qlora.ranges import check_ranges
+from lit_qlora.storage.adapter import mend_adapter, put_adapter_back
 from lit_qlora.storage.checkpoint_io import check_checkpoint
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, read_seal, remove_folder, write_folder
 from lit_qlora.storage.foreign import read_object
-from lit_qlora.storage.run import CARD, RunFolder, mend_adapter, put_adapter_back
+from lit_qlora.storage.run import CARD, RunFolder
 from lit_qlora.storage.state import num_bytes
 
 RESULT = "result.json"

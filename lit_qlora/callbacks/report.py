@@ -33,8 +33,9 @@ from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.forecast.memory import step_memory
 from lit_qlora.place import COMMAND
+from lit_qlora.storage.config_file import flat
 from lit_qlora.storage.files import GIB, SaveError, write_file
-from lit_qlora.storage.run import RUNS, RunFolder, flat, newest_run
+from lit_qlora.storage.run import RUNS, RunFolder, newest_run
 from lit_qlora.wording import number_of
 
 NO_GAIN = "and no better than before training"

@@ -106,8 +106,6 @@ class BatchPlan:
         return batches
 
 
-
-
 def sizes_of(batches: Iterable[Sequence[int]], lengths: Sequence[int], packed: bool) -> list[int]:
     """Tokens of each of ``batches`` of rows, padding counted.
 

@@ -310,7 +310,6 @@ class Encoder:
         one, other = self.tokenizer(["x", f"{SPACE}x"], add_special_tokens=False)["input_ids"]
         return bool(one == other)
 
-
     @cached_property
     def _without_space(self) -> "Tokenizer":
         from tokenizers import Tokenizer

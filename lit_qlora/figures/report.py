@@ -18,9 +18,11 @@ from lit_qlora.figures.lines import damaged_lines, iter_lines
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import CONTEXT, LIMIT, ROWS_SHOWN, answered, ends_in_words
 from lit_qlora.place import COMMAND
+from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.foreign import object_in, read_object
-from lit_qlora.storage.run import RunFolder, as_yaml, differences
+from lit_qlora.storage.run import RunFolder
+from lit_qlora.storage.settings import differences
 
 TOPICS = {
     "data": "Data",

@@ -3,30 +3,27 @@
 The contents of checkpoints and adapters are written by others. Knows no torch.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import datetime
-from hashlib import sha256
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from lit_qlora.console import complain
-from lit_qlora.errors import UserError, cut, nearest, one_line, require
+from lit_qlora.errors import UserError, cut, nearest, require
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
-from lit_qlora.storage.files import NO_VALUE, parse_json, unreadable, write_file
+from lit_qlora.storage.config_file import as_sections, flat, read_options
+from lit_qlora.storage.files import parse_json, write_file
 from lit_qlora.storage.folders import (
     DamagedFolderError,
     checkpoint_folder,
     clear_leftovers,
-    copy_folder,
     is_whole,
     recover,
-    remove_folder,
     verify_folder,
 )
 from lit_qlora.storage.lock import RunLock
@@ -43,8 +40,6 @@ CARD = "README.md"
 FOR_ONE_START = ("config", "run", "max_time")
 """Options of one start only, which are no part of the run's configuration."""
 
-LONGEST_SHOWN = 200
-"""Longest setting, in characters, that a message shows in full."""
 _STARTED = "# started "
 
 
@@ -296,91 +291,6 @@ class RunFolder:
         return path
 
 
-def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False) -> None:
-    """Move a damaged or foreign adapter aside and restore an intact copy in its place, with a warning.
-
-    It must be neither the best so far nor the one in use. A run without one may have saved none yet. For a finished
-    run, only a copy of its best is accepted.
-
-    Args:
-        run: whose.
-        mirrored: another place that may hold a copy.
-        is_needed: True to raise UserError, and move nothing, if no intact copy is left.
-    """
-    try:
-        _verify_adapter(run.adapter)
-        return
-    except DamagedFolderError as error:
-        problem = str(error)
-    best_step = (run.finished() or {}).get("best_step") if is_needed else None
-    whole = _copy(run, mirrored, lambda step: best_step in (None, step))
-    if whole is None and is_needed:
-        remedy = "the run is finished, and no intact copy of its adapter is left; train it with another --run"
-        raise UserError(problem, remedy=remedy)
-    if run.adapter.is_dir():
-        problem += f"; put aside as {_put_aside(run.adapter, 'adapter.damaged')}"
-    elif whole is None:
-        return
-    if whole:
-        copy_folder(whole, run.adapter, may_differ=[CARD])
-    complain(f"warning: {problem}, and {f'restored from {whole}' if whole else 'the search for the best starts over'}")
-
-
-def put_adapter_back(run: RunFolder, step: int, mirrored: Path | None = None, *, must_stay: bool = False) -> None:
-    """Move a best adapter aside that is of a later step than ``step``, where a start resumes: that step comes again.
-
-    The best as of ``step`` takes its place.
-
-    Args:
-        run: The run folder, whose adapter is intact.
-        step: Optimizer steps done at the checkpoint; 0 without one.
-        mirrored: Another place that may hold a copy.
-        must_stay: True if the checkpoint had a best: without a copy of that, the later one stays, which was better.
-    """
-    if not run.adapter.is_dir():
-        return
-    found = _verify_adapter(run.adapter)
-    whole = _copy(run, mirrored, lambda other: other <= step) if found > step else None
-    if found <= step or (must_stay and whole is None):
-        return
-    aside = _put_aside(run.adapter, run.adapter_before.name)
-    if whole:
-        copy_folder(whole, run.adapter, may_differ=[CARD])
-    then = f", {whole} takes its place" if whole else ""
-    print(f"   run  {run.adapter} is of step {found}, after step {step}: put aside as {aside}{then}", flush=True)
-
-
-def _copy(run: RunFolder, mirrored: Path | None, fits: Callable[[int], bool]) -> Path | None:
-    """An intact copy of the adapter, of a step that ``fits``."""
-    for copy in filter(None, (run.adapter_copy, mirrored)):
-        with suppress(DamagedFolderError):
-            if fits(_verify_adapter(copy)):
-                return copy
-    return None
-
-
-def _put_aside(adapter: Path, name: str) -> Path:
-    aside = adapter.with_name(name)
-    if aside.exists():
-        remove_folder(aside)
-    adapter.rename(aside)
-    return aside
-
-
-def _verify_adapter(folder: Path) -> int:
-    """Verify an adapter's files and figures; return its step. Raises DamagedFolderError."""
-    verify_folder(folder, may_differ=[CARD])
-    file = folder / "result.json"
-    try:
-        step = parse_json(file.read_bytes())["step"] if file.is_file() else 0
-        found = "no step"
-    except (ValueError, TypeError, KeyError) as error:
-        step, found = None, unreadable(error)
-    if type(step) is not int:
-        raise DamagedFolderError(folder, file.name, "a step and its figures", found)
-    return step
-
-
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):  # somebody else's files are in it, or it was never made
@@ -417,128 +327,6 @@ def open_run(path: Path) -> RunFolder:
         problem = f"{path} is no run folder: it has no config.yaml"
         raise UserError(problem, option="run", remedy=meant if others else None)
     return run
-
-
-class _Readable(yaml.SafeDumper):
-    """A dumper that writes multi-line texts, such as templates, line by line, and nothing by reference."""
-
-    def ignore_aliases(self, _: Any) -> bool:
-        return True
-
-
-def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    is_number = re.fullmatch(r"[-+]?\d[\d_]*\.?[\d_]*[eE][-+]?\d+", text)  # to jsonargparse, and not to PyYAML
-    style = "|" if "\n" in text else "'" if is_number else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Readable.add_representer(str, _write_text)
-
-
-class NoReferences(yaml.SafeLoader):
-    """A loader without references, by which a few lines of a folder from elsewhere could stand for billions."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As the base class's; raises ComposerError at a reference."""
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "a value given by reference (& and *); write it out", mark)
-        return super().compose_node(parent, index)
-
-
-def read_options(config: Path) -> dict[str, Any]:
-    """The options of a run's configuration file by their dotted names, nested in the file or not.
-
-    Raises ValueError for a damaged file.
-    """
-    try:
-        found = yaml.load(config.read_text(encoding="utf-8-sig"), Loader=NoReferences)
-    except yaml.YAMLError as error:
-        raise ValueError(one_line(getattr(error, "problem", None) or str(error).partition(": special")[0])) from error
-    except (RecursionError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(unreadable(error)) from error
-    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
-        raise ValueError(NO_VALUE) from error
-    if not isinstance(found, Mapping):
-        raise ValueError("no 'option: value' lines")
-    options = flat(found)
-    as_sections(options)
-    return options
-
-
-def as_yaml(config: Mapping[str, Any]) -> str:
-    """A configuration as YAML text, in its own order."""
-    return yaml.dump(config, Dumper=_Readable, sort_keys=False, allow_unicode=True)
-
-
-class Change(NamedTuple):
-    """A changed setting, by its dotted name; ``name: old -> new`` as text."""
-
-    name: str
-    old: str
-    new: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.old} -> {self.new}"
-
-
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The changed settings, by name.
-
-    Args:
-        was: a configuration, in sections or by dotted names.
-        now: the one that it is compared with.
-    """
-    before, after = flat(was), flat(now)
-    return [
-        Change(name, _in_one_line(before.get(name)), _in_one_line(after.get(name)))
-        for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _in_one_line(value: Any) -> str:
-    """A setting in one line; a long text, such as a template, as its beginning, length and hash."""
-    text = str(value)
-    if len(text) <= LONGEST_SHOWN and "\n" not in text:
-        return text
-    return f"{' '.join(text.split())[:40]}… ({len(text)} characters, sha256 {sha256(text.encode()).hexdigest()[:12]})"
-
-
-def flat(config: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
-    """Options by their dotted names.
-
-    Args:
-        config: in sections, or not.
-        section: stands before their names, with a dot behind it.
-
-    Raises:
-        ValueError: one is given both nested and dotted.
-    """
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{section}{key}"
-        for leaf, held in (flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}).items():
-            if leaf in found:
-                raise ValueError(f"{leaf} is given twice")
-            found[leaf] = held
-    return found
-
-
-def as_sections(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat`. Raises ValueError for a name that is both a section and an option."""
-    config: dict[str, Any] = {}
-    for name, value in options.items():
-        *sections, last = name.split(".")
-        within = config
-        for section in sections:
-            within = within.setdefault(section, {})
-            if not isinstance(within, dict):
-                raise ValueError(f"{section} is both a section and an option")
-        if last in within:
-            raise ValueError(f"{name} is both a section and an option")
-        within[last] = value
-    return config
 
 
 def folder_to_score(what: str, check: Callable[[Path], Any]) -> Path:

@@ -4,11 +4,12 @@ Knows the names of options and why changing them is harmless, and nothing of wha
 """
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.run import Change, differences
+from lit_qlora.storage.config_file import flat
 
 MAY_CHANGE: Mapping[str, str] = {
     # Saving and logging: no number of the training depends on them.
@@ -49,6 +50,34 @@ MAY_CHANGE: Mapping[str, str] = {
     "trainer.precision": "auto and its choice are the same",
     "model.base": "a copy elsewhere is the same base, and has the same tokenizer",
 }
+LONGEST_SHOWN = 200
+"""Longest setting, in characters, that a message shows in full."""
+
+
+class Change(NamedTuple):
+    """A changed setting, by its dotted name; ``name: old -> new`` as text."""
+
+    name: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.old} -> {self.new}"
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The changed settings, by name.
+
+    Args:
+        was: a configuration, in sections or by dotted names.
+        now: the one that it is compared with.
+    """
+    before, after = flat(was), flat(now)
+    return [
+        Change(name, _in_one_line(before.get(name)), _in_one_line(after.get(name)))
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
 
 
 def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -69,3 +98,11 @@ def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 def _may_change(name: str) -> bool:
     return any(name == known or name.startswith(f"{known}.") for known in MAY_CHANGE)
+
+
+def _in_one_line(value: Any) -> str:
+    """A setting in one line; a long text, such as a template, as its beginning, length and hash."""
+    text = str(value)
+    if len(text) <= LONGEST_SHOWN and "\n" not in text:
+        return text
+    return f"{' '.join(text.split())[:40]}… ({len(text)} characters, sha256 {sha256(text.encode()).hexdigest()[:12]})"

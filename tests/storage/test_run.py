@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.errors import UserError
+from lit_qlora.storage.adapter import put_adapter_back
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import remove_folder, verify_folder, write_folder
-from lit_qlora.storage.run import RunFolder, differences, newest_run, open_run, put_adapter_back, run_path
+from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
+from lit_qlora.storage.settings import differences
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ import pytest
 
 from lit_qlora.cli import main
 from lit_qlora.model.load import read_record
+from lit_qlora.storage.adapter import mend_adapter
 from lit_qlora.storage.folders import write_folder
-from lit_qlora.storage.run import RunFolder, mend_adapter
+from lit_qlora.storage.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")  # huggingface_hub, of how it calls its own client

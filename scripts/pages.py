@@ -8,6 +8,7 @@ writes docs/options.md, docs/files.md and docs/road.svg anew. A test compares, s
 import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -65,7 +66,14 @@ def options() -> str:
     doctor = import_module("lit_qlora.tools.doctor")
     asked = [one for one in doctor.parser()._actions if one.dest != "help"]
     sections.append(f"## doctor\n\n{doctor.DESCRIPTION.strip()}\n\n{_table(asked)}")
-    return "\n".join(sections)
+    return _in_lines("\n".join(sections))
+
+
+def _in_lines(page: str) -> str:
+    """``page`` with its prose in lines of at most 120 columns; tables and code stay whole."""
+    fill = textwrap.TextWrapper(120, break_long_words=False, break_on_hyphens=False).fill
+    lines = (re.sub("`[^`]*`", lambda code: code[0].replace(" ", "\0"), line) for line in page.split("\n"))
+    return "\n".join(line if line.startswith("|") else fill(line) for line in lines).replace("\0", " ")
 
 
 def fit_actions(verb: str = "fit") -> list[Any]:
@@ -189,7 +197,7 @@ def files() -> str:
         sections.append(f"## {title}\n\n{words}\n\n{_map(modules)}")
     beside = [ROOT / "main.py", *sorted(file for name in BESIDE for file in (ROOT / name).rglob("*.py"))]
     sections.append(f"## Outside the package\n\n{_map(beside)}")
-    return "\n".join(sections)
+    return _in_lines("\n".join(sections))
 
 
 def _map(modules: Iterable[Path]) -> str:

@@ -21,6 +21,7 @@ from lit_qlora.devices.launchers import check_whole, ignore_launchers
 from lit_qlora.errors import UserError, one_line
 from lit_qlora.place import CLONE, COMMAND, CONFIGS, INSTALL, PROGRAM, find_config
 from lit_qlora.quiet import quieten
+from lit_qlora.storage.files import size
 from lit_qlora.tools.doctoring import surroundings
 from lit_qlora.tools.doctoring.surroundings import Finding
 
@@ -145,7 +146,7 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
         from lit_qlora.model.base import find_base
 
         base = find_base(name)
-        yield Finding("ok", f"base: {base.public_name} may be read, {_gib(2 * base.shape.num_parameters)} in 16 bits")
+        yield Finding("ok", f"base: {base.public_name} may be read, {size(2 * base.shape.num_parameters)} in 16 bits")
     except UserError as error:
         is_offline = type(error.__cause__).__name__ == "LocalEntryNotFoundError"
         offline = " (offline: whether it is gated is unknown)" if is_offline else ""
@@ -200,7 +201,7 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     below = "" if has_flash else " (flash_attention_2 needs compute capability 8.0)"
     yield Finding("ok", f"chosen: attention {model.attention}{below}")
     state = OPTIMIZERS[model.optimizer].state_bytes * base.shape.num_lora(model.rank, model.target_modules)
-    yield Finding("ok", f"chosen: optimizer {model.optimizer} (its state is {_gib(state)} at rank {model.rank})")
+    yield Finding("ok", f"chosen: optimizer {model.optimizer} (its state is {size(state)} at rank {model.rank})")
     if device.capability is None:
         yield Finding("ok", "chosen: checkpointing none, compile false (no GPU)")
         return
@@ -216,10 +217,6 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
         yield Finding("ok", found.words)
     else:
         yield Finding("note", found.words, f"{' '.join([f'{COMMAND} plan', *fit])} shows more")
-
-
-def _gib(size: float) -> str:
-    return f"{size / surroundings.GIB:.2f} GiB"
 
 
 # Redaction

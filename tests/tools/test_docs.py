@@ -192,6 +192,12 @@ def test_a_link_out_of_the_docs_leads_to_the_repository() -> None:
     assert on_page_markdown("[a](../README.md#x) [b](log.md)") == f"[a]({address()}/blob/main/README.md#x) [b](log.md)"
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=named)
+def test_its_prose_fits_120_columns(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "!", "[!"))] == []
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 

@@ -68,7 +68,7 @@ def test_where_nothing_is_wrong(tell, tmp_path):
     assert "problem" not in kinds
     for name in ("torch", "peft", "bitsandbytes"):
         assert f"     ok  {name} {metadata.version(name)}" in lines
-    assert "     ok  base: demo may be read, 0.00 GiB in 16 bits" in lines
+    assert "     ok  base: demo may be read, 3.2 MB in 16 bits" in lines
     assert "     ok  bitsandbytes: 4 bits work on the cpu" in lines
     assert "     ok  chosen: precision 32-true (no GPU)" in lines
     assert list(tmp_path.iterdir()) == []

@@ -102,16 +102,9 @@ class Encoder:
         return [*dict.fromkeys([int(learned), self.eos_id, *stop_ids(self.tokenizer)])]
 
     def check_vocabulary(self, size: int, base: str) -> None:
-        """Check that a base has an embedding for each id that a text may become.
+        """Raises UserError unless ``base``, of ``size`` embeddings, has one for each id that a text may become.
 
         A special token that no prompt has is allowed beyond: copies of Llama 2 have such a pad.
-
-        Args:
-            size: embeddings of the base, its ``vocab_size``.
-            base: its name, for messages.
-
-        Raises:
-            UserError: an id is ``size`` or more.
         """
         prompt_format = self.prompt_format
         unused = {token for token in prompt_format.spelled.all if not prompt_format.writes(token)}
@@ -156,19 +149,11 @@ class Encoder:
         return [example._replace(was_cut=False), *(Example(some, some, was_cut=False) for some in further)]
 
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[Example | None]:
-        """An `Example` for each conversation in order, or None if no answer token would be left.
-
-        Args:
-            conversations: answered ones; of a plain text, as much as one row takes.
-        """
+        """An `Example` per conversation, None where no answer token is left; of a plain text, what one row takes."""
         return map(self.example, self.written(conversations))
 
     def written(self, conversations: Iterable[Conversation]) -> Iterator[list[Written]]:
-        """For each conversation in its order, all of its pieces, before any cut.
-
-        Args:
-            conversations: any number of them; some hundred are encoded in one call.
-        """
+        """For each conversation in order, all of its pieces, before any cut; some hundred are encoded in one call."""
         remaining = iter(conversations)
         while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
             cut = [self._pieces(conversation) for conversation in some]
@@ -225,16 +210,9 @@ class Encoder:
         return [*begin, Piece(text, True, "stretch"), Piece(spelled.eos, True, "token")]
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """The ids of an open prompt: the answer starts right after the last one.
+        """The ids of a conversation that ends on the user's turn, with BOS: the answer starts right after the last one.
 
-        Args:
-            conversation: ends on the user's turn.
-
-        Returns:
-            Ids, BOS included where the format has one.
-
-        Raises:
-            ValueError: as `PromptFormat.pieces`.
+        Raises ValueError as `PromptFormat.pieces`.
         """
         return [token for ids in self._ids(self.prompt_format.pieces(conversation)) for token in ids]
 
@@ -250,12 +228,7 @@ class Encoder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def answer(self, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[str, bool]:
-        """The text of an answer's ids, and whether it came to its end.
-
-        Args:
-            ids: All of them, that which ended it counted in.
-            stop: Texts that end an answer, and are no part of it.
-        """
+        """The text of all of an answer's ids, up to a text of ``stop``, and whether it came to its end."""
         text = self._decode(ids)
         if (end := _stop_at(text, stop)) is not None:
             return text[:end].strip(), True
@@ -264,12 +237,7 @@ class Encoder:
         return text.strip().rstrip(UNFINISHED).strip(), False
 
     def certain(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """The text of an unfinished answer that what follows can't change, nor make a text of ``stop`` of.
-
-        Args:
-            ids: of the answer so far.
-            stop: texts that end an answer.
-        """
+        """The text of an unfinished answer's ids that what follows can't change, nor make a text of ``stop`` of."""
         text = self._decode(ids)
         begun = (size for one in stop for size in range(1, len(one)) if text.endswith(one[:size]))
         end = _stop_at(text, stop)

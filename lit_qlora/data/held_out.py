@@ -241,15 +241,9 @@ class Parts:
 
 
 def check_early_to_score(given: Any, option: str, reading: Reading) -> None:
-    """Look at rows for scoring that are on this machine; see `records.check_early`.
+    """Look at the rows that ``option`` gives for scoring and that are on this machine; see `records.check_early`.
 
-    Args:
-        given: the value of ``option``.
-        option: data.validation_source, or one that names rows for a test.
-        reading: how rows are read.
-
-    Raises:
-        UserError: as `Parts.held_out` and `Parts.test_of` for rows that can't be read.
+    Raises UserError as `Parts.held_out` and `Parts.test_of` for rows that can't be read.
     """
     kinds = ("validation", "test") if option == "data.validation_source" else ("test", "validation")
     for source in sources_of(given, option):

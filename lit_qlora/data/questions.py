@@ -50,14 +50,9 @@ class Subject:
 
 
 def read_subjects(option: str, place: str) -> list[Subject]:
-    """The questions of a .csv file, or of every one in a folder, by name.
+    """The questions of a .csv file, or of every one in a folder, by name; ``option`` names it.
 
-    Args:
-        option: that names it, for messages.
-        place: the file or folder.
-
-    Raises:
-        UserError: nothing is found; or, naming file and line, for what is no question.
+    Raises UserError where nothing is found, and, naming file and line, for what is no question.
     """
     path = Path(place).expanduser()
     if not path.is_dir() and not path.is_file():
@@ -102,15 +97,9 @@ def _question(where: str, cells: list[str], order: list[int], width: int) -> Que
 
 
 def examples_for(subject: Subject, given: Sequence[Subject], shots: int) -> tuple[Question, ...]:
-    """The first examples of a subject.
+    """The first ``shots`` examples of a subject, of those ``given``: those of a single file serve every subject.
 
-    Args:
-        subject: that of the questions.
-        given: examples by their subjects; those of a single file serve every subject.
-        shots: how many.
-
-    Raises:
-        UserError: there are none of the subject, or too few.
+    Raises UserError where there are none of the subject, or too few.
     """
     if shots == 0:
         return ()
@@ -152,15 +141,9 @@ class Prompts:
         self._behind = len(written[0]) - self._place
 
     def ids(self, subject: Subject, question: Question, examples: Sequence[Question]) -> list[int]:
-        """The ids of a question's prompt, up to where the letter of its answer comes.
+        """The ids of a question's prompt, behind examples with their letters, up to where its own letter comes.
 
-        Args:
-            subject: of the question.
-            question: the one to answer.
-            examples: that stand before it, each with its letter.
-
-        Raises:
-            UserError: naming the question's place, when it can't be written.
+        Raises UserError, naming the question's place, when it can't be written.
         """
         pairs = [(str(example), example.answer) for example in examples] + [(str(question), LETTERS[0])]
         about = f" about {subject.name.replace('_', ' ')}" if subject.is_named else ""

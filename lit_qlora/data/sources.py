@@ -90,12 +90,8 @@ KEYS = ("path", "name", "split", "revision", "share", "columns")
 def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
     """The sources that the value of an option stands for: at least one.
 
-    Args:
-        value: a text, a table or a list of them, as `SourceOption` has it; also a list or a table written as JSON.
-        option: for messages.
-
-    Raises:
-        UserError: it is none.
+    ``value`` is a text, a table or a list of them, as `SourceOption` has it; also a list or a table written as JSON.
+    Raises UserError, about ``option``, where it is none.
     """
     if isinstance(value, str) and value.startswith(("[", "{")):  # as `as_text` writes it, or a command line
         with suppress(ValueError):
@@ -285,15 +281,7 @@ def _is_data(path: Path) -> bool:
 
 
 def local_bytes(source: str | Source, split: str = "train") -> int | None:
-    """The size of a split's files on this machine; None for one on the hub.
-
-    Args:
-        source: where rows come from.
-        split: name of the split there.
-
-    Raises:
-        UserError: as `read_source`.
-    """
+    """The size of a split's files on this machine; None for one on the hub. Raises SourceError as `read_source`."""
     source = _source(source, "data.source")
     files = _find_files(source)
     if files is None:
@@ -305,13 +293,8 @@ def local_bytes(source: str | Source, split: str = "train") -> int | None:
 def read_source(source: str | Source, split: str = "train", columns: Sequence[str] = ()) -> list[Row]:
     """Read the rows of one split, by its name there.
 
-    Args:
-        source: that one.
-        split: the split's name.
-        columns: names of columns, beside those of the known forms, that the first line of a .csv may have.
-
-    Raises:
-        UserError: when the source or the split isn't found, or a file can't be read.
+    The first line of a .csv may have ``columns`` beside those of the known forms. Raises SourceError when the source or
+    the split isn't found, or a file can't be read.
     """
     source = _source(source, "data.source")
     files = _find_files(source)
@@ -511,10 +494,9 @@ def check_here(value: Any, option: str = "data.source") -> None:
 
 
 def check_sources(options: Mapping[str, Any]) -> None:
-    """Raises UserError for the first source of a run that is not there, or no rows.
+    """Raises UserError for the first source in the section ``data`` that is not there, or no rows.
 
-    Args:
-        options: those of the section ``data``; a list of sources that is still a text is passed.
+    A list of sources that is still a text is passed.
     """
     for name in ("source", "validation_source", "test_source"):
         value = options.get(name)

@@ -26,14 +26,9 @@ def is_template(value: str) -> bool:
 
 
 def read_template(value: str | None, base: str | None = None) -> str | None:
-    """The chat template that ``value`` is, or that it names; None stands for the Llama 2 format.
+    """The chat template that ``value`` is, or that it names, also that of a base; None stands for the Llama 2 format.
 
-    Args:
-        value: As ``data.template``.
-        base: The hub id or folder whose own template may be meant.
-
-    Raises:
-        UserError: There is no such file, it holds no Jinja, or the base has no template.
+    Raises UserError where there is no such file, it holds no Jinja, or the base, a hub id or a folder, has no template.
     """
     if value is None or value == LLAMA_2:
         return None
@@ -57,11 +52,7 @@ def template_of_base(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def check_template_of_base(base: str) -> None:
-    """Raises UserError for a folder without a chat template; passes a base on the hub.
-
-    Args:
-        base: a folder or a hub id.
-    """
+    """Raises UserError for a folder without a chat template; passes a base on the hub."""
     folder = Path(base).expanduser()
     config = folder / "tokenizer_config.json"
     has_one = any(folder.glob("*chat_template*")) or (config.is_file() and b'"chat_template"' in config.read_bytes())

@@ -46,11 +46,9 @@ class Chart(NamedTuple):
 
 
 def charts(figures: Figures, step: int | None) -> Iterator[Chart]:
-    """The charts of a run, without those that have nothing to show.
+    """The charts of a run, from finite figures by optimizer step, without those that have nothing to show.
 
-    Args:
-        figures: Finite figures by optimizer step.
-        step: Of the best adapter, marked in the first chart; None for none.
+    The first marks the ``step`` of the best adapter, if there is one.
     """
     drawings: tuple[tuple[str, Callable[[Axes], str]], ...] = (
         ("Loss (nats per token)", lambda axes: _curves(axes, figures, "loss", step)),
@@ -67,14 +65,10 @@ def charts(figures: Figures, step: int | None) -> Iterator[Chart]:
 
 
 def draw_curves(file: Path, figures: Figures, step: int) -> bool:
-    """Draw the losses into ``file``; True if there was a line to draw, and matplotlib is installed to draw it.
+    """Draw the losses of ``figures``, by optimizer step, into a PNG, with the adapter's ``step`` marked.
 
-    Args:
-        file: the PNG to write.
-        figures: recorded figures, by optimizer step; values that are not finite are left out.
-        step: of the adapter, marked in the picture.
-
-    Raises OSError where the file can't be written.
+    Returns True if there was a line to draw, and matplotlib is installed to draw it. Raises OSError where the file
+    can't be written.
     """
 
     def draw(axes: "Axes") -> str:
@@ -240,10 +234,5 @@ def _memory(axes: "Axes", figures: Figures) -> str:
 
 
 def peak_of(figures: Figures, name: str) -> float | None:
-    """The highest value of a figure; None where it was never recorded.
-
-    Args:
-        figures: finite figures by optimizer step.
-        name: name of the figure.
-    """
+    """The highest finite value of the figure ``name`` at any step; None where it was never recorded."""
     return max((line[name] for line in figures.values() if name in line and math.isfinite(line[name])), default=None)

@@ -29,15 +29,7 @@ class SampleAnswer(NamedTuple):
 
 
 def counts(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, float]:
-    """Figures of how sample answers ended.
-
-    Args:
-        answers: all of one validation.
-        max_new_tokens: the limit of an answer.
-
-    Returns:
-        Counts of ends, their limit, and the share that ended by themselves.
-    """
+    """How the answers of one validation ended: counts, their limit, and the share that ended by themselves."""
     ends = [answer.cut_by for answer in answers]
     figures = {ENDED: ends.count(None), LIMIT: ends.count(LIMIT), TOKENS: max_new_tokens}
     if CONTEXT in ends:
@@ -75,14 +67,10 @@ def table(line: Mapping[str, Any]) -> str | None:
 
 
 def answered(file: Path, step: int | None) -> list[dict[str, Any]]:
-    """The questions and answers of one line of ``samples.jsonl``: that of ``step``, else the last of an adapter.
+    """The questions and answers of the line of ``samples.jsonl`` of ``step``, else of the last that has an adapter's.
 
     Before training only the base has answered, which is the first line. Of any content: a run folder may come from a
     stranger.
-
-    Args:
-        file: The run's.
-        step: Of the best adapter; 0 or None where that is unknown.
     """
     found: list[dict[str, Any]] = []
     for line in iter_lines(file):
@@ -95,16 +83,13 @@ def answered(file: Path, step: int | None) -> list[dict[str, Any]]:
 
 
 def side_by_side(answers: Sequence[Mapping[str, Any]], count: int = 3, width: int = 80, lines: int = 3) -> list[str]:
-    """The first ``count`` questions, below each the base's answer and the adapter's in two columns.
+    """The first ``count`` questions of a `line`, below each the base's answer and the adapter's in two columns.
 
     Args:
-        answers: Those of a `line`.
-        count: Number of questions.
-        width: Columns in all; characters of double width count twice.
-        lines: The most of an answer.
-
-    Returns:
-        Lines for a terminal; none where no adapter has answered.
+        answers: those of the line.
+        count: number of questions.
+        width: columns in all; characters of double width count twice.
+        lines: the most of an answer.
     """
     rows = [row for row in answers if "adapter" in row][:count]
     column = (width - 6) // 2
@@ -117,14 +102,9 @@ def side_by_side(answers: Sequence[Mapping[str, Any]], count: int = 3, width: in
 
 
 def short_prompts(file: Path, count: int, most: int = 100) -> list[str]:
-    """Prompts of one line that a run's samples hold.
+    """The first prompts of up to ``most`` characters in one line of a run's ``samples.jsonl``, ``count`` of them.
 
     Of any content: a run folder may come from a stranger.
-
-    Args:
-        file: the run's ``samples.jsonl``.
-        count: number of prompts, the first ones.
-        most: most characters of each.
     """
     found: list[str] = []
     for line in iter_lines(file):
@@ -167,15 +147,9 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
 
 
 def ends_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
-    """Counts of how sample answers ended, at two steps.
+    """How sample answers ended, by the figures of two steps: a title, and how many of how many, before and after.
 
-    Args:
-        before: figures of the first step.
-        after: figures of the second.
-
-    Returns:
-        A title, and how many of how many, before and after. Before is None if it was not measured then; empty if it was
-        not measured after.
+    Before is None if it was not measured then; all is empty if it was not measured after.
     """
     if ENDED not in after:
         return []

@@ -128,15 +128,9 @@ def _left() -> _Room:
 
 
 def render(template: jinja2.Template, names: Mapping[str, Any], given_chars: int) -> str:
-    """The text of a template of `compile_template`.
+    """The text of a template of `compile_template`, which sees ``names``, whose texts are ``given_chars`` long.
 
-    Args:
-        template: The template.
-        names: What it sees.
-        given_chars: Length of the texts among them.
-
-    Raises:
-        OverflowError: It exceeds its `_Room`.
+    Raises OverflowError where it exceeds its `_Room`.
     """
     room = _Room(int(template.globals[_CHARS]), given_chars)
     token = _room.set(room)

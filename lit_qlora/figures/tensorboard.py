@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from lit_qlora.console import tell
 
@@ -114,12 +114,13 @@ class Board:
         self._is_doubled |= bool(anew)
         try:
             for event in self._with_best(events):
-                opening = [] if event.part in self._begun else _opening()
-                if opening:  # the first of its part
+                contents = [event.content]
+                if event.part not in self._begun:
                     self._files[event.part].append(self._new_path(event.part))
                     self._begun.add(event.part)
-                with ExitStack() as stack:
-                    _write(_writer(self._files[event.part][-1], stack), [*opening, event.content])
+                    contents = [*_opening(), *contents]
+                with self._files[event.part][-1].open("ab") as file:
+                    _write(file, contents)
         except OSError as error:  # only the end of a file that will be rewritten can be torn
             self._fail(error)
 
@@ -133,13 +134,13 @@ class Board:
             for aside in asides.values():
                 aside.unlink(missing_ok=True)
             with ExitStack() as stack:
-                writers: dict[str, Any] = {}
+                files: dict[str, IO[bytes]] = {}
                 for event in self._with_best(chain(self._about(), events())):
-                    if event.part not in writers:
-                        writers[event.part] = _writer(asides[event.part], stack)
-                        _write(writers[event.part], _opening())
-                    _write(writers[event.part], [event.content])
-            paths = {part: self._new_path(part) for part in writers}
+                    if event.part not in files:
+                        files[event.part] = stack.enter_context(asides[event.part].open("wb"))
+                        _write(files[event.part], _opening())
+                    _write(files[event.part], [event.content])
+            paths = {part: self._new_path(part) for part in files}
             for part, path in paths.items():
                 asides[part].rename(path)
         except OSError as error:
@@ -238,12 +239,8 @@ def _event(part: str, step: int, values: list[Any]) -> Event:
     return Event(part, event_pb2.Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
 
-def _writer(path: Path, stack: ExitStack) -> Any:
+def _write(file: IO[bytes], contents: Iterable[Any]) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    return RecordWriter(stack.enter_context(path.open("ab")))
-
-
-def _write(writer: Any, contents: Iterable[Any]) -> None:
     for content in contents:
-        writer.write(content.SerializeToString())
+        RecordWriter(file).write(content.SerializeToString())

@@ -273,7 +273,7 @@ def test_a_file_that_cannot_be_begun_is_reported_once_and_the_rest_goes_on(tmp_p
     def denied(*_):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("lit_qlora.figures.tensorboard._writer", denied)
+    monkeypatch.setattr("lit_qlora.figures.tensorboard._write", denied)
     record = start(tmp_path)
     log(record, (1, 1.0), (2, 1.0))
     record.save()

@@ -342,16 +342,14 @@ class ChatDataModule(LightningDataModule):
     def recall(self, file: Path) -> None:
         """Score the rows of a run that its record in ``file`` names, whatever became of the source since.
 
-        Raises:
-            UserError: the record is damaged.
+        Raises UserError if the record is damaged.
         """
         self._run_record, self.run_rows = file, RunRows.read(file)
 
     def record(self, file: Path) -> None:
         """Record in ``file`` which rows are learned and which are held out, for `recall`.
 
-        Raises:
-            SaveError: it could not be written.
+        Raises SaveError if it could not be written.
         """
         self.recorded().write(file)
 

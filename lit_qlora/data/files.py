@@ -89,8 +89,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     Returns:
         At least one row; one that can't be read has its fault in place of its values.
 
-    Raises:
-        SourceError: when the file can't be read, is not what its ending says, or holds no rows.
+    Raises SourceError when the file can't be read, is not what its ending says, or holds no rows.
     """
     ending, packing = kind_of(path)
     data = _read(path, packing)

@@ -176,8 +176,7 @@ def check_columns(
         option: that the columns are of, for messages.
         use: whether rows are to be learned, or to be answered.
 
-    Raises:
-        UserError: it does not.
+    Raises UserError if it does not.
     """
     forms = [one for one in forms_for(use) if form in ("auto", one.name)]
     known = [*dict.fromkeys(name for one in forms for name in (*one.needs, *one.may_have) if name), SYSTEM]
@@ -280,8 +279,7 @@ def read_row(
         is_whole: whether a text without a form may be read, to be learned whole.
         option: that names columns, for remedies; default: that of the ``use``.
 
-    Raises:
-        RowError: when it has no such columns, or what they hold is no conversation.
+    Raises RowError when it has no such columns, or what they hold is no conversation.
     """
     known = forms_for(use, columns)
     forms = known if form == "auto" else [one for one in known if one.name == form]

@@ -124,8 +124,7 @@ class Prompts:
         encoder: of the adapter's prompt format.
         style: ``plain`` or ``chat``.
 
-    Raises:
-        UserError: the letters do not differ by one token.
+    Raises UserError if the letters do not differ by one token.
     """
 
     def __init__(self, encoder: "Encoder", style: Style) -> None:

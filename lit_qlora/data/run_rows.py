@@ -59,8 +59,7 @@ class RunRows:
     def read(cls, file: Path) -> "RunRows | None":
         """The record in ``file``; None without one.
 
-        Raises:
-            UserError: it is damaged.
+        Raises UserError if it is damaged.
         """
         try:
             values = parse_json(file.read_bytes())
@@ -81,8 +80,7 @@ class RunRows:
     def write(self, file: Path) -> None:
         """Write the record to ``file`` atomically; equal conversations give equal bytes.
 
-        Raises:
-            SaveError: it could not be written.
+        Raises SaveError if it could not be written.
         """
         values = asdict(self) | {"train": sorted(self.train)}
         text = json.dumps({"version": VERSION} | values, indent=0) + "\n"

@@ -187,8 +187,7 @@ class Splits:
     def training(self) -> str:
         """The name of the rows to train on.
 
-        Raises:
-            UserError: there are none.
+        Raises UserError if there are none.
         """
         if "train" not in self.names:
             found = " and ".join([*self.names.values(), *self.unread])
@@ -202,8 +201,7 @@ class Splits:
     def for_scoring(self, *kinds: str) -> str:
         """The name of the rows to score where the source is there for that: the chosen one, or the first of ``kinds``.
 
-        Raises:
-            UserError: as `training`, which is taken where there is none of them.
+        Raises UserError as `training`, which is taken where there is none of them.
         """
         return self.training() if self.is_chosen else self.first(*kinds) or self.training()
 
@@ -211,8 +209,7 @@ class Splits:
 def find_splits(source: str | Source) -> Splits:
     """Find the splits of a source; a file is all "train".
 
-    Raises:
-        UserError: when the source isn't found, has not the split that it names, or the hub can't be asked.
+    Raises UserError when the source isn't found, has not the split that it names, or the hub can't be asked.
     """
     source = _source(source, "data.source")
     files = _find_files(source)

@@ -147,8 +147,7 @@ def read_seal(path: Path) -> bytes | None:
 def remove_folder(path: Path) -> None:
     """Delete a folder, or a file in its place, so that a kill never leaves a partial one under its name.
 
-    Raises:
-        FileNotFoundError: there is none.
+    Raises FileNotFoundError if there is none.
     """
     gone = _aside(path, "gone")
     path.rename(gone)

@@ -52,8 +52,7 @@ def read_object(file: Path, place: str | None = None) -> dict[str, Any]:
         file: of another program.
         place: that it belongs to, such as a base: messages name the file within it, else by its path.
 
-    Raises:
-        UserError: for an unreadable file, one that holds no object, and one above `LARGEST_FILE`.
+    Raises UserError for an unreadable file, one that holds no object, and one above `LARGEST_FILE`.
     """
     name = file.name if place else str(file)
     try:

@@ -64,8 +64,7 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
     Returns:
         The text, unchanged if there was no mark; and each removed mark, once.
 
-    Raises:
-        WrittenOutError: a turn is opened at an edge, and another inside.
+    Raises WrittenOutError if a turn is opened at an edge, and another inside.
     """
     known = tuple(marks)
     found: dict[str, None] = {}

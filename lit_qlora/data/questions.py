@@ -68,7 +68,7 @@ def _read(path: Path) -> tuple[Question, ...]:
     if path.suffix.lower() != ".csv":
         raise SourceError(path, f"the ending is {path.suffix!r}, expected .csv", "convert the file")
     rows = read_cells(path)
-    (place, header), known = rows[0], [name.lower() for name in COLUMNS]
+    place, header = rows[0]
     heads = [cell.strip().lower() for cell in header]
     if "question" in heads and "answer" in heads:
         missing = [name for name in COLUMNS if name.lower() not in heads]
@@ -79,16 +79,15 @@ def _read(path: Path) -> tuple[Question, ...]:
         if not rows:
             raise SourceError(path, "holds a header and no question", "check how it was made")
     else:
-        heads = known
-    order = [heads.index(name) for name in known]
-    return tuple(_question(where, cells, order, len(heads)) for where, cells in rows)
+        heads = [name.lower() for name in COLUMNS]
+    return tuple(_question(where, cells, heads) for where, cells in rows)
 
 
-def _question(where: str, cells: list[str], order: list[int], width: int) -> Question:
-    if len(cells) != width:
-        problem = f"{len(cells)} columns, expected {width} ({', '.join(COLUMNS)}), got {excerpt(cells)}"
+def _question(where: str, cells: list[str], heads: list[str]) -> Question:
+    if len(cells) != len(heads):
+        problem = f"{len(cells)} columns, expected {len(heads)} ({', '.join(COLUMNS)}), got {excerpt(cells)}"
         raise SourceError(where, problem, "put quotes around texts that hold commas")
-    text, *choices, answer = (cells[place] for place in order)
+    text, *choices, answer = (cells[heads.index(name.lower())] for name in COLUMNS)
     if answer.strip() not in LETTERS:
         raise UserError(f"the answer is {excerpt(answer)}, expected A, B, C or D", place=where)
     if not text.strip():

@@ -8,7 +8,7 @@ the run does.
 import errno
 import os
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -41,15 +41,11 @@ class RunLock:
         path = self._run / ".lock"
         if path.is_dir():
             raise UserError(f"{path} is a folder, expected a file (the run's lock): remove it", option="run")
-        file = path.open("a+", encoding="utf-8", errors="replace")
-        try:
-            is_free = _try_lock(file.fileno())
-        except OSError:
-            file.close()
-            raise
-        if not is_free:
-            file.close()
-            raise self._in_use()
+        with ExitStack() as until_locked:
+            file = until_locked.enter_context(path.open("a+", encoding="utf-8", errors="replace"))
+            if not _try_lock(file.fileno()):
+                raise self._in_use()
+            until_locked.pop_all()
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         with suppress(OSError):  # a full disk: what is held is the file, whatever it says
             file.truncate(0)

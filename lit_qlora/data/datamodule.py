@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
-from lit_qlora.console import complain
+from lit_qlora.console import WIDTH, complain
 from lit_qlora.data.batching import BatchPlan, PlannedBatches, ResumableLoader, collate, num_cores
 from lit_qlora.data.cache import EncodedRows, encode_records
 from lit_qlora.data.chat_template import write_tokenizer
@@ -376,12 +376,12 @@ class ChatDataModule(LightningDataModule):
         rows = self._encoded(part)
         return self._records[part], rows
 
-    def example(self, lines: int = 2, width: int = 72) -> list[str]:
+    def example(self, lines: int = 2) -> list[str]:
         """A short training row as it is learned, in up to 2 ``lines``. Raises UserError before `setup`."""
         rows = self._encoded("train")
         shortest = min(range(min(SHORT_AMONG, len(rows))), key=lambda row: rows.lengths[row])
         example = rows.examples[shortest]
-        return example_lines(self.tokenizer, example["input_ids"], example["labels"], width, lines)
+        return example_lines(self.tokenizer, example["input_ids"], example["labels"], WIDTH - 8, lines)
 
     def format_notes(self) -> list[str]:
         """What is to be known of the prompt format, in lines."""

@@ -9,11 +9,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_qlora.console import WIDTH
 from lit_qlora.data.view import columns
 from lit_qlora.figures.lines import iter_lines
 
 ROWS_SHOWN = 16
 """Number of answers in the table and in the report; ends are counted over all answers, which are all in the file."""
+
+COMPARED, COLUMN = 3, (WIDTH - 6) // 2
+"""Answers of base and adapter that are shown side by side, and how wide each is."""
 
 ENDED, LIMIT, CONTEXT = "samples/ended", "samples/cut", "samples/cut_by_context"
 """Names of the counts: answers that ended by themselves, were cut by the limit, and were cut by the base's context."""
@@ -82,27 +86,19 @@ def answered(file: Path, step: int | None) -> list[dict[str, Any]]:
     return found
 
 
-def side_by_side(answers: Sequence[Mapping[str, Any]], count: int = 3, width: int = 80, lines: int = 3) -> list[str]:
-    """The first ``count`` questions of a `line`, below each the base's answer and the adapter's in two columns.
-
-    Args:
-        answers: those of the line.
-        count: number of questions.
-        width: columns in all; characters of double width count twice.
-        lines: the most of an answer.
-    """
-    rows = [row for row in answers if "adapter" in row][:count]
-    column = (width - 6) // 2
-    shown = [_in_columns("  base alone", "with the adapter", column)] if rows else []
+def side_by_side(answers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first questions of a `line`, below each the base's answer and the adapter's in two columns of 3 lines."""
+    rows = [row for row in answers if "adapter" in row][:COMPARED]
+    shown = [_in_columns("  base alone", "with the adapter")] if rows else []
     for row in rows:
-        shown += _wrapped(row["prompt"], width, 1)
-        texts = [_wrapped(row[whose]["text"] or "(nothing)", column, lines) for whose in ("base", "adapter")]
-        shown += [_in_columns(f"  {left}", right, column) for left, right in zip_longest(*texts, fillvalue="")]
+        shown += _wrapped(row["prompt"], WIDTH, 1)
+        texts = [_wrapped(row[whose]["text"] or "(nothing)", COLUMN, 3) for whose in ("base", "adapter")]
+        shown += [_in_columns(f"  {left}", right) for left, right in zip_longest(*texts, fillvalue="")]
     return shown
 
 
-def short_prompts(file: Path, count: int, most: int = 100) -> list[str]:
-    """The first prompts of up to ``most`` characters in one line of a run's ``samples.jsonl``, ``count`` of them.
+def short_prompts(file: Path, count: int) -> list[str]:
+    """The first prompts of up to 100 characters in one line of a run's ``samples.jsonl``, ``count`` of them.
 
     Of any content: a run folder may come from a stranger.
     """
@@ -110,7 +106,7 @@ def short_prompts(file: Path, count: int, most: int = 100) -> list[str]:
     for line in iter_lines(file):
         prompts = (row.get("prompt") for row in _rows(line))
         texts = (text.strip() for text in prompts if isinstance(text, str))
-        found = [text for text in texts if 0 < len(text) <= most and text.isprintable()]
+        found = [text for text in texts if 0 < len(text) <= 100 and text.isprintable()]
         if found:
             break
     return [*dict.fromkeys(found)][:count]
@@ -121,8 +117,8 @@ def _rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _in_columns(left: str, right: str, column: int) -> str:
-    return f"{left}{' ' * (column + 4 - columns(left))}{right}".rstrip()
+def _in_columns(left: str, right: str) -> str:
+    return f"{left}{' ' * (COLUMN + 4 - columns(left))}{right}".rstrip()
 
 
 def _wrapped(text: str, width: int, lines: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Owns the removal of special tokens written out as text at the edges of what is said.
 
-Such as ``</s>`` after an answer: the encoder inserts the real ones. Inside a text they stay text. Knows no tokenizer.
+Such as ``</s>`` after an answer: the encoder inserts the real ones. Inside a text they stay text, and so does what only
+looks similar: ``[/s]`` is a forum's markup, ``&lt;/s&gt;`` speaks of one. Knows no tokenizer.
 """
 
 import re
@@ -35,6 +36,7 @@ WRITTEN_OUT = (
     "<|eot|>", "<|eom|>", "<|header_end|>", "<|return|>", "<|message|>",  # Llama 4, gpt-oss
     "<|end_of_role|>",  # Granite
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",  # noqa: RUF001  # DeepSeek
+    "<|startoftext|>", "<|bos|>", "<|eos|>", "<eot>",  # Yi and others
     "<unk>", "<pad>", "[PAD]", "<|pad|>", "[BOS]", "[EOS]",  # behind the end of a row that was decoded with its padding
 )  # fmt: skip
 """Tokens with which common models start and end texts and turns."""
@@ -46,6 +48,11 @@ _ROLES = (
 )  # fmt: skip
 
 
+ZERO_WIDTH = "\u200b\u2060\ufeff"
+"""Characters that take no room, and say nothing at an edge: what copying from a page or a file leaves there."""
+_BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + ZERO_WIDTH
+
+
 class WrittenOutError(ValueError):
     """A text that is a whole conversation in a prompt format."""
 
@@ -53,6 +60,7 @@ class WrittenOutError(ValueError):
 def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
     """Remove any number of special tokens from both ends of a text, with the white space around them.
 
+    They may be spelled in another case, if they are in brackets: ``</S>``. Zero-width characters are taken off as well.
     A mark that opens a turn goes with its role, such as ``<|im_start|>assistant``: after one of `OPENERS`, wherever
     a role's name follows; after any other mark, where that name is alone on its line or between marks. At the end of a
     text, what opens a turn stays if a blank is between it and words of the same line: it is what they speak of.
@@ -68,20 +76,24 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
     """
     known = tuple(marks)
     found: dict[str, None] = {}
-    rest = text.strip()
-    if not rest.startswith(known) and not rest.endswith((*known, *_ROLES)):  # most texts: the patterns are slow
+    rest = text.strip(_BLANK)
+    head, tail, opener, longest, folded = _patterns(known)
+    begins, ends = rest[:longest].lower().startswith(folded), rest[-longest:].lower().endswith((*folded, *_ROLES))
+    if not begins and not ends and len(rest) == len(text.strip()):  # most texts: the patterns are slow
         return text, []
-    head, tail, opener, longest = _patterns(known)
     while mark := head.match(rest):
         found[mark[0]] = None
         while rest.startswith(mark[0]):  # a row may be padded by thousands
-            rest = rest.removeprefix(mark[0]).lstrip()
+            rest = rest.removeprefix(mark[0]).lstrip(_BLANK)
     while (mark := tail.search(rest, max(0, len(rest) - longest))) and not _is_spoken_of(rest, mark, known):
         found[mark[0]] = None
         while rest.endswith(mark[0]):
-            rest = rest.removesuffix(mark[0]).rstrip()
+            rest = rest.removesuffix(mark[0]).rstrip(_BLANK)
     if any(_opens(one, known) for one in found) and (inside := opener.search(rest)):
         raise WrittenOutError(f"a text opens turns inside, with {inside[0]!r}: it is a whole conversation")
+    start = text.find(rest)
+    if any(one in text[:start] + text[start + len(rest) :] for one in ZERO_WIDTH):
+        found["zero-width characters"] = None
     return (rest, [*found]) if found else (text, [])
 
 
@@ -106,7 +118,7 @@ def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversatio
 
 def _opens(mark: str, marks: Sequence[str]) -> bool:
     """True if ``mark``, as matched, opens a turn: with its role, or as a name of one."""
-    return mark not in marks or mark in NAMED
+    return mark.lower() not in map(str.lower, marks) or mark.upper() in map(str.upper, NAMED)
 
 
 def _is_spoken_of(text: str, mark: re.Match[str], marks: Sequence[str]) -> bool:
@@ -115,15 +127,17 @@ def _is_spoken_of(text: str, mark: re.Match[str], marks: Sequence[str]) -> bool:
     return (
         _opens(mark[0], marks)
         and before.endswith((" ", "\t"))
-        and not before.rstrip().endswith(tuple(marks))
+        and not before.rstrip().lower().endswith(tuple(map(str.lower, marks)))
         and (before.rstrip(" \t")[-1:] not in ("", "\n"))
     )
 
 
 @lru_cache
-def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str], int]:
-    """What matches a mark with its role at a text's beginning, at its end, and one that opens a turn anywhere; and the
-    length of the longest such.
+def _patterns(
+    marks: tuple[str, ...],
+) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str], int, tuple[str, ...]]:
+    """What matches a mark with its role at a text's beginning, at its end, and one that opens a turn anywhere; the
+    length of the longest such; and the marks in lower case.
     """
     known = [mark for mark in marks if mark.strip()]
     closers = _any_of([mark for mark in known if mark in _CLOSERS])
@@ -137,9 +151,16 @@ def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str],
 
     longest = 2 * max(map(len, (*known, *_ROLES))) + len("developer  ")
     opener = rf"{opened}|{_any_of([mark for mark in known if mark in NAMED])}"
-    return re.compile(whole(known)), re.compile(rf"{whole(known)}\Z"), re.compile(opener), longest
+    folded = tuple(mark.lower() for mark in known)
+    return re.compile(whole(known)), re.compile(rf"{whole(known)}\Z"), re.compile(opener), longest, folded
 
 
 def _any_of(marks: Sequence[str]) -> str:
     """The pattern of any of ``marks``, the longest first; without any, one that matches nothing."""
-    return f"(?:{'|'.join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)) or '(?!)'})"
+    return f"(?:{'|'.join(map(_pattern, sorted(marks, key=len, reverse=True))) or '(?!)'})"
+
+
+def _pattern(mark: str) -> str:
+    """That of one mark or role: in any case, unless it is words without brackets, such as ``### End``."""
+    is_any_case = mark in _ROLES or (mark[0] in "<[" and mark[-1] in ">]")
+    return f"(?i:{re.escape(mark)})" if is_any_case else re.escape(mark)

@@ -1,7 +1,7 @@
 import pytest
 
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.text.edges import WRITTEN_OUT, clean, take_off
+from lit_qlora.text.edges import WRITTEN_OUT, WrittenOutError, clean, take_off
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,17 @@ from lit_qlora.text.edges import WRITTEN_OUT, clean, take_off
         ("grey.<|eot|>", "grey.", ["<|eot|>"]),
         ("grey.<|return|>", "grey.", ["<|return|>"]),
         ("grey.<｜end▁of▁sentence｜>", "grey.", ["<｜end▁of▁sentence｜>"]),  # noqa: RUF001
+        # In another case.
+        ("<S>grey.</S>", "grey.", ["</S>", "<S>"]),
+        ("grey.<EOS><Pad>", "grey.", ["<EOS>", "<Pad>"]),
+        ("[inst] hi [/Inst]", "hi", ["[/Inst]", "[inst]"]),
+        ("hi<|IM_END|>\n<|im_start|>Assistant\n", "hi", ["<|IM_END|>", "<|im_start|>Assistant"]),
+        ("grey.<|EOT|>", "grey.", ["<|EOT|>"]),
+        # Zero-width characters, alone and around marks.
+        ("\ufeffgrey.", "grey.", ["zero-width characters"]),
+        (" \u200b grey. \u2060\n", "grey.", ["zero-width characters"]),
+        ("\u200b<s>\ufeffgrey.</s>\u200b", "grey.", ["<s>", "</s>", "zero-width characters"]),
+        ("\u200b", "", ["zero-width characters"]),
         # What opens a turn goes with its role.
         ("<|im_start|>assistant\ngrey.<|im_end|>", "grey.", ["<|im_end|>", "<|im_start|>assistant"]),
         ("<|im_start|>assistant grey.", "grey.", ["<|im_start|>assistant"]),
@@ -66,7 +77,10 @@ from lit_qlora.text.edges import WRITTEN_OUT, clean, take_off
         # Inside, and all but the whole mark, is text, and so is white space where there is nothing to take off.
         ("an <s>end</s> marks it", "an <s>end</s> marks it", []),
         ("grey.</s>.", "grey.</s>.", []),
-        ("grey.</S>", "grey.</S>", []),
+        ("[/s]grey.[/s]", "[/s]grey.[/s]", []),
+        ("grey.&lt;/s&gt;", "grey.&lt;/s&gt;", []),
+        ("a\u200bb", "a\u200bb", []),
+        ("\u200d\u200fgrey.\ufe0f", "\u200d\u200fgrey.\ufe0f", []),  # which change the letter beside them
         ("</s", "</s", []),
         (" grey. ", " grey. ", []),
         ("", "", []),
@@ -98,6 +112,19 @@ def test_each_turn_and_the_system_text_are_cleaned():
 def test_a_turn_of_nothing_else_is_named():
     with pytest.raises(ValueError, match=r"^turn 2: the assistant holds nothing but </s>$"):
         clean(talk("a", " </s> </s>"), WRITTEN_OUT)
+
+
+def test_words_that_close_turns_are_taken_off_as_they_are_spelled():
+    marks = ["### End", "<turn_end>"]
+    assert take_off("grey.### End", marks) == ("grey.", ["### End"])
+    assert take_off("grey.### END", marks) == ("grey.### END", [])
+    assert take_off("grey.<Turn_End>", marks) == ("grey.", ["<Turn_End>"])
+
+
+def test_an_opener_in_another_case_inside_is_a_whole_conversation():
+    with pytest.raises(WrittenOutError, match=r"'<\|IM_START\|>User'"):
+        take_off("<|Im_Start|>assistant\na<|im_end|><|IM_START|>User\nb", WRITTEN_OUT)
+    assert take_off("grey </S> <|IM_START|>", WRITTEN_OUT) == ("grey", ["<|IM_START|>", "</S>"])
 
 
 def test_a_role_behind_a_mark_of_a_tokenizer_alone_goes_with_it():

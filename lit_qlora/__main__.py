@@ -7,7 +7,7 @@ from lit_qlora.console import take_names_as_utf8
 
 
 def run() -> int:
-    """Runs the process's own command line; returns its exit status."""
+    """Run the process's own command line; return its exit status."""
     take_names_as_utf8()
     return main()
 

@@ -100,7 +100,7 @@ def words_of(hint: Any, is_path: bool = False) -> str:
         return f"a list of {_LISTS.get(parts[0], 'values')}"
     if kind is dict:
         return "a table"
-    return "a text or a path" if hint is str and is_path else TYPE_WORDS.get(hint, str(hint))
+    return "a text or a path" if hint is str and is_path else TYPE_WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _shown(value: Any) -> str:

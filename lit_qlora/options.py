@@ -97,7 +97,8 @@ class OneLineErrors:
             problem = f"is required{''.join(f', and so is {one}' for one in others)}"
             raise UserError(problem, option=first, remedy=f"give it as in: {self.usage}")
         names = [action.dest for action in parser._actions]
-        raise quoted(_of_class(str(message), parser.types()) or _mistake(str(message), names))
+        types = parser.types()
+        raise quoted(_of_class(str(message), types) or _mistake(str(message), names, types))
 
     def types(self) -> dict[str, Any]:
         """The type of each option, by its dotted name."""
@@ -294,7 +295,7 @@ def _subclasses(hint: Any) -> Iterator[type]:
             yield from _subclasses(kind)
 
 
-def _mistake(message: str, names: list[str]) -> UserError:
+def _mistake(message: str, names: list[str], types: Mapping[str, Any]) -> UserError:
     """The error about the options ``names`` in jsonargparse's ``message``, which may have several lines."""
     unknown = re.search(
         r"not accept option '([^']+)'|[Uu]nrecognized arguments?: (\S+)|^Option '([^']+)' is not accepted", message
@@ -312,22 +313,17 @@ def _mistake(message: str, names: list[str]) -> UserError:
         name = linked[1] or linked[2]
         return UserError(f"can't be given, it is always {LINKED[name]}", option=name, remedy="set that one")
     message = re.sub(r"\s+", " ", message).strip()
-    message = re.sub(r"Expected an? <class '(\w+)'>", lambda found: f"expected {_in_words(found[1])}", message)
-    message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"expected one of \1", message)
+    refused = re.match(
+        r"Parser key \"([\w.]+)\": ?(?:Expected an? [<t].*?Got value|.*Subtypes: .*Given value): (.*)$", message
+    )
+    if refused and refused[1] in types:
+        option, value, kind = refused[1], refused[2], words_of(types[refused[1]])
+        return UserError(f"expected {kind}, got {cut(value)}", option=option, remedy=_point(kind, value))
     message = re.sub(r"\.? ?Got value: ", ", got ", message)
     message = re.sub(r"^Parser key \"([^\"]+)\": ?", r"\1: ", message)
     section = re.match(r"(\w+): Unable to load config '([^']*)'", message)
     if section:
         return no_option(section[1], section[2], names)
-    union = re.search(r"^(\S+): .*?Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", message)
-    if union:
-        types = re.sub(r"<class '([^']+)'>", lambda found: _in_words(found[1]), union[2])
-        types = re.sub(r"(?:\w+\.)+(\w+)", r"\1", types)
-        types = re.sub(r"Literal\[(.*?)\]", r"\1", types)
-        while "dict[" in types:
-            types = re.sub(r"dict\[[^\[\]]*\]", "a table", types)
-        types = re.sub(r"list\[[^\[\]]*a table[^\[\]]*\]", "a list", types)
-        return UserError(f"expected {types}; got {cut(union[3])}", option=union[1], remedy=_point(types, union[3]))
     expected, got, value = message.partition(", got ")
     named = re.match(r"([\w.]+): ", expected)
     option = named[1] if named and any(f"{name}.".startswith(f"{named[1]}.") for name in names) else None
@@ -345,11 +341,6 @@ def _point(expected: str, value: str) -> str | None:
     """What to write instead of a number with a decimal comma."""
     found = re.fullmatch(r"(-?\d+),(\d+)", value) if TYPE_WORDS[float] in expected else None
     return f"write {found[1]}.{found[2]}" if found else None
-
-
-def _in_words(name: str) -> str:
-    """What is expected where jsonargparse names a Python type."""
-    return next((words for kind, words in TYPE_WORDS.items() if kind.__name__ == name), name)
 
 
 def did_you_mean(name: str, names: list[str]) -> str:

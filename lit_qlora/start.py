@@ -60,7 +60,7 @@ def choose_run(
 def _another(
     run: RunFolder, mirror: Path | None, config: Mapping[str, Any], base: Base, data: ChatDataModule
 ) -> list[str]:
-    """What makes this start another run than that in the folder, or in the mirror if only that exists."""
+    """The differences that make this start another run than that in the folder, or only in the mirror."""
     if not run.has_begun() and mirror:
         run = RunFolder(mirror / run.path.name)
     first = _first_settings(run)

@@ -404,7 +404,7 @@ class DryCLI(QLoRACLI):
 
     @classmethod
     def of(cls, args: list[str]) -> Self:
-        """What the command of ``args``, from its verb on, comes to. Raises UserError for options that fit refuses."""
+        """Run a command up to where it stops; ``args`` from its verb on. Raises UserError for what fit refuses."""
         quieten()
         with ExitStack() as stack, in_one_line():
             return cls(complete(args), stack)

@@ -152,7 +152,7 @@ def _words(text: str) -> str:
 
 
 def _value(option: Option) -> str:
-    """What is to be given, in a word."""
+    """The kind of value to give, in a word."""
     if option.type is FLAG:
         return ""
     kinds = [option.type, *get_args(option.type)]

@@ -58,7 +58,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         None,
         "model.schedule",
-        ["'constant', 'linear', 'cosine'", "got cosin"],
+        ["constant, linear, cosine", "got cosin"],
     ),
     (
         "optimizer",
@@ -66,7 +66,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         None,
         "model.optimizer",
-        ["'adamw', 'adamw_8bit', 'paged_adamw', 'paged_adamw_8bit'", "got adam"],
+        ["adamw, adamw_8bit, paged_adamw, paged_adamw_8bit", "got adam"],
     ),
     (
         "paged on cpu",
@@ -82,7 +82,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         None,
         "model.checkpointing",
-        ["'auto', 'full', 'selective', 'none'", "got some"],
+        ["auto, full, selective, none", "got some"],
     ),
     (
         "target",
@@ -127,7 +127,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         None,
         "trainer.precision",
-        ["'auto', '16-mixed', 'bf16-mixed', '32-true'", "got fp16"],
+        ["auto, 16-mixed, bf16-mixed, 32-true", "got fp16"],
     ),
     (
         "gpu without gpu",
@@ -231,7 +231,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         None,
         "trainer.gradient_clip_algorithm",
-        ["'norm'", "'value'", "got foo"],
+        ["norm, value or none", "got foo"],
     ),
     (
         "not offered",
@@ -277,7 +277,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         "data.form",
         ["expected auto, alpaca, dolly, guanaco, ", "'vicuna' is unknown"],
     ),
-    ("train_on", ["--data.train_on", "answer"], None, None, "data.train_on", ["'answers', 'all'", "got answer"]),
+    ("train_on", ["--data.train_on", "answer"], None, None, "data.train_on", ["answers, all", "got answer"]),
     ("system tag", ["--data.system", "<<SYS>> x"], None, None, "data.system", ["without '<<SYS>>'", "Llama 2"]),
     ("save 0", ["--save_every_steps", "0"], None, None, "save_every_steps", ["from 1", "got 0"]),
     ("save minutes", ["--save_every_minutes", "-3"], None, None, "save_every_minutes", ["above 0", "got -3.0"]),
@@ -341,7 +341,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         "trainer:\n  callbacks:\n    - class_path: os.system\n",
         None,
         "trainer.callbacks",
-        ["list[Callback], Callback, none", "'os.system'"],
+        ["Callback or none", "'os.system'"],
     ),
     (
         "callback import",

@@ -43,7 +43,7 @@ class UpdateGuard(StepCallback):
         self._base_is_broken = False
         self._rows: list[int] = []
         self._step_rows: list[int] = []
-        """Those of the optimizer step that was last."""
+        """Rows of the last optimizer step."""
 
     def state_dict(self) -> dict[str, int]:
         """The counts, so that they continue after an interruption."""

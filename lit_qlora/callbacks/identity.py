@@ -97,7 +97,7 @@ class RunIdentity(Callback):
         self._old_steps = was["steps"]
 
     def _changes(self, trainer: Trainer) -> dict[str, str]:
-        """What became of the rows since the run's last start, in words by part; empty without its record."""
+        """Changes of the rows since the run's last start, in words by part; empty without its record."""
         with suppress(UserError):  # a damaged one
             if self.rows is not None and (recorded := RunRows.read(self.rows)):
                 return recorded.changes(trainer.datamodule.recorded())  # type: ignore[attr-defined]

@@ -47,7 +47,7 @@ class PeakMemory(Callback):
             self._record(trainer)
 
     def _record(self, trainer: Trainer) -> None:
-        """Of the GPU that holds most, and of all processes on the host."""
+        """Record the peaks of the GPU that holds most, and of all processes on the host."""
         host = summed({name: peak for name, peak in self.peaks_gib.items() if name == "host"})
         highest_gib = dict(zip(self.peaks_gib, highest(*self.peaks_gib.values()), strict=True))
         self.peaks_gib = highest_gib | host

@@ -115,7 +115,7 @@ def _guarded(what: str, findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def _commit() -> str:
-    """Of the clone, in brackets; nothing where it can't be found."""
+    """The clone's commit, in brackets; empty if it can't be found."""
     try:
         command = ["git", "-C", str(CLONE), "rev-parse", "--short", "HEAD"]
         return f" ({subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()})"

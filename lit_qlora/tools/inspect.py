@@ -22,7 +22,7 @@ class InspectCLI(DryCLI):
     """fit's own command, for a look at its rows as training has them."""
 
     found: Look
-    """What was seen."""
+    """All that was seen of the rows."""
 
     def before_instantiate_classes(self) -> None:
         """Check its own options before anything is read."""

@@ -1,38 +1,22 @@
 """Owns the verb merge: an adapter merged into its base, as a plain Hugging Face folder that is compared with both.
 
-The arithmetic is in `merging.arithmetic`. The output gets its name only once it is complete and gives the logits of
-base + adapter.
+The folder is written by `merging.folder`. Knows what is refused before anything is loaded.
 """
 
-import json
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from lit_qlora.console import counted, say
-from lit_qlora.errors import UserError, one_line
-from lit_qlora.model.base import Base
-from lit_qlora.storage.files import output_path, require_new, require_room, size
-from lit_qlora.storage.folders import recover, write_folder
-from lit_qlora.storage.run import CARD, RECORD, RunFolder
-from lit_qlora.text.conversation import Conversation
+from lit_qlora.console import say
+from lit_qlora.errors import UserError
+from lit_qlora.storage.files import output_path, require_new, require_room
+from lit_qlora.storage.folders import recover
 from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
-
-if TYPE_CHECKING:
-    import torch
-
-    from lit_qlora.data.encode import Encoder
-    from lit_qlora.text.formats import PromptFormat
-    from lit_qlora.tools.merging.compare import Difference
 
 DType = Literal["float16", "bfloat16", "float32"]
 Onto = Literal["quantized", "original"]
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MARGIN_BYTES = 64 * 2**20
 """Bytes for tokenizer, index and the file system's own use."""
-
-BESIDE = ("tokenizer.model", "LICENSE.txt", "USE_POLICY.md")
-"""Files of a base that are copied unchanged."""
 
 
 def merge(
@@ -85,115 +69,11 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         )
     check_room(target, chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES)
 
-    import torch
-    from safetensors import SafetensorError
+    from lit_qlora.tools.merging.folder import write_merged
 
-    from lit_qlora.model.load import read_record
-    from lit_qlora.tools.merging import compare
-    from lit_qlora.tools.merging.arithmetic import LoraWeights
-
-    trained_in = _trained_in(read_record(chosen.adapter))
-    lora = LoraWeights(chosen.adapter)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = chosen.encoder()
-    texts, source = compare.conversations_to_compare(chosen.settings, RunFolder(chosen.adapter.parent).rows, encoder)
-    wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
-
-    def fill(folder: Path) -> None:
-        from lit_qlora.storage.shards import write_shards
-        from lit_qlora.tools.merging.arithmetic import StoredWeights, merged_tensors
-
-        weights = StoredWeights(chosen.base)
-        tensors = merged_tensors(weights, lora, onto, trained_in, device)
-        tensors = counted("merge", tensors, len(weights.names), " weights")
-        num_bytes = write_shards(folder, ((name, _stored(name, value, dtype)) for name, value in tensors))
-        _write_config(folder, chosen.base, encoder, dtype)
-        made_of = {"base": chosen.base.public_name, "onto": onto, "system": None, **encoder.prompt_format.record()}
-        (folder / RECORD).write_text(json.dumps(made_of, indent=2), encoding="utf-8")
-        _write_tokenizer(folder, chosen.base, encoder, texts)
-        found = compare.difference(folder, wanted, device)
-        compare.check(found, dtype if onto == "quantized" else "another model")
-        (folder / CARD).write_text(_card(chosen, dtype, onto, found, encoder.prompt_format), encoding="utf-8")
-        than = "base + adapter" if onto == "quantized" else "the 4-bit base + adapter that was trained"
-        say("merge", f"{chosen.base.public_name} + {chosen.adapter}: {size(num_bytes)} of {dtype} in {target}")
-        say("check", f"against {than}, {source}, {found}")
-
-    try:
-        write_folder(target, fill)
-    except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
-        raise UserError(f"{target} can't be written: {one_line(error)}", option="output") from error
-
-
-def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: "Difference", prompt_format: "PromptFormat") -> str:
-    from lit_qlora.data.sources import paths_of
-    from lit_qlora.figures.card import merged_card
-
-    made = f"The weights are in {dtype}."
-    if onto == "original":
-        made += " The adapter was added to the base's own weights, not to the 4-bit ones that it was trained on."
-    measured = f"{str(found).capitalize()}, against the 4-bit base with the adapter."
-    sources = paths_of(chosen.settings["data"]["source"]) if chosen.settings else []
-    return merged_card(
-        chosen.base.public_name, sources, made, measured, prompt_format.described("tokenizer_config.json")
-    )
+    write_merged(target, chosen, dtype, onto)
 
 
 def check_room(target: Path, needed_bytes: int) -> None:
     """Raises UserError if the disk of ``target``, which will be written, has less than ``needed_bytes`` free."""
     require_room(target, needed_bytes, str(target), option="output", remedy="give a folder on another disk")
-
-
-def _trained_in(record: dict[str, Any]) -> "torch.dtype":
-    """The dtype from which the base was quantised in training; if the adapter has no record, this device's."""
-    import torch
-
-    from lit_qlora.model.device import choose_precision, compute_dtype, current_device
-
-    dtype = record.get("base_dtype")
-    if dtype in BYTES:
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
-    return compute_dtype(choose_precision("auto", current_device())[0])
-
-
-def _stored(name: str, value: "torch.Tensor", dtype: DType) -> "torch.Tensor":
-    """A weight in the output's dtype."""
-    import torch
-
-    value = value.to(getattr(torch, dtype)).contiguous()
-    if not value.isfinite().all():
-        raise UserError(
-            f"{name} has values that {dtype} can't hold", option="dtype", remedy="give --dtype bfloat16 or float32"
-        )
-    return value.cpu()
-
-
-def _write_config(folder: Path, base: Base, encoder: "Encoder", dtype: DType) -> None:
-    from lit_qlora.data.chat_template import special_ids
-
-    # Answers end as in training, whatever the base's config.json says.
-    config = {name: value for name, value in base.config.items() if name != "quantization_config"}
-    # The name that every version of transformers reads.
-    config |= special_ids(encoder) | {"torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_tokenizer(folder: Path, base: Base, encoder: "Encoder", texts: list[Conversation]) -> None:
-    """Write the base's tokenizer, with a chat template that gives the ids of training."""
-    from lit_qlora.data.chat_template import check_template, write_tokenizer
-    from lit_qlora.data.tokenizer import file_of
-
-    for name in BESIDE:
-        file = file_of(base.location, name)
-        if file and Path(base.location).is_dir() and not _is_of(Path(base.location), file):
-            say("merge", f"{name} of the base is a link to elsewhere, and is not copied")
-        elif file:
-            shutil.copyfile(file, folder / name)
-    write_tokenizer(folder, encoder, int(base.config["max_position_embeddings"]))
-    check_template(folder, encoder, [Conversation(text.turns[:-1], text.system) for text in texts])
-
-
-def _is_of(folder: Path, file: Path) -> bool:
-    """True if ``file``, links followed, lies in ``folder`` or its hub cache: a stranger's link may lead anywhere."""
-    home, target = folder.resolve(), file.resolve()
-    blobs = [home.parents[1] / "blobs"] if home.parent.name == "snapshots" else []
-    return any(target.is_relative_to(place) for place in (home, *blobs))

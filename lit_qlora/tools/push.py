@@ -55,29 +55,24 @@ def push(
 
 
 def _source(run: str | None, adapter: str | None, folder: str | None) -> Path:
-    given = {name: value for name, value in (("run", run), ("adapter", adapter), ("folder", folder)) if value}
+    given = [(name, value) for name, value in (("run", run), ("adapter", adapter), ("folder", folder)) if value]
     if len(given) > 1:
-        (first, _), (second, value) = [*given.items()][:2]
-        raise UserError(
-            f"{value} is given, and --{first} {given[first]} too", option=second, remedy="give one of the two"
-        )
+        (first, other), (second, value) = given[:2]
+        raise UserError(f"{value} is given, and --{first} {other} too", option=second, remedy="give one of the two")
     return Path(adapter or folder or trained_run(run).adapter)
 
 
 def _verified(source: Path) -> tuple[str, dict[str, int]]:
     """The kind of ``source``, and the sizes of its files by name. Raises UserError unless all are as saved."""
+    kind, problem = next((kind for name, kind in KINDS.items() if (source / name).is_file()), None), None
     if not source.is_dir():
-        raise UserError(f"push: {source} is no folder", remedy="give a folder that fit or merge made")
-    kind = next((kind for name, kind in KINDS.items() if (source / name).is_file()), None)
-    if kind is None or not (source / RECORD).is_file():
-        raise UserError(
-            f"push: {source} is no adapter and no merged model of lit-qlora",
-            remedy="give a folder that fit or merge made",
-        )
-    if not (source / MANIFEST).is_file():
-        raise UserError(
-            f"push: {source} has no {MANIFEST}, so its files are unknown", remedy="give a folder that fit or merge made"
-        )
+        problem = "is no folder"
+    elif kind is None or not (source / RECORD).is_file():
+        problem = "is no adapter and no merged model of lit-qlora"
+    elif not (source / MANIFEST).is_file():
+        problem = f"has no {MANIFEST}, so its files are unknown"
+    if problem or kind is None:
+        raise UserError(f"push: {source} {problem}", remedy="give a folder that fit or merge made")
     try:
         return kind, verify_folder(source, may_differ=[CARD])
     except DamagedFolderError as error:
@@ -119,11 +114,8 @@ def _plan(source: Path, kind: str, contents: Contents, hub: Hub) -> str:
 
 def _agreed() -> bool:
     if not sys.stdin.isatty():
-        raise UserError(
-            "nothing was sent, for here is no terminal to ask at",
-            option="yes",
-            remedy="give --yes to send what is shown",
-        )
+        what = "nothing was sent, for here is no terminal to ask at"
+        raise UserError(what, option="yes", remedy="give --yes to send what is shown")
     try:
         return input("send it? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:

@@ -26,9 +26,9 @@ from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering.answerer import Answerer
-from lit_qlora.tools.merge import _is_of
 from lit_qlora.tools.merging import compare
 from lit_qlora.tools.merging.arithmetic import LoraWeights, as_trained
+from lit_qlora.tools.merging.folder import _is_of
 
 SHORT = ["--trainer.val_check_interval", "100", "--samples.count", "0", "--trainer.limit_val_batches", "2"]
 QUESTION = Conversation((Turn("user", "Who goes everywhere with Silas?"),))

@@ -159,5 +159,5 @@ async def _answer(send: Send, status: int, problem: str) -> None:
 
 
 def _headers(body: bytes) -> list[tuple[bytes, bytes]]:
-    """Of a message whose ``body`` is JSON."""
+    """Headers of a message whose ``body`` is JSON."""
     return [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

@@ -193,7 +193,7 @@ class Terminal(Dialog):
 
 
 def _typed() -> str:
-    """What is typed: one line, and the next ones for as long as each ends in a backslash."""
+    """The line typed, with the next one for as long as it ends in a backslash."""
     lines = [input("> ")]
     while lines[-1].endswith("\\"):
         lines[-1:] = [lines[-1][:-1], input("  ")]

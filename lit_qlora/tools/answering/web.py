@@ -25,7 +25,7 @@ from lit_qlora.tools.answering.door import Door
 from lit_qlora.tools.answering.tabs import Asked, Tab, Worker, say
 
 ASK, STOP = "Ask", "Stop"
-"""What the buttons beside a question say: a sign alone would say nothing to who hears the page."""
+"""Labels of the buttons beside a question: words, for those who hear the page."""
 EXAMPLES = 3
 """Example questions on the page."""
 NEEDED = (6, 29)

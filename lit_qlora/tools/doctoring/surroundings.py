@@ -166,21 +166,15 @@ def torchao() -> Iterator[Finding]:
 
 def gpu() -> Iterator[Finding]:
     """The GPU by torch, beside the output of the driver's own program."""
-    seen = _nvidia_smi()
+    seen = _first_gpu()
     torch = _torch()
     if torch is None:
         yield Finding("note", f"GPU: {seen or 'none seen'}; torch can't be imported")
         return
-    trouble = ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
-            if seen and torch.version.cuda:
-                try:
-                    torch.cuda.init()
-                except Exception as error:
-                    trouble = reason(error)
-            yield _no_gpu(torch, seen, trouble)
+            yield _no_gpu(torch, seen)
             return
     capability, (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
     driver = f", driver {seen.rpartition(' driver ')[2]}" if seen else ""
@@ -232,9 +226,8 @@ def _several(torch: Any) -> Iterator[Finding]:
 def _links(count: int) -> str:
     """The links between GPUs by the driver's own program: NV4 is NVLink, PHB, PIX and others PCIe; else empty."""
     try:
-        command = ["nvidia-smi", "topo", "-m"]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        rows = [words for words in map(str.split, re.sub(r"\x1b\[\d*m", "", shown).splitlines()) if words]
+        shown = re.sub(r"\x1b\[\d*m", "", _nvidia_smi("topo", "-m"))
+        rows = [words for words in map(str.split, shown.splitlines()) if words]
         table = [row[1 : count + 1] for row in rows if re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
         found = {table[one][other] for one, other in combinations(range(count), 2)}
     except Exception:
@@ -242,7 +235,7 @@ def _links(count: int) -> str:
     return f"links {', '.join(sorted(found))}" if all(re.fullmatch(r"[A-Z]+\d*", link) for link in found) else ""
 
 
-def _no_gpu(torch: Any, seen: str, trouble: str) -> Finding:
+def _no_gpu(torch: Any, seen: str) -> Finding:
     if not seen:
         return Finding(
             "note", "GPU: none; the demo trains without one, Llama 2 7B does not",
@@ -250,18 +243,27 @@ def _no_gpu(torch: Any, seen: str, trouble: str) -> Finding:
         )  # fmt: skip
     if not torch.version.cuda:
         return Finding("problem", f"GPU: {seen}, and this torch is a build without CUDA", "install torch for CUDA")
+    trouble = ""
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        trouble = reason(error)
     return Finding("problem", f"GPU: {seen}, and torch can't use it ({trouble})", "update the driver, or restart")
 
 
-def _nvidia_smi() -> str:
+def _first_gpu() -> str:
     """Name and driver of the first GPU; empty without one."""
     try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-        name, driver = done.stdout.splitlines()[0].rsplit(",", 1)
+        shown = _nvidia_smi("--query-gpu=name,driver_version", "--format=csv,noheader")
+        name, driver = shown.splitlines()[0].rsplit(",", 1)
         return f"{name.strip()} driver {driver.strip()}"
     except Exception:
         return ""
+
+
+def _nvidia_smi(*args: str) -> str:
+    """The output of the driver's own program. Raises where there is none."""
+    return subprocess.run(["nvidia-smi", *args], capture_output=True, text=True, timeout=20, check=True).stdout
 
 
 def compiler() -> Iterator[Finding]:
@@ -299,7 +301,7 @@ def four_bit() -> Iterator[Finding]:
 
 
 def host_memory() -> Iterator[Finding]:
-    """Of this machine."""
+    """Memory of this machine."""
     found = host.memory_bytes()
     if found is None:
         yield Finding("ok", "host memory: this system doesn't tell")
@@ -340,7 +342,7 @@ def hub_cache() -> Path:
 
 
 def token() -> Iterator[Finding]:
-    """Whether there is a token, and where; never its value."""
+    """The place of the hub's token, if there is one; never its value."""
     if any(os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
         yield Finding("ok", "token: in the environment")
         return

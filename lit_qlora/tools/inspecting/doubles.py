@@ -1,8 +1,8 @@
 """Owns doubles: held-out conversations that training has, too, word for word, nearly so, or with another answer.
 
-Compared are words: in small letters, without punctuation, letters of scripts without spaces each by itself; a system
-text, which many rows share, is left out. Two conversations are nearly the same where their sets of `WORDS` words in a
-row have `ALIKE` of their union in common (Jaccard's index, exact: nothing is drawn by chance). Knows no tokens.
+Words are compared in small letters, without punctuation, each letter by itself in scripts without spaces; system texts,
+which many rows share, are left out. Two conversations are nearly the same if their sets of `WORDS` words in a row share
+`ALIKE` of their union (Jaccard's index, exact). Knows no tokens.
 """
 
 import math
@@ -31,15 +31,7 @@ class Double(NamedTuple):
 
 
 def find_doubles(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[Double]:
-    """The held-out conversations with a double in training, each with the first one of the closest kind.
-
-    Args:
-        train: what is learned.
-        held_out: what is scored.
-
-    Returns:
-        At most one for each held-out conversation, in their order.
-    """
+    """The held-out conversations with a double in training, in order, each with the first one of the closest kind."""
     texts = [_words(" ".join(turn.content for turn in conversation.turns)) for conversation in held_out]
     same, asked = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
     for number, (words, conversation) in enumerate(zip(texts, held_out, strict=True)):
@@ -59,8 +51,8 @@ def find_doubles(train: Sequence[Conversation], held_out: Sequence[Conversation]
 class _Near:
     """Texts, each until another one is found that is nearly the same.
 
-    Two sets that are so much alike share one of their rarest members, if so many of each are looked at as may lack in
-    the other, and one more. (Rare is what few of these texts have.) So most of the texts need not be compared.
+    Two sets so much alike share one of their rarest members (by these texts), if as many of each are looked at as the
+    other may lack, and one more. So most pairs need not be compared.
     """
 
     def __init__(self, texts: Sequence[Sequence[str]]) -> None:
@@ -72,7 +64,7 @@ class _Near:
                 self._by_member[one].add(number)
 
     def pop(self, words: Sequence[str]) -> list[int]:
-        """Takes out the numbers of those texts that are nearly the same as ``words``."""
+        """Take out the numbers of those texts that are nearly the same as ``words``."""
         members = _in_a_row(words)
         if sum(map(self._counts.__contains__, members)) < ALIKE * len(members):
             return []

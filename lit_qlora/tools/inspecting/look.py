@@ -1,7 +1,6 @@
 """Owns the look at a fit's rows: every batch of an epoch is read as training reads it, and counted.
 
-Rows come from the DataModule, encoded by its encoder and handed out by its loaders; nothing of that is done anew here.
-Knows no words and no page.
+Rows come from the DataModule, its encoder and its loaders, as in training. Knows no words and no page.
 """
 
 import re
@@ -37,30 +36,29 @@ class Found(NamedTuple):
 
 @dataclass
 class Part:
-    """What is learned, or what is held out.
-
-    ``lengths`` are tokens before any cut, ``kept`` those in the batches (0 for a conversation that is in none), and
-    ``learned`` how many of them are learned; one for each conversation.
-    """
+    """What is learned, or what is held out."""
 
     name: str
     source: str
     conversations: list[Conversation]
     where: list[str]
     dropped: list[tuple[int, str]]
-    """Rows, and what was dropped of them or not used; of several sources, with the name of each."""
+    """Number of rows, and what was dropped of them or not used; of several sources, with the name of each."""
     left_out: list[LeftOut]
     sources: list[tuple[str, int, int]]
-    """Of several, the name of each, its conversations, and its rows that are left out."""
+    """Of several sources, the name of each, its conversations, and its rows that are left out."""
     notes: list[str]
-    """What is to be known of the rows beside their counts, such as splits that were not read."""
+    """Remarks on the rows beside their counts, such as splits that were not read."""
     lengths: list[int] = field(default_factory=list)
+    """Tokens of each conversation before any cut."""
     kept: list[int] = field(default_factory=list)
+    """Tokens of each conversation in the batches; 0 if it is in none."""
     learned: list[int] = field(default_factory=list)
+    """Learned tokens of each conversation."""
     num_in_batches: list[int] = field(default_factory=list)
-    """Of each conversation, the rows that it takes."""
+    """Rows that each conversation takes."""
     spelled: list[tuple[str, str]] = field(default_factory=list)
-    """Where text spells a special token, and which; it is learned as letters, never as that token."""
+    """Places of texts that spell a special token, and which; it is learned as letters, never as that token."""
 
     @property
     def num_rows(self) -> int:
@@ -109,27 +107,27 @@ class Look:
     max_length: int
     batchings: list[Batching]
     num_steps: int
-    """Of the whole run."""
+    """Optimizer steps of the whole run."""
     num_taken: int
-    """Micro-batches of an epoch that it takes."""
+    """Micro-batches of an epoch that the run takes."""
     doubles: list[Double]
     found: list[Found]
     shown: list[Shown]
     notes: list[str]
-    """What is to be known of the prompt format."""
+    """Remarks on the prompt format."""
 
 
 def look(trainer: Any, data: ChatDataModule, num_shown: int, shown_row: str | None) -> Look:
-    """Reads all rows of a fit.
+    """Read all rows of a fit.
 
     Args:
         trainer: of the run; the DataModule is attached to it.
-        data: the rows; afterwards it is without its Trainer.
-        num_shown: training rows to show, the first ones.
+        data: the rows; detached from the Trainer afterwards.
+        num_shown: number of training rows to show, from the first on.
         shown_row: the one to show instead: its number in the file, or ``file:number``.
 
     Raises:
-        UserError: as a fit does for rows, format and options; and where there is no such row to show.
+        UserError: as a fit does for rows, format and options; and if there is no such row to show.
     """
     data.setup("fit")
     num_steps, accumulate = data.num_optimizer_steps(), trainer.accumulate_grad_batches
@@ -164,7 +162,7 @@ class _Row(NamedTuple):
 
 
 def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> tuple[Part, list[_Row | None]]:
-    """Counts a part's rows, and adds what is wrong with them to ``found``; also returns them, by conversation."""
+    """Count a part's rows, and add their faults to ``found``; also return them, by conversation."""
     records, encoded = data.rows(name)
     sources = [(one.name, len(one.conversations), len(one.left_out)) for one in records.parts]
     part = Part(
@@ -200,7 +198,7 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
 
 
 def _joined(rows: Sequence[_Row | None]) -> _Row | None:
-    """The rows of one conversation as one; None where no batch holds one of them."""
+    """The rows of one conversation as one; None if no batch holds one of them."""
     found = [row for row in rows if row is not None]
     if not found or len(found) < len(rows):
         return None
@@ -249,7 +247,7 @@ def _choose(parts: Sequence[Part], count: int, row: str | None) -> list[tuple[in
 
 
 def _is_named(where: str, row: str) -> bool:
-    """Whether the place ``rows.jsonl:17`` or ``rows.parquet: row 17`` is meant by ``17``, ``rows.jsonl:17`` or such."""
+    """True if ``17``, ``rows.jsonl:17`` or such names the place ``rows.jsonl:17`` or ``rows.parquet: row 17``."""
     if row.isdecimal():
         return re.search(rf"(:|: row ){row}$", where) is not None
     return f"/{where.replace(': row ', ':')}".endswith(f"/{row.replace(': row ', ':').removeprefix('./')}")

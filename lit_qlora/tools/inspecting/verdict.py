@@ -34,7 +34,7 @@ AROUND = 10
 
 
 class Fault(NamedTuple):
-    """What is wrong with a row: one of `KINDS`, and where in it or why."""
+    """A fault of a row: one of `KINDS`, and its place in the row or its reason."""
 
     kind: str
     words: str
@@ -49,20 +49,20 @@ class Batched(NamedTuple):
 
 @dataclass(frozen=True)
 class Judge:
-    """Finds what is wrong with rows of one encoder."""
+    """Finds the faults of rows of one encoder."""
 
     encoder: Encoder
 
     @cached_property
     def special(self) -> frozenset[int]:
-        """The ids that no text may make. That of an unknown character is not among them: it is a loss."""
+        """The ids that no text may make, without that of an unknown character, which is a loss."""
         encoder = self.encoder
         ids = {*special_ids(encoder.tokenizer), encoder.eos_id}
         unknown = encoder.tokenizer.unk_token_id
         return frozenset(ids if unknown in (encoder.bos_id, encoder.eos_id) else ids - {unknown})
 
     def read_back(self, rows: Iterable[Sequence[Written]]) -> Iterator[tuple[Sequence[Written], list[str]]]:
-        """Each of ``rows``, as written, with what its texts come back as from their ids."""
+        """Each of ``rows``, as written, with its texts as decoded from their ids."""
         backend, remaining = self.encoder.tokenizer.backend_tokenizer, iter(rows)
         while some := list(islice(remaining, ROWS_A_CALL)):
             ids = [ids for written in some for _, ids in _texts(written)]
@@ -72,13 +72,12 @@ class Judge:
     def faults(
         self, written: Sequence[Written], came_back: Sequence[str], examples: Sequence[Example], row: Batched | None
     ) -> Iterator[Fault]:
-        """What is wrong with a row.
+        """The faults of a row.
 
         Args:
             written: its pieces, before any cut.
             came_back: its texts as `read_back` has them.
-            examples: what the encoder makes of them: rows, which are several of a long text; none where nothing that is
-                learned is left.
+            examples: what the encoder makes of them: several of a long text, none where nothing learned is left.
             row: what batches hold of it; None where it is in none.
         """
         yield from self._in_text(written, came_back)
@@ -98,7 +97,7 @@ class Judge:
                 yield Fault("question", f"token {start + row.learned[start:end].index(True) + 1:,}")
 
     def _ends(self, written: Sequence[Written], row: Batched) -> Iterator[Fault]:
-        """Answers of which something is learned, and not their end."""
+        """Answers that are learned without their end."""
         length, size = len(row.ids), sum(len(one.ids) for one in written)
         for number, (start, end) in enumerate(_spans(written, answers=True), 1):
             if not any(row.learned[start:end]):
@@ -109,7 +108,7 @@ class Judge:
                 yield Fault("end", f"answer {number}")
 
     def _bos(self, row: Batched) -> Iterator[Fault]:
-        """More or less than one BOS at the start, and another one elsewhere than behind the end of a turn.
+        """More or less than one BOS at the start, and another one elsewhere than after the end of a turn.
 
         None at all is right for a base whose own texts begin with none.
         """
@@ -130,7 +129,7 @@ class Judge:
         return id_ not in self.special and not self.encoder.decode([id_])
 
     def _in_text(self, written: Sequence[Written], came_back: Sequence[str]) -> Iterator[Fault]:
-        """What the pieces that are text become, and whether they come back."""
+        """Texts that make a special token, or lose something on their way to ids and back."""
         texts = _texts(written)
         for text, ids in texts:
             for id_ in self.special.intersection(ids):
@@ -154,13 +153,13 @@ def _texts(written: Sequence[Written]) -> list[tuple[str, list[int]]]:
 
 
 def _as_batched(examples: Sequence[Example]) -> Batched:
-    """How examples have to stand in batches. A first token has nothing that predicts it, and is never learned."""
+    """Examples as batches must hold them. Nothing predicts a first token, so it is never learned."""
     learned = [[label != IGNORE_INDEX for label in example.labels] for example in examples]
     return Batched(joined([example.input_ids for example in examples]), [False, *joined(learned)[1:]])
 
 
 def _spans(written: Sequence[Written], answers: bool) -> Iterator[tuple[int, int]]:
-    """Where each answer begins and ends, or each prompt."""
+    """Beginning and end of each answer, or of each prompt."""
     start = 0
     for is_answer, run in groupby(written, lambda one: one.piece.is_answer):
         end = start + sum(len(one.ids) for one in run)
@@ -170,6 +169,6 @@ def _spans(written: Sequence[Written], answers: bool) -> Iterator[tuple[int, int
 
 
 def _around(text: str, place: int) -> str:
-    """What stands around a place of a text, in quotes."""
+    """The text around a place, in quotes."""
     start = max(0, place - AROUND)
     return f"'{printable(text[start : place + AROUND])}'"

@@ -1,8 +1,7 @@
 """Owns the words of an inspection on a terminal, in 80 columns; colour is an addition, never the only sign.
 
-Only where a row stands is never cut or broken, however long its path: it is there to be copied, and to be searched for.
-
-Knows a look, and nothing of options and files.
+A row's place alone is never cut or broken, however long its path, so that it can be copied. Knows a look, no options
+and no files.
 """
 
 import re
@@ -26,9 +25,9 @@ NAMED = 5
 FEW = 3
 """Rows of a part, at most, that are named, such as what is held out of a small file."""
 NUMBERS = 100
-"""Rows of a file whose numbers are listed behind those."""
+"""Rows of a file whose numbers are listed after those that are named."""
 HEAD, TAIL = 4, 2
-"""Lines that are shown of a long stretch at its beginning and at its end."""
+"""Lines shown at the beginning and at the end of a long stretch."""
 
 DOUBLES = {
     "same": "the same words",
@@ -89,7 +88,7 @@ def _counts(seen: Look) -> Iterator[str]:
 
 
 def sources_of(part: Part) -> list[str]:
-    """Of several sources, what each gave and lost."""
+    """Conversations and left-out rows of each of several sources."""
     return [
         f"{count:>9,} of {printable(name)}" + (f", {number_of(lost, 'rows')} left out" if lost else "")
         for name, count, lost in part.sources
@@ -111,7 +110,7 @@ def counts(parts: Sequence[Part]) -> list[tuple[str, list[int]]]:
 
 
 def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
-    """What of a part is dropped, cut, not used, or taken otherwise than it stands there; each with a number of rows."""
+    """What is dropped, cut, not used or changed of a part, each with its number of rows."""
     first, token = part.spelled[0] if part.spelled else ("", "")
     found = [
         *part.dropped,
@@ -141,9 +140,9 @@ def lengths_in_words(seen: Look) -> str:
 
 
 def longest(seen: Look) -> str:
-    """Where the longest conversation stands."""
-    where = max((length, place) for part in seen.parts for length, place in zip(part.lengths, part.where, strict=True))
-    return printable(where[1])
+    """The place of the longest conversation."""
+    _, place = max(pair for part in seen.parts for pair in zip(part.lengths, part.where, strict=True))
+    return printable(place)
 
 
 def bins(seen: Look) -> list[Bin]:
@@ -188,7 +187,7 @@ def batching_name(batching: Batching) -> str:
 
 
 def run_in_words(seen: Look) -> str:
-    """The steps of the whole run, and where they come from if it does not take all of an epoch."""
+    """The steps of the whole run, and its share of an epoch if it does not take all of one."""
     steps, taken = number_of(seen.num_steps, "steps"), seen.num_taken
     whole = next(one.micro_batches for one in seen.batchings if one.is_chosen)
     some = "" if taken == whole else f", with {taken:,} of {whole:,} micro-batches per epoch"
@@ -208,7 +207,7 @@ def _batchings(seen: Look) -> Iterator[str]:
 
 
 def doubles_of(seen: Look, kind: str) -> list[tuple[str, str]]:
-    """Where the held-out and the training row of each double of a kind stand."""
+    """The places of the held-out and the training row of each double of a kind."""
     train, held_out = seen.parts
     return [(held_out.where[one], train.where[other]) for one, other, found in seen.doubles if found == kind]
 
@@ -226,7 +225,7 @@ def _doubles(seen: Look) -> Iterator[str]:
 
 
 def title_of(row: Shown) -> tuple[str, str]:
-    """Where a row stands; and its part, and its size."""
+    """The place of a row; and its part and size."""
     learned = sum(token.learned for token in row.tokens)
     return printable(row.where), f"({row.part}): {len(row.tokens):,} tokens, {learned:,} learned"
 
@@ -244,7 +243,7 @@ def _row(row: Shown, colour: bool, whole: bool) -> Iterator[str]:
 
 
 def _stretch(run: Sequence[Token], width: int, colour: bool) -> Iterator[str]:
-    """Lines of tokens with a stroke between each two, broken between tokens where they can be."""
+    """Lines of tokens, separated by strokes and broken between tokens if possible."""
     line, taken = "", 0
     for number, token in enumerate(run):
         text = f"«{token.text}»" if token.special else token.text
@@ -311,7 +310,7 @@ def _numbers(places: Iterable[str]) -> str:
 
 
 def _placed(first: str, second: str, is_place: bool = False) -> Iterator[str]:
-    """Both in a line if they fit there; else the second below the first, wrapped unless it names a place."""
+    """Both on one line if they fit; else the second below the first, wrapped unless it is a place."""
     if columns(f"{first} {second}") <= WIDTH:
         yield f"{first} {second}"
     else:

@@ -1,1 +1,1 @@
-"""The parts of `merge`: the arithmetic, the forward pass that checks it, and the comparison."""
+"""The parts of `merge`: the folder, the arithmetic, the forward pass that checks it, and the comparison."""

@@ -6,7 +6,6 @@ Reads safetensors, the base's and the adapter's, without peft and without a mode
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -18,8 +17,7 @@ from lit_qlora.model.base import Base
 from lit_qlora.model.load import WEIGHTS, stored_shapes
 from lit_qlora.model.weights import BUFFER, STATE, is_linear, stored_tensors
 from lit_qlora.storage.foreign import read_object
-
-Onto = Literal["quantized", "original"]
+from lit_qlora.tools.merge import Onto
 
 
 class StoredWeights:

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether the settings fit or may fit, in words."""
+    """True if the settings fit or may fit; and the same in words."""
 
     fits: bool
     words: str
@@ -54,7 +54,7 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def verdict(forecast: Forecast) -> Verdict:
-    """Whether it fits, and otherwise the smallest change with which it does."""
+    """The verdict: it fits, or else the smallest change with which it does."""
     of = f"{forecast.needed_gib:.2f} of {forecast.card.memory_gib:.2f} GiB"
     if forecast.fits():
         return Verdict(True, f"{_surely(forecast) or 'fits'}: {of}")
@@ -67,7 +67,7 @@ def verdict(forecast: Forecast) -> Verdict:
 
 
 def _surely(forecast: Forecast) -> str | None:
-    """Why it only may fit; None if it does."""
+    """The reason why it only may fit; None if it does."""
     if forecast.is_slow:
         return OWN
     return None if forecast.fits(1 - memory.RESERVE) else TIGHT

@@ -37,7 +37,7 @@ def _print_for_all(line: str, error: BaseException | None) -> None:
     found: Any = None
     if isinstance(error, LostError):  # which one is, and why
         with suppress(Exception):
-            found = board()
+            found = board(timedelta(seconds=REACH_S))
             if found.check(["failed"]):
                 rank, _, said = found.get("failed").decode().partition(" ")
                 line = _of(int(rank), said)

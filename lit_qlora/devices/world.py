@@ -26,6 +26,8 @@ SLOW = timedelta(days=1)
 """How long one process may take for what the others wait for, such as a download; one that ends is noticed at once."""
 DEAD = timedelta(minutes=10)
 """How long a device may take for its part of a step."""
+REPLY = timedelta(seconds=5)
+"""How long a program that is there may take to answer."""
 
 
 class World(NamedTuple):
@@ -64,39 +66,91 @@ _store: list[Any] = []
 """Where processes find each other, once it is open."""
 
 
-def board(limit: timedelta = DEAD) -> Any:
+def board(limit: timedelta) -> Any:
     """Where each process can leave words for all, whether or not they have joined: a key-value store of torch's.
 
-    It may take until ``limit`` to reach it.
+    It may take until ``limit`` to reach it. Raises UserError if it can't be reached, or the environment does not say
+    where it is.
+    """
+    from torch import distributed
+
+    if not _store:
+        is_file = STORE in os.environ
+        _store.append(distributed.FileStore(os.environ[STORE], world().size) if is_file else _open_store(limit))
+    return distributed.PrefixStore("lit_qlora", _store[0])
+
+
+def _open_store(limit: timedelta) -> Any:
+    """The store at MASTER_ADDR and MASTER_PORT, kept there by the first process or by torchrun.
+
+    Nobody is waited for inside of torch, where signals would not be heard.
     """
     from torch import distributed
 
     here = world()
-    if not _store:
-        url = f"file://{os.environ[STORE]}" if STORE in os.environ else "env://"
-        if STORE not in os.environ and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
-            raise UserError(
-                f"WORLD_SIZE={here.size} in the environment, and no MASTER_ADDR and MASTER_PORT",
-                remedy="start with torchrun, or unset WORLD_SIZE and start python main.py by itself",
-            )
-        found = distributed.rendezvous(url, here.rank, here.size, timeout=limit)  # type: ignore[no-untyped-call]
-        _store.append(next(found)[0])
-    return distributed.PrefixStore("lit_qlora", _store[0])
+    host, port = (os.environ.get(name, "").strip() for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not host or not port.isdecimal() or int(port) >= 2**16:
+        name = "MASTER_PORT" if host else "MASTER_ADDR"
+        raise UserError(
+            f"WORLD_SIZE={here.size} in the environment, and {f'{name}={port}' if host and port else f'no {name}'}",
+            remedy="start with torchrun, or unset WORLD_SIZE and start python main.py by itself",
+        )
+    keeps = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not keeps:
+        _reach(host, int(port), limit)
+    try:
+        store = distributed.TCPStore(
+            host, int(port), here.size, keeps, REPLY, wait_for_workers=False, multi_tenant=True,
+            use_libuv=os.name != "nt",
+        )  # fmt: skip
+    except distributed.DistError as error:
+        raise UserError(
+            f"MASTER_PORT={port} can't be opened at {host}: another program may have it",
+            remedy="set MASTER_PORT to a port that is free there",
+        ) from error
+    store.set_timeout(DEAD)
+    return store
+
+
+def _reach(host: str, port: int, limit: timedelta) -> None:
+    """Return once a program answers at ``port``. Raises UserError if none has within ``limit``."""
+    ends_at = time.monotonic() + limit.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=REPLY.total_seconds()).close()
+        except OSError as error:
+            if time.monotonic() > ends_at:
+                raise _not_come([0], f"to {host}:{port} ", limit, f" ({error.strerror or error})") from error
+            time.sleep(0.1)
+        else:
+            return
 
 
 def _meet() -> None:
-    """Return once every process has come here. Raises LostError if one has failed on the way."""
-    found, here, ends_at = board(), world(), time.monotonic() + DEAD.total_seconds()
+    """Return once every process has come here.
+
+    Raises:
+        LostError: one has failed on the way.
+        UserError: one does not come.
+    """
+    found, here, ends_at = board(DEAD), world(), time.monotonic() + DEAD.total_seconds()
+    found.set(f"came {here.rank}", "")
     found.add("came", 1)
-    while (came := found.add("came", 0)) < here.size:
+    while found.add("came", 0) < here.size:
         if found.check(["failed"]):
             raise _lost()
         if time.monotonic() > ends_at:
-            raise UserError(
-                f"{came} of {here.size} processes came within {DEAD.total_seconds():.0f} s",
-                remedy="the command must start on every machine, and reach MASTER_ADDR there",
-            )
+            raise _not_come([rank for rank in range(here.size) if not found.check([f"came {rank}"])], "", DEAD)
         time.sleep(0.05)
+
+
+def _not_come(ranks: list[int], where: str, limit: timedelta, why: str = "") -> UserError:
+    shown = ", ".join(map(str, ranks[:8])) + ", …" * (len(ranks) > 8)
+    return UserError(
+        f"process{'es' * (len(ranks) > 1)} {shown} of {world().size} did not come {where}within "
+        f"{limit.total_seconds():.0f} s{why}",
+        remedy="the command must start on every machine, and reach MASTER_ADDR there",
+    )
 
 
 def join(gpu: int | None) -> None:
@@ -229,7 +283,12 @@ def _reduced(values: Any, how: str) -> list[float]:
 
     found = torch.tensor([*values], dtype=torch.float64)
     with peers():
-        distributed.all_reduce(found, getattr(distributed.ReduceOp, how), group=_host_group[0])
+        work = distributed.all_reduce(found, getattr(distributed.ReduceOp, how), group=_host_group[0], async_op=True)
+        pause_s = 2e-5
+        while not work.is_completed():  # torch's own wait lets no signal through, and another may be long in coming
+            time.sleep(pause_s)
+            pause_s = min(1.2 * pause_s, 2e-3)
+        work.wait()
     return found.tolist()  # type: ignore[no-any-return]
 
 
@@ -240,6 +299,7 @@ def gathered(value: T) -> list[T]:
     from torch import distributed
 
     found: list[Any] = [None] * world().size
+    _reduced([0], "MAX")  # waits for the others as objects' own calls can't: so that signals are heard
     with peers():
         distributed.all_gather_object(found, value, group=_host_group[0])
     return found
@@ -252,6 +312,7 @@ def from_first(value: T) -> T:
     from torch import distributed
 
     box = [value]
+    _reduced([0], "MAX")  # waits for the others as objects' own calls can't: so that signals are heard
     with peers():
         distributed.broadcast_object_list(box, 0, group=_host_group[0])
     return box[0]

@@ -1,9 +1,16 @@
 """What processes agree on; with one, everything is what it was."""
 
 import errno
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -21,6 +28,7 @@ from lit_qlora.devices.world import (
     summed,
 )
 from lit_qlora.errors import UserError
+from lit_qlora.signals import leave_in_one_line
 from lit_qlora.storage.files import SaveError
 from tests.devices.several import run_several
 
@@ -128,3 +136,52 @@ def test_a_process_that_is_lost_is_noticed() -> None:
     first, other = run_several(2, lose)
     assert other == "SystemExit: 3"
     assert first.startswith("LostError: process 0 of 2: another one of the run has ended")
+
+
+@pytest.mark.parametrize("waits", [lambda: highest(1), lambda: gathered("x"), lambda: from_first("x")])
+def test_one_that_waits_for_another_hears_a_signal(waits: Callable[[], Any]) -> None:
+    """As behind a download of the first; nothing of torch's waits lets one through."""
+
+    def do() -> int:
+        if world.world().rank == 0:
+            time.sleep(3)
+            return 0
+        with leave_in_one_line():
+            Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+            began = time.monotonic()
+            try:
+                waits()
+            except SystemExit as stop:
+                return int(stop.code or 0) if time.monotonic() - began < 2 else -1
+        return -2
+
+    assert run_several(2, do, limit_s=15) == [0, 143]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("ends", ["signal", "limit"])
+def test_nobody_waits_for_ever_for_one_that_never_comes(monkeypatch: pytest.MonkeyPatch, rank: int, ends: str) -> None:
+    """Nor without hearing a signal: as under srun, where the other's machine does not start."""
+
+    def do() -> Any:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free)}
+        with leave_in_one_line():
+            if ends == "signal":
+                Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+            try:
+                world.join(None)
+            except UserError as error:
+                return error.problem
+            except SystemExit as stop:
+                return stop.code
+
+    monkeypatch.delenv(world.STORE, raising=False)
+    monkeypatch.setattr(world, "DEAD", timedelta(seconds=0.5 if ends == "limit" else 60))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    (found,) = run_several(1, do, limit_s=15, joins=False)
+    if ends == "signal":
+        assert found == 143
+    else:
+        assert found.startswith(f"process {1 - rank} of 2 did not come ")

@@ -43,6 +43,7 @@ from lit_qlora.devices.asked import check_shard, check_shares
 from lit_qlora.devices.launchers import requeue
 from lit_qlora.devices.strategy import OwnSignals
 from lit_qlora.devices.world import (
+    AllEnd,
     LostError,
     barrier,
     by_first,
@@ -383,7 +384,7 @@ class QLoRACLI(LightningCLI):
             problems = "; ".join(self.checkpoints.failures.values())
             begins = "resumes from the last existing checkpoint" if self.run.saved_steps() else "begins anew"
             complain(f"error: trained to the end, and not saved: {problems}; the same command {begins}")
-            raise SystemExit(1)
+            raise AllEnd(1)
 
     def validate(self, model: QLoRAModule, datamodule: ChatDataModule) -> None:
         """Score the held-out rows, or for the verb test the test rows."""
@@ -467,7 +468,7 @@ def main(args: list[str]) -> int:
     except SystemExit as stop:
         if stop.code == 128 + WARNING and not isinstance(stop, LeftAtOnce) and is_first():  # saved, and mirrored
             requeue()
-        if not isinstance(stop, LeftAtOnce):
+        if isinstance(stop, AllEnd):
             with suppress(LostError):  # a launcher ends the others as soon as one has ended with a status
                 barrier()
             leave()

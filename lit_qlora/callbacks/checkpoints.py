@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_qlora.callbacks.record import record_of
-from lit_qlora.callbacks.steps import StepCallback, begin_epoch, is_last_step, validation_follows
+from lit_qlora.callbacks.steps import StepCallback, agree_to_stop, begin_epoch, is_last_step, validation_follows
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import held_out_figures
 from lit_qlora.console import tell
@@ -120,11 +120,14 @@ class RunCheckpoints(StepCallback, Needs):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the adapter if it is the best so far, then make the save that waited for this validation."""
-        if trainer.state.fn != "fit" or not trainer.global_step:
+        if trainer.state.fn != "fit":
+            return
+        agree_to_stop(trainer)
+        if not trainer.global_step:
             return
         if is_first():
             self._keep_if_best(trainer, pl_module)
-        is_due = self._is_due or trainer.should_stop or any_of(self.stop_asked)
+        is_due = any_of(self._is_due or trainer.should_stop or self.stop_asked)
         if is_due and validation_follows(trainer) and is_on_edge(trainer):
             self._save(trainer, pl_module)
 

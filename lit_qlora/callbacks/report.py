@@ -141,7 +141,10 @@ class Report(Callback):
         for logger in trainer.loggers:
             logger.save()
         if not (is_last_step(trainer) or has_stopped_early(trainer)):
-            print(f"stopped at step {trainer.global_step}; the same command resumes from here", flush=True)
+            saved = max(self.run.saved_steps(), default=0)  # a callback may stop the Trainer inside of a step
+            here = "here" if saved == trainer.global_step else f"step {saved}"
+            then = f"resumes from {here}" if saved else "begins anew, for nothing was saved"
+            print(f"stopped at step {trainer.global_step}; the same command {then}", flush=True)
             return
         # Entries that could not be written are in the last checkpoint, and in no file.
         unwritten = {type(logger).__name__: getattr(logger, "problem", None) for logger in trainer.loggers}

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
+from lit_qlora.devices.world import any_of
 
 
 class StepCallback(Callback):
@@ -33,6 +34,8 @@ class StepEdge(Callback):
     def __init__(self, parts: Sequence[StepCallback]) -> None:
         self.parts = [*parts]
         self._seen = 0
+        self._stops = False
+        """True if a callback asked the Trainer to stop inside of a step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start at the step of a resumed run."""
@@ -42,11 +45,25 @@ class StepEdge(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Call the parts if this micro-batch was a step's last."""
-        if trainer.global_step == self._seen:
+        if trainer.global_step == self._seen:  # the step is finished first, so that it can be saved
+            self._stops |= trainer.should_stop
+            trainer.should_stop = False
             return
         self._seen = trainer.global_step
+        trainer.should_stop |= self._stops
+        agree_to_stop(trainer)
         for part in self.parts:
             part.on_step_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop in all processes, where a callback asked one to."""
+        agree_to_stop(trainer)
+
+
+def agree_to_stop(trainer: Trainer) -> None:
+    """Have ``should_stop`` in all processes where one has it: a callback may ask one alone, and Lightning would have
+    that one leave the others behind."""
+    trainer.should_stop = any_of(trainer.should_stop)
 
 
 def is_log_step(trainer: Trainer) -> bool:

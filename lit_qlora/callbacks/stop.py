@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.steps import StepCallback
 from lit_qlora.console import tell
-from lit_qlora.devices.world import highest, is_first
+from lit_qlora.devices.world import AllEnd, highest, is_first
 from lit_qlora.signals import URGENT, give_back, hold_off, leave_at_once, name_of, say, take_over
 
 
@@ -72,10 +72,10 @@ class StopOnSignal(StepCallback):
         reason = name_of(self._status - 128) if self._status else "max_time"
         if self.checkpoints.saved_step == trainer.global_step and not self.checkpoints.failures:
             say(f"stopped and saved at step {trainer.global_step} by {reason}; the same command resumes from here")
-            raise SystemExit(self._status)
+            raise AllEnd(self._status)
         if self.checkpoints.failures:
             tell(f"error: stopped at step {trainer.global_step}, and the last save failed; an earlier one exists")
-            raise SystemExit(1)
+            raise AllEnd(1)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_first, self._is_signalled = not self._is_signalled, True

@@ -43,6 +43,10 @@ class LostError(UserError):
     """Another process of the run has ended, or does not answer."""
 
 
+class AllEnd(SystemExit):
+    """An exit that every process of the run takes, so that each waits for the others before it ends."""
+
+
 def world() -> World:
     """This process, by the environment, as torchrun and `starting` leave it; alone where that says less.
 
@@ -342,7 +346,7 @@ def by_first(do: Callable[[], T]) -> T:
 def _for_others(error: BaseException) -> BaseException:
     if isinstance(error, OSError):
         return OSError(error.errno or 0, str(error))
-    return SystemExit(error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1)
+    return AllEnd(error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1)
 
 
 @contextmanager

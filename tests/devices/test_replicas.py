@@ -6,13 +6,16 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
+from lit_qlora import training
 from lit_qlora.batch import Batch
 from lit_qlora.callbacks import checkpoints
 from lit_qlora.callbacks.steps import StepCallback, StepEdge
@@ -275,7 +278,7 @@ def test_nothing_is_exchanged_inside_of_a_step() -> None:
 
     few, many = (run_several(2, lambda accumulate=accumulate: do(accumulate)) for accumulate in ("2", "8"))
     assert few == many
-    assert few[0] == [["all_reduce", "all_reduce", "gradients", "all_reduce"]] * 3
+    assert few[0] == [["all_reduce", "all_reduce", "gradients", "all_reduce", "all_reduce"]] * 3
 
 
 @pytest.mark.slow
@@ -375,3 +378,71 @@ def test_other_processes_than_were_asked_for_are_refused() -> None:
     words = "error: trainer.devices: with trainer.num_nodes it is 3 x 1, and 2 processes were started, 1 on this"
     assert words in err and err.count("error: ") == 1
     assert "or give --trainer.devices 1 --trainer.num_nodes 2" in err
+
+
+class _One(Callback):
+    """Does something in one process alone, from its second step on, inside of it or behind a validation or an epoch."""
+
+    def __init__(self, rank: int, what: str, hook: str) -> None:
+        self.rank, self.what, self.hook = rank, what, hook
+        self._seen = 0
+
+    def _do(self, trainer: Trainer, hook: str) -> None:
+        if world().rank != self.rank or hook != self.hook or trainer.global_step < 1:
+            return
+        if self.what == "stops":
+            trainer.should_stop = True
+        elif self.what == "exits":
+            raise SystemExit(7)
+        else:
+            raise ValueError("mine")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._seen == trainer.global_step:
+            self._do(trainer, "batch")
+        self._seen = trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, _: Any) -> None:
+        self._do(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer: Trainer, _: Any) -> None:
+        self._do(trainer, "epoch")
+
+
+def _with(callback: Callback) -> Callable[[], None]:
+    def prepare() -> None:
+        training.own_callbacks = lambda *_: [callback]  # type: ignore[assignment]
+
+    return prepare
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("hook", "saved", "then"),
+    [("batch", [2], "resumes from here"), ("validation", [], "begins anew"), ("epoch", [], "begins anew")],
+)
+def test_a_callback_that_stops_one_process_stops_all(
+    rank: int, hook: str, saved: list[int], then: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A step is finished first; a validation inside of a step stops the run there, with one process too."""
+    run, other, options = f"callback-{hook}-{rank}", f"callback-{hook}", [*SHORT, "--save_every_steps", "9"]
+    assert fit(run, 2, *options, before=_with(_One(rank, "stops", hook))) == [0, 0]
+    out, err = capfd.readouterr()
+    assert "error" not in err and re.search(rf"stopped at step [23]; the same command {then}", out)
+    assert RunFolder(Path("runs", run)).saved_steps() == saved
+    if not Path("runs", other).is_dir():
+        assert fit(other, 1, *options, before=_with(_One(0, "stops", hook))) == [0]
+    assert_same(other, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "status"), [("raises", "ValueError: mine"), ("exits", 7)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_callback_that_fails_in_one_process_ends_all(rank: int, what: str, status: Any) -> None:
+    found = run_several(
+        2,
+        lambda: (_with(_One(rank, what, "batch"))(), main([*OPTIONS, *SHORT, "--run", f"{what}-{rank}"]))[1],
+        limit_s=40,
+    )
+    assert found[rank] == status and found[1 - rank] == 2

@@ -30,7 +30,10 @@ from lit_qlora.devices.asked import (
     check_shard,
     check_shares,
     check_started,
+    check_there,
+    check_world,
     has_driver,
+    most_gpus,
     no_gpu,
 )
 from lit_qlora.devices.world import is_first, world
@@ -91,11 +94,13 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     _check_alone(values)
     for name in OF_LIGHTNING:
         _check_classes(name, values.get(name), of_classes.get(name, {}))
+    defaults = {name: one.default for name, one in options.items() if one.default is not UNKNOWN}
     if command.kept:
         _check_with_kept(verb, options, values, command.kept)
+        with suppress(TypeError):  # in a config.yaml that was edited: found later
+            _check_devices(verb, defaults | command.kept.read_options() | values)
         return
     configs = found.get("config") or []
-    defaults = {name: one.default for name, one in options.items() if one.default is not UNKNOWN}
     _check_whole(verb, options, defaults | values, str(configs[-1]) if configs else None)
 
 
@@ -119,8 +124,7 @@ def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, 
     if values["data.template"] != OF_BASE:
         read_template(values["data.template"])
     _check_base(verb, values)
-    if verb in LEARNING:
-        _check_devices(verb, values)
+    _check_devices(verb, values)
     named = values.get("run")  # as `complete` has it
     run = RunFolder(Path(named or unnamed_run(config, values["model.base"])))
     if verb == "fit" and named:
@@ -189,20 +193,28 @@ def _check_base(verb: str, values: Mapping[str, Any]) -> None:
 
 
 def _check_devices(verb: str, values: Mapping[str, Any]) -> None:
-    """Raises UserError for devices that can't be here, or of which a step or a base has too little to share."""
+    """Raises UserError for devices that can't be here, or of which a step or a base has too little to share.
+
+    GPUs are counted as those that can be there at most: torch may see fewer, which is found later.
+    """
     devices, num_nodes, here = values["trainer.devices"], values["trainer.num_nodes"], world()
-    number, is_on_cpu = _number_of(devices), values["trainer.accelerator"] == "cpu"
-    if verb == "fit" and values["trainer.accelerator"] in GPUS and not has_driver():
-        raise no_gpu(values["trainer.accelerator"])
-    if verb == "fit" and is_on_cpu and not isinstance(devices, str):
-        check_on_cpu(devices, "a CPU has no number", max(MOST_ON_CPU, here.local_size))
-    num_gpus = len([*Path("/proc/driver/nvidia/gpus").glob("*")])
-    if verb != "fit" or is_on_cpu or number <= num_gpus or not num_gpus:
-        num_processes = number * num_nodes if here.size == 1 else here.size
+    accelerator, number = values["trainer.accelerator"], _number_of(devices)
+    is_on_cpu, is_here = accelerator == "cpu", verb not in ("plan", "inspect")
+    if is_here and accelerator in GPUS and not has_driver():
+        raise no_gpu(accelerator)
+    if is_here and isinstance(devices, int | list):
+        if is_on_cpu:
+            check_on_cpu(devices, "a CPU has no number", max(MOST_ON_CPU, here.local_size))
+        elif num_gpus := most_gpus():
+            check_there(devices, num_gpus)
+        if (devices, num_nodes) != (1, 1):
+            check_world(number, num_nodes)
+    num_processes = number * num_nodes if here.size == 1 else here.size
+    if verb in LEARNING:
         check_shares(num_processes, values["trainer.accumulate_grad_batches"])
-        if devices == 1 or is_on_cpu:  # else as many as there are GPUs
-            check_shard(values["model.shard"], values["model.shard_to"], num_processes)
-    if verb == "fit" and here.size == 1 and num_nodes > 1:
+    if devices == 1 or is_on_cpu:  # else as many as there are GPUs
+        check_shard(values["model.shard"], values["model.shard_to"], num_processes)
+    if is_here and here.size == 1 and num_nodes > 1:
         check_started(devices, number, num_nodes)
 
 

@@ -17,16 +17,23 @@ from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
 from lit_qlora.arguments import checked_arguments
-from lit_qlora.devices.asked import GPUS, MOST_ON_CPU, check_on_cpu, check_started, no_gpu
+from lit_qlora.devices.asked import (
+    GPUS,
+    MOST_ON_CPU,
+    check_on_cpu,
+    check_started,
+    check_there,
+    check_world,
+    no_gpu,
+)
 from lit_qlora.devices.strategy import Replicas
 from lit_qlora.devices.world import world
-from lit_qlora.errors import UserError, one_line, require
+from lit_qlora.errors import UserError, one_line
 from lit_qlora.model.device import AMPERE, Precision, choose_precision, current_device, decides_for_another
 from lit_qlora.model.script import CHANGING, FIGURES, check_monitored, refuse_kinds
 from lit_qlora.options import OneLineErrors, quoted
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
-from lit_qlora.wording import number_of
 
 NOT_OFFERED = {
     "barebones", "check_val_every_n_epoch", "default_root_dir", "enable_autolog_hparams", "enable_checkpointing",
@@ -223,27 +230,14 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
     if devices == "auto":
         devices = max(num_gpus, 1)
     numbers = [*range(devices)] if isinstance(devices, int) else [*devices]  # type: ignore[misc]
-    num_processes = len(numbers) * num_nodes
-    if here.size > 1 and (num_processes, len(numbers)) != (here.size, here.local_size):
-        raise UserError(
-            f"with trainer.num_nodes it is {len(numbers)} x {num_nodes}, and {here.size} processes were started, "
-            f"{here.local_size} on this machine",
-            option="trainer.devices",
-            remedy=f"start {len(numbers)} on each of {number_of(num_nodes, 'machines')}, or give --trainer.devices "
-            f"{here.local_size} --trainer.num_nodes {here.size // here.local_size}",
-        )
+    check_world(len(numbers), num_nodes)
     if not is_here:
         return [None] * len(numbers)
     if not num_gpus:
         check_on_cpu(len(numbers), "", max(MOST_ON_CPU, here.local_size))
         return [None] * len(numbers)
-    if here.size > 1 and num_gpus == 1:  # srun shows each process its own alone
-        return [0] * len(numbers)
-    are = f"there {'are' if num_gpus > 1 else 'is'} {num_gpus} GPU{'s' * (num_gpus > 1)} here"
-    require(len(numbers) <= num_gpus, "trainer.devices", f"at most {num_gpus}, for {are}", len(numbers))
-    inside = all(0 <= number < num_gpus for number in numbers)
-    require(inside, "trainer.devices", f"GPUs' numbers below {num_gpus}, or how many", numbers)
-    return [*numbers]
+    check_there(numbers, num_gpus)
+    return [*numbers] if num_gpus > 1 or here.size == 1 else [0] * len(numbers)  # srun shows each its own alone
 
 
 def check_kinds(gpus: Sequence[int | None], precision: str) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from types import NoneType
 
 _NOUNS = (
-    "answer character checkpoint conversation device epoch file layer machine prompt question row sample source step "
-    "text token turn"
+    "GPU answer character checkpoint conversation device epoch file layer machine prompt question row sample source "
+    "step text token turn"
 )
 NOUNS = {f"{noun}s": noun for noun in _NOUNS.split()} | {"micro-batches": "micro-batch", "processes": "process"}
 VERBS = {"are": "is", "were": "was", "do": "does", "hold": "holds", "have": "has", "stand": "stands", "spell": "spells"}

@@ -4,8 +4,10 @@ import os
 import sys
 from collections.abc import Sequence
 from ctypes import CDLL
+from pathlib import Path
 
-from lit_qlora.errors import UserError, require
+from lit_qlora.devices.world import world
+from lit_qlora.errors import UserError
 from lit_qlora.place import COMMAND
 from lit_qlora.wording import number_of
 
@@ -39,7 +41,61 @@ def check_on_cpu(devices: int | Sequence[int], why: str, most: int = MOST_ON_CPU
     """Raises UserError for GPUs by their numbers, wrong for the reason ``why``, or for more processes than ``most``."""
     if not isinstance(devices, int):
         raise UserError(f"expected 1, for {why}, got {devices}", option="trainer.devices", remedy="leave it out")
-    require(devices <= most, "trainer.devices", f"at most {most} processes on a CPU", devices)
+    _check_most(devices, most, f"at most {most} processes on a CPU")
+
+
+def most_gpus() -> int:
+    """GPUs that torch will see here at most; 0 where the driver does not list them."""
+    listed = len([*Path("/proc/driver/nvidia/gpus").glob("*")])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return listed if visible is None else min(listed, len([*filter(str.strip, visible.split(","))]))
+
+
+def check_there(devices: int | Sequence[int], num_gpus: int) -> None:
+    """Raises UserError for more GPUs than there are, or for numbers that none has.
+
+    Args:
+        devices: how many, or their numbers.
+        num_gpus: that are here, at least 1.
+    """
+    if world().size > 1 and num_gpus == 1:  # srun shows each process its own alone
+        return
+    numbers = range(devices) if isinstance(devices, int) else devices
+    there = f"there {'are' if num_gpus > 1 else 'is'} {number_of(num_gpus, 'GPUs')} here"
+    _check_most(len(numbers), num_gpus, f"at most {num_gpus}, for {there}")
+    if max(numbers) >= num_gpus:
+        raise UserError(
+            f"expected numbers below {num_gpus}, for {there}, got {devices}",
+            option="trainer.devices",
+            remedy=f"give {[*range(len(numbers))]}, or their number",
+        )
+
+
+def _check_most(devices: int, most: int, expected: str) -> None:
+    if devices > most:
+        raise UserError(
+            f"expected {expected}, got {devices}",
+            option="trainer.devices",
+            remedy=f"give --trainer.devices {most}, which learns the same in more time",
+        )
+
+
+def check_world(num_here: int, num_nodes: int) -> None:
+    """Raises UserError where other processes were started than were asked for.
+
+    Args:
+        num_here: processes asked for on each machine.
+        num_nodes: machines.
+    """
+    here = world()
+    if here.size > 1 and (num_here * num_nodes, num_here) != (here.size, here.local_size):
+        raise UserError(
+            f"with trainer.num_nodes it is {num_here} x {num_nodes}, and {here.size} processes were started, "
+            f"{here.local_size} on this machine",
+            option="trainer.devices",
+            remedy=f"start {num_here} on each of {number_of(num_nodes, 'machines')}, or give --trainer.devices "
+            f"{here.local_size} --trainer.num_nodes {here.size // here.local_size}",
+        )
 
 
 def check_started(devices: object, num_here: int, num_nodes: int) -> None:

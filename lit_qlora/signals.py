@@ -87,6 +87,12 @@ def no_signals_for_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
+def hear() -> None:
+    """In a process begun under `no_signals_for_children` that handles signals by now: let them through."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def take_over(handler: Handler | signal.Handlers, numbers: Iterable[int] = SIGNALS) -> dict[int, Any]:
     """Set a handler for signals, but for those of `PATIENT` that are ignored; nothing outside of the main thread.
 

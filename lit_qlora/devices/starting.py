@@ -20,7 +20,7 @@ from lit_qlora.console import complain
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
 from lit_qlora.devices.world import OF_TORCHRUN, STORE, World
 from lit_qlora.errors import UserError
-from lit_qlora.signals import SIGNALS, Handler, give_back, hold_off, take_over
+from lit_qlora.signals import SIGNALS, Handler, give_back, hear, hold_off, no_signals_for_children, take_over
 
 PARENT = "LIT_QLORA_PARENT"
 """In the environment of a process that `run` began: the number of the one that did."""
@@ -56,6 +56,7 @@ def take_place(is_for_several: bool = True) -> list[str]:
         return left
     if PARENT in os.environ:
         _end_with_parent(int(os.environ[PARENT]))
+        hear()
     return []
 
 
@@ -163,10 +164,8 @@ def run(args: Sequence[str], count: int) -> int:
     previous = take_over(hand_on, SIGNALS)
     try:
         with tempfile.TemporaryDirectory(prefix="lit_qlora-") as folder:
-            for rank in range(count):
-                children.append(_Child(args, rank, count, Path(folder, "store")))
-                for number in sent:
-                    children[-1].send(number)
+            with no_signals_for_children():  # until each can handle one: see `take_place`
+                children.extend(_Child(args, rank, count, Path(folder, "store")) for rank in range(count))
             return _wait(children, sent, hand_on)
     finally:
         for child in children:

@@ -11,13 +11,16 @@ from unittest import mock
 
 import pytest
 
+from lit_qlora import precheck
 from lit_qlora.cli import main
 from lit_qlora.devices import starting
+from lit_qlora.devices.asked import most_gpus
 from lit_qlora.devices.launchers import COUNTS, RANKS
 from lit_qlora.devices.starting import take_place
 from lit_qlora.devices.world import World, world
 from lit_qlora.errors import UserError
 from lit_qlora.precheck import check_first, processes_asked
+from lit_qlora.signals import SIGNALS
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,9 +117,11 @@ def test_a_rank_alone_is_refused(
     assert err.count("\n") == 1
 
 
-def started(code: str, count: int = 2) -> subprocess.Popen[str]:
-    """A command whose processes each run ``code``, with their number as ``rank``."""
-    task = f"import os, signal, sys, time; rank = int(os.environ['RANK']); sys.stdin.read(0)\n{code}"
+def started(code: str, count: int = 2, hears: bool = True) -> subprocess.Popen[str]:
+    """A command whose processes each run ``code``, with their number as ``rank``, once it ``hears`` signals."""
+    task = "import os, signal, sys, time; rank = int(os.environ['RANK']); sys.stdin.read(0)\n"
+    task += f"signal.pthread_sigmask(signal.SIG_UNBLOCK, {[*map(int, SIGNALS)]})\n" * hears
+    task += code
     command = f"""if True:
         import sys; sys.path.insert(0, {str(ROOT)!r})
         from lit_qlora.devices import starting
@@ -281,3 +286,66 @@ def test_a_command_that_cannot_be_is_refused_before_any_is_started(
     assert all(word in str(refused.value) for word in words), refused.value
     assert main(["fit", "--trainer.accelerator", "cpu", *options.split()]) == 2
     assert " ".join(capsys.readouterr().err.split()).startswith(f"error: {words[0]}")
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+@pytest.mark.parametrize(
+    ("devices", "num_gpus", "problem", "remedy"),
+    [
+        (
+            "3",
+            1,
+            "expected at most 1, for there is 1 GPU here, got 3",
+            "give --trainer.devices 1, which learns the same",
+        ),
+        ("99", 2, "expected at most 2, for there are 2 GPUs here, got 99", "give --trainer.devices 2"),
+        ("[0,4]", 2, "expected numbers below 2, for there are 2 GPUs here, got [0, 4]", "give [0, 1], or their number"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused_before_any_process_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, devices: str, num_gpus: int, problem: str, remedy: str
+) -> None:
+    """For a run's own settings, too, as for one from a larger machine."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(precheck, "most_gpus", lambda: num_gpus)
+    Path("runs", "there").mkdir(parents=True)
+    Path("runs/there/config.yaml").write_text(f"trainer:\n  devices: {devices}\n")
+    new = ["--run", "new", "--config", "demo", "--trainer.devices", devices]
+    for options in [new] if verb == "fit" else [new, ["--run", "there"]]:
+        with pytest.raises(UserError) as refused:
+            check_first(verb, options)
+        assert (refused.value.option, refused.value.problem) == ("trainer.devices", problem)
+        assert refused.value.remedy and refused.value.remedy.startswith(remedy)
+    check_first("fit", ["--run", "new", "--trainer.devices", "3", "--trainer.accelerator", "cpu",
+                        "--trainer.accumulate_grad_batches", "3"])  # fmt: skip
+
+
+def test_the_driver_and_the_environment_say_how_many_gpus_there_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", lambda *_: [Path("0"), Path("1"), Path("2")])
+    for visible, number in ((None, 3), ("0,2", 2), ("", 0), ("GPU-1", 1), ("0,1,2,3", 3)):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert most_gpus() == number
+
+
+def test_other_processes_than_were_asked_for_are_refused_before_torch_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    options = ["--trainer.accelerator", "cpu", "--trainer.accumulate_grad_batches", "4", "--trainer.devices"]
+    with pytest.raises(UserError) as refused:
+        check_first("fit", [*options, "3"])
+    assert refused.value.option == "trainer.devices"
+    assert refused.value.problem.startswith("with trainer.num_nodes it is 3 x 1, and 2 processes were started, 2 on")
+    check_first("fit", [*options, "2"])
+
+
+def test_a_signal_waits_until_a_process_can_handle_it() -> None:
+    """Python's own handler would show a traceback of what is being imported then."""
+    code = "print(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))) if rank == 0 else None"
+    assert ended(started(code, hears=False))[1] == f"{sorted(map(int, SIGNALS))}\n"
+    code = "from lit_qlora.devices.starting import take_place; take_place()\n" + code
+    assert ended(started(f"sys.path.insert(0, {str(ROOT)!r}); {code}", hears=False))[1] == "[]\n"

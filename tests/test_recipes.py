@@ -38,7 +38,7 @@ def test_the_figures_in_kaggles_config_are_the_forecasts(capsys: pytest.CaptureF
     head = (ROOT / "configs" / "kaggle_2xt4.yaml").read_text(encoding="utf-8").split("\n\n")[0]
     assert main(["plan", "--config", "kaggle_2xt4", "--gpu", "t4"]) == 0
     shown = capsys.readouterr().out
-    hours = re.search(r"the run, 3 epochs: ([\d.]+) h to ([\d.]+) h", shown)
+    hours = re.search(r"the run, 3 epochs: ([\d.]+) to ([\d.]+) h", shown)
     speeds = re.search(r": ([\d,]+) to ([\d,]+) tokens/s", shown)
     needed = re.search(r"^fits: ([\d.]+) of 14.56 GiB$", shown, re.MULTILINE)
     assert hours and f"{hours[1]} to {hours[2]} h for 3 epochs of 9,846 conversations" in head

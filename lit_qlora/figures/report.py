@@ -5,6 +5,7 @@ A run folder may come from a stranger: all of it is data here, of any content, a
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from lit_qlora.figures.lines import damaged_lines, iter_lines
 from lit_qlora.figures.render import filled
 from lit_qlora.figures.samples import CONTEXT, LIMIT, ROWS_SHOWN, answered, ends_in_words
 from lit_qlora.place import COMMAND
-from lit_qlora.storage.config_file import as_yaml
+from lit_qlora.storage.config_file import as_yaml, read_options
 from lit_qlora.storage.files import write_file
 from lit_qlora.storage.foreign import object_in, read_object
 from lit_qlora.storage.run import RunFolder
@@ -132,13 +133,9 @@ def _configuration(run: RunFolder) -> tuple[dict[str, Any], list[str], str]:
         return {}, [], str(error)
     changes = []
     for file in sorted(run.path.glob("config.*.yaml"), key=lambda path: (len(path.name), path.name)):
-        later = RunFolder(run.path)
-        later.config = file
-        try:
-            now = later.read_config()
-        except UserError:
-            continue
-        changes += [f"start {file.name.split('.')[1]}: {change}" for change in differences(first, now)]
+        with suppress(ValueError):  # a damaged one
+            later = differences(first, read_options(file))
+            changes += [f"start {file.name.split('.')[1]}: {change}" for change in later]
     return first, changes, ""
 
 

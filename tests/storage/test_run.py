@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.errors import UserError
-from lit_qlora.storage.adapter import put_adapter_back
 from lit_qlora.storage.files import SaveError
 from lit_qlora.storage.folders import remove_folder, verify_folder, write_folder
 from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
-from lit_qlora.storage.settings import differences
 
 
 @pytest.fixture
@@ -320,25 +318,6 @@ def test_only_a_run_folder_can_be_opened(run, tmp_path, expect_error):
         expect_error(partial(open_run, path), path, "no config.yaml", option="run")
 
 
-def test_differences_are_told_by_dotted_names():
-    was = {
-        "seed": 1,
-        "model": {"rank": 8, "base": "demo", "deep": {"a": [1, 2]}},
-        "data": None,
-        "trainer": {"steps": 1},
-    }
-    now = {"seed": 2, "model": {"rank": 16, "base": "demo", "deep": {"a": [1]}, "new": True}, "data": {"source": "x"}}
-    assert [*map(str, differences(was, now))] == [
-        "data.source: None -> x",
-        "model.deep.a: [1, 2] -> [1]",
-        "model.new: None -> True",
-        "model.rank: 8 -> 16",
-        "seed: 1 -> 2",
-        "trainer.steps: 1 -> None",
-    ]
-    assert differences(was, was) == []
-
-
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"step": null, "steps": 2}', '{"step": 1}', "\0\0"])
 def test_a_damaged_mark_is_none_with_a_warning(run, capsys, text):
     run.finished_mark.write_text(text, encoding="utf-8")
@@ -370,46 +349,6 @@ def test_a_damaged_config_is_told_with_what_to_do(run, content, reason, expect_e
     run.config.write_bytes(content)
     expect_error(run.read_config, run.config, reason, "put a copy of it back")
     assert run.write_config("a: 1\n").name == "config.2.yaml"
-
-
-def adapter(folder, step):
-    write_folder(folder, lambda new: (new / "result.json").write_text(json.dumps({"step": step})))
-
-
-def step_of(folder):
-    return json.loads((folder / "result.json").read_text())["step"] if folder.exists() else None
-
-
-@pytest.mark.parametrize(
-    ("best", "copy", "mirrored", "must_stay", "stands", "aside"),
-    [
-        (6, None, None, True, 6, None),  # that of the checkpoint's own step
-        (7, 6, None, True, 6, 7),
-        (7, 4, None, False, 4, 7),
-        (7, None, None, False, None, 7),  # the checkpoint had none
-        (7, 7, None, False, None, 7),
-        (7, 7, 5, True, 5, 7),
-        (7, 7, 9, True, 7, None),  # no better one is left of what the checkpoint had
-        (None, None, None, False, None, None),
-    ],
-)
-def test_a_best_adapter_from_behind_the_checkpoint_makes_way_for_that_of_the_checkpoint(
-    run, tmp_path, capsys, best, copy, mirrored, must_stay, stands, aside
-):
-    there = tmp_path / "mirror"
-    for folder, step in ((run.adapter, best), (run.adapter_copy, copy), (there, mirrored)):
-        if step is not None:
-            adapter(folder, step)
-    put_adapter_back(run, 6, there, must_stay=must_stay)
-    assert (step_of(run.adapter), step_of(run.path / "adapter.before")) == (stands, aside)
-    assert ("after step 6" in capsys.readouterr().out) == (aside is not None)
-
-
-def test_what_was_put_aside_before_makes_way_for_what_is_put_aside_now(run):
-    for step in (7, 9):
-        adapter(run.adapter, step)
-        put_adapter_back(run, 6)
-    assert step_of(run.path / "adapter.before") == 9
 
 
 def test_a_run_s_name_with_a_slip_is_guessed(tmp_path):

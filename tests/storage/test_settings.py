@@ -3,7 +3,7 @@
 import pytest
 
 from lit_qlora.storage import settings
-from lit_qlora.storage.settings import MAY_CHANGE
+from lit_qlora.storage.settings import MAY_CHANGE, differences
 
 
 def refused(was, now):
@@ -59,3 +59,22 @@ def test_a_section_that_may_change_may_change_in_all_its_parts():
 def test_a_run_from_before_an_option_goes_on_where_the_option_changes_nothing():
     was, now = {"data": {"form": "auto"}}, {"data": {"form": "auto", "strict": False}}
     assert (refused(was, now), allowed(was, now)) == ([], ["data.strict: None -> False"])
+
+
+def test_differences_are_told_by_dotted_names():
+    was = {
+        "seed": 1,
+        "model": {"rank": 8, "base": "demo", "deep": {"a": [1, 2]}},
+        "data": None,
+        "trainer": {"steps": 1},
+    }
+    now = {"seed": 2, "model": {"rank": 16, "base": "demo", "deep": {"a": [1]}, "new": True}, "data": {"source": "x"}}
+    assert [*map(str, differences(was, now))] == [
+        "data.source: None -> x",
+        "model.deep.a: [1, 2] -> [1]",
+        "model.new: None -> True",
+        "model.rank: 8 -> 16",
+        "seed: 1 -> 2",
+        "trainer.steps: 1 -> None",
+    ]
+    assert differences(was, was) == []

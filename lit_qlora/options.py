@@ -43,11 +43,7 @@ _raised: deque[UserError] = deque(maxlen=32)
 
 
 def quoted(error: UserError) -> UserError:
-    """``error``, kept to be found again where jsonargparse quotes it.
-
-    Args:
-        error: about an argument of a class, or the class itself.
-    """
+    """``error``, about a class or an argument of one, kept to be found again where jsonargparse quotes it."""
     _raised.append(error)
     return error
 
@@ -255,13 +251,9 @@ def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
 
 
 def no_class(name: str, option: str, known: Iterable[str], why: str = "") -> UserError:
-    """The error for a class that is not there.
+    """The error for a class, the value of ``option``, that is not there, with Python's reason ``why``.
 
-    Args:
-        name: of the class, as it was written.
-        option: whose value it is.
-        known: names of the classes that may be meant.
-        why: the reason that Python gives.
+    ``known`` are the names of the classes that may be meant.
     """
     names = [*known]
     by_bare = {_bare(name): name for name in names} | {re.sub("logger$", "", _bare(name)): name for name in names}
@@ -391,12 +383,7 @@ def take_option(args: Sequence[str], *names: str) -> tuple[list[str | None], lis
 
 
 def configs_first(args: Sequence[str], changed: Callable[[str], str] = str) -> list[str]:
-    """A command line with its config files in front: another option counts wherever it stands.
-
-    Args:
-        args: the command line.
-        changed: gives what takes the place of a config file.
-    """
+    """A command line with its config files, as ``changed`` gives them, in front: other options count anywhere."""
     configs, others = take_option(args, *CONFIG)
     return [arg for one in configs for arg in (CONFIG[0], *(() if one is None else [changed(one)]))] + others
 

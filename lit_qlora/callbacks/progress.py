@@ -30,7 +30,7 @@ class TimeLeft:
         self._total, self._start, self._before_s = total, done, training_s
 
     def at(self, done: int, training_s: float, interval: float, validation_s: float) -> float:
-        """The seconds left.
+        """The seconds left after ``done`` optimizer steps.
 
         Args:
             done: Optimizer steps done.

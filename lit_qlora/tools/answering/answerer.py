@@ -108,14 +108,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
 
 
 def trained_run(run: str | None) -> RunFolder:
-    """Open a run that has an adapter.
-
-    Args:
-        run: a run folder or its name; None for the newest run.
-
-    Raises:
-        UserError: if there is no such run, or no adapter in it.
-    """
+    """Open a run that has an adapter, by folder or name; None for the newest. Raises UserError if there is none."""
     folder = open_run(run_path(run)) if run else newest_run()
     if not (folder.adapter / "adapter_config.json").is_file():
         raise UserError(f"{folder.path} has no adapter yet", option="run", remedy="train it first, or give --adapter")
@@ -202,15 +195,12 @@ class Answerer:
         return [Answer(*self.encoder.answer(ids, sampling.stop)) for ids in self._generate(prompts, sampling)]
 
     def stream(self, conversation: Conversation, sampling: Sampling, show: Callable[[str], bool]) -> Answer:
-        """Generate one answer and show it meanwhile.
+        """Generate one answer and show it meanwhile; return all of it.
 
         Args:
-            conversation: ends on the user's turn.
+            conversation: as for `prompt`.
             sampling: how tokens are drawn.
             show: called after each token with the new text, which may be empty; False stops the answer.
-
-        Returns:
-            The whole answer.
 
         Raises:
             UserError: as `prompt` does.
@@ -255,14 +245,8 @@ class Answerer:
     def trim(self, conversation: Conversation, sampling: Sampling) -> tuple[Conversation, int]:
         """Drop the first turns that do not fit into the base's context.
 
-        Turns are dropped in pairs of question and answer; the system text and the last question are kept.
-
-        Args:
-            conversation: an open prompt.
-            sampling: its ``max_new_tokens`` are the room that an answer needs.
-
-        Returns:
-            The rest of the conversation, and the number of turns dropped.
+        Turns are dropped in pairs of question and answer; the system text and the last question are kept. Arguments
+        are those of `prompt`. Returns the rest of the conversation, and the number of turns dropped.
         """
         for start in range(0, len(conversation.turns), 2):
             kept = replace(conversation, turns=conversation.turns[start:])

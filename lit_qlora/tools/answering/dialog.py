@@ -12,12 +12,7 @@ from lit_qlora.wording import number_of
 
 
 def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
-    """The notice for a cut answer.
-
-    Args:
-        sampling: has the limit.
-        limit: what sets it, in words.
-    """
+    """The notice for an answer cut at the limit of ``sampling``; ``limit`` is what sets it, in words."""
     return f"(cut at {number_of(sampling.max_new_tokens, 'tokens')}; {limit} sets the limit)"
 
 
@@ -36,16 +31,10 @@ class Dialog:
         self._num_left_out = 0
 
     def fitting(self, turns: list[Turn]) -> tuple[Conversation, str]:
-        """The conversation to ask, without first turns that no longer fit into the context.
+        """The conversation to ask: ``turns``, the new question last, without first ones that no longer fit.
 
-        Args:
-            turns: all turns, the new question last.
-
-        Returns:
-            The conversation, and a notice if more turns than before were dropped, else an empty text.
-
-        Raises:
-            UserError: for a question that can't be asked.
+        Returns it with a notice if more turns than before were dropped, else an empty text. Raises UserError for a
+        question that can't be asked.
         """
         whole = Conversation(tuple(turns), self.system)
         check_prompt(whole, self.answerer.encoder.prompt_format)

@@ -128,15 +128,9 @@ class Worker:
 
 
 def say(messages: Messages, role: str, text: str) -> dict[str, str]:
-    """Add a message unless it is empty.
+    """Add a message of plain ``text`` by ``role``, ``user`` or ``assistant``, to a column unless it is empty.
 
-    Args:
-        messages: what a column shows; changed in place.
-        role: ``user`` or ``assistant``.
-        text: plain text.
-
-    Returns:
-        The part of the message that holds the text, to be changed while an answer arrives.
+    Returns the part of the message that holds the text, to be changed while an answer arrives.
     """
     part = {"type": "text", "text": _escaped(text)}  # a bare string would lose its indentation
     if text:

@@ -85,14 +85,9 @@ class Unfinished:
         self._write([number, batch])
 
     def finish(self, belongs_to: Mapping[str, Any], output: bytes) -> None:
-        """Write the whole output, and first the record of its origin.
+        """Write the whole ``output``, and first the record of its origin, ``belongs_to`` as for `open`.
 
-        Args:
-            belongs_to: as for `open`.
-            output: its content.
-
-        Raises:
-            SaveError: if it can't be written; the saved batches are kept.
+        Raises SaveError if it can't be written; the saved batches are kept.
         """
         write_file(self.made, json.dumps({**belongs_to, "sha256": _digest(output)}))
         write_file(self.target, output)

@@ -62,10 +62,7 @@ def conversations_to_compare(
 ) -> tuple[list[Conversation], str]:
     """A run's first held-out conversations, and their source in words; the demo's without a run, or its rows.
 
-    Args:
-        settings: the run's options.
-        record: the file that records its held-out rows.
-        encoder: encodes them.
+    ``settings`` are the run's options, ``record`` is the file of its held-out rows.
     """
     reading = Reading(prompt_format=encoder.prompt_format)
     records = load_records(str(demo.TEST), reading=reading)

@@ -121,15 +121,9 @@ class Scoring:
         return self._both(loader, self.module.sums, "held-out rows")
 
     def choices(self, prompts: Sequence[Sequence[int]], ids: Sequence[int], batch_tokens: int) -> tuple[Array, Array]:
-        """Score what may follow each of some prompts.
+        """Score the ``ids`` that may follow each of ``prompts``, ids too, in batches of tokens with padding.
 
-        Args:
-            prompts: ids of each.
-            ids: ids that may follow.
-            batch_tokens: tokens per batch with padding.
-
-        Returns:
-            Logits of the base and of the adapter, each ``[prompts, ids]``.
+        Returns logits of the base and of the adapter, each ``[prompts, ids]``.
         """
         plan = BatchPlan(tokens=batch_tokens).epoch([len(prompt) for prompt in prompts], 0, 0)
         batches = [_last_tokens(rows, [prompts[row] for row in rows]) for rows in plan]

@@ -199,12 +199,15 @@ def _check_devices(verb: str, values: Mapping[str, Any]) -> None:
     """
     devices, num_nodes, here = values["trainer.devices"], values["trainer.num_nodes"], world()
     accelerator, number = values["trainer.accelerator"], _number_of(devices)
-    is_on_cpu, is_here = accelerator == "cpu", verb not in ("plan", "inspect")
-    if is_here and accelerator in GPUS and not has_driver():
+    is_here = verb not in ("plan", "inspect")
+    has_none = is_here and not has_driver()
+    is_on_cpu = accelerator == "cpu" or has_none
+    if has_none and accelerator in GPUS:
         raise no_gpu(accelerator)
     if is_here and isinstance(devices, int | list):
         if is_on_cpu:
-            check_on_cpu(devices, "a CPU has no number", max(MOST_ON_CPU, here.local_size))
+            why = "a CPU has no number" if accelerator == "cpu" else "there is no GPU here"
+            check_on_cpu(devices, why, max(MOST_ON_CPU, here.local_size))
         elif num_gpus := most_gpus():
             check_there(devices, num_gpus)
         if (devices, num_nodes) != (1, 1):

@@ -18,8 +18,7 @@ from typing import IO, Any
 
 from lit_qlora.console import complain
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
-from lit_qlora.devices.world import OF_TORCHRUN, STORE, World
-from lit_qlora.errors import UserError
+from lit_qlora.devices.world import OF_TORCHRUN, STORE, World, half_of, master
 from lit_qlora.signals import SIGNALS, Handler, give_back, hear, hold_off, no_signals_for_children, take_over
 
 PARENT = "LIT_QLORA_PARENT"
@@ -54,6 +53,8 @@ def take_place(is_for_several: bool = True) -> list[str]:
         os.environ.update(found or {})
     if found is None:
         return left
+    if STORE not in os.environ and is_for_several:
+        master()
     if PARENT in os.environ:
         _end_with_parent(int(os.environ[PARENT]))
         hear()
@@ -64,12 +65,11 @@ def _by_torchrun() -> dict[str, str] | None:
     values = {name: os.environ[name].strip() for name in OF_TORCHRUN if os.environ.get(name, "").strip().isdecimal()}
     if int(values.get("WORLD_SIZE", "1")) < 2:
         return None
-    missing = [name for name in OF_TORCHRUN if name not in values]
-    if missing:
-        raise UserError(
-            f"WORLD_SIZE={values['WORLD_SIZE']} in the environment, and no {missing[0]}",
-            remedy="start with torchrun, or unset WORLD_SIZE and start python main.py by itself",
-        )
+    wrong = [name for name in OF_TORCHRUN if name not in values]
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        wrong += [rank] if not wrong and int(values[rank]) >= int(values[size]) else []
+    if wrong:
+        raise half_of("WORLD_SIZE", wrong[0])
     return values
 
 
@@ -79,15 +79,25 @@ def _by_slurm() -> dict[str, str] | None:
     if not number.isdecimal() or int(number) < 2:
         return None
     environment = os.environ
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-    first = re.match(r"[^,\[]+(?:\[(\d+))?", environment.get("SLURM_STEP_NODELIST", "localhost"))
-    assert first is not None
+    defaults = {
+        "SLURM_PROCID": "",
+        "SLURM_LOCALID": "",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_JOB_ID": "0",
+        "SLURM_STEP_ID": "0",
+    }
+    found = {name: environment.get(name, default).strip() for name, default in defaults.items()}
+    first = re.match(r"[^,\[\s]+(?:\[(\d+))?", environment.get("SLURM_STEP_NODELIST", "localhost"))
+    wrong = [name for name, value in found.items() if not value.isdecimal()]
+    if wrong or first is None:
+        raise half_of("SLURM_STEP_NUM_TASKS", (*wrong, "SLURM_STEP_NODELIST")[0], "srun")
+    rank, local_rank, nodes, job, step = (int(value) for value in found.values())
+    nodes = max(nodes, 1)
     host = first[0].replace("[", "") if first[1] else first[0]
-    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return {
         "WORLD_SIZE": number,
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(-(-int(number) // nodes)),
         "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1" if nodes == 1 else host),
         # Jobs and steps may run side by side.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lit_qlora.errors import UserError
+from lit_qlora.place import COMMAND
 
 T = TypeVar("T")
 
@@ -70,6 +71,27 @@ _store: list[Any] = []
 """Where processes find each other, once it is open."""
 
 
+def master() -> tuple[str, int]:
+    """Where the first process, or torchrun, keeps the store by which processes find each other: host and port.
+
+    Raises UserError where the environment does not say it.
+    """
+    host, port = (os.environ.get(name, "").strip() for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not host or not port.isdecimal() or int(port) >= 2**16:
+        raise half_of("WORLD_SIZE", "MASTER_PORT" if host else "MASTER_ADDR")
+    return host, int(port)
+
+
+def half_of(count: str, other: str, by: str = "torchrun") -> UserError:
+    """The error for a count of processes in the environment of which ``other`` is missing or can't be."""
+    value = os.environ.get(other, "").strip()
+    return UserError(
+        f"{count}={os.environ.get(count, '').strip()} in the environment, and "
+        f"{f'{other}={value}' if value else f'no {other}'}",
+        remedy=f"start with {by}, or unset {count} and start {COMMAND} by itself",
+    )
+
+
 def board(limit: timedelta) -> Any:
     """Where each process can leave words for all, whether or not they have joined: a key-value store of torch's.
 
@@ -91,20 +113,13 @@ def _open_store(limit: timedelta) -> Any:
     """
     from torch import distributed
 
-    here = world()
-    host, port = (os.environ.get(name, "").strip() for name in ("MASTER_ADDR", "MASTER_PORT"))
-    if not host or not port.isdecimal() or int(port) >= 2**16:
-        name = "MASTER_PORT" if host else "MASTER_ADDR"
-        raise UserError(
-            f"WORLD_SIZE={here.size} in the environment, and {f'{name}={port}' if host and port else f'no {name}'}",
-            remedy="start with torchrun, or unset WORLD_SIZE and start python main.py by itself",
-        )
+    (host, port), here = master(), world()
     keeps = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not keeps:
-        _reach(host, int(port), limit)
+        _reach(host, port, limit)
     try:
         store = distributed.TCPStore(
-            host, int(port), here.size, keeps, REPLY, wait_for_workers=False, multi_tenant=True,
+            host, port, here.size, keeps, REPLY, wait_for_workers=False, multi_tenant=True,
             use_libuv=os.name != "nt",
         )  # fmt: skip
     except distributed.DistError as error:

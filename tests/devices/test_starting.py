@@ -74,7 +74,8 @@ def test_what_a_command_asks_for(
 
 
 def test_torchruns_word_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+    places = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (places | {"MASTER_ADDR": "host0", "MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
     assert take_place() == []
@@ -102,6 +103,45 @@ def test_half_a_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"^WORLD_SIZE=2 in the environment, and no RANK; start with torchrun, or unset"
     ):
         take_place()
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here",
+            "MASTER_PORT": "29500"}  # fmt: skip
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "here",
+        "SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("places", "name", "value"),
+    [
+        (TORCHRUN, "RANK", "5"),
+        (TORCHRUN, "LOCAL_RANK", "2"),
+        (TORCHRUN, "MASTER_ADDR", None),
+        (TORCHRUN, "MASTER_PORT", "70000"),
+        (SRUN, "SLURM_PROCID", None),
+        (SRUN, "SLURM_LOCALID", "x"),
+        (SRUN, "SLURM_STEP_NUM_NODES", "two"),
+        (SRUN, "SLURM_STEP_NODELIST", " "),
+        (SRUN, "SLURM_JOB_ID", "7_1"),
+    ],
+)
+def test_a_launchers_word_that_can_t_be_is_named(
+    monkeypatch: pytest.MonkeyPatch, places: dict[str, str], name: str, value: str | None
+) -> None:
+    for one, given in places.items():
+        monkeypatch.setenv(one, given)
+    take_place()
+    for one in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(one, raising=False)
+    for one, given in (places | {name: value}).items():
+        if given is None:
+            monkeypatch.delenv(one, raising=False)
+        else:
+            monkeypatch.setenv(one, given)
+    with pytest.raises(UserError) as refused:
+        take_place()
+    got = f"{name}={value}" if value and value.strip() else f"no {name}"
+    assert refused.value.problem == f"{next(iter(places))}=2 in the environment, and {got}"
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -266,6 +306,7 @@ def test_one_that_is_stopped_before_all_have_met_stops_the_others(rank: int, han
     ("options", "words"),
     [
         ("--trainer.devices 99999", ["trainer.devices: expected at most", "processes on a CPU, got 99999"]),
+        ("--trainer.accelerator auto --trainer.devices 99", ["trainer.devices: expected at most", "got 99", "give"]),
         ("--trainer.devices [0,1]", ["trainer.devices: expected 1, for a CPU has no number, got [0, 1]"]),
         ("--trainer.devices 3", ["trainer.devices: 3, and a step has 1 micro-batch", "accumulate_grad_batches 3"]),
         (
@@ -307,6 +348,7 @@ def test_gpus_that_are_not_there_are_refused_before_any_process_is_started(
 ) -> None:
     """For a run's own settings, too, as for one from a larger machine."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(precheck, "has_driver", lambda: True)
     monkeypatch.setattr(precheck, "most_gpus", lambda: num_gpus)
     Path("runs", "there").mkdir(parents=True)
     Path("runs/there/config.yaml").write_text(f"trainer:\n  devices: {devices}\n")

@@ -32,7 +32,7 @@ REMEDY = "    -> "
 QUOTED = r"""(?<![\w'])'[^']*'(?![\w'])|(?<![\w"])"[^"]*"(?![\w"])"""
 OPTION = rf"--[\w.]+\+?(?:[= ](?!-)(?:{QUOTED}|[^\s;,)]+))?"
 COMMANDS = rf"(?:{re.escape(COMMAND)}|pip install)(?: (?!-)[\w./\[\]-]+)?(?: {OPTION}| -\w [\w./-]+)*|{OPTION}"
-WHOLE = re.compile(f"(?P<command>{COMMANDS})|{QUOTED}")
+WHOLE = re.compile(rf"(?P<command>{COMMANDS}|iconv [^;()]+ > \S+(?<!\)))|{QUOTED}")
 """What stays on one line, to be copied: a command, an option with its value, and what is quoted, if that is short."""
 
 

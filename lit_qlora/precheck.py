@@ -39,7 +39,7 @@ from lit_qlora.devices.asked import (
 from lit_qlora.devices.world import is_first, world
 from lit_qlora.errors import UserError
 from lit_qlora.forecast.cards import find_card
-from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, may_be_on_hub, split_names
+from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
 from lit_qlora.options import CONFIG, LINKED, Parser, lacks, no_class, no_option, option
@@ -180,11 +180,9 @@ def _check_alone(values: Mapping[str, Any]) -> None:
 
 
 def _check_base(verb: str, values: Mapping[str, Any]) -> None:
-    """Raises UserError for a base that is nowhere, or that options don't fit; passes one that only the hub knows."""
+    """Raises UserError for a base that is nowhere, or that options don't fit."""
     name = values["model.base"]
-    if may_be_on_hub(name) and not known_config(name):
-        return
-    base = find_base(name, weights=verb == "fit" and not may_be_on_hub(name))
+    base = find_base(name, weights=verb == "fit" and not known_config(name))
     if values["data.template"] == OF_BASE:
         check_template_of_base(base.location)
     check_targets(base, split_names(values["model.target_modules"]))

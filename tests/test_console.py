@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.console import bars, bars_of_transformers, complain, counted, passing_bar, progress_bar, tell
+from lit_qlora.console import _in_lines, bars, bars_of_transformers, complain, counted, passing_bar, progress_bar, tell
 from lit_qlora.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +149,11 @@ def test_transformers_own_bars_are_ours(monkeypatch):
         bar.close()
     before = logging.set_tqdm_hook(None)
     assert before is None
+
+
+def test_a_command_that_converts_a_file_stays_on_one_line():
+    command = "iconv -f UTF-16 -t UTF-8 rows.csv > rows-utf8.csv"
+    assert _in_lines(f"save it again as UTF-8 ({command})", 60, 4) == f"save it again as UTF-8\n    ({command})"
 
 
 LONG = UserError(

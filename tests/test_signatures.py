@@ -11,7 +11,7 @@ from shutil import copytree
 import pytest
 import yaml
 
-from lit_qlora import precheck
+from lit_qlora import demo, precheck
 from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import split_names
@@ -148,6 +148,17 @@ def test_a_mistake_of_another_verbs_own_option_is_found_first(
     expect_error(lambda: check_first(verb, args), *words, option=option)
 
 
+def test_a_base_that_the_hub_has_not_is_found_first(monkeypatch, expect_error):
+    asked = []
+    monkeypatch.setattr(
+        "lit_qlora.model.base._ask_hub", lambda name: asked.append(name) or (demo.BASE / "config.json", set())
+    )
+    expect_error(lambda: check_first("fit", ["--model.base=a/b", "--model.rank=500"]), "of a/b", option="model.rank")
+    check_first("fit", ["--model.base=a/b"])
+    check_first("plan", ["--model.base=NousResearch/Llama-2-7b-hf"])
+    assert asked == ["a/b", "a/b"]
+
+
 def test_a_gpu_asked_for_without_a_driver_is_found_first(monkeypatch, expect_error):
     monkeypatch.setattr(precheck, "has_driver", lambda: False)
     call = lambda: check_first("fit", ["--trainer.accelerator=gpu"])  # noqa: E731
@@ -174,7 +185,7 @@ def test_it_is_the_parsers_own_mistake_in_the_same_words(args, files, monkeypatc
         ["--trainer.callbacks=json.decoder.JSONDecoder"],
         ["--trainer.logger=true"], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], ["--model={rank: 3}"],
         ["--trainer.logger=false"], ["--data.system=--x y"], ["--samples.prompts+=a"], ["--print_config"],
-        ["--model.target_modules=[q_proj,v_proj]"], ["--data.source=a/b"], ["--model.base=a/b"], ["--data.seed=3"],
+        ["--model.target_modules=[q_proj,v_proj]"], ["--data.source=a/b"], ["--data.seed=3"],
         ["--trainer.gradient_clip_val=null"], ["--data.form=auto"], ["--model.learning_rate=1e-4"],
         ["--trainer.logger=CSVLogger", "--trainer.logger.init_args.save_dir=x", "--trainer.logger.name", "y"],
         ["--trainer.callbacks+=Timer", "--trainer.callbacks.interval=epoch", "--trainer.callbacks+=ModelSummary"],

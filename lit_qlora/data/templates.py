@@ -6,6 +6,7 @@ Knows no ids. Light: a wrong name is found before anything is loaded.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lit_qlora import demo
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.formats import LLAMA_2, OF_BASE, built_in, chosen, names
@@ -62,7 +63,7 @@ def check_template_of_base(base: str) -> None:
 
 def _no_template(base: str) -> UserError:
     return UserError(
-        f"base: {excerpt(base)} has no chat template of its own",
+        f"base: {excerpt('demo' if base == str(demo.BASE) else base)} has no chat template of its own",
         option="data.template",
         remedy=f"take one of {', '.join([LLAMA_2, *built_in()])}, or a file with one",
     )

@@ -27,7 +27,8 @@ from lit_qlora.storage.settings import differences
 
 TOPICS = {
     "data": "Data",
-    "learns": "Learned, such as",
+    "demo": "The demo",
+    "learns": "Learned, such as (the part between **, and its end ⏹)",
     "model": "Model",
     "train": "Training",
     "plan": "Forecast",

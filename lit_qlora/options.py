@@ -382,6 +382,40 @@ def take_option(args: Sequence[str], *names: str) -> tuple[list[str | None], lis
     return values, others
 
 
+def check_once(args: Sequence[str], types: Mapping[str, Any]) -> None:
+    """Check that no option of a command line takes the place of another that was meant to count, too.
+
+    Of an option with a single value, the last counts, as everywhere. ``--name+`` adds to a list, and options below it
+    are of what was added last.
+
+    Args:
+        args: the command line.
+        types: of options, by name.
+
+    Raises:
+        UserError: an option that takes a list is given twice, or one behind another that is below it.
+    """
+    seen: dict[str, str] = {}
+    for arg, behind in zip(args, [*args[1:], ""], strict=False):
+        name, equals, value = arg.partition("=")
+        if name in CONFIG or not re.match(r"--\w", name):
+            continue
+        name, is_added = name[2:].removesuffix("+"), name.endswith("+")
+        value = value if equals or behind.startswith("--") else behind
+        lost = [one for one in seen if one == name or one.startswith(f"{name}.")]
+        if lost and not is_added:
+            pair = [seen[lost[0]], value]
+            is_list = any(get_origin(hint) is list for hint in (types.get(name), *get_args(types.get(name))))
+            if is_list or lost != [name]:
+                can_join = lost == [name] and all(re.fullmatch(r"[\w./*-]+", one) for one in pair)
+                raise UserError(
+                    f"{excerpt(value)} would take the place of --{lost[0]} {excerpt(pair[0])}, given before",
+                    option=name,
+                    remedy=f"give both as --{name} '[{', '.join(pair)}]'" if can_join else "give one of the two",
+                )
+        seen = {one: value for one, value in seen.items() if one not in lost or one == name} | {name: value}
+
+
 def configs_first(args: Sequence[str], changed: Callable[[str], str] = str) -> list[str]:
     """A command line with its config files, as ``changed`` gives them, in front: other options count anywhere."""
     configs, others = take_option(args, *CONFIG)

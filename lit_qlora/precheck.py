@@ -42,7 +42,7 @@ from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import CONFIG, LINKED, Parser, lacks, no_class, no_option, option
+from lit_qlora.options import CONFIG, LINKED, Parser, check_once, lacks, no_class, no_option, option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges
 from lit_qlora.signatures import (
@@ -77,6 +77,7 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     Passes what can't be judged before anything heavy is imported.
     """
     options = {one.name: one for one in options_of(verb)}
+    check_once(args, {name: one.type for name, one in options.items()})
     command = complete([verb, *args])
     for section, *_ in CLASSES:
         text = option(args, f"--{section}")

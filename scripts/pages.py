@@ -38,7 +38,8 @@ def options() -> str:
         MADE,
         "Every option of a config file can be given on the command line, as `--model.rank 64`, and the other way "
         "round: `rank: 64` in the section `model:`. `python main.py fit --print_config` prints them all as a config "
-        "file. A misspelt option is refused, and the nearest known one named.\n",
+        "file. A misspelt option is refused, and the nearest known one named. Of an option given twice on the command "
+        "line, the last counts; one that takes a list is refused then.\n",
         "**Resumed**: an option with a tick may have another value when a run resumes. Any other change is refused, "
         "because it would be another run (`--run NAME` starts one).\n",
     ]

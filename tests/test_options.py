@@ -6,8 +6,9 @@ import pytest
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
 
+from lit_qlora.data.sources import SourceOption
 from lit_qlora.errors import UserError
-from lit_qlora.options import check_config_file, option
+from lit_qlora.options import check_config_file, check_once, option
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.trainer import QLoRATrainer, RunParser
 from lit_qlora.training import QLoRACLI
@@ -152,6 +153,40 @@ def test_half_a_character_is_told_with_its_line():
 )
 def test_an_options_last_value_is_found(args, expected):
     assert option(args, "--config", "-c") == expected
+
+
+TYPES = {"data.source": SourceOption, "model.rank": int, "stop": str | list[str], "data.columns": dict[str, str] | None}
+
+
+@pytest.mark.parametrize(
+    ("args", "option", "words"),
+    [
+        ("--data.source a --data.source b.jsonl", "data.source", ["'b.jsonl' would", "'a'", "'[a, b.jsonl]'"]),
+        ("--data.source=a --model.rank 4 --data.source=b", "data.source", ["'[a, b]'"]),
+        ("--data.source [a] --data.source b", "data.source", ["give one of the two"]),
+        ("--stop a --stop b", "stop", ["--stop '[a, b]'"]),
+        ("--data.source+ a --data.source b", "data.source", ["'[a, b]'"]),
+        ("--data.columns.user q --data.columns {}", "data.columns", ["--data.columns.user 'q'", "give one"]),
+        ("--config a --config b -c c --model.rank 4 --model.rank 8 --flag --flag", None, []),
+        ("--data.source a --data.source+ b --data.source+ c", None, []),
+        ("--data.columns.user q --data.columns.assistant a", None, []),
+        ("--logger+ A --logger.x 1 --logger+ B --logger.x 2", None, []),
+        ("--prompt -- --data - -5 -5 x x", None, []),
+        ("", None, []),
+    ],
+)
+def test_an_option_does_not_take_another_s_place(args, option, words, expect_error):
+    if option:
+        expect_error(lambda: check_once(args.split(), TYPES), *words, option=option)
+    else:
+        check_once(args.split(), TYPES)
+
+
+def test_verbs_refuse_a_second_list(expect_error):
+    twice = ["--data.source", "a.jsonl", "--data.source=b.jsonl"]
+    for verb in ("fit", "inspect", "plan"):
+        expect_error([verb, *twice], "--data.source '[a.jsonl, b.jsonl]'", option="data.source")
+    expect_error(["chat", "--stop", "a", "--stop", "b"], "--stop '[a, b]'", option="stop")
 
 
 class NeedsTwo(Callback):

@@ -16,7 +16,7 @@ def run_tool(name: str, args: Sequence[str]) -> int:
     ``lit_qlora.tools.NAME.NAME`` is its function.
     """
     # Here, and not above: doctor works without jsonargparse.
-    from lit_qlora.options import Parser
+    from lit_qlora.options import Parser, check_once
     from lit_qlora.place import COMMAND
     from lit_qlora.signals import nothing_open
     from lit_qlora.usage import EXAMPLES, help_asked, help_of_tool
@@ -32,5 +32,6 @@ def run_tool(name: str, args: Sequence[str]) -> int:
     for action in actions:
         if action._typehint is bool:  # --public alone means --public true
             action.nargs, action.const = "?", True
+    check_once(args, parser.types())
     function(**parser.parse_args(list(args)).as_dict())
     return 0

@@ -254,13 +254,21 @@ def _list_of_rows(path: Path, value: Any, columns: Sequence[str]) -> list[Any] |
     """
     if not isinstance(value, dict):
         return value if isinstance(value, list) and not holds_turns(value) else None
+    names, data = value.get("columns"), value.get("data")
+    if (
+        isinstance(names, list)
+        and isinstance(data, list)
+        and all(isinstance(one, list) and len(one) == len(names) for one in data)
+    ):
+        return [dict(zip(map(str, names), one, strict=True)) for one in data]  # as pandas splits a table
     if _is_by_columns(value, columns):
         problem = f"is written by columns, expected a list of rows, got {excerpt(value)}"
         raise SourceError(path, problem, "write it by rows (with pandas: to_json(…, orient='records'))")
     if {*columns} & {*value} or len({*ELSEWHERE} & {*value}) > 1:
         return None
     parts = [*value.values()]
-    if parts and all(isinstance(part, dict) and {*columns} & {*part} for part in parts):
+    is_numbered = all(name.isdecimal() for name in value)
+    if parts and all(isinstance(part, dict) and (is_numbered or {*columns} & {*part}) for part in parts):
         return parts  # each under a name of its own
     if len(parts) == 1:
         return _list_of_rows(path, parts[0], columns)
@@ -277,8 +285,8 @@ def _is_by_columns(value: dict[str, Any], columns: Sequence[str]) -> bool:
     """True if each name holds a column, as a list or by row numbers."""
     parts = [value[name] for name in columns if name in value]
     lists = [part for part in parts if isinstance(part, list) and len(part) > 1 and not _is_list(part)]
-    of_others = {*ELSEWHERE} & {*value} and all(isinstance(part, dict) for part in value.values())
-    return bool(lists or of_others or any(isinstance(part, dict) for part in parts))
+    numbered = all(isinstance(part, dict) and part and all(map(str.isdecimal, part)) for part in value.values())
+    return bool(lists or (numbered and value) or any(isinstance(part, dict) for part in parts))
 
 
 def _is_list(part: object) -> TypeGuard[list[dict[str, Any]]]:

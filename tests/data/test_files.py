@@ -4,6 +4,7 @@ import io
 import lzma
 from pathlib import Path
 
+import pandas
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
@@ -40,6 +41,27 @@ def parquet(rows: list[dict]) -> bytes:
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+ROWS = [{"text": "a", "id": 1}, {"text": "b", "id": 2}]
+FRAME = pandas.DataFrame(ROWS)
+OTHER = FRAME.rename(columns={"text": "Frage", "id": "Antwort"})
+
+
+@pytest.mark.parametrize("orient", ["records", "index", "split", "table"])
+@pytest.mark.parametrize("frame", [FRAME, FRAME[:1], OTHER], ids=["two rows", "one row", "other columns"])
+def test_what_pandas_writes_by_rows_is_read(orient, frame):
+    frame.to_json("a.json", orient=orient)
+    found = [
+        {name: one for name, one in row.value.items() if name != "index"} for row in read_rows(Path("a.json"), COLUMNS)
+    ]
+    assert found == frame.to_dict("records")
+
+
+@pytest.mark.parametrize("frame", [FRAME, FRAME[:1], OTHER], ids=["two rows", "one row", "other columns"])
+def test_what_pandas_writes_by_columns_is_refused(frame, expect_error):
+    frame.to_json("a.json", orient="columns")
+    expect_error(lambda: read_rows(Path("a.json"), COLUMNS), "by columns", "orient='records'", place="a.json")
 
 
 BAD_FILES = {

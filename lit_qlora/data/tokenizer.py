@@ -156,6 +156,12 @@ def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedToke
         problem = f"no tokenizer could be loaded from {excerpt(base)}: {_reason(error)}"
         raise UserError(problem, option="model.base") from error
     _check_named(base, tokenizer)
+    if getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
+        raise UserError(
+            f"the tokenizer of {excerpt(base)} splits words at random (dropout), so a text has other ids each time",
+            option="model.base",
+            remedy='write "dropout": null into its tokenizer.json, in the section model',
+        )
     return tokenizer
 
 

@@ -279,6 +279,19 @@ def test_a_file_that_is_none_is_one_line(demo_files, name, texts):
         one_line(folder)
 
 
+def test_a_tokenizer_that_splits_at_random_is_refused(demo_files, expect_error):
+    folder = demo_files(tokenizer_class="PreTrainedTokenizerFast")
+    rules = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    rules["model"] = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "<s>": 3, "</s>": 4}, "merges": [["a", "b"]]}
+    for dropout in (0.1, 0.0, None):
+        rules["model"]["dropout"] = dropout
+        (folder / "tokenizer.json").write_text(json.dumps(rules | {"added_tokens": []}), encoding="utf-8")
+        if dropout:
+            expect_error(lambda: load_tokenizer(str(folder)), "dropout", "tokenizer.json", option="model.base")
+        else:
+            load_tokenizer(str(folder))
+
+
 def test_what_config_json_says_has_no_part_in_it(demo_files):
     """Neither odd values of its nor code or classes that it names."""
     folder = demo_files()

@@ -97,7 +97,7 @@ _OPENING = re.compile(r"\s*(?:<s>)?\s*(\[INST\])?\s*")
 
 
 def _is_round(pair: Any) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+    return isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
 def _messages_in(rows: Any) -> Any:
@@ -292,7 +292,7 @@ def read_row(
         parsed = messages.Parsed(made) if isinstance(made, Conversation) else messages.parse(made, opening, marks)
         if parsed.conversation is None:
             return Read(None, parsed.unused, parsed.taken_off, parsed.changed)
-        conversation, notes = _with_system(row, parsed.conversation, system_columns)
+        conversation, notes = _with_system(row, _without_block(parsed.conversation), system_columns)
         conversation, taken_off = edges.clean(conversation, marks)  # what parse did not see, such as a system column
         conversation.check_characters()
     except messages.OpeningError as error:
@@ -386,13 +386,26 @@ def list_in(value: Any) -> Any:
 
 
 def _as_numpy_writes(text: str) -> Any:
-    """An array's text has no commas between its objects, and ``nan`` for nothing; its repr has a name around it."""
-    text = re.sub(r"^array\((.*), dtype=object\)$", r"\1", text.strip(), flags=re.DOTALL)
+    """An array's text has no commas between its parts, and ``nan`` for nothing; its repr has a name around it."""
     quoted = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
-    known = {"nan": "None"}
-    return ast.literal_eval(
-        re.sub(rf"({quoted})|\}}\s+\{{|\bnan\b", lambda found: found[1] or known.get(found[0], "}, {"), text)
-    )
+    known = {"nan": "None", "array(": "", ", dtype=object)": ""}
+    for others in (r"\bnan\b|\barray\(|, dtype=object\)", r"[}\]]\s+[{\[]"):
+        text = re.sub(
+            rf"({quoted})|{others}",
+            lambda found: found[1] or known.get(found[0], f"{found[0][0]}, {found[0][-1]}"),
+            text.strip(),
+        )
+    return ast.literal_eval(text)
+
+
+def _without_block(conversation: Conversation) -> Conversation:
+    """``conversation`` with the system text that Llama 2's format writes into the first prompt in its own place."""
+    first, system = conversation.turns[0], conversation.system or ""
+    block = llama2.SYSTEM_BLOCK.fullmatch((system or first.content).strip())
+    if block is None or conversation.is_text or (system and block[2].strip()):
+        return conversation
+    turns = conversation.turns if system else (replace(first, content=block[2].strip()), *conversation.turns[1:])
+    return replace(conversation, turns=turns, system=block[1].strip() or None)
 
 
 def _with_system(

@@ -160,6 +160,18 @@ OTHERS = {
         {"instruction": "c", "output": "d", "history": "[['a', 'b']]"},
         said("a", "b", "c", "d"),
     ),
+    "history of tuples, as pandas writes it": (
+        {"instruction": "c", "output": "d", "history": "[('a', 'b')]"},
+        said("a", "b", "c", "d"),
+    ),
+    "history as pandas writes what parquet held": (
+        {
+            "instruction": "c",
+            "output": "d",
+            "history": "[array(['a] [', 'b'], dtype=object)\n array(['e', 'f'], dtype=object)]",
+        },
+        said("a] [", "b", "e", "f", "c", "d"),
+    ),
     "no history": ({"instruction": "hi", "output": "yo", "history": []}, HI),
     "Dolly": (
         {"instruction": "Sum up.", "context": "A long text.", "response": "Short."},
@@ -442,6 +454,25 @@ def test_a_prompt_in_the_llama_2_format_has_its_system_text_and_its_rounds(promp
     assert read_row({"prompt": prompt}, use="prompts").conversation.turns == expected.turns[:-1]
     given = read_row({"instruction": prompt, "input": "x", "output": "b"}).conversation.turns
     assert given[-2].content == f"{expected.turns[-2].content}\n\nx"
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (["<<SYS>>\nbe kind\n<</SYS>>\n\na", "b"], said("a", "b", system="be kind")),
+        (["[INST] <<SYS>>\nbe kind\n<<SYS>>\n\na [/INST]", "b", "c", "d"], said("a", "b", "c", "d", system="be kind")),
+        ([{"role": "system", "content": "<<SYS>>be kind<</SYS>>"}, "a", "b"], said("a", "b", system="be kind")),
+        (["<<SYS>>\n\n<</SYS>>a", "b"], said("a", "b")),
+        # It opens only there, and is closed; another system text stands.
+        (["a", "b", "<<SYS>>x<</SYS>>c", "d"], said("a", "b", "<<SYS>>x<</SYS>>c", "d")),
+        (["<<SYS>> is what?", "b"], said("<<SYS>> is what?", "b")),
+        ([{"role": "system", "content": "s"}, "<<SYS>>x<</SYS>>a", "b"], said("<<SYS>>x<</SYS>>a", "b", system="s")),
+    ],
+)
+def test_a_system_text_in_the_first_message_of_the_llama_2_format_stands_in_its_place(turns, expected):
+    roles = iter(("user", "assistant", "user", "assistant"))
+    rows = [turn if isinstance(turn, dict) else {"role": next(roles), "content": turn} for turn in turns]
+    assert read_row({"messages": rows}).conversation == expected
 
 
 @pytest.mark.parametrize(

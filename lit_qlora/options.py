@@ -405,7 +405,8 @@ def check_once(args: Sequence[str], types: Mapping[str, Any]) -> None:
         lost = [one for one in seen if one == name or one.startswith(f"{name}.")]
         if lost and not is_added:
             pair = [seen[lost[0]], value]
-            is_list = any(get_origin(hint) is list for hint in (types.get(name), *get_args(types.get(name))))
+            hints = (types.get(name), *get_args(types.get(name)))  # a list of devices takes a number's place
+            is_list = any(get_origin(hint) is list and int not in get_args(hint) for hint in hints)
             if is_list or lost != [name]:
                 can_join = lost == [name] and all(re.fullmatch(r"[\w./*-]+", one) for one in pair)
                 raise UserError(

@@ -16,6 +16,7 @@ from lit_qlora.command import DEMO_CONFIG
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.model import load
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.options import take_option
 from lit_qlora.storage.folders import write_folder
 from lit_qlora.text import llama2
 
@@ -64,7 +65,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: str, of_the_base: bool = 
     with pytest.MonkeyPatch.context() as patch:
         if not of_the_base:
             patch.setattr(load, "load_base", _never)
-        assert main([*FIT, *args]) == 2
+        assert main([*take_option(FIT, *args[:1])[1], *args]) == 2  # a source given twice is refused as such
     error = capsys.readouterr().err
     assert error.startswith("error: run: ") and error.count("\n") == 1
     assert _saved() == before

@@ -155,7 +155,13 @@ def test_an_options_last_value_is_found(args, expected):
     assert option(args, "--config", "-c") == expected
 
 
-TYPES = {"data.source": SourceOption, "model.rank": int, "stop": str | list[str], "data.columns": dict[str, str] | None}
+TYPES = {
+    "data.source": SourceOption,
+    "model.rank": int,
+    "devices": list[int] | int,
+    "stop": str | list[str],
+    "data.columns": dict[str, str] | None,
+}
 
 
 @pytest.mark.parametrize(
@@ -169,6 +175,7 @@ TYPES = {"data.source": SourceOption, "model.rank": int, "stop": str | list[str]
         ("--data.columns.user q --data.columns {}", "data.columns", ["--data.columns.user 'q'", "give one"]),
         ("--config a --config b -c c --model.rank 4 --model.rank 8 --flag --flag", None, []),
         ("--data.source a --data.source+ b --data.source+ c", None, []),
+        ("--devices 2 --devices 1", None, []),
         ("--data.columns.user q --data.columns.assistant a", None, []),
         ("--logger+ A --logger.x 1 --logger+ B --logger.x 2", None, []),
         ("--prompt -- --data - -5 -5 x x", None, []),

@@ -302,15 +302,15 @@ def _check_classes(option: str, given: Any, more: Mapping[str, str]) -> None:
 def _check_arguments(option: str, name: str, values: Mapping[str, Any]) -> None:
     """Raises UserError for ``values`` that Lightning's class ``name`` for ``option`` can't be made with."""
     known, needed = arguments_of(option, name) or ([], [])
-    missing = [one for one in needed if one not in {*values, "save_dir"}]  # a logger writes into the run's folder
-    if missing:
-        raise lacks(name, option, missing)
     plain = {key: "null" if value is None else value for key, value in values.items() if "." not in key}
     args = [f"--{key}={value}" for key, value in plain.items() if isinstance(value, str | int | float)]
     try:
         _parser(known).parse_args(args if known else [])
     except UserError as error:
         raise error.replace(option=f"{option}.{error.option}" if error.option else option) from error
+    missing = [one for one in needed if one not in {*values, "save_dir"}]  # a logger writes into the run's folder
+    if missing:
+        raise lacks(name, option, missing)
 
 
 def _belongs(name: str) -> bool:

@@ -74,13 +74,12 @@ MISTAKES = [
     ["--data.source=[good.jsonl, columns.jsonl]"], ["--data.source=split"], ["--data.source=good.jsonl:test"],
     # Classes.
     ["--trainer.callbacks=EarlyStoping"], ["--trainer.callbacks+=early_stopping"], ["--trainer.logger=wandb"],
-    ["--trainer.callbacks=nomodule.Nothing"], ["--trainer.callbacks=lightning.pytorch.callbacks.EarlyStoping"],
+    ["--trainer.callbacks=nomodule.Nothing"],
     ["--trainer.callbacks=CSVLogger"], ["--trainer.callbacks={class_path: EarlyStoping}"],
     ["--trainer.callbacks=[Timer, EarlyStoping]"], ["--trainer.plugins=MixedPrecison"],
     ["--trainer.callbacks=EarlyStopping"], ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitr=val/loss"],
-    ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=a", "--trainer.callbacks.patience", "x"],
     ["--trainer.callbacks={class_path: EarlyStopping, init_args: {patience: x, monitor: a}}"],
-    ["--trainer.logger=CSVLogger", "--trainer.logger.nam=x"], ["--trainer.callbacks.monitor=x", "--model.rank=0"],
+    ["--trainer.logger=CSVLogger", "--trainer.logger.nam=x"],
     # The run's folder.
     ["--run=./good.jsonl"], ["--run=./split"],
 ]  # fmt: skip
@@ -116,7 +115,10 @@ def files(tmp_path, monkeypatch):
 
 
 BY_OTHERS = [
-    ["--data.form=nope"],  # which the parser says otherwise
+    ["--data.form=nope"],  # which the parser says otherwise, as it does the next ones
+    ["--trainer.callbacks=lightning.pytorch.callbacks.EarlyStoping"],
+    ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=a", "--trainer.callbacks.patience", "x"],
+    ["--trainer.callbacks.monitor=x", "--model.rank=0"],
     [
         "--trainer.devices=3",
         "--trainer.accumulate_grad_batches=2",

@@ -90,7 +90,12 @@ def _as(hint: Any, value: Any, is_path: bool) -> Any:
 
 
 def words_of(hint: Any, is_path: bool = False) -> str:
-    """A type in words: a plain one, or a choice, a union, a list or a table of such; a text may be a path, too."""
+    """A type in words.
+
+    Args:
+        hint: an annotation: a plain type, or a choice, a union, a list or a table of such.
+        is_path: True for a text that may be given as a path, too.
+    """
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return " or ".join(words_of(part, is_path) for part in parts)

@@ -81,13 +81,16 @@ def split_batch(batch: Batch) -> list[Batch]:
 
 
 def answer_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions ``[N]`` in the flattened ``[B · T]`` states, and the ids ``[N]`` to be predicted there.
+    """Positions and targets of ``labels`` ``[B, T]``: position t predicts the label at t + 1.
 
     The only place that shifts labels, on the host when a batch is made: on a GPU, finding the positions would wait for
-    the device. Position t predicts the label at t + 1; nothing predicts a first label.
+    the device. Nothing predicts a first label.
 
     Args:
         labels: ``[B, T]`` int64, `IGNORE_INDEX` where nothing is learned.
+
+    Returns:
+        Positions ``[N]`` in the flattened ``[B · T]`` states, and the ids ``[N]`` to be predicted there.
     """
     shifted = torch.full_like(labels, IGNORE_INDEX)
     shifted[:, :-1] = labels[:, 1:]

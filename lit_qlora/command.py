@@ -45,10 +45,15 @@ class Command(NamedTuple):
 
 
 def complete(args: list[str]) -> Command:
-    """Add to a command, from its verb on, the default config and the folder of the run that it names.
+    """Add the default config to the command, and the folder of the run that it names.
 
-    Without a named run, that of a fit is found once its full configuration is known. Raises UserError for a config file
-    with a mistake, and a run that is not there.
+    Checks the config files. Without a named run, that of a fit is found once its full configuration is known.
+
+    Args:
+        args: from the verb on, of those that take fit's options.
+
+    Raises:
+        UserError: for a config file with a mistake, and a run that is not there.
     """
     verb, rest = args[0], args[1:]
     if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
@@ -79,8 +84,14 @@ def complete(args: list[str]) -> Command:
 def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
     """The command line of ``command`` with its run's options in front: those of ``parser``, with plain values.
 
-    A config file that lies in a run folder is read as a run's own: either may come from a stranger. Raises UserError
-    for one that is damaged, or has other than plain values.
+    A config file that lies in a run folder is read as a run's own: either may come from a stranger.
+
+    Args:
+        command: as `complete` returns it.
+        parser: of its verb.
+
+    Raises:
+        UserError: for a file in a run folder that is damaged, or has other than plain values.
     """
     verb, *rest = command.args
 

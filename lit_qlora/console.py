@@ -93,10 +93,15 @@ def _lasting(stream: io.TextIOWrapper, raises: bool) -> io.TextIOWrapper:
 
 
 def progress_bar(label: str, *args: Any, **options: Any) -> Any:
-    """A bar of tqdm's behind ``label``, on standard error; hidden unless that is a terminal.
+    """A bar of tqdm's on standard error; hidden unless that is a terminal.
 
     What a library calls its bar, and when it hides it, is left out. The class is tqdm's own: for each other one tqdm
     starts a thread, which ends with the process.
+
+    Args:
+        label: stands before it.
+        *args: as tqdm's.
+        **options: as tqdm's.
     """
     from tqdm import tqdm  # here: --help needs none
 
@@ -117,15 +122,30 @@ def bars(label: str, **always: Any) -> Any:
 
 
 def counted(label: str, some: Iterable[T], total: int, unit: str = " rows") -> Iterator[T]:
-    """Things one by one, ``total`` of them, with a bar once they take over a second; it disappears at the end."""
+    """Things one by one, with a bar once they take over a second; it disappears at the end.
+
+    Args:
+        label: stands before the bar.
+        some: the things.
+        total: how many they are.
+        unit: what they are, behind their number.
+    """
     return iter(progress_bar(label, iterable=some, total=total, leave=False, delay=1, unit=unit))
 
 
 @contextmanager
 def passing_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar for what takes over a second; it disappears at the end. Yields a function that moves it on to a number.
+    """A bar for what takes over a second; it disappears at the end.
 
     It stands where another one may be, which is not moved meanwhile.
+
+    Args:
+        label: stands before it.
+        total: the number at its end.
+        unit: of what, behind the number.
+
+    Yields:
+        A function that moves it on to a number.
     """
     bar = progress_bar(label, total=total, leave=False, delay=1, position=0, unit=unit, miniters=1)
     try:
@@ -172,7 +192,12 @@ def complain(line: str, error: BaseException | None = None) -> None:
 
 
 def say(topic: str, text: str) -> None:
-    """Print a line of what a run decides or does, as `wrapped` has it."""
+    """Print a line of what a run decides or does; one beyond `WIDTH` columns continues below its beginning.
+
+    Args:
+        topic: a word, at the right of six columns.
+        text: beside it.
+    """
     print(wrapped(topic, text), flush=True)
 
 

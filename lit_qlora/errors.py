@@ -96,18 +96,38 @@ class OutOfRoomError(UserError):
 
 
 def require(holds: bool, option: str, expected: str, got: object, *, place: str | PathLike[str] | None = None) -> None:
-    """Raises UserError, that ``expected`` was expected and ``got`` came, unless ``holds``; see `UserError`."""
+    """Raises UserError unless ``holds``.
+
+    Args:
+        holds: the requirement.
+        option: that it is about.
+        expected: in words.
+        got: the value that was found.
+        place: the file that holds it, as of `UserError`.
+    """
     if not holds:
         raise UserError(f"expected {expected}, got {excerpt(got)}", option=option, place=place)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None:
-    """The ``known`` name that was probably meant by ``name``; None if none is near: as similar as ``cutoff``, of 1."""
+    """The known name that was probably meant; None if none is near.
+
+    Args:
+        name: as it was written.
+        known: what it may be.
+        cutoff: least similarity, of 1, that counts as near.
+    """
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
 
 
 def suggestion(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
-    """The `nearest` name as the end of a sentence; empty if none is near."""
+    """The `nearest` name as the end of a sentence; empty if none is near.
+
+    Args:
+        name: as it was written.
+        known: what it may be.
+        cutoff: as for `nearest`.
+    """
     near = nearest(name, known, cutoff)
     return f", did you mean {near!r}?" if near else ""
 
@@ -121,9 +141,13 @@ def excerpt(value: object) -> str:
 
 
 def cut(text: str, most: int = SHOWN) -> str:
-    """``text`` without its middle, in at most ``most`` characters, since the end of a path names the file.
+    """A text without its middle, since the end of a path names the file.
 
     Secrets are replaced before, since half of one is not recognised.
+
+    Args:
+        text: to be cut, if it is longer.
+        most: characters that it may have.
     """
     if len(text) > 2 * (most + LONGEST_SECRET):
         text = f"{text[: most + LONGEST_SECRET]} {text[-most - LONGEST_SECRET :]}"
@@ -135,5 +159,10 @@ def cut(text: str, most: int = SHOWN) -> str:
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """Another project's ``error``, or its message, in one line of ``most`` characters, without secrets."""
+    """The message of another project's error in one line, without secrets.
+
+    Args:
+        error: that one, or its message.
+        most: characters of the line.
+    """
     return redact(" ".join(str(error).split())[: most + LONGEST_SECRET])[:most]

@@ -173,9 +173,15 @@ def _is_comment(text: str) -> bool:
 
 
 def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the class ``kind``: ``values``, checked against its annotations, and its defaults.
+    """The arguments of a class, checked against its annotations.
 
-    Raises UserError for one that is unknown, or of another type, as an option of ``section``.
+    Args:
+        section: stands before their names in errors.
+        kind: the class.
+        values: by name; the others are the class's defaults.
+
+    Raises:
+        UserError: one is unknown, or of another type.
     """
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(kind, section)
@@ -206,7 +212,9 @@ def takes_names(hint: Any) -> bool:
 def is_plain(value: Any, hint: Any) -> bool:
     """True if a value is a text, a number that a file can hold, a boolean, None, or a list of them.
 
-    Where ``hint``, the type of its option, has tables, it may have some, too.
+    Args:
+        value: to be checked.
+        hint: the type of its option; where that has tables, the value may have some, too.
     """
     if isinstance(value, list):
         return all(is_plain(one, hint) for one in value)
@@ -336,7 +344,12 @@ def _point(expected: str, value: str) -> str | None:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """The remedy for an unknown option: its name here if another program has it, else the nearest of ``names``."""
+    """The remedy for an unknown option: its name here if another program has it, else the nearest name.
+
+    Args:
+        name: as it was written.
+        names: those of the options that there are.
+    """
     name = name.replace("-", "_").lower()
     last = name.rpartition(".")[2]
     known = here(name, names)
@@ -358,7 +371,12 @@ def plain(value: Any) -> Any:
 
 
 def option(args: Sequence[str], *names: str) -> str | None:
-    """The last value that a command line gives to an option; None without one. The rest is as for `take_option`."""
+    """The last value that a command line gives to an option; see `all_values`.
+
+    Args:
+        args: the command line.
+        *names: spellings of the option, such as ``--config``.
+    """
     return ([None, *take_option(args, *names)[0]])[-1]
 
 
@@ -440,7 +458,12 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     """Check a config file for errors that would be accepted: doubled keys, empty sections, a ``config`` inside, linked
     options, a secret.
 
-    Raises UserError, with file and line, for the first that is found; for what is no file, or no YAML of ``loader``.
+    Args:
+        path: the file.
+        loader: reads its YAML.
+
+    Raises:
+        UserError: with file and line, for the first that is found; for what is no file, or no YAML.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected a YAML file", option="config")

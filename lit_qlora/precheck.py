@@ -72,9 +72,14 @@ ANYTHING = Union[list[ONE], dict, str, int, float, bool, None]  # type: ignore[t
 
 
 def check_first(verb: str, args: Sequence[str]) -> None:
-    """Raises UserError, as the parser proper would, for what is wrong with the options ``args`` of ``verb``.
+    """Find what is wrong with a command line before anything heavy is imported; pass what can't be judged so.
 
-    Passes what can't be judged before anything heavy is imported.
+    Args:
+        verb: fit, or one that takes its options.
+        args: the options, as on the command line.
+
+    Raises:
+        UserError: as the parser proper would.
     """
     options = {one.name: one for one in options_of(verb)}
     check_once(args, {name: one.type for name, one in options.items()})

@@ -13,7 +13,14 @@ from lit_qlora.errors import require
 
 
 def max_time_s(text: str) -> float:
-    """Seconds of a duration, ``DD:HH:MM:SS`` as Lightning's own option has it; 0 for any other text."""
+    """Parse a duration in the form that Lightning's own option has.
+
+    Args:
+        text: ``DD:HH:MM:SS``.
+
+    Returns:
+        Seconds; 0 for any other text.
+    """
     found = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", text)
     days, hours, minutes, seconds = map(int, found.groups()) if found else (0, 0, 0, 0)
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
@@ -129,7 +136,9 @@ TOGETHER: tuple[tuple[str, Callable[..., bool], str], ...] = (
 def check_ranges(values: Mapping[str, Any], section: str = "") -> None:
     """Raises UserError for the first of ``values`` that breaks a rule; rules on options not among them don't count.
 
-    The values are of the right type, by dotted names, before which ``section`` stands in the error.
+    Args:
+        values: Values of the right type, by the option's dotted name.
+        section: What stands before a name in the error.
     """
     for expected, holds, names in RANGES:
         for name in names.split():

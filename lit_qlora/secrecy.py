@@ -44,7 +44,12 @@ def redact(text: str) -> str:
 
 
 def holds_secret(name: str, value: str) -> bool:
-    """True if the option ``name``, as it was written, is meant for a secret, or its ``value`` holds one."""
+    """True if an option is meant for a secret, or its value holds one.
+
+    Args:
+        name: of the option, as it was written.
+        value: as text.
+    """
     is_word, name = len(value.split()) == 1, name.rpartition(".")[2]
     return (
         bool(re.fullmatch(_NAME, name, re.IGNORECASE) and not re.fullmatch(_VOCABULARY, name, re.IGNORECASE))

@@ -94,9 +94,14 @@ def hear() -> None:
 
 
 def take_over(handler: Handler | signal.Handlers, numbers: Iterable[int] = SIGNALS) -> dict[int, Any]:
-    """Set a handler for signals, but for those of `PATIENT` that are ignored; nothing outside of the main thread.
+    """Set a handler for signals; does nothing outside of the main thread.
 
-    Returns the earlier handlers, for `give_back`.
+    Args:
+        handler: for each of them.
+        numbers: of the signals; those of `PATIENT` that are ignored stay so.
+
+    Returns:
+        The earlier handlers, for `give_back`.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}

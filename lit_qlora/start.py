@@ -171,7 +171,16 @@ def _stays_finished(finished: Mapping[str, Any], was: Mapping[str, Any], now: Ma
 
 
 def check_room(run: RunFolder, module: QLoRAModule, keep_checkpoints: int) -> None:
-    """Raises UserError unless the disks have room for the checkpoints that a run keeps, one more, and its base."""
+    """Check that the disks have room for a run.
+
+    Args:
+        run: the run folder, in which the checkpoints kept, and one being written, must have room.
+        module: whose base may have to be downloaded.
+        keep_checkpoints: number of checkpoints kept.
+
+    Raises:
+        UserError: one lacks it.
+    """
     num_trained = module.base.shape.num_lora(module.lora.rank, module.lora.target_modules)
     here = (file for folder in (run.adapter, run.checkpoints) for file in folder.rglob("*") if file.is_file())
     needed_bytes = run_folder_bytes(num_trained, keep_checkpoints) - sum(file.stat().st_size for file in here)
@@ -203,9 +212,16 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
 
 
 def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_needed: bool = False) -> None:
-    """Check a run's adapter, and restore an intact copy of a damaged one, as `mend_adapter` does.
+    """Check a run's adapter, and restore an intact copy of a damaged one; see `mend_adapter`.
 
-    Raises UserError as that does, and for one that is not by ``lora``, the run's options: altered and sealed again.
+    Args:
+        run: the run folder.
+        lora: the run's options of LoRA, by which the adapter must go.
+        mirrored: another place that may hold a copy.
+        is_needed: True if it has to be there.
+
+    Raises:
+        UserError: as `mend_adapter`; also for one that was altered and sealed again.
     """
     mend_adapter(run, mirrored, is_needed=is_needed)
     if run.adapter.is_dir():
@@ -216,9 +232,14 @@ def check_adapter(run: RunFolder, lora: Lora, mirrored: Path | None, *, is_neede
 
 
 def what_to_score(run: RunFolder, what: str) -> tuple[Path | None, Path | None]:
-    """The adapter or the checkpoint to be scored, one or none of the two: ``best``, ``last``, ``base`` or a path.
+    """The adapter or the checkpoint that is to be scored: one or none of the two.
 
-    Raises UserError if it is missing.
+    Args:
+        run: the run folder.
+        what: ``best``, ``last``, ``base`` or a path.
+
+    Raises:
+        UserError: it is missing.
     """
     if what == "base":
         return None, None

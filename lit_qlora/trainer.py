@@ -241,11 +241,14 @@ def find_gpus(devices: int | str | list[int], num_nodes: int, accelerator: str) 
 
 
 def check_kinds(gpus: Sequence[int | None], precision: str) -> None:
-    """Raises UserError where some of the GPUs of one machine have bf16, and it would be used, and others have not.
+    """Check that the GPUs of one machine compute in the same precision.
 
     Args:
         gpus: their numbers; None for a process without one.
         precision: as ``trainer.precision``.
+
+    Raises:
+        UserError: some of them have bf16, and others have not.
     """
     kinds = {gpu: torch.cuda.get_device_capability(gpu) for gpu in gpus if gpu is not None}
     with_bf16 = [gpu for gpu, kind in kinds.items() if kind >= AMPERE]
@@ -262,16 +265,29 @@ def check_kinds(gpus: Sequence[int | None], precision: str) -> None:
 
 
 def count_processes(devices: int | str | list[int], num_nodes: int, accelerator: str) -> int:
-    """The number of processes that a run has, or is to have; arguments and errors are those of `find_gpus`."""
+    """The processes that a run has, or is to have.
+
+    Args:
+        devices: as for `find_gpus`.
+        num_nodes: as for `find_gpus`.
+        accelerator: as for `find_gpus`.
+
+    Raises:
+        UserError: as `find_gpus`.
+    """
     gpus = find_gpus(devices, num_nodes, accelerator)
     return len(gpus) * num_nodes if world().size == 1 else world().size
 
 
 def own_callbacks(given: Callback | list[Callback] | None, validates: bool = True) -> list[Callback]:
-    """The user's own callbacks, which may only observe, and monitor the figures of a run that ``validates``.
+    """The user's own callbacks, one or several, which may only observe.
 
-    Raises UserError for one that changes weights, steps, rates or data, duplicates this project, or monitors an unknown
-    figure.
+    Args:
+        given: value of trainer.callbacks.
+        validates: True if the run has validations, whose figures a callback may monitor.
+
+    Raises:
+        UserError: one changes weights, steps, rates or data, duplicates this project, or monitors an unknown figure.
     """
     callbacks = as_list(given)
     refuse_kinds(callbacks, "trainer.callbacks", NO_CALLBACKS)

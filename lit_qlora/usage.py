@@ -79,7 +79,12 @@ CONFIG = Option("config", str, None,
 
 
 def help_of(verb: str, asked: str) -> str:
-    """The help of fit or of one of its kin; what is ``asked``: ``short`` for what is needed first, or ``all``."""
+    """The help of fit or of one of its kin.
+
+    Args:
+        verb: its name.
+        asked: ``short`` for what is needed first, ``all`` for all of its options.
+    """
     options = {option.name: option for option in options_of(verb)}
     lines = _head(verb, " [--config NAME|FILE]", TITLES[verb])
     if asked == "all":
@@ -96,7 +101,13 @@ def help_of(verb: str, asked: str) -> str:
 
 
 def help_of_tool(verb: str, title: str, actions: Sequence[Any]) -> str:
-    """The help of a verb that is a plain function: its ``title``, and its options as argparse's ``actions``."""
+    """The help of a verb that is a plain function.
+
+    Args:
+        verb: its name.
+        title: what it does, in a sentence.
+        actions: its options, as argparse has them.
+    """
     needed = "".join(f" --{action.dest} VALUE" for action in actions if action.required)
     options = []
     for action in actions:

@@ -18,14 +18,23 @@ _END = re.compile(r"[:,]|\b(?:at|by|in|of|than|to|with)\b")
 
 
 def number_of(count: int, words: str) -> str:
-    """A number of things, as `of_number` words them: ``rows left out: no answer``."""
+    """A number of things in words; see `of_number`.
+
+    Args:
+        count: how many of them there are.
+        words: begin with what they are, such as ``rows left out: no answer``.
+    """
     return f"{count:,} {of_number(count, words)}"
 
 
 def of_number(count: int, words: str) -> str:
-    """``words``, in the plural, as they are for ``count``: for 1, the first phrase's noun and verb are singular.
+    """``words`` in the number of ``count``: for 1, the first phrase's noun and verb are in the singular.
 
     Words such as ``of 20 rows are`` keep their noun.
+
+    Args:
+        count: how many of them there are.
+        words: in the plural.
     """
     if count != 1:
         return words

@@ -283,9 +283,14 @@ class RunCheckpoints(StepCallback, Needs):
             tell(f"warning: {error}; the best adapter has no second copy, and the next save retries")
 
     def attempt(self, what: str, save: Callable[[], None]) -> bool:
-        """Save something, and report an OSError in one line; the next save retries.
+        """Save something, and report a failure in one line; the next save retries.
 
-        ``what`` is the key of `failures`. Returns True if it succeeded.
+        Args:
+            what: key of `failures`.
+            save: raises OSError if it fails.
+
+        Returns:
+            True if it succeeded.
         """
         try:
             save()

@@ -9,7 +9,12 @@ from lit_qlora.figures.record import Record
 
 
 def record(trainer: Trainer, figures: Mapping[str, float]) -> None:
-    """Record figures, by names such as ``mine/name``, with every logger of a Trainer, at its optimizer step."""
+    """Record figures with every logger of a Trainer.
+
+    Args:
+        trainer: its number of optimizer steps done is theirs.
+        figures: values by name, such as ``mine/name``.
+    """
     for logger in trainer.loggers:
         logger.log_metrics(dict(figures), step=trainer.global_step)
 

@@ -36,7 +36,11 @@ class StopOnSignal(StepCallback):
         self._previous: dict[int, Any] = {}
 
     def ask(self, status: int) -> None:
-        """Save and end the run after this step, with ``status`` if the save succeeds: 128 + a signal's number, or 0."""
+        """Save and end the run after this step.
+
+        Args:
+            status: exit status if the save succeeds: 128 + a signal's number, or 0 for the time limit.
+        """
         self._status = status
         self.checkpoints.stop_asked = True
 

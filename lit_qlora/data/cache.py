@@ -86,7 +86,8 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         The rows, mapped from the disk; at least as many as are learned from, none for a conversation without an answer
         within the encoder's limit.
 
-    Raises UserError if they can't be written.
+    Raises:
+        UserError: they can't be written.
     """
     import datasets
 

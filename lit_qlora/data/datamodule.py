@@ -177,6 +177,9 @@ class ChatDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and encode the rows for ``stage``: ``fit``, ``validate`` or ``test``.
 
+        Args:
+            stage: of the Trainer.
+
         Raises:
             UserError: for unreadable rows, if nothing is left to learn or to score (also by a share of less than one
                 micro-batch), and for a tokenizer or template that does not match the Trainer's module.
@@ -292,10 +295,16 @@ class ChatDataModule(LightningDataModule):
         return collate([(row, examples[row]) for row in rows], answers, self.plan.packed)
 
     def smaller(self, rows: int, accumulate: int) -> str:
-        """Options for smaller micro-batches, as on a command line, to suggest if halving one was not enough.
+        """Options for smaller micro-batches, to suggest if halving one was not enough.
 
-        Of ``rows`` conversations a quarter is suggested, for a single one a shorter ``max_length``; and as many more
-        micro-batches per step than ``accumulate``, so that the step stays as large.
+        Args:
+            rows: conversations of the micro-batch; a quarter of them is suggested, for a single one a shorter
+                ``max_length``.
+            accumulate: micro-batches of an optimizer step, of which there are more then, so that the step stays as
+                large.
+
+        Returns:
+            Options as on a command line.
         """
         if self.plan.tokens:
             tokens = max(self.plan.tokens // 4, self.max_length)
@@ -316,7 +325,12 @@ class ChatDataModule(LightningDataModule):
         return self._evaluated("test")
 
     def write_tokenizer(self, folder: Path, max_tokens: int) -> None:
-        """Write what other programs need to answer as the rows were learned; see `chat_template.write_tokenizer`."""
+        """Write what other programs need to answer as the rows were learned; see `chat_template.write_tokenizer`.
+
+        Args:
+            folder: of the adapter.
+            max_tokens: the context of the base.
+        """
         if self.tokenizer_name is not None:  # as it is for a subclass that makes ids of its own
             write_tokenizer(folder, self.encoder, max_tokens)
 
@@ -342,14 +356,16 @@ class ChatDataModule(LightningDataModule):
     def recall(self, file: Path) -> None:
         """Score the rows of a run that its record in ``file`` names, whatever became of the source since.
 
-        Raises UserError if the record is damaged.
+        Raises:
+            UserError: the record is damaged.
         """
         self._run_record, self.run_rows = file, RunRows.read(file)
 
     def record(self, file: Path) -> None:
         """Record in ``file`` which rows are learned and which are held out, for `recall`.
 
-        Raises SaveError if it could not be written.
+        Raises:
+            SaveError: it could not be written.
         """
         self.recorded().write(file)
 
@@ -359,10 +375,15 @@ class ChatDataModule(LightningDataModule):
         return RunRows.of(train, held_out, as_text(self.validation_source))
 
     def changed_since(self, file: Path) -> list[str]:
-        """What became of the conversations in a run's record, in words; empty if they are the same, or unknown.
+        """What became of a run's conversations since it began, in words; empty if they are the same, or unknown.
 
-        Sources on the hub, and those that are no longer there, are not read. Raises UserError if the record is damaged,
-        or a source that is there can't be read.
+        Sources on the hub, and those that are no longer there, are not read.
+
+        Args:
+            file: the run's record of them.
+
+        Raises:
+            UserError: the record is damaged, or a source that is there can't be read.
         """
         recorded = RunRows.read(file)
         given = [*filter(None, (self.source, self.validation_source))]
@@ -377,7 +398,14 @@ class ChatDataModule(LightningDataModule):
         return self._records[part], rows
 
     def example(self, lines: int = 2) -> list[str]:
-        """A short training row as it is learned, in up to 2 ``lines``. Raises UserError before `setup`."""
+        """A short training row as it is learned.
+
+        Args:
+            lines: the most to take, up to 2.
+
+        Raises:
+            UserError: before `setup`.
+        """
         rows = self._encoded("train")
         shortest = min(range(min(SHORT_AMONG, len(rows))), key=lambda row: rows.lengths[row])
         example = rows.examples[shortest]
@@ -499,6 +527,15 @@ def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
 
 
 def check_limit(option: str, limit: int | float, count: int) -> None:
-    """Raises UserError if a Trainer's ``limit`` is a share of ``count`` micro-batches that rounds to none."""
+    """Check that a share of an epoch's micro-batches is at least one.
+
+    Args:
+        option: of the Trainer, such as ``limit_val_batches``.
+        limit: its value: a number of micro-batches, or a share of them.
+        count: micro-batches of the epoch.
+
+    Raises:
+        UserError: the share rounds to none.
+    """
     expected = f"a share of at least one of the {number_of(count, 'micro-batches')}, or a number of them"
     require(isinstance(limit, int) or limit == 0 or int(limit * count) >= 1, f"trainer.{option}", expected, limit)

@@ -64,7 +64,11 @@ class SourceError(UserError):
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """The format of a file of rows by its ending, and of `PACKED` what stands behind it. Raises SourceError."""
+    """The format of a file of rows by its ending, and of `PACKED` what stands behind it.
+
+    Raises:
+        UserError: for another file.
+    """
     packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
     ending = Path(path.name.lower().removesuffix(packing)).suffix
     ending = OTHER_NAMES.get(ending, ending)
@@ -89,7 +93,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     Returns:
         At least one row; one that can't be read has its fault in place of its values.
 
-    Raises SourceError when the file can't be read, is not what its ending says, or holds no rows.
+    Raises:
+        UserError: when the file can't be read, is not what its ending says, or holds no rows.
     """
     ending, packing = kind_of(path)
     data = _read(path, packing)

@@ -176,7 +176,8 @@ def check_columns(
         option: that the columns are of, for messages.
         use: whether rows are to be learned, or to be answered.
 
-    Raises UserError if it does not.
+    Raises:
+        UserError: it does not.
     """
     forms = [one for one in forms_for(use) if form in ("auto", one.name)]
     known = [*dict.fromkeys(name for one in forms for name in (*one.needs, *one.may_have) if name), SYSTEM]

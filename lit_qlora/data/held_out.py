@@ -74,7 +74,8 @@ class Parts:
     def check_early(self) -> None:
         """Look at the rows on this machine for what `train_and_held_out` would refuse; see `records.check_early`.
 
-        Raises UserError as it does.
+        Raises:
+            UserError: as it does.
         """
         local = {source: find_splits(source) for source in sources_of(self.source) if not is_hub_id(source)}
         for source, splits in local.items():
@@ -96,7 +97,8 @@ class Parts:
         A share is drawn by the seed only, of all sources that have no other held-out rows, and no conversation is on
         both sides. Of other held-out rows, those that are also in training are counted.
 
-        Raises UserError as `load_records`, when there is nothing to hold out, and when all of it is in training, too.
+        Raises:
+            UserError: as `load_records`, when there is nothing to hold out, and when all of it is in training, too.
         """
         trains = self._training()
         if not self._is_own():
@@ -121,7 +123,8 @@ class Parts:
 
         Those of its conversations that are in training, too, are counted, unless ``rows`` is there to tell it.
 
-        Raises UserError as `train_and_held_out`.
+        Raises:
+            UserError: as `train_and_held_out`.
         """
         found = [
             (source, splits.names["test"])
@@ -136,7 +139,8 @@ class Parts:
     def test_of(self, source: Any) -> Records:
         """Load the rows of ``source`` that are there for a test: of its test split, or else what it has.
 
-        Raises UserError as `load_records`, or when it is the training data itself.
+        Raises:
+            UserError: as `load_records`, or when it is the training data itself.
         """
         learned = {one.place for one in self.splits}
         found = [(one, find_splits(one)) for one in sources_of(source, "data.test_source")]
@@ -151,7 +155,8 @@ class Parts:
 
         Without a record, or with another validation source than the run's, they are found as at the start of a run.
 
-        Raises UserError as `recall` and `train_and_held_out`.
+        Raises:
+            UserError: as `recall` and `train_and_held_out`.
         """
         is_other = rows is not None and as_text(self.validation_source) not in (None, rows.validation_source)
         if rows is None or is_other:
@@ -163,7 +168,8 @@ class Parts:
 
         They are searched for in the validation source and in every split of the source, wherever they were moved.
 
-        Raises UserError as `load_records`, and when none is there any more.
+        Raises:
+            UserError: as `load_records`, and when none is there any more.
         """
         wanted = {*rows.held_out}
         found: dict[str, Kept] = {}
@@ -235,9 +241,15 @@ class Parts:
 
 
 def check_early_to_score(given: Any, option: str, reading: Reading) -> None:
-    """Look at the rows that ``option`` gives for scoring and that are on this machine; see `records.check_early`.
+    """Look at rows for scoring that are on this machine; see `records.check_early`.
 
-    Raises UserError as `Parts.held_out` and `Parts.test_of` for rows that can't be read.
+    Args:
+        given: the value of ``option``.
+        option: data.validation_source, or one that names rows for a test.
+        reading: how rows are read.
+
+    Raises:
+        UserError: as `Parts.held_out` and `Parts.test_of` for rows that can't be read.
     """
     kinds = ("validation", "test") if option == "data.validation_source" else ("test", "validation")
     for source in sources_of(given, option):

@@ -167,7 +167,16 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
     """Look at one split for what `load_records` would refuse, before a prompt format and a tokenizer are known.
 
     Most wrong files are found so: what is no data, and, by its beginning, what has rows of no known form. Passes the
-    hub's, and what is too large to be read twice. Takes and raises what `load_records` does.
+    hub's, and what is too large to be read twice.
+
+    Args:
+        source: where rows come from.
+        split: name of the split there.
+        reading: how rows are read.
+        seed: of the source's share; None for all rows.
+
+    Raises:
+        UserError: as `load_records`.
     """
     reading = _reading_of(source, reading)
     num_bytes = local_bytes(source, split)

@@ -37,7 +37,13 @@ class RunRows:
     def of(
         cls, train: Iterable[Conversation], held_out: Iterable[Conversation], validation_source: str | None
     ) -> "RunRows":
-        """The record of a run's conversations: learned, held out in order, and the option that gives the latter."""
+        """The record of a run's conversations.
+
+        Args:
+            train: those that are learned.
+            held_out: those that are scored, in order.
+            validation_source: the option that says where the latter are from.
+        """
         return cls(tuple(map(digest, held_out)), frozenset(map(digest, train)), validation_source)
 
     def changes(self, now: "RunRows") -> dict[str, str]:
@@ -59,7 +65,8 @@ class RunRows:
     def read(cls, file: Path) -> "RunRows | None":
         """The record in ``file``; None without one.
 
-        Raises UserError if it is damaged.
+        Raises:
+            UserError: it is damaged.
         """
         try:
             values = parse_json(file.read_bytes())
@@ -80,7 +87,8 @@ class RunRows:
     def write(self, file: Path) -> None:
         """Write the record to ``file`` atomically; equal conversations give equal bytes.
 
-        Raises SaveError if it could not be written.
+        Raises:
+            SaveError: it could not be written.
         """
         values = asdict(self) | {"train": sorted(self.train)}
         text = json.dumps({"version": VERSION} | values, indent=0) + "\n"

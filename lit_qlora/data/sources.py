@@ -90,8 +90,12 @@ KEYS = ("path", "name", "split", "revision", "share", "columns")
 def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
     """The sources that the value of an option stands for: at least one.
 
-    ``value`` is a text, a table or a list of them, as `SourceOption` has it; also a list or a table written as JSON.
-    Raises UserError, about ``option``, where it is none.
+    Args:
+        value: a text, a table or a list of them, as `SourceOption` has it; also a list or a table written as JSON.
+        option: for messages.
+
+    Raises:
+        UserError: it is none.
     """
     if isinstance(value, str) and value.startswith(("[", "{")):  # as `as_text` writes it, or a command line
         with suppress(ValueError):
@@ -187,7 +191,8 @@ class Splits:
     def training(self) -> str:
         """The name of the rows to train on.
 
-        Raises UserError if there are none.
+        Raises:
+            UserError: there are none.
         """
         if "train" not in self.names:
             found = " and ".join([*self.names.values(), *self.unread])
@@ -201,7 +206,8 @@ class Splits:
     def for_scoring(self, *kinds: str) -> str:
         """The name of the rows to score where the source is there for that: the chosen one, or the first of ``kinds``.
 
-        Raises UserError as `training`, which is taken where there is none of them.
+        Raises:
+            UserError: as `training`, which is taken where there is none of them.
         """
         return self.training() if self.is_chosen else self.first(*kinds) or self.training()
 
@@ -209,7 +215,8 @@ class Splits:
 def find_splits(source: str | Source) -> Splits:
     """Find the splits of a source; a file is all "train".
 
-    Raises UserError when the source isn't found, has not the split that it names, or the hub can't be asked.
+    Raises:
+        UserError: when the source isn't found, has not the split that it names, or the hub can't be asked.
     """
     source = _source(source, "data.source")
     files = _find_files(source)
@@ -278,7 +285,15 @@ def _is_data(path: Path) -> bool:
 
 
 def local_bytes(source: str | Source, split: str = "train") -> int | None:
-    """The size of a split's files on this machine; None for one on the hub. Raises SourceError as `read_source`."""
+    """The size of a split's files on this machine; None for one on the hub.
+
+    Args:
+        source: where rows come from.
+        split: name of the split there.
+
+    Raises:
+        UserError: as `read_source`.
+    """
     source = _source(source, "data.source")
     files = _find_files(source)
     if files is None:
@@ -290,8 +305,13 @@ def local_bytes(source: str | Source, split: str = "train") -> int | None:
 def read_source(source: str | Source, split: str = "train", columns: Sequence[str] = ()) -> list[Row]:
     """Read the rows of one split, by its name there.
 
-    The first line of a .csv may have ``columns`` beside those of the known forms. Raises SourceError when the source or
-    the split isn't found, or a file can't be read.
+    Args:
+        source: that one.
+        split: the split's name.
+        columns: names of columns, beside those of the known forms, that the first line of a .csv may have.
+
+    Raises:
+        UserError: when the source or the split isn't found, or a file can't be read.
     """
     source = _source(source, "data.source")
     files = _find_files(source)

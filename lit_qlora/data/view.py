@@ -31,7 +31,13 @@ class Token(NamedTuple):
 
 
 def tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: Iterable[bool]) -> list[Token]:
-    """The tokens of a row of ``ids``, of length T, and whether each is ``learned``, likewise."""
+    """The tokens of a row of ``ids``.
+
+    Args:
+        tokenizer: of the row.
+        ids: the row's, of length T.
+        learned: whether each of them is, of length T.
+    """
     special = special_ids(tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(ids))
     return [
@@ -63,7 +69,12 @@ def columns(text: str) -> int:
 
 
 def shortened(text: str, width: int) -> str:
-    """A printable text without its middle, if it takes more than ``width`` columns."""
+    """A printable text without its middle.
+
+    Args:
+        text: to be shortened, if it takes more.
+        width: columns that it may take.
+    """
     if columns(text) <= width:
         return text
     head = _first(text, (width - 1) * 2 // 3)
@@ -86,8 +97,14 @@ def example_lines(
 ) -> list[str]:
     """The first answer of a row that is learned with its end, behind its prompt: ``prompt **answer** ⏹``.
 
-    Where no end is learned, the first that is; with prompts learned, too, a stretch of both. ``ids`` and ``labels`` are
-    of length T. Returns 1 line of ``width`` columns, or up to 2 where ``most`` allows it.
+    Where no end is learned, the first that is; with prompts learned, too, a stretch of both.
+
+    Args:
+        tokenizer: of the row.
+        ids: the row's, of length T.
+        labels: which of them are learned, of length T.
+        width: columns of a line.
+        most: lines, 1 or 2.
     """
     from lit_qlora.batch import IGNORE_INDEX  # here: chat's --help needs columns, and no torch
 

@@ -40,12 +40,20 @@ def deal_steps(sizes: Sequence[int], at_once: int, num_devices: int) -> list[int
 
 
 def steps(sizes: Sequence[int], at_once: int) -> Iterable[Sequence[int]]:
-    """The micro-batches of each optimizer step, of ``at_once`` each; the last may have fewer."""
+    """The micro-batches of each optimizer step.
+
+    Args:
+        sizes: tokens of each micro-batch of an epoch.
+        at_once: micro-batches of a step; the last may have fewer.
+    """
     return (sizes[start : start + at_once] for start in range(0, len(sizes), at_once))
 
 
 def efficiency(sizes: Sequence[int], at_once: int, num_devices: int) -> float:
-    """The share, up to 1, of the devices' time in which they compute: each step waits for its slowest device."""
+    """The share, up to 1, of the devices' time in which they compute: each step waits for its slowest device.
+
+    Args: as of `deal_steps`.
+    """
     if num_devices == 1:
         return 1.0
     busy = taken = 0

@@ -21,9 +21,11 @@ LINGER_S = 3.0
 
 
 def report(line: str, error: BaseException | None = None) -> None:
-    """Print ``line``, which begins with ``error: `` and ends this command, once for all processes of the run.
+    """Print ``line``, with which this command ends, once for all processes of the run.
 
-    A `LostError` is about another process.
+    Args:
+        line: begins with ``error: ``.
+        error: what it is of; a `LostError` is about another process.
     """
     if not {*OF_TORCHRUN} <= {*os.environ} or was_started():
         complain(line, error)

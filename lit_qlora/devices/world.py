@@ -173,7 +173,11 @@ def _not_come(ranks: list[int], where: str, limit: timedelta, why: str = "") -> 
 
 
 def join(gpu: int | None) -> None:
-    """Meet the other processes, each on its GPU, or on a CPU for None; nothing with one, or where they have met."""
+    """Meet the other processes, each on its device; nothing with one process, or where they have met.
+
+    Args:
+        gpu: number of this process's; None on a CPU.
+    """
     here = world()
     if here.size == 1 or _host_group:
         return

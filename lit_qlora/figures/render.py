@@ -7,7 +7,13 @@ import jinja2
 
 
 def filled(package: str, file: str, /, **values: Any) -> str:
-    """A package's template, .html.jinja or .md.jinja, with ``values`` in it; in HTML, these are never markup."""
+    """A template with ``values`` in it; in HTML these are text and never markup.
+
+    Args:
+        package: has the template in its folder ``templates``.
+        file: its name, which ends in .html.jinja or .md.jinja.
+        values: all that the template names.
+    """
     is_page = file.endswith(".html.jinja")
     environment = jinja2.Environment(
         autoescape=is_page,

@@ -204,8 +204,11 @@ def _can_fit(forecast: Forecast, ladder: Sequence[Rung], share: float) -> bool:
 def quickest(forecast: Forecast) -> Change | None:
     """The fastest micro-batch and checkpointing that fit, with optimizer steps of about the same size.
 
-    With kernels recorded, where they are, or not. None if the settings of ``forecast`` are within `GAIN` of it, or if
-    no time is forecast, as for transformers' own layers.
+    With kernels recorded, where they are, or not. None if the settings are within `GAIN` of it, or if no time is
+    forecast, as for transformers' own layers.
+
+    Args:
+        forecast: of the settings as they are.
     """
     now = _seconds_per_token(forecast) if forecast.fits() else math.inf
     if forecast.is_slow or now is None or (forecast.hours or 0) < MINUTE:

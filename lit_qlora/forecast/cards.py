@@ -48,9 +48,13 @@ DEFAULT = CARDS[0]
 
 
 def find_card(name: str) -> Card:
-    """The card called ``name``, in any spelling: ``t4``, ``a100-80``, ``NVIDIA GeForce RTX 4090``.
+    """The card called ``name``: ``t4``, ``Tesla T4``, ``a100-80``, ``NVIDIA GeForce RTX 4090``.
 
-    Of an A100 without a size, the smaller one is meant. Raises UserError if it is not in the table.
+    Args:
+        name: in any spelling; of an A100 without a size, the smaller one is meant.
+
+    Raises:
+        UserError: it is not in the table.
     """
     words = _words(name)
     for card in sorted(CARDS, key=lambda card: -len(card.name)):

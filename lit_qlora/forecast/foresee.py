@@ -283,7 +283,11 @@ class Forecast:
         return self.card.memory_gib * GIB
 
     def fits(self, share: float = 1.0) -> bool:
-        """True if the run stays within ``share``, up to 1, of the card's memory."""
+        """True if the run stays within ``share`` of the card.
+
+        Args:
+            share: of the card's memory, up to 1.
+        """
         return self.peak.on_card <= share * self.card_bytes
 
     @cached_property
@@ -379,9 +383,13 @@ def foresee(
 
 
 def step_of(shape: Shape, lora: Lora, precision: object, **settings: Any) -> Step:
-    """A step of a base with an adapter, in the precision as Lightning spells it.
+    """A step of a base with an adapter.
 
-    ``settings`` are further fields of `Step`, at least ``tokens`` and ``scored_tokens``.
+    Args:
+        shape: of the base.
+        lora: the adapter.
+        precision: as Lightning spells it.
+        settings: further fields of `Step`, at least ``tokens`` and ``scored_tokens``.
     """
     targets = tuple(dict.fromkeys(target_names(lora.target_modules)))
     element = 4 if str(precision) == "32-true" else 2
@@ -393,6 +401,11 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
 
     One, where weights stay dequantised or are not ours to dequantise; else as many as half of the host's free memory
     has the room for.
+
+    Args:
+        module: a `QLoRAModule`, loaded.
+        data: its `ChatDataModule`, after ``setup("fit")``.
+        trainer: of the fit.
     """
     shape = module.base.shape
     is_open = module.dequantised_layers == shape.num_layers
@@ -405,8 +418,13 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
 
 
 def guanaco_lengths(num_rows: int) -> tuple[int, ...]:
-    """Tokens of so many conversations, from the shortest on, like those of guanaco-llama2-1k: its measured percentiles,
-    linearly interpolated.
+    """Lengths like those of guanaco-llama2-1k: its measured percentiles, linearly interpolated.
+
+    Args:
+        num_rows: how many.
+
+    Returns:
+        Tokens of each, from the shortest on.
     """
     lengths = []
     for row in range(num_rows):

@@ -205,16 +205,25 @@ def base_on_host_bytes(step: Step) -> int:
 def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
     """Largest size of a run folder in bytes, without its figures.
 
-    That is the best adapter, its copy and one being written, in fp32, and the checkpoints kept with one more, each
-    with the adapter and two moments of each weight.
+    Args:
+        num_trained: Weights of the adapter; they are kept in fp32.
+        keep_checkpoints: Checkpoints that stay; each has the adapter and two moments of each weight.
+
+    Returns:
+        Bytes of the best adapter, its copy, one being written, and the checkpoints with one more.
     """
     return (3 * 4 + (keep_checkpoints + 1) * 12) * num_trained
 
 
 def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:
-    """Bytes of the optimizer's state on the card, and of that which is paged to the host when the card runs short.
+    """Optimizer state on the card, and state that is paged to the host when the card runs short.
 
-    By the numbers of weights of each trained tensor.
+    Args:
+        name: of the optimizer, in `OPTIMIZERS`.
+        tensors: numbers of weights of each trained tensor.
+
+    Returns:
+        Both in bytes.
     """
     optimizer = OPTIMIZERS[name]
     on_card = paged = 0
@@ -313,7 +322,14 @@ def loss_bytes(step: Step) -> int:
 
 
 def moments(step: Step) -> list[StepMemory]:
-    """The moments, in bytes, of a step of the largest micro-batch that can be its peak, from the second step on."""
+    """The moments of a step that can be its peak, from the second step on.
+
+    Args:
+        step: settings and sizes of the largest micro-batch.
+
+    Returns:
+        One of each moment, in bytes.
+    """
     shape, size = step.shape, step.element
     lora = sum(step.lora_tensors)
     weights = {name: size * inputs * outputs for name, (inputs, outputs) in shape.linears.items()}
@@ -381,7 +397,11 @@ def moments(step: Step) -> list[StepMemory]:
 
 
 def step_memory(step: Step) -> StepMemory:
-    """The moment with the highest memory. Evaluation takes less: the same batches, with nothing kept for a backward."""
+    """The moment with the highest memory. Evaluation takes less: the same batches, with nothing kept for a backward.
+
+    Args:
+        step: settings and sizes of the largest micro-batch.
+    """
     return max(moments(step), key=lambda moment: moment.reserved)
 
 
@@ -423,7 +443,15 @@ NO_SAMPLES = Samples(0, 0, 0)
 
 
 def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
-    """The moments of a step of the largest micro-batch, and that of sample answers, drawn in one batch, if any."""
+    """All moments whose memory a run needs.
+
+    Args:
+        step: settings and sizes of the largest micro-batch.
+        samples: drawn in one batch.
+
+    Returns:
+        The moments of a step, and that of sample answers if there are any, in bytes.
+    """
     found = moments(step)
     return [*found, *([sampling_memory(step, samples, found)] if samples.num_prompts else [])]
 
@@ -431,7 +459,10 @@ def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
 def sampling_memory(step: Step, samples: Samples, found: list[StepMemory]) -> StepMemory:
     """Bytes while sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts.
 
-    What the update holds, of the moments ``found`` of a step, is counted, too.
+    Args:
+        step: settings and sizes of the largest micro-batch.
+        samples: drawn in one batch.
+        found: the moments of the step, of which what the update holds is counted, too.
     """
     shape, tokens = step.shape, samples.num_prompts * samples.prompt_tokens
     kept = tokens + samples.num_prompts * samples.new_tokens
@@ -454,7 +485,13 @@ def _forward(step: Step, tokens: int, found: list[StepMemory]) -> StepMemory:
 
 
 def fits(step: Step, card_bytes: float, samples: Samples = NO_SAMPLES) -> bool:
-    """True if a run leaves the share `RESERVE` of a card free; arguments as of `place_layers`."""
+    """True if a run leaves the share `RESERVE` of a card free.
+
+    Args:
+        step: of the largest micro-batch.
+        card_bytes: memory of the card.
+        samples: drawn in one batch.
+    """
     return all(moment.on_card <= card_bytes * (1 - RESERVE) for moment in run_moments(step, samples))
 
 

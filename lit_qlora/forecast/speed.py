@@ -34,9 +34,14 @@ class Epoch:
 
 
 def waits_for_host(step: Step, card: Card) -> bool:
-    """True if a card computes the layers of a micro-batch faster than its host starts their kernels.
+    """Whether a card computes the layers faster than its host starts their kernels.
 
-    False for a card of unknown rates.
+    Args:
+        step: settings and sizes of a micro-batch.
+        card: whose rates are compared.
+
+    Returns:
+        False for a card of unknown rates, too.
     """
     hours = epoch_hours(step, Epoch(step.tokens, step.tokens, 1, 0), card)
     return hours is not None and hours * 3600 < HOST_S_PER_LAYER * step.shape.num_layers

@@ -83,7 +83,12 @@ def shared_lines(forecast: Forecast) -> Iterator[str]:
 
 
 def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> Iterator[str]:
-    """A table of the host's memory and of the disk; ``before`` comes first, each with its bytes."""
+    """A table of the host's memory and of the disk.
+
+    Args:
+        forecast: of the run.
+        before: what comes first, each with its bytes.
+    """
     step, keep_checkpoints = forecast.step, forecast.keep_checkpoints
     trained = sum(step.lora_tensors)
     paged = memory.optimizer_bytes(step.optimizer, step.lora_tensors)[1]
@@ -100,7 +105,12 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
 
 
 def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
-    """The time per epoch, and its assumptions; empty for a card of unknown rates. ``behind`` ends the first line."""
+    """The time per epoch, and its assumptions; empty for a card of unknown rates.
+
+    Args:
+        forecast: of the run.
+        behind: what ends the first line.
+    """
     epoch, card, hours = forecast.epoch, forecast.card, forecast.hours
     if hours is None:
         return
@@ -121,13 +131,24 @@ def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
 
 
 def uneven(accumulate: int, num_devices: int) -> str:
-    """What to change where the micro-batches of a step can't be shared out evenly by the devices; else empty."""
+    """What to change where the micro-batches of a step can't be shared out evenly; else empty.
+
+    Args:
+        accumulate: micro-batches of a step.
+        num_devices: they are shared by.
+    """
     rest = accumulate % num_devices
     return f" (--trainer.accumulate_grad_batches {accumulate + num_devices - rest} shares out evenly)" if rest else ""
 
 
 def line(what: str, size: float, unit: int = GIB) -> str:
-    """A line of such a table: what takes so many bytes, in a unit of so many."""
+    """A line of such a table.
+
+    Args:
+        what: takes the memory, in words.
+        size: bytes.
+        unit: bytes that count as one.
+    """
     return f"  {what:<50}{size / unit:8.2f}"
 
 

@@ -231,7 +231,9 @@ def _quantization(name: str, place: str, told: Any) -> dict[str, Any]:
 def for_transformers(config: Mapping[str, Any], plain: Collection[str] = ()) -> "PreTrainedConfig":
     """transformers' config of a result of `read_config`.
 
-    A 4-bit base keeps the linear layers of the names ``plain`` in 16 bits.
+    Args:
+        config: of a base.
+        plain: names of linear layers that a 4-bit base keeps in 16 bits.
     """
     architecture = architecture_of(config)
     values = {key: value for key, value in config.items() if key not in (*_ROPE_KEYS, "model_type")}

@@ -72,9 +72,12 @@ class Copies:
             self.root = Path(HF_HOME) / "lit_qlora" / "4bit"
 
     def find(self, base: Base, dtype: torch.dtype | None, device_type: str) -> Base | None:
-        """A base in 16 bits as its 4-bit copy; None without an intact one.
+        """A base as its 4-bit copy; None without an intact one.
 
-        Args as of `keep_by`; a ``dtype`` of None and a ``device_type`` of ``*`` stand for any.
+        Args:
+            base: in 16 bits.
+            dtype: that the copy is to compute in; None: any.
+            device_type: that it was quantised on; ``*``: any.
         """
         if self.root is None or not self.root.is_dir() or base.in_4_bits:
             return None
@@ -89,7 +92,17 @@ class Copies:
         return None
 
     def keep(self, model: "PreTrainedModel", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
-        """Keep ``model``, just loaded from ``base`` and without an adapter; see `keep_by`."""
+        """Keep a 4-bit copy of a base.
+
+        Args:
+            model: just loaded from ``base``, without an adapter.
+            base: that it was made from.
+            dtype: that it computes in.
+            device_type: that it was quantised on.
+
+        Returns:
+            A line that reports it, or says why not; None where there is nothing to say.
+        """
         save = partial(model.save_pretrained, max_shard_size="1GB")
         return self.keep_by(save, num_bytes(model.state_dict()), base, dtype, device_type)
 

@@ -80,7 +80,12 @@ class LoraBuffers:
 
     @torch.no_grad()
     def fill(self, lora: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Copy a layer's A ``[rank, in]`` and B ``[out, rank]``, fp32 and in order, into the buffers, of ``dtype``."""
+        """Copy a layer's A and B into the buffers.
+
+        Args:
+            lora: A ``[rank, in]`` and B ``[out, rank]`` of each linear layer that has them, fp32, in order.
+            dtype: of the buffers.
+        """
         if not self._flat or self._flat[0].dtype != dtype:
             with torch.inference_mode(False):  # made while scoring, they must still serve in training
                 self._allocate(lora[0], dtype)
@@ -153,7 +158,9 @@ _PROBE = torch.linspace(-3, 3, 7)
 def weights_of(model: Any, shards: Shards | None = None) -> list[Weights]:
     """The weights of each decoder layer of ``model``, a 4-bit base with LoRA; shared with it, not copied.
 
-    Those that no device holds whole are brought by ``shards``.
+    Args:
+        model: whose layers.
+        shards: what brings them, where no device holds them all.
     """
     layers = model.get_base_model().model.layers
     fetches = [partial(shards.open, at) if shards else None for at in range(len(layers))]
@@ -169,9 +176,14 @@ def _quantised(module: Any) -> Quantised:
 
 
 def extract_layers(model: Any, pointwise: Pointwise = EAGER, weights: Sequence[Weights] | None = None) -> list[Layer]:
-    """The decoder layers of ``model``, a 4-bit base with LoRA; their ``weights`` are by default `weights_of` the model.
+    """The decoder layers of ``model``, a 4-bit base with LoRA.
 
     Made for its current state: dropout is for train mode only, and a disabled adapter is left out.
+
+    Args:
+        model: whose layers.
+        pointwise: what is computed between products.
+        weights: what gives each layer its weights; default: `weights_of` the model.
     """
     buffers: dict[Any, LoraBuffers] = {}
     layers = model.get_base_model().model.layers
@@ -223,7 +235,19 @@ def run_layers(
     store: HostStore | None = None,
     hosted_layers: int = 0,
 ) -> Tensor:
-    """The hidden states ``[B, T, h]`` after the layers, of one micro-batch of such; see `run_together`."""
+    """The hidden states after the layers, of one micro-batch; see `run_together`.
+
+    Args:
+        layers: in order.
+        hidden: ``[B, T, h]``, before them.
+        places: of its tokens.
+        kept_layers: number of layers that keep the results of their products.
+        store: where a part of these waits.
+        hosted_layers: number of layers that send it there.
+
+    Returns:
+        ``[B, T, h]``.
+    """
     one = MicroBatch(hidden, places, draw_seeds(layers))
     return run_together(layers, [one], kept_layers, store, hosted_layers)[0]
 

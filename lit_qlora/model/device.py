@@ -86,7 +86,10 @@ def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) ->
         num_weights: of the base; on a CPU, bf16 pays for large ones only.
 
     Returns:
-        The precision, and the reason in a few words. Raises UserError if the device lacks the one that is wanted.
+        The precision, and the reason in a few words.
+
+    Raises:
+        UserError: the device lacks the precision that is wanted.
     """
     capability = device.capability
     if capability is None:
@@ -152,7 +155,12 @@ def compiler_lacks(on_gpu: bool) -> list[str]:
 def check_compile(wanted: bool | str, device: Device) -> str | None:
     """Why nothing is compiled on a device though it could be; None if it is, or was never requested.
 
-    Raises UserError if ``model.compile`` is ``wanted`` explicitly, and something is missing for it.
+    Args:
+        wanted: as ``model.compile``.
+        device: to compute on.
+
+    Raises:
+        UserError: compilation is requested explicitly, and something is missing for it.
     """
     on_gpu = device.capability is not None
     if not device.is_here or wanted is False or (wanted == "auto" and not on_gpu):
@@ -169,9 +177,13 @@ DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": to
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of the 4-bit products, the embedding, the norms and the residual stream, for the Trainer's precision.
+    """The dtype of the 4-bit products, the embedding, the norms and the residual stream.
 
-    Raises UserError for one in which the adapter would not be fp32, or the base in more than 16 bits.
+    Args:
+        precision: the Trainer's, as Lightning spells it out.
+
+    Raises:
+        UserError: a precision in which the adapter would not be fp32, or the base in more than 16 bits.
     """
     expected = f"one of {', '.join(DTYPES)} (the base is in 4 and 16 bits in the mixed ones, the adapter in fp32)"
     require(precision in DTYPES, "trainer.precision", expected, precision)

@@ -73,7 +73,10 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
         attention: transformers' implementation.
 
     Returns:
-        The frozen model, in eval mode. Raises UserError if its weights can't be read.
+        The frozen model, in eval mode.
+
+    Raises:
+        UserError: its weights can't be read.
     """
     from safetensors import SafetensorError
     from transformers import GenerationConfig
@@ -112,7 +115,12 @@ def nf4(dtype: torch.dtype) -> "BitsAndBytesConfig":
 
 
 def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Freeze a loaded base, whose linear layers are in 4 bits; ``dtype`` is that of its products and of all else."""
+    """Freeze a loaded base.
+
+    Args:
+        model: with its linear layers in 4 bits.
+        dtype: that it computes in: of its products, and of all else that is not in 4 bits.
+    """
     from bitsandbytes.nn import Linear4bit
 
     model.requires_grad_(False)
@@ -128,7 +136,15 @@ def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 
 
 def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
-    """Add a new adapter to ``model``, a base of `load_base`; the output is the base's until it is trained."""
+    """Add a new adapter to ``model``; the output is the base's until it is trained.
+
+    Args:
+        model: the base, as `load_base` returns it.
+        lora: rank, scaling and targets.
+
+    Raises:
+        UserError: a target module does not exist.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -144,7 +160,15 @@ def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
 
 
 def check_settings(folder: Path, lora: Lora) -> None:
-    """Raises UserError for the first of the options ``lora`` that differs from that of an adapter to start from."""
+    """Check options against those of an adapter to start from, which has its own rank, alpha and targets.
+
+    Args:
+        folder: of the adapter.
+        lora: the options.
+
+    Raises:
+        UserError: for the first setting that differs.
+    """
     targets = sorted({match["linear"] for match in map(PLACE.match, stored_shapes(folder)) if match})
     asked = vars(lora) | {"target_modules": sorted(target_names(lora.target_modules))}
     for name, own in {**_settings(folder), "target_modules": targets}.items():
@@ -164,9 +188,14 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
-    """An adapter's rank by linear layer, for each of ``num_layers`` decoder layers: its patterns may give it many.
+    """An adapter's rank by linear layer, for each decoder layer: its patterns may give it many.
 
-    Raises UserError if its weights can't be read.
+    Args:
+        folder: of the adapter.
+        num_layers: decoder layers of its base.
+
+    Raises:
+        UserError: its weights can't be read.
     """
     found: dict[int, dict[str, int]] = {layer: {} for layer in range(num_layers)}
     for name, shape in stored_shapes(folder).items():
@@ -239,7 +268,15 @@ def load_adapter(
 
 
 def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
-    """Load the weights of an adapter into a model that has one of just this shape. Raises UserError if altered."""
+    """Load the weights of an adapter into a model that has one of just this shape.
+
+    Args:
+        model: the base with its adapter.
+        folder: of the adapter to load.
+
+    Raises:
+        UserError: it was altered.
+    """
     from peft import set_peft_model_state_dict
 
     own = {name: getattr(model.peft_config["default"], key) for name, key in IN_CONFIG.items()}
@@ -278,9 +315,16 @@ def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.T
 
 
 def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: PromptFormat = DEFAULT_FORMAT) -> None:
-    """Write a plain PEFT adapter into an existing folder, with a record of base, LoRA and prompt format.
+    """Write a plain PEFT adapter, with a record of base, LoRA and prompt format.
 
-    Raises OSError if a file can't be written.
+    Args:
+        model: the base with the adapter.
+        base: of which the name that may be published and the fingerprint are recorded.
+        folder: an existing one.
+        prompt_format: that the adapter was trained with.
+
+    Raises:
+        OSError: a file can't be written.
     """
     from safetensors import SafetensorError
 
@@ -351,14 +395,28 @@ def read_format(adapter: Path) -> PromptFormat:
 
 
 def template_of(adapter: Path, given: str | None) -> str | None:
-    """`kept_template` of the format recorded in an adapter's folder."""
+    """The ``data.template`` of the prompt format that an adapter was trained with.
+
+    Args:
+        adapter: its folder.
+        given: the option's own value, as a template's text; None for none.
+
+    Raises:
+        UserError: another one is given.
+    """
     return kept_template(read_format(adapter), given, str(adapter))
 
 
 def kept_template(was: PromptFormat, given: str | None, name: str) -> str | None:
-    """The ``data.template`` of the prompt format ``was`` that an adapter, called ``name``, was trained with.
+    """The ``data.template`` of the prompt format that an adapter was trained with.
 
-    Raises UserError if another one is given: the option's own value, as a template's text; None for none.
+    Args:
+        was: that format.
+        given: the option's own value, as a template's text; None for none.
+        name: of the adapter, for messages.
+
+    Raises:
+        UserError: another one is given.
     """
     if given is not None and not was.is_given_by(given):
         raise UserError(

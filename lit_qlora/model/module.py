@@ -371,9 +371,13 @@ class QLoRAModule(LearnsInParts):
         return {name: value.detach() for name, value in load.adapter_parameters(self).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
-        """Load an adapter's weights, fp32 by name; loads base and adapter first, if no Trainer has.
+        """Load an adapter's weights; loads base and adapter first, if no Trainer has.
 
-        Raises UserError if ``state_dict`` has not exactly the keys and shapes of this one, or is not finite.
+        Args:
+            state_dict: fp32 tensors by name, as `state_dict` gives them.
+
+        Raises:
+            UserError: it has not exactly the keys and shapes of this one, or is not finite.
         """
         self.configure_model()
         own = load.adapter_parameters(self)
@@ -419,9 +423,15 @@ class QLoRAModule(LearnsInParts):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "QLoRAModule":  # type: ignore[override]
-        """Load the module, and its model, from a file of Lightning's ModelCheckpoint; ``options`` replace the module's.
+        """Load the module, and its model, from a checkpoint of Lightning's ModelCheckpoint.
 
-        Raises UserError for a folder, as a run's checkpoints are, and for a checkpoint of another base or rank.
+        Args:
+            checkpoint_path: the file.
+            *args: as Lightning's.
+            **options: replacements for the module's arguments, such as a ``base`` that was moved.
+
+        Raises:
+            UserError: it is a folder, as a run's checkpoints are, or of another base or rank.
         """
         script.check_file(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **options)  # type: ignore[no-any-return]
@@ -429,13 +439,16 @@ class QLoRAModule(LearnsInParts):
     # Steps
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits after each token. Raises UserError before the model is loaded.
+        """Logits ``[B, T, V]`` after each of ``input_ids`` ``[B, T]``, padded on the right if at all.
 
         Args:
             input_ids: ``[B, T]`` int64, padded on the right if at all.
 
         Returns:
             ``[B, T, V]``, in the dtype of the head.
+
+        Raises:
+            UserError: the model is not loaded yet.
         """
         return self.peft_model(input_ids=input_ids).logits  # type: ignore[no-any-return]
 
@@ -466,7 +479,12 @@ class QLoRAModule(LearnsInParts):
         return draw_seeds(self._extracted())
 
     def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
-        """`summed_loss` of each of ``waiting``, which go through the layers together; see `LearnsInParts`."""
+        """`summed_loss` of each of some micro-batches, which go through the layers together.
+
+        Args:
+            waiting: the micro-batches, in order.
+            earlier: gradients of weights by their `id`, read in backward, to which theirs are added one by one.
+        """
         pairs = zip(self._through(waiting, earlier), waiting, strict=True)
         return [self._summed_loss(hidden, one.batch) for hidden, one in pairs]
 
@@ -701,7 +719,17 @@ class QLoRAModule(LearnsInParts):
         sampling: Sampling,
         is_over: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """`generate` in the Trainer's precision: the ids of an answer to each of ``prompts``, its end included."""
+        """The answer's ids for each prompt's ids, in the Trainer's precision.
+
+        Args:
+            prompts: ids of each, of any lengths.
+            stop_ids: each of them ends an answer.
+            sampling: how tokens are drawn.
+            is_over: called with the ids of each answer so far; says whether it ends there.
+
+        Returns:
+            The ids of each answer, that which ended it included.
+        """
         with self.trainer.precision_plugin.forward_context():
             return generate(self.peft_model, prompts, stop_ids, sampling, is_over=is_over)
 

@@ -176,10 +176,17 @@ def locked(size: int, like: Tensor) -> Tensor:
 
 
 def on_own_pages(size: int, dtype: torch.dtype) -> Tensor:
-    """An empty buffer of whole pages of memory of its own. Raises UserError if there is no such memory.
+    """An empty buffer of whole pages of memory of its own.
 
     CUDA locks whole pages: the heap's may hold what another buffer locks, and what the heap does with them later is
     not ours to say. Shared pages, besides, stay the same ones when this process forks.
+
+    Args:
+        size: number of elements.
+        dtype: of these.
+
+    Raises:
+        UserError: there is no such memory.
     """
     num_bytes = max(size * dtype.itemsize, 1)
     try:

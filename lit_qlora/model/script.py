@@ -77,7 +77,16 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:
-    """Raises UserError for the first callback or plugin, or class of one, that is of a kind that is ``taken``."""
+    """Check that none of some callbacks or plugins is of a kind that may not be given.
+
+    Args:
+        given: to be checked.
+        option: that they are the value of, for messages.
+        taken: the kinds, with what is expected instead of each.
+
+    Raises:
+        UserError: for the first that is.
+    """
     for made in (one if isinstance(one, type) else type(one) for one in given):
         for kind, expected in taken.items():
             if issubclass(made, kind):
@@ -103,7 +112,15 @@ def check_monitors(trainer: Trainer) -> None:
 
 
 def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
-    """Raises UserError for a callback with a ``monitor`` that is none of ``figures``."""
+    """Check that a callback monitors a figure that there is.
+
+    Args:
+        callback: that may have a ``monitor``.
+        figures: names that there are.
+
+    Raises:
+        UserError: it monitors another one.
+    """
     monitored = getattr(callback, "monitor", None)
     if isinstance(monitored, str) and monitored not in figures:
         known = [f"one of {', '.join(figures)}"] if figures else ["none"]
@@ -115,16 +132,28 @@ def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
 
 
 def record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any]:
-    """What a checkpoint holds under `OF`: the base that is trained, the scaling of LoRA, and the prompt format."""
+    """What a checkpoint holds under `OF`.
+
+    Args:
+        base: that is trained.
+        lora: its adapter's options.
+        prompt_format: that it is trained with.
+    """
     scaling = {name: getattr(lora, name) for name in SCALING}
     return {"base_fingerprint": fingerprint(base), **scaling, "prompts": prompt_format.record()}
 
 
 def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: PromptFormat | None) -> PromptFormat:
-    """The prompt format of a checkpoint, by what it holds under `OF`.
+    """The prompt format of a checkpoint.
 
-    Raises UserError if the checkpoint has another base than the loaded one, another scaling than the module's options,
-    or another format than that of the Trainer's data, if there is a `ChatDataModule`.
+    Args:
+        of: what it holds under `OF`.
+        base: that is loaded.
+        lora: the module's options.
+        given: the format of the Trainer's data, if there is a `ChatDataModule`.
+
+    Raises:
+        UserError: the checkpoint has another base, scaling or format.
     """
     for name in SCALING:
         now, was = getattr(lora, name), of.get(name)

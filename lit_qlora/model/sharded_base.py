@@ -59,8 +59,18 @@ def load_sharded(
 ) -> tuple["PreTrainedModel", Shards]:
     """As `load.load_base`, without the decoder's linear layers, which come from the shares as they are used.
 
-    The shares are kept on the devices, or in the host's memory. Raises UserError also for a base that is in 4 bits, but
-    not in all linear layers.
+    Args:
+        base: in 16 bits, or with all linear layers in 4.
+        dtype: of the 4-bit products, the embedding, the norms and the head.
+        device: to load to.
+        attention: transformers' implementation.
+        on_host: True to keep this process's share in the host's memory.
+
+    Returns:
+        The frozen model, in eval mode, and the shares.
+
+    Raises:
+        UserError: its weights can't be read, or are not all in 4 bits.
     """
     fetch(base)
     plain = check_weights(base) if base.in_4_bits else []
@@ -91,9 +101,19 @@ def load_sharded(
 
 
 def keep_copy(base: Base, copies: Copies, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Keep the 4-bit copy of a 16-bit base, written weight by weight; see `Copies.keep_by`.
+    """Keep the 4-bit copy of a 16-bit base, written weight by weight.
 
-    Raises UserError if its weights can't be read.
+    Args:
+        base: in 16 bits.
+        copies: to keep it among.
+        dtype: that it computes in.
+        device: to quantise on.
+
+    Returns:
+        As `Copies.keep`.
+
+    Raises:
+        UserError: its weights can't be read.
     """
     fetch(base)
     check_weights(base)

@@ -15,11 +15,15 @@ from lit_qlora.storage.run import CARD, RunFolder
 
 
 def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: bool = False) -> None:
-    """Move a damaged or foreign adapter aside and restore an intact copy in its place, also one ``mirrored`` elsewhere.
+    """Move a damaged or foreign adapter aside and restore an intact copy in its place, with a warning.
 
     It must be neither the best so far nor the one in use. A run without one may have saved none yet. For a finished
-    run, only a copy of its best is accepted. Warns; if it ``is_needed`` and no intact copy is left, moves nothing and
-    raises UserError.
+    run, only a copy of its best is accepted.
+
+    Args:
+        run: whose.
+        mirrored: another place that may hold a copy.
+        is_needed: True to raise UserError, and move nothing, if no intact copy is left.
     """
     try:
         _verify_adapter(run.adapter)

@@ -52,7 +52,8 @@ class FolderCheckpointIO(CheckpointIO):
             map_location: Lightning's; has no meaning here.
             weights_only: Lightning's, likewise: nothing in these files can run code.
 
-        Raises UserError if the path is a URL or a file, and DamagedFolderError if the folder is missing or damaged.
+        Raises:
+            UserError: the path is a URL or a file; as DamagedFolderError: the folder is missing or not intact.
         """
         folder = checkpoint_folder(path)
         verify_folder(folder)
@@ -61,7 +62,8 @@ class FolderCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint, if there is one.
 
-        Raises UserError if the path is a URL or a file.
+        Raises:
+            UserError: the path is a URL or a file.
         """
         folder = checkpoint_folder(path)
         if folder.exists():

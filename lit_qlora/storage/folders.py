@@ -147,7 +147,8 @@ def read_seal(path: Path) -> bytes | None:
 def remove_folder(path: Path) -> None:
     """Delete a folder, or a file in its place, so that a kill never leaves a partial one under its name.
 
-    Raises FileNotFoundError if there is none.
+    Raises:
+        FileNotFoundError: there is none.
     """
     gone = _aside(path, "gone")
     path.rename(gone)
@@ -179,7 +180,9 @@ def recover(target: Path) -> None:
 def clear_leftovers(parent: Path, older_than_s: float = 0.0) -> None:
     """Remove what killed writes and deletions left in a folder; a replaced folder is recovered first.
 
-    What is younger than ``older_than_s`` seconds stays: with several writers, it may belong to another process.
+    Args:
+        parent: where they stand.
+        older_than_s: in seconds; with several writers, a younger one may belong to another process.
     """
     # Sorted, "old" comes before "tmp": a whole new folder is put in place before it could be removed.
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
@@ -283,7 +286,12 @@ def _is_inside(folder: Path, name: str) -> bool:
 
 
 def is_whole(folder: Path, check: Callable[[Path], object] = verify_folder) -> bool:
-    """True unless ``check`` (default: by the manifest) raises DamagedFolderError for a folder."""
+    """True unless a check finds a folder damaged.
+
+    Args:
+        folder: to be checked.
+        check: raises DamagedFolderError if it is; default: by its manifest.
+    """
     try:
         check(folder)
     except DamagedFolderError:

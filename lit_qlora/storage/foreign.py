@@ -52,7 +52,8 @@ def read_object(file: Path, place: str | None = None) -> dict[str, Any]:
         file: of another program.
         place: that it belongs to, such as a base: messages name the file within it, else by its path.
 
-    Raises UserError for an unreadable file, one that holds no object, and one above `LARGEST_FILE`.
+    Raises:
+        UserError: for an unreadable file, one that holds no object, and one above `LARGEST_FILE`.
     """
     name = file.name if place else str(file)
     try:
@@ -77,13 +78,30 @@ def object_in(file: Path) -> dict[str, Any]:
 
 
 def check(place: str, key: str, kind: Kind, value: Any) -> None:
-    """Raises UserError unless ``value``, found under ``key`` in the file ``place``, is of its kind."""
+    """Check that a value is of its kind.
+
+    Args:
+        place: the file that holds it, for messages.
+        key: its name there.
+        kind: that it is to be of.
+        value: to be checked.
+
+    Raises:
+        UserError: it is not.
+    """
     if not kind.holds(value):
         raise wrong(place, key, kind.expected, value)
 
 
 def wrong(place: str, key: str, expected: str, value: Any) -> UserError:
-    """The error for a ``value`` that is not as ``expected``, found under ``key`` in the file ``place``."""
+    """The error for a value of the wrong kind.
+
+    Args:
+        place: the file that holds it.
+        key: its name there.
+        expected: in words.
+        value: that was found.
+    """
     return UserError(f"{key}: expected {expected}, got {shown(value)}", place=place)
 
 

@@ -101,8 +101,12 @@ def _try_lock(descriptor: int) -> bool:
 def flock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
     """Lock an open file until it is closed; False if another process's lock conflicts.
 
-    A ``shared`` lock several may hold; ``wait`` waits for conflicting ones. Raises OSError where such locks are not
-    supported: Windows, some mounted file systems.
+    Args:
+        descriptor: of the open file.
+        shared: True for a lock that several may hold.
+        wait: True to wait for conflicting locks.
+
+    Raises OSError where such locks are not supported: Windows, some mounted file systems.
     """
     if os.name == "nt":
         raise OSError(errno.ENOSYS, "no locks that several can hold")
@@ -116,10 +120,15 @@ def flock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
 
 
 def hold(file: Path, *, alone: bool) -> int | None:
-    """Lock an existing file, ``alone`` or with others, until the returned descriptor is closed or this process ends.
+    """Lock ``file`` until the returned descriptor is closed or this process ends.
 
-    Returns None if another process's lock conflicts, or the file was removed meanwhile. Raises OSError where such locks
-    are not supported (Windows, some mounted file systems), and for a missing file.
+    Args:
+        file: An existing file.
+        alone: True for an exclusive lock, False for a shared one.
+
+    Returns the descriptor; None if another process's lock conflicts, or the file was removed meanwhile.
+
+    Raises OSError where such locks are not supported (Windows, some mounted file systems), and for a missing file.
     """
     descriptor = os.open(file, os.O_RDONLY)
     try:

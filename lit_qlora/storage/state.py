@@ -63,7 +63,8 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
         folder: a checkpoint's.
         with_tensors: False to have None for each tensor: they are most of the bytes.
 
-    Raises DamagedFolderError if a file is missing or holds anything that `save_state` does not write.
+    Raises:
+        DamagedFolderError: a file is missing or holds anything that `save_state` does not write.
     """
     file = TENSORS
     try:
@@ -86,7 +87,8 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
 def check_tensors(folder: Path) -> None:
     """Verify that the tensor file holds the tensors named by the state, without reading them.
 
-    Raises DamagedFolderError if it holds others, or is not readable.
+    Raises:
+        DamagedFolderError: it holds others, or is not readable.
     """
     names: dict[str, Any] = defaultdict(type(None))
     try:

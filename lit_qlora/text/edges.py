@@ -60,7 +60,6 @@ class WrittenOutError(ValueError):
 def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
     """Remove any number of special tokens from both ends of a text, with the white space around them.
 
-    They may be spelled in another case, if they are in brackets: ``</S>``. Zero-width characters are taken off as well.
     A mark that opens a turn goes with its role, such as ``<|im_start|>assistant``: after one of `OPENERS`, wherever
     a role's name follows; after any other mark, where that name is alone on its line or between marks. At the end of a
     text, what opens a turn stays if a blank is between it and words of the same line: it is what they speak of.
@@ -72,7 +71,8 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
     Returns:
         The text, unchanged if there was no mark; and each removed mark, once.
 
-    Raises WrittenOutError if a turn is opened at an edge, and another inside.
+    Raises:
+        WrittenOutError: a turn is opened at an edge, and another inside.
     """
     known = tuple(marks)
     found: dict[str, None] = {}
@@ -98,9 +98,17 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversation, list[str]]:
-    """A conversation without the special tokens ``marks`` at the edges of its turns and of its system text.
+    """A conversation without special tokens at the edges of its turns and of its system text.
 
-    Returns it, and each removed mark, once. Raises ValueError naming the turn that holds nothing else.
+    Args:
+        conversation: to be cleaned.
+        marks: the tokens, as they are spelled.
+
+    Returns:
+        The conversation, and each removed mark, once.
+
+    Raises:
+        ValueError: naming the turn that holds nothing else.
     """
     taken: dict[str, None] = {}
     turns = []

@@ -22,7 +22,8 @@ def parse(text: str) -> list[dict[str, str]]:
     with or without ``### System:`` before it.
     White space around a turn goes.
 
-    Raises ValueError when there is no marker, or another one such as ``### User:`` stands before the assistant's.
+    Raises:
+        ValueError: when there is no marker, or another one such as ``### User:`` stands before the assistant's.
     """
     system, *parts = MARKER.split(text)
     system = SYSTEM.sub("", system)

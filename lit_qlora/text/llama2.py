@@ -149,7 +149,8 @@ def segments(conversation: Conversation) -> list[Segment]:
     ``[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST]`` then ``{answer} ``, and so on: the
     system text stands in the first prompt only. An open prompt ends on a prompt.
 
-    Raises TextError naming the tag, when a text holds one of `TAGS`: it could forge a turn or a system text.
+    Raises:
+        TextError: naming the tag, when a text holds one of `TAGS`: it could forge a turn or a system text.
     """
     _refuse_tags(0, conversation.system or "")
     written = []
@@ -180,7 +181,8 @@ def parse(text: str) -> list[dict[str, str]]:
     ``<s>`` and ``</s>`` may be missing, the system block too; the last prompt may be unanswered.
     White space around a turn goes.
 
-    Raises ValueError when there is no prompt, text stands before the first one, or a tag is unpaired.
+    Raises:
+        ValueError: when there is no prompt, text stands before the first one, or a tag is unpaired.
     """
     head, *rounds = text.split("[INST]")
     if not rounds:

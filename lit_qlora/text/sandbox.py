@@ -128,9 +128,15 @@ def _left() -> _Room:
 
 
 def render(template: jinja2.Template, names: Mapping[str, Any], given_chars: int) -> str:
-    """The text of a template of `compile_template`, which sees ``names``, whose texts are ``given_chars`` long.
+    """The text of a template of `compile_template`.
 
-    Raises OverflowError where it exceeds its `_Room`.
+    Args:
+        template: The template.
+        names: What it sees.
+        given_chars: Length of the texts among them.
+
+    Raises:
+        OverflowError: It exceeds its `_Room`.
     """
     room = _Room(int(template.globals[_CHARS]), given_chars)
     token = _room.set(room)

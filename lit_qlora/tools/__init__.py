@@ -11,9 +11,14 @@ from typing import Any
 
 
 def run_tool(name: str, args: Sequence[str]) -> int:
-    """Run the verb ``name``, a plain function, with the options ``args``; return the exit status.
+    """Run a verb that is a plain function.
 
-    ``lit_qlora.tools.NAME.NAME`` is its function.
+    Args:
+        name: the verb; ``lit_qlora.tools.NAME.NAME`` is its function.
+        args: its options, as on the command line.
+
+    Returns:
+        The exit status.
     """
     # Here, and not above: doctor works without jsonargparse.
     from lit_qlora.options import Parser, check_once

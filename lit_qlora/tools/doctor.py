@@ -75,9 +75,15 @@ def main(args: list[str]) -> int:
 
 
 def look(config: str | None, base: str | None, run: Path) -> Iterator[Finding]:
-    """Inspect this machine, and what a fit would do on it; None for the demo's config, and for the config's base.
+    """Inspect this machine, and what a fit would do on it.
 
-    Yields findings as they are made; no failure here ends it.
+    Args:
+        config: config file of that fit; None for the demo's.
+        base: its base; None for that of the config.
+        run: its run folder.
+
+    Yields:
+        Findings, as they are made; no failure here ends it.
     """
     quieten()
     notebook = next((f", {name}" for mark, name in NOTEBOOKS.items() if mark in os.environ), "")

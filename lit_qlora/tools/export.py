@@ -79,7 +79,11 @@ def export(
 
 
 def find_converter() -> Path:
-    """llama.cpp's script: in the folder LLAMA_CPP, that file itself, or on the PATH. Raises UserError without it."""
+    """Find llama.cpp's script: in the folder LLAMA_CPP, that file itself, or on the PATH.
+
+    Raises:
+        UserError: with how to get it.
+    """
     named = os.environ.get("LLAMA_CPP")
     if named:
         path = Path(named).expanduser()

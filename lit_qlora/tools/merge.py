@@ -75,5 +75,13 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
 
 
 def check_room(target: Path, needed_bytes: int) -> None:
-    """Raises UserError if the disk of ``target``, which will be written, has less than ``needed_bytes`` free."""
+    """Check the free space of a disk.
+
+    Args:
+        target: what will be written.
+        needed_bytes: its size.
+
+    Raises:
+        UserError: if the disk has less.
+    """
     require_room(target, needed_bytes, str(target), option="output", remedy="give a folder on another disk")

@@ -71,13 +71,33 @@ class _Options(PlanCLI):
 
 
 def main(args: list[str]) -> int:
-    """Print the plan of a fit, whose options are ``args`` from the verb on; return the exit status."""
+    """Print the plan of a fit.
+
+    Args:
+        args: from the verb on: fit's options, and a card.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: for options that fit would refuse.
+    """
     print("\n".join(map(fitted, lines(PlanCLI.of(args).found))))
     return 0
 
 
 def parse(args: list[str]) -> Any:
-    """The options that ``args``, the command from its verb on, and its config come to, without deciding anything."""
+    """Parse options, and stop there.
+
+    Args:
+        args: fit's options, and a card.
+
+    Returns:
+        All of them, with their values by ``args`` and the config.
+
+    Raises:
+        UserError: as `read` does.
+    """
     try:
         _Options.of(args)
     except _ParsedError as parsed:

@@ -108,7 +108,14 @@ def _settings(run: RunFolder) -> dict[str, Any]:
 
 
 def trained_run(run: str | None) -> RunFolder:
-    """Open a run that has an adapter, by folder or name; None for the newest. Raises UserError if there is none."""
+    """Open a run that has an adapter.
+
+    Args:
+        run: a run folder or its name; None for the newest run.
+
+    Raises:
+        UserError: if there is no such run, or no adapter in it.
+    """
     folder = open_run(run_path(run)) if run else newest_run()
     if not (folder.adapter / "adapter_config.json").is_file():
         raise UserError(f"{folder.path} has no adapter yet", option="run", remedy="train it first, or give --adapter")
@@ -174,7 +181,11 @@ class Answerer:
 
     @cached_property
     def model(self) -> "PeftModel":
-        """Base and adapter. Raises UserError if they can't be loaded, or do not fit together."""
+        """Base and adapter.
+
+        Raises:
+            UserError: if they can't be loaded, or do not fit together.
+        """
         import torch
 
         from lit_qlora.model import load
@@ -187,23 +198,45 @@ class Answerer:
         return load.load_adapter(model, base, self.adapter, trainable=False)
 
     def answer(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
-        """Answer conversations that end on the user's turn, as one batch, in order; see `prompt` and `answer_ids`."""
+        """Answer conversations that end on the user's turn, as one batch.
+
+        Args:
+            conversations: open prompts.
+            sampling: how tokens are drawn.
+
+        Returns:
+            An answer to each of them, in their order.
+
+        Raises:
+            UserError: for a prompt that leaves no room in the base's context.
+        """
         return self.answer_ids([self.prompt(conversation, sampling) for conversation in conversations], sampling)
 
     def answer_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """Answer results of `prompt`, of any lengths, as one batch, in order."""
+        """Answer results of `prompt` as one batch.
+
+        Args:
+            prompts: ids of each prompt, of any lengths.
+            sampling: how tokens are drawn.
+
+        Returns:
+            An answer to each of them, in their order.
+        """
         return [Answer(*self.encoder.answer(ids, sampling.stop)) for ids in self._generate(prompts, sampling)]
 
     def stream(self, conversation: Conversation, sampling: Sampling, show: Callable[[str], bool]) -> Answer:
-        """Generate one answer and show it meanwhile; return all of it.
+        """Generate one answer and show it meanwhile.
 
         Args:
-            conversation: as for `prompt`.
+            conversation: ends on the user's turn.
             sampling: how tokens are drawn.
             show: called after each token with the new text, which may be empty; False stops the answer.
 
+        Returns:
+            The whole answer.
+
         Raises:
-            UserError: as `prompt` does.
+            UserError: for a prompt that leaves no room in the base's context.
         """
         stream = TextStream(self.encoder, sampling.stop)
         (ids,) = self._generate([self.prompt(conversation, sampling)], sampling, lambda token: show(stream.add(token)))
@@ -245,8 +278,14 @@ class Answerer:
     def trim(self, conversation: Conversation, sampling: Sampling) -> tuple[Conversation, int]:
         """Drop the first turns that do not fit into the base's context.
 
-        Turns are dropped in pairs of question and answer; the system text and the last question are kept. Arguments
-        are those of `prompt`. Returns the rest of the conversation, and the number of turns dropped.
+        Turns are dropped in pairs of question and answer; the system text and the last question are kept.
+
+        Args:
+            conversation: an open prompt.
+            sampling: its ``max_new_tokens`` are the room that an answer needs.
+
+        Returns:
+            The rest of the conversation, and the number of turns dropped.
         """
         for start in range(0, len(conversation.turns), 2):
             kept = replace(conversation, turns=conversation.turns[start:])

@@ -12,7 +12,12 @@ from lit_qlora.wording import number_of
 
 
 def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
-    """The notice for an answer cut at the limit of ``sampling``; ``limit`` is what sets it, in words."""
+    """The notice for a cut answer.
+
+    Args:
+        sampling: has the limit.
+        limit: what sets it, in words.
+    """
     return f"(cut at {number_of(sampling.max_new_tokens, 'tokens')}; {limit} sets the limit)"
 
 
@@ -31,10 +36,16 @@ class Dialog:
         self._num_left_out = 0
 
     def fitting(self, turns: list[Turn]) -> tuple[Conversation, str]:
-        """The conversation to ask: ``turns``, the new question last, without first ones that no longer fit.
+        """The conversation to ask, without first turns that no longer fit into the context.
 
-        Returns it with a notice if more turns than before were dropped, else an empty text. Raises UserError for a
-        question that can't be asked.
+        Args:
+            turns: all turns, the new question last.
+
+        Returns:
+            The conversation, and a notice if more turns than before were dropped, else an empty text.
+
+        Raises:
+            UserError: for a question that can't be asked.
         """
         whole = Conversation(tuple(turns), self.system)
         check_prompt(whole, self.answerer.encoder.prompt_format)
@@ -47,7 +58,12 @@ class Dialog:
     def remember(self, question: str, answer: Answer) -> str:
         """Keep question and answer for the next question, which has another seed.
 
-        Returns a notice if the next prompt could not hold the answer, so that both are forgotten; else an empty text.
+        Args:
+            question: what was asked.
+            answer: what was answered.
+
+        Returns:
+            A notice if the next prompt could not hold the answer, so that both are forgotten; else an empty text.
         """
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
         tags = self.answerer.encoder.prompt_format.tags_in(answer.text)
@@ -61,7 +77,14 @@ class Dialog:
         self.turns, self._num_left_out = [], 0
 
     def set_system(self, system: str) -> None:
-        """Set another system text, or none by an empty one. Raises UserError for one that no prompt can hold."""
+        """Set another system text.
+
+        Args:
+            system: the text; empty for none.
+
+        Raises:
+            UserError: for a text that no prompt can hold.
+        """
         check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.prompt_format)
         self.system = system
 

@@ -97,9 +97,17 @@ class Door:
 
 
 def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, Any]:
-    """The call of a function of the page in ``body``, reduced to what a page sends; ``fields`` as for `Door`.
+    """Check a call of a function of the page.
 
-    Raises UserError for anything else.
+    Args:
+        body: JSON.
+        fields: as for `Door`.
+
+    Returns:
+        The call, reduced to what a page sends.
+
+    Raises:
+        UserError: for anything else.
     """
     call = _object(body)
     known = Kind("a function of the page", lambda value: type(value) is int and value in fields)
@@ -114,7 +122,17 @@ def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, An
 
 
 def check_end(body: bytes) -> dict[str, Any]:
-    """The names of the stream that ``body`` asks to end. Raises UserError for anything else."""
+    """Check a request to end a stream.
+
+    Args:
+        body: JSON.
+
+    Returns:
+        The names of the stream.
+
+    Raises:
+        UserError: for anything else.
+    """
     call = _object(body)
     return {name: _value(call, name, kind) for name, kind in _NAMES.items() if name in call}
 

@@ -77,9 +77,14 @@ class Worker:
         self._thread.shutdown(cancel_futures=True)
 
     def stream(self, tab: Tab | None, compares: bool) -> Iterator[tuple[Messages, Messages]]:
-        """Answer the open question of a tab, None before its first one; with ``compares``, by the base too.
+        """Answer the open question of a tab.
 
-        Yields both columns, as the answers arrive.
+        Args:
+            tab: the tab; None before its first question.
+            compares: True to ask the base, too.
+
+        Yields:
+            Both columns, as the answers arrive.
         """
         if tab is None or tab.answering:
             return
@@ -128,9 +133,15 @@ class Worker:
 
 
 def say(messages: Messages, role: str, text: str) -> dict[str, str]:
-    """Add a message of plain ``text`` by ``role``, ``user`` or ``assistant``, to a column unless it is empty.
+    """Add a message unless it is empty.
 
-    Returns the part of the message that holds the text, to be changed while an answer arrives.
+    Args:
+        messages: what a column shows; changed in place.
+        role: ``user`` or ``assistant``.
+        text: plain text.
+
+    Returns:
+        The part of the message that holds the text, to be changed while an answer arrives.
     """
     part = {"type": "text", "text": _escaped(text)}  # a bare string would lose its indentation
     if text:

@@ -201,7 +201,13 @@ def _typed() -> str:
 
 
 def side_by_side(left: tuple[str, str], right: tuple[str, str], columns: int) -> str:
-    """Two texts, each with its heading, in two of the terminal's ``columns``; one below the other if it is narrow."""
+    """Two headed texts in two columns; one below the other on a narrow terminal.
+
+    Args:
+        left: heading and text.
+        right: heading and text.
+        columns: width of the terminal.
+    """
     if columns < 50:
         return "\n".join(f"{heading}:\n{text}" for heading, text in (left, right))
     width = (columns - 3) // 2

@@ -32,14 +32,22 @@ class Unfinished:
         self._file: IO[bytes]
 
     def check_free(self) -> None:
-        """Raises UserError for an output of another program: it exists without a record of its origin."""
+        """Check that no other program wrote the output.
+
+        Raises:
+            UserError: if it exists without a record of its origin.
+        """
         if not self.made.is_file():
             require_new(self.target)
 
     def is_whole(self, belongs_to: Mapping[str, Any]) -> bool:
-        """True if the output exists and was made of just ``belongs_to``, as for `open`.
+        """True if the output exists and was made of just this.
 
-        Raises UserError if it exists and was made of anything else.
+        Args:
+            belongs_to: everything that decides the output, by the names of the options.
+
+        Raises:
+            UserError: if it exists and was made of anything else.
         """
         if not self.target.exists():
             return False
@@ -81,13 +89,26 @@ class Unfinished:
             self._file.close()
 
     def add(self, number: int, batch: Any) -> None:
-        """Save ``batch``, answers as JSON. Raises UserError if it can't be written; earlier ones are kept."""
+        """Save a batch.
+
+        Args:
+            number: its number.
+            batch: its answers, as JSON.
+
+        Raises:
+            UserError: if it can't be written; earlier ones are kept.
+        """
         self._write([number, batch])
 
     def finish(self, belongs_to: Mapping[str, Any], output: bytes) -> None:
-        """Write the whole ``output``, and first the record of its origin, ``belongs_to`` as for `open`.
+        """Write the whole output, and first the record of its origin.
 
-        Raises SaveError if it can't be written; the saved batches are kept.
+        Args:
+            belongs_to: as for `open`.
+            output: its content.
+
+        Raises:
+            SaveError: if it can't be written; the saved batches are kept.
         """
         write_file(self.made, json.dumps({**belongs_to, "sha256": _digest(output)}))
         write_file(self.target, output)

@@ -55,7 +55,11 @@ Updates = dict[Any, Any]
 
 
 def check_gradio() -> None:
-    """Raises UserError, with how to install one, unless a supported gradio is there."""
+    """Check that a supported gradio is installed.
+
+    Raises:
+        UserError: with how to install one.
+    """
     try:
         found = version("gradio")
     except PackageNotFoundError:
@@ -112,7 +116,18 @@ class Page:
         self._blocks = self._build(gradio)
 
     def open(self, share: bool, port: int | None) -> str:
-        """Start the server; ``share``, ``port`` and errors are as for `serve`. Returns its address."""
+        """Start the server.
+
+        Args:
+            share: as for `serve`.
+            port: as for `serve`.
+
+        Returns:
+            Its address.
+
+        Raises:
+            UserError: as `serve` does.
+        """
         from gradio.themes import Soft
         from starlette.middleware import Middleware
 

@@ -315,7 +315,14 @@ def host_memory() -> Iterator[Finding]:
 
 
 def disk(what: str, folder: Path, needed: int, remedy: str) -> Iterator[Finding]:
-    """Compare the free space on the disk of ``folder``, which holds ``what``, with the bytes ``needed`` there."""
+    """Compare the free space of a disk with what a fit will write there.
+
+    Args:
+        what: what lies there, in words.
+        folder: where; it may not exist yet.
+        needed: bytes.
+        remedy: what to do if it is too small.
+    """
     there = existing_folder(folder)
     free = free_bytes(there)
     shown = f"disk of {what}: {free / 1e9:.1f} GB free"

@@ -31,7 +31,15 @@ class Double(NamedTuple):
 
 
 def find_doubles(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[Double]:
-    """The held-out conversations with a double in training, in order, each with the first one of the closest kind."""
+    """The held-out conversations with a double in training, each with the first one of the closest kind.
+
+    Args:
+        train: what is learned.
+        held_out: what is scored.
+
+    Returns:
+        At most one for each held-out conversation, in their order.
+    """
     texts = [_words(" ".join(turn.content for turn in conversation.turns)) for conversation in held_out]
     same, asked = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
     for number, (words, conversation) in enumerate(zip(texts, held_out, strict=True)):

@@ -19,7 +19,12 @@ NAMED = 1000
 
 
 def page(seen: Look, accepted: Collection[str]) -> str:
-    """The page as HTML; ``accepted`` are the kinds of faults that are meant to be so."""
+    """The page as HTML.
+
+    Args:
+        seen: what it shows.
+        accepted: kinds of faults that are meant to be so.
+    """
     bins = words.bins(seen)
     faults = words.by_kind(seen.found, accepted)
     body = filled(

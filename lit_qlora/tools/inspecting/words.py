@@ -110,7 +110,12 @@ def counts(parts: Sequence[Part]) -> list[tuple[str, list[int]]]:
 
 
 def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
-    """What is dropped, cut, not used or changed of a part, each with its number of rows."""
+    """What of a part is dropped, cut, not used, or taken otherwise than it stands there; each with a number of rows.
+
+    Args:
+        part: what is learned, or what is held out.
+        max_length: tokens of one row.
+    """
     first, token = part.spelled[0] if part.spelled else ("", "")
     found = [
         *part.dropped,
@@ -264,7 +269,12 @@ def _painted(text: str, code: str) -> str:
 
 
 def by_kind(found: Sequence[Found], accepted: Collection[str] = ()) -> dict[str, list[Found]]:
-    """Faults by their kind, the gravest kind first, without those kinds that are ``accepted``."""
+    """Faults by their kind, the gravest kind first.
+
+    Args:
+        found: all of them.
+        accepted: kinds that are left out, for they are meant to be so.
+    """
     kinds = defaultdict[str, list[Found]](list)
     for one in found:
         kinds[one.fault.kind].append(one)

@@ -48,7 +48,12 @@ class StoredWeights:
         return {match[2]: match[0] for match in matches if match}
 
     def dequantized(self, name: str, device: torch.device) -> Tensor:
-        """The 4-bit weight ``name``, dequantised on ``device``, fp32."""
+        """A dequantised 4-bit weight, fp32.
+
+        Args:
+            name: its name.
+            device: device to compute on.
+        """
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = QuantState.from_dict({key: self[full] for key, full in self.state(name).items()}, device)
@@ -84,7 +89,10 @@ class LoraWeights:
 
         Args:
             name: name of the weight.
-            weight: ``[out, in]``, fp32, as the result is; gives the device.
+            weight: ``[out, in]``, fp32, which gives the device.
+
+        Returns:
+            The sum, ``[out, in]``, fp32.
         """
         part = name.removesuffix(".weight")
         if f"{part}.lora_A" not in self._keys:
@@ -113,9 +121,14 @@ def _split_key(key: str) -> str:
 
 
 def as_trained(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A base's ``weight`` as the model was trained on it: after NF4 with double quantisation, in fp32.
+    """A weight as the model was trained on it: after NF4 with double quantisation, as in `lit_qlora.model.load`.
 
-    ``dtype`` is that in which it was loaded before it was quantised, as in `lit_qlora.model.load`.
+    Args:
+        weight: the base's own.
+        dtype: dtype in which it was loaded before it was quantised.
+
+    Returns:
+        The dequantised weight, fp32, of the same shape.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 

@@ -60,9 +60,15 @@ class Difference(NamedTuple):
 def conversations_to_compare(
     settings: Mapping[str, Any] | None, record: Path, encoder: Encoder
 ) -> tuple[list[Conversation], str]:
-    """A run's first held-out conversations, and their source in words; the demo's without a run, or its rows.
+    """Find a run's first held-out conversations; the demo's without a run, or if its rows are gone.
 
-    ``settings`` are the run's options, ``record`` is the file of its held-out rows.
+    Args:
+        settings: the run's options.
+        record: the file that records its held-out rows.
+        encoder: encodes them.
+
+    Returns:
+        The conversations, and their source in words.
     """
     reading = Reading(prompt_format=encoder.prompt_format)
     records = load_records(str(demo.TEST), reading=reading)
@@ -124,7 +130,13 @@ def _compute_in_fp32(model: torch.nn.Module) -> None:
 
 
 def difference(folder: Path, wanted: Reference, device: torch.device) -> Difference:
-    """Compare the merged model in ``folder`` with base + adapter, whose logits are ``wanted``."""
+    """Compare a merged model with base + adapter.
+
+    Args:
+        folder: the merged model.
+        wanted: what its logits are to be.
+        device: device to compute on.
+    """
     found = streamed_logits(find_base(str(folder)), wanted.input_ids, device)[wanted.is_token]
     agreement = (found.argmax(-1) == wanted.logits.argmax(-1)).float().mean().item()
     # A maximum over NaN is NaN.
@@ -132,9 +144,14 @@ def difference(folder: Path, wanted: Reference, device: torch.device) -> Differe
 
 
 def check(found: Difference, dtype: str) -> None:
-    """Raises UserError for a difference that rounding to ``dtype`` does not explain; see `LARGEST_DIFFERENCE`.
+    """Check that rounding explains a difference.
 
-    With any other word for ``dtype``, the model may differ as far as it is finite.
+    Args:
+        found: the difference.
+        dtype: dtype of the merged weights; any other word for a model that may differ as far as it is finite.
+
+    Raises:
+        UserError: if it is larger than `LARGEST_DIFFERENCE`.
     """
     limit = LARGEST_DIFFERENCE.get(dtype, math.inf)
     if not math.isfinite(found.greatest) or found.greatest > limit:

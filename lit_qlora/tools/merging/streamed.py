@@ -36,12 +36,15 @@ class _InFp32(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def streamed_logits(base: Base, input_ids: Tensor, device: torch.device) -> Tensor:
-    """Logits ``[B, T, V]``, on the CPU, of an unquantised model, computed in fp32 with one weight in memory.
+    """Logits of an unquantised model, computed in fp32, with one weight in memory.
 
     Args:
         base: the model.
         input_ids: ``[B, T]``, padded on the right.
-        device: to compute on.
+        device: device to compute on.
+
+    Returns:
+        ``[B, T, V]``, on the CPU.
     """
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook

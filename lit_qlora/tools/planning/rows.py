@@ -40,9 +40,16 @@ def offline() -> Iterator[None]:
 
 
 def look(trainer: Any, data: ChatDataModule, base: Base, answers: SampleAnswers) -> tuple[Rows, Samples]:
-    """Find the training rows and the sample answers of a fit, given its parts, as far as they are local.
+    """Find the training rows and the sample answers of a fit, as far as they are local.
 
-    Raises UserError for rows, prompts or a tokenizer that fit refuses.
+    Args:
+        trainer: of that fit.
+        data: its rows and tokenizer.
+        base: its base.
+        answers: the callback that makes its sample answers.
+
+    Raises:
+        UserError: for rows, prompts or a tokenizer that fit refuses.
     """
     data.tokenizer_option = "model.base"
     has_tokenizer = _has_tokenizer(data, base)

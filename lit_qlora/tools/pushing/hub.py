@@ -79,7 +79,14 @@ class Hub:
         return {file.rfilename for file in self._there.siblings or ()} if self._there else set()
 
     def check(self, kind: str) -> None:
-        """Raises UserError if a private push would be public, or one of ``kind`` would mix with another."""
+        """Check that the repository may get what is sent.
+
+        Args:
+            kind: one of `KINDS`.
+
+        Raises:
+            UserError: if a private push would be public, or two kinds would mix.
+        """
         if self._there and not self._there.private and not self.public:
             raise UserError(
                 f"{self.to} is there and public",

@@ -38,6 +38,10 @@ def wilson(count: int, total: int) -> Figure:
     """The share ``count / total`` with Wilson's interval, which stays within 0 and 1 for few or rare ones, too.
 
     Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+
+    Args:
+        count: rows that count.
+        total: all rows, at least one.
     """
     if total < FEWEST:
         return Figure(count / total, None, None)

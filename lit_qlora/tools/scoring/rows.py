@@ -37,9 +37,13 @@ class Scorer(QLoRAModule):
         return batch.rows, self.read(batch).double().cpu()
 
     def sums(self, batch: Batch) -> torch.Tensor:
-        """Sums over the learned tokens of each row of ``batch``, padded or packed.
+        """Sums over the learned tokens of each row.
 
-        Returns ``[rows, 3]`` in fp64: nats, count of the likeliest tokens, and tokens.
+        Args:
+            batch: padded or packed.
+
+        Returns:
+            ``[rows, 3]`` in fp64: nats, count of the likeliest tokens, and tokens.
         """
         nats, is_likeliest = token_cross_entropies(self._scored(batch), self._head, batch.targets)
         each = torch.stack([nats.double(), is_likeliest.double(), torch.ones_like(nats.double())], 1).cpu()
@@ -51,9 +55,14 @@ class Scorer(QLoRAModule):
         return torch.zeros(len(batch.rows), 3, dtype=torch.float64).index_add_(0, owner, each)
 
     def scores(self, batch: Batch, ids: Sequence[int]) -> torch.Tensor:
-        """Logits of some ``ids`` after the last token of each row, which is at its position in ``batch``.
+        """Logits of some ids after each row's last token; only their rows of the head are multiplied.
 
-        Returns ``[rows, ids]`` in fp32; only these rows of the head are multiplied.
+        Args:
+            batch: ``positions`` are those of the last tokens.
+            ids: the ids.
+
+        Returns:
+            ``[rows, ids]``, fp32.
         """
         hidden = self._scored(batch)
         # In fp32: rounded to bf16, close letters would often be equal.
@@ -110,9 +119,14 @@ class Scoring:
             raise error.replace(option="precision") from error
 
     def held_out(self, data: ChatDataModule, part: str) -> tuple[Array, Array]:
-        """Score the ``part`` of ``data`` that is set up, ``validate`` or ``test``.
+        """Score held-out rows.
 
-        Returns `Scorer.sums` of the base and of the adapter, each ``[rows, 3]``.
+        Args:
+            data: has set up ``part``.
+            part: ``validate`` or ``test``.
+
+        Returns:
+            `Scorer.sums` of the base and of the adapter, each ``[rows, 3]``.
         """
         data.trainer = self.trainer
         if self.batch_tokens:
@@ -121,9 +135,15 @@ class Scoring:
         return self._both(loader, self.module.sums, "held-out rows")
 
     def choices(self, prompts: Sequence[Sequence[int]], ids: Sequence[int], batch_tokens: int) -> tuple[Array, Array]:
-        """Score the ``ids`` that may follow each of ``prompts``, ids too, in batches of tokens with padding.
+        """Score what may follow each of some prompts.
 
-        Returns logits of the base and of the adapter, each ``[prompts, ids]``.
+        Args:
+            prompts: ids of each.
+            ids: ids that may follow.
+            batch_tokens: tokens per batch with padding.
+
+        Returns:
+            Logits of the base and of the adapter, each ``[prompts, ids]``.
         """
         plan = BatchPlan(tokens=batch_tokens).epoch([len(prompt) for prompt in prompts], 0, 0)
         batches = [_last_tokens(rows, [prompts[row] for row in rows]) for rows in plan]

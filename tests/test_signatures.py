@@ -192,7 +192,7 @@ def test_it_is_the_parsers_own_mistake_in_the_same_words(args, files, monkeypatc
         ["--trainer.logger=CSVLogger", "--trainer.logger.init_args.save_dir=x", "--trainer.logger.name", "y"],
         ["--trainer.callbacks+=Timer", "--trainer.callbacks.interval=epoch", "--trainer.callbacks+=ModelSummary"],
         ["--trainer.callbacks=os.path.Bar"], ["--trainer.plugins=LightningEnvironment"],
-        ["--trainer.callbacks=lightning.pytorch.callbacks.Timer"], ["--trainer.devices=[0]"],
+        ["--trainer.callbacks=lightning.pytorch.callbacks.Timer"],
         ["--trainer.logger.help", "CSVLogger"], ["--trainer.logger=WandbLogger", "--trainer.logger.projct=x"],
         ["--data.source=stray.jsonl"], ["--data.source=good.jsonl"],
         ["--data.source=[good.jsonl, demo]"], ["--data.source=good.jsonl", "--data.validation_source=stray.jsonl"],

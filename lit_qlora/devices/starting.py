@@ -151,12 +151,6 @@ class _Child:
         if self.process.poll() is None:
             self.process.send_signal(number)
 
-    def last_words(self) -> str:
-        if self.said is None:
-            return ""
-        self.said.seek(0)
-        return self.said.read().decode(errors="replace").strip()
-
 
 def run(args: Sequence[str], count: int) -> int:
     """Run a command line, from its verb on, in ``count`` processes of this machine, each with a device of its own.
@@ -228,7 +222,10 @@ def _last_word(child: _Child, count: int) -> str:
             f"error: process {child.rank} of {count} was ended by {name}{short}; the same command resumes from the "
             "last checkpoint"
         )
-    said = child.last_words()
+    said = ""
+    if child.said is not None:
+        child.said.seek(0)
+        said = child.said.read().decode(errors="replace").strip()
     lines = said.splitlines() or [f"error: ended with status {code}"]
     if code != 2:
         return f"process {child.rank} of {count}:\n{said}"

@@ -165,11 +165,6 @@ class Forecast:
             return False
         return not replace(self, shard=False).fits() and replace(self, shard=True).fits()
 
-    @property
-    def micro_batches_each(self) -> int:
-        """The most micro-batches of a step that one device computes, if they are of one size."""
-        return -(-self.accumulate // self.num_devices)
-
     @cached_property
     def batches(self) -> Batches:
         """The micro-batches."""

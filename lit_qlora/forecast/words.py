@@ -73,7 +73,9 @@ def shared_lines(forecast: Forecast) -> Iterator[str]:
     step = forecast.step
     of = f"each card keeps 1/{step.sharers} of the base's layers" if step.sharers > 1 else "the base's layers are kept"
     where = " in the host's memory" if step.shares_on_host else ""
-    coming, passes = memory.fetched_bytes(step) / 1e9, math.ceil(forecast.micro_batches_each / step.together)
+    # A device computes as many micro-batches as any, if they are of one size.
+    each_device = -(-forecast.accumulate // forecast.num_devices)
+    coming, passes = memory.fetched_bytes(step) / 1e9, math.ceil(each_device / step.together)
     each = "micro-batch" if step.together == 1 else f"{step.together} micro-batches"
     yield f"  model.shard: {of}{where}, {memory.share_bytes(step) / GIB:.2f} GiB; to each card come, as they are used,"
     yield (

@@ -102,9 +102,10 @@ def find_base(name: str, weights: bool = True) -> Base:
         config_file, files = folder / "config.json", {path.name for path in folder.iterdir()}
         location = str(folder)
     elif not may_be_on_hub(name):
-        raise base_error(
-            f"no folder {excerpt(name)}{_nearest(folder)}", remedy="give a hub id (owner/name) or a folder"
-        )
+        beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = nearest(folder.name, beside)
+        meant = f" (did you mean {folder.parent / near}?)" if near else ""
+        raise base_error(f"no folder {excerpt(name)}{meant}", remedy="give a hub id (owner/name) or a folder")
     else:
         config_file, files = _ask_hub(name)
     config = read_config(name, config_file)
@@ -235,13 +236,6 @@ def stored_file(base: Base, name: str) -> Path | None:
 
     cached = try_to_load_from_cache(base.location, name)
     return Path(cached) if isinstance(cached, str) else None
-
-
-def _nearest(folder: Path) -> str:
-    if not folder.parent.is_dir():
-        return ""
-    near = nearest(folder.name, [path.name for path in folder.parent.iterdir()])
-    return f" (did you mean {folder.parent / near}?)" if near else ""
 
 
 def split_names(target_modules: str | list[str]) -> str | list[str]:

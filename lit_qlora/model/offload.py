@@ -169,7 +169,8 @@ def locked(size: int, like: Tensor) -> Tensor:
         whole, cudart = buffer.untyped_storage(), torch.cuda.cudart()
         status = cudart.cudaHostRegister(whole.data_ptr(), whole.nbytes(), 0)
         if status != cudart.cudaError.success:
-            _forget_error(like.device)
+            with suppress(RuntimeError):  # takes note of CUDA's last error, else that of the next kernel
+                torch.zeros(1, device=like.device)
             raise _no_room(whole.nbytes(), f"page-locked: CUDA says {cudart.cudaGetErrorString(status)!r}")
         _locked.add(whole.data_ptr())
     return buffer
@@ -220,9 +221,3 @@ def _no_room(num_bytes: int, why: str) -> UserError:
         f"{files.size(num_bytes)} of this machine's memory can't be {why}",
         remedy="give --model.offload false, and --model.shard_to gpu with a base in shares, or end other programs",
     )
-
-
-def _forget_error(device: torch.device) -> None:
-    """Take note of CUDA's last error, which would be that of the next kernel otherwise."""
-    with suppress(RuntimeError):
-        torch.zeros(1, device=device)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lit_qlora.callbacks import warmup
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.cli import main
 from lit_qlora.devices.world import world
+from lit_qlora.model.learning import Sums, Waiting
 from lit_qlora.model.module import QLoRAModule
 from tests.devices.several import ROUNDING, SHORT, alone, assert_same, at_batch, fit, run_several
 
@@ -109,14 +111,14 @@ def test_samples_are_answered_with_all_and_no_process_holds_a_whole_base() -> No
 @pytest.mark.slow
 def test_memory_that_runs_out_in_one_ends_all_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     def prepare() -> None:
-        real = QLoRAModule._together
+        real = QLoRAModule._sums_of
 
-        def together(self: QLoRAModule, most: int) -> Any:
-            if world().rank == 0:
+        def sums_of(self: QLoRAModule, waiting: Sequence[Waiting], earlier: dict[int, torch.Tensor]) -> list[Sums]:
+            if waiting and world().rank == 0:
                 raise torch.OutOfMemoryError
-            return real(self, most)
+            return real(self, waiting, earlier)
 
-        QLoRAModule._together = together  # type: ignore[method-assign]
+        QLoRAModule._sums_of = sums_of  # type: ignore[method-assign]
 
     options = ["--trainer.limit_val_batches", "0", *SHARED]
     assert fit("short", 2, *options, before=prepare) == [2, 2]

@@ -107,7 +107,8 @@ def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
     is_own = len(values) > 1 or option != "data.source" or sources[0].columns is not None
     if is_own and not isinstance(values[0], Source):
         sources = tuple(replace(one, columns_option=f"{option}.columns") for one in sources)
-    if doubled := [one for place, one in enumerate(sources) if one in sources[:place]]:
+    whole = [replace(one, path=one.place.path) for one in sources]  # however its path is written
+    if doubled := [one for number, one in enumerate(sources) if whole[number] in whole[:number]]:
         raise UserError(
             f"lists {excerpt(str(doubled[0]))} twice, and reads it once", option=option, remedy="list each source once"
         )

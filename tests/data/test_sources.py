@@ -276,6 +276,8 @@ def test_what_stands_for_sources(value, expected):
         (["a.jsonl", ""], ["is ''"], "data.source"),
         ([3], ["got 3"], "data.source"),
         (["a.jsonl", "b.jsonl", {"path": "a.jsonl"}], ["lists 'a.jsonl' twice"], "data.source"),
+        (["a.jsonl", "./a.jsonl"], ["lists './a.jsonl' twice"], "data.source"),
+        (["x/*.jsonl", "y/../x/*.jsonl"], ["lists 'y/../x/*.jsonl' twice"], "data.source"),
         ({}, ["no path"], "data.source"),
         ({"path": 3}, ["no path"], "data.source"),
         ({"path": "a", "shar": 1}, ["'shar' is unknown", "did you mean 'share'?"], "data.source"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from lit_qlora.errors import nearest
 from lit_qlora.place import COMMAND
 
 
@@ -23,11 +24,18 @@ def answers(part: str) -> dict[str, str]:
     return {name: answer for answer, names in yaml.safe_load(text)[part].items() for name in names.split()}
 
 
-def here(name: str, options: Collection[str]) -> str | None:
-    """The remedy for the option ``name`` of another program, by the accepted options; None if unknown."""
+def here(name: str, options: Collection[str], cutoff: float = 1.0) -> str | None:
+    """The remedy for an option of another program; None if it is unknown.
+
+    Args:
+        name: of that option.
+        options: the accepted ones.
+        cutoff: least similarity to a known name, as for `nearest`.
+    """
     last = name.rpartition(".")[2].replace("-", "_").lower()
     table = answers("fit" if "model.base" in options else "tools")
     found = table.get(last) or next((table[one] for one in table if one[-1] == "_" and last.startswith(one)), None)
+    found = found or table.get(nearest(last, table, cutoff) or "")
     if found is None:
         return None
     option, comma, remark = found.partition(",")

@@ -353,10 +353,11 @@ def did_you_mean(name: str, names: list[str]) -> str:
     name = name.replace("-", "_").lower()
     last = name.rpartition(".")[2]
     known = here(name, names)
-    if known and name not in names:
+    if known and name not in names and name.removesuffix("s") not in names:
         return known
-    near = next((known for known in names if known.rpartition(".")[2] == last), None) or nearest(name, names)
-    return f"did you mean {near!r}?" if near else HELP
+    by_last = {one.rpartition(".")[2]: one for one in reversed(names)}
+    near = by_last.get(last) or nearest(name, names) or by_last.get(nearest(last, by_last, 0.85) or "")
+    return f"did you mean {near!r}?" if near else here(name, names, cutoff=0.8) or HELP
 
 
 def plain(value: Any) -> Any:

@@ -45,6 +45,9 @@ WARNINGS = (
     # That an adapter with lora_bias can't be merged, which merge says, and that its biases look cut short to peft.
     r".*`lora_bias=True` was passed but the targeted layer.*",
     r".*LoRA tensor\(s\) have invalid shape. [^ ]*\.lora_B\.bias.*",
+    # That a pattern or an exclusion of an adapter made elsewhere fits no layer: it has no effect, here as there.
+    r".*_pattern keys did not match any targeted module.*",
+    r".*You have passed exclude_modules=.* but no modules were excluded.*",
     # In fp16 the gradient scaler skips first steps by design; they are counted, and recorded.
     r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
     # A checkpoint may have a word of early stopping, which scoring and a start without it have no use for.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lit_qlora.model import lora_config
 from lit_qlora.model.decoder import why_not
 from lit_qlora.model.load import Lora, adapter_parameters, check_settings, load_adapter, read_record
 from lit_qlora.model.module import QLoRAModule
+from lit_qlora.quiet import quieten
 from lit_qlora.tools.merging.arithmetic import LoraWeights, StoredWeights, merged_tensors
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -286,6 +288,18 @@ def test_lora_on_other_layers_is_refused(made, layer):
         read_record(folder)
     assert "adapter_config.json's target_modules" in str(caught.value)
     assert f"LoRA on {'model.' if layer[0] == 'e' else ''}{layer}," in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rank_pattern": {"no_proj": 2}}, {"alpha_pattern": {"no_proj": 2}}, {"exclude_modules": "no_proj"}]
+)
+def test_what_fits_no_layer_has_no_effect_and_no_warning(folder, changes, load, tiny):
+    edit(folder, **changes)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        quieten()
+        load_adapter(load(), tiny, folder, trainable=False)
+    assert [str(one.message) for one in shown] == []
 
 
 @pytest.mark.parametrize(

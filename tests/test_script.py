@@ -469,13 +469,16 @@ def test_batches_can_be_looked_at_without_a_trainer():
         rows.num_optimizer_steps()
 
 
-def test_a_module_before_its_fit_says_that_it_is_not_loaded():
+def test_a_module_before_its_fit_says_that_it_is_not_loaded(here, expect_error):
     built, ids = module(), torch.tensor([[1, 5, 9]])
     for call in (lambda: built.save_adapter("x"), lambda: built(ids), lambda: built.load_adapter_weights(Path("x"))):
         with pytest.raises(UserError, match=r"model: .* loaded once training begins; .*configure_model\(\)"):
             call()
     assert not Path("x").exists()
     built.configure_model()
+    Path("file").touch()
+    for folder in ("file", Path("file/adapter")):
+        expect_error(lambda folder=folder: built.save_adapter(folder), "a folder", "file, a file", option="folder")
     assert built(ids).shape == (1, 3, 1024)
 
 

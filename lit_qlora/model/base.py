@@ -210,7 +210,8 @@ def weight_files(base: Base, find: Callable[[Base, str], Path | None] | None = N
 
 def _shards(base: Base, index: Path) -> list[str]:
     try:
-        names = {*parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        content = parse_json(index.read_text(encoding="utf-8"))
+        names, has_metadata = {*content["weight_map"].values()}, isinstance(content.get("metadata"), dict)
         plain = names and all(Path(name).name == name and name.endswith(".safetensors") for name in names)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = unreadable(error)
@@ -219,6 +220,8 @@ def _shards(base: Base, index: Path) -> list[str]:
         raise base_error(
             f"{base.name}: {INDEX} names something other than .safetensors files beside it", remedy="take another copy"
         )
+    if not has_metadata:  # transformers adds to it
+        raise base_error(f"{base.name}: {INDEX} has no table called metadata", remedy='add "metadata": {}')
     return sorted(names)
 
 

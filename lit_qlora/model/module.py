@@ -333,9 +333,11 @@ class QLoRAModule(LearnsInParts):
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter as a plain PEFT folder, made if missing, with the tokenizer of its Trainer's DataModule.
 
-        Raises UserError before the model is loaded, OSError if a file can't be written.
+        Raises UserError before the model is loaded and for a file in its place, OSError if a file can't be written.
         """
         model = self.peft_model
+        file = next((one for one in (Path(folder), *Path(folder).parents) if one.is_file()), None)
+        require(file is None, "folder", "a folder to write to", f"{file}, a file")
         Path(folder).mkdir(parents=True, exist_ok=True)
         load.save_adapter(model, self.base, Path(folder), self.prompt_format)
         data: Any = getattr(self.trainer, "datamodule", None) if self._attached else None

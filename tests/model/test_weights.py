@@ -127,6 +127,8 @@ def test_a_shard_that_is_missing_is_told_before_anything_is_loaded(folder, other
         json.dumps({"weight_map": {QUERY: 5}}),
         json.dumps({"weight_map": {QUERY: ["a.safetensors"]}}),
         json.dumps({"weight_map": [QUERY]}),
+        json.dumps({"weight_map": {QUERY: "model-00001-of-00001.safetensors"}}),
+        json.dumps({"weight_map": {QUERY: "model-00001-of-00001.safetensors"}, "metadata": None}),
         json.dumps({}),
         "[]",
         "",

@@ -161,9 +161,9 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         "content null",
         "rows.jsonl",
         jsonl({"messages": [{"role": "user", "content": None}]}),
-        "rows.jsonl:1",
+        "rows.jsonl",
         None,
-        ["at least one turn", "'content': None"],
+        ["nothing to train on", "rows with turns of the user without a text"],
     ),
     (
         "content parts",

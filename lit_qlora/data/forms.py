@@ -293,7 +293,7 @@ def read_row(
         parsed = messages.Parsed(made) if isinstance(made, Conversation) else messages.parse(made, opening, marks)
         if parsed.conversation is None:
             return Read(None, parsed.unused, parsed.taken_off, parsed.changed)
-        conversation, notes = _with_system(row, _without_block(parsed.conversation), system_columns)
+        conversation, notes = _with_system(row, llama2.without_block(parsed.conversation), system_columns)
         conversation, taken_off = edges.clean(conversation, marks)  # what parse did not see, such as a system column
         conversation.check_characters()
     except messages.OpeningError as error:
@@ -397,16 +397,6 @@ def _as_numpy_writes(text: str) -> Any:
             text.strip(),
         )
     return ast.literal_eval(text)
-
-
-def _without_block(conversation: Conversation) -> Conversation:
-    """``conversation`` with the system text that Llama 2's format writes into the first prompt in its own place."""
-    first, system = conversation.turns[0], conversation.system or ""
-    block = llama2.SYSTEM_BLOCK.fullmatch((system or first.content).strip())
-    if block is None or conversation.is_text or (system and block[2].strip()):
-        return conversation
-    turns = conversation.turns if system else (replace(first, content=block[2].strip()), *conversation.turns[1:])
-    return replace(conversation, turns=turns, system=block[1].strip() or None)
 
 
 def _with_system(

@@ -7,6 +7,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lit_qlora.errors import UserError
@@ -141,6 +142,20 @@ class Llama2(PromptFormat):
     def go_template(self) -> str:
         """The format by hand, for its system text stands within the first question."""
         return _GO.replace("<s>", self.spelled.bos).replace("</s>", self.spelled.eos)
+
+
+def without_block(conversation: Conversation) -> Conversation:
+    """A conversation with the system text that this format writes into the first prompt in its own place.
+
+    Args:
+        conversation: of rows of any form; with a system text of its own, one in the prompt stays.
+    """
+    first, system = conversation.turns[0], conversation.system or ""
+    block = SYSTEM_BLOCK.fullmatch((system or first.content).strip())
+    if block is None or conversation.is_text or (system and block[2].strip()):
+        return conversation
+    turns = conversation.turns if system else (replace(first, content=block[2].strip()), *conversation.turns[1:])
+    return replace(conversation, turns=turns, system=block[1].strip() or None)
 
 
 def segments(conversation: Conversation) -> list[Segment]:

@@ -491,7 +491,7 @@ def test_a_systems_text_and_earlier_turns_reach_the_model(here, answerer):
         ('{"prompt": 3}', "p.jsonl:2: column 'prompt' holds a number, expected text"),
         ('{"promt": "x"}',
          "p.jsonl:2: no column 'messages' or 'conversations' or 'prompt' or 'instruction' (or others), columns found:"
-         " ['promt']; give --columns.prompt promt"),
+         " ['promt']; give --columns.user promt"),
         ('{"prompt": "x [/INST] y"}', "p.jsonl:2: turn 1 holds the tag [/INST], which could forge a turn"),
         ('{"prompt": "x", "system": "<<SYS>>"}', "p.jsonl:2: the system text holds the tag <<SYS>>"),
         (r'{"prompt": "x \ud800"}', "p.jsonl:2: turn 1 holds bytes that are no UTF-8, or half"),

@@ -412,7 +412,8 @@ def check_once(args: Sequence[str], types: Mapping[str, Any]) -> None:
         types: of options, by name.
 
     Raises:
-        UserError: an option that takes a list is given twice, or one behind another that is below it.
+        UserError: an option that takes a list is given twice, not to take it back by ``null``, or one behind another
+                that is below it.
     """
     seen: dict[str, str] = {}
     for arg, behind in zip(args, [*args[1:], ""], strict=False):
@@ -426,7 +427,7 @@ def check_once(args: Sequence[str], types: Mapping[str, Any]) -> None:
             pair = [seen[lost[0]], value]
             hints = (types.get(name), *get_args(types.get(name)))  # a list of devices takes a number's place
             is_list = any(get_origin(hint) is list and int not in get_args(hint) for hint in hints)
-            if is_list or lost != [name]:
+            if (is_list and value != "null") or lost != [name]:
                 can_join = lost == [name] and all(re.fullmatch(r"[\w./*-]+", one) for one in pair)
                 raise UserError(
                     f"{excerpt(value)} would take the place of --{lost[0]} {excerpt(pair[0])}, given before",

@@ -31,8 +31,8 @@ USED = {
     "_data_files": "a key of the state.json that datasets.save_to_disk writes",
     "_compile_jinja_template": "a template as a tokenizer reads it, block by block",
 }
-PUBLIC = {"_asdict", "_replace", "_exit", "_fail_with_undefined_error"}
-"""Documented in spite of the underscore: named tuples', os._exit, and jinja2.Undefined's."""
+PUBLIC = {"_asdict", "_replace", "_exit", "_fail_with_undefined_error", "_gib"}
+"""Documented in spite of the underscore: named tuples', os._exit, and jinja2.Undefined's; and a unit of figures."""
 
 MADE_BY_METACLASS = {"_abc_impl", "_backward_cls", "_is_protocol", "_is_runtime_protocol"}
 """Of each class, by its metaclass: nobody wrote them."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
 from lit_qlora.errors import UserError
@@ -117,18 +118,31 @@ def _open_store(limit: timedelta) -> Any:
     keeps = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not keeps:
         _reach(host, port, limit)
-    try:
-        store = distributed.TCPStore(
-            host, port, here.size, keeps, REPLY, wait_for_workers=False, multi_tenant=True,
-            use_libuv=os.name != "nt",
-        )  # fmt: skip
-    except distributed.DistError as error:
+    found: list[Any] = []
+
+    def open_it() -> None:
+        try:
+            store = distributed.TCPStore(
+                host, port, here.size, keeps, REPLY, wait_for_workers=False, multi_tenant=True,
+                use_libuv=os.name != "nt",
+            )  # fmt: skip
+        except distributed.DistError as error:
+            found.append(error)
+        else:
+            found.append(store)
+
+    # In a thread: where another program answers at the port, torch would wait for ever.
+    Thread(target=open_it, daemon=True).start()
+    ends_at = time.monotonic() + 2 * REPLY.total_seconds()
+    while not found and time.monotonic() < ends_at:
+        time.sleep(0.01)
+    if not found or isinstance(found[0], distributed.DistError):
         raise UserError(
             f"MASTER_PORT={port} can't be opened at {host}: another program may have it",
             remedy="set MASTER_PORT to a port that is free there",
-        ) from error
-    store.set_timeout(DEAD)
-    return store
+        ) from (found or [None])[0]
+    found[0].set_timeout(DEAD)
+    return found[0]
 
 
 def _reach(host: str, port: int, limit: timedelta) -> None:

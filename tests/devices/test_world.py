@@ -158,14 +158,13 @@ def test_one_that_waits_for_another_hears_a_signal(waits: Callable[[], Any]) -> 
     assert run_several(2, do, limit_s=15) == [0, 143]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("ends", ["signal", "limit"])
-def test_nobody_waits_for_ever_for_one_that_never_comes(monkeypatch: pytest.MonkeyPatch, rank: int, ends: str) -> None:
-    """Nor without hearing a signal: as under srun, where the other's machine does not start."""
+def joining(rank: int, port: int, ends: str) -> Any:
+    """A process of two that nothing answers: its error's problem, or its exit status by a signal."""
 
     def do() -> Any:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        del os.environ[world.STORE]  # of processes on one machine, begun by one command
         with leave_in_one_line():
             if ends == "signal":
                 Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
@@ -176,12 +175,29 @@ def test_nobody_waits_for_ever_for_one_that_never_comes(monkeypatch: pytest.Monk
             except SystemExit as stop:
                 return stop.code
 
-    monkeypatch.delenv(world.STORE, raising=False)
+    (found,) = run_several(1, do, limit_s=15, joins=False)
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("ends", ["signal", "limit"])
+def test_nobody_waits_for_ever_for_one_that_never_comes(monkeypatch: pytest.MonkeyPatch, rank: int, ends: str) -> None:
+    """Nor without hearing a signal: as under srun, where the other's machine does not start."""
+
     monkeypatch.setattr(world, "DEAD", timedelta(seconds=0.5 if ends == "limit" else 60))
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = server.getsockname()[1]
-    (found,) = run_several(1, do, limit_s=15, joins=False)
+    found = joining(rank, free, ends)
+    assert found == 143 if ends == "signal" else found.startswith(f"process {1 - rank} of 2 did not come ")
+
+
+@pytest.mark.parametrize("ends", ["signal", "limit"])
+def test_another_program_at_the_port_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    monkeypatch.setattr(world, "REPLY", timedelta(seconds=0.25 if ends == "limit" else 5))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        found = joining(1, port, ends)
     if ends == "signal":
         assert found == 143
     else:
-        assert found.startswith(f"process {1 - rank} of 2 did not come ")
+        assert found == f"MASTER_PORT={port} can't be opened at 127.0.0.1: another program may have it"

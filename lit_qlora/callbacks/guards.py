@@ -38,8 +38,7 @@ class UpdateGuard(StepCallback):
         self.nonfinite_in_a_row = 0
         self.skips_in_a_row = 0
         self.num_applied = 0
-        self._is_finite: Tensor | None = None
-        self._on_host: _OnHost | None = None
+        self._is_finite: _Flag | None = None
         self._base_is_broken = False
         self._rows: list[int] = []
         self._step_rows: list[int] = []
@@ -66,8 +65,7 @@ class UpdateGuard(StepCallback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check the loss of each micro-batch, without waiting for the device."""
         finite = torch.isfinite(loss.detach())
-        self._is_finite = finite if self._is_finite is None else self._is_finite & finite
-        self._on_host = _OnHost(self._is_finite)
+        self._is_finite = _Flag(finite if self._is_finite is None else self._is_finite.on_device & finite)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -77,8 +75,8 @@ class UpdateGuard(StepCallback):
         Raises UserError after too many consecutive ones.
         """
         self._step_rows, self._rows = self._rows, []
-        on_host, self._is_finite, self._on_host = self._on_host, None, None
-        if not any_of(on_host is not None and not on_host.flag()):
+        is_finite, self._is_finite = self._is_finite, None
+        if not any_of(is_finite is not None and not is_finite):
             self.nonfinite_in_a_row = 0
             return
         self.nonfinite_in_a_row += 1
@@ -126,24 +124,25 @@ class UpdateGuard(StepCallback):
             )
 
 
-class _OnHost:
-    """A device's flag, copied to the host as soon as it is known there.
+class _Flag:
+    """A flag of a device, copied to the host as soon as it is known there.
 
     So a step's update and the next step are started while the backward still runs: waiting for the backward would leave
     the device without work between two steps.
     """
 
-    def __init__(self, flag: Tensor) -> None:
-        self._flag = flag.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event() if flag.is_cuda else None
+    def __init__(self, on_device: Tensor) -> None:
+        self.on_device = on_device
+        self._on_host = on_device.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if on_device.is_cuda else None
         if self._copied:
             self._copied.record()
 
-    def flag(self) -> bool:
-        """The flag; waits for its copy, and for nothing that the device was given later."""
+    def __bool__(self) -> bool:
+        """Wait for the copy, and for nothing that the device was given later."""
         if self._copied:
             self._copied.synchronize()
-        return bool(self._flag)
+        return bool(self._on_host)
 
 
 def _scale(trainer: Trainer) -> float | None:

@@ -1,4 +1,4 @@
-"""Owns what can be said of the devices asked for without looking at any. Knows no torch."""
+"""Owns what can be said of the devices asked for by the system alone, before torch is imported. Knows no torch."""
 
 import os
 import sys
@@ -13,7 +13,6 @@ from lit_qlora.wording import number_of
 
 MOST_ON_CPU = max(8, os.cpu_count() or 1)
 """Processes on a CPU, at most: there they are for trying."""
-
 
 GPUS = ("gpu", "cuda")
 """Values of ``trainer.accelerator`` that ask for a GPU."""

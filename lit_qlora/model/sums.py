@@ -1,4 +1,4 @@
-"""Owns the figures of training and of held-out rows: sums over answer tokens, added per micro-batch, then averaged.
+"""Owns the figures of training as sums over answer tokens: added per micro-batch, then averaged.
 
 Sums stay on the device, so that no step waits for a figure. Knows neither loggers nor intervals.
 """

@@ -196,8 +196,9 @@ class Splits:
             UserError: there are none.
         """
         if "train" not in self.names:
-            found = " and ".join([*self.names.values(), *self.unread])
-            raise SourceError(self.source, f"has no split 'train', found: {found}", "choose another")
+            found = [*self.names.values(), *self.unread]
+            remedy = f"name the one to train on, such as data.source {self.source}:{found[0]}"
+            raise SourceError(self.source, f"has no split 'train', found: {' and '.join(found)}", remedy)
         return self.names["train"]
 
     def first(self, *kinds: str) -> str | None:
@@ -555,6 +556,9 @@ def _ask_hub(asked: Source, ask: Callable[..., T], **given: str | None) -> T:
         if "gated" in str(error):
             remedy = f"accept its terms at {page} and set HF_TOKEN"
             raise SourceError(source, "is gated on the hub", remedy) from error
+        if asked.revision and "Revision" in str(error):
+            remedy = "give a branch, a tag or a commit that it has, or leave the revision out"
+            raise SourceError(source, f"has no revision {excerpt(asked.revision)} on the hub", remedy) from error
         remedy = "check the spelling, or set HF_TOKEN if it's private"
         raise SourceError(source, "not found on the hub, and no such file here", remedy) from error
     except ConnectionError as error:
@@ -566,6 +570,12 @@ def _ask_hub(asked: Source, ask: Callable[..., T], **given: str | None) -> T:
             what = f"no configuration {excerpt(asked.name)}" if asked.name else "has several configurations"
             remedy = f"give data.source as {{path: {source}, name: CONFIGURATION}}"
             raise SourceError(source, f"{what}, expected one of {excerpt(configs[1])}", remedy) from error
-        cause = str(error).strip().partition("\n")[0]
+        # Of most faults of a file, `datasets` says this alone; what it was stands behind it, or in the cause.
+        opens = "An error occurred while generating the dataset"
+        while not (said := str(error).removeprefix(opens).strip()) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        cause = said.partition("\n")[0]
+        if isinstance(error, datasets.table.CastError):  # its first line is "Couldn't cast"
+            cause = error.details()
         problem = f"the hub's files can't be loaded ({type(error).__name__}: {cause})"
         raise SourceError(source, problem, f"see {page}") from error

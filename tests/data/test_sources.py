@@ -454,7 +454,21 @@ def test_the_hub_is_asked_for_its_splits(monkeypatch):
     assert "validation" not in find_splits("owner/name.v1-0").names
 
 
+def test_where_no_split_is_for_training_one_is_shown_as_it_is_given(monkeypatch):
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["oasst", "dolly"])
+    with pytest.raises(UserError, match=r"found: oasst and dolly; name the one to train on, such as .* owner/n:oasst"):
+        find_splits("owner/n").training()
+    assert find_splits("owner/n:oasst").training() == "oasst"
+
+
 NOT_FOUND = datasets.exceptions.DatasetNotFoundError
+GENERATION = "An error occurred while generating the dataset"
+
+
+def generation(said: str, cause: Exception) -> Exception:
+    error = datasets.exceptions.DatasetGenerationError(said)
+    error.__cause__ = cause
+    return error
 
 
 @pytest.mark.parametrize(
@@ -480,6 +494,24 @@ NOT_FOUND = datasets.exceptions.DatasetNotFoundError
             "owner/name: the hub's files can't be loaded (ValueError: Unknown split \"train\"."
             " Should be one of ['test'].); see https://huggingface.co/datasets/owner/name",
         ),
+        (
+            generation(GENERATION, ValueError("JSON parse error: Invalid value. in row 1")),
+            "owner/name: the hub's files can't be loaded (ValueError: JSON parse error: Invalid value. in row 1);"
+            " see https://huggingface.co/datasets/owner/name",
+        ),
+        (
+            generation(
+                GENERATION,
+                datasets.table.CastError("Couldn't cast\n…", table_column_names=["a"], requested_column_names=["b"]),
+            ),
+            "owner/name: the hub's files can't be loaded (CastError: there are 1 new columns ({'a'}) and 1 missing"
+            " columns ({'b'}).); see https://huggingface.co/datasets/owner/name",
+        ),
+        (
+            generation(f"{GENERATION}\n\nAll the data files must have the same columns.", ValueError("Couldn't cast")),
+            "owner/name: the hub's files can't be loaded (DatasetGenerationError: All the data files must have the same"
+            " columns.); see https://huggingface.co/datasets/owner/name",
+        ),
     ],
 )
 def test_what_goes_wrong_on_the_hub_is_one_line(error, message, monkeypatch):
@@ -493,6 +525,15 @@ def test_what_goes_wrong_on_the_hub_is_one_line(error, message, monkeypatch):
             call("owner/name")
         assert str(caught.value) == message
         assert "\n" not in message
+
+
+def test_a_revision_that_is_not_there_is_no_data_set_that_is_not(monkeypatch):
+    def fail(*args, **kwargs):
+        raise NOT_FOUND("Revision 'v9' doesn't exist for dataset 'owner/name' on the Hub.")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
+    with pytest.raises(UserError, match=r"^owner/name: has no revision 'v9' on the hub; give a branch, a tag or"):
+        find_splits(Source("owner/name", revision="v9"))
 
 
 def test_offline_is_said_by_the_real_library(monkeypatch):

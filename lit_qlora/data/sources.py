@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from lit_qlora import demo
 from lit_qlora.data.files import COMPRESSED, ENDINGS, INSTEAD, OTHER_NAMES, PACKED, Row, SourceError, kind_of, read_rows
@@ -197,7 +197,7 @@ class Splits:
         """
         if "train" not in self.names:
             found = [*self.names.values(), *self.unread]
-            remedy = f"name the one to train on, such as data.source {self.source}:{found[0]}"
+            remedy = f"name the one to train on in the source, such as {{path: …, split: {found[0]}}}"
             raise SourceError(self.source, f"has no split 'train', found: {' and '.join(found)}", remedy)
         return self.names["train"]
 
@@ -351,10 +351,9 @@ def _files_here(source: Source) -> dict[str, list[Path]] | None:
         return {"train": [demo.TRAIN], "test": [demo.TEST]}
     path = Path(source.path).expanduser()
     if path.is_dir():
-        within = path / source.name if source.name else path
-        if not within.is_dir():
-            raise SourceError(path, f"has no folder {excerpt(source.name)}", "leave the name out")
-        return _find_in_folder(within)
+        named = [path / source.name, path / "data" / source.name] if source.name else [path]
+        within = next((one for one in named if one.is_dir()), None)
+        return _find_in_folder(within) if within else _refuse_name(path, source.name)
     if path.exists():
         return {"train": [path]}
     found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  # of any folder
@@ -373,6 +372,17 @@ def _files_here(source: Source) -> dict[str, list[Path]] | None:
         f"expected 'demo', a file ({', '.join(ENDINGS)}), a folder with train.jsonl, or a hub id such as owner/name"
     )
     raise SourceError(source.path, f"no such file{suggestion(path.name, names)}", remedy)
+
+
+def _refuse_name(folder: Path, name: str | None) -> NoReturn:
+    """Raises SourceError for a ``name`` that ``folder`` does not have, with what is to do without one."""
+    remedy = "leave the name out"
+    try:
+        _find_in_folder(folder)
+    except SourceError as error:
+        remedy += f", and {error.remedy}"
+    names = [path.name for place in (folder, folder / "data") for path in _entries(place) if path.is_dir()]
+    raise SourceError(folder, f"has no folder {excerpt(name)}{suggestion(str(name), names)}", remedy)
 
 
 def _by_names(paths: list[Path]) -> dict[str, list[Path]]:
@@ -459,8 +469,8 @@ def _by_split(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
         shards = [SHARD.match(_bare(path)) for path in found]
         parts = [shard for shard in shards if shard]
         if len(found) > 1 and (len(parts) < len(found) or len({(part[1], part[3]) for part in parts}) > 1):
-            option = "data.source" if kind == "train" else f"data.{kind}_source"
-            remedy = f"keep one of them, or give both: {option} [{found[0]}, {found[1]}]"
+            both = f", or give both: data.source [{found[0]}, {found[1]}]" if kind == "train" else ""
+            remedy = f"keep one of them{both}"
             raise SourceError(folder, f"holds both {found[0].name} and {found[1].name}, expected one", remedy)
         if parts and (missing := {*range(int(parts[0][3]))} - {int(part[2]) for part in parts}):
             of_all = f"has {len(parts)} of the {int(parts[0][3])} parts of {parts[0][1]}"

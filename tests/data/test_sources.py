@@ -82,9 +82,35 @@ def test_a_split_goes_by_several_names(files, names):
 def test_two_names_of_one_split_are_refused():
     for name in ("train.jsonl", "val.jsonl", "validation.jsonl"):
         write(f"mine/{name}")
-    told = r"^mine: holds both val.jsonl and validation.jsonl, expected one; .*: data.validation_source \[mine/val"
+    told = "^mine: holds both val.jsonl and validation.jsonl, expected one; keep one of them$"
     with pytest.raises(UserError, match=told):
         find_splits("mine")
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "remedy"),
+    [
+        (["train.jsonl"], "fr", "leave the name out"),
+        (["fr/train.jsonl", "en/train.jsonl"], "frr", "did you mean 'fr'?; leave the name out, and name one of"),
+        (["data/fr/train.jsonl", "data/en/train.jsonl"], "de", "such as mine/data/en"),
+        (["a.jsonl", "b.jsonl"], "a", "leave the name out, and rename yours, or name the file itself, such as mine/a"),
+    ],
+)
+def test_a_name_that_a_folder_has_not_is_refused_with_what_ends_well(files, name, remedy, expect_error):
+    for one in files:
+        write(f"mine/{one}")
+    expect_error(lambda: find_splits(Source("mine", name)), f"no folder '{name}'", remedy, place="mine")
+
+
+def test_a_folder_without_training_rows_names_a_split_that_it_has(expect_error):
+    write("mine/test.jsonl")
+    expect_error(lambda: find_splits("mine").training(), "'train'", "{path: …, split: test}", place="mine")
+    assert find_splits(Source("mine", split="test")).training() == "test"
+
+
+def test_a_name_may_stand_for_a_folder_in_data():
+    write("mine/data/fr/train.jsonl")
+    assert find_splits(Source("mine", "fr")).names == {"train": "train"}
 
 
 def test_a_packed_split_is_not_passed_over():
@@ -456,7 +482,7 @@ def test_the_hub_is_asked_for_its_splits(monkeypatch):
 
 def test_where_no_split_is_for_training_one_is_shown_as_it_is_given(monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["oasst", "dolly"])
-    with pytest.raises(UserError, match=r"found: oasst and dolly; name the one to train on, such as .* owner/n:oasst"):
+    with pytest.raises(UserError, match=r"found: oasst and dolly; name the one to train on.*{path: …, split: oasst}"):
         find_splits("owner/n").training()
     assert find_splits("owner/n:oasst").training() == "oasst"
 

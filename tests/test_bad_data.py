@@ -89,7 +89,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         jsonl(GOOD) + '["a", "b"]\n',
         "rows.jsonl:2",
         None,
-        ["holds a list", "got ['a', 'b']"],
+        ["holds a list", "'records'"],
     ),
     ("jsonl number line", "rows.jsonl", "42\n", "rows.jsonl:1", None, ["holds a number", "got 42"]),
     (
@@ -163,7 +163,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         jsonl({"messages": [{"role": "user", "content": None}]}),
         "rows.jsonl",
         None,
-        ["nothing to train on", "rows with turns of the user without a text"],
+        ["nothing to train on", "last turn of the user has no text"],
     ),
     (
         "content parts",

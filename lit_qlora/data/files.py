@@ -380,8 +380,12 @@ def _row(where: str, value: object) -> Row:
         return Row(where, value)
     if holds_messages(value):
         return Row(where, {"messages": value})
-    what = f"holds {kind(value)}, expected an object such as {EXAMPLE}, got {excerpt(value)}"
-    return Row(where, {}, SourceError(where, what, "mend or delete it"))
+    example, remedy = EXAMPLE, "mend or delete it"
+    if isinstance(value, list):  # cells, of a table without the names of its columns
+        example = '{"question": "…", "answer": "…"}'
+        remedy = "write each row with the names of its columns (with pandas: to_json(…, orient='records'))"
+    what = f"holds {kind(value)}, expected an object such as {example}, got {excerpt(value)}"
+    return Row(where, {}, SourceError(where, what, remedy))
 
 
 def _reason(error: Exception) -> str:

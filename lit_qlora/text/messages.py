@@ -58,6 +58,7 @@ SYSTEM_LATER = "rows with messages of the system behind the first turn, which st
 SYSTEM_REPEATED = "rows that repeat the system text, which stands once"
 SAYS_NOTHING = "rows with answers without a text, left out"
 UNSEEN = "rows with turns of the user without a text, left out with their answers"
+LAST_UNSEEN = "rows whose last turn of the user has no text, left out with its answer"
 
 
 class Parsed(NamedTuple):
@@ -157,7 +158,9 @@ def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> P
         changed[JOINED["system"]] = None
     turns = _turns(said, changed, is_first_learned=all(message.learned for message in system))
     is_opening = bool(turns) and turns[0].role == "assistant"
-    if (said and not turns) or (is_opening and opening is None and len(turns) == 1 and UNSEEN in changed):
+    if (said and not turns) or (
+        is_opening and opening is None and len(turns) == 1 and {UNSEEN, LAST_UNSEEN} & {*changed}
+    ):
         return Parsed(None, tuple(changed), tuple(_unused(listed)), tuple(taken_off))
     if is_opening:
         if opening is None and len(turns) == 1:
@@ -278,7 +281,7 @@ def _turns(said: Sequence[_Message], changed: dict[str, None], is_first_learned:
     """The turns of messages: those without a text are left out, those of one role in a row are one."""
     spoken = [message for message in said if message.text is not None or message.role == "user"]
     turns: list[Turn] = []
-    is_seen = True
+    is_seen = is_all_seen = True
     for role, run in groupby(spoken, lambda message: _speaker(message.role)):
         heard = [*run]
         group = [message for message in heard if message.text is not None]
@@ -286,7 +289,7 @@ def _turns(said: Sequence[_Message], changed: dict[str, None], is_first_learned:
             asked = [message for message in group if message.role != "system"]
             is_seen = bool(asked) or (bool(group) and len(heard) == len(group))
         if not is_seen:
-            changed[UNSEEN] = None
+            is_all_seen = False
             continue
         if sum(message.role == role for message in group) > 1:
             changed[JOINED[role]] = None
@@ -294,6 +297,8 @@ def _turns(said: Sequence[_Message], changed: dict[str, None], is_first_learned:
             changed[PARTLY] = None
         learned = all(message.learned for message in group) and (is_first_learned or bool(turns))
         turns.append(Turn(role, JOINT.join(str(message.text) for message in group), learned))
+    if not is_all_seen:
+        changed[UNSEEN if is_seen else LAST_UNSEEN] = None
     return turns
 
 

@@ -23,7 +23,7 @@ from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import SaveError, output_path, require_folder
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
-from lit_qlora.text.messages import UNSEEN
+from lit_qlora.text.messages import LAST_UNSEEN
 from lit_qlora.tools.answering.answerer import Answerer, check_prompt
 from lit_qlora.tools.answering.unfinished import Unfinished
 from lit_qlora.wording import number_of
@@ -194,7 +194,7 @@ def open_prompts(
         except ValueError as error:
             raise UserError(str(error), place=row.where, remedy=getattr(error, "remedy", None)) from error
         asked = read.conversation
-        if asked is None or (asked.is_answered and UNSEEN in read.changed):  # an earlier one would be answered again
+        if asked is None or LAST_UNSEEN in read.changed:  # an earlier one would be answered again
             raise UserError(
                 f"its question holds no text ({', '.join(read.changed)})",
                 place=row.where,

@@ -114,8 +114,8 @@ def turns(*contents: str) -> tuple[Turn, ...]:
         ([USER, {"role": "assistant", "content": None}, USER, ASSISTANT], ["hi\n\nhi", "yo"],
          [messages.SAYS_NOTHING, messages.JOINED["user"]]),
         ([{"role": "user", "content": None}, ASSISTANT, USER, ASSISTANT], ["hi", "yo"], [messages.UNSEEN]),
-        ([USER, ASSISTANT, {"role": "user", "content": None}, ASSISTANT], ["hi", "yo"], [messages.UNSEEN]),
-        ([USER, ASSISTANT, {"role": "user", "content": float("nan")}, ASSISTANT], ["hi", "yo"], [messages.UNSEEN]),
+        ([USER, ASSISTANT, {"role": "user", "content": None}, ASSISTANT], ["hi", "yo"], [messages.LAST_UNSEEN]),
+        ([USER, ASSISTANT, {"role": "user", "content": float("nan")}, ASSISTANT], ["hi", "yo"], [messages.LAST_UNSEEN]),
     ],
 )  # fmt: skip
 def test_turns_of_one_role_are_joined_and_what_nobody_answers_is_left_out(rows, expected, changed):
@@ -141,14 +141,14 @@ def test_turns_that_are_joined_are_learned_only_if_each_is():
 @pytest.mark.parametrize(
     ("rows", "changed"),
     [
-        ("iA", ["image", messages.UNSEEN]),
-        ("SiA", ["image", messages.UNSEEN]),
-        ("iAiA", ["image", messages.UNSEEN]),
-        ("AiA", ["image", messages.UNSEEN]),
-        ("nA", [messages.UNSEEN]),
-        ("n", [messages.UNSEEN]),
+        ("iA", ["image", messages.LAST_UNSEEN]),
+        ("SiA", ["image", messages.LAST_UNSEEN]),
+        ("iAiA", ["image", messages.LAST_UNSEEN]),
+        ("AiA", ["image", messages.LAST_UNSEEN]),
+        ("nA", [messages.LAST_UNSEEN]),
+        ("n", [messages.LAST_UNSEEN]),
         ("c", [messages.CALLED]),
-        ("ic", ["image", messages.CALLED, messages.UNSEEN]),
+        ("ic", ["image", messages.CALLED, messages.LAST_UNSEEN]),
     ],
 )
 def test_where_no_question_has_a_text_nothing_is_left_and_it_is_counted(rows, changed):
@@ -273,7 +273,7 @@ def test_what_the_system_says_beside_an_image_is_no_question():
     later = {"role": "system", "content": "now"}
     parsed = messages.parse([USER, answer, later, image, answer])
     assert [turn.content for turn in parsed.conversation.turns] == [USER["content"], "b"]
-    assert messages.UNSEEN in parsed.changed
+    assert messages.LAST_UNSEEN in parsed.changed
 
 
 def test_pairs_may_bring_a_system_text_and_say_what_is_learned():

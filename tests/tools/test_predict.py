@@ -409,6 +409,7 @@ LEFT = "prompts: 1 last answer left out, for each question is answered here\n"
         ({"conversations": [{"from": "human", "value": "a"}]}, None, asked("a"), ""),
         ({"messages": TALK}, None, asked("a", "b", "c"), ""),
         ({"messages": TALK[:2]}, None, asked("a"), LEFT),
+        ({"messages": [IMAGE, TALK[1], *TALK[:2]]}, None, asked("a"), "without a text, left out"),
         ({"text": "### Human: a### Assistant: b"}, None, asked("a"), LEFT),
         ({"text": "<s>[INST] a [/INST] b </s>"}, None, asked("a"), LEFT),
         (

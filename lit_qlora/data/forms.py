@@ -205,6 +205,11 @@ else:
 
 SYSTEM = "system"
 """What the column with the system text is called in ``data.columns``."""
+LABEL = "label"
+"""The column that calls an answer good (true) or bad (false) in preference data, such as KTO's."""
+LABELS = {"True": True, "False": False}
+"""What it holds; other labels, such as a class's number, say nothing of the answer."""
+LABELLED_BAD = "rows with label false, which calls the answer bad: not learned"
 QUESTIONS = ("instruction", "prompt", "question", "query", "user", "human", "input", "inputs")
 GIVEN = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer", "answers", "assistant", "chosen", "target", "targets")
@@ -303,13 +308,18 @@ def read_row(
         raise RowError(str(error), WRITE_TURNS) from error
     except ValueError as error:
         raise RowError(str(error)) from error
+    is_labelled = use == "training" and LABEL not in used and not conversation.is_text
+    is_good = LABELS.get(str(row.get(LABEL))) if is_labelled else None
+    if is_good is False:
+        conversation = replace(conversation, turns=tuple(replace(turn, learned=False) for turn in conversation.turns))
     beside = f" beside {' and '.join(map(repr, chosen.needs))}"
     notes += [
         f"column {excerpt(name)}" + (beside if name in columns_of(known) else "")
         for name, value in row.items()
-        if name not in (*used, *system_columns) and messages.is_there(value)
+        if name not in (*used, *system_columns, *((LABEL,) if is_good is not None else ())) and messages.is_there(value)
     ]
-    changed = (*((WHOLE,) if conversation.is_text else ()), *parsed.changed)
+    own = [WHOLE] if conversation.is_text else [LABELLED_BAD] if is_good is False else []
+    changed = (*own, *parsed.changed)
     taken_off = [*dict.fromkeys([*parsed.taken_off, *taken_off])]
     return Read(conversation, (*notes, *parsed.unused), tuple(taken_off), changed)
 
@@ -458,9 +468,9 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
 
 
 def _named_like(names: Mapping[str, str], known: Sequence[str]) -> str | None:
-    """The column, by its name in small letters, that is called as one of ``known``, or nearly so."""
-    exact = next((names[name] for name in known if name in names), None)
-    return exact or next((column for name, column in names.items() if nearest(name, known, 0.8)), None)
+    """The column, by its name in small letters, that is called as one of ``known``, or the only one that nearly is."""
+    near = [column for name, column in names.items() if nearest(name, known, 0.8)]
+    return next((names[name] for name in known if name in names), near[0] if len(near) == 1 else None)
 
 
 def _holds_turn(value: Any) -> bool:

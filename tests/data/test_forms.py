@@ -281,6 +281,9 @@ def test_columns_that_make_up_no_form(columns, form, words, option, expect_error
         ({"Instruction ": "a", " Output": "b"},
          "give --data.columns.user 'Instruction ' --data.columns.assistant ' Output'"),
         ({"quesiton": "a", "awnser": "b"}, "give --data.columns.user quesiton --data.columns.assistant awnser"),
+        ({"question": "a", "response_j": "better", "response_k": "worse"},
+         "name them with --data.columns.user COLUMN --data.columns.assistant COLUMN,"
+         ' or write rows such as {"text": "### Human: …### Assistant: …"}'),
         ({"inputs": "a", "targets": "b"}, "give --data.columns.user inputs --data.columns.assistant targets"),
         # What is named is read: an object is no answer, nor is what stands in it a row by its name alone.
         ({"question": "a", "answers": {"text": ["b"], "answer_start": [0]}},

@@ -154,12 +154,35 @@ def test_the_line_of_a_csv_record_is_the_file_s_own(expect_error):
     expect_error(lambda: load_records("a.csv"), "'### Human:'", "{'text': 'story'}", place="a.csv:5")
 
 
+def test_an_answer_that_a_label_calls_bad_is_not_learned(expect_error):
+    pair = {"prompt": "a", "completion": "b"}
+    rows = [pair | {"label": label} for label in (False, True, "False", 0, "false")]
+    records = load_records(write("a.jsonl", *rows, {"text": "### Human: a### Assistant: b", "label": False}))
+    assert records == kept(
+        "a.jsonl",
+        [said("a", "b")] * 3,
+        {
+            "rows left out: no answer is to be learned": 3,
+            "rows with label false, which calls the answer bad: not learned": 3,
+            "rows hold what is not used: column 'label' (2)": 2,
+        },
+    )
+    assert [lost.where for lost in records.left_out] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:6"]
+    named = Reading(columns={"user": "prompt", "assistant": "label"})
+    assert load_records(write("b.jsonl", {"prompt": "a", "label": "False"}), reading=named).conversations == [
+        said("a", "False")
+    ]
+    named = Reading(columns={"user": "prompt", "assistant": "completion"})
+    bad = write("c.jsonl", rows[0])
+    expect_error(lambda: load_records(bad, reading=named), "nothing to train on", "label false", place="c.jsonl")
+
+
 def test_rows_with_questions_that_are_only_images_are_no_faults(expect_error):
     image = {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "b"}]}
     dropped = {
         "rows left out: nothing answered": 2,
         "rows with parts of type 'image', which are not learned": 2,
-        "rows with turns of the user without a text, left out with their answers": 2,
+        "rows whose last turn of the user has no text, left out with its answer": 2,
     }
     rows = write("a.jsonl", image, text("a", "b"), image)
     records = load_records(rows, reading=Reading(strict=True))

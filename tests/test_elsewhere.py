@@ -17,6 +17,9 @@ from lit_qlora.trainer import RunParser
 
 COMMON = {
     "lr": "model.learning_rate",
+    "out": "run",
+    "file": "data.source",
+    "mask_inputs": "data.train_on",
     "epochs": "trainer.max_epochs",
     "num_train_epochs": "trainer.max_epochs",
     "per_device_train_batch_size": "data.batch_size",

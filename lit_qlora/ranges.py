@@ -82,7 +82,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a row's number, or FILE:NUMBER", lambda value: bool(re.search(r"(^|[: ])\d+$", value)), "row"),
     ("two numbers as in 8.6", lambda value: bool(re.fullmatch(r"\d+\.\d", value)), "gpu-capability"),
     ("DD:HH:MM:SS, such as 00:03:30:00", lambda value: max_time_s(value) > 0, "max_time"),
-    ("a folder", lambda value: bool(value.strip()), "run mirror"),
+    ("a folder, named in one line", lambda value: bool(value.strip()) and len(value.splitlines()) == 1, "run mirror"),
     ("a hub id or a folder", lambda value: bool(value.strip()), "data.tokenizer"),
     ("a text, or none", lambda value: bool(value.strip()), "data.opening"),
     ("no empty ones", lambda value: all(text.strip() for text in value), "samples.prompts"),

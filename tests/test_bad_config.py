@@ -537,6 +537,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
     ),
     ("run empty", ["--run", ""], None, None, "run", ["folder", "got ''"]),
     ("run blank", ["--run= "], None, None, "run", ["folder", "got ' '"]),
+    ("run of two lines", ["--run", "a\nb"], None, None, "run", ["folder, named in one line", "got 'a\\nb'"]),
     ("run null", ["--run", "null"], None, None, "run", ["null is none: leave it out", "got 'null'"]),
 ]
 """Its name, the command line behind ``fit --run run``, a config file of one's own; and of what is said the place, the

@@ -16,7 +16,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("output", [".", "..", "/", "", " ", "folder", "folder/", "folder/.", "new/"])
+@pytest.mark.parametrize("output", ["a\nb", ".", "..", "/", "", " ", "folder", "folder/", "folder/.", "new/"])
 def test_a_folder_is_no_file_to_write(here, expect_error, output):
     expect_error(lambda: output_path(output), "expected a file", f"got {output!r}", option="output")
 

@@ -3,7 +3,7 @@
 Knows no conversation, no prompt format, no weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,9 +95,11 @@ def load_tokenizer(base: str) -> "PreTrainedTokenizerBase":
     """
     tokenizer = _load(base)
     if not _is_llama_2(tokenizer):
-        return tokenizer if _is_as_saved(tokenizer) else _load(base, as_saved=True)
+        return tokenizer if _is_as_saved(tokenizer) else _load(base, "PreTrainedTokenizerFast")
     if not _is_as_meta(tokenizer):
-        tokenizer = _load(base, add_prefix_space=True)
+        # Early conversions name LLaMATokenizer, for which the library takes its plainest class.
+        kind = "AutoTokenizer" if file_of(tokenizer.name_or_path, "tokenizer.json") else "LlamaTokenizer"
+        tokenizer = _load(base, kind, add_prefix_space=True)
         if not _is_as_meta(tokenizer):
             problem = "has Llama 2's vocabulary, and its ids of a text are others than Llama 2's"
             raise _wrong(base, problem, "take another copy")
@@ -136,18 +138,18 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [one for one in (told if isinstance(told, list) else [told]) if one in special and one not in wrong]
 
 
-def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedTokenizerBase":
-    """By the class that tokenizer_config.json names; ``as_saved``, by the one that takes tokenizer.json as it is."""
-    from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+def _load(base: str, kind: str = "AutoTokenizer", **changes: bool) -> "PreTrainedTokenizerBase":
+    """By the class that tokenizer_config.json names, or by another ``kind``."""
+    import transformers
 
     location = str(demo.BASE) if base == "demo" else base
+    told: dict[str, Any] = {}
     try:
-        _check_config(base, location)
-        kind: Any = PreTrainedTokenizerFast if as_saved else AutoTokenizer
-        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
+        told = _check_config(base, location)
+        tokenizer: PreTrainedTokenizerBase = getattr(transformers, kind).from_pretrained(
             location,
             # As of every base; what its config.json says else is not asked.
-            config=LlamaConfig.from_dict({"name_or_path": location}),
+            config=transformers.LlamaConfig.from_dict({"name_or_path": location}),
             # Left unsaid, whoever sits at a terminal is asked, and a "y" runs the code.
             trust_remote_code=False,
             **changes,
@@ -155,6 +157,7 @@ def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedToke
     except UserError:
         raise
     except Exception as error:  # its files come from anywhere, and the library assumes that it wrote them
+        _check_not_empty(base, told.get)
         if "trust_remote_code" in str(error):
             problem = "is code of its own, and code that comes with a base is never run"
             raise _wrong(base, problem, "take a copy whose tokenizer is one of the library") from error
@@ -170,11 +173,11 @@ def _load(base: str, as_saved: bool = False, **changes: bool) -> "PreTrainedToke
     return tokenizer
 
 
-def _check_config(base: str, location: str) -> None:
-    """Raises UserError for a value in tokenizer_config.json on which the library would fail."""
+def _check_config(base: str, location: str) -> dict[str, Any]:
+    """What tokenizer_config.json holds. Raises UserError for a value on which the library would fail."""
     file = file_of(location, "tokenizer_config.json")
     if file is None:
-        return
+        return {}
     place = f"no tokenizer could be loaded from {excerpt(base)}"
     try:
         told = read_object(file, place)
@@ -183,17 +186,23 @@ def _check_config(base: str, location: str) -> None:
                 check(f"{place}: tokenizer_config.json", key, kind, told[key])
     except UserError as error:
         raise error.within("model.base") from error
+    return told
 
 
-def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises UserError where EOS lacks, or Llama 2's BOS, or one of the special tokens is no text at all.
+def _check_not_empty(base: str, token_of: Callable[[str], Any]) -> None:
+    """Raises UserError where one of the special tokens, by its name, is no text at all.
 
     The library gives an empty one the id of the unknown token, and searches endlessly for an empty unknown one.
     """
     for name, usual in NAMED.items():
-        if getattr(tokenizer, name) == "":
+        if token_of(name) == "":
             remedy = f"write its text into tokenizer_config.json (Llama's is {usual}), or take another copy"
             raise _wrong(base, f"has an empty {name}, as early conversions do", remedy)
+
+
+def _check_named(base: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises UserError where EOS lacks, or Llama 2's BOS, or one of the special tokens is no text at all."""
+    _check_not_empty(base, lambda name: getattr(tokenizer, name))
     if tokenizer.bos_token is None and _is_llama_2(tokenizer):  # not all have a BOS: Qwen's have none
         problem = "has Llama 2's vocabulary and no BOS token, with which all of its texts begin"
         raise _wrong(base, problem, "name it in tokenizer_config.json (bos_token, <s>), or take another copy")

@@ -7,7 +7,7 @@ import pytest
 
 from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.tokenizer import load_tokenizer
+from lit_qlora.data.tokenizer import NAMED, load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.quiet import quieten
 from lit_qlora.text import messages
@@ -161,6 +161,17 @@ def test_a_tokenizer_model_alone_will_do(real, tmp_path):
     pytest.importorskip("sentencepiece")
     files = [real / "llama2-tokenizer" / name for name in ("tokenizer.model", "tokenizer_config.json")]
     assert gives_metas_ids(real, load_tokenizer(base(tmp_path / "base", files)))
+
+
+def test_a_tokenizer_model_with_empty_special_tokens_is_told(real, tmp_path):
+    """As the first conversions of Llama came: the library fails before there is a tokenizer to look at."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    (tmp_path / "tokenizer.model").write_bytes((real / "llama2-tokenizer" / "tokenizer.model").read_bytes())
+    config = {"tokenizer_class": "LLaMATokenizer", "add_bos_token": True, **EMPTY}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "has an empty bos_token, as early conversions do; write its text into" in one_line(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | NAMED), encoding="utf-8")
+    assert load_tokenizer(str(tmp_path))("[INST]")["input_ids"] == [1, 518, 25580, 29962]
 
 
 @pytest.mark.parametrize(

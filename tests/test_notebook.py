@@ -154,6 +154,14 @@ def test_a_file_of_ones_own_is_given_by_the_form(settings, tmp_path):
     assert settings(DATA="owner/name")["FIT"][-2:] == ["--data.source", "owner/name"]
 
 
+@pytest.mark.parametrize("options", ["--help", "--print_config"])
+def test_options_that_train_nothing_end_run_all(cell, tmp_path, options):
+    """`fit` does what they ask for, and ends with status 0."""
+    with pytest.raises(Exception, match="nothing was trained: OPTIONS in the first cell") as failure:
+        cell("fit", OPTIONS=options, RUN=str(tmp_path / "mine"))
+    assert failure.value._render_traceback_() == [f"Stopped: {failure.value}"]
+
+
 def test_each_part_opens_with_words_on_it():
     kinds = [cell["cell_type"] for cell in CELLS.values()]
     texts = ["".join(cell["source"]) for cell in CELLS.values() if cell["cell_type"] == "markdown"]

@@ -6,7 +6,7 @@ The contents of checkpoints and adapters are written by others. Knows no torch.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import datetime
-from itertools import chain, count, islice, takewhile
+from itertools import chain, count, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def run_path(name: str) -> Path:
     A run of that name in the current folder is used if `RUNS` has none.
     """
     path = Path(name).expanduser()
+    if any(after == ".." != one for one, after in pairwise(path.parts)):  # mkdir would make ``one``, and leave it
+        return path.resolve()
     is_bare = path.name == name and name != ".." and not path.drive
     if not is_bare:
         return path
@@ -140,6 +142,10 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             problem, remedy = f"{self.path} is a file, expected a folder", "give another one with --run"
             raise UserError(problem, option="run", remedy=remedy)
+        place = self.path.resolve()
+        if not self.has_begun() and any(place in (one, *one.parents) for one in (Path.cwd(), Path.home())):
+            problem = f"{place} is the current folder or the home, or has it in it"
+            raise UserError(problem, option="run", remedy="give a folder of its own, as --run NAME")
         if not (self.has_begun() or self.is_empty()):
             problem, remedy = f"{self.path} holds other files and no run", "give a folder of its own with --run"
             raise UserError(problem, option="run", remedy=remedy)

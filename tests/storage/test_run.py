@@ -38,6 +38,21 @@ def test_the_layout_is_what_the_outside_leans_on():
     assert run.rows == Path("runs/one/rows.json")
 
 
+@pytest.mark.parametrize("name", [".", "..", "nowhere/../..", "~", "~/..", "/"])
+def test_a_run_is_not_begun_in_the_current_folder_the_home_or_what_holds_them(
+    name, tmp_path, monkeypatch, expect_error
+):
+    for one in ("here", "home"):
+        (tmp_path / one).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    expect_error(RunFolder(run_path(name)).check_place, "current folder or the home", "--run NAME", option="run")
+    RunFolder(run_path("../beside")).check_place()
+    begun = RunFolder(tmp_path / "here")
+    save(begun, 5)
+    RunFolder(run_path(".")).check_place()
+
+
 def test_steps_are_sorted_by_number_not_by_date(run):
     save(run, 900, 1000, 20, 123456789)
     os.utime(run.checkpoint(20), (2**31, 2**31))

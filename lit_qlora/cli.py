@@ -164,9 +164,12 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
     with nothing_open():
         from lit_qlora.options import configs_first
         from lit_qlora.precheck import check_first, processes_asked
-        from lit_qlora.usage import help_asked, help_of
+        from lit_qlora.usage import help_asked, help_of, help_of_class
 
-    asked = help_asked(args[1:])
+    of_class, asked = help_of_class(args[1:]), help_asked(args[1:])
+    if of_class:
+        print(of_class, end="")
+        return 0
     if asked:
         print(help_of(verb, asked), end="")
         return 0
@@ -180,7 +183,7 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
         module = import_module(FIT_AND_KIN[verb])
     try:
         return int(module.main(args))
-    except SystemExit as stop:  # a class's --help, or a signal
+    except SystemExit as stop:  # a signal
         return int(stop.code or 0)
 
 

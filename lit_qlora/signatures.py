@@ -107,20 +107,32 @@ def classes_for(option: str) -> Mapping[str, str]:
     return {one.name: node.module or "" for node in imports for one in node.names if one.name[0].isupper()}
 
 
-def arguments_of(option: str, name: str) -> tuple[list[Option], list[str]] | None:
-    """The arguments of Lightning's class ``name`` for ``option``, and the names of those that need a value.
+def offered(option: str) -> list[str]:
+    """The names of Lightning's classes that may be given to ``option``: not their base classes."""
+    if option == "trainer.callbacks":
+        return [*OBSERVING]
+    kind = "Logger" if option == "trainer.logger" else "Environment"  # other plugins are refused, or of no effect
+    return sorted(one for one in classes_for(option) if one.endswith(kind) and one not in ("Logger", f"Cluster{kind}"))
 
-    None where its own constructor does not list them.
+
+def arguments_of(option: str, name: str) -> tuple[list[Option], list[str], bool] | None:
+    """The arguments of Lightning's class ``name`` for ``option``, the names of those that need a value, and whether
+    it takes others, too.
+
+    None where it has no constructor of its own.
     """
     file = _lightning().parents[1] / f"{classes_for(option)[name].replace('.', '/')}.py"
     try:
         source = Source(file)
-        init, _ = source.constructor(name)
+        init, words = source.constructor(name)
     except (OSError, StopIteration):  # a package, or no constructor of its own
         return None
     found = [*_parameters(init)]
-    options = [Option(one, source.type(annotation), source.value(default), "") for one, annotation, default in found]
-    return None if init.args.kwarg else (options, [one for one, _, default in found if default is None])
+    options = [
+        Option(one, source.type(annotation), source.value(default), words.get(one, ""))
+        for one, annotation, default in found
+    ]
+    return options, [one for one, _, default in found if default is None], init.args.kwarg is not None
 
 
 class Source:
@@ -232,6 +244,6 @@ def _parameters(init: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None, a
 def _argument_words(docstring: str | None) -> dict[str, str]:
     """What a docstring's Args say of each."""
     _, _, words = (docstring or "").partition("Args:\n")
-    words = inspect.cleandoc("\n" + re.split(r"\n\s*(?:Raises|Returns|Yields):\n", words)[0])
+    words = inspect.cleandoc("\n" + re.split(r"\n(?=\S)|\n\s*(?:Raises|Returns|Yields):\n", words)[0])
     found = re.findall(r"^(\w+):\s*(.*(?:\n(?:[ \t].*)?)*)", words, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from lit_qlora.console import WIDTH
+from lit_qlora.errors import UserError, excerpt, meant
 from lit_qlora.place import COMMAND
-from lit_qlora.signatures import UNKNOWN, Option, options_of
+from lit_qlora.signatures import OF_LIGHTNING, UNKNOWN, Option, arguments_of, offered, options_of
 
 TITLES = {
     "fit": "Train an adapter; the same command, given again, resumes.",
@@ -66,11 +67,53 @@ SECTIONS = {"": "The run", "model": "Model", "data": "Data", "trainer": "Trainin
 
 
 def help_asked(args: Sequence[str]) -> str | None:
-    """``short`` or ``all`` where a command line asks for help; None where it does not, or for a class's."""
+    """``short`` or ``all`` where a command line asks for help; None where it does not."""
     for arg, value in zip(args, [*args[1:], ""], strict=False):
         if arg in ("-h", "--help", "--help=all", "--help.all", "--help-all"):
             return "all" if "all" in arg or value == "all" else "short"
     return None
+
+
+def help_of_class(args: Sequence[str]) -> str | None:
+    """The help that a command line asks for as ``--OPTION.help [CLASS]``: of Lightning's class, or which there are.
+
+    None where it asks for none.
+
+    Raises:
+        UserError: the option takes no class, or the class is none of Lightning's for it.
+    """
+    for arg, behind in zip(args, [*args[1:], ""], strict=False):
+        name, equals, value = arg.partition("=")
+        option = name.removeprefix("--").removesuffix(".help")
+        if not name.startswith("--") or not name.endswith(".help"):
+            continue
+        if option not in OF_LIGHTNING:
+            raise UserError(f"unknown option {f'{option}.help'!r}", remedy="--help=all lists all options")
+        known, value = offered(option), value if equals else "" if behind.startswith("-") else behind
+        of_class = value.rpartition(".")[2]
+        if not value:
+            words = f"--{option} takes Lightning's {', '.join(known)}, and yours as MODULE.CLASS."
+            return "\n".join([*textwrap.wrap(words, WIDTH), f"The arguments of one: --{option}.help CLASS"]) + "\n"
+        if of_class not in known:
+            problem = f"expected one of {', '.join(known)}, got {excerpt(value)}"
+            raise UserError(problem, option=f"{option}.help", remedy=meant(of_class, known))
+        found, needed, takes_more = arguments_of(option, of_class) or ([], [], False)
+        lines = [f"usage: --{option} {of_class}{f' [--{option}.NAME VALUE ...]' if found else ''}", ""]
+        lines += [*_lines([_of_class(option, one, needed) for one in found])] or ["It has no arguments."]
+        if takes_more:
+            lines += ["", "It passes others on: see its own documentation."]
+        return "\n".join(lines) + "\n"
+    return None
+
+
+def _of_class(option: str, one: Option, needed: Sequence[str]) -> Option:
+    """An argument of a class as an option, in the first sentence that is said of it; a logger's folder is the run's."""
+    words = re.split(r"(?<=\w\w)\.(?=\s|$)", one.help)[0]
+    if one.name == "save_dir":
+        one, words = one._replace(default=None), "folder; default: the run's"
+    elif one.name in needed:
+        words = f"{words} (required)".strip()
+    return one._replace(name=f"{option}.{one.name}", help=words)
 
 
 CONFIG = Option("config", str, None,
@@ -151,7 +194,8 @@ def _lines(options: list[Option]) -> Iterator[str]:
         if len(left) > 34:
             yield left
             left = ""
-        yield f"{left:36}{words[0] if words else ''}".rstrip()
+        if left or words:
+            yield f"{left:36}{words[0] if words else ''}".rstrip()
         yield from (f"{'':36}{line}" for line in words[1:])
 
 

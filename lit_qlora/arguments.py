@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, Union, get_args, get_origin
 
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.errors import UserError, excerpt, meant
 from lit_qlora.ranges import check_ranges
 
 P = ParamSpec("P")
@@ -56,7 +56,11 @@ def checked_arguments(
                     bound.arguments[name] = _as(parameter.annotation, value, name in paths)
                 except TypeError:
                     expected = words_of(parameter.annotation, name in paths)
-                    raise UserError(f"expected {expected}, got {_shown(value)}", option=before + name) from None
+                    raise UserError(
+                        f"expected {expected}, got {_shown(value)}",
+                        option=before + name,
+                        remedy=meant(value, choices_of(parameter.annotation)),
+                    ) from None
             defaults = {name: one.default for name, one in parameters.items() if one.default is not Parameter.empty}
             check_ranges({before + name: value for name, value in (defaults | bound.arguments).items()})
             return init(*bound.args, **bound.kwargs)
@@ -106,6 +110,15 @@ def words_of(hint: Any, is_path: bool = False) -> str:
     if kind is dict:
         return "a table"
     return "a text or a path" if hint is str and is_path else TYPE_WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def choices_of(hint: Any) -> list[str]:
+    """The texts among which a value of type ``hint`` is chosen; empty for one that has no such list."""
+    if get_origin(hint) is Literal:
+        return [one for one in get_args(hint) if isinstance(one, str)]
+    if hint is bool:
+        return ["true", "false"]
+    return [one for part in get_args(hint) for one in choices_of(part)]
 
 
 def _shown(value: Any) -> str:

@@ -120,6 +120,18 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
 
 
+def meant(value: object, known: Iterable[str]) -> str | None:
+    """The remedy for a value that is none of the ``known``: the one that was probably meant; None if none is near.
+
+    Args:
+        value: as it was given.
+        known: the names that it may be.
+    """
+    by_lower = {one.lower(): one for one in known}
+    near = nearest(str(value).lower(), by_lower, 0.6)
+    return f"did you mean {by_lower[near]!r}?" if near else None
+
+
 def suggestion(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
     """The `nearest` name as the end of a sentence; empty if none is near.
 

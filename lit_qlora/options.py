@@ -16,9 +16,9 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from lit_qlora.arguments import TYPE_WORDS, words_of
+from lit_qlora.arguments import TYPE_WORDS, choices_of, words_of
 from lit_qlora.elsewhere import here
-from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest, one_line
+from lit_qlora.errors import SecretError, UserError, cut, excerpt, meant, nearest, one_line
 from lit_qlora.place import CONFIGS
 from lit_qlora.secrecy import holds_secret
 from lit_qlora.storage.config_file import NoReferences
@@ -305,8 +305,8 @@ def _mistake(message: str, names: list[str], types: Mapping[str, Any]) -> UserEr
         remedy = did_you_mean(name, names)
         if remedy == HELP and unknown[2] and not unknown[2].startswith("-"):
             one_value = "an option takes one value, such as '[a.jsonl, b.jsonl]' or a pattern in quotes"
-            meant = next((remedy for option, remedy in BARE.items() if option in names), "")
-            return UserError(f"{excerpt(name)} is the value of no option", remedy=f"{meant}{one_value}")
+            bare = next((remedy for option, remedy in BARE.items() if option in names), "")
+            return UserError(f"{excerpt(name)} is the value of no option", remedy=f"{bare}{one_value}")
         return UserError(f"unknown option {excerpt(name)}", remedy=remedy)
     linked = re.search(r"model\.base --> (data\.tokenizer)|Linked \"([\w.]+)\" must be given", message)
     if linked:
@@ -318,7 +318,11 @@ def _mistake(message: str, names: list[str], types: Mapping[str, Any]) -> UserEr
     )
     if refused and refused[1] in types:
         option, value, kind = refused[1], refused[2], words_of(types[refused[1]])
-        return UserError(f"expected {kind}, got {cut(value)}", option=option, remedy=_point(kind, value))
+        return UserError(
+            f"expected {kind}, got {cut(value)}",
+            option=option,
+            remedy=_point(kind, value) or meant(value, choices_of(types[option])),
+        )
     message = re.sub(r"\.? ?Got value: ", ", got ", message)
     message = re.sub(r"^Parser key \"([^\"]+)\": ?", r"\1: ", message)
     section = re.match(r"(\w+): Unable to load config '([^']*)'", message)

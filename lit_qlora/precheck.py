@@ -44,7 +44,7 @@ from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
 from lit_qlora.options import CONFIG, LINKED, Parser, check_once, lacks, no_class, no_option, option
 from lit_qlora.place import find_config
-from lit_qlora.ranges import check_ranges
+from lit_qlora.ranges import check_ranges, check_scored
 from lit_qlora.signatures import (
     CLASSES,
     LEARNING,
@@ -102,6 +102,8 @@ def check_first(verb: str, args: Sequence[str]) -> None:
         _check_classes(name, values.get(name), of_classes.get(name, {}))
     defaults = {name: one.default for name, one in options.items() if one.default is not UNKNOWN}
     if command.kept:
+        with suppress(TypeError):  # in a config.yaml that was edited: found later
+            check_scored(verb, (command.kept.read_options() | values).get("trainer.limit_val_batches"))
         _check_with_kept(verb, options, values, command.kept)
         with suppress(TypeError):  # in a config.yaml that was edited: found later
             _check_devices(verb, defaults | command.kept.read_options() | values)
@@ -258,7 +260,10 @@ def _check_rows(values: Mapping[str, Any], any_number: bool) -> None:
     check_sources(as_sections(values).get("data", {}))
     reading = Reading.of(as_sections(values)["data"])._replace(any_number=any_number)
     source, held_out, share = (values[f"data.{name}"] for name in ("source", "validation_source", "validation_share"))
-    Parts(source, held_out, share, values["seed_everything"], reading).check_early()
+    parts = Parts(source, held_out, share, values["seed_everything"], reading)
+    parts.check_early()
+    if values.get("row") is not None:
+        parts.check_row(values["row"])
 
 
 def _apart(args: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -306,11 +311,13 @@ def _check_classes(option: str, given: Any, more: Mapping[str, str]) -> None:
 
 def _check_arguments(option: str, name: str, values: Mapping[str, Any]) -> None:
     """Raises UserError for ``values`` that Lightning's class ``name`` for ``option`` can't be made with."""
-    known, needed = arguments_of(option, name) or ([], [])
+    known, needed, takes_more = arguments_of(option, name) or ([], [], True)
+    if takes_more:
+        return
     plain = {key: "null" if value is None else value for key, value in values.items() if "." not in key}
     args = [f"--{key}={value}" for key, value in plain.items() if isinstance(value, str | int | float)]
     try:
-        _parser(known).parse_args(args if known else [])
+        _parser(known).parse_args(args)
     except UserError as error:
         raise error.replace(option=f"{option}.{error.option}" if error.option else option) from error
     missing = [one for one in needed if one not in {*values, "save_dir"}]  # a logger writes into the run's folder
@@ -321,7 +328,7 @@ def _check_arguments(option: str, name: str, values: Mapping[str, Any]) -> None:
 def _belongs(name: str) -> bool:
     """True if only the parser proper knows ``name``: a section, a link, a request."""
     sections = {section for section, _, _ in CLASSES}
-    return name in sections or name in LINKED or name in ("print_config", "") or name.endswith(".help")
+    return name in sections or name in LINKED or name in ("print_config", "")
 
 
 def _parser(options: Iterable[Option]) -> Parser:

@@ -42,7 +42,6 @@ def _is_named(value: str) -> bool:
     return bool(value.strip()) and len(value.splitlines()) == 1
 
 
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 LIMIT = "a whole number of micro-batches, or a share up to 1.0"
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -82,7 +81,6 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (LIMIT, _is_limit, "trainer.limit_train_batches trainer.limit_test_batches"),
     (LIMIT, lambda value: value == 0 or _is_limit(value), "trainer.limit_val_batches"),
     ("a number from 1, auto, or a list of GPUs' numbers", _are_devices, "trainer.devices"),
-    (f"one of {', '.join(ACCELERATORS)}", lambda value: value in ACCELERATORS, "trainer.accelerator"),
     ("a row's number, or FILE:NUMBER", lambda value: bool(re.search(r"(^|[: ])\d+$", value)), "row"),
     ("two numbers as in 8.6", lambda value: bool(re.fullmatch(r"\d+\.\d", value)), "gpu-capability"),
     ("DD:HH:MM:SS, such as 00:03:30:00", lambda value: max_time_s(value) > 0, "max_time"),
@@ -136,6 +134,12 @@ TOGETHER: tuple[tuple[str, Callable[..., bool], str], ...] = (
     ) for name, default in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))),
 )  # fmt: skip
 """As `RANGES`, of the first of some options, given the values of all."""
+
+
+def check_scored(verb: str, limit: Any) -> None:
+    """Raises UserError where validate is to score none of the micro-batches, by its trainer.limit_val_batches."""
+    holds = verb != "validate" or limit != 0
+    require(holds, "trainer.limit_val_batches", "micro-batches to score, 1.0 for all", limit)
 
 
 def check_ranges(values: Mapping[str, Any], section: str = "") -> None:

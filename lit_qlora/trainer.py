@@ -162,7 +162,7 @@ class QLoRATrainer(Trainer):
         log_every_n_steps: int = 25,
         accumulate_grad_batches: int = 1,
         max_steps: int = -1,
-        accelerator: str = "auto",
+        accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto",
         # Not Lightning's Optional[Union[int, float]]: typing may hand out an equal one that says float first.
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,

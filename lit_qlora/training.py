@@ -56,7 +56,7 @@ from lit_qlora.devices.world import (
     silent_unless_first,
     world,
 )
-from lit_qlora.errors import OutOfRoomError, UserError, one_line, require
+from lit_qlora.errors import OutOfRoomError, UserError, one_line
 from lit_qlora.figures.record import Record
 from lit_qlora.figures.tensorboard import Board
 from lit_qlora.forecast import words
@@ -69,7 +69,7 @@ from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.model.weights import check_weights
 from lit_qlora.options import CONFIG, LINKED, option, plain
 from lit_qlora.quiet import quieten
-from lit_qlora.ranges import check_ranges, max_time_s
+from lit_qlora.ranges import check_ranges, check_scored, max_time_s
 from lit_qlora.signals import WARNING, LeftAtOnce
 from lit_qlora.signatures import LEARNING, OF_RUN, OWN, SEED, Option
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO, check_checkpoint
@@ -176,8 +176,7 @@ class QLoRACLI(LightningCLI):
         config = option(self.command.args, *CONFIG)
         self.run = RunFolder(Path(options.run) if self.is_named else unnamed_run(config, options.model.base))
         if self.scores:
-            limit, is_any = options.trainer.limit_val_batches, self.verb != "validate"
-            require(is_any or limit != 0, "trainer.limit_val_batches", "micro-batches to score, 1.0 for all", limit)
+            check_scored(self.verb, options.trainer.limit_val_batches)
             adapter, self.resume_from = start.what_to_score(self.run, str(options.ckpt_path))
             if adapter or options.ckpt_path == "base":
                 options.model.adapter = str(adapter) if adapter else None
@@ -377,6 +376,13 @@ class QLoRACLI(LightningCLI):
                 raise error.advise("give --model.checkpointing full, with which this run resumes") from error
             change = datamodule.smaller(error.rows, self.trainer.accumulate_grad_batches)
             raise error.advise(f"give {change}, in a new run: --run NAME") from error
+        except UserError:
+            raise
+        except Exception as error:  # such as in a callback of the user's: its traceback, and then this
+            steps = self.run.saved_steps()
+            saved = f"{self.run.path} is saved up to step {steps[-1]}" if steps else "nothing was saved"
+            error.add_note(f"{saved}: the same command, once that is mended, {'resumes' if steps else 'begins anew'}")
+            raise
         if not self.report.was_told:  # killed between its last save and its end: Lightning sees nothing left to do
             self.checkpoints.on_train_end(self.trainer, model)
             self.report.on_train_end(self.trainer, model)

@@ -18,11 +18,11 @@ from lit_qlora.model.base import split_names
 from lit_qlora.options import plain
 from lit_qlora.place import find_config
 from lit_qlora.precheck import check_first
-from lit_qlora.signatures import UNKNOWN, options_of
+from lit_qlora.signatures import OF_LIGHTNING, UNKNOWN, offered, options_of
 from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.run import RunFolder
-from lit_qlora.usage import MATTER, help_asked, help_of
+from lit_qlora.usage import MATTER, help_asked, help_of, help_of_class
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,6 +137,7 @@ def test_a_mistake_is_found_first(args, files):
     "verb, args, option, words",
     [
         ("inspect", ["--accept=bos,nope"], "accept", ("accept: expected some of unread,", "got 'nope'")),
+        ("validate", ["--trainer.limit_val_batches=0"], "trainer.limit_val_batches", ("to score", "got 0")),
         ("validate", ["--ckpt_path=nope"], "ckpt_path", ("nope: expected a folder", "give best, last, base")),
         ("test", ["--ckpt_path", "a.ckpt"], None, ("a.ckpt is a file",)),
     ],
@@ -148,6 +149,35 @@ def test_a_mistake_of_another_verbs_own_option_is_found_first(
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "config.yaml").write_text("seed_everything: 1\n")
     expect_error(lambda: check_first(verb, args), *words, option=option)
+
+
+@pytest.mark.parametrize(
+    ("verb", "arg", "likely"),
+    [
+        ("fit", "--data.template=bse", "'base'"), ("fit", "--data.template=page.jsnl", "'page.jsonl'"),
+        ("fit", "--model.optimizer=adamw8bit", "'adamw_8bit'"), ("fit", "--trainer.accelerator=cpuu", "'cpu'"),
+        ("fit", "--trainer.gradient_clip_algorithm=nrm", "'norm'"), ("fit", "--data.packing=ture", "'true'"),
+        ("fit", "--model.cuda_graphs=atuo", "'auto'"), ("fit", "--model.base=dmo", "demo"),
+        ("fit", "--data.source=dmo", "'demo'"),
+        ("inspect", "--accept=speciall", "'special'"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_nearly_one_of_a_list_is_answered_by_that_one(verb, arg, likely, files):
+    with pytest.raises(UserError) as caught:
+        check_first(verb, [arg])
+    assert f"did you mean {likely}?" in str(caught.value)
+
+
+@pytest.mark.parametrize("row", ["2", "9999", "rows.jsonl:5", "other.jsonl:1"])
+def test_a_row_to_show_that_is_not_there_is_found_first(row, tmp_path, monkeypatch, expect_error):
+    monkeypatch.chdir(tmp_path)
+    one, two, three = (f'{{"prompt": "{text}", "response": "a"}}' for text in "qrs")
+    (tmp_path / "rows.jsonl").write_text(f"{one}\n\n{two}\n{three}\n")
+    source = ["--data.source", "rows.jsonl", "--row"]
+    expect_error(lambda: check_first("inspect", [*source, row]), "no such row", "rows.jsonl", option="row")
+    for there in ("1", "3", "rows.jsonl:4"):
+        check_first("inspect", [*source, there])
+    expect_error(lambda: check_first("inspect", ["--row", "9999"]), "no such row", "of demo", option="row")
 
 
 def test_a_base_that_the_hub_has_not_is_found_first(monkeypatch, expect_error):
@@ -193,7 +223,7 @@ def test_it_is_the_parsers_own_mistake_in_the_same_words(args, files, monkeypatc
         ["--trainer.callbacks+=Timer", "--trainer.callbacks.interval=epoch", "--trainer.callbacks+=ModelSummary"],
         ["--trainer.callbacks=os.path.Bar"], ["--trainer.plugins=LightningEnvironment"],
         ["--trainer.callbacks=lightning.pytorch.callbacks.Timer"],
-        ["--trainer.logger.help", "CSVLogger"], ["--trainer.logger=WandbLogger", "--trainer.logger.projct=x"],
+        ["--trainer.logger=WandbLogger", "--trainer.logger.projct=x"],
         ["--data.source=stray.jsonl"], ["--data.source=good.jsonl"],
         ["--data.source=[good.jsonl, demo]"], ["--data.source=good.jsonl", "--data.validation_source=stray.jsonl"],
         ["--trainer.devices=2", "--trainer.accumulate_grad_batches=2", "--trainer.accelerator=cpu"],
@@ -366,14 +396,45 @@ def test_help_fits_80_columns_and_names_no_class_of_lightning(verb, asked):
     [
         (["-h"], "short"), (["--model.rank", "3", "--help"], "short"), (["--help=all"], "all"),
         (["--help", "all"], "all"),
-        (["--help.all"], "all"), ([], None), (["--trainer.logger.help", "CSVLogger"], None),
+        (["--help.all"], "all"), ([], None),
     ],
 )  # fmt: skip
 def test_how_help_is_asked_for(args, asked):
     assert help_asked(args) == asked
 
 
-@pytest.mark.parametrize("args", [["fit", "--help"], ["fit", "--model.rnak", "8"]])
+def test_the_help_of_a_class_has_its_arguments():
+    lines = help_of_class(["--trainer.callbacks.help", "EarlyStopping"]).splitlines()
+    assert lines[0] == "usage: --trainer.callbacks EarlyStopping [--trainer.callbacks.NAME VALUE ...]"
+    assert " ".join(lines[2:4]).split() == [
+        "--trainer.callbacks.monitor", "VALUE", "quantity", "to", "be", "monitored", "(required)",
+    ]  # fmt: skip
+    assert any("number of checks with no improvement" in line for line in lines) and max(map(len, lines)) <= 80
+    assert "--trainer.logger.save_dir VALUE   folder; default: the run's" in help_of_class(
+        ["--trainer.logger.help=CSVLogger"]
+    )
+    for option, known in OF_LIGHTNING.items():
+        assert known and all(
+            f" {one}," in " ".join(help_of_class([f"--{option}.help"]).split()) for one in offered(option)
+        )
+        for one in offered(option):
+            assert help_of_class([f"--{option}.help", one]).startswith(f"usage: --{option} {one}")
+    assert help_of_class(["--trainer.logger", "CSVLogger"]) is None
+
+
+@pytest.mark.parametrize(
+    ("args", "option", "words"),
+    [
+        (["--trainer.logger.help", "CSVLoger"], "trainer.logger.help", ["'CSVLoger'", "did you mean 'CSVLogger'?"]),
+        (["--trainer.callbacks.help=my.Own"], "trainer.callbacks.help", ["expected one of DeviceStatsMonitor,"]),
+        (["--model.help"], None, ["unknown option 'model.help'", "--help=all"]),
+    ],
+)
+def test_the_help_of_what_is_no_class_is_refused(args, option, words, expect_error):
+    expect_error(lambda: help_of_class(args), *words, option=option)
+
+
+@pytest.mark.parametrize("args", [["fit", "--help"], ["fit", "--model.rnak", "8"], ["fit", "--trainer.logger.help"]])
 def test_help_and_a_misspelt_option_need_nothing_heavy(args):
     code = f"import sys; from lit_qlora.cli import main; main({args}); "
     heavy = "'torch', 'lightning', 'transformers', 'peft', 'datasets', 'huggingface_hub', 'jinja2'"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -446,7 +447,6 @@ def test_too_little_room(
     free: int, message: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
-    from types import SimpleNamespace
 
     from lit_qlora.model import base, module
 
@@ -557,3 +557,28 @@ def test_out_of_memory_in_a_validation_is_one_line(
     error = capsys.readouterr().err
     assert re.fullmatch(r"error: out of memory outside of a training step .*\n", error)
     assert error.endswith("give --samples.count 0 or --model.checkpointing full, with which this run resumes\n")
+
+
+@pytest.mark.parametrize(
+    ("steps", "note"),
+    [
+        ((5, 10), "is saved up to step 10: the same command, once that is mended, resumes"),
+        ((), "nothing was saved: the same command, once that is mended, begins anew"),
+    ],
+)
+def test_behind_the_traceback_of_a_callback_of_ones_own_stands_what_is_saved(
+    steps: tuple[int, ...], note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lit_qlora import training
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise ValueError("mine is broken")
+
+    monkeypatch.setattr(training, "say_loading", lambda *parts: None)
+    run = RunFolder(tmp_path)
+    for step in steps:
+        run.checkpoint(step).mkdir(parents=True)
+    cli: Any = SimpleNamespace(trainer=SimpleNamespace(fit=fails), resume_from=None, run=run)
+    with pytest.raises(ValueError, match="mine is broken") as caught:
+        training.QLoRACLI.fit(cli, None, None)  # type: ignore[arg-type]
+    assert caught.value.__notes__ == [f"{tmp_path} {note}" if steps else note]

@@ -3,7 +3,7 @@
 Knows neither rows nor batches, so that a command line is checked before PyTorch is imported.
 """
 
-from lit_qlora.errors import require
+from lit_qlora.errors import UserError, excerpt, meant
 
 KINDS = {
     "unread": "rows that can't be learned from",
@@ -22,5 +22,7 @@ def accepted_kinds(names: str | None) -> list[str]:
     """The kinds in ``names``, with commas between. Raises UserError for one that there is not."""
     found = [name.strip() for name in (names or "").split(",") if name.strip()]
     for kind in found:
-        require(kind in KINDS, "accept", f"some of {', '.join(KINDS)}", kind)
+        if kind not in KINDS:
+            problem = f"expected some of {', '.join(KINDS)}, got {excerpt(kind)}"
+            raise UserError(problem, option="accept", remedy=meant(kind, KINDS))
     return found

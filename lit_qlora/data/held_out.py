@@ -20,9 +20,12 @@ from lit_qlora.data.records import (
     Records,
     check_early,
     count_unanswered,
+    is_at,
     joined,
     load_records,
     name_of,
+    no_row,
+    places_early,
 )
 from lit_qlora.data.run_rows import RunRows, digest
 from lit_qlora.data.sources import Source, Splits, as_text, find_splits, is_hub_id, sources_of
@@ -90,6 +93,23 @@ class Parts:
         if len(local) == len(sources_of(self.source)) and self.draws():
             names = [source.called(splits.training()) for source, splits in local.items()]
             self._check_draw(name_of([name for name, (_, held_out) in zip(names, own, strict=True) if not held_out]))
+
+    def check_row(self, row: str) -> None:
+        """Raises UserError for a row that no part has, as `train_and_held_out` reads them; see `records.is_at`.
+
+        Passes what can't be judged before rows are loaded: the hub's, and large files.
+        """
+        if any(map(is_hub_id, (*sources_of(self.source), *self._elsewhere()))):
+            return
+        read = [(source, splits.training()) for source, splits in self.splits.items()]
+        read += [
+            (source, split) for source, splits in self.splits.items() if (split := splits.first("validation", "test"))
+        ]
+        if not self._is_own():
+            read += [(source, find_splits(source).for_scoring("validation", "test")) for source in self._elsewhere()]
+        found = [places_early(source, split, self.reading) for source, split in read]
+        if None not in found and not any(is_at(where, row) for places in found for where in places or ()):
+            raise no_row(name_of([source.called(splits.training()) for source, splits in self.splits.items()]), row)
 
     def train_and_held_out(self) -> tuple[Records, Records]:
         """Load the rows to train on and the rows to validate on, which never mix.

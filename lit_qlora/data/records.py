@@ -5,6 +5,7 @@ Knows no tokens, and not where rows come from.
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,8 +180,7 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
         UserError: as `load_records`.
     """
     reading = _reading_of(source, reading)
-    num_bytes = local_bytes(source, split)
-    if source.path == "demo" or num_bytes is None or num_bytes > EARLY_BYTES:
+    if source.path == "demo" or not _is_quick(source, split):
         return
     rows, _ = _rows_of(source, split, reading, seed)
     _check_named(source.called(split), rows, reading)
@@ -194,6 +194,32 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
             faults.append(fault)
             if reading.strict or _is_misread(len(faults), len(rows), reading):
                 raise faults[0] from None
+
+
+def places_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: int | None = None) -> list[str] | None:
+    """Where the rows stand that `load_records` would read; None for the hub's, and for what is too large to be read
+    twice. Args as of `check_early`.
+    """
+    if not _is_quick(source, split):
+        return None
+    return [row.where for row in _rows_of(source, split, _reading_of(source, reading), seed)[0]]
+
+
+def is_at(where: str, row: str) -> bool:
+    """True if ``17``, ``rows.jsonl:17`` or such names the place ``rows.jsonl:17`` or ``rows.parquet: row 17``."""
+    if row.isdecimal():
+        return re.search(rf"(:|: row ){row}$", where) is not None
+    return f"/{where.replace(': row ', ':')}".endswith(f"/{row.replace(': row ', ':').removeprefix('./')}")
+
+
+def no_row(name: str, row: str) -> UserError:
+    """The error for a ``row`` to show that the source ``name`` has not."""
+    return UserError(f"there is no such row, expected a line or row of {name}, got {row!r}", option="row")
+
+
+def _is_quick(source: Source, split: str) -> bool:
+    num_bytes = local_bytes(source, split)
+    return num_bytes is not None and num_bytes <= EARLY_BYTES
 
 
 def _reading_of(source: Source, reading: Reading) -> Reading:

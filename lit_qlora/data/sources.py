@@ -367,7 +367,7 @@ def _files_here(source: Source) -> dict[str, list[Path]] | None:
         raise SourceError(source.path, "is an address", "download the file, and give the file here")
     if glob.has_magic(source.path):
         raise SourceError(source.path, "no such file: the pattern matches none", "check its folder and its ending")
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = ["demo", *((entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else ())]
     remedy = (
         f"expected 'demo', a file ({', '.join(ENDINGS)}), a folder with train.jsonl, or a hub id such as owner/name"
     )

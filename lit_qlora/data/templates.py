@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lit_qlora import demo
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.errors import UserError, excerpt, meant
 from lit_qlora.text.formats import LLAMA_2, OF_BASE, built_in, chosen, names
 
 if TYPE_CHECKING:
@@ -95,4 +95,5 @@ def _read_template_file(name: str) -> str:
         raise UserError(what, option="data.template", remedy="save it as UTF-8") from error
     except OSError as error:
         what = f"{name}: expected {', '.join(names())}, or a file with a Jinja chat template ({error.strerror})"
-        raise UserError(what, option="data.template") from error
+        beside = [str(one) for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(what, option="data.template", remedy=meant(name, [*names(), *beside])) from error

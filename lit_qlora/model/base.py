@@ -104,7 +104,8 @@ def find_base(name: str, weights: bool = True) -> Base:
     elif not may_be_on_hub(name):
         beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = nearest(folder.name, beside)
-        meant = f" (did you mean {folder.parent / near}?)" if near else ""
+        likely = folder.parent / near if near else nearest(name, ["demo"])
+        meant = f" (did you mean {likely}?)" if likely else ""
         raise base_error(f"no folder {excerpt(name)}{meant}", remedy="give a hub id (owner/name) or a folder")
     else:
         config_file, files = _ask_hub(name)

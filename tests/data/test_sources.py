@@ -417,7 +417,7 @@ def test_the_demo(tmp_path, monkeypatch):
         ("./data/rows", f"./data/rows: no such file; {A_SOURCE}"),
         ("../rows", f"../rows: no such file; {A_SOURCE}"),
         ("a/b/c", f"a/b/c: no such file; {A_SOURCE}"),
-        ("Demo", f"Demo: no such file; {A_SOURCE}"),
+        ("Demo", f"Demo: no such file, did you mean 'demo'?; {A_SOURCE}"),
         (
             "https://huggingface.co/datasets/a/b",
             "https://huggingface.co/datasets/a/b: is a page of the hub; give the id alone, a/b",

@@ -16,7 +16,7 @@ from lit_qlora.console import progress_bar
 from lit_qlora.data.batching import BatchPlan, sizes_of
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import CONTEXT_ONLY
-from lit_qlora.data.records import NOTHING_ANSWERED, NOTHING_LEARNED, LeftOut, Records
+from lit_qlora.data.records import NOTHING_ANSWERED, NOTHING_LEARNED, LeftOut, Records, is_at, no_row
 from lit_qlora.data.view import Token, tokens
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
@@ -235,22 +235,15 @@ def _choose(parts: Sequence[Part], count: int, row: str | None) -> list[tuple[in
         return [(0, number) for number, kept in enumerate(parts[0].kept) if kept][:count]
     for side, part in enumerate(parts):
         for number, where in enumerate(part.where):
-            if _is_named(where, row):
+            if is_at(where, row):
                 if not part.kept[number]:
                     raise UserError("nothing of it is learned, so no batch holds it", option="row", place=where)
                 return [(side, number)]
     for part in parts:
         for where, reason in part.left_out:
-            if _is_named(where, row):
+            if is_at(where, row):
                 raise UserError(f"it is left out: {reason}", option="row", place=where)
-    raise UserError(f"there is no such row, expected a line or row of {parts[0].source}, got {row!r}", option="row")
-
-
-def _is_named(where: str, row: str) -> bool:
-    """True if ``17``, ``rows.jsonl:17`` or such names the place ``rows.jsonl:17`` or ``rows.parquet: row 17``."""
-    if row.isdecimal():
-        return re.search(rf"(:|: row ){row}$", where) is not None
-    return f"/{where.replace(': row ', ':')}".endswith(f"/{row.replace(': row ', ':').removeprefix('./')}")
+    raise no_row(parts[0].source, row)
 
 
 def _plans(data: ChatDataModule, lengths: Sequence[int]) -> list[BatchPlan]:

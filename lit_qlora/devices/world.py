@@ -28,6 +28,8 @@ SLOW = timedelta(days=1)
 """How long one process may take for what the others wait for, such as a download; one that ends is noticed at once."""
 DEAD = timedelta(minutes=10)
 """How long a device may take for its part of a step."""
+SAID = timedelta(seconds=30)
+"""After how long the wait for other processes is reported: they start within seconds of each other, as a rule."""
 REPLY = timedelta(seconds=5)
 """How long a program that is there may take to answer."""
 
@@ -147,13 +149,14 @@ def _open_store(limit: timedelta) -> Any:
 
 def _reach(host: str, port: int, limit: timedelta) -> None:
     """Return once a program answers at ``port``. Raises UserError if none has within ``limit``."""
-    ends_at = time.monotonic() + limit.total_seconds()
+    begun, ends_at = time.monotonic(), time.monotonic() + limit.total_seconds()
     while True:
         try:
             socket.create_connection((host, port), timeout=REPLY.total_seconds()).close()
         except OSError as error:
             if time.monotonic() > ends_at:
                 raise _not_come([0], f"to {host}:{port} ", limit, f" ({error.strerror or error})") from error
+            begun = _said(begun, [0], f"at {host}:{port}, ", limit)
             time.sleep(0.1)
         else:
             return
@@ -166,22 +169,40 @@ def _meet() -> None:
         LostError: one has failed on the way.
         UserError: one does not come.
     """
-    found, here, ends_at = board(DEAD), world(), time.monotonic() + DEAD.total_seconds()
+    found, here, begun = board(DEAD), world(), time.monotonic()
+    ends_at = begun + DEAD.total_seconds()
     found.set(f"came {here.rank}", "")
     found.add("came", 1)
     while found.add("came", 0) < here.size:
         if found.check(["failed"]):
             raise _lost()
+        missing = [rank for rank in range(here.size) if not found.check([f"came {rank}"])]
         if time.monotonic() > ends_at:
-            raise _not_come([rank for rank in range(here.size) if not found.check([f"came {rank}"])], "", DEAD)
+            raise _not_come(missing, "", DEAD)
+        begun = _said(begun, missing, "", DEAD)
         time.sleep(0.05)
 
 
-def _not_come(ranks: list[int], where: str, limit: timedelta, why: str = "") -> UserError:
+def _said(begun: float, ranks: list[int], where: str, limit: timedelta) -> float:
+    """Report a wait for ``ranks`` once it is long, by the first of the others; return since when it counts.
+
+    Whatever is silenced: the first process of all may not be there to speak.
+    """
+    if time.monotonic() < begun + SAID.total_seconds():
+        return begun
+    if world().rank == min({*range(world().size)} - {*ranks}):
+        print(f"   run  waits for {_named(ranks)}, {where}at most {limit.total_seconds():.0f} s", file=sys.__stderr__)
+    return float("inf")
+
+
+def _named(ranks: list[int]) -> str:
     shown = ", ".join(map(str, ranks[:8])) + ", …" * (len(ranks) > 8)
+    return f"process{'es' * (len(ranks) > 1)} {shown} of {world().size}"
+
+
+def _not_come(ranks: list[int], where: str, limit: timedelta, why: str = "") -> UserError:
     return UserError(
-        f"process{'es' * (len(ranks) > 1)} {shown} of {world().size} did not come {where}within "
-        f"{limit.total_seconds():.0f} s{why}",
+        f"{_named(ranks)} did not come {where}within {limit.total_seconds():.0f} s{why}",
         remedy="the command must start on every machine, and reach MASTER_ADDR there",
     )
 

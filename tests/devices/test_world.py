@@ -181,14 +181,19 @@ def joining(rank: int, port: int, ends: str) -> Any:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("ends", ["signal", "limit"])
-def test_nobody_waits_for_ever_for_one_that_never_comes(monkeypatch: pytest.MonkeyPatch, rank: int, ends: str) -> None:
-    """Nor without hearing a signal: as under srun, where the other's machine does not start."""
+def test_nobody_waits_for_ever_for_one_that_never_comes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: int, ends: str
+) -> None:
+    """Nor without a word, nor without hearing a signal: as under srun, where the other's machine does not start."""
 
     monkeypatch.setattr(world, "DEAD", timedelta(seconds=0.5 if ends == "limit" else 60))
+    monkeypatch.setattr(world, "SAID", timedelta(seconds=0.1))
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = server.getsockname()[1]
     found = joining(rank, free, ends)
     assert found == 143 if ends == "signal" else found.startswith(f"process {1 - rank} of 2 did not come ")
+    where = f"at 127.0.0.1:{free}, " if rank else ""
+    assert f"   run  waits for process {1 - rank} of 2, {where}at most " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("ends", ["signal", "limit"])

@@ -247,7 +247,9 @@ def find_splits(source: str | Source) -> Splits:
 def _check_split(source: Source, name: str, found: Sequence[str]) -> None:
     if name not in found:
         problem = f"has no split {excerpt(name)}, found: {' and '.join(found)}{suggestion(name, found)}"
-        raise SourceError(source, problem, "choose another")
+        is_made_up = not {"[", "+"}.isdisjoint(name)  # as the hub's library reads it, of the hub's alone
+        remedy = "of local rows, a share gives a part, and a list of sources several splits"
+        raise SourceError(source, problem, remedy if is_made_up else "choose another")
 
 
 def _beside(source: Source, files: Mapping[str, list[Path]]) -> list[str]:

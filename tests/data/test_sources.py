@@ -438,6 +438,14 @@ def test_the_demo(tmp_path, monkeypatch):
             "[twice/train.csv, twice/train.jsonl]",
         ),
         ("half", "half: has no split 'train', found: test; choose another"),
+        *(
+            (
+                {"path": "half", "split": split},
+                f"half: has no split '{split}', found: test; of local rows, a share gives a part, and a list of"
+                " sources several splits",
+            )
+            for split in ("test[:10]", "test+test")
+        ),
     ],
 )
 def test_a_source_that_is_not_there_is_one_line(source, message):
@@ -452,7 +460,7 @@ def test_a_source_that_is_not_there_is_one_line(source, message):
     ):
         write(name)
     with pytest.raises(UserError) as caught:
-        read_source(source, "train")
+        read_source(source, source["split"] if isinstance(source, dict) else "train")
     assert str(caught.value) == message
     assert "\n" not in message
 

@@ -50,7 +50,7 @@ def output_path(output: str, what: str = "file") -> Path:
         reason = getattr(error, "strerror", None) or error
         problem = f"{excerpt(output)} can't be a {what} ({reason})"
         raise UserError(problem, option="output", remedy="give another name") from error
-    if not output.strip() or is_folder or len(output.splitlines()) > 1:
+    if output.strip() in ("", "-") or is_folder or len(output.splitlines()) > 1:  # nothing goes to the terminal
         problem = f"expected a {what} to write, got {excerpt(output)}"
         raise UserError(problem, option="output", remedy=f"give a {what}'s name")
     return path

@@ -32,6 +32,9 @@ ANSWERED = "last answers left out, for each question is answered here"
 SECONDS_BETWEEN_LINES = 10
 """Seconds between lines of progress without a terminal on standard error."""
 
+OTHERWISE = (".csv", ".tsv", ".parquet", ".feather", ".xlsx", ARROW, *COMPRESSED)
+"""Endings of files that are written otherwise than the answers."""
+
 
 def predict(
     prompts: SourceOption,
@@ -62,6 +65,8 @@ def predict(
     sampling = Sampling(**drawn)
     require(batch_size >= 1, "batch_size", "at least 1", batch_size)
     target = output_path(output)
+    is_otherwise = target.name.lower().endswith(OTHERWISE)
+    require(not is_otherwise, "output", "a name for JSON lines, such as answers.jsonl", output)
     unfinished = Unfinished(target)
     unfinished.check_free()
     require_folder(target)

@@ -16,7 +16,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("output", ["a\nb", ".", "..", "/", "", " ", "folder", "folder/", "folder/.", "new/"])
+@pytest.mark.parametrize("output", ["a\nb", "-", ".", "..", "/", "", " ", "folder", "folder/", "folder/.", "new/"])
 def test_a_folder_is_no_file_to_write(here, expect_error, output):
     expect_error(lambda: output_path(output), "expected a file", f"got {output!r}", option="output")
 
@@ -37,10 +37,18 @@ def test_a_name_is_a_path_whether_it_is_there_or_not(here):
     ("args", "expected"),
     [
         (["predict", "--prompts", "x.txt", "--output", "."], "output: expected a file to write, got '.'"),
+        (
+            ["predict", "--prompts", "x.txt", "--output", "x.CSV"],
+            "output: expected a name for JSON lines, such as answers",
+        ),
+        (
+            ["predict", "--prompts", "x.txt", "--output", "x.jsonl.gz"],
+            "output: expected a name for JSON lines, such as",
+        ),
         (["export", "--to", "gguf", "--output", "."], "output: expected a file to write, got '.'"),
         (["merge", "--output", ""], "output: expected a folder to write, got ''"),
     ],
-    ids=["predict", "export", "merge"],
+    ids=["predict", "predict csv", "predict packed", "export", "merge"],
 )
 def test_each_verb_that_writes_asks(here, capsys, args, expected):
     assert main(args) == 2

@@ -141,7 +141,7 @@ def _run(args: list[str]) -> int:
     check_utf8(args)
     if verb != "doctor":  # which reports it
         for left in starting.take_place(is_for_several=verb in TRAINERS):
-            complain(f"note: {left} in the environment is ignored: one process does the work")
+            complain(f"note: {left} in the environment is ignored: no launcher started several processes")
     if verb in FIT_AND_KIN:
         return _run_fit_or_kin(verb, args)
     if verb == "doctor":

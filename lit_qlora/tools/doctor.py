@@ -96,7 +96,7 @@ def look(config: str | None, base: str | None, run: Path) -> Iterator[Finding]:
     try:
         check_whole()
         for one in ignore_launchers():
-            yield Finding("note", f"{one} in the environment is ignored: one process does the work")
+            yield Finding("note", f"{one} in the environment is ignored: no launcher started several processes")
     except UserError as error:
         yield Finding("problem", error.problem, error.remedy or "")
     yield from _guarded("packages", surroundings.packages())

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.text import edges
-from lit_qlora.text.conversation import HALF, Conversation, is_whole
+from lit_qlora.text.conversation import HALF, Conversation, Turn, is_whole
 
 TEMPLATES = Path(__file__).parent / "templates"
 LLAMA_2, OF_BASE = "llama2", "base"
@@ -231,17 +231,20 @@ class PromptFormat(ABC):
         none.
         """
 
-    def modelfile(self, weights: Path, stops: Sequence[str] = ()) -> str:
+    def modelfile(self, weights: Path, stops: Sequence[str] = (), adds_bos: bool = True) -> str:
         """Ollama's ``Modelfile``.
 
         Args:
             weights: The GGUF file beside it, which names EOS.
             stops: All special tokens that end an answer.
+            adds_bos: Whether llama.cpp puts a BOS before each text, as it does not for SmolLM2's tokenizer.
 
         Raises:
             ValueError: There can be none.
         """
         template = self.go_template()
+        if not adds_bos and self.pieces(Conversation((Turn("user", "x"),)))[0].text.startswith(self.spelled.bos):
+            template = self.spelled.bos + template
         if '"""' in template + (self.system or ""):
             raise ValueError("its prompts or the system text hold three quotes, which a Modelfile can't hold")
         lines = [f"FROM ./{weights.name}", f'TEMPLATE """{template}"""']

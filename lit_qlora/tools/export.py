@@ -175,7 +175,9 @@ def _write_modelfile(model: Path, target: Path, beside: Path) -> None:
     try:
         encoder = Encoder(load_tokenizer(str(model)), 1, prompt_format=from_record(read_object(record), model, RECORD))
         stops = encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids)
-        beside.write_text(encoder.prompt_format.modelfile(target, stops), encoding="utf-8")
+        # As llama.cpp's script reads it.
+        adds_bos = read_object(model / "tokenizer_config.json").get("add_bos_token", True)
+        beside.write_text(encoder.prompt_format.modelfile(target, stops, adds_bos), encoding="utf-8")
     except (ValueError, UserError) as error:
         print(f"no Modelfile: {error}")
         return

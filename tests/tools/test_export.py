@@ -81,6 +81,15 @@ def test_a_merged_model(llama_cpp, merged, tmp_path, capsys):
     assert "try it: ollama create mine -f " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_bos_that_llama_cpp_does_not_add_stands_in_the_modelfile(llama_cpp, merged, tmp_path, adds_bos):
+    config = json.loads((merged / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (merged / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": adds_bos}), encoding="utf-8")
+    assert main(["export", "--model", str(merged), "--output", str(tmp_path / "mine.gguf")]) == 0
+    text = (tmp_path / "mine.Modelfile").read_text(encoding="utf-8")
+    assert text.startswith('FROM ./mine.gguf\nTEMPLATE """' + "<s>" * (not adds_bos) + "{{-")
+
+
 def test_a_model_made_elsewhere_gets_no_modelfile(llama_cpp, merged, tmp_path, capsys):
     (merged / "lit_qlora.json").unlink()
     assert main(["export", "--model", str(merged), "--output", str(tmp_path / "x.gguf")]) == 0

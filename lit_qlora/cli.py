@@ -9,15 +9,14 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from lit_qlora import __version__
-from lit_qlora.console import complain, prepare
+from lit_qlora.console import complain, prepare, say_imports
 from lit_qlora.devices import starting
 from lit_qlora.devices.mistakes import report
 from lit_qlora.devices.world import world
-from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest
+from lit_qlora.errors import SecretError, UserError, cut, excerpt, nearest, one_line
 from lit_qlora.place import CLONE, COMMAND, INSTALL
 from lit_qlora.secrecy import holds_secret, redact
 from lit_qlora.signals import leave_in_one_line, nothing_open
@@ -87,8 +86,8 @@ def main(args: Sequence[str] | None = None) -> int:
         complain(f"error: {error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8")
         return 2
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            complain(f"error: {str(error.filename)[:60]}…: no path may be so long here")
+        if problem := _of_a_path(error):
+            complain(f"error: {problem}")
             return 2
         from lit_qlora.tools.doctoring.surroundings import missing
 
@@ -102,6 +101,16 @@ def main(args: Sequence[str] | None = None) -> int:
             f"error: {what}; {f'. {activate}, or ' if is_elsewhere else ''}{INSTALL}, or take the Python that has it"
         )
         return 2
+
+
+def _of_a_path(error: Exception) -> str | None:
+    """What is wrong with a path that the system can't follow, whichever option gave it; None for another error."""
+    number, file = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number == errno.ENAMETOOLONG:
+        return f"{str(file)[:60]}…: no path may be so long here"
+    if number == errno.ELOOP or str(error).startswith("Symlink loop from "):  # the second is pathlib's, up to 3.12
+        return f"{file or one_line(error)}: a link that leads to itself; give the file or folder itself"
+    return None
 
 
 def check_no_secrets(args: Sequence[str]) -> None:
@@ -178,16 +187,11 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
     count = processes_asked(args) if verb in TRAINERS and world().size == 1 else 1
     if count > 1:  # each of them comes here again
         return starting.run(args, count)
-    say_loading()
+    if world().rank == 0:
+        say_imports()
     with nothing_open():
         module = import_module(FIT_AND_KIN[verb])
     try:
         return int(module.main(args))
     except SystemExit as stop:  # a signal
         return int(stop.code or 0)
-
-
-def say_loading() -> None:
-    """Print what takes the first seconds, unless it was imported before; not where it is missing."""
-    if world().rank == 0 and "lightning" not in sys.modules and find_spec("lightning") and find_spec("torch"):
-        print("  load  PyTorch, Lightning and transformers: some seconds", flush=True)

@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from shutil import get_terminal_size
 from typing import Any, TextIO, TypeVar
 
@@ -199,6 +200,12 @@ def say(topic: str, text: str) -> None:
         text: beside it.
     """
     print(wrapped(topic, text), flush=True)
+
+
+def say_imports(stream: TextIO | None = None) -> None:
+    """Print on ``stream`` what takes the first seconds, unless it was imported before, or is missing."""
+    if "lightning" not in sys.modules and find_spec("lightning") and find_spec("torch"):
+        print("  load  PyTorch, Lightning and transformers: some seconds", file=stream, flush=True)
 
 
 def fitted(line: str, stream: TextIO | None = None, place: str | None = None) -> str:

@@ -87,6 +87,9 @@ class OneLineErrors:
         if only:  # jsonargparse takes a file of nothing but "name:" for a text
             self.check_values({only[1]: None})
             raise UserError(f"has no value for {only[1]} and says nothing else", option="config", remedy="give one")
+        lacking = re.fullmatch(r"argument -*([\w.-]+)\S*: expected one argument", str(message))
+        if lacking:
+            raise quoted(UserError("has no value", option=lacking[1], remedy=f"give one: --{lacking[1]} VALUE"))
         required = re.fullmatch(r"the following arguments are required: ([\w, ]+)", str(message))
         if required and self.usage:
             first, *others = required[1].split(", ")

@@ -43,7 +43,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
         None,
         ["'b.jsonl' is the value of no option", "'[a.jsonl, b.jsonl]' or a pattern in quotes"],
     ),
-    ("value missing", ["--model.rank"], None, None, None, ["--model.rank", "expected one argument"]),
+    ("value missing", ["--model.rank"], None, None, "model.rank", ["has no value", "--model.rank VALUE"]),
     ("text for number", ["--model.rank", "high"], None, None, "model.rank", ["whole number", "got high"]),
     ("float for int", ["--model.rank", "1.5"], None, None, "model.rank", ["whole number", "got 1.5"]),
     ("rank 0", ["--model.rank", "0"], None, None, "model.rank", ["from 1", "got 0"]),

@@ -201,3 +201,17 @@ def test_what_fits_stays_on_one_line_and_a_long_quotation_breaks(monkeypatch):
     lines = sys.stderr.getvalue().splitlines()
     assert lines[0] == "error: a: no; b" and lines[-2:] == ["process 1 of 2:", "Traceback " * 20]
     assert max(map(len, lines[1:-2])) <= 80 and len(lines[1:-2]) == 3 and lines[2].startswith("         long far ")
+
+
+@pytest.mark.parametrize(("is_terminal", "loaded", "shown"), [(True, False, 1), (False, False, 0), (True, True, 0)])
+def test_what_takes_the_first_seconds_is_named_on_a_terminal(is_terminal, loaded, shown, monkeypatch, capsys):
+    from lit_qlora.tools.answering import answerer
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "lightning", raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, "lightning", sys)
+    answerer._say_imports()
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("  load  PyTorch, Lightning and transformers: some seconds\n") == shown

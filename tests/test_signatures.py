@@ -168,6 +168,30 @@ def test_a_value_that_is_nearly_one_of_a_list_is_answered_by_that_one(verb, arg,
     assert f"did you mean {likely}?" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("args", "option", "place", "words"),
+    [
+        (["--data.source=asked.jsonl"], None, "asked.jsonl", ["nothing answered: 2"]),
+        (["--data.template=asked.jsonl"], "data.template", None, ["asked.jsonl holds no Jinja"]),
+        (["--model.rank"], "model.rank", None, ["has no value", "--model.rank VALUE"]),
+        (["--config"], "config", None, ["has no value", "--config VALUE"]),
+    ],
+)
+def test_what_was_told_late_or_in_the_parsers_words(args, option, place, words, tmp_path, monkeypatch, expect_error):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n' * 2)
+    expect_error(lambda: check_first("fit", args), *words, option=option, place=place)
+
+
+@pytest.mark.parametrize("option", ["--data.source", "--run", "--model.base", "--data.template"])
+def test_a_link_that_leads_to_itself_is_one_line(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["fit", option, "./loop"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "loop" in line
+
+
 @pytest.mark.parametrize("row", ["2", "9999", "rows.jsonl:5", "other.jsonl:1"])
 def test_a_row_to_show_that_is_not_there_is_found_first(row, tmp_path, monkeypatch, expect_error):
     monkeypatch.chdir(tmp_path)

@@ -184,16 +184,28 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
         return
     rows, _ = _rows_of(source, split, reading, seed)
     _check_named(source.called(split), rows, reading)
-    faults = list[UserError]()
+    faults, dropped, num_unused = list[UserError](), Counter[str](), 0
     for number, row in enumerate(rows[:MOST_EARLY_ROWS]):
         if number >= EARLY_ROWS and not faults:
             return
         try:
-            _read(row, reading)
+            read = _read(row, reading)
+            conversation, reason = _trainable(read.conversation)
+            if conversation is None:
+                dropped.update([reason, *read.changed])
+                num_unused += 1
         except UserError as fault:
             faults.append(fault)
             if reading.strict or _is_misread(len(faults), len(rows), reading):
                 raise faults[0] from None
+    if num_unused == len(rows):
+        raise _nothing(source.called(split), dropped)
+
+
+def _nothing(name: str, dropped: Mapping[str, int]) -> SourceError:
+    """The error for the source ``name`` of which no row is left, with what became of them."""
+    reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "no rows"
+    return SourceError(name, f"nothing to train on ({reasons})", "expected conversations that end on an answer")
 
 
 def places_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: int | None = None) -> list[str] | None:
@@ -335,8 +347,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     if faults:
         counts.dropped[f"{BROKEN}{faults[0][0]}"] = len(faults)
     if not kept:
-        reasons = ", ".join(f"{reason}: {number}" for reason, number in counts.dropped.items()) or "no rows"
-        raise SourceError(name, f"nothing to train on ({reasons})", "expected conversations that end on an answer")
+        raise _nothing(name, counts.dropped)
     return Records(name, kept, count_unanswered(kept) | counts.in_words(), lost)
 
 

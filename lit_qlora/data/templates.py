@@ -89,7 +89,11 @@ def _read_template_file(name: str) -> str:
         if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_TEMPLATE):
             expected = f"expected a file of at most {LARGEST_TEMPLATE:,} bytes with a Jinja template"
             raise UserError(f"{name}: {expected}", option="data.template")
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
+        if not is_template(text):
+            what = f"{name} holds no Jinja, expected a chat template, with {{{{ or {{% in it"
+            raise UserError(what, option="data.template", remedy="rows are given as --data.source")
+        return text
     except UnicodeDecodeError as error:
         what = f"{name} is not UTF-8 (byte {error.start})"
         raise UserError(what, option="data.template", remedy="save it as UTF-8") from error

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from lit_qlora import __version__
 from lit_qlora.console import fitted
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
-from lit_qlora.errors import UserError, one_line
+from lit_qlora.errors import UserError, meant, one_line
 from lit_qlora.place import CLONE, COMMAND, CONFIGS, INSTALL, PROGRAM, find_config
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import size
@@ -37,7 +37,11 @@ issue. Status 0 if nothing would stop a fit (a note does not), else 2. Changes n
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(one_line(message), remedy="the accepted options are listed by --help")
+        unknown = re.match(r"unrecognized arguments: -*([\w.-]+)", message)
+        known = [action.dest for action in self._actions]
+        near = meant(unknown[1], known) if unknown else None
+        problem = f"unknown option {unknown[1]!r}" if unknown else one_line(message)
+        raise UserError(problem, remedy=near or "the accepted options are listed by --help")
 
 
 def parser() -> argparse.ArgumentParser:

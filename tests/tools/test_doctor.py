@@ -83,7 +83,7 @@ def test_help_and_mistakes_are_short(capsys):
     assert "--base" in capsys.readouterr().out
     assert main(["doctor", "--bass", "x"]) == 2
     error = capsys.readouterr().err
-    assert error == "error: unrecognized arguments: --bass x; the accepted options are listed by --help\n"
+    assert error == "error: unknown option 'bass'; did you mean 'base'?\n"
 
 
 # Packages

@@ -3,6 +3,7 @@
 Knows no files of prompts, no terminal.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -10,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lit_qlora.console import say_imports
 from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.base import Base, find_base
@@ -74,16 +76,25 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     if adapter is None:
         folder = trained_run(run)
         settings = _settings(folder)
-        return ResolvedAdapter(_find(base) if base else find_base(settings["model"]["base"]), folder.adapter, settings)
+        its_base = _find(base) if base else find_base(settings["model"]["base"])
+        _say_imports()
+        return ResolvedAdapter(its_base, folder.adapter, settings)
     if run:
         raise UserError(f"{adapter} is given, and a run ({run}) too", option="adapter", remedy="give one of the two")
     require_adapter(Path(adapter))
+    _say_imports()
     from lit_qlora.model.load import read_record
 
     base = base or read_record(Path(adapter))["base"]
     if base is None:
         raise UserError(f"{adapter} does not name its base", option="adapter", remedy="give --base")
     return ResolvedAdapter(_find(base), Path(adapter), None)
+
+
+def _say_imports() -> None:
+    """Say on a terminal what takes the first seconds; elsewhere an answer or an error is the only line."""
+    if sys.stderr.isatty():
+        say_imports(sys.stderr)
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

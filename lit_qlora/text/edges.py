@@ -33,6 +33,7 @@ WRITTEN_OUT = (
     "<|endoftext|>", "<|end|>",  # GPT-2, Phi
     "<bos>", "<eos>", "<end_of_turn>",  # Gemma
     "<|end_of_turn|>",  # OpenChat
+    "<BOS_TOKEN>", "<EOS_TOKEN>", "<|END_OF_TURN_TOKEN|>",  # Command R
     "<|eot|>", "<|eom|>", "<|header_end|>", "<|return|>", "<|message|>",  # Llama 4, gpt-oss
     "<|end_of_role|>",  # Granite
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",  # noqa: RUF001  # DeepSeek
@@ -50,7 +51,9 @@ _ROLES = (
 
 ZERO_WIDTH = "\u200b\u2060\ufeff"
 """Characters that take no room, and say nothing at an edge: what copying from a page or a file leaves there."""
-_BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + ZERO_WIDTH
+DIRECTIONS = "\u00ad\u061c\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Others that are not seen either, but may say how a text is written: they go with a mark only."""
+_BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + ZERO_WIDTH + DIRECTIONS
 
 
 class WrittenOutError(ValueError):

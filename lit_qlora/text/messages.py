@@ -175,7 +175,10 @@ def _listed(rows: Any) -> list[Any]:
     """The messages of a list, whichever way it is written; all else of it as it is."""
     if isinstance(rows, dict) and rows and all(isinstance(part, list) for part in rows.values()):
         # As `datasets` gives a sequence of objects: a list for each key.
-        rows = [dict(zip(rows, values, strict=False)) for values in zip(*rows.values(), strict=False)]
+        counts = {key: len(values) for key, values in rows.items()}
+        if len({*counts.values()}) > 1:
+            raise ValueError(f"expected lists of one length, one entry per message, got {reprlib.repr(counts)}")
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     if not isinstance(rows, list):
         raise ValueError(f"expected a list of messages, got {kind(rows)}")
     if rows and all(isinstance(row, str) for row in rows):
@@ -319,6 +322,11 @@ def _unused(rows: Sequence[dict[str, Any]]) -> list[str]:
                 found[f"key {key!r} of a turn"] = None
             elif role != "assistant" and LEARNED[str(value).lower()]:
                 found[f"key {key!r} of a turn that is not the assistant's"] = None
+        content = _value("", row, CONTENT)
+        for part in content if isinstance(content, list) else [content]:
+            if _type_of(part) in TEXTS:
+                others = (key for key, value in part.items() if key not in ("type", "text") and is_there(value))
+                found |= {f"key {key!r} of a part of a turn": None for key in others}
     return [*found]
 
 

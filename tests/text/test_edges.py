@@ -32,6 +32,11 @@ from lit_qlora.text.edges import WRITTEN_OUT, WrittenOutError, clean, take_off
         (" \u200b grey. \u2060\n", "grey.", ["zero-width characters"]),
         ("\u200b<s>\ufeffgrey.</s>\u200b", "grey.", ["<s>", "</s>", "zero-width characters"]),
         ("\u200b", "", ["zero-width characters"]),
+        # Marks of direction, which go with another one only.
+        ("grey.</s>\u200e", "grey.", ["</s>"]),
+        ("\u200fgrey.\u00ad</s>", "grey.", ["</s>"]),
+        ("\u200fgrey.\u200f", "\u200fgrey.\u200f", []),
+        ("grey.<|END_OF_TURN_TOKEN|><EOS_TOKEN>", "grey.", ["<EOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"]),
         # What opens a turn goes with its role.
         ("<|im_start|>assistant\ngrey.<|im_end|>", "grey.", ["<|im_end|>", "<|im_start|>assistant"]),
         ("<|im_start|>assistant grey.", "grey.", ["<|im_start|>assistant"]),

@@ -238,6 +238,18 @@ def test_other_lists_of_turns_are_read(rows):
     assert messages.parse(rows) == (Conversation(ANSWERED), (), (), ())
 
 
+def test_lists_of_other_lengths_lose_no_turn_in_silence():
+    with pytest.raises(ValueError, match=r"one length.*'role': 4, 'content': 3"):
+        messages.parse({"role": ["user", "assistant"] * 2, "content": ["a", "b", "c"]})
+
+
+def test_keys_of_a_text_part_that_are_not_used_are_named():
+    parts = [{"type": "text", "text": "b", "weight": 0, "index": None}, {"text": "c", "image_url": "x"}]
+    rows = [USER, {"role": "assistant", "content": parts}, {"role": "user", "content": parts[0]}]
+    parsed = messages.parse(rows)
+    assert parsed.unused == ("key 'weight' of a part of a turn", "key 'image_url' of a part of a turn")
+
+
 @pytest.mark.parametrize(
     ("order", "said"),
     [

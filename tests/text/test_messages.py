@@ -239,7 +239,7 @@ def test_other_lists_of_turns_are_read(rows):
 
 
 def test_lists_of_other_lengths_lose_no_turn_in_silence():
-    with pytest.raises(ValueError, match=r"one length.*'role': 4, 'content': 3"):
+    with pytest.raises(ValueError, match=r"one length.*'content': 3, 'role': 4"):
         messages.parse({"role": ["user", "assistant"] * 2, "content": ["a", "b", "c"]})
 
 

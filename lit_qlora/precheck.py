@@ -42,7 +42,7 @@ from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import CONFIG, LINKED, Parser, check_once, lacks, no_class, no_option, option
+from lit_qlora.options import CONFIG, LINKED, Parser, check_once, lacks, no_class, no_option, option, take_option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges, check_scored
 from lit_qlora.signatures import (
@@ -85,7 +85,8 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     check_once(args, {name: one.type for name, one in options.items()})
     command = complete([verb, *args])
     for section, *_ in CLASSES:
-        text = option(args, f"--{section}")
+        texts = take_option(args, f"--{section}")[0]
+        text = (texts[-1] or "") if texts else None
         if text is not None and not text.lstrip().startswith("{") and not Path(text).is_file():
             raise no_option(section, text, [*options])
     given = [arg.partition("=")[0].lstrip("-").rstrip("+") for arg in args if arg.startswith("-")]
@@ -231,6 +232,7 @@ def _check_run(options: Mapping[str, Option], values: Mapping[str, Any], run: Ru
     """Raises UserError for plain settings that would make it another run than ``run``, and for one that is in use."""
     run.check_place()
     if is_first():
+        run.check_writable()
         RunLock(run.path).check()
     others = _changes(options, values, run)
     if others:

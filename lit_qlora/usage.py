@@ -69,7 +69,7 @@ SECTIONS = {"": "The run", "model": "Model", "data": "Data", "trainer": "Trainin
 def help_asked(args: Sequence[str]) -> str | None:
     """``short`` or ``all`` where a command line asks for help; None where it does not."""
     for arg, value in zip(args, [*args[1:], ""], strict=False):
-        if arg in ("-h", "--help", "--help=all", "--help.all", "--help-all"):
+        if arg in ("-h", "--help", "--help.all", "--help-all") or arg.startswith("--help="):
             return "all" if "all" in arg or value == "all" else "short"
     return None
 

@@ -175,6 +175,9 @@ def test_a_value_that_is_nearly_one_of_a_list_is_answered_by_that_one(verb, arg,
         (["--data.template=asked.jsonl"], "data.template", None, ["asked.jsonl holds no Jinja"]),
         (["--model.rank"], "model.rank", None, ["has no value", "--model.rank VALUE"]),
         (["--config"], "config", None, ["has no value", "--config VALUE"]),
+        (["--model"], "model", None, ["is no option but a section"]),
+        (["--run=/proc/x"], "run", None, ["/proc/x can't be written"]),
+        (["--run=/dev/null/x"], "run", None, ["/dev/null/x can't be written"]),
     ],
 )
 def test_what_was_told_late_or_in_the_parsers_words(args, option, place, words, tmp_path, monkeypatch, expect_error):
@@ -420,7 +423,7 @@ def test_help_fits_80_columns_and_names_no_class_of_lightning(verb, asked):
     [
         (["-h"], "short"), (["--model.rank", "3", "--help"], "short"), (["--help=all"], "all"),
         (["--help", "all"], "all"),
-        (["--help.all"], "all"), ([], None),
+        (["--help.all"], "all"), (["--help=al"], "short"), ([], None),
     ],
 )  # fmt: skip
 def test_how_help_is_asked_for(args, asked):

@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from datetime import datetime
 from itertools import chain, count, islice, pairwise, takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -154,6 +155,20 @@ class RunFolder:
                 problem = f"{file} is a link, and a run's figures are files of its own"
                 raise UserError(problem, option="run", remedy="put the file itself there")
 
+    def check_writable(self) -> None:
+        """Raises UserError where a folder that is not there yet can't be made: below the first that is."""
+        if self.path.exists():
+            return
+        try:
+            with TemporaryDirectory(prefix=".", dir=next(one for one in self.path.absolute().parents if one.exists())):
+                pass
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError, option: str = "run") -> UserError:
+        problem, remedy = f"{self.path} can't be written ({error.strerror})", f"give another folder with --{option}"
+        return UserError(problem, option=option, remedy=remedy)
+
     def prepare(self, option: str = "run", take: Callable[[], None] = lambda: None) -> None:
         """Create the folder, lock it, and repair what a kill left behind.
 
@@ -174,8 +189,7 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            problem, remedy = f"{self.path} can't be written ({error.strerror})", f"give another folder with --{option}"
-            raise UserError(problem, option=option, remedy=remedy) from error
+            raise self._not_writable(error, option) from error
 
     def numbered(self) -> Iterator["RunFolder"]:
         """The runs of the same name with -2, -3 and so on behind it."""

@@ -90,7 +90,7 @@ def _read_template_file(name: str) -> str:
             expected = f"expected a file of at most {LARGEST_TEMPLATE:,} bytes with a Jinja template"
             raise UserError(f"{name}: {expected}", option="data.template")
         text = path.read_text(encoding="utf-8-sig")
-        if not is_template(text):
+        if text.strip() and not is_template(text):
             what = f"{name} holds no Jinja, expected a chat template, with {{{{ or {{% in it"
             raise UserError(what, option="data.template", remedy="rows are given as --data.source")
         return text

@@ -449,7 +449,8 @@ class ChatDataModule(LightningDataModule):
         return lines
 
     def _test_records(self) -> Records:
-        parts, rows = self.parts(), self.run_rows
+        parts, is_fitted = self.parts(), {"train", "validation"} <= {*self._records}
+        rows = self.run_rows or (self.recorded() if is_fitted else None)
         records = parts.test(rows) if self.test_source is None else parts.test_of(self.test_source)
         if records is None:
             self._notes["test"].append(f"these are the {CHOSEN_BY}; data.test_source gives rows of their own")

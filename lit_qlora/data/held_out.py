@@ -65,7 +65,9 @@ class Parts:
         given = {Path(source.path).expanduser().resolve() for source in (*self.splits, *self._elsewhere())}
         for source, splits in self.splits.items():
             other = [] if self._is_own() or "validation" not in splits.names else [splits.names["validation"]]
-            beside = [path.name for path in splits.beside if path.resolve() not in given]
+            beside = [
+                path.name for path in splits.beside if not any(one.is_relative_to(path.resolve()) for one in given)
+            ]
             found[str(source)] = [*other, *splits.unread, *beside]
         return {name: unread for name, unread in found.items() if unread}
 

@@ -179,7 +179,7 @@ class Splits:
         source: the demo, a file, a folder, a pattern or a hub id.
         names: of each kind in `SPLITS` that it has, its name there.
         unread: what else it holds that looks like rows: other splits, or files.
-        beside: of a file with training rows, those of the other splits, which stand in the same folder.
+        beside: of a file or folder named for training, those named for other splits, which stand in the same folder.
         is_chosen: whether the source itself names the split, which is the training rows then.
     """
 
@@ -269,11 +269,21 @@ def _beside(source: Source, files: Mapping[str, list[Path]]) -> list[str]:
 
 
 def _others_beside(source: str) -> tuple[Path, ...]:
-    """Where ``source`` is one file, named as a train split, the files of other splits in its folder."""
+    """Where ``source``, or the folder of its file, is named for training, what is named likewise for another split."""
     path = Path(source).expanduser()
-    if not path.is_file() or _kind(path) != "train" or not _is_exact(path):
-        return ()
-    return tuple(one for one in _entries(path.parent) if _is_exact(one) and _kind(one) in ("validation", "test"))
+    for ours in (path, path.parent) if path.is_file() else (path,):
+        kind, others = _named(ours)
+        if kind == "train" and ours.exists():
+            there = [one for one in _entries(ours.parent) if _named(one) in (("validation", others), ("test", others))]
+            return tuple(one for one in there if any(map(_is_data, _entries(one) if one.is_dir() else [one])))
+    return ()
+
+
+def _named(path: Path) -> tuple[str | None, list[str]]:
+    """What the rows of a file or folder are for by its name, and the other words of it."""
+    name = path.name.lower() if path.is_dir() else _split_name(path)
+    words = [name] if name in SPLIT_NAMES else re.split(r"[^a-z0-9]+", name)
+    return _kind_named(*words), [word for word in words if word not in SPLIT_NAMES]
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -201,6 +201,10 @@ def test_test_rows_that_are_no_test_are_told(tmp_path):
     assert tested.describe()[1] == (
         "test: 5 of 25 are held-out rows, by which the best adapter was chosen; 15 of 25 were trained on"
     )
+    in_a_script = ChatDataModule("rows.jsonl", validation_share=0.25, test_source="mixed.jsonl")
+    in_a_script.setup("fit")
+    in_a_script.setup("test")
+    assert in_a_script.describe()[-1] == tested.describe()[1]
     held_out = ChatDataModule("rows.jsonl")
     held_out.setup("test")
     assert held_out.describe()[1] == (

@@ -311,6 +311,24 @@ def test_other_splits_beside_a_file_are_named_unless_they_are_read():
     assert [*Parts(f"{folder}/mine.jsonl").unread().values()] == []
 
 
+@pytest.mark.parametrize(
+    ("source", "unread"),
+    [
+        ("my_train.jsonl", ["my-test.jsonl", "my_val.jsonl"]),
+        ("a/train/rows.jsonl", ["validation"]),
+        ("a/train", ["validation"]),
+    ],
+)
+def test_other_splits_beside_a_file_or_folder_go_by_the_rest_of_its_name(source, unread):
+    names = ("my_train", "my_val", "my-test", "other_test", "test", "a/train/rows", "a/validation/rows", "a/test/x.txt")
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write(f"{name}.jsonl" if "." not in name else name, text("q", "a"), text("r", "a"))
+    assert Parts(source).unread() == {source: unread}
+    read = Parts(source, source.replace("my_train", "my_val").replace("train", "validation"))
+    assert read.unread() == ({source: unread[:-1]} if unread[:-1] else {})
+
+
 def test_a_split_as_the_hub_names_its_file_is_one():
     folder = Path(folder_of("mine", train=("a", "b"), test=("c",)))
     for split in ("train", "test"):

@@ -35,6 +35,8 @@ class Batch(NamedTuple):
     """False for one that another device computes: ids, positions and targets are left out."""
     device: int = -1
     """Which of several devices it was dealt to; -1: each computes it."""
+    highest_id: int = -1
+    """The highest of ``input_ids``, found on the host, where it is no wait for the device; -1: unknown."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on ``device``, which is what Lightning calls; one that is not here stays."""

@@ -378,6 +378,17 @@ def test_other_batches_are_refused_in_one_line(make, words):
         assert [word for word in words if word not in str(caught.value)] == []
 
 
+def test_loaders_of_another_tokenizer_are_refused(expect_error):
+    rows = data(tokenizer="demo")
+    rows.setup("fit")
+    held_out = [rows.val_dataloader()[0]._replace(highest_id=99_999)]
+    loader = DataLoader(held_out, batch_size=None, collate_fn=lambda batch: batch)
+    for run in (lambda: trainer().validate(module(), loader, verbose=False),
+                lambda: trainer(limit_val_batches=0).fit(module(), loader, loader)):  # fmt: skip
+        expect_error(run, "99,999", "vocab_size", option="dataloaders")
+    assert rows.val_dataloader()[0].highest_id == int(rows.val_dataloader()[0].input_ids.max())
+
+
 def test_loaders_made_for_other_steps_are_refused(expect_error):
     """Their gradients would be as many times as large as there are micro-batches in a step."""
     rows = data(tokenizer="demo")

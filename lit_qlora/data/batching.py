@@ -169,6 +169,7 @@ def collate(
         num_tokens=num_tokens,
         step_answer_tokens=step_answer_tokens,
         lengths=lengths,
+        highest_id=int(input_ids.max()),
     )
 
 

@@ -66,6 +66,11 @@ class LearnsInParts(LightningModule):
         raise NotImplementedError
 
     @property
+    def num_ids(self) -> int | None:
+        """Number of ids that the model has an embedding for; None: unknown."""
+        return None
+
+    @property
     def can_learn_together(self) -> bool:
         """True if `summed_losses` gives what `summed_loss` gives."""
         return False
@@ -97,7 +102,7 @@ class LearnsInParts(LightningModule):
         Raises:
             UserError: for a batch that is no `Batch`, from another DataLoader.
         """
-        check_batch(batch)
+        check_batch(batch, self.num_ids)
         self._loss, self._is_learned, is_short = None, False, False
         is_first, most = batch_idx % self.trainer.accumulate_grad_batches == 0, self._most_together
         if is_first:
@@ -295,8 +300,8 @@ class LearnsInParts(LightningModule):
             parameter.grad = gradient
 
 
-def check_batch(batch: Any) -> None:
-    """Raises UserError unless ``batch`` is a `Batch` as `collate` makes it."""
+def check_batch(batch: Any, num_ids: int | None = None) -> None:
+    """Raises UserError unless ``batch`` is a `Batch` as `collate` makes it, of ids below ``num_ids``."""
     remedy = "lit_qlora.data.batching.collate makes one of examples, and DataLoader(…, batch_size=None) leaves it alone"
     if not isinstance(batch, Batch):
         raise UserError(
@@ -309,3 +314,6 @@ def check_batch(batch: Any) -> None:
         raise UserError(
             f"expected input_ids of [rows, tokens], got {shape}: collated twice", option="dataloaders", remedy=remedy
         )
+    if num_ids is not None and batch.highest_id >= num_ids:
+        problem = f"a batch has the id {batch.highest_id:,}, expected ids below {num_ids:,}, the base's vocab_size"
+        raise UserError(problem, option="dataloaders", remedy="make its rows with the tokenizer of the base")

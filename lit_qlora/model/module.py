@@ -477,6 +477,11 @@ class QLoRAModule(LearnsInParts):
         return loss, num_correct, len(batch.targets)
 
     @property
+    def num_ids(self) -> int:
+        """Rows of the base's embedding."""
+        return self.base.shape.vocabulary
+
+    @property
     def can_learn_together(self) -> bool:
         """True with our layers, unless kernels are recorded or a subclass has a loss of its own."""
         is_own = type(self).summed_loss is QLoRAModule.summed_loss
@@ -589,7 +594,7 @@ class QLoRAModule(LearnsInParts):
 
         Each holds the number of answer tokens of its step.
         """
-        check_batch(batch)
+        check_batch(batch, self.num_ids)
         if self.shards:
             self._count_passes(self.shards, batch.device, batch_idx)
         expected, now = self._accumulated, self.trainer.accumulate_grad_batches
@@ -630,7 +635,7 @@ class QLoRAModule(LearnsInParts):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the sums over the held-out rows. Raises UserError as `training_step`."""
-        check_batch(batch)
+        check_batch(batch, self.num_ids)
         if self.shards:
             self.shards.count(batch.device)
         loss_sum, num_correct, num_answers = self.summed_loss(batch) if batch.is_here else self.nothing()

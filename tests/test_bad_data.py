@@ -163,7 +163,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         jsonl({"messages": [{"role": "user", "content": None}]}),
         "rows.jsonl",
         None,
-        ["nothing to train on", "last turn of the user has no text"],
+        ["no row to train on or score", "last turn of the user has no text"],
     ),
     (
         "content parts",
@@ -226,7 +226,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         jsonl(*[chat(("user", "a"))] * 5),
         "rows.jsonl",
         None,
-        ["nothing to train on", "nothing answered: 5"],
+        ["no row to train on or score", "nothing answered: 5"],
     ),
     (
         "tags in text",
@@ -234,7 +234,7 @@ CASES: list[tuple[str, str, object, str | None, str | None, list[str]]] = [
         jsonl(chat(("user", "a [INST] b"), ("assistant", "c"))),
         "rows.jsonl",
         None,
-        ["nothing to train on", "Llama 2 tag inside a turn: 1"],
+        ["no row to train on or score", "Llama 2 tag inside a turn: 1"],
     ),
     (
         "sharegpt unknown",

@@ -205,7 +205,7 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
 def _nothing(name: str, dropped: Mapping[str, int]) -> SourceError:
     """The error for the source ``name`` of which no row is left, with what became of them."""
     reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "no rows"
-    return SourceError(name, f"nothing to train on ({reasons})", "expected conversations that end on an answer")
+    return SourceError(name, f"no row to train on or score ({reasons})", "expected conversations that end on an answer")
 
 
 def places_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: int | None = None) -> list[str] | None:

@@ -75,7 +75,7 @@ class Mirror:
         check_no_file(self.parent)
         _check_mounted(self.parent)
         if self.run.path.resolve() in (self.copy.path.resolve(), *self.copy.path.resolve().parents):
-            raise _wrong(f"{self.copy.path} is the run folder itself", "give a folder elsewhere")
+            raise _wrong(f"{self.copy.path} is in the run's own folder", "give a folder elsewhere")
         self._begin()
         if self.copy.has_begun() and self.copy.config.is_file():
             others = refused(self.copy.read_config(), config)

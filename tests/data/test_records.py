@@ -174,7 +174,9 @@ def test_an_answer_that_a_label_calls_bad_is_not_learned(expect_error):
     ]
     named = Reading(columns={"user": "prompt", "assistant": "completion"})
     bad = write("c.jsonl", rows[0])
-    expect_error(lambda: load_records(bad, reading=named), "nothing to train on", "label false", place="c.jsonl")
+    expect_error(
+        lambda: load_records(bad, reading=named), "no row to train on or score", "label false", place="c.jsonl"
+    )
 
 
 def test_rows_with_questions_that_are_only_images_are_no_faults(expect_error):
@@ -202,7 +204,7 @@ def test_nothing_left_is_an_error(row, reason, expect_error):
     expect_error(
         lambda: load_records(write("a.jsonl", row)),
         reason,
-        "nothing to train on",
+        "no row to train on or score",
         "expected conversations that end",
         place="a.jsonl",
     )
@@ -210,7 +212,7 @@ def test_nothing_left_is_an_error(row, reason, expect_error):
 
 def test_a_split_without_rows_on_the_hub_is_an_error(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split: datasets.Dataset.from_list([]))
-    with pytest.raises(UserError, match=r"^owner/name: nothing to train on \(no rows\); expected "):
+    with pytest.raises(UserError, match=r"^owner/name: no row to train on or score \(no rows\); expected "):
         load_records("owner/name")
 
 
@@ -287,7 +289,9 @@ def test_answers_of_weight_0_stay_as_context_only():
         "rows left out: no answer is to be learned": 1,
         "last answers dropped: not to be learned": 2,
     }
-    with pytest.raises(UserError, match=r"nothing to train on \(rows left out: no answer is to be learned: 1\)"):
+    with pytest.raises(
+        UserError, match=r"no row to train on or score \(rows left out: no answer is to be learned: 1\)"
+    ):
         load_records(write("b.jsonl", weighed(0, 0)))
 
 

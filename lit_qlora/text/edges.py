@@ -38,6 +38,7 @@ WRITTEN_OUT = (
     "<|end_of_role|>",  # Granite
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",  # noqa: RUF001  # DeepSeek
     "<|startoftext|>", "<|bos|>", "<|eos|>", "<eot>",  # Yi and others
+    "<eoh>", "<eoa>", "[gMASK]", "<sop>", "<eop>", "<|endofprompt|>",  # InternLM, GLM, OpenAI's
     "<unk>", "<pad>", "[PAD]", "<|pad|>", "[BOS]", "[EOS]",  # behind the end of a row that was decoded with its padding
 )  # fmt: skip
 """Tokens with which common models start and end texts and turns."""

@@ -21,6 +21,7 @@ from lit_qlora.text.edges import WRITTEN_OUT, WrittenOutError, clean, take_off
         ("grey.<|eot|>", "grey.", ["<|eot|>"]),
         ("grey.<|return|>", "grey.", ["<|return|>"]),
         ("grey.<｜end▁of▁sentence｜>", "grey.", ["<｜end▁of▁sentence｜>"]),  # noqa: RUF001
+        ("[gMASK]<sop>grey.<eoa>", "grey.", ["<eoa>", "<sop>", "[gMASK]"]),
         # In another case.
         ("<S>grey.</S>", "grey.", ["</S>", "<S>"]),
         ("grey.<EOS><Pad>", "grey.", ["<EOS>", "<Pad>"]),

@@ -205,3 +205,14 @@ def test_options_written_with_dots(run: Path, monkeypatch: pytest.MonkeyPatch) -
 
     chosen = choose_adapter("run")
     assert chosen.base.name == "demo" and chosen.settings["data"]["system"] == "Be brief."
+
+
+@pytest.mark.parametrize("line", ["nope: 3", '"model.base+": theirs', "Model.base: theirs", "data.sauce: x"])
+@pytest.mark.parametrize("verb", ["validate", "chat", "predict", "evaluate", "merge", "export"])
+def test_no_name_that_is_no_option_is_passed_over(
+    run: Path, capsys: pytest.CaptureFixture[str], verb: str, line: str
+) -> None:
+    config = run / "config.yaml"
+    config.write_text(f"{config.read_text()}\n{line}\n")
+    error = _error(verb, capsys)
+    assert "config.yaml:" in error and line.partition(":")[0].strip('"+') in error

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_qlora.console import say_imports
 from lit_qlora.data.sources import sources_of
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.lora_config import require_adapter
+from lit_qlora.options import did_you_mean
 from lit_qlora.quiet import quieten
+from lit_qlora.signatures import OF_LIGHTNING, options_of
 from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
 from lit_qlora.text.conversation import Conversation, TextError
 from lit_qlora.text.formats import PromptFormat
@@ -100,7 +102,8 @@ def _say_imports() -> None:
 def _settings(run: RunFolder) -> dict[str, Any]:
     """The options that ``run`` was trained with, with all sections.
 
-    Raises UserError if the options that every verb reads are no texts: the folder may come from anywhere.
+    Raises UserError for a name that is no option of fit, and if the options that every verb reads are no texts: the
+    folder may come from anywhere.
     """
     settings = {"model": {}, "data": {}, "trainer": {}} | run.read_config()
     for name in ("model", "data", "trainer"):
@@ -115,6 +118,12 @@ def _settings(run: RunFolder) -> dict[str, Any]:
         raise error.replace(place=run.config) from error
     seed = settings.get("seed_everything", 42)
     require(isinstance(seed, int), "seed_everything", "a whole number", seed, place=run.config)
+    known = [option.name for option in options_of("fit")]
+    # Below an option: of its table, or of a class, which fit and its kin alone ask for.
+    below = (*(f"{one}." for one in known), *(f"{one}+" for one in OF_LIGHTNING))
+    for name in run.read_options():
+        if name not in known and not name.startswith(below):
+            raise UserError(f"unknown option {excerpt(name)}", place=run.config, remedy=did_you_mean(name, known))
     return settings
 
 

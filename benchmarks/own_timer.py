@@ -1,4 +1,4 @@
-"""Owns the callback that holds the clock in a run of lit-qlora's: `--trainer.callbacks own_timer.Timer`."""
+"""Owns the callback that holds the clock in a run of lit-qlora's: `--trainer.callbacks own_timer.Stopwatch`."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ rows: list = []
 """Examples whose loss is told before and after: ids and labels."""
 
 
-class Timer(Callback):
+class Stopwatch(Callback):
     """Scores the rows, counts steps, and ends the process when enough was seen: the rest of the run is not measured."""
 
     loss, seen = 0.0, 0

@@ -122,7 +122,7 @@ def lit_qlora(spec: dict, clock: Clock, extra: tuple[str, ...] = ()) -> None:
     args += ["--run", f"ours-{len(extra)}", "--trainer.max_epochs", "1000", "--trainer.limit_val_batches", "1"]
     args += ["--trainer.val_check_interval", "100000"]
     args += ["--samples.count", "0", "--save_every_steps", "100000", *extra]
-    args += ["--trainer.callbacks", "own_timer.Timer"]
+    args += ["--trainer.callbacks", "own_timer.Stopwatch"]
     if spec["kernels"]:  # as a T4 runs a base of 7B
         args += ["--model.cuda_graphs", "false"]
     elif spec["t4"] and "--data.packing" not in extra:  # what auto chooses on a large card; this one has a T4's name

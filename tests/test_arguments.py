@@ -75,6 +75,7 @@ WRONG = [
     (QLoRAModule, "model.target_modules", Path("q_proj"), "a list of texts"),
     (QLoRAModule, "model.rslora", "yes", "true or false"),
     (QLoRAModule, "model.schedule", "stairs", "constant, linear, cosine"),
+    (QLoRAModule, "model.schedule", "liner", "did you mean 'linear'?"),
     (QLoRAModule, "model.compile", "yes", "true or false or auto"),
     (ChatDataModule, "data.source", 3, "a text or a path or a list of values or a table, got 3"),
     (ChatDataModule, "data.source", [3], "got [3]"),

@@ -118,6 +118,7 @@ def test_those_that_are_called_alike_name_the_section(parser: RunParser, name: s
     ("name", "told"),
     [
         ("load_in_4bit", "a base is always trained in 4-bit NF4 with double quantisation: leave it out"),
+        ("nf4", "a base is always trained in 4-bit NF4 with double quantisation: leave it out"),
         ("group_by_length", "rows of like length always stand together: leave it out"),
         ("resume_from_checkpoint", "the same command, given again, resumes: leave it out"),
         ("push_to_hub", "python main.py push sends an adapter to the hub"),

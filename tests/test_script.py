@@ -381,11 +381,12 @@ def test_other_batches_are_refused_in_one_line(make, words):
 def test_loaders_of_another_tokenizer_are_refused(expect_error):
     rows = data(tokenizer="demo")
     rows.setup("fit")
-    held_out = [rows.val_dataloader()[0]._replace(highest_id=99_999)]
+    num_ids = module().base.shape.vocabulary
+    held_out = [rows.val_dataloader()[0]._replace(highest_id=num_ids)]
     loader = DataLoader(held_out, batch_size=None, collate_fn=lambda batch: batch)
     for run in (lambda: trainer().validate(module(), loader, verbose=False),
                 lambda: trainer(limit_val_batches=0).fit(module(), loader, loader)):  # fmt: skip
-        expect_error(run, "99,999", "vocab_size", option="dataloaders")
+        expect_error(run, f"the id {num_ids:,}", "vocab_size", option="dataloaders")
     assert rows.val_dataloader()[0].highest_id == int(rows.val_dataloader()[0].input_ids.max())
 
 

@@ -1,5 +1,6 @@
 """Options read off the sources are those of the parser, and what is found first is what would be found later."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -11,14 +12,16 @@ from shutil import copytree
 import pytest
 import yaml
 
-from lit_qlora import demo, precheck
+from lit_qlora import cli, demo, precheck
 from lit_qlora.cli import main
+from lit_qlora.data import records
+from lit_qlora.data.held_out import Parts
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import split_names
 from lit_qlora.options import plain
 from lit_qlora.place import find_config
 from lit_qlora.precheck import check_first
-from lit_qlora.signatures import OF_LIGHTNING, UNKNOWN, offered, options_of
+from lit_qlora.signatures import OF_LIGHTNING, UNKNOWN, classes_for, offered, options_of
 from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.run import RunFolder
@@ -195,6 +198,11 @@ def test_a_link_that_leads_to_itself_is_one_line(option, tmp_path, monkeypatch, 
     assert line.startswith("error: ") and "loop" in line
 
 
+def test_a_link_to_itself_is_told_by_the_systems_number_too():
+    """As from Python 3.13 on, whose pathlib raises no error of its own."""
+    assert "x.jsonl: a link that leads to itself" in cli._of_a_path(OSError(errno.ELOOP, "many", "x.jsonl"))
+
+
 @pytest.mark.parametrize("row", ["2", "9999", "rows.jsonl:5", "other.jsonl:1"])
 def test_a_row_to_show_that_is_not_there_is_found_first(row, tmp_path, monkeypatch, expect_error):
     monkeypatch.chdir(tmp_path)
@@ -205,6 +213,22 @@ def test_a_row_to_show_that_is_not_there_is_found_first(row, tmp_path, monkeypat
     for there in ("1", "3", "rows.jsonl:4"):
         check_first("inspect", [*source, there])
     expect_error(lambda: check_first("inspect", ["--row", "9999"]), "no such row", "of demo", option="row")
+
+
+def test_a_row_to_show_may_be_of_any_part(tmp_path, monkeypatch, expect_error):
+    """Of the source's own held-out rows, of another source's; and where not all can be read early, of any."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name, count in (("mine/train", 1), ("mine/validation", 2), ("other", 4)):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "q", "response": "a"}\n' * count)
+    other = ["--data.validation_source=other.jsonl"]
+    for more, there, not_there in (([], "2", "3"), (other, "other.jsonl:4", "5")):
+        args = ["--data.source=mine", *more, "--row"]
+        check_first("inspect", [*args, there])
+        expect_error(lambda: check_first("inspect", [*args, not_there]), "no such row", option="row")  # noqa: B023
+    Parts("owner/name").check_row("9")
+    monkeypatch.setattr(records, "EARLY_BYTES", 1)
+    Parts("mine").check_row("9")
 
 
 def test_a_base_that_the_hub_has_not_is_found_first(monkeypatch, expect_error):
@@ -445,8 +469,22 @@ def test_the_help_of_a_class_has_its_arguments():
             f" {one}," in " ".join(help_of_class([f"--{option}.help"]).split()) for one in offered(option)
         )
         for one in offered(option):
-            assert help_of_class([f"--{option}.help", one]).startswith(f"usage: --{option} {one}")
+            told = help_of_class([f"--{option}.help", one])
+            assert told.startswith(f"usage: --{option} {one}") and told.splitlines().count("") <= 2
     assert help_of_class(["--trainer.logger", "CSVLogger"]) is None
+    its_path = "lightning.pytorch.loggers.CSVLogger"
+    assert help_of_class(["--trainer.logger.help", its_path]) == help_of_class(["--trainer.logger.help=CSVLogger"])
+    assert help_of_class(["--trainer.logger.help", "--run"]) == help_of_class(["--trainer.logger.help"])
+    assert "It passes others on" in help_of_class(["--trainer.logger.help", "WandbLogger"])
+    bare = "usage: --trainer.plugins LightningEnvironment\n\nIt has no arguments.\n"
+    assert help_of_class(["--trainer.plugins.help", "LightningEnvironment"]) == bare
+
+
+@pytest.mark.parametrize(
+    ("option", "one"), [("logger", "Logger"), ("plugins", "ClusterEnvironment"), ("plugins", "AsyncCheckpointIO")]
+)
+def test_a_base_class_and_a_plugin_without_effect_are_not_offered(option, one):
+    assert one in classes_for(f"trainer.{option}") and one not in offered(f"trainer.{option}")
 
 
 @pytest.mark.parametrize(

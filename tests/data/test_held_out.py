@@ -317,15 +317,19 @@ def test_other_splits_beside_a_file_are_named_unless_they_are_read():
         ("my_train.jsonl", ["my-test.jsonl", "my_val.jsonl"]),
         ("a/train/rows.jsonl", ["validation"]),
         ("a/train", ["validation"]),
+        ("b/Train", ["Validation"]),
     ],
 )
 def test_other_splits_beside_a_file_or_folder_go_by_the_rest_of_its_name(source, unread):
-    names = ("my_train", "my_val", "my-test", "other_test", "test", "a/train/rows", "a/validation/rows", "a/test/x.txt")
+    names = ("my_train", "my_val", "my-test", "other_test", "test", "a/train/rows", "a/validation/rows", "a/test/x.txt",
+             "b/Train/rows", "b/Validation/rows")  # fmt: skip
     for name in names:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         write(f"{name}.jsonl" if "." not in name else name, text("q", "a"), text("r", "a"))
     assert Parts(source).unread() == {source: unread}
-    read = Parts(source, source.replace("my_train", "my_val").replace("train", "validation"))
+    read = Parts(
+        source, source.replace("my_train", "my_val").replace("train", "validation").replace("Train", "Validation")
+    )
     assert read.unread() == ({source: unread[:-1]} if unread[:-1] else {})
 
 

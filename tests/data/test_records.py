@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from lit_qlora.data.forms import read_row
 from lit_qlora.data.records import Reading, check_early, load_records
 from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError
@@ -177,6 +178,13 @@ def test_an_answer_that_a_label_calls_bad_is_not_learned(expect_error):
     expect_error(
         lambda: load_records(bad, reading=named), "no row to train on or score", "label false", place="c.jsonl"
     )
+
+
+def test_a_label_says_nothing_of_a_whole_text_nor_of_a_prompt():
+    read = read_row({"text": "A story.", "label": False}, is_whole=True)
+    assert [turn.learned for turn in read.conversation.turns] == [True]
+    read = read_row({"prompt": "a", "label": False}, use="prompts")
+    assert (read.unused, read.changed) == (("column 'label'",), ())
 
 
 def test_rows_with_questions_that_are_only_images_are_no_faults(expect_error):

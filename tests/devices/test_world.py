@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from threading import Timer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +195,18 @@ def test_nobody_waits_for_ever_for_one_that_never_comes(
     assert found == 143 if ends == "signal" else found.startswith(f"process {1 - rank} of 2 did not come ")
     where = f"at 127.0.0.1:{free}, " if rank else ""
     assert f"   run  waits for process {1 - rank} of 2, {where}at most " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "says"), [(0, False), (1, True), (3, False)])
+def test_a_long_wait_is_reported_once_by_the_first_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: int, says: bool
+) -> None:
+    monkeypatch.setattr(world, "world", lambda: SimpleNamespace(rank=rank, size=4))
+    begun = time.monotonic()
+    assert world._said(begun, [0, 2], "", timedelta(minutes=10)) == begun
+    for _ in range(2):
+        begun = world._said(begun - 60, [0, 2], "", timedelta(minutes=10))
+    assert capfd.readouterr().err == "   run  waits for processes 0, 2 of 4, at most 600 s\n" * says
 
 
 @pytest.mark.parametrize("ends", ["signal", "limit"])

@@ -48,9 +48,22 @@ def test_a_run_is_not_begun_in_the_current_folder_the_home_or_what_holds_them(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     expect_error(RunFolder(run_path(name)).check_place, "current folder or the home", "--run NAME", option="run")
     RunFolder(run_path("../beside")).check_place()
+    assert run_path("nowhere/../../beside") == tmp_path / "beside"  # mkdir would make nowhere, too
     begun = RunFolder(tmp_path / "here")
     save(begun, 5)
     RunFolder(run_path(".")).check_place()
+
+
+def test_only_a_folder_that_is_not_there_yet_has_to_be_made(tmp_path, monkeypatch, expect_error):
+    """A run may be there already where no other can be made beside it."""
+
+    def fail(**options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("lit_qlora.storage.run.TemporaryDirectory", fail)
+    RunFolder(tmp_path).check_writable()
+    missing = RunFolder(tmp_path / "a" / "b")
+    expect_error(missing.check_writable, f"{missing.path} can't be written (Read-only", option="run")
 
 
 def test_steps_are_sorted_by_number_not_by_date(run):

@@ -295,6 +295,14 @@ def test_ollama_writes_the_prompts_of_training(name, tokens):
             assert by_ollama(one, asked) == by_ollama(one, asked, adds_bos=False) == text
 
 
+def test_a_bos_that_prompts_do_not_begin_with_is_in_no_modelfile():
+    one = chosen(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    ).of(LLAMA_3)
+    assert one.modelfile(Path("x.gguf"), (), adds_bos=False) == one.modelfile(Path("x.gguf"))
+
+
 def test_ollama_stops_where_answers_end():
     one = chosen(read_template("llama3")).of(LLAMA_3)
     text = one.modelfile(Path("x.gguf"), ["<|eot_id|>", "<|end_of_text|>"])

@@ -200,11 +200,23 @@ def test_settings_that_evaluate_takes(run: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_options_written_with_dots(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run / "config.yaml").write_text("model.base: demo\ndata.system: Be brief.\n")
+    (run / "config.yaml").write_text("model.base: demo\ndata.system: Be brief.\ntrainer.callbacks+: Timer\n")
     from lit_qlora.tools.answering.answerer import choose_adapter
 
     chosen = choose_adapter("run")
     assert chosen.base.name == "demo" and chosen.settings["data"]["system"] == "Be brief."
+
+
+@pytest.mark.parametrize("given", [{"run": "run"}, {"adapter": "run/adapter"}])
+def test_what_takes_the_first_seconds_is_said_of_a_run_and_of_an_adapter(
+    run: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    from lit_qlora.tools.answering import answerer
+
+    said = list[None]()
+    monkeypatch.setattr(answerer, "_say_imports", lambda: said.append(None))
+    answerer.choose_adapter(**given)
+    assert said == [None]
 
 
 @pytest.mark.parametrize("line", ["nope: 3", '"model.base+": theirs', "Model.base: theirs", "data.sauce: x"])

@@ -103,15 +103,11 @@ class Parts:
         """
         if any(map(is_hub_id, (*sources_of(self.source), *self._elsewhere()))):
             return
-        read = [(source, splits.training()) for source, splits in self.splits.items()]
-        read += [
-            (source, split) for source, splits in self.splits.items() if (split := splits.first("validation", "test"))
-        ]
-        if not self._is_own():
-            read += [(source, find_splits(source).for_scoring("validation", "test")) for source in self._elsewhere()]
-        found = [places_early(source, split, self.reading) for source, split in read]
+        trains = [(source, splits.training()) for source, splits in self.splits.items()]
+        held_out = [(source, split) for source, split in self._held_out_splits() if split]
+        found = [places_early(source, split, self.reading) for source, split in (*trains, *held_out)]
         if None not in found and not any(is_at(where, row) for places in found for where in places or ()):
-            raise no_row(name_of([source.called(splits.training()) for source, splits in self.splits.items()]), row)
+            raise no_row(name_of([source.called(split) for source, split in trains]), row)
 
     def train_and_held_out(self) -> tuple[Records, Records]:
         """Load the rows to train on and the rows to validate on, which never mix.
@@ -122,22 +118,19 @@ class Parts:
         Raises:
             UserError: as `load_records`, when there is nothing to hold out, and when all of it is in training, too.
         """
-        trains = self._training()
+        trains, splits = self._training(), self._held_out_splits()
+        fixed = [self._load(source, name) for source, name in splits if name]
         if not self._is_own():
             train = joined(trains)
-            elsewhere = [(source, find_splits(source)) for source in self._elsewhere()]
-            held_out = [self._load(source, splits.for_scoring("validation", "test")) for source, splits in elsewhere]
-            return train, _apart(joined(held_out), train, "data.validation_source")
-        own = [(source, splits.first("validation", "test")) for source, splits in self.splits.items()]
-        fixed = [self._load(source, name) for source, name in own if name]
+            return train, _apart(joined(fixed), train, "data.validation_source")
         held_out = [_apart(joined(fixed), joined(trains), "data.source")] if fixed else []
         if self.draws():
-            undivided = joined([records for records, (_, name) in zip(trains, own, strict=True) if not name])
+            undivided = joined([records for records, (_, name) in zip(trains, splits, strict=True) if not name])
             self._check_draw(undivided.name)
             drawn = _draw(undivided, self.share, self.seed)
             divided = [_divide(records, drawn) for records in trains]
             trains = [train for train, _ in divided]
-            held_out += [rest for (_, rest), (_, name) in zip(divided, own, strict=True) if not name]
+            held_out += [rest for (_, rest), (_, name) in zip(divided, splits, strict=True) if not name]
         return joined(trains), joined(held_out)
 
     def test(self, rows: RunRows | None = None) -> Records | None:
@@ -236,6 +229,12 @@ class Parts:
         """True if the held-out rows come from the sources themselves."""
         given = self._elsewhere()
         return not given or [one.place for one in given] == [one.place for one in sources_of(self.source)]
+
+    def _held_out_splits(self) -> list[tuple[Source, str | None]]:
+        """Each source that rows are held out of, and its split; without one, a share of its training rows is drawn."""
+        if self._is_own():
+            return [(source, splits.first("validation", "test")) for source, splits in self.splits.items()]
+        return [(source, find_splits(source).for_scoring("validation", "test")) for source in self._elsewhere()]
 
     def _elsewhere(self) -> tuple[Source, ...]:
         given = self.validation_source

@@ -66,11 +66,6 @@ class LearnsInParts(LightningModule):
         raise NotImplementedError
 
     @property
-    def num_ids(self) -> int | None:
-        """Number of ids that the model has an embedding for; None: unknown."""
-        return None
-
-    @property
     def can_learn_together(self) -> bool:
         """True if `summed_losses` gives what `summed_loss` gives."""
         return False
@@ -98,11 +93,7 @@ class LearnsInParts(LightningModule):
         Returns:
             ``loss``, a scalar to go backward from; and ``loss_sum`` in nats, ``num_correct`` and ``num_answers``, over
             the micro-batches that were learned with this one, and of ``each``.
-
-        Raises:
-            UserError: for a batch that is no `Batch`, from another DataLoader.
         """
-        check_batch(batch, self.num_ids)
         self._loss, self._is_learned, is_short = None, False, False
         is_first, most = batch_idx % self.trainer.accumulate_grad_batches == 0, self._most_together
         if is_first:
@@ -300,7 +291,7 @@ class LearnsInParts(LightningModule):
             parameter.grad = gradient
 
 
-def check_batch(batch: Any, num_ids: int | None = None) -> None:
+def check_batch(batch: Any, num_ids: int) -> None:
     """Raises UserError unless ``batch`` is a `Batch` as `collate` makes it, of ids below ``num_ids``."""
     remedy = "lit_qlora.data.batching.collate makes one of examples, and DataLoader(…, batch_size=None) leaves it alone"
     if not isinstance(batch, Batch):
@@ -314,6 +305,6 @@ def check_batch(batch: Any, num_ids: int | None = None) -> None:
         raise UserError(
             f"expected input_ids of [rows, tokens], got {shape}: collated twice", option="dataloaders", remedy=remedy
         )
-    if num_ids is not None and batch.highest_id >= num_ids:
+    if batch.highest_id >= num_ids:
         problem = f"a batch has the id {batch.highest_id:,}, expected ids below {num_ids:,}, the base's vocab_size"
         raise UserError(problem, option="dataloaders", remedy="make its rows with the tokenizer of the base")

@@ -477,11 +477,6 @@ class QLoRAModule(LearnsInParts):
         return loss, num_correct, len(batch.targets)
 
     @property
-    def num_ids(self) -> int:
-        """Rows of the base's embedding."""
-        return self.base.shape.vocabulary
-
-    @property
     def can_learn_together(self) -> bool:
         """True with our layers, unless kernels are recorded or a subclass has a loss of its own."""
         is_own = type(self).summed_loss is QLoRAModule.summed_loss
@@ -590,11 +585,11 @@ class QLoRAModule(LearnsInParts):
         self._logged_step, self._accumulated = self.trainer.global_step, self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Raises UserError if a callback changed the accumulation, or the batches were made for another one.
+        """Raises UserError for a batch of another DataLoader or tokenizer, or made for another accumulation.
 
-        Each holds the number of answer tokens of its step.
+        Each holds the number of answer tokens of its step. So a callback that changes the accumulation is noticed.
         """
-        check_batch(batch, self.num_ids)
+        check_batch(batch, self.base.shape.vocabulary)
         if self.shards:
             self._count_passes(self.shards, batch.device, batch_idx)
         expected, now = self._accumulated, self.trainer.accumulate_grad_batches
@@ -634,8 +629,8 @@ class QLoRAModule(LearnsInParts):
             self._sums.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the sums over the held-out rows. Raises UserError as `training_step`."""
-        check_batch(batch, self.num_ids)
+        """Add a batch to the sums over the held-out rows. Raises UserError as `on_train_batch_start`."""
+        check_batch(batch, self.base.shape.vocabulary)
         if self.shards:
             self.shards.count(batch.device)
         loss_sum, num_correct, num_answers = self.summed_loss(batch) if batch.is_here else self.nothing()

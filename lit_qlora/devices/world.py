@@ -28,8 +28,8 @@ SLOW = timedelta(days=1)
 """How long one process may take for what the others wait for, such as a download; one that ends is noticed at once."""
 DEAD = timedelta(minutes=10)
 """How long a device may take for its part of a step."""
-SAID = timedelta(seconds=30)
-"""After how long the wait for other processes is reported: they start within seconds of each other, as a rule."""
+LONG = timedelta(seconds=30)
+"""A wait for other processes that is reported: they start within seconds of each other, as a rule."""
 REPLY = timedelta(seconds=5)
 """How long a program that is there may take to answer."""
 
@@ -149,14 +149,15 @@ def _open_store(limit: timedelta) -> Any:
 
 def _reach(host: str, port: int, limit: timedelta) -> None:
     """Return once a program answers at ``port``. Raises UserError if none has within ``limit``."""
-    begun, ends_at = time.monotonic(), time.monotonic() + limit.total_seconds()
+    wait = _Wait(limit)
     while True:
         try:
             socket.create_connection((host, port), timeout=REPLY.total_seconds()).close()
         except OSError as error:
-            if time.monotonic() > ends_at:
+            if wait.is_over():
                 raise _not_come([0], f"to {host}:{port} ", limit, f" ({error.strerror or error})") from error
-            begun = _said(begun, [0], f"at {host}:{port}, ", limit)
+            if wait.is_long():
+                _report_wait([0], f"at {host}:{port}, ", limit)
             time.sleep(0.1)
         else:
             return
@@ -169,30 +170,47 @@ def _meet() -> None:
         LostError: one has failed on the way.
         UserError: one does not come.
     """
-    found, here, begun = board(DEAD), world(), time.monotonic()
-    ends_at = begun + DEAD.total_seconds()
+    found, here, wait = board(DEAD), world(), _Wait(DEAD)
     found.set(f"came {here.rank}", "")
     found.add("came", 1)
     while found.add("came", 0) < here.size:
         if found.check(["failed"]):
             raise _lost()
-        missing = [rank for rank in range(here.size) if not found.check([f"came {rank}"])]
-        if time.monotonic() > ends_at:
-            raise _not_come(missing, "", DEAD)
-        begun = _said(begun, missing, "", DEAD)
+        is_over = wait.is_over()
+        if is_over or wait.is_long():
+            missing = [rank for rank in range(here.size) if not found.check([f"came {rank}"])]
+            if is_over:
+                raise _not_come(missing, "", DEAD)
+            _report_wait(missing, "", DEAD)
         time.sleep(0.05)
 
 
-def _said(begun: float, ranks: list[int], where: str, limit: timedelta) -> float:
-    """Report a wait for ``ranks`` once it is long, by the first of the others; return since when it counts.
+class _Wait:
+    """A wait for other processes, since now, of at most ``limit``."""
+
+    def __init__(self, limit: timedelta) -> None:
+        now = time.monotonic()
+        self._long_at, self._ends_at = now + LONG.total_seconds(), now + limit.total_seconds()
+
+    def is_over(self) -> bool:
+        """True once ``limit`` has passed."""
+        return time.monotonic() > self._ends_at
+
+    def is_long(self) -> bool:
+        """True once, when it has become a `LONG` one."""
+        if time.monotonic() < self._long_at:
+            return False
+        self._long_at = float("inf")
+        return True
+
+
+def _report_wait(ranks: list[int], where: str, limit: timedelta) -> None:
+    """Print whom the others wait for, by the first of these.
 
     Whatever is silenced: the first process of all may not be there to speak.
     """
-    if time.monotonic() < begun + SAID.total_seconds():
-        return begun
-    if world().rank == min({*range(world().size)} - {*ranks}):
+    if ranks and world().rank == min({*range(world().size)} - {*ranks}):
         print(f"   run  waits for {_named(ranks)}, {where}at most {limit.total_seconds():.0f} s", file=sys.__stderr__)
-    return float("inf")
 
 
 def _named(ranks: list[int]) -> str:

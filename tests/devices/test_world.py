@@ -188,7 +188,7 @@ def test_nobody_waits_for_ever_for_one_that_never_comes(
     """Nor without a word, nor without hearing a signal: as under srun, where the other's machine does not start."""
 
     monkeypatch.setattr(world, "DEAD", timedelta(seconds=0.5 if ends == "limit" else 60))
-    monkeypatch.setattr(world, "SAID", timedelta(seconds=0.1))
+    monkeypatch.setattr(world, "LONG", timedelta(seconds=0.1))
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = server.getsockname()[1]
     found = joining(rank, free, ends)
@@ -198,15 +198,22 @@ def test_nobody_waits_for_ever_for_one_that_never_comes(
 
 
 @pytest.mark.parametrize(("rank", "says"), [(0, False), (1, True), (3, False)])
-def test_a_long_wait_is_reported_once_by_the_first_that_is_there(
+def test_a_long_wait_is_reported_by_the_first_that_is_there(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: int, says: bool
 ) -> None:
     monkeypatch.setattr(world, "world", lambda: SimpleNamespace(rank=rank, size=4))
-    begun = time.monotonic()
-    assert world._said(begun, [0, 2], "", timedelta(minutes=10)) == begun
-    for _ in range(2):
-        begun = world._said(begun - 60, [0, 2], "", timedelta(minutes=10))
+    world._report_wait([0, 2], "", timedelta(minutes=10))
+    world._report_wait([], "", timedelta(minutes=10))  # the last has come meanwhile
     assert capfd.readouterr().err == "   run  waits for processes 0, 2 of 4, at most 600 s\n" * says
+
+
+def test_a_wait_becomes_long_once_and_is_over_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(world, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    wait, found = world._Wait(timedelta(seconds=600)), list[tuple[float, bool, bool]]()
+    for now[0] in (1029.0, 1030.0, 1031.0, 1600.0, 1601.0):
+        found.append((now[0] - 1000, wait.is_long(), wait.is_over()))
+    assert found == [(29, False, False), (30, True, False), (31, False, False), (600, False, False), (601, False, True)]
 
 
 @pytest.mark.parametrize("ends", ["signal", "limit"])

@@ -21,6 +21,7 @@ from lit_qlora.options import (
     did_you_mean,
     is_plain,
     is_plain_type,
+    known_as,
     option,
     take_option,
     takes_names,
@@ -119,7 +120,7 @@ def _as_plain(options: Mapping[str, Any], place: Path, parser: OneLineErrors, re
     """
     types, kept, left_out = parser.types(), dict[str, Any](), list[str]()
     for name, value in options.items():
-        known = next((one for one in types if name == one or name.startswith((f"{one}.", f"{one}+"))), None)
+        known = known_as(name, types)
         if known is None:
             near = did_you_mean(name, [*types])
             raise UserError(f"unknown option {excerpt(name)}", place=place, remedy=f"{near}; {REMEDY}")

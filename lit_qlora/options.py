@@ -350,6 +350,11 @@ def _point(expected: str, value: str) -> str | None:
     return f"write {found[1]}.{found[2]}" if found else None
 
 
+def known_as(name: str, names: Iterable[str]) -> str | None:
+    """The one of ``names`` that a config file gives as ``name``, with ``.key`` or ``+`` behind it or not; or None."""
+    return next((one for one in names if name == one or name.startswith((f"{one}.", f"{one}+"))), None)
+
+
 def did_you_mean(name: str, names: list[str]) -> str:
     """The remedy for an unknown option: its name here if another program has it, else the nearest name.
 

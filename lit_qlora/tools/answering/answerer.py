@@ -17,9 +17,10 @@ from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.lora_config import require_adapter
-from lit_qlora.options import did_you_mean
+from lit_qlora.options import did_you_mean, known_as
 from lit_qlora.quiet import quieten
 from lit_qlora.signatures import OF_LIGHTNING, options_of
+from lit_qlora.storage.config_file import as_sections
 from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
 from lit_qlora.text.conversation import Conversation, TextError
 from lit_qlora.text.formats import PromptFormat
@@ -105,7 +106,8 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     Raises UserError for a name that is no option of fit, and if the options that every verb reads are no texts: the
     folder may come from anywhere.
     """
-    settings = {"model": {}, "data": {}, "trainer": {}} | run.read_config()
+    options, names = run.read_options(), [option.name for option in options_of("fit")]
+    settings = {"model": {}, "data": {}, "trainer": {}} | as_sections(options)
     for name in ("model", "data", "trainer"):
         require(isinstance(settings[name], dict), name, "options below it", settings[name], place=run.config)
     for section, name in (("model", "base"), ("model", "quantized_cache"), ("data", "system")):
@@ -118,12 +120,10 @@ def _settings(run: RunFolder) -> dict[str, Any]:
         raise error.replace(place=run.config) from error
     seed = settings.get("seed_everything", 42)
     require(isinstance(seed, int), "seed_everything", "a whole number", seed, place=run.config)
-    known = [option.name for option in options_of("fit")]
-    # Below an option: of its table, or of a class, which fit and its kin alone ask for.
-    below = (*(f"{one}." for one in known), *(f"{one}+" for one in OF_LIGHTNING))
-    for name in run.read_options():
-        if name not in known and not name.startswith(below):
-            raise UserError(f"unknown option {excerpt(name)}", place=run.config, remedy=did_you_mean(name, known))
+    for name in options:
+        known = known_as(name, names)
+        if known is None or (name.startswith(f"{known}+") and known not in OF_LIGHTNING):  # classes are fit's alone
+            raise UserError(f"unknown option {excerpt(name)}", place=run.config, remedy=did_you_mean(name, names))
     return settings
 
 

@@ -54,6 +54,7 @@ from lit_qlora.signatures import (
     Option,
     arguments_of,
     classes_for,
+    is_of_lightning,
     options_of,
 )
 from lit_qlora.storage import settings
@@ -298,9 +299,9 @@ def _check_classes(option: str, given: Any, more: Mapping[str, str]) -> None:
         path, arguments = table.get("class_path"), table.get("init_args") or {}
         if not isinstance(path, str) or "class_path" in more:
             continue
-        package, _, name = path.rpartition(".")
-        if package and package not in (f"lightning.pytorch.{one}" for one in OF_LIGHTNING[option]):
-            top = package.partition(".")[0]
+        name = path.rpartition(".")[2]
+        if not is_of_lightning(option, path):
+            top = path.partition(".")[0]
             if top and top not in sys.modules and not find_spec(top):
                 raise no_class(path, option, (), f"No module named {top!r}")
         elif name not in classes_for(option):

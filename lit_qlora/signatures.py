@@ -107,6 +107,12 @@ def classes_for(option: str) -> Mapping[str, str]:
     return {one.name: node.module or "" for node in imports for one in node.names if one.name[0].isupper()}
 
 
+def is_of_lightning(option: str, path: str) -> bool:
+    """True if ``path`` is meant for one of Lightning's classes for ``option``, alone or with its package."""
+    package = path.rpartition(".")[0]
+    return not package or package in (f"lightning.pytorch.{one}" for one in OF_LIGHTNING[option])
+
+
 def offered(option: str) -> list[str]:
     """The names of Lightning's classes that may be given to ``option``: not their base classes."""
     if option == "trainer.callbacks":

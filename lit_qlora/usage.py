@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from lit_qlora.console import WIDTH
 from lit_qlora.errors import UserError, excerpt, meant
 from lit_qlora.place import COMMAND
-from lit_qlora.signatures import OF_LIGHTNING, UNKNOWN, Option, arguments_of, offered, options_of
+from lit_qlora.signatures import OF_LIGHTNING, UNKNOWN, Option, arguments_of, is_of_lightning, offered, options_of
 
 TITLES = {
     "fit": "Train an adapter; the same command, given again, resumes.",
@@ -94,9 +94,10 @@ def help_of_class(args: Sequence[str]) -> str | None:
         if not value:
             words = f"--{option} takes Lightning's {', '.join(known)}, and yours as MODULE.CLASS."
             return "\n".join([*textwrap.wrap(words, WIDTH), f"The arguments of one: --{option}.help CLASS"]) + "\n"
-        if of_class not in known:
+        if of_class not in known or not is_of_lightning(option, value):
             problem = f"expected one of {', '.join(known)}, got {excerpt(value)}"
-            raise UserError(problem, option=f"{option}.help", remedy=meant(of_class, known))
+            remedy = meant(value, known) or "a class of your own takes what its __init__ takes"
+            raise UserError(problem, option=f"{option}.help", remedy=remedy)
         found, needed, takes_more = arguments_of(option, of_class) or ([], [], False)
         lines = [f"usage: --{option} {of_class}{f' [--{option}.NAME VALUE ...]' if found else ''}", ""]
         lines += [*_lines([_of_class(option, one, needed) for one in found])] or ["It has no arguments."]

@@ -491,6 +491,11 @@ def test_a_base_class_and_a_plugin_without_effect_are_not_offered(option, one):
     ("args", "option", "words"),
     [
         (["--trainer.logger.help", "CSVLoger"], "trainer.logger.help", ["'CSVLoger'", "did you mean 'CSVLogger'?"]),
+        (
+            ["--trainer.logger.help", "my.CSVLogger"],
+            "trainer.logger.help",
+            ["expected one of CSVLogger,", "my.CSVLogger"],
+        ),
         (["--trainer.callbacks.help=my.Own"], "trainer.callbacks.help", ["expected one of DeviceStatsMonitor,"]),
         (["--model.help"], None, ["unknown option 'model.help'", "--help=all"]),
     ],

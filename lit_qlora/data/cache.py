@@ -7,23 +7,19 @@ open. Knows no source and no batch.
 
 import hashlib
 import json
-import os
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from weakref import finalize
 
 from lit_qlora.batch import IGNORE_INDEX
 from lit_qlora.console import complain, counted
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, parse_json
-from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, remove_folder, verify_folder, write_folder
-from lit_qlora.storage.lock import flock
+from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, verify_folder, write_folder
+from lit_qlora.storage.shared import Held, prune
 from lit_qlora.text.conversation import Conversation, Turn
 
 ROWS_A_WRITE = 512
@@ -34,25 +30,6 @@ RECENT_S, ABANDONED_S = 3600, 86400
 
 LAYOUT = 1
 """Version of the rows on disk, raised when the same conversations and settings give others."""
-
-
-class Held:
-    """A lock that keeps an entry from being removed until it is closed or garbage-collected.
-
-    Waits for a removal in progress. Holds nothing for a missing entry.
-
-    Args:
-        entry: folder of the entry.
-    """
-
-    def __init__(self, entry: Path) -> None:
-        self.close: Callable[[], object] = lambda: None
-        if os.name == "nt":  # where a file that is mapped can't be removed anyway
-            return
-        with suppress(OSError):  # not there, or a file system without locks
-            descriptor = os.open(entry / MANIFEST, os.O_RDONLY)
-            self.close = finalize(self, os.close, descriptor)
-            flock(descriptor, shared=True, wait=True)
 
 
 @dataclass(frozen=True)
@@ -95,13 +72,14 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
     held = Held(folder)
     problem = _problem(folder)
     if problem:
+        held.close()
         if folder.exists():
             complain(f"warning: {problem}; the rows are encoded again")
         _write(folder, conversations, encoder)
         held = Held(folder)
-        _prune(folder)
-    with suppress(OSError):  # of another user
-        os.utime(folder)
+        clear_leftovers(folder.parent, ABANDONED_S)
+        entries = (entry for entry in folder.parent.iterdir() if not entry.name.startswith("."))
+        prune(entries, most_bytes=KEPT_BYTES, unused_s=RECENT_S)
     counts = parse_json((folder / "counts.json").read_bytes())
     divided = counts.get("divided", 0)  # which an entry without plain texts may lack
     examples = datasets.Dataset.from_file(str(folder / "rows.arrow"))
@@ -116,32 +94,6 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
         hashlib.sha256(f"{folder.name} divided".encode()).hexdigest()[:32] if divided else folder.name,
         held,
     )
-
-
-def _prune(newest: Path) -> None:
-    """Remove the least recently used entries, by the rule above; one that can't be removed stays."""
-    found = []
-    for entry in newest.parent.iterdir():
-        with suppress(OSError):  # another process removes, too
-            found.append((entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry))
-    now, room = time.time(), KEPT_BYTES
-    for used, size, entry in sorted(found, reverse=True):
-        is_left_over = entry.name.startswith(".")
-        room -= 0 if is_left_over else size
-        if used < now - ABANDONED_S if is_left_over else room < 0 and used < now - RECENT_S and entry != newest:
-            with suppress(OSError):
-                _remove(entry)
-
-
-def _remove(entry: Path) -> None:
-    """Remove an entry unless a process has it open. Raises OSError if it can't be removed."""
-    manifest = entry / MANIFEST
-    if os.name == "nt" or not manifest.is_file():
-        remove_folder(entry)
-        return
-    with manifest.open("rb") as file:
-        if flock(file.fileno()):
-            remove_folder(entry)
 
 
 def _key(conversations: Sequence[Conversation], encoder: Encoder) -> str:

@@ -23,15 +23,8 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, commit, find_base
 from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, shown, write_original
 from lit_qlora.storage.files import free_bytes, parse_json, size
-from lit_qlora.storage.folders import (
-    MANIFEST,
-    DamagedFolderError,
-    clear_leftovers,
-    remove_folder,
-    verify_folder,
-    write_folder,
-)
-from lit_qlora.storage.lock import hold
+from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, clear_leftovers, verify_folder, write_folder
+from lit_qlora.storage.shared import Held, prune, remove_unused
 from lit_qlora.storage.state import num_bytes
 
 if TYPE_CHECKING:
@@ -52,8 +45,8 @@ PLACES, AT_EACH = 32, 16_384
 """A file's sample: bytes per place, and places, beginning and end among them."""
 
 _COPY = re.compile(r".+-[0-9a-f]+-nf4-\w+-\w+")
-_in_use: dict[Path, int] = {}
-"""Locks on the copies that this process uses, until it ends."""
+_in_use: dict[Path, Held] = {}
+"""The copies that this process uses, until it ends."""
 
 
 class Copies:
@@ -82,13 +75,13 @@ class Copies:
         if self.root is None or not self.root.is_dir() or base.in_4_bits:
             return None
         for folder in sorted(self.root.glob(_name(base, "*" if dtype is None else dtype, device_type))):
+            _in_use[folder] = Held(folder)
             try:
-                if _use(folder):
-                    _verify(folder)
-                    return Base(base.name, str(folder), find_base(str(folder)).config)
-            except (DamagedFolderError, UserError):
-                _leave(folder)
-                _remove(folder)
+                _verify(folder)
+                return Base(base.name, str(folder), find_base(str(folder)).config)
+            except UserError:  # also a DamagedFolderError
+                _in_use.pop(folder).close()
+                remove_unused(folder)
         return None
 
     def keep(self, model: "PreTrainedModel", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
@@ -153,9 +146,8 @@ class Copies:
         assert self.root is not None
         clear_leftovers(self.root, older_than_s=LEFT_FOR_S)
         copies = [path for path in self.root.iterdir() if _COPY.fullmatch(path.name) and (path / ORIGINAL).is_file()]
-        copies = sorted((path for path in copies if path != new), key=_last_use, reverse=True)
-        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in copies[KEPT - 1 :]}
-        gone = [f"{path.name} ({size(taken)})" for path, taken in sizes.items() if _remove(path)]
+        removed = prune((path for path in copies if path != new), most=KEPT - 1)
+        gone = [f"{path.name} ({size(taken)})" for path, taken in removed.items()]
         return f"; {', '.join(gone)} removed: the {KEPT} last used stay" if gone else ""
 
 
@@ -165,50 +157,6 @@ def _name(base: Base, dtype: torch.dtype | Literal["*"], device_type: str) -> st
     state = commit(base) or shown(fingerprint(base))
     name = re.sub(r"[*?\[]", "_", base.public_name.replace("/", "--"))  # which have a meaning in a glob pattern
     return f"{name}-{state[:12]}-nf4-{str(dtype).removeprefix('torch.')}-{device_type}"
-
-
-def _use(folder: Path) -> bool:
-    """Mark a copy as used, and lock it to the end of this process. False if another process is removing it."""
-    try:
-        held = hold(folder / MANIFEST, alone=False)
-    except OSError:  # no such locks, and then nothing is removed; or no manifest, as will be seen
-        return True
-    if held is None:
-        return False
-    _leave(folder)
-    _in_use[folder] = held
-    with suppress(OSError):  # a folder that this process may only read
-        os.utime(folder / MANIFEST)
-    return True
-
-
-def _leave(folder: Path) -> None:
-    if folder in _in_use:
-        os.close(_in_use.pop(folder))
-
-
-def _last_use(folder: Path) -> float:
-    try:
-        return (folder / MANIFEST).stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _remove(folder: Path) -> bool:
-    """Remove a copy unless it is, or may be, in use. True if it was removed."""
-    held = None
-    try:
-        held = hold(folder / MANIFEST, alone=True)
-        if held is not None:
-            remove_folder(folder)
-    except FileNotFoundError:  # without a manifest nobody can use it
-        with suppress(OSError):
-            remove_folder(folder)
-    except OSError:
-        pass
-    if held is not None:
-        os.close(held)
-    return not folder.exists()
 
 
 def _verify(folder: Path) -> None:

@@ -58,11 +58,9 @@ class RunLock:
 
     def check(self) -> None:
         """Raises UserError if another process holds it now; passes what the file system can't tell."""
-        with suppress(OSError):
-            held = hold(self._run / ".lock", alone=True)
-            if held is None:
+        with suppress(OSError), (self._run / ".lock").open("rb") as file:
+            if not flock(file.fileno()):
                 raise self._in_use()
-            os.close(held)
 
     def _in_use(self) -> UserError:
         with (self._run / ".lock").open(encoding="utf-8", errors="replace") as file:
@@ -117,28 +115,3 @@ def flock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def hold(file: Path, *, alone: bool) -> int | None:
-    """Lock ``file`` until the returned descriptor is closed or this process ends.
-
-    Args:
-        file: An existing file.
-        alone: True for an exclusive lock, False for a shared one.
-
-    Returns the descriptor; None if another process's lock conflicts, or the file was removed meanwhile.
-
-    Raises OSError where such locks are not supported (Windows, some mounted file systems), and for a missing file.
-    """
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        is_held = flock(descriptor, shared=not alone) and os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        is_held = False
-    except OSError:
-        os.close(descriptor)
-        raise
-    if is_held:
-        return descriptor
-    os.close(descriptor)
-    return None

@@ -280,7 +280,7 @@ def aged(folder, monkeypatch, tokenizer):
             known = {*folder.iterdir()} if folder.is_dir() else set()
             encode_records([said(name, "yes")], Encoder(tokenizer, 1024))
             (entries[name],) = {*folder.iterdir()} - known
-            os.utime(entries[name], (time.time() - 3600 * ago,) * 2)
+            os.utime(entries[name] / "manifest.json", (time.time() - 3600 * ago,) * 2)
         gc.collect()  # nobody has them open any more
         size = sum(file.stat().st_size for file in next(iter(entries.values())).iterdir())
         monkeypatch.setattr(cache, "KEPT_BYTES", int(2.5 * size))
@@ -297,7 +297,7 @@ def test_what_was_used_longest_ago_goes_first(aged, tokenizer, folder):
     entries = aged(a=5, b=9, c=2, d=7)
     encode_records([said("a", "yes")], Encoder(tokenizer, 1024))  # used again; nothing is added, and nothing removed
     assert left(entries) == ["a", "b", "c", "d"]
-    os.utime(entries["a"], (time.time() - 3600 * 1.5,) * 2)
+    os.utime(entries["a"] / "manifest.json", (time.time() - 3600 * 1.5,) * 2)
     encode_records([said("new", "yes")], Encoder(tokenizer, 1024))
     assert left(entries) == ["a"]
     assert len([*folder.iterdir()]) == 2
@@ -337,8 +337,8 @@ def test_what_another_process_has_open_stays(aged, tokenizer, folder):
         assert left(entries) == ["b", "c"]
         other.stdin.close()
     for entry in folder.iterdir():
-        os.utime(entry, (time.time() - 7200,) * 2)
-    os.utime(entries["b"], (0, 0))
+        os.utime(entry / "manifest.json", (time.time() - 7200,) * 2)
+    os.utime(entries["b"] / "manifest.json", (0, 0))
     rows.held.close()
     encode_records([said("newer", "yes")], Encoder(tokenizer, 1024))
     assert "b" not in left(entries)
@@ -348,7 +348,7 @@ def test_what_this_process_has_open_stays_until_it_is_closed(aged, tokenizer, mo
     entries = aged(a=5)
     monkeypatch.setattr(cache, "KEPT_BYTES", 1)
     rows = encode_records([said("a", "yes")], Encoder(tokenizer, 1024))
-    os.utime(entries["a"], (0, 0))
+    os.utime(entries["a"] / "manifest.json", (0, 0))
     encode_records([said("new", "yes")], Encoder(tokenizer, 1024))
     assert left(entries) == ["a"] and len(rows.examples[0]["input_ids"]) > 3
     rows.held.close()

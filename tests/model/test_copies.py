@@ -1,5 +1,6 @@
 """The 4-bit copy of a base: the same bits, the same identity, found again, and never a damaged one."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -180,7 +181,7 @@ def test_a_copy_that_was_read_lately_outlives_one_that_was_made_lately(kept, tin
     (mine,) = kept.root.iterdir()
     os.utime(mine / "manifest.json", (5, 5))
     found(kept, tiny)
-    module._leave(mine)
+    module._in_use.pop(mine).close()
     others(kept, 100, 200, 300)
     kept._prune(kept.root / "new")
     assert mine in kept.root.iterdir()
@@ -190,8 +191,8 @@ def test_a_copy_that_was_read_lately_outlives_one_that_was_made_lately(kept, tin
 def test_a_copy_in_use_stays_until_its_process_ends(kept, tiny):
     """However long ago it was used first, and however that process ends."""
     folder, *_ = others(kept, 9000, 10, 20, 30)
-    code = "import sys, time; from pathlib import Path; from lit_qlora.storage.lock import hold\n"  # as a start does
-    code += "assert hold(Path(sys.argv[1], 'manifest.json'), alone=False); print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from lit_qlora.storage.shared import Held\n"  # as a start does
+    code += "held = Held(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         os.utime(folder / "manifest.json", (5, 5))
@@ -216,7 +217,7 @@ def test_where_no_locks_are_nothing_is_removed(kept, tiny, monkeypatch):
     def none(*_, **__):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(module, "hold", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     assert found(kept, tiny) is not None
     folders = others(kept, 10, 20, 30, 40)
     assert kept._prune(kept.root / "new") == ""

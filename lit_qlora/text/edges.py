@@ -11,45 +11,53 @@ from functools import lru_cache
 
 from lit_qlora.text.conversation import Conversation
 
+_ROLES = (
+    "system", "developer", "user", "human", "prompter", "assistant", "model", "gpt", "bot", "chatbot", "tool",
+    "function", "ipython", "observation", "final",
+)  # fmt: skip
+
+
+def _spelled(*names: str) -> tuple[str, ...]:
+    """Tokens by their names, as models spell such: ``<|end_of_text|>``, ``<|endoftext|>``, ``[|endoftext|]``, …"""
+    brackets = (("<|", "|>"), ("<｜", "｜>"), ("[|", "|]"))  # noqa: RUF001  # of most; DeepSeek; EXAONE
+    joined = dict.fromkeys(name.replace("_", joint) for name in names for joint in ("_", "▁", ""))
+    return tuple(f"{begin}{name}{end}" for name in joined for begin, end in brackets)
+
+
 OPENERS = (
-    "<|im_start|>",  # ChatML
-    "<|start_header_id|>", "<|header_start|>",  # Llama 3 and 4
+    # ChatML, Llama 3 and 4, Granite, gpt-oss
+    *_spelled("im_start", "start_header_id", "header_start", "start_of_role", "start", "channel", "start_of_turn"),
     "<start_of_turn>",  # Gemma
-    "<|start_of_role|>",  # Granite
-    "<|start|>", "<|channel|>",  # gpt-oss
+    "<|START_OF_TURN_TOKEN|>",  # Command R
+    "<extra_id_0>", "<extra_id_1>",  # Nemotron
 )  # fmt: skip
 """Tokens that the name of a role follows."""
 NAMED = (
     "[INST]", "[SYSTEM_PROMPT]",  # Llama 2, Mistral
-    "<|system|>", "<|user|>", "<|assistant|>",  # Phi, Zephyr
-    "<｜User｜>", "<｜Assistant｜>",  # noqa: RUF001  # DeepSeek
+    *_spelled(*_ROLES, "ai", "moss"),  # Phi, Zephyr, DeepSeek and others
+    "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",  # Command R
 )  # fmt: skip
 """Tokens that open a turn, and say whose."""
+_CLOSERS = ("[/INST]", "[/SYSTEM_PROMPT]")
+"""Tokens that close what one of `NAMED` opens."""
+_BEHIND_ROLES = _spelled("end_header_id", "header_end", "end_of_role", "im_sep", "message")
 WRITTEN_OUT = (
-    *OPENERS, *NAMED,
-    "<s>", "</s>", "[/INST]", "[/SYSTEM_PROMPT]",  # Llama 2, Mistral
-    "<|im_end|>", "<|im_sep|>",  # ChatML
-    "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end_header_id|>",  # Llama 3
-    "<|endoftext|>", "<|end|>",  # GPT-2, Phi
-    "<bos>", "<eos>", "<end_of_turn>",  # Gemma
-    "<|end_of_turn|>",  # OpenChat
+    *OPENERS, *NAMED, *_CLOSERS, *_BEHIND_ROLES,
+    *_spelled(
+        "im_end", "begin_of_text", "start_of_text", "end_of_text", "begin_of_sentence", "end_of_sentence",
+        "end_of_turn", "end_of_prompt", "end", "return", "bos", "eos", "eot", "eot_id", "eom", "eom_id", "eod",
+        "eod_id", "pad",
+    ),
+    "<s>", "</s>", "<bos>", "<eos>", "<end_of_turn>",  # Llama 2, Gemma
     "<BOS_TOKEN>", "<EOS_TOKEN>", "<|END_OF_TURN_TOKEN|>",  # Command R
-    "<|eot|>", "<|eom|>", "<|header_end|>", "<|return|>", "<|message|>",  # Llama 4, gpt-oss
-    "<|end_of_role|>",  # Granite
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",  # noqa: RUF001  # DeepSeek
-    "<|startoftext|>", "<|bos|>", "<|eos|>", "<eot>",  # Yi and others
-    "<eoh>", "<eoa>", "[gMASK]", "<sop>", "<eop>", "<|endofprompt|>",  # InternLM, GLM, OpenAI's
-    "<unk>", "<pad>", "[PAD]", "<|pad|>", "[BOS]", "[EOS]",  # behind the end of a row that was decoded with its padding
+    "<eot>", "<eod>", "<eoh>", "<eoa>", "<eom>", "[gMASK]", "<sop>", "<eop>",  # InternLM, MOSS, GLM and others
+    "<unk>", "<pad>", "[PAD]", "[BOS]", "[EOS]",  # behind the end of a row that was decoded with its padding
 )  # fmt: skip
 """Tokens with which common models start and end texts and turns."""
 
-_CLOSERS = ("<|end_header_id|>", "<|header_end|>", "<|end_of_role|>", "<|im_sep|>", "<|message|>")
-_ROLES = (
-    "system", "developer", "user", "human", "assistant", "model", "gpt", "bot", "tool", "function", "ipython",
-    "observation", "final",
-)  # fmt: skip
 
-
+_COLON = r"(?::(?=[\s\w]|\Z))?"
+"""What InternLM and MOSS put behind a role's token."""
 ZERO_WIDTH = "\u200b\u2060\ufeff"
 """Characters that take no room, and say nothing at an edge: what copying from a page or a file leaves there."""
 DIRECTIONS = "\u00ad\u061c\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -76,13 +84,14 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
         The text, unchanged if there was no mark; and each removed mark, once.
 
     Raises:
-        WrittenOutError: a turn is opened at an edge, and another inside.
+        WrittenOutError: a turn is opened at an edge, and another inside, or behind a mark that is at an edge, too.
     """
     known = tuple(marks)
     found: dict[str, None] = {}
     rest = text.strip(_BLANK)
-    head, tail, opener, longest, folded = _patterns(known)
-    begins, ends = rest[:longest].lower().startswith(folded), rest[-longest:].lower().endswith((*folded, *_ROLES))
+    head, tail, _, longest, folded = _patterns(known)
+    begins = rest[:longest].lower().startswith(folded)
+    ends = rest[-longest:].lower().removesuffix(":").endswith((*folded, *_ROLES))
     if not begins and not ends and len(rest) == len(text.strip()):  # most texts: the patterns are slow
         return text, []
     while mark := head.match(rest):
@@ -93,8 +102,8 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
         found[mark[0]] = None
         while rest.endswith(mark[0]):
             rest = rest.removesuffix(mark[0]).rstrip(_BLANK)
-    if any(_opens(one, known) for one in found) and (inside := opener.search(rest)):
-        raise WrittenOutError(f"a text opens turns inside, with {inside[0]!r}: it is a whole conversation")
+    if inside := _opened_inside((*found,), known).search(rest):
+        raise WrittenOutError(f"a text opens turns inside, with {inside[1]!r}: it is a whole conversation")
     start = text.find(rest)
     if any(one in text[:start] + text[start + len(rest) :] for one in ZERO_WIDTH):
         found["zero-width characters"] = None
@@ -145,34 +154,41 @@ def _is_spoken_of(text: str, mark: re.Match[str], marks: Sequence[str]) -> bool:
 
 
 @lru_cache
-def _patterns(
-    marks: tuple[str, ...],
-) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str], int, tuple[str, ...]]:
+def _opened_inside(found: tuple[str, ...], marks: tuple[str, ...]) -> re.Pattern[str]:
+    """What matches, as its group, a turn opened inside a text that had the marks ``found`` at its edges."""
+    opener = _patterns(marks)[2]
+    is_opened = any(_opens(one, marks) or one in OPENERS for one in found)
+    before = "" if is_opened else rf"{_any_of(found)}(?:\s|{_any_of(marks)})*"
+    return re.compile(f"{before}({opener})")
+
+
+@lru_cache
+def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], str, int, tuple[str, ...]]:
     """What matches a mark with its role at a text's beginning, at its end, and one that opens a turn anywhere; the
     length of the longest such; and the marks in lower case.
     """
     known = [mark for mark in marks if mark.strip()]
-    closers = _any_of([mark for mark in known if mark in _CLOSERS])
-
-    role = _any_of(_ROLES)
-
-    opened = rf"{_any_of([mark for mark in known if mark in OPENERS])}\s?{role}\b(?:\s?{closers})?"
-
-    def whole(these: Sequence[str]) -> str:
-        return rf"(?:{opened}|{_any_of(these)}(?:{role}(?=\s*(?:\n|\Z|{_any_of(known)})))?)"
-
-    longest = 2 * max(map(len, (*known, *_ROLES))) + len("developer  ")
-    opener = rf"{opened}|{_any_of([mark for mark in known if mark in NAMED])}"
+    role, behind = _any_of(_ROLES), _any_of([mark for mark in known if mark in _BEHIND_ROLES])
+    opened = rf"{_any_of([mark for mark in known if mark in OPENERS])}\s?{role}\b(?:\s?{behind})?"
+    named = _any_of([mark for mark in known if mark in NAMED])
+    whole = rf"(?:(?:{opened}|{named}){_COLON}|{_any_of(known)}(?:{role}(?=\s*(?:\n|\Z|{_any_of(known)})))?)"
+    longest = 2 * max(map(len, (*known, *_ROLES))) + len("developer  :")
+    opener = rf"{opened}|{named}|{_any_of([mark for mark in known if mark in _CLOSERS])}"
     folded = tuple(mark.lower() for mark in known)
-    return re.compile(whole(known)), re.compile(rf"{whole(known)}\Z"), re.compile(opener), longest, folded
+    return re.compile(whole), re.compile(rf"{whole}\Z"), opener, longest, folded
 
 
 def _any_of(marks: Sequence[str]) -> str:
     """The pattern of any of ``marks``, the longest first; without any, one that matches nothing."""
-    return f"(?:{'|'.join(map(_pattern, sorted(marks, key=len, reverse=True))) or '(?!)'})"
+    by_bracket: dict[str, list[str]] = {begin: [] for begin in ("<|", "<", "[", "")}  # so most characters are passed
+    for mark in sorted(marks, key=len, reverse=True):
+        bracket = next(begin for begin in by_bracket if mark.startswith(begin))
+        by_bracket[bracket].append(_pattern(mark, bracket))
+    found = (f"{re.escape(begin)}(?:{'|'.join(rest)})" for begin, rest in by_bracket.items() if rest)
+    return f"(?:{'|'.join(found) or '(?!)'})"
 
 
-def _pattern(mark: str) -> str:
-    """That of one mark or role: in any case, unless it is words without brackets, such as ``### End``."""
-    is_any_case = mark in _ROLES or (mark[0] in "<[" and mark[-1] in ">]")
-    return f"(?i:{re.escape(mark)})" if is_any_case else re.escape(mark)
+def _pattern(mark: str, bracket: str) -> str:
+    """That of one mark or role behind its ``bracket``: in any case, unless it is words without, such as ``### End``."""
+    rest = re.escape(mark.removeprefix(bracket))
+    return f"(?i:{rest})" if mark in _ROLES or (bracket and mark[-1] in ">]") else rest

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from lit_qlora.text.conversation import Conversation, Turn
@@ -22,6 +24,19 @@ from lit_qlora.text.edges import WRITTEN_OUT, WrittenOutError, clean, take_off
         ("grey.<|return|>", "grey.", ["<|return|>"]),
         ("grey.<｜end▁of▁sentence｜>", "grey.", ["<｜end▁of▁sentence｜>"]),  # noqa: RUF001
         ("[gMASK]<sop>grey.<eoa>", "grey.", ["<eoa>", "<sop>", "[gMASK]"]),
+        # Each model's spelling of the same names.
+        ("[|assistant|]grey.[|endofturn|]", "grey.", ["[|assistant|]", "[|endofturn|]"]),
+        ("<|begin▁of▁sentence|>grey.<|eod|>", "grey.", ["<|begin▁of▁sentence|>", "<|eod|>"]),
+        ("<|prompter|>hi<|endoftext|><|assistant|>", "hi", ["<|prompter|>", "<|assistant|>", "<|endoftext|>"]),
+        (
+            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>grey.",
+            "grey.",
+            ["<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>"],
+        ),
+        # The colon behind a role's token is its own.
+        ("<|User|>:hi<eoh>\n<|Bot|>:", "hi", ["<|User|>:", "<eoh>", "<|Bot|>:"]),
+        ("hi<eoh>\n<|Bot|>: ", "hi", ["<eoh>", "<|Bot|>:"]),
+        ("<|assistant|>:-)", ":-)", ["<|assistant|>"]),
         # In another case.
         ("<S>grey.</S>", "grey.", ["</S>", "<S>"]),
         ("grey.<EOS><Pad>", "grey.", ["<EOS>", "<Pad>"]),
@@ -131,6 +146,26 @@ def test_an_opener_in_another_case_inside_is_a_whole_conversation():
     with pytest.raises(WrittenOutError, match=r"'<\|IM_START\|>User'"):
         take_off("<|Im_Start|>assistant\na<|im_end|><|IM_START|>User\nb", WRITTEN_OUT)
     assert take_off("grey </S> <|IM_START|>", WRITTEN_OUT) == ("grey", ["<|IM_START|>", "</S>"])
+
+
+@pytest.mark.parametrize(
+    ("text", "opened"),
+    [
+        ("<s>[INST] hi [/INST] grey. </s>", "[/INST]"),
+        ("hi<|im_end|>\n<|im_start|>assistant\ngrey.<|im_end|>", "<|im_start|>assistant"),
+        ("hi</s>\n<|assistant|>\ngrey.</s>", "<|assistant|>"),
+        ("hi </s><s>[INST] so? [/INST] grey. </s>", "[INST]"),
+        ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|message|>grey.", "<|start|>assistant<|message|>"),
+    ],
+)
+def test_a_text_that_goes_on_behind_what_ends_it_is_a_whole_conversation(text, opened):
+    with pytest.raises(WrittenOutError, match=re.escape(repr(opened))):
+        take_off(text, WRITTEN_OUT)
+
+
+def test_turns_that_a_text_speaks_of_stay():
+    text = "ChatML: <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n, see?"
+    assert take_off(f"{text}</s>", WRITTEN_OUT) == (text, ["</s>"])
 
 
 def test_a_role_behind_a_mark_of_a_tokenizer_alone_goes_with_it():

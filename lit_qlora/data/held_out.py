@@ -28,7 +28,8 @@ from lit_qlora.data.records import (
     places_early,
 )
 from lit_qlora.data.run_rows import RunRows, digest
-from lit_qlora.data.sources import Source, Splits, as_text, find_splits, is_hub_id, sources_of
+from lit_qlora.data.sources import Source, as_text, find_splits, is_hub_id, sources_of
+from lit_qlora.data.splits import Splits
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.wording import number_of

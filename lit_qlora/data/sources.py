@@ -1,7 +1,7 @@
-"""Owns where rows come from: the demo, local files and folders, or data sets on the hub; and what splits are called.
+"""Owns where rows come from: the demo, local files and folders, or data sets on the hub.
 
 `sources_of` reads what ``data.source`` and its kin say, `find_splits` lists the splits of one source, `read_source`
-reads the rows of one split. Knows no form of row; file formats are in files.py.
+reads the rows of one split. Knows no form of row; file formats are in files.py, the names of splits in splits.py.
 """
 
 import glob
@@ -15,36 +15,20 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lit_qlora import demo
-from lit_qlora.data.files import COMPRESSED, ENDINGS, INSTEAD, OTHER_NAMES, PACKED, Row, SourceError, kind_of, read_rows
+from lit_qlora.data import splits
+from lit_qlora.data.files import COMPRESSED, ENDINGS, INSTEAD, Row, SourceError, kind_of, read_rows
 from lit_qlora.data.forms import columns_of, forms_for
+from lit_qlora.data.splits import PLAIN, Splits
 from lit_qlora.errors import UserError, excerpt, require, suggestion
 from lit_qlora.storage.files import parse_json
 
 T = TypeVar("T")
 
-SPLITS = {
-    "train": ("train", "training", "train_sft"),
-    "validation": (
-        "validation", "valid", "val", "dev", "development", "eval", "evaluation",
-        "validation_sft", "valid_sft", "val_sft", "dev_sft", "eval_sft",
-    ),
-    "test": ("test", "testing", "test_sft"),
-}  # fmt: skip
-"""What a split is for, and the names that it has in folders and on the hub, in small letters."""
-SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
-
 SourceOption = str | list[str | dict[str, str | float | dict[str, str]]] | dict[str, str | float | dict[str, str]]
 """What an option for sources takes: one, or a list of them, each a text, or a table with the keys of `Source`."""
 
-PLAIN = (*ENDINGS, *OTHER_NAMES)
-FILES = (*PLAIN, *(ending + packing for ending in PLAIN for packing in PACKED))
-"""Endings of files with rows, the plain ones first."""
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """How an id on the hub is written."""
-NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
-"""Files about a data set."""
-SHARD = re.compile(r"^(.+?)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?$")
-"""One of the files that a split of the hub's is kept in: train-00000-of-00002, with a hash behind it in older ones."""
 
 
 @dataclass(frozen=True)
@@ -171,49 +155,6 @@ def _share(value: Any, option: str) -> float:
     return share
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The splits of a source.
-
-    Args:
-        source: the demo, a file, a folder, a pattern or a hub id.
-        names: of each kind in `SPLITS` that it has, its name there.
-        unread: what else it holds that looks like rows: other splits, or files.
-        beside: of a file or folder named for training, those named for other splits, which stand in the same folder.
-        is_chosen: whether the source itself names the split, which is the training rows then.
-    """
-
-    source: str
-    names: Mapping[str, str]
-    unread: tuple[str, ...] = ()
-    beside: tuple[Path, ...] = ()
-    is_chosen: bool = False
-
-    def training(self) -> str:
-        """The name of the rows to train on.
-
-        Raises:
-            UserError: there are none.
-        """
-        if "train" not in self.names:
-            found = [*self.names.values(), *self.unread]
-            remedy = f"name the one to train on in the source, such as {{path: …, split: {found[0]}}}"
-            raise SourceError(self.source, f"has no split 'train', found: {' and '.join(found)}", remedy)
-        return self.names["train"]
-
-    def first(self, *kinds: str) -> str | None:
-        """The name of the first of ``kinds`` that is there; None without any."""
-        return next((self.names[kind] for kind in kinds if kind in self.names), None)
-
-    def for_scoring(self, *kinds: str) -> str:
-        """The name of the rows to score where the source is there for that: the chosen one, or the first of ``kinds``.
-
-        Raises:
-            UserError: as `training`, which is taken where there is none of them.
-        """
-        return self.training() if self.is_chosen else self.first(*kinds) or self.training()
-
-
 def find_splits(source: str | Source) -> Splits:
     """Find the splits of a source; a file is all "train".
 
@@ -229,10 +170,7 @@ def find_splits(source: str | Source) -> Splits:
         found = [str(name) for name in _ask_hub(source, ask, config_name=source.name)]
     else:
         found = [*files]
-    # On the hub, the plainest name is taken where there are several of a kind; a folder has one at most.
-    names = {
-        kind: name for kind, known in SPLITS.items() for one in reversed(known) for name in found if name.lower() == one
-    }
+    names = splits.names_by_kind(found)
     chosen = [re.sub(r"\[.*", "", part).strip() for part in source.split.split("+")] if source.split else []
     for name in chosen:
         _check_split(source, name, found)
@@ -240,8 +178,9 @@ def find_splits(source: str | Source) -> Splits:
         others = {kind: name for kind, name in names.items() if kind != "train" and name not in chosen}
         names = {"train": source.split} | others
     unread = [name for name in found if name not in (*names.values(), *chosen)]
-    unread += [] if files is None else _beside(source, files)
-    return Splits(str(source), names, tuple(unread), _others_beside(source.path), bool(source.split))
+    path = Path(source.path).expanduser()
+    unread += [] if files is None or source.path == "demo" else splits.beside(path, files)
+    return Splits(str(source), names, tuple(unread), splits.others_beside(path), bool(source.split))
 
 
 def _check_split(source: Source, name: str, found: Sequence[str]) -> None:
@@ -250,52 +189,6 @@ def _check_split(source: Source, name: str, found: Sequence[str]) -> None:
         is_made_up = not {"[", "+"}.isdisjoint(name)  # as the hub's library reads it, of the hub's alone
         remedy = "of local rows, a share gives a part, and a list of sources several splits"
         raise SourceError(source, problem, remedy if is_made_up else "choose another")
-
-
-def _beside(source: Source, files: Mapping[str, list[Path]]) -> list[str]:
-    """What else a folder holds that looks like rows: files, and folders of such."""
-    folder = Path(source.path).expanduser()
-    if source.path == "demo" or not folder.is_dir():
-        return []
-    used = {path for paths in files.values() for path in paths}
-    around = {parent for path in used for parent in path.parents}
-    found: list[Path] = []
-    for place in [folder, *sorted(around - {folder, *folder.parents})]:
-        # A packed one beside a used one is the same rows.
-        found += [path for path in _entries(place) if not {path, path.with_suffix("")} & (used | around)]
-    plain = [path for path in found if _is_data(path)]
-    full = [path for path in found if path.is_dir() and any(map(_is_data, _entries(path)))]
-    return [str(path.relative_to(folder)) for path in plain] + [f"{path.relative_to(folder)}/" for path in full]
-
-
-def _others_beside(source: str) -> tuple[Path, ...]:
-    """Where ``source``, or the folder of its file, is named for training, what is named likewise for another split."""
-    path = Path(source).expanduser()
-    for ours in (path, path.parent) if path.is_file() else (path,):
-        kind, others = _named(ours)
-        if kind == "train" and ours.exists():
-            there = [one for one in _entries(ours.parent) if _named(one) in (("validation", others), ("test", others))]
-            return tuple(one for one in there if any(map(_is_data, _entries(one) if one.is_dir() else [one])))
-    return ()
-
-
-def _named(path: Path) -> tuple[str | None, list[str]]:
-    """What the rows of a file or folder are for by its name, and the other words of it."""
-    name = path.name.lower() if path.is_dir() else _split_name(path)
-    words = [name] if name in SPLIT_NAMES else re.split(r"[^a-z0-9]+", name)
-    return _kind_named(*words), [word for word in words if word not in SPLIT_NAMES]
-
-
-def _entries(folder: Path) -> list[Path]:
-    """The entries of a folder, by name; empty if it can't be read."""
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
-
-
-def _is_data(path: Path) -> bool:
-    return path.name.lower().endswith(FILES) and path.name not in NO_ROWS and path.is_file()
 
 
 def local_bytes(source: str | Source, split: str = "train") -> int | None:
@@ -308,12 +201,8 @@ def local_bytes(source: str | Source, split: str = "train") -> int | None:
     Raises:
         UserError: as `read_source`.
     """
-    source = _source(source, "data.source")
-    files = _find_files(source)
-    if files is None:
-        return None
-    _check_split(source, split, [*files])
-    return sum(path.stat().st_size for path in files[split] if path.is_file())
+    files = _files_of(_source(source, "data.source"), split)
+    return None if files is None else sum(path.stat().st_size for path in files if path.is_file())
 
 
 def read_source(source: str | Source, split: str = "train", columns: Sequence[str] = ()) -> list[Row]:
@@ -328,11 +217,10 @@ def read_source(source: str | Source, split: str = "train", columns: Sequence[st
         UserError: when the source or the split isn't found, or a file can't be read.
     """
     source = _source(source, "data.source")
-    files = _find_files(source)
+    files = _files_of(source, split)
     if files is not None:
-        _check_split(source, split, [*files])
         known = [*columns, *columns_of(forms_for("training"))]
-        return [row for path in files[split] for row in read_rows(path, known)]
+        return [row for path in files for row in read_rows(path, known)]
     import datasets
 
     def rows(*path: str, **given: str | None) -> list[dict[str, Any]]:
@@ -340,6 +228,15 @@ def read_source(source: str | Source, split: str = "train", columns: Sequence[st
 
     values = _ask_hub(source, rows, name=source.name)
     return [Row(f"{source} ({split}): row {number}", value) for number, value in enumerate(values, 1)]
+
+
+def _files_of(source: Source, split: str) -> list[Path] | None:
+    """The files of one split of a local source; None for one on the hub."""
+    files = _find_files(source)
+    if files is None:
+        return None
+    _check_split(source, split, [*files])
+    return files[split]
 
 
 def _find_files(source: Source) -> dict[str, list[Path]] | None:
@@ -365,12 +262,12 @@ def _files_here(source: Source) -> dict[str, list[Path]] | None:
     if path.is_dir():
         named = [path / source.name, path / "data" / source.name] if source.name else [path]
         within = next((one for one in named if one.is_dir()), None)
-        return _find_in_folder(within) if within else _refuse_name(path, source.name)
+        return splits.in_folder(within) if within else _refuse_name(path, source.name)
     if path.exists():
         return {"train": [path]}
     found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  # of any folder
     if found:
-        return _by_names([one for one in found if _is_data(one)] or found)
+        return splits.by_names([one for one in found if splits.is_data(one)] or found)
     if _looks_like_hub_id(source.path):
         return None
     if page := re.match(rf"https?://[^/]+/datasets/({HUB_ID.pattern})", source.path, re.ASCII):
@@ -390,139 +287,11 @@ def _refuse_name(folder: Path, name: str | None) -> NoReturn:
     """Raises SourceError for a ``name`` that ``folder`` does not have, with what is to do without one."""
     remedy = "leave the name out"
     try:
-        _find_in_folder(folder)
+        splits.in_folder(folder)
     except SourceError as error:
         remedy += f", and {error.remedy}"
-    names = [path.name for place in (folder, folder / "data") for path in _entries(place) if path.is_dir()]
+    names = [path.name for place in (folder, folder / "data") for path in splits.entries(place) if path.is_dir()]
     raise SourceError(folder, f"has no folder {excerpt(name)}{suggestion(str(name), names)}", remedy)
-
-
-def _by_names(paths: list[Path]) -> dict[str, list[Path]]:
-    """Files of a pattern: each is training rows, if no name says that it is another split.
-
-    As in a folder, that is the file's whole name, or its folder's, or else a part of its name.
-    """
-    exact = [_kind(path) if _is_exact(path) else None for path in paths]
-    by_folder = [_kind_named(path.parent.name.lower()) for path in paths]
-    kinds = next((one for one in (exact, by_folder, [*map(_kind, paths)]) if "train" in one), exact)
-    files: dict[str, list[Path]] = {}
-    for path, kind in zip(paths, kinds, strict=True):
-        files.setdefault(kind or "train", []).append(path)
-    return files if "train" in files else {"train": paths}
-
-
-def _find_in_folder(folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder's splits.
-
-    It may be as ``save_to_disk`` leaves one, or have a file for each split, or the parts of it, itself or in a folder
-    ``data``; or a folder for each split; or files that have the split somewhere in their names; or a single file.
-    """
-    if (folder / "dataset_dict.json").is_file():
-        names = parse_json((folder / "dataset_dict.json").read_bytes())["splits"]
-        return {str(name): _saved(folder / str(name)) for name in names}
-    if (folder / "state.json").is_file():
-        return {"train": _saved(folder)}
-    for place in (folder, folder / "data"):
-        data = [path for path in _entries(place) if _is_data(path)]
-        exact, named = [path for path in data if _is_exact(path)], [path for path in data if _kind(path)]
-        files = _by_split(place, exact) or _by_folder(place)
-        if not files and any(_kind(path) == "train" for path in named):
-            files = _by_split(place, named)
-        if files:
-            return files
-    within = [path for place in (folder, folder / "data") for path in _entries(place) if _has_splits(path)]
-    if len(within) == 1:
-        return _find_in_folder(within[0])
-    data = [path for place in (folder, folder / "data") for path in _entries(place) if _is_data(path)]
-    if len(data) == 1 and not within:
-        return {"train": data}
-    expected = (
-        f"expected train.jsonl ({', '.join(ENDINGS)}), found: {excerpt([path.name for path in _entries(folder)])}"
-    )
-    problem = f"no train, validation or test file in this folder, {expected}"
-    if within:
-        names = ", ".join(path.name for path in within)
-        raise SourceError(folder, problem, f"name one of its folders ({names}), such as {within[0]}")
-    if data:
-        pattern = f"{data[0].parent}/*{data[0].suffix}"
-        remedy = f"rename yours, or name the file itself, such as {data[0]}, or all with {pattern}"
-        raise SourceError(folder, problem, remedy)
-    raise SourceError(folder, problem, "put one there, or name the file itself")
-
-
-def _has_splits(folder: Path) -> bool:
-    return any(_is_data(path) and _is_exact(path) for path in _entries(folder)) or bool(_by_folder(folder))
-
-
-def _saved(folder: Path) -> list[Path]:
-    """The files of rows that ``datasets`` saved in a folder. Raises SourceError where one is gone."""
-    try:
-        state = parse_json((folder / "state.json").read_bytes())
-        paths = [folder / str(file["filename"]) for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = "can't be read as datasets.save_to_disk left it"
-        raise SourceError(folder / "state.json", problem, "save it again") from error
-    gone = [path.name for path in paths if not path.is_file()]
-    if gone:
-        raise SourceError(folder, f"has no {gone[0]}, which its state.json names", "copy it again")
-    return paths
-
-
-def _by_split(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
-    """``paths`` by the name of their split. Raises SourceError where two files are one split, or a part is gone."""
-    files: dict[str, list[Path]] = {}
-    for kind in SPLITS:
-        found = [path for path in paths if _kind(path) == kind]
-        # A packed one beside is the same rows.
-        plain = [path for path in found if path.name.lower().endswith(PLAIN)]
-        found = plain or found
-        if not found:
-            continue
-        shards = [SHARD.match(_bare(path)) for path in found]
-        parts = [shard for shard in shards if shard]
-        if len(found) > 1 and (len(parts) < len(found) or len({(part[1], part[3]) for part in parts}) > 1):
-            both = f", or give both: data.source [{found[0]}, {found[1]}]" if kind == "train" else ""
-            remedy = f"keep one of them{both}"
-            raise SourceError(folder, f"holds both {found[0].name} and {found[1].name}, expected one", remedy)
-        if parts and (missing := {*range(int(parts[0][3]))} - {int(part[2]) for part in parts}):
-            of_all = f"has {len(parts)} of the {int(parts[0][3])} parts of {parts[0][1]}"
-            raise SourceError(folder, f"{of_all}: number {min(missing):05} is missing", "copy the others, too")
-        name = parts[0][1] if parts else _bare(found[0])
-        files[name if _is_exact(found[0]) else kind] = found
-    return files
-
-
-def _by_folder(folder: Path) -> dict[str, list[Path]]:
-    """Of folders that are named as splits, the files."""
-    found = {path.name: [one for one in _entries(path) if _is_data(one)] for path in _entries(folder) if path.is_dir()}
-    return {name: paths for name, paths in found.items() if name.lower() in SPLIT_NAMES and paths}
-
-
-def _bare(path: Path) -> str:
-    """A file's name without its ending."""
-    ending = next((one for one in sorted(FILES, key=len, reverse=True) if path.name.lower().endswith(one)), "")
-    return path.name[: len(path.name) - len(ending)] if ending else ""
-
-
-def _split_name(path: Path) -> str:
-    """A file's name in small letters, without its ending and the number of its shard."""
-    return SHARD.sub(r"\1", _bare(path)).lower()
-
-
-def _is_exact(path: Path) -> bool:
-    """Whether a file's name is a split's, and nothing else."""
-    return _split_name(path) in SPLIT_NAMES
-
-
-def _kind(path: Path) -> str | None:
-    """What the rows of a file are for, if its name says it somewhere: ``train``, ``validation`` or ``test``."""
-    words = [_split_name(path)] if _is_exact(path) else re.split(r"[^a-z]+", _bare(path).lower())
-    return _kind_named(*words)
-
-
-def _kind_named(*words: str) -> str | None:
-    """The first of `SPLITS` that one of ``words`` names."""
-    return next((kind for kind, known in SPLITS.items() if {*words} & {*known}), None)
 
 
 def check_here(value: Any, option: str = "data.source") -> None:

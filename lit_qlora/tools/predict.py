@@ -17,7 +17,8 @@ from lit_qlora.console import complain, progress_bar, tell
 from lit_qlora.data.files import ARROW, COMPRESSED, ENDINGS, Row
 from lit_qlora.data.forms import check_columns, read_row
 from lit_qlora.data.records import Counts
-from lit_qlora.data.sources import FILES, Source, SourceOption, find_splits, is_hub_id, read_source, sources_of
+from lit_qlora.data.sources import Source, SourceOption, find_splits, is_hub_id, read_source, sources_of
+from lit_qlora.data.splits import FILES
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.storage.files import SaveError, output_path, require_folder

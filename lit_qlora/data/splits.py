@@ -1,0 +1,254 @@
+"""Owns which files on this machine are which split, training, validation or test, and which are none: by their names.
+
+In a folder a split may be a file, the parts of one, a folder, or what datasets.save_to_disk has left. Knows no hub, no
+form of row, and nothing of what the files hold.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lit_qlora.data.files import ENDINGS, OTHER_NAMES, PACKED, SourceError
+from lit_qlora.errors import excerpt
+from lit_qlora.storage.files import parse_json
+
+SPLITS = {
+    "train": ("train", "training", "train_sft"),
+    "validation": (
+        "validation", "valid", "val", "dev", "development", "eval", "evaluation",
+        "validation_sft", "valid_sft", "val_sft", "dev_sft", "eval_sft",
+    ),
+    "test": ("test", "testing", "test_sft"),
+}  # fmt: skip
+"""What a split is for, and the names that it has in folders and on the hub, in small letters."""
+SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
+
+PLAIN = (*ENDINGS, *OTHER_NAMES)
+FILES = (*PLAIN, *(ending + packing for ending in PLAIN for packing in PACKED))
+"""Endings of files with rows, the plain ones first."""
+NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+"""Files about a data set."""
+SHARD = re.compile(r"^(.+?)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?$")
+"""One of the files that a split of the hub's is kept in: train-00000-of-00002, with a hash behind it in older ones."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The splits of a source.
+
+    Args:
+        source: the demo, a file, a folder, a pattern or a hub id.
+        names: of each kind in `SPLITS` that it has, its name there.
+        unread: what else it holds that looks like rows: other splits, or files.
+        beside: of a file or folder named for training, those named for other splits, which stand in the same folder.
+        is_chosen: whether the source itself names the split, which is the training rows then.
+    """
+
+    source: str
+    names: Mapping[str, str]
+    unread: tuple[str, ...] = ()
+    beside: tuple[Path, ...] = ()
+    is_chosen: bool = False
+
+    def training(self) -> str:
+        """The name of the rows to train on.
+
+        Raises:
+            UserError: there are none.
+        """
+        if "train" not in self.names:
+            found = [*self.names.values(), *self.unread]
+            remedy = f"name the one to train on in the source, such as {{path: …, split: {found[0]}}}"
+            raise SourceError(self.source, f"has no split 'train', found: {' and '.join(found)}", remedy)
+        return self.names["train"]
+
+    def first(self, *kinds: str) -> str | None:
+        """The name of the first of ``kinds`` that is there; None without any."""
+        return next((self.names[kind] for kind in kinds if kind in self.names), None)
+
+    def for_scoring(self, *kinds: str) -> str:
+        """The name of the rows to score where the source is there for that: the chosen one, or the first of ``kinds``.
+
+        Raises:
+            UserError: as `training`, which is taken where there is none of them.
+        """
+        return self.training() if self.is_chosen else self.first(*kinds) or self.training()
+
+
+class _Name(NamedTuple):
+    """What the name of a file or folder says: the kind of its split, that kind if it says nothing else, other words."""
+
+    kind: str | None
+    exact: str | None
+    others: list[str]
+
+
+def _name_of(path: Path) -> _Name:
+    """What a name says, without the ending and the number of a shard."""
+    name = (path.name if path.is_dir() else SHARD.sub(r"\1", _bare(path))).lower()
+    words = [name] if name in SPLIT_NAMES else re.findall(r"[a-z]+|[0-9]+", name)
+    kind = next((kind for kind, known in SPLITS.items() if {*words} & {*known}), None)
+    return _Name(kind, kind if name in SPLIT_NAMES else None, [word for word in words if word not in SPLIT_NAMES])
+
+
+def _bare(path: Path) -> str:
+    """A file's name without its ending; empty where that is not one of rows."""
+    ending = next((one for one in sorted(FILES, key=len, reverse=True) if path.name.lower().endswith(one)), "")
+    return path.name[: len(path.name) - len(ending)] if ending else ""
+
+
+def entries(folder: Path) -> list[Path]:
+    """The entries of a folder, by name; empty if it can't be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def is_data(path: Path) -> bool:
+    """True for a file of rows, by its name."""
+    return path.name.lower().endswith(FILES) and path.name not in NO_ROWS and path.is_file()
+
+
+def _data_in(folder: Path) -> list[Path]:
+    return [path for path in entries(folder) if is_data(path)]
+
+
+def names_by_kind(found: Sequence[str]) -> dict[str, str]:
+    """Of each kind in `SPLITS`, the split that is named so; of several, as the hub may have them, the plainest."""
+    return {
+        kind: name for kind, known in SPLITS.items() for one in reversed(known) for name in found if name.lower() == one
+    }
+
+
+def by_names(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files of a pattern: each is training rows, if no name says that it is another split.
+
+    As in a folder, that is the file's whole name, or its folder's, or else a part of its name.
+    """
+    names = [_name_of(path) for path in paths]
+    exact, by_folder = [name.exact for name in names], [_name_of(path.parent).exact for path in paths]
+    kinds = next((one for one in (exact, by_folder, [name.kind for name in names]) if "train" in one), exact)
+    files: dict[str, list[Path]] = {}
+    for path, kind in zip(paths, kinds, strict=True):
+        files.setdefault(kind or "train", []).append(path)
+    return files if "train" in files else {"train": [*paths]}
+
+
+def in_folder(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder's splits, by the name of the split.
+
+    It may be as ``save_to_disk`` leaves one, or have a file for each split, or the parts of it, itself or in a folder
+    ``data``; or a folder for each split; or files that have the split somewhere in their names; or a single file.
+
+    Raises:
+        UserError: none of these, or a file is there twice or not whole.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        names = parse_json((folder / "dataset_dict.json").read_bytes())["splits"]
+        return {str(name): _saved(folder / str(name)) for name in names}
+    if (folder / "state.json").is_file():
+        return {"train": _saved(folder)}
+    places = (folder, folder / "data")
+    for place in places:
+        named = {path: name for path in _data_in(place) if (name := _name_of(path)).kind}
+        files = _by_split(place, {path: name for path, name in named.items() if name.exact}) or _by_folder(place)
+        if not files and any(name.kind == "train" for name in named.values()):
+            files = _by_split(place, named)
+        if files:
+            return files
+    within = [path for place in places for path in entries(place) if _has_splits(path)]
+    if len(within) == 1:
+        return in_folder(within[0])
+    data = [path for place in places for path in _data_in(place)]
+    if len(data) == 1 and not within:
+        return {"train": data}
+    found = excerpt([path.name for path in entries(folder)])
+    expected = f"expected train.jsonl ({', '.join(ENDINGS)}), found: {found}"
+    problem = f"no train, validation or test file in this folder, {expected}"
+    if within:
+        names = ", ".join(path.name for path in within)
+        raise SourceError(folder, problem, f"name one of its folders ({names}), such as {within[0]}")
+    if data:
+        pattern = f"{data[0].parent}/*{data[0].suffix}"
+        remedy = f"rename yours, or name the file itself, such as {data[0]}, or all with {pattern}"
+        raise SourceError(folder, problem, remedy)
+    raise SourceError(folder, problem, "put one there, or name the file itself")
+
+
+def _has_splits(folder: Path) -> bool:
+    return any(_name_of(path).exact for path in _data_in(folder)) or bool(_by_folder(folder))
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The files of rows that ``datasets`` saved in a folder. Raises SourceError where one is gone."""
+    try:
+        state = parse_json((folder / "state.json").read_bytes())
+        paths = [folder / str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = "can't be read as datasets.save_to_disk left it"
+        raise SourceError(folder / "state.json", problem, "save it again") from error
+    gone = [path.name for path in paths if not path.is_file()]
+    if gone:
+        raise SourceError(folder, f"has no {gone[0]}, which its state.json names", "copy it again")
+    return paths
+
+
+def _by_split(folder: Path, named: Mapping[Path, _Name]) -> dict[str, list[Path]]:
+    """Files by the name of their split. Raises SourceError where two files are one split, or a part is gone."""
+    files: dict[str, list[Path]] = {}
+    for kind in SPLITS:
+        found = [path for path, name in named.items() if name.kind == kind]
+        # A packed one beside is the same rows.
+        plain = [path for path in found if path.name.lower().endswith(PLAIN)]
+        found = plain or found
+        if not found:
+            continue
+        shards = [SHARD.match(_bare(path)) for path in found]
+        parts = [shard for shard in shards if shard]
+        if len(found) > 1 and (len(parts) < len(found) or len({(part[1], part[3]) for part in parts}) > 1):
+            both = f", or give both: data.source [{found[0]}, {found[1]}]" if kind == "train" else ""
+            remedy = f"keep one of them{both}"
+            raise SourceError(folder, f"holds both {found[0].name} and {found[1].name}, expected one", remedy)
+        if parts and (missing := {*range(int(parts[0][3]))} - {int(part[2]) for part in parts}):
+            of_all = f"has {len(parts)} of the {int(parts[0][3])} parts of {parts[0][1]}"
+            raise SourceError(folder, f"{of_all}: number {min(missing):05} is missing", "copy the others, too")
+        name = parts[0][1] if parts else _bare(found[0])
+        files[name if named[found[0]].exact else kind] = found
+    return files
+
+
+def _by_folder(folder: Path) -> dict[str, list[Path]]:
+    """Of folders that are named as splits, the files."""
+    found = {path.name: _data_in(path) for path in entries(folder) if path.is_dir()}
+    return {name: paths for name, paths in found.items() if name.lower() in SPLIT_NAMES and paths}
+
+
+def beside(folder: Path, files: Mapping[str, list[Path]]) -> list[str]:
+    """What else than the files of its splits a folder holds that looks like rows: files, and folders of such."""
+    if not folder.is_dir():
+        return []
+    used = {path for paths in files.values() for path in paths}
+    around = {parent for path in used for parent in path.parents}
+    found: list[Path] = []
+    for place in [folder, *sorted(around - {folder, *folder.parents})]:
+        # A packed one beside a used one is the same rows.
+        found += [path for path in entries(place) if not {path, path.with_suffix("")} & (used | around)]
+    plain = [path for path in found if is_data(path)]
+    full = [path for path in found if path.is_dir() and _data_in(path)]
+    return [str(path.relative_to(folder)) for path in plain] + [f"{path.relative_to(folder)}/" for path in full]
+
+
+def others_beside(path: Path) -> tuple[Path, ...]:
+    """Where a path, or the folder of its file, is named for training, what is named likewise for another split."""
+    for ours in (path, path.parent) if path.is_file() else (path,):
+        own = _name_of(ours)
+        if own.kind == "train" and ours.exists():
+            named = {one: _name_of(one) for one in entries(ours.parent)}
+            there = [
+                one for one, name in named.items() if name.others == own.others and name.kind in ("validation", "test")
+            ]
+            return tuple(one for one in there if (_data_in(one) if one.is_dir() else is_data(one)))
+    return ()

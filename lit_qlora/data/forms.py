@@ -56,43 +56,67 @@ class RowForm(NamedTuple):
         return self._replace(needs=needs, may_have=tuple(columns.get(str(name)) for name in self.may_have), aka=())
 
 
-def _pair(name: str, question: str, answer: str, given: str = "context") -> RowForm:
+GIVEN = ("input", "context")
+"""Columns with what is given to a question."""
+
+
+def _pair(name: str, question: str, answer: str) -> RowForm:
     """The form of a question and its answer, with what is given to it, and with the pairs before it."""
     title = f"{question} and {answer}"
-    return RowForm(name, title, (question, answer), _answered, (given, "history"), holds="messages")
+    beside = (*(given for given in GIVEN if given != question), "history")
+    return RowForm(name, title, (question, answer), _answered, beside, holds="messages")
 
 
-def _answered(question: Any, answer: Any, given: Any, history: Any) -> list[Any]:
-    asked = _asked(question, given, history)
-    return [*asked, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+def _answered(question: Any, answer: Any, *beside: Any) -> list[Any]:
+    question = _rounds_in(question)
+    answer = _messages_written_in(answer) if isinstance(question, list) else answer
+    return [*_asked(question, *beside), *(answer if isinstance(answer, list) else [_said("assistant", answer)])]
 
 
 def _asked(question: Any, *beside: Any) -> list[Any]:
     """The messages of a question, with what is given to it, and last the pairs before it."""
     *given, history = beside
-    question = _rounds_in(question) if isinstance(question, str) else question
+    question = _rounds_in(question)
     before = list_in(history)
     if isinstance(before, list) and before and all(isinstance(one, dict) for one in before):
         return [*before, *_asked(question, *given, None)]
     if before is not None and not (isinstance(before, list) and all(_is_round(pair) for pair in before)):
         raise ValueError(f"the history is {kind(history)}, expected a list of pairs of texts")
     said = [text for pair in before or () for text in pair]
-    rows = [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(said)]
+    rows = [_said("assistant" if place % 2 else "user", text) for place, text in enumerate(said)]
     if isinstance(question, list):
-        return [*rows, *question, *({"role": "user", "content": text} for text in given if text)]
+        return [*rows, *question, *(_said("user", text) for text in given if text)]
     asked = tuple(str(text) for text in (question, *given) if messages.is_there(text))
-    return [*rows, {"role": "user", "content": asked or ""}]
+    return [*rows, _said("user", asked or "")]
 
 
-def _rounds_in(prompt: str) -> str | list[dict[str, str]]:
-    """The messages of a prompt with a system text, or rounds before it, in the Llama 2 format; any other as it is."""
-    opening = _OPENING.match(prompt)
+def _rounds_in(prompt: Any) -> Any:
+    """The messages of a prompt that is a list of them, or has a system text or rounds before it in the Llama 2 format;
+    any other as it is.
+    """
+    prompt = _messages_written_in(prompt)
+    opening = _OPENING.match(prompt) if isinstance(prompt, str) else None
     rest = prompt[opening.end() :].rstrip() if opening else ""
     if not (rest.startswith("<<SYS>>") or (opening and opening[1] and "[INST]" in rest)):
         return prompt
     return llama2.parse(f"[INST]{rest}{'' if rest.endswith('[/INST]') else '[/INST]'}")
 
 
+def _messages_written_in(written: Any) -> Any:
+    """The messages of a text that is a list of them, as a .csv has one, or of a list of such texts; else what it is."""
+    is_texts = isinstance(written, list) and all(isinstance(one, str) for one in written)
+    text = f"[{','.join(written)}]" if is_texts else written
+    if not isinstance(text, str) or not _LISTED.match(text):
+        return written
+    found = list_in(text)
+    return found if messages.holds_turns(found) else written
+
+
+def _said(role: str, text: Any) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+_LISTED = re.compile(r"\s*\[\s*\{")
 _OPENING = re.compile(r"\s*(?:<s>)?\s*(\[INST\])?\s*")
 
 
@@ -100,21 +124,17 @@ def _is_round(pair: Any) -> bool:
     return isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
-def _messages_in(rows: Any) -> Any:
-    return rows
-
-
 def _whole(text: str) -> Conversation:
     return Conversation((Turn("text", text),))
 
 
 FORMS: list[RowForm] = [
-    RowForm("messages", "messages", ("messages",), _messages_in, holds="a list"),
-    RowForm("sharegpt", "messages", ("conversations",), _messages_in, holds="a list",
+    RowForm("messages", "messages", ("messages",), _messages_written_in, holds="a list"),
+    RowForm("sharegpt", "messages", ("conversations",), _messages_written_in, holds="a list",
             aka=("conversation", "dialog", "dialogue")),
     RowForm("guanaco", "### Human:", ("text",), guanaco.parse, opens=guanaco.MARKER),
     RowForm("llama2", "[INST]", ("text",), llama2.parse, opens=re.compile(r"\[INST\]")),
-    _pair("alpaca", "instruction", "output", given="input"),
+    _pair("alpaca", "instruction", "output"),
     _pair("dolly", "instruction", "response"),
     _pair("prompt_completion", "prompt", "completion"),
     _pair("prompt_response", "prompt", "response"),
@@ -207,11 +227,10 @@ SYSTEM = "system"
 """What the column with the system text is called in ``data.columns``."""
 LABEL = "label"
 """The column that calls an answer good (true) or bad (false) in preference data, such as KTO's."""
-LABELS = {"True": True, "False": False}
+LABELS = {"true": True, "false": False}
 """What it holds; other labels, such as a class's number, say nothing of the answer."""
 LABELLED_BAD = "rows with label false, which calls the answer bad: not learned"
 QUESTIONS = ("instruction", "prompt", "question", "query", "user", "human", "input", "inputs")
-GIVEN = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer", "answers", "assistant", "chosen", "target", "targets")
 MARKERS_ELSEWHERE = {
     "<|im_start|>": "ChatML",
@@ -299,6 +318,7 @@ def read_row(
         if parsed.conversation is None:
             return Read(None, parsed.unused, parsed.taken_off, parsed.changed)
         conversation, notes = _with_system(row, llama2.without_block(parsed.conversation), system_columns)
+        conversation = llama2.without_block(conversation)  # one that a column has around its text
         conversation, taken_off = edges.clean(conversation, marks)  # what parse did not see, such as a system column
         conversation.check_characters()
     except messages.OpeningError as error:
@@ -309,7 +329,7 @@ def read_row(
     except ValueError as error:
         raise RowError(str(error)) from error
     is_labelled = use == "training" and LABEL not in used and not conversation.is_text
-    is_good = LABELS.get(str(row.get(LABEL))) if is_labelled else None
+    is_good = LABELS.get(str(row.get(LABEL)).strip().lower()) if is_labelled else None
     if is_good is False:
         conversation = replace(conversation, turns=tuple(replace(turn, learned=False) for turn in conversation.turns))
     beside = f" beside {' and '.join(map(repr, chosen.needs))}"
@@ -433,8 +453,9 @@ def _with_system(
 def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, option: str) -> RowError:
     """Names what the forms are made of, and the options that read the row, or the row to write in its place."""
 
-    def named(columns: Mapping[str, str]) -> RowError:
-        return RowError(problem, f"give {_written(option, columns)}")
+    def named(columns: Mapping[str, str | None]) -> RowError:
+        columns = {**columns, SYSTEM: next((one for one in SYSTEM_COLUMNS if messages.is_there(row.get(one))), None)}
+        return RowError(problem, f"give {_written(option, {name: one for name, one in columns.items() if one})}")
 
     problem = f"no column {_wanted(forms)}, columns found: {excerpt(list(row))}"
     names = {
@@ -448,9 +469,7 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
         return named({"messages": lists[0]})
     if question and (answer or not is_to_train):
         given = next((names[name] for name in GIVEN if name in names and names[name] != question), None)
-        system = next((name for name in SYSTEM_COLUMNS if messages.is_there(row.get(name))), None)
-        columns = {"user": question, "context": given, "assistant": answer if is_to_train else None, SYSTEM: system}
-        return named({name: column for name, column in columns.items() if column})
+        return named({"user": question, "context": given, "assistant": answer if is_to_train else None})
     for name, value in row.items():
         is_list = isinstance(list_in(value), list)
         alone = [form.needs[0] for form in forms if len(form.needs) == 1 and is_list == (form.holds == "a list")]
@@ -458,8 +477,11 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
             return named({known: str(name)})
     for name, value in row.items():
         within = value if isinstance(value, dict) else {}
-        if any(all(_holds_turn(within.get(need, {})) for need in form.needs) for form in forms):
+        others = [form.needs for form in forms if form.needs != ("text",)]
+        if any(all(_holds_turn(within.get(need, {})) for need in needs) for needs in others):
             return RowError(problem, f"write what stands in column {name!r} as the row itself")
+        if isinstance(value, str) and value.lstrip().startswith((*MARKERS_ELSEWHERE,)):
+            _refuse_elsewhere(value, str(name), is_whole=False)
     texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values())
     wanted = dict.fromkeys(("user", "assistant") if is_to_train else ("user",), "COLUMN")
     first = f"name them with {_written(option, wanted)}, or " if texts > 1 or not is_to_train else ""

@@ -204,9 +204,10 @@ def parse(text: str) -> list[dict[str, str]]:
         raise ValueError("no [INST] in the text")
     if edges.take_off(head, edges.WRITTEN_OUT)[0].strip():
         raise ValueError("text stands before the first [INST]")
-    system, rounds[0] = _split_system(rounds[0])
-    rows = [{"role": "system", "content": system}]
-    for index, pair in enumerate(rounds):
+    rows = list[dict[str, str]]()
+    for index, written in enumerate(rounds):
+        system, pair = _split_system(written)
+        rows.append({"role": "system", "content": system})
         number = 2 * index + 1
         prompt, closing, rest = pair.partition("[/INST]")
         if not closing:

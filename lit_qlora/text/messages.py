@@ -145,14 +145,15 @@ def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> P
     for row in listed:
         message = _read(f"turn {len(said) + 1}", row, changed, marks)
         taken_off |= dict.fromkeys(message.taken_off)
-        if message.role == "system" and not said:
-            system.append(message)
-        elif message.role != "system":
+        if message.role != "system":
             said.append(message)
+        elif message.text in [first.text for first in system]:
+            changed |= {SYSTEM_REPEATED: None} if is_there(message.text) else {}
+        elif not said:
+            system.append(message)
         elif is_there(message.text):
-            is_again = message.text in [first.text for first in system]
-            changed[SYSTEM_REPEATED if is_again else SYSTEM_LATER] = None
-            said += [] if is_again else [message]
+            changed[SYSTEM_LATER] = None
+            said.append(message)
     texts = [message.text for message in system if is_there(message.text)]
     if len(texts) > 1:
         changed[JOINED["system"]] = None
@@ -314,7 +315,7 @@ def _unused(rows: Sequence[dict[str, Any]]) -> list[str]:
     found: dict[str, None] = {}
     for row in rows:
         role = _role(_value("", row, ROLE))
-        known = (*ROLE, *CONTENT, *CALLS, *(("name", "tool_call_id") if role == "result" else ()))
+        known = (*ROLE, *CONTENT, *(CALLS if role in ("assistant", "call") else ()))
         for key, value in row.items():
             if key in known or not is_there(value):
                 continue

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lit_qlora.data import forms
-from lit_qlora.data.forms import RowError, RowForm, check_columns, list_in, read_row
+from lit_qlora.data.forms import WRITE_TURNS, RowError, RowForm, check_columns, list_in, read_row
 from lit_qlora.data.records import Reading, load_records
 from lit_qlora.text import messages
 from lit_qlora.text.conversation import Conversation, Turn
@@ -177,9 +177,22 @@ OTHERS = {
         {"instruction": "Sum up.", "context": "A long text.", "response": "Short."},
         said("Sum up.\n\nA long text.", "Short."),
     ),
+    "Dolly with input": ({"instruction": "Sum.", "input": "1 2", "response": "3"}, said("Sum.\n\n1 2", "3")),
+    "Alpaca with both": (
+        {"instruction": "a", "input": "c", "context": "d", "output": "b"},
+        said("a\n\nc\n\nd", "b"),
+    ),
     "Dolly without context": ({"instruction": "hi", "context": "", "response": "yo"}, HI),
     "prompt and completion": ({"prompt": "hi", "completion": "yo"}, HI),
     "prompt and completion as messages": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, HI),
+    "prompt and completion as a .csv has messages": (
+        {"prompt": json.dumps(TURNS[:1]), "completion": str(TURNS[1:])},
+        HI,
+    ),
+    "an answer that looks like messages": (
+        {"prompt": "hi", "completion": json.dumps(TURNS)},
+        said("hi", json.dumps(TURNS)),
+    ),
     "prompt and response": ({"prompt": "hi", "response": "yo"}, HI),
     "question and answer": ({"question": "hi", "answer": "yo"}, HI),
     "question, context and answer": ({"question": "a", "context": "c", "answer": "b"}, said("a\n\nc", "b")),
@@ -190,6 +203,8 @@ OTHERS = {
     "ShareGPT": ({"conversations": SHARED}, HI),
     "conversation": ({"conversation": TURNS}, HI),
     "XTuner": ({"conversation": [{"system": "s", "input": "hi", "output": "yo"}]}, said("hi", "yo", system="s")),
+    "messages as texts": ({"messages": [json.dumps(turn) for turn in TURNS]}, HI),
+    "texts that are objects": ({"conversations": ['{"a": 1}', "{b"]}, said('{"a": 1}', "{b")),
     "dialog of texts": ({"dialog": ["hi", "yo"]}, HI),
     "dialogue": ({"dialogue": json.dumps(SHARED)}, HI),
 }
@@ -239,6 +254,7 @@ def test_columns_that_hold_no_conversation(row, problem):
         ({"conversations": "items"}, {"items": json.dumps(SHARED)}, HI),
         ({"text": "body"}, {"body": TEXT}, HI),
         ({"text": "body"}, {"body": "[INST] hi [/INST] yo"}, HI),
+        ({"user": "q", "assistant": "a", "input": "c"}, {"q": "A", "a": "B", "c": "C"}, said("A\n\nC", "B")),
         ({"user": "prompt", "assistant": "chosen"}, {"prompt": "hi", "chosen": "yo"}, HI),
         ({"user": "prompt", "assistant": "chosen"}, {"prompt": TURNS[:1], "chosen": TURNS[1:]}, HI),
     ],
@@ -295,6 +311,12 @@ def test_columns_that_make_up_no_form(columns, form, words, option, expect_error
          " --data.columns.system system"),
         ({"My Question": "a", "Texts": TEXT}, "give --data.columns.text Texts"),
         ({"message": TURNS}, "give --data.columns.messages message"),
+        ({"turns": TURNS, "system": "s"}, "give --data.columns.messages turns --data.columns.system system"),
+        # What is written in a format that is not read says so.
+        ({"system": "SYSTEM: s", "chat": "USER: a\n\n\nASSISTANT: b"}, WRITE_TURNS),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, WRITE_TURNS),
+        ({"prompt": {"text": "a", "role": "prompter", "replies": []}},
+         'write rows such as {"text": "### Human: …### Assistant: …"}'),
         ({"my items": SHARED}, "give --data.columns.messages 'my items'"),
         ({"turns": json.dumps(TURNS)}, "give --data.columns.messages turns"),
         ({"Frage": "hi", "Antwort": "yo"}, "name them with --data.columns.user COLUMN --data.columns.assistant COLUMN,"
@@ -306,7 +328,10 @@ def test_columns_that_make_up_no_form(columns, form, words, option, expect_error
     ],
 )  # fmt: skip
 def test_a_row_that_is_not_read_has_the_options_named_that_read_it(row, remedy):
-    with pytest.raises(RowError, match=r"^no column 'messages' or .* \(or others\), columns found: ") as caught:
+    problem = (
+        r"(no column 'messages' or .* \(or others\), columns found: |column .* is written in .*, which is not read)"
+    )
+    with pytest.raises(RowError, match=f"^{problem}") as caught:
         read_row(row)
     assert caught.value.remedy == remedy
     if not remedy.startswith("give"):
@@ -433,7 +458,11 @@ def test_an_answer_that_is_no_text_has_its_remedy(answer, remedy):
             said("Sum.\n\n1 2", "3"),
         ),
         ({"text": "### Human: a</s>### Human: b</s>### Assistant: c"}, None, said("a\n\nb", "c")),
-        ({"text": "### System: be kind</s>### Human: a### Assistant: c</s>"}, None, said("a", "c", system="be kind")),
+        (
+            {"text": "<s>### System: be kind</s>### Human: a### Assistant: c</s>"},
+            None,
+            said("a", "c", system="be kind"),
+        ),
         ({"prompt": "<s>[INST] hi [/INST]", "completion": " yo </s>"}, None, said("hi", "yo")),
     ],
 )
@@ -476,6 +505,11 @@ def test_a_system_text_in_the_first_message_of_the_llama_2_format_stands_in_its_
     roles = iter(("user", "assistant", "user", "assistant"))
     rows = [turn if isinstance(turn, dict) else {"role": next(roles), "content": turn} for turn in turns]
     assert read_row({"messages": rows}).conversation == expected
+
+
+def test_a_system_column_in_the_llama_2_format_holds_its_text():
+    read = read_row({"system": "<<SYS>>\nbe kind\n<</SYS>>", "messages": TURNS})
+    assert read.conversation == said("hi", "yo", system="be kind")
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,10 @@ def test_a_tag_from_outside_is_refused(tag, template, where):
         ),
         ("<s>[INST] <<SYS>>\nbe kind\n<<SYS>>\n\nhi [/INST] yo </s>", said("hi", "yo", system="be kind")),
         ("[INST]<<SYS>>be kind<</SYS>>hi[/INST]", said("hi", system="be kind")),
+        (
+            "[INST] <<SYS>>s<</SYS>>a [/INST] b [INST] <<SYS>>s<</SYS>>c [/INST] d [INST] <<SYS>>t<</SYS>>e [/INST]",
+            said("a", "b", "c", "d", "t\n\ne", system="s"),
+        ),
         ("[INST] <<SYS>>\n\n<</SYS>>\n\nhi [/INST] yo", said("hi", "yo")),
         (
             "[INST] why </s> there? [/INST] an <s>end</s> marks it",

@@ -199,7 +199,14 @@ TOOLS = (messages.CALLED, messages.ANSWERED_BY_TOOL)
     ids=["OpenAI", "blank", "no content", "functions", "ShareGPT", "Glaive"],
 )  # fmt: skip
 def test_a_tool_s_call_is_not_learned_and_its_result_stands_in_the_prompt(rows):
-    assert messages.parse(rows) == (WITH_RESULT, TOOLS, (), ())
+    assert messages.parse(rows)._replace(unused=()) == (WITH_RESULT, TOOLS, (), ())
+
+
+def test_keys_of_tools_are_named_where_nothing_reads_them():
+    result = {"role": "tool", "content": "18", "name": "warmth", "tool_call_id": "call_1", "tool_calls": [CALL]}
+    rows = [{**ASKED, "function_call": CALL}, {"role": "assistant", "tool_calls": [CALL]}, result, TOLD]
+    keys = ("function_call", "name", "tool_call_id", "tool_calls")
+    assert messages.parse(rows).unused == tuple(f"key {key!r} of a turn" for key in keys)
 
 
 def test_what_is_said_beside_a_call_is_learned_and_a_result_may_be_an_object():
@@ -267,6 +274,12 @@ def test_what_the_system_says_later_stands_in_the_prompt(order, said):
     assert [turn.content for turn in parsed.conversation.turns] == said
     assert parsed.conversation.system == ("s" if order[0] == "s" else None)
     assert parsed.changed == (messages.SYSTEM_LATER,)
+
+
+def test_a_system_text_that_is_given_twice_stands_once():
+    parsed = messages.parse([SYSTEM, SYSTEM, {"role": "system", "content": "and brief"}, USER, ASSISTANT])
+    assert parsed.conversation.system == f"{SYSTEM['content']}\n\nand brief"
+    assert parsed.changed == (messages.SYSTEM_REPEATED, messages.JOINED["system"])
 
 
 def test_a_system_text_that_is_repeated_before_each_turn_stands_once():

@@ -1,14 +1,14 @@
 """Owns the training of a 4-bit base with LoRA: a LightningModule, its options and its hooks.
 
 Driven by the command line's Trainer or Lightning's own; precision is the Trainer's, batches are the DataModule's;
-`learning.py` computes the gradients. Knows no text.
+`hidden.py` computes the sums, `learning.py` the gradients. Knows no text.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -21,15 +21,13 @@ from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.devices.asked import check_shard
 from lit_qlora.devices.strategy import is_on_edge
-from lit_qlora.devices.world import from_first, is_first, local_first
+from lit_qlora.devices.world import is_first, local_first
 from lit_qlora.errors import UserError, require
-from lit_qlora.model import host, load, script
-from lit_qlora.model.attention import find_places
+from lit_qlora.model import load, script
 from lit_qlora.model.base import Base, check_context, check_targets, find_base, split_names
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
-from lit_qlora.model.decoder import Layer, MicroBatch, draw_seeds, extract_layers, run_together, weights_of, why_not
-from lit_qlora.model.dequantised import Weights
+from lit_qlora.model.decoder import why_not
 from lit_qlora.model.device import (
     Attention,
     check_attention,
@@ -39,12 +37,10 @@ from lit_qlora.model.device import (
     current_device,
 )
 from lit_qlora.model.generate import Sampling, generate
-from lit_qlora.model.graphs import Graphs
-from lit_qlora.model.learning import LearnsInParts, Sums, Waiting, check_batch
-from lit_qlora.model.loss import CHUNK_ROWS, summed_cross_entropy
-from lit_qlora.model.offload import HostStore
+from lit_qlora.model.hidden import ComputesSums
+from lit_qlora.model.learning import check_batch
+from lit_qlora.model.loss import CHUNK_ROWS
 from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, make_optimizer, make_schedule
-from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.sharded_base import check_host, keep_copy, load_sharded
 from lit_qlora.model.shards import Shards
@@ -52,11 +48,8 @@ from lit_qlora.model.sums import AnswerSums
 from lit_qlora.place import COMMAND
 from lit_qlora.text.formats import PromptFormat
 
-if TYPE_CHECKING:
-    from peft import PeftModel
 
-
-class QLoRAModule(LearnsInParts):
+class QLoRAModule(ComputesSums):
     """A 4-bit base (Llama, Mistral, Qwen) with LoRA on its linear layers.
 
     In a script, ``Trainer(…).fit(QLoRAModule(…), ChatDataModule(…))`` trains as the command line does, to the same
@@ -104,9 +97,6 @@ class QLoRAModule(LearnsInParts):
             are kept.
     """
 
-    shards: Shards | None = None
-    """The base's layers, where no device holds them whole: not with shard auto, until `callbacks.shard` decides so."""
-
     @checked_arguments("model", paths=("base", "adapter", "quantized_cache"))
     def __init__(
         self,
@@ -135,11 +125,9 @@ class QLoRAModule(LearnsInParts):
         quantized_cache: str = "auto",
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        super().__init__()
         device = current_device()
         check_attention(attention, device)
-        self.eager_because = check_compile(compile, device)
-        """What is missing for compiled kernels, if they were requested; None otherwise."""
+        super().__init__(loss_rows, compile, check_compile(compile, device), checkpointing)
         self.options = options
         """The constructor's arguments, for a checkpoint."""
         self.standalone = True
@@ -155,8 +143,7 @@ class QLoRAModule(LearnsInParts):
         self.lora = load.Lora(rank, alpha, dropout, target_modules, rslora, dora)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_ratio, self.schedule, self.optimizer_name = warmup_ratio, schedule, optimizer
-        self.checkpointing, self.compiles, self.attention = checkpointing, compile, attention
-        self.cuda_graphs, self.own_layers, self.loss_rows = cuda_graphs, own_layers, loss_rows
+        self.attention, self.cuda_graphs, self.own_layers = attention, cuda_graphs, own_layers
         self.offload, self.quantized_cache = offload, quantized_cache
         self.shard, self.shard_to = shard, shard_to
         self.copy_line: str | None = None
@@ -166,17 +153,8 @@ class QLoRAModule(LearnsInParts):
         """That of the checkpoint of Lightning's that it was loaded from."""
         self._told = set[str]()
         """What a script was told about its data."""
-        self.model: PeftModel | None = None
         self._loaded_for: tuple[torch.dtype, str] | None = None
         """The dtype and the device type that the model was loaded for."""
-        self.slow_because: str | None = None
-        """Why training uses the layers of transformers and peft; None if it uses ours."""
-        self._layers: dict[bool, list[Layer]] = {}
-        """The layers for train mode and for eval mode, which has no dropout."""
-        self._weights: list[Weights] = []
-        """What gives the layers of both their weights."""
-        self._graphs: Graphs | None = None
-        self._host_store = HostStore()
         self._num_waiting: Counter[int] = Counter()
         """Micro-batches of the current step that wait for others, by the device that computes them."""
         self.gradient_norm: Tensor = torch.tensor(0.0)
@@ -300,22 +278,6 @@ class QLoRAModule(LearnsInParts):
         """Likewise: a Trainer ends with it."""
         with self.shards.aside() if self.shards else nullcontext():
             return super().cpu()
-
-    @property
-    def peft_model(self) -> "PeftModel":
-        """The loaded model. Raises UserError before it is loaded."""
-        if self.model is None:
-            raise UserError(
-                "base and adapter are loaded once training begins",
-                option="model",
-                remedy="give the module to a Trainer first, or call module.configure_model()",
-            )
-        return self.model
-
-    @property
-    def _llama(self) -> Any:
-        """transformers' model, with its decoder and head."""
-        return self.peft_model.get_base_model()
 
     def template_for(self, given: str | None) -> str | None:
         """The prompt template for its data: ``given``, or that of the checkpoint or the adapter to start from.
@@ -447,7 +409,7 @@ class QLoRAModule(LearnsInParts):
     # Steps
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits ``[B, T, V]`` after each of ``input_ids`` ``[B, T]``, padded on the right if at all.
+        """Logits after each token.
 
         Args:
             input_ids: ``[B, T]`` int64, padded on the right if at all.
@@ -459,124 +421,6 @@ class QLoRAModule(LearnsInParts):
             UserError: the model is not loaded yet.
         """
         return self.peft_model(input_ids=input_ids).logits  # type: ignore[no-any-return]
-
-    def summed_loss(self, batch: Batch) -> Sums:
-        """Summed loss of a batch's answer tokens in nats, count of those that were the likeliest, and their number.
-
-        Args:
-            batch: of `data.batching.collate`, padded or packed, on the module's device.
-
-        Returns:
-            A scalar in nats, fp32 and differentiable in the adapter; an int64 scalar; and a number.
-        """
-        return self._summed_loss(self._hidden(batch), batch)
-
-    def _summed_loss(self, hidden: Tensor, batch: Batch) -> Sums:
-        scored = hidden.flatten(0, 1)[batch.positions]
-        loss, num_correct = summed_cross_entropy(scored, self._llama.lm_head.weight, batch.targets, self.loss_rows)
-        return loss, num_correct, len(batch.targets)
-
-    @property
-    def can_learn_together(self) -> bool:
-        """True with our layers, unless kernels are recorded or a subclass has a loss of its own."""
-        is_own = type(self).summed_loss is QLoRAModule.summed_loss
-        return is_own and not (self.slow_because or self.uses_cuda_graphs)
-
-    def draw(self) -> tuple[int, ...]:
-        """The seeds of dropout."""
-        return draw_seeds(self._extracted())
-
-    def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
-        """`summed_loss` of each of some micro-batches, which go through the layers together.
-
-        Args:
-            waiting: the micro-batches, in order.
-            earlier: gradients of weights by their `id`, read in backward, to which theirs are added one by one.
-        """
-        pairs = zip(self._through(waiting, earlier), waiting, strict=True)
-        return [self._summed_loss(hidden, one.batch) for hidden, one in pairs]
-
-    def _through(self, waiting: Sequence[Waiting], earlier: Mapping[int, Tensor] | None = None) -> Iterator[Tensor]:
-        """Hidden states ``[B, T, h]`` after layers and last norm, of each of ``waiting`` as it is asked for."""
-        decoder, micro_batches = self._llama.model, []
-        for batch, seeds in waiting:
-            hidden = self._embedded(batch)
-            micro_batches.append(MicroBatch(hidden, find_places(decoder.rotary_emb, hidden, batch.lengths), seeds))
-        self._keep_weights(micro_batches[0].hidden.dtype)
-        store = self._host_store if self.hosted_layers and self.training and torch.is_grad_enabled() else None
-        layers, hosted = self._extracted(), self.hosted_layers
-        return map(decoder.norm, run_together(layers, micro_batches, self.kept_layers, store, hosted, earlier))
-
-    def _recompute(self) -> None:
-        super()._recompute()
-        if self.slow_because:
-            checkpoint_layers(self._llama.model.layers, "full")
-        self._layers.clear()
-        self._weights.clear()
-
-    def _release(self) -> None:
-        self._graphs = None
-        self._host_store.close()
-
-    def _forget_layers(self) -> None:
-        """Discard extracted layers and recordings: Lightning moves the model between two of its runs."""
-        self._layers.clear()
-        self._weights.clear()
-        self._release()
-
-    def _choose_kept(self, dtype: torch.dtype) -> None:
-        """What layers keep. On a GPU, `callbacks.warmup` knows the batches, and so what ``auto`` has the room for."""
-        shape, is_auto = self.base.shape, self.checkpointing == "auto"
-        is_open = is_auto and self.device.type == "cpu" and not self.slow_because
-        self.kept_layers = shape.num_layers if is_open or self.checkpointing in ("selective", "none") else 0
-        self.dequantised_layers = 0
-        if is_open and not self.shards:  # what is shared has no room whole
-            layer_bytes = shape.num_quantized // shape.num_layers * dtype.itemsize
-            self.dequantised_layers = min(shape.num_layers, host.room_bytes() // layer_bytes)
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        """Hidden states ``[B, T, h]`` after the last norm."""
-        decoder = self._llama.model
-        # No attention mask: rows are padded on the right, where causal attention never looks. No cache:
-        # with one, transformers would take it for generation.
-        if self.slow_because:
-            # Restarted positions mark the conversations for transformers, if there is no mask and no cache.
-            within = [torch.arange(length, device=batch.input_ids.device) for length in batch.lengths]
-            places = torch.cat(within)[None] if within else None
-            output = decoder(input_ids=batch.input_ids, position_ids=places, use_cache=False)
-            return output.last_hidden_state  # type: ignore[no-any-return]
-        if self.uses_cuda_graphs and self.training and torch.is_grad_enabled() and not batch.lengths:
-            hidden, layers = self._embedded(batch), self._extracted()
-            self._keep_weights(hidden.dtype)  # before a recording, whose memory is used again
-            if self._graphs is None or self._graphs.kept_layers != self.kept_layers:
-                self._graphs = Graphs(layers, self.kept_layers, decoder.rotary_emb)
-            return decoder.norm(self._graphs(hidden))  # type: ignore[no-any-return]
-        return next(self._through([Waiting(batch, self.draw())]))
-
-    def _extracted(self) -> list[Layer]:
-        """The layers for the current mode."""
-        if self.training not in self._layers:
-            compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
-            pointwise = compiled() if compiles and self.eager_because is None else EAGER
-            self._weights = self._weights or weights_of(self.peft_model, self.shards)
-            self._layers[self.training] = extract_layers(self.peft_model, pointwise, self._weights)
-        return self._layers[self.training]
-
-    def _keep_weights(self, dtype: torch.dtype) -> None:
-        for weights in self._weights[: self.dequantised_layers]:
-            weights.keep(dtype)
-
-    def _embedded(self, batch: Batch) -> Tensor:
-        """Hidden states ``[B, T, h]`` before the layers. Raises UserError for a row beyond their sliding window."""
-        longest = max(batch.lengths, default=batch.input_ids.shape[1])
-        if self.base.window and longest > self.base.window:
-            raise UserError(
-                f"a row has {longest:,} tokens, and from {self.base.window:,} on the layers of {self.base.name} forget "
-                "the first, by its sliding_window",
-                option="dataloaders",
-                remedy="give shorter rows, or --model.own_layers false, which is slower and computes the window",
-            )
-        return self._llama.model.embed_tokens(batch.input_ids)  # type: ignore[no-any-return]
 
     def on_train_start(self) -> None:
         """Reset the sums of the figures."""
@@ -708,27 +552,11 @@ class QLoRAModule(LearnsInParts):
 
     # Answers
 
-    @contextmanager
-    def by_first_alone(self) -> Iterator[bool]:
-        """Around what the first process alone computes with the model: True there.
-
-        Where the base is shared, the others take part in fetching its layers until that is done.
-        """
-        if not self.keeps_pace:
-            yield is_first()
-            return
-        assert self.shards
-        if not is_first():
-            while from_first(False):
-                self.shards.pass_through(backward=False)
-            yield False
-            return
-        announced = self._llama.model.register_forward_pre_hook(lambda *_: from_first(True) and None)
-        try:
-            yield True
-        finally:
-            announced.remove()
-            from_first(False)
+    def by_first_alone(self) -> AbstractContextManager[bool]:
+        """Around what the first process alone computes with the model: True there; see `Shards.by_first_alone`."""
+        if self.shards is None or not self.keeps_pace:
+            return nullcontext(is_first())
+        return self.shards.by_first_alone(self._llama.model)
 
     def answer(
         self,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from lit_qlora.devices.world import peers, world
+from lit_qlora.devices.world import from_first, is_first, peers, world
 from lit_qlora.model.offload import locked, unlock_with
 from lit_qlora.storage.files import size
 
@@ -212,6 +212,24 @@ class Shards:
         for _ in range(most - self._passes[self.rank]):
             self.pass_through(backward)
         self._passes.clear()
+
+    @contextmanager
+    def by_first_alone(self, decoder: nn.Module) -> Iterator[bool]:
+        """Around what the first process alone computes with ``decoder``: True there.
+
+        The others take part in fetching its layers until that is done.
+        """
+        if not is_first():
+            while from_first(False):
+                self.pass_through(backward=False)
+            yield False
+            return
+        announced = decoder.register_forward_pre_hook(lambda *_: from_first(True) and None)
+        try:
+            yield True
+        finally:
+            announced.remove()
+            from_first(False)
 
     def pass_through(self, backward: bool) -> None:
         """Open the layers as a micro-batch does, and compute nothing."""

@@ -10,7 +10,7 @@ import torch
 from lit_qlora.callbacks.warmup import WarmupStep
 from lit_qlora.cli import main
 from lit_qlora.forecast import foresee, memory
-from lit_qlora.model import module
+from lit_qlora.model import hidden
 from lit_qlora.model.module import QLoRAModule
 
 SHORT = ["fit", "--trainer.max_steps", "3", "--samples.count", "0", "--trainer.limit_val_batches", "1",
@@ -106,7 +106,7 @@ def test_on_a_host_without_room_for_weights_micro_batches_go_together_to_the_sam
     monkeypatch.setattr(memory, "kept_activations", kept)
     for number, (weights, expected) in enumerate(((True, []), (False, [3] * 3), (False, [2, 1] * 3))):
         free = 4 * taken[-1] if number == 2 else 10**10  # of which half counts
-        monkeypatch.setattr(module, "host", SimpleNamespace(room_bytes=lambda weights=weights: weights * 10**10))
+        monkeypatch.setattr(hidden, "host", SimpleNamespace(room_bytes=lambda weights=weights: weights * 10**10))
         monkeypatch.setattr(foresee.host, "memory_bytes", lambda free=free: (free, free))
         seen.clear()
         assert main([*ACCUMULATED, "--run", f"./run-{number}"]) == 0

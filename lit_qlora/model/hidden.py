@@ -1,0 +1,198 @@
+"""Owns how a batch becomes sums of losses: through our decoder layers, their recordings, or those of transformers.
+
+The base class of `QLoRAModule`, beside `learning.py`, which asks it for sums. Knows no options, no Trainer.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_qlora.batch import Batch
+from lit_qlora.errors import UserError
+from lit_qlora.model import host
+from lit_qlora.model.attention import find_places
+from lit_qlora.model.base import Base
+from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
+from lit_qlora.model.decoder import Layer, MicroBatch, draw_seeds, extract_layers, run_together, weights_of
+from lit_qlora.model.dequantised import Weights
+from lit_qlora.model.graphs import Graphs
+from lit_qlora.model.learning import LearnsInParts, Sums, Waiting
+from lit_qlora.model.loss import summed_cross_entropy
+from lit_qlora.model.offload import HostStore
+from lit_qlora.model.pointwise import EAGER, compiled
+from lit_qlora.model.shards import Shards
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class ComputesSums(LearnsInParts):
+    """A module that computes the sums over answer tokens with a 4-bit base and its adapter.
+
+    Args:
+        loss_rows: number of tokens whose logits are computed at a time.
+        compiles: True for compiled kernels between products; auto: on a GPU.
+        eager_because: what is missing for these; None if nothing is.
+        checkpointing: what layers keep for backward.
+    """
+
+    base: Base
+    """The loaded base, or its 4-bit copy."""
+    shards: Shards | None = None
+    """The base's layers, where no device holds them whole: not with shard auto, until `callbacks.shard` decides so."""
+
+    def __init__(
+        self,
+        loss_rows: int,
+        compiles: bool | Literal["auto"],
+        eager_because: str | None,
+        checkpointing: Checkpointing,
+    ) -> None:
+        super().__init__()
+        self.loss_rows, self.compiles, self.checkpointing = loss_rows, compiles, checkpointing
+        self.eager_because = eager_because
+        self.model: PeftModel | None = None
+        self.slow_because: str | None = None
+        """Why training uses the layers of transformers and peft; None if it uses ours."""
+        self._layers: dict[bool, list[Layer]] = {}
+        """The layers for train mode and for eval mode, which has no dropout."""
+        self._weights: list[Weights] = []
+        """What gives the layers of both their weights."""
+        self._graphs: Graphs | None = None
+        self._host_store = HostStore()
+
+    @property
+    def peft_model(self) -> "PeftModel":
+        """The loaded model. Raises UserError before it is loaded."""
+        if self.model is None:
+            raise UserError(
+                "base and adapter are loaded once training begins",
+                option="model",
+                remedy="give the module to a Trainer first, or call module.configure_model()",
+            )
+        return self.model
+
+    @property
+    def _llama(self) -> Any:
+        """transformers' model, with its decoder and head."""
+        return self.peft_model.get_base_model()
+
+    def summed_loss(self, batch: Batch) -> Sums:
+        """Summed loss of a batch's answer tokens in nats, count of those that were the likeliest, and their number.
+
+        Args:
+            batch: of `data.batching.collate`, padded or packed, on the module's device.
+
+        Returns:
+            A scalar in nats, fp32 and differentiable in the adapter; an int64 scalar; and a number.
+        """
+        return self._summed_loss(self._hidden(batch), batch)
+
+    def _summed_loss(self, hidden: Tensor, batch: Batch) -> Sums:
+        scored = hidden.flatten(0, 1)[batch.positions]
+        loss, num_correct = summed_cross_entropy(scored, self._llama.lm_head.weight, batch.targets, self.loss_rows)
+        return loss, num_correct, len(batch.targets)
+
+    @property
+    def can_learn_together(self) -> bool:
+        """True with our layers, unless kernels are recorded or a subclass has a loss of its own."""
+        is_own = type(self).summed_loss is ComputesSums.summed_loss
+        return is_own and not (self.slow_because or self.uses_cuda_graphs)
+
+    def draw(self) -> tuple[int, ...]:
+        """The seeds of dropout."""
+        return draw_seeds(self._extracted())
+
+    def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
+        """`summed_loss` of each of some micro-batches, which go through the layers together.
+
+        Args:
+            waiting: the micro-batches, in order.
+            earlier: gradients of weights by their `id`, read in backward, to which theirs are added one by one.
+        """
+        pairs = zip(self._through(waiting, earlier), waiting, strict=True)
+        return [self._summed_loss(hidden, one.batch) for hidden, one in pairs]
+
+    def _through(self, waiting: Sequence[Waiting], earlier: Mapping[int, Tensor] | None = None) -> Iterator[Tensor]:
+        """Hidden states ``[B, T, h]`` after layers and last norm, of each of ``waiting`` as it is asked for."""
+        decoder, micro_batches = self._llama.model, []
+        for batch, seeds in waiting:
+            hidden = self._embedded(batch)
+            micro_batches.append(MicroBatch(hidden, find_places(decoder.rotary_emb, hidden, batch.lengths), seeds))
+        self._keep_weights(micro_batches[0].hidden.dtype)
+        store = self._host_store if self.hosted_layers and self.training and torch.is_grad_enabled() else None
+        layers, hosted = self._extracted(), self.hosted_layers
+        return map(decoder.norm, run_together(layers, micro_batches, self.kept_layers, store, hosted, earlier))
+
+    def _recompute(self) -> None:
+        super()._recompute()
+        if self.slow_because:
+            checkpoint_layers(self._llama.model.layers, "full")
+        self._layers.clear()
+        self._weights.clear()
+
+    def _release(self) -> None:
+        self._graphs = None
+        self._host_store.close()
+
+    def _forget_layers(self) -> None:
+        """Discard extracted layers and recordings: Lightning moves the model between two of its runs."""
+        self._layers.clear()
+        self._weights.clear()
+        self._release()
+
+    def _choose_kept(self, dtype: torch.dtype) -> None:
+        """What layers keep. On a GPU, `callbacks.warmup` knows the batches, and so what ``auto`` has the room for."""
+        shape, is_auto = self.base.shape, self.checkpointing == "auto"
+        is_open = is_auto and self.device.type == "cpu" and not self.slow_because
+        self.kept_layers = shape.num_layers if is_open or self.checkpointing in ("selective", "none") else 0
+        self.dequantised_layers = 0
+        if is_open and not self.shards:  # what is shared has no room whole
+            layer_bytes = shape.num_quantized // shape.num_layers * dtype.itemsize
+            self.dequantised_layers = min(shape.num_layers, host.room_bytes() // layer_bytes)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Hidden states ``[B, T, h]`` after the last norm."""
+        decoder = self._llama.model
+        # No attention mask: rows are padded on the right, where causal attention never looks. No cache:
+        # with one, transformers would take it for generation.
+        if self.slow_because:
+            # Restarted positions mark the conversations for transformers, if there is no mask and no cache.
+            within = [torch.arange(length, device=batch.input_ids.device) for length in batch.lengths]
+            places = torch.cat(within)[None] if within else None
+            output = decoder(input_ids=batch.input_ids, position_ids=places, use_cache=False)
+            return output.last_hidden_state  # type: ignore[no-any-return]
+        if self.uses_cuda_graphs and self.training and torch.is_grad_enabled() and not batch.lengths:
+            hidden, layers = self._embedded(batch), self._extracted()
+            self._keep_weights(hidden.dtype)  # before a recording, whose memory is used again
+            if self._graphs is None or self._graphs.kept_layers != self.kept_layers:
+                self._graphs = Graphs(layers, self.kept_layers, decoder.rotary_emb)
+            return decoder.norm(self._graphs(hidden))  # type: ignore[no-any-return]
+        return next(self._through([Waiting(batch, self.draw())]))
+
+    def _extracted(self) -> list[Layer]:
+        """The layers for the current mode."""
+        if self.training not in self._layers:
+            compiles = self.device.type == "cuda" if self.compiles == "auto" else self.compiles
+            pointwise = compiled() if compiles and self.eager_because is None else EAGER
+            self._weights = self._weights or weights_of(self.peft_model, self.shards)
+            self._layers[self.training] = extract_layers(self.peft_model, pointwise, self._weights)
+        return self._layers[self.training]
+
+    def _keep_weights(self, dtype: torch.dtype) -> None:
+        for weights in self._weights[: self.dequantised_layers]:
+            weights.keep(dtype)
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        """Hidden states ``[B, T, h]`` before the layers. Raises UserError for a row beyond their sliding window."""
+        longest = max(batch.lengths, default=batch.input_ids.shape[1])
+        if self.base.window and longest > self.base.window:
+            raise UserError(
+                f"a row has {longest:,} tokens, and from {self.base.window:,} on the layers of {self.base.name} forget "
+                "the first, by its sliding_window",
+                option="dataloaders",
+                remedy="give shorter rows, or --model.own_layers false, which is slower and computes the window",
+            )
+        return self._llama.model.embed_tokens(batch.input_ids)  # type: ignore[no-any-return]

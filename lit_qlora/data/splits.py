@@ -60,7 +60,10 @@ class Splits:
         """
         if "train" not in self.names:
             found = [*self.names.values(), *self.unread]
-            remedy = f"name the one to train on in the source, such as {{path: …, split: {found[0]}}}"
+            files = [one for one in self.unread if one.endswith((*FILES, "/"))]
+            split = next(one for one in (*self.unread, *self.names.values(), "NAME") if one not in files)
+            remedy = f"name the one to train on in the source, such as {{path: …, split: {split}}}"
+            remedy += f", or give {self.source}/{files[0]} itself" if files else ""
             raise SourceError(self.source, f"has no split 'train', found: {' and '.join(found)}", remedy)
         return self.names["train"]
 
@@ -87,10 +90,19 @@ class _Name(NamedTuple):
 
 def _name_of(path: Path) -> _Name:
     """What a name says, without the ending and the number of a shard."""
-    name = (path.name if path.is_dir() else SHARD.sub(r"\1", _bare(path))).lower()
-    words = [name] if name in SPLIT_NAMES else re.findall(r"[a-z]+|[0-9]+", name)
+    name = path.name if path.is_dir() else SHARD.sub(r"\1", _bare(path))
+    words = [_without_set(word) for word in re.findall(r"[A-Z]*[a-z]+|[A-Z]+|[0-9]+", name)]
+    words = [name.lower()] if name.lower() in SPLIT_NAMES else words
     kind = next((kind for kind, known in SPLITS.items() if {*words} & {*known}), None)
-    return _Name(kind, kind if name in SPLIT_NAMES else None, [word for word in words if word not in SPLIT_NAMES])
+    return _Name(
+        kind, kind if name.lower() in SPLIT_NAMES else None, [word for word in words if word not in SPLIT_NAMES]
+    )
+
+
+def _without_set(word: str) -> str:
+    """A word of a name in small letters, and a split's without what may be written behind it: ``trainset``."""
+    word = word.lower()
+    return next((short for end in ("set", "data") if (short := word.removesuffix(end)) in SPLIT_NAMES), word)
 
 
 def _bare(path: Path) -> str:
@@ -126,11 +138,14 @@ def names_by_kind(found: Sequence[str]) -> dict[str, str]:
 def by_names(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """Files of a pattern: each is training rows, if no name says that it is another split.
 
-    As in a folder, that is the file's whole name, or its folder's, or else a part of its name.
+    As in a folder, that is the file's whole name, or its folder's, or else a part of its name; where none is named for
+    training, a part beside the name of another file.
     """
     names = [_name_of(path) for path in paths]
     exact, by_folder = [name.exact for name in names], [_name_of(path.parent).exact for path in paths]
-    kinds = next((one for one in (exact, by_folder, [name.kind for name in names]) if "train" in one), exact)
+    plain = [name.others for name in names if not name.kind]
+    of_plain = [name.exact or (name.kind if name.others in plain else None) for name in names]
+    kinds = next((one for one in (exact, by_folder, [name.kind for name in names]) if "train" in one), of_plain)
     files: dict[str, list[Path]] = {}
     for path, kind in zip(paths, kinds, strict=True):
         files.setdefault(kind or "train", []).append(path)
@@ -147,14 +162,13 @@ def in_folder(folder: Path) -> dict[str, list[Path]]:
         UserError: none of these, or a file is there twice or not whole.
     """
     if (folder / "dataset_dict.json").is_file():
-        names = parse_json((folder / "dataset_dict.json").read_bytes())["splits"]
-        return {str(name): _saved(folder / str(name)) for name in names}
+        return {name: _saved(folder / name) for name in _named_in(folder / "dataset_dict.json", "splits")}
     if (folder / "state.json").is_file():
         return {"train": _saved(folder)}
     places = (folder, folder / "data")
     for place in places:
         named = {path: name for path in _data_in(place) if (name := _name_of(path)).kind}
-        files = _by_split(place, {path: name for path, name in named.items() if name.exact}) or _by_folder(place)
+        files = _by_folder(place) | _by_split(place, {path: name for path, name in named.items() if name.exact})
         if not files and any(name.kind == "train" for name in named.values()):
             files = _by_split(place, named)
         if files:
@@ -184,16 +198,23 @@ def _has_splits(folder: Path) -> bool:
 
 def _saved(folder: Path) -> list[Path]:
     """The files of rows that ``datasets`` saved in a folder. Raises SourceError where one is gone."""
-    try:
-        state = parse_json((folder / "state.json").read_bytes())
-        paths = [folder / str(file["filename"]) for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = "can't be read as datasets.save_to_disk left it"
-        raise SourceError(folder / "state.json", problem, "save it again") from error
+    paths = [folder / name for name in _named_in(folder / "state.json", "_data_files", "filename")]
     gone = [path.name for path in paths if not path.is_file()]
     if gone:
         raise SourceError(folder, f"has no {gone[0]}, which its state.json names", "copy it again")
     return paths
+
+
+def _named_in(file: Path, key: str, within: str | None = None) -> list[str]:
+    """The names that ``datasets`` wrote into a file. Raises SourceError where it can't be read."""
+    try:
+        found = parse_json(file.read_bytes())[key]
+        names = [str(one if within is None else one[within]) for one in found]
+        if not names:
+            raise ValueError("names nothing")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SourceError(file, "can't be read as datasets.save_to_disk left it", "save it again") from error
+    return names
 
 
 def _by_split(folder: Path, named: Mapping[Path, _Name]) -> dict[str, list[Path]]:
@@ -212,7 +233,9 @@ def _by_split(folder: Path, named: Mapping[Path, _Name]) -> dict[str, list[Path]
             both = f", or give both: data.source [{found[0]}, {found[1]}]" if kind == "train" else ""
             remedy = f"keep one of them{both}"
             raise SourceError(folder, f"holds both {found[0].name} and {found[1].name}, expected one", remedy)
-        if parts and (missing := {*range(int(parts[0][3]))} - {int(part[2]) for part in parts}):
+        numbers = {int(part[2]) for part in parts}
+        first = 1 if parts and int(parts[0][3]) in numbers else 0  # as some count
+        if parts and (missing := {*range(first, first + int(parts[0][3]))} - numbers):
             of_all = f"has {len(parts)} of the {int(parts[0][3])} parts of {parts[0][1]}"
             raise SourceError(folder, f"{of_all}: number {min(missing):05} is missing", "copy the others, too")
         name = parts[0][1] if parts else _bare(found[0])

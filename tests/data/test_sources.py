@@ -106,6 +106,8 @@ def test_a_folder_without_training_rows_names_a_split_that_it_has(expect_error):
     write("mine/test.jsonl")
     expect_error(lambda: find_splits("mine").training(), "'train'", "{path: …, split: test}", place="mine")
     assert find_splits(Source("mine", split="test")).training() == "test"
+    write("mine/talks.jsonl")
+    expect_error(lambda: find_splits("mine").training(), "split: test}, or give mine/talks.jsonl itself", place="mine")
 
 
 def test_a_name_may_stand_for_a_folder_in_data():
@@ -177,6 +179,12 @@ def test_a_set_of_the_hub_without_training_rows_is_one_line(monkeypatch, expect_
          {"train": ["openassistant_best_replies_train.jsonl"],
           "validation": ["openassistant_best_replies_eval.jsonl"]}, ()),
         (["dolly-15k.jsonl", "README.md", "dataset_infos.json"], {"train": ["dolly-15k.jsonl"]}, ()),
+        (["train-00001-of-00002.parquet", "train-00002-of-00002.parquet"],
+         {"train": ["train-00001-of-00002.parquet", "train-00002-of-00002.parquet"]}, ()),
+        (["train.jsonl", "validation/a.jsonl"],
+         {"train": ["train.jsonl"], "validation": ["validation/a.jsonl"]}, ()),
+        (["train/a.jsonl", "test.jsonl"], {"train": ["train/a.jsonl"], "test": ["test.jsonl"]}, ()),
+        (["trainData.jsonl", "TestSet.jsonl"], {"train": ["trainData.jsonl"], "test": ["TestSet.jsonl"]}, ()),
         (["default/train/0000.parquet", "default/test/0000.parquet"],
          {"train": ["default/train/0000.parquet"], "test": ["default/test/0000.parquet"]}, ()),
     ],
@@ -216,6 +224,9 @@ def test_what_datasets_saved_is_read(expect_error):
     expect_error(lambda: read_source("one"), "data-00001-of-00002.arrow", "copy it again", place="one")
     Path("one/state.json").write_text("{")
     expect_error(lambda: read_source("one"), "save_to_disk", place="one/state.json")
+    for text in ("{", "[]", "{}", '{"splits": null}', '{"splits": []}'):
+        Path("several/dataset_dict.json").write_text(text)
+        expect_error(lambda: find_splits("several"), "save_to_disk", place="several/dataset_dict.json")
 
 
 @pytest.mark.parametrize(
@@ -240,6 +251,22 @@ def test_a_folder_without_splits_says_what_to_do(files, remedy):
     with pytest.raises(UserError) as caught:
         find_splits("mine")
     assert str(caught.value).endswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("files", "held_out"),
+    [
+        (["trainset.jsonl", "devset.jsonl"], "devset.jsonl"),
+        (["TrainData.jsonl", "ValData.jsonl"], "ValData.jsonl"),
+        # None is named for training: what is named as another is, for another split.
+        (["talks.jsonl", "talks_val.jsonl"], "talks_val.jsonl"),
+        (["talks.jsonl", "ab_test.jsonl"], None),
+    ],
+)
+def test_a_pattern_s_files_for_other_splits_are_not_trained_on(files, held_out):
+    for name in files:
+        write(name)
+    assert [row.where for row in read_source("*.jsonl")] == [f"{one}:1" for one in sorted(files) if one != held_out]
 
 
 def test_a_pattern_is_its_files():

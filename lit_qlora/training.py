@@ -63,7 +63,7 @@ from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.model.base import check_context, check_rank, find_base, missing_bytes, split_names
 from lit_qlora.model.device import AMPERE, Device, current_device, decide_for
-from lit_qlora.model.load import check_settings, template_of
+from lit_qlora.model.load import check_settings, read_format
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.model.weights import check_weights
@@ -181,7 +181,8 @@ class QLoRACLI(LightningCLI):
             if adapter or options.ckpt_path == "base":
                 options.model.adapter = str(adapter) if adapter else None
         if options.model.adapter:
-            options.data.template = template_of(Path(options.model.adapter), options.data.template)
+            adapter = options.model.adapter
+            options.data.template = read_format(Path(adapter)).kept(options.data.template, str(Path(adapter)))
 
     def join(self) -> None:
         """Meet the other processes of the run, which must have the same configuration and versions.

@@ -76,7 +76,7 @@ class RunIdentity(Callback):
         check_same(_describe_data(trainer))
         self._compare_data(trainer)
         if self.rows is not None and is_first():
-            trainer.datamodule.record(self.rows)  # type: ignore[attr-defined]
+            trainer.datamodule.recorded().write(self.rows)  # type: ignore[attr-defined]
 
     def _compare_data(self, trainer: Trainer) -> None:
         if self.resume_from is None:

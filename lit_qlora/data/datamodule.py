@@ -126,8 +126,8 @@ class ChatDataModule(LightningDataModule):
         """True to read on whatever number of rows is unusable, for a look at them."""
         self._records: dict[str, Records] = {}
         self._rows: dict[str, EncodedRows] = {}
-        self._notes = defaultdict[str, list[str]](list)
-        """By part, further notes on its rows."""
+        self.notes = defaultdict[str, list[str]](list)
+        """By part, what is to be known of its rows beside their counts, such as splits that were not read."""
         self.run_rows: RunRows | None = None
         """The learned and held-out rows of a run, if its rows are scored."""
         self._run_record: Path | None = None
@@ -189,13 +189,13 @@ class ChatDataModule(LightningDataModule):
         if stage == "fit" and "train" not in self._rows:
             parts = self.parts()
             train, held_out = parts.train_and_held_out()
-            notes = self._notes["train"]
+            notes = self.notes["train"]
             notes += [f"not read of {name}: {', '.join(unread)}" for name, unread in parts.unread().items()]
             if self.num_workers > num_cores():
                 notes.append(f"{num_cores()} of {self.num_workers:,} num_workers, for there are no more cores")
             if self.validation_share != SHARE and not parts.draws():
                 note = f"validation_share {self.validation_share:g} is not used, for there are held-out rows"
-                self._notes["validation"].append(note)
+                self.notes["validation"].append(note)
             self._encode("train", train)
             self._encode("validation", held_out)
             self._check_limit("train", "limit_train_batches")
@@ -219,7 +219,7 @@ class ChatDataModule(LightningDataModule):
         if name != self.tokenizer_name or changed:
             self.tokenizer_name, self.prompt_format = name, _prompt_format(source, system)
             self._awaits_base = False
-            for made in (self._records, self._rows, self._notes):
+            for made in (self._records, self._rows, self.notes):
                 made.clear()
             for name in ("tokenizer", "encoder", "_first_epoch"):
                 self.__dict__.pop(name, None)
@@ -346,8 +346,10 @@ class ChatDataModule(LightningDataModule):
 
     def fingerprints(self) -> dict[str, str]:
         """Digests of the rows of a run, by content, whatever their file or hub id."""
-        rows = {"train_rows": "train", "held_out_rows": "validation"}
-        return {name: self._rows[part].fingerprint for name, part in rows.items()}
+        return {
+            "train_rows": self._rows["train"].fingerprint,
+            "held_out_rows": self._rows["validation"].fingerprint,
+        }
 
     def parts(self, reading: Reading | None = None) -> Parts:
         """The rows to learn, hold out and test on, by the options; ``reading`` replaces the options' own."""
@@ -361,16 +363,8 @@ class ChatDataModule(LightningDataModule):
         """
         self._run_record, self.run_rows = file, RunRows.read(file)
 
-    def record(self, file: Path) -> None:
-        """Record in ``file`` which rows are learned and which are held out, for `recall`.
-
-        Raises:
-            SaveError: it could not be written.
-        """
-        self.recorded().write(file)
-
     def recorded(self) -> RunRows:
-        """What `record` writes."""
+        """Which rows are learned and which are held out, for `recall`."""
         train, held_out = (self._records[part].conversations for part in ("train", "validation"))
         return RunRows.of(train, held_out, as_text(self.validation_source))
 
@@ -415,10 +409,6 @@ class ChatDataModule(LightningDataModule):
         """What is to be known of the prompt format, in lines."""
         return self.encoder.prompt_format.notes(template_beside(self.tokenizer))
 
-    def notes(self, part: str) -> list[str]:
-        """What is to be known of the rows of ``part`` beside their counts, such as splits that were not read."""
-        return self._notes[part]
-
     def describe(self) -> list[str]:
         """What was read, learned, cut and left out, in lines for the terminal."""
         lines = self.format_notes()
@@ -434,16 +424,14 @@ class ChatDataModule(LightningDataModule):
                 lines.append("; ".join([f"{part}: {len(source.conversations):,} of {source.name}", *_counted(source)]))
             of_parts = {what for source in records.parts for what in source.dropped}
             dropped = _counted(records, of_parts)
-            if rows.num_cut:
-                dropped.append(f"{rows.num_cut:,} cut to {self.max_length} tokens")
-            if rows.num_divided:
-                longer = f"longer than {self.max_length} tokens, divided: each stands in several rows"
-                dropped.append(number_of(rows.num_divided, f"texts {longer}"))
-            if earlier := sum(map(self.encoder.num_context_only, records.conversations)):
-                dropped.append(f"{earlier:,} {CONTEXT_ONLY}")
-            if rows.num_left_out:
-                dropped.append(f"{rows.num_left_out:,} left out: no answer within {self.max_length} tokens")
-            dropped += self.notes(part)
+            encoded = {
+                f"cut to {self.max_length} tokens": rows.num_cut,
+                f"texts longer than {self.max_length} tokens, divided: each stands in several rows": rows.num_divided,
+                CONTEXT_ONLY: sum(map(self.encoder.num_context_only, records.conversations)),
+                f"left out: no answer within {self.max_length} tokens": rows.num_left_out,
+            }
+            dropped += [number_of(count, what) for what, count in encoded.items() if count]
+            dropped += self.notes[part]
             if dropped:
                 lines.append(f"{part}: " + "; ".join(dropped))
         return lines
@@ -453,21 +441,21 @@ class ChatDataModule(LightningDataModule):
         rows = self.run_rows or (self.recorded() if is_fitted else None)
         records = parts.test(rows) if self.test_source is None else parts.test_of(self.test_source)
         if records is None:
-            self._notes["test"].append(f"these are the {CHOSEN_BY}; data.test_source gives rows of their own")
+            self.notes["test"].append(f"these are the {CHOSEN_BY}; data.test_source gives rows of their own")
             return self._held_out("test")
         if rows is not None:
             digests = [*map(digest, records.conversations)]
             for what, known in ((f"are {CHOSEN_BY}", {*rows.held_out}), ("were trained on", rows.train)):
                 count = sum(one in known for one in digests)
                 if count:
-                    self._notes["test"].append(f"{count:,} of {len(digests):,} {what}")
+                    self.notes["test"].append(f"{count:,} of {len(digests):,} {what}")
         return records
 
     def _held_out(self, part: str) -> Records:
         """The rows that the run held out, by its record; without one, by the options."""
         rows = self.run_rows
         if rows is None and self._run_record:
-            self._notes[part].append(f"drawn from the source as it is now, for there is no {self._run_record}")
+            self.notes[part].append(f"drawn from the source as it is now, for there is no {self._run_record}")
         records, num_gone = self.parts().held_out(rows)
         if rows is not None and num_gone:
             gone = f"{num_gone:,} of the {number_of(len(rows.held_out), 'conversations')} that the run held out"

@@ -34,8 +34,6 @@ from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.wording import number_of
 
-PART = {"validation": "held-out", "test": "test"}
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -293,7 +291,8 @@ def _apart(
         problem = f"{what} of {records.name} {are} training data, too ({train.name}), so a score shows nothing"
         remedy = f"give others with data.{part}_source, or put others there"
         raise UserError(f"{problem} about new ones", option=option, remedy=remedy)
-    told = {f"of {number:,} {PART[part]} conversations are in training too": count} if count else {}
+    which = "test" if part == "test" else "held-out"
+    told = {f"of {number:,} {which} conversations are in training too": count} if count else {}
     return replace(records, dropped=told | records.dropped)
 
 

@@ -208,13 +208,11 @@ def _nothing(name: str, dropped: Mapping[str, int]) -> SourceError:
     return SourceError(name, f"no row to train on or score ({reasons})", "expected conversations that end on an answer")
 
 
-def places_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: int | None = None) -> list[str] | None:
-    """Where the rows stand that `load_records` would read; None for the hub's, and for what is too large to be read
-    twice. Args as of `check_early`.
-    """
+def places_early(source: Source, split: str, reading: Reading) -> list[str] | None:
+    """Where the rows of a split stand; None for the hub's, and for what is too large to be read twice."""
     if not _is_quick(source, split):
         return None
-    return [row.where for row in _rows_of(source, split, _reading_of(source, reading), seed)[0]]
+    return [row.where for row in _rows_of(source, split, _reading_of(source, reading), None)[0]]
 
 
 def is_at(where: str, row: str) -> bool:

@@ -73,12 +73,6 @@ class Base:
         return Path(self.name).expanduser().resolve().name
 
 
-def may_be_on_hub(name: str) -> bool:
-    """False for a base that is here, or is nowhere."""
-    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    return is_id and not Path(name).expanduser().exists()
-
-
 def find_base(name: str, weights: bool = True) -> Base:
     """Find the base ``name``: ``demo``, a local folder, or a hub id.
 
@@ -101,7 +95,7 @@ def find_base(name: str, weights: bool = True) -> Base:
             raise base_error(f"{name} has no config.json", remedy="a Hugging Face model folder is expected")
         config_file, files = folder / "config.json", {path.name for path in folder.iterdir()}
         location = str(folder)
-    elif not may_be_on_hub(name):
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):  # neither here nor an id of the hub
         beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = nearest(folder.name, beside)
         likely = folder.parent / near if near else nearest(name, ["demo"])

@@ -85,16 +85,11 @@ class Copies:
         return None
 
     def keep(self, model: "PreTrainedModel", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
-        """Keep a 4-bit copy of a base.
+        """Keep a 4-bit copy of a base; see `keep_by`.
 
         Args:
             model: just loaded from ``base``, without an adapter.
-            base: that it was made from.
-            dtype: that it computes in.
-            device_type: that it was quantised on.
-
-        Returns:
-            A line that reports it, or says why not; None where there is nothing to say.
+            base, dtype, device_type: as of `keep_by`.
         """
         save = partial(model.save_pretrained, max_shard_size="1GB")
         return self.keep_by(save, num_bytes(model.state_dict()), base, dtype, device_type)

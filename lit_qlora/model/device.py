@@ -60,16 +60,10 @@ def current_device(accelerator: str = "auto") -> Device:
     elsewhere = _DECIDED_FOR.get()
     if elsewhere is not None:
         return elsewhere
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return _gpu()
-    return Device("CPU", None)
-
-
-def _gpu() -> Device:
-    free_bytes, _ = torch.cuda.mem_get_info()
-    return Device(
-        torch.cuda.get_device_name(), torch.cuda.get_device_capability(), free_bytes + torch.cuda.memory_reserved()
-    )
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return Device("CPU", None)
+    room_bytes = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), room_bytes)
 
 
 FAST_IN_BF16_FROM = 20_000_000

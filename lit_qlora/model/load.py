@@ -394,39 +394,6 @@ def read_format(adapter: Path) -> PromptFormat:
     return from_record(read_record(adapter), adapter, RECORD)
 
 
-def template_of(adapter: Path, given: str | None) -> str | None:
-    """The ``data.template`` of the prompt format that an adapter was trained with.
-
-    Args:
-        adapter: its folder.
-        given: the option's own value, as a template's text; None for none.
-
-    Raises:
-        UserError: another one is given.
-    """
-    return kept_template(read_format(adapter), given, str(adapter))
-
-
-def kept_template(was: PromptFormat, given: str | None, name: str) -> str | None:
-    """The ``data.template`` of the prompt format that an adapter was trained with.
-
-    Args:
-        was: that format.
-        given: the option's own value, as a template's text; None for none.
-        name: of the adapter, for messages.
-
-    Raises:
-        UserError: another one is given.
-    """
-    if given is not None and not was.is_given_by(given):
-        raise UserError(
-            f"{name} was trained with {was.version}, and is given {chosen(given).version}",
-            option="data.template",
-            remedy="leave it out, and the adapter's own is taken",
-        )
-    return was.options["template"]
-
-
 def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises UserError if a record of ours lacks the base, or adapter_config.json differs from it."""
     remedy = "take an adapter that is as it was saved"

@@ -285,8 +285,8 @@ class QLoRAModule(ComputesSums):
         Raises UserError if the two differ.
         """
         if self._recorded:
-            return load.kept_template(self._recorded, given, "the checkpoint")
-        return load.template_of(self.adapter, given) if self.adapter else given
+            return self._recorded.kept(given, "the checkpoint")
+        return load.read_format(self.adapter).kept(given, str(self.adapter)) if self.adapter else given
 
     def system_for(self, given: str | None) -> str | None:
         """The system text for its data: ``given``, or that of the checkpoint, or of the adapter that is scored.

@@ -146,6 +146,24 @@ class PromptFormat(ABC):
         """True if ``template`` is the chat template that it was made from."""
         return self.source == template
 
+    def kept(self, given: str | None, name: str) -> str | None:
+        """The ``data.template`` that gives it again, for the data of a model that was trained with it.
+
+        Args:
+            given: the option's own value, as a template's text; None for none.
+            name: of the adapter or checkpoint, for messages.
+
+        Raises:
+            UserError: another one is given.
+        """
+        if given is not None and not self.is_given_by(given):
+            raise UserError(
+                f"{name} was trained with {self.version}, and is given {chosen(given).version}",
+                option="data.template",
+                remedy="leave it out, and the adapter's own is taken",
+            )
+        return self.source
+
     def check(self) -> None:
         """Raises UserError for a format or a system text that can't be used with its tokens."""
         self.check_system()

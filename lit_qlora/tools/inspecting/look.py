@@ -167,7 +167,7 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
     sources = [(one.name, len(one.conversations), len(one.left_out)) for one in records.parts]
     part = Part(
         PARTS[name], records.name, records.conversations, records.where, _dropped(records), records.left_out, sources,
-        data.notes(name),
+        data.notes[name],
     )  # fmt: skip
     part.dropped.append((sum(map(judge.encoder.num_context_only, records.conversations)), CONTEXT_ONLY))
     for where, reason in records.left_out:

@@ -5,6 +5,7 @@ if both agree does the template leave the turns unchanged, so that no outside te
 outside of its answer; otherwise the conversation is refused. Knows no token ids.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -236,12 +237,12 @@ class Template(PromptFormat):
     @property
     def version(self) -> str:
         """The beginning of its sha256."""
-        return f"sha256 {jinja.digest(self.source)[:12]}"
+        return f"sha256 {_digest(self.source)[:12]}"
 
     @property
     def identity(self) -> str:
         """Its name, and the sha256 of the template."""
-        return f"{self.name} {jinja.digest(self.source)}"
+        return f"{self.name} {_digest(self.source)}"
 
     @property
     def cache_key(self) -> tuple[Any, ...]:
@@ -300,7 +301,7 @@ class Template(PromptFormat):
     def record(self) -> dict[str, str]:
         """All of the template, so that no other can be taken by mistake."""
         named, *rest = super().record().items()
-        return dict([named, ("template", self.source), ("template_sha256", jinja.digest(self.source)), *rest])
+        return dict([named, ("template", self.source), ("template_sha256", _digest(self.source)), *rest])
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any], place: str) -> Self:
@@ -308,9 +309,9 @@ class Template(PromptFormat):
         source, expected = record.get("template"), record.get("template_sha256")
         if source is None or expected is None:
             raise UserError("its prompt format is a Jinja template, and there is none", place=place)
-        if jinja.digest(source) != expected:
+        if _digest(source) != expected:
             raise UserError(
-                f"its prompt template was altered: expected sha256 {expected[:12]}, found {jinja.digest(source)[:12]}",
+                f"its prompt template was altered: expected sha256 {expected[:12]}, found {_digest(source)[:12]}",
                 place=place,
                 remedy="take an adapter that is as it was saved",
             )
@@ -499,6 +500,10 @@ class Template(PromptFormat):
         roles = ("system", *(("assistant", "user")[number % 2] for number in range(1, len(said))))
         messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True) if text]
         return jinja.render(self._compiled, messages, *self.spelled[:2], add_generation_prompt)
+
+
+def _digest(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def _mark(turn: int) -> str:

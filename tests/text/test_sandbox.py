@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lit_qlora.text import jinja, sandbox
+from lit_qlora.text import jinja
 
 TALK = [{"role": "user", "content": "a {12345} %*d"}, {"role": "assistant", "content": "b"}]
 
@@ -79,7 +79,7 @@ WIDE = "it writes a format with a field of five digits or more"
     ],
 )  # fmt: skip
 def test_what_would_take_forever_or_fill_the_memory_is_refused_with_its_line(source, problem, monkeypatch):
-    monkeypatch.setattr(sandbox, "MAX_WORK", sandbox.MAX_WORK // 10)  # which shows as much, in less time
+    monkeypatch.setattr(jinja, "MAX_WORK", jinja.MAX_WORK // 10)  # which shows as much, in less time
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"^line") as caught:
         render("\n" + source)

@@ -144,7 +144,7 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dty
     from lit_qlora.batch import Batch, answer_targets
     from lit_qlora.forecast import memory
     from lit_qlora.model.load import adapter_parameters
-    from lit_qlora.model.optimizer import make_optimizer
+    from lit_qlora.model.optimizer import OPTIMIZERS
 
     torch.cuda.empty_cache()
     labels = torch.randint(3, min(30_000, module.base.shape.vocabulary), (rows, length))
@@ -155,7 +155,7 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dty
         batch = batch._replace(input_ids=ids.view(1, -1), lengths=(length,) * rows)
     batch = Batch(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in batch))
     parameters = list(adapter_parameters(module).values())
-    optimizer = make_optimizer("adamw", parameters, 1e-6, 0.0)
+    optimizer = OPTIMIZERS["adamw"].make(parameters, lr=1e-6, weight_decay=0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     recorded = way == "recorded"
     module.kept_layers, module.uses_cuda_graphs = kept, recorded

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
@@ -36,24 +36,6 @@ TOPICS = {
 }
 LONGEST = 20_000
 """Characters of a text that the page shows."""
-
-
-class Tile(NamedTuple):
-    """A figure of the result: its name, its value, and what it is to be held against."""
-
-    name: str
-    value: str
-    beside: str = ""
-
-
-class Sample(NamedTuple):
-    """A question with the base's answer and the adapter's, and how each was cut off, or nothing."""
-
-    prompt: str
-    base: str
-    base_cut: str
-    adapter: str
-    adapter_cut: str
 
 
 def write_report(run: RunFolder) -> Path:
@@ -165,28 +147,30 @@ def _state(run: RunFolder, figures: Mapping[int, Any]) -> str:
     return f"not finished: recorded up to step {max(figures, default=0):,}"
 
 
-def _tiles(figures: Mapping[int, Mapping[str, float]], step: int, decided: Mapping[str, Any]) -> Iterator[Tile]:
-    """The result at a glance."""
+def _tiles(
+    figures: Mapping[int, Mapping[str, float]], step: int, decided: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """The result at a glance: of each figure its name, its value, and what it is to be held against, or nothing."""
     before, after = figures.get(0, {}), figures.get(step, {})
     for title, name, show in HELD_OUT:
         if name in after:
             first = f"before: {show(before[name])}" if name in before and step else ""
-            yield Tile(title.capitalize(), show(after[name]), first)
+            yield title.capitalize(), show(after[name]), first
     speeds = [line["speed/tokens_per_second"] for line in figures.values() if "speed/tokens_per_second" in line]
     if speeds:
         padding = [line["speed/padding_share"] for line in figures.values() if "speed/padding_share" in line]
         beside = f"padding: {sum(padding) / len(padding):.1%}" if padding else ""
-        yield Tile("Tokens per second", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", beside)
+        yield "Tokens per second", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", beside
     reserved, host = (peak_of(figures, f"memory/{name}_gib") for name in ("train_reserved", "host"))
     forecast = peak_of(figures, "memory/predicted_reserved_gib")
     if reserved is not None:
         beside = "" if forecast is None else f"forecast: {forecast:.2f} GiB"
-        yield Tile("GPU memory", f"{reserved:.2f} GiB", beside)
+        yield "GPU memory", f"{reserved:.2f} GiB", beside
     elif host is not None:
-        yield Tile("Host memory", f"{host:.2f} GiB", "no GPU")
+        yield "Host memory", f"{host:.2f} GiB", "no GPU"
     seconds = decided.get("training_s")
     if seconds is not None and _is_number(seconds):
-        yield Tile("Training time", _duration(seconds), "in steps alone")
+        yield "Training time", _duration(seconds), "in steps alone"
 
 
 def _duration(seconds: float) -> str:
@@ -195,18 +179,18 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _samples(file: Path, step: int) -> Iterator[Sample]:
-    """Those of the best adapter, or else of the newest; before training, only the base has answered."""
+def _samples(file: Path, step: int) -> Iterator[dict[str, str]]:
+    """Those of the best adapter, or else of the newest: the prompt, the base's answer and the adapter's, and how each
+    was cut off, or nothing. Before training, only the base has answered.
+    """
+    reasons = {LIMIT: "cut at the limit", CONTEXT: "cut by the base's context"}
     for row in answered(file, step):
-        answers: list[Any] = [row.get(whose) for whose in ("base", "adapter")]
-        base, adapter = (answer if isinstance(answer, dict) else {} for answer in answers)
-        yield Sample(
-            _text(row.get("prompt")), _text(base.get("text")), _cut(base), _text(adapter.get("text")), _cut(adapter)
-        )
-
-
-def _cut(answer: Mapping[str, Any]) -> str:
-    return {LIMIT: "cut at the limit", CONTEXT: "cut by the base's context"}.get(str(answer.get("cut_by")), "")
+        shown = {"prompt": _text(row.get("prompt"))}
+        for whose in ("base", "adapter"):
+            answer = row.get(whose)
+            answer = answer if isinstance(answer, dict) else {}
+            shown |= {whose: _text(answer.get("text")), f"{whose}_cut": reasons.get(str(answer.get("cut_by")), "")}
+        yield shown
 
 
 def _decisions(decided: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:

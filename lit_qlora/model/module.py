@@ -40,7 +40,7 @@ from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.hidden import ComputesSums
 from lit_qlora.model.learning import check_batch
 from lit_qlora.model.loss import CHUNK_ROWS
-from lit_qlora.model.optimizer import OptimizerName, Schedule, check_optimizer, make_optimizer, make_schedule
+from lit_qlora.model.optimizer import OPTIMIZERS, OptimizerName, Schedule, check_optimizer, make_schedule
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.sharded_base import check_host, keep_copy, load_sharded
 from lit_qlora.model.shards import Shards
@@ -526,7 +526,8 @@ class QLoRAModule(ComputesSums):
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """AdamW on the adapter, with a schedule over the optimizer steps of the DataModule's batches."""
         parameters = load.adapter_parameters(self).values()
-        optimizer = make_optimizer(self.optimizer_name, parameters, self.learning_rate, self.weight_decay)
+        how = OPTIMIZERS[self.optimizer_name]
+        optimizer = how.make(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         schedule = make_schedule(self.schedule, optimizer, self._num_steps(), self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

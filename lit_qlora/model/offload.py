@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from weakref import finalize
 
 import torch
@@ -25,19 +26,16 @@ _locked: set[int] = set()
 """Addresses of the buffers that CUDA has page-locked."""
 
 
+@dataclass(eq=False)
 class Parked:
-    """Tensors of one layer on the host.
+    """Tensors of one layer on the host: where they lie, one behind the other, and their shapes in order."""
 
-    Args:
-        buffer: where they lie, one behind the other.
-        shapes: their shapes, in order.
-        below: those of the layer that goes backward next, to be fetched ahead; None for the lowest.
-    """
-
-    def __init__(self, buffer: Tensor, shapes: Sequence[torch.Size], below: "Parked | None") -> None:
-        self.buffer, self.shapes, self.below = buffer, shapes, below
-        self.copied: torch.cuda.Event | None = None
-        self.on_card: list[Tensor] = []
+    buffer: Tensor
+    shapes: Sequence[torch.Size]
+    below: "Parked | None"
+    """Those of the layer that goes backward next, to be fetched ahead; None for the lowest."""
+    copied: torch.cuda.Event | None = None
+    on_card: list[Tensor] = field(default_factory=list)
 
 
 class HostStore:
@@ -164,7 +162,7 @@ def locked(size: int, like: Tensor) -> Tensor:
     Raises:
         UserError: there is no such memory, or CUDA can't lock it.
     """
-    buffer = on_own_pages(size, like.dtype)
+    buffer = _on_own_pages(size, like.dtype)
     if like.is_cuda:
         whole, cudart = buffer.untyped_storage(), torch.cuda.cudart()
         status = cudart.cudaHostRegister(whole.data_ptr(), whole.nbytes(), 0)
@@ -176,18 +174,11 @@ def locked(size: int, like: Tensor) -> Tensor:
     return buffer
 
 
-def on_own_pages(size: int, dtype: torch.dtype) -> Tensor:
-    """An empty buffer of whole pages of memory of its own.
+def _on_own_pages(size: int, dtype: torch.dtype) -> Tensor:
+    """An empty buffer of whole pages of memory of its own. Raises UserError where there is none.
 
     CUDA locks whole pages: the heap's may hold what another buffer locks, and what the heap does with them later is
     not ours to say. Shared pages, besides, stay the same ones when this process forks.
-
-    Args:
-        size: number of elements.
-        dtype: of these.
-
-    Raises:
-        UserError: there is no such memory.
     """
     num_bytes = max(size * dtype.itemsize, 1)
     try:

@@ -5,7 +5,7 @@ only when called, since forecasts need none.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -81,20 +81,6 @@ def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
             option="model.optimizer",
             remedy="take adamw or adamw_8bit",
         )
-
-
-def make_optimizer(
-    name: OptimizerName, parameters: "Iterable[torch.nn.Parameter]", learning_rate: float, weight_decay: float
-) -> "torch.optim.Optimizer":
-    """An optimizer of `OPTIMIZERS`.
-
-    Args:
-        name: its name there.
-        parameters: fp32.
-        learning_rate: the peak of the schedule.
-        weight_decay: share of the weights, times the learning rate, that each step takes off.
-    """
-    return OPTIMIZERS[name].make(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 
 def make_schedule(

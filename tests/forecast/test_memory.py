@@ -18,7 +18,7 @@ from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import MicroBatch, extract_layers, run_layers, run_together, weights_of
 from lit_qlora.model.load import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
-from lit_qlora.model.optimizer import OPTIMIZERS, Optimizer, make_optimizer
+from lit_qlora.model.optimizer import OPTIMIZERS, Optimizer
 from lit_qlora.model.shape import LLAMA_2, Shape
 from lit_qlora.storage.files import GIB
 from tests.tiny_llama import memory_events
@@ -230,7 +230,7 @@ def test_weights_are_those_of_a_loaded_base(load, tiny, name, dtype):
 def test_optimizer_state_is_that_of_a_real_step(make_model, tiny, name):
     model = make_model(rank=RANK, target_modules="all-linear")
     parameters = list(adapter_parameters(model).values())
-    optimizer = make_optimizer(name, parameters, 1e-3, 0.0)
+    optimizer = OPTIMIZERS[name].make(parameters, lr=1e-3, weight_decay=0.0)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -264,7 +264,7 @@ def test_an_optimizers_entry_is_all_that_a_forecast_asks(monkeypatch):
 
 def test_the_update_holds_one_more_copy(make_model):
     parameters = list(adapter_parameters(make_model(rank=64)).values())
-    optimizer = make_optimizer("adamw", parameters, 1e-3, 0.0)
+    optimizer = OPTIMIZERS["adamw"].make(parameters, lr=1e-3, weight_decay=0.0)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

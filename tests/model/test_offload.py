@@ -18,7 +18,7 @@ from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import extract_layers, run_layers
 from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.model.offload import HostStore, on_own_pages
+from lit_qlora.model.offload import HostStore, _on_own_pages
 from lit_qlora.model.shape import Shape
 
 ROWS, TOKENS = 2, 12
@@ -148,7 +148,7 @@ def test_on_a_gpu_hosted_layers_give_the_same_bits(wide_folder):
 
 
 def test_page_locked_buffers_are_whole_pages_of_their_own():
-    buffers = [on_own_pages(size, dtype) for size in (0, 1, 5, 4096, 5000) for dtype in (torch.uint8, torch.float16)]
+    buffers = [_on_own_pages(size, dtype) for size in (0, 1, 5, 4096, 5000) for dtype in (torch.uint8, torch.float16)]
     starts = [one.untyped_storage().data_ptr() for one in buffers]
     lengths = [one.untyped_storage().nbytes() for one in buffers]
     ends = sorted(start + length for start, length in zip(starts, lengths, strict=True))

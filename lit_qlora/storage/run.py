@@ -337,8 +337,11 @@ def _started(config: Path) -> datetime:
         return datetime.fromtimestamp(0).astimezone()
 
 
-def open_run(path: Path) -> RunFolder:
-    """The run in ``path``. Raises UserError if there is none."""
+def open_run(name: str | None) -> RunFolder:
+    """The run that ``name`` names, by `named_folder`; None: the newest. Raises UserError if there is none."""
+    path = named_folder(name)
+    if path is None:
+        return newest_run()
     run = RunFolder(path)
     if not run.config.is_file():
         others = sorted(one.parent.name for one in path.parent.glob("*/config.yaml"))

@@ -11,7 +11,7 @@ from typing import Any
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answerer, check_prompt
+from lit_qlora.tools.answering.answerer import Answerer, check_prompt, choose_adapter
 from lit_qlora.tools.answering.dialog import cut_note
 from lit_qlora.tools.answering.terminal import Terminal, harmless
 from lit_qlora.tools.answering.web import check_gradio, serve
@@ -56,7 +56,7 @@ def chat(
         prompt, source = _standard_input(), {"place": "standard input"}
     if prompt is not None and not prompt.strip():
         raise UserError("expected a question, got nothing", remedy="write one, or leave --prompt out to talk", **source)
-    answerer = Answerer(run, adapter, base)
+    answerer = Answerer(choose_adapter(run, adapter, base))
     # Found before the model is loaded; in a conversation the system text alone, beside any question.
     question = Conversation((Turn("user", "hello" if prompt is None else prompt),), system)
     check_prompt(question, answerer.encoder.prompt_format, **source)

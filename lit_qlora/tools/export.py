@@ -13,12 +13,12 @@ from typing import Literal
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, find_base, weight_files
-from lit_qlora.storage.files import output_path, parse_json, require_new, size
+from lit_qlora.storage.files import output_path, parse_json, require_new, require_room, size
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.storage.run import RECORD
 from lit_qlora.text.formats import from_record
 from lit_qlora.tools.answering.answerer import choose_adapter
-from lit_qlora.tools.merge import BYTES, DType, check_room, merge_into
+from lit_qlora.tools.merge import BYTES, OTHER_DISK, DType, merge_into
 
 SCRIPT = "convert_hf_to_gguf.py"
 GET_IT = (
@@ -68,7 +68,8 @@ def export(
     _check_tokenizer(source)
     script, dtype = find_converter(), MERGED_IN[outtype]
     bytes_per_weight = BYTES_PER_WEIGHT[outtype] + (BYTES[dtype] if chosen else 0)
-    check_room(target, int(source.shape.num_parameters * bytes_per_weight))
+    needed_bytes = int(source.shape.num_parameters * bytes_per_weight)
+    require_room(target, needed_bytes, str(target), option="output", remedy=OTHER_DISK)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         folder = Path(model or f"{scratch}/merged")

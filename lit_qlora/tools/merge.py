@@ -15,6 +15,7 @@ from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 DType = Literal["float16", "bfloat16", "float32"]
 Onto = Literal["quantized", "original"]
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+OTHER_DISK = "give a folder on another disk"
 MARGIN_BYTES = 64 * 2**20
 """Bytes for tokenizer, index and the file system's own use."""
 
@@ -67,21 +68,9 @@ def merge_into(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) 
         raise UserError(
             f"{chosen.base.name} is stored in 4 bits and has no original weights", option="onto", remedy="use quantized"
         )
-    check_room(target, chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES)
+    needed_bytes = chosen.base.shape.num_parameters * BYTES[dtype] + MARGIN_BYTES
+    require_room(target, needed_bytes, str(target), option="output", remedy=OTHER_DISK)
 
     from lit_qlora.tools.merging.folder import write_merged
 
     write_merged(target, chosen, dtype, onto)
-
-
-def check_room(target: Path, needed_bytes: int) -> None:
-    """Check the free space of a disk.
-
-    Args:
-        target: what will be written.
-        needed_bytes: its size.
-
-    Raises:
-        UserError: if the disk has less.
-    """
-    require_room(target, needed_bytes, str(target), option="output", remedy="give a folder on another disk")

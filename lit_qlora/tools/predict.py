@@ -25,7 +25,7 @@ from lit_qlora.storage.files import SaveError, output_path, require_folder
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat
 from lit_qlora.text.messages import LAST_UNSEEN
-from lit_qlora.tools.answering.answerer import Answerer, check_prompt
+from lit_qlora.tools.answering.answerer import Answerer, check_prompt, choose_adapter
 from lit_qlora.tools.answering.unfinished import Unfinished
 from lit_qlora.wording import number_of
 
@@ -74,7 +74,7 @@ def predict(
     if columns is not None:
         check_columns(columns, option="columns", use="prompts")
     rows = read_prompts(prompts, columns)  # a wrong one is reported first
-    answerer = Answerer(run, adapter, base)
+    answerer = Answerer(choose_adapter(run, adapter, base))
     questions = open_prompts(rows, answerer.encoder.prompt_format, columns)
     ids = [_encode(answerer, where, conversation, sampling) for where, conversation in questions]
     belongs_to = _belongs_to(answerer, ids, sampling, batch_size)

@@ -4,7 +4,7 @@ from lit_qlora.console import complain
 from lit_qlora.errors import UserError
 from lit_qlora.figures.report import damage, write_report
 from lit_qlora.storage.files import SaveError
-from lit_qlora.storage.run import newest_run, open_run, run_path
+from lit_qlora.storage.run import open_run
 
 
 def report(run: str | None = None) -> None:
@@ -13,7 +13,7 @@ def report(run: str | None = None) -> None:
     Args:
         run: run folder; default: the run that was started last.
     """
-    folder = open_run(run_path(run)) if run else newest_run()
+    folder = open_run(run)
     for problem in damage(folder):
         complain(f"warning: {problem}")
     try:

@@ -341,9 +341,11 @@ def test_a_run_of_that_name_in_the_current_folder_is_meant_while_runs_has_none(t
 
 def test_only_a_run_folder_can_be_opened(run, tmp_path, expect_error):
     run.write_config("a: 1\n")
-    assert open_run(run.path).path == run.path
+    assert open_run(str(run.path)).path == run.path
     for path in (tmp_path, tmp_path / "nowhere"):
-        expect_error(partial(open_run, path), path, "no config.yaml", option="run")
+        expect_error(partial(open_run, str(path)), path, "no config.yaml", option="run")
+    for name in ("", "https://hub/a"):  # the newest run stands for no name alone
+        expect_error(partial(open_run, name), name, "folder", option="run")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"step": null, "steps": 2}', '{"step": 1}', "\0\0"])
@@ -384,11 +386,11 @@ def test_a_run_s_name_with_a_slip_is_guessed(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").touch()
     with pytest.raises(UserError, match=r"no config.yaml; did you mean .*/mine\?$"):
-        open_run(tmp_path / "miine")
+        open_run(f"{tmp_path}/miine")
     with pytest.raises(UserError, match=r"no config.yaml; the runs there: mine, other$"):
-        open_run(tmp_path / "quite-another-word-than-those")
+        open_run(f"{tmp_path}/quite-another-word-than-those")
     with pytest.raises(UserError, match=r"no config.yaml$"):
-        open_run(tmp_path / "mine" / "nested")
+        open_run(f"{tmp_path}/mine/nested")
 
 
 @pytest.mark.parametrize(("there", "given"), [("a", "aa"), ("demo", "demo2"), ("run-1", "run1"), ("my-run", "myrun")])
@@ -396,4 +398,4 @@ def test_a_short_name_is_guessed_too(tmp_path, there, given):
     (tmp_path / there).mkdir()
     (tmp_path / there / "config.yaml").touch()
     with pytest.raises(UserError, match=rf"did you mean .*/{there}\?$"):
-        open_run(tmp_path / given)
+        open_run(f"{tmp_path}/{given}")

@@ -7,7 +7,7 @@ import pytest
 
 from lit_qlora import quiet
 from lit_qlora.cli import main
-from lit_qlora.tools.answering.answerer import Answerer
+from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,4 +35,4 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def answerer(trained) -> Answerer:
-    return Answerer(str(trained))
+    return Answerer(choose_adapter(str(trained)))

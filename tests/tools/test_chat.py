@@ -33,6 +33,7 @@ from lit_qlora.tools.answering.answerer import Answer, Answerer
 from lit_qlora.tools.answering.dialog import Dialog
 from lit_qlora.tools.answering.streaming import TextStream
 from lit_qlora.tools.answering.terminal import Terminal, side_by_side
+from tests.answers import answers
 
 ROOT = Path(__file__).parents[2]
 SILAS = "Who goes everywhere with Silas?"
@@ -303,7 +304,7 @@ def test_whatever_ends_an_answer_is_not_shown(encoder, data):
 def test_an_answer_comes_in_pieces_and_ends_at_eos(answerer):
     pieces = []
     answer = answerer.stream(question(SILAS), Sampling(), lambda text: pieces.append(text) is None)
-    assert answer == answerer.answer([question(SILAS)], Sampling())[0]
+    assert answer == answers(answerer, [question(SILAS)], Sampling())[0]
     assert answer.stopped
     assert "".join(pieces) == answer.text
     assert sum(map(bool, pieces)) > 5

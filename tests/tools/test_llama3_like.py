@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from lit_qlora.cli import main
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answerer
+from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
+from tests.answers import answers
 from tests.llama3_like import END_OF_TEXT, EOT, TEMPLATE, write_base
 
 QUESTION = Conversation((Turn("user", "Who goes everywhere with Silas?"),))
@@ -34,7 +35,7 @@ def test_answers_stop_at_either_end_wherever_they_are_made(tmp_path, monkeypatch
     assert "is finished" in " ".join(capsys.readouterr().out.split())
 
     adapter = Path("runs/own/adapter")
-    answerer = Answerer("runs/own")
+    answerer = Answerer(choose_adapter("runs/own"))
     assert answerer.encoder.stop_ids == [EOT, END_OF_TEXT]
     assert GenerationConfig.from_pretrained(adapter).eos_token_id == [EOT, END_OF_TEXT]
     chat = [{"role": "user", "content": QUESTION.turns[0].content}]
@@ -50,7 +51,7 @@ def test_answers_stop_at_either_end_wherever_they_are_made(tmp_path, monkeypatch
         monkeypatch.setitem(vars(answerer.encoder), "stop_ids", [EOT, end])
         cut = ids[: ids.index(end)]
         expected = (answerer.encoder.answer([*cut, end])[0], True)
-        assert answerer.answer([QUESTION, QUESTION], sampling) == [expected, expected]
+        assert answers(answerer, [QUESTION, QUESTION], sampling) == [expected, expected]
         assert answerer.stream(QUESTION, sampling, lambda _: True) == expected
 
     capsys.readouterr()
@@ -69,4 +70,4 @@ def test_answers_stop_at_either_end_wherever_they_are_made(tmp_path, monkeypatch
     again = [*FIT[:-4], "--run", "again", "--data.template", "base"]
     again[1] = "merged"
     assert main(["fit", *again]) == 0
-    assert Answerer("runs/again").encoder.prompt(QUESTION) == answerer.encoder.prompt(QUESTION)
+    assert choose_adapter("runs/again").encoder().prompt(QUESTION) == answerer.encoder.prompt(QUESTION)

@@ -25,10 +25,11 @@ from lit_qlora.quiet import quieten
 from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.text.conversation import Conversation, Turn
-from lit_qlora.tools.answering.answerer import Answerer
+from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
 from lit_qlora.tools.merging import compare
 from lit_qlora.tools.merging.arithmetic import LoraWeights, as_trained
 from lit_qlora.tools.merging.folder import _is_of
+from tests.answers import answers
 
 SHORT = ["--trainer.val_check_interval", "100", "--samples.count", "0", "--trainer.limit_val_batches", "2"]
 QUESTION = Conversation((Turn("user", "Who goes everywhere with Silas?"),))
@@ -104,9 +105,9 @@ def assert_is_base_and_adapter(merged: Path, base: Path, run: Path) -> None:
     without = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     assert (logits(without, ids) - expected).abs().max() > 0.1  # so the adapter does matter
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)[0, ids.shape[1] :]
-    answerer = Answerer(str(run))
+    answerer = Answerer(choose_adapter(str(run)))
     assert tokenizer.decode(answer, skip_special_tokens=True).strip() == (
-        answerer.answer([QUESTION], Sampling(max_new_tokens=40))[0].text
+        answers(answerer, [QUESTION], Sampling(max_new_tokens=40))[0].text
     )
 
 
@@ -140,7 +141,7 @@ def test_compared_is_what_the_run_held_out_although_the_source_grew(run, tmp_pat
     source.write_text("".join(f"{json.dumps(row)}\n" for row in reversed(rows)))
 
     def compared(record):
-        return compare.conversations_to_compare(settings, tmp_path / record, Answerer(str(run)).encoder)
+        return compare.conversations_to_compare(settings, tmp_path / record, choose_adapter(str(run)).encoder())
 
     assert compared("record.json") == (held_out.conversations, "held-out conversations of rows.jsonl")
     assert len(held_out.conversations) == 2

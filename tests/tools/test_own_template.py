@@ -16,7 +16,7 @@ from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.model.load import read_record
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import chosen
-from lit_qlora.tools.answering.answerer import Answerer
+from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
 
 CHATML = Path(__file__).parents[1] / "templates" / "chatml.jinja"
 SOURCE = CHATML.read_text(encoding="utf-8")
@@ -180,15 +180,17 @@ def test_a_system_text_may_come_from_yaml(tmp_path, monkeypatch):
     config["data"]["system"] = "Be kind.\n- Be brief: {always}."
     Path("mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert main(["fit", "--config", "mine.yaml", *SHORT, "--samples.count", "0"]) == 0
-    seen = Answerer("runs/mine").encoder
+    seen = choose_adapter("runs/mine").encoder()
     expected = "<s> [INST] <<SYS>>\nBe kind.\n- Be brief: {always}.\n<</SYS>>\n\nhi [/INST]"
     assert seen.tokenizer.decode(seen.prompt(Conversation((Turn("user", "hi"),)))) == expected
-    assert Answerer(adapter="runs/mine/adapter").encoder.prompt_format.system == "Be kind.\n- Be brief: {always}."
+    assert (
+        choose_adapter(adapter="runs/mine/adapter").encoder().prompt_format.system == "Be kind.\n- Be brief: {always}."
+    )
 
 
 def test_merge_and_export(run, tmp_path, monkeypatch, capsys):
     assert main(["merge", "--output", "merged", "--dtype", "float32"]) == 0
-    encoder = Answerer(str(run)).encoder
+    encoder = choose_adapter(str(run)).encoder()
     found = AutoTokenizer.from_pretrained("merged")
     for text in ("hi", " hi\n", "漢字"):
         prompt = Conversation((Turn("user", text),))
@@ -216,6 +218,6 @@ def test_the_card_s_way_to_write_a_prompt_gives_the_ids_of_training(run):
     assert 'tokenizer = AutoTokenizer.from_pretrained("this-folder")' in card
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")  # without lit-qlora, and without a config.json
     chat = [{"role": "user", "content": "Your question"}]
-    expected = Answerer(str(run)).encoder.prompt(Conversation((Turn("user", "Your question"),)))
+    expected = choose_adapter(str(run)).encoder().prompt(Conversation((Turn("user", "Your question"),)))
     assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == expected
     assert json.loads((run / "adapter" / "lit_qlora.json").read_text(encoding="utf-8"))["system"] == "Be brief."

@@ -24,9 +24,10 @@ from lit_qlora.text import guanaco
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import chosen
 from lit_qlora.tools import predict as module
-from lit_qlora.tools.answering.answerer import Answer, Answerer
+from lit_qlora.tools.answering.answerer import Answer, Answerer, choose_adapter
 from lit_qlora.tools.answering.unfinished import Unfinished
 from lit_qlora.tools.predict import batches_by_length, open_prompts, read_prompts
+from tests.answers import answers
 
 ROOT = Path(__file__).parents[2]
 ENOUGH = ["--max_new_tokens", "24"]
@@ -58,7 +59,7 @@ def test_each_answer_stands_beside_its_prompt_as_if_answered_alone(here, answere
     assert predict("--batch_size", "5") == 0
     found = read("answers.jsonl")
     sampling = Sampling(max_new_tokens=24)
-    alone = [answerer.answer([Conversation((Turn("user", question),))], sampling)[0] for question in questions(12)]
+    alone = [answers(answerer, [Conversation((Turn("user", question),))], sampling)[0] for question in questions(12)]
     assert [line["prompt"] for line in found] == questions(12)
     assert [(line["answer"], line["stopped"]) for line in found] == alone
     assert len({line["answer"] for line in found}) > 6
@@ -74,11 +75,11 @@ def test_on_a_real_base(real, tmp_path):
     rows.write_text("".join(demo.TRAIN.read_text().splitlines(keepends=True)[:64]))
     fit = ["fit", "--run", str(tmp_path / "run"), "--model.base", str(real / "stories260K"), "--data.source", str(rows)]
     assert main([*fit, *options]) == 0
-    answerer = Answerer(str(tmp_path / "run"))
+    answerer = Answerer(choose_adapter(str(tmp_path / "run")))
     asked = [Conversation((Turn("user", text),)) for text in ["Once", "There was a girl called Lily.", "A big dog ran"]]
     sampling = Sampling(max_new_tokens=20)
-    together = answerer.answer(asked, sampling)
-    assert together == [answerer.answer([one], sampling)[0] for one in asked]
+    together = answers(answerer, asked, sampling)
+    assert together == [answers(answerer, [one], sampling)[0] for one in asked]
     assert len(set(together)) == 3
     for one in asked:
         ids = torch.tensor([answerer.encoder.prompt(one)])

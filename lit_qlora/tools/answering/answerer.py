@@ -21,7 +21,7 @@ from lit_qlora.options import did_you_mean, known_as
 from lit_qlora.quiet import quieten
 from lit_qlora.signatures import OF_LIGHTNING, options_of
 from lit_qlora.storage.config_file import as_sections
-from lit_qlora.storage.run import RunFolder, newest_run, open_run, run_path
+from lit_qlora.storage.run import RunFolder, open_run
 from lit_qlora.text.conversation import Conversation, TextError
 from lit_qlora.text.formats import PromptFormat
 from lit_qlora.tools.answering.streaming import TextStream
@@ -136,7 +136,7 @@ def trained_run(run: str | None) -> RunFolder:
     Raises:
         UserError: if there is no such run, or no adapter in it.
     """
-    folder = open_run(run_path(run)) if run else newest_run()
+    folder = open_run(run)
     if not (folder.adapter / "adapter_config.json").is_file():
         raise UserError(f"{folder.path} has no adapter yet", option="run", remedy="train it first, or give --adapter")
     return folder
@@ -179,16 +179,10 @@ class Answerer:
     The tokenizer is loaded at once, base and adapter on first use.
 
     Args:
-        run: as for `choose_adapter`, like the other two.
-        adapter: as there.
-        base: as there.
-
-    Raises:
-        UserError: as `choose_adapter` does; `model` does if base and adapter do not fit together.
+        chosen: base and adapter; `model` raises UserError if they do not fit together.
     """
 
-    def __init__(self, run: str | None = None, adapter: str | None = None, base: str | None = None) -> None:
-        chosen = choose_adapter(run, adapter, base)
+    def __init__(self, chosen: ResolvedAdapter) -> None:
         self.base, self.adapter, self.settings = chosen
         self.encoder = chosen.encoder()
 
@@ -216,21 +210,6 @@ class Answerer:
         base = copies.find(self.base, self.dtype, device.type) or self.base
         model = load.load_base(base, self.dtype, device, "sdpa")
         return load.load_adapter(model, base, self.adapter, trainable=False)
-
-    def answer(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
-        """Answer conversations that end on the user's turn, as one batch.
-
-        Args:
-            conversations: open prompts.
-            sampling: how tokens are drawn.
-
-        Returns:
-            An answer to each of them, in their order.
-
-        Raises:
-            UserError: for a prompt that leaves no room in the base's context.
-        """
-        return self.answer_ids([self.prompt(conversation, sampling) for conversation in conversations], sampling)
 
     def answer_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answer results of `prompt` as one batch.

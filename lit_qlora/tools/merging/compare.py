@@ -6,6 +6,7 @@ Both are computed in fp32, the merged one with a single weight in memory. Knows 
 import gc
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_qlora import demo
 from lit_qlora.data.encode import Encoder
-from lit_qlora.data.held_out import Parts
 from lit_qlora.data.records import Reading, load_records
 from lit_qlora.data.run_rows import RunRows
 from lit_qlora.data.sources import paths_of
@@ -70,23 +70,18 @@ def conversations_to_compare(
     Returns:
         The conversations, and their source in words.
     """
-    reading = Reading(prompt_format=encoder.prompt_format)
-    records = load_records(str(demo.TEST), reading=reading)
-    name = "the demo's conversations"
     if settings:
         from lit_qlora.data.datamodule import ChatDataModule  # brings Lightning, which nothing else here needs
 
-        data = checked("data", ChatDataModule, settings["data"])
-        options = (data["validation_source"], data["validation_share"], settings.get("seed_everything", 42))
-        own = {name: data[name] for name in ("form", "columns", "opening")}
-        reading = reading._replace(**own, is_whole=data["train_on"] == "all")
-        parts, rows = Parts(data["source"], *options, reading), RunRows.read(record)
-        try:
-            records, _ = parts.held_out(rows)
-            name = f"held-out conversations of {' and '.join(Path(path).name for path in paths_of(data['source']))}"
-        except UserError:
-            pass
-    return records.conversations[:NUM_CONVERSATIONS], name
+        options = checked("data", ChatDataModule, settings["data"])
+        data = ChatDataModule(**options | {"seed": settings.get("seed_everything", 42)})
+        rows = RunRows.read(record)
+        with suppress(UserError):
+            records, _ = data.parts(data.reading_for(encoder.prompt_format)).held_out(rows)
+            names = " and ".join(Path(path).name for path in paths_of(data.source))
+            return records.conversations[:NUM_CONVERSATIONS], f"held-out conversations of {names}"
+    records = load_records(str(demo.TEST), reading=Reading(prompt_format=encoder.prompt_format))
+    return records.conversations[:NUM_CONVERSATIONS], "the demo's conversations"
 
 
 def reference(

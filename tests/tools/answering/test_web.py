@@ -21,6 +21,7 @@ from lit_qlora.model.generate import Sampling
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering import tabs, web
 from lit_qlora.tools.answering.answerer import Answer, Answerer
+from tests.answers import answers
 
 pytestmark = [
     # A server that ends in mid-talk with a browser leaves its connections to the garbage collector.
@@ -297,7 +298,7 @@ def expected(answerer):
 
     def expected(*texts, system=None, **sampling):
         turns = tuple(Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts))
-        return answerer.answer([Conversation(turns, system)], Sampling(**sampling))[0].text
+        return answers(answerer, [Conversation(turns, system)], Sampling(**sampling))[0].text
 
     return expected
 

@@ -56,17 +56,27 @@ class OneLineErrors:
 
     _actions: list[Any]
     usage: str | None
+    made = "the class"
+    """The name of the class whose arguments these are; see `RunParser`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_args(self, *given: Any, **more: Any) -> Any:
-        """As jsonargparse's, but that a text is read as it was typed; see `_as_typed`."""
+        """As jsonargparse's, but that values are checked by `_as_typed`."""
+        self._check_as_typed()
+        args = (self._with_dashes(args) if args else args for args in given[:1])
+        return super().parse_args(*args, *given[1:], **more)  # type: ignore[misc]
+
+    def parse_object(self, *given: Any, **more: Any) -> Any:
+        """As jsonargparse's, likewise: so it reads the arguments of a class."""
+        self._check_as_typed()
+        return super().parse_object(*given, **more)  # type: ignore[misc]
+
+    def _check_as_typed(self) -> None:
         for action in self._actions:
             if getattr(action, "_typehint", None) is not None and not isinstance(action._check_type_, partial):
                 action._check_type_ = partial(_as_typed, action.dest, action._typehint, action._check_type_)
-        args = (self._with_dashes(args) if args else args for args in given[:1])
-        return super().parse_args(*args, *given[1:], **more)  # type: ignore[misc]
 
     def _with_dashes(self, args: Sequence[str]) -> list[str]:
         """``args``, where a text that begins with ``-`` is put to its option: by itself it would be another one."""
@@ -95,9 +105,9 @@ class OneLineErrors:
             first, *others = required[1].split(", ")
             problem = f"is required{''.join(f', and so is {one}' for one in others)}"
             raise UserError(problem, option=first, remedy=f"give it as in: {self.usage}")
-        names = [action.dest for action in parser._actions]
-        types = parser.types()
-        raise quoted(_of_class(str(message), types) or _mistake(str(message), names, types))
+        if required:
+            raise quoted(_LackingError(self.made, required[1].split(", ")))
+        raise quoted(_mistake(str(message), [action.dest for action in parser._actions]))
 
     def types(self) -> dict[str, Any]:
         """The type of each option, by its dotted name."""
@@ -142,13 +152,16 @@ def _as_typed(option: str, hint: Any, check: Callable[..., Any], value: Any, app
             return None  # as messages and help call it
         if _is_comment(value):
             if not append and str not in get_args(hint):
-                raise TypeError(f'Parser key "{option}": Expected {words_of(hint)}, got {excerpt(value)}')
+                raise quoted(_misfit(option, hint, excerpt(value), ""))
             value = _Typed(value)
     elif dict[str, str] in (hint, *get_args(hint)) and isinstance(getattr(value, "val", None), str):
         value = value._replace(val=_Typed(value.val))
     elif isinstance(value, Namespace) and any(dict in (one, get_origin(one)) for one in (hint, *get_args(hint))):
         value = value.as_dict()  # of a dotted name in a file
-    return _untyped(check(value, append=append, **more))
+    try:
+        return _untyped(check(value, append=append, **more))
+    except TypeError as error:
+        raise quoted(_misfit(option, hint, value, str(error))) from error
 
 
 def _untyped(value: Any) -> Any:
@@ -231,34 +244,34 @@ def is_too_large(value: Any) -> bool:
     return isinstance(value, int) and abs(value) >= 2**64
 
 
-def _of_class(message: str, types: Mapping[str, Any]) -> UserError | None:
-    """The error in jsonargparse's ``message`` about a class given to an option; None if it is about something else.
+def _misfit(option: str, hint: Any, value: Any, reasons: str) -> UserError:
+    """The error for ``value`` that ``option`` of type ``hint`` can't have, by jsonargparse's ``reasons``.
 
-    The message has a reason per type of the option, one of them about the intended class.
+    Of a class there is a reason per type of the option, one of them about the class that is meant.
     """
-    found = re.search(r"Parser key \"([\w.]+)\":.*?Errors:(.*)Given value type:(.*)", message, re.S)
-    if found is None:
-        return None
-    option, reasons, given = found[1], found[2], found[3]
-    lacking = re.search(r"arguments are required: ([\w, ]+)", reasons)
-    if lacking:
-        names = lacking[1].split(", ")
-        parts = re.split(r"'?class_path'?[=:] ?'([\w.]+)'", given)[1:]  # each class, and what it is given
-        its = dict(zip(parts[::2], parts[1::2], strict=True))
-        name = next((one for one in its if f"{names[0]}=None" in its[one]), "the class").rpartition(".")[2]
-        return lacks(name, option, names)
     inner = next((error for error in reversed(_raised) if str(error) in reasons), None)
+    if isinstance(inner, _LackingError):
+        return lacks(inner.name, option, inner.arguments)
     if inner:
         return inner.replace(option=option if inner.option in (None, option) else f"{option}.{inner.option}")
     unknown = re.search(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)", reasons)
     if unknown:
-        kinds = (kind.__name__ for kind in _subclasses(types.get(option)) if not kind.__name__.startswith("_"))
+        kinds = (kind.__name__ for kind in _subclasses(hint) if not kind.__name__.startswith("_"))
         return no_class(unknown[1] or unknown[2], option, kinds, unknown[3] or "")
-    nested = re.search(r"NestedArg\(key='([\w.]+)'", given)
-    if nested is None:
-        return None
-    problem = f"{excerpt(nested[1])} is an argument of a class, and none is named"
-    return UserError(problem, option=option, remedy=f"give --{option} CLASS first")
+    if hasattr(value, "key"):  # jsonargparse's NestedArg
+        problem = f"{excerpt(value.key)} is an argument of a class, and none is named"
+        return UserError(problem, option=option, remedy=f"give --{option} CLASS first")
+    expected, got = words_of(hint), " ".join(str(value).split())
+    remedy = _point(expected, got) or meant(got, choices_of(hint))
+    return UserError(f"expected {expected}, got {cut(got)}", option=option, remedy=remedy)
+
+
+class _LackingError(UserError):
+    """An error for ``arguments`` that the class ``name`` needs, before its option is known; see `lacks`."""
+
+    def __init__(self, name: str, arguments: Sequence[str]) -> None:
+        super().__init__(f"{name} needs {', '.join(arguments)}")
+        self.name, self.arguments = name, arguments
 
 
 def no_class(name: str, option: str, known: Iterable[str], why: str = "") -> UserError:
@@ -298,7 +311,7 @@ def _subclasses(hint: Any) -> Iterator[type]:
             yield from _subclasses(kind)
 
 
-def _mistake(message: str, names: list[str], types: Mapping[str, Any]) -> UserError:
+def _mistake(message: str, names: list[str]) -> UserError:
     """The error about the options ``names`` in jsonargparse's ``message``, which may have several lines."""
     unknown = re.search(
         r"not accept option '([^']+)'|[Uu]nrecognized arguments?: (\S+)|^Option '([^']+)' is not accepted", message
@@ -315,27 +328,8 @@ def _mistake(message: str, names: list[str], types: Mapping[str, Any]) -> UserEr
     if linked:
         name = linked[1] or linked[2]
         return UserError(f"can't be given, it is always {LINKED[name]}", option=name, remedy="set that one")
-    message = re.sub(r"\s+", " ", message).strip()
-    refused = re.match(
-        r"Parser key \"([\w.]+)\": ?(?:Expected an? [<t].*?Got value|.*Subtypes: .*Given value): (.*)$", message
-    )
-    if refused and refused[1] in types:
-        option, value, kind = refused[1], refused[2], words_of(types[refused[1]])
-        return UserError(
-            f"expected {kind}, got {cut(value)}",
-            option=option,
-            remedy=_point(kind, value) or meant(value, choices_of(types[option])),
-        )
-    message = re.sub(r"\.? ?Got value: ", ", got ", message)
-    message = re.sub(r"^Parser key \"([^\"]+)\": ?", r"\1: ", message)
-    section = re.match(r"(\w+): Unable to load config '([^']*)'", message)
-    if section:
-        return no_option(section[1], section[2], names)
-    expected, got, value = message.partition(", got ")
-    named = re.match(r"([\w.]+): ", expected)
-    option = named[1] if named and any(f"{name}.".startswith(f"{named[1]}.") for name in names) else None
-    problem = f"{expected.removeprefix(f'{option}: ')}{got}{cut(value)}"
-    return UserError(problem, option=option, remedy=_point(expected, value))
+    section = re.search(r"key \"(\w+)\":\s*Unable to load config '([^']*)'", message)
+    return no_option(section[1], section[2], names) if section else UserError(one_line(message))
 
 
 def no_option(section: str, value: str, names: Sequence[str]) -> UserError:

@@ -317,10 +317,9 @@ def _check_arguments(option: str, name: str, values: Mapping[str, Any]) -> None:
     known, needed, takes_more = arguments_of(option, name) or ([], [], True)
     if takes_more:
         return
-    plain = {key: "null" if value is None else value for key, value in values.items() if "." not in key}
-    args = [f"--{key}={value}" for key, value in plain.items() if isinstance(value, str | int | float)]
+    plain = {key: value for key, value in values.items() if isinstance(value, str | int | float | None)}
     try:
-        _parser(known).parse_args(args)
+        _parser(known).parse_object({key: value for key, value in plain.items() if "." not in key})
     except UserError as error:
         raise error.replace(option=f"{option}.{error.option}" if error.option else option) from error
     missing = [one for one in needed if one not in {*values, "save_dir"}]  # a logger writes into the run's folder

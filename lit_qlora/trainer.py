@@ -89,6 +89,7 @@ class RunParser(OneLineErrors, LightningArgumentParser):
                 refuse_kinds([class_type], "trainer.plugins", NO_PLUGINS)
         except UserError as error:
             raise quoted(error) from error
+        self.made = class_type.__name__
         added: list[str] = super().add_class_arguments(class_type, *args, **kwargs)
         if isinstance(class_type, type) and issubclass(class_type, CSVLogger | TensorBoardLogger):
             self.set_defaults({"save_dir": IN_RUN})

@@ -14,6 +14,7 @@ from shlex import quote
 from typing import Any, NamedTuple, TypeGuard
 
 from lit_qlora.errors import UserError, excerpt, nearest
+from lit_qlora.storage.files import LFS
 from lit_qlora.text.messages import holds_messages, holds_turns
 from lit_qlora.wording import kind
 
@@ -117,7 +118,7 @@ def _read(path: Path, packing: str = "") -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise SourceError(path, f"can't be read ({error.strerror})", "check the file's permissions") from error
-    if data.startswith(b"version https://git-lfs"):
+    if data.startswith(LFS):
         raise SourceError(path, "is a git-LFS pointer, not the data", "run 'git lfs pull' where it was cloned")
     if packing:
         data = _unpack(path, data, packing)

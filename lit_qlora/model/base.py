@@ -6,6 +6,7 @@ index of the weights and the list of files. Knows no torch; what stands in the w
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from lit_qlora.errors import UserError, excerpt, nearest, one_line, require
 from lit_qlora.model.architectures import Architecture, architecture_of
 from lit_qlora.model.config import read_config
 from lit_qlora.model.shape import Shape, known_config, target_names
-from lit_qlora.storage.files import parse_json, unreadable
+from lit_qlora.storage.files import LFS, parse_json, unreadable
 from lit_qlora.storage.reach import use_cache_if_silent
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -95,6 +96,7 @@ def find_base(name: str, weights: bool = True) -> Base:
             raise base_error(f"{name} has no config.json", remedy="a Hugging Face model folder is expected")
         config_file, files = folder / "config.json", {path.name for path in folder.iterdir()}
         location = str(folder)
+        _check_cloned(name, folder)
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):  # neither here nor an id of the hub
         beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = nearest(folder.name, beside)
@@ -113,6 +115,17 @@ def find_base(name: str, weights: bool = True) -> Base:
     if weights and files:
         _check_files(base, files)
     return base
+
+
+def _check_cloned(name: str, folder: Path) -> None:
+    """Raises UserError if files of a cloned folder are what git leaves of them without git-lfs."""
+    for path in sorted(filter(Path.is_file, folder.iterdir())):
+        with suppress(OSError), path.open("rb") as file:  # one that can't be read may not be needed
+            if file.read(len(LFS)) == LFS:
+                raise base_error(
+                    f"{name}: {path.name} is a git-LFS pointer, not the file itself",
+                    remedy="run 'git lfs pull' where it was cloned",
+                )
 
 
 def _check_files(base: Base, files: Collection[str]) -> None:

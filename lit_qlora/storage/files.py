@@ -133,6 +133,10 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise
 
 
+LFS = b"version https://git-lfs"
+"""The beginning of what git leaves in place of a large file where git-lfs is missing."""
+
+
 def parse_json(text: str | bytes, **options: Any) -> Any:
     """`json.loads` whose only error is ValueError: files come from anywhere.
 

@@ -162,6 +162,13 @@ def test_broken_json(tmp_path):
     assert refusal(folder).startswith(f"{folder}: config.json can't be read: it is no JSON")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_clone_without_git_lfs_is_refused_by_its_first_pointer(tiny_folder, tmp_path, name, expect_error):
+    folder = shutil.copytree(tiny_folder, tmp_path / "clone")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    expect_error(lambda: find_base(str(folder)), f"{name} is a git-LFS pointer", "git lfs pull", option="model.base")
+
+
 def test_pickled_weights_are_refused(tmp_path, expect_refusal):
     folder = model_folder(tmp_path / "model", CONFIG, ["pytorch_model.bin"])
     expect_refusal(folder, folder, ".safetensors", "pickled", "save_pretrained")

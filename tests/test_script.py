@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -36,6 +36,7 @@ from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.figures.tensorboard import LOSS
+from lit_qlora.model.learning import LearnsInParts
 from lit_qlora.model.script import check_monitors, check_trainer
 from lit_qlora.quiet import quieten
 from lit_qlora.text.conversation import Conversation, Turn
@@ -145,19 +146,37 @@ def test_the_train_loss_between_two_records_is_of_all_since_the_last(here):
     assert min(one_by_one[:2]) < pairs[1] < max(one_by_one[:2])
 
 
+def test_a_callback_finds_the_loss_of_the_step_that_has_just_ended(here):
+    """And so a `ModelCheckpoint` saves the step that its figure is of."""
+    losses = []
+
+    class See(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append((float(trainer.callback_metrics["train/loss"]), float(outputs["loss"])))
+
+    lowest = ModelCheckpoint(here, monitor="train/loss", every_n_train_steps=1, save_top_k=1)
+    trainer(max_steps=4, log_every_n_steps=1, callbacks=[See(), lowest]).fit(module(), data())
+    assert [round(logged, 4) for logged, _ in losses] == [round(own, 4) for _, own in losses]
+    step = min(range(4), key=lambda step: losses[step][0]) + 1
+    assert lowest.best_model_path.endswith(f"step={step}.ckpt")
+
+
 def test_no_figure_waits_for_the_device_before_a_logger_asks(monkeypatch):
     built, logged = module(), []
-    built._trainer = SimpleNamespace(global_step=0, log_every_n_steps=5, barebones=False, accumulate_grad_batches=2)
+    built.trained = torch.nn.Parameter(torch.zeros(1))
+    few = {"accumulate_grad_batches": 2, "datamodule": None, "train_dataloader": None}
+    built._trainer = SimpleNamespace(global_step=0, log_every_n_steps=5, barebones=False, **few)
     monkeypatch.setattr(built, "log_dict", lambda figures, **options: logged.append((figures, options)))
     outputs = {"loss_sum": torch.tensor(6.0), "num_correct": torch.tensor(1), "num_answers": 3}
     with monkeypatch.context() as patch:
         for reading in ("item", "__float__", "__bool__", "tolist", "cpu", "__int__"):
             patch.setattr(torch.Tensor, reading, lambda *_: pytest.fail("the device was waited for"))
+        patch.setattr(LearnsInParts, "training_step", lambda *_: outputs)
         built.on_train_start()
-        built.on_train_batch_end(outputs, None, 0)
+        built.training_step(None, 0)
         assert logged == []  # in mid-step
-        built.trainer.global_step = 1
-        built.on_train_batch_end(outputs, None, 1)
+        optimizer = SimpleNamespace(step=lambda closure: closure())
+        built.optimizer_step(0, 1, optimizer, lambda: built.training_step(None, 1))
     ((figures, options),) = logged
     assert figures["train/loss"] == 2.0
     assert figures["train/accuracy"].item() == 1 / 3
@@ -285,6 +304,95 @@ def test_a_checkpoint_is_not_loaded_into_another_scaling(in_chatml, options, was
                  f"has {was}", option=option)  # fmt: skip
 
 
+CHANGED = [
+    ({"learning_rate": 1e-5}, {}, {}, "model.learning_rate", "0.0002"),
+    ({"optimizer": "adamw_8bit"}, {}, {}, "model.optimizer", "adamw"),
+    ({}, {"batch_size": 8}, {}, "data.batch_size", "4"),
+    ({}, {"validation_share": 0.2, "source": "rows.jsonl"}, {}, "data.source", "rows"),
+    ({}, {}, {"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches", "1"),
+]
+
+
+@pytest.mark.parametrize(("of_module", "of_data", "of_trainer", "option", "was"), CHANGED)
+def test_a_fit_resumes_with_what_its_checkpoint_decides(
+    straight, here, of_module, of_data, of_trainer, option, was, expect_error
+):
+    """Lightning would restore them from the checkpoint over what was given, or go on at another place in the rows."""
+    row = '{"messages": [{"role": "user", "content": "%d"}, {"role": "assistant", "content": "a"}]}'
+    (here / "rows.jsonl").write_text("\n".join(row % number for number in range(40)))
+    (checkpoint,) = straight[1].glob("*step=1.ckpt")
+    made, rows = module(**of_module), data(**{"system": "Be brief.", **of_data})
+    expect_error(
+        lambda: trainer(**of_trainer).fit(made, rows, ckpt_path=checkpoint),
+        f"the checkpoint's {was}", "load_from_checkpoint", option=option,
+    )  # fmt: skip
+
+
+def test_a_fit_does_not_resume_from_weights_alone(here, expect_error):
+    saves = ModelCheckpoint(here, save_last=True, save_weights_only=True)
+    trainer(max_steps=1, callbacks=[saves]).fit(module(), data())
+    expect_error(lambda: trainer().fit(module(), data(), ckpt_path=here / "last.ckpt"), "weights only",
+                 "load_from_checkpoint", option="ckpt_path")  # fmt: skip
+    assert trainer().validate(module(), data(), ckpt_path=here / "last.ckpt", verbose=False)
+
+
+def test_a_checkpoint_can_be_saved_by_hand_before_a_fit(here):
+    lightning = trainer()
+    lightning.validate(module(), data(), verbose=False)
+    lightning.save_checkpoint("by-hand.ckpt")
+    assert QLoRAModule.load_from_checkpoint("by-hand.ckpt").lora.rank == 2
+
+
+class WithOwnLoss(QLoRAModule):
+    """A training step that calls no other."""
+
+    def training_step(self, batch, batch_idx):
+        loss, _, count = self.summed_loss(batch)
+        self.log("mine/loss", loss / count)
+        return loss / count
+
+
+class Penalised(QLoRAModule):
+    """A training step that adds to the loss, and returns nothing else."""
+
+    penalty = 1.0
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        return loss + self.penalty * sum((value**2).sum() for value in self.parameters() if value.requires_grad)
+
+
+class PenalisedAlone(WithOwnLoss):
+    """The same, without the project's."""
+
+    def training_step(self, batch, batch_idx):
+        penalty = sum((value**2).sum() for value in self.parameters() if value.requires_grad)
+        return super().training_step(batch, batch_idx) + penalty
+
+
+@pytest.mark.parametrize(("made", "as_of"), [(WithOwnLoss, QLoRAModule), (Penalised, PenalisedAlone)])
+def test_a_subclass_learns_by_a_loss_of_its_own(made, as_of):
+    built = []
+    for cls in (made, as_of):
+        seed_everything(42, verbose=False)
+        built.append(cls(rank=2, alpha=2.0))
+        lightning = trainer()
+        lightning.fit(built[-1], data())
+        assert ("train/loss" in lightning.callback_metrics) is not issubclass(cls, WithOwnLoss)
+    weights = [one.state_dict() for one in built]
+    assert all(torch.allclose(value, weights[1][name], atol=1e-6) for name, value in weights[0].items())
+    assert any(value.abs().max() > 0 for name, value in weights[0].items() if "lora_B" in name)
+
+
+def test_a_module_that_is_compiled_or_frozen_is_refused(expect_error):
+    expect_error(lambda: trainer().fit(torch.compile(module()), data()), "torch.compile", option="model")
+    frozen = module()
+    frozen.configure_model()
+    for parameter in frozen.parameters():
+        parameter.requires_grad = False
+    expect_error(lambda: trainer().fit(frozen, data()), "frozen", option="model")
+
+
 class WithArgument(QLoRAModule):
     """A subclass that records its own argument as Lightning has it."""
 
@@ -317,6 +425,12 @@ class Rows(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.seen.append(batch.rows)
+
+
+def test_a_share_of_overfit_batches_that_is_none_is_called_that(expect_error):
+    expect_error(
+        lambda: trainer(overfit_batches=0.001).fit(module(), data()), "0.001", option="trainer.overfit_batches"
+    )
 
 
 def test_overfit_batches_are_the_same_in_each_epoch():
@@ -497,6 +611,47 @@ def test_a_module_before_its_fit_says_that_it_is_not_loaded(here, expect_error):
 def test_rows_that_may_be_longer_than_the_bases_context_are_refused():
     with pytest.raises(UserError, match=r"data.max_length: expected at most 1,024 tokens"):
         trainer().fit(module(), data(max_length=1025))
+
+
+class Wrapped(LightningDataModule):
+    """A DataModule of one's own, around this project's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = data(tokenizer="demo", system="Be brief.")
+
+    def setup(self, stage):
+        self.inner.setup(stage)
+
+    def train_dataloader(self):
+        return self.inner.train_dataloader()
+
+    def val_dataloader(self):
+        return self.inner.val_dataloader()
+
+
+def test_loaders_alone_say_which_prompts_they_hold(here):
+    """As the Trainer's own loaders, and from a DataModule of one's own."""
+    wrapped = Wrapped()
+    wrapped.setup("fit")
+    alone = {"train_dataloaders": wrapped.train_dataloader(), "val_dataloaders": wrapped.val_dataloader()}
+    for given in ({"datamodule": Wrapped()}, alone):
+        built = module()
+        trainer(max_steps=1).fit(built, **given)
+        built.save_adapter("saved")
+        assert json.loads(Path("saved/lit_qlora.json").read_text())["system"] == "Be brief."
+        assert Path("saved/tokenizer.json").exists()
+        shutil.rmtree("saved")
+
+
+def test_an_adapter_that_is_saved_as_it_was_loaded_keeps_its_prompt_format(here):
+    built = module()
+    trainer(max_steps=1).fit(built, data(system="Be brief."))
+    built.save_adapter("first")
+    again = QLoRAModule(adapter="first")
+    again.configure_model()
+    again.save_adapter("second")
+    assert json.loads(Path("second/lit_qlora.json").read_text())["system"] == "Be brief."
 
 
 def test_an_adapter_says_what_the_data_said_of_prompts(here):

@@ -315,6 +315,8 @@ class ResumableLoader:
         self.length = limited(self.available, limit)
         self._epoch = epoch
         self._done = 0
+        self.made_by: object = None
+        """The DataModule that knows the rows, for a module that is given the loader alone."""
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch; the Trainer applies the limit to it once more."""

@@ -258,7 +258,9 @@ class ChatDataModule(LightningDataModule):
                 "epoch": trainer.current_epoch,
             }
         workers = min(self.num_workers, num_cores())
-        return ResumableLoader(rows, order, num_workers=workers, packed=self.plan.packed, **by_trainer)
+        loader = ResumableLoader(rows, order, num_workers=workers, packed=self.plan.packed, **by_trainer)
+        loader.made_by = self
+        return loader
 
     def num_optimizer_steps(self) -> int:
         """Optimizer steps of the whole run, without fetching a batch.
@@ -350,6 +352,17 @@ class ChatDataModule(LightningDataModule):
             "train_rows": self._rows["train"].fingerprint,
             "held_out_rows": self._rows["validation"].fingerprint,
         }
+
+    def order_of_rows(self) -> dict[str, Any]:
+        """What decides which rows stand in which batch, by options; those of ``source`` by their digest.
+
+        Empty before `setup` for a fit.
+        """
+        if "train" not in self._rows:
+            return {}
+        plan = self.plan
+        options = {"batch_size": plan.rows, "batch_tokens": plan.tokens, "packing": plan.packed, "seed": self.seed}
+        return {"data.source": self._rows["train"].fingerprint} | {f"data.{key}": options[key] for key in options}
 
     def parts(self, reading: Reading | None = None) -> Parts:
         """The rows to learn, hold out and test on, by the options; ``reading`` replaces the options' own."""
@@ -483,7 +496,9 @@ class ChatDataModule(LightningDataModule):
     def _check_limit(self, part: str, option: str) -> None:
         if self.trainer is None:
             return
-        limit = getattr(self.trainer, option)
+        trainer: Any = self.trainer
+        limit = getattr(trainer, option)
+        option = "overfit_batches" if trainer.overfit_batches else option
         if isinstance(limit, float) and 0 < limit < 1:
             lengths = self._rows[part].lengths
             count = len(self._first_epoch if part == "train" else self.plan.epoch(lengths, seed=0, epoch=0))

@@ -176,11 +176,17 @@ class LearnsInParts(LightningModule):
             optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute the gradients of micro-batches; in parts if memory runs out."""
-        if self._loss is None:  # learned already, or nothing to be learned yet
+        """Compute the gradients of micro-batches; in parts if memory runs out.
+
+        A subclass may have scaled the loss, added to it, or put another in its place.
+        """
+        if not loss.requires_grad:  # learned already, or nothing to be learned yet
             return
-        (whole, stand_in), self._loss = self._loss, None
-        (gradient,) = torch.autograd.grad(loss, stand_in)
+        (whole, stand_in), self._loss = self._loss or ([], loss.detach()), None
+        loss.backward(*args, **kwargs)
+        gradient = stand_in.grad
+        if gradient is None:
+            return
         earlier, is_short = self._set_aside(), False
         are_together = self._most_together > 1
         if are_together:

@@ -147,7 +147,7 @@ class QLoRAModule(ComputesSums):
         self.offload, self.quantized_cache = offload, quantized_cache
         self.shard, self.shard_to = shard, shard_to
         self.copy_line: str | None = None
-        self.prompt_format = load.DEFAULT_FORMAT
+        self.prompt_format = load.read_format(self.adapter) if self.adapter else load.DEFAULT_FORMAT
         """The prompt format it is trained with, as recorded in each saved adapter."""
         self._recorded: PromptFormat | None = None
         """That of the checkpoint of Lightning's that it was loaded from."""
@@ -159,7 +159,7 @@ class QLoRAModule(ComputesSums):
         """Micro-batches of the current step that wait for others, by the device that computes them."""
         self.gradient_norm: Tensor = torch.tensor(0.0)
         """Gradient norm of the last optimizer step, before clipping."""
-        self._sums, self._logged_step = AnswerSums(), 0
+        self._sums = AnswerSums()
         # Only adapters are saved, so a checkpoint never has all the keys of the module.
         self.strict_loading = False
         self.held_out_loss, self.held_out_correct, self.held_out_tokens = (
@@ -188,19 +188,34 @@ class QLoRAModule(ComputesSums):
             strategy.checkpoint_io = script.Files()
         if stage == "predict" and type(self).predict_step is QLoRAModule.predict_step:
             self.predict_step()
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if hasattr(data, "prompt_format"):  # a `ChatDataModule`
-            check_context(self.base, data.max_length)
-            self.prompt_format = data.prompt_format
-            for line in data.describe() if self.standalone else ():  # in a run, callbacks print it
-                if line not in self._told:
-                    rank_zero_info(line)
-                self._told.add(line)
+        self._take_over()
         if stage == "fit":
             check_optimizer(self.optimizer_name, self.trainer.strategy.root_device.type == "cuda")
             if self.adapter:
                 load.check_settings(self.adapter, self.lora)
         self._forget_layers()
+
+    @property
+    def _data(self) -> Any:
+        """The Trainer's `ChatDataModule`, or the one that made the loaders that it was given; None without."""
+        if not self._attached:
+            return None
+        trainer: Any = self.trainer
+        if hasattr(trainer.datamodule, "prompt_format"):
+            return trainer.datamodule
+        return getattr(trainer.train_dataloader, "made_by", None)
+
+    def _take_over(self) -> None:
+        """Take over the prompt format of the data, if it is known yet."""
+        data = self._data
+        if data is None:
+            return
+        check_context(self.base, data.max_length)
+        self.prompt_format = data.prompt_format
+        for line in data.describe() if self.standalone else ():  # in a run, callbacks print it
+            if line not in self._told:
+                rank_zero_info(line)
+            self._told.add(line)
 
     def configure_model(self) -> None:
         """Load base and adapter onto the Trainer's device, in the Trainer's precision; again if these changed.
@@ -308,9 +323,8 @@ class QLoRAModule(ComputesSums):
         require(file is None, "folder", "a folder to write to", f"{file}, a file")
         Path(folder).mkdir(parents=True, exist_ok=True)
         load.save_adapter(model, self.base, Path(folder), self.prompt_format)
-        data: Any = getattr(self.trainer, "datamodule", None) if self._attached else None
-        if hasattr(data, "write_tokenizer"):
-            data.write_tokenizer(Path(folder), self.base.context_tokens)
+        if self._data is not None:
+            self._data.write_tokenizer(Path(folder), self.base.context_tokens)
 
     def load_adapter_weights(self, folder: Path) -> None:
         """Load the weights of an adapter folder that was saved from this module."""
@@ -378,18 +392,27 @@ class QLoRAModule(ComputesSums):
         if self.standalone:
             key = self.CHECKPOINT_HYPER_PARAMS_KEY  # a subclass's save_hyperparameters may have put its own there
             checkpoint[key] = {**self.options, **checkpoint.get(key, {})}
-            checkpoint[script.OF] = script.record(self.base, self.lora, self.prompt_format)
+            checkpoint[script.OF] = script.record(self.base, self.lora, self.prompt_format) | {"kept": self._kept()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the prompt format.
 
-        Raises UserError for a checkpoint of another base or scaling, and for a Trainer's data in another format.
+        Raises UserError for a checkpoint of another base or scaling, for a Trainer's data in another format, and if a
+        fit can't resume from it.
         """
         if script.OF in checkpoint:
-            data: Any = self.trainer.datamodule if self._attached else None  # type: ignore[attr-defined]
-            given = getattr(data, "prompt_format", None)
+            given = getattr(self._data, "prompt_format", None)
             self._recorded = script.recorded_format(checkpoint[script.OF], self.base, self.lora, given)
             self.prompt_format = self._recorded
+            if self._attached and self.trainer.state.fn == "fit":
+                script.check_resume(checkpoint, self._kept())
+
+    def _kept(self) -> dict[str, Any]:
+        """Options, by their names, that a resumed fit has from its checkpoint."""
+        kept = {"trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches}
+        if type(self).configure_optimizers is QLoRAModule.configure_optimizers:
+            kept |= {f"model.{name}": self.options[name] for name in ("optimizer", "learning_rate", "weight_decay")}
+        return kept | (self._data.order_of_rows() if self._data else {})
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "QLoRAModule":  # type: ignore[override]
@@ -420,10 +443,16 @@ class QLoRAModule(ComputesSums):
         return self.peft_model(input_ids=input_ids).logits  # type: ignore[no-any-return]
 
     def on_train_start(self) -> None:
-        """Reset the sums of the figures."""
+        """Reset the sums of the figures. Raises UserError if nothing is trained."""
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise UserError("no weight is trained, for the module was frozen", option="model", remedy="make it anew")
+        self._take_over()
+        if self._data is None:
+            name = self.prompt_format.record()["prompt_format"]
+            rank_zero_info(f"a saved adapter records the prompt format {name}: no ChatDataModule says of another")
         self._sums.reset()
         self._num_waiting.clear()
-        self._logged_step, self._accumulated = self.trainer.global_step, self.trainer.accumulate_grad_batches
+        self._accumulated = self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Raises UserError for a batch of another DataLoader or tokenizer, or made for another accumulation.
@@ -455,17 +484,26 @@ class QLoRAModule(ComputesSums):
         if self.shards:
             self.shards.keep_pace(backward=True)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the figures of an optimizer step after its last micro-batch, without waiting for the device."""
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """As `LearnsInParts.training_step`; its sums are kept for the log."""
+        outputs = super().training_step(batch, batch_idx)
+        if self.standalone:
+            self._sums.add(outputs)
+        return outputs
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's, which makes the step's last micro-batch; then log the step, without waiting for the device.
+
+        Here, and not at the batch's end, since callbacks that monitor a figure are asked before that.
+        """
+        super().optimizer_step(*args, **kwargs)
         if not self.standalone:
             return
-        self._sums.add(outputs)
-        step, interval = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step == self._logged_step:
-            return
-        self._logged_step = step
-        loss, accuracy = self._sums.means()
-        self._log({"train/loss": loss, "train/accuracy": accuracy, "train/gradient_norm": self.gradient_norm})
+        figures = {"train/gradient_norm": self.gradient_norm}
+        if self._sums:  # a subclass may have a step of its own
+            figures["train/loss"], figures["train/accuracy"] = self._sums.means()
+        self._log(figures)
+        step, interval = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and step % interval == 0:
             self._sums.reset()
 

@@ -74,6 +74,8 @@ def check_trainer(trainer: Trainer) -> None:
     ends = trainer.state.fn != "fit" or (trainer.max_epochs, trainer.max_steps) != (-1, -1)
     expected = "a number of epochs, or of steps in trainer.max_steps, for the learning rate's schedule"
     require(ends, "trainer.max_epochs", expected, trainer.max_epochs)
+    if {"forward", "training_step"} <= {*vars(trainer.lightning_module)}:  # Lightning puts compiled ones in their place
+        raise UserError("torch.compile can't be used on it", option="model", remedy="leave it out: see model.compile")
 
 
 def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:
@@ -175,6 +177,27 @@ def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: Prompt
                 remedy="give the ChatDataModule the same",
             )
     return recorded
+
+
+def check_resume(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a fit can resume from a checkpoint, of which it takes optimizer, rates and place in the rows.
+
+    Args:
+        checkpoint: whole, with what it holds under `OF`.
+        now: the options that such a fit can't change, by name.
+
+    Raises:
+        UserError: one was changed, or the checkpoint has weights only.
+    """
+    anew = "or begin anew from its weights: QLoRAModule.load_from_checkpoint(FILE, …)"
+    if "optimizer_states" not in checkpoint:
+        raise UserError("the checkpoint has weights only", option="ckpt_path", remedy=f"give a whole one, {anew}")
+    for name, was in checkpoint[OF].get("kept", {}).items():
+        if now.get(name, was) != was:
+            is_rows = name == "data.source"
+            expected, got = ("the checkpoint's rows", "others") if is_rows else (f"the checkpoint's {was}", now[name])
+            problem = f"expected {expected}, with which a fit resumes, got {got}"
+            raise UserError(problem, option=name, remedy=f"give it the same, {anew}")
 
 
 class Files(TorchCheckpointIO):

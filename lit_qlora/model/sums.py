@@ -20,6 +20,10 @@ class AnswerSums:
     def __init__(self) -> None:
         self._sums: dict[str, Any] = dict.fromkeys(self.NAMES, 0)
 
+    def __bool__(self) -> bool:
+        """True if anything was added since the start."""
+        return self._sums["num_answers"] != 0
+
     def reset(self) -> None:
         """Start anew."""
         self._sums = dict.fromkeys(self.NAMES, 0)

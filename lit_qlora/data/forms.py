@@ -34,8 +34,8 @@ class RowForm(NamedTuple):
             the conversation, as `messages.parse` takes them, or to the conversation itself. Raises ValueError.
         may_have: columns that it uses where they are there, beside `SYSTEM_COLUMNS`; None for one that is not mapped.
         aka: other names of its only column.
-        holds: what the columns that it needs hold: a text (in a prompt or an answer, a list of messages too), or a
-            list, which may be written out as text.
+        holds: what the columns that it needs hold: a text (in a prompt or an answer, messages too; then the last of
+            ``may_have`` is a list), or a list, which may be written out as text.
         opens: what the form begins with, where others are made of the same columns: the one that opens first is it.
         is_whole: whether it is a plain text, which is read only where all of it is to be learned.
     """
@@ -351,7 +351,9 @@ def _content(row: Mapping[str, Any], column: str | None, form: RowForm) -> Any:
         return None
     if form.holds == "a list":
         return list_in(value)
-    takes_list = form.holds == "messages" and (column in form.may_have or messages.holds_messages(value))
+    if form.holds == "messages" and messages.holds_turns([value]):
+        return [value]
+    takes_list = form.holds == "messages" and (column in form.may_have[-1:] or messages.holds_messages(value))
     if not isinstance(value, str) and not (takes_list and isinstance(value, list)):
         problem = f"column {column!r} holds {kind(value)}, expected text"
         if not messages.is_there(value):

@@ -184,7 +184,7 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
         return
     rows, _ = _rows_of(source, split, reading, seed)
     _check_named(source.called(split), rows, reading)
-    faults, dropped, num_unused = list[UserError](), Counter[str](), 0
+    faults, counts, num_unused = list[UserError](), Counts(), 0
     for number, row in enumerate(rows[:MOST_EARLY_ROWS]):
         if number >= EARLY_ROWS and not faults:
             return
@@ -192,14 +192,15 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
             read = _read(row, reading)
             conversation, reason = _trainable(read.conversation)
             if conversation is None:
-                dropped.update([reason, *read.changed])
+                counts.dropped[reason] += 1
+                counts.add(read)
                 num_unused += 1
         except UserError as fault:
             faults.append(fault)
             if reading.strict or _is_misread(len(faults), len(rows), reading):
                 raise faults[0] from None
     if num_unused == len(rows):
-        raise _nothing(source.called(split), dropped)
+        raise _nothing(source.called(split), counts.in_words())
 
 
 def _nothing(name: str, dropped: Mapping[str, int]) -> SourceError:
@@ -321,9 +322,10 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
             faults.append((f"{row.where} ({why})", fault))
             lost.append(LeftOut(row.where, str(why)))
             continue
+        counts.add(read)
         conversation, reason = _trainable(read.conversation)
         if conversation is None:
-            counts.dropped.update([reason, *read.changed])
+            counts.dropped[reason] += 1
             lost.append(LeftOut(row.where, reason))
             continue
         try:
@@ -336,7 +338,6 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
             counts.dropped[left_out] += 1
             lost.append(LeftOut(row.where, str(error)))
             continue
-        counts.add(read)
         kept.append(Kept(conversation, row.where, reason == UNANSWERED))
         if reason and reason != UNANSWERED:
             counts.dropped[reason] += 1
@@ -345,7 +346,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
     if faults:
         counts.dropped[f"{BROKEN}{faults[0][0]}"] = len(faults)
     if not kept:
-        raise _nothing(name, counts.dropped)
+        raise _nothing(name, counts.in_words())
     return Records(name, kept, count_unanswered(kept) | counts.in_words(), lost)
 
 

@@ -185,6 +185,7 @@ OTHERS = {
     "Dolly without context": ({"instruction": "hi", "context": "", "response": "yo"}, HI),
     "prompt and completion": ({"prompt": "hi", "completion": "yo"}, HI),
     "prompt and completion as messages": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, HI),
+    "prompt and completion as one message each": ({"prompt": TURNS[0], "completion": TURNS[1]}, HI),
     "prompt and completion as a .csv has messages": (
         {"prompt": json.dumps(TURNS[:1]), "completion": str(TURNS[1:])},
         HI,
@@ -230,6 +231,7 @@ def test_a_text_in_a_known_form_comes_before_columns_beside():
         ({"instruction": "a", "output": None}, "column 'output' holds null, expected text"),
         ({"question": "a", "answer": 4}, "column 'answer' holds a number, expected text"),
         ({"question": "a", "answer": ["b", "c"]}, "column 'answer' holds a list, expected text"),
+        ({"question": "a", "context": ["b", "c"], "answer": "d"}, "column 'context' holds a list, expected text"),
         ({"prompt": " ", "completion": "b"}, "turn 1: a turn of the user is empty"),
         ({"prompt": "a", "completion": ""}, "turn 2: a turn of the assistant is empty"),
         ({"query": "a", "response": "b", "history": ["c"]}, "the history is a list, expected a list of pairs of texts"),

@@ -206,6 +206,11 @@ def test_rows_with_questions_that_are_only_images_are_no_faults(expect_error):
     [
         (text("only asked"), "rows left out: nothing answered: 1"),
         (text("an [INST]", "b"), "rows left out: a Llama 2 tag inside a turn: 1"),
+        # What of the row was not used may be what is missing.
+        (
+            {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}},
+            "rows hold what is not used: column 'chosen' (1)",
+        ),
     ],
 )
 def test_nothing_left_is_an_error(row, reason, expect_error):

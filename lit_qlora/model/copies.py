@@ -1,39 +1,42 @@
 """Owns the cache of 4-bit copies of bases on disk: a later start reads 3.9 GB of a 7B instead of 13.5.
 
-A copy is written once a base has been quantised, and holds the very bytes that the first run computed with. It is
-sealed as a checkpoint is, and verified in full once; later starts compare sizes, times and samples with those of then,
-and verify it in full again if one differs. The newest few stay, and those in use. Knows neither adapters nor what a
-base is used for.
+A copy is written weight by weight before a base is first loaded, which is from the copy then, so that every start
+computes with the same bytes. It is sealed as a checkpoint is, and verified in full once; later starts compare sizes,
+times and samples with those of then, and verify it in full again if one differs. The newest few stay, and those in use.
+Knows neither adapters nor what a base is used for.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from lit_qlora.console import bars_of_transformers
+from lit_qlora.console import counted
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import Base, commit, find_base
+from lit_qlora.model.config import for_transformers
 from lit_qlora.model.fingerprint import ORIGINAL, fingerprint, shown, write_original
+from lit_qlora.model.load import nf4, quantise, read_tensor
+from lit_qlora.model.weights import BUFFER, check_weights, fetch, is_linear, stored_tensors
 from lit_qlora.storage.files import free_bytes, parse_json, size
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, clear_leftovers, verify_folder, write_folder
+from lit_qlora.storage.shards import write_shards
 from lit_qlora.storage.shared import Held, prune, remove_unused
-from lit_qlora.storage.state import num_bytes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 KEPT_FROM = 500_000_000
 """Number of weights from which quantising takes long enough to be worth the disk space."""
 RESERVE_BYTES = 5_000_000_000
 """Bytes left free on the disk, for checkpoints and other files of a run."""
+BYTES_PER_WEIGHT = 0.517
+"""Of the 4-bit weights, with their scales and tables; for the disk space that a copy takes."""
+FILE_BYTES = 1_000_000_000
+"""Bytes of a copy's file; so much waits in the host's memory."""
 KEPT = 3
 """Number of copies kept in one folder; the least recently used go first."""
 LEFT_FOR_S = 86_400
@@ -84,39 +87,32 @@ class Copies:
                 remove_unused(folder)
         return None
 
-    def keep(self, model: "PreTrainedModel", base: Base, dtype: torch.dtype, device_type: str) -> str | None:
-        """Keep a 4-bit copy of a base; see `keep_by`.
+    def keep(self, base: Base, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Keep a 4-bit copy of a base, written weight by weight.
 
         Args:
-            model: just loaded from ``base``, without an adapter.
-            base, dtype, device_type: as of `keep_by`.
-        """
-        save = partial(model.save_pretrained, max_shard_size="1GB")
-        return self.keep_by(save, num_bytes(model.state_dict()), base, dtype, device_type)
-
-    def keep_by(
-        self, save: Callable[[Path], None], needed_bytes: int, base: Base, dtype: torch.dtype, device_type: str
-    ) -> str | None:
-        """Keep a 4-bit copy of a base.
-
-        Args:
-            save: writes it into a folder.
-            needed_bytes: that it takes.
-            base: that it was made from.
-            dtype: that it computes in.
-            device_type: that it was quantised on.
+            base: downloaded first where it is on the hub, even if no copy of it is kept.
+            dtype: that the copy is to compute in.
+            device: to quantise on.
 
         Returns:
             A line that reports it, or says why not; None where there is nothing to say.
+
+        Raises:
+            UserError: its weights can't be read.
         """
-        is_small = base.shape.num_parameters < KEPT_FROM and not self.keeps_small
+        fetch(base)
+        shape = base.shape
+        is_small = shape.num_parameters < KEPT_FROM and not self.keeps_small
         if self.root is None or base.in_4_bits or is_small:
             return None
-        target = self.root / _name(base, dtype, device_type)
+        check_weights(base)
+        needed_bytes = round(BYTES_PER_WEIGHT * shape.num_quantized)
+        needed_bytes += dtype.itemsize * (shape.num_parameters - shape.num_quantized)
+        target = self.root / _name(base, dtype, device.type)
 
         def fill(folder: Path) -> None:
-            with bars_of_transformers("keep"):
-                save(folder)
+            _write(folder, base, dtype, device)
             write_original(folder, find_base(str(folder)), base)
 
         try:
@@ -144,6 +140,31 @@ class Copies:
         removed = prune((path for path in copies if path != new), most=KEPT - 1)
         gone = [f"{path.name} ({size(taken)})" for path, taken in removed.items()]
         return f"; {', '.join(gone)} removed: the {KEPT} last used stay" if gone else ""
+
+
+def _write(folder: Path, base: Base, dtype: torch.dtype, device: torch.device) -> None:
+    """Write ``base`` in 4 bits as transformers does, in files of about `FILE_BYTES`."""
+    config = for_transformers(base.config)
+    config.quantization_config = nf4(dtype).to_dict()
+    config.architectures, config.dtype = [base.architecture.model_class().__name__], dtype
+    config.save_pretrained(str(folder))
+    tensors = ((name, value.cpu().contiguous()) for name, value in _in_4_bits(base, dtype, device))
+    write_shards(folder, tensors, FILE_BYTES)
+
+
+def _in_4_bits(base: Base, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a 16-bit base's copy: each as it is, or of a linear layer the weight and its state."""
+    tensors = sorted(stored_tensors(base).items())
+    for name, stored in counted("keep", tensors, len(tensors), " weights"):
+        if name.endswith(BUFFER) or (name == "lm_head.weight" and base.shape.tied):
+            continue
+        if not is_linear(name):
+            yield name, read_tensor(stored).to(dtype)
+            continue
+        weight = quantise(stored, dtype, device)
+        yield name, weight.data
+        for key, value in weight.quant_state.as_dict(packed=True).items():
+            yield f"{name}.{key}", value
 
 
 def _name(base: Base, dtype: torch.dtype | Literal["*"], device_type: str) -> str:

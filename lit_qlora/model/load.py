@@ -21,7 +21,7 @@ from lit_qlora.model.config import for_transformers
 from lit_qlora.model.device import Attention
 from lit_qlora.model.fingerprint import fingerprint, shown
 from lit_qlora.model.shape import Shape, target_names
-from lit_qlora.model.weights import check_weights, fetch
+from lit_qlora.model.weights import Stored, check_weights, fetch
 from lit_qlora.storage.files import disk_error
 from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
 from lit_qlora.storage.foreign import read_object
@@ -37,6 +37,11 @@ ONE_THREAD_BELOW = 20_000_000
 times as long on two threads as on one."""
 
 DEFAULT_FORMAT = chosen()
+DTYPES = {
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8,
+}  # fmt: skip
+"""safetensors' names of dtypes."""
+
 WEIGHTS = "adapter_model.safetensors"
 PLACE = re.compile(
     rf"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(Shape.LINEARS)})\.lora_.*"
@@ -112,6 +117,27 @@ def nf4(dtype: torch.dtype) -> "BitsAndBytesConfig":
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def quantise(stored: Stored, dtype: torch.dtype, device: torch.device) -> Any:
+    """A weight of a file, quantised by bitsandbytes to the bits that it has in a base of `load_base`.
+
+    Args:
+        stored: in 16 bits.
+        dtype: that it is rounded to before.
+        device: to quantise on.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    value = read_tensor(stored).to(device, dtype)
+    weight: Any = Params4bit(value, compress_statistics=True, quant_type="nf4")  # type: ignore[no-untyped-call]
+    return weight.to(device)
+
+
+def read_tensor(stored: Stored) -> torch.Tensor:
+    """A whole tensor of a file."""
+    (found,) = stored.read([(0, stored.num_values)])
+    return torch.frombuffer(bytearray(found), dtype=DTYPES[stored.dtype]).reshape(stored.shape)
 
 
 def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:

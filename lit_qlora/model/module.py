@@ -42,7 +42,7 @@ from lit_qlora.model.learning import check_batch
 from lit_qlora.model.loss import CHUNK_ROWS
 from lit_qlora.model.optimizer import OPTIMIZERS, OptimizerName, Schedule, check_optimizer, make_schedule
 from lit_qlora.model.shape import Shape
-from lit_qlora.model.sharded_base import check_host, keep_copy, load_sharded
+from lit_qlora.model.sharded_base import check_host, load_sharded
 from lit_qlora.model.shards import Shards
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.place import COMMAND
@@ -254,17 +254,13 @@ class QLoRAModule(ComputesSums):
         given, copies = self._given_base, Copies(self.quantized_cache)
         with local_first():  # the others find its download, and its copy in 4-bit
             copy = copies.find(given, dtype, device.type)
-            if self.shard is True:
-                self.copy_line = None if copy else keep_copy(given, copies, dtype, device)
-                copy = copy or copies.find(given, dtype, device.type)
-            else:
-                base_model = load.load_base(copy or given, dtype, device, self.attention)
-                self.copy_line = None if copy else copies.keep(base_model, given, dtype, device.type)
-        if self.shard is True:  # all at once: each reads its own share
-            base_model, self.shards = load_sharded(
-                copy or given, dtype, device, self.attention, self.shard_to == "host"
-            )
-        self.base = copy or given
+            self.copy_line = None if copy else copies.keep(given, dtype, device)
+            self.base = copy or copies.find(given, dtype, device.type) or given
+        if self.shard is True:  # each reads its own share
+            on_host = self.shard_to == "host"
+            base_model, self.shards = load_sharded(self.base, dtype, device, self.attention, on_host)
+        else:
+            base_model = load.load_base(self.base, dtype, device, self.attention)
         if self.adapter:
             self.model = load.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)
         else:

@@ -1,43 +1,31 @@
 """Owns the loading of a base that no process holds whole: tensor by tensor, of which each process keeps its share.
 
-Of a 4-bit base, or its copy, only the share is read; a 16-bit one is quantised weight by weight, to the same bits as in
-`load.load_base`, and the rest of each is dropped. Knows no adapter and no Trainer.
+Of a 4-bit base, or its copy, only the share is read; a 16-bit one, of which there is no copy, is quantised weight by
+weight, to the same bits as in `load.load_base`, and the rest of each is dropped. Knows no adapter and no Trainer.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.console import counted
 from lit_qlora.devices.world import world
 from lit_qlora.errors import UserError
 from lit_qlora.model import host
 from lit_qlora.model.attention import implementation_of
 from lit_qlora.model.base import Base
 from lit_qlora.model.config import for_transformers
-from lit_qlora.model.copies import Copies
+from lit_qlora.model.copies import BYTES_PER_WEIGHT
 from lit_qlora.model.device import Attention
-from lit_qlora.model.load import nf4, settle
+from lit_qlora.model.load import DTYPES, nf4, quantise, read_tensor, settle
 from lit_qlora.model.shape import Shape
 from lit_qlora.model.shards import Packed, Part, Shards
-from lit_qlora.model.weights import BUFFER, STATE, Stored, check_weights, fetch, is_linear, stored_tensors
+from lit_qlora.model.weights import STATE, Stored, check_weights, fetch, stored_tensors
 from lit_qlora.storage.files import size
-from lit_qlora.storage.shards import write_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DTYPES = {
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8,
-}  # fmt: skip
-"""safetensors' names of dtypes."""
-BYTES_PER_WEIGHT = 0.517
-"""Of a copy's 4-bit weights, with their scales and tables; for the disk space that it takes."""
-FILE_BYTES = 1_000_000_000
-"""Bytes of a copy's file; so much waits in the host's memory."""
 
 
 def check_host(shape: Shape) -> None:
@@ -84,7 +72,7 @@ def load_sharded(
     for name, parameter in [*model.named_parameters()]:
         if name in stored and not hasattr(parameter, "quant_state"):
             place, _, leaf = name.rpartition(".")
-            value = _read(stored[name]).to(device, dtype)
+            value = read_tensor(stored[name]).to(device, dtype)
             setattr(model.get_submodule(place), leaf, nn.Parameter(value, requires_grad=False))
     if base.shape.tied:
         model.tie_weights()
@@ -98,54 +86,6 @@ def load_sharded(
     shards.attach()
     settle(model, dtype)
     return model.eval(), shards
-
-
-def keep_copy(base: Base, copies: Copies, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Keep the 4-bit copy of a 16-bit base, written weight by weight.
-
-    Args:
-        base: in 16 bits.
-        copies: to keep it among.
-        dtype: that it computes in.
-        device: to quantise on.
-
-    Returns:
-        As `Copies.keep`.
-
-    Raises:
-        UserError: its weights can't be read.
-    """
-    fetch(base)
-    check_weights(base)
-    shape = base.shape
-    needed_bytes = round(BYTES_PER_WEIGHT * shape.num_quantized)
-    needed_bytes += dtype.itemsize * (shape.num_parameters - shape.num_quantized)
-    return copies.keep_by(lambda folder: _save(folder, base, dtype, device), needed_bytes, base, dtype, device.type)
-
-
-def _save(folder: Path, base: Base, dtype: torch.dtype, device: torch.device) -> None:
-    """Write ``base`` in 4 bits as transformers does, in files of about `FILE_BYTES`."""
-    config = for_transformers(base.config)
-    config.quantization_config = nf4(dtype).to_dict()
-    config.architectures, config.dtype = [base.architecture.model_class().__name__], dtype
-    config.save_pretrained(str(folder))
-    tensors = ((name, value.cpu().contiguous()) for name, value in _in_4_bits(base, dtype, device))
-    write_shards(folder, tensors, FILE_BYTES)
-
-
-def _in_4_bits(base: Base, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a 16-bit base's copy: each as it is, or of a linear layer the weight and its state."""
-    tensors = sorted(stored_tensors(base).items())
-    for name, stored in counted("keep", tensors, len(tensors), " weights"):
-        if name.endswith(BUFFER) or (name == "lm_head.weight" and base.shape.tied):
-            continue
-        if not is_linear(name):
-            yield name, _read(stored).to(dtype)
-            continue
-        weight = _quantise(stored, dtype, device)
-        yield name, weight.data
-        for key, value in weight.quant_state.as_dict(packed=True).items():
-            yield f"{name}.{key}", value
 
 
 def _skeleton(base: Base, dtype: torch.dtype, attention: Attention) -> Any:
@@ -191,7 +131,7 @@ def _stored(stored: Mapping[str, Stored], name: str, device: torch.device) -> Pa
 
     shared = ("absmax", "nested_absmax")
     beside = {match[2]: stored[match[0]] for match in filter(None, map(STATE.fullmatch, stored)) if match[1] == name}
-    tensors = {key: torch.empty(0) if key in shared else _read(value) for key, value in beside.items()}
+    tensors = {key: torch.empty(0) if key in shared else read_tensor(value) for key, value in beside.items()}
     state = QuantState.from_dict(tensors, device)
     return Packed(state, tuple(_part(one) for one in (stored[name], *(beside[key] for key in shared if key in beside))))
 
@@ -208,28 +148,13 @@ def _part(stored: Stored) -> Part:
 
 def _quantised(stored: Stored, dtype: torch.dtype, device: torch.device) -> Packed:
     """A 16-bit weight in 4 bits; all of it is here until its shares are taken."""
-    weight = _quantise(stored, dtype, device)
+    weight = quantise(stored, dtype, device)
     state = weight.quant_state
     packed = Packed(state, (_made(weight.data), _made(state.absmax), _made(state.state2.absmax)))
     state.absmax = state.state2.absmax = torch.empty(0)
     return packed
 
 
-def _quantise(stored: Stored, dtype: torch.dtype, device: torch.device) -> Any:
-    """A weight quantised by bitsandbytes, as it is in a whole base."""
-    from bitsandbytes.nn import Params4bit
-
-    value = _read(stored).to(device, dtype)
-    weight: Any = Params4bit(value, compress_statistics=True, quant_type="nf4")  # type: ignore[no-untyped-call]
-    return weight.to(device)
-
-
 def _made(tensor: Tensor) -> Part:
     raw = tensor.contiguous().view(torch.uint8).flatten()
     return Part(tensor.dtype, tuple(tensor.shape), lambda first, count: raw[first : first + count])
-
-
-def _read(stored: Stored) -> Tensor:
-    """A whole tensor of a file."""
-    (found,) = stored.read([(0, stored.num_values)])
-    return torch.frombuffer(bytearray(found), dtype=DTYPES[stored.dtype]).reshape(stored.shape)

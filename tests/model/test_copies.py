@@ -25,7 +25,7 @@ def kept(tiny, load, tmp_path, monkeypatch) -> Copies:
     """A folder that holds a copy of the tiny Llama."""
     monkeypatch.setattr(module, "RESERVE_BYTES", 0)
     copies = Copies(str(tmp_path / "copies"))
-    line = copies.keep(load(), tiny, torch.float32, "cpu")
+    line = copies.keep(tiny, torch.float32, CPU)
     assert line.startswith("a 4-bit copy (0.0 GB) is kept in ")
     return copies
 
@@ -156,7 +156,7 @@ def keep(tmp_path, monkeypatch, load, tiny, before):
     monkeypatch.setattr(module, "RESERVE_BYTES", 0)
     copies = Copies(str(tmp_path / "copies"))
     before(copies)
-    return copies, copies.keep(load(), tiny, torch.float32, "cpu")
+    return copies, copies.keep(tiny, torch.float32, CPU)
 
 
 def test_the_three_last_used_stay_and_the_rest_is_told(tiny, load, tmp_path, monkeypatch):
@@ -247,26 +247,26 @@ def test_room_is_made_before_a_copy_is_given_up(tiny, load, tmp_path, monkeypatc
 def test_small_bases_are_kept_only_where_a_folder_is_named(tiny, load, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     for place in ("auto", "none"):
-        assert Copies(place).keep(load(), tiny, torch.float32, "cpu") is None
+        assert Copies(place).keep(tiny, torch.float32, CPU) is None
         assert Copies(place).find(tiny, torch.float32, "cpu") is None
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(module, "KEPT_FROM", 1)
     monkeypatch.setattr(module, "RESERVE_BYTES", 0)
-    assert str(tmp_path / "lit_qlora" / "4bit") in Copies("auto").keep(load(), tiny, torch.float32, "cpu")
+    assert str(tmp_path / "lit_qlora" / "4bit") in Copies("auto").keep(tiny, torch.float32, CPU)
 
 
 def test_a_copy_is_left_out_where_it_can_not_be_kept(tiny, load, tmp_path, monkeypatch):
     full = shutil._ntuple_diskusage(10, 9, 1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    line = Copies(str(tmp_path / "a")).keep(load(), tiny, torch.float32, "cpu")
+    line = Copies(str(tmp_path / "a")).keep(tiny, torch.float32, CPU)
     assert line == "no 4-bit copy kept: 0.0 GB, and 0.0 GB are free"
     (tmp_path / "b").write_text("")
-    line = Copies(str(tmp_path / "b")).keep(load(), tiny, torch.float32, "cpu")
+    line = Copies(str(tmp_path / "b")).keep(tiny, torch.float32, CPU)
     assert line == "no 4-bit copy kept: File exists"
 
 
 def test_a_base_that_is_in_4_bits_already_needs_no_copy(kept, tiny, load):
     copy = kept.find(tiny, torch.float32, "cpu")
     quantised = find_base(copy.location)
-    assert kept.keep(load(), quantised, torch.float32, "cpu") is None
+    assert kept.keep(quantised, torch.float32, CPU) is None
     assert kept.find(quantised, torch.float32, "cpu") is None

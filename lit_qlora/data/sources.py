@@ -170,7 +170,7 @@ def find_splits(source: str | Source) -> Splits:
         found = [str(name) for name in _ask_hub(source, ask, config_name=source.name)]
     else:
         found = [*files]
-    names = splits.names_by_kind(found)
+    names = splits.names_by_kind(found) | splits.names_beside(source.split or "", found)
     chosen = [re.sub(r"\[.*", "", part).strip() for part in source.split.split("+")] if source.split else []
     for name in chosen:
         _check_split(source, name, found)

@@ -135,6 +135,13 @@ def names_by_kind(found: Sequence[str]) -> dict[str, str]:
     }
 
 
+def names_beside(chosen: str, found: Sequence[str]) -> dict[str, str]:
+    """Of each other kind, the split that is named like ``chosen``: ``test_prefs`` beside ``train_prefs``."""
+    likely = {kind: [chosen.replace("train", word) for word in words] for kind, words in SPLITS.items()}
+    named = {kind: name for kind, names in likely.items() for name in reversed(names) if name in found}
+    return {kind: name for kind, name in named.items() if kind != "train" and name != chosen}
+
+
 def by_names(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """Files of a pattern: each is training rows, if no name says that it is another split.
 

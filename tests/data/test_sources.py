@@ -151,6 +151,21 @@ def test_splits_of_the_hub_go_by_several_names(monkeypatch, found, names, unread
     assert (splits.names, splits.unread) == (names, unread)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "held_out"),
+    [
+        ("train_prefs", {"test": "test_prefs"}),
+        ("train_sft", {"test": "test_sft"}),
+        ("de_train", {"validation": "de_dev", "test": "test_sft"}),
+        ("test_prefs", {"test": "test_sft"}),
+    ],
+)
+def test_beside_a_split_that_is_named_those_of_its_kind_are_held_out(monkeypatch, chosen, held_out):
+    found = ["train_prefs", "test_prefs", "train_sft", "test_sft", "de_train", "de_dev"]
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: found)
+    assert find_splits(f"owner/name:{chosen}").names == {"train": chosen, **held_out}
+
+
 def test_a_set_of_the_hub_without_training_rows_is_one_line(monkeypatch, expect_error):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["en", "de"])
     expect_error(lambda: find_splits("owner/name").training(), "no split 'train'", "en and de", place="owner/name")

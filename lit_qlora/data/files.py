@@ -128,8 +128,11 @@ def _read(path: Path, packing: str = "") -> bytes:
     if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
         remedy = "download the file itself ('resolve' in its link, not 'blob')"
         raise SourceError(path, "is a web page, not data", remedy)
-    if data.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+    if data.startswith((b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         raise SourceError(path, "is compressed in spite of its ending", "unpack it first")
+    for begins, ending in {b"PAR1": ".parquet", b"ARROW1": ARROW}.items():
+        if data.startswith(begins) and kind_of(path)[0] != ending:
+            raise SourceError(path, f"is a {ending} file in spite of its ending", "rename it")
     return data
 
 

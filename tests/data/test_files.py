@@ -202,6 +202,16 @@ BAD_FILES = {
         "a.jsonl.gz: is empty (0 bytes); check how it was made, or download it again",
     ),
     "packed web page": ("a.jsonl.gz", gzip.compress(b"<!DOCTYPE html>\n<html>"), f"a.jsonl.gz: {WEB_PAGE}"),
+    "secretly packed": (
+        "a.jsonl",
+        bz2.compress(b"{}"),
+        "a.jsonl: is compressed in spite of its ending; unpack it first",
+    ),
+    "secretly parquet": (
+        "a.jsonl",
+        parquet([{"text": "x"}]),
+        "a.jsonl: is a .parquet file in spite of its ending; rename it",
+    ),
     "secretly compressed": (
         "a.jsonl",
         b"\x1f\x8b\x08",

@@ -120,8 +120,6 @@ class RunCheckpoints(StepCallback, Needs):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the adapter if it is the best so far, then make the save that waited for this validation."""
-        if trainer.state.fn != "fit":
-            return
         agree_to_stop(trainer)
         if not trainer.global_step:
             return

@@ -31,14 +31,13 @@ class PeakMemory(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a stretch of training."""
-        if trainer.state.fn == "fit" and trainer.global_step:
+        if trainer.global_step:
             self._end("train")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a validation, and record."""
-        if trainer.state.fn == "fit":
-            self._end("validation")
-            self._record(trainer)
+        self._end("validation")
+        self._record(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record training without validations."""

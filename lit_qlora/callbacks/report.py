@@ -115,12 +115,12 @@ class Report(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the forecast beside the peaks, before the save that may follow the validation."""
-        if trainer.state.fn == "fit" and self.forecast_gib is not None:
+        if self.forecast_gib is not None:
             record(trainer, {"memory/predicted_reserved_gib": self.forecast_gib})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print one line per validation."""
-        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         figures = held_out_figures(trainer)
         best = read_result(self.run.adapter)

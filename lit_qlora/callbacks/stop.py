@@ -54,8 +54,7 @@ class StopOnSignal(StepCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave after the validation that the save waited for."""
-        if trainer.state.fn == "fit":
-            self._leave_once_saved(trainer)
+        self._leave_once_saved(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the signal handlers; after an error, `on_exception` does."""

@@ -25,8 +25,7 @@ class HeldOutMetrics(StepCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the module's figures."""
-        if trainer.state.fn == "fit":
-            record(trainer, held_out_figures(trainer))
+        record(trainer, held_out_figures(trainer))
 
 
 def held_out_figures(trainer: Trainer) -> dict[str, float]:

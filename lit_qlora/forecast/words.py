@@ -41,20 +41,18 @@ def memory_lines(forecast: Forecast) -> Iterator[str]:
     step, peak, card, samples = forecast.step, forecast.peak, forecast.card, forecast.samples_at_once
     unit = GIB if peak.total >= GIB else 1024**2
     yield f"{f'memory at its highest: {peak.moment}':<52}{'GiB' if unit == GIB else 'MiB':>8}"
-    for part, words in memory.PARTS.items():
-        if size := getattr(peak, part):
-            yield line(words, size, unit)
-    yield line("allocated (torch.cuda.max_memory_allocated)", peak.total, unit)
-    if peak.apart:
-        yield line("held beside: recorded kernels have their own pool", peak.apart, unit)
-    yield line(f"fragmentation, {memory.FRAGMENTATION:.0%}", peak.reserved - peak.total - peak.apart, unit)
-    yield line("CUDA context", memory.CONTEXT, unit)
-    if peak.kernels:
-        yield line(f"CUDA's own of {step.num_recordings} recordings", peak.kernels, unit)
-    if peak.exchange:
-        yield line(f"NCCL's own, of {forecast.num_devices} cards: published, not measured", peak.exchange, unit)
     share = peak.on_card / GIB / card.memory_gib
-    yield line(f"in all, {share:.0%} of {card.memory_gib:.2f} GiB", peak.on_card, unit)
+    rows = [
+        *((words, getattr(peak, part)) for part, words in memory.PARTS.items()),
+        ("allocated (torch.cuda.max_memory_allocated)", peak.total),
+        ("held beside: recorded kernels have their own pool", peak.apart),
+        (f"fragmentation, {memory.FRAGMENTATION:.0%}", peak.reserved - peak.total - peak.apart),
+        ("CUDA context", memory.CONTEXT),
+        (f"CUDA's own of {step.num_recordings} recordings", peak.kernels),
+        (f"NCCL's own, of {forecast.num_devices} cards: published, not measured", peak.exchange),
+        (f"in all, {share:.0%} of {card.memory_gib:.2f} GiB", peak.on_card),
+    ]
+    yield from (line(words, size, unit) for words, size in rows if size)
     others = [f"{one.moment} {one.total / unit:.2f}" for one in forecast.moments if one.moment != peak.moment]
     yield f"  allocated at other moments: {', '.join(others)}"
     if step.sharers:
@@ -94,16 +92,15 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
     step, keep_checkpoints = forecast.step, forecast.keep_checkpoints
     trained = sum(step.lora_tensors)
     paged = memory.optimizer_bytes(step.optimizer, step.lora_tensors)[1]
+    beside = [
+        ("optimizer state that can be paged out to it", paged),
+        ("base's layers on the host, page-locked", memory.base_on_host_bytes(step)),
+        ("activations on the host, page-locked", memory.host_bytes(step)),
+        (f"run folder, with {keep_checkpoints} checkpoints", memory.run_folder_bytes(trained, keep_checkpoints)),
+    ]
     yield f"{'host and disk':<52}{'GiB':>8}"
-    for what, size in before:
-        yield line(what, size)
-    if paged:
-        yield line("optimizer state that can be paged out to it", paged)
-    if step.shares_on_host:
-        yield line("base's layers on the host, page-locked", memory.base_on_host_bytes(step))
-    if step.hosted_layers:
-        yield line("activations on the host, page-locked", memory.host_bytes(step))
-    yield line(f"run folder, with {keep_checkpoints} checkpoints", memory.run_folder_bytes(trained, keep_checkpoints))
+    yield from (line(*row) for row in before)
+    yield from (line(*row) for row in beside if row[1])
 
 
 def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
@@ -133,24 +130,13 @@ def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
 
 
 def uneven(accumulate: int, num_devices: int) -> str:
-    """What to change where the micro-batches of a step can't be shared out evenly; else empty.
-
-    Args:
-        accumulate: micro-batches of a step.
-        num_devices: they are shared by.
-    """
+    """What to change where ``accumulate`` micro-batches of a step can't be shared out evenly; else empty."""
     rest = accumulate % num_devices
     return f" (--trainer.accumulate_grad_batches {accumulate + num_devices - rest} shares out evenly)" if rest else ""
 
 
 def line(what: str, size: float, unit: int = GIB) -> str:
-    """A line of such a table.
-
-    Args:
-        what: takes the memory, in words.
-        size: bytes.
-        unit: bytes that count as one.
-    """
+    """A line of such a table: what takes the memory, and its ``size`` bytes in the table's ``unit``."""
     return f"  {what:<50}{size / unit:8.2f}"
 
 

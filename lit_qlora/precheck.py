@@ -104,26 +104,30 @@ def check_first(verb: str, args: Sequence[str]) -> None:
         _check_classes(name, values.get(name), of_classes.get(name, {}))
     defaults = {name: one.default for name, one in options.items() if one.default is not UNKNOWN}
     if command.kept:
-        with suppress(TypeError):  # in a config.yaml that was edited: found later
-            check_scored(verb, (command.kept.read_options() | values).get("trainer.limit_val_batches"))
-        _check_with_kept(verb, options, values, command.kept)
-        with suppress(TypeError):  # in a config.yaml that was edited: found later
-            _check_devices(verb, defaults | command.kept.read_options() | values)
+        _check_with_kept(verb, options, defaults, values, command.kept)
         return
     configs = found.get("config") or []
     _check_whole(verb, options, defaults | values, str(configs[-1]) if configs else None)
 
 
-def _check_with_kept(verb: str, options: Mapping[str, Option], values: Mapping[str, Any], kept: RunFolder) -> None:
+def _check_with_kept(
+    verb: str, options: Mapping[str, Option], defaults: Mapping[str, Any], values: Mapping[str, Any], kept: RunFolder
+) -> None:
     """Raises UserError for wrong ``values`` where the other options are those of the run ``kept``."""
+    its_options = kept.read_options()
+    whole = {**defaults, **its_options, **values}
+    with suppress(TypeError):  # in a config.yaml that was edited: found later
+        check_scored(verb, whole["trainer.limit_val_batches"])
     if verb not in LEARNING:
         option = "data.validation_source" if verb == "validate" else "data.test_source"
         if values.get(option):
-            data = as_sections(kept.read_options() | flat(values)).get("data", {})
+            data = as_sections(its_options | flat(values)).get("data", {})
             check_early_to_score(values[option], option, Reading.of(data))
         check_sources(as_sections(values).get("data", {}))
     if verb == "fit":
         _check_run(options, values, kept)
+    with suppress(TypeError):  # likewise
+        _check_devices(verb, whole)
 
 
 def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, Any], config: str | None) -> None:

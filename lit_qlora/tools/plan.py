@@ -71,33 +71,13 @@ class _Options(PlanCLI):
 
 
 def main(args: list[str]) -> int:
-    """Print the plan of a fit.
-
-    Args:
-        args: from the verb on: fit's options, and a card.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        UserError: for options that fit would refuse.
-    """
+    """Print the plan of a fit, whose options, and a card, are ``args`` from the verb on; return the exit status."""
     print("\n".join(map(fitted, lines(PlanCLI.of(args).found))))
     return 0
 
 
 def parse(args: list[str]) -> Any:
-    """Parse options, and stop there.
-
-    Args:
-        args: fit's options, and a card.
-
-    Returns:
-        All of them, with their values by ``args`` and the config.
-
-    Raises:
-        UserError: as `read` does.
-    """
+    """All options of a plan, with their values by ``args`` and the config. Raises UserError as `main` does."""
     try:
         _Options.of(args)
     except _ParsedError as parsed:

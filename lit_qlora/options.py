@@ -4,7 +4,6 @@ jsonargparse does the parsing. Does not know what any option means.
 """
 
 import re
-from argparse import ArgumentError
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -186,29 +185,6 @@ def _is_comment(text: str) -> bool:
         return yaml.safe_load(text) is None
     except (yaml.YAMLError, ValueError):
         return False
-
-
-def checked(section: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a class, checked against its annotations.
-
-    Args:
-        section: stands before their names in errors.
-        kind: the class.
-        values: by name; the others are the class's defaults.
-
-    Raises:
-        UserError: one is unknown, or of another type.
-    """
-    parser = Parser(exit_on_error=False)
-    parser.add_class_arguments(kind, section)
-    names = [*parser.types()]
-    for name in (f"{section}.{key}" for key in values):
-        if name not in names:
-            raise UserError(f"unknown option {excerpt(name)}", remedy=did_you_mean(name, names))
-    try:
-        return dict(parser.parse_object({section: dict(values)})[section].as_dict())
-    except ArgumentError as error:
-        parser.error(str(error))
 
 
 def is_plain_type(hint: Any) -> bool:

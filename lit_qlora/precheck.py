@@ -5,15 +5,14 @@ no rows do, a run of other settings. The parser proper comes behind it, and find
 there; each of these mistakes is one there too, in the same words.
 """
 
-import argparse
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import yaml
 
@@ -42,7 +41,7 @@ from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import CONFIG, LINKED, Parser, check_once, lacks, no_class, no_option, option, take_option
+from lit_qlora.options import CONFIG, LINKED, check_once, lacks, no_class, no_option, option, take_option
 from lit_qlora.place import find_config
 from lit_qlora.ranges import check_ranges, check_scored
 from lit_qlora.signatures import (
@@ -56,6 +55,7 @@ from lit_qlora.signatures import (
     classes_for,
     is_of_lightning,
     options_of,
+    parser_of,
 )
 from lit_qlora.storage import settings
 from lit_qlora.storage.config_file import as_sections, flat
@@ -66,10 +66,6 @@ from lit_qlora.storage.mirror import check_no_file
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, folder_to_score, unnamed_run
 from lit_qlora.storage.settings import Change
 from lit_qlora.text.formats import OF_BASE
-
-ONE = Union[dict, str, int, float, bool, None]  # type: ignore[type-arg]  # noqa: UP007
-ANYTHING = Union[list[ONE], dict, str, int, float, bool, None]  # type: ignore[type-arg]  # noqa: UP007
-"""For a class of the user's choice, or a list of such. Not ``Any``: jsonargparse imports the classes in that."""
 
 
 def check_first(verb: str, args: Sequence[str]) -> None:
@@ -93,7 +89,7 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     given = [arg.partition("=")[0].lstrip("-").rstrip("+") for arg in args if arg.startswith("-")]
     if any(one not in options and _belongs(one) for one in given):
         return
-    parser = _parser(options.values())
+    parser = parser_of(options_of(verb))
     plain, of_classes = _apart(command.args[1:])
     found = parser.parse_args(plain)
     names = {name.replace("-", "_"): name for name in options}
@@ -323,7 +319,7 @@ def _check_arguments(option: str, name: str, values: Mapping[str, Any]) -> None:
         return
     plain = {key: value for key, value in values.items() if isinstance(value, str | int | float | None)}
     try:
-        _parser(known).parse_object({key: value for key, value in plain.items() if "." not in key})
+        parser_of(tuple(known)).parse_object({key: value for key, value in plain.items() if "." not in key})
     except UserError as error:
         raise error.replace(option=f"{option}.{error.option}" if error.option else option) from error
     missing = [one for one in needed if one not in {*values, "save_dir"}]  # a logger writes into the run's folder
@@ -335,13 +331,3 @@ def _belongs(name: str) -> bool:
     """True if only the parser proper knows ``name``: a section, a link, a request."""
     sections = {section for section, _, _ in CLASSES}
     return name in sections or name in LINKED or name in ("print_config", "")
-
-
-def _parser(options: Iterable[Option]) -> Parser:
-    """A parser that knows the names and the plain types."""
-    parser = Parser(add_help=False)
-    parser.add_argument(*CONFIG, action="config")
-    for one in options:
-        kind = ANYTHING if one.type is UNKNOWN else one.type
-        parser.add_argument(*one.spelled, type=kind, default=argparse.SUPPRESS)
-    return parser

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -93,11 +93,10 @@ def no_waste() -> Iterator[None]:
 
 def _make_parsers_once(patched: pytest.MonkeyPatch) -> None:
     """The parsers of a verb are made of signatures, which stay: a tenth of a second each, for hundreds of commands."""
-    from lit_qlora import precheck, training
+    from lit_qlora import training
 
-    setup, first = training.QLoRACLI.setup_parser, precheck._parser
+    setup = training.QLoRACLI.setup_parser
     made: dict[Any, dict[str, Any]] = {}
-    first_made: dict[tuple[str, ...], Any] = {}
 
     def setup_once(self: Any, *args: Any) -> None:
         key = type(self), self.verb, self.trainer_class
@@ -107,15 +106,7 @@ def _make_parsers_once(patched: pytest.MonkeyPatch) -> None:
             made[key] = {name: value for name, value in vars(self).items() if name not in before}
         vars(self).update(made[key])
 
-    def first_once(options: Iterable[Any]) -> Any:
-        listed = [*options]
-        names = tuple(one.name for one in listed)
-        if names not in first_made:
-            first_made[names] = first(listed)
-        return first_made[names]
-
     patched.setattr(training.QLoRACLI, "setup_parser", setup_once)
-    patched.setattr(precheck, "_parser", first_once)
 
 
 def _read_the_demo_once(patched: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from lit_qlora.errors import UserError, require
 from lit_qlora.figures.lines import json_number
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import SaveError, output_path, require_folder, require_new, write_file
-from lit_qlora.storage.run import RunFolder
 from lit_qlora.tools.answering.answerer import ResolvedAdapter, choose_adapter
 from lit_qlora.wording import number_of
 
@@ -93,12 +92,12 @@ def evaluate(
         require_folder(output_path(output))
     subjects = _read_questions(mmlu, shots, examples)
     chosen = choose_adapter(run, adapter, base)
-    if source is None and not subjects and chosen.settings is None:
+    if source is None and not subjects and chosen.run is None:
         raise UserError(
             "an adapter folder names no held-out rows", option="source", remedy="give --source FILE, or --mmlu FILE"
         )
     if source:
-        check_early_to_score(source, "source", Reading.of((chosen.settings or {}).get("data", {})))
+        check_early_to_score(source, "source", Reading.of(chosen.options["data"]))
 
     from lit_qlora.tools.scoring.rows import Scoring
 
@@ -128,18 +127,16 @@ def _held_out(chosen: ResolvedAdapter, source: str | None, max_length: int | Non
     from lit_qlora.data.datamodule import ChatDataModule
     from lit_qlora.model.base import check_context
     from lit_qlora.model.load import read_format
-    from lit_qlora.options import checked
 
-    settings = chosen.settings or {"data": {}}
-    options = checked("data", ChatDataModule, settings["data"]) | ({"max_length": max_length} if max_length else {})
-    if max_length and options.get("batch_tokens"):
+    options = chosen.options["data"] | ({"max_length": max_length} if max_length else {})
+    if max_length and options["batch_tokens"]:
         options["batch_tokens"] = max(options["batch_tokens"], max_length)
-    options |= {"test_source": source, "tokenizer": chosen.base.name, "seed": settings.get("seed_everything", 42)}
+    options |= {"test_source": source, "tokenizer": chosen.base.name, "seed": chosen.options["seed_everything"]}
     options |= read_format(chosen.adapter).options
     data = ChatDataModule(**options)
     data.tokenizer_option = "model.base"
-    if chosen.settings is not None:
-        data.recall(RunFolder(chosen.adapter.parent).rows)
+    if chosen.run:
+        data.recall(chosen.run.rows)
     try:
         check_context(chosen.base, data.max_length)
         data.setup("test" if source else "validate")

@@ -168,7 +168,7 @@ def test_each_conversation_has_its_own_sums_in_its_own_place(trained, packed):
     """Against the whole logits of peft's own model, a conversation at a time."""
     chosen = choose_adapter(str(trained))
     if packed:  # and a conversation's first token is scored for the second, too
-        chosen = chosen._replace(settings=chosen.settings | {"data": chosen.settings["data"] | {"train_on": "all"}})
+        chosen = chosen._replace(options=chosen.options | {"data": chosen.options["data"] | {"train_on": "all"}})
     scoring, data = Scoring(chosen, None, None), module._held_out(chosen, None, None)
     data.plan = BatchPlan(tokens=1024, packed=True) if packed else BatchPlan(3)
     base, adapter = scoring.held_out(data, "validate")

@@ -24,6 +24,7 @@ from lit_qlora.model.weights import stored_tensors
 from lit_qlora.quiet import quieten
 from lit_qlora.storage import shards
 from lit_qlora.storage.folders import verify_folder
+from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
 from lit_qlora.tools.merging import compare
@@ -135,17 +136,19 @@ def test_compared_is_what_the_run_held_out_although_the_source_grew(run, tmp_pat
     source = tmp_path / "rows.jsonl"
     rows = [{"text": f"### Human: q{number}### Assistant: a"} for number in range(40)]
     source.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:20]))
-    settings = {"data": {"source": str(source), "validation_share": 0.1}}
+    chosen = choose_adapter(str(run))
+    options = chosen.options | {"data": chosen.options["data"] | {"source": str(source), "validation_share": 0.1}}
     train, held_out = Parts(str(source), share=0.1).train_and_held_out()
-    RunRows.of(train.conversations, held_out.conversations, None).write(tmp_path / "record.json")
+    recorded, empty = RunFolder(tmp_path), RunFolder(tmp_path / "empty")
+    RunRows.of(train.conversations, held_out.conversations, None).write(recorded.rows)
     source.write_text("".join(f"{json.dumps(row)}\n" for row in reversed(rows)))
 
-    def compared(record):
-        return compare.conversations_to_compare(settings, tmp_path / record, choose_adapter(str(run)).encoder())
+    def compared(of_run):
+        return compare.conversations_to_compare(chosen._replace(run=of_run, options=options), chosen.encoder())
 
-    assert compared("record.json") == (held_out.conversations, "held-out conversations of rows.jsonl")
+    assert compared(recorded) == (held_out.conversations, "held-out conversations of rows.jsonl")
     assert len(held_out.conversations) == 2
-    assert len(compared("no record.json")[0]) == 4
+    assert len(compared(empty)[0]) == 4
 
 
 def test_what_is_in_the_folder(merged, run):

@@ -153,10 +153,10 @@ def test_what_is_no_text_in_a_record(run: Path, capsys: pytest.CaptureFixture[st
     [
         ("model.base: 3", "model.base: expected a text, got 3"),
         ("model.base: [demo]", "model.base: expected a text, got ['demo']"),
-        ("x: 1", "model.base: expected a text, got None"),
+        ("seed_everything: 1", "model.base: expected a text, got None"),
         ("model: 3\nmodel.base: demo", "is damaged (model is both a section and an option)"),
         ("model.base: demo\ndata: 3", "data: expected options below it, got 3"),
-        ("model.base: demo\ndata.system: {x: 1}", "data.system: expected a text, got {'x': 1}"),
+        ("model.base: demo\ndata.system: {x: 1}", "data.system: expected a text or none, got {'x': 1}"),
         ("model.base: demo\nmodel.quantized_cache: 3", "model.quantized_cache: expected a text, got 3"),
     ],
 )
@@ -174,7 +174,7 @@ def test_settings_of_another_kind(run: Path, capsys: pytest.CaptureFixture[str],
         ("data.template: {x: 1}", "data.template: expected a text or none, got {'x': 1}"),
         ("data.validation_share: x", "data.validation_share: expected a number, got x"),
         ("data.form: [messages]", "data.form: expected one of "),
-        ("seed_everything: x", "seed_everything: expected a whole number, got 'x'"),
+        ("seed_everything: x", "seed_everything: expected a whole number, got x"),
     ],
 )
 def test_settings_of_another_type(
@@ -190,8 +190,8 @@ def test_settings_of_another_type(
         ("model.attention: 3", "model.attention: expected one of sdpa, eager, flash_attention_2, got 3"),
         ("model.compile: [x]", "model.compile: expected true or false or auto, got ['x']"),
         ("model.class_path: run.payload.X", "unknown option 'model.class_path'"),
-        ("trainer.precision: {class_path: run.payload.X}", "precision: expected one that fit takes, got {'class_path'"),
-        ("trainer.precision: 64-true", "precision: expected one that fit takes, got '64-true'"),
+        ("trainer.precision: {class_path: run.payload.X}", "trainer.precision: expected one of auto, "),
+        ("trainer.precision: 64-true", "bf16-mixed, 32-true, got 64-true"),
     ],
 )
 def test_settings_that_evaluate_takes(run: Path, capsys: pytest.CaptureFixture[str], line: str, told: str) -> None:
@@ -204,7 +204,7 @@ def test_options_written_with_dots(run: Path, monkeypatch: pytest.MonkeyPatch) -
     from lit_qlora.tools.answering.answerer import choose_adapter
 
     chosen = choose_adapter("run")
-    assert chosen.base.name == "demo" and chosen.settings["data"]["system"] == "Be brief."
+    assert chosen.base.name == "demo" and chosen.options["data"]["system"] == "Be brief."
 
 
 @pytest.mark.parametrize("given", [{"run": "run"}, {"adapter": "run/adapter"}])

@@ -19,7 +19,7 @@ from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.options import did_you_mean, known_as
 from lit_qlora.quiet import quieten
-from lit_qlora.signatures import OF_LIGHTNING, options_of
+from lit_qlora.signatures import OF_LIGHTNING, options_of, parser_of
 from lit_qlora.storage.config_file import as_sections
 from lit_qlora.storage.run import RunFolder, open_run
 from lit_qlora.text.conversation import Conversation, TextError
@@ -41,11 +41,13 @@ class Answer(NamedTuple):
 
 
 class ResolvedAdapter(NamedTuple):
-    """An adapter and its base; for a run, also the options it was trained with."""
+    """An adapter and its base, the run that it is of, and the options that it was trained with: without a run, fit's
+    defaults."""
 
     base: Base
     adapter: Path
-    settings: dict[str, Any] | None
+    run: RunFolder | None
+    options: dict[str, Any]
 
     def encoder(self, max_length: int | None = None) -> "Encoder":
         """The encoder of training, for conversations of at most ``max_length`` tokens; default: the base's context.
@@ -78,10 +80,10 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     quieten()  # an adapter's patterns are peft's to match, which imports bitsandbytes
     if adapter is None:
         folder = trained_run(run)
-        settings = _settings(folder)
-        its_base = _find(base) if base else find_base(settings["model"]["base"])
+        options = _options(folder)
+        its_base = _find(base) if base else find_base(options["model"]["base"])
         _say_imports()
-        return ResolvedAdapter(its_base, folder.adapter, settings)
+        return ResolvedAdapter(its_base, folder.adapter, folder, options)
     if run:
         raise UserError(f"{adapter} is given, and a run ({run}) too", option="adapter", remedy="give one of the two")
     require_adapter(Path(adapter))
@@ -91,7 +93,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
     base = base or read_record(Path(adapter))["base"]
     if base is None:
         raise UserError(f"{adapter} does not name its base", option="adapter", remedy="give --base")
-    return ResolvedAdapter(_find(base), Path(adapter), None)
+    return ResolvedAdapter(_find(base), Path(adapter), None, _options(None))
 
 
 def _say_imports() -> None:
@@ -100,31 +102,28 @@ def _say_imports() -> None:
         say_imports(sys.stderr)
 
 
-def _settings(run: RunFolder) -> dict[str, Any]:
-    """The options that ``run`` was trained with, with all sections.
+def _options(run: RunFolder | None) -> dict[str, Any]:
+    """All plain options of fit as ``run`` was trained with them, by section; the defaults without one.
 
-    Raises UserError for a name that is no option of fit, and if the options that every verb reads are no texts: the
-    folder may come from anywhere.
+    Raises UserError for a name that is no option, a value of another type, and a base that is not named: the folder may
+    come from anywhere.
     """
-    options, names = run.read_options(), [option.name for option in options_of("fit")]
-    settings = {"model": {}, "data": {}, "trainer": {}} | as_sections(options)
-    for name in ("model", "data", "trainer"):
-        require(isinstance(settings[name], dict), name, "options below it", settings[name], place=run.config)
-    for section, name in (("model", "base"), ("model", "quantized_cache"), ("data", "system")):
-        value = settings[section].get(name)
-        holds = isinstance(value, str) or (value is None and name != "base")
-        require(holds, f"{section}.{name}", "a text", value, place=run.config)
+    known = {one.name: one for one in options_of("fit") if one.name not in OF_LIGHTNING}
+    given = run.read_options() if run else {}
     try:
-        sources_of(settings["data"].setdefault("source", "demo"))
+        for name in ("model", "data", "trainer"):
+            require(name not in given, name, "options below it", given.get(name))
+        require(run is None or "model.base" in given, "model.base", "a text", None)
+        for name in [*given]:
+            if known_as(name, OF_LIGHTNING):
+                del given[name]  # classes are fit's alone
+            elif known_as(name, known) is None or "+" in name:
+                raise UserError(f"unknown option {excerpt(name)}", remedy=did_you_mean(name, [*known]))
+        options = parser_of(tuple(known.values()), with_defaults=True).parse_object(as_sections(given)).as_dict()
+        sources_of(options["data"]["source"])
     except UserError as error:
-        raise error.replace(place=run.config) from error
-    seed = settings.get("seed_everything", 42)
-    require(isinstance(seed, int), "seed_everything", "a whole number", seed, place=run.config)
-    for name in options:
-        known = known_as(name, names)
-        if known is None or (name.startswith(f"{known}+") and known not in OF_LIGHTNING):  # classes are fit's alone
-            raise UserError(f"unknown option {excerpt(name)}", place=run.config, remedy=did_you_mean(name, names))
-    return settings
+        raise error.replace(place=run.config if run else None) from error
+    return dict(options)
 
 
 def trained_run(run: str | None) -> RunFolder:
@@ -183,7 +182,7 @@ class Answerer:
     """
 
     def __init__(self, chosen: ResolvedAdapter) -> None:
-        self.base, self.adapter, self.settings = chosen
+        self.base, self.adapter, self.run, self.options = chosen
         self.encoder = chosen.encoder()
 
     @cached_property
@@ -206,7 +205,7 @@ class Answerer:
         from lit_qlora.model.copies import Copies
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        copies = Copies(self.settings["model"].get("quantized_cache", "auto") if self.settings else "auto")
+        copies = Copies(self.options["model"]["quantized_cache"])
         base = copies.find(self.base, self.dtype, device.type) or self.base
         model = load.load_base(base, self.dtype, device, "sdpa")
         return load.load_adapter(model, base, self.adapter, trainable=False)

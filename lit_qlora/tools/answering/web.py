@@ -18,7 +18,6 @@ from typing import Any
 from lit_qlora.errors import UserError, require
 from lit_qlora.figures.samples import short_prompts
 from lit_qlora.model.generate import Sampling
-from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import Turn
 from lit_qlora.tools.answering.answerer import Answerer
 from lit_qlora.tools.answering.door import Door
@@ -107,7 +106,7 @@ class Page:
         import gradio
 
         self.start = (answerer, sampling, system)
-        kind, where = ("run", answerer.adapter.parent) if answerer.settings else ("adapter", answerer.adapter)
+        kind, where = ("run", answerer.run.path) if answerer.run else ("adapter", answerer.adapter)
         # Names alone: a page that is shared need not tell where its owner keeps things.
         self._trained = where.resolve().name
         self.name = f"base {answerer.base.public_name}, {kind} {self._trained}"
@@ -151,9 +150,8 @@ class Page:
         column = partial(gradio.Chatbot, render_markdown=False, latex_delimiters=[], buttons=[], min_width=280)
         field = partial(gradio.Number, min_width=120)
         title, base = f"Chat with {self._trained}", answerer.base.public_name
-        about = f"{base}, fine-tuned in this run" if answerer.settings else f"{base}, with an adapter"
-        samples = RunFolder(answerer.adapter.parent).samples if answerer.settings else None
-        examples = short_prompts(samples, EXAMPLES) if samples else []  # the run's own, held out
+        about = f"{base}, fine-tuned in this run" if answerer.run else f"{base}, with an adapter"
+        examples = short_prompts(answerer.run.samples, EXAMPLES) if answerer.run else []  # held out
         with gradio.Blocks(title=f"{title} | lit-qlora", analytics_enabled=False, fill_width=True) as blocks:
             gradio.HTML(f"<h1>{escape(title)}</h1><p>{escape(about)}</p>", elem_id="name")
             with gradio.Row(elem_id="columns"):

@@ -5,10 +5,9 @@ Both are computed in fp32, the merged one with a single weight in memory. Knows 
 
 import gc
 import math
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ from lit_qlora.data.sources import paths_of
 from lit_qlora.errors import UserError
 from lit_qlora.model import load
 from lit_qlora.model.base import Base, find_base
-from lit_qlora.options import checked
 from lit_qlora.text.conversation import Conversation
+from lit_qlora.tools.answering.answerer import ResolvedAdapter
 from lit_qlora.tools.merging.streamed import streamed_logits
 
 LARGEST_DIFFERENCE = {"float16": 0.25, "bfloat16": 2.0, "float32": 1e-3}
@@ -57,25 +56,21 @@ class Difference(NamedTuple):
         )
 
 
-def conversations_to_compare(
-    settings: Mapping[str, Any] | None, record: Path, encoder: Encoder
-) -> tuple[list[Conversation], str]:
+def conversations_to_compare(chosen: ResolvedAdapter, encoder: Encoder) -> tuple[list[Conversation], str]:
     """Find a run's first held-out conversations; the demo's without a run, or if its rows are gone.
 
     Args:
-        settings: the run's options.
-        record: the file that records its held-out rows.
+        chosen: of the run.
         encoder: encodes them.
 
     Returns:
         The conversations, and their source in words.
     """
-    if settings:
+    if chosen.run:
         from lit_qlora.data.datamodule import ChatDataModule  # brings Lightning, which nothing else here needs
 
-        options = checked("data", ChatDataModule, settings["data"])
-        data = ChatDataModule(**options | {"seed": settings.get("seed_everything", 42)})
-        rows = RunRows.read(record)
+        data = ChatDataModule(**chosen.options["data"], seed=chosen.options["seed_everything"])
+        rows = RunRows.read(chosen.run.rows)
         with suppress(UserError):
             records, _ = data.parts(data.reading_for(encoder.prompt_format)).held_out(rows)
             names = " and ".join(Path(path).name for path in paths_of(data.source))

@@ -24,7 +24,7 @@ from lit_qlora.model.device import choose_precision, compute_dtype, current_devi
 from lit_qlora.model.load import read_record
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import write_folder
-from lit_qlora.storage.run import CARD, RECORD, RunFolder
+from lit_qlora.storage.run import CARD, RECORD
 from lit_qlora.storage.shards import write_shards
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.answering.answerer import ResolvedAdapter
@@ -42,7 +42,7 @@ def write_merged(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto
     lora = LoraWeights(chosen.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = chosen.encoder()
-    texts, source = compare.conversations_to_compare(chosen.settings, RunFolder(chosen.adapter.parent).rows, encoder)
+    texts, source = compare.conversations_to_compare(chosen, encoder)
     wanted = compare.reference(chosen.base, chosen.adapter, trained_in, device, encoder, texts)
 
     def fill(folder: Path) -> None:
@@ -73,7 +73,7 @@ def _card(chosen: ResolvedAdapter, dtype: DType, onto: Onto, found: compare.Diff
     if onto == "original":
         made += " The adapter was added to the base's own weights, not to the 4-bit ones that it was trained on."
     measured = f"{str(found).capitalize()}, against the 4-bit base with the adapter."
-    sources = paths_of(chosen.settings["data"]["source"]) if chosen.settings else []
+    sources = paths_of(chosen.options["data"]["source"]) if chosen.run else []
     return merged_card(chosen.base.public_name, sources, made, measured, prompts)
 
 

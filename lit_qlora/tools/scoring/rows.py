@@ -3,9 +3,9 @@
 Layers, batches and precision are those of `validate`, so that the sums are equal to its own. Knows no statistics.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ from lit_qlora.batch import Batch
 from lit_qlora.console import progress_bar
 from lit_qlora.data.batching import BatchPlan
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.errors import UserError, require
+from lit_qlora.errors import UserError
 from lit_qlora.model.device import Precision
 from lit_qlora.model.loss import token_cross_entropies
 from lit_qlora.model.module import QLoRAModule
-from lit_qlora.options import checked
 from lit_qlora.tools.answering.answerer import ResolvedAdapter
 from lit_qlora.trainer import QLoRATrainer
 
@@ -98,19 +97,15 @@ class Scoring:
         UserError: for settings that this device can't compute.
     """
 
-    def __init__(self, chosen: ResolvedAdapter, precision: str | None, batch_tokens: int | None) -> None:
-        settings: Mapping[str, Any] = chosen.settings or {"model": {}, "trainer": {}}
-        kept = checked("model", QLoRAModule, settings["model"])
-        model = {name: kept[name] for name in ("attention", "compile", "quantized_cache")}
+    def __init__(self, chosen: ResolvedAdapter, precision: Precision | None, batch_tokens: int | None) -> None:
+        model, trainer = chosen.options["model"], chosen.options["trainer"]
+        kept = {name: model[name] for name in ("attention", "compile", "quantized_cache")}
         self.batch_tokens = batch_tokens
-        self.module = Scorer(chosen.base.name, str(chosen.adapter), **model)
-        trainer = settings["trainer"]
-        kept_precision = trainer.get("precision", "auto")
-        require(kept_precision in get_args(Precision), "trainer.precision", "one that fit takes", kept_precision)
+        self.module = Scorer(chosen.base.name, str(chosen.adapter), **kept)
         try:
             self.trainer = QLoRATrainer(
-                precision=precision or kept_precision,  # type: ignore[arg-type]
-                accelerator="cpu" if trainer.get("accelerator") == "cpu" else "auto",
+                precision=precision or trainer["precision"],
+                accelerator="cpu" if trainer["accelerator"] == "cpu" else "auto",
                 num_weights=chosen.base.shape.num_parameters,
                 logger=False,
                 enable_progress_bar=False,

@@ -39,6 +39,7 @@ class UpdateGuard(StepCallback):
         self.skips_in_a_row = 0
         self.num_applied = 0
         self._is_finite: _Flag | None = None
+        self._is_here = True
         self._base_is_broken = False
         self._rows: list[int] = []
         self._step_rows: list[int] = []
@@ -61,9 +62,15 @@ class UpdateGuard(StepCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Record the rows, for the message."""
         self._rows += batch.rows
+        self._is_here = batch.is_here
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Check the loss of each micro-batch, without waiting for the device."""
+        """Check the loss of each micro-batch that is computed here, without waiting for the device.
+
+        Another's would be known only behind the backward that the device still runs.
+        """
+        if not self._is_here:
+            return
         finite = torch.isfinite(loss.detach())
         self._is_finite = _Flag(finite if self._is_finite is None else self._is_finite.on_device & finite)
 

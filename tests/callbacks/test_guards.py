@@ -213,6 +213,18 @@ def test_it_must_be_at_least_one(count, expect_error):
     expect_error(lambda: UpdateGuard(count), "from 1", f"got {count}", option="max_nonfinite_losses")
 
 
+def test_the_loss_of_a_micro_batch_that_another_device_computes_is_not_looked_at():
+    """It would be known only after the backward that is still running here."""
+    guard, here = UpdateGuard(), SimpleNamespace(rows=(1,), is_here=True)
+    guard.on_train_batch_start(None, None, here, 0)
+    guard.on_before_backward(None, None, torch.tensor(1.0))
+    flag = guard._is_finite
+    guard.on_train_batch_start(None, None, SimpleNamespace(rows=(2,), is_here=False), 1)
+    guard.on_before_backward(None, None, torch.tensor(0.0))
+    assert guard._is_finite is flag
+    assert guard._rows == [1, 2]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("losses", "dropped"), [([1.0, 2.0], 0), ([NAN, 2.0], 1), ([1.0, INF], 1)])
 def test_on_a_gpu_the_next_step_is_started_while_the_backward_still_runs(losses, dropped):

@@ -5,6 +5,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,6 +97,7 @@ def answer_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     shifted = torch.full_like(labels, IGNORE_INDEX)
     shifted[:, :-1] = labels[:, 1:]
-    shifted = shifted.flatten()
-    positions = (shifted != IGNORE_INDEX).nonzero().squeeze(1)
-    return positions, shifted[positions]
+    # By numpy: torch divides an index of some thousand among all cores, which on a host with 32 takes 9 ms.
+    found = shifted.flatten().numpy()
+    positions = np.flatnonzero(found != IGNORE_INDEX)
+    return torch.from_numpy(positions), torch.from_numpy(found[positions])

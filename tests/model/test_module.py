@@ -437,15 +437,19 @@ def test_a_validation_drops_nothing(tiny, make_model):
     assert max(losses) - min(losses) < 1e-5
 
 
-def test_the_gradient_norm_is_kept_from_before_clipping(module):
+def test_the_gradient_norm_is_kept_from_before_clipping_and_computed_once(module, monkeypatch):
     built = module()
-    watch = Watch()
+    watch, computed, real = Watch(), [], torch.linalg.vector_norm
+    monkeypatch.setattr(
+        torch.linalg, "vector_norm", lambda *given, **options: computed.append(1) or real(*given, **options)
+    )
     trainer(callbacks=[watch], gradient_clip_val=1e-3).fit(built, datamodule=Data([micro_batch(0)]))
     (gradients,) = watch.gradients  # seen before clipping, too
     expected = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
     assert built.gradient_norm.item() == pytest.approx(expected, rel=1e-5)
     clipped = [weight.grad for weight in adapter_parameters(built).values() if weight.grad is not None]
     assert built.gradient_norm > 1e-2
+    assert len(computed) == 1
     assert torch.nn.utils.get_total_norm(clipped).item() <= 1.001e-3
 
 

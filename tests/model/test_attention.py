@@ -229,6 +229,24 @@ def wide_model(save_llama, tmp_path_factory):
     return make
 
 
+@pytest.mark.parametrize(
+    ("is_recurrent", "has_flash", "may_plan"), [(False, True, False), (True, True, True), (False, False, True)]
+)
+def test_cudnn_plans_for_recurrent_shapes_only(monkeypatch, is_recurrent, has_flash, may_plan):
+    monkeypatch.setattr(attention, "has_flash", lambda *_, **__: has_flash)
+    seen, real = [], functional.scaled_dot_product_attention
+
+    def watched(*heads, **options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        with sdpa_kernel(SDPBackend.MATH):
+            return real(*heads, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    attention._attend_on_gpu(*heads_of(1, 64, 8), ALONE._replace(is_recurrent=is_recurrent))
+    assert seen == [may_plan]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def near(found, truth, bound=2e-2):
     return 0 < (found.float() - truth.float()).norm() < bound * truth.float().norm()
 
@@ -236,6 +254,7 @@ def near(found, truth, bound=2e-2):
 @pytest.mark.gpu
 def test_on_a_gpu_places_are_found_without_waiting_for_it():
     hidden, lengths = torch.zeros(1, 20_000, 4, device="cuda"), (19_000, 999, 1)
+    find_places(lambda _, positions: (positions, positions), hidden, lengths)  # kernels are loaded at their first use
     torch.cuda._sleep(2_000_000_000)  # cycles, about a second
     places = find_places(lambda _, positions: (positions, positions), hidden, lengths)
     assert not torch.cuda.current_stream().query()

@@ -45,6 +45,10 @@ class WarmupStep(Callback):
             module.hosted_layers = lowest(forecast.step.hosted_layers)
             module.dequantised_layers = lowest(forecast.step.dequantised_layers)
             module.together = lowest(forecast.step.together)
+        if forecast and module.uses_cuda_graphs:
+            shapes = forecast.batches.shapes
+            left = (data.num_optimizer_steps() - trainer.global_step) * trainer.accumulate_grad_batches
+            module.uses = {shape: count * left / shapes.total() for shape, count in shapes.items()}
         largest = data.largest_batch(padded) if module.uses_cuda_graphs else data.largest_batch()
         batch = module.transfer_batch_to_device(largest, module.device, 0)
         # On the host: beside a resumed run's optimizer they would be more than any step of training takes.

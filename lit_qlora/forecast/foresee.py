@@ -5,6 +5,7 @@ The description is built from a module, its data and its Trainer; none of them n
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
@@ -85,16 +86,25 @@ FORWARD_SHARE, BUS_SHARE = 1 / 3, 1 / 2
 class Batches(NamedTuple):
     """The micro-batches of an epoch, of ``num_rows`` rows, and the largest of the run.
 
-    ``sizes`` are the tokens of each, padding counted; ``largest`` those of the largest, ``largest_recorded`` with the
-    padding for recorded kernels, of which there are so many shapes.
+    ``sizes`` are the tokens of each, padding counted; ``largest`` those of the largest. ``shapes`` counts those of each
+    shape, rows and tokens per row, with the padding for recorded kernels.
     """
 
     epoch: Epoch
     num_rows: int
     sizes: list[int]
     largest: int
-    largest_recorded: int
-    num_recordings: int
+    shapes: Counter[tuple[int, int]]
+
+    @property
+    def largest_recorded(self) -> int:
+        """Tokens of the largest shape."""
+        return max(rows * tokens for rows, tokens in self.shapes)
+
+    @property
+    def num_recordings(self) -> int:
+        """Number of recordings that are kept, at most."""
+        return min(len(self.shapes), MOST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,10 +326,8 @@ def batches_of(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed:
     sizes = sizes_of(taken, cut, plan.packed)
     epoch = Epoch(sum(rows), sum(sizes), len(taken), sum(length**2 for length in rows) / sum(rows))
     # A later epoch draws others: the largest is that of them all.
-    shapes = {(len(batch), padded(len(batch), max(cut[row] for row in batch))) for batch in batches}
-    recorded = max(num_rows * length for num_rows, length in shapes)
-    largest = max(sizes_of(batches, cut, plan.packed))
-    return Batches(epoch, len(rows), sizes, largest, recorded, min(len(shapes), MOST))
+    shapes = Counter((len(batch), padded(len(batch), max(cut[row] for row in batch))) for batch in batches)
+    return Batches(epoch, len(rows), sizes, max(sizes_of(batches, cut, plan.packed)), shapes)
 
 
 def foresee(

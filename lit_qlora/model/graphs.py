@@ -6,7 +6,7 @@ padded by `padded`, so that there are few shapes. Knows neither batches nor the 
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,8 @@ class _Recording(NamedTuple):
 
 
 class Graphs:
-    """Decoder layers in training, replayed from recordings: same kernels and results as `decoder.run_layers`.
+    """Decoder layers in training, replayed from recordings: the results of `decoder.run_layers`, where cuDNN computes
+    attention up to its rounding.
 
     Gradients go into its own buffers, which become the ``grad`` of the adapter's weights: there is one set for all
     recordings, and no copy. All recordings share one memory pool, beside torch's own: only one runs at a time.
@@ -52,11 +53,14 @@ class Graphs:
         layers: without dropout, whose masks a recording would repeat.
         kept_layers: as for `decoder.run_layers`.
         rotary: transformers' rotary embedding of the model.
+        uses: how many micro-batches of the run have each padded shape, as far as that is known.
     """
 
-    def __init__(self, layers: Sequence[Layer], kept_layers: int, rotary: Any) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], kept_layers: int, rotary: Any, uses: Mapping[tuple[int, int], float] = {}
+    ) -> None:
         assert not any(linear.dropout for layer in layers for linear in layer.linears)
-        self.layers, self.kept_layers, self.rotary = layers, kept_layers, rotary
+        self.layers, self.kept_layers, self.rotary, self.uses = layers, kept_layers, rotary, uses
         self.weights = [weight for layer in layers for weight in layer.lora]
         self.gradients = [torch.zeros_like(weight) for weight in self.weights]
         self.turn: object = None
@@ -72,25 +76,40 @@ class Graphs:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The hidden states ``[B, T, h]`` after the layers; of whole conversations, one per row."""
-        rows, tokens = hidden.shape[:2]
-        shape = self._paid((rows, padded(rows, tokens)))
+        recording = self.prepare((hidden.shape[0], hidden.shape[1]), hidden)
+        return _Replay.apply(hidden, self, recording, self._anchor)  # type: ignore[no-any-return, no-untyped-call]
+
+    def prepare(self, shape: tuple[int, int], like: Tensor) -> _Recording:
+        """The recording that computes a micro-batch; recorded here if that pays.
+
+        Which shapes are recorded, and when, follows from the shapes alone. So devices that see those of all record the
+        same at the same time, and none waits while another does.
+
+        Args:
+            shape: rows of the micro-batch, and tokens per row.
+            like: of the dtype and on the device of hidden states.
+        """
+        shape = self._paid((shape[0], padded(*shape)))
         if shape not in self._recordings:
-            with torch.autocast(hidden.device.type, enabled=False):  # as it is in a backward, which runs in here, too
-                self._recordings[shape] = self._record(shape, hidden)
+            with torch.autocast(like.device.type, enabled=False):  # as it is in a backward, which runs in here, too
+                self._recordings[shape] = self._record(shape, like)
         self._recordings.move_to_end(shape)
         if len(self._recordings) > MOST:
             self._recordings.popitem(last=False)
-        return _Replay.apply(hidden, self, self._recordings[shape], self._anchor)  # type: ignore[no-any-return, no-untyped-call]
+        return self._recordings[shape]
 
     def _paid(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """``shape``; or a longer one that is recorded, until the padding has cost as much as a recording.
+        """``shape``; or a longer one that is recorded, if the padding of all ``uses`` costs less than a recording.
 
-        So the two together never take more than twice the least, however often the shape is seen.
+        If these are not known, until it has cost as much. So the two together never take more than twice the least,
+        however often the shape is seen.
         """
         longer = [one for one in self._recordings if one[0] == shape[0] and one[1] >= shape[1]]
         nearest = min(longer, default=shape)
-        self._lost[shape] += nearest[1] / shape[1] - 1  # type: ignore[assignment]  # a Counter counts fractions, too
-        return nearest if self._lost[shape] < RECORDING_COST else shape
+        padding = nearest[1] / shape[1] - 1
+        self._lost[shape] += padding  # type: ignore[assignment]  # a Counter counts fractions, too
+        cost = max(self._lost[shape], padding * self.uses.get(shape, 0))
+        return nearest if cost < RECORDING_COST else shape
 
     def _record(self, shape: tuple[int, int], like: Tensor) -> _Recording:
         self._warm_up(like.new_zeros(*shape, like.shape[-1]))
@@ -117,7 +136,7 @@ class Graphs:
             torch.autograd.grad(self._run([layer], hidden, kept), layer.lora, hidden)
 
     def _run(self, layers: Sequence[Layer], hidden: Tensor, kept_layers: int) -> Tensor:
-        return run_layers(layers, hidden, find_places(self.rotary, hidden, ()), kept_layers)
+        return run_layers(layers, hidden, find_places(self.rotary, hidden, (), is_recurrent=True), kept_layers)
 
     def take_gradients(self) -> None:
         """Make the buffers the weights' gradients, with what was accumulated in this optimizer step so far."""

@@ -164,13 +164,28 @@ class ComputesSums(LearnsInParts):
             places = torch.cat(within)[None] if within else None
             output = decoder(input_ids=batch.input_ids, position_ids=places, use_cache=False)
             return output.last_hidden_state  # type: ignore[no-any-return]
-        if self.uses_cuda_graphs and self.training and torch.is_grad_enabled() and not batch.lengths:
-            hidden, layers = self._embedded(batch), self._extracted()
-            self._keep_weights(hidden.dtype)  # before a recording, whose memory is used again
-            if self._graphs is None or self._graphs.kept_layers != self.kept_layers:
-                self._graphs = Graphs(layers, self.kept_layers, decoder.rotary_emb)
-            return decoder.norm(self._graphs(hidden))  # type: ignore[no-any-return]
+        if self._replays(batch):
+            hidden = self._embedded(batch)
+            return decoder.norm(self._recordings(hidden)(hidden))  # type: ignore[no-any-return]
         return next(self._through([Waiting(batch, self.draw())]))
+
+    def _replays(self, batch: Batch) -> bool:
+        return self.uses_cuda_graphs and self.training and torch.is_grad_enabled() and not batch.lengths
+
+    def _recordings(self, like: Tensor) -> Graphs:
+        """The recordings of the layers, for hidden states ``like`` these."""
+        layers = self._extracted()
+        self._keep_weights(like.dtype)  # before a recording, whose memory is used again
+        if self._graphs is None or self._graphs.kept_layers != self.kept_layers:
+            self._graphs = Graphs(layers, self.kept_layers, self._llama.model.rotary_emb, self.uses)
+        return self._graphs
+
+    def prepare(self, batch: Batch) -> None:
+        """Record the kernels of ``batch``, which another device computes, when that device does."""
+        if self._replays(batch):
+            like = self._llama.model.embed_tokens.weight
+            rows, tokens = batch.input_ids.shape
+            self._recordings(like).prepare((rows, tokens), like)
 
     def _extracted(self) -> list[Layer]:
         """The layers for the current mode."""

@@ -41,6 +41,8 @@ class LearnsInParts(LightningModule):
         """Number of layers, the first ones, whose weights stay dequantised."""
         self.uses_cuda_graphs = False
         """True if the layers' kernels are replayed from recordings, which take memory of their own."""
+        self.uses: dict[tuple[int, int], float] = {}
+        """Number of micro-batches of the run with each shape of a recording; empty if it is not known."""
         self.together = 1
         """Number of micro-batches of a step, at most, that go through the layers together, to the same gradients."""
         self.keeps_pace = False
@@ -83,6 +85,9 @@ class LearnsInParts(LightningModule):
         """
         raise NotImplementedError
 
+    def prepare(self, batch: Batch) -> None:
+        """Do what must be done at the same time as the device that computes ``batch``."""
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The sum of the token losses over the answer tokens of the whole optimizer step.
 
@@ -100,6 +105,8 @@ class LearnsInParts(LightningModule):
             self._waiting.clear()
         if batch.is_here:
             self._waiting.append(Waiting(batch, self.draw() if most > 1 else None))
+        else:
+            self._prepare(batch)
         if len(self._waiting) < most and not self._ends_step(batch_idx):
             return self._figures([])
         self._learning, self._waiting = self._waiting, []
@@ -142,6 +149,16 @@ class LearnsInParts(LightningModule):
                 option="dataloaders",
                 remedy="give the Trainer the ChatDataModule itself, or make them with the number of the whole step",
             )
+
+    def _prepare(self, batch: Batch) -> None:
+        is_short = False
+        try:
+            self.prepare(batch)
+        except torch.OutOfMemoryError:
+            is_short = True  # see `backward`
+        if is_short:
+            self._learning = [Waiting(batch, None)]
+            self._make_room()
 
     @property
     def _most_together(self) -> int:

@@ -2,15 +2,17 @@
 
 import copy
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lit_qlora.callbacks import warmup
 from lit_qlora.callbacks.warmup import WarmupStep
 from lit_qlora.cli import main
 from lit_qlora.forecast import foresee, memory
-from lit_qlora.model import hidden
+from lit_qlora.model import graphs, hidden
 from lit_qlora.model.module import QLoRAModule
 
 SHORT = ["fit", "--trainer.max_steps", "3", "--samples.count", "0", "--trainer.limit_val_batches", "1",
@@ -82,6 +84,22 @@ def test_memory_that_runs_out_in_the_trial_is_told_before_the_first_step(tmp_pat
         "every layer recomputes its activations from now on",
         "each micro-batch is split into halves from now on; the loss of a step is the same",
     ]
+
+
+def test_recordings_know_how_often_each_shape_is_left(tmp_path, monkeypatch):
+    """Two steps of 2 micro-batches, by the shares of an epoch; and as many, of 4, in the resumed run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(WarmupStep.__init__, "__defaults__", (True,))
+    monkeypatch.setattr(graphs, "_record", lambda run, pool: SimpleNamespace(replay=torch.enable_grad()(run)))
+    step = SimpleNamespace(uses_cuda_graphs=True, kept_layers=0, hosted_layers=0, dequantised_layers=0, together=1)
+    batches = SimpleNamespace(shapes=Counter({(4, 64): 12, (4, 96): 4}))
+    monkeypatch.setattr(warmup, "foresee", lambda *_: SimpleNamespace(step=step, batches=batches))
+    seen, real = [], graphs.Graphs.__init__
+    monkeypatch.setattr(graphs.Graphs, "__init__", lambda self, *given: seen.append(given[3]) or real(self, *given))
+    options = [*SHORT, "--run", "./run", "--trainer.accumulate_grad_batches", "2", "--model.schedule", "constant"]
+    assert main([*options, "--trainer.max_steps", "2"]) == 0
+    assert main([*options, "--trainer.max_steps", "4"]) == 0
+    assert seen == [{(4, 64): 3.0, (4, 96): 1.0}] * 2
 
 
 ACCUMULATED = [*SHORT, "--trainer.accumulate_grad_batches", "3", "--model.dropout", "0.1", "--data.batch_size", "2"]

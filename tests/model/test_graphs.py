@@ -183,6 +183,19 @@ def test_a_length_is_recorded_once_its_padding_has_cost_as_much_as_a_recording(r
     assert (3, 32) in run._recordings
 
 
+def test_a_length_whose_uses_are_known_is_recorded_at_once_or_never(replayed):
+    model, unknown = replayed
+    run = Graphs(unknown.layers, 1, unknown.rotary, {(2, 64): 40, (2, 32): 7, (2, 16): 2, (1, 32): 1})
+    for tokens in (60, 30, 40):  # padded to 64 as the longest, twice as long for 7 times, and of no known use
+        run(embedded(model, 2, tokens))
+    assert [*run._recordings] == [(2, 32), (2, 64)]
+    run.uses[2, 32] = 6
+    fresh = Graphs(unknown.layers, 1, unknown.rotary, run.uses)
+    for tokens in (60, 30, 30):
+        fresh(embedded(model, 2, tokens))
+    assert [*fresh._recordings] == [(2, 64)]
+
+
 def test_dropout_is_refused(make_model):
     model = make_model(dropout=0.1).train()
     with pytest.raises(AssertionError):
@@ -251,7 +264,8 @@ def test_on_a_gpu_recorded_kernels_give_the_same(wide_folder, dtype, pointwise, 
         run = Graphs(layers, kept_layers, inner.rotary_emb)
 
         def plain(hidden, layers=layers, kept_layers=kept_layers):
-            return run_layers(layers, hidden, find_places(inner.rotary_emb, hidden, ()), kept_layers)
+            places = find_places(inner.rotary_emb, hidden, (), is_recurrent=True)  # by the same kernel
+            return run_layers(layers, hidden, places, kept_layers)
 
         for shape in ((4, 64), (2, 32), (4, 64), (4, 128)):
             found, alive = [], []

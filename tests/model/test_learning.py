@@ -33,6 +33,7 @@ class Plugin:
 class Trainer:
     precision_plugin = Plugin()
     accumulate_grad_batches = 2
+    num_training_batches, is_last_batch = 100, False
 
     def __init__(self):
         self.told = []
@@ -194,6 +195,47 @@ def test_recordings_give_way_first_and_are_gone_by_then(built, monkeypatch):
     assert [answers for *_, answers in again] == [answers for *_, answers in whole]
     for name, gradient in gradients.items():
         assert (again_gradients[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+
+
+SHARED = [collate(EXAMPLES[:2], 31), collate(EXAMPLES, 31), collate(EXAMPLES[1:3], 31), collate(EXAMPLES[3:], 31)]
+
+
+def test_devices_record_each_others_lengths_at_the_same_time(built, monkeypatch):
+    """So none waits while another records; and each micro-batch's gradients come from where it is computed."""
+    monkeypatch.setattr(graphs, "padded", lambda rows, tokens: tokens)
+    monkeypatch.setattr(graphs, "_record", lambda run, pool: type("Rerun", (), {"replay": torch.enable_grad()(run)}))
+    recorded, computed = [], []
+    for here in (range(4), (0, 3), (1, 2)):
+        module, trainer = built(99)
+        trainer.accumulate_grad_batches = 4
+        module.train()
+        module.uses_cuda_graphs, own, num_answers = True, [], 0
+        for index, batch in enumerate(SHARED):
+            output = module.training_step(batch._replace(is_here=index in here), index)
+            module.backward(output["loss"])
+            own.append([*module._graphs._recordings])
+            num_answers += output["num_answers"]
+        recorded.append(own)
+        computed.append(num_answers)
+    assert recorded[0] == recorded[1] == recorded[2]
+    assert recorded[0][-1] == [(2, 12), (4, 15), (2, 15), (1, 9)]
+    assert computed[0] == computed[1] + computed[2] == 66
+
+
+def test_memory_that_runs_out_for_anothers_recording_ends_the_recordings(built, monkeypatch):
+    def short(self, shape, like):
+        raise torch.OutOfMemoryError
+
+    module, trainer = built(99)
+    module.train()
+    module.uses_cuda_graphs = True
+    monkeypatch.setattr(graphs.Graphs, "_record", short)
+    assert module.training_step(PADDED._replace(is_here=False), 0)["num_answers"] == 0
+    assert not module.uses_cuda_graphs
+    assert module._graphs is None
+    assert [line.partition(": ")[2] for line in trainer.told] == ["kernels are no longer recorded"]
+    found, _ = learn(module, PADDED)
+    assert found[0][2] == len(PADDED.targets)
 
 
 def test_layers_that_keep_no_more_are_recorded_anew(built, monkeypatch):

@@ -29,7 +29,6 @@ OPENERS = (
     *_spelled("im_start", "start_header_id", "header_start", "start_of_role", "start", "channel", "start_of_turn"),
     "<start_of_turn>",  # Gemma
     "<|START_OF_TURN_TOKEN|>",  # Command R
-    "<extra_id_0>", "<extra_id_1>",  # Nemotron
 )  # fmt: skip
 """Tokens that the name of a role follows."""
 NAMED = (

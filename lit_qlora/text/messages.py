@@ -19,8 +19,8 @@ from lit_qlora.wording import kind
 
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "developer": "system", "prompter": "user", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "ai": "assistant", "function_call": "call", "tool_call": "call",
+    "developer": "system", "prompter": "user", "model": "assistant", "bot": "assistant", "chatbot": "assistant",
+    "chatgpt": "assistant", "ai": "assistant", "function_call": "call", "tool_call": "call",
     "tool": "result", "function": "result", "observation": "result", "function_response": "result",
     "tool_response": "result", "tool_result": "result", "ipython": "result",
 }  # fmt: skip

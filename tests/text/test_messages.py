@@ -168,7 +168,7 @@ def test_what_the_assistant_says_first_may_be_kept_behind_a_turn_of_the_user_s()
 
 
 @pytest.mark.parametrize("user", ["user", "human", "User", "HUMAN", "prompter"])
-@pytest.mark.parametrize("assistant", ["assistant", "gpt", "model", "Bot", "chatgpt", "AI"])
+@pytest.mark.parametrize("assistant", ["assistant", "gpt", "model", "Bot", "Chatbot", "chatgpt", "AI"])
 def test_roles_go_by_several_names(user, assistant):
     rows = [{"from": user, "value": "hi"}, {"from": assistant, "value": "yo"}]
     assert messages.parse(rows) == (Conversation(ANSWERED), (), (), ())

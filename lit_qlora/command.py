@@ -5,6 +5,7 @@ Asked before anything heavy is imported, and again by the verb. Knows no option'
 
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
@@ -32,6 +33,9 @@ from lit_qlora.storage.config_file import as_sections, as_yaml, read_options
 from lit_qlora.storage.run import RunFolder, lies_in_run, named_folder, open_run
 
 DEMO_CONFIG = CONFIGS / "demo.yaml"
+
+ELSEWHERE = {"mirror": "null", "model.quantized_cache": "auto"}
+"""Options that name a folder outside of the run, to be written and tidied; and the value for none of one's own."""
 
 REMEDY = "put that line right, or take it out"
 """The remedy for a run's own config.yaml."""
@@ -71,6 +75,7 @@ def complete(args: list[str]) -> Command:
             kept = RunFolder(run)
         if kept:
             check_config_of(kept)
+            check_elsewhere(kept.read_options(), kept.config, args)
         elif base in (None, "demo"):  # a base of one's own is not for the demo's learning rate
             rest = [CONFIG[0], str(DEMO_CONFIG), *rest]
     for file in filter(None, take_option(rest, *CONFIG)[0]):
@@ -101,23 +106,49 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
         if not lies_in_run(path):
             return file
         try:
-            return _as_plain(read_options(path), path, parser, rest)
+            return _as_plain(read_options(path), path, parser, command.args)
         except ValueError as error:
             raise UserError(f"damaged ({error})", place=path, remedy="put a copy of it back") from error
 
     rest = configs_first(rest, read)
     if command.kept:
         kept = command.kept.read_options()
-        rest = [*(["--config", _as_plain(kept, command.kept.config, parser, rest)] if kept else []), *rest]
+        rest = [*(["--config", _as_plain(kept, command.kept.config, parser, command.args)] if kept else []), *rest]
     return [verb, *rest]
 
 
-def _as_plain(options: Mapping[str, Any], place: Path, parser: OneLineErrors, rest: list[str]) -> str:
+def check_elsewhere(options: Mapping[str, Any], place: Path, args: list[str]) -> None:
+    """Check that no folder outside of a run is taken from the run's own file, to write to: it may be a stranger's.
+
+    Args:
+        options: of that file, by their dotted names.
+        place: the file.
+        args: the command line, from the verb on. Only a fit writes to such folders; other verbs go without.
+
+    Raises:
+        UserError: a fit does not give one itself.
+    """
+    for name, none in ELSEWHERE.items():
+        value = options.get(name)
+        if args[0] == "fit" and _is_elsewhere(name, value) and option(args, f"--{name}") is None:
+            raise UserError(
+                f"is {excerpt(value)} in {place}, and no folder to write to is taken from a run's",
+                option=name,
+                remedy=f"give --{name} {quote(str(value))} once more, or --{name} {none}",
+            )
+
+
+def _is_elsewhere(name: str, value: object) -> bool:
+    return name in ELSEWHERE and value not in (None, "auto", "none")
+
+
+def _as_plain(options: Mapping[str, Any], place: Path, parser: OneLineErrors, args: list[str]) -> str:
     """``options`` of ``parser`` as YAML text, from a file in a run folder.
 
-    Options that could name code are left out, with a warning unless the command line gives them itself; unknown names
-    are refused.
+    Options that could name code are left out, with a warning unless the command line ``args`` gives them itself;
+    unknown names are refused.
     """
+    check_elsewhere(options, place, args)
     types, kept, left_out = parser.types(), dict[str, Any](), list[str]()
     for name, value in options.items():
         known = known_as(name, types)
@@ -127,14 +158,14 @@ def _as_plain(options: Mapping[str, Any], place: Path, parser: OneLineErrors, re
         if not is_plain_type(types[known]):
             if name == known and (value is None or isinstance(value, bool)):
                 kept[name] = value
-            elif known not in left_out and not any(arg.startswith(f"--{known}") for arg in rest):
+            elif known not in left_out and not any(arg.startswith(f"--{known}") for arg in args):
                 left_out.append(known)
         elif name == "data.template" and isinstance(value, str) and not is_template(value):
             raise UserError(
                 f"expected the text of a template, got {excerpt(value)}", option=name, place=place, remedy=REMEDY
             )
         elif (name == known or takes_names(types[known])) and is_plain(value, types[known]):
-            kept[name] = value
+            kept |= {} if _is_elsewhere(name, value) else {name: value}
         else:
             raise UserError(
                 f"expected a plain value, got {name} with {excerpt(value)}", option=known, place=place, remedy=REMEDY

@@ -1,6 +1,7 @@
 """A run folder from a stranger is data: nothing in it is imported or run, however it is spelled."""
 
 import importlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,6 +178,31 @@ def test_what_is_no_option_is_refused(run: Path, parser: RunParser, spelling: st
         _parse(parser, run)
     assert str(caught.value).startswith("run/config.yaml")
     assert "\n" not in str(caught.value)
+
+
+ELSEWHERE = [("mirror", "/drive/my runs", "null"), ("model.quantized_cache", "copies", "auto")]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("name", "folder", "none"), ELSEWHERE)
+def test_a_folder_to_write_to_is_the_commands_own(
+    run: Path, parser: RunParser, expect_error: Callable[..., Any], name: str, folder: str, none: str, nested: bool
+) -> None:
+    """The run's folder may be a stranger's: a fit asks for it once more, and other verbs need none."""
+    options = {"seed_everything": 7, name: folder}
+    (run / "config.yaml").write_text(as_yaml(as_sections(options) if nested else options))
+    again = f"--{name} {shlex.quote(folder)}"
+    expect_error(lambda: complete(["fit", "--run", "run/."]), repr(folder), again, f"--{name} {none}", option=name)
+    by_config = complete(["fit", "--config", "run/config.yaml"])
+    expect_error(lambda: with_kept(by_config, parser), repr(folder), again, option=name)
+    assert _parse(parser, run)[name] == (None if name == "mirror" else "auto")
+    for given in (folder, none):
+        command = complete(["fit", "--run", "./run", f"--{name}", given])
+        parsed = parser.parse_args(with_kept(command, parser)[1:])
+        assert (parsed.seed_everything, parsed[name]) == (7, None if given == "null" else given)
+    for value in ("auto", "none") if name.startswith("model.") else ():
+        (run / "config.yaml").write_text(f"{name}: {value}\n")
+        assert parser.parse_args(with_kept(complete(["fit", "--run", "./run"]), parser)[1:])[name] == value
 
 
 def test_it_would_have_run(run: Path) -> None:

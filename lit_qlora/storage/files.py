@@ -119,7 +119,8 @@ def write_file(path: Path, content: str | bytes) -> None:
     content = content.encode() if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        with aside.open("wb") as file:
+        aside.unlink(missing_ok=True)  # in a folder from elsewhere, it may be a link
+        with aside.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

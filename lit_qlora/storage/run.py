@@ -150,10 +150,10 @@ class RunFolder:
         if not (self.has_begun() or self.is_empty()):
             problem, remedy = f"{self.path} holds other files and no run", "give a folder of its own with --run"
             raise UserError(problem, option="run", remedy=remedy)
-        for file in (self.metrics, self.samples, self.others):
-            if file.is_symlink():  # what is cut and added to in place would be a file elsewhere
-                problem = f"{file} is a link, and a run's figures are files of its own"
-                raise UserError(problem, option="run", remedy="put the file itself there")
+        for file in sorted(self.path.iterdir()) if self.path.is_dir() else []:
+            if file.is_symlink():  # what is cut, added to or emptied in place would be a file elsewhere
+                problem = f"{file} is a link, and a run's files are its own"
+                raise UserError(problem, option="run", remedy="put there what it leads to, or remove it")
 
     def check_writable(self) -> None:
         """Raises UserError where a folder that is not there yet can't be made: below the first that is."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.cli import main
-from lit_qlora.storage.files import output_path
+from lit_qlora.storage.files import output_path, write_file
 
 
 @pytest.fixture
@@ -53,3 +53,11 @@ def test_a_name_is_a_path_whether_it_is_there_or_not(here):
 def test_each_verb_that_writes_asks(here, capsys, args, expected):
     assert main(args) == 2
     assert capsys.readouterr().err.startswith(f"error: {expected}")
+
+
+def test_what_is_written_is_no_file_elsewhere(here):
+    """In a folder that was unpacked from somebody's archive, the temporary name may be a link."""
+    Path("folder/.report.html.tmp").symlink_to(here / "file")
+    write_file(Path("folder/report.html"), "text")
+    assert (Path("folder/report.html").read_text(), Path("file").read_text()) == ("text", "")
+    assert not Path("folder/report.html").is_symlink()

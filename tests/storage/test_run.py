@@ -206,16 +206,16 @@ def test_a_file_in_the_way_is_told(tmp_path, expect_error):
     )
 
 
-@pytest.mark.parametrize("name", ["metrics", "samples", "others"])
-def test_figures_that_would_be_written_elsewhere_are_refused(run, tmp_path, name):
-    """As in a folder that was unpacked from somebody's archive: a start cuts them to its checkpoint."""
-    file = getattr(run, name)
-    run.metrics.write_text("{}\n")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "others.jsonl", ".lock", "held-out"])
+def test_files_that_would_be_written_elsewhere_are_refused(run, tmp_path, name):
+    """As in a folder that was unpacked from somebody's archive: a start cuts figures, and empties the lock's file."""
+    file = run.path / name
+    run.checkpoint(1).mkdir(parents=True)
     file.unlink(missing_ok=True)
     other = tmp_path / "elsewhere.txt"
     other.write_text("of another program")
     file.symlink_to(other)
-    with pytest.raises(UserError, match=rf"^run: .*{name}.jsonl is a link"), ExitStack() as stack:
+    with pytest.raises(UserError, match=rf"^run: .*{name} is a link"), ExitStack() as stack:
         run.open(stack)
     assert other.read_text() == "of another program"
 

@@ -10,6 +10,7 @@ import pytest
 from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.model import load
+from lit_qlora.model.copies import Copies
 from lit_qlora.tools import export
 
 DEEP = '{"a": ' + 200_000 * "["
@@ -157,7 +158,6 @@ def test_what_is_no_text_in_a_record(run: Path, capsys: pytest.CaptureFixture[st
         ("model: 3\nmodel.base: demo", "is damaged (model is both a section and an option)"),
         ("model.base: demo\ndata: 3", "data: expected options below it, got 3"),
         ("model.base: demo\ndata.system: {x: 1}", "data.system: expected a text or none, got {'x': 1}"),
-        ("model.base: demo\nmodel.quantized_cache: 3", "model.quantized_cache: expected a text, got 3"),
     ],
 )
 def test_settings_of_another_kind(run: Path, capsys: pytest.CaptureFixture[str], line: str, told: str) -> None:
@@ -228,3 +228,18 @@ def test_no_name_that_is_no_option_is_passed_over(
     config.write_text(f"{config.read_text()}\n{line}\n")
     error = _error(verb, capsys)
     assert "config.yaml:" in error and line.partition(":")[0].strip('"+') in error
+
+
+@pytest.mark.parametrize("verb", ["chat", "evaluate"])
+def test_no_folder_of_quantised_weights_is_read_by_the_word_of_a_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """They could be anybody's, in place of the base that it names."""
+    config = (run / "config.yaml").read_text()
+    assert "quantized_cache: auto" in config
+    (run / "config.yaml").write_text(config.replace("quantized_cache: auto", "quantized_cache: theirs"))
+    places = list[str]()
+    monkeypatch.setattr(Copies, "__init__", lambda _, place: places.append(place) or pytest.exit("seen"))
+    with pytest.raises(pytest.exit.Exception):
+        main(VERBS[verb])
+    assert places == ["auto"]

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lit_qlora.command import ELSEWHERE
 from lit_qlora.console import say_imports
 from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError, excerpt, require
@@ -115,8 +116,8 @@ def _options(run: RunFolder | None) -> dict[str, Any]:
             require(name not in given, name, "options below it", given.get(name))
         require(run is None or "model.base" in given, "model.base", "a text", None)
         for name in [*given]:
-            if known_as(name, OF_LIGHTNING):
-                del given[name]  # classes are fit's alone
+            if known_as(name, OF_LIGHTNING) or name in ELSEWHERE:
+                del given[name]  # fit's alone
             elif known_as(name, known) is None or "+" in name:
                 raise UserError(f"unknown option {excerpt(name)}", remedy=did_you_mean(name, [*known]))
         options = parser_of(tuple(known.values()), with_defaults=True).parse_object(as_sections(given)).as_dict()

@@ -1,12 +1,13 @@
 """Owns how a batch becomes sums of losses: through our decoder layers, their recordings, or those of transformers.
 
-The base class of `QLoRAModule`, beside `learning.py`, which asks it for sums. Knows no options, no Trainer.
+The lowest base class of `QLoRAModule`: `learning.py` asks it for sums. Knows no options, no Trainer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_qlora.batch import Batch
@@ -18,7 +19,6 @@ from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.decoder import Layer, MicroBatch, draw_seeds, extract_layers, run_together, weights_of
 from lit_qlora.model.dequantised import Weights
 from lit_qlora.model.graphs import Graphs
-from lit_qlora.model.learning import LearnsInParts, Sums, Waiting
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.offload import HostStore
 from lit_qlora.model.pointwise import EAGER, compiled
@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-class ComputesSums(LearnsInParts):
+Sums = tuple[Tensor, Tensor, int]
+"""Summed loss of answer tokens in nats, count of those that were the likeliest, and their number."""
+
+
+class Waiting(NamedTuple):
+    """A micro-batch that is to be learned, and what `ComputesSums.draw` gave for it."""
+
+    batch: Batch
+    drawn: Any
+
+
+class ComputesSums(LightningModule):
     """A module that computes the sums over answer tokens with a 4-bit base and its adapter.
 
     Args:
@@ -53,6 +64,16 @@ class ComputesSums(LearnsInParts):
         super().__init__()
         self.loss_rows, self.compiles, self.checkpointing = loss_rows, compiles, checkpointing
         self.eager_because = eager_because
+        self.kept_layers = 0
+        """Number of layers that keep the results of their matrix products for backward."""
+        self.hosted_layers = 0
+        """Number of these, the first ones, that send a part of them to the host in between."""
+        self.dequantised_layers = 0
+        """Number of layers, the first ones, whose weights stay dequantised."""
+        self.uses_cuda_graphs = False
+        """True if the layers' kernels are replayed from recordings, which take memory of their own."""
+        self.uses: dict[tuple[int, int], float] = {}
+        """Number of micro-batches of the run with each shape of a recording; empty if it is not known."""
         self.model: PeftModel | None = None
         self.slow_because: str | None = None
         """Why training uses the layers of transformers and peft; None if it uses ours."""
@@ -102,7 +123,7 @@ class ComputesSums(LearnsInParts):
         return is_own and not (self.slow_because or self.uses_cuda_graphs)
 
     def draw(self) -> tuple[int, ...]:
-        """The seeds of dropout."""
+        """The seeds of dropout of a micro-batch that waits for others, drawn when it comes."""
         return draw_seeds(self._extracted())
 
     def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
@@ -127,13 +148,15 @@ class ComputesSums(LearnsInParts):
         return map(decoder.norm, run_together(layers, micro_batches, self.kept_layers, store, hosted, earlier))
 
     def _recompute(self) -> None:
-        super()._recompute()
+        """Make each layer keep its input only, and no dequantised weight."""
+        self.kept_layers = self.hosted_layers = self.dequantised_layers = 0
         if self.slow_because:
             checkpoint_layers(self._llama.model.layers, "full")
         self._layers.clear()
         self._weights.clear()
 
     def _release(self) -> None:
+        """Free the recordings, and the memory of the host that tensors waited in."""
         self._graphs = None
         self._host_store.close()
 

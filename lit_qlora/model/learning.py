@@ -1,48 +1,28 @@
 """Owns how micro-batches become gradients: some of a step together, each at once or, after memory has run out, in less.
 
-The base class of `QLoRAModule`, which computes the loss. Knows no model.
+The base class of `QLoRAModule`, above `hidden.py`, which computes the loss. Knows no model.
 """
 
 import gc
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_qlora.batch import Batch, split_batch
 from lit_qlora.devices.world import note
 from lit_qlora.errors import OutOfRoomError, UserError
+from lit_qlora.model.hidden import ComputesSums, Sums, Waiting
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.wording import number_of
 
-Sums = tuple[Tensor, Tensor, int]
-"""Summed loss of answer tokens in nats, count of those that were the likeliest, and their number."""
 
-
-class Waiting(NamedTuple):
-    """A micro-batch that is to be learned, and what `LearnsInParts.draw` gave for it."""
-
-    batch: Batch
-    drawn: Any
-
-
-class LearnsInParts(LightningModule):
+class LearnsInParts(ComputesSums):
     """A module that retries a micro-batch in less memory when it runs out, with the same loss and gradients."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept_layers = 0
-        """Number of layers that keep the results of their matrix products for backward."""
-        self.hosted_layers = 0
-        """Number of these, the first ones, that send a part of them to the host in between."""
-        self.dequantised_layers = 0
-        """Number of layers, the first ones, whose weights stay dequantised."""
-        self.uses_cuda_graphs = False
-        """True if the layers' kernels are replayed from recordings, which take memory of their own."""
-        self.uses: dict[tuple[int, int], float] = {}
-        """Number of micro-batches of the run with each shape of a recording; empty if it is not known."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.together = 1
         """Number of micro-batches of a step, at most, that go through the layers together, to the same gradients."""
         self.keeps_pace = False
@@ -60,33 +40,6 @@ class LearnsInParts(LightningModule):
         """Answer tokens of the current step so far; None where its first micro-batch was not seen."""
         self._earlier: dict[int, Tensor] = {}
         """Gradients that were set aside, by the `id` of their weight, while micro-batches are learned together."""
-
-    # Of the subclass
-
-    def summed_loss(self, batch: Batch) -> Sums:
-        """The sums over a batch's answer tokens."""
-        raise NotImplementedError
-
-    @property
-    def can_learn_together(self) -> bool:
-        """True if `summed_losses` gives what `summed_loss` gives."""
-        return False
-
-    def draw(self) -> Any:
-        """What chance gives a micro-batch that waits for others, drawn when it comes; not None."""
-        raise NotImplementedError
-
-    def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
-        """`summed_loss` of each, computed together.
-
-        Args:
-            waiting: the micro-batches, in order.
-            earlier: gradients of weights by their `id`, read in backward, to which theirs are added one by one.
-        """
-        raise NotImplementedError
-
-    def prepare(self, batch: Batch) -> None:
-        """Do what must be done at the same time as the device that computes ``batch``."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The sum of the token losses over the answer tokens of the whole optimizer step.
@@ -284,13 +237,6 @@ class LearnsInParts(LightningModule):
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _recompute(self) -> None:
-        """Make each layer keep its input only, and no dequantised weight."""
-        self.kept_layers = self.hosted_layers = self.dequantised_layers = 0
-
-    def _release(self) -> None:
-        """Free the recordings, which the subclass has."""
 
     def _set_aside(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
         """Set aside the gradients of earlier micro-batches of a step, so that this one's can be computed twice.

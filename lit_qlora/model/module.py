@@ -37,8 +37,7 @@ from lit_qlora.model.device import (
     current_device,
 )
 from lit_qlora.model.generate import Sampling, generate
-from lit_qlora.model.hidden import ComputesSums
-from lit_qlora.model.learning import check_batch
+from lit_qlora.model.learning import LearnsInParts, check_batch
 from lit_qlora.model.loss import CHUNK_ROWS
 from lit_qlora.model.optimizer import OPTIMIZERS, OptimizerName, Schedule, check_optimizer, make_schedule
 from lit_qlora.model.shape import Shape
@@ -49,7 +48,7 @@ from lit_qlora.place import COMMAND
 from lit_qlora.text.formats import PromptFormat
 
 
-class QLoRAModule(ComputesSums):
+class QLoRAModule(LearnsInParts):
     """A 4-bit base (Llama, Mistral, Qwen) with LoRA on its linear layers.
 
     In a script, ``Trainer(…).fit(QLoRAModule(…), ChatDataModule(…))`` trains as the command line does, to the same

@@ -14,7 +14,7 @@ from lit_qlora.callbacks import warmup
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.cli import main
 from lit_qlora.devices.world import world
-from lit_qlora.model.learning import Sums, Waiting
+from lit_qlora.model.hidden import Sums, Waiting
 from lit_qlora.model.module import QLoRAModule
 from tests.devices.several import ROUNDING, SHORT, alone, assert_same, at_batch, fit, run_several
 

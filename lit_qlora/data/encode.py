@@ -260,10 +260,12 @@ class Encoder:
             ids: All of them, that which ended it counted in.
             stop: Texts that end an answer, and are no part of it.
         """
-        text = self._decode(ids)
+        tokens = self._special(stop)
+        place = next((place for place, token in enumerate(ids) if token in tokens), None)
+        text = self._decode(ids[:place])
         if (end := _stop_at(text, stop)) is not None:
             return text[:end].strip(), True
-        if ids and ids[-1] in self.stop_ids:
+        if place is not None or (ids and ids[-1] in self.stop_ids):
             return text.strip(), True
         return text.strip().rstrip(UNFINISHED).strip(), False
 
@@ -284,7 +286,13 @@ class Encoder:
         """For `lit_qlora.model.generate`: whether an answer's ids hold one of ``stop``; None where there is none."""
         if not stop:
             return None
-        return lambda ids: _stop_at(self._decode(ids), stop) is not None
+        tokens = self._special(stop)
+        return lambda ids: ids[-1] in tokens or _stop_at(self._decode(ids), stop) is not None
+
+    def _special(self, stop: Sequence[str]) -> set[int]:
+        """The ids of those of ``stop`` that are special tokens, which no text has."""
+        tokens = self.tokenizer.added_tokens_decoder
+        return {token for token, one in tokens.items() if one.special and one.content in stop}
 
     def _ids(self, pieces: list[Piece]) -> list[list[int]]:
         """The ids of each piece."""

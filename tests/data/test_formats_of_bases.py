@@ -144,6 +144,18 @@ def test_an_answer_ends_at_what_is_learned_at_eos_and_at_what_the_base_says(tmp_
     assert encoder.answer([65, 66]) == (encoder.decode([65, 66]), False)
 
 
+def test_a_special_token_may_be_the_text_that_ends_an_answer(tmp_path):
+    """No answer's text has it, so that it would never be found there."""
+    write_base(tmp_path)
+    encoder = Encoder(load_tokenizer(str(tmp_path)), 512)
+    ids, stop = [65, 66, EOT, 67, 68], ["<|eot_id|>", "###"]
+    assert EOT not in encoder.stop_ids
+    ends = encoder.is_over(stop)
+    assert [ends(ids[:size]) for size in (2, 3)] == [False, True]
+    assert encoder.answer(ids, stop) == encoder.answer(ids[:3], stop) == (encoder.decode([65, 66]), True)
+    assert encoder.answer(ids, ["###"])[1] is False
+
+
 def test_without_a_generation_config_eos_alone_ends_an_answer(tmp_path):
     write_base(tmp_path)
     (tmp_path / "generation_config.json").unlink()

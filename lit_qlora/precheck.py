@@ -50,7 +50,6 @@ from lit_qlora.signatures import (
     OBSERVING,
     OF_LIGHTNING,
     UNKNOWN,
-    Option,
     arguments_of,
     classes_for,
     is_of_lightning,
@@ -89,29 +88,54 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     given = [arg.partition("=")[0].lstrip("-").rstrip("+") for arg in args if arg.startswith("-")]
     if any(one not in options and _belongs(one) for one in given):
         return
+    values, config = _given(verb, command.args[1:])
+    if command.kept:
+        _check_with_kept(verb, values, command.kept)
+    else:
+        _check_whole(verb, _defaults(verb) | values, config)
+
+
+def options_of_fit(args: Sequence[str]) -> dict[str, Any]:
+    """All options of a fit by name, checked as far as they need no base, no device, no rows and no run.
+
+    Args:
+        args: its own, as on the command line; a config among them, or the default one, gives others.
+
+    Raises:
+        UserError: as the parser proper would.
+    """
+    values, _ = _given("fit", complete(["fit", *args]).args[1:])
+    values = _defaults("fit") | values
+    _check_together(values)
+    return values | {"model.target_modules": split_names(values["model.target_modules"])}
+
+
+def _given(verb: str, args: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+    """The options that ``args`` and their config files give, and the last of these files.
+
+    Raises UserError for what is wrong with one whatever the others are.
+    """
+    plain, of_classes = _apart(args)
     parser = parser_of(options_of(verb))
-    plain, of_classes = _apart(command.args[1:])
     found = parser.parse_args(plain)
-    names = {name.replace("-", "_"): name for name in options}
+    names = {one.name.replace("-", "_"): one.name for one in options_of(verb)}
     values = {names[name]: value for name, value in found.items() if name in names}
     parser.check_values(values)
     _check_alone(values)
     for name in OF_LIGHTNING:
         _check_classes(name, values.get(name), of_classes.get(name, {}))
-    defaults = {name: one.default for name, one in options.items() if one.default is not UNKNOWN}
-    if command.kept:
-        _check_with_kept(verb, options, defaults, values, command.kept)
-        return
-    configs = found.get("config") or []
-    _check_whole(verb, options, defaults | values, str(configs[-1]) if configs else None)
+    configs = found.get("config")
+    return values, str(configs[-1]) if configs else None
 
 
-def _check_with_kept(
-    verb: str, options: Mapping[str, Option], defaults: Mapping[str, Any], values: Mapping[str, Any], kept: RunFolder
-) -> None:
+def _defaults(verb: str) -> dict[str, Any]:
+    return {one.name: one.default for one in options_of(verb) if one.default is not UNKNOWN}
+
+
+def _check_with_kept(verb: str, values: dict[str, Any], kept: RunFolder) -> None:
     """Raises UserError for wrong ``values`` where the other options are those of the run ``kept``."""
     its_options = kept.read_options()
-    whole = {**defaults, **its_options, **values}
+    whole = _defaults(verb) | its_options | values
     with suppress(TypeError):  # in a config.yaml that was edited: found later
         check_scored(verb, whole["trainer.limit_val_batches"])
     if verb not in LEARNING:
@@ -121,30 +145,35 @@ def _check_with_kept(
             check_early_to_score(values[option], option, Reading.of(data))
         check_sources(as_sections(values).get("data", {}))
     if verb == "fit":
-        _check_run(options, values, kept)
+        _check_run(values, kept)
     with suppress(TypeError):  # likewise
         _check_devices(verb, whole)
 
 
-def _check_whole(verb: str, options: Mapping[str, Option], values: Mapping[str, Any], config: str | None) -> None:
+def _check_whole(verb: str, values: Mapping[str, Any], config: str | None) -> None:
     """Raises UserError for ``values`` of all options that are wrong; ``config`` is the last config file."""
-    check_ranges(values)
-    check_ranges({name.removeprefix("samples."): value for name, value in values.items()}, "samples.")
-    Reading(str(values["data.form"]), columns=values["data.columns"]).check()
-    if values["data.template"] != OF_BASE:
-        read_template(values["data.template"])
+    _check_together(values)
     _check_base(verb, values)
     _check_devices(verb, values)
     named = values.get("run")  # as `complete` has it
     run = RunFolder(Path(named or unnamed_run(config, values["model.base"])))
     if verb == "fit" and named:
-        _check_run(options, values, run)
+        _check_run(values, run)
     elif verb == "fit":
         run.check_place()
-        run = next(one for one in chain([run], run.numbered()) if not _changes(options, values, one))  # as a fit does
+        run = next(one for one in chain([run], run.numbered()) if not _changes(values, one))  # as a fit does
     is_done = verb == "fit" and (run.finished_mark.exists() or bool(values.get("mirror")))
     if verb != "plan" and not is_done:  # a forecast needs no rows, nor does a run that is finished, here or there
         _check_rows(values, any_number=verb == "inspect")
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    """Raises UserError for ``values`` of all options that are wrong on every machine and with every base."""
+    check_ranges(values)
+    check_ranges({name.removeprefix("samples."): value for name, value in values.items()}, "samples.")
+    Reading(str(values["data.form"]), columns=values["data.columns"]).check()
+    if values["data.template"] != OF_BASE:
+        read_template(values["data.template"])
 
 
 def processes_asked(args: Sequence[str]) -> int:
@@ -229,23 +258,23 @@ def _check_devices(verb: str, values: Mapping[str, Any]) -> None:
         check_started(devices, number, num_nodes)
 
 
-def _check_run(options: Mapping[str, Option], values: Mapping[str, Any], run: RunFolder) -> None:
+def _check_run(values: Mapping[str, Any], run: RunFolder) -> None:
     """Raises UserError for plain settings that would make it another run than ``run``, and for one that is in use."""
     run.check_place()
     if is_first():
         run.check_writable()
         RunLock(run.path).check()
-    others = _changes(options, values, run)
+    others = _changes(values, run)
     if others:
         check_sources(as_sections(values).get("data", {}))
         raise settings.other_run(run.path, others)
 
 
-def _changes(options: Mapping[str, Option], values: Mapping[str, Any], run: RunFolder) -> list[Change]:
+def _changes(values: Mapping[str, Any], run: RunFolder) -> list[Change]:
     """The plain settings that make it another run than ``run``; none for one that has not begun."""
     if not run.has_begun() or not run.config.is_file():
         return []
-    left_out = {*FOR_ONE_START, *(name for name, one in options.items() if one.type is UNKNOWN)}
+    left_out = {*FOR_ONE_START, *(one.name for one in options_of("fit") if one.type is UNKNOWN)}
     now = {name: value for name, value in values.items() if name not in left_out}
     if "model.target_modules" in now:
         now["model.target_modules"] = split_names(now["model.target_modules"])

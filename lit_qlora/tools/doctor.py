@@ -134,10 +134,10 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
     fit = [*(["--config", config] if config else []), *(["--model.base", asked] if asked else [])]
     options: Any = None
     try:
-        from lit_qlora.tools import plan
+        from lit_qlora.precheck import options_of_fit
 
-        options = plan.parse(["plan", *fit])
-        name = options.model.base
+        options = options_of_fit(fit)
+        name = options["model.base"]
     except UserError as error:
         yield Finding("problem", f"fit: {error}")
         return
@@ -160,8 +160,8 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
     base = base or _known(name)
     num_lora, kept = 0, 2
     if base:
-        rank, targets = (options.model.rank, options.model.target_modules) if options else (16, "all-linear")
-        num_lora, kept = base.shape.num_lora(rank, targets), options.keep_checkpoints if options else kept
+        rank, targets = (options["model.rank"], options["model.target_modules"]) if options else (16, "all-linear")
+        num_lora, kept = base.shape.num_lora(rank, targets), options["keep_checkpoints"] if options else kept
     from lit_qlora.forecast.memory import run_folder_bytes
 
     try:
@@ -194,29 +194,34 @@ def _known(name: str) -> Any:
 
 def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     """The choices of that fit on this device, and why."""
+    from lit_qlora.data.templates import check_template_of_base
     from lit_qlora.model.device import AMPERE, choose_precision, current_device
     from lit_qlora.model.optimizer import OPTIMIZERS
+    from lit_qlora.text.formats import OF_BASE
 
-    device = current_device(options.trainer.accelerator)
-    model = options.model
-    precision, why = choose_precision(options.trainer.precision, device, base.shape.num_parameters)
+    if options["data.template"] == OF_BASE:
+        check_template_of_base(base.location)
+    device = current_device(options["trainer.accelerator"])
+    rank, optimizer = options["model.rank"], options["model.optimizer"]
+    precision, why = choose_precision(options["trainer.precision"], device, base.shape.num_parameters)
     yield Finding("ok", f"chosen: precision {precision} ({why})")
     has_flash = device.capability is not None and device.capability >= AMPERE
     below = "" if has_flash else " (flash_attention_2 needs compute capability 8.0)"
-    yield Finding("ok", f"chosen: attention {model.attention}{below}")
-    state = OPTIMIZERS[model.optimizer].state_bytes * base.shape.num_lora(model.rank, model.target_modules)
-    yield Finding("ok", f"chosen: optimizer {model.optimizer} (its state is {size(state)} at rank {model.rank})")
+    yield Finding("ok", f"chosen: attention {options['model.attention']}{below}")
+    state = OPTIMIZERS[optimizer].state_bytes * base.shape.num_lora(rank, options["model.target_modules"])
+    yield Finding("ok", f"chosen: optimizer {optimizer} (its state is {size(state)} at rank {rank})")
     if device.capability is None:
         yield Finding("ok", "chosen: checkpointing none, compile false (no GPU)")
         return
-    yield Finding("ok", f"chosen: compile {'false' if model.compile is False else 'true'} (a GPU)")
+    yield Finding("ok", f"chosen: compile {'false' if options['model.compile'] is False else 'true'} (a GPU)")
     from lit_qlora.forecast.words import kept_words
     from lit_qlora.tools import plan
     from lit_qlora.tools.planning.report import verdict
 
     forecast = plan.PlanCLI.of(["plan", *fit]).found.forecast
     found = verdict(forecast)
-    yield Finding("ok", f"chosen: checkpointing {model.checkpointing} ({kept_words(forecast.step)}: predicted)")
+    kept = f"checkpointing {options['model.checkpointing']} ({kept_words(forecast.step)}: predicted)"
+    yield Finding("ok", f"chosen: {kept}")
     if found.fits:
         yield Finding("ok", found.words)
     else:

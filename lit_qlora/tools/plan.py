@@ -6,8 +6,6 @@ Takes fit's own options, and needs neither GPU nor weights nor network. Knows wh
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from lit_qlora.console import fitted
 from lit_qlora.data.datamodule import ChatDataModule, check_limit
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
@@ -60,28 +58,10 @@ class PlanCLI(DryCLI):
         self.found = Plan(model.base, forecast, reason, download, *length, self.is_assumed)
 
 
-class _ParsedError(Exception):
-    """Ends `_Options` once its options are parsed, and carries them."""
-
-
-class _Options(PlanCLI):
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
-        raise _ParsedError(self.config["plan"])
-
-
 def main(args: list[str]) -> int:
     """Print the plan of a fit, whose options, and a card, are ``args`` from the verb on; return the exit status."""
     print("\n".join(map(fitted, lines(PlanCLI.of(args).found))))
     return 0
-
-
-def parse(args: list[str]) -> Any:
-    """All options of a plan, with their values by ``args`` and the config. Raises UserError as `main` does."""
-    try:
-        _Options.of(args)
-    except _ParsedError as parsed:
-        return parsed.args[0]
 
 
 def _card(name: str | None, gib: float | None, capability: str | None, assumed: tuple[int, int]) -> Card:

@@ -418,6 +418,20 @@ def test_bare_it_judges_what_a_bare_fit_runs_and_with_a_config_that(tell, tmp_pa
     assert line(tell("--config", str(config), status=2), "fit: unknown option 'model.rnak'")[0].startswith("problem")
 
 
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ("data: {template: nope.jinja}", "fit: data.template: nope.jinja: expected llama2, "),
+        ("data: {template: base}", "fit: data.template: base: 'demo' has no chat template"),
+        ("model: {rank: 0}", "fit: model.rank: expected a whole number from 1, got 0"),
+        ("trainer: {logger: NoLogger}", "fit: trainer.logger: no class 'NoLogger'"),
+    ],
+)
+def test_a_value_that_fit_refuses_is_found(tell, tmp_path, config, found):
+    (tmp_path / "mine.yaml").write_text(config)
+    assert line(tell("--config", f"{tmp_path}/mine.yaml", status=2), found)[0].startswith("problem")
+
+
 def test_a_config_that_is_not_there(capsys):
     assert main(["doctor", "--config", "nope.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: config: no file nope.yaml")

@@ -5,7 +5,7 @@ else a seeded share. After a run's start, its record names them. Knows no form o
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -55,8 +55,13 @@ class Parts:
 
     @cached_property
     def splits(self) -> dict[Source, Splits]:
-        """Those of each source. Raises UserError when one isn't found."""
-        return {source: find_splits(source) for source in sources_of(self.source)}
+        """Those of each source, but what another source trains on. Raises UserError when one isn't found."""
+        found = {source: find_splits(source) for source in sources_of(self.source)}
+        learned = [_split_of(source, splits.names.get("train", "")) for source, splits in found.items()]
+        return {
+            source: splits.without({one.split for one in learned if one == _split_of(source, str(one.split))})
+            for source, splits in found.items()
+        }
 
     def unread(self) -> dict[str, list[str]]:
         """Files or splits that are neither learned nor scored, by the source that has them."""
@@ -117,7 +122,7 @@ class Parts:
             UserError: as `load_records`, when there is nothing to hold out, and when all of it is in training, too.
         """
         trains, splits = self._training(), self._held_out_splits()
-        fixed = [self._load(source, name) for source, name in splits if name]
+        fixed = self._load_each((source, name) for source, name in splits if name)
         if not self._is_own():
             train = joined(trains)
             return train, _apart(joined(fixed), train, "data.validation_source")
@@ -146,7 +151,7 @@ class Parts:
         ]
         if not found:
             return None
-        records = joined([self._load(source, name) for source, name in found])
+        records = joined(self._load_each(found))
         return records if rows else _apart(records, joined(self._training()), "data.source", "test")
 
     def test_of(self, source: Any) -> Records:
@@ -255,8 +260,20 @@ class Parts:
         """The rows to train on, of each source."""
         return [self._load(source, splits.training(), self.seed) for source, splits in self.splits.items()]
 
+    def _load_each(self, parts: Iterable[tuple[Source, str]]) -> list[Records]:
+        """The rows of splits, of each once, though several sources may have it."""
+        distinct: dict[Source, tuple[Source, str]] = {}
+        for part in parts:
+            distinct.setdefault(_split_of(*part), part)
+        return [self._load(*part) for part in distinct.values()]
+
     def _load(self, source: Source, split: str, seed: int | None = None) -> Records:
         return load_records(source, split, self.reading, seed)
+
+
+def _split_of(source: Source, name: str) -> Source:
+    """The split called ``name`` of a source: equal for two that are one."""
+    return replace(source.place, split=name)
 
 
 def check_early_to_score(given: Any, option: str, reading: Reading) -> None:

@@ -5,8 +5,8 @@ form of row, and nothing of what the files hold.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,11 @@ class Splits:
     unread: tuple[str, ...] = ()
     beside: tuple[Path, ...] = ()
     is_chosen: bool = False
+
+    def without(self, taken: Collection[str | None]) -> "Splits":
+        """The same without the splits called ``taken`` beside its training rows."""
+        names = {kind: name for kind, name in self.names.items() if kind == "train" or name not in taken}
+        return replace(self, names=names, unread=tuple(name for name in self.unread if name not in taken))
 
     def training(self) -> str:
         """The name of the rows to train on.

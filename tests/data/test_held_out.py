@@ -398,6 +398,18 @@ def test_each_source_s_own_split_is_held_out_and_a_share_of_the_others(ten):
         assert not {*questions(train)} & {*questions(held_out)}
 
 
+def test_what_one_source_trains_on_is_held_out_of_no_other(ten):
+    folder_of("mine", train="abc", validation="de", test="fg")
+    parts = Parts(["mine:train", "mine:validation"])
+    train, held_out = parts.train_and_held_out()
+    assert (questions(train), questions(held_out)) == (["a", "b", "c", "d", "e"], ["f", "g"])
+    assert (parts.test(), parts.unread()) == (None, {})
+    parts = Parts([{"path": "mine", "split": "train"}, {"path": f"{Path('mine').resolve()}", "split": "test"}])
+    train, held_out = parts.train_and_held_out()
+    assert (questions(train), questions(held_out)) == (["a", "b", "c", "f", "g"], ["d", "e"])
+    assert parts.test() is None
+
+
 def test_a_source_s_share_of_its_training_rows_is_drawn_by_the_seed(ten):
     folder_of("mine", train="abcdefgh", validation="yz")
     source = [{"path": "mine", "share": 0.5}, ten]

@@ -107,24 +107,13 @@ class BatchPlan:
 
 
 def sizes_of(batches: Iterable[Sequence[int]], lengths: Sequence[int], packed: bool) -> list[int]:
-    """Tokens of each of ``batches`` of rows, padding counted.
-
-    Args:
-        batches: row numbers of each.
-        lengths: tokens of each row.
-        packed: True if rows are packed without padding.
-    """
+    """Tokens of each of ``batches`` of row numbers, by the rows' ``lengths``; without padding if ``packed``."""
     own = ([lengths[row] for row in rows] for rows in batches)
     return [sum(some) if packed else len(some) * max(some) for some in own]
 
 
 def limited(available: int, limit: int | float) -> int:
-    """How many of the ``available`` micro-batches a Trainer's ``limit`` leaves: so many, or a share of them.
-
-    Args:
-        available: micro-batches of an epoch.
-        limit: a whole number of them, or a share of 1.0 at most.
-    """
+    """How many of the ``available`` micro-batches of an epoch a Trainer's ``limit``, a number or a share, leaves."""
     return min(limit, available) if isinstance(limit, int) else int(limit * available)
 
 

@@ -83,16 +83,7 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
 
 
 def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conversation]) -> None:
-    """Check that a written tokenizer gives the ids of training.
-
-    Args:
-        folder: holds the tokenizer and its chat template.
-        encoder: of training.
-        conversations: open prompts to try.
-
-    Raises:
-        UserError: for the first whose ids differ.
-    """
+    """Raises UserError for the first prompt to which the tokenizer in ``folder`` gives other ids than training does."""
     tokenizer = load_tokenizer(str(folder))
     for prompt in conversations:
         ids = tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, return_dict=False)

@@ -327,11 +327,9 @@ class ChatDataModule(LightningDataModule):
         return self._evaluated("test")
 
     def write_tokenizer(self, folder: Path, max_tokens: int) -> None:
-        """Write what other programs need to answer as the rows were learned; see `chat_template.write_tokenizer`.
+        """Write into an adapter's folder what other programs need to answer as the rows were learned.
 
-        Args:
-            folder: of the adapter.
-            max_tokens: the context of the base.
+        See `chat_template.write_tokenizer`; ``max_tokens`` is the context of the base.
         """
         if self.tokenizer_name is not None:  # as it is for a subclass that makes ids of its own
             write_tokenizer(folder, self.encoder, max_tokens)
@@ -371,8 +369,7 @@ class ChatDataModule(LightningDataModule):
     def recall(self, file: Path) -> None:
         """Score the rows of a run that its record in ``file`` names, whatever became of the source since.
 
-        Raises:
-            UserError: the record is damaged.
+        Raises UserError if the record is damaged.
         """
         self._run_record, self.run_rows = file, RunRows.read(file)
 
@@ -382,15 +379,10 @@ class ChatDataModule(LightningDataModule):
         return RunRows.of(train, held_out, as_text(self.validation_source))
 
     def changed_since(self, file: Path) -> list[str]:
-        """What became of a run's conversations since it began, in words; empty if they are the same, or unknown.
+        """What became of a run's conversations since its record in ``file``, in words; empty if the same, or unknown.
 
-        Sources on the hub, and those that are no longer there, are not read.
-
-        Args:
-            file: the run's record of them.
-
-        Raises:
-            UserError: the record is damaged, or a source that is there can't be read.
+        Sources on the hub, and those that are no longer there, are not read. Raises UserError if the record is damaged,
+        or a source that is there can't be read.
         """
         recorded = RunRows.read(file)
         given = [*filter(None, (self.source, self.validation_source))]
@@ -405,14 +397,7 @@ class ChatDataModule(LightningDataModule):
         return self._records[part], rows
 
     def example(self, lines: int = 2) -> list[str]:
-        """A short training row as it is learned.
-
-        Args:
-            lines: the most to take, up to 2.
-
-        Raises:
-            UserError: before `setup`.
-        """
+        """A short training row as it is learned, in 1 or 2 ``lines`` at most. Raises UserError before `setup`."""
         rows = self._encoded("train")
         shortest = min(range(min(SHORT_AMONG, len(rows))), key=lambda row: rows.lengths[row])
         example = rows.examples[shortest]
@@ -531,15 +516,6 @@ def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
 
 
 def check_limit(option: str, limit: int | float, count: int) -> None:
-    """Check that a share of an epoch's micro-batches is at least one.
-
-    Args:
-        option: of the Trainer, such as ``limit_val_batches``.
-        limit: its value: a number of micro-batches, or a share of them.
-        count: micro-batches of the epoch.
-
-    Raises:
-        UserError: the share rounds to none.
-    """
+    """Raises UserError if ``limit``, of a Trainer's ``option``, is a share of ``count`` micro-batches below one."""
     expected = f"a share of at least one of the {number_of(count, 'micro-batches')}, or a number of them"
     require(isinstance(limit, int) or limit == 0 or int(limit * count) >= 1, f"trainer.{option}", expected, limit)

@@ -156,19 +156,11 @@ class Encoder:
         return [example._replace(was_cut=False), *(Example(some, some, was_cut=False) for some in further)]
 
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[Example | None]:
-        """An `Example` for each conversation in order, or None if no answer token would be left.
-
-        Args:
-            conversations: answered ones; of a plain text, as much as one row takes.
-        """
+        """An `Example` for each conversation in order, or None if no answer token would be left."""
         return map(self.example, self.written(conversations))
 
     def written(self, conversations: Iterable[Conversation]) -> Iterator[list[Written]]:
-        """For each conversation in its order, all of its pieces, before any cut.
-
-        Args:
-            conversations: any number of them; some hundred are encoded in one call.
-        """
+        """For each conversation in order, all of its pieces, before any cut; some hundred are encoded in one call."""
         remaining = iter(conversations)
         while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
             cut = [self._pieces(conversation) for conversation in some]
@@ -225,16 +217,8 @@ class Encoder:
         return [*begin, Piece(text, True, "stretch"), Piece(spelled.eos, True, "token")]
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """The ids of an open prompt: the answer starts right after the last one.
-
-        Args:
-            conversation: ends on the user's turn.
-
-        Returns:
-            Ids, BOS included where the format has one.
-
-        Raises:
-            ValueError: as `PromptFormat.pieces`.
+        """The ids of a conversation that ends on the user's turn, BOS included where the format has one: the answer
+        starts right after the last one. Raises ValueError as `PromptFormat.pieces`.
         """
         return [token for ids in self._ids(self.prompt_format.pieces(conversation)) for token in ids]
 
@@ -243,11 +227,7 @@ class Encoder:
         return [*([] if self.bos_id is None else [self.bos_id]), *self._encode([text])[0]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer's ids, without BOS, EOS and the format's outer spaces.
-
-        Args:
-            ids: of an answer.
-        """
+        """The text of an answer's ids, without BOS, EOS and the format's outer spaces."""
         return self._decode(ids).strip()
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -270,12 +250,7 @@ class Encoder:
         return text.strip().rstrip(UNFINISHED).strip(), False
 
     def certain(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """The text of an unfinished answer that what follows can't change, nor make a text of ``stop`` of.
-
-        Args:
-            ids: of the answer so far.
-            stop: texts that end an answer.
-        """
+        """The text of an answer's ids so far that what follows can't change, nor make an end of, by one of ``stop``."""
         text = self._decode(ids)
         begun = (size for one in stop for size in range(1, len(one)) if text.endswith(one[:size]))
         end = _stop_at(text, stop)

@@ -81,10 +81,9 @@ class Parts:
         return self._is_own() and None in own and (self.share > 0 or not any(own))
 
     def check_early(self) -> None:
-        """Look at the rows on this machine for what `train_and_held_out` would refuse; see `records.check_early`.
+        """Look at the rows on this machine for what `train_and_held_out` would refuse, and raise as it does.
 
-        Raises:
-            UserError: as it does.
+        See `records.check_early`.
         """
         local = {source: find_splits(source) for source in sources_of(self.source) if not is_hub_id(source)}
         for source, splits in local.items():
@@ -139,10 +138,8 @@ class Parts:
     def test(self, rows: RunRows | None = None) -> Records | None:
         """Load the sources' own test splits; None where there is none, or where it is what is held out.
 
-        Those of its conversations that are in training, too, are counted, unless ``rows`` is there to tell it.
-
-        Raises:
-            UserError: as `train_and_held_out`.
+        Those of its conversations that are in training, too, are counted, unless ``rows`` is there to tell it. Raises
+        UserError as `train_and_held_out`.
         """
         found = [
             (source, splits.names["test"])
@@ -157,8 +154,7 @@ class Parts:
     def test_of(self, source: Any) -> Records:
         """Load the rows of ``source`` that are there for a test: of its test split, or else what it has.
 
-        Raises:
-            UserError: as `load_records`, or when it is the training data itself.
+        Raises UserError as `load_records`, or when it is the training data itself.
         """
         learned = {one.place for one in self.splits}
         found = [(one, find_splits(one)) for one in sources_of(source, "data.test_source")]
@@ -277,15 +273,9 @@ def _split_of(source: Source, name: str) -> Source:
 
 
 def check_early_to_score(given: Any, option: str, reading: Reading) -> None:
-    """Look at rows for scoring that are on this machine; see `records.check_early`.
+    """Look at rows for scoring on this machine, ``given`` as the value of ``option``; see `records.check_early`.
 
-    Args:
-        given: the value of ``option``.
-        option: data.validation_source, or one that names rows for a test.
-        reading: how rows are read.
-
-    Raises:
-        UserError: as `Parts.held_out` and `Parts.test_of` for rows that can't be read.
+    Raises UserError as `Parts.held_out` and `Parts.test_of` for rows that can't be read.
     """
     kinds = ("validation", "test") if option == "data.validation_source" else ("test", "validation")
     for source in sources_of(given, option):

@@ -50,14 +50,9 @@ class Subject:
 
 
 def read_subjects(option: str, place: str) -> list[Subject]:
-    """The questions of a .csv file, or of every one in a folder, by name.
+    """The questions of a .csv file, or of every one in a folder, by name, which ``option`` names.
 
-    Args:
-        option: that names it, for messages.
-        place: the file or folder.
-
-    Raises:
-        UserError: nothing is found; or, naming file and line, for what is no question.
+    Raises UserError where nothing is found; and, naming file and line, for what is no question.
     """
     path = Path(place).expanduser()
     if not path.is_dir() and not path.is_file():

@@ -57,11 +57,7 @@ class RunRows:
 
     @classmethod
     def read(cls, file: Path) -> "RunRows | None":
-        """The record in ``file``; None without one.
-
-        Raises:
-            UserError: it is damaged.
-        """
+        """The record in ``file``; None without one. Raises UserError if it is damaged."""
         try:
             values = parse_json(file.read_bytes())
             if values["version"] != VERSION:
@@ -79,11 +75,7 @@ class RunRows:
         return cls(tuple(digests[0]), frozenset(digests[1]), source)
 
     def write(self, file: Path) -> None:
-        """Write the record to ``file`` atomically; equal conversations give equal bytes.
-
-        Raises:
-            SaveError: it could not be written.
-        """
+        """Write the record to ``file`` atomically, equal bytes for equal rows. Raises SaveError if that fails."""
         values = asdict(self) | {"train": sorted(self.train)}
         text = json.dumps({"version": VERSION} | values, indent=0) + "\n"
         if not file.is_file() or file.read_bytes() != text.encode():

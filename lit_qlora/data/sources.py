@@ -192,15 +192,7 @@ def _check_split(source: Source, name: str, found: Sequence[str]) -> None:
 
 
 def local_bytes(source: str | Source, split: str = "train") -> int | None:
-    """The size of a split's files on this machine; None for one on the hub.
-
-    Args:
-        source: where rows come from.
-        split: name of the split there.
-
-    Raises:
-        UserError: as `read_source`.
-    """
+    """The size of a split's files on this machine; None for one on the hub. Raises UserError as `read_source`."""
     files = _files_of(_source(source, "data.source"), split)
     return None if files is None else sum(path.stat().st_size for path in files if path.is_file())
 

@@ -69,12 +69,7 @@ def columns(text: str) -> int:
 
 
 def shortened(text: str, width: int) -> str:
-    """A printable text without its middle.
-
-    Args:
-        text: to be shortened, if it takes more.
-        width: columns that it may take.
-    """
+    """A printable text without its middle, if it takes more than ``width`` columns."""
     if columns(text) <= width:
         return text
     head = _first(text, (width - 1) * 2 // 3)

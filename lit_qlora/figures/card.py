@@ -186,12 +186,7 @@ def _cost(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float
 
 
 def addressed(text: str, to: str) -> str:
-    """The card for readers on the hub.
-
-    Args:
-        text: the card as it was written.
-        to: the repository, NAME/REPO.
-    """
+    """The text of a card for readers on the hub, in the repository NAME/REPO."""
     chat = "`python main.py chat --adapter this-folder"
     return text.replace('"this-folder"', f'"{to}"').replace(
         chat, f"`hf download {to} --local-dir this-folder`, then {chat}"

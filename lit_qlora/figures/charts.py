@@ -240,10 +240,5 @@ def _memory(axes: "Axes", figures: Figures) -> str:
 
 
 def peak_of(figures: Figures, name: str) -> float | None:
-    """The highest value of a figure; None where it was never recorded.
-
-    Args:
-        figures: finite figures by optimizer step.
-        name: name of the figure.
-    """
+    """The highest value of the finite figures called ``name``; None where it was never recorded."""
     return max((line[name] for line in figures.values() if name in line and math.isfinite(line[name])), default=None)

@@ -36,12 +36,7 @@ class StepLines:
         self._is_synced = True
 
     def add(self, step: int, content: Mapping[str, Any]) -> None:
-        """Append a line; one that can't be written is kept, reported once, and retried.
-
-        Args:
-            step: optimizer step, above that of the line before.
-            content: the rest of the line.
-        """
+        """Append the line of a later step; one that can't be written is kept, reported once, and retried."""
         self._unwritten[step] = json.dumps({"step": step, **content}) + "\n"
         self.write()
 

@@ -83,12 +83,7 @@ class Record(Logger):
             self._open.others.append([step, figures])
 
     def log_samples(self, samples: Figures, step: int) -> None:
-        """Record the sample answers of a validation.
-
-        Args:
-            samples: in the form of `figures.samples.line`.
-            step: optimizer steps done.
-        """
+        """Record the sample answers of a validation after ``step`` steps, as `figures.samples.line` has them."""
         self._move_to(step)
         if self.board:
             self.board.add(_tables(step, samples), anew=self._open.samples)
@@ -132,13 +127,9 @@ class Record(Logger):
         }  # fmt: skip
 
     def go_back(self, state: Mapping[str, Any] | None) -> None:
-        """Cut the files back to a checkpoint, reopen its step, and rewrite the view.
+        """Cut the files back to a checkpoint's `state_dict`, or to nothing, reopen its step, and rewrite the view.
 
-        Args:
-            state: `state_dict` of the checkpoint; None at the start of a run.
-
-        Raises:
-            SaveError: A file could not be changed.
+        Raises SaveError if a file could not be changed.
         """
         self._metrics.go_back(state)
         self._samples.go_back(state and state["samples"])

@@ -33,15 +33,7 @@ class SampleAnswer(NamedTuple):
 
 
 def counts(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, float]:
-    """Figures of how sample answers ended.
-
-    Args:
-        answers: all of one validation.
-        max_new_tokens: the limit of an answer.
-
-    Returns:
-        Counts of ends, their limit, and the share that ended by themselves.
-    """
+    """Figures of how sample answers ended: counts of ends, their limit, and the share that ended by themselves."""
     ends = [answer.cut_by for answer in answers]
     figures = {ENDED: ends.count(None), LIMIT: ends.count(LIMIT), TOKENS: max_new_tokens}
     if CONTEXT in ends:
@@ -79,14 +71,10 @@ def table(line: Mapping[str, Any]) -> str | None:
 
 
 def answered(file: Path, step: int | None) -> list[dict[str, Any]]:
-    """The questions and answers of one line of ``samples.jsonl``: that of ``step``, else the last of an adapter.
+    """The questions and answers of a line of ``samples.jsonl``: of the best adapter's ``step``, else an adapter's last.
 
     Before training only the base has answered, which is the first line. Of any content: a run folder may come from a
     stranger.
-
-    Args:
-        file: The run's.
-        step: Of the best adapter; 0 or None where that is unknown.
     """
     found: list[dict[str, Any]] = []
     for line in iter_lines(file):
@@ -99,13 +87,9 @@ def answered(file: Path, step: int | None) -> list[dict[str, Any]]:
 
 
 def side_by_side(answers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The first questions, below each the base's answer and the adapter's in two columns of 3 lines.
+    """The first questions of a `line`, below each the answers of base and adapter in two columns of 3 lines.
 
-    Args:
-        answers: those of a `line`.
-
-    Returns:
-        Lines for a terminal; none where no adapter has answered.
+    Empty where no adapter has answered.
     """
     rows = [row for row in answers if "adapter" in row][:COMPARED]
     shown = [_in_columns("  base alone", "with the adapter")] if rows else []
@@ -117,13 +101,9 @@ def side_by_side(answers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def short_prompts(file: Path, count: int) -> list[str]:
-    """Prompts of up to 100 characters in one line that a run's samples hold.
+    """The first ``count`` prompts of up to 100 characters in one line that a run's ``samples.jsonl`` holds.
 
     Of any content: a run folder may come from a stranger.
-
-    Args:
-        file: the run's ``samples.jsonl``.
-        count: number of prompts, the first ones.
     """
     found: list[str] = []
     for line in iter_lines(file):

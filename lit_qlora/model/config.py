@@ -229,12 +229,7 @@ def _quantization(name: str, place: str, told: Any) -> dict[str, Any]:
 
 
 def for_transformers(config: Mapping[str, Any], plain: Collection[str] = ()) -> "PreTrainedConfig":
-    """transformers' config of a result of `read_config`.
-
-    Args:
-        config: of a base.
-        plain: names of linear layers that a 4-bit base keeps in 16 bits.
-    """
+    """transformers' config of a result of `read_config`; a 4-bit base keeps the linear layers ``plain`` in 16 bits."""
     architecture = architecture_of(config)
     values = {key: value for key, value in config.items() if key not in (*_ROPE_KEYS, "model_type")}
     theta, kind, members = rope_of(config)

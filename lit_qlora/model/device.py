@@ -147,14 +147,9 @@ def compiler_lacks(on_gpu: bool) -> list[str]:
 
 
 def check_compile(wanted: bool | str, device: Device) -> str | None:
-    """Why nothing is compiled on a device though it could be; None if it is, or was never requested.
+    """Why nothing is compiled on a device though it could be; None if it is, or was never ``wanted``.
 
-    Args:
-        wanted: as ``model.compile``.
-        device: to compute on.
-
-    Raises:
-        UserError: compilation is requested explicitly, and something is missing for it.
+    Raises UserError if something is missing for what is requested explicitly.
     """
     on_gpu = device.capability is not None
     if not device.is_here or wanted is False or (wanted == "auto" and not on_gpu):

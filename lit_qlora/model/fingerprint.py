@@ -60,13 +60,7 @@ def fingerprint(base: Base) -> str:
 
 
 def write_original(folder: Path, copy: Base, base: Base) -> None:
-    """Record which base a 4-bit copy is of.
-
-    Args:
-        folder: of the copy, which is being written.
-        copy: that stands for it.
-        base: that it was made from.
-    """
+    """Record in the folder of a 4-bit copy, which is being written, which base it is of."""
     told = {"of": fingerprint(base), "own": _sampled(copy)}
     (folder / ORIGINAL).write_text(json.dumps(told, indent=2), encoding="utf-8")
 

@@ -141,12 +141,7 @@ def read_tensor(stored: Stored) -> torch.Tensor:
 
 
 def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Freeze a loaded base.
-
-    Args:
-        model: with its linear layers in 4 bits.
-        dtype: that it computes in: of its products, and of all else that is not in 4 bits.
-    """
+    """Freeze a loaded base, with its linear layers in 4 bits; all else of it, and its products, are in ``dtype``."""
     from bitsandbytes.nn import Linear4bit
 
     model.requires_grad_(False)
@@ -186,14 +181,8 @@ def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
 
 
 def check_settings(folder: Path, lora: Lora) -> None:
-    """Check options against those of an adapter to start from, which has its own rank, alpha and targets.
-
-    Args:
-        folder: of the adapter.
-        lora: the options.
-
-    Raises:
-        UserError: for the first setting that differs.
+    """Raises UserError for the first option that differs from those of the adapter to start from, in ``folder``: it has
+    its own rank, alpha and targets.
     """
     targets = sorted({match["linear"] for match in map(PLACE.match, stored_shapes(folder)) if match})
     asked = vars(lora) | {"target_modules": sorted(target_names(lora.target_modules))}
@@ -214,14 +203,9 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
-    """An adapter's rank by linear layer, for each decoder layer: its patterns may give it many.
+    """An adapter's rank by linear layer, for each of its base's decoder layers: its patterns may give it many.
 
-    Args:
-        folder: of the adapter.
-        num_layers: decoder layers of its base.
-
-    Raises:
-        UserError: its weights can't be read.
+    Raises UserError if its weights can't be read.
     """
     found: dict[int, dict[str, int]] = {layer: {} for layer in range(num_layers)}
     for name, shape in stored_shapes(folder).items():
@@ -294,15 +278,7 @@ def load_adapter(
 
 
 def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
-    """Load the weights of an adapter into a model that has one of just this shape.
-
-    Args:
-        model: the base with its adapter.
-        folder: of the adapter to load.
-
-    Raises:
-        UserError: it was altered.
-    """
+    """Load an adapter's weights into a model that has one of just this shape. Raises UserError if it was altered."""
     from peft import set_peft_model_state_dict
 
     own = {name: getattr(model.peft_config["default"], key) for name, key in IN_CONFIG.items()}

@@ -89,15 +89,7 @@ HARMLESS: dict[str, list[Any]] = {"bias": ["none"], "init_lora_weights": [True, 
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:
-    """Check that an adapter is one that can be computed here.
-
-    Args:
-        folder: of the adapter, for messages.
-        config: the contents of its adapter_config.json.
-
-    Raises:
-        UserError: for the first field that is not supported.
-    """
+    """Raises UserError for the first field of adapter_config.json, in ``folder``, that can't be computed here."""
     for name in ("r", "lora_alpha"):
         if config.get(name) is None:
             raise UserError(f"adapter_config.json lacks {name}", place=folder, remedy=_REMEDY)

@@ -66,15 +66,7 @@ OPTIMIZERS = {
 
 
 def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
-    """Check that a device can use an optimizer.
-
-    Args:
-        name: of the optimizer.
-        on_gpu: True for a GPU, whose memory some page.
-
-    Raises:
-        UserError: it can't.
-    """
+    """Raises UserError for an optimizer that pages a GPU's memory, unless ``on_gpu``."""
     if OPTIMIZERS[name].is_paged and not on_gpu:
         raise UserError(
             f"{name} pages a GPU's memory, and there is no GPU",

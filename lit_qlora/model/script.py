@@ -114,15 +114,7 @@ def check_monitors(trainer: Trainer) -> None:
 
 
 def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
-    """Check that a callback monitors a figure that there is.
-
-    Args:
-        callback: that may have a ``monitor``.
-        figures: names that there are.
-
-    Raises:
-        UserError: it monitors another one.
-    """
+    """Raises UserError if a callback monitors another figure than ``figures``, the names that there are."""
     monitored = getattr(callback, "monitor", None)
     if isinstance(monitored, str) and monitored not in figures:
         known = [f"one of {', '.join(figures)}"] if figures else ["none"]
@@ -134,13 +126,7 @@ def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
 
 
 def record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any]:
-    """What a checkpoint holds under `OF`.
-
-    Args:
-        base: that is trained.
-        lora: its adapter's options.
-        prompt_format: that it is trained with.
-    """
+    """What a checkpoint holds under `OF`: of the base that is trained, its adapter's options, and its prompt format."""
     scaling = {name: getattr(lora, name) for name in SCALING}
     return {"base_fingerprint": fingerprint(base), **scaling, "prompts": prompt_format.record()}
 

@@ -31,14 +31,9 @@ def size(num_bytes: float) -> str:
 
 
 def output_path(output: str, what: str = "file") -> Path:
-    """The path that the option ``output`` names.
+    """The path of what is to be written, a file or a folder, that the option ``output`` names.
 
-    Args:
-        output: its value.
-        what: is to be written: a file or a folder.
-
-    Raises:
-        UserError: for an invalid name, and for a folder where a file is to be written.
+    Raises UserError for an invalid name, and for a folder where a file is to be written.
     """
     path = Path(output)
     try:
@@ -77,15 +72,7 @@ def require_folder(path: Path) -> None:
 
 
 def require_new(path: Path, why: str = "") -> None:
-    """Check that what the option ``output`` names is not there.
-
-    Args:
-        path: that it names.
-        why: what is there is not taken, in brackets; or nothing.
-
-    Raises:
-        UserError: it is there.
-    """
+    """Raises UserError, which says ``why`` in brackets, if ``path``, which the option ``output`` names, is there."""
     if path.exists():
         raise UserError(f"{path} exists already{why}", option="output", remedy="give another name or remove it")
 
@@ -107,14 +94,9 @@ class SaveError(OSError):
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file atomically.
+    """Write a file atomically into an existing folder; a text in UTF-8.
 
-    Args:
-        path: the file; its folder exists.
-        content: bytes, or a text, which is written in UTF-8.
-
-    Raises:
-        SaveError: it could not be written; the previous file is unchanged.
+    Raises SaveError if that fails; the previous file is unchanged.
     """
     content = content.encode() if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.tmp")
@@ -139,15 +121,7 @@ LFS = b"version https://git-lfs"
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """`json.loads` whose only error is ValueError: files come from anywhere.
-
-    Args:
-        text: in UTF-8, if bytes.
-        **options: as of `json.loads`.
-
-    Raises:
-        ValueError: with a reason of `unreadable`.
-    """
+    """`json.loads` whose only error is ValueError, with a reason of `unreadable`: files come from anywhere."""
     try:
         return json.loads(text, **options)
     except (ValueError, RecursionError) as error:
@@ -210,12 +184,7 @@ def _if_supported() -> Iterator[None]:
 
 
 def disk_error(error: Exception, path: Path) -> OSError:
-    """The OSError in a safetensors message such as ``I/O error: … (os error 28)``.
-
-    Args:
-        error: of safetensors.
-        path: that was to be written.
-    """
+    """The OSError, about ``path``, in a safetensors message such as ``I/O error: … (os error 28)``."""
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else OSError(str(error))
 

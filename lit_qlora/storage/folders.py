@@ -147,8 +147,7 @@ def read_seal(path: Path) -> bytes | None:
 def remove_folder(path: Path) -> None:
     """Delete a folder, or a file in its place, so that a kill never leaves a partial one under its name.
 
-    Raises:
-        FileNotFoundError: there is none.
+    Raises FileNotFoundError if there is none.
     """
     gone = _aside(path, "gone")
     path.rename(gone)
@@ -286,12 +285,7 @@ def _is_inside(folder: Path, name: str) -> bool:
 
 
 def is_whole(folder: Path, check: Callable[[Path], object] = verify_folder) -> bool:
-    """True unless a check finds a folder damaged.
-
-    Args:
-        folder: to be checked.
-        check: raises DamagedFolderError if it is; default: by its manifest.
-    """
+    """True unless ``check``, by default of its manifest, raises DamagedFolderError for a folder."""
     try:
         check(folder)
     except DamagedFolderError:

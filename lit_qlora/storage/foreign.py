@@ -78,30 +78,13 @@ def object_in(file: Path) -> dict[str, Any]:
 
 
 def check(place: str, key: str, kind: Kind, value: Any) -> None:
-    """Check that a value is of its kind.
-
-    Args:
-        place: the file that holds it, for messages.
-        key: its name there.
-        kind: that it is to be of.
-        value: to be checked.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raises UserError unless a value, under ``key`` in the file ``place``, is of its kind."""
     if not kind.holds(value):
         raise wrong(place, key, kind.expected, value)
 
 
 def wrong(place: str, key: str, expected: str, value: Any) -> UserError:
-    """The error for a value of the wrong kind.
-
-    Args:
-        place: the file that holds it.
-        key: its name there.
-        expected: in words.
-        value: that was found.
-    """
+    """The error for a value of the wrong kind, under ``key`` in the file ``place``; ``expected`` is in words."""
     return UserError(f"{key}: expected {expected}, got {shown(value)}", place=place)
 
 

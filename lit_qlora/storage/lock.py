@@ -32,11 +32,7 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> "RunLock":
-        """Take the lock, without waiting.
-
-        Raises:
-            UserError: another process holds it; the message says which.
-        """
+        """Take the lock, without waiting. Raises UserError if another process holds it; the message says which."""
         self._run.mkdir(parents=True, exist_ok=True)
         path = self._run / ".lock"
         if path.is_dir():

@@ -70,12 +70,7 @@ def named_folder(run: str | None) -> Path | None:
 
 
 def unnamed_run(config: str | None, base: str) -> Path:
-    """The folder of a run that is given no name.
-
-    Args:
-        config: the last config file, whose name it has; None for none.
-        base: of which it has the name then.
-    """
+    """The folder of a run that is given no name: it has that of the last config file, or without one the base's."""
     return RUNS / (Path(config).stem if config else Path(base).name or "run")
 
 
@@ -170,14 +165,9 @@ class RunFolder:
         return UserError(problem, option=option, remedy=remedy)
 
     def prepare(self, option: str = "run", take: Callable[[], None] = lambda: None) -> None:
-        """Create the folder, lock it, and repair what a kill left behind.
+        """Create the folder, lock it by ``take``, and then repair what a kill left behind.
 
-        Args:
-            option: that named the folder, for messages.
-            take: locks it, before any repair.
-
-        Raises:
-            UserError: it can't be written.
+        Raises UserError, about the ``option`` that named it, if it can't be written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -229,11 +219,9 @@ class RunFolder:
     def last_checkpoint(
         self, check: Callable[[Path], object] = verify_folder, above: int = -1
     ) -> tuple[Path | None, list[str]]:
-        """The newest intact checkpoint, and the problems of newer ones.
+        """The newest intact checkpoint ``above`` a step, and the problems of newer ones.
 
-        Args:
-            check: raises DamagedFolderError for a damaged one; default: by its manifest.
-            above: step, up to which none counts.
+        ``check`` raises DamagedFolderError for a damaged one; default: by its manifest.
         """
         problems = list[str]()
         for step in reversed(self.saved_steps()):
@@ -353,15 +341,7 @@ def open_run(name: str | None) -> RunFolder:
 
 
 def folder_to_score(what: str, check: Callable[[Path], Any]) -> Path:
-    """The checkpoint folder that is to be scored.
-
-    Args:
-        what: its path.
-        check: raises DamagedFolderError if it is not intact.
-
-    Raises:
-        UserError: it is not, or the path is no folder's.
-    """
+    """The checkpoint folder ``what``. Raises UserError if it is no folder's path, or ``check`` finds it damaged."""
     folder = checkpoint_folder(what)
     try:
         check(folder)

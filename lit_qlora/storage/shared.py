@@ -35,14 +35,7 @@ class Held:
 
 
 def remove_unused(folder: Path) -> bool:
-    """Remove a folder unless it is, or may be, in use.
-
-    Args:
-        folder: that may lack its manifest, without which nobody can use it.
-
-    Returns:
-        True if it is gone.
-    """
+    """Remove a folder unless it is, or may be, in use; without a manifest nobody can use it. True if it is gone."""
     manifest = folder / MANIFEST
     with suppress(OSError):
         if os.name == "nt" or not manifest.is_file():  # Windows renames no folder of which a process has a file open

@@ -129,12 +129,7 @@ class PromptFormat(ABC):
         return token in self.spelled.ends
 
     def wrong(self, name: str, problem: object) -> UserError:
-        """An error in one of its options, which came from the command line or a record.
-
-        Args:
-            name: ``template`` or ``system``.
-            problem: in words.
-        """
+        """An error in its option ``template`` or ``system``, which came from the command line or a record."""
         return UserError(str(problem), option=name if self.place else f"data.{name}", place=self.place)
 
     @property
@@ -208,12 +203,7 @@ class PromptFormat(ABC):
 
     @abstractmethod
     def left_out(self, where: str, why: Exception) -> str:
-        """The message about rows that it can't hold.
-
-        Args:
-            where: the first of them stands.
-            why: it can't be held.
-        """
+        """The message about rows that it can't hold: where the first of them stands, and why."""
 
     def record(self) -> dict[str, str]:
         """The record of the prompt format in an adapter; `from_record` reads it."""
@@ -221,15 +211,7 @@ class PromptFormat(ABC):
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any], place: str) -> Self:
-        """The format of a record.
-
-        Args:
-            record: whose values are texts.
-            place: of the record, for messages.
-
-        Raises:
-            UserError: it is incomplete.
-        """
+        """The format of a record of texts at ``place``. Raises UserError if it is incomplete."""
         return cls(system=record.get("system"), place=place)
 
     @abstractmethod

@@ -42,7 +42,7 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' names of dtypes."""
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PLACE = re.compile(
     rf"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(Shape.LINEARS)})\.lora_.*"
 )
@@ -382,6 +382,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     elsewhere = next((name for name in sorted(stored) if ".lora_" in name and not PLACE.match(name)), None)
     if elsewhere:
         layer = elsewhere.partition(".lora_")[0].removeprefix("base_model.model.")
+        if elsewhere.startswith(layer):
+            problem = f"{elsewhere} is no name of peft's, expected base_model.model.… before it"
+            raise UserError(problem, place=folder, remedy="save it with peft (save_pretrained)")
         raise UserError(
             f"by adapter_config.json's target_modules it has LoRA on {layer}, which can't be used here",
             place=folder,
@@ -420,6 +423,9 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError) and (folder / PICKLE).is_file():
+        remedy = "load and save it with peft (save_pretrained) where you trust it"
+        return UserError(f"its weights are in {PICKLE}, which can execute code", place=folder, remedy=remedy)
     return UserError(f"the adapter can't be read: {one_line(error)}", place=folder)
 
 

@@ -418,6 +418,19 @@ def test_weights_that_are_not_finite(load, tiny, adapter, value, expect_refusal)
     expect_refusal(load(), tiny, adapter, "not finite", place=adapter / "adapter_model.safetensors")
 
 
+def test_weights_in_a_pickle_alone(adapter, expect_error):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    expect_error(lambda: read_record(adapter), "can execute code", "save_pretrained", place=adapter)
+
+
+def test_weights_under_other_names_than_peft_s(adapter, expect_error):
+    file = adapter / "adapter_model.safetensors"
+    save_file({name.removeprefix("base_model.model."): one for name, one in load_file(file).items()}, file)
+    expect_error(
+        lambda: read_record(adapter), "is no name of peft's", "base_model.model.", "save_pretrained", place=adapter
+    )
+
+
 @pytest.mark.parametrize("kept", [0, 100, -1000])
 def test_a_truncated_file(load, tiny, adapter, kept):
     file = adapter / "adapter_model.safetensors"

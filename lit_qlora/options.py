@@ -300,10 +300,6 @@ def _mistake(message: str, names: list[str]) -> UserError:
             bare = next((remedy for option, remedy in BARE.items() if option in names), "")
             return UserError(f"{excerpt(name)} is the value of no option", remedy=f"{bare}{one_value}")
         return UserError(f"unknown option {excerpt(name)}", remedy=remedy)
-    linked = re.search(r"model\.base --> (data\.tokenizer)|Linked \"([\w.]+)\" must be given", message)
-    if linked:
-        name = linked[1] or linked[2]
-        return UserError(f"can't be given, it is always {LINKED[name]}", option=name, remedy="set that one")
     section = re.search(r"key \"(\w+)\":\s*Unable to load config '([^']*)'", message)
     return no_option(section[1], section[2], names) if section else UserError(one_line(message))
 

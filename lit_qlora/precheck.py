@@ -80,13 +80,16 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     options = {one.name: one for one in options_of(verb)}
     check_once(args, {name: one.type for name, one in options.items()})
     command = complete([verb, *args])
-    for section, *_ in CLASSES:
+    sections = [section for section, *_ in CLASSES]
+    for section in sections:
         texts = take_option(args, f"--{section}")[0]
         text = (texts[-1] or "") if texts else None
         if text is not None and not text.lstrip().startswith("{") and not Path(text).is_file():
             raise no_option(section, text, [*options])
-    given = [arg.partition("=")[0].lstrip("-").rstrip("+") for arg in args if arg.startswith("-")]
-    if any(one not in options and _belongs(one) for one in given):
+    given = {arg.partition("=")[0].lstrip("-").rstrip("+") for arg in args if arg.startswith("-")}
+    for name in given & {*LINKED}:
+        raise UserError(f"can't be given, it is always {LINKED[name]}", option=name, remedy="set that one")
+    if given & {*sections, "print_config", ""}:  # which the parser proper alone knows
         return
     values, config = _given(verb, command.args[1:])
     if command.kept:
@@ -354,9 +357,3 @@ def _check_arguments(option: str, name: str, values: Mapping[str, Any]) -> None:
     missing = [one for one in needed if one not in {*values, "save_dir"}]  # a logger writes into the run's folder
     if missing:
         raise lacks(name, option, missing)
-
-
-def _belongs(name: str) -> bool:
-    """True if only the parser proper knows ``name``: a section, a link, a request."""
-    sections = {section for section, _, _ in CLASSES}
-    return name in sections or name in LINKED or name in ("print_config", "")

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from lit_qlora.console import complain
+from lit_qlora.data.sources import sources_of
 from lit_qlora.data.templates import is_template
-from lit_qlora.errors import UserError, excerpt
+from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.options import (
     CONFIG,
     OneLineErrors,
@@ -28,7 +29,7 @@ from lit_qlora.options import (
     takes_names,
 )
 from lit_qlora.place import CONFIGS, find_config
-from lit_qlora.signatures import LEARNING
+from lit_qlora.signatures import LEARNING, OF_LIGHTNING, options_of, parser_of
 from lit_qlora.storage.config_file import as_sections, as_yaml, read_options
 from lit_qlora.storage.run import RunFolder, lies_in_run, named_folder, open_run
 
@@ -85,6 +86,29 @@ def complete(args: list[str]) -> Command:
             run = run if found is None else named_folder(str(found))
     is_newest = kept is not None and name is None
     return Command([verb, *rest, *(["--run", str(run)] if run else [])], kept, is_newest)
+
+
+def kept_options(run: RunFolder) -> dict[str, Any]:
+    """The plain options that ``run`` keeps, by name, of fit's own types; without classes and folders elsewhere.
+
+    Raises UserError for a name that is no option and a value of another type: the folder may come from anywhere.
+    """
+    known = {one.name: one for one in options_of("fit") if one.name not in OF_LIGHTNING}
+    given = run.read_options()
+    try:
+        for name in ("model", "data", "trainer"):
+            require(name not in given, name, "options below it", given.get(name))
+        for name in [*given]:
+            if known_as(name, OF_LIGHTNING) or name in ELSEWHERE:
+                del given[name]
+            elif known_as(name, known) is None or "+" in name:
+                remedy = f"{did_you_mean(name, [*known])}; {REMEDY}"
+                raise UserError(f"unknown option {excerpt(name)}", remedy=remedy)
+        found = parser_of(tuple(known.values())).parse_object(as_sections(given))
+        sources_of(found.get("data.source", "demo"))
+    except UserError as error:
+        raise error.replace(place=run.config) from error
+    return {name: value for name, value in found.items() if name in known}
 
 
 def with_kept(command: Command, parser: OneLineErrors) -> list[str]:

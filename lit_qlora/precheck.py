@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from lit_qlora.command import complete
+from lit_qlora.command import complete, kept_options
 from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.data.held_out import Parts, check_early_to_score
 from lit_qlora.data.records import Reading
@@ -52,6 +52,7 @@ from lit_qlora.signatures import (
     UNKNOWN,
     arguments_of,
     classes_for,
+    defaults_of,
     is_of_lightning,
     options_of,
     parser_of,
@@ -95,7 +96,7 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     if command.kept:
         _check_with_kept(verb, values, command.kept)
     else:
-        _check_whole(verb, _defaults(verb) | values, config)
+        _check_whole(verb, defaults_of(verb) | values, config)
 
 
 def options_of_fit(args: Sequence[str]) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def options_of_fit(args: Sequence[str]) -> dict[str, Any]:
         UserError: as the parser proper would.
     """
     values, _ = _given("fit", complete(["fit", *args]).args[1:])
-    values = _defaults("fit") | values
+    values = defaults_of("fit") | values
     _check_together(values)
     return values | {"model.target_modules": split_names(values["model.target_modules"])}
 
@@ -131,16 +132,11 @@ def _given(verb: str, args: Sequence[str]) -> tuple[dict[str, Any], str | None]:
     return values, str(configs[-1]) if configs else None
 
 
-def _defaults(verb: str) -> dict[str, Any]:
-    return {one.name: one.default for one in options_of(verb) if one.default is not UNKNOWN}
-
-
 def _check_with_kept(verb: str, values: dict[str, Any], kept: RunFolder) -> None:
     """Raises UserError for wrong ``values`` where the other options are those of the run ``kept``."""
-    its_options = kept.read_options()
-    whole = _defaults(verb) | its_options | values
-    with suppress(TypeError):  # in a config.yaml that was edited: found later
-        check_scored(verb, whole["trainer.limit_val_batches"])
+    its_options = kept_options(kept)
+    whole = defaults_of(verb) | its_options | values
+    check_scored(verb, whole["trainer.limit_val_batches"])
     if verb not in LEARNING:
         option = "data.validation_source" if verb == "validate" else "data.test_source"
         if values.get(option):
@@ -149,8 +145,7 @@ def _check_with_kept(verb: str, values: dict[str, Any], kept: RunFolder) -> None
         check_sources(as_sections(values).get("data", {}))
     if verb == "fit":
         _check_run(values, kept)
-    with suppress(TypeError):  # likewise
-        _check_devices(verb, whole)
+    _check_devices(verb, whole)
 
 
 def _check_whole(verb: str, values: Mapping[str, Any], config: str | None) -> None:

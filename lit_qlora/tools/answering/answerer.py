@@ -11,16 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lit_qlora.command import ELSEWHERE
+from lit_qlora.command import kept_options
 from lit_qlora.console import say_imports
-from lit_qlora.data.sources import sources_of
-from lit_qlora.errors import UserError, excerpt, require
+from lit_qlora.errors import UserError, require
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.lora_config import require_adapter
-from lit_qlora.options import did_you_mean, known_as
 from lit_qlora.quiet import quieten
-from lit_qlora.signatures import OF_LIGHTNING, options_of, parser_of
+from lit_qlora.signatures import defaults_of
 from lit_qlora.storage.config_file import as_sections
 from lit_qlora.storage.run import RunFolder, open_run
 from lit_qlora.text.conversation import Conversation, TextError
@@ -106,25 +104,12 @@ def _say_imports() -> None:
 def _options(run: RunFolder | None) -> dict[str, Any]:
     """All plain options of fit as ``run`` was trained with them, by section; the defaults without one.
 
-    Raises UserError for a name that is no option, a value of another type, and a base that is not named: the folder may
-    come from anywhere.
+    Raises UserError as `kept_options`, and where no base is named.
     """
-    known = {one.name: one for one in options_of("fit") if one.name not in OF_LIGHTNING}
-    given = run.read_options() if run else {}
-    try:
-        for name in ("model", "data", "trainer"):
-            require(name not in given, name, "options below it", given.get(name))
-        require(run is None or "model.base" in given, "model.base", "a text", None)
-        for name in [*given]:
-            if known_as(name, OF_LIGHTNING) or name in ELSEWHERE:
-                del given[name]  # fit's alone
-            elif known_as(name, known) is None or "+" in name:
-                raise UserError(f"unknown option {excerpt(name)}", remedy=did_you_mean(name, [*known]))
-        options = parser_of(tuple(known.values()), with_defaults=True).parse_object(as_sections(given)).as_dict()
-        sources_of(options["data"]["source"])
-    except UserError as error:
-        raise error.replace(place=run.config if run else None) from error
-    return dict(options)
+    kept = kept_options(run) if run else {}
+    if run:
+        require("model.base" in kept, "model.base", "a text", None, place=run.config)
+    return as_sections(defaults_of("fit") | kept)
 
 
 def trained_run(run: str | None) -> RunFolder:

@@ -77,7 +77,14 @@ class Dialog:
         self.turns, self._num_left_out = [], 0
 
     def set_system(self, system: str) -> None:
-        """Set another system text, empty for none. Raises UserError for one that no prompt can hold."""
+        """Set another system text.
+
+        Args:
+            system: the text; empty for none.
+
+        Raises:
+            UserError: for a text that no prompt can hold.
+        """
         check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.prompt_format)
         self.system = system
 

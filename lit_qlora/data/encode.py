@@ -102,16 +102,9 @@ class Encoder:
         return [*dict.fromkeys([int(learned), self.eos_id, *stop_ids(self.tokenizer)])]
 
     def check_vocabulary(self, size: int, base: str) -> None:
-        """Check that a base has an embedding for each id that a text may become.
+        """Raises UserError unless ``base`` has, of ``size`` embeddings, one for each id that a text may become.
 
         A special token that no prompt has is allowed beyond: copies of Llama 2 have such a pad.
-
-        Args:
-            size: embeddings of the base, its ``vocab_size``.
-            base: its name, for messages.
-
-        Raises:
-            UserError: an id is ``size`` or more.
         """
         prompt_format = self.prompt_format
         unused = {token for token in prompt_format.spelled.all if not prompt_format.writes(token)}
@@ -234,11 +227,9 @@ class Encoder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def answer(self, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[str, bool]:
-        """The text of an answer's ids, and whether it came to its end.
+        """The text of an answer's ids, the last of which may have ended it, and whether it came to its end.
 
-        Args:
-            ids: All of them, that which ended it counted in.
-            stop: Texts that end an answer, and are no part of it.
+        Texts of ``stop`` end it, too, and are no part of it.
         """
         tokens = self._special(stop)
         place = next((place for place, token in enumerate(ids) if token in tokens), None)

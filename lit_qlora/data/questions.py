@@ -96,15 +96,9 @@ def _question(where: str, cells: list[str], heads: list[str]) -> Question:
 
 
 def examples_for(subject: Subject, given: Sequence[Subject], shots: int) -> tuple[Question, ...]:
-    """The first examples of a subject.
+    """The first ``shots`` examples of a subject among those ``given``, of which a single file's serve every subject.
 
-    Args:
-        subject: that of the questions.
-        given: examples by their subjects; those of a single file serve every subject.
-        shots: how many.
-
-    Raises:
-        UserError: there are none of the subject, or too few.
+    Raises UserError if there are none of the subject, or too few.
     """
     if shots == 0:
         return ()
@@ -146,15 +140,9 @@ class Prompts:
         self._behind = len(written[0]) - self._place
 
     def ids(self, subject: Subject, question: Question, examples: Sequence[Question]) -> list[int]:
-        """The ids of a question's prompt, up to where the letter of its answer comes.
+        """The ids of a question's prompt behind its ``examples``, up to where the letter of its answer comes.
 
-        Args:
-            subject: of the question.
-            question: the one to answer.
-            examples: that stand before it, each with its letter.
-
-        Raises:
-            UserError: naming the question's place, when it can't be written.
+        Raises UserError, naming the question's place, when it can't be written.
         """
         pairs = [(str(example), example.answer) for example in examples] + [(str(question), LETTERS[0])]
         about = f" about {subject.name.replace('_', ' ')}" if subject.is_named else ""

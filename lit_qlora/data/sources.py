@@ -74,12 +74,8 @@ KEYS = ("path", "name", "split", "revision", "share", "columns")
 def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
     """The sources that the value of an option stands for: at least one.
 
-    Args:
-        value: a text, a table or a list of them, as `SourceOption` has it; also a list or a table written as JSON.
-        option: for messages.
-
-    Raises:
-        UserError: it is none.
+    It is as `SourceOption` has it, or a list or table written as JSON. Raises UserError, about ``option``, if it is
+    none.
     """
     if isinstance(value, str) and value.startswith(("[", "{")):  # as `as_text` writes it, or a command line
         with suppress(ValueError):
@@ -158,8 +154,7 @@ def _share(value: Any, option: str) -> float:
 def find_splits(source: str | Source) -> Splits:
     """Find the splits of a source; a file is all "train".
 
-    Raises:
-        UserError: when the source isn't found, has not the split that it names, or the hub can't be asked.
+    Raises UserError when it isn't found, has not the split that it names, or the hub can't be asked.
     """
     source = _source(source, "data.source")
     files = _find_files(source)
@@ -200,13 +195,8 @@ def local_bytes(source: str | Source, split: str = "train") -> int | None:
 def read_source(source: str | Source, split: str = "train", columns: Sequence[str] = ()) -> list[Row]:
     """Read the rows of one split, by its name there.
 
-    Args:
-        source: that one.
-        split: the split's name.
-        columns: names of columns, beside those of the known forms, that the first line of a .csv may have.
-
-    Raises:
-        UserError: when the source or the split isn't found, or a file can't be read.
+    The first line of a .csv may have ``columns`` beside those of the known forms. Raises UserError when the source or
+    the split isn't found, or a file can't be read.
     """
     source = _source(source, "data.source")
     files = _files_of(source, split)

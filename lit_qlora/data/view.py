@@ -31,13 +31,7 @@ class Token(NamedTuple):
 
 
 def tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: Iterable[bool]) -> list[Token]:
-    """The tokens of a row of ``ids``.
-
-    Args:
-        tokenizer: of the row.
-        ids: the row's, of length T.
-        learned: whether each of them is, of length T.
-    """
+    """The tokens of a row of ``ids``, and whether each is ``learned``; both of length T."""
     special = special_ids(tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(ids))
     return [

@@ -49,13 +49,7 @@ def write_card(
 ) -> None:
     """Write the card of the adapter in ``folder`` and its picture; nothing for a run without a config.
 
-    Args:
-        folder: The adapter's folder.
-        run: The run folder.
-        figures: All recorded figures, by optimizer step.
-        step: The adapter's optimizer step.
-        training_s: Seconds in training steps so far.
-        settings: This start's configuration; default: that of the run's first.
+    Arguments as of `card`; ``settings`` are this start's configuration, by default that of the run's first.
     """
     if settings or run.config.is_file():
         base = read_object(folder / "adapter_config.json")["base_model_name_or_path"]

@@ -46,12 +46,7 @@ class Chart(NamedTuple):
 
 
 def charts(figures: Figures, step: int | None) -> Iterator[Chart]:
-    """The charts of a run, without those that have nothing to show.
-
-    Args:
-        figures: Finite figures by optimizer step.
-        step: Of the best adapter, marked in the first chart; None for none.
-    """
+    """The charts of a run's finite figures that have something to show; the best adapter's step is marked."""
     drawings: tuple[tuple[str, Callable[[Axes], str]], ...] = (
         ("Loss (nats per token)", lambda axes: _curves(axes, figures, "loss", step)),
         ("Tokens predicted correctly", lambda axes: _curves(axes, figures, "accuracy", None)),
@@ -67,14 +62,9 @@ def charts(figures: Figures, step: int | None) -> Iterator[Chart]:
 
 
 def draw_curves(file: Path, figures: Figures, step: int) -> bool:
-    """Draw the losses into ``file``; True if there was a line to draw, and matplotlib is installed to draw it.
+    """Draw the losses into a PNG; True if there was a line to draw, and matplotlib is installed to draw it.
 
-    Args:
-        file: the PNG to write.
-        figures: recorded figures, by optimizer step; values that are not finite are left out.
-        step: of the adapter, marked in the picture.
-
-    Raises OSError where the file can't be written.
+    The adapter's step is marked; values that are not finite are left out. Raises OSError if the file can't be written.
     """
 
     def draw(axes: "Axes") -> str:

@@ -72,15 +72,10 @@ class StepLines:
         return {"counted_on": self._last_step, "unwritten": dict(self._unwritten)}
 
     def go_back(self, state: Mapping[str, Any] | None) -> None:
-        """Cut the file back to the state that a checkpoint relies on, and restore the lines that it held.
+        """Cut the file back to a checkpoint's `state_dict`, or to nothing, and restore the lines that it held.
 
-        Reports damaged lines, and those missing from the file.
-
-        Args:
-            state: `state_dict` of the checkpoint; None empties the file.
-
-        Raises:
-            SaveError: The file could not be changed, and is as before.
+        Reports damaged lines, and those missing from the file. Raises SaveError, with the file as before, if that
+        fails.
         """
         counted_on = state["counted_on"] if state else -1
         content = self.path.read_bytes() if self.path.is_file() else b""

@@ -66,11 +66,9 @@ class Record(Logger):
         """Do nothing: the run's config.yaml is their record."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add figures to the line of a step; a new step writes the lines before it.
+        """Add figures to the line of a step, of the optimizer's; a new step writes the lines before it.
 
-        Args:
-            metrics: figures by name.
-            step: the Trainer's number of optimizer steps; figures under any other number go to ``others.jsonl``.
+        Figures under a number that is not the Trainer's go to ``others.jsonl``.
         """
         assert step is not None, "figures are recorded under a step"
         figures = {name: json_number(float(value)) for name, value in metrics.items()}

@@ -44,13 +44,9 @@ def counts(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, fl
 def line(
     prompts: Sequence[str], base: Sequence[SampleAnswer], adapter: Sequence[SampleAnswer] | None, max_new_tokens: int
 ) -> dict[str, Any]:
-    """The record of one validation.
+    """The record of one validation: the last turn of each prompt, with the answers of the base and of the adapter.
 
-    Args:
-        prompts: The last turn of each.
-        base: The base's answers, in the same order.
-        adapter: The adapter's; None before training, when they are the base's.
-        max_new_tokens: The limit of an answer.
+    There are none of the adapter before training, when they are the base's.
     """
     rows = [{"prompt": text, "base": answer._asdict()} for text, answer in zip(prompts, base, strict=True)]
     for row, answer in zip(rows, adapter or (), strict=False):
@@ -146,15 +142,9 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
 
 
 def ends_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
-    """Counts of how sample answers ended, at two steps.
+    """How sample answers ended, by the figures of two steps: titles, and how many of how many, before and after.
 
-    Args:
-        before: figures of the first step.
-        after: figures of the second.
-
-    Returns:
-        A title, and how many of how many, before and after. Before is None if it was not measured then; empty if it was
-        not measured after.
+    Before is None if it was not measured then; there are none if it was not measured after.
     """
     if ENDED not in after:
         return []

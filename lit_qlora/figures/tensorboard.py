@@ -105,11 +105,9 @@ class Board:
         """Why the files lack what came last; None where they have it."""
 
     def add(self, events: Iterable[Event], anew: Collection[str] = ()) -> None:
-        """Appends ``events``; not to stale files, which `refresh` writes anew with them.
+        """Append events; not to stale files, which `refresh` writes anew with them.
 
-        Args:
-            events: The new events.
-            anew: What of it takes the place of something that a file has already: two validations of one step.
+        ``anew`` is what takes the place of something that a file has already: two validations of one step.
         """
         if self._is_stale:
             return

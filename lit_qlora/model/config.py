@@ -113,15 +113,10 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
 
 
 def read_config(name: str, file: Path) -> dict[str, Any]:
-    """The checked keys of a base's config.json, by which it is computed.
+    """The checked keys of the config.json of the base called ``name``, by which it is computed.
 
-    Args:
-        name: of the base, for messages.
-        file: its config.json.
-
-    Raises:
-        UserError: naming the key, for an invalid value; for another architecture, and for a quantisation other than
-            bitsandbytes' 4 bits.
+    Raises UserError, naming the key, for an invalid value; for another architecture, and for a quantisation other than
+    bitsandbytes' 4 bits.
     """
     try:
         return _read_config(name, file)

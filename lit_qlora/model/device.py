@@ -72,18 +72,9 @@ fp32 on a Xeon with AMX. A tiny one is as fast in fp32, and exact."""
 
 
 def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) -> tuple[Precision, str]:
-    """Choose the precision of training, as Lightning spells it.
+    """The precision of training on a device, as Lightning spells it, and the reason in a few words.
 
-    Args:
-        wanted: the Trainer's option; auto chooses.
-        device: the device to train on.
-        num_weights: of the base; on a CPU, bf16 pays for large ones only.
-
-    Returns:
-        The precision, and the reason in a few words.
-
-    Raises:
-        UserError: the device lacks the precision that is wanted.
+    On a CPU, bf16 pays for bases of many weights only. Raises UserError if the device lacks the one that is ``wanted``.
     """
     capability = device.capability
     if capability is None:
@@ -166,13 +157,10 @@ DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": to
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of the 4-bit products, the embedding, the norms and the residual stream.
+    """The dtype of 4-bit products, embedding, norms and residual stream in a Trainer's precision, as Lightning spells
+    it.
 
-    Args:
-        precision: the Trainer's, as Lightning spells it out.
-
-    Raises:
-        UserError: a precision in which the adapter would not be fp32, or the base in more than 16 bits.
+    Raises UserError for one in which the adapter would not be fp32, or the base in more than 16 bits.
     """
     expected = f"one of {', '.join(DTYPES)} (the base is in 4 and 16 bits in the mixed ones, the adapter in fp32)"
     require(precision in DTYPES, "trainer.precision", expected, precision)

@@ -120,13 +120,7 @@ def nf4(dtype: torch.dtype) -> "BitsAndBytesConfig":
 
 
 def quantise(stored: Stored, dtype: torch.dtype, device: torch.device) -> Any:
-    """A weight of a file, quantised by bitsandbytes to the bits that it has in a base of `load_base`.
-
-    Args:
-        stored: in 16 bits.
-        dtype: that it is rounded to before.
-        device: to quantise on.
-    """
+    """A 16-bit weight of a file, rounded to ``dtype``, then quantised on ``device`` to the bits of `load_base`."""
     from bitsandbytes.nn import Params4bit
 
     value = read_tensor(stored).to(device, dtype)
@@ -157,14 +151,9 @@ def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 
 
 def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
-    """Add a new adapter to ``model``; the output is the base's until it is trained.
+    """Add a new adapter to a base of `load_base`; the output is the base's until it is trained.
 
-    Args:
-        model: the base, as `load_base` returns it.
-        lora: rank, scaling and targets.
-
-    Raises:
-        UserError: a target module does not exist.
+    Raises UserError where a target module does not exist.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -287,14 +276,9 @@ def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
 
 
 def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of an adapter that this run saved, by peft's names.
+    """The weights of an adapter that this run saved, by peft's names; rank, alpha, rslora and dora are ``expected``.
 
-    Args:
-        folder: of the adapter.
-        expected: rank, alpha, rslora and dora of the run, by these names.
-
-    Raises:
-        UserError: they are not finite, or are applied otherwise than in the run.
+    Raises UserError if they are not finite, or are applied otherwise than in the run.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -317,16 +301,9 @@ def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.T
 
 
 def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: PromptFormat = DEFAULT_FORMAT) -> None:
-    """Write a plain PEFT adapter, with a record of base, LoRA and prompt format.
+    """Write a plain PEFT adapter into an existing folder, with a record of base, LoRA and prompt format.
 
-    Args:
-        model: the base with the adapter.
-        base: of which the name that may be published and the fingerprint are recorded.
-        folder: an existing one.
-        prompt_format: that the adapter was trained with.
-
-    Raises:
-        OSError: a file can't be written.
+    Of the base, the name that may be published and the fingerprint are recorded. Raises OSError if writing fails.
     """
     from safetensors import SafetensorError
 

@@ -106,17 +106,9 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Check the ranks of an adapter before a layer is built, which with a wrong rank could take all memory.
+    """Raises UserError if a rank by adapter_config.json differs from that of the weights, by their shapes.
 
-    Its patterns are checked first.
-
-    Args:
-        folder: of the adapter, for messages.
-        config: the contents of its adapter_config.json.
-        shapes: of its weights, by peft's names.
-
-    Raises:
-        UserError: a rank differs from that of the weights.
+    Before a layer is built, which with a wrong rank could take all memory. Its patterns are checked first.
     """
     _check_patterns(folder, config)
     patterns: dict[str, int] = config.get("rank_pattern") or {}

@@ -78,13 +78,9 @@ def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
 def make_schedule(
     name: Schedule, optimizer: "torch.optim.Optimizer", num_steps: int, warmup_ratio: float
 ) -> "LambdaLR":
-    """The factor on the learning rate: a linear warm-up, then ``name`` down to 0 at the end.
+    """The factor on the learning rate: a linear warm-up, then ``name`` down to 0 after ``num_steps``.
 
-    Args:
-        name: of the schedule.
-        optimizer: whose learning rate is the peak.
-        num_steps: optimizer steps of the run.
-        warmup_ratio: share of these, rounded up, in which the rate rises.
+    ``warmup_ratio`` is the share of these, rounded up, in which the rate rises.
     """
     from torch.optim.lr_scheduler import LambdaLR
 
@@ -93,14 +89,7 @@ def make_schedule(
 
 
 def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: int) -> float:
-    """The factor, up to 1, for the optimizer step after the first ``step``.
-
-    Args:
-        name: of the schedule.
-        step: optimizer steps done.
-        num_steps: of the run.
-        num_warmup: the first steps, in which the rate rises.
-    """
+    """The factor, up to 1, for the optimizer step after ``step`` of ``num_steps``, in the first of which it rises."""
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
     done = min((step - num_warmup) / max(num_steps - num_warmup, 1), 1.0)

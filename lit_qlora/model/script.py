@@ -79,16 +79,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:
-    """Check that none of some callbacks or plugins is of a kind that may not be given.
-
-    Args:
-        given: to be checked.
-        option: that they are the value of, for messages.
-        taken: the kinds, with what is expected instead of each.
-
-    Raises:
-        UserError: for the first that is.
-    """
+    """Raises UserError for the first of an option's values of a kind in ``taken``, which says what is expected."""
     for made in (one if isinstance(one, type) else type(one) for one in given):
         for kind, expected in taken.items():
             if issubclass(made, kind):
@@ -132,16 +123,9 @@ def record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any
 
 
 def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: PromptFormat | None) -> PromptFormat:
-    """The prompt format of a checkpoint.
+    """The prompt format of a checkpoint, by what it holds under `OF`.
 
-    Args:
-        of: what it holds under `OF`.
-        base: that is loaded.
-        lora: the module's options.
-        given: the format of the Trainer's data, if there is a `ChatDataModule`.
-
-    Raises:
-        UserError: the checkpoint has another base, scaling or format.
+    Raises UserError if it has another base, scaling or format than the module and the data, whose is ``given``.
     """
     for name in SCALING:
         now, was = getattr(lora, name), of.get(name)

@@ -150,9 +150,7 @@ class Shards:
     def open(self, index: int, ahead: int) -> None:
         """Have the weights of a layer whole, until the next but one is opened; the next one begins to come.
 
-        Args:
-            index: of the layer.
-            ahead: 1 in a forward, -1 in a backward.
+        That is the one ``ahead``: by 1 in a forward, by -1 in a backward.
         """
         self._fetch(index)
         self._settle(index % 2)

@@ -179,9 +179,7 @@ def recover(target: Path) -> None:
 def clear_leftovers(parent: Path, older_than_s: float = 0.0) -> None:
     """Remove what killed writes and deletions left in a folder; a replaced folder is recovered first.
 
-    Args:
-        parent: where they stand.
-        older_than_s: in seconds; with several writers, a younger one may belong to another process.
+    Only what is older than so many seconds: with several writers, a younger one may belong to another process.
     """
     # Sorted, "old" comes before "tmp": a whole new folder is put in place before it could be removed.
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:

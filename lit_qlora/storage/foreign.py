@@ -46,14 +46,9 @@ OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
 
 
 def read_object(file: Path, place: str | None = None) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in a file of another program; messages name it by its path, or by its name within ``place``.
 
-    Args:
-        file: of another program.
-        place: that it belongs to, such as a base: messages name the file within it, else by its path.
-
-    Raises:
-        UserError: for an unreadable file, one that holds no object, and one above `LARGEST_FILE`.
+    Raises UserError for an unreadable file, one that holds no object, and one above `LARGEST_FILE`.
     """
     name = file.name if place else str(file)
     try:

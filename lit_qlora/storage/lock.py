@@ -95,12 +95,8 @@ def _try_lock(descriptor: int) -> bool:
 def flock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
     """Lock an open file until it is closed; False if another process's lock conflicts.
 
-    Args:
-        descriptor: of the open file.
-        shared: True for a lock that several may hold.
-        wait: True to wait for conflicting locks.
-
-    Raises OSError where such locks are not supported: Windows, some mounted file systems.
+    Several may hold a ``shared`` lock; with ``wait``, conflicting ones are waited for. Raises OSError where such locks
+    are not supported: Windows, some mounted file systems.
     """
     if os.name == "nt":
         raise OSError(errno.ENOSYS, "no locks that several can hold")

@@ -57,14 +57,9 @@ def save_state(state: dict, folder: Path) -> None:
 
 
 def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
-    """Read what `save_state` wrote; the tensors are on the CPU and independent of the files.
+    """Read what `save_state` wrote; the tensors are on the CPU and independent of the files, or None each without them.
 
-    Args:
-        folder: a checkpoint's.
-        with_tensors: False to have None for each tensor: they are most of the bytes.
-
-    Raises:
-        DamagedFolderError: a file is missing or holds anything that `save_state` does not write.
+    Raises DamagedFolderError if a file is missing or holds anything that `save_state` does not write.
     """
     file = TENSORS
     try:
@@ -85,11 +80,7 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
 
 
 def check_tensors(folder: Path) -> None:
-    """Verify that the tensor file holds the tensors named by the state, without reading them.
-
-    Raises:
-        DamagedFolderError: it holds others, or is not readable.
-    """
+    """Raises DamagedFolderError unless the tensor file holds the tensors named by the state, without reading them."""
     names: dict[str, Any] = defaultdict(type(None))
     try:
         _decode(parse_json((folder / SKELETON).read_text(encoding="ascii"))["state"], names)

@@ -142,14 +142,10 @@ class PromptFormat(ABC):
         return self.source == template
 
     def kept(self, given: str | None, name: str) -> str | None:
-        """The ``data.template`` that gives it again, for the data of a model that was trained with it.
+        """The ``data.template`` that gives it again, for the data of the adapter or checkpoint ``name``, trained with
+        it.
 
-        Args:
-            given: the option's own value, as a template's text; None for none.
-            name: of the adapter or checkpoint, for messages.
-
-        Raises:
-            UserError: another one is given.
+        Raises UserError if the text of another template is ``given``.
         """
         if given is not None and not self.is_given_by(given):
             raise UserError(
@@ -264,14 +260,10 @@ def names() -> list[str]:
 
 
 def chosen(template: str | None = None, system: str | None = None) -> PromptFormat:
-    """The format that ``data.template`` and ``data.system`` stand for.
+    """The format that ``data.template``, as a text, and ``data.system`` stand for; the Llama 2 format without the
+    first.
 
-    Args:
-        template: a template's text; None for the Llama 2 format.
-        system: the system text of conversations that bring none.
-
-    Raises:
-        UserError: one of them is invalid.
+    Raises UserError if one of them is invalid.
     """
     for option, text in (("data.template", template), ("data.system", system)):
         _check_text(text, option)
@@ -285,15 +277,9 @@ def chosen(template: str | None = None, system: str | None = None) -> PromptForm
 
 
 def from_record(record: Mapping[str, Any], folder: str | Path, file: str) -> PromptFormat:
-    """The format by a `PromptFormat.record`; Llama 2's where it names none.
+    """The format by a `PromptFormat.record`, in ``file`` of ``folder``; Llama 2's where it names none.
 
-    Args:
-        record: what is recorded.
-        folder: where, for messages.
-        file: its name there.
-
-    Raises:
-        UserError: this version does not know it, or it was altered.
+    Raises UserError if this version does not know it, or it was altered.
     """
     from lit_qlora.text import llama2, own_template
 

@@ -1,9 +1,8 @@
-"""Owns the figures of training and validation as sums over answer tokens: added per micro-batch, then averaged.
+"""Owns the figures of training as sums over answer tokens: added per micro-batch, then averaged.
 
 Sums stay on the device, so that no step waits for a figure. Knows neither loggers nor intervals.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,15 +29,15 @@ class AnswerSums:
         self._sums = dict.fromkeys(self.NAMES, 0)
 
     def add(self, outputs: Mapping[str, Any]) -> None:
-        """Add the sums of a micro-batch, or of each that a result of `QLoRAModule.training_step` has."""
+        """Add a result of `QLoRAModule.training_step`, each of the micro-batches that were learned together."""
         for one in outputs.get("each") or [outputs]:
             for name in self.NAMES:
                 self._sums[name] = self._sums[name] + one[name]
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Loss per answer token in nats, and the share of those that were the likeliest; fp64, NaN without any."""
+        """Loss per answer token in nats, and the share of answer tokens that were the likeliest; fp64 scalars."""
         loss_sum, num_correct = (torch.as_tensor(self._sums[name], dtype=torch.float64) for name in self.NAMES[:2])
-        num_answers = self._sums["num_answers"] or math.nan
+        num_answers = max(self._sums["num_answers"], 1)
         return loss_sum / num_answers, num_correct / num_answers
 
     def over_all(self) -> "AnswerSums":

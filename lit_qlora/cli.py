@@ -163,8 +163,14 @@ def _run(args: list[str]) -> int:
 
         return run_tool(verb, args[1:])
     verbs = ["fit", "validate", "test", "inspect", "plan", *TOOLS, "doctor"]
-    near = nearest(verb, verbs, 0.6)
-    meant = f"did you mean {near!r}? " if near else ""
+    if verb.startswith("-"):
+        problem = f"{excerpt(verb)} stands where a verb is expected"
+        raise UserError(problem, remedy=f"begin with one: {', '.join(verbs)}, as in {COMMAND} fit {verb} …")
+    with nothing_open():
+        from lit_qlora.elsewhere import answers
+    known = answers("verbs").get(verb.lower().replace("-", "_"))
+    near = None if known else nearest(verb, verbs, 0.6)
+    meant = f"here it is {known}; " if known else f"did you mean {near!r}? " if near else ""
     raise UserError(f"no verb {excerpt(verb)}", remedy=f"{meant}there are {', '.join(verbs)} (see --help)")
 
 

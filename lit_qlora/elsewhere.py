@@ -18,7 +18,7 @@ def answers(part: str) -> dict[str, str]:
     """What there is here, by the name that another program has for it.
 
     Args:
-        part: of the table: ``fit``, or ``tools`` for the verbs that train nothing.
+        part: of the table: ``fit``, ``tools`` for the verbs that train nothing, or ``verbs`` for verbs themselves.
     """
     text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8").replace("COMMAND", COMMAND)
     return {name: answer for answer, names in yaml.safe_load(text)[part].items() for name in names.split()}

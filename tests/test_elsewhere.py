@@ -123,6 +123,7 @@ def test_those_that_are_called_alike_name_the_section(parser: RunParser, name: s
         ("resume_from_checkpoint", "the same command, given again, resumes: leave it out"),
         ("push_to_hub", "python main.py push sends an adapter to the hub"),
         ("modules_to_save", "only LoRA is learned, and the base stays as it is: leave it out"),
+        ("hf_token", "HF_TOKEN in the environment is the token for the hub: leave it out"),
         ("neftune_alpha", "no noise is put on embeddings: leave it out"),
         ("cache_dir", "HF_HOME in the environment says where downloads are kept: leave it out"),
         ("shuffle", "rows are in another order each epoch, drawn by seed_everything: leave it out"),
@@ -167,7 +168,14 @@ LITGPT = (
 )
 
 
-@pytest.mark.parametrize("names", [TRL, AXOLOTL, LLAMA_FACTORY, LITGPT])
+ANY = (
+    "access_token config_file debug dry_run dryrun force hf_token instruction_template log_level plot_loss pretrained "
+    "quiet response_template threads token use_auth_token v verbose version yes"
+)
+"""Of no program in particular, and of any."""
+
+
+@pytest.mark.parametrize("names", [TRL, AXOLOTL, LLAMA_FACTORY, LITGPT, ANY])
 def test_what_other_programs_call_their_options_is_known(parser: RunParser, names: str) -> None:
     ours = [*parser.types()]
     last = {name.rpartition(".")[2] for name in ours}
@@ -210,6 +218,12 @@ def test_no_tools_answer_is_of_nothing() -> None:
     for name, told in answers("tools").items():
         expected = told if " " in told else f"here it is {told!r}"
         assert any(here(name, names) == expected and name not in names for names in options.values())
+
+
+def test_every_verb_elsewhere_is_one_here() -> None:
+    verbs = {*cli.FIT_AND_KIN, *cli.TOOLS, "doctor"}
+    assert {re.match(r"\w+", told)[0] for told in answers("verbs").values()} <= verbs  # type: ignore[index]
+    assert not verbs & answers("verbs").keys()
 
 
 @pytest.mark.parametrize(

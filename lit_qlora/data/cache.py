@@ -18,7 +18,7 @@ from lit_qlora.console import complain, counted
 from lit_qlora.data.encode import SPACE, Encoder
 from lit_qlora.errors import UserError
 from lit_qlora.storage.files import SaveError, parse_json
-from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, verify_folder, write_folder
+from lit_qlora.storage.folders import DamagedFolderError, clear_leftovers, is_whole, verify_folder, write_folder
 from lit_qlora.storage.shared import Held, prune
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -70,8 +70,9 @@ def encode_records(conversations: Sequence[Conversation], encoder: Encoder) -> E
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lit_qlora" / _key(conversations, encoder)
     held = Held(folder)
-    problem = _problem(folder)
-    if problem:
+    try:
+        verify_folder(folder)  # flipped or missing bits would silently change the training
+    except DamagedFolderError as problem:
         held.close()
         if folder.exists():
             complain(f"warning: {problem}; the rows are encoded again")
@@ -109,27 +110,18 @@ def _otherwise(turn: Turn) -> list[str]:
     return ["context only"] * (not turn.learned) + ["a space of its own"] * turn.content.lstrip().startswith(SPACE)
 
 
-def _problem(folder: Path) -> DamagedFolderError | None:
-    """Why an entry can't be used; None if it can. Flipped or missing bits would silently change the training."""
-    try:
-        verify_folder(folder)
-    except DamagedFolderError as error:
-        return error
-    return None
-
-
 def _write(folder: Path, conversations: Sequence[Conversation], encoder: Encoder) -> None:
     def fill(staging: Path) -> None:
         counts = _write_rows(staging / "rows.arrow", conversations, encoder)
         (staging / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
         # Another process, such as a second GPU's, may have made the same, and be reading it by now.
-        if not _problem(folder):
+        if is_whole(folder):
             raise FileExistsError
 
     try:
         write_folder(folder, fill, replace=True)
     except OSError as error:
-        if _problem(folder):
+        if not is_whole(folder):
             reason = error.reason if isinstance(error, SaveError) else error.strerror
             remedy = "free some room there, or set HF_DATASETS_CACHE to a folder that can be written"
             raise UserError(f"the encoded rows can't be kept in {folder.parent} ({reason})", remedy=remedy) from error

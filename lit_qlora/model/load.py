@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from lit_qlora.console import bars_of_transformers
 from lit_qlora.errors import UserError, one_line, require
@@ -83,7 +85,6 @@ def load_base(base: Base, dtype: torch.dtype, device: torch.device, attention: A
     Raises:
         UserError: its weights can't be read.
     """
-    from safetensors import SafetensorError
     from transformers import GenerationConfig
 
     fetch(base)
@@ -230,7 +231,6 @@ def load_adapter(
         UserError: the folder is no adapter, was altered, was trained on another base, or does not fit.
     """
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError
 
     record = read_record(folder)
     recorded = record["base_fingerprint"]
@@ -280,9 +280,6 @@ def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.T
 
     Raises UserError if they are not finite, or are applied otherwise than in the run.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     for name, found in _settings(folder).items():
         if found != expected[name]:
             raise UserError(
@@ -305,8 +302,6 @@ def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: Pr
 
     Of the base, the name that may be published and the fingerprint are recorded. Raises OSError if writing fails.
     """
-    from safetensors import SafetensorError
-
     try:
         model.save_pretrained(str(folder), save_embedding_layers=False)
     except SafetensorError as error:
@@ -390,8 +385,6 @@ def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
     """The shapes of an adapter's weights, by peft's names. Raises UserError if they can't be read."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

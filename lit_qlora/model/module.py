@@ -137,8 +137,6 @@ class QLoRAModule(LearnsInParts):
         target_modules = split_names(target_modules)
         check_targets(self.base, target_modules)
         self.adapter = Path(adapter) if adapter else None
-        if self.adapter:
-            load.read_record(self.adapter)
         self.lora = load.Lora(rank, alpha, dropout, target_modules, rslora, dora)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_ratio, self.schedule, self.optimizer_name = warmup_ratio, schedule, optimizer

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from lit_qlora.errors import UserError
 from lit_qlora.text import edges
@@ -63,13 +63,6 @@ _GO = """\
 _SAMPLE = Conversation((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")), "e")
 
 
-class Segment(NamedTuple):
-    """A stretch of text that is either a prompt or an answer, to be encoded by itself."""
-
-    text: str
-    is_answer: bool
-
-
 class Llama2(PromptFormat):
     """The Llama 2 chat format, as Meta's code writes it; what each part does is `PromptFormat`'s."""
 
@@ -97,8 +90,7 @@ class Llama2(PromptFormat):
     @property
     def identity(self) -> str:
         """Its name, and a sha256 of what it makes of a sample."""
-        rendered = repr([(segment.text, segment.is_answer) for segment in segments(_SAMPLE)])
-        return f"{self.name} {hashlib.sha256(rendered.encode()).hexdigest()}"
+        return f"{self.name} {hashlib.sha256(repr(segments(_SAMPLE)).encode()).hexdigest()}"
 
     @property
     def cache_key(self) -> tuple[Any, ...]:
@@ -157,8 +149,8 @@ def without_block(conversation: Conversation) -> Conversation:
     return replace(conversation, turns=turns, system=block[1].strip() or None)
 
 
-def segments(conversation: Conversation) -> list[Segment]:
-    """Write a conversation as Meta's code does, prompt and answer by turns, without BOS and EOS.
+def segments(conversation: Conversation) -> list[tuple[str, bool]]:
+    """A conversation as Meta's code writes it, without BOS and EOS: prompts and answers, which are True, by turns.
 
     ``[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST]`` then ``{answer} ``, and so on: the
     system text stands in the first prompt only. An open prompt ends on a prompt.
@@ -175,7 +167,7 @@ def segments(conversation: Conversation) -> list[Segment]:
             content = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n{content}"
         content = content.strip()
         is_answer = turn.role == "assistant"
-        written.append(Segment(f"{content} " if is_answer else f"[INST] {content} [/INST]", is_answer))
+        written.append((f"{content} " if is_answer else f"[INST] {content} [/INST]", is_answer))
     return written
 
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from lit_qlora.text import llama2, messages
 from lit_qlora.text.conversation import Conversation, TextError, Turn
-from lit_qlora.text.llama2 import Segment
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
 
@@ -24,22 +23,22 @@ def read(text: str) -> Conversation:
 @pytest.mark.parametrize(
     ("conversation", "expected"),
     [
-        (said("hi"), [Segment("[INST] hi [/INST]", False)]),
-        (said(" hi\n", "\nyo "), [Segment("[INST] hi [/INST]", False), Segment("yo ", True)]),
+        (said("hi"), [("[INST] hi [/INST]", False)]),
+        (said(" hi\n", "\nyo "), [("[INST] hi [/INST]", False), ("yo ", True)]),
         (
             said("a", "b", "c", system="be kind"),
             [
-                Segment("[INST] <<SYS>>\nbe kind\n<</SYS>>\n\na [/INST]", False),
-                Segment("b ", True),
-                Segment("[INST] c [/INST]", False),
+                ("[INST] <<SYS>>\nbe kind\n<</SYS>>\n\na [/INST]", False),
+                ("b ", True),
+                ("[INST] c [/INST]", False),
             ],
         ),
         # Only the whole is stripped, as in Meta's code: what stands inside keeps its spaces.
         (
             said("  a  ", system=" be kind "),
-            [Segment("[INST] <<SYS>>\n be kind \n<</SYS>>\n\n  a [/INST]", False)],
+            [("[INST] <<SYS>>\n be kind \n<</SYS>>\n\n  a [/INST]", False)],
         ),
-        (said("a", system=""), [Segment("[INST] a [/INST]", False)]),
+        (said("a", system=""), [("[INST] a [/INST]", False)]),
     ],
 )
 def test_segments_are_written_as_meta_writes_them(conversation, expected):
@@ -138,9 +137,9 @@ def test_what_is_rendered_is_read_back(conversations, data):
 def test_segments_take_turns_and_hold_every_word(conversations, data):
     conversation = data.draw(conversations)
     written = llama2.segments(conversation)
-    assert [segment.is_answer for segment in written] == [turn.role == "assistant" for turn in conversation.turns]
-    for segment, turn in zip(written, conversation.turns, strict=True):
-        assert segment.text.endswith(f"{turn.content} " if segment.is_answer else f"{turn.content} [/INST]")
+    assert [is_answer for _, is_answer in written] == [turn.role == "assistant" for turn in conversation.turns]
+    for (text, is_answer), turn in zip(written, conversation.turns, strict=True):
+        assert text.endswith(f"{turn.content} " if is_answer else f"{turn.content} [/INST]")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the checkout")

@@ -149,10 +149,10 @@ def by_names(paths: Sequence[Path]) -> dict[str, list[Path]]:
     training, a part beside the name of another file.
     """
     names = [_name_of(path) for path in paths]
-    exact, by_folder = [name.exact for name in names], [_name_of(path.parent).exact for path in paths]
+    whole = [name.exact or _name_of(path.parent).exact for path, name in zip(paths, names, strict=True)]
     plain = [name.others for name in names if not name.kind]
-    of_plain = [name.exact or (name.kind if name.others in plain else None) for name in names]
-    kinds = next((one for one in (exact, by_folder, [name.kind for name in names]) if "train" in one), of_plain)
+    of_plain = [kind or (name.kind if name.others in plain else None) for kind, name in zip(whole, names, strict=True)]
+    kinds = next((one for one in (whole, [name.kind for name in names]) if "train" in one), of_plain)
     files: dict[str, list[Path]] = {}
     for path, kind in zip(paths, kinds, strict=True):
         files.setdefault(kind or "train", []).append(path)

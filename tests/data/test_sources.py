@@ -273,6 +273,8 @@ def test_a_folder_without_splits_says_what_to_do(files, remedy):
     [
         (["trainset.jsonl", "devset.jsonl"], "devset.jsonl"),
         (["TrainData.jsonl", "ValData.jsonl"], "ValData.jsonl"),
+        (["train.jsonl", "validation/a.jsonl"], "validation/a.jsonl"),
+        (["train/a.jsonl", "test.jsonl"], "test.jsonl"),
         # None is named for training: what is named as another is, for another split.
         (["talks.jsonl", "talks_val.jsonl"], "talks_val.jsonl"),
         (["talks.jsonl", "ab_test.jsonl"], None),
@@ -281,7 +283,7 @@ def test_a_folder_without_splits_says_what_to_do(files, remedy):
 def test_a_pattern_s_files_for_other_splits_are_not_trained_on(files, held_out):
     for name in files:
         write(name)
-    assert [row.where for row in read_source("*.jsonl")] == [f"{one}:1" for one in sorted(files) if one != held_out]
+    assert [row.where for row in read_source("**/*.jsonl")] == [f"{one}:1" for one in sorted(files) if one != held_out]
 
 
 def test_a_pattern_is_its_files():

@@ -11,22 +11,19 @@ from typing import Any, NamedTuple
 import yaml
 
 from lit_qlora.console import complain
+from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import sources_of
 from lit_qlora.data.templates import is_template
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.options import (
     CONFIG,
-    OneLineErrors,
     check_config_file,
     check_config_of,
     configs_first,
     did_you_mean,
-    is_plain,
-    is_plain_type,
     known_as,
     option,
     take_option,
-    takes_names,
 )
 from lit_qlora.place import CONFIGS, find_config
 from lit_qlora.signatures import LEARNING, OF_LIGHTNING, options_of, parser_of
@@ -89,36 +86,52 @@ def complete(args: list[str]) -> Command:
 
 
 def kept_options(run: RunFolder) -> dict[str, Any]:
-    """The plain options that ``run`` keeps, by name, of fit's own types; without classes and folders elsewhere.
+    """The options that ``run`` keeps, as of `plain_options`."""
+    return plain_options(run.read_options(), run.config)
 
-    Raises UserError for a name that is no option and a value of another type: the folder may come from anywhere.
+
+def plain_options(options: Mapping[str, Any], place: Path, verb: str = "fit") -> dict[str, Any]:
+    """The options of a file in a run's folder, which may come from anywhere, by name and of their own types.
+
+    Those that could name code, and folders outside of the run, are left out.
+
+    Args:
+        options: as they stand in the file, by their dotted names.
+        place: the file.
+        verb: whose options they are.
+
+    Raises:
+        UserError: one is no option, or its value is of another type.
     """
-    known = {one.name: one for one in options_of("fit") if one.name not in OF_LIGHTNING}
-    given = run.read_options()
+    known = {one.name: one for one in options_of(verb) if one.name not in OF_LIGHTNING and one.type is not None}
+    given = dict[str, Any]()
     try:
         for name in ("model", "data", "trainer"):
-            require(name not in given, name, "options below it", given.get(name))
-        for name in [*given]:
-            if known_as(name, OF_LIGHTNING) or name in ELSEWHERE:
-                del given[name]
-            elif known_as(name, known) is None or "+" in name:
+            require(name not in options, name, "options below it", options.get(name))
+        for name, value in options.items():
+            if known_as(name, OF_LIGHTNING) or _is_elsewhere(name, value):
+                continue
+            if known_as(name, known) is None or "+" in name:
                 remedy = f"{did_you_mean(name, [*known])}; {REMEDY}"
                 raise UserError(f"unknown option {excerpt(name)}", remedy=remedy)
-        found = parser_of(tuple(known.values())).parse_object(as_sections(given))
+            given[name] = value
+        parser = parser_of(tuple(known.values()))
+        found = parser.parse_object(as_sections(given))
+        parser.check_values(found)
         sources_of(found.get("data.source", "demo"))
+        Reading(str(found.get("data.form", "auto"))).check()
     except UserError as error:
-        raise error.replace(place=run.config) from error
+        raise error.replace(place=place) from error
     return {name: value for name, value in found.items() if name in known}
 
 
-def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
-    """The command line of ``command`` with its run's options in front: those of ``parser``, with plain values.
+def with_kept(command: Command) -> list[str]:
+    """The command line of ``command`` with its run's options in front, as of `plain_options`.
 
     A config file that lies in a run folder is read as a run's own: either may come from a stranger.
 
     Args:
         command: as `complete` returns it.
-        parser: of its verb.
 
     Raises:
         UserError: for a file in a run folder that is damaged, or has other than plain values.
@@ -130,14 +143,14 @@ def with_kept(command: Command, parser: OneLineErrors) -> list[str]:
         if not lies_in_run(path):
             return file
         try:
-            return _as_plain(read_options(path), path, parser, command.args)
+            return _as_plain(read_options(path), path, command.args)
         except ValueError as error:
             raise UserError(f"damaged ({error})", place=path, remedy="put a copy of it back") from error
 
     rest = configs_first(rest, read)
     if command.kept:
         kept = command.kept.read_options()
-        rest = [*(["--config", _as_plain(kept, command.kept.config, parser, command.args)] if kept else []), *rest]
+        rest = [*(["--config", _as_plain(kept, command.kept.config, command.args)] if kept else []), *rest]
     return [verb, *rest]
 
 
@@ -166,34 +179,23 @@ def _is_elsewhere(name: str, value: object) -> bool:
     return name in ELSEWHERE and value not in (None, "auto", "none")
 
 
-def _as_plain(options: Mapping[str, Any], place: Path, parser: OneLineErrors, args: list[str]) -> str:
-    """``options`` of ``parser`` as YAML text, from a file in a run folder.
+def _as_plain(options: Mapping[str, Any], place: Path, args: list[str]) -> str:
+    """``options`` from a file in a run folder as YAML text, of those of the verb: `plain_options`.
 
-    Options that could name code are left out, with a warning unless the command line ``args`` gives them itself;
-    unknown names are refused.
+    Options that could name code are left out, with a warning unless the command line ``args`` gives them itself.
     """
     check_elsewhere(options, place, args)
-    types, kept, left_out = parser.types(), dict[str, Any](), list[str]()
+    kept, left_out = plain_options(options, place, args[0]), list[str]()
+    template = kept.get("data.template")
+    if template is not None and not is_template(template):
+        problem = f"expected the text of a template, got {excerpt(template)}"
+        raise UserError(problem, option="data.template", place=place, remedy=REMEDY)
     for name, value in options.items():
-        known = known_as(name, types)
-        if known is None:
-            near = did_you_mean(name, [*types])
-            raise UserError(f"unknown option {excerpt(name)}", place=place, remedy=f"{near}; {REMEDY}")
-        if not is_plain_type(types[known]):
-            if name == known and (value is None or isinstance(value, bool)):
-                kept[name] = value
-            elif known not in left_out and not any(arg.startswith(f"--{known}") for arg in args):
-                left_out.append(known)
-        elif name == "data.template" and isinstance(value, str) and not is_template(value):
-            raise UserError(
-                f"expected the text of a template, got {excerpt(value)}", option=name, place=place, remedy=REMEDY
-            )
-        elif (name == known or takes_names(types[known])) and is_plain(value, types[known]):
-            kept |= {} if _is_elsewhere(name, value) else {name: value}
-        else:
-            raise UserError(
-                f"expected a plain value, got {name} with {excerpt(value)}", option=known, place=place, remedy=REMEDY
-            )
+        of_class = known_as(name, OF_LIGHTNING)
+        if of_class == name and (value is None or isinstance(value, bool)):
+            kept[name] = value
+        elif of_class and of_class not in left_out and not any(arg.startswith(f"--{of_class}") for arg in args):
+            left_out.append(of_class)
     if left_out:
         complain(
             f"warning: {', '.join(left_out)} of {place} left out: it can name code, and none is taken from a run "

@@ -196,25 +196,6 @@ def is_plain_type(hint: Any) -> bool:
     return hint in (str, int, float, bool, NoneType)
 
 
-def takes_names(hint: Any) -> bool:
-    """True if a type is that of a table, or a union with one: what is in the table are options below it."""
-    return get_origin(hint) is dict or any(map(takes_names, get_args(hint) if get_origin(hint) is not list else ()))
-
-
-def is_plain(value: Any, hint: Any) -> bool:
-    """True if a value is a text, a number that a file can hold, a boolean, None, or a list of them.
-
-    Args:
-        value: to be checked.
-        hint: the type of its option; where that has tables, the value may have some, too.
-    """
-    if isinstance(value, list):
-        return all(is_plain(one, hint) for one in value)
-    if isinstance(value, dict):
-        return "dict" in str(hint) and all(is_plain(one, hint) for one in [*value, *value.values()])
-    return isinstance(value, str | int | float | None) and not is_too_large(value)
-
-
 def is_too_large(value: Any) -> bool:
     """True if a value is an integer too large for a file."""
     return isinstance(value, int) and abs(value) >= 2**64

@@ -153,7 +153,7 @@ class QLoRACLI(LightningCLI):
         """Parse ``args``; Lightning's own method would warn of the process's, which these were made from."""
         if self.command.kept and self.command.is_newest:
             print(f"   run  {self.command.kept.path}, the newest", flush=True)
-        self.config = parser.parse_args(with_kept(self.command, self.verb_parser))
+        self.config = parser.parse_args(with_kept(self.command))
         options = self.config[self.verb]
         self.verb_parser.check_values(options)
         check_ranges(dict(options.items()))

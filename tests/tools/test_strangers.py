@@ -173,7 +173,7 @@ def test_settings_of_another_kind(run: Path, capsys: pytest.CaptureFixture[str],
         ("data.nope: 3", "unknown option 'data.nope'"),
         ("data.template: {x: 1}", "data.template: expected a text or none, got {'x': 1}"),
         ("data.validation_share: x", "data.validation_share: expected a number, got x"),
-        ("data.form: [messages]", "data.form: expected one of "),
+        ("data.form: [messages]", """data.form: "['messages']" is unknown, expected auto, """),
         ("seed_everything: x", "seed_everything: expected a whole number, got x"),
     ],
 )

@@ -28,7 +28,7 @@ from lit_qlora.data.records import (
     places_early,
 )
 from lit_qlora.data.run_rows import RunRows, digest
-from lit_qlora.data.sources import Source, as_text, find_splits, is_hub_id, sources_of
+from lit_qlora.data.sources import Source, as_text, find_splits, sources_of
 from lit_qlora.data.splits import Splits
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
@@ -85,7 +85,7 @@ class Parts:
 
         See `records.check_early`.
         """
-        local = {source: find_splits(source) for source in sources_of(self.source) if not is_hub_id(source)}
+        local = {source: find_splits(source) for source in sources_of(self.source) if not source.is_on_hub}
         for source, splits in local.items():
             check_early(source, splits.training(), self.reading, self.seed)
         held_out = {source: splits.first("validation", "test") for source, splits in local.items()}
@@ -103,7 +103,7 @@ class Parts:
 
         Passes what can't be judged before rows are loaded: the hub's, and large files.
         """
-        if any(map(is_hub_id, (*sources_of(self.source), *self._elsewhere()))):
+        if any(source.is_on_hub for source in (*sources_of(self.source), *self._elsewhere())):
             return
         trains = [(source, splits.training()) for source, splits in self.splits.items()]
         held_out = [(source, split) for source, split in self._held_out_splits() if split]
@@ -279,7 +279,7 @@ def check_early_to_score(given: Any, option: str, reading: Reading) -> None:
     """
     kinds = ("validation", "test") if option == "data.validation_source" else ("test", "validation")
     for source in sources_of(given, option):
-        if not is_hub_id(source):
+        if not source.is_on_hub:
             check_early(source, find_splits(source).for_scoring(*kinds), reading)
 
 

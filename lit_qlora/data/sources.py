@@ -58,9 +58,14 @@ class Source:
         return self.path + (f", {self.name}" if self.name else "")
 
     @property
+    def is_on_hub(self) -> bool:
+        """True if it is written as an id of the hub, and nothing of that name is local."""
+        return self.path != "demo" and not Path(self.path).expanduser().exists() and _looks_like_hub_id(self.path)
+
+    @property
     def place(self) -> "Source":
         """The same by an absolute path: equal for two sources that are one."""
-        path = str(Path(self.path).expanduser().resolve()) if not is_hub_id(self) else self.path
+        path = self.path if self.is_on_hub else str(Path(self.path).expanduser().resolve())
         return Source(path, self.name, self.split, self.revision)
 
     def called(self, split: str) -> str:
@@ -151,12 +156,11 @@ def _share(value: Any, option: str) -> float:
     return share
 
 
-def find_splits(source: str | Source) -> Splits:
+def find_splits(source: Source) -> Splits:
     """Find the splits of a source; a file is all "train".
 
     Raises UserError when it isn't found, has not the split that it names, or the hub can't be asked.
     """
-    source = _source(source, "data.source")
     files = _find_files(source)
     if files is None:
         import datasets
@@ -186,19 +190,18 @@ def _check_split(source: Source, name: str, found: Sequence[str]) -> None:
         raise SourceError(source, problem, remedy if is_made_up else "choose another")
 
 
-def local_bytes(source: str | Source, split: str = "train") -> int | None:
+def local_bytes(source: Source, split: str) -> int | None:
     """The size of a split's files on this machine; None for one on the hub. Raises UserError as `read_source`."""
-    files = _files_of(_source(source, "data.source"), split)
+    files = _files_of(source, split)
     return None if files is None else sum(path.stat().st_size for path in files if path.is_file())
 
 
-def read_source(source: str | Source, split: str = "train", columns: Sequence[str] = ()) -> list[Row]:
+def read_source(source: Source, split: str = "train", columns: Sequence[str] = ()) -> list[Row]:
     """Read the rows of one split, by its name there.
 
     The first line of a .csv may have ``columns`` beside those of the known forms. Raises UserError when the source or
     the split isn't found, or a file can't be read.
     """
-    source = _source(source, "data.source")
     files = _files_of(source, split)
     if files is not None:
         known = [*columns, *columns_of(forms_for("training"))]
@@ -279,7 +282,7 @@ def _refuse_name(folder: Path, name: str | None) -> NoReturn:
 def check_here(value: Any, option: str = "data.source") -> None:
     """Raises UserError for a file or folder in the value of an ``option`` for sources that is not there, or no rows."""
     for source in sources_of(value, option):
-        if not is_hub_id(source):
+        if not source.is_on_hub:
             find_splits(source)
             if (path := Path(source.path).expanduser()).is_file():
                 kind_of(path)
@@ -302,13 +305,7 @@ def are_here(value: Any) -> bool:
         check_here(value)
     except UserError:
         return False
-    return not any(map(is_hub_id, sources_of(value, "data.source")))
-
-
-def is_hub_id(source: str | Source) -> bool:
-    """True if a source is a hub id: nothing of that name is local, and it is written as an id."""
-    path = _source(source, "data.source").path
-    return path != "demo" and not Path(path).expanduser().exists() and _looks_like_hub_id(path)
+    return not any(source.is_on_hub for source in sources_of(value))
 
 
 def _looks_like_hub_id(source: str) -> bool:

@@ -17,7 +17,7 @@ from lit_qlora.console import complain, progress_bar, tell
 from lit_qlora.data.files import ARROW, COMPRESSED, ENDINGS, Row
 from lit_qlora.data.forms import check_columns, read_row
 from lit_qlora.data.records import Counts
-from lit_qlora.data.sources import Source, SourceOption, find_splits, is_hub_id, read_source, sources_of
+from lit_qlora.data.sources import Source, SourceOption, find_splits, read_source, sources_of
 from lit_qlora.data.splits import FILES
 from lit_qlora.errors import UserError, require
 from lit_qlora.model.generate import Sampling
@@ -242,7 +242,7 @@ def read_prompts(prompts: SourceOption, columns: Mapping[str, str] | None = None
 
 def _rows_of(source: Source, columns: Sequence[str]) -> list[Row]:
     path = Path(source.path).expanduser()
-    if path.suffix.lower() == ".txt" and not is_hub_id(source):
+    if path.suffix.lower() == ".txt" and not source.is_on_hub:
         return list(_lines_of(path))
     if path.is_file() and not path.name.lower().endswith((*FILES, *COMPRESSED, ARROW)):
         raise UserError(f"the ending is {path.suffix!r}, expected one of .txt, {', '.join(ENDINGS)}", place=path)

@@ -14,12 +14,20 @@ import pytest
 from lit_qlora import demo
 from lit_qlora.data import sources
 from lit_qlora.data.files import Row
-from lit_qlora.data.sources import Source, as_text, find_splits, read_source, sources_of
+from lit_qlora.data.sources import Source, as_text, sources_of
 from lit_qlora.errors import UserError
 
 A_SOURCE = (
     "expected 'demo', a file (.jsonl, .json, .csv, .parquet), a folder with train.jsonl, or a hub id such as owner/name"
 )
+
+
+def find_splits(source):
+    return sources.find_splits(*sources_of(source))
+
+
+def read_source(source, split="train"):
+    return sources.read_source(*sources_of(source), split)
 
 
 @pytest.fixture(autouse=True)
@@ -706,9 +714,9 @@ def ask(question, *words):
         return str(error)
 
 
-known = ask(find_splits, "owner/guanaco")
-print(json.dumps([known.names, *(ask(read_source, "owner/guanaco", split) for split in ("train", "test")),
-                  ask(find_splits, "owner/unknown")]))
+known = ask(find_splits, Source("owner/guanaco"))
+print(json.dumps([known.names, *(ask(read_source, Source("owner/guanaco"), split) for split in ("train", "test")),
+                  ask(find_splits, Source("owner/unknown"))]))
 """
 
 

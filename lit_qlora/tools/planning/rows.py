@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.data.datamodule import ChatDataModule
-from lit_qlora.data.sources import is_hub_id, paths_of
+from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError
 from lit_qlora.forecast.foresee import Rows, guanaco_lengths
 from lit_qlora.forecast.memory import Samples
@@ -80,9 +80,10 @@ def _rows(data: ChatDataModule, has_tokenizer: bool) -> Rows:
     try:
         train, _ = data.parts(reading).train_and_held_out()
     except UserError:
-        paths = paths_of(data.source)
-        if not any(map(is_hub_id, paths)):
+        sources = sources_of(data.source)
+        if not any(source.is_on_hub for source in sources):
             raise
+        paths = [source.path for source in sources]
         num_rows = sum(PUBLISHED.get(path, 1000) for path in paths)
         what = f"{num_rows:,} rows" if {*paths} <= {*PUBLISHED} else f"lengths unknown: {num_rows:,} rows"
         return Rows(guanaco_lengths(num_rows), known_by=f"assumed: {what}, their lengths as Guanaco's")

@@ -37,7 +37,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.figures.tensorboard import LOSS
 from lit_qlora.model.learning import LearnsInParts
-from lit_qlora.model.script import check_monitors, check_trainer
+from lit_qlora.model.script import NEEDED, check_monitors, check_trainer
 from lit_qlora.quiet import quieten
 from lit_qlora.text.conversation import Conversation, Turn
 
@@ -163,7 +163,7 @@ def test_a_callback_finds_the_loss_of_the_step_that_has_just_ended(here):
 
 def test_no_figure_waits_for_the_device_before_a_logger_asks(monkeypatch):
     built, logged = module(), []
-    built.trained = torch.nn.Parameter(torch.zeros(1))
+    built.lora_trained = torch.nn.Parameter(torch.zeros(1))
     few = {"accumulate_grad_batches": 2, "datamodule": None, "train_dataloader": None}
     built._trainer = SimpleNamespace(global_step=0, log_every_n_steps=5, barebones=False, **few)
     monkeypatch.setattr(built, "log_dict", lambda figures, **options: logged.append((figures, options)))
@@ -384,13 +384,67 @@ def test_a_subclass_learns_by_a_loss_of_its_own(made, as_of):
     assert any(value.abs().max() > 0 for name, value in weights[0].items() if "lora_B" in name)
 
 
-def test_a_module_that_is_compiled_or_frozen_is_refused(expect_error):
-    expect_error(lambda: trainer().fit(torch.compile(module()), data()), "torch.compile", option="model")
-    frozen = module()
-    frozen.configure_model()
-    for parameter in frozen.parameters():
-        parameter.requires_grad = False
-    expect_error(lambda: trainer().fit(frozen, data()), "frozen", option="model")
+class Own(QLoRAModule):
+    """One with figures, a clipping and weights of its own."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("mine/figure", 1.0, batch_size=1)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        pass
+
+
+def test_a_subclass_that_scores_and_clips_in_its_own_way_has_no_figure_of_nothing():
+    lightning = trainer(val_check_interval=2)
+    lightning.fit(Own(), data())
+    figures = lightning.callback_metrics.keys()
+    assert {"mine/figure", "train/loss"} <= figures
+    assert not {"val/loss", "train/gradient_norm"} & figures
+
+
+def test_a_subclass_keeps_the_hooks_that_each_fit_needs(expect_error):
+    """Lightning's are empty, so that nobody calls them: prompt format and figures were lost without a word."""
+
+    class Mixin:
+        def setup(self, stage):
+            self.stage = stage
+
+    class Fine(QLoRAModule):
+        def on_train_start(self):
+            super().on_train_start()
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            pass
+
+    assert all(hasattr(QLoRAModule, name) for name in NEEDED)
+    expect_error(lambda: type("Mine", (QLoRAModule,), {"on_train_start": lambda self: None}), "Mine.on_train_start",
+                 "super().on_train_start(…)")  # fmt: skip
+    expect_error(lambda: type("Mixed", (Mixin, QLoRAModule), {}), "Mixed.setup", "super().setup(…)")
+    assert type("Below", (Fine,), {}).on_train_start is Fine.on_train_start
+
+
+def _frozen(built):
+    built.configure_model()
+    built.peft_model.requires_grad_(False)
+    return built
+
+
+def _half(built):
+    built.configure_model()
+    return built.half()
+
+
+def _with_head(built):
+    built.head = torch.nn.Linear(2, 2)
+    return built
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(torch.compile, "torch.compile"), (_frozen, "frozen"), (_half, "got float16"), (_with_head, "head.weight would")],
+)
+def test_a_module_that_could_not_be_trained_or_saved_is_refused(change, words, expect_error):
+    expect_error(lambda: trainer().fit(change(module()), data()), words, option="model")
 
 
 class WithArgument(QLoRAModule):

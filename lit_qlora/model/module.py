@@ -96,6 +96,11 @@ class QLoRAModule(LearnsInParts):
             are kept.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raises UserError for a hook that leaves out this project's."""
+        super().__init_subclass__(**kwargs)
+        script.check_hooks(cls, QLoRAModule)
+
     @checked_arguments("model", paths=("base", "adapter", "quantized_cache"))
     def __init__(
         self,
@@ -436,9 +441,8 @@ class QLoRAModule(LearnsInParts):
         return self.peft_model(input_ids=input_ids).logits  # type: ignore[no-any-return]
 
     def on_train_start(self) -> None:
-        """Reset the sums of the figures. Raises UserError if nothing is trained."""
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            raise UserError("no weight is trained, for the module was frozen", option="model", remedy="make it anew")
+        """Reset the sums of the figures. Raises UserError if other weights than the adapter's would be trained."""
+        script.check_weights(self, load.adapter_parameters(self))
         self._take_over()
         if self._data is None:
             name = self.prompt_format.record()["prompt_format"]
@@ -489,11 +493,13 @@ class QLoRAModule(LearnsInParts):
 
         Here, and not at the batch's end, since callbacks that monitor a figure are asked before that.
         """
+        before = self.gradient_norm
         super().optimizer_step(*args, **kwargs)
         if not self.standalone:
             return
-        figures = {"train/gradient_norm": self.gradient_norm}
-        if self._sums:  # a subclass may have a step of its own
+        # A subclass may have a clipping of its own, and a step.
+        figures = {} if self.gradient_norm is before else {"train/gradient_norm": self.gradient_norm}
+        if self._sums:
             figures["train/loss"], figures["train/accuracy"] = self._sums.means()
         self._log(figures)
         step, interval = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -524,6 +530,8 @@ class QLoRAModule(LearnsInParts):
         if self.shards:
             self.shards.keep_pace(backward=False)
         sums = self.held_out_loss, self.held_out_correct, self.held_out_tokens
+        if not self.held_out_tokens.update_called:  # a subclass may score in a way of its own
+            return
         loss_sum, num_correct, tokens = (metric.compute() for metric in sums)
         loss = loss_sum / tokens
         self._log(

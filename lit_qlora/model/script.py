@@ -6,10 +6,12 @@ LoRA and its prompt format only.
 """
 
 from collections.abc import Mapping, Sequence
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
@@ -76,6 +78,47 @@ def check_trainer(trainer: Trainer) -> None:
     require(ends, "trainer.max_epochs", expected, trainer.max_epochs)
     if {"forward", "training_step"} <= {*vars(trainer.lightning_module)}:  # Lightning puts compiled ones in their place
         raise UserError("torch.compile can't be used on it", option="model", remedy="leave it out: see model.compile")
+
+
+NEEDED = (
+    "setup", "configure_model", "configure_callbacks", "on_train_start", "on_train_batch_start", "on_after_backward",
+    "optimizer_step", "optimizer_zero_grad", "backward", "on_validation_start", "on_validation_epoch_end",
+    "on_test_epoch_end", "on_save_checkpoint", "on_load_checkpoint",
+)  # fmt: skip
+"""Hooks with a part in each fit; Lightning's own are empty, and a subclass may well forget them."""
+
+
+def check_hooks(subclass: type, base: type) -> None:
+    """Raises UserError if a subclass of the module ``base`` has a hook of `NEEDED` that does not call the base's."""
+    for name in NEEDED:
+        hook = getattr(subclass, name)
+        if hook is not getattr(base, name) and name not in unwrap(hook).__code__.co_names:
+            raise UserError(
+                f"{subclass.__name__}.{name} does not call the one that it replaces, which has a part in each fit",
+                remedy=f"call super().{name}(…) in it",
+            )
+
+
+def check_weights(module: LightningModule, adapter: Mapping[str, torch.Tensor]) -> None:
+    """Check that the adapter's weights are trained, in fp32, and no others, which no checkpoint would hold.
+
+    Args:
+        module: with its model.
+        adapter: the adapter's weights, by name.
+
+    Raises:
+        UserError: they are not.
+    """
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    if not trained:
+        raise UserError("no weight is trained, for the module was frozen", option="model", remedy="make it anew")
+    for name, value in trained.items():
+        if name not in adapter:
+            problem = f"{name} would be trained beside the adapter, and never saved"
+            raise UserError(problem, option="model", remedy="freeze it (requires_grad=False), or train it elsewhere")
+        if value.dtype != torch.float32:
+            problem = f"expected an adapter in fp32, got {str(value.dtype).removeprefix('torch.')}"
+            raise UserError(problem, option="model", remedy="leave .half() and its kin out: trainer.precision says it")
 
 
 def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:

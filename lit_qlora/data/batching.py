@@ -45,15 +45,10 @@ class BatchPlan:
     packed: bool = False
 
     def epoch(self, lengths: Sequence[int], seed: int, epoch: int) -> list[list[int]]:
-        """The micro-batches of one epoch, as row numbers.
+        """The micro-batches of an epoch, numbered from 0, as row numbers, of rows of ``lengths`` tokens.
 
         Every row is in exactly one; the number of batches is the same in every epoch. The batch with the most padded
         tokens comes first, so that memory runs out at once or never.
-
-        Args:
-            lengths: tokens of each row.
-            seed: of the run.
-            epoch: its number, from 0.
         """
         draw = random.Random(f"{seed}/{epoch}")
         batches = self._by_tokens(lengths, draw) if self.tokens else self._by_rows(lengths, draw)
@@ -165,14 +160,8 @@ def collate(
 def elsewhere(rows: Sequence[int], lengths: Sequence[int], step_answer_tokens: int, packed: bool) -> Batch:
     """In place of a micro-batch that another device computes: as large, and with as many tokens, by ``lengths``.
 
-    Args:
-        rows: row numbers.
-        lengths: tokens of each row of the run.
-        step_answer_tokens: learned tokens of the whole optimizer step, of all devices.
-        packed: as in `collate`.
-
-    Returns:
-        A batch whose ``input_ids`` ``[B, T]`` take no memory, and which has nothing to predict.
+    ``step_answer_tokens`` and ``packed`` are as in `collate`. Its ``input_ids`` ``[B, T]`` take no memory, and it has
+    nothing to predict.
     """
     own = [lengths[row] for row in rows]
     shape = (1, sum(own)) if packed else (len(own), max(own))

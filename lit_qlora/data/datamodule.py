@@ -175,14 +175,10 @@ class ChatDataModule(LightningDataModule):
 
     @local_first()  # the others find what it downloaded and encoded
     def setup(self, stage: str) -> None:
-        """Read and encode the rows for ``stage``: ``fit``, ``validate`` or ``test``.
+        """Read and encode the rows for a Trainer's ``stage``: ``fit``, ``validate`` or ``test``.
 
-        Args:
-            stage: of the Trainer.
-
-        Raises:
-            UserError: for unreadable rows, if nothing is left to learn or to score (also by a share of less than one
-                micro-batch), and for a tokenizer or template that does not match the Trainer's module.
+        Raises UserError for unreadable rows, if nothing is left to learn or to score (also by a share of less than one
+        micro-batch), and for a tokenizer or template that does not match the Trainer's module.
         """
         if self.trainer is not None:
             self._follow(self.trainer.lightning_module)
@@ -297,16 +293,10 @@ class ChatDataModule(LightningDataModule):
         return collate([(row, examples[row]) for row in rows], answers, self.plan.packed)
 
     def smaller(self, rows: int, accumulate: int) -> str:
-        """Options for smaller micro-batches, to suggest if halving one was not enough.
+        """Options for smaller micro-batches, as on a command line, to suggest if halving one was not enough.
 
-        Args:
-            rows: conversations of the micro-batch; a quarter of them is suggested, for a single one a shorter
-                ``max_length``.
-            accumulate: micro-batches of an optimizer step, of which there are more then, so that the step stays as
-                large.
-
-        Returns:
-            Options as on a command line.
+        For a quarter of its ``rows``, or for a single one a shorter ``max_length``; and for more micro-batches to
+        ``accumulate``, so that the optimizer step stays as large.
         """
         if self.plan.tokens:
             tokens = max(self.plan.tokens // 4, self.max_length)

@@ -115,10 +115,8 @@ class Parts:
         """Load the rows to train on and the rows to validate on, which never mix.
 
         A share is drawn by the seed only, of all sources that have no other held-out rows, and no conversation is on
-        both sides. Of other held-out rows, those that are also in training are counted.
-
-        Raises:
-            UserError: as `load_records`, when there is nothing to hold out, and when all of it is in training, too.
+        both sides. Of other held-out rows, those that are also in training are counted. Raises UserError as
+        `load_records`, when there is nothing to hold out, and when all of it is in training, too.
         """
         trains, splits = self._training(), self._held_out_splits()
         fixed = self._load_each((source, name) for source, name in splits if name)
@@ -168,9 +166,7 @@ class Parts:
         """Loads the rows to score: those that the run of the record ``rows`` held out, as `recall` does.
 
         Without a record, or with another validation source than the run's, they are found as at the start of a run.
-
-        Raises:
-            UserError: as `recall` and `train_and_held_out`.
+        Raises UserError as `recall` and `train_and_held_out`.
         """
         is_other = rows is not None and as_text(self.validation_source) not in (None, rows.validation_source)
         if rows is None or is_other:
@@ -181,9 +177,7 @@ class Parts:
         """Find the conversations that a run held out, in their order then, and the number missing since.
 
         They are searched for in the validation source and in every split of the source, wherever they were moved.
-
-        Raises:
-            UserError: as `load_records`, and when none is there any more.
+        Raises UserError as `load_records`, and when none is there any more.
         """
         wanted = {*rows.held_out}
         found: dict[str, Kept] = {}

@@ -164,9 +164,7 @@ def in_folder(folder: Path) -> dict[str, list[Path]]:
 
     It may be as ``save_to_disk`` leaves one, or have a file for each split, or the parts of it, itself or in a folder
     ``data``; or a folder for each split; or files that have the split somewhere in their names; or a single file.
-
-    Raises:
-        UserError: none of these, or a file is there twice or not whole.
+    Raises UserError for none of these, and where a file is there twice or not whole.
     """
     if (folder / "dataset_dict.json").is_file():
         return {name: _saved(folder / name) for name in _named_in(folder / "dataset_dict.json", "splits")}

@@ -44,13 +44,7 @@ def fingerprint(base: Base) -> str:
 
     Equal for copies in a folder, on the hub, in shards, in another float type of the same values, and for the 4-bit
     copies of this project; a 4-bit copy from elsewhere is a base of its own. Call it once the weights are downloaded
-    (in the folder or in the cache).
-
-    Args:
-        base: whose weights are here.
-
-    Raises:
-        UserError: they can't be read.
+    (in the folder or in the cache). Raises UserError if they can't be read.
     """
     own = _sampled(base)
     file = stored_file(base, ORIGINAL)

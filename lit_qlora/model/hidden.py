@@ -129,9 +129,7 @@ class ComputesSums(LightningModule):
     def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
         """`summed_loss` of each of some micro-batches, which go through the layers together.
 
-        Args:
-            waiting: the micro-batches, in order.
-            earlier: gradients of weights by their `id`, read in backward, to which theirs are added one by one.
+        In backward, gradients are added one by one to the ``earlier`` ones, which stand under the `id` of their weight.
         """
         pairs = zip(self._through(waiting, earlier), waiting, strict=True)
         return [self._summed_loss(hidden, one.batch) for hidden, one in pairs]

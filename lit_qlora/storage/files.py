@@ -200,14 +200,9 @@ def free_bytes(path: Path) -> int:
 
 
 def require_room(path: Path, needed_bytes: int, what: str, *, option: str, remedy: str) -> None:
-    """Raises UserError if a disk has too little room.
+    """Raises UserError, about ``option``, if the disk of ``path``, which may not exist yet, lacks bytes for ``what``.
 
-    Args:
-        path: on that disk; it may not exist yet.
-        needed_bytes: for ``what``.
-        what: needs them, in words.
-        option: that the error names.
-        remedy: beside freeing some.
+    The remedy is to free some, or ``remedy``.
     """
     free = free_bytes(path)
     if free < needed_bytes:

@@ -114,17 +114,10 @@ def _written_aside(target: Path, replace: bool, needed_bytes: int | None) -> Ite
 
 
 def verify_folder(path: Path, *, may_differ: Collection[str] = ()) -> dict[str, int]:
-    """Compare every file of a folder's manifest with it; returns their sizes in bytes, by name.
+    """Compare every file of a folder's manifest, but those that ``may_differ``, with it; return their sizes by name.
 
-    Other files in the folder (desktop.ini, .DS_Store) are allowed: they are never read.
-
-    Args:
-        path: a folder that `write_folder` made.
-        may_differ: files that may have been edited since.
-
-    Raises:
-        DamagedFolderError: the folder, its manifest or a file is missing, unreadable, of another size or content, or
-            outside the folder.
+    Other files in the folder (desktop.ini, .DS_Store) are allowed: they are never read. Raises DamagedFolderError if
+    the folder, its manifest or a file is missing, unreadable, of another size or content, or outside the folder.
     """
     if not path.is_dir():
         raise DamagedFolderError(path, None, "a folder", "a file" if path.exists() else "nothing")

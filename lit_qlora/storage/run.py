@@ -234,15 +234,10 @@ class RunFolder:
         return None, problems
 
     def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] = verify_folder) -> list[int]:
-        """Steps whose checkpoints may be removed now that one is written: all but the newest intact ones.
+        """Steps whose checkpoints may be removed now that ``newest`` is written: all but the ``keep`` newest intact.
 
         Empty while there are fewer intact ones. Damaged ones don't count, and intact ones above the newest stay. Each
-        is checked once.
-
-        Args:
-            keep: number of intact checkpoints that stay.
-            newest: step of the one that was just written.
-            check: as in `last_checkpoint`.
+        is checked once, as in `last_checkpoint`.
         """
         self._seen_whole[newest] = True
 

@@ -51,16 +51,9 @@ def remove_unused(folder: Path) -> bool:
 def prune(
     folders: Iterable[Path], *, most: float = math.inf, most_bytes: float = math.inf, unused_s: float = 0.0
 ) -> dict[Path, int]:
-    """Remove the folders that were used longest ago, but those in use.
+    """Remove the folders that were used longest ago, but those in use; return these with their bytes.
 
-    Args:
-        folders: without folders within.
-        most: how many may stay.
-        most_bytes: that those which stay may take.
-        unused_s: seconds after its last use in which one stays in any case.
-
-    Returns:
-        What was removed, with its bytes.
+    The others are ``most``, take ``most_bytes``, or were used within ``unused_s`` seconds.
     """
     found = []
     for folder in folders:

@@ -178,7 +178,7 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
     """Help and the first mistakes come before what takes seconds to import; a word on that comes before it, too."""
     with nothing_open():
         from lit_qlora.options import configs_first
-        from lit_qlora.precheck import check_first, processes_asked
+        from lit_qlora.precheck import check_first
         from lit_qlora.usage import help_asked, help_of, help_of_class
 
     of_class, asked = help_of_class(args[1:]), help_asked(args[1:])
@@ -189,9 +189,8 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
         print(help_of(verb, asked), end="")
         return 0
     args = [verb, *configs_first(args[1:])]
-    check_first(verb, args[1:])
-    count = processes_asked(args) if verb in TRAINERS and world().size == 1 else 1
-    if count > 1:  # each of them comes here again
+    count = check_first(verb, args[1:])
+    if count > 1 and verb in TRAINERS and world().size == 1:  # each of them comes here again
         return starting.run(args, count)
     if world().rank == 0:
         say_imports()

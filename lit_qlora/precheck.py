@@ -8,13 +8,10 @@ there; each of these mistakes is one there too, in the same words.
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lit_qlora.command import complete, kept_options
 from lit_qlora.data.faults import accepted_kinds
@@ -41,8 +38,7 @@ from lit_qlora.forecast.cards import find_card
 from lit_qlora.model.base import check_context, check_rank, check_targets, find_base, split_names
 from lit_qlora.model.lora_config import require_adapter
 from lit_qlora.model.shape import known_config
-from lit_qlora.options import CONFIG, LINKED, check_once, lacks, no_class, no_option, option, take_option
-from lit_qlora.place import find_config
+from lit_qlora.options import LINKED, check_once, lacks, no_class, no_option, take_option
 from lit_qlora.ranges import check_ranges, check_scored
 from lit_qlora.signatures import (
     CLASSES,
@@ -58,7 +54,7 @@ from lit_qlora.signatures import (
     parser_of,
 )
 from lit_qlora.storage import settings
-from lit_qlora.storage.config_file import as_sections, flat
+from lit_qlora.storage.config_file import as_sections
 from lit_qlora.storage.files import page_path
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.lock import RunLock
@@ -68,12 +64,15 @@ from lit_qlora.storage.settings import Change
 from lit_qlora.text.formats import OF_BASE
 
 
-def check_first(verb: str, args: Sequence[str]) -> None:
+def check_first(verb: str, args: Sequence[str]) -> int:
     """Find what is wrong with a command line before anything heavy is imported; pass what can't be judged so.
 
     Args:
         verb: fit, or one that takes its options.
         args: the options, as on the command line.
+
+    Returns:
+        How many processes it asks for; 1 where it takes more to know.
 
     Raises:
         UserError: as the parser proper would.
@@ -91,12 +90,15 @@ def check_first(verb: str, args: Sequence[str]) -> None:
     for name in given & {*LINKED}:
         raise UserError(f"can't be given, it is always {LINKED[name]}", option=name, remedy="set that one")
     if given & {*sections, "print_config", ""}:  # which the parser proper alone knows
-        return
+        return 1
     values, config = _given(verb, command.args[1:])
+    kept = kept_options(command.kept) if command.kept else {}
+    whole = defaults_of(verb) | kept | values
     if command.kept:
-        _check_with_kept(verb, values, command.kept)
+        _check_with_kept(verb, values, command.kept, whole)
     else:
-        _check_whole(verb, defaults_of(verb) | values, config)
+        _check_whole(verb, whole, config)
+    return _number_of(whole["trainer.devices"])
 
 
 def options_of_fit(args: Sequence[str]) -> dict[str, Any]:
@@ -132,16 +134,13 @@ def _given(verb: str, args: Sequence[str]) -> tuple[dict[str, Any], str | None]:
     return values, str(configs[-1]) if configs else None
 
 
-def _check_with_kept(verb: str, values: dict[str, Any], kept: RunFolder) -> None:
-    """Raises UserError for wrong ``values`` where the other options are those of the run ``kept``."""
-    its_options = kept_options(kept)
-    whole = defaults_of(verb) | its_options | values
+def _check_with_kept(verb: str, values: Mapping[str, Any], kept: RunFolder, whole: Mapping[str, Any]) -> None:
+    """Raises UserError for wrong ``values`` where the other options, which ``whole`` has too, are those of ``kept``."""
     check_scored(verb, whole["trainer.limit_val_batches"])
     if verb not in LEARNING:
         option = "data.validation_source" if verb == "validate" else "data.test_source"
         if values.get(option):
-            data = as_sections(its_options | flat(values)).get("data", {})
-            check_early_to_score(values[option], option, Reading.of(data))
+            check_early_to_score(values[option], option, Reading.of(as_sections(whole)["data"]))
         check_sources(as_sections(values).get("data", {}))
     if verb == "fit":
         _check_run(values, kept)
@@ -172,20 +171,6 @@ def _check_together(values: Mapping[str, Any]) -> None:
     Reading(str(values["data.form"]), columns=values["data.columns"]).check()
     if values["data.template"] != OF_BASE:
         read_template(values["data.template"])
-
-
-def processes_asked(args: Sequence[str]) -> int:
-    """How many processes a command line, its config file or its run asks for; 1 where it takes torch to know."""
-    given, file = option(args, "--trainer.devices"), option(args, *CONFIG)
-    if "--help" in args:
-        return 1
-    if given is None and file is None and (kept := complete([*args]).kept):
-        file = str(kept.config)
-    if given is None and file:
-        with suppress(Exception):  # mistakes in it are found later
-            config = yaml.safe_load(Path(find_config(file)).read_text(encoding="utf-8-sig"))
-            given = config["trainer"]["devices"]
-    return _number_of(given or 1)
 
 
 def _number_of(devices: Any) -> int:

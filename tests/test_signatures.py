@@ -256,7 +256,7 @@ def test_a_gpu_asked_for_without_a_driver_is_found_first(monkeypatch, expect_err
 def test_it_is_the_parsers_own_mistake_in_the_same_words(args, files, monkeypatch, capsys):
     assert main(["fit", *args]) == 2
     first = capsys.readouterr().err
-    monkeypatch.setattr(precheck, "check_first", lambda *_: None)
+    monkeypatch.setattr(precheck, "check_first", lambda *_: 1)
     assert main(["fit", *args]) == 2
     assert capsys.readouterr().err == first
 

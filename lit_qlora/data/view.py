@@ -66,12 +66,12 @@ def shortened(text: str, width: int) -> str:
     """A printable text without its middle, if it takes more than ``width`` columns."""
     if columns(text) <= width:
         return text
-    head = _first(text, (width - 1) * 2 // 3)
-    tail = _first(text[::-1], width - 1 - columns(head))[::-1]
+    head = first_columns(text, (width - 1) * 2 // 3)
+    tail = first_columns(text[::-1], width - 1 - columns(head))[::-1]
     return f"{head}…{tail}"
 
 
-def _first(text: str, width: int) -> str:
+def first_columns(text: str, width: int) -> str:
     """The beginning of ``text`` that takes at most ``width`` columns."""
     taken, end = 0, 0
     for end, character in enumerate(text):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_qlora.console import WIDTH
-from lit_qlora.data.view import columns
+from lit_qlora.data.view import columns, first_columns
 from lit_qlora.figures.lines import iter_lines
 
 ROWS_SHOWN = 16
@@ -134,10 +134,7 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
                 found += [] if columns(found[-1] + one) <= width else [""]
                 found[-1] += one if found[-1] else one.strip()
         if len(found) > lines:
-            last = found[lines - 1]
-            while columns(last) > width - 2:
-                last = last[:-1]
-            return [*found[: lines - 1], f"{last} …"]
+            return [*found[: lines - 1], f"{first_columns(found[lines - 1], width - 2)} …"]
     return found if found[-1] else []
 
 

@@ -54,7 +54,7 @@ from lit_qlora.signatures import (
     parser_of,
 )
 from lit_qlora.storage import settings
-from lit_qlora.storage.config_file import as_sections
+from lit_qlora.storage.config_file import as_sections, flat
 from lit_qlora.storage.files import page_path
 from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.lock import RunLock
@@ -95,7 +95,8 @@ def check_first(verb: str, args: Sequence[str]) -> int:
     kept = kept_options(command.kept) if command.kept else {}
     whole = defaults_of(verb) | kept | values
     if command.kept:
-        _check_with_kept(verb, values, command.kept, whole)
+        _check_with_kept(verb, values, command.kept, flat(kept) | flat(values))
+        _check_devices(verb, whole)
     else:
         _check_whole(verb, whole, config)
     return _number_of(whole["trainer.devices"])
@@ -134,17 +135,16 @@ def _given(verb: str, args: Sequence[str]) -> tuple[dict[str, Any], str | None]:
     return values, str(configs[-1]) if configs else None
 
 
-def _check_with_kept(verb: str, values: Mapping[str, Any], kept: RunFolder, whole: Mapping[str, Any]) -> None:
-    """Raises UserError for wrong ``values`` where the other options, which ``whole`` has too, are those of ``kept``."""
-    check_scored(verb, whole["trainer.limit_val_batches"])
+def _check_with_kept(verb: str, values: Mapping[str, Any], kept: RunFolder, both: Mapping[str, Any]) -> None:
+    """Raises UserError for wrong ``values`` where other options are those of ``kept``; ``both`` are all of these."""
+    check_scored(verb, both.get("trainer.limit_val_batches"))
     if verb not in LEARNING:
         option = "data.validation_source" if verb == "validate" else "data.test_source"
         if values.get(option):
-            check_early_to_score(values[option], option, Reading.of(as_sections(whole)["data"]))
+            check_early_to_score(values[option], option, Reading.of(as_sections(both).get("data", {})))
         check_sources(as_sections(values).get("data", {}))
     if verb == "fit":
         _check_run(values, kept)
-    _check_devices(verb, whole)
 
 
 def _check_whole(verb: str, values: Mapping[str, Any], config: str | None) -> None:

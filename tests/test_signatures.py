@@ -428,6 +428,17 @@ def test_options_of_a_kept_run_are_not_held_against_defaults(tmp_path, monkeypat
         check_first(verb, ["--run", "mine", "--data.batch_tokens", "4"])
 
 
+def test_names_of_columns_are_added_to_those_of_a_kept_run(tmp_path, monkeypatch, expect_error):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    config = "model.base: demo\ndata.columns: {user: Frage, assistant: Antwort}\n"
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text(config)
+    (tmp_path / "rows.jsonl").write_text('{"Q": "a", "Antwort": "b"}\n' * 3)
+    args = ["--run", "mine", "--data.validation_source", "rows.jsonl"]
+    check_first("validate", [*args, "--data.columns.user", "Q"])
+    expect_error(lambda: check_first("validate", args), "Frage", option="data.columns.user", place="rows.jsonl")
+
+
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "plan", "inspect"])
 @pytest.mark.parametrize("asked", ["short", "all"])
 def test_help_fits_80_columns_and_names_no_class_of_lightning(verb, asked):

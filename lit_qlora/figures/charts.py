@@ -32,7 +32,13 @@ SIZE = 5.6, 3.1
 DOTS = 160
 """Of the PNG, per inch."""
 
-MOMENTS = (("load", "loading"), ("train", "training"), ("validation", "validation"))
+PEAKS = {
+    "loading": "memory/load_reserved_gib",
+    "training": "memory/train_reserved_gib",
+    "validation": "memory/validation_reserved_gib",
+    "host": "memory/host_gib",
+}
+"""Figures of memory by the titles of their bars."""
 Figures = Mapping[int, Mapping[str, Any]]
 Points = list[tuple[float, float]]
 
@@ -204,14 +210,7 @@ def _curve(axes: "Axes", figures: Figures, name: str, *, from_zero: bool = False
 
 def _memory(axes: "Axes", figures: Figures) -> str:
     """A bar for the highest of each moment, of what torch reserves or of the host, and the forecast as a line."""
-    bars = []
-    for key, moment in MOMENTS:
-        peak = peak_of(figures, f"memory/{key}_reserved_gib")
-        if peak is not None:
-            bars.append((moment, peak))
-    host = peak_of(figures, "memory/host_gib")
-    if host is not None:
-        bars.append(("host", host))
+    bars = [(title, peak) for title, name in PEAKS.items() if (peak := peak_of(figures, name)) is not None]
     if not bars:
         return ""
     names, values = zip(*reversed(bars), strict=True)

@@ -16,6 +16,7 @@ from lit_qlora.data import batching
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.faults import KINDS
 from lit_qlora.data.view import columns
+from lit_qlora.tools.inspecting.verdict import Judge
 from lit_qlora.wording import number_of
 from tests.data.talks import write
 from tests.llama3_like import write_base
@@ -558,6 +559,21 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def test_a_row_of_several_faults_of_a_kind_is_one_row_in_the_lines_and_on_the_page(inspect, monkeypatch):
+    faults = Judge.faults
+    monkeypatch.setattr(Judge, "faults", lambda *args: [one for one in faults(*args) for _ in range(2)])
+    lines = inspect("--data.source", planted(talk("q", f"a {LONG}")), "--html", "page.html", status=1)
+    assert any(line.startswith("1 row with an answer whose end is not learned (") for line in lines)
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "<h3>row with an answer whose end is not learned: 1</h3>" in page
+    assert page.count("answer 1 is cut: the row has ") == 2
+    lines = inspect("--data.source", "a.jsonl", "--accept", "end", "--html", "page.html")
+    accepted = "accepted: rows with an answer whose end is not learned: 1"
+    assert accepted in lines and accepted in Path("page.html").read_text(encoding="utf-8")
+    inspect("--accept", "end", "--html", "page.html")
+    assert "accepted: " not in Path("page.html").read_text(encoding="utf-8")
 
 
 def test_the_page_holds_it_all_and_no_markup_of_the_rows(inspect, tmp_path):

@@ -32,8 +32,12 @@ def page(seen: Look, accepted: Collection[str]) -> str:
         "inspect.html.jinja",
         is_fine=not faults,
         verdict=words.verdict_in_words(seen, accepted),
-        kinds=[(kind, of_number(len(found), KINDS[kind]), found[:NAMED], len(found)) for kind, found in faults.items()],
-        accepted=[(KINDS[kind], sum(one.fault.kind == kind for one in seen.found)) for kind in accepted],
+        kinds=[
+            (kind, of_number(rows, KINDS[kind]), rows, found[:NAMED], len(found[NAMED:]))
+            for kind, found in faults.items()
+            if (rows := words.num_rows(found))
+        ],
+        accepted=words.accepted_in(seen, accepted),
         parts=[
             (part.name, printable(part.source), [*words.sources_of(part), *map(printable, part.notes)])
             for part in seen.parts

@@ -281,22 +281,31 @@ def by_kind(found: Sequence[Found], accepted: Collection[str] = ()) -> dict[str,
     return {kind: kinds[kind] for kind in KINDS if kinds[kind] and kind not in accepted}
 
 
+def num_rows(found: Iterable[Found]) -> int:
+    """How many rows have these faults: one may have several."""
+    return len({one.where for one in found})
+
+
+def accepted_in(seen: Look, accepted: Collection[str]) -> list[tuple[str, int]]:
+    """The kinds of faults that are meant to be so and there are, in words, with their rows."""
+    kinds = by_kind(seen.found)
+    return [(KINDS[kind], num_rows(kinds[kind])) for kind in accepted if kind in kinds]
+
+
 def verdict_in_words(seen: Look, accepted: Collection[str]) -> str:
     """The verdict in a line."""
     kinds = by_kind(seen.found, accepted)
-    rows = len({one.where for found in kinds.values() for one in found})
+    rows = num_rows(one for found in kinds.values() for one in found)
     if rows:
         return f"{number_of(rows, 'rows are')} not as {'it' if rows == 1 else 'they'} should be"
     return f"as it should be: {FINE}"
 
 
 def _verdict(seen: Look, accepted: Collection[str], colour: bool) -> Iterator[str]:
-    for kind in accepted:
-        count = len({one.where for one in seen.found if one.fault.kind == kind})
-        if count:
-            yield f"accepted: {KINDS[kind]}: {count:,}"
+    for title, count in accepted_in(seen, accepted):
+        yield f"accepted: {title}: {count:,}"
     for kind, found in by_kind(seen.found, accepted).items():
-        yield f"{number_of(len({one.where for one in found}), KINDS[kind])} (--accept {kind})"
+        yield f"{number_of(num_rows(found), KINDS[kind])} (--accept {kind})"
         for one in found[:NAMED]:
             yield from _placed(f"    {printable(one.where)}:", one.fault.words)
         if len(found) > NAMED:

@@ -193,14 +193,9 @@ def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: Prompt
 
 
 def check_resume(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a fit can resume from a checkpoint, of which it takes optimizer, rates and place in the rows.
+    """Raises UserError if a fit can't take optimizer, rates and place in the rows from a checkpoint.
 
-    Args:
-        checkpoint: whole, with what it holds under `OF`.
-        now: the options that such a fit can't change, by name.
-
-    Raises:
-        UserError: one was changed, or the checkpoint has weights only.
+    By what it holds under `OF`, one of the options ``now`` was changed; or it has weights only.
     """
     anew = "or begin anew from its weights: QLoRAModule.load_from_checkpoint(FILE, …)"
     if "optimizer_states" not in checkpoint:

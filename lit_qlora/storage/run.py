@@ -329,9 +329,11 @@ def open_run(name: str | None) -> RunFolder:
     if not run.config.is_file():
         others = sorted(one.parent.name for one in path.parent.glob("*/config.yaml"))
         near = nearest(path.name, others, 0.6)
-        meant = f"did you mean {path.with_name(near)}?" if near else f"the runs there: {cut(', '.join(others))}"
+        likely = [RUNS / path.name, *path.parents, *([path.with_name(near)] if near else [])]
+        found = next((one for one in likely if RunFolder(one).config.is_file()), None)
+        meant = f"did you mean {found}?" if found else f"the runs there: {cut(', '.join(others))}"
         problem = f"{path} is no run folder: it has no config.yaml"
-        raise UserError(problem, option="run", remedy=meant if others else None)
+        raise UserError(problem, option="run", remedy=meant if found or others else None)
     return run
 
 

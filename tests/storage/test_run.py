@@ -389,8 +389,10 @@ def test_a_run_s_name_with_a_slip_is_guessed(tmp_path):
         open_run(f"{tmp_path}/miine")
     with pytest.raises(UserError, match=r"no config.yaml; the runs there: mine, other$"):
         open_run(f"{tmp_path}/quite-another-word-than-those")
-    with pytest.raises(UserError, match=r"no config.yaml$"):
+    with pytest.raises(UserError, match=r"no config.yaml; did you mean .*/mine\?$"):
         open_run(f"{tmp_path}/mine/nested")
+    with pytest.raises(UserError, match=r"no config.yaml$"):
+        open_run(f"{tmp_path}/none/nested")
 
 
 @pytest.mark.parametrize(("there", "given"), [("a", "aa"), ("demo", "demo2"), ("run-1", "run1"), ("my-run", "myrun")])
@@ -399,3 +401,14 @@ def test_a_short_name_is_guessed_too(tmp_path, there, given):
     (tmp_path / there / "config.yaml").touch()
     with pytest.raises(UserError, match=rf"did you mean .*/{there}\?$"):
         open_run(f"{tmp_path}/{given}")
+
+
+@pytest.mark.parametrize(
+    "name", ["mine/", "./mine", "Mine", "runs/mine/adapter", "runs/mine/checkpoints/step-00000001"]
+)
+def test_what_is_no_run_is_answered_with_the_run_that_is_meant(tmp_path, monkeypatch, expect_error, name):
+    """As a shell completes it, in another case, and as a folder of it."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/config.yaml").touch()
+    expect_error(lambda: open_run(name), "did you mean runs/mine?", option="run")

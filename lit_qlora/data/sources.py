@@ -179,7 +179,9 @@ def find_splits(source: Source) -> Splits:
     unread = [name for name in found if name not in (*names.values(), *chosen)]
     path = Path(source.path).expanduser()
     unread += [] if files is None or source.path == "demo" else splits.beside(path, files)
-    return Splits(str(source), names, tuple(unread), splits.others_beside(path), bool(source.split))
+    is_pattern = files is not None and "train" in files and source.path != "demo" and not path.exists()
+    told = splits.told_of(files["train"]) if files and is_pattern and not source.split else ""
+    return Splits(str(source), names, tuple(unread), splits.others_beside(path), bool(source.split), told)
 
 
 def _check_split(source: Source, name: str, found: Sequence[str]) -> None:

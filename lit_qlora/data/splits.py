@@ -13,6 +13,7 @@ from typing import NamedTuple
 from lit_qlora.data.files import ENDINGS, OTHER_NAMES, PACKED, SourceError
 from lit_qlora.errors import excerpt
 from lit_qlora.storage.files import parse_json
+from lit_qlora.wording import number_of
 
 SPLITS = {
     "train": ("train", "training", "train_sft"),
@@ -24,6 +25,9 @@ SPLITS = {
 }  # fmt: skip
 """What a split is for, and the names that it has in folders and on the hub, in small letters."""
 SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
+HELD_OUT = ("validation", "test")
+SAY_NOTHING = {"data", "dataset", "set", "split", "rows", "file"}
+"""Words beside a split's name that say no more: ``val_data.jsonl``."""
 
 PLAIN = (*ENDINGS, *OTHER_NAMES)
 FILES = (*PLAIN, *(ending + packing for ending in PLAIN for packing in PACKED))
@@ -44,6 +48,7 @@ class Splits:
         unread: what else it holds that looks like rows: other splits, or files.
         beside: of a file or folder named for training, those named for other splits, which stand in the same folder.
         is_chosen: whether the source itself names the split, which is the training rows then.
+        told: of a pattern, which of its files are the training rows, in words.
     """
 
     source: str
@@ -51,6 +56,7 @@ class Splits:
     unread: tuple[str, ...] = ()
     beside: tuple[Path, ...] = ()
     is_chosen: bool = False
+    told: str = ""
 
     def without(self, taken: Collection[str | None]) -> "Splits":
         """The same without the splits called ``taken`` beside its training rows."""
@@ -149,7 +155,7 @@ def by_names(paths: Sequence[Path]) -> dict[str, list[Path]]:
     training, a part beside the name of another file.
     """
     names = [_name_of(path) for path in paths]
-    whole = [name.exact or _name_of(path.parent).exact for path, name in zip(paths, names, strict=True)]
+    whole = [_whole_kind(path) for path in paths]
     plain = [name.others for name in names if not name.kind]
     of_plain = [kind or (name.kind if name.others in plain else None) for kind, name in zip(whole, names, strict=True)]
     kinds = next((one for one in (whole, [name.kind for name in names]) if "train" in one), of_plain)
@@ -157,6 +163,25 @@ def by_names(paths: Sequence[Path]) -> dict[str, list[Path]]:
     for path, kind in zip(paths, kinds, strict=True):
         files.setdefault(kind or "train", []).append(path)
     return files if "train" in files else {"train": [*paths]}
+
+
+def _whole_kind(path: Path) -> str | None:
+    """The kind of split that a file's name says and nothing else, or its folder's."""
+    name = _name_of(path)
+    return name.kind if {*name.others} <= SAY_NOTHING else _name_of(path.parent).exact
+
+
+def told_of(paths: Sequence[Path]) -> str:
+    """What there is to know of a pattern's files to train on: how many, which look held-out, which part is not there.
+
+    It may be meant so, unlike in a folder: a pattern can ask for some of the parts.
+    """
+    others = {path.name: kind for path in paths if (kind := _whole_kind(path) or _name_of(path).kind) in HELD_OUT}
+    found = f"{number_of(len(paths), 'files')} to train on"
+    for name, kind in [*others.items()][:1]:
+        more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+        found += f", with {name}{more}: name it {kind}{Path(name).suffix} if it is to be held out"
+    return "; ".join([found, *_missing(paths)])
 
 
 def in_folder(folder: Path) -> dict[str, list[Path]]:
@@ -232,17 +257,12 @@ def _by_split(folder: Path, named: Mapping[Path, _Name]) -> dict[str, list[Path]
         found = plain or found
         if not found:
             continue
-        shards = [SHARD.match(_bare(path)) for path in found]
-        parts = [shard for shard in shards if shard]
+        parts = [shard for path in found if (shard := SHARD.match(_bare(path)))]
         if len(found) > 1 and (len(parts) < len(found) or len({(part[1], part[3]) for part in parts}) > 1):
             both = f", or give both: data.source [{found[0]}, {found[1]}]" if kind == "train" else ""
             remedy = f"keep one of them{both}"
             raise SourceError(folder, f"holds both {found[0].name} and {found[1].name}, expected one", remedy)
-        numbers = {int(part[2]) for part in parts}
-        first = 1 if parts and int(parts[0][3]) in numbers else 0  # as some count
-        if parts and (missing := {*range(first, first + int(parts[0][3]))} - numbers):
-            of_all = f"has {len(parts)} of the {int(parts[0][3])} parts of {parts[0][1]}"
-            raise SourceError(folder, f"{of_all}: number {min(missing):05} is missing", "copy the others, too")
+        _check_whole(folder, found)
         name = parts[0][1] if parts else _bare(found[0])
         files[name if named[found[0]].exact else kind] = found
     return files
@@ -250,8 +270,30 @@ def _by_split(folder: Path, named: Mapping[Path, _Name]) -> dict[str, list[Path]
 
 def _by_folder(folder: Path) -> dict[str, list[Path]]:
     """Of folders that are named as splits, the files."""
-    found = {path.name: _data_in(path) for path in entries(folder) if path.is_dir()}
-    return {name: paths for name, paths in found.items() if name.lower() in SPLIT_NAMES and paths}
+    found = {path: _data_in(path) for path in entries(folder) if path.is_dir() and path.name.lower() in SPLIT_NAMES}
+    for path, paths in found.items():
+        _check_whole(path, paths)
+    return {path.name: paths for path, paths in found.items() if paths}
+
+
+def _check_whole(folder: Path, paths: Sequence[Path]) -> None:
+    """Raises SourceError where a part of a split is gone."""
+    if missing := _missing(paths):
+        raise SourceError(folder, missing[0], "copy the others, too")
+
+
+def _missing(paths: Sequence[Path]) -> list[str]:
+    """In words, what has parts among ``paths``, but not all."""
+    numbers = dict[tuple[Path, str, int], set[int]]()
+    for path in paths:
+        if part := SHARD.match(_bare(path)):
+            numbers.setdefault((path.parent, part[1], int(part[3])), set()).add(int(part[2]))
+    found = []
+    for (_, name, count), there in numbers.items():
+        first = 1 if count in there else 0  # as some count
+        if gone := {*range(first, first + count)} - there:
+            found.append(f"has {len(there)} of the {count} parts of {name}: number {min(gone):05} is missing")
+    return found
 
 
 def beside(folder: Path, files: Mapping[str, list[Path]]) -> list[str]:
@@ -275,8 +317,6 @@ def others_beside(path: Path) -> tuple[Path, ...]:
         own = _name_of(ours)
         if own.kind == "train" and ours.exists():
             named = {one: _name_of(one) for one in entries(ours.parent)}
-            there = [
-                one for one, name in named.items() if name.others == own.others and name.kind in ("validation", "test")
-            ]
+            there = [one for one, name in named.items() if name.others == own.others and name.kind in HELD_OUT]
             return tuple(one for one in there if (_data_in(one) if one.is_dir() else is_data(one)))
     return ()

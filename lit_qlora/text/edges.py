@@ -166,7 +166,9 @@ def _patterns(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str],
     longest = 2 * max(map(len, (*known, *_ROLES))) + len("developer  :")
     opener = rf"{opened}|{named}|{_any_of([mark for mark in known if mark in _CLOSERS])}"
     folded = tuple(mark.lower() for mark in known)
-    return re.compile(whole), re.compile(rf"{whole}\Z"), opener, longest, folded
+    # A role alone between marks is what is said.
+    alone = rf"(?:(?!{opened}|{named}){_any_of(known)})(?={role}(?:\s|{_any_of(known)})*\Z)"
+    return re.compile(f"{alone}|{whole}"), re.compile(rf"{whole}\Z"), opener, longest, folded
 
 
 def _any_of(marks: Sequence[str]) -> str:

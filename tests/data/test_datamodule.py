@@ -238,6 +238,9 @@ def test_three_splits_have_three_uses(tmp_path):
     assert told[1] == "train: not read of set: more.jsonl"
     assert told[2].startswith("validation: 3 conversations of set (validation), ")
     assert told[3].startswith("test: 2 conversations of set (test), ") and len(told) == 4
+    data = ChatDataModule("set/*.jsonl")
+    data.setup("fit")
+    assert data.describe()[1] == "train: set/*.jsonl: 2 files to train on"
 
 
 def test_a_share_beside_held_out_rows_is_named():

@@ -228,6 +228,8 @@ def test_the_parts_of_a_split_are_read_in_their_order_and_all_of_them(expect_err
     assert [row.value["text"] for row in read_source(".", "train")] == ["x0", "x1", "x2"]
     Path("train-00001-of-00003.parquet").unlink()
     expect_error(lambda: find_splits("."), "2 of the 3 parts of train", "00001 is missing", place=".")
+    write("rows/train/0000-00000-of-00002.jsonl")
+    expect_error(lambda: find_splits("rows"), "1 of the 2 parts of 0000", "00001 is missing", place="rows/train")
 
 
 def test_what_datasets_saved_is_read(expect_error):
@@ -283,6 +285,8 @@ def test_a_folder_without_splits_says_what_to_do(files, remedy):
         (["TrainData.jsonl", "ValData.jsonl"], "ValData.jsonl"),
         (["train.jsonl", "validation/a.jsonl"], "validation/a.jsonl"),
         (["train/a.jsonl", "test.jsonl"], "test.jsonl"),
+        (["train/a.jsonl", "valData.jsonl"], "valData.jsonl"),
+        (["train.jsonl", "test_split.jsonl"], "test_split.jsonl"),
         # None is named for training: what is named as another is, for another split.
         (["talks.jsonl", "talks_val.jsonl"], "talks_val.jsonl"),
         (["talks.jsonl", "ab_test.jsonl"], None),
@@ -292,6 +296,28 @@ def test_a_pattern_s_files_for_other_splits_are_not_trained_on(files, held_out):
     for name in files:
         write(name)
     assert [row.where for row in read_source("**/*.jsonl")] == [f"{one}:1" for one in sorted(files) if one != held_out]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["a.jsonl"], "1 file to train on"),
+        (["train.jsonl", "test.jsonl"], "1 file to train on"),
+        (["talks.jsonl", "ab_test.jsonl"],
+         "2 files to train on, with ab_test.jsonl: name it test.jsonl if it is to be held out"),
+        (["train/a.jsonl", "my_val.jsonl", "your_val.jsonl"],
+         "3 files to train on, with my_val.jsonl and 1 more: name it validation.jsonl if it is to be held out"),
+        (["train/val_a.jsonl"], "1 file to train on"),
+        (["part-00000-of-00003.jsonl", "part-00002-of-00003.jsonl"],
+         "2 files to train on; has 2 of the 3 parts of part: number 00001 is missing"),
+        (["a/x-00001-of-00002.jsonl", "a/x-00002-of-00002.jsonl", "b/x-00000-of-00001.jsonl"], "3 files to train on"),
+    ],
+)  # fmt: skip
+def test_a_pattern_tells_which_files_it_trains_on(files, told):
+    for name in files:
+        write(name)
+    assert find_splits("**/*.jsonl").told == told
+    assert find_splits(files[0]).told == find_splits("demo").told == ""
 
 
 def test_a_pattern_is_its_files():

@@ -82,6 +82,9 @@ from lit_qlora.text.edges import WRITTEN_OUT, WrittenOutError, clean, take_off
         ("</s>" + "<pad>" * 9999, "", ["</s>", "<pad>"]),
         # A word that is no role, or none of the mark's, is text, and so is what is spoken of.
         ("<|im_start|>usernames\n", "usernames", ["<|im_start|>"]),
+        ("<s>bot</s>", "bot", ["<s>", "</s>"]),
+        ("<s> Assistant </s><pad><pad>", "Assistant", ["<s>", "</s>", "<pad>"]),
+        ("<|im_start|>bot<|im_end|>", "", ["<|im_start|>bot", "<|im_end|>"]),
         ("<s>model trains run.</s>", "model trains run.", ["<s>", "</s>"]),
         ("Ask the user", "Ask the user", []),
         ("it opens with [INST]", "it opens with [INST]", []),

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from lit_qlora.console import counted
+from lit_qlora.data import splits
 from lit_qlora.data.files import Row, SourceError
 from lit_qlora.data.forms import Form, Read, RowError, check_columns, form_names, read_row
 from lit_qlora.data.sources import Source, local_bytes, read_source, sources_of
@@ -148,7 +149,7 @@ def load_records(
         source: where rows come from.
         split: name of the split there.
         reading: how rows are read.
-        seed: of the share; None for all rows.
+        seed: of the share; None for all rows, also those that a column names for another split.
 
     Returns:
         The conversations, and what became of the other rows.
@@ -249,13 +250,32 @@ def _reading_of(source: Source, reading: Reading) -> Reading:
 def _rows_of(source: Source, split: str, reading: Reading, seed: int | None) -> tuple[list[Row], dict[str, int]]:
     """The rows of one split that are used, and the number of others, in words."""
     rows = read_source(source, split, [*(reading.columns or {}).values()])
-    count = len(rows)
-    if seed is None or source.share == 1:
+    if seed is None:
         return rows, {}
+    rows, others = _named_for_training(rows)
+    count = len(rows)
+    if source.share == 1:
+        return rows, others
     number = max(1, round(source.share * count))
     rows = [rows[place] for place in sorted(random.Random(seed).sample(range(count), number))]
     unused = {f"rows not used, for its share is {source.share:g}": count - number} if number < count else {}
-    return rows, unused
+    return rows, others | unused
+
+
+def _named_for_training(rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
+    """The rows but those of other splits, where a column names the split of each; and the number of these, in words."""
+    for column in [one for one in splits.COLUMNS if any(one in row.value for row in rows)]:
+        kinds = [splits.kind_named(row.value.get(column)) for row in rows]
+        if others := [kind for kind in splits.HELD_OUT if kind in kinds and "train" in kinds]:
+            kept = [
+                row._replace(value={name: value for name, value in row.value.items() if name != column})
+                for row, kind in zip(rows, kinds, strict=True)
+                if kind not in others
+            ]
+            files = " and ".join(f"{kind}.jsonl" for kind in others)
+            what = f"rows left out: column {column!r} says {' or '.join(others)} (to score them, put them into {files}"
+            return kept, {f"{what} beside train.jsonl, and give the folder)": len(rows) - len(kept)}
+    return rows, {}
 
 
 def _is_misread(num_faults: int, num_rows: int, reading: Reading) -> bool:

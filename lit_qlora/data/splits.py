@@ -29,6 +29,9 @@ HELD_OUT = ("validation", "test")
 SAY_NOTHING = {"data", "dataset", "set", "split", "rows", "file"}
 """Words beside a split's name that say no more: ``val_data.jsonl``."""
 
+COLUMNS = ("split", "subset", "partition", "set")
+"""Columns of a table that may name the split of each row."""
+
 PLAIN = (*ENDINGS, *OTHER_NAMES)
 FILES = (*PLAIN, *(ending + packing for ending in PLAIN for packing in PACKED))
 """Endings of files with rows, the plain ones first."""
@@ -132,6 +135,11 @@ def is_data(path: Path) -> bool:
 
 def _data_in(folder: Path) -> list[Path]:
     return [path for path in entries(folder) if is_data(path)]
+
+
+def kind_named(name: object) -> str | None:
+    """The kind of the split called ``name``; None for any other value."""
+    return next((kind for kind, known in SPLITS.items() if str(name).strip().lower() in known), None)
 
 
 def names_by_kind(found: Sequence[str]) -> dict[str, str]:

@@ -322,6 +322,26 @@ def test_what_is_not_used_is_named_once_with_its_rows():
     assert words.endswith("column 'c23' (1), and 8 more")
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "learned"),
+    [
+        ("split", ["train", "test", "validation", "train"], [0, 3]),
+        ("subset", ["Train", " DEV ", "train_sft", None], [0, 2, 3]),
+        ("split", ["train", "train", "math", "train"], [0, 1, 2, 3]),
+        ("split", ["test", "test", "test", "test"], [0, 1, 2, 3]),  # none is for training: they are given as they are
+    ],
+)
+def test_rows_that_a_column_names_for_another_split_are_not_trained_on(column, values, learned):
+    rows = [{"prompt": f"q{place}", "completion": "a", column: value} for place, value in enumerate(values)]
+    write("rows.jsonl", *rows)
+    records = load_records("rows.jsonl", seed=1)
+    assert [one.turns[0].content for one in records.conversations] == [f"q{place}" for place in learned]
+    left_out = {what: count for what, count in records.dropped.items() if f"column {column!r} says" in what}
+    assert [*left_out.values()] == ([4 - len(learned)] if len(learned) < 4 else [])
+    assert any("not used" in what for what in records.dropped) is (len(learned) == 4)
+    assert len(load_records("rows.jsonl").kept) == 4  # to find those again that a run held out
+
+
 def test_special_tokens_at_the_edges_are_taken_off_and_counted():
     rows = [text("a", "b</s>"), text("a", "b </s> \n</s>", "c", "<s>d</s>"), text("a", "b")]
     assert load_records(write("a.jsonl", *rows)) == kept(

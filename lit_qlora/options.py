@@ -5,12 +5,12 @@ jsonargparse does the parsing. Does not know what any option means.
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -75,7 +75,12 @@ class OneLineErrors:
     def _check_as_typed(self) -> None:
         for action in self._actions:
             if getattr(action, "_typehint", None) is not None and not isinstance(action._check_type_, partial):
-                action._check_type_ = partial(_as_typed, action.dest, action._typehint, action._check_type_)
+                classes = self.classes_for(action.dest)
+                action._check_type_ = partial(_as_typed, action.dest, action._typehint, classes, action._check_type_)
+
+    def classes_for(self, option: str) -> Collection[str]:
+        """The names of the classes that may be meant where ``option`` is given one that is not there."""
+        return ()
 
     def _with_dashes(self, args: Sequence[str]) -> list[str]:
         """``args``, where a text that begins with ``-`` is put to its option: by itself it would be another one."""
@@ -138,7 +143,15 @@ class _Typed(str):
     """A text that jsonargparse takes as it is: it reads anything that is a ``str`` itself as YAML."""
 
 
-def _as_typed(option: str, hint: Any, check: Callable[..., Any], value: Any, append: bool = False, **more: Any) -> Any:
+def _as_typed(
+    option: str,
+    hint: Any,
+    classes: Collection[str],
+    check: Callable[..., Any],
+    value: Any,
+    append: bool = False,
+    **more: Any,
+) -> Any:
     """jsonargparse's ``check`` of an option's value, from the command line or a file, but that a text stays a text.
 
     By itself it reads texts as YAML, where ``# x`` is a comment, and so nothing.
@@ -151,7 +164,7 @@ def _as_typed(option: str, hint: Any, check: Callable[..., Any], value: Any, app
             return None  # as messages and help call it
         if _is_comment(value):
             if not append and str not in get_args(hint):
-                raise quoted(_misfit(option, hint, excerpt(value), ""))
+                raise quoted(_misfit(option, hint, classes, excerpt(value), ""))
             value = _Typed(value)
     elif dict[str, str] in (hint, *get_args(hint)) and isinstance(getattr(value, "val", None), str):
         value = value._replace(val=_Typed(value.val))
@@ -160,7 +173,7 @@ def _as_typed(option: str, hint: Any, check: Callable[..., Any], value: Any, app
     try:
         return _untyped(check(value, append=append, **more))
     except TypeError as error:
-        raise quoted(_misfit(option, hint, value, str(error))) from error
+        raise quoted(_misfit(option, hint, classes, value, str(error))) from error
 
 
 def _untyped(value: Any) -> Any:
@@ -187,24 +200,15 @@ def _is_comment(text: str) -> bool:
         return False
 
 
-def is_plain_type(hint: Any) -> bool:
-    """True if values of a type are texts, numbers, booleans, and lists and tables of them: a class could bring code."""
-    if get_origin(hint) is Literal:
-        return True
-    if get_origin(hint) in (Union, UnionType, list, dict):
-        return all(map(is_plain_type, get_args(hint)))
-    return hint in (str, int, float, bool, NoneType)
-
-
 def is_too_large(value: Any) -> bool:
     """True if a value is an integer too large for a file."""
     return isinstance(value, int) and abs(value) >= 2**64
 
 
-def _misfit(option: str, hint: Any, value: Any, reasons: str) -> UserError:
+def _misfit(option: str, hint: Any, classes: Collection[str], value: Any, reasons: str) -> UserError:
     """The error for ``value`` that ``option`` of type ``hint`` can't have, by jsonargparse's ``reasons``.
 
-    Of a class there is a reason per type of the option, one of them about the class that is meant.
+    Of a class, of which ``classes`` may be meant, there is a reason per type of the option, one of them about that.
     """
     inner = next((error for error in reversed(_raised) if str(error) in reasons), None)
     if isinstance(inner, _LackingError):
@@ -213,8 +217,7 @@ def _misfit(option: str, hint: Any, value: Any, reasons: str) -> UserError:
         return inner.replace(option=option if inner.option in (None, option) else f"{option}.{inner.option}")
     unknown = re.search(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)", reasons)
     if unknown:
-        kinds = (kind.__name__ for kind in _subclasses(hint) if not kind.__name__.startswith("_"))
-        return no_class(unknown[1] or unknown[2], option, kinds, unknown[3] or "")
+        return no_class(unknown[1] or unknown[2], option, classes, unknown[3] or "")
     if hasattr(value, "key"):  # jsonargparse's NestedArg
         problem = f"{excerpt(value.key)} is an argument of a class, and none is named"
         return UserError(problem, option=option, remedy=f"give --{option} CLASS first")
@@ -254,18 +257,6 @@ def lacks(name: str, option: str, arguments: Sequence[str]) -> UserError:
 
 def _bare(name: str) -> str:
     return name.lower().replace("_", "")
-
-
-def _subclasses(hint: Any) -> Iterator[type]:
-    """Subclasses of the classes in a type, except this project's."""
-    for part in get_args(hint):
-        yield from _subclasses(part)
-    if isinstance(hint, type) and not is_plain_type(hint):
-        below: list[type] = hint.__subclasses__()
-        for kind in below:
-            if not kind.__module__.startswith("lit_qlora."):
-                yield kind
-            yield from _subclasses(kind)
 
 
 def _mistake(message: str, names: list[str]) -> UserError:

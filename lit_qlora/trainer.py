@@ -4,7 +4,7 @@ Knows the device, and nothing of a run.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,7 @@ from lit_qlora.model.script import CHANGING, FIGURES, check_monitored, refuse_ki
 from lit_qlora.options import OneLineErrors, quoted
 from lit_qlora.place import COMMAND
 from lit_qlora.ranges import check_ranges
+from lit_qlora.signatures import OF_LIGHTNING, classes_for
 
 NOT_OFFERED = {
     "barebones", "check_val_every_n_epoch", "default_root_dir", "enable_autolog_hparams", "enable_checkpointing",
@@ -94,6 +95,10 @@ class RunParser(OneLineErrors, LightningArgumentParser):
         if isinstance(class_type, type) and issubclass(class_type, CSVLogger | TensorBoardLogger):
             self.set_defaults({"save_dir": IN_RUN})
         return added
+
+    def classes_for(self, option: str) -> Collection[str]:
+        """Lightning's own."""
+        return classes_for(option) if option in OF_LIGHTNING else ()
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """As jsonargparse's. Raises UserError if a class of the user's choice, such as a logger, fails."""

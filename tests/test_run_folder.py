@@ -5,7 +5,8 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 
@@ -13,7 +14,6 @@ from lit_qlora import training
 from lit_qlora.cli import main
 from lit_qlora.command import complete, with_kept
 from lit_qlora.errors import UserError
-from lit_qlora.options import is_plain_type
 from lit_qlora.signatures import OF_LIGHTNING
 from lit_qlora.storage.config_file import as_sections, as_yaml
 from lit_qlora.storage.run import RunFolder
@@ -118,6 +118,15 @@ def _parse(parser: RunParser, run: Path, *rest: str) -> Any:
     """As QLoRACLI does."""
     command = complete(["validate", "--run", str(run), *rest])
     return parser.parse_args(with_kept(command)[1:])
+
+
+def is_plain_type(hint: Any) -> bool:
+    """True if values of a type are texts, numbers, booleans, and lists and tables of them: a class could bring code."""
+    if get_origin(hint) is Literal:
+        return True
+    if get_origin(hint) in (Union, UnionType, list, dict):
+        return all(map(is_plain_type, get_args(hint)))
+    return hint in (str, int, float, bool, NoneType)
 
 
 def test_these_are_all_the_options_that_can_name_code(parser: RunParser) -> None:

@@ -42,6 +42,10 @@ def _is_named(value: str) -> bool:
     return bool(value.strip()) and len(value.splitlines()) == 1
 
 
+def _is_folder(value: str) -> bool:
+    return _is_named(value) and "://" not in value
+
+
 LIMIT = "a whole number of micro-batches, or a share up to 1.0"
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -84,8 +88,9 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a row's number, or FILE:NUMBER", lambda value: bool(re.search(r"(^|[: ])\d+$", value)), "row"),
     ("two numbers as in 8.6", lambda value: bool(re.fullmatch(r"\d+\.\d", value)), "gpu-capability"),
     ("DD:HH:MM:SS, such as 00:03:30:00", lambda value: max_time_s(value) > 0, "max_time"),
-    ("a folder, named in one line", _is_named, "run mirror model.adapter"),
-    ("auto, none, or a folder", _is_named, "model.quantized_cache"),
+    ("a folder, named in one line", _is_named, "run model.adapter"),
+    ("a folder, named in one line (no URL: mount what is elsewhere)", _is_folder, "mirror"),
+    ("auto, none, or a folder", _is_folder, "model.quantized_cache"),
     ("a hub id or a folder", lambda value: bool(value.strip()), "data.tokenizer"),
     ("a text, or none", lambda value: bool(value.strip()), "data.opening"),
     ("no empty ones", lambda value: all(text.strip() for text in value), "samples.prompts"),

@@ -539,6 +539,7 @@ CASES: list[tuple[str, list[str], str | bytes | None, str | None, str | None, li
     ("run blank", ["--run= "], None, None, "run", ["folder", "got ' '"]),
     ("adapter empty", ["--model.adapter="], None, None, "model.adapter", ["folder", "got ''"]),
     ("cache empty", ["--model.quantized_cache="], None, None, "model.quantized_cache", ["auto, none, or", "got ''"]),
+    ("mirror URL", ["--mirror", "s3://a/b"], None, None, "mirror", ["no URL: mount", "got 's3://a/b'"]),
     ("run of two lines", ["--run", "a\nb"], None, None, "run", ["folder, named in one line", "got 'a\\nb'"]),
     ("run null", ["--run", "null"], None, None, "run", ["null is none: leave it out", "got 'null'"]),
 ]

@@ -359,7 +359,10 @@ def test_paged_state_goes_to_the_host(plan):
         (["--early_stopping", "0"], "error: early_stopping: expected none, or a whole number from 1, got 0"),
         (["--early_stopping", "1", "--trainer.limit_val_batches", "0"], "error: early_stopping: expected none where"),
         (["--max_nonfinite_losses", "0"], "error: max_nonfinite_losses: expected a whole number from 1, got 0"),
-        (["--mirror", " "], "error: mirror: expected a folder, named in one line, got ' '"),
+        (
+            ["--mirror", " "],
+            "error: mirror: expected a folder, named in one line (no URL: mount what is elsewhere), got ' '",
+        ),
         (["--trainer.callbacks", "ModelCheckpoint"], "error: trainer.callbacks: expected none that writes checkpoints"),
         (["--trainer.limit_val_batches", "0.001"], "error: trainer.limit_val_batches: expected a share of at least"),
         (["--config", T4, "--trainer.limit_train_batches", "0.0001"], "error: trainer.limit_train_batches: expected a"),

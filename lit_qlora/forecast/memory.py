@@ -443,15 +443,7 @@ NO_SAMPLES = Samples(0, 0, 0)
 
 
 def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
-    """All moments whose memory a run needs.
-
-    Args:
-        step: settings and sizes of the largest micro-batch.
-        samples: drawn in one batch.
-
-    Returns:
-        The moments of a step, and that of sample answers if there are any, in bytes.
-    """
+    """The moments of the largest micro-batch's step, and that of ``samples``, drawn in one batch, if there are any."""
     found = moments(step)
     return [*found, *([sampling_memory(step, samples, found)] if samples.num_prompts else [])]
 
@@ -485,13 +477,7 @@ def _forward(step: Step, tokens: int, found: list[StepMemory]) -> StepMemory:
 
 
 def fits(step: Step, card_bytes: float, samples: Samples = NO_SAMPLES) -> bool:
-    """True if a run leaves the share `RESERVE` of a card free.
-
-    Args:
-        step: of the largest micro-batch.
-        card_bytes: memory of the card.
-        samples: drawn in one batch.
-    """
+    """True if a run with the largest micro-batch's ``step`` leaves the share `RESERVE` of a card's bytes free."""
     return all(moment.on_card <= card_bytes * (1 - RESERVE) for moment in run_moments(step, samples))
 
 

@@ -122,17 +122,7 @@ def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, An
 
 
 def check_end(body: bytes) -> dict[str, Any]:
-    """Check a request to end a stream.
-
-    Args:
-        body: JSON.
-
-    Returns:
-        The names of the stream.
-
-    Raises:
-        UserError: for anything else.
-    """
+    """The names in the ``body`` of a request to end a stream. Raises UserError for anything else."""
     call = _object(body)
     return {name: _value(call, name, kind) for name, kind in _NAMES.items() if name in call}
 

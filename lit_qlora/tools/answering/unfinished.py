@@ -85,15 +85,7 @@ class Unfinished:
             self._file.close()
 
     def add(self, number: int, batch: Any) -> None:
-        """Save a batch.
-
-        Args:
-            number: its number.
-            batch: its answers, as JSON.
-
-        Raises:
-            UserError: if it can't be written; earlier ones are kept.
-        """
+        """Save the answers of batch ``number``. Raises UserError if they can't be written; earlier ones are kept."""
         self._write([number, batch])
 
     def finish(self, belongs_to: Mapping[str, Any], output: bytes) -> None:

@@ -449,13 +449,8 @@ def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
 
 
 def sampling_memory(step: Step, samples: Samples, found: list[StepMemory]) -> StepMemory:
-    """Bytes while sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts.
-
-    Args:
-        step: settings and sizes of the largest micro-batch.
-        samples: drawn in one batch.
-        found: the moments of the step, of which what the update holds is counted, too.
-    """
+    """Bytes while ``samples`` are drawn in one batch: keys and values of all layers, one layer's forward over the
+    prompts, and what the update holds, one of the moments ``found`` of ``step``."""
     shape, tokens = step.shape, samples.num_prompts * samples.prompt_tokens
     kept = tokens + samples.num_prompts * samples.new_tokens
     cache = 2 * step.element * shape.linears["k_proj"][1] * shape.num_layers * kept

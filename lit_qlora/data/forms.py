@@ -212,8 +212,8 @@ else:
 
 SYSTEM = "system"
 """What the column with the system text is called in ``data.columns``."""
-LABEL = "label"
-"""The column that calls an answer good (true) or bad (false) in preference data, such as KTO's."""
+LABEL_COLUMNS = ("label", "kto_tag")
+"""Columns that call an answer good (true) or bad (false) in preference data, such as KTO's."""
 LABELS = {"true": True, "false": False}
 """What it holds; other labels, such as a class's number, say nothing of the answer."""
 LABELLED_BAD = "rows with label false, which calls the answer bad: not learned"
@@ -315,17 +315,22 @@ def read_row(
         raise RowError(str(error), WRITE_TURNS) from error
     except ValueError as error:
         raise RowError(str(error)) from error
-    is_labelled = use == "training" and LABEL not in used and not conversation.is_text
-    is_good = LABELS.get(str(row.get(LABEL)).strip().lower()) if is_labelled else None
-    if is_good is False:
+    labels = {
+        name: LABELS[label]
+        for name in LABEL_COLUMNS
+        if name not in used and (label := str(row.get(name)).strip().lower()) in LABELS
+    }
+    if use != "training" or conversation.is_text:
+        labels = {}
+    if is_bad := False in labels.values():
         conversation = replace(conversation, turns=tuple(replace(turn, learned=False) for turn in conversation.turns))
     beside = f" beside {' and '.join(map(repr, chosen.needs))}"
     notes += [
         f"column {excerpt(name)}" + (beside if name in columns_of(known) else "")
         for name, value in row.items()
-        if name not in (*used, *system_columns, *((LABEL,) if is_good is not None else ())) and messages.is_there(value)
+        if name not in (*used, *system_columns, *labels) and messages.is_there(value)
     ]
-    own = [WHOLE] if conversation.is_text else [LABELLED_BAD] if is_good is False else []
+    own = [WHOLE] if conversation.is_text else [LABELLED_BAD] if is_bad else []
     changed = (*own, *parsed.changed)
     taken_off = [*dict.fromkeys([*parsed.taken_off, *taken_off])]
     return Read(conversation, (*notes, *parsed.unused), tuple(taken_off), changed)
@@ -454,8 +459,9 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
     is_to_train = use == "training"
     lists = [name for name in row if name != "rejected" and messages.holds_messages(list_in(row[name]))]
     is_pair = is_to_train and question != answer and {question, answer} <= {*lists}
-    if lists and not is_pair and (not is_to_train or answer in (None, *lists)):
-        return named({"messages": lists[0]})
+    asked = [name for name in lists if not messages.is_answer(list_in(row[name]))]
+    if asked and not is_pair and (not is_to_train or answer in (None, *lists)):
+        return named({"messages": asked[0]})
     if question and (answer or not is_to_train):
         given = next((names[name] for name in GIVEN if name in names and names[name] != question), None)
         return named({"user": question, "context": given, "assistant": answer if is_to_train else None})
@@ -467,8 +473,10 @@ def _no_column(row: Mapping[str, Any], forms: Sequence[RowForm], use: Use, optio
     for name, value in row.items():
         within = value if isinstance(value, dict) else {}
         others = [form.needs for form in forms if form.needs != ("text",)]
-        if any(all(_holds_turn(within.get(need, {})) for need in needs) for needs in others):
+        if not lists and any(all(_holds_turn(within.get(need, {})) for need in needs) for needs in others):
             return RowError(problem, f"write what stands in column {name!r} as the row itself")
+        if isinstance(value, str) and any(form.opens and form.opens.search(value) for form in forms):
+            return named({"text": str(name)})
         if isinstance(value, str) and value.lstrip().startswith((*MARKERS_ELSEWHERE,)):
             _refuse_elsewhere(value, str(name), is_whole=False)
     texts = sum(isinstance(value, str) and bool(value.strip()) for value in row.values())

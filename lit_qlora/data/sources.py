@@ -254,7 +254,7 @@ def _files_here(source: Source) -> dict[str, list[Path]] | None:
         return {"train": [path]}
     found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  # of any folder
     if found:
-        return splits.by_names([one for one in found if splits.is_data(one)] or found)
+        return splits.by_names(splits.data_among(found) or found)
     if _looks_like_hub_id(source.path):
         return None
     if page := re.match(rf"https?://[^/]+/datasets/({HUB_ID.pattern})", source.path, re.ASCII):

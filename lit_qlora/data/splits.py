@@ -133,8 +133,15 @@ def is_data(path: Path) -> bool:
     return path.name.lower().endswith(FILES) and path.name not in NO_ROWS and path.is_file()
 
 
+def data_among(paths: Sequence[Path]) -> list[Path]:
+    """The files of rows among ``paths``, without packed ones beside the same unpacked."""
+    return [
+        path for path in paths if is_data(path) and (path.suffix not in PACKED or path.with_suffix("") not in paths)
+    ]
+
+
 def _data_in(folder: Path) -> list[Path]:
-    return [path for path in entries(folder) if is_data(path)]
+    return data_among(entries(folder))
 
 
 def kind_named(name: object) -> str | None:
@@ -207,8 +214,8 @@ def in_folder(folder: Path) -> dict[str, list[Path]]:
     for place in places:
         named = {path: name for path in _data_in(place) if (name := _name_of(path)).kind}
         files = _by_folder(place) | _by_split(place, {path: name for path, name in named.items() if name.exact})
-        if not files and any(name.kind == "train" for name in named.values()):
-            files = _by_split(place, named)
+        if "train" not in names_by_kind([*files]) and any(name.kind == "train" for name in named.values()):
+            files = _by_folder(place) | _by_split(place, named)
         if files:
             return files
     within = [path for place in places for path in entries(place) if _has_splits(path)]
@@ -260,15 +267,13 @@ def _by_split(folder: Path, named: Mapping[Path, _Name]) -> dict[str, list[Path]
     files: dict[str, list[Path]] = {}
     for kind in SPLITS:
         found = [path for path, name in named.items() if name.kind == kind]
-        # A packed one beside is the same rows.
-        plain = [path for path in found if path.name.lower().endswith(PLAIN)]
-        found = plain or found
         if not found:
             continue
         parts = [shard for path in found if (shard := SHARD.match(_bare(path)))]
         if len(found) > 1 and (len(parts) < len(found) or len({(part[1], part[3]) for part in parts}) > 1):
-            both = f", or give both: data.source [{found[0]}, {found[1]}]" if kind == "train" else ""
-            remedy = f"keep one of them{both}"
+            endings = {path.name.removeprefix(_bare(path)) for path in found}
+            both = f"{folder}/*{min(endings)}" if len(endings) == 1 else f"data.source [{found[0]}, {found[1]}]"
+            remedy = "keep one of them" + (f", or give both: {both}" if kind == "train" else "")
             raise SourceError(folder, f"holds both {found[0].name} and {found[1].name}, expected one", remedy)
         _check_whole(folder, found)
         name = parts[0][1] if parts else _bare(found[0])

@@ -13,7 +13,7 @@ SYSTEM = re.compile(r"^((?:\s*<[^<>\s]+>)*)\s*### System:")
 """A marker that some rows have before the system text, behind BOS at most; the published ones have none."""
 
 
-def parse(text: str) -> list[dict[str, str]]:
+def parse(text: str) -> list[dict[str, str | None]]:
     """Read the messages of a row of any number of turns; the last one may be the human's, still unanswered.
 
     The rule for markers: ``### Human:`` and ``### Assistant:``, spelled exactly so, open a turn
@@ -29,7 +29,9 @@ def parse(text: str) -> list[dict[str, str]]:
     system = SYSTEM.sub(r"\1", system)
     if not parts or (parts[0] == "Assistant" and "###" in system):
         raise ValueError("no '### Human:' in the text" + (" before '### Assistant:'" if parts else ""))
-    rows = [{"role": "system", "content": system.strip()}]
+    rows: list[dict[str, str | None]] = [{"role": "system", "content": system.strip()}]
     for name, content in zip(parts[::2], parts[1::2], strict=True):
         rows.append({"role": "user" if name == "Human" else "assistant", "content": content.strip()})
+    if rows[-1] == {"role": "user", "content": ""} and len(rows) > 2:  # the marker is there as an end
+        rows[-1] = {"role": "user", "content": None}
     return rows

@@ -117,6 +117,15 @@ def holds_turns(value: object) -> bool:
     return isinstance(first, dict) and bool({*ROLE} & {*first} and {*CONTENT} & {*first})
 
 
+def is_answer(value: object) -> bool:
+    """Whether ``value`` is a list of messages that nobody but the assistant says."""
+    return (
+        isinstance(value, list)
+        and holds_turns(value)
+        and all(isinstance(one, dict) and _role(_value("", one, ROLE)) == "assistant" for one in value)
+    )
+
+
 def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> Parsed:
     """Read messages into a conversation.
 

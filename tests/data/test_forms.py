@@ -311,6 +311,10 @@ def test_columns_that_make_up_no_form(columns, form, words, option, expect_error
         ({"question": "a", "context": "c", "answers": "b", "system": "s"},
          "give --data.columns.user question --data.columns.context context --data.columns.assistant answers"
          " --data.columns.system system"),
+        ({"formatted": "<s>[INST] a [/INST] b </s>", "id": "x"}, "give --data.columns.text formatted"),
+        # An answer alone is no conversation, nor is the question that stands elsewhere.
+        ({"input": {"messages": TURNS[:1]}, "preferred_output": TURNS[1:], "non_preferred_output": TURNS[1:]},
+         'write rows such as {"text": "### Human: …### Assistant: …"}'),
         ({"My Question": "a", "Texts": TEXT}, "give --data.columns.text Texts"),
         ({"message": TURNS}, "give --data.columns.messages message"),
         ({"turns": TURNS, "system": "s"}, "give --data.columns.messages turns --data.columns.system system"),

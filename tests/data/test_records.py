@@ -169,6 +169,10 @@ def test_an_answer_that_a_label_calls_bad_is_not_learned(expect_error):
         },
     )
     assert [lost.where for lost in records.left_out] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:6"]
+    records = load_records(write("tagged.jsonl", *(pair | {"kto_tag": label} for label in (True, False))))
+    assert (
+        len(records.kept) == 1 and "rows with label false, which calls the answer bad: not learned" in records.dropped
+    )
     named = Reading(columns={"user": "prompt", "assistant": "label"})
     assert load_records(write("b.jsonl", {"prompt": "a", "label": "False"}), reading=named).conversations == [
         said("a", "False")
@@ -374,6 +378,12 @@ def test_the_real_rows():
     place = f"{source}: row 435 (turn 5: a turn of the user is empty)"
     dropped = {f"rows left out: no whole conversation, the first at {place}": 3}
     assert (len(records.conversations), records.dropped) == (997, dropped)
+
+
+def test_a_marker_of_the_human_at_the_end_asks_nothing():
+    records = load_records(write("a.jsonl", {"text": "### Human: a### Assistant: b\n### Human:"}))
+    told = {"rows whose last turn of the user has no text, left out with its answer": 1}
+    assert records == kept("a.jsonl", [said("a", "b")], told)
 
 
 def test_how_rows_were_changed_is_counted():

@@ -87,6 +87,21 @@ def test_a_split_goes_by_several_names(files, names):
         assert read_source("mine", name)[0].value == {"text": "x"}
 
 
+def test_a_packed_file_beside_the_same_unpacked_is_the_same_rows():
+    for name in ("train/a.jsonl", "test/a.jsonl"):
+        write(f"mine/{name}")
+        Path(f"mine/{name}.gz").write_bytes(gzip.compress(Path(f"mine/{name}").read_bytes()))
+    assert len(read_source("mine")) == len(read_source("mine/**")) == 1
+    Path("mine/train/a.jsonl").unlink()
+    assert [row.where for row in read_source("mine/**")] == ["mine/train/a.jsonl.gz:1"]
+
+
+def test_a_file_named_for_training_in_part_is_read_beside_one_of_a_split_s_whole_name():
+    for name in ("my_train.jsonl", "val.jsonl"):
+        write(f"mine/{name}")
+    assert find_splits("mine").names == {"train": "train", "validation": "val"}
+
+
 def test_two_names_of_one_split_are_refused():
     for name in ("train.jsonl", "val.jsonl", "validation.jsonl"):
         write(f"mine/{name}")
@@ -266,8 +281,10 @@ def test_what_datasets_saved_is_read(expect_error):
         (["data/en/train.jsonl", "data/de/train.jsonl"], "name one of its folders (de, en), such as mine/data/de"),
         (
             ["train-1.jsonl", "train-2.jsonl"],
-            "keep one of them, or give both: data.source [mine/train-1.jsonl, mine/train-2.jsonl]",
+            "keep one of them, or give both: mine/*.jsonl",
         ),
+        # The held-out rows are not proposed in place of what is named for training.
+        (["train1.jsonl", "train2.jsonl", "val.jsonl"], "keep one of them, or give both: mine/*.jsonl"),
     ],
 )
 def test_a_folder_without_splits_says_what_to_do(files, remedy):

@@ -123,7 +123,14 @@ def bars(label: str, **always: Any) -> Any:
 
 
 def counted(label: str, some: Iterable[T], total: int, unit: str = " rows") -> Iterator[T]:
-    """``some`` things one by one, ``total`` of them, with a bar while they take over a second; it goes at the end."""
+    """Things one by one, with a bar once they take over a second; it disappears at the end.
+
+    Args:
+        label: stands before the bar.
+        some: the things.
+        total: how many they are.
+        unit: what they are, behind their number.
+    """
     return iter(progress_bar(label, iterable=some, total=total, leave=False, delay=1, unit=unit))
 
 
@@ -186,7 +193,12 @@ def complain(line: str, error: BaseException | None = None) -> None:
 
 
 def say(topic: str, text: str) -> None:
-    """Print what a run decides or does behind its ``topic``, a word, in the lines of `wrapped`."""
+    """Print a line of what a run decides or does; one beyond `WIDTH` columns continues below its beginning.
+
+    Args:
+        topic: a word, at the right of six columns.
+        text: beside it.
+    """
     print(wrapped(topic, text), flush=True)
 
 

@@ -110,12 +110,23 @@ def require(holds: bool, option: str, expected: str, got: object, *, place: str 
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None:
-    """The one of ``known`` that ``name`` was probably meant to be; None if none is similar by ``cutoff``, of 1."""
+    """The known name that was probably meant; None if none is near.
+
+    Args:
+        name: as it was written.
+        known: what it may be.
+        cutoff: least similarity, of 1, that counts as near.
+    """
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
 
 
 def meant(value: object, known: Iterable[str]) -> str | None:
-    """The remedy for a value that is none of the ``known``: the one that was probably meant; None if none is near."""
+    """The remedy for a value that is none of the ``known``: the one that was probably meant; None if none is near.
+
+    Args:
+        value: as it was given.
+        known: the names that it may be.
+    """
     by_lower = {one.lower(): one for one in known}
     near = nearest(str(value).lower(), by_lower, 0.6)
     return f"did you mean {by_lower[near]!r}?" if near else None
@@ -154,5 +165,10 @@ def cut(text: str, most: int = SHOWN) -> str:
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """The message of another project's error in one line of ``most`` characters, without secrets."""
+    """The message of another project's error in one line, without secrets.
+
+    Args:
+        error: that one, or its message.
+        most: characters of the line.
+    """
     return redact(" ".join(str(error).split())[: most + LONGEST_SECRET])[:most]

@@ -322,7 +322,12 @@ def plain(value: Any) -> Any:
 
 
 def option(args: Sequence[str], *names: str) -> str | None:
-    """The last value that a command line gives to an option, by any of its ``names``; see `take_option`."""
+    """The last value that a command line gives to an option; see `all_values`.
+
+    Args:
+        args: the command line.
+        *names: spellings of the option, such as ``--config``.
+    """
     return ([None, *take_option(args, *names)[0]])[-1]
 
 

@@ -271,7 +271,16 @@ def check_kinds(gpus: Sequence[int | None], precision: str) -> None:
 
 
 def count_processes(devices: int | str | list[int], num_nodes: int, accelerator: str) -> int:
-    """How many processes a run has, or is to have; arguments and errors are those of `find_gpus`."""
+    """The processes that a run has, or is to have.
+
+    Args:
+        devices: as for `find_gpus`.
+        num_nodes: as for `find_gpus`.
+        accelerator: as for `find_gpus`.
+
+    Raises:
+        UserError: as `find_gpus`.
+    """
     gpus = find_gpus(devices, num_nodes, accelerator)
     return len(gpus) * num_nodes if world().size == 1 else world().size
 

@@ -444,7 +444,12 @@ def _add(parser: LightningArgumentParser, one: Option) -> None:
 
 
 def say_loading(model: QLoRAModule, datamodule: ChatDataModule) -> None:
-    """Print what is read now, which may take minutes, of the model's base and of rows; and what is downloaded first."""
+    """Print what is read now, which may take minutes, and what is downloaded first.
+
+    Args:
+        model: whose base is read.
+        datamodule: whose rows are.
+    """
     download = missing_bytes(model.base)
     first = f", a download of {size(download)} first" if download else ""
     say("load", f"rows of {datamodule.source}, and the weights of {model.base.name}{first}")

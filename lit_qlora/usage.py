@@ -123,7 +123,12 @@ CONFIG = Option("config", str, None,
 
 
 def help_of(verb: str, asked: str) -> str:
-    """The help of fit or its kin: ``asked`` is ``short`` for what is needed first, ``all`` for all of its options."""
+    """The help of fit or of one of its kin.
+
+    Args:
+        verb: its name.
+        asked: ``short`` for what is needed first, ``all`` for all of its options.
+    """
     options = {option.name: option for option in options_of(verb)}
     lines = _head(verb, " [--config NAME|FILE]", TITLES[verb])
     if asked == "all":

@@ -18,7 +18,12 @@ _END = re.compile(r"[:,]|\b(?:at|by|in|of|than|to|with)\b")
 
 
 def number_of(count: int, words: str) -> str:
-    """A number of things in words, which begin with what they are: ``rows left out: no answer``; see `of_number`."""
+    """A number of things in words; see `of_number`.
+
+    Args:
+        count: how many of them there are.
+        words: begin with what they are, such as ``rows left out: no answer``.
+    """
     return f"{count:,} {of_number(count, words)}"
 
 

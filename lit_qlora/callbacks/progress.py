@@ -30,9 +30,13 @@ class TimeLeft:
         self._total, self._start, self._before_s = total, done, training_s
 
     def at(self, done: int, training_s: float, interval: float, validation_s: float) -> float:
-        """The seconds left after ``done`` optimizer steps, which took ``training_s`` seconds in the whole run.
+        """The seconds left after ``done`` optimizer steps.
 
-        ``interval`` is the steps from one validation to the next, infinite without any; the last took ``validation_s``.
+        Args:
+            done: Optimizer steps done.
+            training_s: Seconds in training steps of the whole run.
+            interval: Steps from one validation to the next; infinite without any.
+            validation_s: Seconds of the last validation, sample answers included.
         """
         if done >= self._total:
             return 0.0

@@ -186,9 +186,12 @@ class Report(Callback):
 
 
 def held_out_line(step: int, figures: Mapping[str, float], mark: str) -> str:
-    """The line of a validation after ``step`` optimizer steps, within `WIDTH` columns whatever its ``figures`` are.
+    """The line of a validation, within `WIDTH` columns whatever the figures are.
 
-    These are by their names in the record; ``mark`` says what the validation is, in a word.
+    Args:
+        step: optimizer steps done.
+        figures: loss in nats per token, perplexity and accuracy, by their names in the record.
+        mark: what the validation is, in a word.
     """
     loss, perplexity, accuracy = (figures[f"val/{name}"] for name in ("loss", "perplexity", "accuracy"))
     shown = f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
@@ -217,7 +220,12 @@ def next_step(run: RunFolder) -> list[str]:
 
 
 def is_gain(run: RunFolder, loss: float) -> bool:
-    """True if a held-out ``loss`` is below that before training by the figures of ``run``, or that was not measured."""
+    """True if a loss is below that before training, or that was not measured.
+
+    Args:
+        run: the run folder, with the recorded figures.
+        loss: held-out loss in nats per token.
+    """
     losses = (line["val/loss"] for line in iter_lines(run.metrics) if not line["step"] and "val/loss" in line)
     before = next(losses, None)
     return before is None or not math.isfinite(before) or loss < before

@@ -45,10 +45,15 @@ class BatchPlan:
     packed: bool = False
 
     def epoch(self, lengths: Sequence[int], seed: int, epoch: int) -> list[list[int]]:
-        """The micro-batches of an epoch, numbered from 0, as row numbers, of rows of ``lengths`` tokens.
+        """The micro-batches of one epoch, as row numbers.
 
         Every row is in exactly one; the number of batches is the same in every epoch. The batch with the most padded
         tokens comes first, so that memory runs out at once or never.
+
+        Args:
+            lengths: tokens of each row.
+            seed: of the run.
+            epoch: its number, from 0.
         """
         draw = random.Random(f"{seed}/{epoch}")
         batches = self._by_tokens(lengths, draw) if self.tokens else self._by_rows(lengths, draw)
@@ -102,13 +107,24 @@ class BatchPlan:
 
 
 def sizes_of(batches: Iterable[Sequence[int]], lengths: Sequence[int], packed: bool) -> list[int]:
-    """Tokens of each of ``batches`` of row numbers, by the rows' ``lengths``; without padding if ``packed``."""
+    """Tokens of each of ``batches`` of rows, padding counted.
+
+    Args:
+        batches: row numbers of each.
+        lengths: tokens of each row.
+        packed: True if rows are packed without padding.
+    """
     own = ([lengths[row] for row in rows] for rows in batches)
     return [sum(some) if packed else len(some) * max(some) for some in own]
 
 
 def limited(available: int, limit: int | float) -> int:
-    """How many of the ``available`` micro-batches of an epoch a Trainer's ``limit``, a number or a share, leaves."""
+    """How many of the ``available`` micro-batches a Trainer's ``limit`` leaves: so many, or a share of them.
+
+    Args:
+        available: micro-batches of an epoch.
+        limit: a whole number of them, or a share of 1.0 at most.
+    """
     return min(limit, available) if isinstance(limit, int) else int(limit * available)
 
 
@@ -160,8 +176,14 @@ def collate(
 def elsewhere(rows: Sequence[int], lengths: Sequence[int], step_answer_tokens: int, packed: bool) -> Batch:
     """In place of a micro-batch that another device computes: as large, and with as many tokens, by ``lengths``.
 
-    ``step_answer_tokens`` and ``packed`` are as in `collate`. Its ``input_ids`` ``[B, T]`` take no memory, and it has
-    nothing to predict.
+    Args:
+        rows: row numbers.
+        lengths: tokens of each row of the run.
+        step_answer_tokens: learned tokens of the whole optimizer step, of all devices.
+        packed: as in `collate`.
+
+    Returns:
+        A batch whose ``input_ids`` ``[B, T]`` take no memory, and which has nothing to predict.
     """
     own = [lengths[row] for row in rows]
     shape = (1, sum(own)) if packed else (len(own), max(own))

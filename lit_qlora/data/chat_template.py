@@ -83,7 +83,16 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
 
 
 def check_template(folder: Path, encoder: Encoder, conversations: Sequence[Conversation]) -> None:
-    """Raises UserError for the first prompt to which the tokenizer in ``folder`` gives other ids than training does."""
+    """Check that a written tokenizer gives the ids of training.
+
+    Args:
+        folder: holds the tokenizer and its chat template.
+        encoder: of training.
+        conversations: open prompts to try.
+
+    Raises:
+        UserError: for the first whose ids differ.
+    """
     tokenizer = load_tokenizer(str(folder))
     for prompt in conversations:
         ids = tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, return_dict=False)

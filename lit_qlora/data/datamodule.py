@@ -175,10 +175,14 @@ class ChatDataModule(LightningDataModule):
 
     @local_first()  # the others find what it downloaded and encoded
     def setup(self, stage: str) -> None:
-        """Read and encode the rows for a Trainer's ``stage``: ``fit``, ``validate`` or ``test``.
+        """Read and encode the rows for ``stage``: ``fit``, ``validate`` or ``test``.
 
-        Raises UserError for unreadable rows, if nothing is left to learn or to score (also by a share of less than one
-        micro-batch), and for a tokenizer or template that does not match the Trainer's module.
+        Args:
+            stage: of the Trainer.
+
+        Raises:
+            UserError: for unreadable rows, if nothing is left to learn or to score (also by a share of less than one
+                micro-batch), and for a tokenizer or template that does not match the Trainer's module.
         """
         if self.trainer is not None:
             self._follow(self.trainer.lightning_module)
@@ -294,10 +298,16 @@ class ChatDataModule(LightningDataModule):
         return collate([(row, examples[row]) for row in rows], answers, self.plan.packed)
 
     def smaller(self, rows: int, accumulate: int) -> str:
-        """Options for smaller micro-batches, as on a command line, to suggest if halving one was not enough.
+        """Options for smaller micro-batches, to suggest if halving one was not enough.
 
-        For a quarter of its ``rows``, or for a single one a shorter ``max_length``; and for more micro-batches to
-        ``accumulate``, so that the optimizer step stays as large.
+        Args:
+            rows: conversations of the micro-batch; a quarter of them is suggested, for a single one a shorter
+                ``max_length``.
+            accumulate: micro-batches of an optimizer step, of which there are more then, so that the step stays as
+                large.
+
+        Returns:
+            Options as on a command line.
         """
         if self.plan.tokens:
             tokens = max(self.plan.tokens // 4, self.max_length)
@@ -318,9 +328,11 @@ class ChatDataModule(LightningDataModule):
         return self._evaluated("test")
 
     def write_tokenizer(self, folder: Path, max_tokens: int) -> None:
-        """Write into an adapter's folder what other programs need to answer as the rows were learned.
+        """Write what other programs need to answer as the rows were learned; see `chat_template.write_tokenizer`.
 
-        See `chat_template.write_tokenizer`; ``max_tokens`` is the context of the base.
+        Args:
+            folder: of the adapter.
+            max_tokens: the context of the base.
         """
         if self.tokenizer_name is not None:  # as it is for a subclass that makes ids of its own
             write_tokenizer(folder, self.encoder, max_tokens)
@@ -360,7 +372,8 @@ class ChatDataModule(LightningDataModule):
     def recall(self, file: Path) -> None:
         """Score the rows of a run that its record in ``file`` names, whatever became of the source since.
 
-        Raises UserError if the record is damaged.
+        Raises:
+            UserError: the record is damaged.
         """
         self._run_record, self.run_rows = file, RunRows.read(file)
 
@@ -370,10 +383,15 @@ class ChatDataModule(LightningDataModule):
         return RunRows.of(train, held_out, as_text(self.validation_source))
 
     def changed_since(self, file: Path) -> list[str]:
-        """What became of a run's conversations since its record in ``file``, in words; empty if the same, or unknown.
+        """What became of a run's conversations since it began, in words; empty if they are the same, or unknown.
 
-        Sources on the hub, and those that are no longer there, are not read. Raises UserError if the record is damaged,
-        or a source that is there can't be read.
+        Sources on the hub, and those that are no longer there, are not read.
+
+        Args:
+            file: the run's record of them.
+
+        Raises:
+            UserError: the record is damaged, or a source that is there can't be read.
         """
         recorded = RunRows.read(file)
         given = [*filter(None, (self.source, self.validation_source))]
@@ -388,7 +406,14 @@ class ChatDataModule(LightningDataModule):
         return self._records[part], rows
 
     def example(self, lines: int = 2) -> list[str]:
-        """A short training row as it is learned, in 1 or 2 ``lines`` at most. Raises UserError before `setup`."""
+        """A short training row as it is learned.
+
+        Args:
+            lines: the most to take, up to 2.
+
+        Raises:
+            UserError: before `setup`.
+        """
         rows = self._encoded("train")
         shortest = min(range(min(SHORT_AMONG, len(rows))), key=lambda row: rows.lengths[row])
         example = rows.examples[shortest]
@@ -507,6 +532,15 @@ def _prompt_format(template: str | None, system: str | None) -> PromptFormat:
 
 
 def check_limit(option: str, limit: int | float, count: int) -> None:
-    """Raises UserError if ``limit``, of a Trainer's ``option``, is a share of ``count`` micro-batches below one."""
+    """Check that a share of an epoch's micro-batches is at least one.
+
+    Args:
+        option: of the Trainer, such as ``limit_val_batches``.
+        limit: its value: a number of micro-batches, or a share of them.
+        count: micro-batches of the epoch.
+
+    Raises:
+        UserError: the share rounds to none.
+    """
     expected = f"a share of at least one of the {number_of(count, 'micro-batches')}, or a number of them"
     require(isinstance(limit, int) or limit == 0 or int(limit * count) >= 1, f"trainer.{option}", expected, limit)

@@ -102,9 +102,16 @@ class Encoder:
         return [*dict.fromkeys([int(learned), self.eos_id, *stop_ids(self.tokenizer)])]
 
     def check_vocabulary(self, size: int, base: str) -> None:
-        """Raises UserError unless ``base`` has, of ``size`` embeddings, one for each id that a text may become.
+        """Check that a base has an embedding for each id that a text may become.
 
         A special token that no prompt has is allowed beyond: copies of Llama 2 have such a pad.
+
+        Args:
+            size: embeddings of the base, its ``vocab_size``.
+            base: its name, for messages.
+
+        Raises:
+            UserError: an id is ``size`` or more.
         """
         prompt_format = self.prompt_format
         unused = {token for token in prompt_format.spelled.all if not prompt_format.writes(token)}
@@ -149,11 +156,19 @@ class Encoder:
         return [example._replace(was_cut=False), *(Example(some, some, was_cut=False) for some in further)]
 
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[Example | None]:
-        """An `Example` for each conversation in order, or None if no answer token would be left."""
+        """An `Example` for each conversation in order, or None if no answer token would be left.
+
+        Args:
+            conversations: answered ones; of a plain text, as much as one row takes.
+        """
         return map(self.example, self.written(conversations))
 
     def written(self, conversations: Iterable[Conversation]) -> Iterator[list[Written]]:
-        """For each conversation in order, all of its pieces, before any cut; some hundred are encoded in one call."""
+        """For each conversation in its order, all of its pieces, before any cut.
+
+        Args:
+            conversations: any number of them; some hundred are encoded in one call.
+        """
         remaining = iter(conversations)
         while some := list(islice(remaining, CONVERSATIONS_A_CALL)):
             cut = [self._pieces(conversation) for conversation in some]
@@ -210,8 +225,16 @@ class Encoder:
         return [*begin, Piece(text, True, "stretch"), Piece(spelled.eos, True, "token")]
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """The ids of a conversation that ends on the user's turn, BOS included where the format has one: the answer
-        starts right after the last one. Raises ValueError as `PromptFormat.pieces`.
+        """The ids of an open prompt: the answer starts right after the last one.
+
+        Args:
+            conversation: ends on the user's turn.
+
+        Returns:
+            Ids, BOS included where the format has one.
+
+        Raises:
+            ValueError: as `PromptFormat.pieces`.
         """
         return [token for ids in self._ids(self.prompt_format.pieces(conversation)) for token in ids]
 
@@ -220,16 +243,22 @@ class Encoder:
         return [*([] if self.bos_id is None else [self.bos_id]), *self._encode([text])[0]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer's ids, without BOS, EOS and the format's outer spaces."""
+        """The text of an answer's ids, without BOS, EOS and the format's outer spaces.
+
+        Args:
+            ids: of an answer.
+        """
         return self._decode(ids).strip()
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def answer(self, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[str, bool]:
-        """The text of an answer's ids, the last of which may have ended it, and whether it came to its end.
+        """The text of an answer's ids, and whether it came to its end.
 
-        Texts of ``stop`` end it, too, and are no part of it.
+        Args:
+            ids: All of them, that which ended it counted in.
+            stop: Texts that end an answer, and are no part of it.
         """
         tokens = self._special(stop)
         place = next((place for place, token in enumerate(ids) if token in tokens), None)
@@ -241,7 +270,12 @@ class Encoder:
         return text.strip().rstrip(UNFINISHED).strip(), False
 
     def certain(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """The text of an answer's ids so far that what follows can't change, nor make an end of, by one of ``stop``."""
+        """The text of an unfinished answer that what follows can't change, nor make a text of ``stop`` of.
+
+        Args:
+            ids: of the answer so far.
+            stop: texts that end an answer.
+        """
         text = self._decode(ids)
         begun = (size for one in stop for size in range(1, len(one)) if text.endswith(one[:size]))
         end = _stop_at(text, stop)

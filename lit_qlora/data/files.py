@@ -65,7 +65,11 @@ class SourceError(UserError):
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """The format of a file of rows by its ending, and what of `PACKED` follows. Raises UserError for another file."""
+    """The format of a file of rows by its ending, and of `PACKED` what stands behind it.
+
+    Raises:
+        UserError: for another file.
+    """
     packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
     ending = Path(path.name.lower().removesuffix(packing)).suffix
     ending = OTHER_NAMES.get(ending, ending)

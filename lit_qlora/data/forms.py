@@ -149,9 +149,12 @@ FORMS: list[RowForm] = [
 
 
 def forms_for(use: Use, columns: Mapping[str, str] | None = None) -> list[RowForm]:
-    """The forms that a row may have, to be learned or to be answered.
+    """The forms that a row may have.
 
-    With ``columns``, as in ``data.columns``, those that are made of these, by these names; None: all of `FORMS`.
+    Args:
+        use: whether rows are to be learned, or to be answered.
+        columns: what the columns of a form are called, as in ``data.columns``: the forms that are made of these, by
+            these names; None: all of `FORMS`.
     """
     known = FORMS if use == "training" else _prompts()
     if columns:
@@ -185,7 +188,17 @@ def form_names() -> list[str]:
 def check_columns(
     columns: Mapping[str, str], form: str = "auto", option: str = "data.columns", use: Use = "training"
 ) -> None:
-    """Raises UserError unless the columns that an option names, by what they hold, make up a ``form`` of rows."""
+    """Check that an option which names columns makes up a form of rows.
+
+    Args:
+        columns: names of columns, by what they hold.
+        form: as in ``data.form``.
+        option: that the columns are of, for messages.
+        use: whether rows are to be learned, or to be answered.
+
+    Raises:
+        UserError: it does not.
+    """
     forms = [one for one in forms_for(use) if form in ("auto", one.name)]
     known = [*dict.fromkeys(name for one in forms for name in (*one.needs, *one.may_have) if name), SYSTEM]
     if use == "prompts":  # an answer that is there is none of the prompt

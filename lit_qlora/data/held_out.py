@@ -81,9 +81,10 @@ class Parts:
         return self._is_own() and None in own and (self.share > 0 or not any(own))
 
     def check_early(self) -> None:
-        """Look at the rows on this machine for what `train_and_held_out` would refuse, and raise as it does.
+        """Look at the rows on this machine for what `train_and_held_out` would refuse; see `records.check_early`.
 
-        See `records.check_early`.
+        Raises:
+            UserError: as it does.
         """
         local = {source: find_splits(source) for source in sources_of(self.source) if not source.is_on_hub}
         for source, splits in local.items():
@@ -115,8 +116,10 @@ class Parts:
         """Load the rows to train on and the rows to validate on, which never mix.
 
         A share is drawn by the seed only, of all sources that have no other held-out rows, and no conversation is on
-        both sides. Of other held-out rows, those that are also in training are counted. Raises UserError as
-        `load_records`, when there is nothing to hold out, and when all of it is in training, too.
+        both sides. Of other held-out rows, those that are also in training are counted.
+
+        Raises:
+            UserError: as `load_records`, when there is nothing to hold out, and when all of it is in training, too.
         """
         trains, splits = self._training(), self._held_out_splits()
         fixed = self._load_each((source, name) for source, name in splits if name)
@@ -136,8 +139,10 @@ class Parts:
     def test(self, rows: RunRows | None = None) -> Records | None:
         """Load the sources' own test splits; None where there is none, or where it is what is held out.
 
-        Those of its conversations that are in training, too, are counted, unless ``rows`` is there to tell it. Raises
-        UserError as `train_and_held_out`.
+        Those of its conversations that are in training, too, are counted, unless ``rows`` is there to tell it.
+
+        Raises:
+            UserError: as `train_and_held_out`.
         """
         found = [
             (source, splits.names["test"])
@@ -152,7 +157,8 @@ class Parts:
     def test_of(self, source: Any) -> Records:
         """Load the rows of ``source`` that are there for a test: of its test split, or else what it has.
 
-        Raises UserError as `load_records`, or when it is the training data itself.
+        Raises:
+            UserError: as `load_records`, or when it is the training data itself.
         """
         learned = {one.place for one in self.splits}
         found = [(one, find_splits(one)) for one in sources_of(source, "data.test_source")]
@@ -166,7 +172,9 @@ class Parts:
         """Loads the rows to score: those that the run of the record ``rows`` held out, as `recall` does.
 
         Without a record, or with another validation source than the run's, they are found as at the start of a run.
-        Raises UserError as `recall` and `train_and_held_out`.
+
+        Raises:
+            UserError: as `recall` and `train_and_held_out`.
         """
         is_other = rows is not None and as_text(self.validation_source) not in (None, rows.validation_source)
         if rows is None or is_other:
@@ -177,7 +185,9 @@ class Parts:
         """Find the conversations that a run held out, in their order then, and the number missing since.
 
         They are searched for in the validation source and in every split of the source, wherever they were moved.
-        Raises UserError as `load_records`, and when none is there any more.
+
+        Raises:
+            UserError: as `load_records`, and when none is there any more.
         """
         wanted = {*rows.held_out}
         found: dict[str, Kept] = {}
@@ -267,9 +277,15 @@ def _split_of(source: Source, name: str) -> Source:
 
 
 def check_early_to_score(given: Any, option: str, reading: Reading) -> None:
-    """Look at rows for scoring on this machine, ``given`` as the value of ``option``; see `records.check_early`.
+    """Look at rows for scoring that are on this machine; see `records.check_early`.
 
-    Raises UserError as `Parts.held_out` and `Parts.test_of` for rows that can't be read.
+    Args:
+        given: the value of ``option``.
+        option: data.validation_source, or one that names rows for a test.
+        reading: how rows are read.
+
+    Raises:
+        UserError: as `Parts.held_out` and `Parts.test_of` for rows that can't be read.
     """
     kinds = ("validation", "test") if option == "data.validation_source" else ("test", "validation")
     for source in sources_of(given, option):

@@ -50,9 +50,14 @@ class Subject:
 
 
 def read_subjects(option: str, place: str) -> list[Subject]:
-    """The questions of a .csv file, or of every one in a folder, by name, which ``option`` names.
+    """The questions of a .csv file, or of every one in a folder, by name.
 
-    Raises UserError where nothing is found; and, naming file and line, for what is no question.
+    Args:
+        option: that names it, for messages.
+        place: the file or folder.
+
+    Raises:
+        UserError: nothing is found; or, naming file and line, for what is no question.
     """
     path = Path(place).expanduser()
     if not path.is_dir() and not path.is_file():
@@ -96,9 +101,15 @@ def _question(where: str, cells: list[str], heads: list[str]) -> Question:
 
 
 def examples_for(subject: Subject, given: Sequence[Subject], shots: int) -> tuple[Question, ...]:
-    """The first ``shots`` examples of a subject among those ``given``, of which a single file's serve every subject.
+    """The first examples of a subject.
 
-    Raises UserError if there are none of the subject, or too few.
+    Args:
+        subject: that of the questions.
+        given: examples by their subjects; those of a single file serve every subject.
+        shots: how many.
+
+    Raises:
+        UserError: there are none of the subject, or too few.
     """
     if shots == 0:
         return ()
@@ -140,9 +151,15 @@ class Prompts:
         self._behind = len(written[0]) - self._place
 
     def ids(self, subject: Subject, question: Question, examples: Sequence[Question]) -> list[int]:
-        """The ids of a question's prompt behind its ``examples``, up to where the letter of its answer comes.
+        """The ids of a question's prompt, up to where the letter of its answer comes.
 
-        Raises UserError, naming the question's place, when it can't be written.
+        Args:
+            subject: of the question.
+            question: the one to answer.
+            examples: that stand before it, each with its letter.
+
+        Raises:
+            UserError: naming the question's place, when it can't be written.
         """
         pairs = [(str(example), example.answer) for example in examples] + [(str(question), LETTERS[0])]
         about = f" about {subject.name.replace('_', ' ')}" if subject.is_named else ""

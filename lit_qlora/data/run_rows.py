@@ -37,7 +37,13 @@ class RunRows:
     def of(
         cls, train: Iterable[Conversation], held_out: Iterable[Conversation], validation_source: str | None
     ) -> "RunRows":
-        """The record of a run's conversations; arguments as of the class."""
+        """The record of a run's conversations.
+
+        Args:
+            train: those that are learned.
+            held_out: those that are scored, in order.
+            validation_source: the option that says where the latter are from.
+        """
         return cls(tuple(map(digest, held_out)), frozenset(map(digest, train)), validation_source)
 
     def changes(self, now: "RunRows") -> dict[str, str]:
@@ -57,7 +63,11 @@ class RunRows:
 
     @classmethod
     def read(cls, file: Path) -> "RunRows | None":
-        """The record in ``file``; None without one. Raises UserError if it is damaged."""
+        """The record in ``file``; None without one.
+
+        Raises:
+            UserError: it is damaged.
+        """
         try:
             values = parse_json(file.read_bytes())
             if values["version"] != VERSION:
@@ -75,7 +85,11 @@ class RunRows:
         return cls(tuple(digests[0]), frozenset(digests[1]), source)
 
     def write(self, file: Path) -> None:
-        """Write the record to ``file`` atomically, equal bytes for equal rows. Raises SaveError if that fails."""
+        """Write the record to ``file`` atomically; equal conversations give equal bytes.
+
+        Raises:
+            SaveError: it could not be written.
+        """
         values = asdict(self) | {"train": sorted(self.train)}
         text = json.dumps({"version": VERSION} | values, indent=0) + "\n"
         if not file.is_file() or file.read_bytes() != text.encode():

@@ -79,8 +79,12 @@ KEYS = ("path", "name", "split", "revision", "share", "columns")
 def sources_of(value: Any, option: str = "data.source") -> tuple[Source, ...]:
     """The sources that the value of an option stands for: at least one.
 
-    It is as `SourceOption` has it, or a list or table written as JSON. Raises UserError, about ``option``, if it is
-    none.
+    Args:
+        value: a text, a table or a list of them, as `SourceOption` has it; also a list or a table written as JSON.
+        option: for messages.
+
+    Raises:
+        UserError: it is none.
     """
     if isinstance(value, str) and value.startswith(("[", "{")):  # as `as_text` writes it, or a command line
         with suppress(ValueError):
@@ -159,7 +163,8 @@ def _share(value: Any, option: str) -> float:
 def find_splits(source: Source) -> Splits:
     """Find the splits of a source; a file is all "train".
 
-    Raises UserError when it isn't found, has not the split that it names, or the hub can't be asked.
+    Raises:
+        UserError: when the source isn't found, has not the split that it names, or the hub can't be asked.
     """
     files = _find_files(source)
     if files is None:
@@ -193,7 +198,15 @@ def _check_split(source: Source, name: str, found: Sequence[str]) -> None:
 
 
 def local_bytes(source: Source, split: str) -> int | None:
-    """The size of a split's files on this machine; None for one on the hub. Raises UserError as `read_source`."""
+    """The size of a split's files on this machine; None for one on the hub.
+
+    Args:
+        source: where rows come from.
+        split: name of the split there.
+
+    Raises:
+        UserError: as `read_source`.
+    """
     files = _files_of(source, split)
     return None if files is None else sum(path.stat().st_size for path in files if path.is_file())
 
@@ -201,8 +214,13 @@ def local_bytes(source: Source, split: str) -> int | None:
 def read_source(source: Source, split: str = "train", columns: Sequence[str] = ()) -> list[Row]:
     """Read the rows of one split, by its name there.
 
-    The first line of a .csv may have ``columns`` beside those of the known forms. Raises UserError when the source or
-    the split isn't found, or a file can't be read.
+    Args:
+        source: that one.
+        split: the split's name.
+        columns: names of columns, beside those of the known forms, that the first line of a .csv may have.
+
+    Raises:
+        UserError: when the source or the split isn't found, or a file can't be read.
     """
     files = _files_of(source, split)
     if files is not None:

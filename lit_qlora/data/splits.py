@@ -67,7 +67,11 @@ class Splits:
         return replace(self, names=names, unread=tuple(name for name in self.unread if name not in taken))
 
     def training(self) -> str:
-        """The name of the rows to train on. Raises UserError if there are none."""
+        """The name of the rows to train on.
+
+        Raises:
+            UserError: there are none.
+        """
         if "train" not in self.names:
             found = [*self.names.values(), *self.unread]
             files = [one for one in self.unread if one.endswith((*FILES, "/"))]
@@ -84,7 +88,8 @@ class Splits:
     def for_scoring(self, *kinds: str) -> str:
         """The name of the rows to score where the source is there for that: the chosen one, or the first of ``kinds``.
 
-        Or else as `training`, which raises UserError.
+        Raises:
+            UserError: as `training`, which is taken where there is none of them.
         """
         return self.training() if self.is_chosen else self.first(*kinds) or self.training()
 

@@ -27,10 +27,14 @@ def is_template(value: str) -> bool:
 
 
 def read_template(value: str | None, base: str | None = None) -> str | None:
-    """The chat template that ``value``, as ``data.template``, is or names; None stands for the Llama 2 format.
+    """The chat template that ``value`` is, or that it names; None stands for the Llama 2 format.
 
-    The own template of ``base``, a hub id or folder, may be meant. Raises UserError where there is no such file, it
-    holds no Jinja, or the base has no template.
+    Args:
+        value: As ``data.template``.
+        base: The hub id or folder whose own template may be meant.
+
+    Raises:
+        UserError: There is no such file, it holds no Jinja, or the base has no template.
     """
     if value is None or value == LLAMA_2:
         return None

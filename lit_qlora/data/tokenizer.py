@@ -113,7 +113,12 @@ def template_beside(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 
 def file_of(location: str, name: str) -> Path | None:
-    """A file of a base in a folder or on the hub; None where it has none of the ``name``, or the hub can't be asked."""
+    """A file of a base, from its folder or the hub; None where it has none of that name, or the hub can't be asked.
+
+    Args:
+        location: a folder or a hub id.
+        name: the file's.
+    """
     from transformers.utils import cached_file
 
     troubles = ("gated_repo", "missing_entries", "connection_errors")

@@ -31,7 +31,13 @@ class Token(NamedTuple):
 
 
 def tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: Iterable[bool]) -> list[Token]:
-    """The tokens of a row of ``ids``, and whether each is ``learned``; both of length T."""
+    """The tokens of a row of ``ids``.
+
+    Args:
+        tokenizer: of the row.
+        ids: the row's, of length T.
+        learned: whether each of them is, of length T.
+    """
     special = special_ids(tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(ids))
     return [
@@ -63,7 +69,12 @@ def columns(text: str) -> int:
 
 
 def shortened(text: str, width: int) -> str:
-    """A printable text without its middle, if it takes more than ``width`` columns."""
+    """A printable text without its middle.
+
+    Args:
+        text: to be shortened, if it takes more.
+        width: columns that it may take.
+    """
     if columns(text) <= width:
         return text
     head = first_columns(text, (width - 1) * 2 // 3)

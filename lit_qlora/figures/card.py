@@ -49,7 +49,13 @@ def write_card(
 ) -> None:
     """Write the card of the adapter in ``folder`` and its picture; nothing for a run without a config.
 
-    Arguments as of `card`; ``settings`` are this start's configuration, by default that of the run's first.
+    Args:
+        folder: The adapter's folder.
+        run: The run folder.
+        figures: All recorded figures, by optimizer step.
+        step: The adapter's optimizer step.
+        training_s: Seconds in training steps so far.
+        settings: This start's configuration; default: that of the run's first.
     """
     if settings or run.config.is_file():
         base = read_object(folder / "adapter_config.json")["base_model_name_or_path"]
@@ -180,7 +186,12 @@ def _cost(figures: Mapping[int, Mapping[str, Any]], step: int, training_s: float
 
 
 def addressed(text: str, to: str) -> str:
-    """The text of a card for readers on the hub, in the repository NAME/REPO."""
+    """The card for readers on the hub.
+
+    Args:
+        text: the card as it was written.
+        to: the repository, NAME/REPO.
+    """
     chat = "`python main.py chat --adapter this-folder"
     return text.replace('"this-folder"', f'"{to}"').replace(
         chat, f"`hf download {to} --local-dir this-folder`, then {chat}"

@@ -52,7 +52,12 @@ class Chart(NamedTuple):
 
 
 def charts(figures: Figures, step: int | None) -> Iterator[Chart]:
-    """The charts of a run's finite figures that have something to show; the best adapter's step is marked."""
+    """The charts of a run, without those that have nothing to show.
+
+    Args:
+        figures: Finite figures by optimizer step.
+        step: Of the best adapter, marked in the first chart; None for none.
+    """
     drawings: tuple[tuple[str, Callable[[Axes], str]], ...] = (
         ("Loss (nats per token)", lambda axes: _curves(axes, figures, "loss", step)),
         ("Tokens predicted correctly", lambda axes: _curves(axes, figures, "accuracy", None)),
@@ -68,9 +73,14 @@ def charts(figures: Figures, step: int | None) -> Iterator[Chart]:
 
 
 def draw_curves(file: Path, figures: Figures, step: int) -> bool:
-    """Draw the losses into a PNG; True if there was a line to draw, and matplotlib is installed to draw it.
+    """Draw the losses into ``file``; True if there was a line to draw, and matplotlib is installed to draw it.
 
-    The adapter's step is marked; values that are not finite are left out. Raises OSError if the file can't be written.
+    Args:
+        file: the PNG to write.
+        figures: recorded figures, by optimizer step; values that are not finite are left out.
+        step: of the adapter, marked in the picture.
+
+    Raises OSError where the file can't be written.
     """
 
     def draw(axes: "Axes") -> str:
@@ -229,5 +239,10 @@ def _memory(axes: "Axes", figures: Figures) -> str:
 
 
 def peak_of(figures: Figures, name: str) -> float | None:
-    """The highest value of the finite figures called ``name``; None where it was never recorded."""
+    """The highest value of a figure; None where it was never recorded.
+
+    Args:
+        figures: finite figures by optimizer step.
+        name: name of the figure.
+    """
     return max((line[name] for line in figures.values() if name in line and math.isfinite(line[name])), default=None)

@@ -36,7 +36,12 @@ class StepLines:
         self._is_synced = True
 
     def add(self, step: int, content: Mapping[str, Any]) -> None:
-        """Append the line of a later step; one that can't be written is kept, reported once, and retried."""
+        """Append a line; one that can't be written is kept, reported once, and retried.
+
+        Args:
+            step: optimizer step, above that of the line before.
+            content: the rest of the line.
+        """
         self._unwritten[step] = json.dumps({"step": step, **content}) + "\n"
         self.write()
 
@@ -72,10 +77,15 @@ class StepLines:
         return {"counted_on": self._last_step, "unwritten": dict(self._unwritten)}
 
     def go_back(self, state: Mapping[str, Any] | None) -> None:
-        """Cut the file back to a checkpoint's `state_dict`, or to nothing, and restore the lines that it held.
+        """Cut the file back to the state that a checkpoint relies on, and restore the lines that it held.
 
-        Reports damaged lines, and those missing from the file. Raises SaveError, with the file as before, if that
-        fails.
+        Reports damaged lines, and those missing from the file.
+
+        Args:
+            state: `state_dict` of the checkpoint; None empties the file.
+
+        Raises:
+            SaveError: The file could not be changed, and is as before.
         """
         counted_on = state["counted_on"] if state else -1
         content = self.path.read_bytes() if self.path.is_file() else b""

@@ -66,9 +66,11 @@ class Record(Logger):
         """Do nothing: the run's config.yaml is their record."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add figures to the line of a step, of the optimizer's; a new step writes the lines before it.
+        """Add figures to the line of a step; a new step writes the lines before it.
 
-        Figures under a number that is not the Trainer's go to ``others.jsonl``.
+        Args:
+            metrics: figures by name.
+            step: the Trainer's number of optimizer steps; figures under any other number go to ``others.jsonl``.
         """
         assert step is not None, "figures are recorded under a step"
         figures = {name: json_number(float(value)) for name, value in metrics.items()}
@@ -81,7 +83,12 @@ class Record(Logger):
             self._open.others.append([step, figures])
 
     def log_samples(self, samples: Figures, step: int) -> None:
-        """Record the sample answers of a validation after ``step`` steps, as `figures.samples.line` has them."""
+        """Record the sample answers of a validation.
+
+        Args:
+            samples: in the form of `figures.samples.line`.
+            step: optimizer steps done.
+        """
         self._move_to(step)
         if self.board:
             self.board.add(_tables(step, samples), anew=self._open.samples)
@@ -125,9 +132,13 @@ class Record(Logger):
         }  # fmt: skip
 
     def go_back(self, state: Mapping[str, Any] | None) -> None:
-        """Cut the files back to a checkpoint's `state_dict`, or to nothing, reopen its step, and rewrite the view.
+        """Cut the files back to a checkpoint, reopen its step, and rewrite the view.
 
-        Raises SaveError if a file could not be changed.
+        Args:
+            state: `state_dict` of the checkpoint; None at the start of a run.
+
+        Raises:
+            SaveError: A file could not be changed.
         """
         self._metrics.go_back(state)
         self._samples.go_back(state and state["samples"])

@@ -7,9 +7,12 @@ import jinja2
 
 
 def filled(package: str, file: str, /, **values: Any) -> str:
-    """The template ``file`` of a package's folder ``templates`` with ``values`` in it.
+    """A template with ``values`` in it; in HTML these are text and never markup.
 
-    In HTML, of a file that ends in .html.jinja, these are text and never markup.
+    Args:
+        package: has the template in its folder ``templates``.
+        file: its name, which ends in .html.jinja or .md.jinja.
+        values: all that the template names.
     """
     is_page = file.endswith(".html.jinja")
     environment = jinja2.Environment(

@@ -39,7 +39,17 @@ LONGEST = 20_000
 
 
 def write_report(run: RunFolder) -> Path:
-    """Write the report of a run into its folder, and return its path. Raises SaveError if it can't be written."""
+    """Write the report of a run into its folder.
+
+    Args:
+        run: the run folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        SaveError: if it can't be written.
+    """
     write_file(run.report, page(run))
     return run.report
 

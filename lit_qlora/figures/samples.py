@@ -33,7 +33,15 @@ class SampleAnswer(NamedTuple):
 
 
 def counts(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, float]:
-    """Figures of how sample answers ended: counts of ends, their limit, and the share that ended by themselves."""
+    """Figures of how sample answers ended.
+
+    Args:
+        answers: all of one validation.
+        max_new_tokens: the limit of an answer.
+
+    Returns:
+        Counts of ends, their limit, and the share that ended by themselves.
+    """
     ends = [answer.cut_by for answer in answers]
     figures = {ENDED: ends.count(None), LIMIT: ends.count(LIMIT), TOKENS: max_new_tokens}
     if CONTEXT in ends:
@@ -44,9 +52,13 @@ def counts(answers: Sequence[SampleAnswer], max_new_tokens: int) -> dict[str, fl
 def line(
     prompts: Sequence[str], base: Sequence[SampleAnswer], adapter: Sequence[SampleAnswer] | None, max_new_tokens: int
 ) -> dict[str, Any]:
-    """The record of one validation: the last turn of each prompt, with the answers of the base and of the adapter.
+    """The record of one validation.
 
-    There are none of the adapter before training, when they are the base's.
+    Args:
+        prompts: The last turn of each.
+        base: The base's answers, in the same order.
+        adapter: The adapter's; None before training, when they are the base's.
+        max_new_tokens: The limit of an answer.
     """
     rows = [{"prompt": text, "base": answer._asdict()} for text, answer in zip(prompts, base, strict=True)]
     for row, answer in zip(rows, adapter or (), strict=False):
@@ -67,10 +79,14 @@ def table(line: Mapping[str, Any]) -> str | None:
 
 
 def answered(file: Path, step: int | None) -> list[dict[str, Any]]:
-    """The questions and answers of a line of ``samples.jsonl``: of the best adapter's ``step``, else an adapter's last.
+    """The questions and answers of one line of ``samples.jsonl``: that of ``step``, else the last of an adapter.
 
     Before training only the base has answered, which is the first line. Of any content: a run folder may come from a
     stranger.
+
+    Args:
+        file: The run's.
+        step: Of the best adapter; 0 or None where that is unknown.
     """
     found: list[dict[str, Any]] = []
     for line in iter_lines(file):
@@ -83,9 +99,13 @@ def answered(file: Path, step: int | None) -> list[dict[str, Any]]:
 
 
 def side_by_side(answers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The first questions of a `line`, below each the answers of base and adapter in two columns of 3 lines.
+    """The first questions, below each the base's answer and the adapter's in two columns of 3 lines.
 
-    Empty where no adapter has answered.
+    Args:
+        answers: those of a `line`.
+
+    Returns:
+        Lines for a terminal; none where no adapter has answered.
     """
     rows = [row for row in answers if "adapter" in row][:COMPARED]
     shown = [_in_columns("  base alone", "with the adapter")] if rows else []
@@ -97,9 +117,13 @@ def side_by_side(answers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def short_prompts(file: Path, count: int) -> list[str]:
-    """The first ``count`` prompts of up to 100 characters in one line that a run's ``samples.jsonl`` holds.
+    """Prompts of up to 100 characters in one line that a run's samples hold.
 
     Of any content: a run folder may come from a stranger.
+
+    Args:
+        file: the run's ``samples.jsonl``.
+        count: number of prompts, the first ones.
     """
     found: list[str] = []
     for line in iter_lines(file):
@@ -139,9 +163,15 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
 
 
 def ends_in_words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
-    """How sample answers ended, by the figures of two steps: titles, and how many of how many, before and after.
+    """Counts of how sample answers ended, at two steps.
 
-    Before is None if it was not measured then; there are none if it was not measured after.
+    Args:
+        before: figures of the first step.
+        after: figures of the second.
+
+    Returns:
+        A title, and how many of how many, before and after. Before is None if it was not measured then; empty if it was
+        not measured after.
     """
     if ENDED not in after:
         return []

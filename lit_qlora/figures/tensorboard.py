@@ -67,7 +67,12 @@ class Event(NamedTuple):
 
 
 def figures_events(step: int, figures: Mapping[str, float | str]) -> list[Event]:
-    """An event for each part that figures of a step are shown in; those that are not finite may be strings."""
+    """An event for each part that figures of a step are shown in.
+
+    Args:
+        step: optimizer step.
+        figures: by their recorded names; those that are not finite may be strings.
+    """
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     values: dict[str, list[Any]] = {}
@@ -78,7 +83,14 @@ def figures_events(step: int, figures: Mapping[str, float | str]) -> list[Event]
 
 
 def text_event(part: str, step: int, tag: str, text: str) -> Event:
-    """An event with a text in Markdown, for the page of texts, where it is called ``tag``, in one of `PARTS`."""
+    """An event with a text, for the page of texts.
+
+    Args:
+        part: one of `PARTS`.
+        step: optimizer step.
+        tag: name on the page.
+        text: Markdown.
+    """
     from tensorboard.plugins.text.summary_v2 import text_pb
 
     return _event(part, step, [*text_pb(f"{tag}/text_summary", text).value])
@@ -105,9 +117,11 @@ class Board:
         """Why the files lack what came last; None where they have it."""
 
     def add(self, events: Iterable[Event], anew: Collection[str] = ()) -> None:
-        """Append events; not to stale files, which `refresh` writes anew with them.
+        """Appends ``events``; not to stale files, which `refresh` writes anew with them.
 
-        ``anew`` is what takes the place of something that a file has already: two validations of one step.
+        Args:
+            events: The new events.
+            anew: What of it takes the place of something that a file has already: two validations of one step.
         """
         if self._is_stale:
             return

@@ -403,7 +403,12 @@ def together_on_host(module: Any, data: Any, trainer: Any) -> int:
     """How many micro-batches of a step go through the layers together in a fit on a CPU.
 
     One, where weights stay dequantised or are not ours to dequantise; else as many as half of the host's free memory
-    has the room for. ``module`` is loaded, ``data`` set up for the fit of ``trainer``.
+    has the room for.
+
+    Args:
+        module: a `QLoRAModule`, loaded.
+        data: its `ChatDataModule`, after ``setup("fit")``.
+        trainer: of the fit.
     """
     shape = module.base.shape
     is_open = module.dequantised_layers == shape.num_layers

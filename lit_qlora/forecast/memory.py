@@ -443,14 +443,27 @@ NO_SAMPLES = Samples(0, 0, 0)
 
 
 def run_moments(step: Step, samples: Samples) -> list[StepMemory]:
-    """The moments of the largest micro-batch's step, and that of ``samples``, drawn in one batch, if there are any."""
+    """All moments whose memory a run needs.
+
+    Args:
+        step: settings and sizes of the largest micro-batch.
+        samples: drawn in one batch.
+
+    Returns:
+        The moments of a step, and that of sample answers if there are any, in bytes.
+    """
     found = moments(step)
     return [*found, *([sampling_memory(step, samples, found)] if samples.num_prompts else [])]
 
 
 def sampling_memory(step: Step, samples: Samples, found: list[StepMemory]) -> StepMemory:
-    """Bytes while ``samples`` are drawn in one batch: keys and values of all layers, one layer's forward over the
-    prompts, and what the update holds, one of the moments ``found`` of ``step``."""
+    """Bytes while sample answers are drawn: keys and values of all layers, and one layer's forward over the prompts.
+
+    Args:
+        step: settings and sizes of the largest micro-batch.
+        samples: drawn in one batch.
+        found: the moments of the step, of which what the update holds is counted, too.
+    """
     shape, tokens = step.shape, samples.num_prompts * samples.prompt_tokens
     kept = tokens + samples.num_prompts * samples.new_tokens
     cache = 2 * step.element * shape.linears["k_proj"][1] * shape.num_layers * kept
@@ -472,7 +485,13 @@ def _forward(step: Step, tokens: int, found: list[StepMemory]) -> StepMemory:
 
 
 def fits(step: Step, card_bytes: float, samples: Samples = NO_SAMPLES) -> bool:
-    """True if a run with the largest micro-batch's ``step`` leaves the share `RESERVE` of a card's bytes free."""
+    """True if a run leaves the share `RESERVE` of a card free.
+
+    Args:
+        step: of the largest micro-batch.
+        card_bytes: memory of the card.
+        samples: drawn in one batch.
+    """
     return all(moment.on_card <= card_bytes * (1 - RESERVE) for moment in run_moments(step, samples))
 
 

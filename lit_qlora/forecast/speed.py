@@ -34,7 +34,15 @@ class Epoch:
 
 
 def waits_for_host(step: Step, card: Card) -> bool:
-    """Whether a card computes a micro-batch faster than its host starts the kernels; False if its rates are unknown."""
+    """Whether a card computes the layers faster than its host starts their kernels.
+
+    Args:
+        step: settings and sizes of a micro-batch.
+        card: whose rates are compared.
+
+    Returns:
+        False for a card of unknown rates, too.
+    """
     hours = epoch_hours(step, Epoch(step.tokens, step.tokens, 1, 0), card)
     return hours is not None and hours * 3600 < HOST_S_PER_LAYER * step.shape.num_layers
 

@@ -130,13 +130,24 @@ def time_lines(forecast: Forecast, behind: str = "") -> Iterator[str]:
 
 
 def uneven(accumulate: int, num_devices: int) -> str:
-    """What to change where ``accumulate`` micro-batches of a step can't be shared out evenly; else empty."""
+    """What to change where the micro-batches of a step can't be shared out evenly; else empty.
+
+    Args:
+        accumulate: micro-batches of a step.
+        num_devices: they are shared by.
+    """
     rest = accumulate % num_devices
     return f" (--trainer.accumulate_grad_batches {accumulate + num_devices - rest} shares out evenly)" if rest else ""
 
 
 def line(what: str, size: float, unit: int = GIB) -> str:
-    """A line of such a table: what takes the memory, and its ``size`` bytes in the table's ``unit``."""
+    """A line of such a table.
+
+    Args:
+        what: takes the memory, in words.
+        size: bytes.
+        unit: bytes that count as one.
+    """
     return f"  {what:<50}{size / unit:8.2f}"
 
 

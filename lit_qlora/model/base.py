@@ -234,7 +234,12 @@ def _shards(base: Base, index: Path) -> list[str]:
 
 
 def stored_file(base: Base, name: str) -> Path | None:
-    """A file of a base by its name, in its folder or in the hub's cache; None if missing."""
+    """A file of a base, in its folder or in the hub's cache; None if missing.
+
+    Args:
+        base: in a folder or on the hub.
+        name: of the file.
+    """
     if Path(base.location).is_dir():
         path = Path(base.location) / name
         return path if path.is_file() else None
@@ -254,7 +259,15 @@ def split_names(target_modules: str | list[str]) -> str | list[str]:
 
 
 def check_targets(base: Base, target_modules: str | list[str]) -> None:
-    """Raises UserError unless each of ``target_modules`` is a linear layer of a decoder layer, and there is one."""
+    """Check the names of the layers that get LoRA.
+
+    Args:
+        base: that has them.
+        target_modules: names of linear layers, or ``all-linear``.
+
+    Raises:
+        UserError: one is no linear layer of a decoder layer, or there is none.
+    """
     names, known = target_names(target_modules), base.shape.linears
     for name in names:
         if name not in known:
@@ -273,14 +286,28 @@ def check_targets(base: Base, target_modules: str | list[str]) -> None:
 
 
 def check_rank(base: Base, rank: int) -> None:
-    """Raises UserError if LoRA's rank is above the base's hidden size: larger than the layers themselves."""
+    """Check that LoRA is not larger than the layers themselves.
+
+    Args:
+        base: to be trained.
+        rank: of LoRA.
+
+    Raises:
+        UserError: it is above the base's hidden size.
+    """
     hidden = base.shape.hidden
     require(rank <= hidden, "model.rank", f"at most {hidden:,}, the hidden size of {base.name}", rank)
 
 
 def check_context(base: Base, max_length: int) -> None:
-    """Raises UserError if rows of ``max_length`` tokens are longer than a base's context: it has never seen positions
-    beyond, or sees them cut.
+    """Check that a base knows the positions of the longest rows: beyond, it has never seen them, or sees them cut.
+
+    Args:
+        base: to be trained or asked.
+        max_length: tokens of one row.
+
+    Raises:
+        UserError: they are more than its context.
     """
     context = base.context_tokens
     key = "sliding_window" if context == base.window else "max_position_embeddings"

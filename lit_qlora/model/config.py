@@ -113,10 +113,15 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
 
 
 def read_config(name: str, file: Path) -> dict[str, Any]:
-    """The checked keys of the config.json of the base called ``name``, by which it is computed.
+    """The checked keys of a base's config.json, by which it is computed.
 
-    Raises UserError, naming the key, for an invalid value; for another architecture, and for a quantisation other than
-    bitsandbytes' 4 bits.
+    Args:
+        name: of the base, for messages.
+        file: its config.json.
+
+    Raises:
+        UserError: naming the key, for an invalid value; for another architecture, and for a quantisation other than
+            bitsandbytes' 4 bits.
     """
     try:
         return _read_config(name, file)
@@ -224,7 +229,12 @@ def _quantization(name: str, place: str, told: Any) -> dict[str, Any]:
 
 
 def for_transformers(config: Mapping[str, Any], plain: Collection[str] = ()) -> "PreTrainedConfig":
-    """transformers' config of a result of `read_config`; a 4-bit base keeps the linear layers ``plain`` in 16 bits."""
+    """transformers' config of a result of `read_config`.
+
+    Args:
+        config: of a base.
+        plain: names of linear layers that a 4-bit base keeps in 16 bits.
+    """
     architecture = architecture_of(config)
     values = {key: value for key, value in config.items() if key not in (*_ROPE_KEYS, "model_type")}
     theta, kind, members = rope_of(config)

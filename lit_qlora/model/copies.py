@@ -68,7 +68,13 @@ class Copies:
             self.root = Path(HF_HOME) / "lit_qlora" / "4bit"
 
     def find(self, base: Base, dtype: torch.dtype | None, device_type: str) -> Base | None:
-        """A 16-bit base as its 4-bit copy, of any dtype if None, of any device if ``*``; None without an intact one."""
+        """A base as its 4-bit copy; None without an intact one.
+
+        Args:
+            base: in 16 bits.
+            dtype: that the copy is to compute in; None: any.
+            device_type: that it was quantised on; ``*``: any.
+        """
         if self.root is None or not self.root.is_dir() or base.in_4_bits:
             return None
         for folder in sorted(self.root.glob(_name(base, "*" if dtype is None else dtype, device_type))):

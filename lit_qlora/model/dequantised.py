@@ -36,7 +36,12 @@ class Weights:
         self._kept: list[Tensor] = []
 
     def get(self, index: int, dtype: torch.dtype) -> Tensor:
-        """The dequantised weight, ``[out, in]``, of a linear layer by its place in the layer; never write to it."""
+        """A dequantised weight, ``[out, in]``; never to be written to.
+
+        Args:
+            index: of the linear layer, in the layer's order.
+            dtype: of the weight.
+        """
         if self._kept and self._kept[index].dtype == dtype:
             return self._kept[index]
         from bitsandbytes.functional import dequantize_4bit

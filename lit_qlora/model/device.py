@@ -72,9 +72,18 @@ fp32 on a Xeon with AMX. A tiny one is as fast in fp32, and exact."""
 
 
 def choose_precision(wanted: Precision, device: Device, num_weights: int = 0) -> tuple[Precision, str]:
-    """The precision of training on a device, as Lightning spells it, and the reason in a few words.
+    """Choose the precision of training, as Lightning spells it.
 
-    On a CPU, bf16 pays for bases of many weights only. Raises UserError if the device lacks the one that is ``wanted``.
+    Args:
+        wanted: the Trainer's option; auto chooses.
+        device: the device to train on.
+        num_weights: of the base; on a CPU, bf16 pays for large ones only.
+
+    Returns:
+        The precision, and the reason in a few words.
+
+    Raises:
+        UserError: the device lacks the precision that is wanted.
     """
     capability = device.capability
     if capability is None:
@@ -138,9 +147,14 @@ def compiler_lacks(on_gpu: bool) -> list[str]:
 
 
 def check_compile(wanted: bool | str, device: Device) -> str | None:
-    """Why nothing is compiled on a device though it could be; None if it is, or was never ``wanted``.
+    """Why nothing is compiled on a device though it could be; None if it is, or was never requested.
 
-    Raises UserError if something is missing for what is requested explicitly.
+    Args:
+        wanted: as ``model.compile``.
+        device: to compute on.
+
+    Raises:
+        UserError: compilation is requested explicitly, and something is missing for it.
     """
     on_gpu = device.capability is not None
     if not device.is_here or wanted is False or (wanted == "auto" and not on_gpu):
@@ -157,10 +171,13 @@ DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": to
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of 4-bit products, embedding, norms and residual stream in a Trainer's precision, as Lightning spells
-    it.
+    """The dtype of the 4-bit products, the embedding, the norms and the residual stream.
 
-    Raises UserError for one in which the adapter would not be fp32, or the base in more than 16 bits.
+    Args:
+        precision: the Trainer's, as Lightning spells it out.
+
+    Raises:
+        UserError: a precision in which the adapter would not be fp32, or the base in more than 16 bits.
     """
     expected = f"one of {', '.join(DTYPES)} (the base is in 4 and 16 bits in the mixed ones, the adapter in fp32)"
     require(precision in DTYPES, "trainer.precision", expected, precision)

@@ -44,7 +44,13 @@ def fingerprint(base: Base) -> str:
 
     Equal for copies in a folder, on the hub, in shards, in another float type of the same values, and for the 4-bit
     copies of this project; a 4-bit copy from elsewhere is a base of its own. Call it once the weights are downloaded
-    (in the folder or in the cache). Raises UserError if they can't be read.
+    (in the folder or in the cache).
+
+    Args:
+        base: whose weights are here.
+
+    Raises:
+        UserError: they can't be read.
     """
     own = _sampled(base)
     file = stored_file(base, ORIGINAL)
@@ -54,7 +60,13 @@ def fingerprint(base: Base) -> str:
 
 
 def write_original(folder: Path, copy: Base, base: Base) -> None:
-    """Record in the folder of a 4-bit copy, which is being written, which base it is of."""
+    """Record which base a 4-bit copy is of.
+
+    Args:
+        folder: of the copy, which is being written.
+        copy: that stands for it.
+        base: that it was made from.
+    """
     told = {"of": fingerprint(base), "own": _sampled(copy)}
     (folder / ORIGINAL).write_text(json.dumps(told, indent=2), encoding="utf-8")
 

@@ -136,7 +136,12 @@ def read_tensor(stored: Stored) -> torch.Tensor:
 
 
 def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Freeze a loaded base, with its linear layers in 4 bits; all else of it, and its products, are in ``dtype``."""
+    """Freeze a loaded base.
+
+    Args:
+        model: with its linear layers in 4 bits.
+        dtype: that it computes in: of its products, and of all else that is not in 4 bits.
+    """
     from bitsandbytes.nn import Linear4bit
 
     model.requires_grad_(False)
@@ -152,9 +157,14 @@ def settle(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 
 
 def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
-    """Add a new adapter to a base of `load_base`; the output is the base's until it is trained.
+    """Add a new adapter to ``model``; the output is the base's until it is trained.
 
-    Raises UserError where a target module does not exist.
+    Args:
+        model: the base, as `load_base` returns it.
+        lora: rank, scaling and targets.
+
+    Raises:
+        UserError: a target module does not exist.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -171,8 +181,14 @@ def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
 
 
 def check_settings(folder: Path, lora: Lora) -> None:
-    """Raises UserError for the first option that differs from those of the adapter to start from, in ``folder``: it has
-    its own rank, alpha and targets.
+    """Check options against those of an adapter to start from, which has its own rank, alpha and targets.
+
+    Args:
+        folder: of the adapter.
+        lora: the options.
+
+    Raises:
+        UserError: for the first setting that differs.
     """
     targets = sorted({match["linear"] for match in map(PLACE.match, stored_shapes(folder)) if match})
     asked = vars(lora) | {"target_modules": sorted(target_names(lora.target_modules))}
@@ -193,9 +209,14 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
-    """An adapter's rank by linear layer, for each of its base's decoder layers: its patterns may give it many.
+    """An adapter's rank by linear layer, for each decoder layer: its patterns may give it many.
 
-    Raises UserError if its weights can't be read.
+    Args:
+        folder: of the adapter.
+        num_layers: decoder layers of its base.
+
+    Raises:
+        UserError: its weights can't be read.
     """
     found: dict[int, dict[str, int]] = {layer: {} for layer in range(num_layers)}
     for name, shape in stored_shapes(folder).items():
@@ -267,7 +288,15 @@ def load_adapter(
 
 
 def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
-    """Load an adapter's weights into a model that has one of just this shape. Raises UserError if it was altered."""
+    """Load the weights of an adapter into a model that has one of just this shape.
+
+    Args:
+        model: the base with its adapter.
+        folder: of the adapter to load.
+
+    Raises:
+        UserError: it was altered.
+    """
     from peft import set_peft_model_state_dict
 
     own = {name: getattr(model.peft_config["default"], key) for name, key in IN_CONFIG.items()}
@@ -276,9 +305,14 @@ def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
 
 
 def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of an adapter that this run saved, by peft's names; rank, alpha, rslora and dora are ``expected``.
+    """The weights of an adapter that this run saved, by peft's names.
 
-    Raises UserError if they are not finite, or are applied otherwise than in the run.
+    Args:
+        folder: of the adapter.
+        expected: rank, alpha, rslora and dora of the run, by these names.
+
+    Raises:
+        UserError: they are not finite, or are applied otherwise than in the run.
     """
     for name, found in _settings(folder).items():
         if found != expected[name]:
@@ -298,9 +332,16 @@ def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.T
 
 
 def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: PromptFormat = DEFAULT_FORMAT) -> None:
-    """Write a plain PEFT adapter into an existing folder, with a record of base, LoRA and prompt format.
+    """Write a plain PEFT adapter, with a record of base, LoRA and prompt format.
 
-    Of the base, the name that may be published and the fingerprint are recorded. Raises OSError if writing fails.
+    Args:
+        model: the base with the adapter.
+        base: of which the name that may be published and the fingerprint are recorded.
+        folder: an existing one.
+        prompt_format: that the adapter was trained with.
+
+    Raises:
+        OSError: a file can't be written.
     """
     try:
         model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -89,7 +89,15 @@ HARMLESS: dict[str, list[Any]] = {"bias": ["none"], "init_lora_weights": [True, 
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises UserError for the first field of adapter_config.json, in ``folder``, that can't be computed here."""
+    """Check that an adapter is one that can be computed here.
+
+    Args:
+        folder: of the adapter, for messages.
+        config: the contents of its adapter_config.json.
+
+    Raises:
+        UserError: for the first field that is not supported.
+    """
     for name in ("r", "lora_alpha"):
         if config.get(name) is None:
             raise UserError(f"adapter_config.json lacks {name}", place=folder, remedy=_REMEDY)
@@ -106,9 +114,17 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_ranks(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises UserError if a rank by adapter_config.json differs from that of the weights, by their shapes.
+    """Check the ranks of an adapter before a layer is built, which with a wrong rank could take all memory.
 
-    Before a layer is built, which with a wrong rank could take all memory. Its patterns are checked first.
+    Its patterns are checked first.
+
+    Args:
+        folder: of the adapter, for messages.
+        config: the contents of its adapter_config.json.
+        shapes: of its weights, by peft's names.
+
+    Raises:
+        UserError: a rank differs from that of the weights.
     """
     _check_patterns(folder, config)
     patterns: dict[str, int] = config.get("rank_pattern") or {}

@@ -414,9 +414,12 @@ class QLoRAModule(LearnsInParts):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "QLoRAModule":  # type: ignore[override]
-        """Load the module, and its model, from a file of Lightning's ModelCheckpoint; arguments as of the base class.
+        """Load the module, and its model, from a checkpoint of Lightning's ModelCheckpoint.
 
-        Options replace the module's own arguments, such as a ``base`` that was moved.
+        Args:
+            checkpoint_path: the file.
+            *args: as Lightning's.
+            **options: replacements for the module's arguments, such as a ``base`` that was moved.
 
         Raises:
             UserError: it is a folder, as a run's checkpoints are, or of another base or rank.

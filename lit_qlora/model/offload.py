@@ -151,10 +151,16 @@ def copy_gb_per_s(size: int = 2**26) -> float:
 
 
 def locked(size: int, like: Tensor) -> Tensor:
-    """A buffer on the host, page-locked where ``like``, whose dtype it has, is on a GPU; to be given to `unlock`.
+    """A buffer on the host, page-locked where ``like`` is on a GPU. Give it to `unlock` before it is freed.
 
-    Not by ``pin_memory=True``, which takes up to twice as much: it rounds up to a power of two. Raises UserError where
-    there is no such memory, or CUDA can't lock it.
+    Not by ``pin_memory=True``, which takes up to twice as much: it rounds up to a power of two.
+
+    Args:
+        size: number of elements.
+        like: has their dtype, and the device that copies go to.
+
+    Raises:
+        UserError: there is no such memory, or CUDA can't lock it.
     """
     buffer = _on_own_pages(size, like.dtype)
     if like.is_cuda:

@@ -66,7 +66,15 @@ OPTIMIZERS = {
 
 
 def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
-    """Raises UserError for an optimizer that pages a GPU's memory, unless ``on_gpu``."""
+    """Check that a device can use an optimizer.
+
+    Args:
+        name: of the optimizer.
+        on_gpu: True for a GPU, whose memory some page.
+
+    Raises:
+        UserError: it can't.
+    """
     if OPTIMIZERS[name].is_paged and not on_gpu:
         raise UserError(
             f"{name} pages a GPU's memory, and there is no GPU",
@@ -78,9 +86,13 @@ def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
 def make_schedule(
     name: Schedule, optimizer: "torch.optim.Optimizer", num_steps: int, warmup_ratio: float
 ) -> "LambdaLR":
-    """The factor on the learning rate: a linear warm-up, then ``name`` down to 0 after ``num_steps``.
+    """The factor on the learning rate: a linear warm-up, then ``name`` down to 0 at the end.
 
-    ``warmup_ratio`` is the share of these, rounded up, in which the rate rises.
+    Args:
+        name: of the schedule.
+        optimizer: whose learning rate is the peak.
+        num_steps: optimizer steps of the run.
+        warmup_ratio: share of these, rounded up, in which the rate rises.
     """
     from torch.optim.lr_scheduler import LambdaLR
 
@@ -89,7 +101,14 @@ def make_schedule(
 
 
 def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: int) -> float:
-    """The factor, up to 1, for the optimizer step after ``step`` of ``num_steps``, in the first of which it rises."""
+    """The factor, up to 1, for the optimizer step after the first ``step``.
+
+    Args:
+        name: of the schedule.
+        step: optimizer steps done.
+        num_steps: of the run.
+        num_warmup: the first steps, in which the rate rises.
+    """
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
     done = min((step - num_warmup) / max(num_steps - num_warmup, 1), 1.0)

@@ -122,7 +122,16 @@ def check_weights(module: LightningModule, adapter: Mapping[str, torch.Tensor]) 
 
 
 def refuse_kinds(given: Sequence[Any], option: str, taken: Mapping[Any, str]) -> None:
-    """Raises UserError for the first of an option's values of a kind in ``taken``, which says what is expected."""
+    """Check that none of some callbacks or plugins is of a kind that may not be given.
+
+    Args:
+        given: to be checked.
+        option: that they are the value of, for messages.
+        taken: the kinds, with what is expected instead of each.
+
+    Raises:
+        UserError: for the first that is.
+    """
     for made in (one if isinstance(one, type) else type(one) for one in given):
         for kind, expected in taken.items():
             if issubclass(made, kind):
@@ -148,7 +157,15 @@ def check_monitors(trainer: Trainer) -> None:
 
 
 def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
-    """Raises UserError if a callback monitors another figure than ``figures``, the names that there are."""
+    """Check that a callback monitors a figure that there is.
+
+    Args:
+        callback: that may have a ``monitor``.
+        figures: names that there are.
+
+    Raises:
+        UserError: it monitors another one.
+    """
     monitored = getattr(callback, "monitor", None)
     if isinstance(monitored, str) and monitored not in figures:
         known = [f"one of {', '.join(figures)}"] if figures else ["none"]
@@ -160,15 +177,28 @@ def check_monitored(callback: Callback, figures: Sequence[str]) -> None:
 
 
 def record(base: Base, lora: Lora, prompt_format: PromptFormat) -> dict[str, Any]:
-    """What a checkpoint holds under `OF`: of the base that is trained, its adapter's options, and its prompt format."""
+    """What a checkpoint holds under `OF`.
+
+    Args:
+        base: that is trained.
+        lora: its adapter's options.
+        prompt_format: that it is trained with.
+    """
     scaling = {name: getattr(lora, name) for name in SCALING}
     return {"base_fingerprint": fingerprint(base), **scaling, "prompts": prompt_format.record()}
 
 
 def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: PromptFormat | None) -> PromptFormat:
-    """The prompt format of a checkpoint, by what it holds under `OF`.
+    """The prompt format of a checkpoint.
 
-    Raises UserError if it has another base, scaling or format than the module and the data, whose is ``given``.
+    Args:
+        of: what it holds under `OF`.
+        base: that is loaded.
+        lora: the module's options.
+        given: the format of the Trainer's data, if there is a `ChatDataModule`.
+
+    Raises:
+        UserError: the checkpoint has another base, scaling or format.
     """
     for name in SCALING:
         now, was = getattr(lora, name), of.get(name)

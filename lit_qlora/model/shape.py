@@ -40,7 +40,11 @@ def known_config(base: str) -> dict[str, Any] | None:
 
 
 def target_names(target_modules: str | Sequence[str]) -> Sequence[str]:
-    """The names of the targeted linear layers, ``all-linear`` spelled out: peft takes a string for a pattern."""
+    """The names of the targeted linear layers, spelled out: peft takes a string for a pattern.
+
+    Args:
+        target_modules: names of linear layers, or ``all-linear``.
+    """
     if target_modules == "all-linear":
         return LINEARS
     return [target_modules] if isinstance(target_modules, str) else target_modules
@@ -66,7 +70,11 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
-        """From the contents of a base's config.json, as `model.config.read_config` returns it."""
+        """From the contents of a base's config.json.
+
+        Args:
+            config: as `model.config.read_config` returns it.
+        """
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         head_width = config.get("head_dim") or hidden // heads
         queries = heads * head_width
@@ -104,5 +112,10 @@ class Shape:
         return self.num_quantized + embeddings + self.hidden * (2 * self.num_layers + 1) + self.num_layers * per_layer
 
     def num_lora(self, rank: int, target_modules: str | Sequence[str]) -> int:
-        """Number of trained weights of LoRA, of one rank on all ``target_modules``."""
+        """Number of trained weights.
+
+        Args:
+            rank: of every targeted layer.
+            target_modules: names of linear layers, or ``all-linear``.
+        """
         return self.num_layers * rank * sum(sum(self.linears[name]) for name in target_names(target_modules))

@@ -72,7 +72,11 @@ class Shards:
     # Making
 
     def add(self, weights: Sequence[tuple[nn.Module, Packed]]) -> None:
-        """Keep this process's share of a layer: of its linear modules, and what each is to have."""
+        """Keep this process's share of a layer.
+
+        Args:
+            weights: the linear modules of the layer, and what each is to have.
+        """
         parts = [part for _, packed in weights for part in packed.parts]
         total = sum(_aligned(part.num_bytes) for part in parts)
         share = _aligned(-(-total // self.size))
@@ -150,7 +154,9 @@ class Shards:
     def open(self, index: int, ahead: int) -> None:
         """Have the weights of a layer whole, until the next but one is opened; the next one begins to come.
 
-        That is the one ``ahead``: by 1 in a forward, by -1 in a backward.
+        Args:
+            index: of the layer.
+            ahead: 1 in a forward, -1 in a backward.
         """
         self._fetch(index)
         self._settle(index % 2)
@@ -196,8 +202,11 @@ class Shards:
             self._passes[process] += 1
 
     def keep_pace(self, backward: bool) -> None:
-        """Take part in the fetching, in a ``backward``, too, of processes that have computed more micro-batches than
-        this one since the last call. Each process calls it at the same point.
+        """Take part in the fetching of processes that have computed more micro-batches than this one since the last
+        call. Each process calls it at the same point.
+
+        Args:
+            backward: True if they went backward, too.
         """
         most = max(self._passes.values(), default=0)
         for _ in range(most - self._passes[self.rank]):

@@ -18,8 +18,12 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
     """Move a damaged or foreign adapter aside and restore an intact copy in its place, with a warning.
 
     It must be neither the best so far nor the one in use. A run without one may have saved none yet. For a finished
-    run, only a copy of its best is accepted. The copy may be ``mirrored`` elsewhere. If none is left, and one
-    ``is_needed``, raises UserError, and moves nothing.
+    run, only a copy of its best is accepted.
+
+    Args:
+        run: whose.
+        mirrored: another place that may hold a copy.
+        is_needed: True to raise UserError, and move nothing, if no intact copy is left.
     """
     try:
         _verify_adapter(run.adapter)
@@ -43,8 +47,13 @@ def mend_adapter(run: RunFolder, mirrored: Path | None = None, *, is_needed: boo
 def put_adapter_back(run: RunFolder, step: int, mirrored: Path | None = None, *, must_stay: bool = False) -> None:
     """Move a best adapter aside that is of a later step than ``step``, where a start resumes: that step comes again.
 
-    The best as of ``step``, which may be ``mirrored`` elsewhere, takes its place. Without a copy of it, though the
-    checkpoint had one, the later one, which was better, ``must_stay``. The run's own adapter is intact.
+    The best as of ``step`` takes its place.
+
+    Args:
+        run: The run folder, whose adapter is intact.
+        step: Optimizer steps done at the checkpoint; 0 without one.
+        mirrored: Another place that may hold a copy.
+        must_stay: True if the checkpoint had a best: without a copy of that, the later one stays, which was better.
     """
     if not run.adapter.is_dir():
         return

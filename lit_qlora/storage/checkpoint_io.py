@@ -25,7 +25,12 @@ class FolderCheckpointIO(CheckpointIO):
     """Saves, loads and removes checkpoints that are folders."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint of Lightning's: plain values and tensors. Arguments as of the base class.
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: of Lightning's: plain values and tensors.
+            path: of its folder.
+            storage_options: Lightning's; has no meaning here.
 
         Raises:
             UserError: the path is a URL or a file.
@@ -42,7 +47,10 @@ class FolderCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Verify a checkpoint, then read it onto the CPU; Lightning moves the tensors where they belong.
 
-        Arguments as of the base class; but for the path they have no meaning here, where nothing can run code.
+        Args:
+            path: of its folder.
+            map_location: Lightning's; has no meaning here.
+            weights_only: Lightning's, likewise: nothing in these files can run code.
 
         Raises:
             UserError: the path is a URL or a file; as DamagedFolderError: the folder is missing or not intact.
@@ -52,7 +60,11 @@ class FolderCheckpointIO(CheckpointIO):
         return load_state(folder)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint, if there is one. Raises UserError where the path is a URL or a file."""
+        """Delete a checkpoint, if there is one.
+
+        Raises:
+            UserError: the path is a URL or a file.
+        """
         folder = checkpoint_folder(path)
         if folder.exists():
             remove_folder(folder)

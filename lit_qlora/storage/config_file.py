@@ -67,9 +67,14 @@ def as_yaml(config: Mapping[str, Any]) -> str:
 
 
 def flat(config: Mapping[Any, Any], section: str = "") -> dict[str, Any]:
-    """Options, in sections or not, by their dotted names, behind ``section``, which ends in a dot.
+    """Options by their dotted names.
 
-    Raises ValueError if one is given both nested and dotted.
+    Args:
+        config: in sections, or not.
+        section: stands before their names, with a dot behind it.
+
+    Raises:
+        ValueError: one is given both nested and dotted.
     """
     found: dict[str, Any] = {}
     for key, value in config.items():

@@ -31,9 +31,14 @@ def size(num_bytes: float) -> str:
 
 
 def output_path(output: str, what: str = "file") -> Path:
-    """The path of what is to be written, a file or a folder, that the option ``output`` names.
+    """The path that the option ``output`` names.
 
-    Raises UserError for an invalid name, and for a folder where a file is to be written.
+    Args:
+        output: its value.
+        what: is to be written: a file or a folder.
+
+    Raises:
+        UserError: for an invalid name, and for a folder where a file is to be written.
     """
     path = Path(output)
     try:
@@ -72,7 +77,15 @@ def require_folder(path: Path) -> None:
 
 
 def require_new(path: Path, why: str = "") -> None:
-    """Raises UserError, which says ``why`` in brackets, if ``path``, which the option ``output`` names, is there."""
+    """Check that what the option ``output`` names is not there.
+
+    Args:
+        path: that it names.
+        why: what is there is not taken, in brackets; or nothing.
+
+    Raises:
+        UserError: it is there.
+    """
     if path.exists():
         raise UserError(f"{path} exists already{why}", option="output", remedy="give another name or remove it")
 
@@ -94,9 +107,14 @@ class SaveError(OSError):
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file atomically into an existing folder; a text in UTF-8.
+    """Write a file atomically.
 
-    Raises SaveError if that fails; the previous file is unchanged.
+    Args:
+        path: the file; its folder exists.
+        content: bytes, or a text, which is written in UTF-8.
+
+    Raises:
+        SaveError: it could not be written; the previous file is unchanged.
     """
     content = content.encode() if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.tmp")
@@ -121,7 +139,15 @@ LFS = b"version https://git-lfs"
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """`json.loads` whose only error is ValueError, with a reason of `unreadable`: files come from anywhere."""
+    """`json.loads` whose only error is ValueError: files come from anywhere.
+
+    Args:
+        text: in UTF-8, if bytes.
+        **options: as of `json.loads`.
+
+    Raises:
+        ValueError: with a reason of `unreadable`.
+    """
     try:
         return json.loads(text, **options)
     except (ValueError, RecursionError) as error:
@@ -184,7 +210,12 @@ def _if_supported() -> Iterator[None]:
 
 
 def disk_error(error: Exception, path: Path) -> OSError:
-    """The OSError, about ``path``, in a safetensors message such as ``I/O error: … (os error 28)``."""
+    """The OSError in a safetensors message such as ``I/O error: … (os error 28)``.
+
+    Args:
+        error: of safetensors.
+        path: that was to be written.
+    """
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else OSError(str(error))
 
@@ -200,9 +231,14 @@ def free_bytes(path: Path) -> int:
 
 
 def require_room(path: Path, needed_bytes: int, what: str, *, option: str, remedy: str) -> None:
-    """Raises UserError, about ``option``, if the disk of ``path``, which may not exist yet, lacks bytes for ``what``.
+    """Raises UserError if a disk has too little room.
 
-    The remedy is to free some, or ``remedy``.
+    Args:
+        path: on that disk; it may not exist yet.
+        needed_bytes: for ``what``.
+        what: needs them, in words.
+        option: that the error names.
+        remedy: beside freeing some.
     """
     free = free_bytes(path)
     if free < needed_bytes:

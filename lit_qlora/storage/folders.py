@@ -114,10 +114,17 @@ def _written_aside(target: Path, replace: bool, needed_bytes: int | None) -> Ite
 
 
 def verify_folder(path: Path, *, may_differ: Collection[str] = ()) -> dict[str, int]:
-    """Compare every file of a folder's manifest, but those that ``may_differ``, with it; return their sizes by name.
+    """Compare every file of a folder's manifest with it; returns their sizes in bytes, by name.
 
-    Other files in the folder (desktop.ini, .DS_Store) are allowed: they are never read. Raises DamagedFolderError if
-    the folder, its manifest or a file is missing, unreadable, of another size or content, or outside the folder.
+    Other files in the folder (desktop.ini, .DS_Store) are allowed: they are never read.
+
+    Args:
+        path: a folder that `write_folder` made.
+        may_differ: files that may have been edited since.
+
+    Raises:
+        DamagedFolderError: the folder, its manifest or a file is missing, unreadable, of another size or content, or
+            outside the folder.
     """
     if not path.is_dir():
         raise DamagedFolderError(path, None, "a folder", "a file" if path.exists() else "nothing")
@@ -140,7 +147,8 @@ def read_seal(path: Path) -> bytes | None:
 def remove_folder(path: Path) -> None:
     """Delete a folder, or a file in its place, so that a kill never leaves a partial one under its name.
 
-    Raises FileNotFoundError if there is none.
+    Raises:
+        FileNotFoundError: there is none.
     """
     gone = _aside(path, "gone")
     path.rename(gone)
@@ -172,7 +180,9 @@ def recover(target: Path) -> None:
 def clear_leftovers(parent: Path, older_than_s: float = 0.0) -> None:
     """Remove what killed writes and deletions left in a folder; a replaced folder is recovered first.
 
-    Only what is older than so many seconds: with several writers, a younger one may belong to another process.
+    Args:
+        parent: where they stand.
+        older_than_s: in seconds; with several writers, a younger one may belong to another process.
     """
     # Sorted, "old" comes before "tmp": a whole new folder is put in place before it could be removed.
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
@@ -276,7 +286,12 @@ def _is_inside(folder: Path, name: str) -> bool:
 
 
 def is_whole(folder: Path, check: Callable[[Path], object] = verify_folder) -> bool:
-    """True unless ``check``, by default of its manifest, raises DamagedFolderError for a folder."""
+    """True unless a check finds a folder damaged.
+
+    Args:
+        folder: to be checked.
+        check: raises DamagedFolderError if it is; default: by its manifest.
+    """
     try:
         check(folder)
     except DamagedFolderError:

@@ -46,9 +46,14 @@ OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
 
 
 def read_object(file: Path, place: str | None = None) -> dict[str, Any]:
-    """The JSON object in a file of another program; messages name it by its path, or by its name within ``place``.
+    """The JSON object in a file.
 
-    Raises UserError for an unreadable file, one that holds no object, and one above `LARGEST_FILE`.
+    Args:
+        file: of another program.
+        place: that it belongs to, such as a base: messages name the file within it, else by its path.
+
+    Raises:
+        UserError: for an unreadable file, one that holds no object, and one above `LARGEST_FILE`.
     """
     name = file.name if place else str(file)
     try:
@@ -73,13 +78,30 @@ def object_in(file: Path) -> dict[str, Any]:
 
 
 def check(place: str, key: str, kind: Kind, value: Any) -> None:
-    """Raises UserError unless a value, under ``key`` in the file ``place``, is of its kind."""
+    """Check that a value is of its kind.
+
+    Args:
+        place: the file that holds it, for messages.
+        key: its name there.
+        kind: that it is to be of.
+        value: to be checked.
+
+    Raises:
+        UserError: it is not.
+    """
     if not kind.holds(value):
         raise wrong(place, key, kind.expected, value)
 
 
 def wrong(place: str, key: str, expected: str, value: Any) -> UserError:
-    """The error for a value of the wrong kind, under ``key`` in the file ``place``; ``expected`` is in words."""
+    """The error for a value of the wrong kind.
+
+    Args:
+        place: the file that holds it.
+        key: its name there.
+        expected: in words.
+        value: that was found.
+    """
     return UserError(f"{key}: expected {expected}, got {shown(value)}", place=place)
 
 

@@ -32,7 +32,11 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> "RunLock":
-        """Take the lock, without waiting. Raises UserError if another process holds it; the message says which."""
+        """Take the lock, without waiting.
+
+        Raises:
+            UserError: another process holds it; the message says which.
+        """
         self._run.mkdir(parents=True, exist_ok=True)
         path = self._run / ".lock"
         if path.is_dir():
@@ -95,8 +99,12 @@ def _try_lock(descriptor: int) -> bool:
 def flock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
     """Lock an open file until it is closed; False if another process's lock conflicts.
 
-    Several may hold a ``shared`` lock; with ``wait``, conflicting ones are waited for. Raises OSError where such locks
-    are not supported: Windows, some mounted file systems.
+    Args:
+        descriptor: of the open file.
+        shared: True for a lock that several may hold.
+        wait: True to wait for conflicting locks.
+
+    Raises OSError where such locks are not supported: Windows, some mounted file systems.
     """
     if os.name == "nt":
         raise OSError(errno.ENOSYS, "no locks that several can hold")

@@ -25,7 +25,11 @@ def reaches_hub() -> bool:
 
 
 def use_cache_if_silent() -> bool:
-    """Use the hub's cache alone from here on in this process if the hub does not respond; True if that is new."""
+    """Use the hub's cache alone from here on, in this process, if the hub does not respond.
+
+    Returns:
+        True if that is new.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or reaches_hub():

@@ -70,7 +70,12 @@ def named_folder(run: str | None) -> Path | None:
 
 
 def unnamed_run(config: str | None, base: str) -> Path:
-    """The folder of a run that is given no name: it has that of the last config file, or without one the base's."""
+    """The folder of a run that is given no name.
+
+    Args:
+        config: the last config file, whose name it has; None for none.
+        base: of which it has the name then.
+    """
     return RUNS / (Path(config).stem if config else Path(base).name or "run")
 
 
@@ -165,9 +170,14 @@ class RunFolder:
         return UserError(problem, option=option, remedy=remedy)
 
     def prepare(self, option: str = "run", take: Callable[[], None] = lambda: None) -> None:
-        """Create the folder, lock it by ``take``, and then repair what a kill left behind.
+        """Create the folder, lock it, and repair what a kill left behind.
 
-        Raises UserError, about the ``option`` that named it, if it can't be written.
+        Args:
+            option: that named the folder, for messages.
+            take: locks it, before any repair.
+
+        Raises:
+            UserError: it can't be written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -219,9 +229,11 @@ class RunFolder:
     def last_checkpoint(
         self, check: Callable[[Path], object] = verify_folder, above: int = -1
     ) -> tuple[Path | None, list[str]]:
-        """The newest intact checkpoint ``above`` a step, and the problems of newer ones.
+        """The newest intact checkpoint, and the problems of newer ones.
 
-        ``check`` raises DamagedFolderError for a damaged one; default: by its manifest.
+        Args:
+            check: raises DamagedFolderError for a damaged one; default: by its manifest.
+            above: step, up to which none counts.
         """
         problems = list[str]()
         for step in reversed(self.saved_steps()):
@@ -234,10 +246,15 @@ class RunFolder:
         return None, problems
 
     def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] = verify_folder) -> list[int]:
-        """Steps whose checkpoints may be removed now that ``newest`` is written: all but the ``keep`` newest intact.
+        """Steps whose checkpoints may be removed now that one is written: all but the newest intact ones.
 
         Empty while there are fewer intact ones. Damaged ones don't count, and intact ones above the newest stay. Each
-        is checked once, as in `last_checkpoint`.
+        is checked once.
+
+        Args:
+            keep: number of intact checkpoints that stay.
+            newest: step of the one that was just written.
+            check: as in `last_checkpoint`.
         """
         self._seen_whole[newest] = True
 
@@ -338,7 +355,15 @@ def open_run(name: str | None) -> RunFolder:
 
 
 def folder_to_score(what: str, check: Callable[[Path], Any]) -> Path:
-    """The checkpoint folder ``what``. Raises UserError if it is no folder's path, or ``check`` finds it damaged."""
+    """The checkpoint folder that is to be scored.
+
+    Args:
+        what: its path.
+        check: raises DamagedFolderError if it is not intact.
+
+    Raises:
+        UserError: it is not, or the path is no folder's.
+    """
     folder = checkpoint_folder(what)
     try:
         check(folder)

@@ -66,7 +66,12 @@ class Change(NamedTuple):
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The settings changed between two configurations, in sections or by dotted names, by name."""
+    """The changed settings, by name.
+
+    Args:
+        was: a configuration, in sections or by dotted names.
+        now: the one that it is compared with.
+    """
     before, after = flat(was), flat(now)
     return [
         Change(name, _in_one_line(before.get(name)), _in_one_line(after.get(name)))

@@ -12,11 +12,16 @@ SHARD_BYTES = 2**30
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
-    """Write ``tensors``, made when asked for, to a folder under Hugging Face's file names; return their bytes.
+    """Write ``tensors`` to ``folder`` under Hugging Face's file names; return their size in bytes.
 
-    One file is ``model.safetensors``; several are numbered, with ``model.safetensors.index.json`` beside them. A tensor
-    larger than ``shard_bytes`` has a file of its own. One whose name extends another's, as the scales of a 4-bit weight
-    do, goes to the same file: not every loader looks for it in the next.
+    One file is ``model.safetensors``; several are numbered, with ``model.safetensors.index.json`` beside them.
+    A tensor larger than ``shard_bytes`` has a file of its own. One whose name extends another's, as the scales of a
+    4-bit weight do, goes to the same file: not every loader looks for it in the next.
+
+    Args:
+        folder: an existing one.
+        tensors: name and value of each, made when asked for.
+        shard_bytes: size of a file, at most.
     """
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}

@@ -57,9 +57,14 @@ def save_state(state: dict, folder: Path) -> None:
 
 
 def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
-    """Read what `save_state` wrote; the tensors are on the CPU and independent of the files, or None each without them.
+    """Read what `save_state` wrote; the tensors are on the CPU and independent of the files.
 
-    Raises DamagedFolderError if a file is missing or holds anything that `save_state` does not write.
+    Args:
+        folder: a checkpoint's.
+        with_tensors: False to have None for each tensor: they are most of the bytes.
+
+    Raises:
+        DamagedFolderError: a file is missing or holds anything that `save_state` does not write.
     """
     file = TENSORS
     try:
@@ -80,7 +85,11 @@ def load_state(folder: Path, with_tensors: bool = True) -> dict[Any, Any]:
 
 
 def check_tensors(folder: Path) -> None:
-    """Raises DamagedFolderError unless the tensor file holds the tensors named by the state, without reading them."""
+    """Verify that the tensor file holds the tensors named by the state, without reading them.
+
+    Raises:
+        DamagedFolderError: it holds others, or is not readable.
+    """
     names: dict[str, Any] = defaultdict(type(None))
     try:
         _decode(parse_json((folder / SKELETON).read_text(encoding="ascii"))["state"], names)

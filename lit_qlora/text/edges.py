@@ -110,9 +110,17 @@ def take_off(text: str, marks: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def clean(conversation: Conversation, marks: Sequence[str]) -> tuple[Conversation, list[str]]:
-    """A conversation without the ``marks`` at the edges of its turns and of its system text; and each that went, once.
+    """A conversation without special tokens at the edges of its turns and of its system text.
 
-    Raises ValueError, naming the turn that holds nothing else.
+    Args:
+        conversation: to be cleaned.
+        marks: the tokens, as they are spelled.
+
+    Returns:
+        The conversation, and each removed mark, once.
+
+    Raises:
+        ValueError: naming the turn that holds nothing else.
     """
     taken: dict[str, None] = {}
     turns = []

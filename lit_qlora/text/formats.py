@@ -129,7 +129,12 @@ class PromptFormat(ABC):
         return token in self.spelled.ends
 
     def wrong(self, name: str, problem: object) -> UserError:
-        """An error in its option ``template`` or ``system``, which came from the command line or a record."""
+        """An error in one of its options, which came from the command line or a record.
+
+        Args:
+            name: ``template`` or ``system``.
+            problem: in words.
+        """
         return UserError(str(problem), option=name if self.place else f"data.{name}", place=self.place)
 
     @property
@@ -199,7 +204,12 @@ class PromptFormat(ABC):
 
     @abstractmethod
     def left_out(self, where: str, why: Exception) -> str:
-        """The message about rows that it can't hold: where the first of them stands, and why."""
+        """The message about rows that it can't hold.
+
+        Args:
+            where: the first of them stands.
+            why: it can't be held.
+        """
 
     def record(self) -> dict[str, str]:
         """The record of the prompt format in an adapter; `from_record` reads it."""
@@ -207,7 +217,15 @@ class PromptFormat(ABC):
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any], place: str) -> Self:
-        """The format of a record of texts at ``place``. Raises UserError if it is incomplete."""
+        """The format of a record.
+
+        Args:
+            record: whose values are texts.
+            place: of the record, for messages.
+
+        Raises:
+            UserError: it is incomplete.
+        """
         return cls(system=record.get("system"), place=place)
 
     @abstractmethod
@@ -260,10 +278,14 @@ def names() -> list[str]:
 
 
 def chosen(template: str | None = None, system: str | None = None) -> PromptFormat:
-    """The format that ``data.template``, as a text, and ``data.system`` stand for; the Llama 2 format without the
-    first.
+    """The format that ``data.template`` and ``data.system`` stand for.
 
-    Raises UserError if one of them is invalid.
+    Args:
+        template: a template's text; None for the Llama 2 format.
+        system: the system text of conversations that bring none.
+
+    Raises:
+        UserError: one of them is invalid.
     """
     for option, text in (("data.template", template), ("data.system", system)):
         _check_text(text, option)
@@ -277,9 +299,15 @@ def chosen(template: str | None = None, system: str | None = None) -> PromptForm
 
 
 def from_record(record: Mapping[str, Any], folder: str | Path, file: str) -> PromptFormat:
-    """The format by a `PromptFormat.record`, in ``file`` of ``folder``; Llama 2's where it names none.
+    """The format by a `PromptFormat.record`; Llama 2's where it names none.
 
-    Raises UserError if this version does not know it, or it was altered.
+    Args:
+        record: what is recorded.
+        folder: where, for messages.
+        file: its name there.
+
+    Raises:
+        UserError: this version does not know it, or it was altered.
     """
     from lit_qlora.text import llama2, own_template
 

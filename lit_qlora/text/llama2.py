@@ -139,7 +139,8 @@ class Llama2(PromptFormat):
 def without_block(conversation: Conversation) -> Conversation:
     """A conversation with the system text that this format writes into the first prompt in its own place.
 
-    Of rows of any form; with a system text of its own, one in the prompt stays.
+    Args:
+        conversation: of rows of any form; with a system text of its own, one in the prompt stays.
     """
     first, system = conversation.turns[0], conversation.system or ""
     block = SYSTEM_BLOCK.fullmatch((system or first.content).strip())

@@ -59,7 +59,17 @@ class PlanCLI(DryCLI):
 
 
 def main(args: list[str]) -> int:
-    """Print the plan of a fit, whose options, and a card, are ``args`` from the verb on; return the exit status."""
+    """Print the plan of a fit.
+
+    Args:
+        args: from the verb on: fit's options, and a card.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: for options that fit would refuse.
+    """
     print("\n".join(map(fitted, lines(PlanCLI.of(args).found))))
     return 0
 

@@ -97,9 +97,16 @@ def predict(
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of indices into the ``lengths`` of prompts: similar ones together, the longest first.
+    """Sort prompts into batches: similar lengths together, the longest first.
 
     Too large a batch then fails at once, and the remaining time is rather over- than underestimated.
+
+    Args:
+        lengths: tokens of each prompt.
+        batch_size: prompts per batch.
+
+    Returns:
+        Batches of indices into ``lengths``.
     """
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -113,7 +113,14 @@ def _options(run: RunFolder | None) -> dict[str, Any]:
 
 
 def trained_run(run: str | None) -> RunFolder:
-    """The run of `open_run`. Raises UserError if there is none, or no adapter in it."""
+    """Open a run that has an adapter.
+
+    Args:
+        run: a run folder or its name; None for the newest run.
+
+    Raises:
+        UserError: if there is no such run, or no adapter in it.
+    """
     folder = open_run(run)
     if not (folder.adapter / "adapter_config.json").is_file():
         raise UserError(f"{folder.path} has no adapter yet", option="run", remedy="train it first, or give --adapter")
@@ -190,7 +197,15 @@ class Answerer:
         return load.load_adapter(model, base, self.adapter, trainable=False)
 
     def answer_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-        """An answer to each of ``prompts``, results of `prompt` of any lengths, as one batch."""
+        """Answer results of `prompt` as one batch.
+
+        Args:
+            prompts: ids of each prompt, of any lengths.
+            sampling: how tokens are drawn.
+
+        Returns:
+            An answer to each of them, in their order.
+        """
         return [Answer(*self.encoder.answer(ids, sampling.stop)) for ids in self._generate(prompts, sampling)]
 
     def stream(self, conversation: Conversation, sampling: Sampling, show: Callable[[str], bool]) -> Answer:

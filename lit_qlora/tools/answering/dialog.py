@@ -12,7 +12,12 @@ from lit_qlora.wording import number_of
 
 
 def cut_note(sampling: Sampling, limit: str = "--max_new_tokens") -> str:
-    """The notice for an answer cut by ``sampling``; ``limit`` is what sets the limit, in words."""
+    """The notice for a cut answer.
+
+    Args:
+        sampling: has the limit.
+        limit: what sets it, in words.
+    """
     return f"(cut at {number_of(sampling.max_new_tokens, 'tokens')}; {limit} sets the limit)"
 
 
@@ -72,7 +77,14 @@ class Dialog:
         self.turns, self._num_left_out = [], 0
 
     def set_system(self, system: str) -> None:
-        """Set another system text, empty for none. Raises UserError for one that no prompt can hold."""
+        """Set another system text.
+
+        Args:
+            system: the text; empty for none.
+
+        Raises:
+            UserError: for a text that no prompt can hold.
+        """
         check_prompt(Conversation((Turn("user", "hello"),), system), self.answerer.encoder.prompt_format)
         self.system = system
 

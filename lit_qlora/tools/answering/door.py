@@ -122,7 +122,17 @@ def check_call(body: bytes, fields: Mapping[int, Sequence[str]]) -> dict[str, An
 
 
 def check_end(body: bytes) -> dict[str, Any]:
-    """The names in the ``body`` of a request to end a stream. Raises UserError for anything else."""
+    """Check a request to end a stream.
+
+    Args:
+        body: JSON.
+
+    Returns:
+        The names of the stream.
+
+    Raises:
+        UserError: for anything else.
+    """
     call = _object(body)
     return {name: _value(call, name, kind) for name, kind in _NAMES.items() if name in call}
 

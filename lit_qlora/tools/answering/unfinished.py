@@ -32,7 +32,11 @@ class Unfinished:
         self._file: IO[bytes]
 
     def check_free(self) -> None:
-        """Raises UserError if another program wrote the output: it exists without a record of its origin."""
+        """Check that no other program wrote the output.
+
+        Raises:
+            UserError: if it exists without a record of its origin.
+        """
         if not self.made.is_file():
             require_new(self.target)
 
@@ -85,7 +89,15 @@ class Unfinished:
             self._file.close()
 
     def add(self, number: int, batch: Any) -> None:
-        """Save the answers of batch ``number``. Raises UserError if they can't be written; earlier ones are kept."""
+        """Save a batch.
+
+        Args:
+            number: its number.
+            batch: its answers, as JSON.
+
+        Raises:
+            UserError: if it can't be written; earlier ones are kept.
+        """
         self._write([number, batch])
 
     def finish(self, belongs_to: Mapping[str, Any], output: bytes) -> None:

@@ -115,7 +115,18 @@ class Page:
         self._blocks = self._build(gradio)
 
     def open(self, share: bool, port: int | None) -> str:
-        """Start the server; return its address. Arguments and errors are those of `serve`."""
+        """Start the server.
+
+        Args:
+            share: as for `serve`.
+            port: as for `serve`.
+
+        Returns:
+            Its address.
+
+        Raises:
+            UserError: as `serve` does.
+        """
         from gradio.themes import Soft
         from starlette.middleware import Middleware
 

@@ -120,7 +120,13 @@ def _compute_in_fp32(model: torch.nn.Module) -> None:
 
 
 def difference(folder: Path, wanted: Reference, device: torch.device) -> Difference:
-    """Compare the logits of the merged model in ``folder``, computed on ``device``, with the ``wanted`` ones."""
+    """Compare a merged model with base + adapter.
+
+    Args:
+        folder: the merged model.
+        wanted: what its logits are to be.
+        device: device to compute on.
+    """
     found = streamed_logits(find_base(str(folder)), wanted.input_ids, device)[wanted.is_token]
     agreement = (found.argmax(-1) == wanted.logits.argmax(-1)).float().mean().item()
     # A maximum over NaN is NaN.

@@ -264,7 +264,7 @@ def _rows_of(source: Source, split: str, reading: Reading, seed: int | None) -> 
 
 def _named_for_training(rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
     """The rows but those of other splits, where a column names the split of each; and the number of these, in words."""
-    for column in [one for one in splits.COLUMNS if any(one in row.value for row in rows)]:
+    for column in dict.fromkeys(name for row in rows for name in row.value if str(name).lower() in splits.COLUMNS):
         kinds = [splits.kind_named(row.value.get(column)) for row in rows]
         if others := [kind for kind in splits.HELD_OUT if kind in kinds and "train" in kinds]:
             kept = [

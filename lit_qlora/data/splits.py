@@ -29,8 +29,8 @@ HELD_OUT = ("validation", "test")
 SAY_NOTHING = {"data", "dataset", "set", "split", "rows", "file"}
 """Words beside a split's name that say no more: ``val_data.jsonl``."""
 
-COLUMNS = ("split", "subset", "partition", "set")
-"""Columns of a table that may name the split of each row."""
+COLUMNS = ("split", "subset", "partition", "set", "fold", "data_split", "dataset_split")
+"""Columns of a table that may name the split of each row, in small letters."""
 
 PLAIN = (*ENDINGS, *OTHER_NAMES)
 FILES = (*PLAIN, *(ending + packing for ending in PLAIN for packing in PACKED))

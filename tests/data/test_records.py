@@ -330,7 +330,7 @@ def test_what_is_not_used_is_named_once_with_its_rows():
     ("column", "values", "learned"),
     [
         ("split", ["train", "test", "validation", "train"], [0, 3]),
-        ("subset", ["Train", " DEV ", "train_sft", None], [0, 2, 3]),
+        ("Data_Split", ["Train", " DEV ", "train_sft", None], [0, 2, 3]),
         ("split", ["train", "train", "math", "train"], [0, 1, 2, 3]),
         ("split", ["test", "test", "test", "test"], [0, 1, 2, 3]),  # none is for training: they are given as they are
     ],

@@ -185,7 +185,7 @@ def find_splits(source: Source) -> Splits:
     path = Path(source.path).expanduser()
     unread += [] if files is None or source.path == "demo" else splits.beside(path, files)
     is_pattern = files is not None and "train" in files and source.path != "demo" and not path.exists()
-    told = splits.told_of(files["train"]) if files and is_pattern and not source.split else ""
+    told = splits.told_of(files) if files and is_pattern and not source.split else ""
     return Splits(str(source), names, tuple(unread), splits.others_beside(path), bool(source.split), told)
 
 

@@ -75,9 +75,11 @@ class Splits:
         if "train" not in self.names:
             found = [*self.names.values(), *self.unread]
             files = [one for one in self.unread if one.endswith((*FILES, "/"))]
-            split = next(one for one in (*self.unread, *self.names.values(), "NAME") if one not in files)
+            split = next(iter((*self.unread, *self.names.values())), "NAME")
             remedy = f"name the one to train on in the source, such as {{path: …, split: {split}}}"
-            remedy += f", or give {self.source}/{files[0]} itself" if files else ""
+            if files:
+                name = "train/" if files[0].endswith("/") else f"train{files[0].removeprefix(_bare(Path(files[0])))}"
+                remedy = f"rename {files[0]} {name}, or give {self.source}/{files[0]} itself"
             raise SourceError(self.source, f"has no split 'train', found: {' and '.join(found)}", remedy)
         return self.names["train"]
 
@@ -191,17 +193,18 @@ def _whole_kind(path: Path) -> str | None:
     return name.kind if {*name.others} <= SAY_NOTHING else _name_of(path.parent).exact
 
 
-def told_of(paths: Sequence[Path]) -> str:
-    """What there is to know of a pattern's files to train on: how many, which look held-out, which part is not there.
+def told_of(files: Mapping[str, list[Path]]) -> str:
+    """What there is to know of a pattern's files: how many train, which of them look held-out, which part is not there.
 
     It may be meant so, unlike in a folder: a pattern can ask for some of the parts.
     """
+    paths = files["train"]
     others = {path.name: kind for path in paths if (kind := _whole_kind(path) or _name_of(path).kind) in HELD_OUT}
     found = f"{number_of(len(paths), 'files')} to train on"
     for name, kind in [*others.items()][:1]:
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
-        found += f", with {name}{more}: name it {kind}{Path(name).suffix} if it is to be held out"
-    return "; ".join([found, *_missing(paths)])
+        found += f", with {name}{more}: if it is for {kind}, leave it out and give it as data.{kind}_source"
+    return "; ".join([found, *_missing([path for some in files.values() for path in some])])
 
 
 def in_folder(folder: Path) -> dict[str, list[Path]]:

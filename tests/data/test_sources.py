@@ -130,7 +130,8 @@ def test_a_folder_without_training_rows_names_a_split_that_it_has(expect_error):
     expect_error(lambda: find_splits("mine").training(), "'train'", "{path: …, split: test}", place="mine")
     assert find_splits(Source("mine", split="test")).training() == "test"
     write("mine/talks.jsonl")
-    expect_error(lambda: find_splits("mine").training(), "split: test}, or give mine/talks.jsonl itself", place="mine")
+    told = "rename talks.jsonl train.jsonl, or give mine/talks.jsonl itself"
+    expect_error(lambda: find_splits("mine").training(), told, place="mine")
 
 
 def test_a_name_may_stand_for_a_folder_in_data():
@@ -321,12 +322,15 @@ def test_a_pattern_s_files_for_other_splits_are_not_trained_on(files, held_out):
         (["a.jsonl"], "1 file to train on"),
         (["train.jsonl", "test.jsonl"], "1 file to train on"),
         (["talks.jsonl", "ab_test.jsonl"],
-         "2 files to train on, with ab_test.jsonl: name it test.jsonl if it is to be held out"),
+         "2 files to train on, with ab_test.jsonl: if it is for test, leave it out and give it as data.test_source"),
         (["train/a.jsonl", "my_val.jsonl", "your_val.jsonl"],
-         "3 files to train on, with my_val.jsonl and 1 more: name it validation.jsonl if it is to be held out"),
+         "3 files to train on, with my_val.jsonl and 1 more: if it is for validation, leave it out and give it as"
+         " data.validation_source"),
         (["train/val_a.jsonl"], "1 file to train on"),
         (["part-00000-of-00003.jsonl", "part-00002-of-00003.jsonl"],
          "2 files to train on; has 2 of the 3 parts of part: number 00001 is missing"),
+        (["train.jsonl", "test-00000-of-00002.jsonl"],
+         "1 file to train on; has 1 of the 2 parts of test: number 00001 is missing"),
         (["a/x-00001-of-00002.jsonl", "a/x-00002-of-00002.jsonl", "b/x-00000-of-00001.jsonl"], "3 files to train on"),
     ],
 )  # fmt: skip

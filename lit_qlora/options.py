@@ -218,12 +218,12 @@ def _misfit(option: str, hint: Any, classes: Collection[str], value: Any, reason
     unknown = re.search(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)", reasons)
     if unknown:
         return no_class(unknown[1] or unknown[2], option, classes, unknown[3] or "")
-    if hasattr(value, "key"):  # jsonargparse's NestedArg
+    if isinstance(value, tuple) and hasattr(value, "key"):  # jsonargparse's NestedArg
         problem = f"{excerpt(value.key)} is an argument of a class, and none is named"
         return UserError(problem, option=option, remedy=f"give --{option} CLASS first")
     expected, got = words_of(hint), " ".join(str(value).split())
     remedy = _point(expected, got) or meant(got, choices_of(hint))
-    return UserError(f"expected {expected}, got {cut(got)}", option=option, remedy=remedy)
+    return UserError(f"expected {expected}, got {cut(got) or excerpt(value)}", option=option, remedy=remedy)
 
 
 class _LackingError(UserError):

@@ -132,7 +132,10 @@ def _source(value: Any, option: str) -> Source:
     for key in value:
         if key not in KEYS:
             known = f"expected {', '.join(KEYS)}{suggestion(str(key), [*KEYS])}"
-            raise UserError(f"{excerpt(key)} is unknown, {known}", option=option)
+            remedy = (
+                None if "path" in value else "for rows themselves, write them to a file as JSON lines, and name that"
+            )
+            raise UserError(f"{excerpt(key)} is unknown, {known}", option=option, remedy=remedy)
     if not isinstance(value.get("path"), str):
         raise UserError(f"has no path, got {excerpt(value)}", option=option, remedy="say which file, folder or hub id")
     for key in ("name", "split", "revision"):

@@ -407,6 +407,7 @@ def test_what_stands_for_sources(value, expected):
         ({"path": 3}, ["no path"], "data.source"),
         ({"path": "a", "shar": 1}, ["'shar' is unknown", "did you mean 'share'?"], "data.source"),
         ({"class_path": "os.system"}, ["'class_path' is unknown"], "data.source"),
+        ([{"messages": []}], ["'messages' is unknown", "for rows themselves, write them to a file"], "data.source"),
         ({"path": "a", "share": 0}, ["above 0", "got 0"], "data.source.share"),
         ({"path": "a", "share": 70}, ["up to 1", "got 70"], "data.source.share"),
         ({"path": "a", "share": "half"}, ["got 'half'"], "data.source.share"),

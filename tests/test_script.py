@@ -226,6 +226,25 @@ def test_lightnings_checkpoints_resume_a_run(straight, step):
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in built.state_dict().items())
 
 
+def test_dropout_is_that_of_the_command_line_and_the_same_after_a_resume(here):
+    options = {"precision": "32-true", "max_steps": 3, "val_check_interval": 9, "log_every_n_steps": 1}
+    saves = ModelCheckpoint(here / "saved", every_n_train_steps=2, save_top_k=-1)
+    whole, resumed = (module(dropout=0.1, learning_rate=0.003) for _ in range(2))
+    lightning = trainer(callbacks=[saves], check_val_every_n_epoch=None, **options)
+    lightning.fit(whole, data())
+    again = trainer(check_val_every_n_epoch=None, **options)
+    again.fit(resumed, data(), ckpt_path=here / "saved" / "epoch=0-step=2.ckpt")
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+    given = [f"--trainer.{name}={value}" for name, value in options.items()]
+    given += ["--model.dropout=0.1", "--model.learning_rate=0.003", "--model.rank=2", "--model.alpha=2"]
+    rest = ["--data.max_length=96", "--samples.count=0", "--trainer.limit_val_batches=1", "--run=./theirs"]
+    (here / "own.yaml").write_text("{}")
+    assert main(["fit", "--config=own.yaml", "--trainer.gradient_clip_val=null", *given, *rest]) == 0
+    lines = {line["step"]: line for line in read_lines(here / "theirs" / "metrics.jsonl")}
+    assert float(again.callback_metrics["train/loss"]) == lines[3]["train/loss"]
+
+
 @pytest.mark.parametrize("options", [{}, {"weights_only": True}, {"map_location": "cpu", "learning_rate": 0.5}])
 def test_a_module_is_loaded_from_a_checkpoint(straight, here, options):
     built, folder = straight

@@ -3,16 +3,15 @@
 The only module that uses private names of Lightning's loops. Knows nothing of what happens between steps.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.devices.world import any_of
+from lit_qlora.model.device import seed_by_position
 
 
 class StepCallback(Callback):
@@ -122,13 +121,5 @@ class SeedByPosition(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Seed torch on the host and on the module's device.
-
-        Not by torch.manual_seed, which takes half a millisecond to note its stack for accelerators that are not there.
-        """
-        # Micro-batches are counted over all devices. The 0 was once a device's number.
-        place = f"{self.seed}/{trainer.current_epoch}/{batch_idx}/0"
-        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
-        torch.default_generator.manual_seed(seed)
-        if pl_module.device.type == "cuda":
-            torch.cuda.default_generators[pl_module.device.index].manual_seed(seed)
+        """Seed torch on the host and on the module's device."""
+        seed_by_position(self.seed, trainer.current_epoch, batch_idx, pl_module.device)

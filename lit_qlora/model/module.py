@@ -35,6 +35,7 @@ from lit_qlora.model.device import (
     choose_precision,
     compute_dtype,
     current_device,
+    seed_by_position,
 )
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.learning import LearnsInParts, check_batch
@@ -56,9 +57,8 @@ class QLoRAModule(LearnsInParts):
     ``train/accuracy`` and ``train/gradient_norm`` for each optimizer step, over all since the step that the loggers got
     last, and ``val/loss``, ``val/perplexity`` and ``val/accuracy`` (``test/…``) over all held-out answer tokens.
 
-    The command line adds callbacks, which a script can add, too: `SeedByPosition`, without
-    which dropout draws other numbers after a resume; `UpdateGuard`, which stops at a loss that is not finite;
-    `WarmupStep`, without which every layer on a GPU is recomputed in backward.
+    The command line adds callbacks, which a script can add, too: `UpdateGuard`, which stops at a loss that is not
+    finite; `WarmupStep`, without which every layer on a GPU is recomputed in backward.
 
     Args:
         base: ``demo``, a hub id or a local folder with safetensors weights: any Llama, Mistral, Qwen2, Qwen2.5 or Qwen3
@@ -465,6 +465,8 @@ class QLoRAModule(LearnsInParts):
         expected, now = self._accumulated, self.trainer.accumulate_grad_batches
         require(now == expected, "trainer.accumulate_grad_batches", f"{expected}, as at the start of the fit", now)
         self.check_step(batch, batch_idx)
+        if self.standalone and self.lora.dropout and self._data:  # a run has a callback
+            seed_by_position(self._data.seed, self.trainer.current_epoch, batch_idx, self.device)
 
     def _count_passes(self, shards: Shards, device: int, batch_idx: int) -> None:
         """Note who goes through the layers at a micro-batch of ``device``: whoever does not wait for more."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -192,6 +193,18 @@ def test_what_was_told_late_or_in_the_parsers_words(args, option, place, words, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n' * 2)
     expect_error(lambda: check_first("fit", args), *words, option=option, place=place)
+
+
+@pytest.mark.parametrize("value", ["", "{a: 1}", "# c"])
+def test_no_value_is_answered_in_jsonargparses_words(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    for one in options_of("fit"):
+        try:
+            check_first("fit", [f"--{one.name}={value}"])
+        except UserError as error:
+            told.append(str(error))
+    assert len(told) > 40 and not [words for words in told if re.search(r"<class|typing|Subtypes|Got value", words)]
 
 
 @pytest.mark.parametrize("option", ["--data.source", "--run", "--model.base", "--data.template"])

@@ -34,7 +34,7 @@ PAIRS = (
     ("question", "answer"), ("query", "response"), ("instruction", "output"),
 )  # fmt: skip
 """Keys of a question and its answer, in lists of such pairs."""
-WEIGHTS, SWITCHES = ("weight", "loss_weight"), ("train", "training", "trainable", "loss")
+WEIGHTS, SWITCHES = ("weight", "loss_weight"), ("train", "training", "trainable", "loss", "loss_mask")
 """Keys that say whether a turn is learned; what a switch holds may mean something else, what a weight holds may not."""
 LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 CALLS = ("tool_calls", "function_call")

@@ -77,7 +77,7 @@ def test_a_forced_form_names_the_column_that_it_passes_by():
 @pytest.mark.parametrize(
     ("key", "value"),
     [("weight", 0), ("weight", 0.0), ("weight", "0"), ("loss_weight", 0), ("train", False), ("train", "False"),
-     ("trainable", False), ("training", 0), ("loss", False)],
+     ("trainable", False), ("training", 0), ("loss", False), ("loss_mask", 0)],
 )  # fmt: skip
 @pytest.mark.parametrize("turns", [TURNS, SHARED], ids=["messages", "sharegpt"])
 def test_a_turn_of_weight_0_is_not_learned(turns, key, value):

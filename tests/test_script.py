@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,6 +274,49 @@ def test_a_checkpoint_of_another_base_or_rank_or_of_a_run_is_refused(straight, h
     for run in (trainer().fit, trainer().validate, trainer().test):
         with pytest.raises(UserError, match=r"ckpt_path: .* is a folder, .*adapter=FOLDER.* python main.py fit"):
             run(module(), datamodule=data(), ckpt_path=folder)
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-2000])
+
+
+@pytest.mark.parametrize(
+    ("alter", "words"),
+    [
+        (lambda file: file.unlink(), "no such file"),
+        (_cut, "PytorchStreamReader"),
+        (lambda file: file.write_bytes(b""), "can't be read as a checkpoint"),
+        (lambda file: torch.save({"state_dict": {}}, file), "pytorch-lightning_version"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_in_one_line(straight, here, alter, words, expect_error):
+    (checkpoint,) = straight[1].glob("*step=4.ckpt")
+    file = here / "altered.ckpt"
+    shutil.copy(checkpoint, file)
+    alter(file)
+    expect_error(lambda: QLoRAModule.load_from_checkpoint(file), "altered.ckpt", words, option="ckpt_path")
+
+
+@pytest.mark.parametrize("part", [{}, {"base_fingerprint": 3, "prompts": {}}])
+def test_a_checkpoint_whose_record_was_altered_is_told(straight, here, part, expect_error):
+    (checkpoint,) = straight[1].glob("*step=4.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(content | {"lit_qlora": part}, here / "altered.ckpt")
+    expect_error(lambda: QLoRAModule.load_from_checkpoint(here / "altered.ckpt"), "altered", option="ckpt_path")
+
+
+class WithPlainLoader(ChatDataModule):
+    """A DataModule whose loader is PyTorch's own."""
+
+    def train_dataloader(self):
+        return DataLoader([*super().train_dataloader()][:3], batch_size=None)
+
+
+def test_a_datamodule_may_have_a_plain_loader():
+    lightning = trainer(max_steps=-1, max_epochs=1, val_check_interval=3)
+    with warnings.catch_warnings(action="ignore"):  # Lightning's, of few workers
+        lightning.fit(module(), WithPlainLoader(max_length=96))
+    assert lightning.global_step == 3
 
 
 def in_format(template=CHATML, system="Be brief."):

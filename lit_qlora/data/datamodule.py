@@ -271,7 +271,10 @@ class ChatDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             raise UserError("the steps of a run are counted with its Trainer", option="data", remedy="give it to one")
-        epoch_steps = math.ceil(self.train_dataloader().length / trainer.accumulate_grad_batches)
+        loader = self.train_dataloader()
+        if not isinstance(loader, ResumableLoader):  # a subclass's own
+            return int(trainer.estimated_stepping_batches)
+        epoch_steps = math.ceil(loader.length / trainer.accumulate_grad_batches)
         by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * epoch_steps
         by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
         return int(min(by_epochs, by_steps))

@@ -422,10 +422,10 @@ class QLoRAModule(LearnsInParts):
             **options: replacements for the module's arguments, such as a ``base`` that was moved.
 
         Raises:
-            UserError: it is a folder, as a run's checkpoints are, or of another base or rank.
+            UserError: it is none, a folder, as a run's checkpoints are, or of another base or rank.
         """
-        script.check_file(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **options)  # type: ignore[no-any-return]
+        with script.reading(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **options)  # type: ignore[no-any-return]
 
     # Steps
 

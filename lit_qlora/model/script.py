@@ -5,7 +5,9 @@ A run of the command line has its own: `trainer.py`, and folders for checkpoints
 LoRA and its prompt format only.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_qlora.devices.strategy import Replicas
-from lit_qlora.errors import UserError, excerpt, require
+from lit_qlora.errors import UserError, excerpt, one_line, require
 from lit_qlora.model.base import Base
 from lit_qlora.model.device import choose_precision, compute_dtype, current_device
 from lit_qlora.model.fingerprint import fingerprint, shown
@@ -204,6 +206,8 @@ def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: Prompt
         now, was = getattr(lora, name), of.get(name)
         if was not in (None, now):
             raise UserError(f"{now}, and the checkpoint has {was}", option=f"model.{name}", remedy=f"give it {was}")
+    if not isinstance(of.get("base_fingerprint"), str) or not isinstance(of.get("prompts"), dict):
+        raise UserError(f"the checkpoint was altered: its part {OF} is not whole", option="ckpt_path")
     if of["base_fingerprint"] != fingerprint(base):
         raise UserError(
             f"the checkpoint was trained on another base ({shown(of['base_fingerprint'])}) than "
@@ -239,16 +243,17 @@ def check_resume(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 class Files(TorchCheckpointIO):
-    """`load_from_checkpoint` as Lightning's, with an error for a folder."""
+    """Reads checkpoints as Lightning's, with errors in one line."""
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> Any:
-        """As Lightning's. Raises UserError for a folder."""
-        check_file(path)
-        return super().load_checkpoint(path, *args, **options)
+        """As Lightning's. Raises UserError as `reading`."""
+        with reading(path):
+            return super().load_checkpoint(path, *args, **options)
 
 
-def check_file(checkpoint_path: Any) -> None:
-    """Raises UserError for a folder, as a run's checkpoints are."""
+@contextmanager
+def reading(checkpoint_path: Any) -> Iterator[None]:
+    """Around the reading of a checkpoint: raises UserError for a folder, as a run's are, and for what is none."""
     if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
         raise UserError(
             f"{checkpoint_path} is a folder, and no checkpoint of Lightning's ModelCheckpoint",
@@ -257,3 +262,12 @@ def check_file(checkpoint_path: Any) -> None:
                 f"a run's adapter is loaded by QLoRAModule(base, adapter=FOLDER), its checkpoints by {COMMAND} fit"
             ),
         )
+    try:
+        yield
+    except Exception as error:
+        is_of_file = type(error).__name__ in ("FileNotFoundError", "EOFError", "UnpicklingError")
+        if not is_of_file and not re.search("PytorchStreamReader|pytorch-lightning_version", str(error)):
+            raise
+        reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error).partition(". ")[0]
+        problem = f"{checkpoint_path} can't be read as a checkpoint of Lightning's ({reason})"
+        raise UserError(problem, option="ckpt_path", remedy="give another one") from error

@@ -160,9 +160,9 @@ def load_records(
     """
     (source,) = sources_of(source)
     reading = _reading_of(source, reading)
-    rows, unused = _rows_of(source, split, reading, seed)
+    rows, unused, others = _rows_of(source, split, reading, seed)
     records = _to_records(source.called(split), rows, reading)
-    return replace(records, dropped=records.dropped | unused)
+    return replace(records, dropped=records.dropped | unused, left_out=[*records.left_out, *others])
 
 
 def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: int | None = None) -> None:
@@ -183,7 +183,7 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
     reading = _reading_of(source, reading)
     if source.path == "demo" or not _is_quick(source, split):
         return
-    rows, _ = _rows_of(source, split, reading, seed)
+    rows, _, _ = _rows_of(source, split, reading, seed)
     _check_named(source.called(split), rows, reading)
     faults, counts, num_unused = list[UserError](), Counts(), 0
     for number, row in enumerate(rows[:MOST_EARLY_ROWS]):
@@ -247,23 +247,25 @@ def _reading_of(source: Source, reading: Reading) -> Reading:
     return reading
 
 
-def _rows_of(source: Source, split: str, reading: Reading, seed: int | None) -> tuple[list[Row], dict[str, int]]:
-    """The rows of one split that are used, and the number of others, in words."""
+def _rows_of(
+    source: Source, split: str, reading: Reading, seed: int | None
+) -> tuple[list[Row], dict[str, int], list[LeftOut]]:
+    """The rows of one split that are used, the number of others, in words, and those that are for another split."""
     rows = read_source(source, split, [*(reading.columns or {}).values()])
     if seed is None:
-        return rows, {}
-    rows, others = _named_for_training(rows)
+        return rows, {}, []
+    rows, unused, others = _named_for_training(rows)
     count = len(rows)
     if source.share == 1:
-        return rows, others
+        return rows, unused, others
     number = max(1, round(source.share * count))
     rows = [rows[place] for place in sorted(random.Random(seed).sample(range(count), number))]
-    unused = {f"rows not used, for its share is {source.share:g}": count - number} if number < count else {}
-    return rows, others | unused
+    unused |= {f"rows not used, for its share is {source.share:g}": count - number} if number < count else {}
+    return rows, unused, others
 
 
-def _named_for_training(rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
-    """The rows but those of other splits, where a column names the split of each; and the number of these, in words."""
+def _named_for_training(rows: list[Row]) -> tuple[list[Row], dict[str, int], list[LeftOut]]:
+    """The rows but those of other splits, where a column names the split of each; and these, as `_rows_of`."""
     for column in dict.fromkeys(name for row in rows for name in row.value if str(name).lower() in splits.COLUMNS):
         kinds = [splits.kind_named(row.value.get(column)) for row in rows]
         if others := [kind for kind in splits.HELD_OUT if kind in kinds and "train" in kinds]:
@@ -274,8 +276,10 @@ def _named_for_training(rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
             ]
             files = " and ".join(f"{kind}.jsonl" for kind in others)
             what = f"rows left out: column {column!r} says {' or '.join(others)} (to score them, put them into {files}"
-            return kept, {f"{what} beside train.jsonl, and give the folder)": len(rows) - len(kept)}
-    return rows, {}
+            told = {f"{what} beside train.jsonl, and give the folder)": len(rows) - len(kept)}
+            lost = [(row.where, kind) for row, kind in zip(rows, kinds, strict=True) if kind in others]
+            return kept, told, [LeftOut(where, f"column {column!r} says {kind}") for where, kind in lost]
+    return rows, {}, []
 
 
 def _is_misread(num_faults: int, num_rows: int, reading: Reading) -> bool:

@@ -343,6 +343,8 @@ def test_rows_that_a_column_names_for_another_split_are_not_trained_on(column, v
     left_out = {what: count for what, count in records.dropped.items() if f"column {column!r} says" in what}
     assert [*left_out.values()] == ([4 - len(learned)] if len(learned) < 4 else [])
     assert any("not used" in what for what in records.dropped) is (len(learned) == 4)
+    lost = [one for one in records.left_out if one.reason.startswith(f"column {column!r} says ")]
+    assert {one.where for one in lost} == {f"rows.jsonl:{place + 1}" for place in range(4) if place not in learned}
     assert len(load_records("rows.jsonl").kept) == 4  # to find those again that a run held out
 
 

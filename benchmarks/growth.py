@@ -123,10 +123,10 @@ def _steps(options: argparse.Namespace) -> list[dict]:
     for rank, settings in groupby(sorted(grid, key=lambda setting: setting[2]), key=lambda setting: setting[2]):
         module = QLoRAModule(options.base or "demo", rank=rank)
         copies = Copies("auto")
+        if copies.find(module.base, dtype, device.type) is None:
+            copies.keep(module.base, dtype, device)
         base = copies.find(module.base, dtype, device.type) or module.base
         loaded = load_base(base, dtype, device, "sdpa")
-        if base is module.base:
-            copies.keep(loaded, module.base, dtype, device.type)
         module.model = add_lora(loaded, Lora(rank, 16.0, 0.0, "all-linear", False, False)).train()
         for length, rows, _, kept, way in settings:
             most = module.base.shape.num_layers

@@ -84,8 +84,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
 # On a GPU. torch has three ways: FlashAttention, from compute capability 8.0 on; the memory-efficient kernel, which
 # takes neither shared heads nor head widths that are not a multiple of 8; and, for whatever neither takes, plain
 # products that hold all T x T weights. The last must never be reached: its memory is in no forecast. From 9.0 on, there
-# is cuDNN's, too: twice as fast as FlashAttention on an H200, but at each new shape it plans for as long as some ten
-# micro-batches gain by it.
+# is cuDNN's, too: up to twice as fast as FlashAttention on an H200, but at each new shape it plans for as long as some
+# ten micro-batches gain by it.
 
 
 def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:

@@ -10,6 +10,7 @@ It shows memory and which code runs, not a T4's speed.
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -21,23 +22,31 @@ MEMORY_GIB = 14.2
 """Of the 14.56 GiB that torch sees on a T4, without the CUDA context."""
 
 
+_LIMITS = ExitStack()
+"""Keeps what the package decides for until this process ends."""
+
+
 def emulate() -> None:
     """Puts the limits on this process and its GPU, one of several or not, before its first product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # torch's default below compute capability 9.0
-    limit_memory(MEMORY_GIB)
     # Not in torch itself: its compiler would then build for another card than this one.
-    device._gpu = lambda: device.Device("T4, emulated", (7, 5), int(MEMORY_GIB * 1024**3))
+    limit_memory(MEMORY_GIB, "T4, emulated", (7, 5))
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def limit_memory(gib: float) -> None:
-    """Caps what torch may take of this process's GPU, and says that this is all there is."""
+def limit_memory(gib: float, name: str = "", capability: tuple[int, int] | None = None) -> None:
+    """Caps what torch may take of this process's GPU, and says that this is all there is.
+
+    Args:
+        gib: what torch may take, in GiB.
+        name, capability: what the package takes the GPU for; empty for what it is.
+    """
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(gib * 1024**3 / total)
-    here = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    device._gpu = lambda: device.Device(*here, int(gib * 1024**3))
+    shown = name or torch.cuda.get_device_name(), capability or torch.cuda.get_device_capability()
+    _LIMITS.enter_context(device.decide_for(device.Device(*shown, int(gib * 1024**3))))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dty
     batch = Batch(ids, *answer_targets(labels), tuple(range(rows)), ids.numel(), int((labels > 0).sum()))
     if way == "packed":
         batch = batch._replace(input_ids=ids.view(1, -1), lengths=(length,) * rows)
-    batch = Batch(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in batch))
+    batch = batch.to(device)
     parameters = list(adapter_parameters(module).values())
     optimizer = OPTIMIZERS["adamw"].make(parameters, lr=1e-6, weight_decay=0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -86,7 +86,7 @@ class KernelTimes:
         """Begins to record."""
         import torch
 
-        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self._profile: Any = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         self._profile.__enter__()
 
     def stop(self) -> dict[str, float]:

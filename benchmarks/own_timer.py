@@ -2,13 +2,14 @@
 
 import os
 import sys
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 
 from lit_qlora.data.batching import collate
 
-clock = None
+clock: Any = None
 """The `peers.Clock` of this process."""
 rows: list = []
 """Examples whose loss is told before and after: ids and labels."""

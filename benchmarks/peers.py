@@ -298,7 +298,7 @@ def _measure(trainer: Any, spec: dict, clock: Clock) -> None:
     clock.report(loss, _score(trainer, collate, spec), precision)
 
 
-def _adapters_in_fp32(trainer: object, spec: dict) -> None:
+def _adapters_in_fp32(trainer: Any, spec: dict) -> None:
     """SFTTrainer casts adapters to bf16, which a gradient scaler refuses (trl#4901)."""
     for parameter in trainer.model.parameters() if spec["t4"] else ():
         if parameter.requires_grad:
@@ -337,7 +337,7 @@ def _counted(collate: Callable[[list[dict]], dict], clock: Clock) -> Callable[[l
     return counted
 
 
-def _score(trainer: object, collate: Callable[[list[dict]], dict], spec: dict) -> float:
+def _score(trainer: Any, collate: Callable[[list[dict]], dict], spec: dict) -> float:
     """The loss of the same rows, by the trainer's own code.
 
     In train mode: an evaluation would repack 4-bit weights on a CPU, and training go without their gradient.

@@ -71,7 +71,10 @@ def tensors(shape: str, layers: int | None) -> Iterator[tuple[str, dict[str, tup
             f"{at}.mlp.up_proj.weight": wide,
             f"{at}.mlp.down_proj.weight": narrow,
         }
-        norms = {f"{at}.input_layernorm.weight": (hidden,), f"{at}.post_attention_layernorm.weight": (hidden,)}
+        norms: dict[str, tuple[int, ...]] = {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+        }
         yield f"layer-{number:03d}.safetensors", attention | mlp | norms
     yield (
         "ends.safetensors",
@@ -154,7 +157,7 @@ def write_file(file: Path, parts: dict[str, torch.Tensor]) -> None:
     with file.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         for value in parts.values():
-            stream.write(memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()))
+            stream.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def write_rest(

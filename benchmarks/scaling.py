@@ -182,7 +182,7 @@ def equalities(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for count in (1, 2):  # together: no speed is measured
         for number, (name, own) in enumerate(kinds.items()):
             gpus = [number % 2] if count == 1 else [0, 1]
-            limits = [] if name.startswith("T4") else None
+            limits: list[str] | None = [] if name.startswith("T4") else None
             runs[name, count] = Run(folder, name, [*EQUAL, *steps, *own], gpus, limits, options.cpu)
         for name in kinds:
             runs[name, count] = runs[name, count], runs[name, count].end()
@@ -243,7 +243,7 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "--trainer.limit_val_batches", "0",
             "--trainer.max_steps", str(options.steps), "--trainer.log_every_n_steps", str(max(1, options.steps // 8)),
         ]  # fmt: skip
-        arguments = [] if is_t4 else None
+        arguments: list[str] | None = [] if is_t4 else None
         singles = [
             Run(folder, name, [*common, *own], [number % 2], arguments, options.cpu)
             for number, (name, own) in enumerate(settings.items())

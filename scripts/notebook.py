@@ -34,7 +34,7 @@ def main() -> None:
         for file in ("main.py", "requirements.txt"):
             shutil.copyfile(ROOT / file, clone / file)
         jupyter = Path(folder) / "jupyter"
-        install = [sys.executable, "-m", "ipykernel", "install", "--prefix", jupyter, "--name", "saved"]
+        install = [sys.executable, "-m", "ipykernel", "install", "--prefix", str(jupyter), "--name", "saved"]
         subprocess.run(install, check=True, capture_output=True)
         os.environ["JUPYTER_PATH"] = str(jupyter / "share" / "jupyter")
         os.environ |= {f"LIT_QLORA_{name}": value for name, value in FORM.items()}

@@ -93,7 +93,7 @@ def command(folder: Path, *args: str) -> str:
     return done.stdout
 
 
-def _record(state: Any) -> dict[str, str]:
+def _record(state: Any) -> dict[str, str | int]:
     """The record of the run in a checkpoint's state.json, in which a dict is a list of pairs."""
     record = dict(dict(state["state"]["dict"])["run"]["dict"])
     return {key: value if isinstance(value, str | int) else json.dumps(value) for key, value in record.items()}

@@ -29,7 +29,7 @@ from lit_qlora.callbacks.record import KeepRecord
 from lit_qlora.callbacks.report import Report, next_step
 from lit_qlora.callbacks.samples import SampleAnswers
 from lit_qlora.callbacks.shard import ShardChoice
-from lit_qlora.callbacks.steps import SeedByPosition, StepCallback, StepEdge
+from lit_qlora.callbacks.steps import StepCallback, StepEdge
 from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import HeldOutMetrics
@@ -318,7 +318,6 @@ class QLoRACLI(LightningCLI):
         self.report = Report(self.run, memory, resumed, checkpoints, self.lengths)
         return [
             *([OwnSignals()] if world().size > 1 else []),
-            SeedByPosition(options.data.seed),
             ShardChoice(),
             KeepRecord(),
             guard,

@@ -14,7 +14,6 @@ from lit_qlora import ChatDataModule, QLoRAModule, demo
 from lit_qlora.arguments import checked_arguments
 from lit_qlora.callbacks.guards import UpdateGuard
 from lit_qlora.callbacks.samples import SampleAnswers
-from lit_qlora.callbacks.steps import SeedByPosition
 from lit_qlora.errors import UserError
 from lit_qlora.trainer import QLoRATrainer
 from tests.expect import ExpectError
@@ -93,7 +92,6 @@ WRONG = [
     (QLoRATrainer, "trainer.max_epochs", "x", "a whole number"),
     (QLoRATrainer, "trainer.precision", "32", "32-true"),
     (UpdateGuard, "max_nonfinite_losses", 1.5, "a whole number"),
-    (SeedByPosition, "seed", None, "a whole number"),
 ]
 
 

@@ -246,6 +246,33 @@ def test_dropout_is_that_of_the_command_line_and_the_same_after_a_resume(here):
     assert float(again.callback_metrics["train/loss"]) == lines[3]["train/loss"]
 
 
+class Draws(QLoRAModule):
+    """Draws a number for each micro-batch, and more in a validation."""
+
+    def on_fit_start(self):
+        self.drawn = []
+
+    def training_step(self, batch, batch_idx):
+        self.drawn.append(torch.rand(()).item())
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        torch.rand(7)
+        super().validation_step(batch, batch_idx)
+
+
+def test_every_place_and_every_seed_draws_otherwise_whatever_is_drawn_in_between():
+    def drawn(seed=1, **options):
+        built = Draws(rank=2, alpha=2.0)
+        short = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 3}
+        trainer(**short, **options).fit(built, data(seed=seed))
+        return built.drawn
+
+    undisturbed = drawn(limit_val_batches=0)
+    assert len({*undisturbed, *drawn(2, limit_val_batches=0)}) == 12
+    assert drawn(val_check_interval=1) == undisturbed
+
+
 @pytest.mark.parametrize("options", [{}, {"weights_only": True}, {"map_location": "cpu", "learning_rate": 0.5}])
 def test_a_module_is_loaded_from_a_checkpoint(straight, here, options):
     built, folder = straight

@@ -1,4 +1,4 @@
-"""Owns the hook between two optimizer steps, which Lightning lacks, and the seed before each micro-batch.
+"""Owns the hook between two optimizer steps, which Lightning lacks.
 
 The only module that uses private names of Lightning's loops. Knows nothing of what happens between steps.
 """
@@ -8,10 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_qlora.arguments import checked_arguments
 from lit_qlora.batch import Batch
 from lit_qlora.devices.world import any_of
-from lit_qlora.model.device import seed_by_position
 
 
 class StepCallback(Callback):
@@ -104,22 +102,3 @@ def run_validation(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
     connector._first_loop_iter = first_iteration
-
-
-class SeedByPosition(Callback):
-    """A callback that seeds torch before each micro-batch by its position in the run.
-
-    LoRA's dropout is then a function of (seed, epoch, batch): no evaluation, sample or interruption can change it, and
-    there is no random state to save.
-
-    Args:
-        seed: seed of the run.
-    """
-
-    @checked_arguments()
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Seed torch on the host and on the module's device."""
-        seed_by_position(self.seed, trainer.current_epoch, batch_idx, pl_module.device)

@@ -455,9 +455,14 @@ class QLoRAModule(LearnsInParts):
         self._accumulated = self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Raises UserError for a batch of another DataLoader or tokenizer, or made for another accumulation.
+        """Check the batch, and seed torch by its position in the fit.
+
+        So LoRA's dropout is a function of seed, epoch and batch: no evaluation, sample or interruption can change it,
+        and there is no random state to save.
 
         Each holds the number of answer tokens of its step. So a callback that changes the accumulation is noticed.
+
+        Raises UserError for a batch of another DataLoader or tokenizer, or made for another accumulation.
         """
         check_batch(batch, self.base.shape.vocabulary)
         if self.shards:
@@ -465,7 +470,7 @@ class QLoRAModule(LearnsInParts):
         expected, now = self._accumulated, self.trainer.accumulate_grad_batches
         require(now == expected, "trainer.accumulate_grad_batches", f"{expected}, as at the start of the fit", now)
         self.check_step(batch, batch_idx)
-        if self.standalone and self.lora.dropout and self._data:  # a run has a callback
+        if self._data:
             seed_by_position(self._data.seed, self.trainer.current_epoch, batch_idx, self.device)
 
     def _count_passes(self, shards: Shards, device: int, batch_idx: int) -> None:

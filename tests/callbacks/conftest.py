@@ -15,13 +15,14 @@ from lit_qlora.callbacks.checkpoints import RunCheckpoints
 from lit_qlora.callbacks.guards import UpdateGuard
 from lit_qlora.callbacks.metrics import TrainMetrics
 from lit_qlora.callbacks.record import KeepRecord
-from lit_qlora.callbacks.steps import SeedByPosition, StepCallback, StepEdge
+from lit_qlora.callbacks.steps import StepCallback, StepEdge
 from lit_qlora.callbacks.stop import StopOnSignal
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import HeldOutMetrics
 from lit_qlora.data.cache import EncodedRows
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.figures.record import Record
+from lit_qlora.model.device import seed_by_position
 from lit_qlora.storage.checkpoint_io import FolderCheckpointIO
 from lit_qlora.storage.run import RunFolder
 
@@ -60,6 +61,9 @@ class Tiny(LightningModule):
         self.chance = []
         self.seen = []
         self.nonfinite_rows = {}
+
+    def on_train_batch_start(self, batch, batch_idx):
+        seed_by_position(1, self.trainer.current_epoch, batch_idx, self.device)
 
     def training_step(self, batch, batch_idx):
         self.seen.append(batch.rows)
@@ -164,7 +168,6 @@ def full_run(trainer):
         parts = SimpleNamespace(run=run, checkpoints=checkpoints, guard=UpdateGuard(), stop=StopOnSignal(checkpoints))
         parts.trainer = trainer(
             *first,
-            SeedByPosition(1),
             KeepRecord(),
             parts.guard,
             TrainMetrics(),

@@ -1,16 +1,13 @@
-"""The moment after an optimizer step comes once a step; chance depends on the place alone."""
+"""The moment after an optimizer step comes once a step."""
 
-import hashlib
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 
 from lit_qlora.callbacks import steps
-from lit_qlora.callbacks.steps import SeedByPosition, StepCallback, StepEdge
+from lit_qlora.callbacks.steps import StepCallback, StepEdge
 
 
 class Steps(StepCallback):
@@ -112,30 +109,3 @@ def test_no_other_module_knows_the_private_parts_of_lightnings_loops():
     root = Path(steps.__file__).parents[1]
     found = {path.name for path in root.rglob("*.py") if any(name in path.read_text("utf-8") for name in names)}
     assert found == {"steps.py"}
-
-
-def fitted(trainer, tiny, rows, seed, **options):
-    module = tiny()
-    callbacks = [] if seed is None else [SeedByPosition(seed)]
-    trainer(*callbacks, max_epochs=2, **options).fit(module, datamodule=rows(6))
-    return module.chance
-
-
-def test_a_validation_in_between_does_not_change_chance(trainer, tiny, rows):
-    undisturbed = fitted(trainer, tiny, rows, 1, limit_val_batches=0)
-    assert fitted(trainer, tiny, rows, 1, val_check_interval=2) == undisturbed
-    assert fitted(trainer, tiny, rows, 1, val_check_interval=5) == undisturbed
-
-
-def test_every_place_and_every_seed_draws_otherwise(trainer, tiny, rows):
-    first, second = (fitted(trainer, tiny, rows, seed, limit_val_batches=0) for seed in (1, 2))
-    assert len({*first, *second}) == 24
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_chance_is_that_of_a_seed_for_the_place(device):
-    trainer, module = SimpleNamespace(current_epoch=2), SimpleNamespace(device=torch.zeros(0, device=device).device)
-    SeedByPosition(5).on_train_batch_start(trainer, module, None, 7)
-    found = torch.rand(3), torch.rand(3, device=device)
-    torch.manual_seed(int.from_bytes(hashlib.sha256(b"5/2/7/0").digest()[:8], "big"))
-    assert [one.tolist() for one in found] == [torch.rand(3).tolist(), torch.rand(3, device=device).tolist()]

@@ -1,5 +1,6 @@
 """What each device computes with: decided by compute capability, refused where it would be emulated or missing."""
 
+import hashlib
 import importlib.util
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from lit_qlora.model.device import (
     choose_precision,
     compute_dtype,
     current_device,
+    seed_by_position,
 )
 
 CPU = Device("CPU", None)
@@ -134,3 +136,11 @@ def test_with_a_compiler_nothing_is_said(monkeypatch):
 def test_compiling_that_is_asked_for_needs_a_compiler(monkeypatch, expect_error):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     expect_error(lambda: check_compile(True, CPU), "a C compiler", "gcc", option="model.compile")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_chance_is_that_of_a_seed_for_the_place(device):
+    seed_by_position(5, 2, 7, torch.zeros(0, device=device).device)
+    found = torch.rand(3), torch.rand(3, device=device)
+    torch.manual_seed(int.from_bytes(hashlib.sha256(b"5/2/7/0").digest()[:8], "big"))
+    assert [one.tolist() for one in found] == [torch.rand(3).tolist(), torch.rand(3, device=device).tolist()]

@@ -289,7 +289,7 @@ def in_an_epoch(built, make_model, monkeypatch):
         trainer.num_training_batches = len(MICRO_BATCHES)
         optimizer, steps, figures = torch.optim.SGD(adapter_parameters(module).values()), [], AnswerSums()
         for index, batch in enumerate(MICRO_BATCHES):
-            torch.manual_seed(index)  # as `SeedByPosition` does
+            torch.manual_seed(index)  # as `seed_by_position` does
             tensors = {name: getattr(batch, name).to(device) for name in ("input_ids", "positions", "targets")}
             output = module.training_step(batch._replace(is_here=index not in elsewhere, **tensors), index)
             if index % accumulate == 0:

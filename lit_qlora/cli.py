@@ -177,7 +177,7 @@ def _run(args: list[str]) -> int:
 def _run_fit_or_kin(verb: str, args: list[str]) -> int:
     """Help and the first mistakes come before what takes seconds to import; a word on that comes before it, too."""
     with nothing_open():
-        from lit_qlora.options import configs_first
+        from lit_qlora.command import complete
         from lit_qlora.precheck import check_first
         from lit_qlora.usage import help_asked, help_of, help_of_class
 
@@ -188,15 +188,17 @@ def _run_fit_or_kin(verb: str, args: list[str]) -> int:
     if asked:
         print(help_of(verb, asked), end="")
         return 0
-    args = [verb, *configs_first(args[1:])]
-    count = check_first(verb, args[1:])
-    if count > 1 and verb in TRAINERS and world().size == 1:  # each of them comes here again
-        return starting.run(args, count)
-    if world().rank == 0:
-        say_imports()
-    with nothing_open():
-        module = import_module(FIT_AND_KIN[verb])
+    command = complete(args)
+    count = check_first(command)
     try:
-        return int(module.main(args))
+        if count > 1 and verb in TRAINERS and world().size == 1:
+            raise starting.SeveralAsked(count)
+        if world().rank == 0:
+            say_imports()
+        with nothing_open():
+            module = import_module(FIT_AND_KIN[verb])
+        return int(module.main(command))
+    except starting.SeveralAsked as several:  # each of them comes here again
+        return starting.run(args, several.args[0])
     except SystemExit as stop:  # a signal
         return int(stop.code or 0)

@@ -1,6 +1,7 @@
-"""Owns what a command line of fit and its kin means: its config files, and the run that gives the other options.
+"""Owns what a command line of fit and its kin means: its config files, the run that gives the other options, and
+whether it may go on with the run.
 
-Asked before anything heavy is imported, and again by the verb. Knows no option's meaning, and no model.
+Asked before anything heavy is imported. Knows no option's meaning, and no model.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import yaml
 
 from lit_qlora.console import complain
 from lit_qlora.data.records import Reading
-from lit_qlora.data.sources import sources_of
+from lit_qlora.data.sources import check_sources, sources_of
 from lit_qlora.data.templates import is_template
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.options import (
@@ -27,7 +28,8 @@ from lit_qlora.options import (
 )
 from lit_qlora.place import CONFIGS, find_config
 from lit_qlora.signatures import LEARNING, OF_LIGHTNING, options_of, parser_of
-from lit_qlora.storage.config_file import as_sections, as_yaml, read_options
+from lit_qlora.storage import settings
+from lit_qlora.storage.config_file import as_sections, as_yaml, flat, read_options
 from lit_qlora.storage.run import RunFolder, lies_in_run, named_folder, open_run
 
 DEMO_CONFIG = CONFIGS / "demo.yaml"
@@ -59,8 +61,6 @@ def complete(args: list[str]) -> Command:
         UserError: for a config file with a mistake, and a run that is not there.
     """
     verb, rest = args[0], args[1:]
-    if {"-h", "--help"} & {*rest} or any(arg.startswith("--help") for arg in rest):
-        return Command(args)
     rest = configs_first(rest, find_config)
     config, name, kept = option(rest, *CONFIG), option(rest, "--run"), None
     run = named_folder(name)
@@ -152,6 +152,23 @@ def with_kept(command: Command) -> list[str]:
         kept = command.kept.read_options()
         rest = [*(["--config", _as_plain(kept, command.kept.config, command.args)] if kept else []), *rest]
     return [verb, *rest]
+
+
+def check_same_run(run: RunFolder, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a start's settings are those of a run, but for what may change.
+
+    Args:
+        run: the run.
+        was: its settings, in sections or by dotted names.
+        now: those of the start, likewise.
+
+    Raises:
+        UserError: others would make it another run; before that, for sources that are missing.
+    """
+    if others := settings.refused(was, now):
+        check_sources(as_sections(flat(now)).get("data", {}))
+        problem = f"{run.path} was started with other settings: {'; '.join(map(str, others))}"
+        raise UserError(problem, option="run", remedy="give --run NAME to start another run")
 
 
 def check_elsewhere(options: Mapping[str, Any], place: Path, args: list[str]) -> None:

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.command import complete, kept_options
+from lit_qlora.command import Command, check_same_run, complete, kept_options
 from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.data.held_out import Parts, check_early_to_score
 from lit_qlora.data.records import Reading
@@ -60,16 +60,14 @@ from lit_qlora.storage.folders import verify_folder
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.mirror import check_no_file
 from lit_qlora.storage.run import FOR_ONE_START, RunFolder, folder_to_score, unnamed_run
-from lit_qlora.storage.settings import Change
 from lit_qlora.text.formats import OF_BASE
 
 
-def check_first(verb: str, args: Sequence[str]) -> int:
+def check_first(command: Command) -> int:
     """Find what is wrong with a command line before anything heavy is imported; pass what can't be judged so.
 
     Args:
-        verb: fit, or one that takes its options.
-        args: the options, as on the command line.
+        command: of fit, or of a verb that takes its options.
 
     Returns:
         How many processes it asks for; 1 where it takes more to know.
@@ -77,9 +75,9 @@ def check_first(verb: str, args: Sequence[str]) -> int:
     Raises:
         UserError: as the parser proper would.
     """
+    verb, *args = command.args
     options = {one.name: one for one in options_of(verb)}
     check_once(args, {name: one.type for name, one in options.items()})
-    command = complete([verb, *args])
     sections = [section for section, *_ in CLASSES]
     for section in sections:
         texts = take_option(args, f"--{section}")[0]
@@ -91,7 +89,7 @@ def check_first(verb: str, args: Sequence[str]) -> int:
         raise UserError(f"can't be given, it is always {LINKED[name]}", option=name, remedy="set that one")
     if given & {*sections, "print_config", ""}:  # which the parser proper alone knows
         return 1
-    values, config = _given(verb, command.args[1:])
+    values, config = _given(verb, args)
     kept = kept_options(command.kept) if command.kept else {}
     whole = defaults_of(verb) | kept | values
     if command.kept:
@@ -158,7 +156,8 @@ def _check_whole(verb: str, values: Mapping[str, Any], config: str | None) -> No
         _check_run(values, run)
     elif verb == "fit":
         run.check_place()
-        run = next(one for one in chain([run], run.numbered()) if not _changes(values, one))  # as a fit does
+        runs = chain([run], run.numbered())
+        run = next(one for one in runs if not settings.refused(*_settings(values, one)))  # as a fit does
     is_done = verb == "fit" and (run.finished_mark.exists() or bool(values.get("mirror")))
     if verb != "plan" and not is_done:  # a forecast needs no rows, nor does a run that is finished, here or there
         _check_rows(values, any_number=verb == "inspect")
@@ -247,16 +246,13 @@ def _check_run(values: Mapping[str, Any], run: RunFolder) -> None:
     if is_first():
         run.check_writable()
         RunLock(run.path).check()
-    others = _changes(values, run)
-    if others:
-        check_sources(as_sections(values).get("data", {}))
-        raise settings.other_run(run.path, others)
+    check_same_run(run, *_settings(values, run))
 
 
-def _changes(values: Mapping[str, Any], run: RunFolder) -> list[Change]:
-    """The plain settings that make it another run than ``run``; none for one that has not begun."""
+def _settings(values: Mapping[str, Any], run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The plain settings of ``run``, and ``values`` of the same; none for one that has not begun."""
     if not run.has_begun() or not run.config.is_file():
-        return []
+        return {}, {}
     left_out = {*FOR_ONE_START, *(one.name for one in options_of("fit") if one.type is UNKNOWN)}
     now = {name: value for name, value in values.items() if name not in left_out}
     if "model.target_modules" in now:
@@ -267,7 +263,7 @@ def _changes(values: Mapping[str, Any], run: RunFolder) -> list[Change]:
         now["data.template"] = read_template(now["data.template"])
     kept = run.read_options().items()
     was = {key: value for key, value in kept if any(f"{key}.".startswith(f"{one}.") for one in now)}
-    return settings.refused(was, now)
+    return was, now
 
 
 def _check_rows(values: Mapping[str, Any], any_number: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_qlora.command import check_same_run
 from lit_qlora.console import complain
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.sources import check_sources
@@ -116,10 +117,7 @@ def check_against_first(run: RunFolder, config: dict[str, Any], data: ChatDataMo
         return
     if not run.config.is_file():
         run.write_config(as_yaml(first))
-    others = settings.refused(first, config)
-    if others:
-        check_sources(config.get("data", {}))
-        raise settings.other_run(run.path, others)
+    check_same_run(run, first, config)
     finished = run.finished()
     if finished and _stays_finished(finished, finished.get("lengths", lengths(first)), lengths(config)):
         if changes := data.changed_since(run.rows):

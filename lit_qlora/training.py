@@ -34,7 +34,7 @@ from lit_qlora.callbacks.stop import StopOnSignal, StopWithoutGain, TimeLimit
 from lit_qlora.callbacks.throughput import Throughput
 from lit_qlora.callbacks.validation import HeldOutMetrics
 from lit_qlora.callbacks.warmup import WarmupStep
-from lit_qlora.command import Command, complete, with_kept
+from lit_qlora.command import Command, with_kept
 from lit_qlora.console import complain, say, tell
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.templates import read_template
@@ -91,10 +91,6 @@ from lit_qlora.trainer import (
 )
 
 OUT_OF_MEMORY = "out of memory outside of a training step (in a validation, an update or a sample answer)"
-
-
-class StartSeveral(Exception):  # noqa: N818  # nothing went wrong
-    """The configuration is for as many processes as its argument says, and this one is alone."""
 
 
 class QLoRACLI(LightningCLI):
@@ -187,14 +183,14 @@ class QLoRACLI(LightningCLI):
     def join(self) -> None:
         """Meet the other processes of the run, which must have the same configuration and versions.
 
-        Raises StartSeveral if they have to be started first.
+        Raises `SeveralAsked` if they have to be started first.
         """
         options = self.config[self.verb].trainer
         here = world()
         gpus = find_gpus(options.devices, options.num_nodes, options.accelerator)
         check_kinds(gpus, options.precision)
         if len(gpus) > 1 and options.num_nodes == 1 and here.size == 1:
-            raise StartSeveral(len(gpus))
+            raise starting.SeveralAsked(len(gpus))
         if here.size == 1:
             return
         join(gpus[here.local_rank])
@@ -410,11 +406,11 @@ class DryCLI(QLoRACLI):
     """fit's command, stopped before weights are loaded: everything is checked and decided, nothing is written."""
 
     @classmethod
-    def of(cls, args: list[str]) -> Self:
-        """Run a command up to where it stops; ``args`` from its verb on. Raises UserError for what fit refuses."""
+    def of(cls, command: Command) -> Self:
+        """Run a command up to where it stops. Raises UserError for what fit refuses."""
         quieten()
         with ExitStack() as stack, in_one_line():
-            return cls(complete(args), stack)
+            return cls(command, stack)
 
     def before_instantiate_classes(self) -> None:
         """Drop loggers, which may use the network, and decide everything for `device`."""
@@ -463,14 +459,12 @@ def in_one_line() -> Iterator[None]:
         raise UserError(one_line(error), option="trainer", remedy="change or leave out that option") from error
 
 
-def main(args: list[str]) -> int:
-    """Run ``args``, the command line from its verb on; return the exit status. Raises UserError."""
+def main(command: Command) -> int:
+    """Run ``command``; return the exit status. Raises UserError."""
     quieten()
     try:
         with peers(), silent_unless_first(), ExitStack() as stack, in_one_line():
-            QLoRACLI(complete(args), stack)
-    except StartSeveral as several:
-        return starting.run(args, several.args[0])
+            QLoRACLI(command, stack)
     except LostError:
         starting.wait_for_the_end()
         raise

@@ -1,10 +1,13 @@
-"""Owns how tests of errors look at one: by option, place and the words that matter, so that prose may be improved."""
+"""Owns how tests of errors look at one: by option, place and the words that matter, so that prose may be improved; and
+the first look at a command line, which finds most."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import pytest
 
+from lit_qlora import precheck
+from lit_qlora.command import complete
 from lit_qlora.errors import UserError
 from lit_qlora.secrecy import redact
 
@@ -15,6 +18,11 @@ class ExpectError(Protocol):
     def __call__(
         self, call: Callable[[], object] | list[str], *words: object, option: str | None = None, place: object = None
     ) -> UserError: ...
+
+
+def check_first(verb: str, args: Sequence[str]) -> int:
+    """As the command line does with the options ``args``, before anything heavy is imported."""
+    return precheck.check_first(complete([verb, *args]))
 
 
 @pytest.fixture

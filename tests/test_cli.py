@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora import cli, training
+from lit_qlora import cli, command, training
 from lit_qlora.cli import FIT_AND_KIN, TOOLS, main
 from lit_qlora.options import configs_first
 from lit_qlora.tools import run_tool
@@ -231,6 +231,19 @@ def test_a_path_too_long_is_one_line(option: str, capsys: pytest.CaptureFixture[
 )
 def test_config_files_come_first(given, expected):
     assert configs_first(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [(["plan", "--run", "mine"], 0), (["fit", "--run", "mine", "--data.source", "gone.jsonl"], 2)],
+)
+def test_a_command_line_is_completed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], status: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named, find = list[str | None](), command.named_folder
+    monkeypatch.setattr(command, "named_folder", lambda run: named.append(run) or find(run))  # type: ignore[func-returns-value]
+    assert (main(args), named) == (status, ["mine"])
 
 
 def test_an_option_before_the_config_counts(expect_error):

@@ -21,12 +21,12 @@ from lit_qlora.errors import UserError
 from lit_qlora.model.base import split_names
 from lit_qlora.options import plain
 from lit_qlora.place import find_config
-from lit_qlora.precheck import check_first
 from lit_qlora.signatures import OF_LIGHTNING, UNKNOWN, classes_for, offered, options_of
 from lit_qlora.storage.config_file import as_yaml
 from lit_qlora.storage.lock import RunLock
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.usage import MATTER, help_asked, help_of, help_of_class
+from tests.expect import check_first
 
 ROOT = Path(__file__).parents[1]
 

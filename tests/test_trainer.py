@@ -17,7 +17,6 @@ from lit_qlora.cli import main
 from lit_qlora.errors import UserError
 from lit_qlora.figures.lines import read_lines
 from lit_qlora.model.script import FIGURES
-from lit_qlora.precheck import check_first
 from lit_qlora.signatures import OBSERVING
 from lit_qlora.trainer import (
     NO_CALLBACKS,
@@ -28,7 +27,7 @@ from lit_qlora.trainer import (
     own_callbacks,
     own_plugins,
 )
-from tests.expect import ExpectError
+from tests.expect import ExpectError, check_first
 
 LOOKS = {
     "Callback", "DeviceStatsMonitor", "EarlyStopping", "LambdaCallback", "LearningRateMonitor", "ModelSummary",

@@ -32,6 +32,10 @@ WHY = {
 CODE = "import sys; sys.path.insert(0, {root!r}); from lit_qlora.cli import main; sys.exit(main())"
 
 
+class SeveralAsked(Exception):  # noqa: N818  # nothing went wrong
+    """The options ask for as many processes as its argument says, and this one is alone."""
+
+
 def take_place(is_for_several: bool = True) -> list[str]:
     """Find which process this is, by what torchrun, srun or `run` left in the environment; it then says so in
     torchrun's names, and nothing else does.

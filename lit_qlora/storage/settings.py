@@ -5,10 +5,8 @@ Knows the names of options and why changing them is harmless, and nothing of wha
 
 from collections.abc import Mapping
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_qlora.errors import UserError
 from lit_qlora.storage.config_file import flat
 
 MAY_CHANGE: Mapping[str, str] = {
@@ -83,12 +81,6 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The changes that would make it another run."""
     return [change for change in differences(was, now) if not _may_change(change.name)]
-
-
-def other_run(path: Path, changes: list[Change]) -> UserError:
-    """The error for ``changes`` that would make it another run than that in the folder ``path``."""
-    problem = f"{path} was started with other settings: {'; '.join(map(str, changes))}"
-    return UserError(problem, option="run", remedy="give --run NAME to start another run")
 
 
 def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

@@ -214,11 +214,12 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
         yield Finding("ok", "chosen: checkpointing none, compile false (no GPU)")
         return
     yield Finding("ok", f"chosen: compile {'false' if options['model.compile'] is False else 'true'} (a GPU)")
+    from lit_qlora.command import complete
     from lit_qlora.forecast.words import kept_words
     from lit_qlora.tools import plan
     from lit_qlora.tools.planning.report import verdict
 
-    forecast = plan.PlanCLI.of(["plan", *fit]).found.forecast
+    forecast = plan.PlanCLI.of(complete(["plan", *fit])).found.forecast
     found = verdict(forecast)
     kept = f"checkpointing {options['model.checkpointing']} ({kept_words(forecast.step)}: predicted)"
     yield Finding("ok", f"chosen: {kept}")

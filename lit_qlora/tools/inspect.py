@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from lit_qlora.command import Command
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.faults import accepted_kinds
 from lit_qlora.errors import UserError
@@ -39,9 +40,9 @@ class InspectCLI(DryCLI):
         self.found = look(trainer, datamodule, options.rows, options.row)
 
 
-def main(args: list[str]) -> int:
-    """Print what a fit, whose options are ``args`` from the verb on, learns; return the exit status."""
-    cli = InspectCLI.of(args)
+def main(command: Command) -> int:
+    """Print what a fit, whose options are those of ``command``, learns; return the exit status."""
+    cli = InspectCLI.of(command)
     seen, whole = cli.found, cli.config[cli.verb].row is not None
     shows_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     print("\n".join(lines(seen, cli.accepted, shows_colour, whole)))

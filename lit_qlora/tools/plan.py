@@ -6,6 +6,7 @@ Takes fit's own options, and needs neither GPU nor weights nor network. Knows wh
 from dataclasses import replace
 from typing import Any
 
+from lit_qlora.command import Command
 from lit_qlora.console import fitted
 from lit_qlora.data.datamodule import ChatDataModule, check_limit
 from lit_qlora.forecast.cards import DEFAULT, Card, find_card
@@ -58,11 +59,11 @@ class PlanCLI(DryCLI):
         self.found = Plan(model.base, forecast, reason, download, *length, self.is_assumed)
 
 
-def main(args: list[str]) -> int:
+def main(command: Command) -> int:
     """Print the plan of a fit.
 
     Args:
-        args: from the verb on: fit's options, and a card.
+        command: of fit's options, and a card.
 
     Returns:
         The exit status.
@@ -70,7 +71,7 @@ def main(args: list[str]) -> int:
     Raises:
         UserError: for options that fit would refuse.
     """
-    print("\n".join(map(fitted, lines(PlanCLI.of(args).found))))
+    print("\n".join(map(fitted, lines(PlanCLI.of(command).found))))
     return 0
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 
 from lit_qlora import training
 from lit_qlora.cli import main
+from lit_qlora.command import Command
 from lit_qlora.devices.launchers import COUNTS, RANKS, ignore_launchers, requeue
 from lit_qlora.errors import UserError
 from lit_qlora.signals import LeftAtOnce
@@ -193,7 +194,7 @@ def test_only_what_the_warning_ended_saved_is_requeued(
 
     monkeypatch.setattr(training, "requeue", lambda: calls.append(1))
     monkeypatch.setattr(training, "QLoRACLI", stopped)
-    assert training.main(["fit"]) == stop.code
+    assert training.main(Command(["fit"])) == stop.code
     assert len(calls) == requeued
 
 

@@ -19,8 +19,8 @@ from lit_qlora.devices.launchers import COUNTS, RANKS
 from lit_qlora.devices.starting import take_place
 from lit_qlora.devices.world import World, world
 from lit_qlora.errors import UserError
-from lit_qlora.precheck import check_first
 from lit_qlora.signals import SIGNALS
+from tests.expect import check_first
 
 ROOT = Path(__file__).parents[2]
 

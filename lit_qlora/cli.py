@@ -77,10 +77,10 @@ def main(args: Sequence[str] | None = None) -> int:
         with leave_in_one_line(resumes=args[:1] in (["fit"], ["predict"], ["push"]), ends_process=is_own):
             return _run(args)
     except UserError as error:
-        report(f"error: {error}", error)
+        report(str(error), error)
         return 2
     except SaveError as error:
-        report(f"error: {redact(str(error))}")
+        report(redact(str(error)))
         return 1
     except UnicodeEncodeError as error:  # of a name: what is printed is prepared, and files are UTF-8
         complain(f"error: {error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8")

@@ -51,6 +51,12 @@ class Row(NamedTuple):
     fault: UserError | None = None
 
 
+def split_place(where: str) -> tuple[str, str]:
+    """The file and the number of a `Row`'s place; the number is empty where the place has none."""
+    found = re.fullmatch(r"(.*?):(?: row )?(\d+)", where, re.DOTALL)
+    return (found[1], found[2]) if found else (where, "")
+
+
 class SourceError(UserError):
     """An error in a source of rows.
 

@@ -5,7 +5,6 @@ Knows no tokens, and not where rows come from.
 """
 
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lit_qlora.console import counted
 from lit_qlora.data import splits
-from lit_qlora.data.files import Row, SourceError
+from lit_qlora.data.files import Row, SourceError, split_place
 from lit_qlora.data.forms import Form, Read, RowError, check_columns, form_names, read_row
 from lit_qlora.data.sources import Source, local_bytes, read_source, sources_of
 from lit_qlora.errors import UserError, excerpt, suggestion
@@ -23,8 +22,8 @@ from lit_qlora.text.formats import PromptFormat, chosen
 
 UNANSWERED = "unanswered last turns dropped"
 NOT_LEARNED = "last answers dropped: not to be learned"
-NOTHING_ANSWERED = "rows left out: nothing answered"
-NOTHING_LEARNED = "rows left out: no answer is to be learned"
+NOTHING_ANSWERED = "nothing answered"
+NOTHING_LEARNED = "no answer is to be learned"
 BROKEN = "rows left out: no whole conversation, the first at "
 TAKEN_OFF = "rows had special tokens written out at the edges of turns, which were taken off: "
 UNUSED = "rows hold what is not used: "
@@ -219,9 +218,11 @@ def places_early(source: Source, split: str, reading: Reading) -> list[str] | No
 
 def is_at(where: str, row: str) -> bool:
     """True if ``17``, ``rows.jsonl:17`` or such names the place ``rows.jsonl:17`` or ``rows.parquet: row 17``."""
+    file, number = split_place(where)
     if row.isdecimal():
-        return re.search(rf"(:|: row ){row}$", where) is not None
-    return f"/{where.replace(': row ', ':')}".endswith(f"/{row.replace(': row ', ':').removeprefix('./')}")
+        return number == row
+    its_file, its_number = split_place(row)
+    return number == its_number and f"/{file}".endswith(f"/{its_file.removeprefix('./')}")
 
 
 def no_row(name: str, row: str) -> UserError:
@@ -349,7 +350,7 @@ def _to_records(name: str, rows: list[Row], reading: Reading) -> Records:
         counts.add(read)
         conversation, reason = _trainable(read.conversation)
         if conversation is None:
-            counts.dropped[reason] += 1
+            counts.dropped[f"rows left out: {reason}"] += 1
             lost.append(LeftOut(row.where, reason))
             continue
         try:

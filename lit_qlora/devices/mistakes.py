@@ -20,23 +20,24 @@ LINGER_S = 3.0
 """How long the first stays, so that the others hear that it has."""
 
 
-def report(line: str, error: BaseException | None = None) -> None:
-    """Print ``line``, with which this command ends, once for all processes of the run.
+def report(problem: str, error: BaseException | None = None) -> None:
+    """Print ``problem``, with which this command ends, once for all processes of the run.
 
     Args:
-        line: begins with ``error: ``.
+        problem: in one line.
         error: what it is of; a `LostError` is about another process.
     """
     if not {*OF_TORCHRUN} <= {*os.environ} or was_started():
-        complain(line, error)
+        complain(f"error: {problem}", error)
     elif is_first():
-        _print_for_all(line, error)
-    elif not _is_said(line, isinstance(error, LostError)):
-        complain(_of(world().rank, line), error)
+        _print_for_all(problem, error)
+    elif not _is_said(problem, isinstance(error, LostError)):
+        complain(_of(world().rank, problem), error)
 
 
-def _print_for_all(line: str, error: BaseException | None) -> None:
+def _print_for_all(problem: str, error: BaseException | None) -> None:
     found: Any = None
+    line = f"error: {problem}"
     if isinstance(error, LostError):  # which one is, and why
         with suppress(Exception):
             found = board(timedelta(seconds=REACH_S))
@@ -48,18 +49,18 @@ def _print_for_all(line: str, error: BaseException | None) -> None:
         hang_up()
         found = found or board(timedelta(seconds=REACH_S))
         found.set("said", "")
-        found.set("failed", f"0 {line}")
+        found.set("failed", f"0 {problem}")
         ends_at = time.monotonic() + LINGER_S
         while found.add("heard", 0) < world().size - 1 and time.monotonic() < ends_at:
             time.sleep(0.05)
 
 
-def _is_said(line: str, is_lost: bool) -> bool:
+def _is_said(problem: str, is_lost: bool) -> bool:
     """True if the first process has said what is wrong, after hearing it from here unless this one ``is_lost``."""
     try:
         found = board(timedelta(seconds=REACH_S))
         if not is_lost:
-            found.set("failed", f"{world().rank} {line}")
+            found.set("failed", f"{world().rank} {problem}")
         hang_up()
         found.wait(["said"], timedelta(seconds=LINGER_S if is_lost else REACH_S))
         found.add("heard", 1)
@@ -68,5 +69,5 @@ def _is_said(line: str, is_lost: bool) -> bool:
     return True
 
 
-def _of(rank: int, line: str) -> str:
-    return f"error: process {rank} of {world().size}: {line.removeprefix('error: ')}"
+def _of(rank: int, problem: str) -> str:
+    return f"error: process {rank} of {world().size}: {problem}"

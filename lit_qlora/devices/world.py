@@ -230,6 +230,10 @@ def join(gpu: int | None) -> None:
 
     Args:
         gpu: number of this process's; None on a CPU.
+
+    Raises:
+        LostError: one has failed on the way.
+        UserError: one does not come.
     """
     here = world()
     if here.size == 1 or _host_group:
@@ -242,12 +246,13 @@ def join(gpu: int | None) -> None:
     _meet()
     store = distributed.PrefixStore("group", _store[0])
     options: dict[str, Any] = {"store": store, "timeout": DEAD, "rank": here.rank, "world_size": here.size}
-    if gpu is None:
-        distributed.init_process_group("gloo", **options)
-    else:
-        torch.cuda.set_device(gpu)
-        distributed.init_process_group("nccl", device_id=torch.device("cuda", gpu), **options)
-    _host_group.append(distributed.new_group(backend="gloo", timeout=SLOW))
+    with peers():  # one that is through may end while others still connect
+        if gpu is None:
+            distributed.init_process_group("gloo", **options)
+        else:
+            torch.cuda.set_device(gpu)
+            distributed.init_process_group("nccl", device_id=torch.device("cuda", gpu), **options)
+        _host_group.append(distributed.new_group(backend="gloo", timeout=SLOW))
 
 
 def leave() -> None:

@@ -50,11 +50,12 @@ _WIDE = re.compile(r"\d{5}|[*{]")
 """In a format's field, a width of five digits, or one that an argument gives."""
 
 
-NO_CLOCK = "strftime_now gives different prompts each day; write a date, or none"
-
-
 class RefusalError(ValueError):
     """Messages that a template refuses in words of its own, by ``raise_exception``."""
+
+
+class ClockError(jinja2.UndefinedError, ValueError):
+    """A template that can't do without today's date."""
 
 
 class Missing(jinja2.Undefined):
@@ -152,11 +153,12 @@ def render(
 
     Raises:
         ValueError: with the line, the template's code fails, takes too long or makes too much; as RefusalError, it
-            refuses the messages.
+            refuses the messages; as ClockError, it asks for the date.
     """
+    no_clock = "strftime_now gives different prompts each day; write a date, or none"
     names = {
         "messages": messages, "bos_token": bos, "eos_token": eos, "add_generation_prompt": add_generation_prompt,
-        "tools": None, "documents": None, "strftime_now": Missing(NO_CLOCK),
+        "tools": None, "documents": None, "strftime_now": Missing(no_clock, exc=ClockError),
         "enable_thinking": False,
     }  # fmt: skip
     room = _Room(int(template.globals[_CHARS]), sum(len(text) for message in messages for text in message.values()))
@@ -166,7 +168,9 @@ def render(
     except Exception as error:  # any error of a template's code
         frames = traceback.extract_tb(error.__traceback__)
         line = next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), 1)
-        kind = RefusalError if type(error) is jinja2.TemplateError else ValueError
+        kind: type[ValueError] = RefusalError if type(error) is jinja2.TemplateError else ValueError
+        if isinstance(error, ClockError):
+            kind = ClockError
         raise kind(f"line {line} can't be rendered: {' '.join(str(error).split())}") from error
     finally:
         _room.reset(token)

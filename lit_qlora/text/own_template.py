@@ -105,9 +105,10 @@ class Template(PromptFormat):
         for messages in (asked[1:], asked) if _CLOCK.search(self.source) else ():
             try:
                 jinja.render(undated, messages, *self.spelled[:2], True)
-            except ValueError as error:
-                if jinja.NO_CLOCK in str(error):
-                    return _CLOCK.sub(lambda call: f'"{DATE.strftime(call["format"])}"', self.source)
+            except jinja.ClockError:
+                return _CLOCK.sub(lambda call: f'"{DATE.strftime(call["format"])}"', self.source)
+            except ValueError:  # which is said where it is tried
+                pass
         return self.source
 
     @cached_property

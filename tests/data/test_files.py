@@ -10,7 +10,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from lit_qlora.data.files import Row, read_rows
+from lit_qlora.data.files import Row, read_rows, split_place
 from lit_qlora.errors import UserError
 
 GOOD = b'{"text": "### Human: hi### Assistant: yo"}\n'
@@ -519,3 +519,15 @@ def test_files_one_behind_the_other_in_a_packed_one():
     Path("a.jsonl.zst").write_bytes(zst(GOOD) * 2)
     assert len(read_rows(Path("a.jsonl.gz"), COLUMNS)) == 2
     assert len(read_rows(Path("a.jsonl.zst"), COLUMNS)) == 2
+
+
+@pytest.mark.parametrize(
+    ("where", "file", "number"),
+    [
+        ("rows.jsonl:17", "rows.jsonl", "17"), ("a/b.parquet: row 2", "a/b.parquet", "2"),
+        ("some/one (train): row 30", "some/one (train)", "30"), ("C:/a:3.jsonl:4", "C:/a:3.jsonl", "4"),
+        ("a\n: row 1:2", "a\n: row 1", "2"), ("rows.jsonl", "rows.jsonl", ""), ("rows:x", "rows:x", ""),
+    ],
+)  # fmt: skip
+def test_a_place_is_a_file_and_a_number(where, file, number):
+    assert split_place(where) == (file, number)

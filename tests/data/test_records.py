@@ -367,6 +367,7 @@ def test_each_conversation_and_each_row_left_out_knows_where_it_stands():
     records = load_records(write("a.jsonl", *rows))
     assert records.where == ["a.jsonl:1", "a.jsonl:4", *(f"a.jsonl:{line}" for line in range(6, 15))]
     assert [where for where, _ in records.left_out] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:5"]
+    assert records.left_out[0].reason == "nothing answered"
     words = ("nothing answered", "[INST]", "expected an object")
     assert all(word in reason for word, (_, reason) in zip(words, records.left_out, strict=True))
 

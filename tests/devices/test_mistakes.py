@@ -13,7 +13,8 @@ from lit_qlora.devices.mistakes import report
 from lit_qlora.devices.world import LostError, highest
 from tests.devices.several import run_several
 
-LINE = "error: unknown option 'model.ran'"
+PROBLEM = "unknown option 'model.ran'"
+LINE = f"error: {PROBLEM}"
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +39,14 @@ def test_what_all_did_the_first_says(
 ) -> None:
     for name in ("REACH_S", "LINGER_S"):  # beyond what `said` waits: none of them goes to its end
         monkeypatch.setattr(mistakes, name, 60.0)
-    assert said(capfd, lambda rank: report(LINE), count, joins)[1] == [LINE]
+    assert said(capfd, lambda rank: report(PROBLEM), count, joins)[1] == [LINE]
 
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_whoever_comes_later(capfd: pytest.CaptureFixture[str], late: int) -> None:
     def do(rank: int) -> None:
         time.sleep(0.5 if rank == late else 0)
-        report(LINE)
+        report(PROBLEM)
 
     assert said(capfd, do)[1] == [LINE]
 
@@ -55,24 +56,30 @@ def meets(rank: int) -> str:
         world.join(None)
         highest(1)
     except LostError as error:
-        report(f"error: {error}", error)
+        report(str(error), error)
         return "lost"
     return "joined"
 
 
 def test_what_another_did_before_they_met_the_first_says_with_its_number(capfd: pytest.CaptureFixture[str]) -> None:
-    found, lines = said(capfd, lambda rank: report(LINE) if rank == 1 else meets(rank), 3)
+    found, lines = said(capfd, lambda rank: report(PROBLEM) if rank == 1 else meets(rank), 3)
     assert (found, lines) == (["lost", None, "lost"], ["error: process 1 of 3: unknown option 'model.ran'"])
 
 
 def test_what_the_first_alone_did_before_they_met(capfd: pytest.CaptureFixture[str]) -> None:
-    found, lines = said(capfd, lambda rank: meets(rank) if rank else report(LINE), 3)
+    found, lines = said(capfd, lambda rank: meets(rank) if rank else report(PROBLEM), 3)
     assert (found, lines) == ([None, "lost", "lost"], [LINE])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_one_does_later_is_noticed_at_the_next_agreement(capfd: pytest.CaptureFixture[str], rank: int) -> None:
-    found, lines = said(capfd, lambda this: report(LINE) if this == rank else meets(this), joins=True)
+    def do(this: int) -> Any:
+        if this != rank:
+            return meets(this)
+        world.join(None)
+        return report(PROBLEM)
+
+    found, lines = said(capfd, do)
     words = LINE if rank == 0 else "error: process 1 of 2: unknown option 'model.ran'"
     assert (found[1 - rank], lines) == ("lost", [words])
 
@@ -81,7 +88,7 @@ def test_without_the_first_each_says_it(capfd: pytest.CaptureFixture[str]) -> No
     def do(rank: int) -> None:
         if rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        report(LINE)
+        report(PROBLEM)
 
     assert said(capfd, do)[1] == ["error: process 1 of 2: unknown option 'model.ran'"]
 
@@ -89,11 +96,11 @@ def test_without_the_first_each_says_it(capfd: pytest.CaptureFixture[str]) -> No
 def test_one_process_and_those_of_the_command_itself_only_print(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report(LINE)
+    report(PROBLEM)
     places = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LIT_QLORA_PARENT": "1"}
     for name, value in places.items():
         monkeypatch.setenv(name, value)
-    report(LINE)
+    report(PROBLEM)
     assert capsys.readouterr().err == f"{LINE}\n{LINE}\n"
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import distributed
 
 from lit_qlora.devices import world
 from lit_qlora.devices.world import (
@@ -137,6 +138,18 @@ def test_a_process_that_is_lost_is_noticed() -> None:
     first, other = run_several(2, lose)
     assert other == "SystemExit: 3"
     assert first.startswith("LostError: process 0 of 2: another one of the run has ended")
+
+
+def test_a_process_that_is_lost_while_the_others_connect_is_noticed() -> None:
+    def join() -> None:
+        distributed.new_group = fails
+        world.join(None)
+
+    def fails(**_: Any) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed: Connection closed by peer")
+
+    for rank, found in enumerate(run_several(2, join, joins=False)):
+        assert found.startswith(f"LostError: process {rank} of 2: another one of the run has ended")
 
 
 @pytest.mark.parametrize("waits", [lambda: highest(1), lambda: gathered("x"), lambda: from_first("x")])

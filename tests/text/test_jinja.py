@@ -14,6 +14,14 @@ TALK = [
 ]
 
 
+def test_a_template_that_asks_for_the_date_has_an_error_of_its_own():
+    with pytest.raises(jinja.ClockError, match=r"^line 1 can't be rendered: strftime_now gives different prompts"):
+        render("{{ strftime_now('%d') }}")
+    with pytest.raises(ValueError, match="strftime_now gives") as caught:
+        render("{{ raise_exception('strftime_now gives different prompts each day; write a date, or none') }}")
+    assert type(caught.value) is jinja.RefusalError
+
+
 def render(source, messages=TALK, add_generation_prompt=False):
     return jinja.render(jinja.compile_template(source), messages, "<s>", "</s>", add_generation_prompt)
 

@@ -173,7 +173,7 @@ def _read(data: ChatDataModule, name: str, judge: Judge, found: list[Found]) -> 
     for where, reason in records.left_out:
         if reason != NOTHING_LEARNED:  # as its weights ask for
             kind = "nothing" if reason == NOTHING_ANSWERED else "unread"
-            found.append(Found(where, Fault(kind, reason.removeprefix("rows left out: "))))
+            found.append(Found(where, Fault(kind, reason)))
     loader = data.train_dataloader() if name == "train" else data.val_dataloader()
     by_row = {number: row for batch in loader for number, row in _rows_of(batch, encoded.lengths)}
     named = [token for token in judge.encoder.prompt_format.spelled.all if len(token) >= SHORTEST_MARK]

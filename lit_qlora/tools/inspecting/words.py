@@ -4,7 +4,6 @@ A row's place alone is never cut or broken, however long its path, so that it ca
 and no files.
 """
 
-import re
 import statistics
 import textwrap
 from collections import Counter, defaultdict
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from lit_qlora.console import WIDTH
 from lit_qlora.data.faults import KINDS
+from lit_qlora.data.files import split_place
 from lit_qlora.data.view import Token, columns, printable, shortened, stretches
 from lit_qlora.tools.inspecting.look import Batching, Found, Look, Part, Shown
 from lit_qlora.tools.inspecting.verdict import REMEDIES
@@ -321,8 +321,8 @@ def _numbers(places: Iterable[str]) -> str:
     """The numbers of rows behind the names of their files, not all of very many."""
     by_file = defaultdict[str, list[str]](list)
     for place in dict.fromkeys(places):
-        file, number = re.fullmatch(r"(.*?)(?::(?: row )?(\d+))?", place, re.DOTALL).groups()  # type: ignore[union-attr]
-        by_file[file.rpartition("/")[2]].append(number or "")
+        file, number = split_place(place)
+        by_file[file.rpartition("/")[2]].append(number)
     some = [f"{file}: {', '.join(numbers[:NUMBERS])}" for file, numbers in by_file.items()]
     left = sum(len(numbers[NUMBERS:]) for numbers in by_file.values())
     return "; ".join(some) + (f" and {left:,} more" if left else "")

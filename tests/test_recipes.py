@@ -9,6 +9,7 @@ import yaml
 
 from benchmarks import many_cards
 from lit_qlora.cli import main
+from lit_qlora.command import complete
 from lit_qlora.devices.asked import check_shares
 from lit_qlora.errors import UserError
 from lit_qlora.storage.config_file import flat
@@ -50,7 +51,7 @@ def test_the_figures_in_kaggles_config_are_the_forecasts(capsys: pytest.CaptureF
         "two": ["--trainer.accumulate_grad_batches", "2"],
         "rows": ["--trainer.accumulate_grad_batches", "2", "--data.batch_tokens", "null", "--data.batch_size", "4"],
     }.items():
-        found = PlanCLI.of(["plan", "--config", "kaggle_2xt4", "--gpu", "t4", *options]).found.forecast
+        found = PlanCLI.of(complete(["plan", "--config", "kaggle_2xt4", "--gpu", "t4", *options])).found.forecast
         shares[name] = f"{found.efficiency:.0%}".replace("%", " %")
     words = " ".join(re.sub(r"^#", "", head, flags=re.MULTILINE).split())
     assert f"each card works {shares['as it is']} of the time. With two micro-batches it is {shares['two']}" in words
@@ -68,8 +69,8 @@ def test_the_70bs_config_is_shared_by_two_cards_as_its_head_says(capsys: pytest.
     assert comes and comes[1] in head
     assert takes and f"{takes[1]} to {takes[2]} h for one epoch" in head and f"({takes[4]} to {takes[3]} tokens" in head
     # Where cards have the room, each keeps the whole base.
-    assert not PlanCLI.of(["plan", "--config", "70b_2x24", "--gpu", "a100-80"]).found.forecast.is_shared
-    assert PlanCLI.of(["plan", "--config", "70b_2x24", "--gpu", "4090"]).found.forecast.is_shared
+    assert not PlanCLI.of(complete(["plan", "--config", "70b_2x24", "--gpu", "a100-80"])).found.forecast.is_shared
+    assert PlanCLI.of(complete(["plan", "--config", "70b_2x24", "--gpu", "4090"])).found.forecast.is_shared
 
 
 def test_the_tables_on_many_cards_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

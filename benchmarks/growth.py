@@ -109,7 +109,8 @@ def _steps(options: argparse.Namespace) -> list[dict]:
 
         as_t4.emulate()
     from lit_qlora.model.copies import Copies
-    from lit_qlora.model.load import Lora, add_lora, load_base
+    from lit_qlora.model.load import load_base
+    from lit_qlora.model.lora import Lora, add_lora
     from lit_qlora.model.module import QLoRAModule
     from lit_qlora.quiet import quieten
 
@@ -143,7 +144,7 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dty
 
     from lit_qlora.batch import Batch, answer_targets
     from lit_qlora.forecast import memory
-    from lit_qlora.model.load import adapter_parameters
+    from lit_qlora.model.lora import adapter_parameters
     from lit_qlora.model.optimizer import OPTIMIZERS
 
     torch.cuda.empty_cache()

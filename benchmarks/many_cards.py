@@ -26,7 +26,7 @@ from lit_qlora.devices.dealing import FIXED_TOKENS, efficiency
 from lit_qlora.forecast import words
 from lit_qlora.forecast.cards import find_card
 from lit_qlora.forecast.foresee import Forecast, Rows, guanaco_lengths
-from lit_qlora.model.load import Lora
+from lit_qlora.model.lora import Lora
 from lit_qlora.model.shape import LLAMA_2, Shape
 
 ROWS, LONGEST, TOKENS, PER_MACHINE = 9846, 1024, 2048, 8

@@ -18,7 +18,7 @@ from lit_qlora.model.base import Base, missing_bytes
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.device import choose_precision, current_device
 from lit_qlora.model.fingerprint import fingerprint
-from lit_qlora.model.load import Lora, read_weights
+from lit_qlora.model.lora import Lora, read_weights
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.storage import settings
 from lit_qlora.storage.adapter import mend_adapter

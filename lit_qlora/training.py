@@ -63,7 +63,7 @@ from lit_qlora.forecast import words
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.model.base import check_context, check_rank, find_base, missing_bytes, split_names
 from lit_qlora.model.device import AMPERE, Device, current_device, decide_for
-from lit_qlora.model.load import check_settings, read_format
+from lit_qlora.model.lora import check_settings, read_format
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import check_optimizer
 from lit_qlora.model.weights import check_weights

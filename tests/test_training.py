@@ -411,7 +411,7 @@ def test_a_vocabulary_that_does_not_fit(
     import shutil
 
     from lit_qlora.data.tokenizer import load_tokenizer
-    from lit_qlora.model import load
+    from lit_qlora.model import load, lora
     from lit_qlora.tools.answering.answerer import Answerer, choose_adapter
 
     monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("a model was loaded"))
@@ -432,7 +432,7 @@ def test_a_vocabulary_that_does_not_fit(
         assert message in capsys.readouterr().err
         Path("adapter").mkdir()
         Path("adapter/adapter_config.json").touch()
-        monkeypatch.setattr(load, "read_record", lambda _: {"base": "base", "prompt_format": None})
+        monkeypatch.setattr(lora, "read_record", lambda _: {"base": "base", "prompt_format": None})
         with pytest.raises(UserError, match="has ids up to 1,024"):
             Answerer(choose_adapter(adapter="adapter"))
 
@@ -492,7 +492,8 @@ def _check_outside(base: Path, adapter: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lit_qlora.model.base import find_base
-    from lit_qlora.model.load import load_adapter, load_base
+    from lit_qlora.model.load import load_base
+    from lit_qlora.model.lora import load_adapter
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,

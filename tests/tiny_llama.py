@@ -99,7 +99,7 @@ def make_model(load):
     import torch
 
     from lit_qlora.model.checkpointing import checkpoint_layers
-    from lit_qlora.model.load import Lora, adapter_parameters, add_lora
+    from lit_qlora.model.lora import Lora, adapter_parameters, add_lora
 
     def make(dtype=torch.float32, checkpointing="none", base=None, **lora):
         model = load(dtype, base) if base else load(dtype)
@@ -123,7 +123,7 @@ def gradients():
     """One training step's gradients, by name, the same randomness each time."""
     import torch
 
-    from lit_qlora.model.load import adapter_parameters
+    from lit_qlora.model.lora import adapter_parameters
     from lit_qlora.model.loss import summed_cross_entropy
 
     def gradients(model):

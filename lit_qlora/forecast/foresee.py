@@ -22,11 +22,11 @@ from lit_qlora.forecast import memory
 from lit_qlora.forecast.cards import Card, find_card
 from lit_qlora.forecast.memory import NO_SAMPLES, Samples, Step, StepMemory
 from lit_qlora.forecast.speed import Epoch, epoch_hours, waits_for_host
-from lit_qlora.model import host, load, offload
+from lit_qlora.model import host, lora, offload
 from lit_qlora.model.device import current_device
 from lit_qlora.model.generate import PROMPTS_AT_ONCE
 from lit_qlora.model.graphs import MOST, padded
-from lit_qlora.model.load import Lora
+from lit_qlora.model.lora import Lora
 from lit_qlora.model.shape import Shape, target_names
 from lit_qlora.storage.files import GIB
 
@@ -363,12 +363,12 @@ def foresee(
         card=card,
         rows=rows or Rows.of(data),
         lora=module.lora,
-        ranks=load.ranks(module.adapter, module.base.shape.num_layers) if module.adapter else None,
+        ranks=lora.ranks(module.adapter, module.base.shape.num_layers) if module.adapter else None,
         precision=str(trainer.precision),
         optimizer=module.optimizer_name,
         checkpointing=module.checkpointing,
         cuda_graphs=module.cuda_graphs,
-        own_layers=module.own_layers and not (module.slow_because or load.has_bias(module.adapter)),
+        own_layers=module.own_layers and not (module.slow_because or lora.has_bias(module.adapter)),
         loss_rows=module.loss_rows,
         host=beside if module.offload else None,
         plan=data.plan,

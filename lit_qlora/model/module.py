@@ -23,7 +23,7 @@ from lit_qlora.devices.asked import check_shard
 from lit_qlora.devices.strategy import is_on_edge
 from lit_qlora.devices.world import is_first, local_first
 from lit_qlora.errors import UserError, require
-from lit_qlora.model import load, script
+from lit_qlora.model import load, lora, script
 from lit_qlora.model.base import Base, check_context, check_targets, find_base, split_names
 from lit_qlora.model.checkpointing import Checkpointing, checkpoint_layers
 from lit_qlora.model.copies import Copies
@@ -142,14 +142,14 @@ class QLoRAModule(LearnsInParts):
         target_modules = split_names(target_modules)
         check_targets(self.base, target_modules)
         self.adapter = Path(adapter) if adapter else None
-        self.lora = load.Lora(rank, alpha, dropout, target_modules, rslora, dora)
+        self.lora = lora.Lora(rank, alpha, dropout, target_modules, rslora, dora)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_ratio, self.schedule, self.optimizer_name = warmup_ratio, schedule, optimizer
         self.attention, self.cuda_graphs, self.own_layers = attention, cuda_graphs, own_layers
         self.offload, self.quantized_cache = offload, quantized_cache
         self.shard, self.shard_to = shard, shard_to
         self.copy_line: str | None = None
-        self.prompt_format = load.read_format(self.adapter) if self.adapter else load.DEFAULT_FORMAT
+        self.prompt_format = lora.read_format(self.adapter) if self.adapter else lora.DEFAULT_FORMAT
         """The prompt format it is trained with, as recorded in each saved adapter."""
         self._recorded: PromptFormat | None = None
         """That of the checkpoint of Lightning's that it was loaded from."""
@@ -194,7 +194,7 @@ class QLoRAModule(LearnsInParts):
         if stage == "fit":
             check_optimizer(self.optimizer_name, self.trainer.strategy.root_device.type == "cuda")
             if self.adapter:
-                load.check_settings(self.adapter, self.lora)
+                lora.check_settings(self.adapter, self.lora)
         self._forget_layers()
 
     @property
@@ -264,16 +264,16 @@ class QLoRAModule(LearnsInParts):
         else:
             base_model = load.load_base(self.base, dtype, device, self.attention)
         if self.adapter:
-            self.model = load.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)
+            self.model = lora.load_adapter(base_model, self.base, self.adapter, True, self.lora.dropout)
         else:
-            self.model = load.add_lora(base_model, self.lora)
+            self.model = lora.add_lora(base_model, self.lora)
         self.slow_because = why_not(self.model) if self.own_layers else "model.own_layers is false"
         if self.slow_because and self.shards:
             raise UserError(f"expected false with {self.slow_because}, got true", option="model.shard")
         if self.slow_because and self.cuda_graphs is True:
             raise UserError(f"expected auto or false with {self.slow_because}, got true", option="model.cuda_graphs")
         if self.shards:
-            self.shards.lowest = min(load.adapted_layers(self.model))
+            self.shards.lowest = min(lora.adapted_layers(self.model))
         self.keeps_pace = self.shards is not None and self.shards.size > 1
         self.uses_cuda_graphs = self.cuda_graphs is True
         self._choose_kept(dtype)
@@ -299,7 +299,7 @@ class QLoRAModule(LearnsInParts):
         """
         if self._recorded:
             return self._recorded.kept(given, "the checkpoint")
-        return load.read_format(self.adapter).kept(given, str(self.adapter)) if self.adapter else given
+        return lora.read_format(self.adapter).kept(given, str(self.adapter)) if self.adapter else given
 
     def system_for(self, given: str | None) -> str | None:
         """The system text for its data: ``given``, or that of the checkpoint, or of the adapter that is scored.
@@ -308,7 +308,7 @@ class QLoRAModule(LearnsInParts):
         """
         was = self._recorded
         if was is None and self.adapter and self.trainer.state.fn != "fit":
-            was = load.read_format(self.adapter)
+            was = lora.read_format(self.adapter)
         return was.system if given is None and was else given
 
     def save_adapter(self, folder: str | Path) -> None:
@@ -320,19 +320,19 @@ class QLoRAModule(LearnsInParts):
         file = next((one for one in (Path(folder), *Path(folder).parents) if one.is_file()), None)
         require(file is None, "folder", "a folder to write to", f"{file}, a file")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        load.save_adapter(model, self.base, Path(folder), self.prompt_format)
+        lora.save_adapter(model, self.base, Path(folder), self.prompt_format)
         if self._data is not None:
             self._data.write_tokenizer(Path(folder), self.base.context_tokens)
 
     def load_adapter_weights(self, folder: Path) -> None:
         """Load the weights of an adapter folder that was saved from this module."""
-        load.load_adapter_weights(self.peft_model, folder)
+        lora.load_adapter_weights(self.peft_model, folder)
 
     def describe(self) -> list[str]:
         """Base and adapter in words, for the terminal."""
         shape = self.base.shape
-        trained = sum(value.numel() for value in load.adapter_parameters(self).values())
-        matrices = [(name.split(".")[-4], len(value)) for name, value in load.adapter_parameters(self).items()
+        trained = sum(value.numel() for value in lora.adapter_parameters(self).values())
+        matrices = [(name.split(".")[-4], len(value)) for name, value in lora.adapter_parameters(self).items()
                     if ".lora_A." in name]  # fmt: skip
         targets, ranks = {name for name, _ in matrices}, sorted({rank for _, rank in matrices})
         names = "all linear layers" if targets == {*Shape.LINEARS} else ", ".join(sorted(targets))
@@ -350,7 +350,7 @@ class QLoRAModule(LearnsInParts):
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The adapter's weights, fp32. The base is never saved."""
-        return {name: value.detach() for name, value in load.adapter_parameters(self).items()}
+        return {name: value.detach() for name, value in lora.adapter_parameters(self).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
         """Load an adapter's weights; loads base and adapter first, if no Trainer has.
@@ -362,7 +362,7 @@ class QLoRAModule(LearnsInParts):
             UserError: it has not exactly the keys and shapes of this one, or is not finite.
         """
         self.configure_model()
-        own = load.adapter_parameters(self)
+        own = lora.adapter_parameters(self)
         shapes = {name: tuple(value.shape) for name, value in own.items()}
         given = {name: tuple(value.shape) for name, value in state_dict.items()}
         if shapes != given:
@@ -445,7 +445,7 @@ class QLoRAModule(LearnsInParts):
 
     def on_train_start(self) -> None:
         """Reset the sums of the figures. Raises UserError if other weights than the adapter's would be trained."""
-        script.check_weights(self, load.adapter_parameters(self))
+        script.check_weights(self, lora.adapter_parameters(self))
         self._take_over()
         if self._data is None:
             name = self.prompt_format.record()["prompt_format"]
@@ -571,7 +571,7 @@ class QLoRAModule(LearnsInParts):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """AdamW on the adapter, with a schedule over the optimizer steps of the DataModule's batches."""
-        parameters = load.adapter_parameters(self).values()
+        parameters = lora.adapter_parameters(self).values()
         how = OPTIMIZERS[self.optimizer_name]
         optimizer = how.make(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         schedule = make_schedule(self.schedule, optimizer, self._num_steps(), self.warmup_ratio)

@@ -35,7 +35,7 @@ from lit_qlora.errors import UserError, excerpt, one_line, require
 from lit_qlora.model.base import Base
 from lit_qlora.model.device import choose_precision, compute_dtype, current_device
 from lit_qlora.model.fingerprint import fingerprint, shown
-from lit_qlora.model.load import Lora
+from lit_qlora.model.lora import Lora
 from lit_qlora.place import COMMAND
 from lit_qlora.text.formats import PromptFormat, from_record
 

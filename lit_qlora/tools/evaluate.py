@@ -126,7 +126,7 @@ def evaluate(
 def _held_out(chosen: ResolvedAdapter, source: str | None, max_length: int | None) -> "ChatDataModule":
     from lit_qlora.data.datamodule import ChatDataModule
     from lit_qlora.model.base import check_context
-    from lit_qlora.model.load import read_format
+    from lit_qlora.model.lora import read_format
 
     options = chosen.options["data"] | ({"max_length": max_length} if max_length else {})
     if max_length and options["batch_tokens"]:

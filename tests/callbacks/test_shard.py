@@ -8,7 +8,7 @@ import pytest
 from lit_qlora.callbacks import shard
 from lit_qlora.callbacks.shard import ShardChoice
 from lit_qlora.forecast.cards import Card
-from lit_qlora.model.load import Lora
+from lit_qlora.model.lora import Lora
 from lit_qlora.model.shape import Shape
 
 LLAMA_70B = {

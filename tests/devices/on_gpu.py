@@ -109,7 +109,7 @@ def _with_lora(model: Any) -> Any:
     """The same adapter each time, with no weight at 0."""
     import torch
 
-    from lit_qlora.model.load import Lora, adapter_parameters, add_lora
+    from lit_qlora.model.lora import Lora, adapter_parameters, add_lora
 
     found = add_lora(model, Lora(8, 8.0, 0.0, "all-linear", False, False)).train()
     generator = torch.Generator().manual_seed(1)
@@ -128,7 +128,7 @@ def _through(model: Any, shards: Any, tokens: int) -> list[Any]:
 
     from lit_qlora.model.attention import find_places
     from lit_qlora.model.decoder import extract_layers, run_layers, weights_of
-    from lit_qlora.model.load import adapter_parameters
+    from lit_qlora.model.lora import adapter_parameters
     from lit_qlora.model.pointwise import EAGER
 
     inner = model.get_base_model().model

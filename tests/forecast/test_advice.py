@@ -11,7 +11,7 @@ from lit_qlora.forecast.advice import LADDER, quickest, smallest_change
 from lit_qlora.forecast.cards import DEFAULT, find_card
 from lit_qlora.forecast.foresee import Forecast, Rows, guanaco_lengths
 from lit_qlora.forecast.memory import RESERVE, Samples
-from lit_qlora.model.load import Lora
+from lit_qlora.model.lora import Lora
 from lit_qlora.model.shape import LLAMA_2, Shape
 from lit_qlora.storage.files import GIB
 

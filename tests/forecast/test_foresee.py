@@ -19,7 +19,7 @@ from lit_qlora.forecast.cards import DEFAULT, Card, find_card
 from lit_qlora.forecast.memory import GIB, HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
 from lit_qlora.forecast.speed import epoch_hours
 from lit_qlora.model.device import Device
-from lit_qlora.model.load import Lora
+from lit_qlora.model.lora import Lora
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.shape import LLAMA_2, Shape
 from lit_qlora.storage.run import RunFolder

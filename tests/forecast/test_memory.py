@@ -16,7 +16,7 @@ from lit_qlora.model.architectures import ARCHITECTURES
 from lit_qlora.model.attention import _attend_on_gpu, attend, find_places
 from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import MicroBatch, extract_layers, run_layers, run_together, weights_of
-from lit_qlora.model.load import adapter_parameters
+from lit_qlora.model.lora import adapter_parameters
 from lit_qlora.model.loss import summed_cross_entropy
 from lit_qlora.model.optimizer import OPTIMIZERS, Optimizer
 from lit_qlora.model.shape import LLAMA_2, Shape

@@ -8,7 +8,7 @@ import transformers
 
 from lit_qlora.data.batching import collate
 from lit_qlora.errors import UserError
-from lit_qlora.model import graphs
+from lit_qlora.model import graphs, lora
 from lit_qlora.model import load as loading
 from lit_qlora.model.architectures import ARCHITECTURES
 from lit_qlora.model.attention import find_places
@@ -18,7 +18,7 @@ from lit_qlora.model.decoder import extract_layers, run_layers, why_not
 from lit_qlora.model.fingerprint import fingerprint
 from lit_qlora.model.generate import Sampling, generate
 from lit_qlora.model.graphs import Graphs
-from lit_qlora.model.load import adapter_parameters
+from lit_qlora.model.lora import adapter_parameters
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.weights import check_weights
@@ -263,7 +263,7 @@ def run_all(model, hidden, pointwise):
 def test_on_a_gpu_compiled_recorded_and_recomputed_are_as_near_to_the_truth_as_eager(base_like, name, dtype):
     """The truth is fp32 on the same 4-bit weights."""
     model = loading.load_base(base_like(name), dtype, torch.device("cuda"), "sdpa")
-    model = loading.add_lora(model, loading.Lora(4, 8.0, 0.0, "all-linear", False, False)).train()
+    model = lora.add_lora(model, lora.Lora(4, 8.0, 0.0, "all-linear", False, False)).train()
     torch.manual_seed(1)
     for parameter in adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -298,7 +298,7 @@ def test_an_adapter_made_elsewhere_is_used_as_peft_uses_it(make_model, load, bas
     made = make_model(base=base, target_modules=targets, use_rslora=True).eval()
     made.save_pretrained(str(tmp_path))
     assert not (tmp_path / "lit_qlora.json").exists()
-    loaded = loading.load_adapter(load(base=base), base, tmp_path, trainable=False).eval()
+    loaded = lora.load_adapter(load(base=base), base, tmp_path, trainable=False).eval()
     assert why_not(loaded) is None
     with torch.no_grad():
         expected = made(input_ids=ids).logits

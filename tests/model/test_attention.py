@@ -15,7 +15,8 @@ from lit_qlora.model.attention import OWN_SDPA, Places, attend, find_places, imp
 from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import why_not
 from lit_qlora.model.generate import Sampling, generate
-from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
+from lit_qlora.model.load import load_base
+from lit_qlora.model.lora import Lora, adapter_parameters, add_lora
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.tools.merging.compare import _compute_in_fp32
 

@@ -8,7 +8,7 @@ from lit_qlora.devices.world import World
 from lit_qlora.model import host
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.decoder import extract_layers, run_layers, weights_of
-from lit_qlora.model.load import adapter_parameters
+from lit_qlora.model.lora import adapter_parameters
 from lit_qlora.model.module import QLoRAModule
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -14,7 +14,8 @@ from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
 from lit_qlora.model.decoder import extract_layers, run_layers
 from lit_qlora.model.graphs import Graphs
-from lit_qlora.model.load import Lora, adapter_parameters, add_lora, load_base
+from lit_qlora.model.load import load_base
+from lit_qlora.model.lora import Lora, adapter_parameters, add_lora
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.pointwise import EAGER, compiled
 from lit_qlora.model.shape import Shape

@@ -10,7 +10,7 @@ from lit_qlora.data.batching import collate
 from lit_qlora.errors import OutOfRoomError
 from lit_qlora.model import graphs, learning
 from lit_qlora.model.dequantised import Weights
-from lit_qlora.model.load import adapter_parameters
+from lit_qlora.model.lora import adapter_parameters
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.sums import AnswerSums
 

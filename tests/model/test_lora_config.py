@@ -13,10 +13,9 @@ from transformers import LlamaForCausalLM
 
 from lit_qlora.batch import Batch, answer_targets
 from lit_qlora.errors import UserError
-from lit_qlora.model import load as loading
-from lit_qlora.model import lora_config
+from lit_qlora.model import lora, lora_config
 from lit_qlora.model.decoder import why_not
-from lit_qlora.model.load import Lora, adapter_parameters, check_settings, load_adapter, read_record
+from lit_qlora.model.lora import Lora, adapter_parameters, check_settings, load_adapter, read_record
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.quiet import quieten
 from lit_qlora.tools.merging.arithmetic import LoraWeights, StoredWeights, merged_tensors
@@ -189,7 +188,7 @@ def test_loss_and_gradients_are_plain_pefts(made, load, tiny, tmp_path, changes)
     assert why_not(model) == next((why for name, why in slow.items() if name in changes), None)
     for kept_layers in (0, 2):
         assert_same(by_us(model, tiny, kept_layers), expected)
-    loading.save_adapter(model, tiny, tmp_path)
+    lora.save_adapter(model, tiny, tmp_path)
     assert_same(by_peft(PeftModel.from_pretrained(load(), str(tmp_path), is_trainable=True)), expected)
     assert_same(by_us(load_adapter(load(), tiny, tmp_path, trainable=True), tiny), expected)
 
@@ -323,7 +322,7 @@ def test_to_go_on_the_layers_that_have_lora_are_asked_for(made):
 
 def test_a_saved_pattern_stays_a_pattern(made, load, tiny, tmp_path):
     _, folder = made({"target_modules": r".*\.(q|v)_proj"})
-    loading.save_adapter(load_adapter(load(), tiny, folder, trainable=True), tiny, tmp_path)
+    lora.save_adapter(load_adapter(load(), tiny, folder, trainable=True), tiny, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["target_modules"] == r".*\.(q|v)_proj"
 

@@ -19,7 +19,7 @@ from lit_qlora.data.batching import collate
 from lit_qlora.errors import UserError
 from lit_qlora.model import decoder
 from lit_qlora.model.generate import Sampling, generate
-from lit_qlora.model.load import adapter_parameters, save_adapter
+from lit_qlora.model.lora import adapter_parameters, save_adapter
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.model.optimizer import num_applied
 

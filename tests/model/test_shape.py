@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_qlora.model.load import adapter_parameters
+from lit_qlora.model.lora import adapter_parameters
 from lit_qlora.model.shape import Shape, known_config
 
 LLAMA2_7B = {

@@ -18,7 +18,7 @@ from lit_qlora.model.base import find_base
 from lit_qlora.model.copies import Copies
 from lit_qlora.model.decoder import MicroBatch, extract_layers, run_together, weights_of
 from lit_qlora.model.fingerprint import fingerprint
-from lit_qlora.model.load import Lora, adapter_parameters, add_lora
+from lit_qlora.model.lora import Lora, adapter_parameters, add_lora
 from lit_qlora.model.offload import HostStore
 from lit_qlora.model.sharded_base import load_sharded
 from tests.small_bases import save_base

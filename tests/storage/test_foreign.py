@@ -58,4 +58,4 @@ def test_there_is_one_reader_of_an_object():
         if parses.search(path.read_text(encoding="utf-8"))
     }
     assert "storage/foreign.py" in found
-    assert not {"model/load.py", "model/fingerprint.py", "figures/card.py", "storage/files.py"} & found
+    assert not {"model/lora.py", "model/fingerprint.py", "figures/card.py", "storage/files.py"} & found

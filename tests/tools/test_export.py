@@ -10,7 +10,8 @@ import torch
 from lit_qlora import demo
 from lit_qlora.cli import main
 from lit_qlora.model.base import find_base
-from lit_qlora.model.load import Lora, add_lora, load_base, save_adapter
+from lit_qlora.model.load import load_base
+from lit_qlora.model.lora import Lora, add_lora, save_adapter
 from lit_qlora.quiet import quieten
 from tests.small_bases import save_base
 

@@ -13,7 +13,7 @@ from lit_qlora.cli import main
 from lit_qlora.data.chat_template import messages
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.tokenizer import load_tokenizer
-from lit_qlora.model.load import read_record
+from lit_qlora.model.lora import read_record
 from lit_qlora.text.conversation import Conversation, Turn
 from lit_qlora.text.formats import chosen
 from lit_qlora.tools.answering.answerer import Answerer, choose_adapter

@@ -16,7 +16,7 @@ from random import Random
 import pytest
 
 from lit_qlora.cli import main
-from lit_qlora.model.load import read_record
+from lit_qlora.model.lora import read_record
 from lit_qlora.storage.adapter import mend_adapter
 from lit_qlora.storage.folders import write_folder
 from lit_qlora.storage.run import RunFolder

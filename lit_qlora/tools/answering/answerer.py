@@ -56,7 +56,7 @@ class ResolvedAdapter(NamedTuple):
         """
         from lit_qlora.data.encode import Encoder
         from lit_qlora.data.tokenizer import load_tokenizer
-        from lit_qlora.model.load import read_format
+        from lit_qlora.model.lora import read_format
 
         prompt_format = read_format(self.adapter)
         length = max_length or self.base.context_tokens
@@ -87,7 +87,7 @@ def choose_adapter(run: str | None = None, adapter: str | None = None, base: str
         raise UserError(f"{adapter} is given, and a run ({run}) too", option="adapter", remedy="give one of the two")
     require_adapter(Path(adapter))
     _say_imports()
-    from lit_qlora.model.load import read_record
+    from lit_qlora.model.lora import read_record
 
     base = base or read_record(Path(adapter))["base"]
     if base is None:
@@ -187,14 +187,14 @@ class Answerer:
         """
         import torch
 
-        from lit_qlora.model import load
+        from lit_qlora.model import load, lora
         from lit_qlora.model.copies import Copies
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         copies = Copies(self.options["model"]["quantized_cache"])
         base = copies.find(self.base, self.dtype, device.type) or self.base
         model = load.load_base(base, self.dtype, device, "sdpa")
-        return load.load_adapter(model, base, self.adapter, trainable=False)
+        return lora.load_adapter(model, base, self.adapter, trainable=False)
 
     def answer_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
         """Answer results of `prompt` as one batch.

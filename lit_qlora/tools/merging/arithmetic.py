@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_qlora.errors import UserError
 from lit_qlora.model import lora_config
 from lit_qlora.model.base import Base
-from lit_qlora.model.load import WEIGHTS, stored_shapes
+from lit_qlora.model.lora import WEIGHTS, stored_shapes
 from lit_qlora.model.weights import BUFFER, STATE, is_linear, stored_tensors
 from lit_qlora.storage.foreign import read_object
 from lit_qlora.tools.merge import Onto

@@ -19,7 +19,7 @@ from lit_qlora.data.records import Reading, load_records
 from lit_qlora.data.run_rows import RunRows
 from lit_qlora.data.sources import paths_of
 from lit_qlora.errors import UserError
-from lit_qlora.model import load
+from lit_qlora.model import load, lora
 from lit_qlora.model.base import Base, find_base
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.tools.answering.answerer import ResolvedAdapter
@@ -98,7 +98,7 @@ def reference(
     rows = [example.input_ids[:MAX_TOKENS] for example in encoder.examples(texts) if example]
     input_ids = pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=encoder.eos_id)
     is_token = torch.arange(input_ids.shape[1]) < torch.tensor([[len(ids)] for ids in rows])
-    model = load.load_adapter(load.load_base(base, dtype, device, "sdpa"), base, adapter, trainable=False)
+    model = lora.load_adapter(load.load_base(base, dtype, device, "sdpa"), base, adapter, trainable=False)
     _compute_in_fp32(model)
     with torch.no_grad():
         logits = model.eval()(input_ids=input_ids.to(model.device), use_cache=False).logits.cpu()[is_token]

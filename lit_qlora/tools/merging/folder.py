@@ -21,7 +21,7 @@ from lit_qlora.errors import UserError, one_line
 from lit_qlora.figures.card import merged_card
 from lit_qlora.model.base import Base
 from lit_qlora.model.device import choose_precision, compute_dtype, current_device
-from lit_qlora.model.load import read_record
+from lit_qlora.model.lora import read_record
 from lit_qlora.storage.files import size
 from lit_qlora.storage.folders import write_folder
 from lit_qlora.storage.run import CARD, RECORD

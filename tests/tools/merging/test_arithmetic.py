@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
-from lit_qlora.model.load import load_base, save_adapter
+from lit_qlora.model.load import load_base
+from lit_qlora.model.lora import save_adapter
 from lit_qlora.model.weights import is_linear
 from lit_qlora.tools.merging.arithmetic import LoraWeights, StoredWeights, as_trained, merged_tensors
 from lit_qlora.tools.merging.streamed import streamed_logits

@@ -1,0 +1,345 @@
+"""Owns LoRA on a base: new, or from a saved adapter; and what is recorded beside its weights.
+
+Its weights are fp32. Knows no Trainer.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from lit_qlora.errors import UserError, one_line, require
+from lit_qlora.model import lora_config
+from lit_qlora.model.base import Base
+from lit_qlora.model.fingerprint import fingerprint, shown
+from lit_qlora.model.shape import Shape, target_names
+from lit_qlora.storage.files import disk_error
+from lit_qlora.storage.folders import MANIFEST, DamagedFolderError, verify_folder
+from lit_qlora.storage.foreign import read_object
+from lit_qlora.storage.run import CARD, RECORD
+from lit_qlora.text.formats import PromptFormat, chosen, from_record
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+DEFAULT_FORMAT = chosen()
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+PLACE = re.compile(
+    rf"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<linear>{'|'.join(Shape.LINEARS)})\.lora_.*"
+)
+"""peft's name of a weight of LoRA on a linear layer of the decoder."""
+
+IN_CONFIG = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+"""Options of LoRA by their fields of adapter_config.json. The record repeats them, so that an alpha changed there is
+noticed."""
+
+TEXTS = ("base", "base_fingerprint", "base_dtype")
+"""Optional keys of the record about the base."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The options of LoRA, named as in peft's LoraConfig."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: str | list[str]
+    rslora: bool
+    dora: bool
+
+
+def add_lora(model: "PreTrainedModel", lora: Lora) -> "PeftModel":
+    """Add a new adapter to ``model``; the output is the base's until it is trained.
+
+    Args:
+        model: the base, as `load_base` returns it.
+        lora: rank, scaling and targets.
+
+    Raises:
+        UserError: a target module does not exist.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes any number
+        lora_dropout=lora.dropout,
+        target_modules=list(target_names(lora.target_modules)),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def check_settings(folder: Path, lora: Lora) -> None:
+    """Check options against those of an adapter to start from, which has its own rank, alpha and targets.
+
+    Args:
+        folder: of the adapter.
+        lora: the options.
+
+    Raises:
+        UserError: for the first setting that differs.
+    """
+    targets = sorted({match["linear"] for match in map(PLACE.match, stored_shapes(folder)) if match})
+    asked = vars(lora) | {"target_modules": sorted(target_names(lora.target_modules))}
+    for name, own in {**_settings(folder), "target_modules": targets}.items():
+        if own != asked[name]:
+            given = f"'{json.dumps(own)}'" if isinstance(own, list) else str(own).lower()
+            raise UserError(
+                f"{asked[name]}, and the adapter {folder} has {own}",
+                option=f"model.{name}",
+                remedy=f"give --model.{name} {given}",
+            )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Rank, alpha, rslora and dora of an adapter, by its adapter_config.json."""
+    config = read_object(folder / "adapter_config.json")
+    return {name: config.get(key) or False for name, key in IN_CONFIG.items()}
+
+
+def ranks(folder: Path, num_layers: int) -> tuple[dict[str, int], ...]:
+    """An adapter's rank by linear layer, for each decoder layer: its patterns may give it many.
+
+    Args:
+        folder: of the adapter.
+        num_layers: decoder layers of its base.
+
+    Raises:
+        UserError: its weights can't be read.
+    """
+    found: dict[int, dict[str, int]] = {layer: {} for layer in range(num_layers)}
+    for name, shape in stored_shapes(folder).items():
+        place = PLACE.match(name)
+        if place and ".lora_A." in name:
+            found.setdefault(int(place["layer"]), {})[place["linear"]] = shape[0]
+    return tuple(found.values())
+
+
+def adapted_layers(model: "PeftModel") -> set[int]:
+    """The numbers of the decoder layers that have LoRA."""
+    return {int(place["layer"]) for place in map(PLACE.match, adapter_parameters(model)) if place}
+
+
+def has_bias(folder: Path | None) -> bool:
+    """True if an adapter's LoRA has biases, which our own layers don't compute."""
+    return folder is not None and bool(read_object(folder / "adapter_config.json").get("lora_bias"))
+
+
+def load_adapter(
+    model: "PreTrainedModel", base: Base, folder: Path, trainable: bool, dropout: float | None = None
+) -> "PeftModel":
+    """Load a saved adapter onto a base.
+
+    Args:
+        model: of ``base``, as `load_base` returns it.
+        base: compared with the one that the adapter records.
+        folder: of the adapter.
+        trainable: True to train it further.
+        dropout: share of LoRA's inputs that training drops; None: the adapter's own.
+
+    Raises:
+        UserError: the folder is no adapter, was altered, was trained on another base, or does not fit.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+
+    record = read_record(folder)
+    recorded = record["base_fingerprint"]
+    if recorded not in (None, fingerprint(base)):
+        raise UserError(
+            f"this adapter was trained on {record['base']} ({shown(str(recorded))}), the base given "
+            f"is {base.public_name} ({shown(fingerprint(base))})",
+            place=folder,
+            remedy="give its own with --model.base or --base",
+        )
+    stored = stored_shapes(folder)
+    try:
+        given = lora_config.arguments(read_object(folder / "adapter_config.json"))
+        config = LoraConfig(**given, task_type="CAUSAL_LM", inference_mode=not trainable)
+        if dropout is not None:
+            config.lora_dropout = dropout
+        peft_model = PeftModel(model, config)  # type: ignore[arg-type]
+        # Without the search for new embeddings, which would contact the hub.
+        state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        wanted = {name: list(tensor.shape) for name, tensor in state.items()}
+        if stored != wanted:
+            name = next(name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name))
+            raise UserError(
+                f"this adapter does not fit {base.public_name}: {name} is "
+                f"{stored.get(name, 'missing')}, expected {wanted.get(name, 'no such weight')}",
+                place=folder,
+            )
+        peft_model.load_adapter(str(folder), "default", is_trainable=trainable)
+    except (SafetensorError, OSError, ValueError, re.error) as error:
+        raise _unreadable(folder, error) from error
+    if not all(torch.isfinite(parameter).all() for parameter in adapter_parameters(peft_model).values()):
+        raise UserError("it holds values that are not finite", place=folder / WEIGHTS, remedy="take another checkpoint")
+    return peft_model
+
+
+def load_adapter_weights(model: "PeftModel", folder: Path) -> None:
+    """Load the weights of an adapter into a model that has one of just this shape.
+
+    Args:
+        model: the base with its adapter.
+        folder: of the adapter to load.
+
+    Raises:
+        UserError: it was altered.
+    """
+    from peft import set_peft_model_state_dict
+
+    own = {name: getattr(model.peft_config["default"], key) for name, key in IN_CONFIG.items()}
+    outcome: Any = set_peft_model_state_dict(model, read_weights(folder, own))
+    assert not outcome.unexpected_keys, f"{folder} holds weights that this adapter lacks"
+
+
+def read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of an adapter that this run saved, by peft's names.
+
+    Args:
+        folder: of the adapter.
+        expected: rank, alpha, rslora and dora of the run, by these names.
+
+    Raises:
+        UserError: they are not finite, or are applied otherwise than in the run.
+    """
+    for name, found in _settings(folder).items():
+        if found != expected[name]:
+            raise UserError(
+                f"adapter_config.json has {IN_CONFIG[name]} {found}, expected {expected[name]}: it was altered",
+                place=folder,
+            )
+    file = folder / WEIGHTS
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(folder, error) from error
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite: it was altered", place=file)
+    return weights
+
+
+def save_adapter(model: "PeftModel", base: Base, folder: Path, prompt_format: PromptFormat = DEFAULT_FORMAT) -> None:
+    """Write a plain PEFT adapter, with a record of base, LoRA and prompt format.
+
+    Args:
+        model: the base with the adapter.
+        base: of which the name that may be published and the fingerprint are recorded.
+        folder: an existing one.
+        prompt_format: that the adapter was trained with.
+
+    Raises:
+        OSError: a file can't be written.
+    """
+    try:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    except SafetensorError as error:
+        raise disk_error(error, folder) from error
+    # peft writes the local path of the base and an empty card; neither may leave this machine.
+    config_file = folder / "adapter_config.json"
+    config = read_object(config_file)
+    config["base_model_name_or_path"] = base.public_name
+    # peft keeps them in a set, whose order differs between processes.
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / CARD).unlink(missing_ok=True)
+    record = {"base": base.public_name, "base_fingerprint": fingerprint(base), **prompt_format.record()}
+    # The values in 4 bits depend on the dtype that they were rounded to before.
+    record["base_dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    record |= {name: config[key] for name, key in IN_CONFIG.items()}
+    (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The base and prompt format recorded in an adapter folder; empty values for one made elsewhere.
+
+    Raises UserError if ``folder`` is no adapter, was altered, or has a prompt format unknown to this version.
+    """
+    lora_config.require_adapter(folder)
+    config = read_object(folder / "adapter_config.json")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"adapter_config.json has the peft_type {kind or 'null'}, expected LORA", place=folder)
+    if (folder / MANIFEST).is_file():
+        try:
+            verify_folder(folder, may_differ=[CARD])
+        except DamagedFolderError as error:
+            raise error.replace(
+                problem=f"{error.problem}: the adapter was altered or cut short after it was saved",
+                remedy=f"take another one, or, if that was meant, delete its {MANIFEST}",
+            ) from error
+    record = {"base": None, "base_fingerprint": None, **DEFAULT_FORMAT.record()}
+    if (folder / RECORD).is_file():
+        record |= read_object(folder / RECORD)
+        for name in TEXTS:
+            told = record.get(name)
+            require(isinstance(told, str | None), name, "a text", told, place=f"{folder}: {RECORD}")
+        _check_own(folder, record)
+    lora_config.check(folder, config)
+    stored = stored_shapes(folder)
+    lora_config.check_ranks(folder, config, stored)
+    elsewhere = next((name for name in sorted(stored) if ".lora_" in name and not PLACE.match(name)), None)
+    if elsewhere:
+        layer = elsewhere.partition(".lora_")[0].removeprefix("base_model.model.")
+        if elsewhere.startswith(layer):
+            problem = f"{elsewhere} is no name of peft's, expected base_model.model.… before it"
+            raise UserError(problem, place=folder, remedy="save it with peft (save_pretrained)")
+        raise UserError(
+            f"by adapter_config.json's target_modules it has LoRA on {layer}, which can't be used here",
+            place=folder,
+            remedy=f"expected linear layers of the decoder: {', '.join(Shape.LINEARS)}",
+        )
+    from_record(record, folder, RECORD)
+    return record
+
+
+def read_format(adapter: Path) -> PromptFormat:
+    """The recorded prompt format of ``adapter``. Raises UserError as `read_record` does."""
+    return from_record(read_record(adapter), adapter, RECORD)
+
+
+def _check_own(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raises UserError if a record of ours lacks the base, or adapter_config.json differs from it."""
+    remedy = "take an adapter that is as it was saved"
+    if not record["base"] or not record["base_fingerprint"]:
+        raise UserError(f"its {RECORD} does not name its base: it was altered", place=folder, remedy=remedy)
+    for name, now in _settings(folder).items():
+        was = record.get(name)
+        if was is not None and was != now:  # earlier versions recorded none
+            what = f"adapter_config.json or {RECORD} was altered: {IN_CONFIG[name]}: {was} -> {now}"
+            raise UserError(what, place=folder, remedy=remedy)
+
+
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shapes of an adapter's weights, by peft's names. Raises UserError if they can't be read."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError) and (folder / PICKLE).is_file():
+        remedy = "load and save it with peft (save_pretrained) where you trust it"
+        return UserError(f"its weights are in {PICKLE}, which can execute code", place=folder, remedy=remedy)
+    return UserError(f"the adapter can't be read: {one_line(error)}", place=folder)
+
+
+def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The weights of LoRA by name: all that is ever trained, saved or resumed."""
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}

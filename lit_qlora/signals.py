@@ -60,7 +60,7 @@ def nothing_open() -> Iterator[None]:
     """A context for the imports at the start of a command, which take seconds: a signal exits at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        _say(number)
+        say_stopped(number)
         _exit(number, frame)
 
     previous = take_over(handle)
@@ -129,7 +129,7 @@ def leave_at_once(number: int, frame: FrameType | None) -> None:
         return
     take_over(_exit, URGENT)
     take_over(signal.SIG_IGN, PATIENT)
-    _say(number)
+    say_stopped(number)
     _leave(number, frame)
 
 
@@ -166,7 +166,8 @@ def _exit(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def _say(number: int) -> None:
+def say_stopped(number: int) -> None:
+    """Print that a signal has ended the command."""
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first does
         return
     then = "; given again, the same command resumes from what is saved" if _resumes[0] else ""

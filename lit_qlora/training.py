@@ -466,7 +466,8 @@ def main(command: Command) -> int:
         with peers(), silent_unless_first(), ExitStack() as stack, in_one_line():
             QLoRACLI(command, stack)
     except LostError:
-        starting.wait_for_the_end()
+        if starting.was_started():  # by a command that shows the other's error
+            return starting.LOST
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(OUT_OF_MEMORY, remedy="give a smaller data.batch_size or data.max_length") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.signals import PATIENT, SIGNALS, _say, hold_off, leave_in_one_line, say
+from lit_qlora.signals import PATIENT, SIGNALS, hold_off, leave_in_one_line, say, say_stopped
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -139,8 +139,8 @@ def test_signals_are_held_off_until_the_command_ends(number: int) -> None:
 
 def test_what_is_said_of_one_command_is_not_said_of_the_next(capsys: pytest.CaptureFixture[str]) -> None:
     with leave_in_one_line(resumes=False):
-        _say(signal.SIGINT)
-    _say(signal.SIGINT)
+        say_stopped(signal.SIGINT)
+    say_stopped(signal.SIGINT)
     first, second = capsys.readouterr().err.strip().split("\n\n")
     assert first == "stopped by Ctrl-C"
     assert second.startswith("stopped by Ctrl-C; given again")

@@ -18,13 +18,24 @@ from typing import IO, Any
 
 from lit_qlora.console import complain
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
-from lit_qlora.devices.world import OF_TORCHRUN, STORE, World, half_of, master
-from lit_qlora.signals import SIGNALS, Handler, give_back, hear, hold_off, no_signals_for_children, take_over
+from lit_qlora.devices.world import OF_TORCHRUN, STORE, World, half_of, lost, master
+from lit_qlora.signals import (
+    SIGNALS,
+    Handler,
+    give_back,
+    hear,
+    hold_off,
+    no_signals_for_children,
+    say_stopped,
+    take_over,
+)
 
 PARENT = "LIT_QLORA_PARENT"
 """In the environment of a process that `run` began: the number of the one that did."""
 GRACE_S = 6.0
 """Seconds that the others have to end by themselves behind the first that failed."""
+LOST = 75
+"""The exit status, between themselves and the command that began them, of a process that has lost another."""
 WHY = {
     "SIGKILL": " (as the system does where the host's memory is short)",
     "SIGABRT": " (as NCCL does where another card did not answer for 600 s; NCCL_P2P_DISABLE=1 may help)",
@@ -124,12 +135,6 @@ def was_started() -> bool:
     return PARENT in os.environ
 
 
-def wait_for_the_end() -> None:
-    """In a process that has lost another: lets the command that began it show that one's error, and end this one."""
-    if was_started():
-        time.sleep(GRACE_S + 2)
-
-
 class _Child:
     """One of the processes. Of all but the first, what they say is kept, and shown if one fails first."""
 
@@ -200,20 +205,23 @@ def _wait(children: list[_Child], sent: list[int], hand_on: Handler) -> int:
             living.remove(child)
             code = child.process.returncode
             child.status = 128 - code if code < 0 else code
-            first_status = first_status or child.status
+            first_status = first_status or (0 if code == LOST else child.status)
             if code >= 128 or -code in SIGNALS:  # all end together, saved, unless one was stopped before they had met
                 alone_until = min(alone_until, time.monotonic() + GRACE_S)
-            elif failed is None and code != 0:
+            elif code != 0 and (failed is None or failed.status == LOST != code):  # what it has lost says more
                 failed, ends_at = child, time.monotonic() + (GRACE_S if code > 0 else 0.5)
         if living and not sent and time.monotonic() > alone_until:
             hand_on(first_status - 128, None)
             ends_at = time.monotonic() + GRACE_S
-    if failed is None:
-        return first_status
     first = children[0]
-    if (failed is not first and first.status is None) or failed.process.returncode < 0:  # it has not spoken for itself
+    has_spoken = first.status not in (None, 0, LOST)
+    if failed is None or (failed.status == LOST and first_status):
+        if first_status and not has_spoken:
+            say_stopped(first_status - 128)
+        return first_status
+    if not has_spoken or failed.process.returncode < 0:
         complain(_last_word(failed, len(children)))
-    return failed.status or 1
+    return 2 if failed.status == LOST else failed.status or 1
 
 
 def _last_word(child: _Child, count: int) -> str:
@@ -226,6 +234,8 @@ def _last_word(child: _Child, count: int) -> str:
             f"error: process {child.rank} of {count} was ended by {name}{short}; the same command resumes from the "
             "last checkpoint"
         )
+    if code == LOST:
+        return f"error: {lost(child.rank, count)}"
     said = ""
     if child.said is not None:
         child.said.seek(0)

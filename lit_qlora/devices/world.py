@@ -175,7 +175,7 @@ def _meet() -> None:
     found.add("came", 1)
     while found.add("came", 0) < here.size:
         if found.check(["failed"]):
-            raise _lost()
+            raise lost(*world()[:2])
         is_over = wait.is_over()
         if is_over or wait.is_long():
             missing = [rank for rank in range(here.size) if not found.check([f"came {rank}"])]
@@ -291,12 +291,13 @@ def peers() -> Iterator[None]:
     except RuntimeError as error:
         if world().size == 1 or not _is_lost(error):
             raise
-        raise _lost() from error
+        raise lost(*world()[:2]) from error
 
 
-def _lost() -> LostError:
+def lost(rank: int, size: int) -> LostError:
+    """The error of process ``rank`` of ``size`` that has lost another."""
     return LostError(
-        f"process {world().rank} of {world().size}: another one of the run has ended, or did not answer",
+        f"process {rank} of {size}: another one of the run has ended, or did not answer",
         remedy="its own last line says why; the same command resumes from the last checkpoint",
     )
 

@@ -16,7 +16,7 @@ from lit_qlora.cli import main
 from lit_qlora.devices import starting
 from lit_qlora.devices.asked import most_gpus
 from lit_qlora.devices.launchers import COUNTS, RANKS
-from lit_qlora.devices.starting import take_place
+from lit_qlora.devices.starting import LOST, take_place
 from lit_qlora.devices.world import World, world
 from lit_qlora.errors import UserError
 from lit_qlora.signals import SIGNALS
@@ -228,6 +228,32 @@ def test_the_one_that_fails_has_the_last_word_and_the_others_end() -> None:
 def test_what_all_say_is_said_once() -> None:
     code = "time.sleep(0.2 if rank == 0 else 0); print('error: the same', file=sys.stderr); sys.exit(2)"
     assert ended(started(code)) == (2, "", "error: the same\n")
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "status", "said"),
+    [
+        (LOST, 2, 2, "error: process 1 of 2: mine\n"),
+        (LOST, LOST, 2, "error: process 1 of 2: another one of the run has ended, or did not answer; "),
+        (LOST, 143, 143, "\nstopped by SIGTERM; given again, the same command resumes"),
+        (0, 2, 2, "error: process 1 of 2: mine\n"),
+    ],
+)
+@pytest.mark.parametrize("late", [0, 1])
+def test_of_processes_that_have_lost_another_only_that_one_is_heard(
+    first: int, other: int, status: int, said: str, late: int
+) -> None:
+    """However long the other takes to end: its connections are gone before it is."""
+    code = f"""
+time.sleep(0.5 if rank == {late} else 0)
+print("error: mine", file=sys.stderr) if rank and {other} == 2 else 0
+sys.exit({other} if rank else {first})
+"""
+    found, _, err = ended(started(code))
+    assert found == status and err.startswith(
+        said.replace("process 1", f"process {1 - late}") if other == LOST else said
+    )
+    assert err.count("error: ") == said.count("error: ")
 
 
 def test_one_that_nccl_ended_is_told_what_may_help() -> None:

@@ -4,6 +4,7 @@ jsonargparse does the parsing. Does not know what any option means.
 """
 
 import re
+from argparse import ArgumentError
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -20,7 +21,7 @@ from lit_qlora.elsewhere import here
 from lit_qlora.errors import SecretError, UserError, cut, excerpt, meant, nearest, one_line
 from lit_qlora.place import CONFIGS
 from lit_qlora.secrecy import holds_secret
-from lit_qlora.storage.config_file import NoReferences
+from lit_qlora.storage.config_file import NoReferences, problem_of
 from lit_qlora.storage.files import NO_VALUE
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.text.conversation import HALF, is_whole
@@ -36,6 +37,15 @@ BARE = {
 LINKED = {"data.tokenizer": "model.base", "data.seed": "seed_everything"}
 """Options that always equal another one, which can be given instead."""
 
+
+_NOTHING_ELSE = re.compile(r"Unexpected config: ([\w.]+):\s*")
+_REQUIRED = re.compile(r"the following arguments are required: ([\w, ]+)")
+_UNKNOWN = re.compile(
+    r"not accept option '([^']+)'|[Uu]nrecognized arguments?: (\S+)|^Option '([^']+)' is not accepted"
+)
+_SECTION = re.compile(r"key \"(\w+)\":\s*Unable to load config '([^']*)'")
+_NO_CLASS = re.compile(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)")
+"""What is read of jsonargparse's sentences, here alone: those errors are TypeErrors and the like, without fields."""
 
 _raised: deque[UserError] = deque(maxlen=32)
 """The last errors: jsonargparse quotes those of the parser of a class's arguments in a message of its own."""
@@ -97,14 +107,14 @@ class OneLineErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError with the cause only."""
         parser = getattr(ex, "subcommand_parser", None) or self
-        only = re.fullmatch(r"Unexpected config: ([\w.]+):\s*", str(message))
+        only = _NOTHING_ELSE.fullmatch(str(message))
         if only:  # jsonargparse takes a file of nothing but "name:" for a text
             self.check_values({only[1]: None})
             raise UserError(f"has no value for {only[1]} and says nothing else", option="config", remedy="give one")
-        lacking = re.fullmatch(r"argument -*([\w.-]+)\S*: expected one argument", str(message))
-        if lacking:
-            raise quoted(UserError("has no value", option=lacking[1], remedy=f"give one: --{lacking[1]} VALUE"))
-        required = re.fullmatch(r"the following arguments are required: ([\w, ]+)", str(message))
+        if isinstance(ex, ArgumentError) and ex.message == "expected one argument" and ex.argument_name:
+            name = ex.argument_name.partition("/")[0].lstrip("-")
+            raise quoted(UserError("has no value", option=name, remedy=f"give one: --{name} VALUE"))
+        required = _REQUIRED.fullmatch(str(message))
         if required and self.usage:
             first, *others = required[1].split(", ")
             problem = f"is required{''.join(f', and so is {one}' for one in others)}"
@@ -215,7 +225,7 @@ def _misfit(option: str, hint: Any, classes: Collection[str], value: Any, reason
         return lacks(inner.name, option, inner.arguments)
     if inner:
         return inner.replace(option=option if inner.option in (None, option) else f"{option}.{inner.option}")
-    unknown = re.search(r"dot import path string: (\S+)|given class_path '([^']+)':\s*(.*)", reasons)
+    unknown = _NO_CLASS.search(reasons)
     if unknown:
         return no_class(unknown[1] or unknown[2], option, classes, unknown[3] or "")
     if isinstance(value, tuple) and hasattr(value, "key"):  # jsonargparse's NestedArg
@@ -261,9 +271,7 @@ def _bare(name: str) -> str:
 
 def _mistake(message: str, names: list[str]) -> UserError:
     """The error about the options ``names`` in jsonargparse's ``message``, which may have several lines."""
-    unknown = re.search(
-        r"not accept option '([^']+)'|[Uu]nrecognized arguments?: (\S+)|^Option '([^']+)' is not accepted", message
-    )
+    unknown = _UNKNOWN.search(message)
     if unknown:
         name = (unknown[1] or unknown[2] or unknown[3]).lstrip("-").split("=")[0]
         remedy = did_you_mean(name, names)
@@ -272,7 +280,7 @@ def _mistake(message: str, names: list[str]) -> UserError:
             bare = next((remedy for option, remedy in BARE.items() if option in names), "")
             return UserError(f"{excerpt(name)} is the value of no option", remedy=f"{bare}{one_value}")
         return UserError(f"unknown option {excerpt(name)}", remedy=remedy)
-    section = re.search(r"key \"(\w+)\":\s*Unable to load config '([^']*)'", message)
+    section = _SECTION.search(message)
     return no_option(section[1], section[2], names) if section else UserError(one_line(message))
 
 
@@ -438,8 +446,7 @@ def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoade
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # of a character that YAML can't hold there is a position alone
         line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
-        problem = one_line(getattr(error, "problem", str(error).partition(": special")[0]))
-        raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}") from error
+        raise UserError(f"no valid YAML: {problem_of(error)}", place=f"{path}:{line}") from error
     if root is None:
         raise UserError("the file is empty", place=path)
     if not isinstance(root, yaml.MappingNode):

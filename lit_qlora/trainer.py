@@ -3,15 +3,15 @@
 Knows the device, and nothing of a run.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, ProgressBar, ThroughputMonitor, Timer
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO, LayerSync, MixedPrecision
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
@@ -62,6 +62,13 @@ NO_PLUGINS: Mapping[type, str] = {
 }
 
 
+GIVEN: Mapping[type, str] = {
+    Callback: "trainer.callbacks",
+    Logger: "trainer.logger",
+    ClusterEnvironment: "trainer.plugins",
+}
+"""The kinds of classes that the user may give, and the option for each."""
+
 IN_RUN = "the run's folder"
 """The ``save_dir`` of a logger that is given none; which folder it is may be chosen after the options are read."""
 
@@ -92,7 +99,8 @@ class RunParser(OneLineErrors, LightningArgumentParser):
             raise quoted(error) from error
         self.made = class_type.__name__
         added: list[str] = super().add_class_arguments(class_type, *args, **kwargs)
-        if isinstance(class_type, type) and issubclass(class_type, CSVLogger | TensorBoardLogger):
+        writes = isinstance(class_type, type) and issubclass(class_type, CSVLogger | TensorBoardLogger)
+        if writes and "save_dir" in added:  # a subclass may choose its own
             self.set_defaults({"save_dir": IN_RUN})
         return added
 
@@ -102,26 +110,22 @@ class RunParser(OneLineErrors, LightningArgumentParser):
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """As jsonargparse's. Raises UserError if a class of the user's choice, such as a logger, fails."""
-        try:
-            return super().instantiate_classes(cfg, **kwargs)
-        except ValueError as error:
-            found = re.search(r"Problem with given class_path '([^']+)':(.*?)(\n  - |\nGiven value)", str(error), re.S)
-            if found:
-                raise UserError(
-                    f"{found[1]} can't be made: {one_line(found[2])}", option=_where(cfg, found[1])
-                ) from error
-            # For an option with several types there is a reason per type, and one is the class's own.
-            name = re.search(r"class_path='([^']+)'", str(error))
-            reasons = [one for one in re.findall(r"\n\s*- (.+)", str(error)) if not re.match(r"Expected a|- ", one)]
-            if name is None or not reasons:
+        failed: list[UserError] = []
+
+        def make(kind: type, *given: Any, option: str, **more: Any) -> Any:
+            try:
+                return kind(*given, **more)
+            except Exception as error:
+                failed.append(UserError(f"{kind.__name__} can't be made: {one_line(error)}", option=option))
                 raise
-            raise UserError(f"{name[1]} can't be made: {reasons[0]}", option=_where(cfg, name[1])) from error
 
-
-def _where(options: Any, class_path: str) -> str | None:
-    """The Trainer's option whose value is the class ``class_path``."""
-    found = (re.search(r"\btrainer\.\w+", key) for key, value in options.items() if class_path in str(value))
-    return next((one[0] for one in found if one), None)
+        makers = [(partial(make, option=option), kind, True) for kind, option in GIVEN.items()]
+        try:
+            return super().instantiate_classes(cfg, instantiators=makers, **kwargs)
+        except ValueError as error:  # of all types that the option may have
+            if failed:
+                raise failed[0] from error
+            raise
 
 
 class QLoRATrainer(Trainer):

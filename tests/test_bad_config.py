@@ -579,7 +579,7 @@ def test_a_logger_whose_package_is_missing_is_one_line(
     monkeypatch.setattr(wandb, "_WANDB_AVAILABLE", RequirementCache("wandb-that-is-not-there>=0.12.10"))
     assert main(["fit", "--run", "./run", "--trainer.logger", "lightning.pytorch.loggers.WandbLogger"]) == 2
     assert capsys.readouterr().err == (
-        "error: trainer.logger: lightning.pytorch.loggers.WandbLogger can't be made: Requirement "
+        "error: trainer.logger: WandbLogger can't be made: Requirement "
         "'wandb-that-is-not-there>=0.12.10' not met. "
         "HINT: Try running `pip install -U 'wandb-that-is-not-there>=0.12.10'`\n"
     )

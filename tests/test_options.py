@@ -1,10 +1,13 @@
 """A config file's mistakes are told in one line with their place; values are found on the command line."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lit_qlora.data.sources import SourceOption
 from lit_qlora.errors import UserError
@@ -89,6 +92,7 @@ def test_a_folder_is_no_file():
             "a.yaml:3: no valid YAML: expected <block end>, but found '<block mapping start>'",
         ),
         ("a: 1\nb: 'open\n", "a.yaml:3: no valid YAML: found unexpected end of stream"),
+        ("a: 1\nb: \x07\n", "a.yaml:2: no valid YAML: unacceptable character #x0007"),
         ("a: 1\n---\nb: 2\n", "a.yaml:2: no valid YAML: but found another document"),
         (
             "model:\n  rank: 4\n  alpha: 8\n  rank: 16\n",
@@ -269,3 +273,28 @@ def test_a_logger_that_can_not_be_made_names_its_option(as_list: bool, expect_er
     expect_error(
         lambda: parser.instantiate_classes(options), "CometLogger can't be made", "comet", option="trainer.logger"
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"), [("logger", CSVLogger), ("callbacks", Callback), ("plugins", LightningEnvironment)]
+)
+def test_what_can_not_be_made_names_its_option_whatever_it_says(
+    option: str, kind: type, expect_error: ExpectError
+) -> None:
+    """The words of the class's error are never read: here they are those of the parser."""
+
+    class Own(kind):
+        def __init__(self) -> None:
+            raise RuntimeError("class_path='x'\n  - Expected a y")
+
+    parser = RunParser(exit_on_error=False)
+    parser.add_lightning_class_args(QLoRATrainer, "trainer")
+    options = parser.parse_args([])
+    options[f"trainer.{option}"] = Namespace(class_path=f"{__name__}.Own")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "Own", Own, raising=False)
+        expect_error(
+            lambda: parser.instantiate_classes(options),
+            "Own can't be made: class_path='x' - Expected a y",
+            option=f"trainer.{option}",
+        )

@@ -41,6 +41,13 @@ class NoReferences(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+def problem_of(error: yaml.YAMLError) -> str:
+    """What is wrong with a text that is no YAML, in PyYAML's words without its places."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"unacceptable character #x{error.character:04x}"
+    return one_line(getattr(error, "problem", None) or error)
+
+
 def read_options(config: Path) -> dict[str, Any]:
     """The options of a run's configuration file by their dotted names, nested in the file or not.
 
@@ -49,7 +56,7 @@ def read_options(config: Path) -> dict[str, Any]:
     try:
         found = yaml.load(config.read_text(encoding="utf-8-sig"), Loader=NoReferences)
     except yaml.YAMLError as error:
-        raise ValueError(one_line(getattr(error, "problem", None) or str(error).partition(": special")[0])) from error
+        raise ValueError(problem_of(error)) from error
     except (RecursionError, UnicodeDecodeError, OSError) as error:
         raise ValueError(unreadable(error)) from error
     except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:

@@ -13,12 +13,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lit_qlora import __version__
 from lit_qlora.console import fitted
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
-from lit_qlora.errors import UserError, meant, one_line
+from lit_qlora.errors import UserError, meant
 from lit_qlora.place import CLONE, COMMAND, CONFIGS, INSTALL, PROGRAM, find_config
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import size
@@ -33,20 +33,14 @@ DESCRIPTION = """Report what is wrong here, what to do about it, and what a fit 
 Without options, it checks for the demo. The output contains no token and no folder name, so it can be pasted into an
 issue. Status 0 if nothing would stop a fit (a note does not), else 2. Changes nothing.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: -*([\w.-]+)", message)
-        known = [action.dest for action in self._actions]
-        near = meant(unknown[1], known) if unknown else None
-        problem = f"unknown option {unknown[1]!r}" if unknown else one_line(message)
-        raise UserError(problem, remedy=near or "the accepted options are listed by --help")
+LISTED = "the accepted options are listed by --help"
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of its options."""
-    made = _Parser(f"{PROGRAM} doctor", description=DESCRIPTION, allow_abbrev=False)
+    made = argparse.ArgumentParser(
+        f"{PROGRAM} doctor", description=DESCRIPTION, allow_abbrev=False, exit_on_error=False
+    )
     made.add_argument("--config", metavar="FILE", help="config of the fit to check; default: the demo's")
     made.add_argument("--base", metavar="ID|DIR", help="base of that fit; default: the config's, or the demo's")
     made.add_argument("--run", metavar="DIR", help="folder that its run is written to; default: runs")
@@ -56,9 +50,14 @@ def parser() -> argparse.ArgumentParser:
 def main(args: list[str]) -> int:
     """Print the findings for ``args``, the options; return the exit status: 2 if something would stop a fit."""
     try:
-        options = parser().parse_args(["--help" if arg == "--help=all" else arg for arg in args])
+        options, unknown = parser().parse_known_args(["--help" if arg == "--help=all" else arg for arg in args])
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
+    except argparse.ArgumentError as error:
+        raise UserError(error.message, option=(error.argument_name or "").lstrip("-"), remedy=LISTED) from error
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        raise UserError(f"unknown option {name!r}", remedy=meant(name, vars(options)) or LISTED)
     options.config = find_config(options.config) if options.config else None
     if options.config and not Path(options.config).is_file():
         raise UserError(

@@ -86,6 +86,17 @@ def test_help_and_mistakes_are_short(capsys):
     assert error == "error: unknown option 'bass'; did you mean 'base'?\n"
 
 
+@pytest.mark.parametrize(
+    ("args", "option", "words"),
+    [
+        (["--bass=x"], None, ["unknown option 'bass'", "'base'"]), (["x"], None, ["unknown option 'x'", "--help"]),
+        (["--run"], "run", ["expected one argument", "--help"]),
+    ],
+)  # fmt: skip
+def test_mistakes_of_the_command_line(expect_error, args, option, words):
+    expect_error(["doctor", *args], *words, option=option)
+
+
 # Packages
 
 

@@ -6,6 +6,8 @@ Knows no base and no rows.
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 REACH_S = 5
 """How long the hub has to accept a connection. Its own library would try for 30 s, for each file again."""
@@ -35,7 +37,28 @@ def use_cache_if_silent() -> bool:
     if constants.HF_HUB_OFFLINE or reaches_hub():
         return False
     os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are not imported yet, and for processes
-    constants.HF_HUB_OFFLINE = True
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    _set_offline(True)
     return True
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """A context in which the hub's cache is read, and nothing downloaded."""
+    import datasets  # noqa: F401  # before the context: it keeps what it finds as it is imported
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    _set_offline(True)
+    try:
+        yield
+    finally:
+        _set_offline(before)
+
+
+def _set_offline(value: bool) -> None:
+    """Let the hub's libraries use its cache alone, or not: each keeps what the environment said at its import."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = value
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = value

@@ -15,8 +15,9 @@ from lit_qlora.model.base import missing_bytes
 from lit_qlora.model.device import AMPERE, Device
 from lit_qlora.model.module import QLoRAModule
 from lit_qlora.ranges import check_ranges
+from lit_qlora.storage.reach import offline
 from lit_qlora.tools.planning.report import Plan, lines
-from lit_qlora.tools.planning.rows import look, offline
+from lit_qlora.tools.planning.rows import look
 from lit_qlora.training import DryCLI
 
 

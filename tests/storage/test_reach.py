@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from lit_qlora.demo import BASE
 from lit_qlora.errors import UserError
 from lit_qlora.model.base import find_base
-from lit_qlora.storage.reach import reaches_hub, use_cache_if_silent
+from lit_qlora.storage.reach import offline, reaches_hub, use_cache_if_silent
 
 
 def test_the_hub_is_not_waited_for(monkeypatch):
@@ -60,3 +60,12 @@ def test_a_cached_base_is_used_with_a_word(silent, tmp_path, monkeypatch, capsys
     file.write_bytes((BASE / "config.json").read_bytes())
     assert find_base("owner/tiny", weights=False).name == "owner/tiny"
     assert capsys.readouterr().err == "note: the hub can't be reached; what its cache has of owner/tiny is used\n"
+
+
+def test_a_context_without_the_hub_ends_as_it_began(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(KeyError), offline():
+        assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+        raise KeyError
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE

@@ -3,8 +3,6 @@
 Downloads nothing. Knows no card.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lit_qlora.callbacks.samples import SampleAnswers
@@ -23,20 +21,6 @@ PROMPT_TOKENS = 256
 """Tokens of the longest of eight prompts if unknown: measured there, 153 on average."""
 PUBLISHED = {"timdettmers/openassistant-guanaco": 9846, "mlabonne/guanaco-llama2-1k": 950}
 """Training rows of data sets with lengths like Guanaco's."""
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """A context in which the hub's cache is read, and nothing downloaded."""
-    import datasets
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def look(trainer: Any, data: ChatDataModule, base: Base, answers: SampleAnswers) -> tuple[Rows, Samples]:

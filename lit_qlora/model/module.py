@@ -498,20 +498,16 @@ class QLoRAModule(LearnsInParts):
             self._sums.add(outputs)
         return outputs
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, which makes the step's last micro-batch; then log the step, without waiting for the device.
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the step, whose micro-batches are all done, without waiting for the device.
 
-        Here, and not at the batch's end, since callbacks that monitor a figure are asked before that.
+        Here, and not at the batch's end, since callbacks that monitor a figure are asked before that; nor in
+        ``optimizer_step``, which Lightning calls in automatic optimization only.
         """
-        before = self.gradient_norm
-        super().optimizer_step(*args, **kwargs)
-        if not self.standalone:
+        if not self._sums:  # a run's callbacks have them, or a subclass has a training step of its own
             return
-        # A subclass may have a clipping of its own, and a step.
-        figures = {} if self.gradient_norm is before else {"train/gradient_norm": self.gradient_norm}
-        if self._sums:
-            figures["train/loss"], figures["train/accuracy"] = self._sums.means()
-        self._log(figures)
+        loss, accuracy = self._sums.means()
+        self._log({"train/loss": loss, "train/accuracy": accuracy})
         step, interval = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and step % interval == 0:
             self._sums.reset()
@@ -599,6 +595,8 @@ class QLoRAModule(LearnsInParts):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self.standalone:
+            self._log({"train/gradient_norm": self.gradient_norm})
 
     # Answers
 

@@ -131,8 +131,8 @@ def test_no_figure_waits_for_the_device_before_a_logger_asks(monkeypatch):
         built.on_train_start()
         built.training_step(None, 0)
         assert logged == []  # in mid-step
-        optimizer = SimpleNamespace(step=lambda closure: closure())
-        built.optimizer_step(0, 1, optimizer, lambda: built.training_step(None, 1))
+        built.training_step(None, 1)
+        built.on_before_optimizer_step(None)
     ((figures, options),) = logged
     assert figures["train/loss"] == 2.0
     assert figures["train/accuracy"].item() == 1 / 3
@@ -177,12 +177,12 @@ class Draws(QLoRAModule):
 def test_every_place_and_every_seed_draws_otherwise_whatever_is_drawn_in_between():
     def drawn(seed=1, **options):
         built = Draws(rank=2, alpha=2.0)
-        short = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 3}
-        trainer(**short, **options).fit(built, data(seed=seed))
+        short = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 2}
+        trainer(**short, **options).fit(built, data(seed=seed, batch_size=1))
         return built.drawn
 
     undisturbed = drawn(limit_val_batches=0)
-    assert len({*undisturbed, *drawn(2, limit_val_batches=0)}) == 12
+    assert len({*undisturbed, *drawn(2, limit_val_batches=0)}) == 8
     assert drawn(val_check_interval=1) == undisturbed
 
 
@@ -225,6 +225,35 @@ def test_a_subclass_learns_by_a_loss_of_its_own(made, as_of):
     weights = [one.state_dict() for one in built]
     assert all(torch.allclose(value, weights[1][name], atol=1e-6) for name, value in weights[0].items())
     assert any(value.abs().max() > 0 for name, value in weights[0].items() if "lora_B" in name)
+
+
+class Manual(QLoRAModule):
+    """Lightning's manual optimization of the same loss."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx)["loss"])
+        self.optimizers().step()
+        self.lr_schedulers().step()
+
+
+def test_a_subclass_that_makes_its_own_steps_logs_their_losses(here):
+    class See(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append(float(trainer.callback_metrics["train/loss"]))
+
+    found = []
+    for cls in (QLoRAModule, Manual):
+        seed_everything(42, verbose=False)
+        seen, logs = [], CSVLogger(here, cls.__name__)
+        made = trainer(max_steps=4, log_every_n_steps=2, limit_val_batches=0, callbacks=[See()], logger=logs)
+        made.fit(cls(rank=2, alpha=2.0), data())
+        found.append((seen, *(curve(Path(logs.log_dir), f"train/{name}") for name in ("loss", "accuracy"))))
+    assert found[0] == found[1]
+    assert [*found[1][1]] == [1, 3]
+    assert len({*seen}) == 4
 
 
 class Own(QLoRAModule):

@@ -38,6 +38,8 @@ class Batch(NamedTuple):
     """Which of several devices it was dealt to; -1: each computes it."""
     highest_id: int = -1
     """The highest of ``input_ids``, found on the host, where it is no wait for the device; -1: unknown."""
+    part: tuple[int, int] = (0, 0)
+    """Of one that was split: its first place in the flattened ids of the whole one, and their number."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on ``device``, which is what Lightning calls; one that is not here stays."""
@@ -78,6 +80,7 @@ def split_batch(batch: Batch) -> list[Batch]:
                 targets=batch.targets[inside],
                 rows=batch.rows[some],
                 lengths=batch.lengths[some],
+                part=(start, len(ids)),
             )
         )
     return parts

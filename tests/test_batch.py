@@ -63,10 +63,12 @@ def test_halves_by_hand():
     assert second.input_ids.tolist() == [[3, 4, 5], [6, 7, 0]]
     assert (second.positions.tolist(), second.targets.tolist(), second.rows) == ([0, 1, 3], [4, 5, 7], (8, 7))
     assert (first.step_answer_tokens, second.step_answer_tokens) == (4, 4)
+    assert (first.part, second.part) == ((0, 9), (3, 9))
     packed = Batch(torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([0, 3]), torch.tensor([2, 5]), (9, 8), 5, 2, (2, 3))
     first, second = split_batch(packed)
     assert (first.input_ids.tolist(), first.lengths, first.positions.tolist()) == ([[1, 2]], (2,), [0])
     assert (second.input_ids.tolist(), second.lengths, second.positions.tolist()) == ([[3, 4, 5]], (3,), [1])
+    assert (first.part, second.part) == ((0, 5), (2, 5))
     assert split_batch(first) == [first]
 
 

@@ -253,11 +253,15 @@ def run_layers(
 
 
 class MicroBatch(NamedTuple):
-    """Hidden states ``[B, T, h]`` before the layers, their places, and a seed of dropout for each layer."""
+    """Hidden states ``[B, T, h]`` before the layers, their places, and a seed of dropout for each layer.
+
+    ``part`` is that of a `Batch`: what is dropped of a part is what would be dropped of it in the whole one.
+    """
 
     hidden: Tensor
     places: Places
     seeds: tuple[int, ...]
+    part: tuple[int, int] = (0, 0)
 
 
 def draw_seeds(layers: Sequence[Layer]) -> tuple[int, ...]:
@@ -303,13 +307,13 @@ def run_together(
     if store:
         store.begin()
     earlier = {} if earlier is None else earlier  # an empty one may be filled by then
-    places = tuple(one.places for one in micro_batches)
+    places, parts = tuple(one.places for one in micro_batches), tuple(one.part for one in micro_batches)
     hidden = [one.hidden for one in micro_batches]
     # Dtypes are chosen by hand, so that backward, where autocast is off, recomputes the very same.
     with torch.autocast(hidden[0].device.type, enabled=False):
         for index, layer in enumerate(layers):
             seeds, sent_to = tuple(one.seeds[index] for one in micro_batches), store if index in hosted else None
-            how = _How(layer, places, seeds, index >= first_kept, sent_to, earlier)
+            how = _How(layer, places, seeds, parts, index >= first_kept, sent_to, earlier)
             hidden = _DecoderLayer.apply(how, *hidden, *layer.lora)  # type: ignore[no-untyped-call]
             if store:
                 store.settle(1 if sent_to else 0)
@@ -317,11 +321,12 @@ def run_together(
 
 
 class _How(NamedTuple):
-    """How a layer computes: for micro-batches of which places and seeds; whether it keeps, and where."""
+    """How a layer computes: for micro-batches of which places, seeds and parts; whether it keeps, and where."""
 
     layer: Layer
     places: tuple[Places, ...]
     seeds: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...]
     keeps: bool
     store: HostStore | None
     earlier: Mapping[int, Tensor]
@@ -357,7 +362,7 @@ class _DecoderLayer(torch.autograd.Function):
         products = _Products(how.layer, out[0].dtype, holds=_holds(how))
         # The last first: the first is the first to go backward, and what waits on the host comes back in that order.
         for at in reversed(range(count)):
-            products.begin(how.seeds[at])
+            products.begin(how.seeds[at], how.parts[at])
             out[at] = _forward(ctx, at, out[at], products)
         return tuple(out)
 
@@ -372,7 +377,7 @@ class _DecoderLayer(torch.autograd.Function):
         products = _Products(how.layer, hidden[0].dtype, remember=remembers, holds=_holds(how))
         passed, found = list[Tensor | None](), [how.earlier.get(id(weight)) for weight in lora]
         for at, grad in enumerate(grads):
-            products.begin(how.seeds[at])
+            products.begin(how.seeds[at], how.parts[at])
             passed.append(_backward(ctx, at, hidden[at], grad, products))
             found = [
                 own if sum_ is None else torch.add(sum_, own, out=sum_ if at else None)
@@ -524,9 +529,9 @@ class _Products:
             self.buffers.fill(layer.lora, dtype)
         self.weights: dict[int, Tensor] = {}
 
-    def begin(self, seed: int) -> None:
+    def begin(self, seed: int, part: tuple[int, int] = (0, 0)) -> None:
         """Turn to a micro-batch, with the seed of its dropout."""
-        self.seed = seed
+        self.seed, self.part = seed, part
         self.lora_hidden: dict[tuple[int, ...], Tensor] = {}
         self.grad_lora_hidden: dict[tuple[int, ...], Tensor] = {}
         self.grad_a: dict[int, Tensor] = {}
@@ -619,7 +624,9 @@ class _Products:
         """The factors of dropout, always the same for one seed and one linear layer."""
         kept = 1 - self.layer.linears[index].dropout
         generator = torch.Generator(x.device).manual_seed(self.seed + index)
-        return torch.empty_like(x).bernoulli_(kept, generator=generator).div_(kept)
+        start, size = self.part
+        mask = torch.empty_like(x) if not size else x.new_empty(size, x.shape[1])
+        return mask.bernoulli_(kept, generator=generator)[start : start + len(x)].div_(kept)
 
 
 def _flat(group: tuple[int, ...], grads: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -201,3 +201,16 @@ def seed_by_position(seed: int, epoch: int, batch: int, device: torch.device) ->
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(number)
+
+
+def chance(device: torch.device) -> Callable[[], None]:
+    """Note what torch will draw next, on the host and on ``device``; call what this returns to draw it again."""
+    on_host = torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def again() -> None:
+        torch.set_rng_state(on_host)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, device)
+
+    return again

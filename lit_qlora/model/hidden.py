@@ -139,7 +139,8 @@ class ComputesSums(LightningModule):
         decoder, micro_batches = self._llama.model, []
         for batch, seeds in waiting:
             hidden = self._embedded(batch)
-            micro_batches.append(MicroBatch(hidden, find_places(decoder.rotary_emb, hidden, batch.lengths), seeds))
+            places = find_places(decoder.rotary_emb, hidden, batch.lengths)
+            micro_batches.append(MicroBatch(hidden, places, seeds, batch.part))
         self._keep_weights(micro_batches[0].hidden.dtype)
         store = self._host_store if self.hosted_layers and self.training and torch.is_grad_enabled() else None
         layers, hosted = self._extracted(), self.hosted_layers

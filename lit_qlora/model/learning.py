@@ -4,7 +4,7 @@ The base class of `QLoRAModule`, above `hidden.py`, which computes the loss. Kno
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_qlora.batch import Batch, split_batch
 from lit_qlora.devices.world import note
 from lit_qlora.errors import OutOfRoomError, UserError
+from lit_qlora.model.device import chance
 from lit_qlora.model.hidden import ComputesSums, Sums, Waiting
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.wording import number_of
@@ -36,6 +37,8 @@ class LearnsInParts(ComputesSums):
         self._loss: tuple[list[Tensor], Tensor] | None = None
         """Their losses, and the detached stand-in for others, which holds no graph."""
         self._is_learned = False
+        self._chance: Callable[[], None] = lambda: None
+        """Has the current micro-batch draw again what it drew."""
         self._num_answers: int | None = None
         """Answer tokens of the current step so far; None where its first micro-batch was not seen."""
         self._earlier: dict[int, Tensor] = {}
@@ -57,6 +60,7 @@ class LearnsInParts(ComputesSums):
         if is_first:
             self._waiting.clear()
         if batch.is_here:
+            self._chance = chance(self.device)
             self._waiting.append(Waiting(batch, self.draw() if most > 1 else None))
         else:
             self._prepare(batch)
@@ -192,9 +196,11 @@ class LearnsInParts(ComputesSums):
         factor = 1 / max(one.batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
         parts, found = [one], []
         if self.parts > 1:
-            parts = [Waiting(part, None) for part in split_batch(one.batch)]
+            parts = [Waiting(part, one.drawn) for part in split_batch(one.batch)]
         try:
-            for part in parts:
+            for number, part in enumerate(parts):
+                if number == 0 or not self.slow_because:  # our layers drop of a part what they drop of it in the whole
+                    self._chance()
                 with self.trainer.precision_plugin.forward_context():
                     ((loss_sum, num_correct, num_answers),) = self._sums_of([part], {})
                 (loss_sum * factor).backward()

@@ -43,9 +43,9 @@ class Trainer:
 def built(make_model, tiny, monkeypatch):
     """A module with its model, its Trainer, and memory for so many conversations at a time."""
 
-    def build(fits, in_backward=False, kept_layers=0, until_kept=None):
+    def build(fits, in_backward=False, kept_layers=0, until_kept=None, dropout=0.0):
         module, trainer = QLoRAModule(tiny.location, rank=4, alpha=8.0), Trainer()
-        module.model, module.kept_layers = make_model(), kept_layers
+        module.model, module.kept_layers = make_model(dropout=dropout).train(), kept_layers
         monkeypatch.setattr(QLoRAModule, "trainer", trainer)
         monkeypatch.setattr(learning, "note", trainer.told.append)
         real = module.summed_loss
@@ -95,9 +95,13 @@ def learn(module, *batches):
 
 @pytest.mark.parametrize("batch", [PADDED, PACKED], ids=["padded", "packed"])
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_halved_equals_whole_and_a_window_under_way_is_kept(built, batch, in_backward):
-    whole, gradients = learn(built(99)[0], batch, batch)
-    module, trainer = built(2, in_backward)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_halved_equals_whole_and_a_window_under_way_is_kept(built, batch, in_backward, dropout):
+    module, _ = built(99, dropout=dropout)
+    torch.manual_seed(5)
+    whole, gradients = learn(module, batch, batch)
+    module, trainer = built(2, in_backward, dropout=dropout)
+    torch.manual_seed(5)
     halved, halved_gradients = learn(module, batch, batch)
     assert module.parts == 2
     assert trainer.told == [
@@ -112,9 +116,16 @@ def test_halved_equals_whole_and_a_window_under_way_is_kept(built, batch, in_bac
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_layers_that_keep_give_way_first_and_change_no_bit(built, in_backward):
-    whole, gradients = learn(built(99, kept_layers=2)[0], PADDED, PADDED)
-    module, trainer = built(2, in_backward, kept_layers=2, until_kept=0)
+@pytest.mark.parametrize("own_layers", [True, False])
+def test_layers_that_keep_give_way_first_and_change_no_bit(built, in_backward, own_layers):
+    """Nor does dropout draw other numbers."""
+    module, _ = built(99, kept_layers=2, dropout=0.3)
+    module.slow_because = None if own_layers else "a test"
+    torch.manual_seed(5)
+    whole, gradients = learn(module, PADDED, PADDED)
+    module, trainer = built(2, in_backward, kept_layers=2, until_kept=0, dropout=0.3)
+    module.slow_because = None if own_layers else "a test"
+    torch.manual_seed(5)
     again, again_gradients = learn(module, PADDED, PADDED)
     assert (module.kept_layers, module.parts) == (0, 1)
     assert [line.partition(": ")[2] for line in trainer.told] == ["every layer recomputes its activations from now on"]

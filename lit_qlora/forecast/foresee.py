@@ -27,6 +27,7 @@ from lit_qlora.model.device import current_device
 from lit_qlora.model.generate import PROMPTS_AT_ONCE
 from lit_qlora.model.graphs import MOST, padded
 from lit_qlora.model.lora import Lora
+from lit_qlora.model.loss import CHUNK_ROWS
 from lit_qlora.model.shape import Shape, target_names
 from lit_qlora.storage.files import GIB
 
@@ -147,7 +148,7 @@ class Forecast:
     checkpointing: str = "auto"
     cuda_graphs: bool | str = False
     own_layers: bool = True
-    loss_rows: int = memory.CHUNK_ROWS
+    loss_rows: int = CHUNK_ROWS
     host: Host | None = None
     plan: BatchPlan
     max_length: int

@@ -1,7 +1,7 @@
 """Owns the bytes of a training step by formula: memory at each of its moments, part by part.
 
 The coefficients are counted, not fitted: `tests/forecast/test_memory.py` measures them on a small model with torch's
-own allocator. Knows no torch, no card and no data; sizes and settings go in, bytes come out.
+own allocator. Knows no card and no data; sizes and settings go in, bytes come out.
 """
 
 import math
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+from lit_qlora.model.loss import CHUNK_ROWS
+from lit_qlora.model.offload import IN_TRANSIT
 from lit_qlora.model.optimizer import OPTIMIZERS
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import GIB
@@ -36,12 +38,6 @@ HOPPER_WORKSPACE = 2 * 32 * 1024**2
 
 SMALL_BLOCK = 1024**2
 """torch's allocator keeps blocks up to this size in segments of their own (`kSmallSize` in torch)."""
-
-IN_TRANSIT = 2
-"""`offload.IN_TRANSIT`, likewise."""
-
-CHUNK_ROWS = 1024
-"""`loss.CHUNK_ROWS`, which can't be imported without torch; a test holds them equal."""
 
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 NF4_TABLES = 4 * (16 + 256 + 1)
@@ -200,19 +196,6 @@ def fetched_bytes(step: Step) -> int:
 def base_on_host_bytes(step: Step) -> int:
     """Page-locked memory of the hosts, of all processes together, for the shares of a base."""
     return step.sharers * share_bytes(step) if step.shares_on_host else 0
-
-
-def run_folder_bytes(num_trained: int, keep_checkpoints: int) -> int:
-    """Largest size of a run folder in bytes, without its figures.
-
-    Args:
-        num_trained: Weights of the adapter; they are kept in fp32.
-        keep_checkpoints: Checkpoints that stay; each has the adapter and two moments of each weight.
-
-    Returns:
-        Bytes of the best adapter, its copy, one being written, and the checkpoints with one more.
-    """
-    return (3 * 4 + (keep_checkpoints + 1) * 12) * num_trained
 
 
 def optimizer_bytes(name: str, tensors: list[int]) -> tuple[int, int]:

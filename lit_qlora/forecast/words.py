@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lit_qlora.forecast import memory
+from lit_qlora.forecast.disk import run_folder_bytes
 from lit_qlora.forecast.foresee import Forecast
 from lit_qlora.forecast.memory import Step
 from lit_qlora.place import COMMAND
@@ -96,7 +97,7 @@ def host_lines(forecast: Forecast, before: Sequence[tuple[str, int]] = ()) -> It
         ("optimizer state that can be paged out to it", paged),
         ("base's layers on the host, page-locked", memory.base_on_host_bytes(step)),
         ("activations on the host, page-locked", memory.host_bytes(step)),
-        (f"run folder, with {keep_checkpoints} checkpoints", memory.run_folder_bytes(trained, keep_checkpoints)),
+        (f"run folder, with {keep_checkpoints} checkpoints", run_folder_bytes(trained, keep_checkpoints)),
     ]
     yield f"{'host and disk':<52}{'GiB':>8}"
     yield from (line(*row) for row in before)

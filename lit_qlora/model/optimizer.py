@@ -1,19 +1,17 @@
 """Owns the optimizers, with what their state takes, and the learning rate over the steps.
 
-Each is an entry in `OPTIMIZERS`; no other module names one. Knows parameters, not what they belong to. Imports torch
-only when called, since forecasts need none.
+Each is an entry in `OPTIMIZERS`; no other module names one. Knows parameters, not what they belong to.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from lit_qlora.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from torch.optim.lr_scheduler import LambdaLR
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -30,7 +28,7 @@ class Optimizer(NamedTuple):
         is_paged: True if they move to the host's memory when the card's runs short.
     """
 
-    make: Callable[..., "torch.optim.Optimizer"]
+    make: Callable[..., torch.optim.Optimizer]
     smaller: tuple[str, ...] = ()
     states: int = 2
     in_8_bits: bool = False
@@ -42,21 +40,15 @@ class Optimizer(NamedTuple):
         return self.states * (1 if self.in_8_bits else 4)
 
 
-def _of_torch(*given: Any, **options: Any) -> "torch.optim.Optimizer":
-    import torch
-
-    # Not fused: it unscales gradients itself, which Lightning refuses with clipping in fp16.
-    return torch.optim.AdamW(*given, **options, foreach=True)
-
-
-def _of_bitsandbytes(kind: str, *given: Any, **options: Any) -> "torch.optim.Optimizer":
+def _of_bitsandbytes(kind: str, *given: Any, **options: Any) -> torch.optim.Optimizer:
     from bitsandbytes import optim
 
     return getattr(optim, kind)(*given, **options)  # type: ignore[no-any-return]
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer(_of_torch, smaller=("adamw_8bit", "paged_adamw_8bit")),
+    # Not fused: it unscales gradients itself, which Lightning refuses with clipping in fp16.
+    "adamw": Optimizer(partial(torch.optim.AdamW, foreach=True), smaller=("adamw_8bit", "paged_adamw_8bit")),
     "adamw_8bit": Optimizer(partial(_of_bitsandbytes, "AdamW8bit"), ("paged_adamw_8bit",), in_8_bits=True),
     # The 8-bit one that stays on the card takes more there.
     "paged_adamw": Optimizer(partial(_of_bitsandbytes, "PagedAdamW"), ("paged_adamw_8bit",), is_paged=True),
@@ -83,9 +75,7 @@ def check_optimizer(name: OptimizerName, on_gpu: bool) -> None:
         )
 
 
-def make_schedule(
-    name: Schedule, optimizer: "torch.optim.Optimizer", num_steps: int, warmup_ratio: float
-) -> "LambdaLR":
+def make_schedule(name: Schedule, optimizer: torch.optim.Optimizer, num_steps: int, warmup_ratio: float) -> LambdaLR:
     """The factor on the learning rate: a linear warm-up, then ``name`` down to 0 at the end.
 
     Args:
@@ -94,8 +84,6 @@ def make_schedule(
         num_steps: optimizer steps of the run.
         warmup_ratio: share of these, rounded up, in which the rate rises.
     """
-    from torch.optim.lr_scheduler import LambdaLR
-
     num_warmup = math.ceil(warmup_ratio * num_steps)
     return LambdaLR(optimizer, lambda step: learning_rate_factor(name, step, num_steps, num_warmup))
 
@@ -119,7 +107,7 @@ def learning_rate_factor(name: Schedule, step: int, num_steps: int, num_warmup: 
     return 1.0
 
 
-def forget(optimizer: "torch.optim.Optimizer") -> None:
+def forget(optimizer: torch.optim.Optimizer) -> None:
     """Reset the state to before the first step, in the same memory: bitsandbytes never frees paged memory."""
     for state in optimizer.state.values():
         for name, value in state.items():
@@ -129,7 +117,7 @@ def forget(optimizer: "torch.optim.Optimizer") -> None:
                 value.zero_()
 
 
-def num_applied(optimizer: "torch.optim.Optimizer") -> int:
+def num_applied(optimizer: torch.optim.Optimizer) -> int:
     """Number of updates that changed the weights, without those skipped by a GradScaler."""
     for state in optimizer.state.values():
         return int(state["step"])

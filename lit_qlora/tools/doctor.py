@@ -19,6 +19,7 @@ from lit_qlora import __version__
 from lit_qlora.console import fitted
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
 from lit_qlora.errors import UserError, meant
+from lit_qlora.forecast.disk import run_folder_bytes
 from lit_qlora.place import CLONE, COMMAND, CONFIGS, INSTALL, PROGRAM, find_config
 from lit_qlora.quiet import quieten
 from lit_qlora.storage.files import size
@@ -161,8 +162,6 @@ def _base_and_choices(config: str | None, asked: str | None, run: Path) -> Itera
     if base:
         rank, targets = (options["model.rank"], options["model.target_modules"]) if options else (16, "all-linear")
         num_lora, kept = base.shape.num_lora(rank, targets), options["keep_checkpoints"] if options else kept
-    from lit_qlora.forecast.memory import run_folder_bytes
-
     try:
         from lit_qlora.model.base import missing_bytes
 

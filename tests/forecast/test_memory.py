@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.memory import Samples, Step, StepMemory
-from lit_qlora.model import decoder, loss
+from lit_qlora.model import decoder
 from lit_qlora.model.architectures import ARCHITECTURES
 from lit_qlora.model.attention import _attend_on_gpu, attend, find_places
 from lit_qlora.model.base import find_base
@@ -206,10 +206,6 @@ def test_the_peak_of_the_loss(num_rows):
     given = num_rows * 16 * (4 + 2 + 2)  # the last norm, hidden states and scored ones come from outside
     expected = memory.loss_bytes(step) - given
     assert peak_bytes(lambda: summed_cross_entropy(hidden, head, ids)) == pytest.approx(expected, rel=0.02)
-
-
-def test_the_chunk_is_the_losss():
-    assert memory.CHUNK_ROWS == loss.CHUNK_ROWS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,7 +1,5 @@
 """What the optimizers and schedules promise: the factor at each step, a step of each optimizer, honest counts."""
 
-import subprocess
-import sys
 from typing import get_args
 
 import bitsandbytes  # noqa: F401  # the first import warns of torch's own, which pytest.warns would pass on
@@ -70,12 +68,6 @@ def test_the_schedule_moves_the_rate_of_each_step():
 def test_each_name_has_its_entry_and_what_it_names_is_there():
     assert [*OPTIMIZERS] == [*get_args(OptimizerName)] == NAMES
     assert {name for one in OPTIMIZERS.values() for name in one.smaller} <= {*NAMES}
-
-
-def test_a_forecast_needs_no_torch():
-    code = "import sys, lit_qlora.model.optimizer, lit_qlora.forecast.memory; print('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "False\n"
 
 
 @pytest.mark.parametrize("name", ON_A_GPU)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lit_qlora.configs import check_config_file, check_config_of
 from lit_qlora.console import complain
 from lit_qlora.data.records import Reading
 from lit_qlora.data.sources import check_sources, sources_of
@@ -18,8 +19,6 @@ from lit_qlora.data.templates import is_template
 from lit_qlora.errors import UserError, excerpt, require
 from lit_qlora.options import (
     CONFIG,
-    check_config_file,
-    check_config_of,
     configs_first,
     did_you_mean,
     known_as,

@@ -9,9 +9,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from lit_qlora.configs import check_config_file
 from lit_qlora.data.sources import SourceOption
 from lit_qlora.errors import UserError
-from lit_qlora.options import check_config_file, check_once, option
+from lit_qlora.options import check_once, option
 from lit_qlora.storage.run import RunFolder
 from lit_qlora.trainer import QLoRATrainer, RunParser
 from lit_qlora.training import QLoRACLI

@@ -1,0 +1,136 @@
+"""Owns the check of a config file before it is parsed, for mistakes that would be accepted: each names its line.
+
+Knows no option's meaning.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from lit_qlora.errors import SecretError, UserError, excerpt, nearest
+from lit_qlora.options import LINKED
+from lit_qlora.place import CONFIGS
+from lit_qlora.secrecy import holds_secret
+from lit_qlora.storage.config_file import NoReferences, problem_of
+from lit_qlora.storage.files import NO_VALUE
+from lit_qlora.storage.run import RunFolder
+from lit_qlora.text.conversation import HALF, is_whole
+
+
+def _no_config(path: Path) -> UserError:
+    """The error for a config file that is not there, or holds rows."""
+    if path.is_file():
+        remedy = f"give it as --data.source {path}"
+        return UserError(f"{path} is a file of rows, expected a YAML file", option="config", remedy=remedy)
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    known = [str(file) for file in sorted(folder.glob("*.y*ml"))]
+    own = [file.stem for file in sorted(CONFIGS.glob("*.yaml"))]
+    near = nearest(str(path), known, 0.6) or nearest(path.stem, own, 0.6)
+    remedy = f"did you mean {near}?" if near else f"give a file, or one of {', '.join(own)}, which come with lit-qlora"
+    return UserError(f"no file {path}", option="config", remedy=remedy)
+
+
+def check_config_file(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> None:
+    """Check a config file for errors that would be accepted: doubled keys, empty sections, a ``config`` inside, linked
+    options, a secret.
+
+    Args:
+        path: the file.
+        loader: reads its YAML.
+
+    Raises:
+        UserError: with file and line, for the first that is found; for what is no file, or no YAML.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a YAML file", option="config")
+    if not path.is_file() or path.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
+        raise _no_config(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 (byte {error.start})", place=path, remedy="save it as UTF-8") from error
+    root: yaml.Node | None = None
+    try:
+        root = yaml.compose(text, Loader=loader)
+        yaml.load(text, Loader=loader)  # finds tags, keys and dates that can't be
+        values = list(_values(root)) if isinstance(root, yaml.MappingNode) else []
+    except RecursionError as error:
+        raise UserError("something in it stands within itself (& and *), or is nested too deep", place=path) from error
+    except (ValueError, LookupError, AttributeError, OverflowError) as error:  # a number, date or tag that does not fit
+        line, problem = next(_misfits(root, loader) if root else iter(()), (1, NO_VALUE))
+        raise UserError(f"no valid YAML: {problem}", place=f"{path}:{line}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)  # of a character that YAML can't hold there is a position alone
+        line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
+        raise UserError(f"no valid YAML: {problem_of(error)}", place=f"{path}:{line}") from error
+    if root is None:
+        raise UserError("the file is empty", place=path)
+    if not isinstance(root, yaml.MappingNode):
+        kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
+        raise UserError(f"expected 'option: value' lines, got a {kind}", place=f"{path}:1")
+    for line, name, value in values:
+        if holds_secret(name, value):
+            raise SecretError(name, f"{path}:{line}")
+        if not is_whole(value):
+            raise UserError(f"it {HALF}", option=name, place=f"{path}:{line}")
+    for line, problem in _problems(root):
+        raise UserError(problem, place=f"{path}:{line}")
+
+
+def check_config_of(run: RunFolder) -> None:
+    """Check the configuration that ``run`` keeps. Raises UserError as `check_config_file`, with what to do about it."""
+    try:
+        check_config_file(run.config, NoReferences)
+    except UserError as error:
+        raise error.advise(run.config_remedy()) from error
+
+
+def _values(node: yaml.Node, name: str = "") -> Iterator[tuple[int, str, str]]:
+    """Line, dotted name and text of each single value."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _values(value, f"{name}.{key.value}".lstrip("."))
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _values(item, name)
+    else:
+        yield node.start_mark.line + 1, name, node.value
+
+
+def _misfits(node: yaml.Node, loader: type[yaml.SafeLoader]) -> Iterator[tuple[int, str]]:
+    """Line and problem of each single value that is none of its kind, such as a date in month 13."""
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            loader("").construct_object(node)
+        except (ValueError, LookupError, AttributeError):
+            yield node.start_mark.line + 1, f"{excerpt(node.value)} can't be read as {node.tag.rpartition(':')[2]}"
+    else:
+        for child in node.value:
+            for one in child if isinstance(child, tuple) else (child,):
+                yield from _misfits(one, loader)
+
+
+def _problems(
+    node: yaml.MappingNode, section: str = "", seen: dict[str, int] | None = None
+) -> Iterator[tuple[int, str]]:
+    """Line and problem of each key of a section that would be ignored, or would take the place of another.
+
+    ``seen`` has the lines of the names before it, dotted or nested, added to (``+``) or set.
+    """
+    seen = {} if seen is None else seen
+    for key, value in node.value:
+        line, name = key.start_mark.line + 1, f"{section}{key.value}"
+        bare = name.removesuffix("+")
+        if bare in seen:
+            yield line, f"{excerpt(name)} stands here a second time (first in line {seen[bare]}); keep one"
+        seen[bare] = line
+        if not section and key.value == "config":
+            yield line, "a config file can't name another; give several with --config A --config B"
+        if name in LINKED:
+            yield line, f"{name} can't be given, it is always {LINKED[name]}; set that one"
+        if isinstance(value, yaml.MappingNode):
+            yield from _problems(value, f"{name}.", seen)
+        elif not section and key.value in ("model", "data", "trainer", "samples"):
+            empty = value.tag == "tag:yaml.org,2002:null"
+            yield (line, f"section {excerpt(name)} is {'empty; fill it or remove the line' if empty else 'no section'}")

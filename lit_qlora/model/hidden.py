@@ -85,6 +85,11 @@ class ComputesSums(LightningModule):
         self._host_store = HostStore()
 
     @property
+    def device(self) -> torch.device:
+        """That of the loaded base. Lightning's is the CPU until it moves the module, once that is loaded."""
+        return super().device if self.model is None else self._llama.model.embed_tokens.weight.device
+
+    @property
     def peft_model(self) -> "PeftModel":
         """The loaded model. Raises UserError before it is loaded."""
         if self.model is None:

@@ -2,18 +2,22 @@
 
     python benchmarks/as_t4.py fit --config configs/colab_t4.yaml …
     python benchmarks/as_t4.py --gib 23.3 fit …    # this card, with less memory
+    python -m torch.distributed.run --nproc-per-node 2 benchmarks/as_t4.py fit …    # two of them
 
 Memory is capped, compute capability reads 7.5 (so fp16 is chosen), attention has neither flash nor cuDNN kernels, and
 cuBLAS has the scratch that it has on a T4.
-It shows memory and which code runs, not a T4's speed.
+It shows memory and which code runs, not a T4's speed. Without torchrun it has one GPU, whatever the machine has: those
+processes that fit itself starts for others would be without the limits.
 """
 
+import argparse
 import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from asked import above_0, require_gpus
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lit_qlora.model import device
@@ -49,15 +53,27 @@ def limit_memory(gib: float, name: str = "", capability: tuple[int, int] | None 
     _LIMITS.enter_context(device.decide_for(device.Device(*shown, int(gib * 1024**3))))
 
 
-if __name__ == "__main__":
-    from lit_qlora.cli import main, prepare_memory
+def main() -> int:
+    """Runs the command under the limits; returns its exit status."""
+    from lit_qlora.cli import main as run
+    from lit_qlora.cli import prepare_memory
 
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--gib", type=above_0, help="of this card's memory, as the only limit")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="of main.py, with its options")
+    options = parser.parse_args()
     prepare_memory()
-    args = sys.argv[1:]
-    if args[:1] == ["--gib"]:
-        limit_memory(float(args[1]))
-        args = args[2:]
+    if "LOCAL_RANK" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    require_gpus(parser, 1, "the limits are a GPU's")
+    if options.gib:
+        limit_memory(options.gib)
     else:
         emulate()
+    return run(options.command)
 
-    raise SystemExit(main(args))
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -28,8 +28,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from asked import above_0, existing, hide_gpus, refuse_unused, require_gpus, whole
+
 STARTED = time.monotonic()
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 PEERS = {
     "lit_qlora": "lit-qlora, its defaults",
     "lit_qlora_tokens": "lit-qlora, batches by tokens",
@@ -64,15 +67,16 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "datas
 
 def main() -> None:
     """Measures, and writes what was found."""
+    from lit_qlora.errors import UserError
+
     options = _options()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        specs = {"": _prepare(options, folder)}
-        if options.quick and options.data != SHORT:
-            (folder / "short").mkdir()
-            rows = options.rows * SHORT_ROWS
-            short = argparse.Namespace(**vars(options) | {"data": SHORT, "rows": rows, "base": _base_of(specs[""])})
-            specs["short"] = _prepare(short, folder / "short")
+        try:
+            specs = _prepare_all(options, folder)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         results = _measure(options, specs)
     reports = {kind: _report(options, found) for kind, found in results.items()}
     report = reports[""] | {kind: found for kind, found in reports.items() if kind}
@@ -94,8 +98,15 @@ def main() -> None:
         sys.exit(f"not measured: {', '.join(failed)}")
 
 
-def _base_of(spec: Path) -> str:
-    return str(json.loads(spec.read_text(encoding="utf-8"))["base"])
+def _prepare_all(options: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    """What is to be measured, by kind of rows."""
+    specs = {"": _prepare(options, folder)}
+    if options.quick and options.data != SHORT:
+        (folder / "short").mkdir()
+        base = str(json.loads(specs[""].read_text(encoding="utf-8"))["base"])
+        short = vars(options) | {"data": SHORT, "rows": options.rows * SHORT_ROWS, "base": base}
+        specs["short"] = _prepare(argparse.Namespace(**short), folder / "short")
+    return specs
 
 
 def _heading(kind: str) -> str:
@@ -111,25 +122,26 @@ def _options() -> argparse.Namespace:
         "--kernels", action="store_true", help="kernel time by class instead of the wall clock; on a GPU"
     )
     parser.add_argument("--base", help="folder or hub id; default: random weights, made for this run")
-    parser.add_argument("--tokenizer", type=Path, help="of Llama 2, for a random base; default: the demo's")
+    parser.add_argument("--tokenizer", type=existing, help="of Llama 2, for a random base; default: the demo's")
     parser.add_argument("--data", default=GUANACO, help="as data.source")
-    parser.add_argument("--rows", type=int, help="conversations, from the first; default: 256, quick: 8")
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=16)
-    words = "steps that are not timed, at least 1; default: 3, quick: 1, on a GPU a pass and 2"
-    parser.add_argument("--warm-up", type=int, help=words)
-    parser.add_argument("--seconds", type=float, help="of timed steps, at least; default: 60, quick: 8")
-    parser.add_argument("--repetitions", type=int, default=3, help="at least 1")
+    parser.add_argument("--rows", type=whole, help="conversations, from the first; default: 256, quick: 8")
+    parser.add_argument("--max-length", type=whole, default=1024)
+    parser.add_argument("--batch-size", type=whole, default=4)
+    parser.add_argument("--rank", type=whole, default=16)
+    words = "steps before the clock starts, at the end of one; default: 3, quick: 1, on a GPU a pass and 2"
+    parser.add_argument("--warm-up", type=whole, help=words)
+    parser.add_argument("--seconds", type=above_0, help="of timed steps, at least; default: 60, quick: 8")
+    parser.add_argument("--repetitions", type=whole, default=3)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=None)
     parser.add_argument("--output", type=Path, help="folder for table, picture, figures and logs; default: none")
     options = parser.parse_args()
-    if options.warm_up is not None and options.warm_up < 1:
-        parser.error("--warm-up: expected a whole number from 1: the first step's end is where the clock starts")
-    if options.repetitions < 1:
-        parser.error(f"--repetitions: expected a whole number from 1, got {options.repetitions}")
-    if options.kernels and options.cpu:
-        parser.error("--kernels: a CPU has none; leave --cpu out")
+    if options.cpu:
+        refuse_unused(parser, options, "--cpu", ["t4", "kernels"])
+        hide_gpus()
+    else:
+        require_gpus(parser, 1, "give --cpu for a small base on the CPU")
+    if options.base:
+        refuse_unused(parser, options, "--base, which has its own", ["tokenizer"])
     options.rows = options.rows or (8 if options.quick else 256)
     options.seconds = options.seconds or (8 if options.quick else 60)
     if options.warm_up is None:  # a GPU's kernels are compiled, tuned and recorded when a length is first seen
@@ -142,7 +154,6 @@ def _options() -> argparse.Namespace:
 
 def _prepare(options: argparse.Namespace, folder: Path) -> Path:
     """Base and rows for all: conversations for us, their very ids and labels for the others."""
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
     from random_base import make
 
     from lit_qlora import demo
@@ -159,7 +170,7 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Path:
         records = load_records(options.data, "train")
     except UserError as error:
         if options.data != GUANACO:
-            sys.exit(f"error: {error}")
+            raise
         print(f"{error}: the demo's conversations instead", file=sys.stderr)
         options.data = "demo"
         records = load_records("demo", "train")

@@ -4,8 +4,8 @@
     python benchmarks/growth.py --cpu                    # a few short ones on the demo: it runs; no memory is measured
     python benchmarks/growth.py --rows 1000 10000 100000 # the real fit up to its first step, on this machine
 
-A step is forward, backward, gradient scaling, clipping and AdamW, as the Trainer does them. Ends with a table; figures
-go to growth.json in the folder of --output.
+A step is forward, backward, gradient scaling, clipping and AdamW, as the Trainer does them. Ends with a table; with
+``--output DIR``, figures are kept there, in growth.json.
 """
 
 import argparse
@@ -19,6 +19,12 @@ import tempfile
 import time
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asked import hide_gpus, refuse_unused, require_gpus, whole
+
+if TYPE_CHECKING:
+    from lit_qlora.model.module import QLoRAModule
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -41,30 +47,34 @@ def main() -> None:
     """Measures, and writes what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="folder or hub id")
-    parser.add_argument("--cpu", action="store_true", help="short steps in fp32 on the CPU; base: the demo by default")
+    parser.add_argument("--cpu", action="store_true", help="short steps on the CPU; base: the demo by default")
     parser.add_argument("--t4", action="store_true", help="14.2 GiB, fp16, no flash or cuDNN attention")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a setting, after two that are not")
-    parser.add_argument("--rows", type=int, nargs="+", help="conversations of data instead")
-    parser.add_argument("--output", type=Path, default=Path("benchmark"))
+    parser.add_argument("--steps", type=whole, default=5, help="timed steps of a setting, after two that are not")
+    parser.add_argument("--rows", type=whole, nargs="+", help="conversations of data instead")
+    parser.add_argument("--output", type=Path, help="folder for the figures; default: none")
     options = parser.parse_args()
     if not (options.rows is not None or options.base or options.cpu):
         parser.error("give --base, --cpu or --rows")
-    for name, values in (("steps", [options.steps]), ("rows", options.rows or [1])):
-        if min(values) < 1:
-            parser.error(f"--{name}: expected a whole number from 1, got {min(values)}")
     if options.rows:
+        refuse_unused(parser, options, "--rows", ["base", "cpu", "t4", "steps"])
         found = [_fit_to_first_step(rows) for rows in options.rows]
         lines = _rows_table(found)
     else:
         from lit_qlora.errors import UserError
 
+        if options.cpu:
+            refuse_unused(parser, options, "--cpu", ["t4"])
+            hide_gpus()
+        else:
+            require_gpus(parser, 1, "give --cpu for a few short steps")
         try:
             found = _steps(options)
         except UserError as error:
             parser.error(str(error))
         lines = _steps_table(found)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "growth.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "growth.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print("\n".join(lines))
 
 
@@ -108,38 +118,36 @@ def _steps(options: argparse.Namespace) -> list[dict]:
         import as_t4
 
         as_t4.emulate()
-    from lit_qlora.model.copies import Copies
-    from lit_qlora.model.load import load_base
-    from lit_qlora.model.lora import Lora, add_lora
     from lit_qlora.model.module import QLoRAModule
     from lit_qlora.quiet import quieten
 
     quieten()
-    device = torch.device("cpu" if options.cpu else "cuda")
-    dtype = torch.float32 if options.cpu else torch.float16 if options.t4 else torch.bfloat16
     grid = [(*setting, "") for setting in (TINY_GRID if options.cpu else GRID)]
     if not options.cpu:
         grid += [(*setting, "recorded") for setting in RECORDED] + [(*setting, "packed") for setting in PACKED]
     found = []
     for rank, settings in groupby(sorted(grid, key=lambda setting: setting[2]), key=lambda setting: setting[2]):
         module = QLoRAModule(options.base or "demo", rank=rank)
-        copies = Copies("auto")
-        if copies.find(module.base, dtype, device.type) is None:
-            copies.keep(module.base, dtype, device)
-        base = copies.find(module.base, dtype, device.type) or module.base
-        loaded = load_base(base, dtype, device, "sdpa")
-        module.model = add_lora(loaded, Lora(rank, 16.0, 0.0, "all-linear", False, False)).train()
+        module.configure_model()
         for length, rows, _, kept, way in settings:
             most = module.base.shape.num_layers
-            found.append(_measure(module, length, rows, rank, min(kept, most), way, dtype, device, options.steps))
+            found.append(_measure(module, length, rows, rank, min(kept, most), way, options.steps))
             print(found[-1], file=sys.stderr, flush=True)
-        del module, loaded
+        del module
         gc.collect()  # modules stand in circles
         torch.cuda.empty_cache()
     return found
 
 
-def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dtype, device, num_steps: int) -> dict:
+def _measure(module: "QLoRAModule", length: int, rows: int, rank: int, kept: int, way: str, num_steps: int) -> dict:
+    """A setting's speed and memory, with the forecast.
+
+    Args:
+        module: loaded.
+        length, rows, rank, kept: tokens per row, rows of a micro-batch, LoRA's rank, and number of layers kept.
+        way: ``recorded``, ``packed`` or empty.
+        num_steps: timed ones.
+    """
     import torch
 
     from lit_qlora.batch import Batch, answer_targets
@@ -154,12 +162,14 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dty
     batch = Batch(ids, *answer_targets(labels), tuple(range(rows)), ids.numel(), int((labels > 0).sum()))
     if way == "packed":
         batch = batch._replace(input_ids=ids.view(1, -1), lengths=(length,) * rows)
+    device, dtype = module.device, module.peft_model.get_input_embeddings().weight.dtype
     batch = batch.to(device)
     parameters = list(adapter_parameters(module).values())
     optimizer = OPTIMIZERS["adamw"].make(parameters, lr=1e-6, weight_decay=0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     recorded = way == "recorded"
     module.kept_layers, module.uses_cuda_graphs = kept, recorded
+    module.dequantised_layers = 0
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -170,7 +180,7 @@ def _measure(module, length: int, rows: int, rank: int, kept: int, way: str, dty
                 if not recorded:  # which takes most while it is recorded
                     torch.cuda.reset_peak_memory_stats()
             started = time.monotonic()
-        with torch.autocast(device.type, dtype, enabled=on_gpu, cache_enabled=False):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             loss = module.summed_loss(batch)[0] / batch.step_answer_tokens
         optimizer.zero_grad()  # as Lightning does: after forward, before backward
         scaler.scale(loss).backward()

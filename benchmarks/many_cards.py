@@ -18,11 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 # ruff: noqa: E402
+from asked import above_0
+
 from lit_qlora.data.batching import BatchPlan, sizes_of
 from lit_qlora.devices.dealing import FIXED_TOKENS, efficiency
+from lit_qlora.errors import UserError
 from lit_qlora.forecast import words
 from lit_qlora.forecast.cards import find_card
 from lit_qlora.forecast.foresee import Forecast, Rows, guanaco_lengths
@@ -126,9 +129,12 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", default="a100-80", help="a card of the forecast's table")
-    parser.add_argument("--network-gb-per-s", type=float, default=12.5, help="of each machine, in one direction")
+    parser.add_argument("--network-gb-per-s", type=above_0, default=12.5, help="of each machine, in one direction")
     options = parser.parse_args()
-    per = costs(options.gpu, options.network_gb_per_s)
+    try:
+        per = costs(options.gpu, options.network_gb_per_s)
+    except UserError as error:
+        parser.error(str(error))
     print("\n".join([*same_step(per), "", *growing_step(per)]))
 
 

@@ -5,9 +5,11 @@ import sys
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_qlora.batch import Batch
 from lit_qlora.data.batching import collate
+from lit_qlora.model.module import QLoRAModule
 
 clock: Any = None
 """The `peers.Clock` of this process."""
@@ -20,23 +22,26 @@ class Stopwatch(Callback):
 
     loss, seen = 0.0, 0
 
-    def on_train_start(self, trainer, module):
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scores the rows before training."""
-        self.loss = self._score(trainer, module)
+        self.loss = self._score(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         """Counts a micro-batch."""
         clock.batch(batch.num_tokens, batch.input_ids.numel())
         if trainer.global_step > self.seen:
             self.seen = trainer.global_step
             if clock.step():
-                clock.report(self.loss, self._score(trainer, module), str(trainer.precision))
+                clock.report(self.loss, self._score(trainer, pl_module), str(trainer.precision))
                 sys.stdout.flush()
                 os._exit(0)
 
-    def _score(self, trainer, module):
+    def _score(self, trainer: Trainer, module: LightningModule) -> float:
+        assert isinstance(module, QLoRAModule)
         batch = collate(list(enumerate(rows)), 1)._replace(rows=())
         batch = module.transfer_batch_to_device(batch, module.device, 0)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             loss, _, count = module.summed_loss(batch)
-        return loss.item() / count
+        return float(loss) / count

@@ -3,6 +3,7 @@
 Prints one line of JSON last: tokens per second, padding, peak memory, the loss of the same rows before training.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -310,11 +311,11 @@ def _timer(clock: Clock) -> object:
     from transformers import TrainerCallback
 
     class Timer(TrainerCallback):
-        def on_train_begin(self, args, state, control, **_):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if args.gradient_accumulation_steps != 1:
                 raise RuntimeError(f"a step is one batch here, not {args.gradient_accumulation_steps}")
 
-        def on_step_end(self, args, state, control, **_):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # The loader has looked one batch ahead: it belongs to the next step.
             ahead = clock.pending[1:]
             del clock.pending[1:]
@@ -368,9 +369,16 @@ NAMES: dict[str, Callable[[dict, Clock], None]] = {
     )
 }  # fmt: skip
 
-if __name__ == "__main__":
-    chosen = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    if sys.argv[1].startswith("lit_qlora"):
+
+def main() -> None:
+    """Measures the one that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peer", choices=NAMES)
+    parser.add_argument("spec", type=argparse.FileType(encoding="utf-8"), help="of compare.py")
+    options = parser.parse_args()
+    with options.spec as file:
+        chosen = json.load(file)
+    if options.peer.startswith("lit_qlora"):
         from lit_qlora.cli import prepare_memory
 
         prepare_memory()
@@ -378,4 +386,8 @@ if __name__ == "__main__":
         import as_t4
 
         as_t4.emulate()
-    NAMES[sys.argv[1]](chosen, Clock(chosen))
+    NAMES[options.peer](chosen, Clock(chosen))
+
+
+if __name__ == "__main__":
+    main()

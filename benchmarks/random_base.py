@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from asked import above_0, existing, new, refuse_unused, whole
 from safetensors.torch import save_file
 
 SHAPES = {
@@ -188,15 +189,23 @@ def write_rest(
         shutil.copyfile(file, output / file.name)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Makes it, and prints where."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, help="folder of a Llama 2 tokenizer, copied beside the weights")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--output", type=new, required=True)
+    parser.add_argument("--tokenizer", type=existing, help="folder of a Llama 2 tokenizer, copied beside the weights")
+    parser.add_argument("--layers", type=whole, help="fewer layers than the shape has")
     parser.add_argument("--in-4-bits", action="store_true", help="already quantised")
-    parser.add_argument("--dtype", default="bfloat16", help="that a base in 4 bits computes in")
-    parser.add_argument("--scale", type=float, default=SCALE, help="of the weights of a base in 4 bits")
+    dtypes = [name for name in DTYPES if "float" in name]
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="that a base in 4 bits computes in")
+    parser.add_argument("--scale", type=above_0, default=SCALE, help="of the weights of a base in 4 bits")
     options = parser.parse_args()
+    if not options.in_4_bits:
+        refuse_unused(parser, options, "a base in 16 bits", ["dtype", "scale"])
     write = partial(make_in_4_bits, dtype=options.dtype, scale=options.scale) if options.in_4_bits else make
     print(write(options.shape, options.output, options.tokenizer, options.layers))
+
+
+if __name__ == "__main__":
+    main()

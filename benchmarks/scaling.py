@@ -1,7 +1,7 @@
 """Measures two GPUs beside one: the same numbers, and how much faster.
 
-    python benchmarks/scaling.py --output scaling.json            # two GPUs, under 8 minutes
-    python benchmarks/scaling.py --cpu --output scaling.json      # tries the script itself; its speeds say nothing
+    python benchmarks/scaling.py --output FILE        # two GPUs, under 8 minutes
+    python benchmarks/scaling.py --cpu                # tries the script itself; its speeds say nothing
 
 First the same short runs on one and on two: in fp32, with recorded kernels, and in fp16 under a T4's limits; their
 figures and adapters are compared. Then tokens that are not padding per second of whole optimizer steps, on a random
@@ -10,7 +10,7 @@ of one all-reduce of the adapter's gradients. Then a base in the shape of a 70B,
 memory of 24 GB cards: its tokens per second, and its memory beside the forecast.
 
 Runs of one GPU share the machine two at a time, each on a GPU of its own. What is not begun in time is left out, and
-named. The last line is the JSON that --output gets.
+named. The last line is the JSON that --output gets, if it is given.
 """
 
 import argparse
@@ -28,8 +28,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from asked import above_0, require_gpus, whole
+
 STARTED = time.monotonic()
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 MAIN, T4 = HERE.parent / "main.py", HERE / "as_t4.py"
 PLAIN = ["--samples.count", "0", "--trainer.max_epochs", "99"]
 EQUAL = [*PLAIN, "--trainer.log_every_n_steps", "1", "--trainer.accumulate_grad_batches", "4", "--data.batch_size", "3",
@@ -125,15 +128,17 @@ class Run:
 
 def main() -> None:
     """Measures, and writes what was found."""
+    from random_base import SHAPES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("scaling.json"))
+    parser.add_argument("--output", type=Path, metavar="FILE", help="for the figures; default: none")
     parser.add_argument("--cpu", action="store_true", help="tiny runs with gloo, to try this script")
-    parser.add_argument("--shape", default="7b", help="of the random base, as in random_base.py")
-    parser.add_argument("--layers", type=int, help="of the 7B, fewer than it has")
-    parser.add_argument("--large", default="70b", help="shape of the base that is shared")
-    parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=40, help="the last half is timed")
-    parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--shape", choices=SHAPES, default="7b", help="of the random base, as in random_base.py")
+    parser.add_argument("--layers", type=whole, help="of the 7B, fewer than it has")
+    parser.add_argument("--large", choices=SHAPES, default="70b", help="shape of the base that is shared")
+    parser.add_argument("--rows", type=whole, default=2000)
+    parser.add_argument("--steps", type=whole, default=40, help="the last half is timed")
+    parser.add_argument("--minutes", type=above_0, default=7.5)
     parser.add_argument("--limits", choices=["none", "t4"], help="of speed; default: one after the other")
     parser.add_argument("--speeds", nargs="+", choices=SPEEDS, default=list(SPEEDS)[:2], help="which settings of speed")
     parser.add_argument("--only", choices=[part.__name__ for part in (equalities, speed, shared)])
@@ -143,8 +148,10 @@ def main() -> None:
         all_reduce(options.all_reduce, options.cpu)
         return
     if options.cpu:
-        options.shape, options.layers, options.rows, options.steps = "small", 1, 120, 4
-        options.large = "small"
+        parser.set_defaults(shape="small", layers=1, rows=120, steps=4, large="small")
+        options = parser.parse_args()
+    else:
+        require_gpus(parser, 2, "give --cpu to try the script itself")
     found: dict[str, Any] = {"machine": machine(), "options": {k: str(v) for k, v in vars(options).items()}}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as temporary:
@@ -154,7 +161,8 @@ def main() -> None:
                 if options.only in (None, part.__name__):
                     found[part.__name__] = part(options, folder)
                     found["seconds"] = round(time.monotonic() - STARTED, 1)
-                    options.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
+                    if options.output:
+                        options.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
         finally:
             for run in under_way:
                 run.stop()
@@ -302,7 +310,6 @@ def of_shared(end: dict[str, Any]) -> dict[str, Any]:
 
 def inputs(options: argparse.Namespace, folder: Path, shape: str, layers: int | None, dtype: str) -> list[str]:
     """The options of a fit on a random base in 4 bits, made once, and on rows as long as Guanaco's."""
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
     from random_base import make_in_4_bits
 
     from lit_qlora import demo

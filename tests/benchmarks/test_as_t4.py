@@ -1,7 +1,9 @@
 """The limits of a T4 on a larger GPU: what the package then takes this machine for."""
 
+import os
 import sys
 from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +19,8 @@ GIB = 1024**3
 
 @pytest.fixture
 def h100(monkeypatch):
-    """A GPU of 80 GiB, as far as the limits ask torch about it; returns the share of it that torch may take."""
-    share = []
+    """A GPU of 80 GiB, as far as the limits ask torch about it; returns what torch was told, by what it concerns."""
+    told = {}
     cuda = torch.cuda
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "set_device", lambda number: None)
@@ -27,11 +29,12 @@ def h100(monkeypatch):
     monkeypatch.setattr(cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(cuda, "mem_get_info", lambda: (79 * GIB, 80 * GIB))
-    monkeypatch.setattr(cuda, "set_per_process_memory_fraction", share.append)
-    for kernels in ("flash", "cudnn"):
-        monkeypatch.setattr(torch.backends.cuda, f"enable_{kernels}_sdp", lambda on: None)
+    monkeypatch.setattr(cuda, "set_per_process_memory_fraction", partial(told.__setitem__, "share"))
+    for kernels in ("flash", "cudnn", "mem_efficient", "math"):
+        monkeypatch.setattr(torch.backends.cuda, f"enable_{kernels}_sdp", partial(told.__setitem__, kernels))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    return share
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    return told
 
 
 def test_the_package_takes_a_larger_gpu_for_a_t4(h100):
@@ -44,7 +47,8 @@ def test_the_package_takes_a_larger_gpu_for_a_t4(h100):
 
     device, precision, card = copy_context().run(limited)
     assert device == Device("T4, emulated", (7, 5), int(14.2 * GIB))
-    assert h100 == [pytest.approx(14.2 / 80)]
+    assert h100 == {"share": pytest.approx(14.2 / 80), "flash": False, "cudnn": False}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
     assert precision == "16-mixed"
     assert card.memory_gib == pytest.approx(14.2 + 0.35, abs=0.1)
     assert current_device().capability == (9, 0), "outside of the limits"
@@ -58,4 +62,4 @@ def test_less_memory_alone_changes_no_capability(h100):
         return current_device()
 
     assert copy_context().run(limited) == Device("NVIDIA H100 80GB HBM3", (9, 0), int(23.3 * GIB))
-    assert h100 == [pytest.approx(23.3 / 80)]
+    assert h100 == {"share": pytest.approx(23.3 / 80)} and "CUBLAS_WORKSPACE_CONFIG" not in os.environ

@@ -87,22 +87,6 @@ def test_quick_sets_defaults_only(monkeypatch, given, expected):
     assert (options.rows, options.seconds, options.warm_up) == expected
 
 
-@pytest.mark.parametrize("given", [["--repetitions", "0"], ["--warm-up", "0"]])
-def test_mistakes_are_said_before_anything_is_measured(monkeypatch, capsys, given):
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", *given])
-    with pytest.raises(SystemExit) as stopped:
-        compare.main()
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"compare.py: error: {given[0]}: expected a whole")
-
-
-def test_kernels_are_not_measured_on_a_cpu(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", "--kernels"])
-    with pytest.raises(SystemExit) as stopped:
-        compare.main()
-    assert stopped.value.code == 2 and "--kernels" in capsys.readouterr().err
-
-
 def arguments_of(monkeypatch, tmp_path, peer, **spec):
     """The command line with which one of ours is measured."""
     seen = []

@@ -42,19 +42,3 @@ def test_a_measured_row_has_its_forecasts_error():
 def test_rows_of_data():
     row = {"rows": 1000, "file_mb": 0.6, "host_gib": [0.66, 0.65], "seconds": [15.2, 9.8]}
     assert growth._rows_table([row])[1:] == ["|---|---|---|---|---|", "| 1,000 | 1 | 0.66 | 15 | 10 |"]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--cpu", "--steps", "0"], "--steps: expected a whole number from 1, got 0"),
-        (["--rows", "1000", "0"], "--rows: expected a whole number from 1, got 0"),
-        (["--cpu", "--base", "/nonexistent"], "model.base: "),
-    ],
-)
-def test_mistakes_are_one_line(monkeypatch, capsys, given, message):
-    monkeypatch.setattr(sys, "argv", ["growth.py", *given])
-    with pytest.raises(SystemExit) as stopped:
-        growth.main()
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"growth.py: error: {message}")

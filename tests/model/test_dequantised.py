@@ -5,7 +5,7 @@ import torch
 from bitsandbytes import functional
 
 from lit_qlora.devices.world import World
-from lit_qlora.model import host, load
+from lit_qlora.model import host, lora
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.decoder import extract_layers, run_layers, weights_of
 from lit_qlora.model.lora import adapter_parameters
@@ -111,14 +111,14 @@ def test_as_many_layers_stay_dequantised_on_a_cpu_as_the_host_has_room_for(tiny,
 
 def test_on_another_device_nothing_is_chosen_by_the_hosts_room(tiny, monkeypatch):
     """While it is loaded, and Lightning has not moved it there yet."""
-    add_lora = load.add_lora
+    add_lora = lora.add_lora
 
     def elsewhere(*args):
         model = add_lora(*args)
         model.get_base_model().model.embed_tokens.to("meta")
         return model
 
-    monkeypatch.setattr(load, "add_lora", elsewhere)
+    monkeypatch.setattr(lora, "add_lora", elsewhere)
     monkeypatch.setattr(host, "room_bytes", lambda: 10**12)
     module = QLoRAModule(tiny.location)
     module.configure_model()

@@ -6,8 +6,6 @@ from typing import Protocol
 
 import pytest
 
-from lit_qlora import precheck
-from lit_qlora.command import complete
 from lit_qlora.errors import UserError
 from lit_qlora.secrecy import redact
 
@@ -22,6 +20,9 @@ class ExpectError(Protocol):
 
 def check_first(verb: str, args: Sequence[str]) -> int:
     """As the command line does with the options ``args``, before anything heavy is imported."""
+    from lit_qlora import precheck  # with jsonargparse, which not every test wants in its process
+    from lit_qlora.command import complete
+
     return precheck.check_first(complete([verb, *args]))
 
 

@@ -52,6 +52,7 @@ def test_rotation_is_that_of_transformers_and_turns_back():
 
 @pytest.mark.slow  # a compiler runs
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inside of torch's own compiler
+@pytest.mark.filterwarnings(r"ignore:\s*Only use the public API")  # of jsonargparse: torch looks at every module
 def test_compiled_is_eager_but_for_rounding_and_compiles_once_for_all_lengths():
     torch._dynamo.reset()
     kernels = compiled()

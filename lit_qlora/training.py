@@ -60,6 +60,7 @@ from lit_qlora.errors import OutOfRoomError, UserError, one_line
 from lit_qlora.figures.record import Record
 from lit_qlora.figures.tensorboard import Board
 from lit_qlora.forecast import words
+from lit_qlora.forecast.advice import once_out_of_room
 from lit_qlora.forecast.foresee import foresee
 from lit_qlora.model.base import check_context, check_rank, find_base, missing_bytes, split_names
 from lit_qlora.model.device import AMPERE, Device, current_device, decide_for
@@ -370,7 +371,9 @@ class QLoRACLI(LightningCLI):
                 raise UserError(OUT_OF_MEMORY, remedy=f"give {change}") from error
             if model.keeps_pace and (model.kept_layers or model.together > 1):
                 raise error.advise("give --model.checkpointing full, with which this run resumes") from error
-            change = datamodule.smaller(error.rows, self.trainer.accumulate_grad_batches)
+            change = once_out_of_room(
+                datamodule.plan, datamodule.max_length, self.trainer.accumulate_grad_batches, error.rows
+            )
             raise error.advise(f"give {change}, in a new run: --run NAME") from error
         except UserError:
             raise

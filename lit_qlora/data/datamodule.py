@@ -1,7 +1,7 @@
 """Owns the wiring of the data: source -> conversations -> ids -> loaders, as a LightningDataModule.
 
 Its neighbours do the work (`records`, `encode`, `cache`, `batching`); it takes tokenizer, vocabulary and prompt format
-from the module's base and adapter, counts optimizer steps, and suggests options for smaller batches. Knows no weights.
+from the module's base and adapter, and counts optimizer steps. Knows no weights.
 """
 
 import math
@@ -299,28 +299,6 @@ class ChatDataModule(LightningDataModule):
         examples = self._rows["train"].examples
         answers = sum(self._rows["train"].answer_tokens[row] for row in rows)
         return collate([(row, examples[row]) for row in rows], answers, self.plan.packed)
-
-    def smaller(self, rows: int, accumulate: int) -> str:
-        """Options for smaller micro-batches, to suggest if halving one was not enough.
-
-        Args:
-            rows: conversations of the micro-batch; a quarter of them is suggested, for a single one a shorter
-                ``max_length``.
-            accumulate: micro-batches of an optimizer step, of which there are more then, so that the step stays as
-                large.
-
-        Returns:
-            Options as on a command line.
-        """
-        if self.plan.tokens:
-            tokens = max(self.plan.tokens // 4, self.max_length)
-            if rows > 1 and tokens < self.plan.tokens:
-                times = -(-self.plan.tokens // tokens)
-                return f"--data.batch_tokens {tokens} --trainer.accumulate_grad_batches {accumulate * times}"
-        if rows == 1 or self.plan.tokens:
-            return f"--data.max_length {self.max_length // 2}"
-        fewer = max(1, rows // 4)
-        return f"--data.batch_size {fewer} --trainer.accumulate_grad_batches {accumulate * -(-rows // fewer)}"
 
     def val_dataloader(self) -> PlannedBatches:
         """The held-out rows, each once, in the same batches each time."""

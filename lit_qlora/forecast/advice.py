@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from lit_qlora.data.batching import BatchPlan
 from lit_qlora.forecast import memory
 from lit_qlora.forecast.foresee import Forecast
 from lit_qlora.forecast.memory import NO_SAMPLES
@@ -41,8 +42,7 @@ def _options(was: Forecast, now: Forecast) -> str:
     if now.checkpointing != was.checkpointing:
         options.append(f"--model.checkpointing {now.checkpointing}")
     if now.plan != was.plan:
-        plan = now.plan
-        options.append(f"--data.batch_tokens {plan.tokens}" if plan.tokens else f"--data.batch_size {plan.rows}")
+        options.append(_of_plan(now.plan))
     if now.accumulate != was.accumulate:
         options.append(f"--trainer.accumulate_grad_batches {now.accumulate}")
     if now.shard != was.shard and now.shard_to == was.shard_to:
@@ -61,6 +61,38 @@ def _options(was: Forecast, now: Forecast) -> str:
     return " ".join(options)
 
 
+def _of_plan(plan: BatchPlan) -> str:
+    return f"--data.batch_tokens {plan.tokens}" if plan.tokens else f"--data.batch_size {plan.rows}"
+
+
+def _smaller_plans(plan: BatchPlan, max_length: int) -> list[tuple[int, BatchPlan]]:
+    """Micro-batches of fewer rows or tokens, with how many take the place of one: a step stays as large."""
+    if plan.tokens:
+        parts = range(2, math.ceil(plan.tokens / max_length) + 1)
+        return [(part, replace(plan, tokens=max(plan.tokens // part, max_length))) for part in parts]
+    return [(part, replace(plan, rows=plan.rows // part)) for part in range(2, plan.rows + 1) if plan.rows % part == 0]
+
+
+def once_out_of_room(plan: BatchPlan, max_length: int, accumulate: int, rows: int) -> str:
+    """Options with which a run may fit that did not with its micro-batches in halves: with quarters, or shorter rows.
+
+    Args:
+        plan: how rows are grouped.
+        max_length: most tokens of a row.
+        accumulate: micro-batches per optimizer step.
+        rows: conversations of the micro-batch for which there was no room.
+
+    Returns:
+        Options as given on the command line.
+    """
+    smaller = _smaller_plans(plan, max_length) if rows > 1 else []
+    if not smaller:
+        return f"--data.max_length {max_length // 2}"
+    parts = 4 if plan.tokens else 4 * plan.rows / rows
+    part, less = next((one for one in smaller if one[0] >= parts), smaller[-1])
+    return f"{_of_plan(less)} --trainer.accumulate_grad_batches {accumulate * part}"
+
+
 # The ladder
 
 
@@ -76,14 +108,8 @@ def _recomputation(forecast: Forecast) -> list[Forecast]:
 
 
 def _smaller_batches(forecast: Forecast) -> list[Forecast]:
-    """Micro-batches of fewer rows or tokens, more of them per step, which stays as large."""
-    plan = forecast.plan
-    if plan.tokens:
-        parts = range(2, math.ceil(plan.tokens / forecast.max_length) + 1)
-        smaller = [(part, replace(plan, tokens=max(plan.tokens // part, forecast.max_length))) for part in parts]
-    else:
-        parts = range(2, plan.rows + 1)
-        smaller = [(part, replace(plan, rows=plan.rows // part)) for part in parts if plan.rows % part == 0]
+    """Micro-batches of fewer rows or tokens, more of them per step."""
+    smaller = _smaller_plans(forecast.plan, forecast.max_length)
     return [replace(forecast, plan=less, accumulate=forecast.accumulate * part) for part, less in smaller]
 
 

@@ -134,6 +134,23 @@ def test_a_smaller_batch_may_take_more():
     assert smallest_change(before)[0] == "--model.rank 128"
 
 
+@pytest.mark.parametrize(
+    ("plan", "rows", "expected"),
+    [
+        (BatchPlan(rows=8), 8, "--data.batch_size 2 --trainer.accumulate_grad_batches 12"),
+        (BatchPlan(rows=9), 9, "--data.batch_size 1 --trainer.accumulate_grad_batches 27"),  # a step of 27, as before
+        (BatchPlan(rows=2), 2, "--data.batch_size 1 --trainer.accumulate_grad_batches 6"),
+        (BatchPlan(rows=8), 2, "--data.batch_size 1 --trainer.accumulate_grad_batches 24"),  # an epoch's last
+        (BatchPlan(rows=8), 1, "--data.max_length 512"),
+        (BatchPlan(tokens=8192), 9, "--data.batch_tokens 2048 --trainer.accumulate_grad_batches 12"),
+        (BatchPlan(tokens=3000), 5, "--data.batch_tokens 1024 --trainer.accumulate_grad_batches 9"),
+        (BatchPlan(tokens=1024), 5, "--data.max_length 512"),
+    ],
+)
+def test_once_there_is_no_room_a_step_stays_as_large(plan, rows, expected):
+    assert advice.once_out_of_room(plan, 1024, 3, rows) == expected
+
+
 def test_the_reserve_is_left_free_where_it_can_be():
     _, after = smallest_change(seven(gib=6.9))
     assert after.fits(1 - RESERVE)

@@ -15,7 +15,9 @@ from typing import Any
 # much slower where another test run has the second core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lit_qlora-tests-")
+# With 4-bit copies of bases in it: one in the user's own would change what is tested.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lit_qlora-tests-")
+os.environ["HF_DATASETS_CACHE"] = f"{os.environ['HF_HOME']}/datasets"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Under nohup SIGHUP is ignored, which we leave so: the tests of what it does have it as a terminal does.
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:

@@ -40,13 +40,16 @@ def main() -> int:
     args = parser.parse_args()
     if not (args.write or args.compare):
         parser.error("give --write FILE or --compare FILE")
+    try:
+        was = json.loads(args.compare.read_text(encoding="utf-8")) if args.compare else {}
+    except (OSError, ValueError) as error:
+        parser.error(f"--compare: {error}")
     with tempfile.TemporaryDirectory(prefix="lit_qlora-pin-") as folder:
         found = pin(Path(folder))
     if args.write:
         args.write.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if not args.compare:
         return 0
-    was = json.loads(args.compare.read_text(encoding="utf-8"))
     different = [name for name in sorted({*was, *found}) if was.get(name) != found.get(name)]
     for name in different:
         print(f"{name}: {was.get(name)} -> {found.get(name)}")

@@ -190,6 +190,8 @@ def main() -> int:
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: only so are its bits the same")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start counting up no later than this")
     args = parser.parse_args()
+    if min(args.runs, args.jobs) < 1 or not 0 <= args.cold <= 1 or not args.minutes > 0:
+        parser.error("expected --runs and --jobs from 1, --cold from 0 to 1, and --minutes above 0")
     if args.deterministic:
         COMMON.extend(["--trainer.deterministic", "true"])
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -63,8 +63,8 @@ class ChatDataModule(LightningDataModule):
         validation_share: share of rows held out if there is no such split, drawn with the seed.
         test_source: rows for ``test``; default: the source's test split if it is not held out, else the held-out rows.
         system: system text for conversations that have none.
-        template: how prompts are written, if not in the Llama 2 format: base (the base's own chat template), llama3,
-            chatml, alpaca, vicuna, zephyr, plain, or a file of your own with a Jinja chat template, or its text.
+        template: how prompts are written, if not in the Llama 2 format: base (the base's own chat template), a
+            built-in one by its name, such as chatml, or a file of your own with a Jinja chat template, or its text.
         train_on: learn the answers only, or all of each conversation; with all, plain text can be read, too.
         max_length: tokens of one row; a longer conversation is cut so that answer tokens remain, a longer plain text is
             divided into rows.

@@ -195,9 +195,7 @@ def test_a_base_without_a_template_is_refused_with_what_to_take():
         read_template("base", "demo")
     assert caught.value.option == "data.template"
     assert "has no chat template of its own" in caught.value.problem
-    assert (
-        caught.value.remedy == "take one of llama2, alpaca, chatml, llama3, plain, vicuna, zephyr, or a file with one"
-    )
+    assert caught.value.remedy == f"take one of llama2, {', '.join(built_in())}, or a file with one"
 
 
 def test_a_template_with_a_clock_takes_its_own_date_in_training_and_where_it_is_published(tmp_path):

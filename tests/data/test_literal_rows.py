@@ -9,7 +9,7 @@ from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import Reading, load_records
 from lit_qlora.data.templates import read_template
 from lit_qlora.data.tokenizer import load_tokenizer
-from lit_qlora.text.formats import LLAMA_2, built_in, chosen
+from lit_qlora.text.formats import chosen
 from tests.data.talks import said
 from tests.llama3_like import write_base
 
@@ -215,7 +215,7 @@ IDS_OF_FORMATS = {
 """The same of two rounds with a system text, in each format: Llama 3's with a tokenizer that has its marks."""
 
 
-@pytest.mark.parametrize("name", [LLAMA_2, *built_in()])
+@pytest.mark.parametrize("name", IDS_OF_FORMATS)
 def test_ids_and_labels_of_each_format_are_these(name, tmp_path):
     tokenizer = load_tokenizer(str(write_base(tmp_path)) if name == "llama3" else "demo")
     encoder = Encoder(tokenizer, 1024, prompt_format=chosen(read_template(name)))

@@ -18,7 +18,7 @@ from lit_qlora.data.templates import read_template
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
-from lit_qlora.text.formats import chosen
+from lit_qlora.text.formats import chosen, names
 from tests.data.talks import said
 
 FOLDER = Path(__file__).parents[1] / "templates"
@@ -227,8 +227,8 @@ def test_a_device_or_a_pipe_is_not_waited_for(tmp_path):
     [
         (
             None,
-            "data.template: t.jinja: expected llama2, alpaca, chatml, llama3, plain, vicuna, zephyr, base, or a file "
-            "with a Jinja chat template (No such file or directory)",
+            f"data.template: t.jinja: expected {', '.join(names())}, or a file with a Jinja chat template (No such "
+            "file or directory)",
         ),
         (b"\n{{ x", "data.template: t.jinja: line 2 is no valid Jinja: "),
         (b"caf\xe9", "data.template: t.jinja is not UTF-8 (byte 3); save it as UTF-8"),

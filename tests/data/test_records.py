@@ -117,7 +117,7 @@ def test_what_can_not_be_trained_on_is_left_out_and_counted():
 
 
 OWN = 'give {path: …, columns: {user: "prompt", assistant: "answer"}}'
-NO_COLUMN = "no column 'messages' or 'conversations' or 'text'"
+NO_COLUMN = "no column 'messages' or 'conversations' or "
 BAD_ROWS = {
     "wrong columns": ({"title": "hi", "body": "yo"}, [NO_COLUMN, "['title', 'body']", "write rows such as"]),
     "near column": ({"Texts": "hi"}, [NO_COLUMN, "['Texts']", "--data.columns.text Texts"]),

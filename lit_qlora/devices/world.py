@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import UserError, one_line
 from lit_qlora.place import COMMAND
 
 T = TypeVar("T")
@@ -175,7 +175,7 @@ def _meet() -> None:
     found.add("came", 1)
     while found.add("came", 0) < here.size:
         if found.check(["failed"]):
-            raise lost(*world()[:2])
+            raise lost()
         is_over = wait.is_over()
         if is_over or wait.is_long():
             missing = [rank for rank in range(here.size) if not found.check([f"came {rank}"])]
@@ -291,13 +291,13 @@ def peers() -> Iterator[None]:
     except RuntimeError as error:
         if world().size == 1 or not _is_lost(error):
             raise
-        raise lost(*world()[:2]) from error
+        raise lost(error) from error
 
 
-def lost(rank: int, size: int) -> LostError:
-    """The error of process ``rank`` of ``size`` that has lost another."""
+def lost(error: RuntimeError | None = None) -> LostError:
+    """The error of a process that has lost another; ``error`` is torch's, by which it knows."""
     return LostError(
-        f"process {rank} of {size}: another one of the run has ended, or did not answer",
+        f"another process of the run has ended, or did not answer{f' ({one_line(error)})' if error else ''}",
         remedy="its own last line says why; the same command resumes from the last checkpoint",
     )
 

@@ -123,7 +123,7 @@ def test_memory_that_runs_out_in_one_ends_all_in_one_line(capfd: pytest.CaptureF
     options = ["--trainer.limit_val_batches", "0", *SHARED]
     assert fit("short", 2, *options, before=prepare) == [2, 2]
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    said = [line for line in lines if "another one of the run has ended" not in line]
+    said = [line for line in lines if "another process of the run has ended" not in line]
     assert len(said) == 1 and "with model.shard no device can take another way than the others" in said[0]
     assert "give --model.checkpointing full" in said[0]
 

@@ -137,7 +137,7 @@ def test_a_process_that_is_lost_is_noticed() -> None:
 
     first, other = run_several(2, lose)
     assert other == "SystemExit: 3"
-    assert first.startswith("LostError: process 0 of 2: another one of the run has ended")
+    assert first.startswith("LostError: another process of the run has ended, or did not answer (")
 
 
 def test_a_process_that_is_lost_while_the_others_connect_is_noticed() -> None:
@@ -148,8 +148,9 @@ def test_a_process_that_is_lost_while_the_others_connect_is_noticed() -> None:
     def fails(**_: Any) -> None:
         raise RuntimeError("Gloo connectFullMesh failed: Connection closed by peer")
 
-    for rank, found in enumerate(run_several(2, join, joins=False)):
-        assert found.startswith(f"LostError: process {rank} of 2: another one of the run has ended")
+    for found in run_several(2, join, joins=False):
+        assert found.startswith("LostError: another process of the run has ended")
+        assert "(Gloo connectFullMesh failed: Connection closed by peer)" in found
 
 
 @pytest.mark.parametrize("waits", [lambda: highest(1), lambda: gathered("x"), lambda: from_first("x")])

@@ -186,6 +186,9 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Path:
         ids.append({"input_ids": example.input_ids, "labels": example.labels})
     # As many rows as asked for are trained on; ours wants some to hold out, and the others none.
     held_out, ids = chats[options.rows :], ids[: options.rows]
+    if not held_out:
+        problem = f"expected fewer than the {len(chats)} conversations of {options.data}, since one is held out"
+        raise UserError(f"{problem}, got {options.rows}", option="rows")
     for name, rows in (("chats.jsonl", chats[: options.rows]), ("held_out.jsonl", held_out), ("ids.jsonl", ids)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     spec = folder / "spec.json"

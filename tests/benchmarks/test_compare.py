@@ -87,6 +87,15 @@ def test_quick_sets_defaults_only(monkeypatch, given, expected):
     assert (options.rows, options.seconds, options.warm_up) == expected
 
 
+def test_more_rows_than_there_are_is_one_line(monkeypatch, capsys):
+    given = ["--base", "demo", "--data", "demo", "--rows", "848", "--max-length", "32"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--cpu", *given])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: rows: expected fewer than the ")
+
+
 def arguments_of(monkeypatch, tmp_path, peer, **spec):
     """The command line with which one of ours is measured."""
     seen = []

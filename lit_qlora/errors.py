@@ -1,4 +1,4 @@
-"""Owns the exceptions for errors that the user can fix.
+"""Owns the exceptions for errors that the user can fix, and how values, nearest names and foreign errors stand in them.
 
 The command line prints them as one line and exits with status 2; any other exception is a bug of ours and keeps its
 traceback. Knows nothing of what raises them.

@@ -238,9 +238,13 @@ class _LackingError(UserError):
 
 
 def no_class(name: str, option: str, known: Iterable[str], why: str = "") -> UserError:
-    """The error for a class, the value of ``option``, that is not there, with Python's reason ``why``.
+    """The error for a class that is not there.
 
-    ``known`` are the names of the classes that may be meant.
+    Args:
+        name: of the class, as it was given.
+        option: whose value it is.
+        known: names of the classes that may be meant.
+        why: Python's reason; empty for none.
     """
     names = [*known]
     by_bare = {_bare(name): name for name in names} | {re.sub("logger$", "", _bare(name)): name for name in names}

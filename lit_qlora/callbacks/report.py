@@ -97,7 +97,7 @@ class Report(Callback):
             self.forecast_gib = step_memory(forecast.step).reserved / GIB
             for line in words.lines(forecast):
                 self._say("plan", line)
-        self._say("run", f"{self.run.path}" + _going_on(self.resumed_from, module.device.type == "cuda"))
+        self._say("run", f"{self.run.path}" + _resumed_in_words(self.resumed_from, module.device.type == "cuda"))
         self._keep_decisions({})
 
     def _say(self, topic: str, line: str) -> None:
@@ -248,7 +248,7 @@ def before_and_after(run: RunFolder) -> list[str]:
     return lines
 
 
-def _going_on(resumed_from: str | None, on_gpu: bool) -> str:
+def _resumed_in_words(resumed_from: str | None, on_gpu: bool) -> str:
     """The resumed checkpoint, with a note if the last bits may differ."""
     if resumed_from is None:
         return ""

@@ -319,7 +319,15 @@ class Forecast:
 
 @lru_cache(typed=True)  # a limit of 1 is one micro-batch, 1.0 is all of them
 def batches_of(lengths: tuple[int, ...], plan: BatchPlan, max_length: int, seed: int, limit: int | float) -> Batches:
-    """The micro-batches of an epoch of rows of ``lengths``, which are cut; the other arguments as of `Forecast`."""
+    """The micro-batches of an epoch.
+
+    Args:
+        lengths: tokens of each row before any cut.
+        plan: how rows are put into micro-batches.
+        max_length: tokens at which a row is cut.
+        seed: of the order of rows.
+        limit: micro-batches that are taken of the epoch, or as a float the share of them.
+    """
     cut = [min(length, max_length) for length in lengths]
     batches = plan.epoch(cut, seed, 0)
     taken = batches[: max(1, limited(len(batches), limit))]

@@ -121,7 +121,14 @@ def in_eights(heads: Tensor) -> Tensor:
 
 
 def has_flash(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
-    """True if torch has FlashAttention for ``[B, heads, T, head width]`` tensors, whose key heads may be fewer."""
+    """True if torch has FlashAttention for such tensors on their device.
+
+    Args:
+        query: ``[B, heads, T, head width]``.
+        key: likewise, of as many heads or fewer.
+        value: shaped as ``key``.
+        is_causal: True if each place sees only itself and those before it.
+    """
     from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, is_causal, True))

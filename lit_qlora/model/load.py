@@ -80,7 +80,13 @@ def nf4(dtype: torch.dtype) -> "BitsAndBytesConfig":
 
 
 def quantise(stored: Stored, dtype: torch.dtype, device: torch.device) -> Any:
-    """A 16-bit weight of a file, rounded to ``dtype``, then quantised on ``device`` to the bits of `load_base`."""
+    """A 16-bit weight, quantised to the bits that `load_base` has.
+
+    Args:
+        stored: where it stands in a file.
+        dtype: that it is rounded to before.
+        device: that quantises it, and holds the result.
+    """
     from bitsandbytes.nn import Params4bit
 
     value = read_tensor(stored).to(device, dtype)

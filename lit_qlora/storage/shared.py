@@ -51,9 +51,16 @@ def remove_unused(folder: Path) -> bool:
 def prune(
     folders: Iterable[Path], *, most: float = math.inf, most_bytes: float = math.inf, unused_s: float = 0.0
 ) -> dict[Path, int]:
-    """Remove the folders that were used longest ago, but those in use; return these with their bytes.
+    """Remove the folders that were used longest ago, but none in use.
 
-    The others are ``most``, take ``most_bytes``, or were used within ``unused_s`` seconds.
+    Args:
+        folders: all that count.
+        most: number of folders that may stay.
+        most_bytes: bytes that these may take together.
+        unused_s: seconds for which a folder must not have been used to be removed.
+
+    Returns:
+        The removed folders, with their bytes.
     """
     found = []
     for folder in folders:

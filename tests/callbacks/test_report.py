@@ -25,7 +25,7 @@ BUT = "; state and order are exact, a GPU's last bits only with --trainer.determ
 )
 def test_how_exact_a_resume_is_is_said(monkeypatch, resumed_from, on_gpu, deterministic, told):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    assert report._going_on(resumed_from, on_gpu) == told
+    assert report._resumed_in_words(resumed_from, on_gpu) == told
 
 
 @pytest.mark.parametrize(

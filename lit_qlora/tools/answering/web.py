@@ -194,7 +194,7 @@ class Page:
         self._tab = tab
         buttons = [self._question, self._compares, self._reset]
         columns = [self._of_adapter, self._of_base]
-        # Nothing here is for programs; who waits for whom is the worker's matter, and the page tells it.
+        # Nothing here is for programs; who waits for whom is the worker's matter, and the page shows it.
         options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
         # What streams is given whole each time: a component that a generator leaves out once loses its value.
         stream = (self._worker.stream, [tab, self._compares], columns)

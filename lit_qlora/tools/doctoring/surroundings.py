@@ -102,7 +102,7 @@ def missing(error: BaseException | None) -> list[str]:
             if any(re.search(rf"\b{name}\b", str(error), re.IGNORECASE) for name in lacking):
                 return lacking
             top = (error.name or "").partition(".")[0]
-            # What a package stands on is known where it is installed: else, what is missing beside it tells.
+            # What a package stands on is known where it is installed: else, what is missing beside it shows.
             if top and not _is_there(top) and (lacking or _distribution(top) in _dependencies()):
                 return lacking if _distribution(top) in lacking else [*lacking, top]
         error = error.__cause__ or error.__context__

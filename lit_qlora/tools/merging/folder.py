@@ -37,7 +37,17 @@ BESIDE = ("tokenizer.model", "LICENSE.txt", "USE_POLICY.md")
 
 
 def write_merged(target: Path, chosen: ResolvedAdapter, dtype: DType, onto: Onto) -> None:
-    """Write the folder ``target``, and report it; other arguments and errors are those of `merge_into`."""
+    """Write the folder of the merged model, compare its answers, and report it.
+
+    Args:
+        target: the folder.
+        chosen: the adapter, with its base and prompt format.
+        dtype: of the weights that are written.
+        onto: which weights of the base the adapter is added to.
+
+    Raises:
+        UserError: the merged model answers otherwise than base and adapter, or the folder can't be written.
+    """
     trained_in = _trained_in(read_record(chosen.adapter))
     lora = LoraWeights(chosen.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

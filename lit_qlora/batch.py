@@ -39,7 +39,8 @@ class Batch(NamedTuple):
     highest_id: int = -1
     """The highest of ``input_ids``, found on the host, where it is no wait for the device; -1: unknown."""
     part: tuple[int, int] = (0, 0)
-    """Of one that was split: its first place in the flattened ids of the whole one, and their number."""
+    """For a part of a split micro-batch, the index of its first token in the flattened ids of the whole, and how many
+    tokens that has; (0, 0) if it is whole."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on ``device``, which is what Lightning calls; one that is not here stays."""

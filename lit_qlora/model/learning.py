@@ -236,7 +236,9 @@ class LearnsInParts(ComputesSums):
             done = "every layer recomputes its activations from now on"
         elif self.parts == 1 and rows > 1:
             self.parts = 2
-            done = "each micro-batch is split into halves from now on; the loss of a step is the same"
+            # transformers' layers draw new dropout masks for each half
+            same = "up to its dropout, " if self.slow_because else ""
+            done = f"each micro-batch is split into halves from now on; {same}the loss of a step is the same"
         else:
             raise OutOfRoomError(f"{what}, after all that could be done in a run", rows)
         note(f"{what}: {done}")

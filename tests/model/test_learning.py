@@ -115,6 +115,13 @@ def test_halved_equals_whole_and_a_window_under_way_is_kept(built, batch, in_bac
         assert (halved_gradients[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
+def test_halves_through_the_layers_of_transformers_promise_no_masks(built):
+    module, trainer = built(2)
+    module.slow_because = "a test"
+    learn(module, PADDED, PADDED)
+    assert trainer.told[0].endswith("; up to its dropout, the loss of a step is the same")
+
+
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("own_layers", [True, False])
 def test_layers_that_keep_give_way_first_and_change_no_bit(built, in_backward, own_layers):

@@ -72,16 +72,14 @@ PROMPT_FORMATS = {"llama2", "own_template", "jinja"}
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nobody_outside_text_asks_which_prompt_format_it_has(path: Path) -> None:
-    """All that hangs on it is a method of `PromptFormat`; of Llama 2's module, forms of rows take the readers."""
+    """All that hangs on it is a method of `PromptFormat`."""
     if path.parent.name == "text":
         return
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             names = {(node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)}
-            assert not PROMPT_FORMATS & names or path.name == "forms.py", ast.unparse(node)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "llama2":
-            assert node.attr in ("parse", "without_block"), ast.unparse(node)
+            assert not PROMPT_FORMATS & names, ast.unparse(node)
         if isinstance(node, ast.Attribute) and node.attr == "source":
             assert not re.search(r"prompt_format$|^chosen\(", ast.unparse(node.value)), "options has it"
         asked = [node.test] if isinstance(node, ast.If | ast.IfExp | ast.While) else []

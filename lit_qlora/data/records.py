@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from lit_qlora.console import counted
 from lit_qlora.data import splits
 from lit_qlora.data.files import Row, SourceError, split_place
-from lit_qlora.data.forms import Form, Read, RowError, check_columns, form_names, read_row
+from lit_qlora.data.forms import OPTIONS, Form, check_columns, form_names
+from lit_qlora.data.row import Read, RowError, read_row
 from lit_qlora.data.sources import Source, local_bytes, read_source, sources_of
 from lit_qlora.errors import UserError, excerpt, suggestion
 from lit_qlora.text.conversation import Conversation
@@ -39,7 +40,6 @@ MOST_EARLY_ROWS = 10_000
 """Rows that it looks at at most: half a second."""
 
 
-OPTION = "data.columns"
 OWN = "give a source of other columns its own: {path: …, columns: {…}}"
 
 
@@ -64,7 +64,7 @@ class Reading(NamedTuple):
     opening: str | None = None
     is_whole: bool = False
     any_number: bool = False
-    columns_option: str = OPTION
+    columns_option: str = OPTIONS["training"]
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Reading":
@@ -382,8 +382,9 @@ def _check_named(name: str, rows: list[Row], reading: Reading) -> None:
         if found and column not in found:
             near = suggestion(column, [*map(str, found)])
             problem = f"no column {excerpt(column)}, columns found: {excerpt([*found])}{near}"
-            option, remedy = f"{reading.columns_option}.{known}", reading.columns_option == OPTION and not near and OWN
-            raise UserError(problem, option=option, place=name, remedy=remedy or None)
+            is_of_all = reading.columns_option == OPTIONS["training"]
+            option, remedy = f"{reading.columns_option}.{known}", OWN if is_of_all and not near else None
+            raise UserError(problem, option=option, place=name, remedy=remedy)
 
 
 def _read(row: Row, reading: Reading) -> Read:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from lit_qlora import demo
 from lit_qlora.data import splits
 from lit_qlora.data.files import COMPRESSED, ENDINGS, INSTEAD, Row, SourceError, kind_of, read_rows
-from lit_qlora.data.forms import columns_of, forms_for
+from lit_qlora.data.forms import OPTIONS, columns_of, forms_for
 from lit_qlora.data.splits import PLAIN, Splits
 from lit_qlora.errors import UserError, excerpt, require, suggestion
 from lit_qlora.storage.files import parse_json
@@ -51,7 +51,7 @@ class Source:
     revision: str | None = None
     share: float = 1.0
     columns: tuple[tuple[str, str], ...] | None = None
-    columns_option: str = field(default="data.columns", compare=False)
+    columns_option: str = field(default=OPTIONS["training"], compare=False)
 
     def __str__(self) -> str:
         """What it is called in messages."""

@@ -1,24 +1,18 @@
-"""Owns the Llama 2 chat format: conversations as the model and other programs see them, and rows in it.
+"""Owns the Llama 2 chat format: conversations as the model and other programs see them.
 
-`segments` is used by training and chat alike: BOS is before each prompt and EOS after each answer, as ids.
-`parse` reads rows in which both are written out. Knows no file, no token ids.
+`segments` is used by training and chat alike: BOS is before each prompt and EOS after each answer, as ids. Rows in
+which both are written out are read by `llama2_rows`. Knows no file, no token ids.
 """
 
 import hashlib
 import json
-import re
-from dataclasses import replace
 from typing import Any
 
 from lit_qlora.errors import UserError
-from lit_qlora.text import edges
 from lit_qlora.text.conversation import Conversation, TextError, Turn
 from lit_qlora.text.formats import Piece, PromptFormat
 
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-
-# A common slip closes the system block with its opening tag.
-SYSTEM_BLOCK = re.compile(r"<<SYS>>(.*?)<</?SYS>>(.*)", re.DOTALL)
 
 # A message that holds a tag could forge a turn; one that holds a special token would become it, for a template is
 # text that is encoded as a whole. Training refuses the first and spells out the second; here both are refused.
@@ -136,20 +130,6 @@ class Llama2(PromptFormat):
         return _GO.replace("<s>", self.spelled.bos).replace("</s>", self.spelled.eos)
 
 
-def without_block(conversation: Conversation) -> Conversation:
-    """A conversation with the system text that this format writes into the first prompt in its own place.
-
-    Args:
-        conversation: of rows of any form; with a system text of its own, one in the prompt stays.
-    """
-    first, system = conversation.turns[0], conversation.system or ""
-    block = SYSTEM_BLOCK.fullmatch((system or first.content).strip())
-    if block is None or conversation.is_text or (system and block[2].strip()):
-        return conversation
-    turns = conversation.turns if system else (replace(first, content=block[2].strip()), *conversation.turns[1:])
-    return replace(conversation, turns=turns, system=block[1].strip() or None)
-
-
 def segments(conversation: Conversation) -> list[tuple[str, bool]]:
     """A conversation as Meta's code writes it, without BOS and EOS: prompts and answers, which are True, by turns.
 
@@ -180,44 +160,3 @@ def _refuse_tags(turn: int, text: str) -> None:
     for tag in TAGS:
         if tag in text:
             raise TextError(turn, f"holds the tag {tag}, which could forge a turn or a system text")
-
-
-def parse(text: str) -> list[dict[str, str]]:
-    """Read the messages of a row ``<s>[INST] … [/INST] … </s><s>[INST] …`` of any number of turns.
-
-    ``<s>`` and ``</s>`` may be missing, the system block too; the last prompt may be unanswered.
-    White space around a turn goes.
-
-    Raises:
-        ValueError: when there is no prompt, text stands before the first one, or a tag is unpaired.
-    """
-    head, *rounds = text.split("[INST]")
-    if not rounds:
-        raise ValueError("no [INST] in the text")
-    if edges.take_off(head, edges.WRITTEN_OUT)[0].strip():
-        raise ValueError("text stands before the first [INST]")
-    rows = list[dict[str, str]]()
-    for index, written in enumerate(rounds):
-        system, pair = _split_system(written)
-        rows.append({"role": "system", "content": system})
-        number = 2 * index + 1
-        prompt, closing, rest = pair.partition("[/INST]")
-        if not closing:
-            raise ValueError(f"turn {number}: [INST] without its [/INST]")
-        if "[/INST]" in rest:
-            raise ValueError(f"turn {number + 1}: [/INST] without its [INST]")
-        rows.append({"role": "user", "content": prompt.strip()})
-        rest = rest.strip().removesuffix("<s>").rstrip()
-        answer = rest.removesuffix("</s>").rstrip()
-        if rest or index + 1 < len(rounds):
-            rows.append({"role": "assistant", "content": answer})
-    return rows
-
-
-def _split_system(prompt: str) -> tuple[str, str]:
-    if not prompt.lstrip().startswith("<<SYS>>"):
-        return "", prompt
-    match = SYSTEM_BLOCK.fullmatch(prompt.lstrip())
-    if match is None:
-        raise ValueError("the system text opens with <<SYS>> and is never closed by <</SYS>>")
-    return match[1].strip(), match[2]

@@ -15,8 +15,9 @@ from typing import Any
 
 from lit_qlora.console import complain, progress_bar, tell
 from lit_qlora.data.files import ARROW, COMPRESSED, ENDINGS, Row
-from lit_qlora.data.forms import check_columns, read_row
+from lit_qlora.data.forms import check_columns
 from lit_qlora.data.records import Counts
+from lit_qlora.data.row import read_row
 from lit_qlora.data.sources import Source, SourceOption, find_splits, read_source, sources_of
 from lit_qlora.data.splits import FILES
 from lit_qlora.errors import UserError, require

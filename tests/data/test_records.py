@@ -5,8 +5,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lit_qlora.data.forms import read_row
 from lit_qlora.data.records import Reading, check_early, load_records
+from lit_qlora.data.row import read_row
 from lit_qlora.data.sources import sources_of
 from lit_qlora.errors import UserError
 from lit_qlora.text.formats import SpecialTokens, chosen

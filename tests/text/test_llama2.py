@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_qlora.text import llama2, messages
+from lit_qlora.text import llama2, llama2_rows, messages
 from lit_qlora.text.conversation import Conversation, TextError, Turn
 
 REAL = Path(__file__).parents[2].parent / "shared" / "real" / "guanaco"
@@ -17,7 +17,7 @@ def said(*contents: str, system: str | None = None) -> Conversation:
 
 
 def read(text: str) -> Conversation:
-    return messages.parse(llama2.parse(text)).conversation
+    return messages.parse(llama2_rows.parse(text)).conversation
 
 
 @pytest.mark.parametrize(

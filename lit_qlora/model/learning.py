@@ -36,7 +36,8 @@ class LearnsInParts(ComputesSums):
         """Those that the current one is learned with, itself included."""
         self._loss: tuple[list[Tensor], Tensor] | None = None
         """Their losses, and the detached stand-in for others, which holds no graph."""
-        self._is_learned = False
+        self._learned: tuple[list[tuple[torch.nn.Parameter, Tensor]], Tensor] | None = None
+        """Their gradients, if made in `training_step`, and the gradient of the stand-in that they were made for."""
         self._chance: Callable[[], None] = lambda: None
         """Has the current micro-batch draw again what it drew."""
         self._num_answers: int | None = None
@@ -55,7 +56,7 @@ class LearnsInParts(ComputesSums):
             ``loss``, a scalar to go backward from; and ``loss_sum`` in nats, ``num_correct`` and ``num_answers``, over
             the micro-batches that were learned with this one, and of ``each``.
         """
-        self._loss, self._is_learned, is_short = None, False, False
+        self._loss, self._learned, is_short = None, None, False
         is_first, most = batch_idx % self.trainer.accumulate_grad_batches == 0, self._most_together
         if is_first:
             self._waiting.clear()
@@ -75,19 +76,12 @@ class LearnsInParts(ComputesSums):
                 is_short = True  # see `backward`
         if is_short:
             self._make_room()
-        self._is_learned = found is None
         if found is None:
-            for parameter in self.parameters() if is_first else ():
-                parameter.grad = None
-            found = self._learn_in_parts()
-        # Lightning divides by the micro-batches of a step: undone here, for the one right denominator is already in
-        # the batch. Over devices, gradients are summed.
-        factor = self.trainer.accumulate_grad_batches / max(batch.step_answer_tokens, 1)
-        losses = [loss_sum * factor for loss_sum, _, _ in found]
+            found = self._learn_ahead(is_first)
+        losses = [self._loss_of(loss_sum, batch) for loss_sum, _, _ in found]
         figures = self._figures(found)
         if losses:
             figures["loss"] = sum(loss.detach() for loss in losses)
-        if losses and not self._is_learned:
             self._loss = losses, figures["loss"].requires_grad_()
         return figures
 
@@ -132,6 +126,14 @@ class LearnsInParts(ComputesSums):
             return [self.summed_loss(one.batch) for one in waiting]
         return self.summed_losses(waiting, earlier)
 
+    def _loss_of(self, loss_sum: Tensor, batch: Batch) -> Tensor:
+        """A micro-batch's part of the loss of its step, from the sum over its own answer tokens.
+
+        Lightning divides by the micro-batches of a step: undone here, for the one right denominator is already in the
+        batch. Over devices, gradients are summed.
+        """
+        return loss_sum * (self.trainer.accumulate_grad_batches / max(batch.step_answer_tokens, 1))
+
     def _figures(self, found: Sequence[Sums]) -> dict[str, Any]:
         """What a training step returns: sums over micro-batches, and those of ``each``, for exact sums of theirs."""
         names = AnswerSums.NAMES
@@ -144,22 +146,24 @@ class LearnsInParts(ComputesSums):
         """The sums over no token: of a micro-batch that waits, or that another device computes."""
         return torch.zeros((), device=self.device), torch.zeros((), device=self.device), 0
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """As Lightning's, which follows `training_step`: gradients that were made there stay."""
-        if not self._is_learned:
-            optimizer.zero_grad()
-
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients of micro-batches; in parts if memory runs out.
 
         A subclass may have scaled the loss, added to it, or put another in its place.
         """
-        if not loss.requires_grad:  # learned already, or nothing to be learned yet
+        if not loss.requires_grad:  # nothing to be learned yet
             return
         (whole, stand_in), self._loss = self._loss or ([], loss.detach()), None
+        learned, self._learned = self._learned, None
         loss.backward(*args, **kwargs)
         gradient = stand_in.grad
         if gradient is None:
+            return
+        if learned:
+            gradients, expected = learned
+            for _, own in gradients:
+                own.mul_(gradient / expected)
+            self._take_back(gradients, adds=True)
             return
         earlier, is_short = self._set_aside(), False
         are_together = self._most_together > 1
@@ -175,14 +179,31 @@ class LearnsInParts(ComputesSums):
             self._take_back(earlier, adds=self.uses_cuda_graphs or not is_short)
         if is_short:
             self._make_room()
-            self._learn_in_parts()
+            self._learn_in_parts(gradient)
 
-    def _learn_in_parts(self) -> list[Sums]:
-        """Add the gradients of each micro-batch part by part, in less memory, with the same result; return its sums."""
+    def _learn_ahead(self, is_first: bool) -> list[Sums]:
+        """As `_learn_in_parts`, for a `backward` to come: it adds the gradients, for it knows that of the loss."""
+        self.uses_cuda_graphs = False  # asked for again by a second fit: recorded gradients can't be set aside
+        earlier = self._set_aside()
+        if is_first:  # of the last step: they are about to be zeroed, and until then take memory
+            earlier.clear()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = torch.full((), scaler.get_scale() if scaler else 1.0, device=self.device)
+        expected = scale / self.trainer.accumulate_grad_batches
+        found = self._learn_in_parts(expected)
+        self._learned = self._set_aside(), expected
+        self._take_back(earlier, adds=False)
+        return found
+
+    def _learn_in_parts(self, gradient: Tensor) -> list[Sums]:
+        """Add the gradients of each micro-batch part by part, in less memory, with the same result; return its sums.
+
+        ``gradient`` is that of the loss that `training_step` returns.
+        """
         found: list[Sums] = []
         while len(found) < len(self._learning):
             earlier = self._set_aside()
-            sums = self._try_in_parts(self._learning[len(found)])
+            sums = self._try_in_parts(self._learning[len(found)], gradient)
             self._take_back(earlier, adds=sums is not None)
             if sums is None:
                 self._make_room()
@@ -190,10 +211,8 @@ class LearnsInParts(ComputesSums):
                 found.append(sums)
         return found
 
-    def _try_in_parts(self, one: Waiting) -> Sums | None:
+    def _try_in_parts(self, one: Waiting, gradient: Tensor) -> Sums | None:
         """The sums of a micro-batch, whose gradients are added; None if memory runs out."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        factor = 1 / max(one.batch.step_answer_tokens, 1) * (scaler.get_scale() if scaler else 1.0)
         parts, found = [one], []
         if self.parts > 1:
             parts = [Waiting(part, one.drawn) for part in split_batch(one.batch)]
@@ -203,7 +222,7 @@ class LearnsInParts(ComputesSums):
                     self._chance()
                 with self.trainer.precision_plugin.forward_context():
                     ((loss_sum, num_correct, num_answers),) = self._sums_of([part], {})
-                (loss_sum * factor).backward()
+                self._loss_of(loss_sum, one.batch).backward(gradient)
                 found.append((loss_sum.detach(), num_correct, num_answers))
                 del loss_sum  # and what it has kept, before the next part goes forward
         except torch.OutOfMemoryError:

@@ -84,8 +84,8 @@ def check_trainer(trainer: Trainer) -> None:
 
 NEEDED = (
     "setup", "configure_model", "configure_callbacks", "on_train_start", "on_train_batch_start", "on_after_backward",
-    "on_before_optimizer_step", "optimizer_zero_grad", "backward", "on_validation_start", "on_validation_epoch_end",
-    "on_test_epoch_end", "on_save_checkpoint", "on_load_checkpoint",
+    "on_before_optimizer_step", "backward", "on_validation_start", "on_validation_epoch_end", "on_test_epoch_end",
+    "on_save_checkpoint", "on_load_checkpoint",
 )  # fmt: skip
 """Hooks with a part in each fit; Lightning's own are empty, and a subclass may well forget them."""
 

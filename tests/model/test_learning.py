@@ -77,8 +77,11 @@ def _fail_late(module):
     return fail
 
 
-def learn(module, *batches):
-    """In Lightning's order: gradients are zeroed between a step's first forward and its backward."""
+def learn(module, *batches, factor=1.0):
+    """In Lightning's order: gradients are zeroed between a step's first forward and its backward.
+
+    ``factor`` is what a subclass multiplies the loss by.
+    """
     losses, optimizer = [], torch.optim.SGD(adapter_parameters(module).values())
     for value in adapter_parameters(module).values():
         value.grad = torch.ones_like(value)  # of the step before
@@ -87,7 +90,7 @@ def learn(module, *batches):
         if index % module.trainer.accumulate_grad_batches == 0:
             module.optimizer_zero_grad(0, index, optimizer)
         scaler = module.trainer.precision_plugin.scaler
-        scaled = output["loss"] * (scaler.get_scale() if scaler else 1.0)
+        scaled = factor * output["loss"] * (scaler.get_scale() if scaler else 1.0)
         module.backward(scaled / module.trainer.accumulate_grad_batches)
         losses.append((float(output["loss_sum"]), int(output["num_correct"]), output["num_answers"]))
     return losses, {name: value.grad.clone() for name, value in adapter_parameters(module).items()}
@@ -154,6 +157,20 @@ def test_a_gradient_scaler_has_its_say_in_parts_too(built, monkeypatch, in_backw
         assert (scaled[name] / 512 - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_subclass_has_its_say_in_parts_too(built, in_backward):
+    """Its factor on the loss; and a loss of its own in that one's place, of which no gradient of ours is a part."""
+    _, gradients = learn(built(99)[0], PADDED, PADDED)
+    module, _ = built(2, in_backward)
+    _, tripled = learn(module, PADDED, PADDED, factor=3.0)
+    for name, gradient in gradients.items():
+        assert (tripled[name] / 3 - gradient).norm() < 1e-5 * gradient.norm(), name
+    module.zero_grad()
+    module.training_step(PADDED, 0)
+    module.backward(sum(value.sum() for value in adapter_parameters(module).values()))
+    assert all(torch.equal(value.grad, torch.ones_like(value)) for value in adapter_parameters(module).values())
+
+
 KEPT = []
 
 
@@ -213,6 +230,18 @@ def test_recordings_give_way_first_and_are_gone_by_then(built, monkeypatch):
     assert [answers for *_, answers in again] == [answers for *_, answers in whole]
     for name, gradient in gradients.items():
         assert (again_gradients[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+
+
+def test_halves_are_never_recorded(built, monkeypatch):
+    """Though a second fit of a module that learns in halves asks for recordings again."""
+    monkeypatch.setattr(graphs, "_record", lambda run, pool: type("Rerun", (), {"replay": torch.enable_grad()(run)}))
+    _, gradients = learn(built(99)[0], PADDED, PADDED)
+    module, _ = built(99)
+    module.train()
+    module.parts, module.uses_cuda_graphs = 2, True
+    _, halved = learn(module, PADDED, PADDED)
+    for name, gradient in gradients.items():
+        assert (halved[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
 SHARED = [collate(EXAMPLES[:2], 31), collate(EXAMPLES, 31), collate(EXAMPLES[1:3], 31), collate(EXAMPLES[3:], 31)]

@@ -13,7 +13,6 @@ processes that fit itself starts for others would be without the limits.
 import argparse
 import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -24,10 +23,6 @@ from lit_qlora.model import device
 
 MEMORY_GIB = 14.2
 """Of the 14.56 GiB that torch sees on a T4, without the CUDA context."""
-
-
-_LIMITS = ExitStack()
-"""Keeps what the package decides for until this process ends."""
 
 
 def emulate() -> None:
@@ -50,7 +45,7 @@ def limit_memory(gib: float, name: str = "", capability: tuple[int, int] | None 
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(gib * 1024**3 / total)
     shown = name or torch.cuda.get_device_name(), capability or torch.cuda.get_device_capability()
-    _LIMITS.enter_context(device.decide_for(device.Device(*shown, int(gib * 1024**3))))
+    device.decide_from_now_on_for(device.Device(*shown, int(gib * 1024**3)))
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,11 +43,16 @@ _DECIDED_FOR: ContextVar[Device | None] = ContextVar("_DECIDED_FOR", default=Non
 @contextmanager
 def decide_for(device: Device) -> Iterator[None]:
     """Decide everything for ``device``, a GPU that is not here, instead of this machine's."""
-    token = _DECIDED_FOR.set(device)
+    token = decide_from_now_on_for(device)
     try:
         yield
     finally:
         _DECIDED_FOR.reset(token)
+
+
+def decide_from_now_on_for(device: Device) -> Token[Device | None]:
+    """The same without an end, as far as the returned token is not used."""
+    return _DECIDED_FOR.set(device)
 
 
 def decides_for_another() -> bool:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
+from traceback import walk_tb
 from typing import Any, NamedTuple, TypeVar
 
 from lit_qlora.errors import UserError, one_line
@@ -303,11 +304,16 @@ def lost(error: RuntimeError | None = None) -> LostError:
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    """True for torch's word that another process is gone."""
+    """True for torch's error that another process is gone.
+
+    gloo's have no class of their own: they are known by where they are raised, in torch.distributed or by a call into
+    torch right inside of `peers`.
+    """
     from torch import distributed
 
-    said = str(error).lower()
-    return isinstance(error, distributed.DistError) or "gloo" in said or "nccl" in said
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    is_inside = len(frames) == 2 or frames[-1].f_globals.get("__name__", "").startswith("torch.distributed.")
+    return isinstance(error, distributed.DistError) or (type(error) is RuntimeError and is_inside)
 
 
 def barrier() -> None:

@@ -140,13 +140,30 @@ def test_a_process_that_is_lost_is_noticed() -> None:
     assert first.startswith("LostError: another process of the run has ended, or did not answer (")
 
 
+def fails_in(module: str) -> Callable[..., Any]:
+    """A function of that module, which raises as gloo does."""
+    scope: dict[str, Any] = {"__name__": module}
+    exec("def fails(**_): raise RuntimeError('Gloo connectFullMesh failed: Connection closed by peer')", scope)
+    return scope["fails"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("module", "raised"), [("torch.distributed.distributed_c10d", world.LostError), ("mine", RuntimeError)]
+)
+def test_who_is_lost_is_known_by_where_an_error_comes_from(
+    monkeypatch: pytest.MonkeyPatch, module: str, raised: type[Exception]
+) -> None:
+    """Not by its words: a callback of the user's may have the same."""
+    for name in world.OF_TORCHRUN:
+        monkeypatch.setenv(name, "2" if "SIZE" in name else "0")
+    with pytest.raises(raised), world.peers():
+        fails_in(module)()
+
+
 def test_a_process_that_is_lost_while_the_others_connect_is_noticed() -> None:
     def join() -> None:
-        distributed.new_group = fails
+        distributed.new_group = fails_in("torch.distributed.distributed_c10d")
         world.join(None)
-
-    def fails(**_: Any) -> None:
-        raise RuntimeError("Gloo connectFullMesh failed: Connection closed by peer")
 
     for found in run_several(2, join, joins=False):
         assert found.startswith("LostError: another process of the run has ended")

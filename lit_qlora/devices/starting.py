@@ -32,6 +32,8 @@ from lit_qlora.signals import (
 
 PARENT = "LIT_QLORA_PARENT"
 """In the environment of a process that `run` began: the number of the one that did."""
+AGENT = "TORCHELASTIC_RUN_ID"
+"""In the environment of a process that torchrun's agent began."""
 GRACE_S = 6.0
 """Seconds that the others have to end by themselves behind the first that failed."""
 LOST = 75
@@ -70,8 +72,8 @@ def take_place(is_for_several: bool = True) -> list[str]:
         return left
     if STORE not in os.environ and is_for_several:
         master()
-    if PARENT in os.environ:
-        _end_with_parent(int(os.environ[PARENT]))
+    if PARENT in os.environ or AGENT in os.environ:
+        _end_with_parent(int(os.environ.get(PARENT, os.getppid())))
         hear()
     return []
 
@@ -121,7 +123,7 @@ def _by_slurm() -> dict[str, str] | None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Have the system end this process when the command that began it does, even if that was killed."""
+    """Have the system end this process when what began it does, even if that was killed."""
     if sys.platform == "linux":
         import ctypes
 

@@ -278,12 +278,28 @@ def test_one_that_is_killed_is_named_and_the_others_end(rank: int) -> None:
     assert all(map(gone, numbers))
 
 
+READY = f"""import sys, time; sys.path.insert(0, {str(ROOT)!r})
+from lit_qlora.devices.starting import take_place
+take_place(); print('ready', flush=True); time.sleep(60)
+"""
+
+
+def test_none_outlives_torchruns_agent() -> None:
+    """By a stand-in for it, which is killed, and so ends nothing itself."""
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {READY!r}])"
+    places = os.environ | TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=places, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    (number,) = children(process, 1)
+    process.kill()
+    process.wait()
+    assert gone(number)
+    process.stdout.close()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGQUIT])
 def test_none_outlives_the_command(number: signal.Signals) -> None:
-    ready = (
-        "from lit_qlora.devices.starting import take_place; take_place(); print('ready', flush=True); time.sleep(60)"
-    )
-    process = started(f"sys.path.insert(0, {str(ROOT)!r}); {ready}", 3)
+    process = started(READY, 3)
     numbers = children(process, 3)
     assert process.stdout and process.stdout.readline() == "ready\n"
     time.sleep(0.3)

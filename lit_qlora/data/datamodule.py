@@ -111,11 +111,10 @@ class ChatDataModule(LightningDataModule):
         self.validation_source, self.validation_share = validation_source, validation_share
         self.test_source = test_source
         self.train_on, self.max_length = train_on, max_length
-        self._awaits_base = template == OF_BASE
+        self._given = tokenizer, read_template(template), system
+        self._awaits_base = self._given[1] == OF_BASE
         """Whether the prompt format is to be read from a base that is not known yet."""
-        self._given = tokenizer, OF_BASE if self._awaits_base else read_template(template)
         self.prompt_format = _prompt_format(None if self._awaits_base else self._given[1], system)
-        self._given_system = self.prompt_format.system
         self.plan = BatchPlan(batch_size, batch_tokens, packing)
         self.num_workers = num_workers
         self.tokenizer_name = tokenizer
@@ -211,14 +210,15 @@ class ChatDataModule(LightningDataModule):
 
     def _follow(self, module: Any) -> None:
         """Take tokenizer and prompt format from ``module``, its base and its adapter; drop rows encoded for another."""
-        base, (tokenizer, template) = getattr(module, "base", None), self._given
+        base, (tokenizer, template, system) = getattr(module, "base", None), self._given
         if base is None:
             return
         name = tokenizer or base.name
-        source, system = module.template_for(read_template(template, name)), module.system_for(self._given_system)
-        changed = not self.prompt_format.is_given_by(source) or self.prompt_format.system != system
-        if name != self.tokenizer_name or changed:
-            self.tokenizer_name, self.prompt_format = name, _prompt_format(source, system)
+        found = module.format_for(read_template(template, name), system)
+        was, now = (self.tokenizer_name, self.prompt_format), (name, found)
+        if now != was:
+            found.check_system()
+            self.tokenizer_name, self.prompt_format = now
             self._awaits_base = False
             for made in (self._records, self._rows, self.notes):
                 made.clear()

@@ -46,7 +46,7 @@ from lit_qlora.model.sharded_base import check_host, load_sharded
 from lit_qlora.model.shards import Shards
 from lit_qlora.model.sums import AnswerSums
 from lit_qlora.place import COMMAND
-from lit_qlora.text.formats import PromptFormat
+from lit_qlora.text.formats import PromptFormat, chosen
 
 
 class QLoRAModule(LearnsInParts):
@@ -292,24 +292,25 @@ class QLoRAModule(LearnsInParts):
         with self.shards.aside() if self.shards else nullcontext():
             return super().cpu()
 
-    def template_for(self, given: str | None) -> str | None:
-        """The prompt template for its data: ``given``, or that of the checkpoint or the adapter to start from.
+    def format_for(self, template: str | None, system: str | None) -> PromptFormat:
+        """The prompt format for its data: as given, else that of the checkpoint or the adapter to start from.
 
-        Raises UserError if the two differ.
+        A fit that starts from an adapter has the system text of its own data.
+
+        Args:
+            template: the text of a chat template; None where none is given.
+            system: the system text; None where none is given.
+
+        Raises:
+            UserError: the template is another than that of checkpoint or adapter.
         """
-        if self._recorded:
-            return self._recorded.kept(given, "the checkpoint")
-        return lora.read_format(self.adapter).kept(given, str(self.adapter)) if self.adapter else given
-
-    def system_for(self, given: str | None) -> str | None:
-        """The system text for its data: ``given``, or that of the checkpoint, or of the adapter that is scored.
-
-        A fit that starts from an adapter learns what its data have.
-        """
-        was = self._recorded
-        if was is None and self.adapter and self.trainer.state.fn != "fit":
-            was = lora.read_format(self.adapter)
-        return was.system if given is None and was else given
+        was, name = self._recorded, "the checkpoint"
+        if was is None and self.adapter:
+            was, name = lora.read_format(self.adapter), str(self.adapter)
+        if was is None:
+            return chosen(template, system)
+        is_another_fit = self._recorded is None and self.trainer.state.fn == "fit"
+        return chosen(was.kept(template, name), was.system if system is None and not is_another_fit else system)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter as a plain PEFT folder, made if missing, with the tokenizer of its Trainer's DataModule.

@@ -168,8 +168,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
     check_ranges(values)
     check_ranges({name.removeprefix("samples."): value for name, value in values.items()}, "samples.")
     Reading(str(values["data.form"]), columns=values["data.columns"]).check()
-    if values["data.template"] != OF_BASE:
-        read_template(values["data.template"])
+    read_template(values["data.template"])
 
 
 def _number_of(devices: Any) -> int:
@@ -204,8 +203,7 @@ def _check_base(verb: str, values: Mapping[str, Any]) -> None:
     """Raises UserError for a base that is nowhere, or that options don't fit."""
     name = values["model.base"]
     base = find_base(name, weights=verb == "fit" and not known_config(name))
-    if values["data.template"] == OF_BASE:
-        check_template_of_base(base.location)
+    check_template_of_base(values["data.template"], base.location)
     check_targets(base, split_names(values["model.target_modules"]))
     check_rank(base, values["model.rank"])
     check_context(base, values["data.max_length"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lit_qlora import demo
 from lit_qlora.data.tokenizer import load_tokenizer, template_beside
 from lit_qlora.errors import UserError, excerpt, meant
+from lit_qlora.text import edges
 from lit_qlora.text.formats import LLAMA_2, OF_BASE, built_in, chosen, names
 
 if TYPE_CHECKING:
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
 LARGEST_TEMPLATE = 1_000_000
 """Most bytes of a template's file; the longest known has 30,000."""
-
-BUILT_IN_BY_MARK = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "<|user|>": "zephyr", "[INST]": LLAMA_2}
-"""The built-in format that writes turns as a base's own template with such a mark does."""
 
 
 def is_template(value: str) -> bool:
@@ -31,22 +29,24 @@ def read_template(value: str | None, base: str | None = None) -> str | None:
 
     Args:
         value: As ``data.template``.
-        base: The hub id or folder whose own template may be meant.
+        base: The hub id or folder whose own template may be meant; None leaves `OF_BASE` as it is.
 
     Raises:
         UserError: There is no such file, it holds no Jinja, or the base has no template.
     """
     if value is None or value == LLAMA_2:
         return None
-    where, text = ("", value) if is_template(value) else (f"{value}: ", built_in().get(value))
-    if value == OF_BASE and base is not None:
+    if value == OF_BASE:
+        if base is None:
+            return OF_BASE
         text = template_of_base(load_tokenizer(base))
-    if text is None:
-        text = _read_template_file(value)
+    else:
+        text = value if is_template(value) else built_in().get(value) or _read_template_file(value)
     try:
-        return chosen(text).options["template"]
+        chosen(text)
     except UserError as error:
-        raise error.replace(problem=f"{where}{error.problem}") from error
+        raise error.replace(problem=f"{'' if text == value else f'{value}: '}{error.problem}") from error
+    return text
 
 
 def template_of_base(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -57,12 +57,20 @@ def template_of_base(tokenizer: "PreTrainedTokenizerBase") -> str:
     return text
 
 
-def check_template_of_base(base: str) -> None:
-    """Raises UserError for a folder without a chat template; passes a base on the hub."""
+def check_template_of_base(value: str | None, base: str) -> None:
+    """Check that a folder has a chat template, if that is to be taken; passes a base on the hub.
+
+    Args:
+        value: as ``data.template``.
+        base: the hub id or folder.
+
+    Raises:
+        UserError: it has none.
+    """
     folder = Path(base).expanduser()
     config = folder / "tokenizer_config.json"
     has_one = any(folder.glob("*chat_template*")) or (config.is_file() and b'"chat_template"' in config.read_bytes())
-    if folder.is_dir() and not has_one:
+    if value == OF_BASE and folder.is_dir() and not has_one:
         raise _no_template(base)
 
 
@@ -76,9 +84,11 @@ def _no_template(base: str) -> UserError:
 
 def instead_of(template: str) -> str:
     """The remedy for a base's own template that can't be learned, as where it thinks and can't be told not to."""
-    name = next((name for mark, name in BUILT_IN_BY_MARK.items() if mark in template), None)
+    known = {LLAMA_2: chosen().chat_template()} | built_in()
+    openers = [mark for mark in (*edges.OPENERS, *edges.NAMED) if mark in template]
+    name = next((name for name, source in known.items() if any(mark in source for mark in openers)), None)
     if name is None:
-        return f"or take another: {', '.join([LLAMA_2, *built_in()])}"
+        return f"or take another: {', '.join(known)}"
     return f"or give --data.template {name}, which writes such turns, too"
 
 

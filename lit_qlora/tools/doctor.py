@@ -195,10 +195,8 @@ def _choices(base: Any, options: Any, fit: list[str]) -> Iterator[Finding]:
     from lit_qlora.data.templates import check_template_of_base
     from lit_qlora.model.device import AMPERE, choose_precision, current_device
     from lit_qlora.model.optimizer import OPTIMIZERS
-    from lit_qlora.text.formats import OF_BASE
 
-    if options["data.template"] == OF_BASE:
-        check_template_of_base(base.location)
+    check_template_of_base(options["data.template"], base.location)
     device = current_device(options["trainer.accelerator"])
     rank, optimizer = options["model.rank"], options["model.optimizer"]
     precision, why = choose_precision(options["trainer.precision"], device, base.shape.num_parameters)

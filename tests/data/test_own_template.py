@@ -14,7 +14,7 @@ from lit_qlora.data.chat_template import check_template, messages, write_tokeniz
 from lit_qlora.data.datamodule import ChatDataModule
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.records import Reading, load_records
-from lit_qlora.data.templates import read_template
+from lit_qlora.data.templates import instead_of, read_template
 from lit_qlora.data.tokenizer import load_tokenizer
 from lit_qlora.errors import UserError
 from lit_qlora.text.conversation import Conversation
@@ -212,6 +212,23 @@ def test_a_template_is_a_file_or_its_text(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + SOURCES["chatml"].replace("\n", "\r\n").encode())
     assert read_template(str(path)) == SOURCES["chatml"]
     assert read_template(SOURCES["chatml"]) == SOURCES["chatml"]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ '<|im_start|>' ~ role }}", "or give --data.template chatml, which writes such turns, too"),
+        ("{{ '<|start_header_id|>' ~ role }}", "or give --data.template llama3, which writes such turns, too"),
+        (
+            "{{ '<|' ~ role ~ '|>' }}{{ '<|assistant|>' }}",
+            "or give --data.template zephyr, which writes such turns, too",
+        ),
+        ("{{ bos_token ~ '[INST] ' }}", "or give --data.template llama2, which writes such turns, too"),
+        ("{{ '<start_of_turn>' }}", f"or take another: {', '.join(names()[:-1])}"),
+    ],
+)
+def test_in_place_of_a_template_the_built_in_one_that_opens_turns_alike_is_named(template, expected):
+    assert instead_of(template) == expected
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device here")

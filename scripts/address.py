@@ -6,12 +6,13 @@ It stands in pyproject.toml; each tracked text file that has it there is written
 it is printed.
 """
 
+import argparse
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+SITE = "https://github.com/"
 
 
 def address(root: Path = ROOT) -> str:
@@ -20,17 +21,21 @@ def address(root: Path = ROOT) -> str:
     return found
 
 
+def checked(new: str) -> str:
+    """An address, https://github.com/OWNER/NAME, without a slash or .git at its end. For ``type=`` of argparse."""
+    new = new.removesuffix("/").removesuffix(".git")
+    if not (new.startswith(SITE) and new.count("/") == 4 and new.isascii() and not {*new} & {*" \"'\\"}):
+        raise argparse.ArgumentTypeError(f"expected {SITE}OWNER/NAME, got {new}")
+    return new
+
+
 def move(new: str, root: Path = ROOT) -> list[str]:
-    """Puts the address ``new``, https://github.com/OWNER/NAME, wherever the present one is named.
+    """Puts the address ``new``, as `checked` returns it, wherever the present one is named.
 
     Returns:
         The files that were changed.
     """
-    old, site = address(root), "https://github.com/"
-    new = new.removesuffix("/").removesuffix(".git")
-    if not (new.startswith(site) and new.count("/") == 4 and new.isascii() and not {*new} & {*" \"'\\"}):
-        raise SystemExit(f"error: expected https://github.com/OWNER/NAME, got {new}")
-    changed = []
+    old, changed = address(root), list[str]()
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         try:
@@ -39,12 +44,20 @@ def move(new: str, root: Path = ROOT) -> list[str]:
             continue
         moved = text.replace(old, new)
         # Colab's badge has it behind another host.
-        moved = moved.replace(f"github/{old.removeprefix(site)}/", f"github/{new.removeprefix(site)}/")
+        moved = moved.replace(f"github/{old.removeprefix(SITE)}/", f"github/{new.removeprefix(SITE)}/")
         if moved != text:
             (root / name).write_bytes(moved.encode("utf-8"))
             changed.append(name)
     return changed
 
 
+def main() -> None:
+    """Prints the address, or puts another one everywhere."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("new", type=checked, nargs="?", metavar="NEW", help="the address to put everywhere")
+    new = parser.parse_args().new
+    print("\n".join(move(new) if new else [address()]))
+
+
 if __name__ == "__main__":
-    print("\n".join(move(sys.argv[1]) if sys.argv[1:] else [address()]))
+    main()

@@ -5,6 +5,7 @@
 Needs requirements-dev.txt. Long outputs are cut, and no path of this machine stands in it.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -12,9 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import nbformat
-from nbclient import NotebookClient
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / "docs" / "colab-demo.ipynb"
@@ -27,6 +26,10 @@ FORM = {"CONFIG": "configs/demo.yaml", "QUESTION": "Who goes everywhere with Sil
 
 def main() -> None:
     """Runs all cells on the demo, and writes what they show."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    import nbformat  # here: --help needs none
+    from nbclient import NotebookClient
+
     with tempfile.TemporaryDirectory(prefix="lit_qlora-notebook-") as folder:
         clone = Path(folder) / "lit-qlora"
         for part in ("lit_qlora", "configs", "notebooks"):
@@ -47,7 +50,7 @@ def main() -> None:
     print(f"{COPY.stat().st_size:,} bytes: {COPY}")
 
 
-def _tidy(notebook: nbformat.NotebookNode, places: list[tuple[str, str]]) -> None:
+def _tidy(notebook: Any, places: list[tuple[str, str]]) -> None:
     """Cuts what is long, and names no place of this machine."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:

@@ -5,6 +5,7 @@
 writes docs/options.md, docs/files.md and docs/road.svg anew. A test compares, so that none of them drifts.
 """
 
+import argparse
 import ast
 import inspect
 import re
@@ -258,7 +259,13 @@ def _road() -> Iterator[str]:
 PAGES = {"options.md": options, "files.md": files, "road.svg": road}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Writes all of them."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, make in PAGES.items():
         (DOCS / name).write_text(make(), encoding="utf-8")
         print(f"docs/{name}")
+
+
+if __name__ == "__main__":
+    main()

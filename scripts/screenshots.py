@@ -35,7 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=PICTURES, metavar="DIR", help="where they are written")
     to = parser.parse_args().to.resolve()
-    to.mkdir(parents=True, exist_ok=True)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--to: {error}")
     with tempfile.TemporaryDirectory(prefix="lit_qlora-pictures-") as folder, _browser() as browser:
         here = Path(folder)
         _terminal(here, to / "terminal.svg")

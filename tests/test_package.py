@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from argparse import ArgumentTypeError
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ from lit_qlora import place
 from lit_qlora.cli import main
 from lit_qlora.place import CONFIGS, find_config, requirements
 from lit_qlora.tools.doctoring import surroundings
-from scripts.address import address, move
+from scripts.address import address, checked, move
 from tests.expect import ExpectError
 
 ROOT = Path(__file__).parents[1]
@@ -122,14 +123,14 @@ def test_the_address_moves_everywhere_at_once(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
     subprocess.run("git init -q && git add .", shell=True, cwd=tmp_path, check=True)
-    assert move("https://github.com/ann/tuner/", tmp_path) == ["README.md", "docs.md", "pyproject.toml"]
+    assert move(checked("https://github.com/ann/tuner/"), tmp_path) == ["README.md", "docs.md", "pyproject.toml"]
     assert address(tmp_path) == "https://github.com/ann/tuner"
     assert (tmp_path / "README.md").read_text() == text["README.md"].replace("lit-qlora/lit-qlora", "ann/tuner")
     assert (tmp_path / "docs.md").read_text().split("; ")[0] == "git clone https://github.com/ann/tuner.git"
     assert (tmp_path / "docs.md").read_text().endswith("https://github.com/others/lit-qlora\n")
     for wrong in ("ann/tuner", "https://github.com/ann", "https://example.org/ann/tuner", "https://github.com/a b/c"):
-        with pytest.raises(SystemExit, match=r"expected https://github.com/OWNER/NAME"):
-            move(wrong, tmp_path)
+        with pytest.raises(ArgumentTypeError, match=r"expected https://github.com/OWNER/NAME"):
+            checked(wrong)
 
 
 # Its configs by name

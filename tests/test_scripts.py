@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from scripts import pin, storm
+from scripts import address, notebook, pages, pin, screenshots, storm
 
 
 @pytest.mark.parametrize(
@@ -17,10 +17,15 @@ from scripts import pin, storm
         (storm, "--minutes -1", "--minutes"),
         (pin, "", "give --write FILE or --compare FILE"),
         (pin, "--compare /nowhere", "--compare: [Errno 2]"),
+        (address, "ftp://github.com/ann/tuner", "argument NEW: expected https://github.com/OWNER/NAME"),
+        (address, "https://github.com/ann/tuner twice", "unrecognized arguments: twice"),
+        (notebook, "--nothing", "unrecognized arguments: --nothing"),
+        (pages, "options.md", "unrecognized arguments: options.md"),
+        (screenshots, "--to /dev/null/pictures", "--to: [Errno 20]"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, script, given, words):
-    for name in ("warm_up", "all_storms", "command"):
+    for name in ("warm_up", "all_storms", "command", "move", "_browser", "PAGES"):
         if hasattr(script, name):
             monkeypatch.setattr(script, name, lambda *_: pytest.fail("it began"))
     monkeypatch.setattr(sys, "argv", ["script.py", *given.split()])

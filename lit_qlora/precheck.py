@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +155,9 @@ def _check_whole(verb: str, values: Mapping[str, Any], config: str | None) -> No
         _check_run(values, run)
     elif verb == "fit":
         run.check_place()
-        runs = chain([run], run.numbered())
-        run = next(one for one in runs if not settings.refused(*_settings(values, one)))  # as a fit does
+        run = run.first_meant(lambda one: not settings.refused(*_settings(values, one)))  # as far as is known here
     is_done = verb == "fit" and (run.finished_mark.exists() or bool(values.get("mirror")))
-    if verb != "plan" and not is_done:  # a forecast needs no rows, nor does a run that is finished, here or there
+    if not is_done:  # a run that is finished, here or there, needs no rows
         _check_rows(values, any_number=verb == "inspect")
 
 

@@ -5,6 +5,7 @@ Called by `training.py`. Knows the run's files and settings; loads no model and 
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,16 @@ def choose_run(
     Raises:
         UserError: another run is due, and its sources are missing.
     """
-    others = _another(default, mirror, config, base, data)
-    if not others:
-        return default
-    check_sources(config.get("data", {}))
-    run = next(run for run in default.numbered() if not _another(run, mirror, config, base, data))
-    print(f"   run  {default.path} differs: {'; '.join(others)}; this one is {run.path}", flush=True)
+
+    @cache
+    def differences(run: RunFolder) -> list[str]:
+        return _another(run, mirror, config, base, data)
+
+    if differences(default):
+        check_sources(config.get("data", {}))
+    run = default.first_meant(lambda run: not differences(run))
+    if run is not default:
+        print(f"   run  {default.path} differs: {'; '.join(differences(default))}; this one is {run.path}", flush=True)
     return run
 
 

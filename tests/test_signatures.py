@@ -384,6 +384,7 @@ def test_mistakes_need_nothing_heavy_whatever_the_verb(files, begun):
         ["test", "--run", "mine", "--data.test_source", "columns.jsonl"],
         ["validate", "--run", "mine", "--data.validation_source", "empty.jsonl"],
         ["inspect", "--data.source", "page.jsonl"],
+        ["plan", "--data.source", "nowhere.jsonl"],
         ["inspect", "--html", "nowhere/a.html"],
         ["fit", "--run", "mine", "--model.rank", "4"],
         ["fit", "--mirror", "page.jsonl"],
@@ -412,7 +413,8 @@ def test_rows_are_looked_at_unless_the_run_that_a_fit_chooses_is_finished(files,
     check_first("fit", broken)
     expect_error(lambda: check_first("inspect", broken), "no column", place="columns.jsonl:1")
     expect_error(lambda: check_first("fit", [*broken, "--model.rank", "4"]), "no column", place="columns.jsonl:1")
-    check_first("plan", [*broken, "--model.rank", "4"])
+    expect_error(lambda: check_first("plan", broken), "no column", place="columns.jsonl:1")
+    check_first("plan", ["--data.source", "someone/rows"])
 
 
 def test_a_run_in_use_is_found_first(begun, expect_error):

@@ -3,7 +3,7 @@
 The contents of checkpoints and adapters are written by others. Knows no torch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from itertools import chain, count, islice, pairwise, takewhile
@@ -191,9 +191,14 @@ class RunFolder:
         except OSError as error:
             raise self._not_writable(error, option) from error
 
-    def numbered(self) -> Iterator["RunFolder"]:
-        """The runs of the same name with -2, -3 and so on behind it."""
-        return (RunFolder(self.path.with_name(f"{self.path.name}-{number}")) for number in count(2))
+    def first_meant(self, is_meant: Callable[["RunFolder"], bool]) -> "RunFolder":
+        """The run of a fit that names none: this one, or else the first with -2, -3 and so on behind its name.
+
+        Args:
+            is_meant: True for a run that the fit may begin or resume.
+        """
+        others = (RunFolder(self.path.with_name(f"{self.path.name}-{number}")) for number in count(2))
+        return next(run for run in chain([self], others) if is_meant(run))
 
     def has_begun(self) -> bool:
         """True if anything was recorded or saved; until then there is nothing to resume, or to lose."""

@@ -40,6 +40,9 @@ IN_CONFIG = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora":
 """Options of LoRA by their fields of adapter_config.json. The record repeats them, so that an alpha changed there is
 noticed."""
 
+Shapes = Mapping[str, list[int]]
+"""Shapes of weights, by their names."""
+
 TEXTS = ("base", "base_fingerprint", "base_dtype")
 """Optional keys of the record about the base."""
 
@@ -172,19 +175,31 @@ def load_adapter(
         # Without the search for new embeddings, which would contact the hub.
         state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         wanted = {name: list(tensor.shape) for name, tensor in state.items()}
-        if stored != wanted:
-            name = next(name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name))
-            raise UserError(
-                f"this adapter does not fit {base.public_name}: {name} is "
-                f"{stored.get(name, 'missing')}, expected {wanted.get(name, 'no such weight')}",
-                place=folder,
-            )
+        check_shapes(stored, wanted, f"this adapter does not fit {base.public_name}", place=folder)
         peft_model.load_adapter(str(folder), "default", is_trainable=trainable)
     except (SafetensorError, OSError, ValueError, re.error) as error:
         raise _unreadable(folder, error) from error
     if not all(torch.isfinite(parameter).all() for parameter in adapter_parameters(peft_model).values()):
         raise UserError("it holds values that are not finite", place=folder / WEIGHTS, remedy="take another checkpoint")
     return peft_model
+
+
+def check_shapes(found: Shapes, expected: Shapes, problem: str, **where: Any) -> None:
+    """Check the weights of an adapter against those of the model that it is for.
+
+    Args:
+        found: shapes by name.
+        expected: those of the model.
+        problem: that there is if they differ, in a few words.
+        where: further fields of the error.
+
+    Raises:
+        UserError: for the first by name that differs, is missing, or is one more.
+    """
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            wanted = expected.get(name, "no such weight")
+            raise UserError(f"{problem}: {name} is {found.get(name, 'missing')}, expected {wanted}", **where)
 
 
 def load_adapter_weights(model: "PeftModel", folder: Path) -> None:

@@ -364,15 +364,9 @@ class QLoRAModule(LearnsInParts):
         """
         self.configure_model()
         own = lora.adapter_parameters(self)
-        shapes = {name: tuple(value.shape) for name, value in own.items()}
-        given = {name: tuple(value.shape) for name, value in state_dict.items()}
-        if shapes != given:
-            name = next(name for name in sorted({*shapes, *given}) if shapes.get(name) != given.get(name))
-            raise UserError(
-                f"the checkpoint is of another adapter: {name} is {given.get(name, 'missing')} "
-                f"there, {shapes.get(name, 'missing')} here",
-                remedy="give it the same base, rank and target modules",
-            )
+        given, shapes = ({name: [*value.shape] for name, value in state.items()} for state in (state_dict, own))
+        remedy = "give it the same base, rank and target modules"
+        lora.check_shapes(given, shapes, "the checkpoint is of another adapter", remedy=remedy)
         broken = [name for name in own if not state_dict[name].isfinite().all()]
         if broken:
             folder = self.trainer.ckpt_path if self._attached else None

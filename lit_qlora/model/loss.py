@@ -33,23 +33,20 @@ def summed_cross_entropy(
 
 
 @torch.no_grad()
-def token_cross_entropies(
-    hidden: Tensor, head: Tensor, ids: Tensor, chunk_rows: int = CHUNK_ROWS
-) -> tuple[Tensor, Tensor]:
+def token_cross_entropies(hidden: Tensor, head: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The terms of `summed_cross_entropy`, token by token.
 
     Args:
         hidden: ``[N, h]``.
         head: ``[V, h]``.
         ids: ``[N]`` int64.
-        chunk_rows: rows of logits that exist at a time.
 
     Returns:
         ``[N]`` nats, fp32; and ``[N]`` bool, whether the token was the likeliest. No gradient.
     """
     nats, is_likeliest = [], []
-    for start in range(0, len(ids), chunk_rows):
-        rows = slice(start, start + chunk_rows)
+    for start in range(0, len(ids), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
         scored = _score(hidden[rows], head, ids[rows].unsqueeze(1))
         nats.append(scored[0].squeeze(1))
         is_likeliest.append(scored[1].squeeze(1))

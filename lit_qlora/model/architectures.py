@@ -14,6 +14,8 @@ from lit_qlora.storage.foreign import FLAG, Kind, whole
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a decoder layer, of every architecture."""
 ATTENTION, MLP = LINEARS[:4], LINEARS[4:]
+PLACES = {name: f"{'self_attn' if name in ATTENTION else 'mlp'}.{name}" for name in LINEARS}
+"""Where each is in its decoder layer."""
 
 _WINDOW = whole(1, 2**31)
 _LAYER_TYPES = Kind(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_qlora.errors import UserError
 from lit_qlora.model.architectures import ARCHITECTURES, architecture_of
+from lit_qlora.model.shape import head_width_of
 from lit_qlora.storage.foreign import FLAG, OBJECT, SHARE, Kind, check, number, one_of, read_object, shown, whole, wrong
 
 if TYPE_CHECKING:
@@ -171,13 +172,9 @@ def _check_heads(place: str, config: Mapping[str, Any]) -> None:
     pairs = config.get("num_key_value_heads") or heads
     if heads % pairs:
         raise wrong(place, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})", pairs)
-    if _head_width(config) % 2:
+    if head_width_of(config) % 2:
         width = config.get("head_dim", f"{hidden} / {heads} = {hidden // heads}")
         raise wrong(place, "head_dim", "an even number (default: hidden_size / num_attention_heads)", width)
-
-
-def _head_width(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def _check_rope(place: str, config: Mapping[str, Any]) -> None:
@@ -185,10 +182,10 @@ def _check_rope(place: str, config: Mapping[str, Any]) -> None:
     if config.get("rope_scaling") and config.get("rope_parameters") and scaling[1:] != parameters[1:]:
         raise wrong(place, "rope_scaling", "what rope_parameters says, or one of the two alone", config["rope_scaling"])
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    ropes = _ropes(_head_width(config))
+    ropes = _ropes(head_width_of(config))
     kind, members = rope_of(config)[1:]
     check(place, f"{key}.rope_type", one_of(*ropes), kind)
-    if kind == "dynamic" and _head_width(config) == 2:
+    if kind == "dynamic" and head_width_of(config) == 2:
         raise wrong(place, f"{key}.rope_type", "another one for heads of width 2", kind)
     told = {**members, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     for member, value_kind in (ropes[kind].needed | ropes[kind].allowed | _OF_EACH_ROPE).items():
@@ -238,7 +235,7 @@ def for_transformers(config: Mapping[str, Any], plain: Collection[str] = ()) -> 
     architecture = architecture_of(config)
     values = {key: value for key, value in config.items() if key not in (*_ROPE_KEYS, "model_type")}
     theta, kind, members = rope_of(config)
-    known = _ropes(_head_width(config))[kind]
+    known = _ropes(head_width_of(config))[kind]
     rope = {name: value for name, value in members.items() if name in known.needed or name in known.allowed}
     if "original_max_position_embeddings" in known.allowed and "original_max_position_embeddings" in config:
         rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
@@ -250,7 +247,7 @@ def for_transformers(config: Mapping[str, Any], plain: Collection[str] = ()) -> 
         values["quantization_config"] = values["quantization_config"] | {"llm_int8_skip_modules": ["lm_head", *plain]}
     # Said outright, for what transformers takes for null or a missing one differs between architectures.
     values |= {
-        "head_dim": _head_width(config),
+        "head_dim": head_width_of(config),
         "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
     }
     if architecture.window(config) is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lit_qlora.model.architectures import Architecture, architecture_of
+from lit_qlora.model.architectures import PLACES, Architecture, architecture_of
 from lit_qlora.model.attention import Places, attend
 from lit_qlora.model.dequantised import Quantised, Weights
 from lit_qlora.model.offload import HostStore, Parked
@@ -192,9 +192,7 @@ def extract_layers(model: Any, pointwise: Pointwise = EAGER, weights: Sequence[W
 
 
 def _linears(layer: Any) -> list[Any]:
-    attention, mlp = layer.self_attn, layer.mlp
-    modules = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return [*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return [layer.get_submodule(place) for place in PLACES.values()]
 
 
 def _take_apart(layer: Any, weights: Weights, pointwise: Pointwise, buffers: dict[Any, LoraBuffers]) -> Layer:
@@ -227,14 +225,7 @@ def _take_apart(layer: Any, weights: Weights, pointwise: Pointwise, buffers: dic
     )
 
 
-def run_layers(
-    layers: Sequence[Layer],
-    hidden: Tensor,
-    places: Places,
-    kept_layers: int,
-    store: HostStore | None = None,
-    hosted_layers: int = 0,
-) -> Tensor:
+def run_layers(layers: Sequence[Layer], hidden: Tensor, places: Places, kept_layers: int) -> Tensor:
     """The hidden states after the layers, of one micro-batch; see `run_together`.
 
     Args:
@@ -242,14 +233,11 @@ def run_layers(
         hidden: ``[B, T, h]``, before them.
         places: of its tokens.
         kept_layers: number of layers that keep the results of their products.
-        store: where a part of these waits.
-        hosted_layers: number of layers that send it there.
 
     Returns:
         ``[B, T, h]``.
     """
-    one = MicroBatch(hidden, places, draw_seeds(layers))
-    return run_together(layers, [one], kept_layers, store, hosted_layers)[0]
+    return run_together(layers, [MicroBatch(hidden, places, draw_seeds(layers))], kept_layers)[0]
 
 
 class MicroBatch(NamedTuple):

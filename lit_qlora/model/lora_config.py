@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.errors import UserError, cut
-from lit_qlora.model.architectures import ATTENTION, LINEARS
+from lit_qlora.model.architectures import PLACES
 from lit_qlora.storage.foreign import FLAG, SHARE, Kind, shown, whole
 
 _REMEDY = "take an adapter that is as it was saved"
@@ -177,8 +177,7 @@ def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
     ]
     if not patterns:
         return
-    parts = [f"self_attn.{name}" if name in ATTENTION else f"mlp.{name}" for name in LINEARS]
-    parts += ["self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm"]
+    parts = [*PLACES.values(), "self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm"]
     names = ["lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers"]
     names += [f"model.layers.{layer}.{part}" for layer in range(MATCHED_LAYERS) for part in parts]
     names += [f"base_model.model.{name}" for name in names]

@@ -39,6 +39,11 @@ def known_config(base: str) -> dict[str, Any] | None:
     return LLAMA_2.get(found[1] or found[2]) if found else None
 
 
+def head_width_of(config: Mapping[str, Any]) -> int:
+    """The width of a head of queries, keys and values, by a base's config.json."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
 def target_names(target_modules: str | Sequence[str]) -> Sequence[str]:
     """The names of the targeted linear layers, spelled out: peft takes a string for a pattern.
 
@@ -76,7 +81,7 @@ class Shape:
             config: as `model.config.read_config` returns it.
         """
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head_width = config.get("head_dim") or hidden // heads
+        head_width = head_width_of(config)
         queries = heads * head_width
         keys = (config.get("num_key_value_heads") or heads) * head_width
         inner = config["intermediate_size"]

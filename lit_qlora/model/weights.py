@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lit_qlora.console import bars
 from lit_qlora.errors import UserError, one_line
-from lit_qlora.model.architectures import ATTENTION
+from lit_qlora.model.architectures import PLACES
 from lit_qlora.model.base import INDEX, WHOLE, Base, base_error, stored_file, weight_files
 from lit_qlora.model.shape import Shape
 from lit_qlora.storage.files import parse_json, unreadable
@@ -172,10 +172,9 @@ def _expected(base: Base) -> dict[str, tuple[int, ...]]:
     for number in range(shape.num_layers):
         layer = f"model.layers.{number}"
         for name, (inputs, outputs) in shape.linears.items():
-            part = "self_attn" if name in ATTENTION else "mlp"
-            sizes[f"{layer}.{part}.{name}.weight"] = (outputs, inputs)
+            sizes[f"{layer}.{PLACES[name]}.weight"] = (outputs, inputs)
             if name in shape.biased:
-                sizes[f"{layer}.{part}.{name}.bias"] = (outputs,)
+                sizes[f"{layer}.{PLACES[name]}.bias"] = (outputs,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             sizes[f"{layer}.{norm}.weight"] = (shape.hidden,)
         for norm in ("q_norm", "k_norm") if shape.has_head_norms else ():

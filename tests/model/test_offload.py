@@ -15,7 +15,7 @@ from lit_qlora.forecast import memory
 from lit_qlora.model import offload
 from lit_qlora.model.attention import find_places
 from lit_qlora.model.base import find_base
-from lit_qlora.model.decoder import extract_layers, run_layers
+from lit_qlora.model.decoder import MicroBatch, draw_seeds, extract_layers, run_together
 from lit_qlora.model.load import load_base
 from lit_qlora.model.lora import Lora, adapter_parameters, add_lora
 from lit_qlora.model.module import QLoRAModule
@@ -25,6 +25,10 @@ from lit_qlora.model.shape import Shape
 ROWS, TOKENS = 2, 12
 
 
+def run(layers, hidden, places, kept_layers, store, hosted_layers):
+    return run_together(layers, [MicroBatch(hidden, places, draw_seeds(layers))], kept_layers, store, hosted_layers)[0]
+
+
 def hidden_and_gradients(model, store=None, hosted_layers=0, kept_layers=2, lengths=(), tokens=TOKENS):
     torch.manual_seed(3)
     inner = model.get_base_model().model
@@ -32,7 +36,7 @@ def hidden_and_gradients(model, store=None, hosted_layers=0, kept_layers=2, leng
     hidden = inner.embed_tokens(ids.to(model.device))
     places = find_places(inner.rotary_emb, hidden, lengths)
     model.zero_grad()
-    hidden = run_layers(extract_layers(model), hidden, places, kept_layers, store, hosted_layers)
+    hidden = run(extract_layers(model), hidden, places, kept_layers, store, hosted_layers)
     hidden.square().sum().backward()
     return hidden.detach(), {name: value.grad.clone() for name, value in adapter_parameters(model).items()}
 
@@ -64,7 +68,7 @@ def test_the_lowest_kept_layers_are_sent_and_leave(make_model, monkeypatch):
     inner, store = model.get_base_model().model, HostStore()
     hidden = inner.embed_tokens(torch.randint(3, 512, (ROWS, TOKENS)))
     layers, places = extract_layers(model), find_places(inner.rotary_emb, hidden, ())
-    out = run_layers(layers, hidden, places, 2, store, 1)
+    out = run(layers, hidden, places, 2, store, 1)
     assert len(sent) == 1 and all(reference.expired() for reference in sent[0])  # the residual, gate and up
     assert [tensor.numel() for tensor in store._buffers] == [ROWS * TOKENS * (64 + 2 * 172)]
     out.sum().backward()
@@ -89,7 +93,7 @@ def test_an_abandoned_forward_leaves_nothing_behind(make_model):
     wanted = hidden_and_gradients(model)
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(torch.randint(3, 512, (1, 5)))
-    run_layers(extract_layers(model), hidden, find_places(inner.rotary_emb, hidden, ()), 2, store, 2)
+    run(extract_layers(model), hidden, find_places(inner.rotary_emb, hidden, ()), 2, store, 2)
     assert_same_bits(hidden_and_gradients(model, store, 2), wanted)
     assert len(store._buffers) == 2
 
@@ -99,7 +103,7 @@ def test_without_a_backward_nothing_is_sent(make_model):
     inner = model.get_base_model().model
     hidden = inner.embed_tokens(torch.randint(3, 512, (1, 5)))
     with torch.no_grad():
-        run_layers(extract_layers(model), hidden, find_places(inner.rotary_emb, hidden, ()), 2, store, 2)
+        run(extract_layers(model), hidden, find_places(inner.rotary_emb, hidden, ()), 2, store, 2)
     assert store._buffers == []
 
 

@@ -15,11 +15,12 @@ from lit_qlora.console import counted
 from lit_qlora.data import splits
 from lit_qlora.data.files import Row, SourceError, split_place
 from lit_qlora.data.forms import OPTIONS, Form, check_columns, form_names
-from lit_qlora.data.row import Read, RowError, read_row
+from lit_qlora.data.row import RowError, read_row
 from lit_qlora.data.sources import Source, local_bytes, read_source, sources_of
 from lit_qlora.errors import UserError, excerpt, suggestion
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import PromptFormat, chosen
+from lit_qlora.text.messages import Read
 
 UNANSWERED = "unanswered last turns dropped"
 NOT_LEARNED = "last answers dropped: not to be learned"

@@ -6,7 +6,7 @@ Knows no file, no prompt format, no tokens.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from lit_qlora.data.files import EXAMPLE
 from lit_qlora.data.forms import (
@@ -45,22 +45,6 @@ NAMED = 3
 WHOLE = "rows of plain text, which is learned whole"
 
 
-class Read(NamedTuple):
-    """A row's conversation.
-
-    Args:
-        conversation: that one; None where nothing that can be learned is left of its messages.
-        unused: what of the row is not used, in words.
-        taken_off: the special tokens that were taken off it.
-        changed: how else the conversation differs from the row, in words, as `messages.Parsed` has it.
-    """
-
-    conversation: Conversation | None
-    unused: tuple[str, ...] = ()
-    taken_off: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-
-
 class RowError(ValueError):
     """An error for a row that is no conversation, with its remedy.
 
@@ -83,7 +67,7 @@ def read_row(
     opening: str | None = None,
     is_whole: bool = False,
     option: str = "",
-) -> Read:
+) -> messages.Read:
     """Read the conversation of a row.
 
     Args:
@@ -106,10 +90,10 @@ def read_row(
     content = [_content(row, name, chosen) for name in used]
     try:
         made = chosen.parse(*content)
-        parsed = messages.Parsed(made) if isinstance(made, Conversation) else messages.parse(made, opening, marks)
-        if parsed.conversation is None:
-            return Read(None, parsed.unused, parsed.taken_off, parsed.changed)
-        conversation, notes = _with_system(row, llama2_rows.without_block(parsed.conversation), system_columns)
+        read = messages.Read(made) if isinstance(made, Conversation) else messages.parse(made, opening, marks)
+        if read.conversation is None:
+            return read
+        conversation, notes = _with_system(row, llama2_rows.without_block(read.conversation), system_columns)
         conversation = llama2_rows.without_block(conversation)  # one that a column has around its text
         conversation, taken_off = edges.clean(conversation, marks)  # what parse did not see, such as a system column
         conversation.check_characters()
@@ -135,10 +119,9 @@ def read_row(
         for name, value in row.items()
         if name not in (*used, *system_columns, *labels) and messages.is_there(value)
     ]
-    own = [WHOLE] if conversation.is_text else [LABELLED_BAD] if is_bad else []
-    changed = (*own, *parsed.changed)
-    taken_off = [*dict.fromkeys([*parsed.taken_off, *taken_off])]
-    return Read(conversation, (*notes, *parsed.unused), tuple(taken_off), changed)
+    own = (WHOLE,) if conversation.is_text else (LABELLED_BAD,) if is_bad else ()
+    all_taken_off = tuple(dict.fromkeys([*read.taken_off, *taken_off]))
+    return messages.Read(conversation, (*own, *read.changed), (*notes, *read.unused), all_taken_off)
 
 
 def _content(row: Mapping[str, Any], column: str | None, form: RowForm) -> Any:

@@ -61,13 +61,13 @@ UNSEEN = "rows with turns of the user without a text, left out with their answer
 LAST_UNSEEN = "rows whose last turn of the user has no text, left out with its answer"
 
 
-class Parsed(NamedTuple):
-    """A list of messages as a conversation.
+class Read(NamedTuple):
+    """A list of messages, or a row, as a conversation.
 
     Args:
-        conversation: that one; None where nothing that can be learned is left of them, such as of an image's question.
-        changed: how it differs from the messages, in words.
-        unused: the keys that are not used, in words.
+        conversation: that one; None where nothing that can be learned is left of it, such as of an image's question.
+        changed: how it differs from the messages or the row, in words.
+        unused: the keys or columns that are not used, in words.
         taken_off: the special tokens that were taken off what is said.
     """
 
@@ -82,7 +82,7 @@ class OpeningError(ValueError):
 
 
 class _Message(NamedTuple):
-    """One message: ``text`` is None where it says nothing that can be learned; ``taken_off`` it, as in `Parsed`."""
+    """One message: ``text`` is None where it says nothing that can be learned; ``taken_off`` it, as in `Read`."""
 
     role: str
     text: str | None
@@ -126,7 +126,7 @@ def is_answer(value: object) -> bool:
     )
 
 
-def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> Parsed:
+def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> Read:
     """Read messages into a conversation.
 
     What the system says before the first turn becomes the system text; its message is not counted as a turn. What it
@@ -171,14 +171,14 @@ def parse(rows: Any, opening: str | None = None, marks: Sequence[str] = ()) -> P
     if (said and not turns) or (
         is_opening and opening is None and len(turns) == 1 and {UNSEEN, LAST_UNSEEN} & {*changed}
     ):
-        return Parsed(None, tuple(changed), tuple(_unused(listed)), tuple(taken_off))
+        return Read(None, tuple(changed), tuple(_unused(listed)), tuple(taken_off))
     if is_opening:
         if opening is None and len(turns) == 1:
             raise OpeningError("only the assistant speaks, expected something that it answers")
         changed[OPENING_LEFT_OUT if opening is None else OPENING_KEPT] = None
         turns = turns[1:] if opening is None else [Turn("user", opening, learned=False), *turns]
     conversation = Conversation(tuple(turns), JOINT.join(map(str, texts)) if texts else None)
-    return Parsed(conversation, tuple(changed), tuple(_unused(listed)), tuple(taken_off))
+    return Read(conversation, tuple(changed), tuple(_unused(listed)), tuple(taken_off))
 
 
 def _listed(rows: Any) -> list[Any]:

@@ -38,8 +38,8 @@ def test_the_conversation_s_own_system_text_stands_and_another_is_named():
     assert read_row({**row, "system": "Mine. "}) == (said("hi", "yo", system="Mine."), (), (), ())
     assert read_row({**row, "system": "Other."}) == (
         said("hi", "yo", system="Mine."),
-        ("column 'system' where another system text stands already",),
         (),
+        ("column 'system' where another system text stands already",),
         (),
     )
     blank = {"messages": [{"role": "system", "content": " "}, *TURNS], "system": "Other."}
@@ -67,12 +67,12 @@ def test_the_conversation_s_own_system_text_stands_and_another_is_named():
     ],
 )  # fmt: skip
 def test_what_is_not_used_is_named(row, unused):
-    assert read_row(row) == (said("hi", "yo"), tuple(unused), (), ())
+    assert read_row(row) == (said("hi", "yo"), (), tuple(unused), ())
 
 
 def test_a_forced_form_names_the_column_that_it_passes_by():
     row = {"messages": TURNS, "text": "### Human: a### Assistant: b"}
-    assert read_row(row, "guanaco") == (said("a", "b"), ("column 'messages' beside 'text'",), (), ())
+    assert read_row(row, "guanaco") == (said("a", "b"), (), ("column 'messages' beside 'text'",), ())
 
 
 @pytest.mark.parametrize(
@@ -215,13 +215,13 @@ OTHERS = {
 @pytest.mark.parametrize(("row", "conversation"), OTHERS.values(), ids=OTHERS)
 def test_a_form_is_known_by_its_columns(row, conversation):
     unused = ("column 'text' beside 'instruction' and 'output'",) if "text" in row else ()
-    assert read_row(row) == (conversation, unused, (), ())
+    assert read_row(row) == (conversation, (), unused, ())
 
 
 def test_a_text_in_a_known_form_comes_before_columns_beside():
     row = {"text": TEXT, "instruction": "a", "output": "b"}
     beside = ("column 'instruction' beside 'text'", "column 'output' beside 'text'")
-    assert read_row(row) == (said("hi", "yo"), beside, (), ())
+    assert read_row(row) == (said("hi", "yo"), (), beside, ())
     assert read_row(row, "alpaca").conversation == said("a", "b")
     assert read_row({"text": "prose", "instruction": "a", "output": "b"}).conversation == said("a", "b")
 
@@ -357,7 +357,7 @@ def test_plain_text_is_read_where_all_of_it_is_learned():
         read_row(row)
     assert "data.train_on all" in caught.value.remedy
     story = Conversation((Turn("text", "Once upon a time."),))
-    assert read_row(row, is_whole=True) == (story, ("column 'system' beside a plain text",), (), (WHOLE,))
+    assert read_row(row, is_whole=True) == (story, (WHOLE,), ("column 'system' beside a plain text",), ())
     assert read_row({"text": "A story.</s>"}, "text", is_whole=True).taken_off == ("</s>",)
     assert read_row({"body": "A story."}, columns={"text": "body"}, is_whole=True).conversation.is_text
     # What has a form is a conversation even so, and what is written in an unknown one is no story.
@@ -369,7 +369,7 @@ def test_plain_text_is_read_where_all_of_it_is_learned():
 
 def test_an_opening_of_the_assistant_s_is_left_out_or_kept():
     row = {"messages": [TURNS[1], *TURNS]}
-    assert read_row(row) == (said("hi", "yo"), (), (), (messages.OPENING_LEFT_OUT,))
+    assert read_row(row) == (said("hi", "yo"), (messages.OPENING_LEFT_OUT,), (), ())
     assert read_row(row, opening="Begin!").conversation == said("Begin!", "yo", "hi", "yo")
     with pytest.raises(RowError, match="only the assistant speaks") as caught:
         read_row({"messages": TURNS[1:]})

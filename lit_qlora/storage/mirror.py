@@ -21,7 +21,6 @@ from lit_qlora.storage.folders import (
     DamagedFolderError,
     clear_leftovers,
     copy_folder,
-    is_whole,
     read_seal,
     recover,
     remove_folder,
@@ -31,6 +30,7 @@ from lit_qlora.storage.run import CARD, EVENTS, RunFolder
 from lit_qlora.storage.settings import refused
 
 KEPT = 2
+"""Checkpoints in a copy."""
 MARK = ".mirror"
 """A file by which the opened folder differs from one of its name on the disk below an unmounted drive."""
 COLAB, FSTAB = Path("/content/drive"), Path("/etc/fstab")
@@ -56,8 +56,6 @@ class Mirror:
         self.copy = RunFolder(parent / run.path.resolve().name)
         self._mark, self._token = self.copy.path / MARK, secrets.token_hex(8)
         self._copied: dict[Path, tuple[int, int]] = {}
-        self._whole = set[int]()
-        """Steps whose copy is known to be intact."""
         self._wanted, self._is_closing = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._failed = False
@@ -233,11 +231,14 @@ class Mirror:
         if step is not None and not self._holds(step):
             self._check_place()
             copy_folder(self.run.checkpoint(step), self.copy.checkpoint(step), replace=True)
-            self._whole.add(step)
+            self.copy.whole.add(step)
         if self.run.finished_mark in files:
             self._copy_file(self.run.finished_mark)
         if step is not None:
-            self._remove_old(step)
+            self._check_place()
+            for older in self.copy.outdated_steps(KEPT, step, self.check):
+                if older < step:  # what is above may be the beginning of a copy by another tool
+                    remove_folder(self.copy.checkpoint(older))
 
     def _check_place(self) -> None:
         """Raises SaveError if the drive was unmounted, so that this is no longer the opened folder."""
@@ -245,25 +246,10 @@ class Mirror:
             gone = FileNotFoundError(errno.ENOENT, "the folder that was opened is gone; is the drive still mounted?")
             raise SaveError(self.copy.path, gone)
 
-    def _remove_old(self, step: int) -> None:
-        """Keep the copy of ``step`` and the newest intact ones; remove none before that many are known to be intact."""
-        self._check_place()
-        saved = self.copy.saved_steps()
-        kept = {step, *[one for one in saved if one != step and self._is_whole(one)][-(KEPT - 1) :]}
-        if len(kept) >= KEPT:
-            for old in saved[: saved.index(min(kept))]:
-                remove_folder(self.copy.checkpoint(old))
-
     def _holds(self, step: int) -> bool:
         """True if the copy of ``step`` is intact and equals the one here."""
         here, there = (read_seal(run.checkpoint(step)) for run in (self.run, self.copy))
-        return here == there and self._is_whole(step)
-
-    def _is_whole(self, step: int) -> bool:
-        """Checked once, since it reads the whole folder."""
-        if step not in self._whole and is_whole(self.copy.checkpoint(step), self.check):
-            self._whole.add(step)
-        return step in self._whole
+        return here == there and self.copy.is_whole(step, self.check)
 
     def _is_behind(self) -> bool:
         pairs = [(file, self._there(file)) for file in _files(self.run)]

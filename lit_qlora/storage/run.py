@@ -115,8 +115,8 @@ class RunFolder:
         """What the newest start decided, and by which versions."""
         self.report = path / "report.html"
         self.finished_mark = path / "finished.json"
-        self._seen_whole: dict[int, bool] = {}
-        """By step, whether `outdated_steps` found its checkpoint intact."""
+        self.whole = set[int]()
+        """Steps whose checkpoint was found intact, or was just written."""
 
     def open(self, stack: ExitStack) -> None:
         """Lock the folder for this process, to start or resume a run, until ``stack`` closes.
@@ -253,26 +253,30 @@ class RunFolder:
     def outdated_steps(self, keep: int, newest: int, check: Callable[[Path], object] = verify_folder) -> list[int]:
         """Steps whose checkpoints may be removed now that one is written: all but the newest intact ones.
 
-        Empty while there are fewer intact ones. Damaged ones don't count, and intact ones above the newest stay. Each
-        is checked once.
+        Empty while there are fewer intact ones. Damaged ones don't count, and intact ones above the newest stay.
 
         Args:
             keep: number of intact checkpoints that stay.
             newest: step of the one that was just written.
             check: as in `last_checkpoint`.
         """
-        self._seen_whole[newest] = True
-
-        def seen_whole(step: int) -> bool:
-            if step not in self._seen_whole:
-                self._seen_whole[step] = is_whole(self.checkpoint(step), check)
-            return self._seen_whole[step]
-
+        self.whole.add(newest)
         saved = self.saved_steps()
-        kept = [*islice((step for step in reversed(saved) if step <= newest and seen_whole(step)), keep)]
+        kept = [*islice((step for step in reversed(saved) if step <= newest and self.is_whole(step, check)), keep)]
         if len(kept) < keep:
             return []
-        return [step for step in saved if step not in kept and (step < newest or not seen_whole(step))]
+        return [step for step in saved if step not in kept and (step < newest or not self.is_whole(step, check))]
+
+    def is_whole(self, step: int, check: Callable[[Path], object] = verify_folder) -> bool:
+        """True if the checkpoint of a step is intact; an intact one is read once.
+
+        Args:
+            step: of the checkpoint.
+            check: as in `last_checkpoint`.
+        """
+        if step not in self.whole and is_whole(self.checkpoint(step), check):
+            self.whole.add(step)
+        return step in self.whole
 
     def finished(self) -> dict[str, Any] | None:
         """The record of the run's end; None before that, and if it is damaged."""

@@ -126,14 +126,14 @@ def test_what_was_just_saved_stays_and_damaged_ones_do_not_count(run, saved, dam
     assert run.outdated_steps(keep, newest) == outdated
 
 
-def test_a_checkpoint_is_looked_at_once_and_one_that_was_written_anew_is_whole(run):
+def test_a_whole_checkpoint_is_looked_at_once_and_one_that_was_written_anew_is_whole(run):
     save(run, 5, 10, 15)
     damage(run, 10)
     looked_at = []
     check = lambda folder: (looked_at.append(folder.name), verify_folder(folder))  # noqa: E731
     assert run.outdated_steps(2, 15, check) == [10]
     assert run.outdated_steps(2, 15, check) == [10]
-    assert looked_at == ["step-00000010", "step-00000005"]
+    assert looked_at == ["step-00000010", "step-00000005", "step-00000010"]
     remove_folder(run.checkpoint(10))
     save(run, 10)
     assert run.outdated_steps(2, 10, check) == []

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lit_qlora.console import complain
 from lit_qlora.errors import UserError
-from lit_qlora.storage.files import parse_json, unreadable
 from lit_qlora.storage.folders import DamagedFolderError, copy_folder, remove_folder, verify_folder
+from lit_qlora.storage.foreign import object_in
 from lit_qlora.storage.run import CARD, RunFolder
 
 
@@ -89,11 +89,7 @@ def _verify_adapter(folder: Path) -> int:
     """Verify an adapter's files and figures; return its step. Raises DamagedFolderError."""
     verify_folder(folder, may_differ=[CARD])
     file = folder / "result.json"
-    try:
-        step = parse_json(file.read_bytes())["step"] if file.is_file() else 0
-        found = "no step"
-    except (ValueError, TypeError, KeyError) as error:
-        step, found = None, unreadable(error)
+    step = object_in(file).get("step") if file.is_file() else 0
     if type(step) is not int:
-        raise DamagedFolderError(folder, file.name, "a step and its figures", found)
+        raise DamagedFolderError(folder, file.name, "a step and its figures", "no step")
     return step

@@ -30,12 +30,13 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / unit:,.1f} {name}"
 
 
-def output_path(output: str, what: str = "file") -> Path:
-    """The path that the option ``output`` names.
+def output_path(output: str, what: str = "file", option: str = "output") -> Path:
+    """The path that an option names.
 
     Args:
         output: its value.
         what: is to be written: a file or a folder.
+        option: its name, for messages.
 
     Raises:
         UserError: for an invalid name, and for a folder where a file is to be written.
@@ -49,10 +50,10 @@ def output_path(output: str, what: str = "file") -> Path:
     except (OSError, ValueError) as error:  # too long, below a file, a zero byte in it
         reason = getattr(error, "strerror", None) or error
         problem = f"{excerpt(output)} can't be a {what} ({reason})"
-        raise UserError(problem, option="output", remedy="give another name") from error
+        raise UserError(problem, option=option, remedy="give another name") from error
     if output.strip() in ("", "-") or is_folder or len(output.splitlines()) > 1:  # nothing goes to the terminal
         problem = f"expected a {what} to write, got {excerpt(output)}"
-        raise UserError(problem, option="output", remedy=f"give a {what}'s name")
+        raise UserError(problem, option=option, remedy=f"give a {what}'s name")
     return path
 
 
@@ -61,19 +62,23 @@ def page_path(page: str) -> Path:
 
     Raises UserError as `output_path`, and where its folder is missing.
     """
-    try:
-        path = output_path(page)
-    except UserError as error:
-        raise error.replace(option="html") from error
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent}", option="html", remedy="make it, or give another name")
+    path = output_path(page, option="html")
+    require_folder(path, "html")
     return path
 
 
-def require_folder(path: Path) -> None:
-    """Raises UserError if ``path``, which the option ``output`` names, is in no folder."""
+def require_folder(path: Path, option: str = "output") -> None:
+    """Check that what an option names is in a folder that is there.
+
+    Args:
+        path: that it names.
+        option: its name, for messages.
+
+    Raises:
+        UserError: it is not.
+    """
     if not path.parent.is_dir():
-        raise UserError(f"no folder {path.parent}", option="output")
+        raise UserError(f"there is no folder {path.parent}", option=option, remedy="make it, or give another name")
 
 
 def require_new(path: Path, why: str = "") -> None:

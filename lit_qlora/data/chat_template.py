@@ -28,7 +28,7 @@ PROBES = (
 """Prompts on which a tokenizer is tried when it is written."""
 
 
-def special_ids(encoder: Encoder) -> dict[str, Any]:
+def config_ids(encoder: Encoder) -> dict[str, Any]:
     """The ids that begin, end and pad a text, as config.json and generation_config.json name them."""
     ends = encoder.stop_ids
     return {
@@ -76,7 +76,7 @@ def write_tokenizer(folder: Path, encoder: Encoder, max_tokens: int) -> None:
         "chat_template": encoder.prompt_format.chat_template(),
     }
     (folder / "chat_template.jinja").write_text(config["chat_template"], encoding="utf-8")
-    stops = json.dumps(special_ids(encoder), indent=2) + "\n"
+    stops = json.dumps(config_ids(encoder), indent=2) + "\n"
     (folder / "generation_config.json").write_text(stops, encoding="utf-8")
     (folder / "tokenizer.json").write_text(json.dumps(rules, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -12,7 +12,7 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from lit_qlora.batch import IGNORE_INDEX
-from lit_qlora.data.tokenizer import stop_ids
+from lit_qlora.data.tokenizer import special_tokens, stop_ids
 from lit_qlora.errors import UserError, excerpt
 from lit_qlora.text.conversation import Conversation
 from lit_qlora.text.formats import Piece, PromptFormat, SpecialTokens, chosen
@@ -87,8 +87,8 @@ class Encoder:
         self.eos_id = int(tokenizer.eos_token_id)
         self.max_length = max_length
         self.train_on = train_on
-        special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        tokens = SpecialTokens(tokenizer.bos_token or "", str(tokenizer.eos_token), special)
+        special = special_tokens(tokenizer).values()
+        tokens = SpecialTokens(tokenizer.bos_token or "", str(tokenizer.eos_token), tuple(special))
         self.prompt_format = (prompt_format or chosen()).of(tokens)
         self.prompt_format.check()
 
@@ -291,8 +291,7 @@ class Encoder:
 
     def _special(self, stop: Sequence[str]) -> set[int]:
         """The ids of those of ``stop`` that are special tokens, which no text has."""
-        tokens = self.tokenizer.added_tokens_decoder
-        return {token for token, one in tokens.items() if one.special and one.content in stop}
+        return {token for token, text in special_tokens(self.tokenizer).items() if text in stop}
 
     def _ids(self, pieces: list[Piece]) -> list[list[int]]:
         """The ids of each piece."""

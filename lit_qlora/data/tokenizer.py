@@ -126,6 +126,11 @@ def file_of(location: str, name: str) -> Path | None:
     return Path(found) if found else None
 
 
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """The tokens that a tokenizer calls special: how they are spelled, by their ids."""
+    return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that end an answer by the generation_config.json beside a tokenizer, as far as it has them.
 
@@ -133,7 +138,7 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """
     file = file_of(tokenizer.name_or_path, "generation_config.json")
     told = read_object(file).get("eos_token_id") if file else None
-    special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    special = [*special_tokens(tokenizer)]
     wrong = [tokenizer.bos_token_id, tokenizer.unk_token_id]  # as early conversions of Llama have it
     return [one for one in (told if isinstance(told, list) else [told]) if one in special and one not in wrong]
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from lit_qlora.data.tokenizer import special_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -48,8 +50,7 @@ def tokens(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: It
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     """The ids of all tokens that the tokenizer calls special."""
-    added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return frozenset([*tokenizer.all_special_ids, *added])
+    return frozenset([*tokenizer.all_special_ids, *special_tokens(tokenizer)])
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lit_qlora.console import counted, say
-from lit_qlora.data.chat_template import check_template, special_ids, write_tokenizer
+from lit_qlora.data.chat_template import check_template, config_ids, write_tokenizer
 from lit_qlora.data.encode import Encoder
 from lit_qlora.data.sources import paths_of
 from lit_qlora.data.tokenizer import file_of
@@ -109,7 +109,7 @@ def _write_config(folder: Path, base: Base, encoder: Encoder, dtype: DType) -> N
     # Answers end as in training, whatever the base's config.json says.
     config = {name: value for name, value in base.config.items() if name != "quantization_config"}
     # The name that every version of transformers reads.
-    config |= special_ids(encoder) | {"torch_dtype": dtype}
+    config |= config_ids(encoder) | {"torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

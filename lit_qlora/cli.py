@@ -83,11 +83,11 @@ def main(args: Sequence[str] | None = None) -> int:
         report(redact(str(error)))
         return 1
     except UnicodeEncodeError as error:  # of a name: what is printed is prepared, and files are UTF-8
-        complain(f"error: {error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8")
+        report(f"{error.object!a} can't be a name here ({error.encoding}): set LC_ALL=C.UTF-8")
         return 2
     except Exception as error:
         if problem := _of_a_path(error):
-            complain(f"error: {problem}")
+            report(problem)
             return 2
         from lit_qlora.tools.doctoring.surroundings import missing
 
@@ -97,9 +97,7 @@ def main(args: Sequence[str] | None = None) -> int:
         what = f"not installed for {sys.executable}: {', '.join(names)}"
         activate = CLONE / ".venv" / "bin" / "activate" if CLONE else None
         is_elsewhere = activate and activate.is_file() and Path(sys.prefix).resolve() != activate.parents[1].resolve()
-        complain(
-            f"error: {what}; {f'. {activate}, or ' if is_elsewhere else ''}{INSTALL}, or take the Python that has it"
-        )
+        report(f"{what}; {f'. {activate}, or ' if is_elsewhere else ''}{INSTALL}, or take the Python that has it")
         return 2
 
 

@@ -1,7 +1,7 @@
 """Owns how a mistake is reported once by several processes, whichever of them made it.
 
 The first process prints it, its own or another's; the others are silent, unless the first does not answer. Processes
-that `starting` began only print: it shows what failed.
+that `starting` began only print: it shows the last line of the one that failed.
 """
 
 import os
@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from lit_qlora.console import complain
-from lit_qlora.devices.starting import was_started
+from lit_qlora.devices.starting import of_process, was_started
 from lit_qlora.devices.world import OF_TORCHRUN, LostError, board, hang_up, is_first, world
 
 REACH_S = 20.0
@@ -27,12 +27,11 @@ def report(problem: str, error: BaseException | None = None) -> None:
         problem: in one line.
         error: what it is of; a `LostError` is about another process.
     """
-    if not {*OF_TORCHRUN} <= {*os.environ} or was_started():
-        complain(f"error: {problem}", error)
-    elif is_first():
+    is_shared = {*OF_TORCHRUN} <= {*os.environ} and not was_started()
+    if is_shared and is_first():
         _print_for_all(problem, error)
-    elif not _is_said(problem, isinstance(error, LostError)):
-        complain(_of(world().rank, problem), error)
+    elif not (is_shared and _is_said(problem, isinstance(error, LostError))):
+        complain(f"error: {problem}" if is_first() else of_process(problem), error)
 
 
 def _print_for_all(problem: str, error: BaseException | None) -> None:
@@ -43,7 +42,7 @@ def _print_for_all(problem: str, error: BaseException | None) -> None:
             found = board(timedelta(seconds=REACH_S))
             if found.check(["failed"]):
                 rank, _, said = found.get("failed").decode().partition(" ")
-                line = _of(int(rank), said)
+                line = of_process(said, world()._replace(rank=int(rank)))
     complain(line, error)
     with suppress(Exception):
         hang_up()
@@ -67,7 +66,3 @@ def _is_said(problem: str, is_lost: bool) -> bool:
     except Exception:
         return False
     return True
-
-
-def _of(rank: int, problem: str) -> str:
-    return f"error: process {rank} of {world().size}: {problem}"

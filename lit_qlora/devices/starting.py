@@ -140,8 +140,14 @@ def was_started() -> bool:
 def lose(error: LostError) -> int:
     """The status of this process, which `run` began and which has lost another; ``error`` is kept like all it says."""
     if world().rank:
-        complain(f"error: {error}")
+        complain(of_process(str(error)))
     return LOST
+
+
+def of_process(problem: str, place: World | None = None) -> str:
+    """The line for a ``problem`` of one of several processes; by default of this one."""
+    place = place or world()
+    return f"error: process {place.rank} of {place.size}: {problem}"
 
 
 class _Child:
@@ -248,7 +254,8 @@ def _last_word(child: _Child, count: int) -> str:
     if child.said is not None:
         child.said.seek(0)
         said = child.said.read().decode(errors="replace").strip()
-    lines = said.splitlines() or [f"error: {lost() if code == LOST else f'ended with status {code}'}"]
     if code not in (2, LOST):
         return f"process {child.rank} of {count}:\n{said}"
-    return f"error: process {child.rank} of {count}: {lines[-1].removeprefix('error: ')}"
+    if said:  # which names the process
+        return said.splitlines()[-1]
+    return of_process(str(lost()) if code == LOST else f"ended with status {code}", World(child.rank, count))

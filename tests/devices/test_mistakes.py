@@ -93,7 +93,7 @@ def test_without_the_first_each_says_it(capfd: pytest.CaptureFixture[str]) -> No
     assert said(capfd, do)[1] == ["error: process 1 of 2: unknown option 'model.ran'"]
 
 
-def test_one_process_and_those_of_the_command_itself_only_print(
+def test_one_process_and_those_of_the_command_itself_only_print_and_the_latter_by_number(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report(PROBLEM)
@@ -101,7 +101,7 @@ def test_one_process_and_those_of_the_command_itself_only_print(
     for name, value in places.items():
         monkeypatch.setenv(name, value)
     report(PROBLEM)
-    assert capsys.readouterr().err == f"{LINE}\n{LINE}\n"
+    assert capsys.readouterr().err == f"{LINE}\nerror: process 1 of 2: {PROBLEM}\n"
 
 
 def test_what_is_for_one_process_and_srun_started_several_times_is_said_once(

@@ -220,8 +220,9 @@ def test_each_knows_its_place() -> None:
 
 def test_the_one_that_fails_has_the_last_word_and_the_others_end() -> None:
     began = time.monotonic()
-    code = "print('error: rows.jsonl:3: no JSON', file=sys.stderr) if rank else time.sleep(60)\nsys.exit(2)"
-    assert ended(started(code)) == (2, "", "error: process 1 of 2: rows.jsonl:3: no JSON\n")
+    line = "error: process 1 of 2: rows.jsonl:3: no JSON"
+    code = f"print({line!r}, file=sys.stderr) if rank else time.sleep(60)\nsys.exit(2)"
+    assert ended(started(code)) == (2, "", f"{line}\n")
     assert time.monotonic() - began < 6
 
 
@@ -247,7 +248,7 @@ def test_of_processes_that_have_lost_another_only_that_one_is_heard(
     """However long the other takes to end: its connections are gone before it is."""
     code = f"""
 time.sleep(0.5 if rank == {late} else 0)
-print("error: mine", file=sys.stderr) if rank and {other} in (2, {LOST}) else 0
+print("error: process 1 of 2: mine", file=sys.stderr) if rank and {other} in (2, {LOST}) else 0
 sys.exit({other} if rank else {first})
 """
     found, _, err = ended(started(code))

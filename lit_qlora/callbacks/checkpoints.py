@@ -57,8 +57,6 @@ class RunCheckpoints(StepCallback, Needs):
         save_every_steps: optimizer steps between checkpoints.
         keep_checkpoints: number of newest checkpoints kept; at least 2, so that one exists while another is written.
         save_every_minutes: the longest time between checkpoints, for slow runs; none: by steps alone.
-        clock: returns seconds, for the minutes.
-        on_saved: called after each checkpoint.
     """
 
     def __init__(
@@ -67,13 +65,13 @@ class RunCheckpoints(StepCallback, Needs):
         save_every_steps: int,
         keep_checkpoints: int = 2,
         save_every_minutes: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        on_saved: Callable[[], None] = lambda: None,
     ) -> None:
         self.save_every_steps, self.save_every_minutes = save_every_steps, save_every_minutes
         self.keep_checkpoints = keep_checkpoints
         check_ranges(vars(self))
-        self.run, self.clock, self.on_saved = run, clock, on_saved
+        self.run, self.clock = run, time.monotonic
+        self.on_saved: Callable[[], None] = lambda: None
+        """Called after each checkpoint."""
         self.settings: Mapping[str, Any] | None = None
         """This start's configuration, for the adapter's card; None: that of the first start."""
         self.mirrored: Path | None = None
@@ -86,7 +84,7 @@ class RunCheckpoints(StepCallback, Needs):
         """What the last save could not write, ``checkpoint`` or ``adapter``, and why; empty if all is saved."""
         self.longest_save_s = 0.0
         self._is_due = False
-        self._last_save_at = clock()
+        self._last_save_at = self.clock()
         self._unsaved: Best | None = None
         self._kept: dict[str, Any] | None = None
         """The result of the best validation so far, which the adapter on the disk must match."""

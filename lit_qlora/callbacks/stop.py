@@ -3,8 +3,6 @@
 Knows no files; `RunCheckpoints` saves.
 """
 
-import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -100,15 +98,12 @@ class TimeLimit(StepCallback):
 
     Args:
         limit_s: time limit in seconds.
-        started_at: time of the start, by ``clock``.
+        started_at: time of the start, by ``time.monotonic``.
         stop: the callback that ends the run.
-        clock: returns seconds.
     """
 
-    def __init__(
-        self, limit_s: float, started_at: float, stop: StopOnSignal, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.ends_at, self.stop, self.clock = started_at + limit_s, stop, clock
+    def __init__(self, limit_s: float, started_at: float, stop: StopOnSignal) -> None:
+        self.ends_at, self.stop, self.clock = started_at + limit_s, stop, stop.checkpoints.clock
         self._longest_step_s = self._longest_validation_s = 0.0
         self._last_edge_at = self._validation_at = 0.0
 

@@ -227,7 +227,8 @@ def test_the_time_limit_stops_before_it_is_over(full_run, tiny, rows, tmp_path, 
 
     options = {"limit_val_batches": 0, "save_every_steps": 100, **options}
     parts = full_run(tmp_path / "run", **options)
-    add(parts, TimeLimit(limit_s, 0.0, parts.stop, clock))
+    parts.checkpoints.clock = clock
+    add(parts, TimeLimit(limit_s, 0.0, parts.stop))
     if expected is None:
         parts.trainer.fit(Timed(), datamodule=rows(12))
         assert parts.run.saved_steps() == [12]
@@ -257,7 +258,7 @@ def test_the_time_limit_leaves_room_for_two_saves_around_a_step(full_run, tiny, 
         write(trainer, target)
 
     parts.checkpoints._write_checkpoint, parts.checkpoints.clock = slow, clock
-    add(parts, TimeLimit(12, 0.0, parts.stop, clock))
+    add(parts, TimeLimit(12, 0.0, parts.stop))
     with pytest.raises(SystemExit) as stop:
         parts.trainer.fit(Timed(), datamodule=rows(12))
     assert (stop.value.code, parts.run.saved_steps()) == (0, [1, 2])

@@ -41,10 +41,8 @@ class WarmupStep(Callback):
             module.uses_cuda_graphs = bool(lowest(forecast.step.uses_cuda_graphs))
         if forecast and module.checkpointing == "auto":
             # Of several devices, the one with the least room decides.
-            module.kept_layers = lowest(forecast.step.kept_layers)
-            module.hosted_layers = lowest(forecast.step.hosted_layers)
-            module.dequantised_layers = lowest(forecast.step.dequantised_layers)
-            module.together = lowest(forecast.step.together)
+            for name in ("kept_layers", "hosted_layers", "dequantised_layers", "together"):
+                setattr(module, name, lowest(getattr(forecast.step, name)))
         if forecast and module.uses_cuda_graphs:
             shapes = forecast.batches.shapes
             left = (data.num_optimizer_steps() - trainer.global_step) * trainer.accumulate_grad_batches

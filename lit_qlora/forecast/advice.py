@@ -34,31 +34,26 @@ class Change(NamedTuple):
     forecast: Forecast
 
 
+OPTIONS: dict[str, Callable[[Forecast, Forecast], str]] = {
+    "cuda_graphs": lambda was, now: "--model.cuda_graphs false",
+    "checkpointing": lambda was, now: f"--model.checkpointing {now.checkpointing}",
+    "plan": lambda was, now: _of_plan(now.plan),
+    "accumulate": lambda was, now: f"--trainer.accumulate_grad_batches {now.accumulate}",
+    "shard": lambda was, now: "--model.shard true",
+    "samples": lambda was, now: (
+        f"{'--samples.prompts null ' if was.samples.are_own else ''}--samples.count {now.samples.num_prompts}"
+    ),
+    "optimizer": lambda was, now: f"--model.optimizer {now.optimizer}",
+    "lora": lambda was, now: f"--model.rank {now.lora.rank}",
+    "max_length": lambda was, now: f"--data.max_length {now.max_length}",
+    "shard_to": lambda was, now: "--model.shard_to host",
+}
+"""What to give on the command line where a field of a forecast changes, in the order of a message."""
+
+
 def _options(was: Forecast, now: Forecast) -> str:
-    """The options, as given on the command line, that turn one forecast into another."""
-    options = []
-    if now.cuda_graphs != was.cuda_graphs:
-        options.append("--model.cuda_graphs false")
-    if now.checkpointing != was.checkpointing:
-        options.append(f"--model.checkpointing {now.checkpointing}")
-    if now.plan != was.plan:
-        options.append(_of_plan(now.plan))
-    if now.accumulate != was.accumulate:
-        options.append(f"--trainer.accumulate_grad_batches {now.accumulate}")
-    if now.shard != was.shard and now.shard_to == was.shard_to:
-        options.append("--model.shard true")
-    if now.samples != was.samples:
-        options += ["--samples.prompts null"] if was.samples.are_own else []
-        options.append(f"--samples.count {now.samples.num_prompts}")
-    if now.optimizer != was.optimizer:
-        options.append(f"--model.optimizer {now.optimizer}")
-    if now.lora != was.lora:
-        options.append(f"--model.rank {now.lora.rank}")
-    if now.max_length != was.max_length:
-        options.append(f"--data.max_length {now.max_length}")
-    if now.shard_to != was.shard_to:
-        options.append("--model.shard true --model.shard_to host")
-    return " ".join(options)
+    """The options that turn one forecast into another."""
+    return " ".join(words(was, now) for name, words in OPTIONS.items() if getattr(was, name) != getattr(now, name))
 
 
 def _of_plan(plan: BatchPlan) -> str:

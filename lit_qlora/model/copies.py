@@ -146,7 +146,7 @@ def _write(folder: Path, base: Base, dtype: torch.dtype, device: torch.device) -
     """Write ``base`` in 4 bits as transformers does, in files of about `FILE_BYTES`."""
     config = for_transformers(base.config)
     config.quantization_config = nf4(dtype).to_dict()
-    config.architectures, config.dtype = [base.architecture.model_class().__name__], dtype
+    config.architectures, config.dtype = [base.architecture.class_name], dtype
     config.save_pretrained(str(folder))
     tensors = ((name, value.cpu().contiguous()) for name, value in _in_4_bits(base, dtype, device))
     write_shards(folder, tensors, FILE_BYTES)

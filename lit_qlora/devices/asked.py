@@ -37,7 +37,16 @@ def no_gpu(accelerator: str) -> UserError:
 
 
 def check_on_cpu(devices: int | Sequence[int], why: str, most: int = MOST_ON_CPU) -> None:
-    """Raises UserError for GPUs by their numbers, wrong for the reason ``why``, or for more processes than ``most``."""
+    """Check the number of processes on a CPU.
+
+    Args:
+        devices: of ``trainer.devices``.
+        why: there can be no GPUs by their numbers, in words.
+        most: processes that there may be.
+
+    Raises:
+        UserError: they are numbers of GPUs, or too many.
+    """
     if not isinstance(devices, int):
         raise UserError(f"expected 1, for {why}, got {devices}", option="trainer.devices", remedy="leave it out")
     _check_most(devices, most, f"at most {most} processes on a CPU")
@@ -132,7 +141,16 @@ def check_shares(num_processes: int, accumulate: int) -> None:
 
 
 def check_shard(shard: bool | str, to: str, num_processes: int) -> None:
-    """Raises UserError for a base to be shared among cards, by ``model.shard`` and ``model.shard_to``, with one."""
+    """Check that a base that is to be shared among cards has several.
+
+    Args:
+        shard: of ``model.shard``.
+        to: of ``model.shard_to``.
+        num_processes: of the run, with a card each.
+
+    Raises:
+        UserError: it has one.
+    """
     if shard is True and to == "gpu" and num_processes == 1:
         raise UserError(
             "true, and one device has nothing to share with",

@@ -177,9 +177,14 @@ class _Child:
 
 
 def run(args: Sequence[str], count: int) -> int:
-    """Run a command line, from its verb on, in ``count`` processes of this machine, each with a device of its own.
+    """Run a command in several processes of this machine, each with a device of its own.
 
-    Returns the exit status: that of the first that failed; 0 if none did.
+    Args:
+        args: its command line, from the verb on.
+        count: of the processes.
+
+    Returns:
+        The exit status: that of the first that failed; 0 if none did.
     """
     children: list[_Child] = []
     sent: list[int] = []

@@ -75,7 +75,13 @@ class Replicas(ParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write it in the first process; what comes of it comes in all.
 
-        Raises UserError where the processes' adapters are not the same.
+        Args:
+            checkpoint: the same in all processes.
+            filepath: as the Trainer's checkpoint plugin takes it.
+            storage_options: not used.
+
+        Raises:
+            UserError: the processes' adapters are not the same.
         """
         weights = torch.stack([value.detach().double().norm() for value in self._trained()])
         norm = float(weights.norm())
@@ -100,7 +106,13 @@ class Replicas(ParallelStrategy):
         return from_first(obj) if src == 0 else gathered(obj)[src]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """The mean or the sum over all processes; what is no tensor stays as it is."""
+        """A tensor over all processes.
+
+        Args:
+            tensor: the same shape in all; what is no tensor stays as it is.
+            group: not used.
+            reduce_op: mean, avg, sum, or an operator of torch.distributed.
+        """
         if not isinstance(tensor, Tensor):
             return tensor
         is_mean = str(reduce_op).lower() in ("mean", "avg")

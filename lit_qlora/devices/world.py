@@ -87,7 +87,13 @@ def master() -> tuple[str, int]:
 
 
 def half_of(count: str, other: str, by: str = "torchrun") -> UserError:
-    """The error for a count of processes in the environment of which ``other`` is missing or can't be."""
+    """The error for one half of what a launcher leaves in the environment.
+
+    Args:
+        count: the variable with the number of processes.
+        other: the one that is missing, or can't be.
+        by: the launcher.
+    """
     value = os.environ.get(other, "").strip()
     return UserError(
         f"{count}={os.environ.get(count, '').strip()} in the environment, and "

@@ -172,7 +172,12 @@ def duration(hours: float) -> str:
 
 
 def between(least: float, most: float) -> str:
-    """A span of hours in the unit of its end; one figure if both ends look alike."""
+    """A span of time in words, in the unit of its end; one figure if both ends look alike.
+
+    Args:
+        least: hours.
+        most: hours, no fewer.
+    """
     if most * 3600 < 1:
         return "under 1 s"
     unit, digits, name = (3600, 0, "s") if most < 1 / 60 else (60, 0, "min") if most < 2 else (1, 1, "h")

@@ -15,9 +15,12 @@ Checkpointing = Literal["auto", "full", "selective", "none"]
 
 
 def checkpoint_layers(layers: torch.nn.ModuleList, mode: Checkpointing) -> None:
-    """Make each of ``layers`` keep its input only and recompute the rest in backward (``full``, ``auto``).
+    """Make layers recompute in backward what they don't keep.
 
-    With ``selective``, the results of 4-bit products and attention are kept too: nothing expensive runs twice.
+    Args:
+        layers: decoder layers of transformers and peft.
+        mode: with ``full`` and ``auto`` each keeps its input only; with ``selective`` the results of 4-bit products and
+            attention, too, so that nothing expensive runs twice; ``none`` changes nothing.
     """
     if mode == "none":
         return

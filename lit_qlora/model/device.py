@@ -125,7 +125,15 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def check_attention(attention: Attention, device: Device) -> None:
-    """Raises UserError if ``attention`` cannot run on ``device``."""
+    """Check that a device can compute an attention.
+
+    Args:
+        attention: its implementation.
+        device: to compute on.
+
+    Raises:
+        UserError: it can't, or a package is missing for it.
+    """
     if attention != "flash_attention_2":
         return
     if device.capability is None or device.capability < AMPERE:

@@ -24,9 +24,13 @@ replayed (H100, 4 x 460 tokens)."""
 
 
 def padded(rows: int, tokens: int) -> int:
-    """Tokens per row in the recording for ``rows`` of ``tokens``: a multiple of 32, or of 8 to 24 for many rows.
+    """Tokens per row of the recording that computes a micro-batch: a multiple of 32, or of 8 to 24 for many rows.
 
     Padding adds fewer than 256 tokens per micro-batch, or at most 7 per row.
+
+    Args:
+        rows: of the micro-batch.
+        tokens: of its longest row.
     """
     width = max(8, min(32, 256 // rows // 8 * 8))
     return -(-tokens // width) * width

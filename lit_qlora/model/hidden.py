@@ -134,7 +134,9 @@ class ComputesSums(LightningModule):
     def summed_losses(self, waiting: Sequence[Waiting], earlier: dict[int, Tensor]) -> list[Sums]:
         """`summed_loss` of each of some micro-batches, which go through the layers together.
 
-        In backward, gradients are added one by one to the ``earlier`` ones, which stand under the `id` of their weight.
+        Args:
+            waiting: at least one, with what `draw` gave for it.
+            earlier: gradients by the `id` of their weight, to which those of each micro-batch are added in backward.
         """
         pairs = zip(self._through(waiting, earlier), waiting, strict=True)
         return [self._summed_loss(hidden, one.batch) for hidden, one in pairs]

@@ -86,7 +86,15 @@ class LearnsInParts(ComputesSums):
         return figures
 
     def check_step(self, batch: Batch, batch_idx: int) -> None:
-        """Raises UserError if a step ends with other than the answer tokens that its micro-batches were made for."""
+        """Count the answer tokens of a step, and check them at its end.
+
+        Args:
+            batch: its next micro-batch.
+            batch_idx: the number of that in the epoch, over all devices.
+
+        Raises:
+            UserError: the step has another number than its micro-batches were made for.
+        """
         accumulate = self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:
             self._num_answers = 0
@@ -149,7 +157,13 @@ class LearnsInParts(ComputesSums):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients of micro-batches; in parts if memory runs out.
 
-        A subclass may have scaled the loss, added to it, or put another in its place.
+        Args:
+            loss: of `training_step`, a scalar, which a subclass may have scaled, added to, or replaced.
+            *args: as torch's ``Tensor.backward``.
+            **kwargs: likewise.
+
+        Raises:
+            OutOfRoomError: memory runs out, and nothing is left to do.
         """
         if not loss.requires_grad:  # nothing to be learned yet
             return
@@ -288,7 +302,15 @@ class LearnsInParts(ComputesSums):
 
 
 def check_batch(batch: Any, num_ids: int) -> None:
-    """Raises UserError unless ``batch`` is a `Batch` as `collate` makes it, of ids below ``num_ids``."""
+    """Check what a DataLoader gives.
+
+    Args:
+        batch: expected to be a `Batch` as `collate` makes it.
+        num_ids: size of the base's vocabulary.
+
+    Raises:
+        UserError: it is none, or has ids that the base lacks.
+    """
     remedy = "lit_qlora.data.batching.collate makes one of examples, and DataLoader(…, batch_size=None) leaves it alone"
     if not isinstance(batch, Batch):
         raise UserError(

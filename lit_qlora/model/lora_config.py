@@ -204,7 +204,12 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def alpha_of(config: Mapping[str, Any], layer: str) -> float:
-    """The alpha of a linear layer by its name in the base, such as model.layers.0.self_attn.q_proj."""
+    """The alpha of a linear layer.
+
+    Args:
+        config: the contents of an adapter_config.json.
+        layer: its name in the base, such as model.layers.0.self_attn.q_proj.
+    """
     return float(_of_layer(config.get("alpha_pattern") or {}, layer, config["lora_alpha"]))
 
 

@@ -203,7 +203,12 @@ def unlock(*buffers: Tensor) -> None:
 
 
 def unlock_with(owner: object, buffers: list[Tensor]) -> None:
-    """Unlock what ``buffers`` holds when ``owner`` is gone: CUDA would take what comes to lie there for locked."""
+    """Unlock buffers when their owner is gone: CUDA would take what comes to lie there for locked.
+
+    Args:
+        owner: any object that weak references can be made to.
+        buffers: of `locked`; what the list holds by then.
+    """
     finalize(owner, lambda: unlock(*buffers)).atexit = False
 
 

@@ -62,9 +62,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `swiglu` with regard to ``gate`` and ``up``, and its result; all tensors are ``[..., inner]``.
+    """The gradients of `swiglu`, and its result: in one, since each of them reads ``gate`` and ``up``.
 
-    In one, since each of them reads ``gate`` and ``up``.
+    Args:
+        grad: ``[..., inner]``, the gradient of the result.
+        gate: ``[..., inner]``.
+        up: ``[..., inner]``.
+
+    Returns:
+        The gradients of ``gate`` and ``up``, and the result, ``[..., inner]`` each.
     """
     activated = functional.silu(gate)
     grad_gate = torch.ops.aten.silu_backward(grad * up, gate)

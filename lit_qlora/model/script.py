@@ -91,7 +91,15 @@ NEEDED = (
 
 
 def check_hooks(subclass: type, base: type) -> None:
-    """Raises UserError if a subclass of the module ``base`` has a hook of `NEEDED` that does not call the base's."""
+    """Check that hooks of a subclass call those that they replace.
+
+    Args:
+        subclass: of the module.
+        base: the module's class, with the hooks of `NEEDED`.
+
+    Raises:
+        UserError: for the first that does not.
+    """
     for name in NEEDED:
         hook = getattr(subclass, name)
         code = getattr(unwrap(hook), "__code__", None)  # none of what is no function, such as a stand-in in a test
@@ -228,9 +236,14 @@ def recorded_format(of: Mapping[str, Any], base: Base, lora: Lora, given: Prompt
 
 
 def check_resume(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises UserError if a fit can't take optimizer, rates and place in the rows from a checkpoint.
+    """Check that a fit can take optimizer, rates and place in the rows from a checkpoint.
 
-    By what it holds under `OF`, one of the options ``now`` was changed; or it has weights only.
+    Args:
+        checkpoint: of Lightning's ModelCheckpoint, with its part `OF`.
+        now: values of the options that a fit has from there, by name.
+
+    Raises:
+        UserError: one of them was changed, or the checkpoint has weights only.
     """
     anew = "or begin anew from its weights: QLoRAModule.load_from_checkpoint(FILE, …)"
     if "optimizer_states" not in checkpoint:

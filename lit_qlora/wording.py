@@ -4,7 +4,6 @@ Words are given in the plural. Knows nothing of what is counted.
 """
 
 import re
-from collections.abc import Mapping
 from types import NoneType
 
 _NOUNS = (
@@ -12,9 +11,6 @@ _NOUNS = (
     "step text token turn"
 )
 NOUNS = {f"{noun}s": noun for noun in _NOUNS.split()} | {"micro-batches": "micro-batch", "processes": "process"}
-VERBS = {"are": "is", "were": "was", "do": "does", "hold": "holds", "have": "has", "stand": "stands", "spell": "spells"}
-_END = re.compile(r"[:,]|\b(?:at|by|in|of|than|to|with)\b")
-"""Where a phrase ends: what stands behind it has a number of its own."""
 
 
 def number_of(count: int, words: str) -> str:
@@ -28,25 +24,13 @@ def number_of(count: int, words: str) -> str:
 
 
 def of_number(count: int, words: str) -> str:
-    """``words`` in the number of ``count``: for 1, the first phrase's noun and verb are in the singular.
-
-    Words such as ``of 20 rows are`` keep their noun.
+    """``words`` in the number of ``count``: for 1, the first noun is in the singular.
 
     Args:
         count: how many of them there are.
-        words: in the plural.
+        words: in the plural, without a verb that would have a number, too.
     """
-    if count != 1:
-        return words
-    of_all = "of " if words.startswith("of ") else ""
-    phrase = _END.split(words.removeprefix(of_all), maxsplit=1)[0]
-    rest = words[len(of_all + phrase) :]
-    return of_all + _singular(phrase if of_all else _singular(phrase, NOUNS), VERBS) + rest
-
-
-def _singular(phrase: str, known: Mapping[str, str]) -> str:
-    """``phrase`` with the first of the ``known`` words in the singular."""
-    return re.sub(rf"\b(?:{'|'.join(known)})\b", lambda found: known[found[0]], phrase, count=1)
+    return words if count != 1 else re.sub(rf"\b(?:{'|'.join(NOUNS)})\b", lambda found: NOUNS[found[0]], words, count=1)
 
 
 def kind(value: object) -> str:

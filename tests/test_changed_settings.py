@@ -118,7 +118,7 @@ def test_other_rows_under_the_same_name(here: Path, capsys: pytest.CaptureFixtur
         count = len({*text.splitlines()})
         Path(f"{name}.jsonl").write_text(text.replace("the", "teh", 1), encoding="utf-8")
         message = refusal(capsys)
-        counted = f"its {part} rows changed: 1 of {count} conversations is gone and 1 conversation is new; give"
+        counted = f"its {part} rows changed: 1 of {count} conversations gone and 1 new conversation; give"
         assert message.startswith(counted)
         assert message.endswith(
             f"; give the {'held-out ' if name == 'held_out' else ''}rows that the run began with, "

@@ -97,7 +97,7 @@ def test_a_finished_run_whose_rows_changed_is_another_one(capsys: pytest.Capture
     with pytest.raises(UserError) as refused:
         start.check_against_first(run, CONFIG, ChatDataModule("mine.jsonl", tokenizer=demo.BASE))
     assert refused.value.option == "data.source"
-    assert "conversations are new" in str(refused.value)
+    assert "new conversations" in str(refused.value)
     assert "--run NAME" in str(refused.value)
     Path("mine.jsonl").unlink()  # no reason to say anything about what is finished
     assert chosen(CONFIG, source="mine.jsonl") == "runs/demo"

@@ -114,7 +114,7 @@ def test_rows_that_came_later_are_not_scored(here: Path, capsys: pytest.CaptureF
     for command in (["validate"], ["validate", "--seed_everything", "7"], ["test"], ["evaluate"]):
         assert main(command) == 0
         out = capsys.readouterr().out
-        assert "6 conversations of" in out and "16 conversations there are new since the run began" in out
+        assert "6 conversations of" in out and "16 new conversations there since the run began" in out
         shown = re.search(r"/loss  ([\d.]+)\n", out) or re.search(r"\nloss +\S+ +([\d.]+) ", out)
         assert shown and float(shown[1]) == pytest.approx(best, rel=1e-5)
 

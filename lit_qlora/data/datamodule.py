@@ -420,10 +420,10 @@ class ChatDataModule(LightningDataModule):
             of_parts = {what for source in records.parts for what in source.dropped}
             dropped = _counted(records, of_parts)
             encoded = {
-                f"cut to {self.max_length} tokens": rows.num_cut,
+                f"conversations cut to {self.max_length} tokens": rows.num_cut,
                 f"texts longer than {self.max_length} tokens, divided: each stands in several rows": rows.num_divided,
                 CONTEXT_ONLY: sum(map(self.encoder.num_context_only, records.conversations)),
-                f"left out: no answer within {self.max_length} tokens": rows.num_left_out,
+                f"conversations left out: no answer within {self.max_length} tokens": rows.num_left_out,
             }
             dropped += [number_of(count, what) for what, count in encoded.items() if count]
             dropped += self.notes[part]

@@ -31,7 +31,7 @@ TrainOn = Literal["answers", "all"]
 UNFINISHED = "\ufffd"
 """What a decoder shows for bytes that are no character yet."""
 
-CONTEXT_ONLY = "earlier answers are context only: the template writes them otherwise than where it asks for one"
+CONTEXT_ONLY = "earlier answers as context only: the template writes them otherwise than where it asks for one"
 
 CONVERSATIONS_A_CALL = 512
 """Number of conversations per call of the tokenizer, which processes a list on all cores."""

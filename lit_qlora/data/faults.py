@@ -9,11 +9,11 @@ KINDS = {
     "unread": "rows that can't be learned from",
     "nothing": "rows without a token to learn",
     "end": "rows with an answer whose end is not learned",
-    "bos": "rows that do not begin each prompt with one BOS",
+    "bos": "rows with more or less than one BOS where a prompt begins",
     "special": "rows whose text makes the id of a special token",
     "lost": "rows of which tokens lose something",
     "question": "rows with a token of a prompt that is learned",
-    "batch": "rows that stand otherwise in a batch than they were encoded",
+    "batch": "rows with other tokens or labels in their batch than encoded",
 }
 """What can be wrong with a row, by the names that ``--accept`` takes."""
 

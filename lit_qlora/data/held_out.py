@@ -210,9 +210,9 @@ class Parts:
         dropped = count_unanswered(kept)
         learned = sum(one in rows.train for one in rows.held_out if one in found)
         if learned:
-            dropped[f"of {len(kept):,} held-out conversations are in training too"] = learned
+            dropped[f"held-out conversations, of {len(kept):,}, in training too"] = learned
         if num_new:
-            dropped["conversations there are new since the run began, and not scored"] = num_new
+            dropped["new conversations there since the run began, not scored"] = num_new
         return Records(" and ".join(places), kept, dropped), len(rows.held_out) - len(kept)
 
     def _places(self, rows: RunRows) -> Iterator[tuple[Records, bool]]:
@@ -308,7 +308,7 @@ def _apart(
         remedy = f"give others with data.{part}_source, or put others there"
         raise UserError(f"{problem} about new ones", option=option, remedy=remedy)
     which = "test" if part == "test" else "held-out"
-    told = {f"of {number:,} {which} conversations are in training too": count} if count else {}
+    told = {f"{which} conversations, of {number:,}, in training too": count} if count else {}
     return replace(records, dropped=told | records.dropped)
 
 

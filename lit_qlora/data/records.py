@@ -28,7 +28,7 @@ NOTHING_ANSWERED = "nothing answered"
 NOTHING_LEARNED = "no answer is to be learned"
 BROKEN = "rows left out: no whole conversation, the first at "
 TAKEN_OFF = "rows had special tokens written out at the edges of turns, which were taken off: "
-UNUSED = "rows hold what is not used: "
+UNUSED = "rows with what is not used: "
 
 NAMED = 24
 """Most columns, keys and tokens to name; of more, their number."""

@@ -105,9 +105,9 @@ def digest(conversation: Conversation) -> str:
 def _in_words(was: Set[str], now: Set[str], all_was: Set[str], all_now: Set[str]) -> str:
     """What became of the digests of a part; those of both parts say which have only changed sides."""
     gone, new, moved = len(was - all_now), len(now - all_was), len((was ^ now) & all_was & all_now)
-    found = [f"{gone:,} of {len(was):,} conversations {'is' if gone == 1 else 'are'} gone"] if gone else []
-    found += [number_of(new, "conversations are new")] if new else []
-    found += [number_of(moved, "conversations are drawn to the other part, training or held out")] if moved else []
+    found = [f"{gone:,} of {number_of(len(was), 'conversations')} gone"] if gone else []
+    found += [number_of(new, "new conversations")] if new else []
+    found += [number_of(moved, "conversations drawn to the other part, training or held out")] if moved else []
     return " and ".join(found) or "the same conversations, in another order or number, or learned otherwise"
 
 

@@ -152,7 +152,7 @@ def test_what_a_run_held_out_is_scored_whatever_became_of_the_source(tmp_path, c
         scored.setup(stage)
         assert scored._rows[part].fingerprint == fitted._rows["validation"].fingerprint
         line = scored.describe()[1]
-        assert line.startswith(f"{part}: 10 conversations there are new since the run began, and not scored")
+        assert line.startswith(f"{part}: 10 new conversations there since the run began, not scored")
         assert ("these are the held-out rows, by which the best adapter was chosen" in line) == (stage == "test")
     assert capsys.readouterr().err == ""
 
@@ -392,8 +392,8 @@ def test_describe_tells_what_was_read_learned_cut_and_left_out():
     tokens, learned = sum(train.lengths), sum(train.answer_tokens)
     assert data.describe() == [
         f"train: 3 conversations of rows.jsonl, {tokens} tokens, {learned} of them learned",
-        "train: 1 unanswered last turn dropped; 1 row left out: a Llama 2 tag inside a turn; 1 cut to 64 tokens; "
-        "1 left out: no answer within 64 tokens",
+        "train: 1 unanswered last turn dropped; 1 row left out: a Llama 2 tag inside a turn; "
+        "1 conversation cut to 64 tokens; 1 conversation left out: no answer within 64 tokens",
         f"validation: 2 conversations of held.jsonl, {sum(held_out.answer_tokens)} tokens scored",
     ]
     assert max(train.lengths) == 64
@@ -443,7 +443,7 @@ def test_what_is_left_out_taken_off_and_not_used_is_told_or_refused_by_strict():
     assert told.startswith("train: 1 row left out: no whole conversation, the first at rows.jsonl:21 (no JSON")
     assert told.endswith(
         "; 1 row had special tokens written out at the edges of turns, which were taken off: </s> (1); "
-        "1 row holds what is not used: column 'id' (1)"
+        "1 row with what is not used: column 'id' (1)"
     )
     with pytest.raises(UserError, match=r"^rows\.jsonl:21: no JSON"):
         ChatDataModule("rows.jsonl", strict=True).setup("fit")

@@ -416,7 +416,7 @@ def test_a_new_form_is_one_entry(tmp_path, monkeypatch):
     read = load_records(str(tmp_path / "a.jsonl"))
     assert read.conversations == [said("a\n\nb", "c", system="S"), said("a", "c"), said("hi", "yo")]
     assert read.dropped == {
-        "rows hold what is not used: column 'id' (1), column 'text' beside 'ask' and 'reply' (1), "
+        "rows with what is not used: column 'id' (1), column 'text' beside 'ask' and 'reply' (1), "
         "column 'reply' beside 'messages' (1)": 3
     }
     for form in ("auto", "asked"):

@@ -128,7 +128,7 @@ def test_the_test_split_is_for_the_test_unless_it_is_held_out(ten, splits, valid
 
 def test_test_rows_that_are_trained_on_are_counted():
     assert Parts(folder_of("mine", train="abc", validation="d", test="cef")).test().dropped == {
-        "of 3 test conversations are in training too": 1
+        "test conversations, of 3, in training too": 1
     }
     with pytest.raises(UserError, match=r"^data.source: all 2 conversations of same \(test\) are training data"):
         Parts(folder_of("same", train="abc", validation="d", test="ac")).test()
@@ -168,7 +168,7 @@ def test_what_was_held_out_is_found_again_in_a_source_that_grew(ten):
     assert {*questions(drawn)} - {*questions(before)}  # some of which were trained on
     records, gone = parts.recall(rows)
     assert (questions(records), gone, records.name) == (questions(before), 0, "ten.jsonl, held out")
-    assert records.dropped == {"conversations there are new since the run began, and not scored": 10}
+    assert records.dropped == {"new conversations there since the run began, not scored": 10}
 
 
 def test_neither_order_nor_seed_nor_copies_change_what_was_held_out(ten):
@@ -219,7 +219,7 @@ def test_held_out_rows_that_were_learned_stay_counted(ten):
     parts = Parts(ten, write("other.jsonl", text("q3", "a"), text("c", "d")))
     _, before = parts.train_and_held_out()
     assert parts.recall(rows_of(parts)) == (before, 0)
-    assert before.dropped == {"of 2 held-out conversations are in training too": 1}
+    assert before.dropped == {"held-out conversations, of 2, in training too": 1}
 
 
 def test_the_run_s_own_validation_source_is_looked_in_where_none_is_given(ten):
@@ -253,7 +253,7 @@ def test_what_is_held_out_and_in_training_too_is_counted(ten):
     other = write("other.jsonl", text("q3", "a"), text("c", "d"), text("e", "f", "g"))
     _, held_out = Parts(ten, other, 0, seed=0).train_and_held_out()
     assert held_out.dropped == {
-        "of 3 held-out conversations are in training too": 1,
+        "held-out conversations, of 3, in training too": 1,
         "unanswered last turns dropped": 1,
     }
 

@@ -53,7 +53,7 @@ def test_a_csv_holds_messages_as_json(form):
         csv.writer(file).writerows(
             [["id", column, "text"], ["1", json.dumps(messages), ""], ["2", "", "[INST] a [/INST] b"]]
         )
-    unused = {"rows hold what is not used: column 'id' (2)": 2}
+    unused = {"rows with what is not used: column 'id' (2)": 2}
     assert load_records("a.csv") == kept("a.csv", [said("hi", "yo"), said("a", "b")], unused)
 
 
@@ -165,7 +165,7 @@ def test_an_answer_that_a_label_calls_bad_is_not_learned(expect_error):
         {
             "rows left out: no answer is to be learned": 3,
             "rows with label false, which calls the answer bad: not learned": 3,
-            "rows hold what is not used: column 'label' (2)": 2,
+            "rows with what is not used: column 'label' (2)": 2,
         },
     )
     assert [lost.where for lost in records.left_out] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:6"]
@@ -213,7 +213,7 @@ def test_rows_with_questions_that_are_only_images_are_no_faults(expect_error):
         # What of the row was not used may be what is missing.
         (
             {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}},
-            "rows hold what is not used: column 'chosen' (1)",
+            "rows with what is not used: column 'chosen' (1)",
         ),
     ],
 )
@@ -319,7 +319,7 @@ def test_what_is_not_used_is_named_once_with_its_rows():
         ROWS["messages"],
     ]
     assert load_records(write("a.jsonl", *rows)).dropped == {
-        "rows hold what is not used: column 'id' (2), key 'name' of a turn (1)": 2
+        "rows with what is not used: column 'id' (2), key 'name' of a turn (1)": 2
     }
     many = {f"c{number}": 1 for number in range(32)}
     (words,) = load_records(write("a.jsonl", ROWS["messages"] | many)).dropped

@@ -105,17 +105,16 @@ def test_the_reason_is_none_of_python_s(tmp_path, content, reason):
 @pytest.mark.parametrize(
     ("train", "held_out", "words"),
     [
-        ("abe", "cd", {"train_rows": "1 conversation is new"}),
-        ("bef", "cd", {"train_rows": "1 of 2 conversations is gone and 2 conversations are new"}),
-        ("ab", "x", {"held_out_rows": "2 of 2 conversations are gone and 1 conversation is new"}),
-        ("ac", "bde", {"train_rows": "2 conversations are drawn to the other part, training or held out"}),
+        ("abe", "cd", {"train_rows": "1 new conversation"}),
+        ("bef", "cd", {"train_rows": "1 of 2 conversations gone and 2 new conversations"}),
+        ("ab", "x", {"held_out_rows": "2 of 2 conversations gone and 1 new conversation"}),
+        ("ac", "bde", {"train_rows": "2 conversations drawn to the other part, training or held out"}),
         (
             "abd",
             "cfg",
             {
-                "train_rows": "1 conversation is drawn to the other part, training or held out",
-                "held_out_rows": "2 conversations are new and 1 conversation is drawn to the other part, training or "
-                "held out",
+                "train_rows": "1 conversation drawn to the other part, training or held out",
+                "held_out_rows": "2 new conversations and 1 conversation drawn to the other part, training or held out",
             },
         ),
         ("ab", "dc", {"held_out_rows": "the same conversations, in another order or number, or learned otherwise"}),

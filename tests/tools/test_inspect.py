@@ -376,7 +376,7 @@ def test_what_is_meant_to_be_so_is_counted_and_no_fault(inspect):
         "1 row left out: no answer is to be learned",
         "1 unanswered last turn dropped",
         "column 'id' (1)",
-        "1 spells a special token, learned as letters alone, such as </s> in a.jsonl:17",
+        "1 row with a special token spelled out, learned as letters alone, such as </s> in a.jsonl:17",
     ):
         assert words in text
     assert lines[-2].startswith("verdict: as it should be")
@@ -432,7 +432,8 @@ def test_padding_that_is_learned_is_named(inspect, monkeypatch):
     monkeypatch.setattr(batching, "collate", learns_padding)
     source = write("a.jsonl", *GOOD[:3], talk("q", "a much longer answer " * 3))
     assert any(
-        "otherwise in a batch than they were encoded" in line for line in inspect("--data.source", source, status=1)
+        "with other tokens or labels in their batch than encoded" in line
+        for line in inspect("--data.source", source, status=1)
     )
 
 

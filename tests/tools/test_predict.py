@@ -363,7 +363,7 @@ def test_prompts_are_read_as_rows_to_train_on_are(tmp_path, capsys):
     assert asked == [Conversation((Turn("user", "a"),), "S"), Conversation((Turn("user", "c"),))]
     assert capsys.readouterr().err == (
         "prompts: 1 row had special tokens written out at the edges of turns, which were taken off: </s> (1)\n"
-        "prompts: 2 rows hold what is not used: column 'id' (2), column 'prompt' beside 'messages' (1), "
+        "prompts: 2 rows with what is not used: column 'id' (2), column 'prompt' beside 'messages' (1), "
         "key 'name' of a turn (1)\n"
     )
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{\n{"prompt": "b"}\n')

@@ -122,7 +122,10 @@ def losses(part: Part, max_length: int) -> list[tuple[int, str]]:
         (part.num_cut, f"cut to data.max_length {max_length:,}"),
         (part.num_divided, f"texts longer than data.max_length {max_length:,}, divided into several rows"),
         (part.kept.count(0), f"left out: no answer within data.max_length {max_length:,}"),
-        (len(part.spelled), f"spell a special token, learned as letters alone, such as {token} in {first}"),
+        (
+            len(part.spelled),
+            f"rows with a special token spelled out, learned as letters alone, such as {token} in {first}",
+        ),
     ]
     return [(count, of_number(count, what)) for count, what in found if count]
 
@@ -297,7 +300,7 @@ def verdict_in_words(seen: Look, accepted: Collection[str]) -> str:
     kinds = by_kind(seen.found, accepted)
     rows = num_rows(one for found in kinds.values() for one in found)
     if rows:
-        return f"{number_of(rows, 'rows are')} not as {'it' if rows == 1 else 'they'} should be"
+        return "1 row is not as it should be" if rows == 1 else f"{rows:,} rows are not as they should be"
     return f"as it should be: {FINE}"
 
 

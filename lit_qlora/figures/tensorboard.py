@@ -109,8 +109,7 @@ class Board:
         self.folder = folder
         self._config, self._settings = config, settings
         self._files = {part: sorted((folder / part).glob(PATTERN)) for part in PARTS}
-        self._begun = set[str]()
-        """Parts whose last file is this start's."""
+        """Of each part, the files of earlier starts; from `refresh` on, that of this one."""
         self._is_stale, self._is_doubled = True, False
         self._best = math.inf
         self.problem: str | None = None
@@ -128,12 +127,11 @@ class Board:
         self._is_doubled |= bool(anew)
         try:
             for event in self._with_best(events):
-                contents = [event.content]
-                if event.part not in self._begun:
-                    self._files[event.part].append(self._new_path(event.part))
-                    self._begun.add(event.part)
+                files, contents = self._files[event.part], [event.content]
+                if not files:
+                    files.append(self._new_path(event.part))
                     contents = [*_opening(), *contents]
-                with self._files[event.part][-1].open("ab") as file:
+                with files[-1].open("ab") as file:
                     _write(file, contents)
         except OSError as error:  # only the end of a file that will be rewritten can be torn
             self._fail(error)
@@ -165,7 +163,6 @@ class Board:
             return
         self._clear_earlier()
         self._files = {part: [paths[part]] if part in paths else [] for part in PARTS}
-        self._begun = {*paths}
         self._is_stale, self._is_doubled, self.problem = False, False, None
 
     def _with_best(self, events: Iterable[Event]) -> Iterator[Event]:

@@ -326,14 +326,11 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def newest_run(root: Path = RUNS) -> RunFolder:
-    """The most recently started run below ``root``.
-
-    Raises UserError if there is none.
-    """
-    configs = list(root.glob("*/config.yaml"))
+def newest_run() -> RunFolder:
+    """The most recently started run in `RUNS`. Raises UserError if there is none."""
+    configs = list(RUNS.glob("*/config.yaml"))
     if not configs:
-        raise UserError(f"no run in {root}/: train one first with '{COMMAND} fit', or name one with --run")
+        raise UserError(f"no run in {RUNS}/: train one first with '{COMMAND} fit', or name one with --run")
     return RunFolder(max(configs, key=_started).parent)
 
 

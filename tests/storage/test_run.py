@@ -290,22 +290,24 @@ def test_discarding_what_was_never_made_is_no_error(tmp_path):
     RunFolder(tmp_path / "never").discard_unless_begun()
 
 
-def test_the_newest_run_is_the_one_that_was_started_last_whatever_the_dates_of_its_files(tmp_path):
+def test_the_newest_run_is_the_one_that_was_started_last_whatever_the_dates_of_its_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for age, name in enumerate(["b", "c", "a"]):
-        run = RunFolder(tmp_path / name)
+        run = RunFolder(Path("runs") / name)
         run.prepare()
         os.utime(run.write_config("a: 1\n"), (10**9 - age, 10**9 - age))  # as a copy or a backup leaves them
-    other = tmp_path / "by-hand"
+    other = Path("runs/by-hand")
     other.mkdir()
     (other / "config.yaml").write_text("a: 1\n", encoding="utf-8")
-    (tmp_path / "no-run").mkdir()
-    assert newest_run(tmp_path).path == tmp_path / "a"
+    Path("runs/no-run").mkdir()
+    assert newest_run().path == Path("runs/a")
 
 
-def test_no_run_at_all_is_told(tmp_path, expect_error):
-    (tmp_path / "no-run").mkdir()
-    for root in (tmp_path, tmp_path / "nowhere"):
-        expect_error(partial(newest_run, root), root, "'python main.py fit'", "--run")
+def test_no_run_at_all_is_told(tmp_path, monkeypatch, expect_error):
+    monkeypatch.chdir(tmp_path)
+    expect_error(newest_run, "runs/", "'python main.py fit'", "--run")
+    Path("runs/no-run").mkdir(parents=True)
+    expect_error(newest_run, "runs/", "'python main.py fit'", "--run")
 
 
 @pytest.mark.parametrize(

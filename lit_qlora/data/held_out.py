@@ -8,7 +8,6 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from lit_qlora.data.files import SourceError
@@ -66,7 +65,7 @@ class Parts:
     def unread(self) -> dict[str, list[str]]:
         """Files or splits that are neither learned nor scored, by the source that has them."""
         found = {}
-        given = {Path(source.path).expanduser().resolve() for source in (*self.splits, *self._elsewhere())}
+        given = {source.here.resolve() for source in (*self.splits, *self._elsewhere())}
         for source, splits in self.splits.items():
             other = [] if self._is_own() or "validation" not in splits.names else [splits.names["validation"]]
             beside = [

@@ -181,7 +181,7 @@ def check_early(source: Source, split: str, reading: Reading = ANY_FORM, seed: i
         UserError: as `load_records`.
     """
     reading = _reading_of(source, reading)
-    if source.path == "demo" or not _is_quick(source, split):
+    if not _is_quick(source, split):
         return
     rows, _, _ = _rows_of(source, split, reading, seed)
     _check_named(source.called(split), rows, reading)

@@ -60,12 +60,17 @@ class Source:
     @property
     def is_on_hub(self) -> bool:
         """True if it is written as an id of the hub, and nothing of that name is local."""
-        return self.path != "demo" and not Path(self.path).expanduser().exists() and _looks_like_hub_id(self.path)
+        return _looks_like_hub_id(self.path) and not self.here.exists()
+
+    @property
+    def here(self) -> Path:
+        """Where it is on this machine, if it is there; for the demo, nowhere."""
+        return Path(self.path).expanduser()
 
     @property
     def place(self) -> "Source":
         """The same by an absolute path: equal for two sources that are one."""
-        path = self.path if self.is_on_hub else str(Path(self.path).expanduser().resolve())
+        path = self.path if self.is_on_hub else str(self.here.resolve())
         return Source(path, self.name, self.split, self.revision)
 
     def called(self, split: str) -> str:
@@ -185,11 +190,10 @@ def find_splits(source: Source) -> Splits:
         others = {kind: name for kind, name in names.items() if kind != "train" and name not in chosen}
         names = {"train": source.split} | others
     unread = [name for name in found if name not in (*names.values(), *chosen)]
-    path = Path(source.path).expanduser()
-    unread += [] if files is None or source.path == "demo" else splits.beside(path, files)
-    is_pattern = files is not None and "train" in files and source.path != "demo" and not path.exists()
+    unread += [] if files is None or source.path == "demo" else splits.beside(source.here, files)
+    is_pattern = glob.has_magic(source.path) and not source.here.exists()
     told = splits.told_of(files) if files and is_pattern and not source.split else ""
-    return Splits(str(source), names, tuple(unread), splits.others_beside(path), bool(source.split), told)
+    return Splits(str(source), names, tuple(unread), splits.others_beside(source.here), bool(source.split), told)
 
 
 def _check_split(source: Source, name: str, found: Sequence[str]) -> None:
@@ -258,7 +262,7 @@ def _find_files(source: Source) -> dict[str, list[Path]] | None:
     remedy = "leave it out of the source"
     if source.revision:
         raise SourceError(source.path, "is on this machine, where there are no revisions", remedy)
-    if source.name and (source.path == "demo" or not Path(source.path).expanduser().is_dir()):
+    if source.name and (source.path == "demo" or not source.here.is_dir()):
         raise SourceError(source.path, f"is no folder, and has no {excerpt(source.name)}", remedy)
     return files
 
@@ -266,7 +270,7 @@ def _find_files(source: Source) -> dict[str, list[Path]] | None:
 def _files_here(source: Source) -> dict[str, list[Path]] | None:
     if source.path == "demo":
         return {"train": [demo.TRAIN], "test": [demo.TEST]}
-    path = Path(source.path).expanduser()
+    path = source.here
     if path.is_dir():
         named = [path / source.name, path / "data" / source.name] if source.name else [path]
         within = next((one for one in named if one.is_dir()), None)
@@ -307,8 +311,8 @@ def check_here(value: Any, option: str = "data.source") -> None:
     for source in sources_of(value, option):
         if not source.is_on_hub:
             find_splits(source)
-            if (path := Path(source.path).expanduser()).is_file():
-                kind_of(path)
+            if source.here.is_file():
+                kind_of(source.here)
 
 
 def check_sources(options: Mapping[str, Any]) -> None:

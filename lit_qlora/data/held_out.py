@@ -168,9 +168,12 @@ class Parts:
         return joined([self._load(one, splits.for_scoring("test", "validation")) for one, splits in found])
 
     def held_out(self, rows: RunRows | None) -> tuple[Records, int]:
-        """Loads the rows to score: those that the run of the record ``rows`` held out, as `recall` does.
+        """Load the rows to score: those that the run of the record ``rows`` held out, as `recall` does.
 
         Without a record, or with another validation source than the run's, they are found as at the start of a run.
+
+        Args:
+            rows: that record; None without one.
 
         Raises:
             UserError: as `recall` and `train_and_held_out`.
@@ -184,6 +187,9 @@ class Parts:
         """Find the conversations that a run held out, in their order then, and the number missing since.
 
         They are searched for in the validation source and in every split of the source, wherever they were moved.
+
+        Args:
+            rows: the run's record of them.
 
         Raises:
             UserError: as `load_records`, and when none is there any more.

@@ -211,14 +211,25 @@ def _nothing(name: str, dropped: Mapping[str, int]) -> SourceError:
 
 
 def places_early(source: Source, split: str, reading: Reading) -> list[str] | None:
-    """Where the rows of a split stand; None for the hub's, and for what is too large to be read twice."""
+    """Where the rows of a split stand; None for the hub's, and for what is too large to be read twice.
+
+    Args:
+        source: where rows come from.
+        split: name of the split there.
+        reading: how rows are read.
+    """
     if not _is_quick(source, split):
         return None
     return [row.where for row in _rows_of(source, split, _reading_of(source, reading), None)[0]]
 
 
 def is_at(where: str, row: str) -> bool:
-    """True if ``17``, ``rows.jsonl:17`` or such names the place ``rows.jsonl:17`` or ``rows.parquet: row 17``."""
+    """True if a row stands at a place.
+
+    Args:
+        where: the place, ``rows.jsonl:17`` or ``rows.parquet: row 17``.
+        row: ``17``, ``rows.jsonl:17`` or such.
+    """
     file, number = split_place(where)
     if row.isdecimal():
         return number == row
@@ -227,7 +238,12 @@ def is_at(where: str, row: str) -> bool:
 
 
 def no_row(name: str, row: str) -> UserError:
-    """The error for a ``row`` to show that the source ``name`` has not."""
+    """The error for a row to show that is not there.
+
+    Args:
+        name: of the source.
+        row: as in `is_at`.
+    """
     return UserError(f"there is no such row, expected a line or row of {name}, got {row!r}", option="row")
 
 

@@ -47,7 +47,11 @@ class RunRows:
         return cls(tuple(map(digest, held_out)), frozenset(map(digest, train)), validation_source)
 
     def changes(self, now: "RunRows") -> dict[str, str]:
-        """What became of the learned and the held-out conversations in a later record, in words."""
+        """What became of the learned and of the held-out conversations, in words.
+
+        Args:
+            now: a later record.
+        """
         was, then = self._parts(), now._parts()
         here, there = frozenset().union(*was.values()), frozenset().union(*then.values())
         return {part: _in_words(was[part], then[part], here, there) for part in was}
@@ -56,7 +60,11 @@ class RunRows:
         return {"train_rows": self.train, "held_out_rows": frozenset(self.held_out)}
 
     def differences(self, now: "RunRows") -> list[str]:
-        """The parts with other conversations in a later record, in words; their order and number do not count."""
+        """The parts with other conversations, in words; their order and number do not count.
+
+        Args:
+            now: a later record.
+        """
         was, then, words = self._parts(), now._parts(), self.changes(now)
         names = {"train_rows": "to learn", "held_out_rows": "to hold out"}
         return [f"{names[part]}: {words[part]}" for part in was if was[part] != then[part]]

@@ -164,7 +164,12 @@ def names_by_kind(found: Sequence[str]) -> dict[str, str]:
 
 
 def names_beside(chosen: str, found: Sequence[str]) -> dict[str, str]:
-    """Of each other kind, the split that is named like ``chosen``: ``test_prefs`` beside ``train_prefs``."""
+    """Of each other kind, the split that is named like a chosen one: ``test_prefs`` beside ``train_prefs``.
+
+    Args:
+        chosen: name of a split.
+        found: names of all.
+    """
     likely = {kind: [chosen.replace("train", word) for word in words] for kind, words in SPLITS.items()}
     named = {kind: name for kind, names in likely.items() for name in reversed(names) if name in found}
     return {kind: name for kind, name in named.items() if kind != "train" and name != chosen}
@@ -318,7 +323,12 @@ def _missing(paths: Sequence[Path]) -> list[str]:
 
 
 def beside(folder: Path, files: Mapping[str, list[Path]]) -> list[str]:
-    """What else than the files of its splits a folder holds that looks like rows: files, and folders of such."""
+    """What else than the files of its splits a folder holds that looks like rows: files, and folders of such.
+
+    Args:
+        folder: the source's; empty for a file.
+        files: of its splits, by their names.
+    """
     if not folder.is_dir():
         return []
     used = {path for paths in files.values() for path in paths}

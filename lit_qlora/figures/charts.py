@@ -156,7 +156,12 @@ def _style(axes: "Axes") -> None:
 
 
 def points(figures: Figures, name: str) -> Points:
-    """Steps and values at which ``name`` was recorded and is finite."""
+    """The finite values of a figure, each behind its step.
+
+    Args:
+        figures: figures by optimizer step.
+        name: name of the figure.
+    """
     found = ((float(step), float(line[name])) for step, line in sorted(figures.items()) if name in line)
     return [(step, value) for step, value in found if math.isfinite(value)]
 

@@ -30,7 +30,12 @@ def whole(low: int, high: int) -> Kind:
 
 
 def number(above: float, most: float = 1e30) -> Kind:
-    """A number above ``above``, and finite."""
+    """A finite number.
+
+    Args:
+        above: what it is above.
+        most: what it is at most.
+    """
     words = f"a number above {above:g}" if most == 1e30 else f"a number above {above:g}, at most {most:g}"
     return Kind(words, lambda value: type(value) in (int, float) and above < value <= most)
 

@@ -79,12 +79,22 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def refused(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The changes that would make it another run."""
+    """The changes that would make it another run.
+
+    Args:
+        was: as in `differences`.
+        now: likewise.
+    """
     return [change for change in differences(was, now) if not _may_change(change.name)]
 
 
 def allowed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The changes with which the run may resume."""
+    """The changes with which the run may resume.
+
+    Args:
+        was: as in `differences`.
+        now: likewise.
+    """
     return [change for change in differences(was, now) if _may_change(change.name)]
 
 

@@ -83,7 +83,11 @@ class PromptFormat(ABC):
     def pieces(self, conversation: Conversation) -> list[Piece]:
         """An open conversation up to where its answer begins, an answered one up to the end of its last answer.
 
-        Raises ValueError for a conversation that the format can't hold, as where a turn holds one of `tags`.
+        Args:
+            conversation: no plain text.
+
+        Raises:
+            ValueError: the format can't hold it, as where a turn holds one of `tags`.
         """
 
     def completed(self, conversation: Conversation) -> Conversation:

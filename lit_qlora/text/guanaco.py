@@ -22,6 +22,9 @@ def parse(text: str) -> list[dict[str, str | None]]:
     with or without ``### System:`` before it.
     White space around a turn goes.
 
+    Args:
+        text: all of the row.
+
     Raises:
         ValueError: when there is no marker, or another one such as ``### User:`` stands before the assistant's.
     """

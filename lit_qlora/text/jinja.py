@@ -336,7 +336,11 @@ def _write(value: Any) -> Any:
 def compile_template(source: str) -> jinja2.Template:
     """A template in which each loop counts its passes, and what it makes is as large as it may be.
 
-    Raises ValueError, with the line, for invalid Jinja, or an unsupported template.
+    Args:
+        source: its text.
+
+    Raises:
+        ValueError: with the line, for invalid Jinja, or an unsupported template.
     """
     if not source.strip():
         raise ValueError("expected a Jinja chat template, got nothing")

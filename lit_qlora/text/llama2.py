@@ -136,6 +136,9 @@ def segments(conversation: Conversation) -> list[tuple[str, bool]]:
     ``[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST]`` then ``{answer} ``, and so on: the
     system text stands in the first prompt only. An open prompt ends on a prompt.
 
+    Args:
+        conversation: an open or an answered one.
+
     Raises:
         TextError: naming the tag, when a text holds one of `TAGS`: it could forge a turn or a system text.
     """

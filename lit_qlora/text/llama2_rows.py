@@ -34,6 +34,9 @@ def parse(text: str) -> list[dict[str, str]]:
     ``<s>`` and ``</s>`` may be missing, the system block too; the last prompt may be unanswered.
     White space around a turn goes.
 
+    Args:
+        text: all of the row.
+
     Raises:
         ValueError: when there is no prompt, text stands before the first one, or a tag is unpaired.
     """

@@ -317,9 +317,11 @@ def read_cells(path: Path) -> list[tuple[str, list[str]]]:
     return list(_csv_cells(path, _decode(path, _read(path))))
 
 
-def _csv_cells(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[str, list[str]]]:
+def _csv_cells(
+    path: Path, text: str, delimiter: str = ",", skips_blanks: bool = False
+) -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter, skipinitialspace=skips_blanks)
     while True:
         where = f"{path}:{reader.line_num + 1}"
         try:
@@ -340,7 +342,7 @@ def _delimiter(path: Path, text: str, columns: Sequence[str]) -> str:
             _, cells = next(_csv_cells(path, text, delimiter), ("", []))
         except SourceError:
             return 0, 0
-        return sum(cell in (*columns, *ELSEWHERE) for cell in cells), len(cells)
+        return sum(cell.strip() in (*columns, *ELSEWHERE) for cell in cells), len(cells)
 
     return max(DELIMITERS, key=known)
 
@@ -348,9 +350,10 @@ def _delimiter(path: Path, text: str, columns: Sequence[str]) -> str:
 def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
     text = re.sub(r"\Asep=[,;\t]\r?\n", "\n", text)  # as Excel has it
     delimiter, header = _delimiter(path, text, columns), list[str]()
-    for where, cells in _csv_cells(path, text, delimiter):
+    is_by_hand = re.match(rf"\s*\S[^\r\n]*{delimiter} ", text) is not None  # a blank behind each comma, also in line 1
+    for where, cells in _csv_cells(path, text, delimiter, is_by_hand):
         if not header:
-            header = cells
+            header = [cell.strip() for cell in cells]
             doubled = [name for name in header if header.count(name) > 1]
             if doubled:
                 raise SourceError(where, f"two columns are named {excerpt(doubled[0])}", "rename or remove one")

@@ -392,6 +392,16 @@ GOOD_FILES = {
     ),
     "csv that says what it is": ("a.csv", b"sep=;\r\ntext;id\r\nhi;1\r\n", [("a.csv:3", {"text": "hi", "id": "1"})]),
     "csv with tabs": ("a.csv", b"question\tanswer\na, b\tc\n", [("a.csv:2", {"question": "a, b", "answer": "c"})]),
+    "csv by hand, a blank behind each comma": (
+        "a.csv",
+        b'question, answer \nhi, "well, yo"\n',
+        [("a.csv:2", {"question": "hi", "answer": "well, yo"})],
+    ),
+    "csv of code, no blank in its first line": (
+        "a.csv",
+        b"question,answer\nhi,  return 1\n",
+        [("a.csv:2", {"question": "hi", "answer": "  return 1"})],
+    ),
     "csv of one column with others inside": ("a.csv", b"text\na;b\n", [("a.csv:2", {"text": "a;b"})]),
     "csv with an index of pandas": ("a.csv", b",text\n0,hi\n", [("a.csv:2", {"": "0", "text": "hi"})]),
     "lists of messages": (
